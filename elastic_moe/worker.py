@@ -1,0 +1,131 @@
+"""The worker's side of the launcher's contract.
+
+Under `elastic-moe run` these calls tell the agent how far this worker is and learn from it when to stop at a step
+boundary; under plain `torchrun` or `python` every one of them is a no-op with a sensible answer, so a script that
+uses them needs no second code path::
+
+    for step in range(start, steps):
+        train_one_step()
+        worker.heartbeat(step + 1)
+        if reason := worker.should_stop():
+            checkpoint(step + 1)
+            worker.yielded(step + 1)
+            break
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.channel import Channel, StopReason
+from launcher.events import append_event
+from launcher.mesh import MeshPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """Who this worker is. `mesh` is the agent's plan for this generation, None where no agent made one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    generation: int
+    lineage: str
+    run_id: str
+    mesh: MeshPlan | None
+
+
+def context() -> WorkerContext:
+    """Read the environment that the agent (or torchrun, or nobody) gave this process.
+
+    Raises:
+        ValueError: a variable does not hold what it must.
+    """
+    env = os.environ
+    mesh = env.get("ELASTIC_MOE_MESH")
+    return WorkerContext(
+        rank=int(env.get("RANK", "0")),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        world_size=int(env.get("WORLD_SIZE", "1")),
+        generation=int(env.get("ELASTIC_MOE_GENERATION", "0")),
+        lineage=env.get("ELASTIC_MOE_LINEAGE", ""),
+        run_id=env.get("ELASTIC_MOE_RUN_ID", env.get("TORCHELASTIC_RUN_ID", "")),
+        mesh=MeshPlan.from_json(mesh) if mesh else None,
+    )
+
+
+@functools.cache
+def _channel() -> Channel | None:
+    path = os.environ.get("ELASTIC_MOE_HEARTBEAT")
+    if not path:
+        return None
+    try:
+        return Channel.attach(Path(path))
+    except (OSError, ValueError) as error:
+        log.warning("no heartbeat to the agent: %s", error)
+        return None
+
+
+def heartbeat(step: int) -> None:
+    """Tell the agent that `step` steps are complete. Costs a few stores to memory."""
+    if channel := _channel():
+        channel.beat(step)
+
+
+def should_stop() -> str | None:
+    """Whether to stop at this step boundary, and why: "membership", "drain", or None.
+
+    A collective: every rank must call it at the same step, and every rank gets the same answer, because the agents'
+    requests reach the ranks at different moments. One all-reduce of one integer on the default process group.
+    """
+    channel = _channel()
+    reason = channel.stop_request() if channel else StopReason.NONE
+    if "ELASTIC_MOE_HEARTBEAT" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        reason = _agree(reason)
+    return None if reason is StopReason.NONE else reason.name.lower()
+
+
+def _agree(reason: StopReason) -> StopReason:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return reason
+    on_cpu = "gloo" in dist.get_backend()
+    flag = torch.tensor(
+        [int(reason)], dtype=torch.int32, device="cpu" if on_cpu else torch.accelerator.current_accelerator()
+    )
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return StopReason(int(flag.item()))
+
+
+def yielded(step: int) -> None:
+    """Say that this worker saved its state after `step` steps and exits with 0 in order to be run again.
+
+    Without it an exit with 0 means that the job is done.
+    """
+    if channel := _channel():
+        channel.beat(step)
+        channel.yielded()
+
+
+def event(name: str, **fields: Any) -> None:
+    """Append an event to the agent's `events.jsonl`; a no-op without an agent."""
+    path = os.environ.get("ELASTIC_MOE_EVENTS")
+    if path:
+        here = context()
+        append_event(
+            Path(path),
+            run_id=here.run_id,
+            node=os.environ.get("ELASTIC_MOE_NODE", ""),
+            generation=here.generation,
+            event=name,
+            fields={"rank": here.rank, **fields},
+        )

@@ -1,0 +1,126 @@
+"""A few bytes of shared memory between an agent and one of its workers.
+
+The worker writes its progress (`beat`), the agent writes a request to stop at the next step boundary. The file is
+mapped by both, so neither side ever waits for the other and a stopped (SIGSTOP) peer blocks nobody. Standard library
+only: a worker imports this before it imports torch.
+
+Layout, little endian, one field one writer::
+
+    0   4s   magic            agent, once
+    4   u32  stop request     agent    (StopReason)
+    8   u32  phase            worker   (Phase)
+    16  i64  step             worker   last completed step
+    24  u64  beat_ns          worker   CLOCK_MONOTONIC of that step (one clock for all processes of a host)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+_MAGIC = b"EMC1"
+_SIZE_BYTES = 64
+_STOP, _PHASE, _STEP = 4, 8, 16
+
+
+class StopReason(IntEnum):
+    """Why an agent asks its workers to stop at a step boundary; the highest one wins among ranks."""
+
+    NONE = 0
+    MEMBERSHIP = 1
+    DRAIN = 2
+
+
+class Phase(IntEnum):
+    """What the worker says of itself."""
+
+    STARTING = 0
+    RUNNING = 1
+    YIELDED = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the agent reads: the worker's phase, last completed step, and when (monotonic seconds; 0 = never)."""
+
+    phase: Phase
+    step: int
+    beat_s: float
+
+
+class Channel:
+    """One mapped file. The agent calls `create`, the worker `attach`; both `close`."""
+
+    def __init__(self, path: Path, memory: mmap.mmap) -> None:
+        self.path = path
+        self._memory = memory
+
+    @classmethod
+    def create(cls, path: Path) -> Channel:
+        """Make a fresh channel file (0600) at `path`, replacing an older generation's."""
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, _SIZE_BYTES)
+            memory = mmap.mmap(fd, _SIZE_BYTES)
+        finally:
+            os.close(fd)
+        memory[0:4] = _MAGIC
+        struct.pack_into("<q", memory, _STEP, -1)
+        return cls(path, memory)
+
+    @classmethod
+    def attach(cls, path: Path) -> Channel:
+        """Map the channel that the agent made.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is not a channel of this version.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != _SIZE_BYTES:
+                raise ValueError(f"{path} is not a worker channel")
+            memory = mmap.mmap(fd, _SIZE_BYTES)
+        finally:
+            os.close(fd)
+        if memory[0:4] != _MAGIC:
+            memory.close()
+            raise ValueError(f"{path} is not a worker channel of this version")
+        return cls(path, memory)
+
+    # --- the worker's side
+
+    def beat(self, step: int) -> None:
+        """Record that `step` is complete, now."""
+        struct.pack_into("<qQ", self._memory, _STEP, step, time.monotonic_ns())
+        struct.pack_into("<I", self._memory, _PHASE, Phase.RUNNING)
+
+    def yielded(self) -> None:
+        """Record that this worker stopped at a step boundary and wants to be run again."""
+        struct.pack_into("<I", self._memory, _PHASE, Phase.YIELDED)
+
+    def stop_request(self) -> StopReason:
+        """The agent's standing request."""
+        return StopReason(struct.unpack_from("<I", self._memory, _STOP)[0])
+
+    # --- the agent's side
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Ask the worker to stop at its next step boundary."""
+        struct.pack_into("<I", self._memory, _STOP, reason)
+
+    def progress(self) -> Progress:
+        """The worker's last word."""
+        phase = struct.unpack_from("<I", self._memory, _PHASE)[0]
+        step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
+        return Progress(Phase(phase), step, beat_ns / 1e9)
+
+    def close(self) -> None:
+        """Unmap; the file stays until the agent removes its folder."""
+        self._memory.close()
