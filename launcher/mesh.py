@@ -228,7 +228,7 @@ def step_s(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[int
     A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020),
     exchanges tokens among the expert ranks four times a layer (there and back, forward and backward), and
     gathers parameters twice and reduces gradients once over the shards. A step ends with one all-reduce over
-    the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of the slowest link in its group.
+    the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
     sparsity = min(1.0, spec.top_k / spec.num_experts) if spec.num_experts else 1.0
@@ -290,7 +290,7 @@ def expert_padding(mesh: MeshPlan, spec: MeshSpec) -> float:
 
 
 def _layouts(size: int, spec: MeshSpec) -> Iterator[tuple[int, int, int]]:
-    """Every (replicate, shard, expert) of exactly ``size`` ranks that respects pins and divides the experts."""
+    """Every (replicate, shard, expert) of ``size`` ranks that respects the pins and divides the experts."""
     for expert in _divisors(math.gcd(size, spec.num_experts) if spec.num_experts else 1):
         if spec.expert not in (None, expert):
             continue
@@ -334,7 +334,7 @@ def _divisors(number: int) -> list[int]:
 
 def _why_infeasible(world_size: int, spec: MeshSpec, straddling: set[int], leanest_bytes: int | None) -> str:
     """One line for the constraint that stopped the layouts that came furthest."""
-    start = f"no mesh for {world_size} slots: "
+    start = f"no mesh for {world_size} slot{'' if world_size == 1 else 's'}: "
     if world_size < 1:
         return f"{start}at least one is needed"
     if leanest_bytes is not None and spec.memory_cap_bytes is not None:
@@ -348,9 +348,7 @@ def _why_infeasible(world_size: int, spec: MeshSpec, straddling: set[int], leane
         return f"{start}an expert group of {ways} ranks would lie across two nodes"
     if spec.expert is not None and (spec.num_experts or 1) % spec.expert:
         return f"{start}{spec.num_experts} experts do not divide into {spec.expert} parts"
-    pins = ", ".join(
-        f"{name} = {value}" for name in ("replicate", "shard", "expert") if (value := getattr(spec, name))
-    )
+    pins = ", ".join(f"{name} = {value}" for name in ("replicate", "shard", "expert") if (value := getattr(spec, name)))
     least = max(1, world_size - spec.max_idle)
     sizes = f"{least} to {world_size}" if least < world_size else f"{world_size}"
     return f"{start}no {sizes} ranks can be laid out with {pins}"
