@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from launcher.mesh import TIE, Infeasible, MeshPlan, MeshSpec, expert_padding, memory_bytes, plan, price, step_s
 
 
+# Makes nearly every layout equally fast, so that the order among equals decides.
+FREE_COMMUNICATION = {"intra_node_bytes_per_s": 1e30, "inter_node_bytes_per_s": 1e30, "latency_s": 1e-30}
+
+
 @st.composite
 def specs(draw: st.DrawFn, max_batch: int = 4096) -> MeshSpec:
     """Jobs of every kind: dense and sparse, pinned and free, with and without a memory cap."""
@@ -33,6 +37,7 @@ def specs(draw: st.DrawFn, max_batch: int = 4096) -> MeshSpec:
         max_micro_batch=draw(st.one_of(st.none(), st.integers(1, 64))),
         memory_cap_bytes=draw(st.one_of(st.none(), st.integers(1 << 24, 1 << 40))),
         **{name: draw(pin) for name in few_pins},
+        **draw(st.sampled_from([{}, FREE_COMMUNICATION])),
     )
 
 
@@ -127,6 +132,8 @@ def test_no_other_plan_is_better(
         close = [mesh for mesh in close if expert_padding(mesh, spec) == 1]
         assert chosen in close
     assert chosen.replicate == max(mesh.replicate for mesh in close)
+    close = [mesh for mesh in close if mesh.replicate == chosen.replicate]
+    assert chosen.micro_batch == min(mesh.micro_batch for mesh in close)
 
 
 def moe(**changes: int | float | None) -> MeshSpec:
@@ -144,7 +151,7 @@ def moe(**changes: int | float | None) -> MeshSpec:
 
 
 def test_the_expert_degree_is_kept_only_while_that_costs_nothing() -> None:
-    free = moe(intra_node_bytes_per_s=1e30, latency_s=1e-30)
+    free = moe(**FREE_COMMUNICATION)
     for expert in (1, 2, 4, 8):
         previous = MeshPlan(1, 1, expert, 0, 1, 1)
         assert plan(8, free, ranks_per_node=8, previous=previous).expert == expert
@@ -167,8 +174,9 @@ def test_memory_forces_shards() -> None:
 
 
 def test_a_live_copy_is_preferred_among_equals() -> None:
-    spec = moe(intra_node_bytes_per_s=1e30, inter_node_bytes_per_s=1e30, latency_s=1e-30, expert=2)
+    spec = moe(**FREE_COMMUNICATION, expert=2)
     assert plan(4, spec, ranks_per_node=2).replicate == 2
+    assert plan(8, spec, ranks_per_node=2).replicate == 4
 
 
 @pytest.mark.parametrize(
