@@ -1,0 +1,45 @@
+"""What can go wrong in the launcher.
+
+::
+
+    LauncherError                    exit code 1
+    ├── UsageError                   the user's mistake: one line, exit code 2
+    ├── KVError
+    │   ├── KVUnavailable            the store does not answer now; the caller may try again
+    │   └── Compacted                a watch asked for revisions that the store has forgotten; list again
+    └── JobClosed                    the job ended: succeeded, or failed with a reason
+"""
+
+from __future__ import annotations
+
+
+class LauncherError(Exception):
+    """Root of the launcher's errors; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(LauncherError):
+    """The user's mistake, in one line that names the field, the value and the mend."""
+
+    exit_code = 2
+
+
+class KVError(LauncherError):
+    """The rendezvous store refused or failed."""
+
+
+class KVUnavailable(KVError):
+    """No answer from the store. A write may or may not have happened: read before writing again."""
+
+
+class Compacted(KVError):
+    """The revisions that a watch wants are gone: list again and watch from the listing's revision."""
+
+
+class JobClosed(LauncherError):
+    """The job has ended; `outcome` is "succeeded" or says why it failed."""
+
+    def __init__(self, outcome: str) -> None:
+        super().__init__(f"the job is closed: {outcome}")
+        self.outcome = outcome

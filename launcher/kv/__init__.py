@@ -1,0 +1,10 @@
+"""The rendezvous store: a small key-value contract with leases and watches, and its back ends.
+
+`memory` (one process: tests, simulation, single-node jobs) and `embedded` (hosted by the first node, no server to
+install). Every back end passes one contract suite.
+"""
+
+from launcher.kv.base import KV, Entry, Listing, Watch, WatchEvent
+from launcher.kv.lease import Lease
+
+__all__ = ["KV", "Entry", "Lease", "Listing", "Watch", "WatchEvent"]

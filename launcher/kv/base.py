@@ -1,0 +1,98 @@
+"""The contract of a rendezvous store, a subset of etcd v3's.
+
+Revisions: every successful write takes the store's next revision, so revisions order all writes of all keys. A key's
+`create_revision` is that of the write that made it, its `revision` that of the last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from launcher.kv.lease import Lease
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key as it stood after the write of `revision`."""
+
+    key: str
+    value: bytes
+    revision: int
+    create_revision: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All entries under a prefix, in the order of their keys, as of one `revision` of the store."""
+
+    entries: tuple[Entry, ...]
+    revision: int
+
+
+@dataclass(frozen=True)
+class WatchEvent:
+    """One change: the new entry, or None where the key was deleted or its lease ended."""
+
+    key: str
+    entry: Entry | None
+    revision: int
+
+
+class Watch(Protocol):
+    """Changes under a prefix, each exactly once, in order of revision. For one thread."""
+
+    def next(self, timeout_s: float) -> tuple[WatchEvent, ...]:
+        """Wait for changes: all that are there, or an empty tuple after `timeout_s`.
+
+        Raises:
+            Compacted: the next revision is forgotten; list again.
+            KVUnavailable: the store does not answer; calling again resumes where this watch stood.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Stop watching; a `next` in another thread returns soon."""
+        ...
+
+
+class KV(Protocol):
+    """A store of small values. All methods may be called from any thread; none blocks longer than a few seconds.
+
+    Every method raises `KVUnavailable` where the store does not answer. A write that raised may still have happened.
+    """
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of `key`, or None."""
+        ...
+
+    def put(
+        self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
+    ) -> Entry | None:
+        """Write `key`, atomically.
+
+        With `if_revision` only if the key's revision is still that one (0: only if the key does not exist); a lost
+        race, or a lease that has ended, is the answer None and no change. With `lease` the key is deleted when the
+        lease ends; without, a key stays, and leaves the lease it had.
+        """
+        ...
+
+    def list(self, prefix: str) -> Listing:
+        """Every entry whose key starts with `prefix`."""
+        ...
+
+    def delete(self, key: str, *, if_revision: int | None = None) -> bool:
+        """Delete `key`; False where it does not exist (or not at `if_revision`)."""
+        ...
+
+    def watch(self, prefix: str, from_revision: int) -> Watch:
+        """Changes under `prefix` whose revision is at least `from_revision`, past ones included."""
+        ...
+
+    def lease(self, ttl_s: float) -> Lease:
+        """Grant a lease that renews itself on a thread of its own until it is revoked or lost."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and threads; leases are left to end by themselves."""
+        ...

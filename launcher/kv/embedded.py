@@ -1,0 +1,214 @@
+"""A client of the embedded store.
+
+Calls share one connection; each watch and each lease has its own. A broken connection is opened anew by the next
+call, so a watch resumes from its revision; whether a call that broke had its effect is unknown (`KVUnavailable`).
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import socket
+import threading
+import time
+from typing import Any
+
+from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
+from launcher.kv import wire
+from launcher.kv.base import Entry, Listing, WatchEvent
+from launcher.kv.embedded_server import MAX_WAIT_S
+from launcher.kv.lease import Lease
+
+log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 3.0
+
+
+class _Connection:
+    """One authenticated connection, opened when needed; calls take turns."""
+
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self._address = (host, port)
+        self._token = token
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._closed = False
+
+    def call(self, op: str, *, timeout_s: float = _CALL_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
+        """One request and its answer.
+
+        Raises:
+            KVUnavailable, Compacted, KVError, UsageError (a wrong token)
+        """
+        with self._lock:
+            if self._closed:
+                raise KVUnavailable("this client is closed")
+            try:
+                if self._sock is None:
+                    self._sock = self._open(timeout_s)
+                self._sock.settimeout(timeout_s)
+                wire.send(self._sock, {"op": op, **fields})
+                answer = wire.receive(self._sock)
+            except wire.ProtocolError as error:
+                self._drop()
+                host, port = self._address
+                raise UsageError(f"rendezvous endpoint {host}:{port}: {error}") from error
+            except (OSError, EOFError) as error:
+                self._drop()
+                host, port = self._address
+                raise KVUnavailable(f"the store at {host}:{port} does not answer: {error}") from error
+        if "compacted" in answer:
+            raise Compacted(answer["compacted"])
+        if "error" in answer:
+            raise KVError(answer["error"])
+        return answer
+
+    def _open(self, timeout_s: float) -> socket.socket:
+        sock = socket.create_connection(self._address, timeout=timeout_s)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire.greet_as_client(sock, self._token)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def close(self) -> None:
+        """Close for good; a call under way fails at once."""
+        self._closed = True
+        sock = self._sock
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                log.debug("connection already gone: %s", error)
+        with self._lock:
+            self._drop()
+
+
+def _entry(told: dict[str, Any] | None) -> Entry | None:
+    if told is None:
+        return None
+    return Entry(told["key"], base64.b64decode(told["value"]), told["revision"], told["create_revision"])
+
+
+class _EmbeddedWatch:
+    def __init__(self, connection: _Connection, prefix: str, from_revision: int) -> None:
+        self._connection = connection
+        self._prefix = prefix
+        self._from_revision = from_revision
+        self._cancelled = threading.Event()
+
+    def next(self, timeout_s: float) -> tuple[WatchEvent, ...]:
+        if self._cancelled.is_set():
+            return ()
+        wait_s = min(timeout_s, MAX_WAIT_S)
+        try:
+            answer = self._connection.call(
+                "events",
+                prefix=self._prefix,
+                wait_s=wait_s,
+                timeout_s=wait_s + _CALL_TIMEOUT_S,
+                **{"from": self._from_revision},
+            )
+        except KVUnavailable:
+            if self._cancelled.is_set():
+                return ()
+            raise
+        self._from_revision = answer["next"]
+        return tuple(WatchEvent(e["key"], _entry(e["entry"]), e["revision"]) for e in answer["events"])
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._connection.close()
+
+
+class EmbeddedKV:
+    """The store that listens on `host:port`; made by `connect` or directly (the first call connects)."""
+
+    def __init__(self, host: str, port: int, *, token: str) -> None:
+        self._address = (host, port)
+        self._token = token
+        self._calls = self._connection()
+        self._leases: list[Lease] = []
+        self._connections: list[_Connection] = [self._calls]
+
+    def _connection(self) -> _Connection:
+        return _Connection(*self._address, self._token)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the store answers.
+
+        Raises:
+            UsageError: it does not within `timeout_s`, or something else listens there, or the token is wrong.
+        """
+        ends_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._calls.call("ping")
+                return
+            except KVUnavailable as error:
+                if time.monotonic() >= ends_s:
+                    host, port = self._address
+                    raise UsageError(
+                        f"--rdzv-endpoint {host}:{port} cannot be reached ({error.__cause__}); "
+                        "is the first node up, and the address right?"
+                    ) from error
+            time.sleep(0.1)
+
+    def get(self, key: str) -> Entry | None:
+        return _entry(self._calls.call("get", key=key)["entry"])
+
+    def put(
+        self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
+    ) -> Entry | None:
+        answer = self._calls.call(
+            "put",
+            key=key,
+            value=base64.b64encode(value).decode(),
+            if_revision=if_revision,
+            lease=lease.lease_id if lease else None,
+        )
+        return _entry(answer["entry"])
+
+    def list(self, prefix: str) -> Listing:
+        answer = self._calls.call("list", prefix=prefix)
+        entries = (_entry(told) for told in answer["entries"])
+        return Listing(tuple(entry for entry in entries if entry), answer["revision"])
+
+    def delete(self, key: str, *, if_revision: int | None = None) -> bool:
+        return bool(self._calls.call("delete", key=key, if_revision=if_revision)["deleted"])
+
+    def watch(self, prefix: str, from_revision: int) -> _EmbeddedWatch:
+        connection = self._connection()
+        self._connections.append(connection)
+        return _EmbeddedWatch(connection, prefix, from_revision)
+
+    def lease(self, ttl_s: float) -> Lease:
+        connection = self._connection()
+        granted_s = time.monotonic()
+        lease_id = int(connection.call("grant", ttl_s=ttl_s)["lease"])
+        lease = Lease(
+            lease_id,
+            ttl_s,
+            granted_s=granted_s,
+            renew=lambda: bool(connection.call("renew", lease=lease_id, timeout_s=ttl_s / 2)["alive"]),
+            revoke=lambda: self._revoke(lease_id),
+            close=connection.close,
+        )
+        self._leases.append(lease)
+        return lease
+
+    def _revoke(self, lease_id: int) -> None:
+        self._calls.call("revoke", lease=lease_id)
+
+    def close(self) -> None:
+        for lease in self._leases:
+            lease.stop()
+        for connection in self._connections:
+            connection.close()

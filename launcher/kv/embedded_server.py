@@ -1,0 +1,145 @@
+"""The embedded store's server: a `Hub` behind a TCP listener, in the first node's agent.
+
+One thread a connection: a client opens one for its calls, one for each watch (a long poll) and one for each lease,
+so that no slow call delays a renewal. The store lives as long as this process; its host is a single point of
+failure, which is what etcd is for.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import socket
+import socketserver
+import threading
+from typing import Any, cast
+
+from launcher.errors import Compacted
+from launcher.kv import wire
+from launcher.kv.base import Entry
+from launcher.kv.memory import Hub
+
+log = logging.getLogger(__name__)
+
+MAX_WAIT_S = 5.0
+_HANDSHAKE_TIMEOUT_S = 5.0
+_IDLE_TIMEOUT_S = 60.0
+
+
+def encode_entry(entry: Entry | None) -> dict[str, Any] | None:
+    """An entry as JSON."""
+    if entry is None:
+        return None
+    return {
+        "key": entry.key,
+        "value": base64.b64encode(entry.value).decode(),
+        "revision": entry.revision,
+        "create_revision": entry.create_revision,
+    }
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        server = cast("_Server", self.server)
+        sock = cast(socket.socket, self.request)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server.connections.add(sock)
+        try:
+            sock.settimeout(_HANDSHAKE_TIMEOUT_S)
+            wire.greet_as_server(sock, server.token)
+            sock.settimeout(_IDLE_TIMEOUT_S)
+            while True:
+                request = wire.receive(sock)
+                wire.send(sock, self._answer(server.hub, request))
+        except (EOFError, ConnectionError, TimeoutError):
+            pass
+        except (wire.ProtocolError, OSError) as error:
+            if not server.stopped.is_set():
+                log.warning("refused %s: %s", self.client_address, error)
+        finally:
+            server.connections.discard(sock)
+
+    def _answer(self, hub: Hub, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _serve(hub, request)
+        except Compacted as error:
+            return {"compacted": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            return {"error": f"bad request: {error}"}
+
+
+def _serve(hub: Hub, request: dict[str, Any]) -> dict[str, Any]:
+    match request["op"]:
+        case "ping":
+            return {}
+        case "get":
+            return {"entry": encode_entry(hub.get(request["key"]))}
+        case "put":
+            value = base64.b64decode(request["value"])
+            entry = hub.put(request["key"], value, request["if_revision"], request["lease"])
+            return {"entry": encode_entry(entry)}
+        case "list":
+            listing = hub.list(request["prefix"])
+            return {"entries": [encode_entry(entry) for entry in listing.entries], "revision": listing.revision}
+        case "delete":
+            return {"deleted": hub.delete(request["key"], request["if_revision"])}
+        case "events":
+            wait_s = min(float(request["wait_s"]), MAX_WAIT_S)
+            events, next_revision = hub.events(request["prefix"], request["from"], wait_s)
+            told = [{"key": e.key, "entry": encode_entry(e.entry), "revision": e.revision} for e in events]
+            return {"events": told, "next": next_revision}
+        case "grant":
+            return {"lease": hub.grant(float(request["ttl_s"]))}
+        case "renew":
+            return {"alive": hub.renew(request["lease"])}
+        case "revoke":
+            hub.revoke(request["lease"])
+            return {}
+        case unknown:
+            raise ValueError(f"unknown operation {unknown!r}")
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = 1024
+
+    def __init__(self, address: tuple[str, int], token: str) -> None:
+        self.hub = Hub()
+        self.token = token
+        self.connections: set[socket.socket] = set()
+        self.stopped = threading.Event()
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, _Handler)
+
+
+class EmbeddedServer:
+    """Listens from construction until `close`.
+
+    Raises:
+        OSError: the address cannot be bound (in use: another node already hosts the store).
+    """
+
+    def __init__(self, host: str, port: int, *, token: str) -> None:
+        self._server = _Server((host, port), token)
+        self.host = host
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="kv-server", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and drop every connection."""
+        self._server.stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._server.hub.close()
+        for sock in list(self._server.connections):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+        self._thread.join(timeout=2)

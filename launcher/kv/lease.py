@@ -1,0 +1,89 @@
+"""A lease as one object with one `lost` signal, whichever back end grants it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from launcher.errors import KVUnavailable
+
+log = logging.getLogger(__name__)
+
+_RENEWALS_PER_TTL = 4
+
+
+class Lease:
+    """Keeps itself alive from its own thread, over `renew`, four times per `ttl_s`.
+
+    `lost` is set once the store says that the lease is gone, or once no renewal has been answered for `ttl_s`: from
+    then on the keys under it may have been deleted.
+    """
+
+    def __init__(
+        self,
+        lease_id: int,
+        ttl_s: float,
+        *,
+        granted_s: float,
+        renew: Callable[[], bool],
+        revoke: Callable[[], None],
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`granted_s`: monotonic time just before the grant was asked for.
+
+        `renew` returns False if the store no longer knows the lease and raises `KVUnavailable` where there is no
+        answer; `close` frees what the two use.
+        """
+        self.lease_id = lease_id
+        self.ttl_s = ttl_s
+        self.lost = threading.Event()
+        self._deadline_s = granted_s + ttl_s
+        self._renew = renew
+        self._revoke = revoke
+        self._close = close
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name=f"lease-{lease_id}", daemon=True)
+        self._thread.start()
+
+    @property
+    def deadline_s(self) -> float:
+        """Monotonic time until which the lease surely stands: the last answered renewal's sending, plus the TTL.
+
+        The store counts from when the renewal arrived, which is later; so whoever stops at this time stops before
+        anybody else can see the lease end (Gray and Cheriton, "Leases", 1989).
+        """
+        return self._deadline_s
+
+    def _keep_alive(self) -> None:
+        period_s = self.ttl_s / _RENEWALS_PER_TTL
+        while not self._stopped.wait(period_s):
+            sent_s = time.monotonic()
+            try:
+                alive = self._renew()
+            except KVUnavailable as error:
+                log.warning("lease %x not renewed: %s", self.lease_id, error)
+                alive = sent_s < self._deadline_s
+                period_s = min(self.ttl_s / _RENEWALS_PER_TTL, 0.2)
+            else:
+                if alive:
+                    self._deadline_s = sent_s + self.ttl_s
+                period_s = self.ttl_s / _RENEWALS_PER_TTL
+            if not alive:
+                if not self._stopped.is_set():
+                    self.lost.set()
+                break
+        self._close()
+
+    def stop(self) -> None:
+        """Stop renewing and let the lease end by itself."""
+        self._stopped.set()
+
+    def revoke(self) -> None:
+        """End the lease now, with every key under it. An unreachable store ends it later by itself."""
+        self._stopped.set()
+        try:
+            self._revoke()
+        except KVUnavailable as error:
+            log.warning("lease %x not revoked, it ends in %.1f s: %s", self.lease_id, self.ttl_s, error)

@@ -1,0 +1,125 @@
+"""The store itself as a state machine: keys, revisions, leases and a bounded history. No clock, no thread, no I/O.
+
+`memory` and `embedded` put a lock, a clock and a socket around it; the simulator drives it with virtual time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from launcher.errors import Compacted
+from launcher.kv.base import Entry, Listing, WatchEvent
+
+HISTORY_EVENTS = 10_000
+
+
+@dataclass
+class _Grant:
+    ttl_s: float
+    ends_s: float
+    keys: set[str] = field(default_factory=set)
+
+
+class State:
+    """All methods that depend on time take `now_s` (any monotonic clock, the same for all calls)."""
+
+    def __init__(self, history_events: int = HISTORY_EVENTS) -> None:
+        self.revision = 0
+        self._entries: dict[str, Entry] = {}
+        self._lease_of: dict[str, int] = {}
+        self._grants: dict[int, _Grant] = {}
+        self._history: deque[WatchEvent] = deque(maxlen=history_events)
+        self._next_lease_id = 1
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of `key`, or None."""
+        return self._entries.get(key)
+
+    def list(self, prefix: str) -> Listing:
+        """Entries under `prefix`, by key."""
+        found = (self._entries[key] for key in sorted(self._entries) if key.startswith(prefix))
+        return Listing(tuple(found), self.revision)
+
+    def put(self, key: str, value: bytes, if_revision: int | None, lease_id: int | None) -> Entry | None:
+        """Write `key`; None on a lost race or an unknown lease."""
+        current = self._entries.get(key)
+        if if_revision is not None and (current.revision if current else 0) != if_revision:
+            return None
+        if lease_id is not None and lease_id not in self._grants:
+            return None
+        self._detach(key)
+        if lease_id is not None:
+            self._lease_of[key] = lease_id
+            self._grants[lease_id].keys.add(key)
+        self.revision += 1
+        created = current.create_revision if current else self.revision
+        entry = Entry(key, value, self.revision, created)
+        self._entries[key] = entry
+        self._history.append(WatchEvent(key, entry, self.revision))
+        return entry
+
+    def delete(self, key: str, if_revision: int | None = None) -> bool:
+        """Delete `key` if it is there (at `if_revision`)."""
+        current = self._entries.get(key)
+        if current is None or (if_revision is not None and current.revision != if_revision):
+            return False
+        self._detach(key)
+        del self._entries[key]
+        self.revision += 1
+        self._history.append(WatchEvent(key, None, self.revision))
+        return True
+
+    def events(self, prefix: str, from_revision: int) -> tuple[WatchEvent, ...]:
+        """Changes under `prefix` from `from_revision` on.
+
+        Raises:
+            Compacted: some of them are no longer in the history.
+        """
+        oldest = self._history[0].revision if self._history else 1
+        if from_revision < oldest and oldest > 1:
+            raise Compacted(f"revision {from_revision} is forgotten; the oldest kept is {oldest}")
+        recent: deque[WatchEvent] = deque()
+        for event in reversed(self._history):
+            if event.revision < from_revision:
+                break
+            if event.key.startswith(prefix):
+                recent.appendleft(event)
+        return tuple(recent)
+
+    def grant(self, ttl_s: float, now_s: float) -> int:
+        """A new lease; its id."""
+        lease_id = self._next_lease_id
+        self._next_lease_id += 1
+        self._grants[lease_id] = _Grant(ttl_s, now_s + ttl_s)
+        return lease_id
+
+    def renew(self, lease_id: int, now_s: float) -> bool:
+        """Start the lease's TTL anew; False if it has ended."""
+        grant = self._grants.get(lease_id)
+        if grant is None:
+            return False
+        grant.ends_s = now_s + grant.ttl_s
+        return True
+
+    def revoke(self, lease_id: int) -> None:
+        """End a lease and delete its keys."""
+        grant = self._grants.pop(lease_id, None)
+        for key in sorted(grant.keys) if grant else ():
+            self.delete(key)
+
+    def expire(self, now_s: float) -> float | None:
+        """End the leases whose time is over; when the next one would end, or None."""
+        for lease_id in [i for i, grant in self._grants.items() if grant.ends_s <= now_s]:
+            self.revoke(lease_id)
+        return min((grant.ends_s for grant in self._grants.values()), default=None)
+
+    def extend_all(self, seconds: float) -> None:
+        """Add `seconds` to every lease: the store itself was stopped that long, nobody could renew."""
+        for grant in self._grants.values():
+            grant.ends_s += seconds
+
+    def _detach(self, key: str) -> None:
+        lease_id = self._lease_of.pop(key, None)
+        if lease_id is not None and lease_id in self._grants:
+            self._grants[lease_id].keys.discard(key)

@@ -1,0 +1,95 @@
+"""How the embedded store's clients and server talk: length-prefixed JSON over TCP, after proof of a shared token.
+
+Nothing is unpickled. The token itself never travels: each side proves with an HMAC over both sides' nonces that it
+knows it, so neither a stranger nor a server in the store's place gets past the first exchange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import struct
+from typing import Any
+
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_HANDSHAKE_BYTES = 1024
+PROTOCOL = "elastic-moe-kv/1"
+
+
+class ProtocolError(Exception):
+    """The other side does not speak this protocol, or does not know the token."""
+
+
+def send(sock: socket.socket, message: dict[str, Any]) -> None:
+    """Send one message."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    sock.sendall(struct.pack(">I", len(body)) + body)
+
+
+def receive(sock: socket.socket, limit_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
+    """Receive one message.
+
+    Raises:
+        EOFError: the other side closed the connection.
+        ProtocolError: the frame is too large or is not a JSON object.
+    """
+    (size_bytes,) = struct.unpack(">I", _exactly(sock, 4))
+    if size_bytes > limit_bytes:
+        raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
+    try:
+        message = json.loads(_exactly(sock, size_bytes))
+    except ValueError as error:
+        raise ProtocolError("a frame that is not JSON") from error
+    if not isinstance(message, dict):
+        raise ProtocolError("a frame that is not a JSON object")
+    return message
+
+
+def _exactly(sock: socket.socket, size_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < size_bytes:
+        chunk = sock.recv(size_bytes - len(data))
+        if not chunk:
+            raise EOFError("connection closed")
+        data += chunk
+    return bytes(data)
+
+
+def greet_as_server(sock: socket.socket, token: str) -> None:
+    """The server's half of the handshake.
+
+    Raises:
+        ProtocolError: a client without the token, or of another protocol.
+    """
+    nonce = secrets.token_hex(16)
+    send(sock, {"protocol": PROTOCOL, "nonce": nonce})
+    answer = receive(sock, MAX_HANDSHAKE_BYTES)
+    theirs = str(answer.get("nonce", ""))
+    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(token, "client", nonce, theirs)):
+        send(sock, {"refused": "wrong token"})
+        raise ProtocolError("a client with a wrong token")
+    send(sock, {"proof": _proof(token, "server", theirs, nonce)})
+
+
+def greet_as_client(sock: socket.socket, token: str) -> None:
+    """The client's half of the handshake.
+
+    Raises:
+        ProtocolError: not this protocol, or the token is not the server's.
+    """
+    hello = receive(sock, MAX_HANDSHAKE_BYTES)
+    if hello.get("protocol") != PROTOCOL:
+        raise ProtocolError("not an elastic-moe store")
+    nonce, theirs = secrets.token_hex(16), str(hello.get("nonce", ""))
+    send(sock, {"nonce": nonce, "proof": _proof(token, "client", theirs, nonce)})
+    answer = receive(sock, MAX_HANDSHAKE_BYTES)
+    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(token, "server", nonce, theirs)):
+        raise ProtocolError("the token is not the server's")
+
+
+def _proof(token: str, side: str, challenge: str, nonce: str) -> str:
+    text = f"{PROTOCOL}:{side}:{challenge}:{nonce}"
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
