@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from launcher.mesh import TIE, Infeasible, MeshPlan, MeshSpec, expert_padding, memory_bytes, plan, price, step_s
 
-
 # Makes nearly every layout equally fast, so that the order among equals decides.
 FREE_COMMUNICATION = {"intra_node_bytes_per_s": 1e30, "inter_node_bytes_per_s": 1e30, "latency_s": 1e-30}
 
@@ -171,6 +170,14 @@ def test_memory_forces_shards() -> None:
     tight = price(16, moe(memory_cap_bytes=80 << 30), ranks_per_node=8)
     assert tight.memory_bytes <= 80 << 30 < roomy.memory_bytes
     assert tight.plan.shard * tight.plan.expert > roomy.plan.shard * roomy.plan.expert
+
+
+@pytest.mark.parametrize("fits", range(1, 41))
+def test_the_largest_micro_batch_that_fits_memory(fits: int) -> None:
+    """Each round gathers the parameters again, so of all that fit the plan has the fewest rounds."""
+    spec = moe(global_batch=80, shard=2, latency_s=100.0)
+    cap_bytes = memory_bytes(MeshPlan(1, 2, 1, 0, fits, 1), spec)
+    assert plan(2, spec.replace(memory_cap_bytes=cap_bytes), ranks_per_node=2).rounds == math.ceil(40 / fits)
 
 
 def test_a_live_copy_is_preferred_among_equals() -> None:
