@@ -1,0 +1,1 @@
+"""The command `elastic-moe`: one file for each verb, joined in `main`."""

@@ -1,0 +1,67 @@
+"""The argument parser that every verb uses: no abbreviations, and each mistake told in one line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, NoReturn
+
+PROG = "elastic-moe"
+USAGE_EXIT_CODE = 2
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction["Parser"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose sub-parsers are of its own kind (argparse makes them by `type(self)`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage block."""
+        self.exit(USAGE_EXIT_CODE, f"{PROG}: error: {message} (see {self.prog} --help)\n")
+
+
+class PrintCompletion(argparse.Action):
+    """Writes a shell's completion script to stdout and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        import shtab  # needed by this option alone
+
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def node_range(text: str) -> range:
+    """`"4"` or `"1:16"`, both ends included, as a range of node counts; for argparse's `type`."""
+    least, _, most = text.partition(":")
+    try:
+        low, high = int(least), int(most or least)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor MIN:MAX") from None
+    if not 1 <= low <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of node counts: 1 <= MIN <= MAX")
+    return range(low, high + 1)
+
+
+def positive_int(text: str) -> int:
+    """A whole number above zero; for argparse's `type`."""
+    return _at_least(1, text)
+
+
+def natural_int(text: str) -> int:
+    """A whole number, zero included; for argparse's `type`."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
+    return value
