@@ -1,0 +1,84 @@
+"""The shape of the model. No torch: the command line and the mesh planner read it too."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelConfig(BaseModel):
+    """A decoder of attention and Mixture-of-Experts layers, Mixtral's mathematics (arXiv:2401.04088)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    vocab_size: int = Field(256, ge=2)
+    """Number of token ids; 256 for text read as bytes."""
+    dim: int = Field(128, ge=2)
+    """Width of the residual stream. Multiples of 32 use the fast expert kernels."""
+    num_layers: int = Field(4, ge=1)
+    """Decoder layers, each one attention and one MoE layer."""
+    num_heads: int = Field(4, ge=1)
+    """Query heads."""
+    num_kv_heads: int = Field(2, ge=1)
+    """Key and value heads; fewer than `num_heads` is grouped-query attention (arXiv:2305.13245)."""
+    head_dim: int | None = Field(None, ge=2)
+    """Width of one head; none means `dim / num_heads`."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary position embedding (arXiv:2104.09864)."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of every initial weight matrix."""
+
+    num_experts: int = Field(8, ge=1)
+    """Experts in each MoE layer. The expert-parallel degree must divide it."""
+    top_k: int = Field(2, ge=1)
+    """Experts that process each token."""
+    expert_dim: int = Field(256, ge=1)
+    """Hidden width of one SwiGLU expert. Multiples of 32 use the fast expert kernels."""
+    shared_expert_dim: int = Field(0, ge=0)
+    """Hidden width of an expert that processes every token besides the chosen ones; 0 for none."""
+
+    balance: Literal["sequence", "bias", "none"] = "sequence"
+    """How the experts' loads are kept level. `sequence`: an auxiliary loss for each sequence (DeepSeek-V3,
+    arXiv:2412.19437 eq. 17). `bias`: no loss, but a selection bias moved once a step against the whole batch's
+    load (arXiv:2408.15664). Neither depends on how the batch is split over ranks and micro-batches."""
+    balance_coeff: float = Field(1e-2, ge=0)
+    """Weight of the `sequence` loss."""
+    balance_rate: float = Field(1e-3, ge=0)
+    """Step of the `bias` update."""
+    z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the squared log-partition of the router's logits (ST-MoE, arXiv:2202.08906); 0 for none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "query heads share key heads in equal groups"
+            )
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: set head_dim")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim {self.head_width} is odd: rotary embeddings turn pairs")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def num_expert_params(self) -> int:
+        """Parameters of all routed experts of all layers."""
+        return self.num_layers * self.num_experts * 3 * self.dim * self.expert_dim
+
+    @property
+    def num_dense_params(self) -> int:
+        """Parameters outside the routed experts: embedding, attention, norms, routers, shared experts, head."""
+        attention = 2 * self.dim * self.head_width * (self.num_heads + self.num_kv_heads)
+        layer = attention + 2 * self.dim + self.num_experts * self.dim + 3 * self.dim * self.shared_expert_dim
+        return self.num_layers * layer + 2 * self.vocab_size * self.dim + self.dim

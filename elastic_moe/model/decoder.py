@@ -1,0 +1,89 @@
+"""The decoder.
+
+Shape suffixes: B sequences, S positions, V vocabulary, D model dim, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_moe.model.attention import Attention
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.moe import MoE, RouterTerms
+
+
+class DecoderOutput(NamedTuple):
+    """Logits, and what the routers of all layers left: see `RouterTerms`."""
+
+    logits_BSV: Tensor
+    load_LE: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+class Block(nn.Module):
+    """Attention and MoE, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.moe = MoE(config)
+
+    def forward(self, x_BSD: Tensor, real_B: Tensor) -> tuple[Tensor, RouterTerms]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        mixed_BSD, terms = self.moe(self.moe_norm(x_BSD), real_B)
+        return x_BSD + mixed_BSD, terms
+
+
+class Decoder(nn.Module):
+    """Token ids (B, S) int64 to next-token logits (B, S, V)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, real_B: Tensor | None = None) -> DecoderOutput:
+        """Run the model.
+
+        Args:
+            tokens_BS: int64 token ids.
+            real_B: bool, False for padding sequences, left out of every term; None means that all are real.
+        """
+        if real_B is None:
+            real_B = torch.ones(tokens_BS.shape[0], dtype=torch.bool, device=tokens_BS.device)
+        x_BSD = self.embed(tokens_BS)
+        terms = []
+        for block in self.layers:
+            x_BSD, of_layer = block(x_BSD, real_B)
+            terms.append(of_layer)
+        return DecoderOutput(
+            logits_BSV=self.head(self.norm(x_BSD)),
+            load_LE=torch.stack([t.load_E for t in terms]),
+            balance=torch.stack([t.balance for t in terms]).sum(),
+            z=torch.stack([t.z for t in terms]).sum(),
+        )
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers from the first to the last, by their type."""
+        return [cast(Block, block) for block in self.layers]
+
+
+def token_loss(logits_BSV: Tensor, targets_BS: Tensor, real_B: Tensor) -> Tensor:
+    """Sum of the next-token cross entropies over the real sequences, nats, as a float64 scalar.
+
+    Each sequence is summed on its own in fp32, and sequences are added in float64, so that the sum does not
+    depend on the batch that a sequence is in.
+    """
+    loss_BS = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
+    return (loss_BS.view_as(targets_BS).sum(dim=1) * real_B).double().sum()

@@ -1,0 +1,30 @@
+"""Expert parallelism, FSDP2 and HSDP for the decoder, from a `launcher.mesh.MeshPlan`.
+
+    meshes = build_mesh(plan, device)
+    with torch.device("meta"):
+        model = Decoder(config)
+    parallelize(model, meshes)
+    materialize(model, device)
+    init_weights(model, seed=0)
+
+A world of one rank runs through the same code. Every parameter is then a DTensor of the model's full shape, so a
+checkpoint says which part of which tensor it holds, and any other mesh can load it.
+"""
+
+from elastic_moe.parallel.apply import Precision, parallelize
+from elastic_moe.parallel.gradients import clip_gradients, reduce_on
+from elastic_moe.parallel.meshes import Meshes, build_mesh
+from elastic_moe.parallel.weights import gather_full, init_weights, load_full, materialize
+
+__all__ = [
+    "Meshes",
+    "Precision",
+    "build_mesh",
+    "clip_gradients",
+    "gather_full",
+    "init_weights",
+    "load_full",
+    "materialize",
+    "parallelize",
+    "reduce_on",
+]

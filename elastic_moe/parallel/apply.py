@@ -1,0 +1,112 @@
+"""Turn a decoder into one that is spread over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from elastic_moe.errors import UserError
+from elastic_moe.model.decoder import Decoder
+from elastic_moe.model.experts import Experts
+from elastic_moe.parallel.dispatch import AllToAllDispatch
+from elastic_moe.parallel.meshes import EXPERT, Meshes
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the model computes in. Parameters, gradients and optimizer state are kept in fp32 regardless.
+
+    Attributes:
+        compute: dtype of weights and activations in forward and backward.
+        exact: add up every gradient in float64, so that its fp32 value does not depend on the mesh. For fp32
+            compute and one sequence a micro-batch; costs memory and time.
+    """
+
+    compute: torch.dtype = torch.float32
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.exact and self.compute is not torch.float32:
+            raise ValueError("exact needs fp32 compute")
+
+    @property
+    def dense_policy(self) -> MixedPrecisionPolicy:
+        if self.exact:
+            return MixedPrecisionPolicy(reduce_dtype=torch.float64, cast_forward_inputs=False)
+        return MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
+
+    @property
+    def experts_policy(self) -> MixedPrecisionPolicy:
+        if self.exact:
+            # float64 weights, so that autograd adds the sources' gradients in float64: see `Experts`.
+            return MixedPrecisionPolicy(
+                param_dtype=torch.float64, reduce_dtype=torch.float64, cast_forward_inputs=False
+            )
+        return self.dense_policy
+
+
+def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = None) -> None:
+    """Apply expert parallelism, FSDP2 and HSDP in place; best on a model built on the meta device.
+
+    Gradients come out as plain sums over all ranks: divide the loss by the tokens of the global batch. (FSDP2's own
+    averaging would make the experts' gradients EP times too large, for they saw the tokens of EP ranks.)
+
+    Raises:
+        UserError: the experts cannot be divided by the plan's expert-parallel degree.
+    """
+    precision = precision or Precision()
+    plan, num_experts = meshes.plan, model.config.num_experts
+    if num_experts % plan.expert:
+        raise UserError(
+            f"model.num_experts {num_experts} is not divisible by the mesh's expert-parallel degree "
+            f"{plan.expert}: choose a mesh whose expert dimension divides it"
+        )
+    for block in model.blocks:
+        experts = block.moe.experts
+        experts.exact = precision.exact
+        if plan.expert > 1:
+            _split_experts(experts, meshes.sparse[EXPERT])
+            block.moe.dispatch = AllToAllDispatch(meshes.expert_group)
+        # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
+        mesh = meshes.for_experts if plan.expert > 1 else meshes.for_dense
+        fully_shard(
+            experts,
+            mesh=mesh,
+            mp_policy=precision.experts_policy,
+            shard_placement_fn=_placement(experts, num_experts // plan.expert, _num_shards(mesh)),
+        )
+        fully_shard(block, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
+    fully_shard(model, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum, which a divide factor would ask of it.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    for name, param in list(experts.named_parameters(recurse=False)):
+        part = distribute_tensor(param, mesh, [Shard(0)], src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(part))
+
+
+def _num_shards(mesh: DeviceMesh) -> int:
+    return mesh.size(mesh.ndim - 1)
+
+
+def _placement(
+    experts: Experts, num_local_experts: int, num_shards: int
+) -> Callable[[nn.Parameter], Shard | None] | None:
+    """Where FSDP2 cuts a part of the experts: between experts where that is even, else through each of them.
+
+    It cuts unevenly along dimension 0 only, so that is what remains where the widths do not divide either.
+    """
+    widths = experts.gate_EFD.shape[1:]
+    through = num_local_experts % num_shards and not any(width % num_shards for width in widths)
+    return (lambda param: Shard(1)) if through else None

@@ -1,0 +1,55 @@
+"""Gradients over two meshes: when they are reduced, and their global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+from elastic_moe.parallel.meshes import REPLICATE, Meshes
+
+
+def reduce_on(model: nn.Module, last: bool) -> None:
+    """Say whether the coming backward pass is the last of its step: only that one reduces gradients over ranks."""
+    root = cast(FSDPModule, model)
+    root.set_requires_gradient_sync(last)
+    root.set_is_last_backward(last)
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter], meshes: Meshes, max_norm: float | None) -> float:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; None only measures.
+
+    One replica holds every parameter exactly once whatever the mesh that it is sharded over, so the squares are
+    added locally, in float64, and over the replica's ranks: one all-reduce of one number, where
+    `torch.nn.utils.clip_grad_norm_` fails on parameters of different meshes.
+
+    Returns:
+        The norm before clipping, the same on every rank.
+    """
+    grads = [_local(param.grad) for param in params if param.grad is not None]
+    device = torch.device(meshes.dense.device_type)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for grad in grads:
+        squares += grad.double().square().sum()
+    dist.all_reduce(squares, group=meshes.replica_group)
+    norm = float(squares.sqrt().item())
+    if max_norm is not None and norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
+
+
+def _local(grad: Tensor) -> Tensor:
+    assert isinstance(grad, DTensor), "every parameter is sharded by parallelize()"
+    names = grad.device_mesh.mesh_dim_names or ()
+    for name, placement in zip(names, grad.placements, strict=True):
+        assert not isinstance(placement, Replicate) or name == REPLICATE, (
+            f"a gradient repeated over {name} would be counted more than once"
+        )
+    return grad.to_local()

@@ -1,0 +1,95 @@
+"""Fill a sharded model: the same values on every mesh."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from elastic_moe.errors import UserError
+from elastic_moe.model.decoder import Decoder
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model built on the meta device its memory: this rank's shards, and buffers of zeros."""
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Initialise every parameter from `seed` and its name alone: norms to one, matrices to N(0, init_std).
+
+    Every rank draws the whole of one parameter at a time, the experts of a layer one by one, on the CPU, and keeps
+    its part: no communication, and the same model on any mesh.
+    """
+    for name, param in model.named_parameters():
+        if param.ndim == 1:
+            _local(param).fill_(1.0)
+            continue
+        draw = torch.Generator().manual_seed(_name_seed(seed, name))
+        if param.ndim == 2:
+            write_part(param, torch.empty(param.shape).normal_(std=model.config.init_std, generator=draw))
+            continue
+        local, starts = _local(param), _starts(param)
+        for expert in range(param.shape[0]):
+            full = torch.empty(param.shape[1:]).normal_(std=model.config.init_std, generator=draw)
+            if 0 <= (at := expert - starts[0]) < local.shape[0]:
+                local[at].copy_(_cut(full, starts[1:], local.shape[1:]))
+
+
+def _name_seed(seed: int, name: str) -> int:
+    """A 63-bit seed; torch's own hash() of a string differs from process to process."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def load_full(model: nn.Module, full: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors, each the same on all ranks, into the model's parameters. No communication.
+
+    Raises:
+        UserError: a parameter has no tensor in `full`, or one of another shape.
+    """
+    for name, param in model.named_parameters():
+        if name not in full:
+            raise UserError(f"the weights hold no {name}: are they of another model?")
+        if full[name].shape != param.shape:
+            raise UserError(
+                f"{name} has shape {tuple(full[name].shape)} in the weights and {tuple(param.shape)} in the model"
+            )
+        write_part(param, full[name])
+
+
+def write_part(param: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of `full` into `param`; all of it where the parameter is not sharded."""
+    local = _local(param)
+    local.copy_(_cut(full, _starts(param), local.shape))
+
+
+def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor whole, on every rank. A collective; for tests and exports of models that fit one rank."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def _local(param: Tensor) -> Tensor:
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def _starts(param: Tensor) -> tuple[int, ...]:
+    """Offsets of this rank's shard in the full tensor: the very ones that a checkpoint of it names."""
+    if not isinstance(param, DTensor):
+        return (0,) * param.ndim
+    (chunk,) = param.__create_chunk_list__()
+    return tuple(chunk.offsets)
+
+
+def _cut(full: Tensor, starts: tuple[int, ...], sizes: torch.Size) -> Tensor:
+    for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        # An empty shard's offset may lie beyond the end.
+        full = full.narrow(dim, min(start, full.shape[dim] - size), size)
+    return full

@@ -1,0 +1,84 @@
+"""What the ranks of a test run; each function is called on every rank by `tests.ranks`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic_moe.model import ModelConfig
+from elastic_moe.model.decoder import Decoder, token_loss
+from elastic_moe.parallel import (
+    Meshes,
+    Precision,
+    build_mesh,
+    clip_gradients,
+    gather_full,
+    init_weights,
+    materialize,
+    parallelize,
+    reduce_on,
+)
+from launcher.mesh import MeshPlan
+
+SMALL = ModelConfig(
+    vocab_size=64,
+    dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    num_experts=6,
+    top_k=2,
+    expert_dim=64,
+    shared_expert_dim=32,
+    z_loss_coeff=1e-3,
+)
+
+
+def layout(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
+    return MeshPlan(replicate=replicate, shard=shard, expert=expert, idle=0, micro_batch=2, rounds=1)
+
+
+def build(config: ModelConfig, plan: MeshPlan, precision: Precision | None = None) -> tuple[Decoder, Meshes]:
+    """A model of `config` on `plan`'s mesh, its weights from seed 0."""
+    meshes = build_mesh(plan, "cpu")
+    with torch.device("meta"):
+        model = Decoder(config)
+    parallelize(model, meshes, precision)
+    materialize(model, "cpu")
+    init_weights(model, seed=0)
+    return model, meshes
+
+
+def batch(config: ModelConfig, num_sequences: int, num_positions: int, seed: int = 1) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (num_sequences, num_positions + 1), generator=draw)
+
+
+def objective(model: Decoder, tokens: Tensor, num_sequences: int) -> Tensor:
+    """The loss of this rank's sequences as a part of the global batch's."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    out = model(inputs)
+    real = torch.ones(len(tokens), dtype=torch.bool)
+    num_tokens = num_sequences * inputs.shape[1]
+    config = model.config
+    return (
+        token_loss(out.logits_BSV, targets, real) / num_tokens
+        + config.balance_coeff * out.balance / num_sequences
+        + config.z_loss_coeff * out.z / num_tokens
+    )
+
+
+def gradients(
+    config: ModelConfig, plan: MeshPlan, num_rounds: int = 1, max_norm: float | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """Whole gradients, and their norm before clipping, of a batch of 8 that is split over ranks and rounds."""
+    model, meshes = build(config, plan)
+    tokens = batch(config, num_sequences=8, num_positions=16)
+    mine = tokens.tensor_split(dist.get_world_size())[dist.get_rank()]
+    parts = mine.tensor_split(num_rounds)
+    for i, part in enumerate(parts):
+        reduce_on(model, last=i + 1 == num_rounds)
+        objective(model, part, num_sequences=8).backward()
+    norm = clip_gradients(model.parameters(), meshes, max_norm)
+    return gather_full({name: p.grad for name, p in model.named_parameters() if p.grad is not None}), norm

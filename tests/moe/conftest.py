@@ -1,0 +1,3 @@
+from tests.ranks import ranks
+
+__all__ = ["ranks"]

@@ -1,0 +1,42 @@
+"""Gradients on every kind of mesh against those of one process."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from elastic_moe.model.decoder import Decoder
+from launcher.mesh import MeshPlan
+from tests.moe.cases import SMALL, gradients, layout
+from tests.ranks import Ranks
+
+MESHES = {
+    "FS2xEP2": layout(shard=2, expert=2),
+    "R2xEP2": layout(replicate=2, expert=2),
+    "R2xFS2": layout(replicate=2, shard=2),
+    "EP3": layout(expert=3),
+    "FS3": layout(shard=3),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks) -> tuple[dict[str, Tensor], float]:
+    return ranks.run(gradients, SMALL, layout(), world_size=1)[0]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2])
+@pytest.mark.parametrize("plan", MESHES.values(), ids=MESHES.keys())
+def test_every_gradient_equals_one_process(
+    ranks: Ranks, alone: tuple[dict[str, Tensor], float], plan: MeshPlan, num_rounds: int
+) -> None:
+    expected, expected_norm = alone
+    assert expected.keys() == dict(Decoder(SMALL).named_parameters()).keys()
+    for got, norm in ranks.run(gradients, SMALL, plan, num_rounds, world_size=plan.world_size):
+        assert got.keys() == expected.keys()
+        errors = {name: relative_error(got[name], expected[name]) for name in expected}
+        assert max(errors.values()) <= 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+        assert norm == pytest.approx(expected_norm, rel=1e-6)

@@ -1,0 +1,152 @@
+"""Run functions on several gloo ranks, in processes that are started once and used for many cases.
+
+::
+
+    def world_sum(value: int) -> int: ...            # a module-level function, importable from the test's module
+
+    def test_sum(ranks: Ranks) -> None:
+        assert ranks.run(world_sum, 3, world_size=4) == [12, 12, 12, 12]
+
+Each run gets a process group of its own over the first `world_size` processes. A rank that fails, dies or does not
+answer in time fails the run with its number and traceback, and ends all processes; the next run starts new ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+_context = multiprocessing.get_context("forkserver")
+# torch is imported once, in the server that the ranks are forked from.
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+
+
+class RankFailure(AssertionError):
+    """A rank failed; the message holds its number and its traceback."""
+
+
+class _Job(NamedTuple):
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    rank: int
+    world_size: int
+    store: str
+    timeout_s: float
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+class Ranks:
+    """A pool of processes; grows to the largest world asked for."""
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 60) -> list[Any]:
+        """Call `function(*args)` on every rank, inside an initialised process group; the results by rank.
+
+        Raises:
+            RankFailure: a rank raised, died, or did not answer within `timeout_s`.
+        """
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            while len(self._workers) < world_size:
+                self._workers.append(_start())
+            store = str(Path(folder, "store"))
+            for rank, worker in enumerate(self._workers[:world_size]):
+                worker.pipe.send(_Job(function, args, rank, world_size, store, timeout_s))
+            try:
+                return self._collect(world_size, time.monotonic() + timeout_s)
+            except BaseException:
+                self.close()
+                raise
+
+    def _collect(self, world_size: int, deadline_s: float) -> list[Any]:
+        pending = {worker.pipe: rank for rank, worker in enumerate(self._workers[:world_size])}
+        results: dict[int, Any] = {}
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline_s - time.monotonic()))
+            if not ready:
+                raise RankFailure(f"no answer in time from ranks {sorted(pending.values())} of {world_size}")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pending.pop(pipe)
+                try:
+                    error, results[rank] = pipe.recv()
+                except EOFError:
+                    raise RankFailure(f"rank {rank} of {world_size} died") from None
+                if error:
+                    raise RankFailure(f"rank {rank} of {world_size}:\n{error}")
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End every process, whatever it is doing."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers.clear()
+
+
+def _start() -> _Worker:
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((None, _run(job)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+
+
+def _run(job: _Job) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(job.store, job.world_size),
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=job.timeout_s),
+    )
+    try:
+        result = job.function(*job.args)
+        dist.barrier()
+        return result
+    finally:
+        dist.destroy_process_group()
+
+
+_shared = Ranks()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """The pool that all tests share; import it into a `conftest.py`."""
+    yield _shared
+    _shared.close()
