@@ -1,0 +1,22 @@
+"""Where the training data comes from. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DataConfig(BaseModel):
+    """A corpus. All its files are read in the order of their names, which must not change while a job runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str = "stdlib"
+    """A path or any fsspec URL, with `*` for several files. `stdlib` is the source text of the running Python's own
+    standard library: real text on every machine, without a download."""
+    format: Literal["auto", "text", "jsonl", "tokens"] = "auto"
+    """`text` and `jsonl` are read as UTF-8 bytes, one token each; `tokens` are `.npy` arrays of uint8, uint16 or
+    uint32 token ids. `auto` goes by the file name: `.jsonl`, `.npy`, anything else is text."""
+    jsonl_field: str = Field("text", min_length=1)
+    """The field of each JSON line that holds its text."""

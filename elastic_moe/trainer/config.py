@@ -1,0 +1,84 @@
+"""How long, how fast and with what state the model trains. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class OptimConfig(BaseModel):
+    """AdamW (arXiv:1711.05101), with a linear warm-up and a cosine decay that are pure functions of the step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate at the end of the warm-up."""
+    lr_min_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate after the last step, as a part of `lr`."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate grows linearly."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the mean square."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of weight matrices; norms are never decayed."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest global L2 norm of the gradient; none leaves it alone."""
+
+
+class TrainConfig(BaseModel):
+    """The run itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps of the whole job, over all its restarts; the learning rate decays towards the last."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides the initial weights and the order of the samples."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences in a step, whatever the world size: ranks share them, and accumulate what does not fit."""
+    seq_len: int = Field(128, ge=1)
+    """Tokens in a sequence."""
+    max_micro_batch: int | None = Field(None, ge=1)
+    """Most sequences in one forward and backward pass of a rank; none means no limit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is cuda where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What forward and backward compute in; parameters and optimizer state are fp32 regardless."""
+    exact: bool = False
+    """Let no bit of the result depend on the world size or mesh: micro-batches of one, gradients added in float64.
+    To verify a set-up, not to be fast. Needs float32."""
+    metrics: str | None = "metrics.jsonl"
+    """File that rank 0 appends a JSON line to for each step; none writes none."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of progress on the log."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.exact and self.dtype != "float32":
+            raise ValueError(f'exact = true needs dtype = "float32", not "{self.dtype}"')
+        if self.exact and self.max_micro_batch not in (None, 1):
+            raise ValueError(f"exact = true trains in micro-batches of 1, not {self.max_micro_batch}")
+        return self
+
+    @property
+    def micro_batch_limit(self) -> int | None:
+        """Most sequences in one pass, exact mode considered; None for no limit."""
+        return 1 if self.exact else self.max_micro_batch
+
+
+class CheckpointConfig(BaseModel):
+    """Where the state goes, and how often."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str | None = None
+    """Folder or store URL that the run's checkpoints are kept in; none keeps no checkpoint."""
+    every: int = Field(50, ge=1)
+    """Steps between two checkpoints; the last step is always kept."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints kept."""
