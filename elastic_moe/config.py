@@ -1,0 +1,209 @@
+"""A job: its sections, and how a TOML file, the environment and `--set` make one.
+
+Later wins: the sections' defaults, the file, ``ELASTIC_MOE__SECTION__FIELD`` in the environment, ``--set
+section.field=value``. The values of the last two are read as TOML, and what is no TOML value is a string, so
+``--set checkpoint.url=s3://bucket/run`` needs no quotes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from elastic_moe.data.config import DataConfig
+from elastic_moe.errors import UserError
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
+from launcher.mesh import MeshSpec
+
+ENV_PREFIX = "ELASTIC_MOE__"
+
+_GIB = 1 << 30
+
+
+class MeshConfig(BaseModel):
+    """What the mesh planner is told beyond the model: pins, limits, and the machines' speed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    expert: int | None = Field(None, ge=1)
+    """Fixes the expert-parallel degree; it must divide `model.num_experts`."""
+    shard: int | None = Field(None, ge=1)
+    """Fixes the number of FSDP shards."""
+    replicate: int | None = Field(None, ge=1)
+    """Fixes the number of replicas."""
+    max_idle: int = Field(0, ge=0)
+    """Slots that may stay without a worker where fewer ranks are as fast."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of one rank; none plans without a limit."""
+    flops_per_s: float = Field(3e14, gt=0)
+    """Floating-point operations per second that a rank achieves."""
+    intra_node_bytes_per_s: float = Field(2e11, gt=0)
+    """Bandwidth of a rank to another of its node."""
+    inter_node_bytes_per_s: float = Field(2e10, gt=0)
+    """Bandwidth of a rank to another node."""
+    latency_s: float = Field(2e-5, gt=0)
+    """Fixed cost of a collective."""
+
+
+class JobConfig(BaseModel):
+    """All of a training job. Each section is declared beside the code that obeys it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+
+    @model_validator(mode="after")
+    def _experts_divide(self) -> Self:
+        if self.mesh.expert is not None and self.model.num_experts % self.mesh.expert:
+            raise ValueError(
+                f"mesh.expert = {self.mesh.expert} does not divide model.num_experts = {self.model.num_experts}: "
+                "each expert-parallel rank holds as many experts as every other"
+            )
+        return self
+
+
+class Setting(NamedTuple):
+    """One value from outside the file, and what to call its origin in an error."""
+
+    path: tuple[str, ...]
+    value: Any
+    origin: str
+
+
+def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, str]) -> JobConfig:
+    """The job in the TOML file `path`, with the environment and `sets` ("section.field=value") laid over it.
+
+    Raises:
+        UserError: The file is missing or no TOML, or a field is unknown or has a value it cannot have.
+    """
+    tree = _read(Path(path))
+    settings = [*_from_environ(environ), *_from_sets(sets)]
+    for setting in settings:
+        _lay(tree, setting, Path(path))
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(include_url=False), str(path), settings)) from None
+
+
+def mesh_spec(job: JobConfig) -> MeshSpec:
+    """What the planner needs to know of `job`."""
+    model, mesh = job.model, job.mesh
+    return MeshSpec(
+        global_batch=job.train.global_batch,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        dense_params=model.num_dense_params,
+        expert_params=model.num_expert_params,
+        num_layers=model.num_layers,
+        model_dim=model.dim,
+        ffn_dim=model.expert_dim,
+        tokens_per_sample=job.train.seq_len,
+        max_idle=mesh.max_idle,
+        max_micro_batch=job.train.micro_batch_limit,
+        memory_cap_bytes=None if mesh.memory_gib is None else round(mesh.memory_gib * _GIB),
+        expert=mesh.expert,
+        shard=mesh.shard,
+        replicate=mesh.replicate,
+        flops_per_s=mesh.flops_per_s,
+        intra_node_bytes_per_s=mesh.intra_node_bytes_per_s,
+        inter_node_bytes_per_s=mesh.inter_node_bytes_per_s,
+        latency_s=mesh.latency_s,
+        activation_bytes=4 if job.train.dtype == "float32" else 2,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"job file {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read job file {path}: {error.strerror}") from None
+    except ValueError as error:  # TOMLDecodeError names line and column; UnicodeDecodeError the byte
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[Setting]:
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX):
+            path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+            yield _setting(path, environ[name], name, f"{ENV_PREFIX}SECTION__FIELD")
+
+
+def _from_sets(sets: Iterable[str]) -> Iterator[Setting]:
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: there is no value; write SECTION.FIELD=VALUE")
+        yield _setting(tuple(key.strip().split(".")), value.strip(), f"--set {key.strip()}", "SECTION.FIELD=VALUE")
+
+
+def _setting(path: tuple[str, ...], text: str, origin: str, form: str) -> Setting:
+    if len(path) != 2 or not all(path):
+        homes = [f"{section}.{path[-1]}" for section in _fields(JobConfig) if path[-1] in _fields(JobConfig, section)]
+        hint = f"; did you mean {homes[0]}?" if homes else ""
+        raise UserError(f"{origin}: write {form}{hint}")
+    return Setting(path, _value(text), origin)
+
+
+def _value(text: str) -> Any:
+    try:
+        tree = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return tree["value"] if len(tree) == 1 else text
+
+
+def _lay(tree: dict[str, Any], setting: Setting, path: Path) -> None:
+    section, field = setting.path
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: {section} = {table!r} is a value; it must be a section, [{section}]")
+    table[field] = setting.value
+
+
+def _fields(model: type[BaseModel], section: str | None = None) -> list[str]:
+    """Field names of `model`, or of its section."""
+    if section is None:
+        return list(model.model_fields)
+    inner = model.model_fields[section].annotation
+    return list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+
+
+def _explain(errors: Sequence[ErrorDetails], file: str, settings: Sequence[Setting]) -> str:
+    """The first mistake in one line: where it stands, which field, its value, what is allowed."""
+    first = errors[0]
+    loc = tuple(map(str, first["loc"]))
+    # An unknown section is named alone; a section's own validator too, but blames no single field.
+    depth = len(loc) if first["type"] == "extra_forbidden" else 2
+    origin = next((setting.origin for setting in reversed(settings) if setting.path[:depth] == loc[:2]), file)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{origin}: {_mistake(first, loc)}{more}"
+
+
+def _mistake(error: ErrorDetails, loc: tuple[str, ...]) -> str:
+    name = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = _fields(JobConfig) if len(loc) == 1 else _fields(JobConfig, loc[0])
+        close = difflib.get_close_matches(loc[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        return f"unknown {'section' if len(loc) == 1 else 'key'} {name}; {hint}"
+    if error["type"] == "value_error":  # a section's own validator names its fields itself
+        return f"{name + ': ' if loc else ''}{error['msg'].removeprefix('Value error, ')}"
+    allowed = error["msg"].replace("Input should be", "it must be")
+    if isinstance(error["input"], dict):
+        return f"{name}: {allowed}"
+    return f"{name} = {error['input']!r}: {allowed}"
