@@ -57,12 +57,12 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    model: ModelConfig = Field(default={}, validate_default=True)
+    data: DataConfig = Field(default={}, validate_default=True)
+    optim: OptimConfig = Field(default={}, validate_default=True)
+    train: TrainConfig = Field(default={}, validate_default=True)
+    checkpoint: CheckpointConfig = Field(default={}, validate_default=True)
+    mesh: MeshConfig = Field(default={}, validate_default=True)
 
     @model_validator(mode="after")
     def _experts_divide(self) -> Self:
