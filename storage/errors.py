@@ -1,0 +1,69 @@
+"""What can go wrong in `storage`. `exit_code` is what a command line ends with.
+
+StorageError
+├── NotFound           no object of that name
+├── AlreadyExists      a conditional put met an object; a step that is committed already
+├── Corrupt            bytes are not what was written: checksum, size, format
+├── Transient          may work when tried again: time-out, throttling, reset
+├── Denied             the store, or our own rules, refuse the access
+├── Fenced             a newer owner has taken this run over; this process may no longer commit
+└── UsageError         the caller's mistake; the message is one line that says what to do
+    ├── BadURL             no store by that URL
+    ├── NoCheckpoint       nothing committed at that URL
+    ├── WrongModel         the checkpoint belongs to another model
+    └── UnsupportedValue   a value that no safe loader could read back
+"""
+
+from __future__ import annotations
+
+
+class StorageError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class NotFound(StorageError):
+    """The object does not exist."""
+
+
+class AlreadyExists(StorageError):
+    """The object exists and must not be overwritten."""
+
+
+class Corrupt(StorageError):
+    """What was read is not what was written."""
+
+
+class Transient(StorageError):
+    """The operation may succeed when tried again."""
+
+
+class Denied(StorageError):
+    """Access refused, by the store or by a rule of this package."""
+
+
+class Fenced(StorageError):
+    """A newer owner has claimed the run."""
+
+
+class UsageError(StorageError):
+    """A mistake of the caller; `str(error)` is one line that names the value and the mend."""
+
+    exit_code = 2
+
+
+class BadURL(UsageError):
+    """The URL names no store that can be opened."""
+
+
+class NoCheckpoint(UsageError):
+    """There is no committed checkpoint at the URL."""
+
+
+class WrongModel(UsageError):
+    """Keys or shapes of the state differ from the checkpoint's."""
+
+
+class UnsupportedValue(UsageError):
+    """A value of the state cannot be stored so that it can be loaded without executing code."""

@@ -1,0 +1,230 @@
+"""A folder as an object store: `file:///path` or a plain path.
+
+An object is one file of mode 0600, in folders of mode 0700. A put writes a file under `ROOT/.tmp`, syncs it, and
+then links it (if_absent) or renames it into place: both are atomic on POSIX file systems, and the folder is synced
+after. What a killed process leaves under `.tmp` is swept a day later by whoever opens the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.objects import Buffer, ObjectInfo, check_key, check_prefix
+
+_TMP = ".tmp"
+_TMP_AGE_S = 24 * 3600.0
+_IOV_MAX = 512  # below every Linux's IOV_MAX of 1024
+_NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
+
+
+class LocalStore:
+    """Objects as files below one folder, which is created by the first put."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(os.path.abspath(root))
+        if self._root.exists() and not self._root.is_dir():
+            raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
+        self._sweep()
+
+    @property
+    def url(self) -> str:
+        """The folder's absolute path."""
+        return str(self._root)
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """See `ObjectStore.put`."""
+        path = self._path(key)
+        with self._translated(key):
+            self._make_folder(path.parent)
+            self._make_folder(self._root / _TMP)
+            temporary = self._root / _TMP / uuid.uuid4().hex
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                try:
+                    _write_all(fd, buffers)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                self._place(temporary, path, if_absent)
+                status = os.stat(path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _sync_folder(path.parent)
+            return _info(key, status)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        """See `ObjectStore.read_into`."""
+        with self._translated(key):
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if if_match is not None and _info(key, os.fstat(fd)).etag != if_match:
+                    raise Corrupt(f"{key} in {self.url} changed while it was read")
+                if not _read_all(fd, offset, buffers):
+                    raise Corrupt(f"{key} in {self.url} is shorter than it must be ({os.fstat(fd).st_size} bytes)")
+            finally:
+                os.close(fd)
+
+    def read(self, key: str) -> bytes:
+        """See `ObjectStore.read`."""
+        with self._translated(key):
+            return self._path(key).read_bytes()
+
+    def info(self, key: str) -> ObjectInfo:
+        """See `ObjectStore.info`."""
+        with self._translated(key):
+            path = self._path(key)
+            if path.is_dir():
+                raise NotFound(f"{key} is not in {self.url}")
+            return _info(key, os.stat(path))
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        check_prefix(prefix)
+        folder, _, _ = prefix.rpartition("/")
+        found = []
+        with self._translated(prefix):
+            for base, folders, names in os.walk(self._root / folder):
+                if Path(base) == self._root:
+                    folders[:] = [name for name in folders if name != _TMP]
+                for name in names:
+                    path = Path(base, name)
+                    key = path.relative_to(self._root).as_posix()
+                    if key.startswith(prefix):
+                        with contextlib.suppress(FileNotFoundError):  # deleted since the walk saw it
+                            found.append(_info(key, os.stat(path)))
+        return sorted(found, key=lambda info: info.key)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See `ObjectStore.folders`."""
+        check_prefix(prefix)
+        with self._translated(prefix):
+            try:
+                with os.scandir(self._root / prefix) as entries:
+                    names = [entry.name for entry in entries if entry.is_dir()]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(name for name in names if prefix or name != _TMP)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`. Folders that become empty go as well."""
+        path = self._path(key)
+        with self._translated(key):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+            folder = path.parent
+            try:
+                while folder != self._root:
+                    os.rmdir(folder)
+                    folder = folder.parent
+            except OSError as error:  # not empty, or another process was faster
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, *_NO_FOLDER}:
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                _sync_folder(folder)
+
+    def _path(self, key: str) -> Path:
+        """The file of `key`. A link inside the store must not lead out of it either."""
+        path = self._root / check_key(key)
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self._root)):
+            raise Denied(f"{key} in {self.url} leads out of the store")
+        if key.split("/", 1)[0] == _TMP:
+            raise Denied(f"refused object name {key!r}: {_TMP} is the store's own")
+        return path
+
+    def _place(self, temporary: Path, path: Path, if_absent: bool) -> None:
+        for attempt in range(3):
+            try:
+                if if_absent:
+                    os.link(temporary, path)
+                else:
+                    os.replace(temporary, path)
+                return
+            except FileExistsError:
+                raise AlreadyExists(f"{path} exists") from None
+            except FileNotFoundError:
+                # a concurrent delete removed the folder while it was empty
+                if attempt == 2:
+                    raise
+                self._make_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        if not folder.parent.is_dir():
+            self._make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+            _sync_folder(folder.parent)
+
+    def _sweep(self) -> None:
+        with contextlib.suppress(OSError), os.scandir(self._root / _TMP) as entries:
+            for entry in entries:
+                if entry.stat().st_mtime < time.time() - _TMP_AGE_S:
+                    os.unlink(entry.path)
+
+    @contextlib.contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise NotFound(f"{key} is not in {self.url}") from None
+        except PermissionError as error:
+            raise Denied(f"{key} in {self.url}: {error.strerror}") from error
+        except OSError as error:
+            raise Transient(f"{key} in {self.url}: {error.strerror or error}") from error
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    etag = f"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"
+    return ObjectInfo(key, status.st_size, etag)
+
+
+def _views(buffers: Sequence[Buffer]) -> list[memoryview]:
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    return [view for view in views if view.nbytes]
+
+
+def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
+    rest = _views(buffers)
+    while rest:
+        rest = _advance(rest, os.writev(fd, rest[:_IOV_MAX]))
+
+
+def _read_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> bool:
+    """Fill the buffers; False if the file ends before."""
+    rest = _views(buffers)
+    while rest:
+        num_bytes = os.preadv(fd, rest[:_IOV_MAX], offset)
+        if num_bytes == 0:
+            return False
+        offset += num_bytes
+        rest = _advance(rest, num_bytes)
+    return True
+
+
+def _advance(views: list[memoryview], num_bytes: int) -> list[memoryview]:
+    index = 0
+    while index < len(views) and num_bytes >= views[index].nbytes:
+        num_bytes -= views[index].nbytes
+        index += 1
+    if num_bytes:
+        return [views[index][num_bytes:], *views[index + 1 :]]
+    return views[index:]
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,178 @@
+"""`manifest.json`: the index of one checkpoint, and the receipts it is made of.
+
+A sealed document (`storage.sealed`), version 1. It answers without a pickle where every byte of every tensor is, and
+what its checksum must be:
+
+- `objects`: the data objects with their sizes, and the etags that the store gave when they were written (an etag
+  means something only in the store of that time; a copied checkpoint has others).
+- `tensors`, `values`: what the state held by flattened key, with the path of the key in the nested state.
+- `items`: one stored chunk each. An item lies at `offset` of its object, `length` bytes, and is a complete
+  `torch.save` zip; the tensor's own bytes, row-major and contiguous, start `raw_offset` after the item's start
+  (for a value `raw_offset` is 0 and the item as a whole is the value). Items tile their object without gaps.
+- checksums: `crc32c` over the item, `block_crcs` over each of its blocks (see `storage.checksum` for why blocks).
+- `metadata_*`: size and checksum of the `.metadata` that commits this manifest, so that neither can be taken for
+  another checkpoint's.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from storage import layout
+from storage.checksum import unpack_crcs
+from storage.errors import Corrupt
+from storage.sealed import Document, seal, unseal
+
+MANIFEST_VERSION = 1
+_KIND = "manifest"
+_RECEIPT_KIND = "receipt"
+_ABORTED_KIND = "aborted"
+
+Path = tuple[str | int, ...]
+Count = Field(ge=0)
+
+
+class ObjectEntry(Document):
+    """One data object; `name` is relative to the step's folder."""
+
+    name: str
+    size_bytes: int = Count
+    etag: str
+
+
+class TensorEntry(Document):
+    """One tensor of the state: torch dtype without its prefix ("bfloat16"), global shape, path in the state."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+
+
+class ValueEntry(Document):
+    """One value that is no tensor."""
+
+    path: Path
+
+
+class ItemEntry(Document):
+    """One stored chunk; see the module's docstring. `offsets` and `sizes` are None for a value."""
+
+    key: str
+    offsets: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None
+    object: int = Count
+    offset: int = Count
+    length: int = Count
+    raw_offset: int = Count
+    crc32c: int = Count
+    block_size_bytes: int = Field(ge=1)
+    block_crcs: str
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The CRC32C of every block. Raises Corrupt when their number does not fit the length."""
+        crcs = unpack_crcs(self.block_crcs)
+        if len(crcs) != -(-self.length // self.block_size_bytes):
+            raise Corrupt(f"item {self.key!r} has {len(crcs)} block checksums for {self.length} bytes")
+        return crcs
+
+
+class Manifest(Document):
+    """The index of a committed checkpoint."""
+
+    format: Literal["elastic-moe-checkpoint"] = "elastic-moe-checkpoint"
+    version: int = MANIFEST_VERSION
+    step: int = Count
+    attempt: str
+    created_unix_s: float
+    world_size: int = Field(ge=1)
+    generation: int
+    lineage: str
+    mesh: dict[str, Any] | None
+    metadata_size_bytes: int = Count
+    metadata_crc32c: int = Count
+    objects: tuple[ObjectEntry, ...]
+    tensors: dict[str, TensorEntry]
+    values: dict[str, ValueEntry]
+    items: tuple[ItemEntry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all data objects."""
+        return sum(entry.size_bytes for entry in self.objects)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if self.version != MANIFEST_VERSION:
+            raise ValueError(f"manifest version {self.version}, this program reads {MANIFEST_VERSION}")
+        for entry in self.objects:
+            if not layout.is_data_name(entry.name):
+                raise ValueError(f"refused object name {entry.name!r}")
+        for item in self.items:
+            known = self.values if item.sizes is None else self.tensors
+            if item.key not in known or item.object >= len(self.objects):
+                raise ValueError(f"item {item.key!r} refers to something that is not in the manifest")
+            if item.offset + item.length > self.objects[item.object].size_bytes:
+                raise ValueError(f"item {item.key!r} reaches past the end of its object")
+            if item.raw_offset > item.length or (item.offsets is None) != (item.sizes is None):
+                raise ValueError(f"item {item.key!r} is inconsistent")
+        return self
+
+
+class Receipt(Document):
+    """What one rank wrote in one attempt, or (`error`) why it did not."""
+
+    rank: int = Count
+    attempt: str
+    error: str | None = None
+    objects: tuple[ObjectEntry, ...] = ()
+    items: tuple[ItemEntry, ...] = ()
+
+
+class Aborted(Document):
+    """The coordinator's note that an attempt will never be committed."""
+
+    attempt: str
+    reason: str
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`."""
+    return seal(_KIND, manifest)
+
+
+def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
+    """The manifest in `data`. Raises Corrupt: damaged, of another version, or inconsistent."""
+    return unseal(_KIND, Manifest, data, name)
+
+
+def dump_receipt(receipt: Receipt) -> bytes:
+    """The bytes of a receipt."""
+    return seal(_RECEIPT_KIND, receipt)
+
+
+def load_receipt(data: bytes, name: str) -> Receipt:
+    """The receipt in `data`. Raises Corrupt."""
+    return unseal(_RECEIPT_KIND, Receipt, data, name)
+
+
+def dump_aborted(aborted: Aborted) -> bytes:
+    """The bytes of `aborted.json`."""
+    return seal(_ABORTED_KIND, aborted)
+
+
+def load_aborted(data: bytes, name: str) -> Aborted:
+    """The note in `data`. Raises Corrupt."""
+    return unseal(_ABORTED_KIND, Aborted, data, name)
+
+
+def tensor_size_bytes(item: ItemEntry, itemsize_bytes: int) -> int:
+    """Bytes of a tensor item's own data. Raises Corrupt when they do not fit into the item."""
+    size = math.prod(item.sizes or ()) * itemsize_bytes
+    if item.raw_offset + size > item.length:
+        raise Corrupt(f"item {item.key!r} is too short for its {size} bytes of data")
+    return size

@@ -1,0 +1,90 @@
+"""The object store contract: bytes with names, and nothing more.
+
+Keys are relative to the store's root, with `/` between parts; they never leave the root. Implementations are
+thread-safe: any method may run in any number of threads at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.errors import Denied
+
+Buffer = bytes | bytearray | memoryview
+
+_BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One stored object. `etag` changes whenever the object is written anew; it means nothing in another store."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+class ObjectStore(Protocol):
+    """Where checkpoints live.
+
+    Atomicity: an object appears whole or not at all, and a reader never sees half of a rewrite. Durability: when
+    `put` returns, the object survives the death of this process (and, on a local disk, of the host).
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL that `open_store` would open this store by."""
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """Store the concatenation of `buffers` (no copy is made of them where the back end can avoid it).
+
+        Raises:
+            AlreadyExists: `if_absent` and the object is there; it stays as it was. A back end whose server does
+                not honour conditions may miss a race, which is why callers read back what must be theirs.
+            Transient, Denied: see `storage.errors`.
+        """
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        """Fill `buffers`, one after the other, with the object's bytes from `offset` on.
+
+        The buffers are writable, C-contiguous, of format `B`. One call is one request on a remote store.
+
+        Raises:
+            NotFound: no such object.
+            Corrupt: the object ends before the buffers are full, or its etag is not `if_match`.
+        """
+
+    def read(self, key: str) -> bytes:
+        """The whole object; meant for small ones. Raises NotFound."""
+
+    def info(self, key: str) -> ObjectInfo:
+        """Size and etag of one object. Raises NotFound."""
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """All objects whose key starts with `prefix`, sorted by key; empty if there are none."""
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Names (one part, no slash) of the folders right under `prefix`, sorted. `prefix` is "" or ends in `/`."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; removing what is not there is not an error."""
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is a relative name that stays under the root, else raise Denied."""
+    if any(_BAD_PART.search(part) for part in key.split("/")):
+        raise Denied(f"refused object name {key!r}: it must be relative, without empty, '.' or '..' parts")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Like `check_key` for the start of a key: the last part may be empty or unfinished."""
+    head, _, tail = prefix.rpartition("/")
+    if head:
+        check_key(head)
+    if prefix.startswith("/") or tail == "..":
+        raise Denied(f"refused prefix {prefix!r}: it must be relative")
+    return prefix

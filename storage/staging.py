@@ -1,0 +1,52 @@
+"""A rank's copy of the tensors of one save, in CPU memory that is reused by the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from typing_extensions import Buffer
+
+_ALIGNMENT_BYTES = 64
+
+
+class StagingBuffer:
+    """One growing block of CPU memory. Not thread-safe: fill it again only when its last content is stored."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def stage(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of `tensors`: contiguous CPU tensors, each the whole of a storage of its own in this buffer."""
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if end > self._memory.numel():
+            on_gpu = any(tensor.is_cuda for tensor in tensors)
+            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        memory = bytes_of(self._memory)
+        staged = []
+        for tensor, start in zip(tensors, starts, strict=True):
+            copy = tensor_over(memory[start:], tensor.dtype, tuple(tensor.shape))
+            copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            staged.append(copy)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+
+def tensor_over(memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A contiguous tensor whose storage is the first bytes of `memory`, exactly as many as it needs."""
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if size_bytes == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    raw = torch.frombuffer(memory[:size_bytes], dtype=torch.uint8)
+    return raw.view(dtype).reshape(tuple(shape))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes."""
+    return memoryview(cast(Buffer, tensor.detach().reshape(-1).view(torch.uint8).numpy()))
