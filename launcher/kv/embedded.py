@@ -46,6 +46,8 @@ class _Connection:
             try:
                 if self._sock is None:
                     self._sock = self._open(timeout_s)
+                    if self._closed:  # closed while it was being opened: `close` saw no socket to shut down
+                        raise EOFError("closed")
                 self._sock.settimeout(timeout_s)
                 wire.send(self._sock, {"op": op, **fields})
                 answer = wire.receive(self._sock)

@@ -1,0 +1,133 @@
+"""From `--rdzv-backend` and `--rdzv-endpoint` to a store."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import UsageError
+from launcher.kv.base import KV
+from launcher.kv.embedded import EmbeddedKV
+from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.memory import MemoryKV
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 29400
+TOKEN_VARIABLE = "ELASTIC_MOE_TOKEN"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A store, the address that peers reach this node under, and what ends with this node (a hosted server)."""
+
+    kv: KV
+    local_address: str
+    hosts_store: bool
+    close: Callable[[], None]
+
+
+def connect(
+    backend: str, endpoint: str, conf: Mapping[str, str], *, local_addr: str | None, timeout_s: float
+) -> Connection:
+    """Open the store.
+
+    `conf` (from `--rdzv-conf`) may hold `token_file` and `is_host` (for a host name that does not tell).
+
+    Raises:
+        UsageError: an unknown back end, a bad or unreachable endpoint, a missing token.
+    """
+    match backend:
+        case "memory":
+            kv = MemoryKV()
+            return Connection(kv, local_addr or "127.0.0.1", hosts_store=False, close=kv.close)
+        case "embedded":
+            return _connect_embedded(endpoint, conf, local_addr, timeout_s)
+        case _:
+            raise UsageError(f"--rdzv-backend {backend}: unknown; choose embedded (or memory for a single node)")
+
+
+def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
+    host, port = parse_endpoint(endpoint)
+    address = _resolve(host)
+    loopback = address.startswith("127.") or address == "::1"
+    token = _token(conf, required=not loopback)
+    server = _try_host(address, port, token, conf)
+    kv = EmbeddedKV(address, server.port if server else port, token=token)
+
+    def close() -> None:
+        kv.close()
+        if server is not None:
+            server.close()
+
+    try:
+        kv.wait_ready(timeout_s)
+    except BaseException:
+        close()
+        raise
+    return Connection(kv, local_addr or _address_towards(address), hosts_store=server is not None, close=close)
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """`HOST`, `HOST:PORT` or `[V6]:PORT`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    host, colon, port_text = endpoint.strip().rpartition(":")
+    if not colon or endpoint.endswith("]"):
+        host, port_text = endpoint.strip(), str(DEFAULT_PORT)
+    host = host.strip("[]")
+    if not host or not port_text.isdigit() or not 0 < int(port_text) < 65536:
+        raise UsageError(f"--rdzv-endpoint {endpoint!r}: expected HOST:PORT, such as node-1.example:{DEFAULT_PORT}")
+    return host, int(port_text)
+
+
+def _resolve(host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"--rdzv-endpoint: host {host!r} is unknown: {error.strerror}") from error
+
+
+def _token(conf: Mapping[str, str], *, required: bool) -> str:
+    if path := conf.get("token_file"):
+        try:
+            return Path(path).read_text().strip()
+        except OSError as error:
+            raise UsageError(f"--rdzv-conf token_file={path}: {error.strerror}") from error
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if required and not token:
+        raise UsageError(
+            f"the embedded store listens beyond loopback only with a token: set {TOKEN_VARIABLE} "
+            "to the same secret on every node, or --rdzv-conf token_file=PATH"
+        )
+    return token
+
+
+def _try_host(address: str, port: int, token: str, conf: Mapping[str, str]) -> EmbeddedServer | None:
+    """Host the store if the endpoint is this machine's and nobody does yet."""
+    is_host = conf.get("is_host")
+    if is_host is not None and is_host.lower() in ("0", "false", "no"):
+        return None
+    try:
+        return EmbeddedServer(address, port, token=token)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and is_host is None:
+            return None  # another node of this machine was first
+        if error.errno == errno.EADDRNOTAVAIL and is_host is None:
+            return None  # another machine's address
+        raise UsageError(f"--rdzv-endpoint {address}:{port} cannot be bound: {error.strerror}") from error
+
+
+def _address_towards(address: str) -> str:
+    """This machine's own address on the way to `address`; connecting a datagram socket sends nothing."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, 9))
+        return str(sock.getsockname()[0])

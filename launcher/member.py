@@ -1,0 +1,472 @@
+"""One node's part in the membership: keeps its record, watches everybody's, and carries out `decide`'s answers.
+
+The thin edge around `membership`. A thread of its own follows the store; the agent reads what it needs from local
+state (no call to the store in its monitor loop) and is woken by `wait`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+import uuid
+
+from launcher.errors import Compacted, JobClosed, KVUnavailable
+from launcher.events import Emit
+from launcher.kv import KV, Entry, Lease, Watch, WatchEvent
+from launcher.membership import (
+    SUCCEEDED,
+    Breakage,
+    Evict,
+    Failure,
+    Node,
+    Planner,
+    Propose,
+    Round,
+    Rules,
+    Status,
+    View,
+    Wait,
+    breakage,
+    decide,
+)
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_RETRY_S = 0.2
+_FENCE_FRACTION = 0.15
+_LEFT = "left"
+
+
+class Member:
+    """A node in the job of one run. `start` first, `leave` last; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        kv: KV,
+        run_id: str,
+        node: Node,
+        rules: Rules,
+        planner: Planner,
+        emit: Emit,
+        *,
+        lease_ttl_s: float,
+    ) -> None:
+        self.rules = rules
+        self._kv = kv
+        self._prefix = f"elastic-moe/{run_id}/"
+        self._planner = planner
+        self._emit = emit
+        self._lease_ttl_s = lease_ttl_s
+        self._lease: Lease | None = None
+        self._record = node  # what the store should say of this node
+        self._stored: Node | None = None
+        self._nodes: dict[str, Node] = {}
+        self._departed: dict[str, str] = {}
+        self._round: Round | None = None
+        self._round_revision = 0
+        self._stores: dict[int, str] = {}
+        self._lineage = uuid.uuid4().hex
+        now_s = time.monotonic()
+        self._nodes_changed_s = self._formed_s = self._broken_s = now_s
+        self._was_broken = True
+        self._fenced = False
+        self._why = ""
+        self._changed = threading.Condition(threading.RLock())
+        self._stopping = threading.Event()
+        self._watch: Watch | None = None
+        self._threads = [
+            threading.Thread(target=self._follow, name="member-follow", daemon=True),
+            threading.Thread(target=self._keep_record, name="member-record", daemon=True),
+        ]
+
+    # --- what the agent reads
+
+    @property
+    def node_id(self) -> str:
+        """This node's id."""
+        return self._record.node_id
+
+    def round(self) -> Round | None:
+        """The current round."""
+        with self._changed:
+            return self._round
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The live nodes."""
+        with self._changed:
+            return tuple(self._nodes.values())
+
+    def broken(self, generation: int) -> Breakage | None:
+        """Why the workers of `generation` cannot go on, or None while they can."""
+        with self._changed:
+            if self.fenced():
+                return Breakage("this node's lease ended", graceful=False)
+            if self._round is None or self._round.generation != generation:
+                return Breakage("another round was formed", graceful=False)
+            if self._round.outcome and self._round.outcome != SUCCEEDED:
+                return Breakage(f"the job is closed: {self._round.outcome}", graceful=False)
+            return breakage(self._view())
+
+    def stop_requested(self, generation: int) -> str:
+        """Why the workers of `generation` should stop at their next step boundary; "" if they should not."""
+        with self._changed:
+            return self._round.stop if self._round and self._round.generation == generation else ""
+
+    def outcome(self) -> str:
+        """How the job ended, "" while it has not."""
+        with self._changed:
+            return self._round.outcome if self._round else ""
+
+    def fenced(self) -> bool:
+        """Whether this node must not run workers: its lease ended, or is so near its end that it cannot be saved.
+
+        Workers are killed on this, before anybody else can see the lease end and start them elsewhere.
+        """
+        with self._changed:
+            lease = self._lease
+            if lease is not None:
+                margin_s = _FENCE_FRACTION * lease.ttl_s
+                if lease.lost.is_set() or time.monotonic() > lease.deadline_s - margin_s:
+                    self._fenced = True
+            return self._fenced
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something changed, at most `timeout_s`."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def wait_round(self, timeout_s: float | None = None) -> Round:
+        """Wait for a round of a generation this node has not joined and in which it takes part.
+
+        Raises:
+            JobClosed: the job ended first.
+            TimeoutError: there was none within `timeout_s`.
+        """
+        ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        told = ""
+        with self._changed:
+            while True:
+                current = self._round
+                if current is not None and current.outcome:
+                    raise JobClosed(current.outcome)
+                if (
+                    current is not None
+                    and current.generation > self._record.generation
+                    and current.place_of(self.node_id) is not None
+                    and not self._fenced
+                    and breakage(self._view()) is None
+                ):
+                    return current
+                if self._why != told:
+                    told = self._why
+                    log.info("[%s] waiting: %s", self.node_id, told)
+                left_s = None if ends_s is None else ends_s - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise TimeoutError(f"no round within {timeout_s:g} s ({self._why})")
+                self._changed.wait(_TICK_S if left_s is None else min(left_s, _TICK_S))
+
+    # --- what the agent says
+
+    def announce(self, status: Status, *, reason: str = "", failure: Failure | None = None) -> None:
+        """Change this node's record. Never waits for the store: a thread writes it, and tries until it is written.
+
+        Reason and failure stay on the record until the node runs again: the leader reads them when it forms the
+        next round.
+        """
+        with self._changed:
+            self._record = dataclasses.replace(
+                self._record,
+                status=status,
+                reason=reason or self._record.reason,
+                failure=failure or self._record.failure,
+            )
+            self._changed.notify_all()
+
+    def announce_running(self, generation: int) -> None:
+        """Say that this node has joined `generation`."""
+        with self._changed:
+            self._record = dataclasses.replace(
+                self._record, status=Status.RUNNING, generation=generation, reason="", failure=None
+            )
+            self._changed.notify_all()
+
+    def drain(self, reason: str) -> None:
+        """Ask for this node to be let go at the next step boundary."""
+        with self._changed:
+            self._record = dataclasses.replace(self._record, draining=True, reason=reason)
+            self._changed.notify_all()
+
+    def evict(self, node_id: str, reason: str) -> None:
+        """Delete another node's record ahead of its lease: it is known to be dead."""
+        with self._changed:
+            if node_id not in self._nodes:
+                return
+            self._departed[node_id] = f"lost: {reason}"
+        with contextlib.suppress(KVUnavailable):
+            self._kv.delete(f"{self._prefix}nodes/{node_id}")
+
+    def publish_store(self, generation: int, address: str) -> None:
+        """Tell the other nodes where the worker store of `generation` listens.
+
+        Raises:
+            KVUnavailable
+        """
+        self._kv.put(f"{self._prefix}store/{generation}", address.encode(), lease=self._lease)
+
+    def wait_store(self, generation: int, timeout_s: float) -> str:
+        """The address that `publish_store` told.
+
+        Raises:
+            TimeoutError: the round broke first, or nothing was published within `timeout_s`.
+        """
+        ends_s = time.monotonic() + timeout_s
+        with self._changed:
+            while generation not in self._stores:
+                if broken := self.broken(generation):
+                    raise TimeoutError(broken.reason)
+                left_s = ends_s - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(f"no worker store within {timeout_s:g} s")
+                self._changed.wait(min(left_s, _TICK_S))
+            return self._stores[generation]
+
+    # --- life
+
+    def start(self) -> None:
+        """Join: write this node's record under a lease and follow the others.
+
+        Raises:
+            KVUnavailable: the store does not answer.
+        """
+        self._register()
+        self._relist()
+        for thread in self._threads:
+            thread.start()
+
+    def leave(self) -> None:
+        """Leave at once: the record says so and goes, with its lease."""
+        self._stopping.set()
+        if self._watch is not None:
+            self._watch.cancel()
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=5)
+        if self._lease is not None:
+            with contextlib.suppress(KVUnavailable):
+                left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=_LEFT)
+                self._kv.put(self._own_key, left.to_json(), lease=self._lease)
+            self._lease.revoke()
+
+    # --- the thread
+
+    @property
+    def _own_key(self) -> str:
+        return f"{self._prefix}nodes/{self.node_id}"
+
+    def _register(self) -> None:
+        lease = self._kv.lease(self._lease_ttl_s)
+        with self._changed:
+            if self._lease is not None:
+                self._lease.stop()
+            self._lease = lease
+            self._stored = None
+            self._fenced = False
+            self._record = dataclasses.replace(self._record, status=Status.READY, failure=None)
+        self._write_record()
+        self._emit("node_joined", generation=self._record.generation, slots=self._record.slots)
+
+    def _write_record(self) -> None:
+        """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""
+        with self._changed:
+            record, lease = self._record, self._lease
+        if lease is None or lease.lost.is_set():
+            return
+        written = self._kv.put(self._own_key, record.to_json(), lease=lease)
+        if written is not None:
+            with self._changed:
+                self._stored = record
+
+    def _keep_record(self) -> None:
+        while not self._stopping.is_set():
+            with self._changed:
+                if self._stored == self._record or self._fenced:
+                    self._changed.wait(_TICK_S)
+                    continue
+            try:
+                self._write_record()
+            except KVUnavailable as error:
+                log.warning("[%s] record not written, trying again: %s", self.node_id, error)
+                self._stopping.wait(_RETRY_S)
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                if self.fenced() and self._record.status is Status.READY:
+                    self._rejoin()
+                wake_s = self._act()
+                if self._watch is not None and wake_s > 0:
+                    self._apply(self._watch.next(wake_s))
+            except KVUnavailable as error:
+                self._told_why(f"the store does not answer: {error}")
+                log.warning("[%s] %s", self.node_id, error)
+                self._stopping.wait(_RETRY_S)
+            except Compacted as error:
+                log.warning("[%s] %s: listing anew", self.node_id, error)
+                self._list_anew()
+            except Exception:
+                log.exception("[%s] membership: unexpected error, listing anew", self.node_id)
+                self._stopping.wait(_RETRY_S)
+                self._list_anew()
+
+    def _list_anew(self) -> None:
+        with contextlib.suppress(KVUnavailable):
+            self._relist()
+
+    def _told_why(self, why: str) -> None:
+        with self._changed:
+            if why != self._why:
+                self._why = why
+                self._changed.notify_all()
+
+    def _rejoin(self) -> None:
+        """The workers are stopped and the lease is gone: come back as a new, youngest node."""
+        log.warning("[%s] the lease ended; joining anew", self.node_id)
+        self._register()
+        self._relist()
+
+    def _relist(self) -> None:
+        listing = self._kv.list(self._prefix)
+        with self._changed:
+            known = {entry.key for entry in listing.entries}
+            for node_id in [n for n in self._nodes if f"{self._prefix}nodes/{n}" not in known]:
+                self._forget_node(node_id)
+            for entry in listing.entries:
+                self._learn(entry)
+            self._settle()
+            if self._watch is not None:
+                self._watch.cancel()
+            self._watch = self._kv.watch(self._prefix, listing.revision + 1)
+
+    def _apply(self, events: tuple[WatchEvent, ...]) -> None:
+        if not events:
+            return
+        with self._changed:
+            for event in events:
+                if event.entry is not None:
+                    self._learn(event.entry)
+                elif event.key.startswith(f"{self._prefix}nodes/"):
+                    self._forget_node(event.key.removeprefix(f"{self._prefix}nodes/"))
+            self._settle()
+
+    def _learn(self, entry: Entry) -> None:
+        kind, _, name = entry.key.removeprefix(self._prefix).partition("/")
+        try:
+            if kind == "nodes":
+                self._learn_node(Node.from_json(entry.value, entry.create_revision))
+            elif kind == "round":
+                self._learn_round(Round.from_json(entry.value), entry.revision)
+            elif kind == "store":
+                self._stores = {int(name): entry.value.decode()}
+        except (ValueError, TypeError, KeyError) as error:
+            log.error("[%s] ignored %s, not a record of this version: %s", self.node_id, entry.key, error)
+
+    def _learn_node(self, node: Node) -> None:
+        if node.node_id not in self._nodes:
+            self._nodes_changed_s = time.monotonic()
+            self._departed.pop(node.node_id, None)
+        self._nodes[node.node_id] = node
+
+    def _forget_node(self, node_id: str) -> None:
+        node = self._nodes.pop(node_id, None)
+        if node is None:
+            return
+        self._nodes_changed_s = time.monotonic()
+        how = _LEFT if node.reason == _LEFT else "lost: its lease ended"
+        how = self._departed.setdefault(node_id, how)
+        generation = self._round.generation if self._round else 0
+        if node_id == self.node_id:
+            self._fenced = True
+            self._emit("node_fenced", generation=generation, reason=how)
+        elif how == _LEFT:
+            self._emit("node_left", generation=generation, node_left=node_id)
+        else:
+            self._emit("node_lost", generation=generation, node_lost=node_id, reason=how)
+
+    def _learn_round(self, current: Round, revision: int) -> None:
+        if self._round is None or current.generation != self._round.generation:
+            self._formed_s = time.monotonic()
+        self._round = current
+        self._round_revision = revision
+
+    def _settle(self) -> None:
+        broken = self._round is None or breakage(self._view()) is not None
+        if broken and not self._was_broken:
+            self._broken_s = time.monotonic()
+        self._was_broken = broken
+        self._changed.notify_all()
+
+    def _view(self) -> View:
+        return View(
+            me=self.node_id,
+            nodes=tuple(self._nodes.values()),
+            round=self._round,
+            nodes_changed_s=self._nodes_changed_s,
+            formed_s=self._formed_s,
+            broken_s=self._broken_s,
+            lineage=self._lineage,
+            departed=self._departed,
+        )
+
+    def _act(self) -> float:
+        """Carry out what `decide` says; seconds until it has to be asked again."""
+        with self._changed:
+            now_s = time.monotonic()
+            view = self._view()
+            revision = self._round_revision
+            action = decide(view, self.rules, self._planner, now_s)
+        if isinstance(action, Wait):
+            self._told_why(action.why)
+        match action:
+            case Wait(until_s=None):
+                return _TICK_S
+            case Wait(until_s=float(until_s)):
+                return min(_TICK_S, max(0.0, until_s - now_s))
+            case Evict(node_id, reason):
+                self.evict(node_id, reason)
+            case Propose(proposed):
+                self._propose(proposed, view.round, revision)
+        return 0.0
+
+    def _propose(self, proposed: Round, current: Round | None, revision: int) -> None:
+        written = self._kv.put(f"{self._prefix}round", proposed.to_json(), if_revision=revision)
+        if written is None:
+            log.info("[%s] another node was first to change the round", self.node_id)
+            self._relist()
+            return
+        with self._changed:
+            self._learn_round(proposed, written.revision)
+            self._settle()
+        self._report(proposed, current)
+
+    def _report(self, proposed: Round, current: Round | None) -> None:
+        if proposed.outcome:
+            self._emit("finished", generation=proposed.generation, outcome=proposed.outcome)
+        elif current is not None and proposed.generation == current.generation:
+            self._emit("stop_requested", generation=proposed.generation, reason=proposed.stop)
+        else:
+            self._emit(
+                "round_formed",
+                generation=proposed.generation,
+                reason=proposed.reason,
+                world_size=proposed.world_size,
+                restarts=proposed.restarts,
+                participants=[dataclasses.asdict(p) for p in proposed.participants],
+                spares=list(proposed.spares),
+                mesh=dataclasses.asdict(proposed.mesh) if proposed.mesh else None,
+            )

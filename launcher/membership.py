@@ -1,0 +1,440 @@
+"""Who is in the job: a pure state machine over node records and the current round.
+
+Every node keeps a `Node` record under a lease. The oldest live node leads; only the leader's `decide` answers with
+anything but `Wait`. The current `Round` is one record, replaced by compare-and-swap, so two nodes that both believe
+to lead cannot both succeed. A round's life::
+
+    proposed ──► running ──► broken ──────────────────────────► the next round is proposed
+                    │           ▲
+                    │           ├── a participant is gone (lease ended, left, evicted), or
+                    │           └── one stopped its workers (failure, or they yielded at a step boundary)
+                    ├── `stop` set: the leader wants another round; workers yield at a step boundary
+                    └── `outcome` set: the job is over
+
+A record's `generation` is the last one it joined. That makes the states of a participant unambiguous: an older
+generation means that it has not yet seen the round, the round's own with status READY means that it has left it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launcher.mesh import Infeasible, MeshPlan
+
+Planner = Callable[[Sequence[int], MeshPlan | None], MeshPlan | None]
+"""`planner(slots of each node in rank order, the mesh before) -> mesh`; raises `Infeasible`. None: the job has no
+mesh of ours, and every slot gets a worker."""
+
+
+SUCCEEDED = "succeeded"
+"""The outcome of a job whose every worker finished; any other outcome starts with "failed: "."""
+
+
+class Status(StrEnum):
+    """What a node does."""
+
+    READY = "ready"  # waits for a round later than its generation
+    RUNNING = "running"  # its workers run in its generation
+    STOPPING = "stopping"  # its workers are being stopped
+    DONE = "done"  # its workers finished their work in its generation
+    EXCLUDED = "excluded"  # alive, but may not take part
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker's failure as its agent reports it; `ts` is epoch seconds and only orders failures for a person."""
+
+    rank: int
+    exit_code: int
+    message: str
+    ts: float
+    restartable: bool = True
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's record. `seniority` is the revision at which the record was created: lower is older."""
+
+    node_id: str
+    host: str
+    address: str
+    port: int
+    slots: int
+    zone: str = ""
+    status: Status = Status.READY
+    generation: int = 0
+    draining: bool = False
+    reason: str = ""
+    failure: Failure | None = None
+    seniority: int = field(default=0, compare=False)
+
+    def to_json(self) -> bytes:
+        """The record as stored; `seniority` is the store's to say."""
+        fields = dataclasses.asdict(self)
+        del fields["seniority"]
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, seniority: int) -> Node:
+        """Read a record.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one of this version.
+        """
+        fields: dict[str, Any] = json.loads(data)
+        failure = fields.pop("failure")
+        fields["status"] = Status(fields["status"])
+        return cls(**fields, failure=Failure(**failure) if failure else None, seniority=seniority)
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A node's place in a round: how many workers it runs (at most its slots)."""
+
+    node_id: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker."""
+
+    generation: int
+    lineage: str
+    participants: tuple[Participant, ...]
+    mesh: MeshPlan | None
+    spares: tuple[str, ...]
+    reason: str
+    restarts: int = 0
+    stop: str = ""
+    outcome: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """Workers of all participants."""
+        return sum(p.slots for p in self.participants)
+
+    def place_of(self, node_id: str) -> int | None:
+        """Position of a node among the participants, None where it takes no part."""
+        return next((i for i, p in enumerate(self.participants) if p.node_id == node_id), None)
+
+    def to_json(self) -> bytes:
+        """The round as stored."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Round:
+        """Read a round.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one of this version.
+        """
+        fields: dict[str, Any] = json.loads(data)
+        fields["participants"] = tuple(Participant(**p) for p in fields["participants"])
+        fields["spares"] = tuple(fields["spares"])
+        fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the user asked for. Times in seconds."""
+
+    min_nodes: int = 1
+    max_nodes: int = 1
+    last_call_s: float = 2.0
+    join_cooldown_s: float = 5.0
+    join_settle_s: float = 0.5
+    max_restarts: int = 0
+    quorum_timeout_s: float = 600.0
+    stop_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class View:
+    """What one node knows. Times are its own monotonic clock's.
+
+    `nodes_changed_s`: when the set of records last changed; `broken_s`: when the round was first seen broken (or
+    this node began to wait for the first one); `formed_s`: when the round was first seen; `departed`: node -> how it
+    went ("lost: ...", "left: ...").
+    """
+
+    me: str
+    nodes: tuple[Node, ...]
+    round: Round | None
+    nodes_changed_s: float
+    formed_s: float
+    broken_s: float
+    lineage: str
+    departed: Mapping[str, str] = field(default_factory=dict)
+
+    def node(self, node_id: str) -> Node | None:
+        """The live record of a node."""
+        return next((n for n in self.nodes if n.node_id == node_id), None)
+
+    @property
+    def leader(self) -> Node | None:
+        """The oldest live node."""
+        return min(self.nodes, key=lambda n: n.seniority, default=None)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do before `until_s` (None: before something changes)."""
+
+    why: str
+    until_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Propose:
+    """Replace the current round by this one if it is still the one that was seen."""
+
+    round: Round
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Delete a live node's record: it holds everybody up."""
+
+    node_id: str
+    reason: str
+
+
+Action = Wait | Propose | Evict
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """Why a round cannot go on. `graceful`: every node that stopped did so at the step boundary it was asked to."""
+
+    reason: str
+    graceful: bool
+
+
+def breakage(view: View) -> Breakage | None:
+    """Why the current round cannot go on, or None while it can."""
+    if view.round is None:
+        return None
+    gone = [(p.node_id, how) for p in view.round.participants if (how := _how_gone(view, view.round, p.node_id))]
+    if not gone:
+        return None
+    failed = any(n.failure for p in view.round.participants if (n := view.node(p.node_id)))
+    lost = any(how.startswith("lost") for _, how in gone)
+    reason = "; ".join(f"node {node_id} {how}" for node_id, how in gone)
+    return Breakage(reason, graceful=bool(view.round.stop) and not failed and not lost)
+
+
+def _how_gone(view: View, current: Round, node_id: str) -> str | None:
+    """How a participant left the round, or could not join it; None while it takes part."""
+    node = view.node(node_id)
+    if node is None:
+        return view.departed.get(node_id, "lost")
+    if node.generation == current.generation and node.status not in (Status.RUNNING, Status.DONE):
+        return node.reason or node.status.value
+    if node.generation < current.generation and (node.draining or node.status is Status.EXCLUDED):
+        return f"does not join: {node.reason or 'draining'}"
+    return None
+
+
+def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
+    """What this node should do now."""
+    leader = view.leader
+    if leader is None or leader.node_id != view.me:
+        return Wait("another node leads")
+    if view.round is None:
+        return _first_round(view, rules, planner, now_s)
+    if view.round.outcome:
+        return Wait(f"the job is over: {view.round.outcome}")
+    if breakage(view):
+        return _next_round(view, view.round, rules, planner, now_s)
+    return _running_round(view, view.round, rules, planner, now_s)
+
+
+def _candidates(view: View) -> list[Node]:
+    return [n for n in view.nodes if n.status is Status.READY and not n.draining]
+
+
+def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
+    ready = _candidates(view)
+    if len(ready) < rules.min_nodes:
+        return _short(view, rules, len(ready), now_s)
+    quiet_until_s = view.nodes_changed_s + rules.last_call_s
+    if len(ready) < rules.max_nodes and now_s < quiet_until_s:
+        return Wait("last call", quiet_until_s)
+    formed = form(ready, (), None, rules, planner)
+    if formed is None:
+        return Wait(f"no mesh for {len(ready)} nodes")
+    return Propose(
+        Round(
+            generation=1,
+            lineage=view.lineage,
+            participants=formed.participants,
+            mesh=formed.mesh,
+            spares=formed.spares,
+            reason="first round",
+        )
+    )
+
+
+def _running_round(view: View, current: Round, rules: Rules, planner: Planner, now_s: float) -> Action:
+    members = [n for p in current.participants if (n := view.node(p.node_id))]
+    if all(n.status is Status.DONE and n.generation == current.generation for n in members):
+        return Propose(dataclasses.replace(current, outcome=SUCCEEDED))
+    if current.stop:
+        return Wait(f"workers stop at a step boundary: {current.stop}")
+    if any(n.generation < current.generation for n in members):
+        return Wait("participants are still joining")
+    if any(n.status is Status.DONE for n in members):
+        return Wait("the job is about to finish")
+    if leaving := [n for n in members if n.draining]:
+        return Propose(dataclasses.replace(current, stop=f"drain: {', '.join(n.node_id for n in leaving)}"))
+    return _perhaps_grow(view, current, members, rules, planner, now_s)
+
+
+def _perhaps_grow(
+    view: View, current: Round, members: list[Node], rules: Rules, planner: Planner, now_s: float
+) -> Action:
+    joiners = [n for n in _candidates(view) if current.place_of(n.node_id) is None]
+    if not joiners:
+        return Wait("the round is complete")
+    formed = form([*members, *joiners], _order_of(current), current.mesh, rules, planner)
+    if formed is None or formed.world_size <= current.world_size:
+        return Wait(f"{len(joiners)} spare: a round with them would not be larger")
+    not_before_s = max(view.formed_s + rules.join_cooldown_s, view.nodes_changed_s + rules.join_settle_s)
+    if now_s < not_before_s:
+        return Wait("joiners wait for the cool-down", not_before_s)
+    named = ", ".join(n.node_id for n in joiners)
+    return Propose(dataclasses.replace(current, stop=f"join: {named}"))
+
+
+def _next_round(view: View, current: Round, rules: Rules, planner: Planner, now_s: float) -> Action:
+    present = [n for p in current.participants if (n := view.node(p.node_id))]
+    failures = [n.failure for n in present if n.failure and n.generation == current.generation]
+    gone = [p.node_id for p in current.participants if view.node(p.node_id) is None]
+    if failures and not all(f.restartable for f in failures):
+        final = min((f for f in failures if not f.restartable), key=lambda f: f.ts)
+        return Propose(dataclasses.replace(current, outcome=f"failed: {describe(final)}"))
+    busy = [n for n in present if n.status in (Status.RUNNING, Status.STOPPING, Status.DONE)]
+    if busy:
+        until_s = view.broken_s + rules.stop_timeout_s
+        if now_s >= until_s:
+            reason = f"did not stop its workers within {rules.stop_timeout_s:g} s"
+            return Evict(busy[0].node_id, reason)
+        return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
+    restarts = current.restarts
+    if failures and not gone:  # a worker that failed because its peer died is not charged
+        first = min(failures, key=lambda f: f.ts)
+        if restarts >= rules.max_restarts:
+            budget = f"restarts used: {restarts} of {rules.max_restarts}"
+            return Propose(dataclasses.replace(current, outcome=f"failed: {describe(first)}; {budget}"))
+        restarts += 1
+        reason = describe(first)
+    elif gone:
+        reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in gone)
+    else:
+        broken = breakage(view)
+        reason = current.stop or (broken.reason if broken else "a new round")
+    ready = _candidates(view)
+    if len(ready) < rules.min_nodes:
+        return _short(view, rules, len(ready), now_s)
+    formed = form(ready, _order_of(current), current.mesh, rules, planner)
+    if formed is None:
+        return Wait(f"no mesh for {len(ready)} nodes")
+    return Propose(
+        Round(
+            generation=current.generation + 1,
+            lineage=current.lineage,
+            participants=formed.participants,
+            mesh=formed.mesh,
+            spares=formed.spares,
+            reason=reason,
+            restarts=restarts,
+        )
+    )
+
+
+def _short(view: View, rules: Rules, num_ready: int, now_s: float) -> Action:
+    until_s = view.broken_s + rules.quorum_timeout_s
+    if now_s < until_s:
+        return Wait(f"{num_ready} of at least {rules.min_nodes} nodes", until_s)
+    outcome = f"failed: {num_ready} of at least {rules.min_nodes} nodes after {rules.quorum_timeout_s:g} s"
+    if view.round is None:
+        return Propose(Round(0, view.lineage, (), None, (), "no quorum", outcome=outcome))
+    return Propose(dataclasses.replace(view.round, outcome=outcome))
+
+
+def describe(failure: Failure) -> str:
+    """A failure in one line."""
+    how = f"signal {-failure.exit_code}" if failure.exit_code < 0 else f"exit code {failure.exit_code}"
+    message = f": {failure.message}" if failure.message else ""
+    return f"worker of rank {failure.rank} failed with {how}{message}"
+
+
+@dataclass(frozen=True)
+class Formation:
+    """Which nodes take part with how many workers, in rank order, and which wait."""
+
+    participants: tuple[Participant, ...]
+    spares: tuple[str, ...]
+    mesh: MeshPlan | None
+
+    @property
+    def world_size(self) -> int:
+        """Workers of all participants."""
+        return sum(p.slots for p in self.participants)
+
+
+def form(
+    ready: Sequence[Node], previous: Sequence[str], mesh: MeshPlan | None, rules: Rules, planner: Planner
+) -> Formation | None:
+    """The largest feasible formation of `ready`, None where there is none of at least min nodes.
+
+    Nodes of the previous round come first, then by seniority; at most max nodes are taken, and where the planner
+    finds no mesh the newest are left out one by one. Slots that the plan leaves idle get no worker.
+    """
+    place = {node_id: i for i, node_id in enumerate(previous)}
+    by_claim = sorted(ready, key=lambda n: (n.node_id not in place, place.get(n.node_id, 0), n.seniority))
+    for num in range(min(len(by_claim), rules.max_nodes), rules.min_nodes - 1, -1):
+        ordered = rank_order(by_claim[:num], previous)
+        try:
+            plan = planner([n.slots for n in ordered], mesh)
+        except Infeasible:
+            continue
+        left = plan.world_size if plan else sum(n.slots for n in ordered)
+        participants = []
+        for node in ordered:
+            used = min(node.slots, left)
+            left -= used
+            if used:
+                participants.append(Participant(node.node_id, used))
+        taken = {p.node_id for p in participants}
+        spares = tuple(n.node_id for n in by_claim if n.node_id not in taken)
+        return Formation(tuple(participants), spares, plan)
+    return None
+
+
+def rank_order(nodes: Sequence[Node], previous: Sequence[str]) -> list[Node]:
+    """Survivors keep their order; a newcomer goes behind the last node of its host, else of its zone, else last."""
+    place = {node_id: i for i, node_id in enumerate(previous)}
+    ordered = sorted((n for n in nodes if n.node_id in place), key=lambda n: place[n.node_id])
+    for newcomer in sorted((n for n in nodes if n.node_id not in place), key=lambda n: n.seniority):
+        ordered.insert(_beside(ordered, newcomer), newcomer)
+    return ordered
+
+
+def _beside(ordered: Sequence[Node], newcomer: Node) -> int:
+    for alike in (lambda n: n.host == newcomer.host, lambda n: newcomer.zone and n.zone == newcomer.zone):
+        positions = [i for i, n in enumerate(ordered) if alike(n)]
+        if positions:
+            return positions[-1] + 1
+    return len(ordered)
+
+
+def _order_of(current: Round) -> list[str]:
+    return [p.node_id for p in current.participants]

@@ -1,0 +1,130 @@
+"""torch's `RendezvousHandler` on our membership.
+
+What differs from torch's own handlers: nothing is pickled; the answer to `num_nodes_waiting` is a local read, fed by
+a watch, that also tells of lost nodes; and every generation gets a fresh worker store, hosted by the node of rank 0,
+so that the loss of a node never takes the store's address with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
+
+from launcher.errors import JobClosed, KVUnavailable
+from launcher.member import Member
+from launcher.membership import Round, Status
+
+log = logging.getLogger(__name__)
+
+_STORE_TIMEOUT_S = 60.0
+_STORE_CONNECT_TIMEOUT_S = 5.0
+
+
+class MemberRendezvous(RendezvousHandler):
+    """Rendezvous of one node: `next_rendezvous` blocks until the node takes part in a new round.
+
+    Like every handler of torch's, for the agent's main thread only.
+    """
+
+    def __init__(self, member: Member, *, backend: str, run_id: str, address: str, timeout_s: float) -> None:
+        self.round: Round | None = None
+        self._member = member
+        self._backend = backend
+        self._run_id = run_id
+        self._address = address
+        self._timeout_s = timeout_s
+        self._store: TCPStore | None = None
+
+    @property
+    def generation(self) -> int:
+        """The generation that this node last joined, 0 before the first."""
+        return self.round.generation if self.round else 0
+
+    def get_backend(self) -> str:
+        return self._backend
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers use the store of rank 0's agent; it outlives them and is up before they start."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for a round and join it. The workers of the round before must have stopped.
+
+        Raises:
+            RendezvousClosedError: the job ended.
+            RendezvousTimeoutError: no round within the time given.
+        """
+        self._store = None  # whoever hosted the last generation's store stops doing so
+        while True:
+            self._member.announce(Status.READY)
+            try:
+                found = self._member.wait_round(self._timeout_s)
+            except JobClosed as error:
+                raise RendezvousClosedError(str(error)) from error
+            except TimeoutError as error:
+                raise RendezvousTimeoutError(str(error)) from error
+            place = found.place_of(self._member.node_id)
+            assert place is not None
+            try:
+                store, info = self._host(found.generation) if place == 0 else self._connect(found.generation)
+            except (KVUnavailable, TimeoutError, RuntimeError) as error:  # torch's DistStoreError is a RuntimeError
+                log.warning("generation %d broke while it formed: %s", found.generation, error)
+                continue
+            self._store = store
+            self.round = found
+            self._member.announce_running(found.generation)
+            return RendezvousInfo(store, place, len(found.participants), info)
+
+    def _host(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
+        """Listen on this node's own address only: a TCPStore left to itself listens on every interface."""
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        listener = socket.create_server((self._address, 0), family=family, backlog=1024)
+        port: int = listener.getsockname()[1]
+        store = TCPStore(
+            self._address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=_STORE_TIMEOUT_S),
+            master_listen_fd=listener.detach(),
+        )
+        self._member.publish_store(generation, f"{self._address} {port}")
+        return store, RendezvousStoreInfo(self._address, port)
+
+    def _connect(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
+        address, _, port_text = self._member.wait_store(generation, _STORE_TIMEOUT_S).rpartition(" ")
+        store = TCPStore(address, int(port_text), is_master=False, timeout=timedelta(seconds=_STORE_CONNECT_TIMEOUT_S))
+        store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        return store, RendezvousStoreInfo(address, int(port_text))
+
+    def num_nodes_waiting(self) -> int:
+        """1 while the workers should be restarted: a participant is gone, or a better round can be formed."""
+        if self.generation == 0:
+            return 0
+        broken = self._member.broken(self.generation)
+        return 1 if broken or self._member.stop_requested(self.generation) else 0
+
+    def is_closed(self) -> bool:
+        return bool(self._member.outcome())
+
+    def set_closed(self) -> None:
+        """Nothing: a job is closed by its leader, when its work is done or its budget used, not by one agent."""
+
+    def shutdown(self) -> bool:
+        """Leave the job, so that the others need not wait for this node's lease."""
+        self._member.leave()
+        return True
