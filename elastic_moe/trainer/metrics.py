@@ -1,0 +1,63 @@
+"""`metrics.jsonl`: one object a line, for each step."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line.
+
+    After a restart a step may appear again, done anew from the last checkpoint: readers take the last of its lines.
+
+    Attributes:
+        step: completed steps, this one included.
+        loss: mean cross entropy over the tokens of the global batch, nats.
+        grad_norm: global L2 norm before clipping.
+        lr: learning rate of the step.
+        tokens: tokens trained on since the start of the job.
+        load_max: rows of the busiest expert of any layer over the mean; 1 is level.
+        step_s: seconds, this rank's clock.
+        generation: of the launcher; 0 without one.
+        world_size: ranks that trained the step.
+        mesh: its replicate, shard and expert degrees.
+        ts: when the step was complete, epoch seconds.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    load_max: float
+    step_s: float
+    generation: int
+    world_size: int
+    mesh: dict[str, int]
+    ts: float
+
+
+class MetricsFile:
+    """Appends lines, each with one write call: a reader, or a crash, never sees a part of one behind another."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def append(self, metrics: StepMetrics) -> None:
+        os.write(self._fd, (json.dumps(asdict(metrics)) + "\n").encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)

@@ -1,0 +1,57 @@
+"""AdamW over parameters of two meshes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from elastic_moe.trainer.config import OptimConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
+    """AdamW with its state already there, zeros, so that a checkpoint can be loaded into it.
+
+    Groups by role: the experts, other matrices, norms (which do not decay). Within one group all parameters are on
+    one mesh, which the fused kernel needs.
+    """
+    experts: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        home = norms if param.ndim == 1 else experts if ".experts." in name else matrices
+        home.append(param)
+    groups = [
+        {"params": experts, "weight_decay": optim.weight_decay},
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for param in model.parameters():
+        optimizer.state[param] = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            **{moment: torch.zeros_like(param) for moment in _MOMENTS},
+        }
+    return optimizer
+
+
+def moments(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
+    """AdamW's two moments by the names of their parameters, the very tensors that the optimizer updates."""
+    return {
+        moment: {name: optimizer.state[param][moment] for name, param in model.named_parameters()}
+        for moment in _MOMENTS
+    }
+
+
+def set_step(optimizer: AdamW, step: int) -> None:
+    """Say how many steps the moments have seen. All parameters step together, so it is the trainer's own count."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def set_learning_rate(optimizer: AdamW, lr: float) -> None:
+    """The rate of the next `optimizer.step()`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,144 @@
+"""The training loop: `train(job)` on every rank, under `elastic-moe run`, torchrun, or plain Python."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from typing import Any
+
+from elastic_moe import worker
+from elastic_moe.config import JobConfig
+from elastic_moe.parallel import build_mesh
+from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
+from elastic_moe.trainer.optimizer import set_step
+from elastic_moe.trainer.setup import set_up
+from elastic_moe.trainer.state import DataProgress, training_state
+from elastic_moe.trainer.step import Stepper, StepResult
+from elastic_moe.trainer.world import choose_device, choose_plan, process_group
+from storage import Checkpointer
+
+log = logging.getLogger(__name__)
+
+
+def train(job: JobConfig) -> None:
+    """Train `job` to its last step, or until the launcher asks for a stop.
+
+    Starts from the newest good checkpoint at `checkpoint.url`, whatever world and mesh wrote it. On a stop it saves
+    at that step boundary, says so to the agent, and returns: the caller exits with 0 either way.
+
+    Raises:
+        UserError: the job does not fit the world, the data or the checkpoint.
+    """
+    here = worker.context()
+    device = choose_device(job.train.device, here.local_rank)
+    with process_group(device):
+        plan = choose_plan(job, here, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        meshes = build_mesh(plan, device)
+        stepper, progress = set_up(job, meshes, here.rank, device)
+        state = training_state(stepper.model, stepper.optimizer, progress)
+        with contextlib.ExitStack() as stack:
+            metrics = None
+            if here.rank == 0 and job.train.metrics is not None:
+                metrics = stack.enter_context(MetricsFile(job.train.metrics))
+            checkpointer = None
+            if job.checkpoint.url is not None:
+                checkpointer = stack.enter_context(
+                    Checkpointer(
+                        job.checkpoint.url,
+                        keep=job.checkpoint.keep,
+                        mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
+                        on_event=_forward_event,
+                    )
+                )
+                restore(checkpointer, state, stepper, progress)
+            run_steps(job, here, stepper, progress, state, checkpointer, metrics)
+
+
+def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress) -> None:
+    """Load the newest good checkpoint, if there is one.
+
+    Raises:
+        UserError: it was trained on other data.
+    """
+    step = checkpointer.restore(state)
+    if step == 0:
+        return
+    if progress.loaded is not None:
+        progress.data.check(progress.loaded)
+    progress.step = step
+    set_step(stepper.optimizer, step)
+
+
+def run_steps(
+    job: JobConfig,
+    here: worker.WorkerContext,
+    stepper: Stepper,
+    progress: DataProgress,
+    state: dict[str, Any],
+    checkpointer: Checkpointer | None,
+    metrics: MetricsFile | None,
+) -> None:
+    """Steps from `progress.step` to the last, or to a stop."""
+    first = progress.step + 1
+    while progress.step < job.train.steps:
+        began_s = time.perf_counter()
+        result = stepper.step(progress.step)
+        progress.step = step = progress.step + 1
+        step_s = time.perf_counter() - began_s
+        worker.heartbeat(step)
+        if here.rank == 0:
+            if step == first:
+                worker.event("first_step", step=step, step_s=step_s)
+            _report(job, here, stepper, step, result, step_s, metrics)
+        reason = worker.should_stop()
+        last = step == job.train.steps
+        if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
+            checkpointer.save(step, state, wait=bool(reason) or last)
+        if reason and not last:
+            if checkpointer is None:
+                log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
+            worker.yielded(step)
+            return
+
+
+def _report(
+    job: JobConfig,
+    here: worker.WorkerContext,
+    stepper: Stepper,
+    step: int,
+    result: StepResult,
+    step_s: float,
+    metrics: MetricsFile | None,
+) -> None:
+    plan = stepper.meshes.plan
+    if metrics is not None:
+        metrics.append(
+            StepMetrics(
+                step=step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=result.lr,
+                tokens=step * job.train.global_batch * job.train.seq_len,
+                load_max=float((result.load_LE.amax(dim=1) / result.load_LE.mean(dim=1)).max()),
+                step_s=step_s,
+                generation=here.generation,
+                world_size=here.world_size,
+                mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
+                ts=time.time(),
+            )
+        )
+    if step % job.train.log_every == 0 or step == job.train.steps:
+        log.info(
+            "step %d/%d  loss %.4f  grad norm %.3f  %.0f tokens/s",
+            step,
+            job.train.steps,
+            result.loss,
+            result.grad_norm,
+            job.train.global_batch * job.train.seq_len / step_s,
+        )
+
+
+def _forward_event(name: str, fields: dict[str, Any]) -> None:
+    worker.event(name, **fields)

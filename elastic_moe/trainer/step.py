@@ -1,0 +1,146 @@
+"""One optimizer step on the global batch, shared by the ranks and accumulated over rounds.
+
+Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import AdamW
+
+from elastic_moe.data.corpus import Corpus
+from elastic_moe.data.order import Share, ids
+from elastic_moe.errors import UserError
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
+from elastic_moe.model.moe import move_bias
+from elastic_moe.parallel import Meshes, clip_gradients, reduce_on
+from elastic_moe.trainer.config import OptimConfig, TrainConfig
+from elastic_moe.trainer.optimizer import set_learning_rate
+from elastic_moe.trainer.schedule import learning_rate
+
+
+class MicroBatch(NamedTuple):
+    """Windows, int64 (B, S + 1), and which of them are real, bool (B,): the others are padding."""
+
+    windows_BS: Tensor
+    real_B: Tensor
+
+
+class StepResult(NamedTuple):
+    """A step as all ranks together saw it."""
+
+    loss: float
+    """Mean cross entropy over the global batch, nats."""
+    grad_norm: float
+    lr: float
+    load_LE: Tensor
+    """float64 (L, E), on the CPU: rows that each expert got."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """This rank's micro-batches of any step."""
+
+    corpus: Corpus
+    seed: int
+    global_batch: int
+    vocab_size: int
+    share: Share
+    device: torch.device
+
+    def of_step(self, step: int) -> list[MicroBatch]:
+        """As many as the share has rounds, each full: padded with sequences that are not real.
+
+        Raises:
+            UserError: a token is outside the model's vocabulary.
+        """
+        chosen = ids(self.seed, step, self.global_batch, self.corpus.num_samples)[self.share.start : self.share.stop]
+        windows = torch.from_numpy(self.corpus.windows(chosen))
+        if len(windows) and (highest := int(windows.max())) >= self.vocab_size:
+            raise UserError(
+                f"the data holds token {highest} but model.vocab_size is {self.vocab_size}: raise it above the token"
+            )
+        slots = self.share.rounds * self.share.micro_batch
+        padded = windows.new_zeros((slots, self.corpus.seq_len + 1))
+        padded[: len(windows)] = windows
+        real = torch.arange(slots) < len(windows)
+        return [
+            MicroBatch(windows_BS.to(self.device), real_B.to(self.device))
+            for windows_BS, real_B in zip(
+                padded.split(self.share.micro_batch), real.split(self.share.micro_batch), strict=True
+            )
+        ]
+
+
+def objective(out: DecoderOutput, loss: Tensor, config: ModelConfig, train: TrainConfig) -> Tensor:
+    """What a micro-batch adds to the objective of the global batch, a float64 scalar.
+
+    Every term is a sum over sequences, divided by a count of the *global* batch: any split adds up to the same.
+    """
+    num_tokens = train.global_batch * train.seq_len
+    total = loss / num_tokens
+    if config.balance == "sequence":
+        total = total + config.balance_coeff * out.balance.double() / train.global_batch
+    if config.z_loss_coeff:
+        total = total + config.z_loss_coeff * out.z.double() / num_tokens
+    return total
+
+
+class Stepper:
+    """Does steps: holds the model, its optimizer and where its batches come from."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: AdamW,
+        meshes: Meshes,
+        batches: Batches,
+        *,
+        train: TrainConfig,
+        optim: OptimConfig,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.meshes = meshes
+        self.batches = batches
+        self.train = train
+        self.optim = optim
+
+    def step(self, step: int) -> StepResult:
+        """Do the step that follows `step` completed ones. A collective."""
+        loss, load_LE = self._accumulate(self.batches.of_step(step))
+        loss, load_LE = self._add_over_ranks(loss, load_LE)
+        grad_norm = clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm)
+        lr = learning_rate(step, self.train.steps, self.optim)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.model.config.balance == "bias":
+            for block, load_E in zip(self.model.blocks, load_LE, strict=True):
+                move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
+        num_tokens = self.train.global_batch * self.train.seq_len
+        return StepResult(float(loss.item()) / num_tokens, grad_norm, lr, load_LE.cpu())
+
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""
+        losses, loads = [], []
+        for i, (windows_BS, real_B) in enumerate(micro_batches):
+            reduce_on(self.model, last=i + 1 == len(micro_batches))
+            out: DecoderOutput = self.model(windows_BS[:, :-1], real_B)
+            loss = token_loss(out.logits_BSV, windows_BS[:, 1:], real_B)
+            objective(out, loss, self.model.config, self.train).backward()
+            losses.append(loss.detach())
+            loads.append(out.load_LE)
+        return torch.stack(losses).sum(), torch.stack(loads).sum(dim=0)
+
+    def _add_over_ranks(self, loss: Tensor, load_LE: Tensor) -> tuple[Tensor, Tensor]:
+        """One all-reduce for everything that a step reports."""
+        packed = torch.cat((loss[None], load_LE.flatten()))
+        dist.all_reduce(packed)
+        return packed[0], packed[1:].view_as(load_LE)

@@ -1,0 +1,107 @@
+"""Before the first step: the device, the process group, and the mesh that this world trains on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from elastic_moe.config import JobConfig, mesh_spec
+from elastic_moe.errors import UserError
+from elastic_moe.worker import WorkerContext
+from launcher.mesh import Infeasible, MeshPlan, plan
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: cuda is asked for and there is none, or not one for each local rank.
+    """
+    num_cuda = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and num_cuda == 0):
+        return torch.device("cpu")
+    if local_rank >= num_cuda:
+        raise UserError(
+            f"train.device is {wanted!r} and this node has {num_cuda} CUDA devices, too few for local rank "
+            f"{local_rank}: start fewer workers a node, or set train.device to 'cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group, from torchrun's environment or, without one, of this process alone."""
+    # Checkpoints and the launcher talk over CPU tensors, also where the model is on GPUs.
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, and missing from its __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+        # gloo aborts now and then when a rank leaves while another still reads from it.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> MeshPlan:
+    """The agent's mesh plan, or one of our own where no agent made one; checked against the world and the job.
+
+    Raises:
+        UserError: no plan fits, or the agent's does not: it was made for another job.
+    """
+    spec = mesh_spec(job)
+    if here.mesh is None:
+        try:
+            # All workers have been started already: none of them can stay idle.
+            return plan(here.world_size, spec.replace(max_idle=0), ranks_per_node=ranks_per_node)
+        except Infeasible as error:
+            raise UserError(str(error)) from None
+    check_plan(here.mesh, job, here.world_size)
+    return here.mesh
+
+
+def check_plan(mesh: MeshPlan, job: JobConfig, world_size: int) -> None:
+    """Raises UserError where `mesh` cannot train `job` in a world of `world_size` ranks."""
+    advice = "give `elastic-moe run --mesh` the same job file and settings as `train`"
+    if mesh.world_size != world_size:
+        raise UserError(
+            f"the mesh plan ({mesh}) needs {mesh.world_size} ranks and WORLD_SIZE is {world_size}: {advice}"
+        )
+    if job.model.num_experts % mesh.expert:
+        raise UserError(
+            f"model.num_experts = {job.model.num_experts} is not divisible by the mesh plan's expert degree "
+            f"{mesh.expert}: {advice}"
+        )
+    held = mesh.micro_batch * mesh.rounds * world_size
+    if held < job.train.global_batch:
+        raise UserError(
+            f"the mesh plan holds {held} sequences a step and train.global_batch is {job.train.global_batch}: {advice}"
+        )
+    limit = job.train.micro_batch_limit
+    if limit is not None and mesh.micro_batch > limit:
+        raise UserError(f"the mesh plan's micro-batch is {mesh.micro_batch} and the job allows {limit}: {advice}")
+
+
+def check_same_everywhere(fingerprint: str, device: torch.device) -> None:
+    """Make sure that all ranks read the same data. A collective.
+
+    Raises:
+        UserError: on every rank, if one has another fingerprint.
+    """
+    value = int(fingerprint[:15], 16)
+    both = torch.tensor([value, -value], dtype=torch.int64, device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if int(both[0]) != -int(both[1]):
+        raise UserError(
+            "data.url does not hold the same data on every node: copy it, or (for 'stdlib') install one Python "
+            "version everywhere"
+        )
