@@ -1,0 +1,67 @@
+"""The demo's job: 8 experts, top-2, trained on the standard library's sources read as bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# The first line of the job file, by which a later demo knows the folder as its own to overwrite.
+MARK = "# Written by `elastic-moe demo`; its folder is overwritten by the next demo."
+
+# One replica and two expert-parallel ways: four ranks shard every parameter (FSDP) beside that, two cannot, so
+# the loss of a node moves all of the state to another layout.
+_JOB = """\
+{mark}
+
+[model]
+dim = 96
+num_layers = 2
+num_heads = 3
+num_kv_heads = 1
+num_experts = 8
+top_k = 2
+expert_dim = 192
+
+[data]
+url = "stdlib"
+
+[optim]
+lr = 3e-3
+warmup_steps = 10
+
+[train]
+steps = {steps}
+seed = {seed}
+global_batch = 16
+seq_len = 128
+metrics = {metrics}
+
+[checkpoint]
+url = {checkpoints}
+every = 5
+keep = 3
+
+[mesh]
+expert = 2
+replicate = 1
+"""
+
+
+def job_toml(*, steps: int, seed: int, metrics: Path, checkpoints: Path) -> str:
+    """The TOML text of the job whose metrics and checkpoints go to these paths."""
+    return _JOB.format(
+        mark=MARK,
+        steps=steps,
+        seed=seed,
+        metrics=json.dumps(str(metrics)),  # a JSON string is a TOML basic string
+        checkpoints=json.dumps(str(checkpoints)),
+    )
+
+
+def unbroken_sets(*, metrics: Path, checkpoints: Path) -> list[str]:
+    """`--set` values that make the same job one process with files of its own."""
+    return [
+        "mesh.expert=1",
+        f"train.metrics={json.dumps(str(metrics))}",
+        f"checkpoint.url={json.dumps(str(checkpoints))}",
+    ]

@@ -1,0 +1,129 @@
+"""The demo told in sentences. Pure: records in, sentences out; the driver prints them as they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from elastic_moe.demo.records import Record
+
+_AXES = ("replicate", "shard", "expert")
+
+
+class Story:
+    """Hears the events of both nodes and of the driver, and the metrics, in the order of time.
+
+    It remembers what a sentence needs from earlier records: who was killed and when, the rounds, how far each
+    generation trained.
+    """
+
+    def __init__(self, start_ts: float) -> None:
+        self._start_ts = start_ts
+        self._kill: Record | None = None
+        self._stop: Record | None = None
+        self._lost: set[str] = set()
+        self._mesh: dict[str, int] | None = None
+        self._last: Record | None = None
+        self._tellers: dict[str, Callable[[Record], str | None]] = {
+            "node_joined": self._joined,
+            "demo_node_killed": self._killed,
+            "demo_node_started": self._started,
+            "node_lost": self._node_lost,
+            "round_formed": self._formed,
+            "restored": self._restored,
+            "stop_requested": self._stop_requested,
+            "worker_failed": self._worker_failed,
+            "checkpoint_failed": self._checkpoint_failed,
+            "finished": self._finished,
+        }
+
+    def hear(self, event: Record) -> Iterator[str]:
+        """The sentences that an event adds to the story: none or one."""
+        teller = self._tellers.get(event["event"])
+        if teller and (sentence := teller(event)):
+            yield self._stamped(event, sentence)
+
+    def hear_metrics(self, record: Record) -> Iterator[str]:
+        """As `hear`, for one line of the metrics: the first step of a generation ends an interruption."""
+        last, self._last = self._last, record
+        if last is None:
+            sentence = f"training: step {record['step']}, loss {record['loss']:.3f}"
+        elif record["generation"] != last["generation"]:
+            sentence = self._resumed(record, last)
+        else:
+            return
+        yield self._stamped(record, sentence)
+
+    def _stamped(self, record: Record, sentence: str) -> str:
+        return f"{record['ts'] - self._start_ts:6.1f} s  {sentence}"
+
+    def _joined(self, event: Record) -> str:
+        return f"{event['node']} joins with {count(event['slots'], 'slot')}"
+
+    def _started(self, event: Record) -> str:
+        again = " again" if event["node"] in self._lost else ""
+        return f"{event['node']} is started{again}"
+
+    def _killed(self, event: Record) -> str:
+        self._kill = event
+        self._lost.add(event["node"])
+        return (
+            f"{event['node']} is killed whole (SIGKILL: its agent and {count(event['num_workers'], 'worker')}) "
+            f"while step {event['step'] + 1} runs"
+        )
+
+    def _node_lost(self, event: Record) -> str:
+        noticed = f" after {event['ts'] - self._kill['ts']:.1f} s" if self._kill else ""
+        return f"{event['node']} notices{noticed} that {event['node_lost']} is gone ({event['reason']})"
+
+    def _formed(self, event: Record) -> str:
+        before, self._mesh = self._mesh, event["mesh"]
+        nodes = ", ".join(participant["node_id"] for participant in event["participants"])
+        sentence = (
+            f"generation {event['generation']} ({event['reason']}): {count(event['world_size'], 'rank')} on {nodes}"
+        )
+        if self._mesh is None:
+            return sentence
+        planned = "mesh" if before is None else "mesh re-planned to" if before != self._mesh else "mesh still"
+        batch = f"{count(self._mesh['rounds'], 'round')} of {self._mesh['micro_batch']} samples a rank"
+        return f"{sentence}; {planned} {describe_mesh(self._mesh)}, {batch}"
+
+    def _restored(self, event: Record) -> str | None:
+        if event.get("rank", 0) != 0 or not event["step"]:
+            return None
+        return f"the state after step {event['step']} is restored into the new mesh"
+
+    def _stop_requested(self, event: Record) -> str:
+        self._stop = event
+        return f"{event['reason']}: the workers will checkpoint and stop at the next step boundary"
+
+    def _worker_failed(self, event: Record) -> str:
+        return f"{event['node']}: worker of rank {event['rank']} ends with exit code {event['exit_code']}"
+
+    def _checkpoint_failed(self, event: Record) -> str:
+        return f"checkpoint of step {event['step']} failed: {event.get('reason', 'no reason given')}"
+
+    def _finished(self, event: Record) -> str:
+        return f"the job is over: {event['outcome']}"
+
+    def _resumed(self, record: Record, last: Record) -> str:
+        again = last["step"] + 1 - record["step"]
+        lost = f"{count(again, 'step')} done again" if again > 0 else "no step lost"
+        if self._kill and last["generation"] == self._kill["generation"]:
+            waited = f"{record['ts'] - self._kill['ts']:.1f} s after the kill"
+        else:
+            waited = f"{record['ts'] - last['ts']:.1f} s after step {last['step']}"
+        return f"training goes on: step {record['step']}, loss {record['loss']:.3f}, {waited}, {lost}"
+
+
+def describe_mesh(mesh: dict[str, Any]) -> str:
+    """`FSDP 2 x expert parallel 2`: the axes that split something, then the idle slots."""
+    names = {"replicate": "replicas", "shard": "FSDP", "expert": "expert parallel"}
+    split = [f"{names[axis]} {mesh[axis]}" for axis in _AXES if mesh[axis] > 1]
+    idle = f", {mesh['idle']} idle" if mesh["idle"] else ""
+    return (" x ".join(split) or "one rank") + idle
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
