@@ -39,9 +39,10 @@ class StopReason(IntEnum):
 class Phase(IntEnum):
     """What the worker says of itself."""
 
-    STARTING = 0
-    RUNNING = 1
-    YIELDED = 2
+    STARTING = 0  # has not opened its channel: still importing, or a script that never will
+    ATTACHED = 1
+    RUNNING = 2
+    YIELDED = 3
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Channel:
         if memory[0:4] != _MAGIC:
             memory.close()
             raise ValueError(f"{path} is not a worker channel of this version")
+        struct.pack_into("<I", memory, _PHASE, Phase.ATTACHED)
         return cls(path, memory)
 
     # --- the worker's side

@@ -7,7 +7,8 @@
     ├── KVError
     │   ├── KVUnavailable            the store does not answer now; the caller may try again
     │   └── Compacted                a watch asked for revisions that the store has forgotten; list again
-    └── JobClosed                    the job ended: succeeded, or failed with a reason
+    ├── JobClosed                    the job ended: succeeded, or failed with a reason
+    └── RendezvousTimeout            no round was formed in the time given
 """
 
 from __future__ import annotations
@@ -43,3 +44,7 @@ class JobClosed(LauncherError):
     def __init__(self, outcome: str) -> None:
         super().__init__(f"the job is closed: {outcome}")
         self.outcome = outcome
+
+
+class RendezvousTimeout(LauncherError):
+    """No round was formed in the time given; the message says what was waited for."""

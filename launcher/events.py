@@ -20,9 +20,7 @@ Emit = Callable[..., None]
 """How the parts of the launcher report: `emit(event, generation=3, **fields)`."""
 
 
-def append_event(
-    path: Path, *, run_id: str, node: str, generation: int, event: str, fields: Mapping[str, Any]
-) -> None:
+def append_event(path: Path, *, run_id: str, node: str, generation: int, event: str, fields: Mapping[str, Any]) -> None:
     """Append one event; a full disk or a vanished folder costs the event, never the job."""
     record = {
         "ts": round(time.time(), 6),
@@ -53,9 +51,7 @@ class EventLog:
 
     def __call__(self, event: str, *, generation: int = 0, **fields: Any) -> None:
         """Record `event`."""
-        told = " ".join(
-            f"{key}={value}" for key, value in fields.items() if not isinstance(value, dict | list)
-        )
+        told = " ".join(f"{key}={value}" for key, value in fields.items() if not isinstance(value, dict | list))
         log.info("[%s] generation %d: %s %s", self._node, generation, event, told)
         if self.path is not None:
             append_event(

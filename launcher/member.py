@@ -200,6 +200,10 @@ class Member:
             self._record = dataclasses.replace(self._record, draining=True, reason=reason)
             self._changed.notify_all()
 
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._record.draining
+
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         with self._changed:

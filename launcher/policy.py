@@ -13,4 +13,4 @@ def is_restartable(exit_code: int, progress: Progress) -> bool:
     A program that exits with 2 before its first step was given something it cannot work with: a wrong option, a
     missing file, a bad configuration. It would do so again.
     """
-    return not (exit_code == USAGE_EXIT_CODE and progress.phase is not Phase.RUNNING)
+    return not (exit_code == USAGE_EXIT_CODE and progress.phase not in (Phase.RUNNING, Phase.YIELDED))

@@ -1,0 +1,120 @@
+"""`elastic-moe run`: torchrun's command line, our agent.
+
+The options are read by torchrun's own parser, so they are those of the installed torch, unchanged; ours are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from elastic_moe.cli.parser import PROG
+from elastic_moe.errors import UserError
+from launcher.mesh import MeshPlan, plan
+
+if TYPE_CHECKING:
+    from elastic_moe.cli.parser import Subparsers
+    from launcher.membership import Planner
+
+_EPILOG = """\
+Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 128 + N this
+node left the job on signal N (SIGTERM and SIGHUP first let the workers stop at a step boundary).
+"""
+_BACKENDS = ("embedded", "memory")
+
+
+def register(verbs: Subparsers) -> None:
+    """Add the verb `run`. Its arguments go to torchrun's parser as they are, so nothing here may look like one."""
+    parser = verbs.add_parser(
+        "run",
+        help="run a script under torchrun's options, restarted and re-meshed as nodes come and go",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.set_defaults(handler=handle)
+
+
+def handle(args: argparse.Namespace) -> int:
+    """Run this node's agent."""
+    from torch.distributed.run import config_from_args
+
+    from launcher.launch import Extras, launch_agent
+
+    given = _parse(args.arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it warns of options that do not concern us
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
+    try:
+        config, command, command_args = config_from_args(given)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    if not isinstance(command, str):
+        raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
+    extras = Extras(
+        node_name=given.node_name,
+        planner=_planner(given.mesh) if given.mesh else None,
+        events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
+    )
+    return launch_agent(config, [command, *command_args], extras)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"{PROG} run"
+    parser.description = "Run a script on this node as part of an elastic job."
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
+    setattr(parser, "error", _usage_error)  # noqa: B010 (torchrun's parser tells its whole usage with each mistake)
+    ours = parser.add_argument_group("elastic-moe")
+    ours.add_argument("--node-name", default="", help="name of this node in events and logs (default: its host name)")
+    ours.add_argument(
+        "--mesh", metavar="JOB.toml", help="plan the device mesh of every round for the model of this job file"
+    )
+    given = parser.parse_args(arguments)
+    _choose_backend(given)
+    _check_script(given)
+    return given
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise UserError(f"{message} (see {PROG} run --help)")
+
+
+def _choose_backend(given: argparse.Namespace) -> None:
+    """One node needs no store to meet at; several meet at an embedded one."""
+    if given.rdzv_backend in ("static", "c10d"):
+        alone = given.standalone or given.nnodes in ("1", "1:1")
+        given.rdzv_backend = "memory" if alone and not given.rdzv_endpoint else "embedded"
+    if given.rdzv_backend not in _BACKENDS:
+        raise UserError(f"--rdzv-backend {given.rdzv_backend}: unknown; choose one of {', '.join(_BACKENDS)}")
+    if given.rdzv_backend == "embedded" and not given.rdzv_endpoint:
+        raise UserError("--rdzv-endpoint: several nodes need HOST:PORT of the first one to meet at")
+    if given.rdzv_id in (None, "none"):
+        given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
+
+
+def _check_script(given: argparse.Namespace) -> None:
+    """A missing script is told at once, not by every worker of every restart."""
+    if not given.module and not given.no_python and not Path(given.training_script).is_file():
+        raise UserError(f"script {given.training_script!r}: no such file")
+
+
+def _planner(job_path: str) -> Planner:
+    from elastic_moe.config import load, mesh_spec
+
+    spec = mesh_spec(load(job_path, environ=os.environ))
+
+    def planner(slots: Sequence[int], previous: MeshPlan | None) -> MeshPlan:
+        return plan(sum(slots), spec, ranks_per_node=list(slots), previous=previous)
+
+    return planner

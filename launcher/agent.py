@@ -1,0 +1,364 @@
+"""The agent of one node: torch's `LocalElasticAgent`, with a run loop of our own.
+
+torch starts, redirects and reaps the worker processes; when to start and stop them is decided here, from the local
+view of the membership (`Member`) and from the workers' channels. The loop differs from torch's in four ways: it
+reacts to a lost peer and not to the collective's error that follows; a failure is announced before anything is
+killed; workers that know how are asked to stop at a step boundary; and an agent that may no longer hold its lease
+kills its workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+
+from launcher.channel import Channel, Phase, Progress, StopReason
+from launcher.errors import JobClosed, RendezvousTimeout
+from launcher.events import EventLog
+from launcher.member import Member
+from launcher.membership import SUCCEEDED, Breakage, Failure, Round, Status
+from launcher.policy import is_restartable
+from launcher.probe import report_dead
+from launcher.rendezvous import MemberRendezvous
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graces:
+    """How long the agent waits for workers, in seconds."""
+
+    stop_s: float
+    """From SIGTERM to SIGKILL, when a generation ends otherwise than at a step boundary."""
+    yield_s: float = 300.0
+    """For workers that report progress to reach a step boundary and save, when asked to."""
+    attach_s: float = 15.0
+    """For a started worker to report progress at all; a script that never does is stopped without asking."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """Why a generation ends on this node, and how long its workers have from SIGTERM to SIGKILL."""
+
+    reason: str
+    grace_s: float
+
+
+class ElasticAgent(LocalElasticAgent):
+    """One per node. `run` returns when the job is done, failed, or this node has left it."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: LogsSpecs,
+        *,
+        member: Member,
+        rendezvous: MemberRendezvous,
+        events: EventLog,
+        runtime_dir: Path,
+        graces: Graces,
+        start_method: str,
+        log_line_prefix_template: str | None = None,
+    ) -> None:
+        super().__init__(
+            spec,
+            logs_specs,
+            start_method=start_method,
+            log_line_prefix_template=log_line_prefix_template,
+            shutdown_timeout=int(graces.stop_s),
+        )
+        self._member = member
+        self._rendezvous_handler = rendezvous
+        self._events = events
+        self._runtime_dir = runtime_dir
+        self._graces = graces
+        self._channels: dict[int, Channel] = {}
+        self._started_s = 0.0
+        self._asked_s: float | None = None  # when the workers were asked to stop at a step boundary
+        self._drain_signal: signal.Signals | None = None
+        self._supervising = False
+        self._failures: dict[int, ProcessFailure] = {}
+
+    # --- torch's steps, with what ours know better
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        """Ranks follow from the round: no exchange through the store, and nodes may run different numbers."""
+        current = self._current_round()
+        slots = [participant.slots for participant in current.participants]
+        base_rank = sum(slots[:group_rank])
+        spec.local_world_size = slots[group_rank]
+        return [
+            Worker(
+                local_rank=local_rank,
+                global_rank=base_rank + local_rank,
+                role_rank=base_rank + local_rank,
+                world_size=current.world_size,
+                role_world_size=current.world_size,
+            )
+            for local_rank in range(slots[group_rank])
+        ]
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        current = self._current_round()
+        # Scripts and log folders see the same count on every node: the rounds that ran before this one.
+        self._remaining_restarts = worker_group.spec.max_restarts - (current.generation - 1)
+        self._close_channels()
+        self._channels = {
+            worker.local_rank: Channel.create(self._runtime_dir / f"worker-{worker.local_rank}")
+            for worker in worker_group.workers
+        }
+        self._asked_s = None
+        self._failures = {}
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        self.install_signal_handlers()  # torch has just installed its own
+        self._started_s = time.monotonic()
+        self._emit(
+            "workers_started",
+            ranks=[worker.global_rank for worker in worker_group.workers],
+            pids=list(pids.values()),
+            world_size=current.world_size,
+        )
+        return pids
+
+    def _set_local_rank_env(self, worker_env: dict[str, str | None], local_rank: int, spec: WorkerSpec) -> None:
+        super()._set_local_rank_env(worker_env, local_rank, spec)
+        current = self._current_round()
+        worker_env["ELASTIC_MOE_GENERATION"] = str(current.generation)
+        worker_env["ELASTIC_MOE_LINEAGE"] = current.lineage
+        worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
+        worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
+        worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels[local_rank].path)
+        if current.mesh is not None:
+            worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
+        if self._events.path is not None:
+            worker_env["ELASTIC_MOE_EVENTS"] = str(self._events.path)
+
+    def _current_round(self) -> Round:
+        current = self._rendezvous_handler.round
+        assert current is not None, "no round was joined"
+        return current
+
+    # --- the loop
+
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        while True:
+            try:
+                self._initialize_workers(self._worker_group)
+            except RendezvousClosedError:
+                return self._closed()
+            except RendezvousTimeoutError as error:
+                raise RendezvousTimeout(str(error)) from error
+            self._supervising = True
+            try:
+                end = self._supervise(self._current_round().generation)
+                if isinstance(end, RunResult):
+                    return end
+                self._end_generation(end)
+            finally:
+                self._supervising = False
+
+    def _closed(self) -> RunResult:
+        """The job ended without this node: it was a spare, or another node's failure was the last."""
+        outcome = self._member.outcome()
+        if outcome == SUCCEEDED:
+            self._worker_group.workers = []
+            return RunResult(WorkerState.SUCCEEDED)
+        if self._failures:
+            return RunResult(WorkerState.FAILED, failures=self._failures)
+        raise JobClosed(outcome)
+
+    def _supervise(self, generation: int) -> RunResult | _End:
+        """Watch one generation to its end: the job's result, or why there has to be another round."""
+        while True:
+            self._member.wait(_POLL_S)
+            if failures := self._failed_workers():
+                self._report_failure(generation, failures)
+                return _End("worker failed", self._graces.stop_s)
+            broken = self._member.broken(generation)
+            if broken and not self._may_finish(broken):
+                # Workers of a node whose lease may have ended must be gone before others start in their place.
+                return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
+            if self._drain_signal is not None and not self._member.draining():
+                self._emit("drain_started", signal=self._drain_signal.name)
+                self._member.drain(f"drains on {self._drain_signal.name}")
+                if not self._is_cooperative():
+                    return _End(f"drains on {self._drain_signal.name}", self._graces.stop_s)
+            reason = self._member.stop_requested(generation)
+            if reason and not self._ask_to_stop(reason):
+                return _End(reason, self._graces.stop_s)
+            result: RunResult = self._monitor_workers(self._worker_group)
+            if result.state is WorkerState.SUCCEEDED:
+                progress = self._progress().values()
+                if any(p.phase is Phase.YIELDED for p in progress):
+                    self._emit("workers_yielded", step=max(p.step for p in progress))
+                    return _End(reason or "yielded", self._graces.stop_s)
+                if not self._finish(generation):
+                    return _End("the others need another round", self._graces.stop_s)
+                self._worker_group.state = WorkerState.SUCCEEDED
+                return result
+
+    def _end_generation(self, end: _End) -> None:
+        """Stop what still runs and be ready for another round, or leave if this node drains."""
+        self._member.announce(Status.STOPPING, reason=end.reason)
+        began_s = time.monotonic()
+        # A grace of 0 still lets the kernel deliver SIGTERM first; SIGKILL follows at once.
+        self._shutdown(signal.SIGTERM, timeout=max(end.grace_s, 0.001))  # type: ignore[arg-type]
+        self._worker_group.state = WorkerState.STOPPED
+        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3))
+        if self._drain_signal is not None:
+            raise SignalException(f"drained on {self._drain_signal.name}", self._drain_signal)
+        self._member.announce(Status.READY, reason=end.reason)
+
+    def _finish(self, generation: int) -> bool:
+        """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
+        self._member.announce(Status.DONE)
+        while True:
+            if self._member.outcome() == SUCCEEDED:
+                return True
+            if self._member.broken(generation):
+                return False
+            if self._drain_signal is not None:
+                return True  # this node's part is done
+            self._member.wait(_POLL_S)
+
+    # --- failures
+
+    def _failed_workers(self) -> dict[int, ProcessFailure]:
+        """Workers that ended with an error, by global rank, before torch stops the others because of it."""
+        if self._pcontext is None:
+            return {}
+        failures = {}
+        for worker in self._worker_group.workers:
+            handler = self._pcontext.subprocess_handlers[worker.local_rank]  # type: ignore[attr-defined]
+            exit_code = handler.proc.poll()
+            if exit_code:
+                failures[worker.global_rank] = ProcessFailure(
+                    local_rank=worker.local_rank,
+                    pid=handler.proc.pid,
+                    exitcode=exit_code,
+                    error_file=self._pcontext.error_files[worker.local_rank],
+                )
+        return failures
+
+    def _report_failure(self, generation: int, failures: dict[int, ProcessFailure]) -> None:
+        """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
+        self._failures = failures
+        progress = self._progress()
+        rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+        failure = Failure(
+            rank=rank,
+            exit_code=first.exitcode,
+            message=_first_line(first),
+            ts=time.time(),
+            restartable=is_restartable(first.exitcode, progress[first.local_rank]),
+        )
+        self._member.announce(Status.STOPPING, reason="worker failed", failure=failure)
+        peers = [node for node in self._member.nodes() if node.node_id != self._member.node_id]
+        report_dead((p for p in peers if p.generation == generation), self._member.evict)
+        for global_rank, failed in failures.items():
+            self._emit(
+                "worker_failed",
+                rank=global_rank,
+                exit_code=failed.exitcode,
+                pid=failed.pid,
+                step=progress[failed.local_rank].step,
+                message=_first_line(failed),
+            )
+
+    # --- stopping at a step boundary
+
+    def _progress(self) -> dict[int, Progress]:
+        return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
+
+    def _is_cooperative(self) -> bool:
+        return any(progress.phase is not Phase.STARTING for progress in self._progress().values())
+
+    def _ask_to_stop(self, reason: str) -> bool:
+        """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
+        now_s = time.monotonic()
+        if self._asked_s is None:
+            self._asked_s = now_s
+            code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
+            for channel in self._channels.values():
+                channel.request_stop(code)
+        if not self._is_cooperative() and now_s > self._started_s + self._graces.attach_s:
+            return False
+        if now_s > self._asked_s + self._graces.yield_s:
+            self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
+            return False
+        return True
+
+    def _may_finish(self, broken: Breakage) -> bool:
+        """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
+        if not broken.graceful or self._asked_s is None:
+            return False
+        return time.monotonic() < self._asked_s + self._graces.yield_s
+
+    # --- signals
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
+        if threading.current_thread() is threading.main_thread():
+            for handled in _HANDLED_SIGNALS:
+                signal.signal(handled, self._on_signal)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        received = signal.Signals(signum)
+        gentle = received in (signal.SIGTERM, signal.SIGHUP) and self._drain_signal is None
+        if self._supervising and gentle:
+            self._drain_signal = received
+            return
+        raise SignalException(f"received {received.name}", received)
+
+    # --- the rest
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._events(event, generation=self._rendezvous_handler.generation, **fields)
+
+    def _close_channels(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._channels = {}
+
+    def close(self) -> None:
+        """Let go of the channels; the workers are gone."""
+        self._close_channels()
+
+
+def _first_line(failure: ProcessFailure) -> str:
+    """The error in one line, as far as the worker left a word (torch's `record`)."""
+    if not os.path.isfile(failure.error_file):
+        return ""
+    try:
+        message = json.loads(Path(failure.error_file).read_text())["message"]
+        text = message["message"] if isinstance(message, dict) else message
+        return str(text).strip().splitlines()[0][:500]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        log.warning("error file %s cannot be read: %s", failure.error_file, error)
+        return ""

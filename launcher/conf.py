@@ -1,0 +1,60 @@
+"""What `--rdzv-conf` may say, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launcher.errors import UsageError
+
+
+class RendezvousConf(BaseModel):
+    """`--rdzv-conf key=value,key=value`. Times are in seconds; torchrun's own names stay valid."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lease_ttl: float = Field(2.0, ge=1.0, le=600)
+    """A node that is silent for this long is lost. Its own agent stops its workers before."""
+    last_call: float = Field(2.0, ge=0, alias="last_call_timeout")
+    """The first round, once it has min nodes, waits for so much quiet for more. Paid at the start only."""
+    join_cooldown: float = Field(5.0, ge=0)
+    """No round is interrupted for joiners before it is this old."""
+    join_settle: float = Field(0.5, ge=0)
+    """Joiners are taken in together once none has come for this long."""
+    timeout: float = Field(900.0, gt=0, alias="join_timeout")
+    """A node waits this long for a round, a job this long for min nodes."""
+    connect_timeout: float = Field(10.0, gt=0)
+    """An endpoint that has not answered by then is reported."""
+    stop_timeout: float = Field(60.0, gt=0)
+    """A node whose workers have not stopped by then is left out of the next round."""
+    yield_timeout: float = Field(300.0, gt=0)
+    """Workers asked to stop at a step boundary have so long to reach one and save."""
+    zone: str = ""
+    """Nodes of one zone get adjacent ranks."""
+    token_file: str = ""
+    """File with the secret that the embedded store wants from its clients."""
+    is_host: str = ""
+    """true or false, where the endpoint's name does not tell whether this node hosts the embedded store."""
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> RendezvousConf:
+        """Check what the user gave.
+
+        Raises:
+            UsageError: an unknown key or a value out of range.
+        """
+        by_alias = {field.alias: name for name, field in cls.model_fields.items() if field.alias}
+        named = {by_alias.get(key, key): value for key, value in given.items()}
+        for key in named:
+            if key not in cls.model_fields:
+                close = get_close_matches(key, cls.model_fields, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
+                raise UsageError(f"--rdzv-conf {key}: no such key; {hint}")
+        try:
+            return cls.model_validate(named, by_name=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"--rdzv-conf {first['loc'][0]}={first['input']}: {first['msg'].lower()}") from error

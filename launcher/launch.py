@@ -1,0 +1,200 @@
+"""From a launch configuration to a finished job: opens the store, joins, runs the agent, leaves.
+
+torch's own `launch_agent` hard-codes its agent, does not tell the others when a signal ends it, and closes the
+rendezvous for all on an error of one; hence this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig
+
+from launcher import boot
+from launcher.agent import ElasticAgent, Graces
+from launcher.conf import RendezvousConf
+from launcher.errors import JobClosed, KVUnavailable, UsageError
+from launcher.events import EventLog
+from launcher.kv.connect import Connection, connect
+from launcher.member import Member
+from launcher.membership import Node, Planner, Rules
+from launcher.policy import USAGE_EXIT_CODE
+from launcher.probe import Doorbell
+from launcher.rendezvous import MemberRendezvous
+
+log = logging.getLogger(__name__)
+
+_HOST_LINGERS_S = 10.0
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What torchrun's options have no word for."""
+
+    node_name: str = ""
+    """Human part of the node's id; the host's name by default."""
+    planner: Planner | None = None
+    """Plans the mesh of each round; without one every slot gets a worker and workers get no mesh."""
+    events_path: Path | None = None
+    """Where events.jsonl goes; None writes none."""
+
+
+def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
+    """Run this node's part of the job to its end.
+
+    Returns:
+        The exit code: 0 the job is done; 1 it failed; 2 it failed because its workers were given something they
+        cannot work with; 128 + signal if this node left the job because of a signal.
+
+    Raises:
+        UsageError: the user's mistake; nothing was started.
+        RendezvousTimeout: no round was formed in time.
+    """
+    conf = RendezvousConf.parse({k: v for k, v in config.rdzv_configs.items() if k != "rank"})
+    connection = connect(
+        config.rdzv_backend,
+        config.rdzv_endpoint,
+        {k: v for k, v in (("token_file", conf.token_file), ("is_host", conf.is_host)) if v},
+        local_addr=config.local_addr,
+        timeout_s=conf.connect_timeout,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(connection.close)
+        doorbell = Doorbell(connection.local_address)
+        stack.callback(doorbell.close)
+        host = socket.gethostname()
+        node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:4]}"
+        events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
+        node = Node(
+            node_id=node_id,
+            host=host,
+            address=connection.local_address,
+            port=doorbell.port,
+            slots=config.nproc_per_node,
+            zone=conf.zone,
+        )
+        member = Member(
+            connection.kv,
+            config.run_id,
+            node,
+            _rules(config, conf),
+            extras.planner or (lambda slots, previous: None),
+            events,
+            lease_ttl_s=conf.lease_ttl,
+        )
+        try:
+            member.start()
+        except KVUnavailable as error:
+            raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error
+        if connection.hosts_store:
+            stack.callback(_linger, member)
+        stack.callback(member.leave)
+        return _run(config, conf, command, connection, member, events, stack.enter_context(_runtime_dir()))
+
+
+def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
+    return Rules(
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        last_call_s=conf.last_call,
+        join_cooldown_s=conf.join_cooldown,
+        join_settle_s=conf.join_settle,
+        max_restarts=config.max_restarts,
+        quorum_timeout_s=conf.timeout,
+        stop_timeout_s=conf.stop_timeout,
+    )
+
+
+def _run(
+    config: LaunchConfig,
+    conf: RendezvousConf,
+    command: Sequence[str],
+    connection: Connection,
+    member: Member,
+    events: EventLog,
+    runtime_dir: Path,
+) -> int:
+    rendezvous = MemberRendezvous(
+        member,
+        backend=config.rdzv_backend,
+        run_id=config.run_id,
+        address=connection.local_address,
+        timeout_s=conf.timeout,
+    )
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=sys.executable,
+        args=("-I", "-S", boot.__file__, str(os.getpid()), *command),
+        rdzv_handler=rendezvous,
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+        event_log_handler=config.event_log_handler,
+        numa_options=config.numa_options,
+        duplicate_stdout_filters=config.duplicate_stdout_filters,
+        duplicate_stderr_filters=config.duplicate_stderr_filters,
+        virtual_local_rank=config.virtual_local_rank,
+    )
+    assert config.logs_specs is not None
+    agent = ElasticAgent(
+        spec,
+        config.logs_specs,
+        member=member,
+        rendezvous=rendezvous,
+        events=events,
+        runtime_dir=runtime_dir,
+        graces=Graces(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
+        start_method=config.start_method,
+        log_line_prefix_template=config.log_line_prefix_template,
+    )
+    agent.install_signal_handlers()
+    try:
+        result = agent.run()
+    except SignalException as stopped:
+        log.warning("[%s] left the job: %s", member.node_id, stopped)
+        return 128 + stopped.sigval
+    except JobClosed as closed:
+        log.error("[%s] %s", member.node_id, closed)
+        return 1
+    finally:
+        agent.close()
+    if not result.is_failed():
+        return 0
+    log.error("%s", ChildFailedError(name=command[0], failures=result.failures))
+    return USAGE_EXIT_CODE if any(f.exitcode == USAGE_EXIT_CODE for f in result.failures.values()) else 1
+
+
+@contextlib.contextmanager
+def _runtime_dir() -> Iterator[Path]:
+    """A private folder (0700) for the workers' channels."""
+    path = Path(tempfile.mkdtemp(prefix="elastic-moe-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _linger(member: Member) -> None:
+    """The host of the embedded store goes last: the others still have to read how the job ended."""
+    ends_s = time.monotonic() + _HOST_LINGERS_S
+    while any(node.node_id != member.node_id for node in member.nodes()):
+        left_s = ends_s - time.monotonic()
+        if left_s <= 0:
+            log.warning("closing the store while other nodes still use it")
+            return
+        member.wait(min(left_s, 0.2))
