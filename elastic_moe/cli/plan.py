@@ -103,9 +103,9 @@ def handle(args: argparse.Namespace) -> int:
 def _spec(args: argparse.Namespace) -> MeshSpec:
     """The job's spec (or Mixtral's), with the flags laid over it."""
     if args.job:
-        from elastic_moe import config  # pydantic is slow to import, and needed for a job alone
+        from elastic_moe.config import load, mesh_spec  # pydantic is slow to import, and for a job alone
 
-        spec = config.mesh_spec(config.load(args.job, sets=args.sets, environ=os.environ))
+        spec = mesh_spec(load(args.job, sets=args.sets, environ=os.environ))
     elif args.sets:
         raise UserError("--set changes a field of a job: name the job with --job JOB.toml")
     else:
