@@ -1,0 +1,166 @@
+"""Data as a pure function of the step: order, shares, corpora."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.data import DataConfig
+from elastic_moe.data.corpus import Corpus, as_bytes, fingerprint, open_corpus, stdlib_files
+from elastic_moe.data.order import ids, permute, share
+from elastic_moe.errors import UserError
+from elastic_moe.trainer.step import Batches
+
+worlds = st.integers(1, 16)
+batches = st.integers(1, 70)
+
+
+@given(num_items=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
+def test_permute_is_a_permutation(num_items: int, seed: int, epoch: int) -> None:
+    images = permute(np.arange(num_items), num_items, seed=seed, epoch=epoch)
+    assert np.array_equal(np.sort(images), np.arange(num_items))
+
+
+def test_order_never_changes() -> None:
+    """A job that is resumed by a newer release must see the samples it would have seen: these numbers are frozen."""
+    assert ids(seed=7, step=3, global_batch=6, num_samples=1000).tolist() == [685, 109, 63, 352, 271, 341]
+
+
+def test_order_looks_random() -> None:
+    """Neighbours land anywhere: the mean jump of a uniform order is a third of the range."""
+    images = permute(np.arange(100_000), 100_000, seed=0, epoch=0)
+    assert np.abs(np.diff(images)).mean() == pytest.approx(100_000 / 3, rel=0.02)
+    other = permute(np.arange(100_000), 100_000, seed=0, epoch=1)
+    assert (images == other).mean() < 1e-3
+
+
+@given(seed=st.integers(0, 2**31), global_batch=batches, num_samples=st.integers(1, 200))
+def test_an_epoch_holds_every_sample_once(seed: int, global_batch: int, num_samples: int) -> None:
+    num_steps = -(-2 * num_samples // global_batch)
+    drawn = np.concatenate([ids(seed, step, global_batch, num_samples) for step in range(num_steps)])
+    for epoch in range(2):
+        of_epoch = drawn[epoch * num_samples : (epoch + 1) * num_samples]
+        assert np.array_equal(np.sort(of_epoch), np.arange(num_samples))
+
+
+@settings(max_examples=60)
+@given(world_size=worlds, global_batch=batches, micro_batch=st.integers(1, 8), step=st.integers(0, 50))
+def test_ranks_together_train_each_sample_once(world_size: int, global_batch: int, micro_batch: int, step: int) -> None:
+    """Any world size, primes too: the same samples in the same step, equal rounds, the rest padding of no weight."""
+    corpus = Corpus((np.arange(1201, dtype=np.uint16),), "", seq_len=4)
+    rounds = -(-global_batch // (world_size * micro_batch))
+    trained = []
+    for rank in range(world_size):
+        part = share(global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, rounds=rounds)
+        of_rank = Batches(corpus, 5, global_batch, 1 << 16, part, torch.device("cpu")).of_step(step)
+        assert len(of_rank) == rounds
+        for windows_BS, real_B in of_rank:
+            assert windows_BS.shape == (micro_batch, 5)
+            trained += windows_BS[real_B][:, 0].tolist()
+    assert trained == [4 * int(i) for i in ids(5, step, global_batch, corpus.num_samples)]
+
+
+def test_a_share_that_cannot_hold_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not hold a global batch of 32"):
+        share(32, rank=0, world_size=5, micro_batch=3, rounds=2)
+
+
+def test_windows_stay_within_their_shard() -> None:
+    shards = (
+        np.arange(0, 10, dtype=np.uint16),
+        np.arange(100, 103, dtype=np.uint16),
+        np.arange(200, 208, dtype=np.uint32),
+    )
+    corpus = Corpus(shards, "", seq_len=3)
+    assert corpus.samples_per_shard == [3, 0, 2]
+    expected = [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9], [200, 201, 202, 203], [203, 204, 205, 206]]
+    assert corpus.windows(np.arange(5)).tolist() == expected
+
+
+def test_default_corpus_is_the_standard_library() -> None:
+    names = [path.name for path in stdlib_files()]
+    assert {"argparse.py", "dataclasses.py", "socket.py"} <= set(names)
+    corpus = open_corpus(DataConfig(), seq_len=256)
+    assert corpus.num_tokens > 5_000_000
+    assert corpus.fingerprint == open_corpus(DataConfig(), seq_len=32).fingerprint
+
+
+def test_a_vocabulary_too_small_is_told(tmp_path: Path) -> None:
+    corpus = Corpus((np.full(100, 99, dtype=np.uint16),), "", seq_len=4)
+    whole = share(2, rank=0, world_size=1, micro_batch=2, rounds=1)
+    with pytest.raises(UserError, match=r"token 99 but model\.vocab_size is 64"):
+        Batches(corpus, 0, 2, 64, whole, torch.device("cpu")).of_step(0)
+
+
+def test_text_jsonl_and_token_shards_read_alike(tmp_path: Path) -> None:
+    documents = ["one document", "a second, längere one", "third"]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, text in enumerate(documents):
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": text, "n": 1}) for text in documents) + "\n\n")
+    tokens = as_bytes(text.encode() for text in documents)
+    np.save(tmp_path / "texts.npy", tokens)
+    opened = [
+        open_corpus(DataConfig(url=url), seq_len=5)
+        for url in (str(folder), f"{folder}/*.txt", str(lines), f"file://{lines}", str(tmp_path / "texts.npy"))
+    ]
+    assert {corpus.fingerprint for corpus in opened} == {fingerprint([tokens])}
+    for corpus in opened:
+        assert corpus.windows(np.array([1])).tolist() == [tokens[5:11].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "config", "message"),
+    [
+        ("missing.txt", None, {}, "cannot be read"),
+        ("short.txt", b"abc", {}, "less than one sample"),
+        ("bad.jsonl", b'{"text": "x"}\n{"other": 1}\n', {}, "line 2: not a JSON object with a field 'text'"),
+        ("bad.jsonl", b'{"text": 3}\n', {}, "line 1: field 'text' is not a string"),
+        ("bad.npy", b"no array", {}, "is not a .npy array"),
+        ("x.txt", b"abc", {"format": "tokens"}, "is not a .npy array"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, config: dict[str, str], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_corpus(DataConfig(url=str(tmp_path / name), **config), seq_len=8)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_protocol_is_told() -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        open_corpus(DataConfig(url="nowhere://bucket/x"), seq_len=8)
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    """Loading one would unpickle whatever the file holds."""
+    np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"not a \.npy array"):
+        open_corpus(DataConfig(url=str(tmp_path / "evil.npy")), seq_len=8)
+
+
+def test_token_shards_must_be_flat_and_unsigned(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 4), dtype=np.uint16))
+    with pytest.raises(UserError, match=r"uint16 of shape \(3, 4\)"):
+        open_corpus(DataConfig(url=str(tmp_path / "a.npy")), seq_len=8)
+
+
+def test_fingerprint_tells_corpora_apart() -> None:
+    base = np.arange(1000, dtype=np.uint16)
+    changed = base.copy()
+    changed[500] += 1
+    prints = [
+        fingerprint(s) for s in ([base], [changed], [base.astype(np.uint32)], [base[:500], base[500:]], [base[:999]])
+    ]
+    assert len(set(prints)) == len(prints)
