@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,7 +56,9 @@ class Story:
         yield self._stamped(record, sentence)
 
     def _stamped(self, record: Record, sentence: str) -> str:
-        return f"{record['ts'] - self._start_ts:6.1f} s  {sentence}"
+        # Node ids carry a suffix that is new with each start; the story's nodes have names.
+        named = re.sub(r"\b(node-\d+)-[0-9a-f]{4}\b", r"\1", sentence)
+        return f"{record['ts'] - self._start_ts:6.1f} s  {named}"
 
     def _joined(self, event: Record) -> str:
         return f"{event['node']} joins with {count(event['slots'], 'slot')}"

@@ -1,0 +1,261 @@
+"""Runs the demo: two nodes of real processes, one of them killed and brought back, and an unbroken run beside it.
+
+Every wait is for a condition in what the nodes wrote, with a deadline, while their story is told.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from elastic_moe.demo.console import Console
+from elastic_moe.demo.job import MARK, job_toml, unbroken_sets
+from elastic_moe.demo.plot import draw
+from elastic_moe.demo.processes import Process, Processes
+from elastic_moe.demo.records import Record, Tail, merge
+from elastic_moe.demo.story import Story
+from elastic_moe.demo.summary import Summary, summarize
+from elastic_moe.errors import UserError
+
+SLOTS_PER_NODE = 2
+# Node 2 is killed after this part of the steps, and starts again after a few steps without it: most of the rest
+# may pass before it is taken in, because importing torch takes as long as many steps of so small a model.
+KILL_AT = 0.15
+STEPS_ALONE = 8
+
+_POLL_S = 0.05
+_STEP_DEADLINE_S = 120.0
+_START_DEADLINE_S = 90.0
+
+
+class DemoFailed(Exception):
+    """The demo could not go on; one line says at what point."""
+
+    exit_code = 1
+
+
+class Demo:
+    """One demo in the folder `out`. `run` once."""
+
+    def __init__(self, out: Path, *, steps: int, seed: int, console: Console) -> None:
+        self._out = out
+        self._steps = steps
+        self._seed = seed
+        self._console = console
+        self._processes = Processes()
+        self._story = Story(time.time())
+        self._job = out / "job.toml"
+        self._endpoint = ""
+        self._tails = {name: Tail(out / name / "events.jsonl") for name in ("node-1", "node-2")}
+        self._metrics_tail = Tail(out / "metrics.jsonl")
+        self._events: list[Record] = []
+        self._metrics: list[Record] = []
+        self._whole_again = False  # node 2 is back: from here on processes may end
+
+    def run(self) -> Summary:
+        """Play the whole story and leave its records in the folder.
+
+        Raises:
+            UserError: The folder holds something else.
+            DemoFailed: A node ended, or something took too long; the records so far are kept.
+        """
+        _prepare(self._out)
+        checkpoints = self._out / "checkpoints"
+        self._job.write_text(
+            job_toml(steps=self._steps, seed=self._seed, metrics=self._metrics_tail.path, checkpoints=checkpoints)
+        )
+        try:
+            with self._processes:
+                self._interrupted_run()
+                unbroken = self._unbroken_run()
+        except DemoFailed:
+            for process in self._processes.all.values():
+                self._console.tail(process.name, process.log_path, process.tail(25))
+            raise
+        finally:
+            _write_records(self._out / "events.jsonl", self._events)
+        summary = summarize(
+            events=self._events, metrics=self._metrics, unbroken=unbroken, steps=self._steps, seed=self._seed
+        )
+        (self._out / "summary.json").write_text(summary.to_json())
+        draw(
+            self._out / "story.png",
+            summary=summary,
+            metrics=self._metrics,
+            unbroken=unbroken,
+            events=self._events,
+        )
+        return summary
+
+    # --- the story's acts
+
+    def _interrupted_run(self) -> None:
+        with self._console.progress("two nodes", self._steps):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+            self._start_node("node-1")
+            self._wait(lambda: self._heard("node_joined", "node-1"), "node 1 to join", _START_DEADLINE_S)
+            self._start_node("node-2")
+            self._wait(lambda: bool(self._metrics), "the first step", _START_DEADLINE_S)
+            self._wait_for_step(max(2, round(KILL_AT * self._steps)))
+            self._kill_node("node-2")
+            alone = self._wait_for_generation(self._generation() + 1, SLOTS_PER_NODE)
+            self._wait_for_step(alone["step"] + STEPS_ALONE)
+            self._start_node("node-2")
+            self._wait_for_generation(alone["generation"] + 1, 2 * SLOTS_PER_NODE)
+            self._whole_again = True
+            nodes = [self._processes.all[name] for name in ("node-1", "node-2")]
+            self._wait(lambda: all(node.poll() == 0 for node in nodes), "both nodes to finish", _STEP_DEADLINE_S)
+            self._hear()
+
+    def _unbroken_run(self) -> list[Record]:
+        folder = self._out / "unbroken"
+        tail = Tail(folder / "metrics.jsonl")
+        metrics: list[Record] = []
+        sets = unbroken_sets(metrics=tail.path, checkpoints=folder / "checkpoints")
+        arguments = ["-m", "elastic_moe", "train", str(self._job)]
+        for each in sets:
+            arguments += ["--set", each]
+        process = self._processes.start("unbroken", arguments, log_path=folder / "train.log")
+
+        def hear() -> int:
+            new = tail.read()
+            metrics.extend(new)
+            if new:
+                self._console.step(new[-1])
+            return len(new)
+
+        self._console.say("the same job again, unbroken, in one process")
+        with self._console.progress("unbroken", self._steps):
+            self._wait(lambda: process.poll() == 0, "the unbroken run to finish", _STEP_DEADLINE_S, hear=hear)
+            hear()
+        return metrics
+
+    # --- what the driver does
+
+    def _start_node(self, name: str) -> None:
+        self._tell("demo_node_started", name)
+        folder = self._out / name
+        run = ["run", "--nnodes", "1:2", "--nproc-per-node", str(SLOTS_PER_NODE), "--node-name", name]
+        run += ["--rdzv-backend", "embedded", "--rdzv-endpoint", self._endpoint, "--rdzv-id", "demo"]
+        # The first round waits for both nodes, however slowly the second one imports torch.
+        run += ["--rdzv-conf", f"last_call={_START_DEADLINE_S:g}", "--log-dir", str(folder)]
+        train = ["--mesh", str(self._job), "-m", "elastic_moe", "train", str(self._job)]
+        self._processes.start(name, ["-m", "elastic_moe", *run, *train], log_path=folder / "agent.log")
+
+    def _kill_node(self, name: str) -> None:
+        """In the middle of a step, agent and workers at once."""
+        workers = next(
+            event["pids"]
+            for event in reversed(self._events)
+            if event["event"] == "workers_started" and _is_of(event, name)
+        )
+        step = self._metrics[-1]["step"]
+        time.sleep(self._metrics[-1]["step_s"] / 2)
+        self._processes.all[name].kill(workers)
+        self._tell("demo_node_killed", name, step=step, num_workers=len(workers))
+
+    def _tell(self, event: str, node: str, **fields: int) -> None:
+        """Record an event of the driver's own."""
+        record: Record = {
+            "ts": time.time(),
+            "run_id": "demo",
+            "node": node,
+            "generation": self._generation(),
+            "event": event,
+            **fields,
+        }
+        self._events.append(record)
+        self._console.say(*self._story.hear(record))
+
+    # --- what the driver waits for
+
+    def _hear(self) -> int:
+        """Read what the nodes have written since, and tell it; how many steps were among it."""
+        events = merge(*(tail.read() for tail in self._tails.values()))
+        metrics = self._metrics_tail.read()
+        self._events = merge(self._events, events)
+        self._metrics += metrics
+        for record in merge(events, metrics):
+            self._console.say(*(self._story.hear(record) if "event" in record else self._story.hear_metrics(record)))
+        if metrics:
+            self._console.step(metrics[-1])
+        return len(metrics)
+
+    def _generation(self) -> int:
+        return max((record["generation"] for record in self._metrics), default=0)
+
+    def _heard(self, event: str, node: str) -> bool:
+        return any(each["event"] == event and _is_of(each, node) for each in self._events)
+
+    def _wait_for_step(self, step: int) -> None:
+        self._wait(lambda: self._metrics[-1]["step"] >= step, f"step {step}", _STEP_DEADLINE_S)
+
+    def _wait_for_generation(self, least: int, world_size: int) -> Record:
+        """The first step that a generation of this size completed."""
+
+        def first() -> Record | None:
+            later = (each for each in self._metrics if each["generation"] >= least)
+            return next((each for each in later if each["world_size"] == world_size), None)
+
+        self._wait(lambda: first() is not None, f"a step of {world_size} ranks", _STEP_DEADLINE_S)
+        found = first()
+        assert found is not None, "just waited for"
+        return found
+
+    def _wait(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        deadline_in_s: float,
+        *,
+        hear: Callable[[], int] | None = None,
+    ) -> None:
+        """Hear until the condition holds; each step that is trained meanwhile moves the deadline: slow is not stuck."""
+        hear = hear or self._hear
+        deadline_s = time.monotonic() + deadline_in_s
+        while True:
+            ended = [process for process in self._processes.all.values() if process.poll() is not None]
+            if hear():
+                deadline_s = max(deadline_s, time.monotonic() + _STEP_DEADLINE_S)
+            if condition():
+                return
+            for process in ended:
+                self._check(process, what)
+            if time.monotonic() > deadline_s:
+                raise DemoFailed(f"waited too long for {what}")
+            time.sleep(_POLL_S)
+
+    def _check(self, process: Process, what: str) -> None:
+        """A process that ended before what is waited for: only the killed and the finished may."""
+        code = process.poll()
+        if code == 0 and not self._whole_again:
+            raise DemoFailed(f"{process.name} ended while waiting for {what}: try more --steps")
+        if code != 0 and not process.killed:
+            raise DemoFailed(f"{process.name} ended with exit code {code} while waiting for {what}")
+
+
+def _is_of(event: Record, name: str) -> bool:
+    """Node ids are the name that the demo gave and a suffix of their own for each start."""
+    return str(event["node"]).startswith(f"{name}-") or event["node"] == name
+
+
+def _prepare(out: Path) -> None:
+    """Make the folder, without the records of an earlier demo; anything else in it is refused."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: not a directory")
+    if out.is_dir() and any(out.iterdir()):
+        job = out / "job.toml"
+        if not job.is_file() or not job.read_text(errors="replace").startswith(MARK):
+            raise UserError(f"--out {out}: not empty, and not of an earlier demo; choose another directory")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_records(path: Path, records: list[Record]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,91 @@
+"""The demo's processes: nodes that can be killed whole, and that never outlive the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from launcher import boot
+
+_STOP_GRACE_S = 10.0
+
+
+class Process:
+    """One child with its output in a file. The kernel kills it when the demo dies, however that dies."""
+
+    def __init__(self, name: str, arguments: Sequence[str], *, log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self.killed = False
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=child_environ(os.environ),
+                start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends its children in order
+            )
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self._child.poll()
+
+    def kill(self, others: Sequence[int] = ()) -> None:
+        """SIGKILL it and the processes `others` at one moment, as a machine that loses power."""
+        self.killed = True
+        for pid in (self._child.pid, *others):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._child.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL if that is not enough. The agent's workers die with it."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(_STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def tail(self, num_lines: int) -> list[str]:
+        """The last lines of its output."""
+        return self.log_path.read_text(errors="replace").splitlines()[-num_lines:]
+
+
+class Processes:
+    """All children of the demo, by name; leaving the context stops those that still run."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Process] = {}
+
+    def start(self, name: str, arguments: Sequence[str], *, log_path: Path) -> Process:
+        """Start a child; one of the same name must have ended before."""
+        process = Process(name, arguments, log_path=log_path)
+        self.all[name] = process
+        return process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self.all.values():
+            process.stop()
+
+
+def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would make a child part of somebody else's job, on one thread a worker."""
+    foreign = ("ELASTIC_MOE_", "TORCHELASTIC_", "TORCH_ELASTIC_")
+    ranks = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in environ.items() if not name.startswith(foreign) and name not in ranks}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
