@@ -1,0 +1,162 @@
+"""Real nodes on this machine: `elastic-moe run` processes of their own, ended whatever a test does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+T = TypeVar("T")
+DEADLINE_S = 60.0
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def until(what: str, condition: Callable[[], T | None], within_s: float = DEADLINE_S) -> T:
+    """Wait for `condition` to hold and return what it returned; fail with `what` if it does not in time."""
+    ends_s = time.monotonic() + within_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() >= ends_s:
+            raise AssertionError(f"not within {within_s:g} s: {what}")
+        time.sleep(0.02)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+class Node:
+    """One agent and the workers it starts."""
+
+    def __init__(self, cluster: Cluster, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self._log = cluster.folder / f"{name}.log"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **cluster.environment}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "elastic_moe", "run", "--node-name", name, *arguments],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What the agent and its workers printed."""
+        return self._log.read_text(errors="replace")
+
+    def tree(self) -> list[psutil.Process]:
+        """The live worker processes and their children."""
+        try:
+            return [p for p in psutil.Process(self.process.pid).children(recursive=True) if alive(p)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill_agent(self) -> None:
+        """SIGKILL to the agent alone."""
+        self.process.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the agent and all its workers at once: what is left of a node whose power goes."""
+        victims = [*self.tree(), psutil.Process(self.process.pid)]
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.suspend()
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+
+    def signal(self, signum: signal.Signals) -> None:
+        """Send the agent a signal."""
+        self.process.send_signal(signum)
+
+    def wait(self, within_s: float = DEADLINE_S) -> int:
+        """The agent's exit code."""
+        try:
+            return self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end within {within_s:g} s:\n{self.output}") from None
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.kill()
+        self.process.wait(10)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs (a zombie does not)."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Cluster:
+    """Nodes that meet at one embedded store and share one `events.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.endpoint = f"127.0.0.1:{free_port()}"
+        self.environment: dict[str, str] = {}
+        self._nodes: list[Node] = []
+
+    def start(self, name: str, *arguments: str, nnodes: str = "1:2", nproc: int = 1, conf: str = "") -> Node:
+        """Start a node; `arguments` are further options, the script and its arguments."""
+        options = ["--nnodes", nnodes, "--nproc-per-node", str(nproc), "--rdzv-endpoint", self.endpoint]
+        options += ["--rdzv-id", "test", "--log-dir", str(self.folder), "--shutdown-timeout", "5"]
+        options += ["--rdzv-conf", conf] if conf else []
+        node = Node(self, name, [*options, *arguments])
+        self._nodes.append(node)
+        return node
+
+    def events(self, event: str | None = None, **fields: Any) -> list[dict[str, Any]]:
+        """The events so far, those named `event` with these fields."""
+        found = read_lines(self.folder / "events.jsonl")
+        return [e for e in found if event in (None, e["event"]) and all(e.get(k) == v for k, v in fields.items())]
+
+    def wait_event(self, event: str, within_s: float = DEADLINE_S, **fields: Any) -> dict[str, Any]:
+        """Wait for an event; the first such."""
+        try:
+            return until(f"event {event} {fields}", lambda: self.events(event, **fields), within_s)[0]
+        except AssertionError as error:
+            logs = "\n".join(f"--- {node.name}\n{node.output}" for node in self._nodes)
+            raise AssertionError(f"{error}\n{logs}") from None
+
+    def end(self) -> None:
+        """End every node."""
+        for node in self._nodes:
+            node.end()
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """A cluster that is gone afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Cluster(folder)
+    try:
+        yield made
+    finally:
+        made.end()
