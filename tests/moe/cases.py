@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from elastic_moe.config import JobConfig
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.decoder import Decoder, token_loss
 from elastic_moe.parallel import (
@@ -19,6 +24,9 @@ from elastic_moe.parallel import (
     parallelize,
     reduce_on,
 )
+from elastic_moe.trainer.optimizer import set_step
+from elastic_moe.trainer.setup import set_up
+from elastic_moe.trainer.state import training_state
 from launcher.mesh import MeshPlan
 
 SMALL = ModelConfig(
@@ -82,3 +90,32 @@ def gradients(
         objective(model, part, num_sequences=8).backward()
     norm = clip_gradients(model.parameters(), meshes, max_norm)
     return gather_full({name: p.grad for name, p in model.named_parameters() if p.grad is not None}), norm
+
+
+class Leg(NamedTuple):
+    """What one world saw of a run: losses and gradient norms by step, and the whole parameters at its end."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def train_leg(job: JobConfig, plan: MeshPlan, first: int, last: int, folder: Path) -> Leg:
+    """Steps `first` to `last` of `job` on one mesh, from and to stock DCP checkpoints in `folder`."""
+    stepper, progress = set_up(job, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
+    state = training_state(stepper.model, stepper.optimizer, progress)
+    if first:
+        dcp.load(state, checkpoint_id=folder / str(first))
+        set_step(stepper.optimizer, progress.step)
+    results = [stepper.step(step) for step in range(first, last)]
+    progress.step = last
+    dcp.save(state, checkpoint_id=folder / str(last))
+    weights = gather_full(dict(stepper.model.state_dict()))
+    return Leg([r.loss for r in results], [r.grad_norm for r in results], weights)
+
+
+def fitted(job: JobConfig, replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
+    """A plan of the given degrees that holds the job's global batch."""
+    per_rank = -(-job.train.global_batch // (replicate * shard * expert))
+    micro_batch = min(per_rank, job.train.micro_batch_limit or per_rank)
+    return MeshPlan(replicate, shard, expert, 0, micro_batch, rounds=-(-per_rank // micro_batch))

@@ -1,0 +1,125 @@
+"""The trainer's pure parts: schedule, plan checks, data state, metrics."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_moe.config import JobConfig
+from elastic_moe.errors import UserError
+from elastic_moe.trainer.config import OptimConfig
+from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
+from elastic_moe.trainer.schedule import learning_rate
+from elastic_moe.trainer.state import DataProgress, DataState
+from elastic_moe.trainer.world import check_plan, choose_plan
+from elastic_moe.worker import WorkerContext
+from launcher.mesh import MeshPlan
+
+ALONE = WorkerContext(rank=0, local_rank=0, world_size=1, generation=0, lineage="", run_id="", mesh=None)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    optim = OptimConfig(lr=1.0, lr_min_ratio=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 20, optim) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@given(warmup=st.integers(0, 30), num_steps=st.integers(1, 30), step=st.integers(0, 40))
+def test_learning_rate_is_always_sound(warmup: int, num_steps: int, step: int) -> None:
+    rate = learning_rate(step, num_steps, OptimConfig(lr=1.0, warmup_steps=warmup))
+    assert 0 < rate <= 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (MeshPlan(1, 2, 2, 0, 8, 1), "needs 4 ranks and WORLD_SIZE is 6"),
+        (MeshPlan(1, 2, 3, 0, 8, 1), "num_experts = 8 is not divisible by the mesh plan's expert degree 3"),
+        (MeshPlan(3, 2, 1, 0, 1, 2), "holds 12 sequences a step and train.global_batch is 32"),
+        (MeshPlan(3, 1, 2, 0, 6, 1), "micro-batch is 6 and the job allows 4"),
+    ],
+)
+def test_a_plan_for_another_job_is_refused(plan: MeshPlan, message: str) -> None:
+    job = JobConfig.model_validate({"train": {"global_batch": 32, "max_micro_batch": 4}})
+    with pytest.raises(UserError) as caught:
+        check_plan(plan, job, world_size=6)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_world_without_an_agent_plans_for_itself() -> None:
+    job = JobConfig.model_validate({"train": {"exact": True}, "mesh": {"max_idle": 2}})
+    for world_size in range(1, 9):
+        plan = choose_plan(job, replace(ALONE, world_size=world_size), ranks_per_node=8)
+        assert plan.world_size == world_size
+        assert plan.micro_batch == 1
+        check_plan(plan, job, world_size)
+
+
+def test_an_infeasible_world_is_told_in_one_line() -> None:
+    job = JobConfig.model_validate({"mesh": {"expert": 4}})
+    with pytest.raises(UserError) as caught:
+        choose_plan(job, replace(ALONE, world_size=3), ranks_per_node=3)
+    assert "\n" not in str(caught.value)
+
+
+DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "b" * 64}, "trained on other data"),
+        ({"seed": 2}, "train.seed is 1 but the checkpoint was trained with 2"),
+        ({"global_batch": 9}, "train.global_batch is 8 but the checkpoint was trained with 9"),
+        ({"seq_len": 16}, "train.seq_len is 32 but the checkpoint was trained with 16"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(change: dict[str, int | str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DATA.check(replace(DATA, **change))  # type: ignore[arg-type]
+
+
+def test_data_progress_round_trips() -> None:
+    saved = DataProgress(DATA)
+    saved.step = 17
+    loaded = DataProgress(replace(DATA, seed=5))
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.step == 17
+    assert loaded.loaded == DATA
+    assert loaded.data.seed == 5
+
+
+def metrics(step: int) -> StepMetrics:
+    mesh = {"replicate": 1, "shard": 2, "expert": 2}
+    return StepMetrics(step, 2.5, 1.0, 1e-3, 1024 * step, 1.2, 0.1, 3, 4, mesh, 1e9)
+
+
+def write_metrics(path: Path, first: int) -> None:
+    with MetricsFile(path) as file:
+        for step in range(first, first + 300):
+            file.append(metrics(step))
+
+
+def test_metrics_of_two_writers_never_mix(tmp_path: Path) -> None:
+    """An old rank 0 that is still dying and a new one may both write for a moment."""
+    path = tmp_path / "new" / "metrics.jsonl"
+    context = multiprocessing.get_context("forkserver")
+    writers = [context.Process(target=write_metrics, args=(path, first)) for first in (0, 1000)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert sorted(steps) == [*range(300), *range(1000, 1300)]
+    assert path.stat().st_mode & 0o777 == 0o600
