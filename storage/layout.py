@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 
+QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
@@ -77,7 +78,7 @@ def aborted_name(attempt: str) -> str:
 
 def quarantined_name(unique: str) -> str:
     """Name, below its step, of a `.metadata` that was set aside."""
-    return f"quarantined-{unique}{METADATA}"
+    return f"{QUARANTINED_PREFIX}{unique}{METADATA}"
 
 
 def is_quarantined_name(name: str) -> bool:

@@ -20,12 +20,12 @@ import math
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from storage import layout
 from storage.checksum import unpack_crcs
-from storage.errors import Corrupt
-from storage.sealed import Document, seal, unseal
+from storage.errors import Corrupt, UsageError
+from storage.sealed import Document, check_seal, seal, unseal
 
 MANIFEST_VERSION = 1
 _KIND = "manifest"
@@ -107,8 +107,6 @@ class Manifest(Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        if self.version != MANIFEST_VERSION:
-            raise ValueError(f"manifest version {self.version}, this program reads {MANIFEST_VERSION}")
         for entry in self.objects:
             if not layout.is_data_name(entry.name):
                 raise ValueError(f"refused object name {entry.name!r}")
@@ -121,6 +119,12 @@ class Manifest(Document):
             if item.raw_offset > item.length or (item.offsets is None) != (item.sizes is None):
                 raise ValueError(f"item {item.key!r} is inconsistent")
         return self
+
+
+class _Version(BaseModel):
+    """The one field that every version of the manifest has."""
+
+    version: int
 
 
 class Receipt(Document):
@@ -146,7 +150,18 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 
 def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
-    """The manifest in `data`. Raises Corrupt: damaged, of another version, or inconsistent."""
+    """The manifest in `data`.
+
+    Raises:
+        Corrupt: damaged or inconsistent.
+        UsageError: intact, but written by another version of this package.
+    """
+    try:
+        version = _Version.model_validate_json(check_seal(_KIND, data, name)).version
+    except ValidationError:
+        raise Corrupt(f"{name} has no version") from None
+    if version != MANIFEST_VERSION:
+        raise UsageError(f"{name} has version {version}, this program reads {MANIFEST_VERSION}; use the newer program")
     return unseal(_KIND, Manifest, data, name)
 
 

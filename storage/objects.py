@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from storage.errors import Denied
+from storage.errors import Denied, NotFound
 
 Buffer = bytes | bytearray | memoryview
 
@@ -71,6 +71,15 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is not an error."""
+
+
+def exists(store: ObjectStore, key: str) -> bool:
+    """Whether the object is there."""
+    try:
+        store.info(key)
+    except NotFound:
+        return False
+    return True
 
 
 def check_key(key: str) -> str:

@@ -8,12 +8,16 @@ recorded one is refused at once; another lineage is another launch, and the newe
 
 from __future__ import annotations
 
+import logging
+
 from pydantic import Field
 
-from storage.errors import Fenced, NotFound
+from storage.errors import Corrupt, Fenced, NotFound
 from storage.layout import OWNER
 from storage.objects import ObjectStore
 from storage.sealed import Document, seal, unseal
+
+log = logging.getLogger(__name__)
 
 _KIND = "owner"
 
@@ -48,7 +52,13 @@ def read_owner(store: ObjectStore) -> Owner | None:
 
 def claim(store: ObjectStore, lineage: str, generation: int, token: str) -> Owner:
     """Record this process as the run's owner and return the claim. Raises Fenced."""
-    owner = next_owner(read_owner(store), lineage, generation, token)
+    try:
+        recorded = read_owner(store)
+    except Corrupt as error:
+        # tokens still fence every living owner off; only the order of generations is lost
+        log.warning("taking the run over without knowing its last owner: %s", error)
+        recorded = None
+    owner = next_owner(recorded, lineage, generation, token)
     store.put(OWNER, [seal(_KIND, owner)])
     check(store, owner)
     return owner

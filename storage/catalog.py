@@ -1,0 +1,159 @@
+"""Which checkpoints a run has, and opening one: everything up to its data objects."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from storage import layout
+from storage.checksum import crc32c
+from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
+from storage.manifest import Manifest, load_manifest
+from storage.objects import ObjectStore, exists
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A data object as the store has it now; `name` is relative to the step's folder."""
+
+    name: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What was found of a committed checkpoint, before any data was read.
+
+    `manifest` is the sealed manifest, or None for a checkpoint of stock DCP, of which `metadata` is the `.metadata`.
+    """
+
+    prefix: str
+    metadata: bytes | None
+    manifest: bytes | None
+    objects: tuple[StoredObject, ...]
+
+    def dump(self) -> bytes:
+        """Compact bytes for the way to the other ranks."""
+        blobs = [None if blob is None else base64.b64encode(blob).decode() for blob in (self.metadata, self.manifest)]
+        rows = [(entry.name, entry.size_bytes, entry.etag) for entry in self.objects]
+        return zlib.compress(_wire.dump_json((self.prefix, blobs[0], blobs[1], rows)), 1)
+
+    @classmethod
+    def load(cls, data: bytes) -> Commit:
+        """What `dump` dumped."""
+        prefix, metadata, manifest, rows = _wire.validate_json(zlib.decompress(data))
+        return cls(
+            prefix,
+            None if metadata is None else base64.b64decode(metadata),
+            None if manifest is None else base64.b64decode(manifest),
+            tuple(StoredObject(*row) for row in rows),
+        )
+
+
+_wire: TypeAdapter[tuple[str, str | None, str | None, list[tuple[str, int, str]]]] = TypeAdapter(
+    tuple[str, str | None, str | None, list[tuple[str, int, str]]]
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: `metadata` describes it as DCP does; `manifest` is None for one of stock DCP."""
+
+    prefix: str
+    metadata: Metadata
+    manifest: Manifest | None
+    objects: dict[str, StoredObject]
+
+
+def steps(store: ObjectStore) -> list[int]:
+    """Every step that has a folder, committed or not, newest first."""
+    found = (layout.parse_step(name) for name in store.folders(""))
+    return sorted((step for step in found if step is not None), reverse=True)
+
+
+def is_checkpoint(store: ObjectStore, prefix: str) -> bool:
+    """Whether a checkpoint is committed at `prefix`."""
+    return exists(store, prefix + layout.METADATA)
+
+
+def committed_steps(store: ObjectStore) -> list[int]:
+    """Steps that are committed, newest first."""
+    return [step for step in steps(store) if is_checkpoint(store, layout.step_folder(step) + "/")]
+
+
+def find_commit(store: ObjectStore, prefix: str) -> Commit:
+    """Read what commits the checkpoint at `prefix` ("" or ending in a slash), and check that it fits together.
+
+    Raises:
+        NoCheckpoint: nothing is committed there.
+        Corrupt: the manifest or `.metadata` is damaged, missing or another's, or a data object is missing or has
+            another size.
+    """
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+    except NotFound:
+        where = f"{store.url}/{prefix}".rstrip("/")
+        raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
+    present = {
+        info.key.removeprefix(prefix): StoredObject(info.key.removeprefix(prefix), info.size_bytes, info.etag)
+        for info in store.list(prefix)
+    }
+    if layout.MANIFEST not in present:
+        if any(layout.parse_attempt(name) for name in store.folders(prefix)):
+            raise Corrupt(f"{prefix}{layout.MANIFEST} is missing")
+        return Commit(prefix, metadata, None, tuple(present.values()))
+    manifest_bytes = store.read(prefix + layout.MANIFEST)
+    manifest = load_manifest(manifest_bytes, prefix + layout.MANIFEST)
+    if problem := _mismatch(manifest, metadata, present, prefix):
+        raise Corrupt(f"{prefix}{problem}")
+    return Commit(prefix, None, manifest_bytes, tuple(present[entry.name] for entry in manifest.objects))
+
+
+def _mismatch(manifest: Manifest, metadata: bytes, present: dict[str, StoredObject], prefix: str) -> str | None:
+    if (len(metadata), crc32c(metadata)) != (manifest.metadata_size_bytes, manifest.metadata_crc32c):
+        return f"{layout.METADATA} is damaged: its checksum is not the manifest's"
+    step = layout.parse_step(prefix.rstrip("/"))
+    if step is not None and step != manifest.step:
+        return f"{layout.MANIFEST} is of step {manifest.step}"
+    for entry in manifest.objects:
+        found = present.get(entry.name)
+        if found is None:
+            return f"{entry.name} is missing"
+        if found.size_bytes != entry.size_bytes:
+            return f"{entry.name} has {found.size_bytes} bytes, the manifest says {entry.size_bytes}"
+    return None
+
+
+def open_checkpoint(commit: Commit) -> Checkpoint:
+    """Turn a commit into something that can be read from. Raises Corrupt."""
+    from storage.dcp_metadata import load_metadata, metadata_of
+
+    objects = {entry.name: entry for entry in commit.objects}
+    if commit.manifest is not None:
+        manifest = load_manifest(commit.manifest, commit.prefix + layout.MANIFEST)
+        return Checkpoint(commit.prefix, metadata_of(manifest), manifest, objects)
+    assert commit.metadata is not None
+    try:
+        metadata = load_metadata(commit.metadata, commit.prefix + layout.METADATA)
+    except Denied as error:
+        # what damage looks like from here: no store was asked, so nothing refused an access
+        raise Corrupt(str(error)) from None
+    return Checkpoint(commit.prefix, metadata, None, objects)
+
+
+def find_checkpoint(store: ObjectStore, prefix: str) -> Checkpoint:
+    """`find_commit` and `open_checkpoint` in one: for readers of a single process."""
+    return open_checkpoint(find_commit(store, prefix))
+
+
+def quarantined_steps(store: ObjectStore) -> list[int]:
+    """Steps of which a damaged checkpoint was set aside, newest first."""
+    return [step for step in steps(store) if store.list(f"{layout.step_folder(step)}/{layout.QUARANTINED_PREFIX}")]

@@ -1,0 +1,392 @@
+"""`Checkpointer`: the one class a training script needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.stateful import Stateful
+
+from storage import catalog, commit, errors, layout, owner
+from storage.commit import Attempt, Contents, Origin
+from storage.describe import (
+    Holdings,
+    SafeLoadPlanner,
+    contents_of,
+    describe,
+    differences,
+    needed_bytes,
+    num_surplus,
+    state_dicts,
+)
+from storage.errors import Corrupt, StorageError, UsageError, WrongModel
+from storage.events import Listener, Reporter
+from storage.fetch import Traffic
+from storage.group import Group
+from storage.reading import read_items
+from storage.registry import open_store
+from storage.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
+from storage.saver import Job, Saver
+from storage.staging import StagingBuffer
+from storage.writing import Payload
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NUM_DIFFERENCES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who writes what, valid while every rank's holdings keep their digest. `contents`: coordinator only."""
+
+    digest: str
+    picks: tuple[int, ...]
+    contents: Contents | None
+
+
+class Checkpointer:
+    """Saves and restores a training state; safe against the death of any process at any moment.
+
+    ::
+
+        with Checkpointer("s3://bucket/run", keep=3) as ckpt:
+            step = ckpt.restore(state)
+            while step < steps:
+                ...
+                ckpt.save(step, state)
+
+    `state` is a mapping as `torch.distributed.checkpoint` takes it: tensors, DTensors, Stateful objects (modules and
+    optimizers wrapped as such), nested dicts and lists, plain Python values. Every rank of `process_group` makes the
+    same calls in the same order, from one thread; without torch.distributed the process is alone.
+
+    Opening claims the run for this process group: whoever claimed it before can no longer commit.
+
+    Args:
+        url: the run's folder, see `storage.open_store`.
+        keep: how many committed checkpoints to keep; at least 1.
+        generation, lineage: who this is to be fenced by; default ELASTIC_MOE_GENERATION and ELASTIC_MOE_LINEAGE, else
+            0 and "". Generations are compared within one lineage.
+        mesh: recorded in the manifest; default the JSON of ELASTIC_MOE_MESH.
+        process_group: the ranks that take part; default the whole world.
+        on_event: called with (name, fields) for checkpoint_staged, checkpoint_failed and restored on every rank, for
+            checkpoint_committed, checkpoint_quarantined and checkpoint_cleanup_failed on the coordinator (rank 0);
+            fields hold at least step, and seconds and bytes where they mean something. Called from the background
+            thread as well.
+        timeout_s: how long a save waits for the other ranks before it counts as failed.
+
+    Raises:
+        Fenced: a later generation of the same lineage has claimed the run.
+        UsageError: bad URL or argument.
+        Transient, Denied: by the store.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        keep: int = 3,
+        generation: int | None = None,
+        lineage: str | None = None,
+        mesh: Mapping[str, Any] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        on_event: Listener | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        if keep < 1:
+            raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        self._group = Group(process_group)
+        self._report = Reporter(on_event)
+        self._store = open_store(url)
+        origin = _origin(os.environ, generation, lineage, mesh)
+        claim = self._on_coordinator(
+            lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex)
+        )
+        self._saver = Saver(self._store, owner.Owner(**claim), origin, keep, self._report, timeout_s)
+        self._buffer = StagingBuffer()
+        self._plan: _Plan | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(abandon=error is not None)
+
+    def save(self, step: int, state: Mapping[str, Any], wait: bool = False) -> None:
+        """Save `state` as the checkpoint of `step`.
+
+        Returns once the state is copied; storing and committing go on in the background, and the state may change
+        meanwhile. Waits first until the earlier save has stored its copy. With `wait` it returns only when the save
+        has committed or failed. A failed save is an event and a warning, not an exception: the training goes on.
+        A step that this Checkpointer has just committed is not saved again.
+
+        Raises:
+            UsageError: the state cannot be saved, the same on every rank.
+        """
+        started_s = time.monotonic()
+        self._saver.wait_stored()
+        holdings, values, problem = self._describe(state)
+        attempt_id, plan = self._agree(step, holdings, problem)
+        if attempt_id is not None and plan is not None and holdings is not None:
+            payloads, staging_error = self._stage(holdings, plan, values)
+            attempt = Attempt.of_step(step, attempt_id, self._group.world_size)
+            staged_bytes = sum(payload.piece.size_bytes for payload in payloads)
+            seconds = round(time.monotonic() - started_s, 4)
+            self._report("checkpoint_staged", step=step, seconds=seconds, bytes=staged_bytes)
+            self._saver.submit(Job(attempt, self._group.rank, payloads, plan.contents, started_s, staging_error))
+        if wait:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Block until the last save has committed or failed; True if it committed, or there was none."""
+        return self._saver.wait()
+
+    def close(self) -> None:
+        """Wait for the last save and end the background thread. Closing twice is harmless."""
+        self._close(abandon=False)
+
+    def restore(self, state: MutableMapping[str, Any]) -> int:
+        """Fill `state` from the newest good checkpoint and return its step.
+
+        Returns 0, with `state` untouched, if there is none.
+
+        Works for any world size and mesh, whatever the ones that saved. A checkpoint that turns out to be damaged is
+        quarantined, and the one before it is taken; all ranks take the same.
+
+        Raises:
+            WrongModel: the checkpoint has other keys or shapes than the state.
+            Corrupt: there are checkpoints, but none is good; the content of `state` is undefined.
+            Transient, Denied: by the store.
+        """
+        started_s = time.monotonic()
+        self.wait()
+        flat = state_dicts(state)
+        damaged: list[str] = []
+        while (commit_bytes := self._newest_commit(damaged)) is not None:
+            checkpoint = catalog.open_checkpoint(catalog.Commit.load(commit_bytes))
+            step = layout.parse_step(checkpoint.prefix.rstrip("/")) or 0
+            try:
+                traffic, needed = self._read(flat, checkpoint, step)
+            except Corrupt as error:
+                self._quarantine(step, str(error))
+                damaged.append(str(error))
+                continue
+            for key, value in state.items():
+                if isinstance(value, Stateful):
+                    value.load_state_dict(flat[key])
+                else:
+                    state[key] = flat[key]
+            self._report(
+                "restored",
+                step=step,
+                seconds=round(time.monotonic() - started_s, 3),
+                bytes=needed,
+                fetched_bytes=traffic.fetched_bytes,
+            )
+            return step
+        return 0
+
+    # saving -----------------------------------------------------------------------------------------------------
+
+    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, Any], str | None]:
+        """What this rank holds, its values encoded, and what is wrong with it."""
+        try:
+            holdings = describe(state_dicts(state), is_coordinator=self._group.is_coordinator)
+            planned = self._plan is not None and self._plan.digest == holdings.digest
+            wanted = self._plan.picks if planned and self._plan else range(len(holdings.pieces))
+            return holdings, holdings.encode_values(wanted), None
+        except (UsageError, ValueError) as error:
+            return None, {}, str(error)
+
+    def _agree(self, step: int, holdings: Holdings | None, problem: str | None) -> tuple[str | None, _Plan | None]:
+        """One attempt for all ranks, and this rank's plan; no attempt if the step is committed already."""
+        planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
+        reports = self._group.gather(json.dumps({"planned": planned, "problem": problem}).encode())
+        answer = self._on_coordinator(lambda: self._decide(step, reports or []))
+        if answer["attempt"] is not None and not answer["planned"]:
+            assert holdings is not None  # else there had been a problem
+            self._plan = self._replan(holdings)
+        return answer["attempt"], self._plan
+
+    def _decide(self, step: int, reports: list[bytes]) -> dict[str, Any]:
+        """The coordinator's answer to all ranks. Raises UsageError."""
+        layout.step_folder(step)
+        parsed = [json.loads(report) for report in reports]
+        for rank, report in enumerate(parsed):
+            if report["problem"] is not None:
+                where = f"rank {rank}: " if len(parsed) > 1 else ""
+                raise UsageError(where + report["problem"])
+        if self._saver.has_committed(step):
+            log.info("step %d is committed already; not saved again", step)
+            return {"attempt": None, "planned": True}
+        return {"attempt": self._saver.new_attempt(), "planned": all(report["planned"] for report in parsed)}
+
+    def _replan(self, holdings: Holdings) -> _Plan:
+        gathered = self._group.gather(dump_pieces(holdings.pieces))
+        contents: Contents | None = None
+
+        def plan() -> str:
+            nonlocal contents
+            pieces_of_rank = [load_pieces(data) for data in gathered or []]
+            try:
+                picks = assign(pieces_of_rank)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            contents = contents_of(pieces_of_rank)
+            return dump_picks(picks).decode()
+
+        picks = load_picks(self._on_coordinator(plan).encode())
+        return _Plan(holdings.digest, picks[self._group.rank], contents)
+
+    def _stage(self, holdings: Holdings, plan: _Plan, values: dict[int, Any]) -> tuple[list[Payload], str | None]:
+        try:
+            return holdings.stage(plan.picks, values, self._buffer), None
+        except Exception as error:  # noqa: BLE001 - this rank must still tell the others that the save has failed
+            return [], f"{type(error).__name__}: {error}"
+
+    # restoring --------------------------------------------------------------------------------------------------
+
+    def _newest_commit(self, damaged: Collection[str]) -> bytes | None:
+        """The newest commit that fits together, found by the coordinator; None if the run has no checkpoint at all."""
+
+        def find() -> str | None:
+            reasons = list(damaged)
+            for step in catalog.committed_steps(self._store):
+                try:
+                    found = catalog.find_commit(self._store, layout.step_folder(step) + "/")
+                    catalog.open_checkpoint(found)
+                    return found.dump().hex()
+                except Corrupt as error:
+                    self._set_aside(step, str(error))
+                    reasons.append(str(error))
+            if reasons:
+                raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
+            if aside := catalog.quarantined_steps(self._store):
+                raise Corrupt(
+                    f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
+                    f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
+                )
+            return None
+
+        answer = self._on_coordinator(find)
+        return None if answer is None else bytes.fromhex(answer)
+
+    def _read(self, flat: dict[str, Any], checkpoint: catalog.Checkpoint, step: int) -> tuple[Traffic, int]:
+        """Check that the state fits, then fill it. All ranks succeed or raise alike."""
+        planner = SafeLoadPlanner()
+        planner.set_up_planner(flat, checkpoint.metadata, self._group.is_coordinator)
+        self._everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
+
+        def read() -> tuple[Traffic, int]:
+            items = planner.create_local_plan().items
+            traffic = read_items(self._store, checkpoint, items, planner)
+            return traffic, needed_bytes(items, checkpoint.metadata)
+
+        return self._everywhere(read)
+
+    def _check_fits(self, state: dict[str, Any], metadata: Metadata, step: int) -> None:
+        found = differences(state, metadata)
+        if found:
+            shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
+            more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
+            raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
+        if surplus := num_surplus(state, metadata):
+            log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
+
+    def _quarantine(self, step: int, reason: str) -> None:
+        self._on_coordinator(lambda: self._set_aside(step, reason))
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        commit.quarantine(self._store, step, str(uuid.uuid4()))
+        self._report("checkpoint_quarantined", step=step, reason=reason)
+
+    # agreeing ---------------------------------------------------------------------------------------------------
+
+    def _on_coordinator(self, call: Callable[[], Any]) -> Any:
+        """The coordinator's answer (JSON, or a document) on every rank; its StorageError is raised on every rank."""
+        if not self._group.is_coordinator:
+            return _unwrap(json.loads(self._group.broadcast(None)))
+        message: dict[str, Any]
+        try:
+            answer = call()
+            message = {"answer": answer.model_dump() if hasattr(answer, "model_dump") else answer}
+        except StorageError as error:
+            message = _wrap(error)
+        except Exception as error:
+            self._group.broadcast(json.dumps(_wrap(error)).encode())
+            raise
+        return _unwrap(json.loads(self._group.broadcast(json.dumps(message).encode())))
+
+    def _everywhere(self, call: Callable[[], T]) -> T:
+        """This rank's answer, if every rank has one; else the first rank's error on every rank.
+
+        An error other than Corrupt goes first: with a store that fails, nobody can tell what is corrupt.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001 - raised below, on every rank
+            failure = error
+        outcomes = [json.loads(data) for data in self._group.all_gather(json.dumps(_wrap(failure)).encode())]
+        failed = [outcome for outcome in outcomes if outcome["error"] is not None]
+        failed.sort(key=lambda outcome: bool(outcome["error"] == "Corrupt"))
+        if failed:
+            if failure is not None and not isinstance(failure, StorageError):
+                raise failure
+            _unwrap(failed[0])
+        return result  # type: ignore[return-value]
+
+    def _close(self, *, abandon: bool) -> None:
+        if not self._closed:
+            self._closed = True
+            self._saver.close(abandon=abandon)
+
+
+def _wrap(error: Exception | None) -> dict[str, Any]:
+    if error is None:
+        return {"error": None, "answer": None}
+    text = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+    return {"error": type(error).__name__, "text": text}
+
+
+def _unwrap(message: dict[str, Any]) -> Any:
+    name = message.get("error")
+    if name is None:
+        return message["answer"]
+    kind = getattr(errors, name, StorageError)
+    raise kind(message["text"])
+
+
+def _origin(
+    env: Mapping[str, str], generation: int | None, lineage: str | None, mesh: Mapping[str, Any] | None
+) -> Origin:
+    """Who saves: the arguments, else the environment that the launcher gives its workers. Raises UsageError."""
+    number = env.get("ELASTIC_MOE_GENERATION", "0") if generation is None else str(generation)
+    if not number.isdecimal():
+        raise UsageError(f"the generation is {number!r}; it must be a whole number >= 0")
+    if mesh is None and env.get("ELASTIC_MOE_MESH"):
+        try:
+            mesh = json.loads(env["ELASTIC_MOE_MESH"])
+        except json.JSONDecodeError:
+            raise UsageError(f"ELASTIC_MOE_MESH is not JSON: {env['ELASTIC_MOE_MESH']!r}") from None
+    if mesh is not None and not isinstance(mesh, Mapping):
+        raise UsageError(f"the mesh is {mesh!r}; it must be an object with the mesh's fields")
+    return Origin(
+        generation=int(number),
+        lineage=env.get("ELASTIC_MOE_LINEAGE", "") if lineage is None else lineage,
+        mesh=None if mesh is None else dict(mesh),
+    )

@@ -1,0 +1,232 @@
+"""The commit protocol: from data objects that nobody sees to a checkpoint that everybody does, or to nothing.
+
+    every rank       data objects under a fresh attempt -> its receipt (or a receipt that says why not)
+    coordinator      all receipts -> every object has the size and etag of its receipt -> still the run's owner
+                     -> manifest.json -> .metadata, last, one conditional put -> both read back and compared
+    other ranks      wait for `.metadata` of their attempt, or for the coordinator's `aborted.json`
+
+Whoever finds no `.metadata` finds no checkpoint, so a process may die at any point. The ranks meet only in the
+store: nothing here needs a collective, and it may run while the training uses the process group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from storage import layout
+from storage.checksum import crc32c
+from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError, Transient
+from storage.manifest import (
+    Aborted,
+    ItemEntry,
+    Manifest,
+    ObjectEntry,
+    Receipt,
+    TensorEntry,
+    ValueEntry,
+    dump_aborted,
+    dump_manifest,
+    dump_receipt,
+    load_aborted,
+    load_manifest,
+    load_receipt,
+)
+from storage.objects import ObjectStore, exists
+from storage.owner import Owner
+from storage.owner import check as check_owner
+
+_POLL_S_MIN = 0.02
+_POLL_S_MAX = 2.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try to save one step."""
+
+    prefix: str
+    step: int
+    id: str
+    world_size: int
+
+    @classmethod
+    def of_step(cls, step: int, id: str, world_size: int) -> Attempt:
+        """An attempt in a run's folder for `step`."""
+        return cls(layout.step_folder(step) + "/", step, id, world_size)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who saves: recorded in the manifest."""
+
+    generation: int = 0
+    lineage: str = ""
+    mesh: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the state holds, by flattened key."""
+
+    tensors: dict[str, TensorEntry]
+    values: dict[str, ValueEntry]
+
+
+class Patience:
+    """How long to wait for others: until a deadline, or until `stop` is set.
+
+    Thread-safe to stop; `poll` is for the waiting thread.
+    """
+
+    def __init__(self, deadline_s: float, stop: threading.Event) -> None:
+        self._deadline_s = deadline_s
+        self._stop = stop
+
+    def poll(self, what: str) -> Iterator[None]:
+        """Yields at growing intervals (20 ms to 2 s). Raises Transient at the deadline or when stopped."""
+        for count in itertools.count():
+            yield
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise Transient(f"gave up waiting for {what}")
+            if self._stop.wait(min(_POLL_S_MIN * 1.5 ** min(count, 12), _POLL_S_MAX, left_s)):
+                raise Transient(f"closed while waiting for {what}")
+
+
+def put_receipt(store: ObjectStore, attempt: Attempt, receipt: Receipt) -> None:
+    """Publish what this rank wrote, or why it failed."""
+    store.put(attempt.prefix + layout.receipt_name(attempt.id, receipt.rank), [dump_receipt(receipt)], if_absent=True)
+
+
+def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience) -> list[Receipt]:
+    """Every rank's receipt, by rank.
+
+    Raises:
+        StorageError: a rank reported a failure; the message names it.
+        Transient: a receipt did not come in time; the message says whose.
+    """
+    receipts: dict[int, Receipt] = {}
+    folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
+    for _ in patience.poll(f"the receipts of all {attempt.world_size} ranks"):
+        for info in store.list(folder + "receipt-"):
+            rank = layout.parse_receipt(info.key.removeprefix(folder))
+            if rank is None or rank in receipts:
+                continue
+            receipt = load_receipt(store.read(info.key), info.key)
+            if receipt.error is not None:
+                raise StorageError(f"rank {rank} failed: {receipt.error}")
+            if (receipt.rank, receipt.attempt) != (rank, attempt.id):
+                raise Corrupt(f"{info.key} is the receipt of another rank or attempt")
+            receipts[rank] = receipt
+        if len(receipts) == attempt.world_size:
+            break
+    return [receipts[rank] for rank in range(attempt.world_size)]
+
+
+def check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
+    """Compare what the ranks say with what the store has. Raises Corrupt."""
+    folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
+    present = {info.key.removeprefix(attempt.prefix): info for info in store.list(folder)}
+    for entry in objects:
+        info = present.get(entry.name)
+        if info is None:
+            raise Corrupt(f"{attempt.prefix}{entry.name} is missing after it was written")
+        if (info.size_bytes, info.etag) != (entry.size_bytes, entry.etag):
+            raise Corrupt(f"{attempt.prefix}{entry.name} changed after it was written")
+
+
+def build_manifest(
+    attempt: Attempt, origin: Origin, contents: Contents, receipts: Sequence[Receipt], created_unix_s: float
+) -> tuple[Manifest, bytes]:
+    """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
+    from storage.dcp_metadata import dump_metadata
+
+    objects: list[ObjectEntry] = []
+    items: list[ItemEntry] = []
+    for receipt in receipts:
+        items += [item.model_copy(update={"object": item.object + len(objects)}) for item in receipt.items]
+        objects += receipt.objects
+    draft = Manifest(
+        step=attempt.step,
+        attempt=attempt.id,
+        created_unix_s=created_unix_s,
+        world_size=attempt.world_size,
+        generation=origin.generation,
+        lineage=origin.lineage,
+        mesh=origin.mesh,
+        metadata_size_bytes=0,
+        metadata_crc32c=0,
+        objects=tuple(objects),
+        tensors=contents.tensors,
+        values=contents.values,
+        items=tuple(items),
+    )
+    metadata = dump_metadata(draft)
+    sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}
+    return draft.model_copy(update=sums), metadata
+
+
+def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: bytes, owner: Owner | None) -> None:
+    """Make the checkpoint visible. `owner`: this process's claim on the run; None where nobody claims it.
+
+    Raises:
+        Fenced: another process owns the run now.
+        AlreadyExists: the step is committed already.
+        Corrupt: what is read back is not what was written.
+    """
+    if owner is not None:
+        check_owner(store, owner)
+    manifest_key, metadata_key = attempt.prefix + layout.MANIFEST, attempt.prefix + layout.METADATA
+    taken = f"step {attempt.step} is committed already in {store.url}; restore it, or save to another URL"
+    if exists(store, metadata_key):
+        raise AlreadyExists(taken)
+    manifest_bytes = dump_manifest(manifest)
+    # plain put: a manifest without .metadata is what a dead attempt left
+    store.put(manifest_key, [manifest_bytes])
+    try:
+        store.put(metadata_key, [metadata], if_absent=True)
+    except AlreadyExists:
+        if store.read(metadata_key) != metadata:  # else a put of ours that was answered late and tried again
+            raise AlreadyExists(taken) from None
+    if store.read(metadata_key) != metadata or store.read(manifest_key) != manifest_bytes:
+        raise Corrupt(f"{attempt.prefix.rstrip('/')} was overwritten by another process while it was committed")
+
+
+def put_aborted(store: ObjectStore, attempt: Attempt, reason: str) -> None:
+    """Tell the other ranks that the attempt will not be committed."""
+    note = Aborted(attempt=attempt.id, reason=reason)
+    store.put(attempt.prefix + layout.aborted_name(attempt.id), [dump_aborted(note)])
+
+
+def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> None:
+    """Return when the coordinator has committed the attempt.
+
+    Raises:
+        StorageError: it was aborted; the message is the coordinator's reason.
+        Transient: nothing was heard in time.
+    """
+    aborted_key = attempt.prefix + layout.aborted_name(attempt.id)
+    for _ in patience.poll("the coordinator to commit"):
+        try:
+            raise StorageError(load_aborted(store.read(aborted_key), aborted_key).reason)
+        except NotFound:
+            pass
+        if exists(store, attempt.prefix + layout.METADATA):
+            manifest_key = attempt.prefix + layout.MANIFEST
+            if load_manifest(store.read(manifest_key), manifest_key).attempt == attempt.id:
+                return
+
+
+def quarantine(store: ObjectStore, step: int, unique: str) -> None:
+    """Set the step's `.metadata` aside, so that nobody takes the damaged checkpoint for a good one."""
+    prefix = layout.step_folder(step) + "/"
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+    except NotFound:
+        return  # somebody else was faster
+    store.put(prefix + layout.quarantined_name(unique), [metadata])
+    store.delete(prefix + layout.METADATA)

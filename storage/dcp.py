@@ -1,0 +1,229 @@
+"""`ShardReader` and `ShardWriter`: this package's format and checks under `dcp.load`, `dcp.save`, `dcp.async_save`.
+
+They leave who writes what to DCP's planner and its collectives; what they add is the attempt folder, the manifest
+with checksums, the commit by one put, and the verified read. Nobody claims the run here, so there is no fencing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+import uuid
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from storage import catalog, commit, layout
+from storage.catalog import Checkpoint
+from storage.commit import Attempt, Contents, Origin
+from storage.errors import NoCheckpoint
+from storage.items import EncodedItem
+from storage.manifest import ItemEntry, ObjectEntry, Receipt, TensorEntry, ValueEntry
+from storage.objects import ObjectStore
+from storage.reading import read_items
+from storage.registry import open_store
+from storage.saveplan import Piece
+from storage.staging import StagingBuffer
+from storage.writing import Payload, write_payloads
+
+
+class ShardReader(StorageReader):
+    """Reads one checkpoint, ours or stock DCP's, for `dcp.load(state, storage_reader=ShardReader(url))`.
+
+    Args:
+        url: a step's folder (`…/step-000000120`), any folder with a stock checkpoint, or a run: then its newest
+            committed step.
+
+    Raises (from `dcp.load`): NoCheckpoint, Corrupt, Denied, Transient; see `storage.errors`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._open(url)
+
+    def _open(self, url: str) -> None:
+        self._url = url
+        run, self._prefix = layout.split_step_url(url)
+        self._store: ObjectStore = open_store(run)
+        self._checkpoint: Checkpoint | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL."""
+        return self._url
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Read from another URL from now on; None for the same one anew."""
+        self._open(self._url if checkpoint_id is None else os.fspath(checkpoint_id))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Open the checkpoint and return DCP's view of it."""
+        prefix = self._prefix
+        if not prefix and not catalog.is_checkpoint(self._store, prefix):
+            steps = catalog.committed_steps(self._store)
+            if not steps:
+                raise NoCheckpoint(f"no checkpoint at {self._store.url}: neither one itself nor a run with one")
+            prefix = layout.step_folder(steps[0]) + "/"
+        self._checkpoint = catalog.find_checkpoint(self._store, prefix)
+        return self._checkpoint.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to set up once the metadata is read."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read and verify what `plan` asks for."""
+        assert self._checkpoint is not None, "read_metadata comes first"
+        read_items(self._store, self._checkpoint, plan.items, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any URL that can be opened will do."""
+        return bool(os.fspath(checkpoint_id))
+
+
+class ShardWriter(StorageWriter):
+    """Writes one checkpoint for `dcp.save(state, storage_writer=ShardWriter(url))`, and for `dcp.async_save`.
+
+    Args:
+        url: the folder to write to; a name such as `…/step-000000120` makes it a step of a run. It must not hold a
+            committed checkpoint.
+
+    Raises (from `dcp.save`): AlreadyExists, Corrupt, Denied, Transient; see `storage.errors`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._open(url)
+        self._buffer = StagingBuffer()
+        self._rank = 0
+
+    def _open(self, url: str) -> None:
+        self._url = url
+        run, self._prefix = layout.split_step_url(url)
+        self._store: ObjectStore = open_store(run)
+        self._attempt_id = ""
+        self._world_size = 1
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL."""
+        return self._url
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Write to another URL from now on; None for the same one."""
+        self._open(self._url if checkpoint_id is None else os.fspath(checkpoint_id))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn this process's rank."""
+        self._rank = int(kwargs.get("rank") or 0)
+
+    def storage_meta(self) -> StorageMeta:
+        """What DCP may note about the checkpoint."""
+        return StorageMeta(checkpoint_id=self._url)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Hand one fresh attempt to every rank (coordinator)."""
+        self._attempt_id, self._world_size = str(uuid.uuid4()), len(plans)
+        return [dataclasses.replace(plan, storage_data=self._attempt_id) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Store this rank's items; DCP carries the receipt to the coordinator."""
+        payloads, tensors = [], []
+        for item in plan.items:
+            content = planner.resolve_data(item)
+            if isinstance(content, torch.Tensor):
+                tensors.append((item, content))
+            else:
+                data = content.getvalue()
+                payloads.append(Payload(_piece(item), EncodedItem((data,), 0, len(data))))
+        staged = self._buffer.stage([tensor for _, tensor in tensors])
+        payloads += [Payload(_piece(item), copy) for (item, _), copy in zip(tensors, staged, strict=True)]
+        attempt = str(plan.storage_data)
+        objects, entries = write_payloads(self._store, self._prefix, attempt, self._rank, payloads)
+        index_of = {_piece(item).identity: item.index for item in plan.items}
+        results = [
+            WriteResult(
+                index=index_of[entry.key, entry.offsets],
+                size_in_bytes=entry.length,
+                storage_data=(entry.model_dump(), [o.model_dump() for o in objects], self._rank),
+            )
+            for entry in entries
+        ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Verify and commit (coordinator)."""
+        step = layout.parse_step(self._prefix.rstrip("/")) or 0
+        attempt = Attempt(self._prefix, step, self._attempt_id, self._world_size)
+        receipts = [_receipt(attempt.id, of_rank) for of_rank in results if of_rank]
+        manifest, data = commit.build_manifest(attempt, Origin(), _contents(metadata), receipts, time.time())
+        commit.check_objects(self._store, attempt, manifest.objects)
+        commit.publish(self._store, attempt, manifest, data, owner=None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any URL that can be opened will do."""
+        return bool(os.fspath(checkpoint_id))
+
+
+def _piece(item: WriteItem) -> Piece:
+    """The planner's item in this package's words; the path is the coordinator's to know."""
+    data = item.tensor_data
+    if data is None or item.type is WriteItemType.BYTE_IO:
+        return Piece(item.index.fqn, (), None, None, None, "", 0)
+    sizes, dtype = tuple(data.chunk.sizes), data.properties.dtype
+    name = str(dtype).removeprefix("torch.")
+    size_bytes = math.prod(sizes) * dtype.itemsize
+    return Piece(item.index.fqn, (), tuple(data.chunk.offsets), sizes, tuple(data.size), name, size_bytes)
+
+
+def _receipt(attempt: str, results: list[WriteResult]) -> Receipt:
+    rows = [result.storage_data for result in results]
+    return Receipt(
+        rank=rows[0][2],
+        attempt=attempt,
+        objects=tuple(ObjectEntry(**row) for row in rows[0][1]),
+        items=tuple(ItemEntry(**row[0]) for row in rows),
+    )
+
+
+def _contents(metadata: Metadata) -> Contents:
+    paths = metadata.planner_data or {}
+    tensors: dict[str, TensorEntry] = {}
+    values: dict[str, ValueEntry] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        path = paths.get(key, (key,))
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[key] = TensorEntry(dtype=dtype, shape=tuple(entry.size), path=path)
+        else:
+            values[key] = ValueEntry(path=path)
+    return Contents(tensors, values)

@@ -1,0 +1,215 @@
+"""What to fetch for the bytes that a rank wants. Pure: no torch, no store, no threads.
+
+    boxes of tensors -> byte runs of items (`box_runs`) -> wants -> whole blocks -> merged per object -> parts
+
+A part is one request. It is made of segments: whole blocks of one item, which are either *direct* (they lie inside
+one want, so their bytes go straight into the destination) or go through scratch memory, from where the wanted bytes
+are copied once the blocks' checksums hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+PART_SIZE_BYTES = 16 * 1024 * 1024
+GAP_SIZE_BYTES = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSpan:
+    """Where an item lies in its object, and the size of the blocks that it is verified by."""
+
+    object: int
+    offset: int
+    length: int
+    block_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Bytes [start, stop) of an item, wanted at byte `at` of destination `buffer`."""
+
+    item: int
+    start: int
+    stop: int
+    buffer: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Blocks [first_block, last_block) of an item, which begin `item_start` bytes after the item's first byte.
+
+    In the object they are the bytes [start, stop).
+
+    `direct`: the one want that covers them all, or None where they go through scratch for all of `wants`.
+    """
+
+    item: int
+    item_start: int
+    first_block: int
+    last_block: int
+    start: int
+    stop: int
+    direct: Want | None
+    wants: tuple[Want, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One request: bytes [start, stop) of an object. Bytes between its segments are fetched and thrown away."""
+
+    object: int
+    start: int
+    stop: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A box of a row-major array as byte runs of equal length, in the box's own row-major order."""
+
+    starts: tuple[int, ...]
+    length: int
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The least [start, stop) that holds every run."""
+        return self.starts[0], self.starts[-1] + self.length
+
+
+def box_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides, in elements, of an array of those sizes."""
+    return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+
+
+def run_length(sizes: Sequence[int], lengths: Sequence[int]) -> int:
+    """Elements of the longest runs that a box of those lengths is made of, in a row-major array of those sizes."""
+    num = 1
+    for size, length in zip(reversed(sizes), reversed(lengths), strict=True):
+        num *= length
+        if length != size:
+            break
+    return num
+
+
+def box_runs(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], itemsize_bytes: int) -> Runs:
+    """Byte runs of the box at `offsets` with `lengths` (none of them 0) in a row-major array of `sizes`."""
+    strides = box_strides(sizes)
+    length = run_length(sizes, lengths)
+    # the dimensions that a run spans are stepped over; the outer ones enumerate the runs
+    outer = 0
+    while math.prod(lengths[outer:]) > length:
+        outer += 1
+    steps = [[(offsets[dim] + index) * strides[dim] for index in range(lengths[dim])] for dim in range(outer)]
+    base = sum(offsets[dim] * strides[dim] for dim in range(outer, len(sizes)))
+    starts = tuple((base + sum(step)) * itemsize_bytes for step in itertools.product(*steps))
+    return Runs(starts, length * itemsize_bytes)
+
+
+def plan_parts(
+    items: Sequence[ItemSpan],
+    wants: Iterable[Want],
+    *,
+    part_size_bytes: int = PART_SIZE_BYTES,
+    gap_size_bytes: int = GAP_SIZE_BYTES,
+) -> list[Part]:
+    """The requests that fetch every block touched by a want exactly once, and nothing else but coalesced gaps.
+
+    Args:
+        items: what `Want.item` indexes.
+        wants: non-empty byte ranges; they may overlap.
+        part_size_bytes: a part is at most this long (but at least one block).
+        gap_size_bytes: segments this near to each other share a part.
+    """
+    wants_of: dict[int, list[Want]] = defaultdict(list)
+    for want in wants:
+        wants_of[want.item].append(want)
+    segments: dict[int, list[Segment]] = defaultdict(list)
+    for index, item_wants in wants_of.items():
+        segments[items[index].object] += _segments(index, items[index], item_wants)
+    parts: list[Part] = []
+    for index in sorted(segments):
+        in_order = sorted(segments[index], key=lambda segment: segment.start)
+        limited = itertools.chain.from_iterable(
+            _split(segment, items[segment.item].block_size_bytes, part_size_bytes) for segment in in_order
+        )
+        parts += _merge(index, limited, part_size_bytes, gap_size_bytes)
+    return parts
+
+
+def _segments(index: int, item: ItemSpan, wants: list[Want]) -> list[Segment]:
+    """The blocks that `wants` touch, as few segments as can be, in order."""
+    size = item.block_size_bytes
+    wants = sorted(wants, key=lambda want: (want.start, want.stop))
+
+    def segment(first: int, last: int, direct: Want | None, through: Iterable[Want]) -> Segment:
+        stop = min(last * size, item.length)
+        start = first * size
+        return Segment(index, start, first, last, item.offset + start, item.offset + stop, direct, tuple(through))
+
+    # cut the touched blocks where the set of wants that touch a block changes
+    edges: dict[int, list[Want]] = defaultdict(list)
+    cuts = set()
+    for want in wants:
+        first, last = want.start // size, -(-want.stop // size)
+        whole_first = -(-want.start // size)
+        whole_last = last if want.stop == item.length else want.stop // size
+        edges[first].append(want)
+        cuts |= {first, last} | ({whole_first, whole_last} if whole_first < whole_last else set())
+    found: list[Segment] = []
+    active: list[Want] = []
+    for first, last in itertools.pairwise(sorted(cuts)):
+        active = [want for want in active if want.stop > first * size] + edges.get(first, [])
+        if not active:
+            continue
+        stop = min(last * size, item.length)
+        only = active[0] if len(active) == 1 else None
+        if only is not None and only.start <= first * size and stop <= only.stop:
+            found.append(segment(first, last, only, ()))
+        elif found and found[-1].direct is None and found[-1].last_block == first:
+            previous = found.pop()
+            through = dict.fromkeys((*previous.wants, *active))
+            found.append(segment(previous.first_block, last, None, through))
+        else:
+            found.append(segment(first, last, None, active))
+    return found
+
+
+def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Iterable[Segment]:
+    """The segment in pieces of at most `part_size_bytes`, cut between blocks."""
+    step = max(1, part_size_bytes // block_size_bytes)
+    if segment.last_block - segment.first_block <= step:
+        yield segment
+        return
+    for first in range(segment.first_block, segment.last_block, step):
+        last = min(first + step, segment.last_block)
+        skipped = (first - segment.first_block) * block_size_bytes
+        yield dataclasses.replace(
+            segment,
+            item_start=segment.item_start + skipped,
+            first_block=first,
+            last_block=last,
+            start=segment.start + skipped,
+            stop=min(segment.start + skipped + step * block_size_bytes, segment.stop),
+        )
+
+
+def _merge(index: int, segments: Iterable[Segment], part_size_bytes: int, gap_size_bytes: int) -> list[Part]:
+    parts: list[Part] = []
+    group: list[Segment] = []
+    for segment in segments:
+        if group and (
+            segment.start - group[-1].stop > gap_size_bytes or segment.stop - group[0].start > part_size_bytes
+        ):
+            parts.append(Part(index, group[0].start, group[-1].stop, tuple(group)))
+            group = []
+        group.append(segment)
+    if group:
+        parts.append(Part(index, group[0].start, group[-1].stop, tuple(group)))
+    return parts

@@ -1,0 +1,109 @@
+"""Which checkpoints and left-overs to remove. The decision is pure; `clean` carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from storage import layout
+from storage.catalog import steps
+from storage.errors import NotFound
+from storage.manifest import load_manifest
+from storage.objects import ObjectStore, exists
+from storage.owner import Owner
+from storage.owner import check as check_owner
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What a step's folder holds. `attempt`: the committed one, None without a commit or for stock DCP."""
+
+    step: int
+    committed: bool
+    quarantined: bool
+    attempt: str | None
+    attempts: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What to delete of a step: the named attempts, or everything (`attempts` is None)."""
+
+    step: int
+    attempts: frozenset[str] | None
+
+
+def decide(states: Iterable[StepState], keep: int, live_attempts: Collection[str]) -> list[Removal]:
+    """What may go, oldest step first.
+
+    The newest `keep` committed steps stay. Of older steps everything goes, unless an attempt in it is live. Of the
+    others only attempts that are neither committed nor live go: they belong to an owner of an older epoch, which
+    can never commit them. A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
+    Without any commit nothing is removed.
+    """
+    ordered = sorted(states, key=lambda state: state.step)
+    committed = [state.step for state in ordered if state.committed]
+    if not committed:
+        return []
+    oldest_kept = committed[-keep:][0]
+    removals = []
+    for state in ordered:
+        dead = frozenset(state.attempts - set(live_attempts) - {state.attempt})
+        if state.step < oldest_kept and not state.attempts & set(live_attempts):
+            removals.append(Removal(state.step, None))
+        elif dead and not state.quarantined and (state.attempt is not None or not state.committed):
+            removals.append(Removal(state.step, dead))
+    return removals
+
+
+def observe(store: ObjectStore) -> list[StepState]:
+    """The state of every step's folder."""
+    return [_observe_step(store, step) for step in steps(store)]
+
+
+def _observe_step(store: ObjectStore, step: int) -> StepState:
+    prefix = layout.step_folder(step) + "/"
+    attempts = frozenset(
+        attempt for name in store.folders(prefix) if (attempt := layout.parse_attempt(name)) is not None
+    )
+    committed = exists(store, prefix + layout.METADATA)
+    attempt = None
+    if committed and attempts:
+        try:
+            attempt = load_manifest(store.read(prefix + layout.MANIFEST)).attempt
+        except NotFound:
+            committed = exists(store, prefix + layout.METADATA)  # deleted while it was looked at
+    return StepState(step, committed, bool(store.list(prefix + layout.QUARANTINED_PREFIX)), attempt, attempts)
+
+
+def clean(
+    store: ObjectStore, owner: Owner, keep: int, live_attempts: Callable[[], Collection[str]]
+) -> Sequence[Removal]:
+    """Remove what `decide` says; what was removed.
+
+    The folders are looked at before `live_attempts` is asked and the claim is checked: an attempt that this or a
+    later owner starts meanwhile cannot be among what was seen and is not known as live.
+
+    Raises:
+        Fenced: the run has another owner; nothing was removed.
+    """
+    states = observe(store)
+    removals = decide(states, keep, live_attempts())
+    check_owner(store, owner)
+    for removal in removals:
+        remove(store, removal)
+    return removals
+
+
+def remove(store: ObjectStore, removal: Removal) -> None:
+    """Delete; what makes a checkpoint visible goes first, so that nobody sees half of one."""
+    prefix = layout.step_folder(removal.step) + "/"
+    if removal.attempts is None:
+        store.delete(prefix + layout.METADATA)
+        store.delete(prefix + layout.MANIFEST)
+        folders = [prefix]
+    else:
+        folders = [f"{prefix}{layout.attempt_folder(attempt)}/" for attempt in sorted(removal.attempts)]
+    for folder in folders:
+        for info in store.list(folder):
+            store.delete(info.key)

@@ -1,0 +1,110 @@
+"""The read plan against brute force: every wanted byte arrives, every touched block is fetched once, nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.readplan import ItemSpan, Part, Want, box_runs, plan_parts
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    sizes = draw(st.lists(st.integers(1, 6), min_size=0, max_size=4))
+    offsets = [draw(st.integers(0, size - 1)) for size in sizes]
+    lengths = [draw(st.integers(1, size - offset)) for size, offset in zip(sizes, offsets, strict=True)]
+    return sizes, offsets, lengths
+
+
+@given(boxes(), st.sampled_from([1, 2, 8]))
+@settings(max_examples=300, deadline=None)
+def test_box_runs_cover_the_box_in_its_own_order(box: tuple[list[int], list[int], list[int]], itemsize: int) -> None:
+    sizes, offsets, lengths = box
+    elements = np.arange(int(np.prod(sizes)), dtype=np.int64).reshape(sizes)
+    wanted = elements[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))].ravel()
+    runs = box_runs(sizes, offsets, lengths, itemsize)
+    found = [
+        element for start in runs.starts for element in range(start // itemsize, (start + runs.length) // itemsize)
+    ]
+    assert found == wanted.tolist()
+    assert runs.extent == (found[0] * itemsize, (found[-1] + 1) * itemsize)
+    # as few runs as can be: no two of them touch, unless the box leaves a dimension that is whole in between
+    if len(runs.starts) > 1 and all(n < s for s, n in zip(sizes, lengths, strict=True)):
+        assert all(a + runs.length < b for a, b in itertools.pairwise(runs.starts))
+
+
+@st.composite
+def reads(draw: st.DrawFn) -> tuple[list[ItemSpan], list[Want], int, int]:
+    items: list[ItemSpan] = []
+    ends = [0, 0]
+    for _ in range(draw(st.integers(1, 5))):
+        where = draw(st.integers(0, 1))
+        length = draw(st.integers(1, 90))
+        items.append(ItemSpan(where, ends[where], length, draw(st.sampled_from([4, 8, 16, 128]))))
+        ends[where] += length
+    wants = []
+    for buffer in range(draw(st.integers(0, 8))):
+        item = draw(st.integers(0, len(items) - 1))
+        start = draw(st.integers(0, items[item].length - 1))
+        stop = draw(st.integers(start + 1, items[item].length))
+        wants.append(Want(item, start, stop, buffer, draw(st.integers(0, 5))))
+    return items, wants, draw(st.sampled_from([1, 16, 40, 1000])), draw(st.sampled_from([0, 5, 50]))
+
+
+def deliver(items: list[ItemSpan], parts: list[Part], objects: list[bytes], size: int) -> dict[int, bytearray]:
+    """What a fetcher does with a plan, byte by byte."""
+    buffers: dict[int, bytearray] = {}
+    for part in parts:
+        for segment in part.segments:
+            data = objects[part.object][segment.start : segment.stop]
+            origin = segment.start - items[segment.item].offset
+            for want in [segment.direct] if segment.direct else segment.wants:
+                low, high = max(want.start, origin), min(want.stop, origin + len(data))
+                if low < high:
+                    at = want.at + low - want.start
+                    buffers.setdefault(want.buffer, bytearray(size))[at : at + high - low] = data[
+                        low - origin : high - origin
+                    ]
+    return buffers
+
+
+@given(reads())
+@settings(max_examples=600, deadline=None)
+def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
+    case: tuple[list[ItemSpan], list[Want], int, int],
+) -> None:
+    items, wants, part_size, gap = case
+    rng = np.random.default_rng(7)
+    objects = [rng.integers(0, 256, 600, np.uint8).tobytes() for _ in range(2)]
+    parts = plan_parts(items, wants, part_size_bytes=part_size, gap_size_bytes=gap)
+    buffers = deliver(items, parts, objects, 200)
+    touched: set[tuple[int, int]] = set()
+    for want in wants:
+        item = items[want.item]
+        data = objects[item.object][item.offset + want.start : item.offset + want.stop]
+        assert buffers[want.buffer][want.at : want.at + len(data)] == data
+        size = item.block_size_bytes
+        low, high = want.start // size * size, min(-(-want.stop // size) * size, item.length)
+        touched |= {(item.object, item.offset + byte) for byte in range(low, high)}
+    fetched = [(part.object, s) for part in parts for seg in part.segments for s in range(seg.start, seg.stop)]
+    assert len(fetched) == len(set(fetched))
+    assert set(fetched) == touched
+    for part in parts:
+        inside = sum(segment.stop - segment.start for segment in part.segments)
+        assert part.stop - part.start <= inside + gap * (len(part.segments) - 1)
+        blocks = max(items[segment.item].block_size_bytes for segment in part.segments)
+        assert part.stop - part.start <= max(part_size, blocks)
+        for segment in part.segments:
+            block = items[segment.item].block_size_bytes
+            assert segment.start == items[segment.item].offset + segment.first_block * block
+
+
+def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
+    items = [ItemSpan(0, 1000, 704 + 4 * 65536 + 873, 16384)]
+    parts = plan_parts(items, [Want(0, 704, 704 + 4 * 65536, 0, 0)])
+    assert len(parts) == 1
+    direct = sum(segment.stop - segment.start for segment in parts[0].segments if segment.direct)
+    assert direct == 15 * 16384  # all but the first block and the last two, which the framing shares
