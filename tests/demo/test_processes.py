@@ -1,0 +1,114 @@
+"""The demo's children: killed whole, stopped in any case, and free of their parent's job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.demo.driver import _prepare
+from elastic_moe.demo.job import job_toml
+from elastic_moe.demo.processes import Processes, child_environ
+from elastic_moe.errors import UserError
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def wait_until(condition: Callable[[], bool], deadline_in_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + deadline_in_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited too long"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie that nobody reaps (its parent was killed) is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_node_is_killed_whole(tmp_path: Path) -> None:
+    with Processes() as processes:
+        node = processes.start("node", ["-c", STUBBORN], log_path=tmp_path / "node.log")
+        wait_until(lambda: node.tail(1) != [])
+        worker = int(node.tail(1)[0])
+        assert is_alive(worker)
+        assert node.poll() is None
+        node.kill([worker])
+        assert node.poll() == -signal.SIGKILL
+        wait_until(lambda: not is_alive(worker))
+
+
+def test_leaving_stops_what_still_runs(tmp_path: Path) -> None:
+    with Processes() as processes:
+        node = processes.start("node", ["-c", "import time; time.sleep(600)"], log_path=tmp_path / "node.log")
+    assert node.poll() == -signal.SIGTERM
+
+
+def test_children_die_with_a_killed_demo(tmp_path: Path) -> None:
+    """kill -9 of the demo leaves nothing behind: the kernel ends its children."""
+    pid_file = tmp_path / "pid"
+    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()) + '\\n'); time.sleep(600)"
+    demo = f"""
+import time
+from pathlib import Path
+from elastic_moe.demo.processes import Processes
+Processes().start("node", ["-c", {child!r}], log_path=Path({str(tmp_path / "log")!r}))
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", demo]) as parent:
+        try:
+            wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+            pid = int(pid_file.read_text())
+            assert is_alive(pid)
+        finally:
+            parent.kill()
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_the_environment_of_children() -> None:
+    environ = {"PATH": "/bin", "RANK": "3", "ELASTIC_MOE__TRAIN__STEPS": "3", "TORCHELASTIC_RUN_ID": "x"}
+    assert child_environ(environ) == {"PATH": "/bin", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def test_only_an_earlier_demo_is_overwritten(tmp_path: Path) -> None:
+    fresh = tmp_path / "new" / "out"
+    _prepare(fresh)
+    assert list(fresh.iterdir()) == []
+    job = job_toml(steps=60, seed=0, metrics=fresh / "metrics.jsonl", checkpoints=fresh / "checkpoints")
+    (fresh / "job.toml").write_text(job)
+    (fresh / "metrics.jsonl").write_text("old\n")
+    _prepare(fresh)
+    assert list(fresh.iterdir()) == []
+
+    (fresh / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty, and not of an earlier demo"):
+        _prepare(fresh)
+    assert (fresh / "thesis.tex").read_text() == "mine"
+    with pytest.raises(UserError, match="not a directory"):
+        _prepare(fresh / "thesis.tex")
+
+
+def test_the_job_is_valid_and_its_paths_survive_quoting(tmp_path: Path) -> None:
+    from elastic_moe.config import load
+
+    odd = tmp_path / 'a "quoted" \\ folder'
+    path = tmp_path / "job.toml"
+    path.write_text(job_toml(steps=70, seed=3, metrics=odd / "m", checkpoints=odd / "c"))
+    job = load(path, environ={})
+    assert (job.train.steps, job.train.seed) == (70, 3)
+    assert (job.train.metrics, job.checkpoint.url) == (str(odd / "m"), str(odd / "c"))
+    assert os.fspath(odd / "m") == job.train.metrics
