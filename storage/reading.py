@@ -16,11 +16,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from storage.catalog import Checkpoint
 from storage.errors import Corrupt, UnsupportedValue
 from storage.fetch import Source, Traffic, run_all, windowed
-from storage.items import check_zip, decode_value
+from storage.items import decode_value
 from storage.manifest import ItemEntry, Manifest, tensor_size_bytes
 from storage.objects import ObjectStore
 from storage.readplan import ItemSpan, Want, box_runs, box_strides, plan_parts, run_length
 from storage.staging import bytes_of
+from storage.zips import check_zip
 
 NUM_THREADS = 8
 _RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies between them

@@ -1,0 +1,158 @@
+"""`elastic-moe ckpt`: look at the checkpoints of a run. Imports torch only for checkpoints that stock DCP wrote."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from storage import inspect
+
+if TYPE_CHECKING:
+    from elastic_moe.cli.parser import Subparsers
+
+_URL_HELP = "a run's folder or URL, or one step of it (RUN/step-000000120)"
+_EPILOG = """\
+--json writes one object for `show`, a list of objects for `ls` and `verify`.
+
+Exit codes: 0 done, for `verify` every byte is good; 1 a checkpoint is damaged;
+2 wrong usage, or there is no checkpoint at the URL.
+"""
+
+
+def register(verbs: Subparsers) -> None:
+    """Add the verb `ckpt` with its own verbs `ls`, `show` and `verify`."""
+    parser = verbs.add_parser(
+        "ckpt",
+        help="list, show and verify checkpoints",
+        description="List, show and verify the checkpoints of a run.",
+        epilog=_EPILOG,
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    for name, handler, text in (
+        ("ls", _list, "list the steps of a run: size, age, who saved, state"),
+        ("show", _show, "show what a checkpoint holds: tensors and their shards"),
+        ("verify", _verify, "read every byte and compare it with its checksum"),
+    ):
+        action = actions.add_parser(name, help=text, description=text.capitalize() + ".", epilog=_EPILOG)
+        action.add_argument("url", metavar="URL", help=_URL_HELP)
+        action.add_argument("--json", action="store_true", help="write JSON")
+        action.set_defaults(handler=handler)
+
+
+def _list(args: argparse.Namespace) -> int:
+    rows = inspect.summaries(inspect.locate(args.url))
+    if args.json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return 0
+    now_s = time.time()
+    table = [("STEP", "STATE", "SIZE", "AGE", "WORLD", "GENERATION", "MESH")]
+    table += [
+        (
+            _or_dash(row.step),
+            row.state,
+            "-" if row.size_bytes is None else _size(row.size_bytes),
+            "-" if row.created_unix_s is None else _age(now_s - row.created_unix_s),
+            _or_dash(row.world_size),
+            _or_dash(row.generation),
+            _mesh(row.mesh),
+        )
+        for row in rows
+    ]
+    _print_table(table)
+    for row in rows:
+        if row.reason:
+            print(f"step {row.step}: {row.reason}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    location = inspect.locate(args.url)
+    found = inspect.details(location.store, inspect.checkpoints(location)[0])
+    if args.json:
+        _print_json(dataclasses.asdict(found))
+        return 0
+    summary = found.summary
+    print(f"step {_or_dash(summary.step)}, {summary.state}, {_size(summary.size_bytes or 0)}")
+    if summary.world_size is not None:
+        lineage = f" of lineage {summary.lineage}" if summary.lineage else ""
+        print(
+            f"saved by {summary.world_size} ranks, generation {summary.generation}{lineage}; mesh {_mesh(summary.mesh)}"
+        )
+    table = [("TENSOR", "DTYPE", "SHAPE", "SHARDS")]
+    for tensor in found.tensors:
+        table.append((tensor.key, tensor.dtype, _dims(tensor.shape), str(len(tensor.shards))))
+        if len(tensor.shards) > 1:
+            for shard in tensor.shards:
+                place = f"  at {_dims(shard.offsets)}"
+                table.append((place, "", _dims(shard.sizes), shard.object.rpartition("/")[2]))
+    _print_table(table)
+    if found.values:
+        print(f"values: {', '.join(found.values)}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    location = inspect.locate(args.url)
+    verdicts = []
+    for prefix in inspect.checkpoints(location):
+        verdict = inspect.verify(location.store, prefix)
+        verdicts.append(verdict)
+        if not args.json:
+            _print_verdict(verdict)
+    if args.json:
+        _print_json([{"good": not v.problems, **dataclasses.asdict(v)} for v in verdicts])
+    return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+def _print_verdict(verdict: inspect.Verdict) -> None:
+    name = verdict.folder or "checkpoint"
+    if not verdict.problems:
+        print(f"{name}: good, {_size(verdict.size_bytes)} in {verdict.num_objects} objects")
+        return
+    print(f"{name}: DAMAGED")
+    for problem in verdict.problems:
+        print(f"  {problem}")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _dims(sizes: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, sizes)) + "]"
+
+
+def _mesh(mesh: dict[str, Any] | None) -> str:
+    if not mesh:
+        return "-"
+    return " x ".join(f"{name} {mesh[name]}" for name in ("replicate", "shard", "expert") if name in mesh) or "-"
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

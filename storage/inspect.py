@@ -1,0 +1,292 @@
+"""Look at checkpoints without loading them: list, describe, verify every byte. Our own format needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from storage import catalog, layout
+from storage.checksum import crc32c
+from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
+from storage.fetch import windowed
+from storage.manifest import ItemEntry, Manifest, load_manifest
+from storage.objects import ObjectStore, exists
+from storage.registry import open_store
+from storage.zips import check_zip
+
+_NUM_THREADS = 4
+_PART_SIZE_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One step of a run.
+
+    `state`: "committed", "stock" (written by stock DCP), "damaged", "quarantined" or "uncommitted"; `reason` says more
+    about the damaged. What only our manifest knows is None for the others; `size_bytes` counts data objects.
+    """
+
+    folder: str
+    step: int | None
+    state: str
+    reason: str = ""
+    size_bytes: int | None = None
+    created_unix_s: float | None = None
+    world_size: int | None = None
+    generation: int | None = None
+    lineage: str | None = None
+    mesh: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One stored chunk of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    object: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint, with its shards by offset."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Details:
+    """A checkpoint's content."""
+
+    summary: Summary
+    tensors: tuple[Tensor, ...]
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether every byte of a checkpoint is what was written; no problems means that it is."""
+
+    folder: str
+    step: int | None
+    num_objects: int
+    size_bytes: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A run (`prefix` None) or one checkpoint in a store."""
+
+    store: ObjectStore
+    prefix: str | None
+
+
+def locate(url: str) -> Location:
+    """Open `url`: a run, a step's folder, or a folder with a stock checkpoint.
+
+    Raises:
+        BadURL: it cannot be opened.
+        NoCheckpoint: there is nothing of a checkpoint.
+    """
+    run, prefix = layout.split_step_url(url)
+    store = open_store(run)
+    if prefix or catalog.is_checkpoint(store, ""):
+        if not store.list(prefix):
+            raise NoCheckpoint(f"no checkpoint at {url}: the folder does not exist or is empty")
+        return Location(store, prefix)
+    if not catalog.steps(store):
+        raise NoCheckpoint(f"no checkpoint at {url}: there are no step folders (step-000000120) in it")
+    return Location(store, None)
+
+
+def summaries(location: Location) -> list[Summary]:
+    """Every step, newest first."""
+    if location.prefix is not None:
+        return [summarize(location.store, location.prefix)]
+    return [summarize(location.store, layout.step_folder(step) + "/") for step in catalog.steps(location.store)]
+
+
+def summarize(store: ObjectStore, prefix: str) -> Summary:
+    """One step's summary; damage of the index is reported in it, not raised."""
+    folder = prefix.rstrip("/")
+    step = layout.parse_step(folder)
+    if not catalog.is_checkpoint(store, prefix):
+        aside = store.list(prefix + layout.QUARANTINED_PREFIX)
+        return Summary(folder, step, "quarantined" if aside else "uncommitted")
+    try:
+        commit = catalog.find_commit(store, prefix)
+    except (Corrupt, UsageError) as error:
+        return Summary(folder, step, "damaged", reason=str(error))
+    if commit.manifest is None:
+        size = sum(entry.size_bytes for entry in commit.objects if entry.name.endswith(".distcp"))
+        return Summary(folder, step, "stock", size_bytes=size)
+    manifest = load_manifest(commit.manifest)
+    return Summary(
+        folder,
+        manifest.step,
+        "committed",
+        size_bytes=manifest.size_bytes,
+        created_unix_s=manifest.created_unix_s,
+        world_size=manifest.world_size,
+        generation=manifest.generation,
+        lineage=manifest.lineage,
+        mesh=manifest.mesh,
+    )
+
+
+def checkpoints(location: Location) -> list[str]:
+    """Prefixes of the committed checkpoints, newest first. Raises NoCheckpoint when there is none."""
+    if location.prefix is not None:
+        found = [location.prefix] if catalog.is_checkpoint(location.store, location.prefix) else []
+    else:
+        found = [layout.step_folder(step) + "/" for step in catalog.committed_steps(location.store)]
+    if not found:
+        where = f"{location.store.url}/{location.prefix or ''}".rstrip("/")
+        raise NoCheckpoint(f"no checkpoint at {where}: nothing is committed")
+    return found
+
+
+def details(store: ObjectStore, prefix: str) -> Details:
+    """What a checkpoint holds. Raises NoCheckpoint, Corrupt."""
+    commit = catalog.find_commit(store, prefix)
+    summary = summarize(store, prefix)
+    if commit.manifest is None:
+        return _stock_details(summary, catalog.open_checkpoint(commit))
+    manifest = load_manifest(commit.manifest)
+    shards: dict[str, list[Shard]] = defaultdict(list)
+    for item in manifest.items:
+        if item.offsets is not None and item.sizes is not None:
+            shards[item.key].append(Shard(item.offsets, item.sizes, manifest.objects[item.object].name))
+    tensors = [
+        Tensor(key, entry.dtype, entry.shape, tuple(sorted(shards[key], key=lambda shard: shard.offsets)))
+        for key, entry in sorted(manifest.tensors.items())
+    ]
+    return Details(summary, tuple(tensors), tuple(sorted(manifest.values)))
+
+
+def _stock_details(summary: Summary, checkpoint: catalog.Checkpoint) -> Details:
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    tensors, values = [], []
+    for key, entry in sorted(checkpoint.metadata.state_dict_metadata.items()):
+        if not isinstance(entry, TensorStorageMetadata):
+            values.append(key)
+            continue
+        shards = []
+        for chunk in entry.chunks:
+            info = checkpoint.metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            name = info.relative_path if info else ""
+            shards.append(Shard(tuple(chunk.offsets), tuple(chunk.sizes), name))
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        tensors.append(Tensor(key, dtype, tuple(entry.size), tuple(shards)))
+    return Details(summary, tuple(tensors), tuple(values))
+
+
+def verify(store: ObjectStore, prefix: str) -> Verdict:
+    """Read every byte of the checkpoint and compare it with the checksums: the manifest's, or the zips' of stock DCP.
+
+    Raises:
+        NoCheckpoint: nothing is committed at `prefix`.
+        UsageError: another version's format.
+        Transient, Denied: by the store.
+    """
+    folder = prefix.rstrip("/")
+    step = layout.parse_step(folder)
+    try:
+        commit = catalog.find_commit(store, prefix)
+        if commit.manifest is None:
+            return _verify_stock(store, catalog.open_checkpoint(commit), folder, step)
+        manifest = load_manifest(commit.manifest)
+    except Corrupt as error:
+        return Verdict(folder, step, 0, 0, (str(error),))
+    items: dict[int, list[ItemEntry]] = defaultdict(list)
+    for item in manifest.items:
+        items[item.object].append(item)
+
+    def check(index: int) -> list[str]:
+        entry = manifest.objects[index]
+        return list(_object_problems(store, prefix + entry.name, entry.size_bytes, items[index]))
+
+    problems = list(_gaps(manifest))
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for found in windowed(pool, check, range(len(manifest.objects)), 2 * _NUM_THREADS):
+            problems += found
+    return Verdict(folder, manifest.step, len(manifest.objects), manifest.size_bytes, tuple(problems))
+
+
+def _gaps(manifest: Manifest) -> Iterator[str]:
+    """Tensors whose shards do not make them up, and values that are not there."""
+    num_elements: dict[str, int] = defaultdict(int)
+    stored = set()
+    for item in manifest.items:
+        stored.add(item.key)
+        num_elements[item.key] += math.prod(item.sizes or ())
+    for key, entry in manifest.tensors.items():
+        if num_elements[key] != math.prod(entry.shape):
+            yield f"tensor {key!r} has {num_elements[key]} of {math.prod(entry.shape)} elements"
+    for key in manifest.values.keys() - stored:
+        yield f"value {key!r} is not stored"
+
+
+def _object_problems(store: ObjectStore, key: str, size_bytes: int, items: list[ItemEntry]) -> Iterator[str]:
+    end = 0
+    for item in sorted(items, key=lambda item: item.offset):
+        if item.offset != end:
+            yield f"{key}: bytes {end} to {item.offset} belong to no item"
+        end = item.offset + item.length
+        try:
+            yield from _item_problems(store, key, item)
+        except (Corrupt, NotFound) as error:
+            yield str(error)
+    if end != size_bytes:
+        yield f"{key}: bytes {end} to {size_bytes} belong to no item"
+
+
+def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[str]:
+    """Damage is named by block; the item's own checksum then tells damage of the data from damage of the index."""
+    whole_crc, block = 0, item.block_size_bytes
+    step = max(1, _PART_SIZE_BYTES // block) * block
+    memory = memoryview(bytearray(min(step, item.length)))
+    bad = []
+    for start in range(0, item.length, step):
+        part = memory[: min(step, item.length - start)]
+        store.read_into(key, item.offset + start, [part])
+        whole_crc = crc32c(part, whole_crc)
+        bad += [
+            item.offset + start + at
+            for at in range(0, part.nbytes, block)
+            if crc32c(part[at : at + block]) != item.blocks[(start + at) // block]
+        ]
+    if bad:
+        yield f"{key}: checksum of {item.key!r} does not match in {len(bad)} block(s), first at byte {bad[0]}"
+    elif whole_crc != item.crc32c:
+        yield f"{key}: checksum of {item.key!r} as a whole does not match"
+
+
+def _verify_stock(store: ObjectStore, checkpoint: catalog.Checkpoint, folder: str, step: int | None) -> Verdict:
+    places = sorted({(i.relative_path, i.offset, i.length) for i in checkpoint.metadata.storage_data.values()})
+    names = {name for name, _, _ in places}
+
+    def check(place: tuple[str, int, int]) -> str | None:
+        name, offset, length = place
+        try:
+            if not exists(store, checkpoint.prefix + name):
+                raise Corrupt(f"{checkpoint.prefix}{name} is missing")
+            memory = memoryview(bytearray(length))
+            store.read_into(checkpoint.prefix + name, offset, [memory])
+            check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
+        except Corrupt as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        problems = tuple(p for p in windowed(pool, check, places, 2 * _NUM_THREADS) if p is not None)
+    return Verdict(folder, step, len(names), sum(length for _, _, length in places), problems)
