@@ -13,6 +13,8 @@ from tests.cluster import Cluster, alive, cluster, read_lines, until
 SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, STOCK, FAILS = (str(SCRIPTS / name) for name in ("cooperative.py", "stock.py", "fails.py"))
 
+BOTH = "last_call=60"  # the first round waits for max nodes: it is the test's first round that has both
+
 pytestmark = pytest.mark.slow
 
 
@@ -22,36 +24,36 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
         yield made
 
 
-def steps_of(folder: Path) -> list[dict]:
-    return read_lines(folder / "steps.jsonl")
+def steps_of(folder: Path, **fields: int) -> list[int]:
+    """The steps done, in the order they were done, of one generation or world size."""
+    done = read_lines(folder / "steps.jsonl")
+    return [s["step"] for s in done if all(s[k] == v for k, v in fields.items())]
 
 
 def test_a_killed_node_is_replaced_and_taken_in_without_losing_a_step(nodes: Cluster, tmp_path: Path) -> None:
-    work = (COOPERATIVE, str(tmp_path), "300")
-    conf = "join_cooldown=1"
+    work = (COOPERATIVE, str(tmp_path))
+    conf = "join_cooldown=1,last_call=60"
     first = nodes.start("first", *work, conf=conf)
     nodes.wait_event("node_joined")
     second = nodes.start("second", *work, conf=conf)
-    until("ten steps on two nodes", lambda: [s for s in steps_of(tmp_path) if s["world_size"] == 2][10:])
+    until("ten steps on two nodes", lambda: steps_of(tmp_path, generation=1)[10:])
     second.kill()
-    until("steps on one node", lambda: [s for s in steps_of(tmp_path) if s["generation"] == 2])
+    until("steps on one node", lambda: steps_of(tmp_path, generation=2))
     again = nodes.start("second", *work, conf=conf)
-    until("steps with the node back", lambda: [s for s in steps_of(tmp_path) if s["generation"] == 3])
+    until("steps with the node back", lambda: steps_of(tmp_path, generation=3))
+    (tmp_path / "finish").touch()
     assert first.wait() == 0, first.output
     assert again.wait() == 0, again.output
 
-    done = steps_of(tmp_path)
-    by_generation = {g: [s["step"] for s in done if s["generation"] == g] for g in (1, 2, 3)}
-    assert by_generation[2][0] % 10 == 1, "resumes behind the last saved step"
-    assert by_generation[3][0] == by_generation[2][-1] + 1, "a node that joins costs no step"
-    assert done[-1]["step"] == 300
-    assert [r["world_size"] for r in nodes.events("round_formed")] == [2, 1, 2]
-    assert [r["generation"] for r in nodes.events("round_formed")] == [1, 2, 3]
+    alone, back = steps_of(tmp_path, generation=2), steps_of(tmp_path, generation=3)
+    assert alone[0] % 10 == 1, "resumes behind the last saved step"
+    assert back[0] == alone[-1] + 1, "a node that joins costs no step"
+    assert [(r["generation"], r["world_size"]) for r in nodes.events("round_formed")] == [(1, 2), (2, 1), (3, 2)]
     assert nodes.events("node_lost"), "the loss is told"
 
 
 def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path) -> None:
-    node = nodes.start("only", STOCK, str(tmp_path), nproc=2)
+    node = nodes.start("only", STOCK, str(tmp_path), nnodes="1:1", nproc=2)
     until("both workers", lambda: len(read_lines(tmp_path / "started.jsonl")) == 2)
     workers = node.tree()
     assert len(workers) == 2
@@ -60,9 +62,9 @@ def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_stock_script_goes_on_after_a_lost_node_with_its_rank(nodes: Cluster, tmp_path: Path) -> None:
-    first = nodes.start("first", STOCK, str(tmp_path), nproc=2)
+    first = nodes.start("first", STOCK, str(tmp_path), nproc=2, conf=BOTH)
     nodes.wait_event("node_joined")
-    second = nodes.start("second", STOCK, str(tmp_path), nproc=1)
+    second = nodes.start("second", STOCK, str(tmp_path), nproc=1, conf=BOTH)
     started = tmp_path / "started.jsonl"
     until("three workers of different nodes", lambda: len(read_lines(started)) == 3)
     assert sorted((s["RANK"], s["LOCAL_RANK"], s["LOCAL_WORLD_SIZE"]) for s in read_lines(started)) == [
@@ -82,7 +84,7 @@ def test_a_stock_script_goes_on_after_a_lost_node_with_its_rank(nodes: Cluster, 
 
 
 def test_a_failed_worker_restarts_all_within_the_budget(nodes: Cluster, tmp_path: Path) -> None:
-    node = nodes.start("only", "--max-restarts", "1", STOCK, str(tmp_path), nproc=2)
+    node = nodes.start("only", "--max-restarts", "1", STOCK, str(tmp_path), nnodes="1:1", nproc=2)
     started = tmp_path / "started.jsonl"
     for generation in (1, 2):
         until("both workers", lambda g=generation: len(read_lines(started)) == 2 * g)
@@ -95,33 +97,38 @@ def test_a_failed_worker_restarts_all_within_the_budget(nodes: Cluster, tmp_path
 
 
 def test_a_program_that_refuses_its_arguments_is_not_restarted(nodes: Cluster) -> None:
-    node = nodes.start("only", "--max-restarts", "5", FAILS, "2")
+    node = nodes.start("only", "--max-restarts", "5", FAILS, "2", nnodes="1:1")
     assert node.wait() == 2
     assert len(nodes.events("round_formed")) == 1
     assert "cannot work like this" in node.output
 
 
 def test_a_node_that_drains_stops_at_a_step_boundary_and_the_others_go_on(nodes: Cluster, tmp_path: Path) -> None:
-    work = (COOPERATIVE, str(tmp_path), "120")
-    first = nodes.start("first", *work)
+    work = (COOPERATIVE, str(tmp_path))
+    first = nodes.start("first", *work, conf=BOTH)
     nodes.wait_event("node_joined")
-    second = nodes.start("second", *work)
-    until("five steps on two nodes", lambda: [s for s in steps_of(tmp_path) if s["world_size"] == 2][5:])
+    second = nodes.start("second", *work, conf=BOTH)
+    until("five steps on two nodes", lambda: steps_of(tmp_path, world_size=2)[5:])
     second.signal(signal.SIGTERM)
     assert second.wait() == 128 + signal.SIGTERM, second.output
+    until("steps on one node", lambda: steps_of(tmp_path, world_size=1))
+    (tmp_path / "finish").touch()
     assert first.wait() == 0, first.output
-    done = [s["step"] for s in steps_of(tmp_path)]
-    assert done == list(range(1, 121)), "no step lost, none done twice"
+    done = steps_of(tmp_path)
+    assert done == list(range(1, len(done) + 1)), "no step lost, none done twice"
     assert not nodes.events("node_lost")
 
 
-def test_more_nodes_than_max_wait_as_spares_and_fill_in(nodes: Cluster, tmp_path: Path) -> None:
-    work = (COOPERATIVE, str(tmp_path), "150")
+def test_a_node_beyond_max_waits_as_a_spare_and_fills_in(nodes: Cluster, tmp_path: Path) -> None:
+    work = (COOPERATIVE, str(tmp_path))
     first = nodes.start("first", *work, nnodes="1:1")
-    until("steps", lambda: steps_of(tmp_path)[3:])
+    until("steps", lambda: steps_of(tmp_path, generation=1))
     spare = nodes.start("spare", *work, nnodes="1:1")
-    nodes.wait_event("node_joined", generation=0)
     until("the spare has joined", lambda: len(nodes.events("node_joined")) == 2)
-    assert first.wait() == 0
-    assert spare.wait() == 0
-    assert [r["world_size"] for r in nodes.events("round_formed")] == [1]
+    first.signal(signal.SIGTERM)
+    until("steps on the spare", lambda: steps_of(tmp_path, generation=2))
+    (tmp_path / "finish").touch()
+    assert spare.wait() == 0, spare.output
+    assert first.wait() == 128 + signal.SIGTERM
+    done = steps_of(tmp_path)
+    assert done == list(range(1, len(done) + 1)), "no step lost, none done twice"

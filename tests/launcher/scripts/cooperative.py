@@ -1,6 +1,7 @@
-"""A worker that keeps the launcher's contract: counts steps in a file, beats, and stops at a step boundary.
+"""A worker that keeps the launcher's contract: counts steps, beats, and stops at a step boundary.
 
-Usage: cooperative.py FOLDER STEPS. Every completed step is appended to FOLDER/steps.jsonl by rank 0.
+Usage: cooperative.py FOLDER. Rank 0 appends every completed step to FOLDER/steps.jsonl; the count is saved every ten
+steps; all ranks end once FOLDER/finish exists.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from elastic_moe import worker
 
-folder, num_steps = Path(sys.argv[1]), int(sys.argv[2])
+folder = Path(sys.argv[1])
 saved = folder / "saved"
 dist.init_process_group("gloo")
 rank, context = dist.get_rank(), worker.context()
@@ -28,8 +29,11 @@ def save() -> None:
     dist.barrier()
 
 
-while step < num_steps:
-    dist.all_reduce(torch.ones(1))
+while True:
+    finish = torch.tensor([int((folder / "finish").exists())])
+    dist.all_reduce(finish, op=dist.ReduceOp.MIN)
+    if finish.item():
+        break
     time.sleep(0.05)  # the work
     step += 1
     worker.heartbeat(step)
