@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -37,8 +38,6 @@ from launcher.probe import Doorbell
 from launcher.rendezvous import MemberRendezvous
 
 log = logging.getLogger(__name__)
-
-_HOST_LINGERS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -190,11 +189,16 @@ def _runtime_dir() -> Iterator[Path]:
 
 
 def _linger(member: Member) -> None:
-    """The host of the embedded store goes last: the others still have to read how the job ended."""
-    ends_s = time.monotonic() + _HOST_LINGERS_S
-    while any(node.node_id != member.node_id for node in member.nodes()):
-        left_s = ends_s - time.monotonic()
-        if left_s <= 0:
-            log.warning("closing the store while other nodes still use it")
-            return
-        member.wait(min(left_s, 0.2))
+    """The host of the embedded store goes last: others may train on, or still have to read how the job ended.
+
+    It is bounded by them: every node's record goes when it leaves, or with its lease.
+    """
+    told = False
+    try:
+        while others := member.others():
+            if not told and not member.outcome():
+                log.warning("this node hosts the store: staying for %s; a signal ends it", ", ".join(others))
+                told = True
+            time.sleep(0.1)
+    except SignalException as stopped:
+        log.warning("closing the store on %s: the nodes that use it will stop", signal.Signals(stopped.sigval).name)

@@ -251,6 +251,16 @@ class Member:
         for thread in self._threads:
             thread.start()
 
+    def others(self) -> list[str]:
+        """The other live nodes, asked from the store; also after `leave`."""
+        prefix = f"{self._prefix}nodes/"
+        try:
+            keys = [entry.key.removeprefix(prefix) for entry in self._kv.list(prefix).entries]
+        except KVUnavailable as error:
+            log.warning("[%s] %s", self.node_id, error)
+            return []
+        return [node_id for node_id in keys if node_id != self.node_id]
+
     def leave(self) -> None:
         """Leave at once: the record says so and goes, with its lease."""
         self._stopping.set()

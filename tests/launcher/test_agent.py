@@ -127,6 +127,7 @@ def test_a_node_beyond_max_waits_as_a_spare_and_fills_in(nodes: Cluster, tmp_pat
     until("the spare has joined", lambda: len(nodes.events("node_joined")) == 2)
     first.signal(signal.SIGTERM)
     until("steps on the spare", lambda: steps_of(tmp_path, generation=2))
+    assert first.process.poll() is None, "it hosts the store that the other one uses"
     (tmp_path / "finish").touch()
     assert spare.wait() == 0, spare.output
     assert first.wait() == 128 + signal.SIGTERM
