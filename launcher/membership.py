@@ -224,7 +224,8 @@ def breakage(view: View) -> Breakage | None:
     gone = [(p.node_id, how) for p in view.round.participants if (how := _how_gone(view, view.round, p.node_id))]
     if not gone:
         return None
-    failed = any(n.failure for p in view.round.participants if (n := view.node(p.node_id)))
+    members = [n for p in view.round.participants if (n := view.node(p.node_id))]
+    failed = any(n.failure and n.generation == view.round.generation for n in members)
     lost = any(how.startswith("lost") for _, how in gone)
     reason = "; ".join(f"node {node_id} {how}" for node_id, how in gone)
     return Breakage(reason, graceful=bool(view.round.stop) and not failed and not lost)

@@ -1,0 +1,244 @@
+"""Members of one store in one process: rounds form, break and form again; a fenced node stops and comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from launcher.errors import JobClosed, KVUnavailable
+from launcher.kv.memory import Hub, MemoryKV
+from launcher.member import Member
+from launcher.membership import SUCCEEDED, Failure, Node, Round, Rules, Status
+from launcher.rendezvous import MemberRendezvous
+from tests.cluster import until
+
+LEASE_TTL_S = 1.0
+WAIT_S = 20.0
+
+
+class Told:
+    """Collects events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+
+class CuttableKV(MemoryKV):
+    """A client whose way to the store can be cut."""
+
+    cut = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("get", "put", "list", "delete", "watch", "lease") and self.cut:
+            raise KVUnavailable("cut off")
+        return super().__getattribute__(name)
+
+
+class Job:
+    def __init__(self, rules: Rules) -> None:
+        self.hub = Hub()
+        self.rules = rules
+        self.members: dict[str, Member] = {}
+        self.clients: dict[str, CuttableKV] = {}
+        self.told = Told()
+
+    def start(self, name: str) -> Member:
+        kv = CuttableKV(self.hub)
+        node = Node(node_id=name, host=name, address="127.0.0.1", port=1, slots=1)
+        planner = lambda slots, previous: None  # noqa: E731
+        member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)
+        member.start()
+        self.clients[name], self.members[name] = kv, member
+        return member
+
+    def join(self, *names: str) -> Round:
+        """The named nodes join the next round, which is the same for all."""
+        rounds = {name: self.members[name].wait_round(WAIT_S) for name in names}
+        assert len(set(rounds.values())) == 1
+        current = rounds[names[0]]
+        for name in names:
+            self.members[name].announce_running(current.generation)
+        until("all run", lambda: self._all_run(names, current.generation), WAIT_S)
+        return current
+
+    def _all_run(self, names: tuple[str, ...], generation: int) -> bool:
+        seen = [n for m in names for n in self.members[m].nodes() if n.node_id in names]
+        return len(seen) == len(names) ** 2 and all(n.generation == generation for n in seen)
+
+    def stop_workers(self, *names: str) -> None:
+        for name in names:
+            self.members[name].announce(Status.READY, reason="stopped")
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1))
+    yield made
+    for member in made.members.values():
+        member.leave()
+    made.hub.close()
+
+
+def broken(member: Member, generation: int) -> str:
+    return until("the round is broken", lambda: member.broken(generation), WAIT_S).reason
+
+
+def test_nodes_that_come_together_form_one_round(job: Job) -> None:
+    for name in "abc":
+        job.start(name)
+    formed = job.join("a", "b", "c")
+    assert formed.generation == 1
+    assert [p.node_id for p in formed.participants] == ["a", "b", "c"]
+
+
+def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
+    for name in "abc":
+        job.start(name)
+    job.join("a", "b", "c")
+    lease = job.members["b"]._lease
+    assert lease is not None
+    lease.stop()
+    assert broken(job.members["a"], 1) == "node b lost: its lease ended"
+    assert broken(job.members["c"], 1)
+    job.stop_workers("a", "c")
+    assert [p.node_id for p in job.join("a", "c").participants] == ["a", "c"]
+
+
+def test_the_loss_of_the_leader_is_no_special_case(job: Job) -> None:
+    for name in "abc":
+        job.start(name)
+    job.join("a", "b", "c")
+    job.members["a"].leave()
+    assert broken(job.members["b"], 1) == "node a left"
+    assert broken(job.members["c"], 1) == "node a left"
+    job.stop_workers("b", "c")
+    assert job.join("b", "c").generation == 2
+
+
+def test_an_evicted_node_must_stop_and_comes_back_as_the_youngest(job: Job) -> None:
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    job.members["b"].evict("a", "connection refused")
+    until("a knows", job.members["a"].fenced, WAIT_S)
+    assert broken(job.members["a"], 1)
+    job.stop_workers("a", "b")
+    seniority = until("a is back", lambda: seniorities(job.members["b"], "a", "b"), WAIT_S)
+    assert seniority["a"] > seniority["b"]
+
+
+def seniorities(member: Member, *names: str) -> dict[str, int]:
+    found = {node.node_id: node.seniority for node in member.nodes()}
+    return found if set(names) <= set(found) and found["a"] > 2 else {}
+
+
+def test_a_node_cut_off_from_the_store_fences_itself_before_its_lease_can_end(job: Job) -> None:
+    member = job.start("a")
+    job.join("a")
+    lease = member._lease
+    assert lease is not None
+    lease._renew = cut_off
+    job.clients["a"].cut = True
+    until("fenced", member.fenced, WAIT_S)
+    assert not lease.lost.is_set(), "the lease still stood when the node knew"
+    assert broken(member, 1) == "this node's lease ended"
+    job.clients["a"].cut = False
+    job.stop_workers("a")
+    assert job.join("a").generation == 2
+
+
+def cut_off() -> bool:
+    raise KVUnavailable("cut off")
+
+
+def test_a_short_cut_is_ridden_out(job: Job) -> None:
+    member = job.start("a")
+    job.join("a")
+    job.clients["a"].cut = True
+    member.announce(Status.RUNNING, reason="while the store is away")
+    job.clients["a"].cut = False
+    until("the record is written later", lambda: member.nodes()[0].reason == "while the store is away", WAIT_S)
+    assert member.broken(1) is None
+
+
+def test_joiners_are_taken_in_together(job: Job) -> None:
+    job.start("a")
+    job.join("a")
+    job.start("b")
+    job.start("c")
+    reason = until("asked to stop", lambda: job.members["a"].stop_requested(1), WAIT_S)
+    assert reason == "join: b, c"
+    job.stop_workers("a")
+    assert job.join("a", "b", "c").reason == "join: b, c"
+
+
+def test_a_finished_job_closes_for_all(job: Job) -> None:
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    for name in "ab":
+        job.members[name].announce(Status.DONE)
+    until("success", lambda: job.members["b"].outcome() == SUCCEEDED, WAIT_S)
+    late = job.start("c")
+    with pytest.raises(JobClosed, match="succeeded"):
+        late.wait_round(WAIT_S)
+
+
+def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    failure = Failure(rank=0, exit_code=1, message="ValueError: no", ts=1.0)
+    job.members["a"].announce(Status.READY, reason="worker failed", failure=failure)
+    assert broken(job.members["b"], 1) == "node a worker failed"
+    job.stop_workers("b")
+    for name in "ab":
+        with pytest.raises(JobClosed, match="exit code 1: ValueError: no; restarts used: 0 of 0"):
+            job.members[name].wait_round(WAIT_S)
+    assert job.told.names().count("finished") == 1
+
+
+def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:
+    for name in "ab":
+        job.start(name)
+    handlers = {
+        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
+        for name, member in job.members.items()
+    }
+    first = meet(handlers)
+    assert {info.rank for info in first.values()} == {0, 1}
+    first["a"].store.set("who", "first generation")
+    assert first["b"].store.get("who") == b"first generation"
+    assert handlers["a"].num_nodes_waiting() == 0
+
+    job.members["a"].announce(Status.READY, reason="stopped")
+    until("b hears of it", lambda: handlers["b"].num_nodes_waiting() == 1, WAIT_S)
+    second = meet(handlers)
+    assert not second["b"].store.check(["who"])
+    assert second["a"].bootstrap_store_info != first["a"].bootstrap_store_info
+    assert second["a"].bootstrap_store_info == second["b"].bootstrap_store_info
+
+
+def meet(handlers: dict[str, MemberRendezvous]) -> dict[str, Any]:
+    """Every handler's next rendezvous, each in a thread as on a node of its own."""
+    found: dict[str, Any] = {}
+
+    def one(name: str) -> None:
+        found[name] = handlers[name].next_rendezvous()
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in handlers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert set(found) == set(handlers)
+    return found

@@ -1,0 +1,283 @@
+"""What the leader decides, as a table of situations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.membership import (
+    SUCCEEDED,
+    Evict,
+    Failure,
+    Node,
+    Participant,
+    Propose,
+    Round,
+    Rules,
+    Status,
+    View,
+    Wait,
+    breakage,
+    decide,
+    form,
+    rank_order,
+)
+from launcher.mesh import Infeasible, MeshPlan
+
+RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
+FAILURE = Failure(rank=1, exit_code=1, message="boom", ts=10.0)
+
+
+def every_slot(slots, previous):
+    return None
+
+
+def node(name: str, seniority: int = 0, **fields) -> Node:
+    fields = {"host": name, "address": "127.0.0.1", "port": 1, "slots": 2, **fields}
+    return Node(node_id=name, seniority=seniority or ord(name[0]), **fields)
+
+
+def running(*names: str, **fields) -> tuple[Node, ...]:
+    return tuple(node(name, status=Status.RUNNING, generation=1, **fields) for name in names)
+
+
+def round_of(*names: str, **fields) -> Round:
+    participants = tuple(Participant(name, 2) for name in names)
+    return Round(
+        **{
+            "generation": 1,
+            "lineage": "L",
+            "participants": participants,
+            "mesh": None,
+            "spares": (),
+            "reason": "",
+            **fields,
+        }
+    )
+
+
+def view(nodes: tuple[Node, ...], current: Round | None = None, me: str = "a", **fields) -> View:
+    times = {"nodes_changed_s": 0.0, "formed_s": 0.0, "broken_s": 0.0}
+    return View(me=me, nodes=nodes, round=current, lineage="L", **{**times, **fields})
+
+
+def act(seen: View, now_s: float = 100.0, rules: Rules = RULES, planner=every_slot):
+    return decide(seen, rules, planner, now_s)
+
+
+class TestFirstRound:
+    def test_waits_for_min_nodes(self) -> None:
+        assert isinstance(act(view((node("a"),))), Wait)
+
+    def test_max_nodes_start_at_once(self) -> None:
+        action = act(view((node("a"), node("b"), node("c"))), now_s=0.0)
+        assert isinstance(action, Propose)
+        assert action.round.generation == 1
+        assert action.round.world_size == 6
+
+    def test_min_nodes_wait_for_the_last_call(self) -> None:
+        seen = view((node("a"), node("b")), nodes_changed_s=10.0)
+        assert act(seen, now_s=11.0) == Wait("last call", 12.0)
+        assert isinstance(act(seen, now_s=12.0), Propose)
+
+    def test_only_the_oldest_node_proposes(self) -> None:
+        nodes = (node("a", 7), node("b", 5))
+        assert isinstance(act(view(nodes, me="a")), Wait)
+        assert isinstance(act(view(nodes, me="b")), Propose)
+
+    def test_too_few_nodes_for_too_long_end_the_job(self) -> None:
+        seen = view((node("a"),))
+        assert isinstance(act(seen, now_s=RULES.quorum_timeout_s - 1), Wait)
+        action = act(seen, now_s=RULES.quorum_timeout_s)
+        assert isinstance(action, Propose)
+        assert action.round.outcome == "failed: 1 of at least 2 nodes after 600 s"
+
+
+class TestLoss:
+    def test_survivors_start_again_without_last_call_and_with_their_ranks(self) -> None:
+        survivors = tuple(dataclasses.replace(n, status=Status.READY) for n in running("c", "a"))
+        seen = view(survivors, round_of("c", "b", "a"), departed={"b": "lost: its lease ended"}, nodes_changed_s=100.0)
+        action = act(seen, now_s=100.0)
+        assert isinstance(action, Propose)
+        assert [p.node_id for p in action.round.participants] == ["c", "a"]
+        assert action.round.generation == 2
+        assert action.round.reason == "node b lost: its lease ended"
+
+    def test_waits_for_survivors_to_stop_their_workers(self) -> None:
+        a, c = running("a", "c")
+        seen = view((dataclasses.replace(a, status=Status.READY), c), round_of("a", "b", "c"))
+        assert act(seen, now_s=1.0) == Wait("waiting for c to stop", 60.0)
+        assert act(seen, now_s=60.0) == Evict("c", "did not stop its workers within 60 s")
+
+    def test_a_failure_that_a_loss_explains_is_not_charged(self) -> None:
+        survivors = tuple(dataclasses.replace(n, status=Status.READY, failure=FAILURE) for n in running("a", "c"))
+        action = act(view(survivors, round_of("a", "b", "c", restarts=1)))
+        assert isinstance(action, Propose)
+        assert not action.round.outcome
+        assert action.round.restarts == 1
+
+    def test_below_min_nodes_the_job_waits(self) -> None:
+        (a,) = running("a")
+        action = act(view((dataclasses.replace(a, status=Status.READY),), round_of("a", "b")), now_s=1.0)
+        assert action == Wait("1 of at least 2 nodes", 600.0)
+
+    def test_a_loss_while_the_round_forms_breaks_it(self) -> None:
+        waiting = (node("a"), node("c"))
+        seen = view(waiting, round_of("a", "b", "c"))
+        assert breakage(seen)
+        assert isinstance(act(seen), Propose)
+
+
+class TestFailure:
+    def fallen(self, **failure) -> tuple[Node, ...]:
+        failed = dataclasses.replace(FAILURE, **failure)
+        a, b = running("a", "b")
+        return (
+            dataclasses.replace(a, status=Status.READY, failure=failed),
+            dataclasses.replace(b, status=Status.READY),
+        )
+
+    def test_is_charged_and_told(self) -> None:
+        action = act(view(self.fallen(), round_of("a", "b")))
+        assert isinstance(action, Propose)
+        assert action.round.restarts == 1
+        assert action.round.reason == "worker of rank 1 failed with exit code 1: boom"
+
+    def test_beyond_the_budget_ends_the_job(self) -> None:
+        action = act(view(self.fallen(exit_code=-9), round_of("a", "b", restarts=1)))
+        assert isinstance(action, Propose)
+        assert action.round.outcome == "failed: worker of rank 1 failed with signal 9: boom; restarts used: 1 of 1"
+
+    def test_that_will_happen_again_ends_the_job_at_once(self) -> None:
+        nodes = self.fallen(restartable=False, exit_code=2)
+        action = act(view(nodes, round_of("a", "b")))
+        assert isinstance(action, Propose)
+        assert action.round.outcome.startswith("failed: worker of rank 1 failed with exit code 2")
+
+    def test_is_forgotten_in_the_next_generation(self) -> None:
+        nodes = tuple(dataclasses.replace(n, generation=0, failure=FAILURE) for n in running("a", "b"))
+        assert isinstance(act(view(nodes, round_of("a", "b"))), Wait)
+
+
+class TestGrowth:
+    grown = (*running("a", "b"), node("d"))
+
+    def test_waits_for_the_cooldown_and_for_quiet(self) -> None:
+        seen = view(self.grown, round_of("a", "b"), formed_s=10.0, nodes_changed_s=14.8)
+        assert act(seen, now_s=15.0) == Wait("joiners wait for the cool-down", 15.3)
+        action = act(seen, now_s=15.3)
+        assert isinstance(action, Propose)
+        assert action.round == round_of("a", "b", stop="join: d")
+
+    def test_is_asked_for_once(self) -> None:
+        assert isinstance(act(view(self.grown, round_of("a", "b", stop="join: d"))), Wait)
+
+    def test_happens_once_all_have_yielded(self) -> None:
+        yielded = tuple(dataclasses.replace(n, status=Status.READY) for n in running("a", "b"))
+        seen = view((*yielded, node("d")), round_of("a", "b", stop="join: d"))
+        broken = breakage(seen)
+        assert broken is not None
+        assert broken.graceful
+        action = act(seen)
+        assert isinstance(action, Propose)
+        assert action.round.world_size == 6
+        assert action.round.reason == "join: d"
+        assert action.round.restarts == 0
+
+    def test_does_not_happen_beyond_max_nodes(self) -> None:
+        nodes = (*running("a", "b", "c"), node("d"))
+        assert isinstance(act(view(nodes, round_of("a", "b", "c"))), Wait)
+
+    def test_does_not_happen_for_a_mesh_that_is_no_larger(self) -> None:
+        def no_six(slots, previous):
+            if sum(slots) == 6:
+                raise Infeasible("six ranks")
+
+        assert isinstance(act(view(self.grown, round_of("a", "b")), planner=no_six), Wait)
+
+    def test_waits_until_all_have_joined(self) -> None:
+        a, b = running("a", "b")
+        late = dataclasses.replace(b, generation=0, status=Status.READY)
+        assert act(view((a, late, node("d")), round_of("a", "b"))) == Wait("participants are still joining")
+
+    def test_a_loss_while_yielding_is_not_graceful(self) -> None:
+        a, _ = running("a", "b")
+        seen = view((a,), round_of("a", "b", stop="join: d"), departed={"b": "lost: its lease ended"})
+        broken = breakage(seen)
+        assert broken is not None
+        assert not broken.graceful
+
+
+class TestEnd:
+    def test_all_done_is_success(self) -> None:
+        done = tuple(dataclasses.replace(n, status=Status.DONE) for n in running("a", "b"))
+        action = act(view(done, round_of("a", "b")))
+        assert isinstance(action, Propose)
+        assert action.round.outcome == SUCCEEDED
+
+    def test_some_done_is_not(self) -> None:
+        a, b = running("a", "b")
+        nodes = (dataclasses.replace(a, status=Status.DONE), b, node("d"))
+        assert act(view(nodes, round_of("a", "b"))) == Wait("the job is about to finish")
+
+    def test_a_closed_job_stays_closed(self) -> None:
+        assert isinstance(act(view((node("a"), node("b")), round_of("a", "b", outcome=SUCCEEDED))), Wait)
+
+    def test_a_draining_node_makes_all_stop_at_a_boundary(self) -> None:
+        a, b = running("a", "b")
+        action = act(view((a, dataclasses.replace(b, draining=True)), round_of("a", "b")))
+        assert isinstance(action, Propose)
+        assert action.round.stop == "drain: b"
+
+
+class TestFormation:
+    def test_slots_the_plan_leaves_idle_get_no_worker(self) -> None:
+        def five(slots, previous):
+            return MeshPlan(1, 5, 1, sum(slots) - 5, 1, 1)
+
+        formed = form([node("a"), node("b"), node("c")], (), None, RULES, five)
+        assert formed is not None
+        assert formed.participants == (Participant("a", 2), Participant("b", 2), Participant("c", 1))
+
+    def test_the_newest_are_left_out_where_there_is_no_mesh(self) -> None:
+        def four(slots, previous):
+            if sum(slots) != 4:
+                raise Infeasible("only four")
+
+        formed = form([node("a"), node("b"), node("c")], ("c",), None, RULES, four)
+        assert formed is not None
+        assert [p.node_id for p in formed.participants] == ["c", "a"]
+        assert formed.spares == ("b",)
+
+    def test_an_infeasible_world_forms_nothing(self) -> None:
+        def never(slots, previous):
+            raise Infeasible("never")
+
+        assert form([node("a"), node("b")], (), None, RULES, never) is None
+        assert isinstance(act(view((node("a"), node("b"), node("c"))), planner=never), Wait)
+
+    def test_newcomers_go_beside_their_host_then_their_zone(self) -> None:
+        old = [node("a", zone="1"), node("b", zone="2"), node("c", zone="1", host="h")]
+        new = [node("x", zone="2"), node("y", zone="9"), node("z", host="h")]
+        ordered = rank_order([*new, *old], ["c", "b", "a"])
+        assert [n.node_id for n in ordered] == ["c", "z", "b", "x", "a", "y"]
+
+    @given(st.permutations("abcdefgh"), st.integers(1, 8), st.data())
+    def test_survivors_keep_their_order(self, names: list[str], keep: int, data: st.DataObject) -> None:
+        survivors = set(data.draw(st.permutations(names))[:keep])
+        new = [node(name) for name in "uvw"]
+        ordered = rank_order([*(node(n) for n in survivors), *new], names)
+        kept = [n.node_id for n in ordered if n.node_id in survivors]
+        assert kept == [name for name in names if name in survivors]
+        assert len(ordered) == len(survivors) + 3
+
+
+@pytest.mark.parametrize("failure", [None, FAILURE])
+def test_records_survive_the_store(failure: Failure | None) -> None:
+    record = node("a", 7, status=Status.STOPPING, generation=3, draining=True, failure=failure, zone="z")
+    assert Node.from_json(record.to_json(), 7) == record
+    current = round_of("a", "b", mesh=MeshPlan(1, 2, 2, 0, 1, 1), spares=("c",), stop="join: c")
+    assert Round.from_json(current.to_json()) == current
