@@ -35,7 +35,7 @@ def register(verbs: Subparsers) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default demo-out")
     parser.add_argument(
-        "--steps", type=positive_int, default=160, metavar="N", help=f"default 160, at least {_STEPS_LEAST}"
+        "--steps", type=positive_int, default=120, metavar="N", help=f"default 120, at least {_STEPS_LEAST}"
     )
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="default 0")
     parser.set_defaults(handler=handle)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic_moe.cli import demo, plan, run, train
+from elastic_moe.cli import ckpt, demo, plan, run, train
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -32,7 +32,7 @@ def build_parser() -> Parser:
         help="write the completion script for a shell and exit",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    for module in (run, train, demo, plan):
+    for module in (run, train, demo, plan, ckpt):
         module.register(verbs)
     return parser
 

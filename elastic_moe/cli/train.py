@@ -17,7 +17,8 @@ _EPILOG = """\
 Fields are laid over each other: defaults, JOB.toml, the environment
 (ELASTIC_MOE__SECTION__FIELD), --set. An empty JOB.toml trains the defaults.
 
-On several processes: elastic-moe run ... --mesh JOB.toml -m elastic_moe train JOB.toml
+On several processes:
+  elastic-moe run ... --mesh JOB.toml -m elastic_moe train JOB.toml
 """
 
 

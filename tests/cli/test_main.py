@@ -1,0 +1,205 @@
+"""The command itself: help, exit codes, errors in one line, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cli import main as cli
+from elastic_moe.cli.parser import node_range
+from elastic_moe.errors import UserError
+
+HELP = Path(__file__).parent / "help"
+VERBS = ["", "train", "demo", "plan", "ckpt"]
+
+
+def call(*argv: str) -> int:
+    """The exit code, argparse's own exits included."""
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else -1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed on purpose? `ELASTIC_MOE_UPDATE_GOLDEN=1 pytest tests/cli/test_main.py` writes the files anew."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(*([verb] if verb else []), "--help") == 0
+    text = capsys.readouterr().out
+    golden = HELP / f"{verb or 'elastic-moe'}.txt"
+    if "ELASTIC_MOE_UPDATE_GOLDEN" in os.environ:
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--print-completion", shell) == 0
+    script = capsys.readouterr().out
+    assert "slots-per-node" in script
+    assert "elastic-moe" in script
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "main(['--version'])",
+        "main(['ckpt', 'ls', 'checkpoints'])",
+        "main(['--help'])",
+        "main(['plan', '--experts', '8', '--slots-per-node', '8', '--nodes', '1:16', '--json'])",
+        "main(['plan', '--job', 'job.toml'])",
+        "main(['plan', '--experts', '8', '--expert-parallel', '3'])",
+        "main(['train', 'job.toml', '--set', 'train.stepz=1'])",
+        "main(['demo', '--steps', '1'])",
+    ],
+)
+def test_torch_is_not_imported(code: str, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("[model]\nnum_experts = 4\n")
+    script = f"""
+import sys
+from elastic_moe.cli.main import main
+try:
+    {code}
+except SystemExit:
+    pass
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "--experts", "8", "--slots-per-node", "8", "--nodes", "1:16", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["slots"] for row in answer["plans"]] == list(range(8, 129, 8))
+    for row in answer["plans"]:
+        mesh = row["mesh"]
+        assert mesh["replicate"] * mesh["shard"] * mesh["expert"] + mesh["idle"] == row["slots"]
+        assert row["step_s"] > 0
+        assert row["memory_bytes"] <= answer["spec"]["memory_cap_bytes"]
+
+
+def test_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "--nodes", "1:2", "--memory-gib", "80") == 0
+    head, infeasible, feasible = capsys.readouterr().out.splitlines()
+    assert head.split() == ["nodes", "slots", "replicate", "shard", "expert", "idle", "batch", "step", "memory"]
+    assert "no mesh for 8 slots: the leanest needs" in infeasible
+    assert feasible.split()[:6] == ["2", "16", "1", "2", "8", "0"]
+    assert call("plan", "--nodes", "1", "--memory-gib", "1") == 1
+
+
+def test_plan_of_a_job_with_flags_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text("[model]\nnum_experts = 4\n[train]\nglobal_batch = 24\n[mesh]\nmax_idle = 1\n")
+    flags = ["--set", "model.num_experts=6", "--global-batch", "30", "--nodes", "2", "--slots-per-node", "3", "--json"]
+    assert call("plan", "--job", str(job), *flags) == 0
+    spec = json.loads(capsys.readouterr().out)["spec"]
+    assert (spec["num_experts"], spec["global_batch"], spec["max_idle"]) == (6, 30, 1)
+    assert call("plan", "--job", str(job), "--experts", "0", "--json") == 0
+    spec = json.loads(capsys.readouterr().out)["spec"]
+    assert (spec["num_experts"], spec["expert_params"]) == (0, 0)
+
+
+@pytest.mark.parametrize(("text", "nodes"), [("4", range(4, 5)), ("1:16", range(1, 17)), ("3:3", range(3, 4))])
+def test_node_ranges(text: str, nodes: range) -> None:
+    assert node_range(text) == nodes
+
+
+JOB = "{tmp}/job.toml"
+BAD_INPUT = [
+    ([], "the following arguments are required: VERB (see elastic-moe --help)"),
+    (["pla"], "argument VERB: invalid choice: 'pla'"),
+    (["plan", "--expert", "8"], "unrecognized arguments: --expert 8"),  # no abbreviations
+    (["plan", "--nodes", "4:2"], "argument --nodes: '4:2' is no range of node counts: 1 <= MIN <= MAX"),
+    (["plan", "--nodes", "many"], "argument --nodes: 'many' is neither N nor MIN:MAX"),
+    (["plan", "--slots-per-node", "0"], "argument --slots-per-node: '0' is not a whole number >= 1"),
+    (["plan", "--experts", "8", "--expert-parallel", "3"], "--expert-parallel 3 does not divide 8 experts"),
+    (["plan", "--set", "train.steps=3"], "--set changes a field of a job: name the job with --job JOB.toml"),
+    (["plan", "--job", "{tmp}/none.toml"], "job file {tmp}/none.toml does not exist"),
+    (["train", "{tmp}/none.toml"], "job file {tmp}/none.toml does not exist"),
+    (["train", JOB, "--set", "train.stepz=3"], "--set train.stepz: unknown key train.stepz; did you mean steps?"),
+    (["train", JOB, "--set", "mesh.expert=3"], JOB + ": mesh.expert = 3 does not divide model.num_experts = 8"),
+    (["demo", "--out", JOB], "--out " + JOB + ": not a directory"),
+    (["demo", "--out", "{tmp}"], "--out {tmp}: not empty, and not of an earlier demo"),
+    (["demo", "--steps", "3"], "--steps 3: too few for the killed node to come back in"),
+    (["ckpt", "ls", "{tmp}/none"], "no checkpoint at {tmp}/none"),
+    (["ckpt", "verify", "{tmp}/none"], "no checkpoint at {tmp}/none"),
+    (["run", "--standalone", "--nproc-per-node", "1", "{tmp}/none.py"], "script '{tmp}/none.py': no such file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input(argv: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.toml").write_text("[model]\nnum_experts = 8\n")
+    assert call(*(word.replace("{tmp}", str(tmp_path)) for word in argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("elastic-moe: error: " + line.replace("{tmp}", str(tmp_path)))
+    assert captured.err.count("\n") == 1
+
+
+class Harm(Exception):
+    exit_code = 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("say\nwhat   is wrong"), 2, "elastic-moe: error: say what is wrong\n"),
+        (Harm("it broke"), 1, "elastic-moe: error: it broke\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_exit_codes(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr("elastic_moe.cli.plan.handle", fail)
+    assert call("plan") == code
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("elastic_moe.cli.plan.handle", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["plan"])
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = [sys.executable, "-m", "elastic_moe", "plan", "--nodes", "1:2000", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("sibling", ["launcher", "storage"])
+def test_a_shadowed_package_is_named(sibling: str, tmp_path: Path) -> None:
+    (tmp_path / sibling).mkdir()
+    (tmp_path / sibling / "__init__.py").touch()
+    command = [sys.executable, "-m", "elastic_moe", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert f"ImportError: elastic_moe needs its own package '{sibling}', but Python finds {tmp_path}" in done.stderr
