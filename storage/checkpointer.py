@@ -201,17 +201,17 @@ class Checkpointer:
 
     # saving -----------------------------------------------------------------------------------------------------
 
-    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, Any], str | None]:
+    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, Any], dict[str, Any]]:
         """What this rank holds, its values encoded, and what is wrong with it."""
         try:
             holdings = describe(state_dicts(state), is_coordinator=self._group.is_coordinator)
             planned = self._plan is not None and self._plan.digest == holdings.digest
             wanted = self._plan.picks if planned and self._plan else range(len(holdings.pieces))
-            return holdings, holdings.encode_values(wanted), None
+            return holdings, holdings.encode_values(wanted), _wrap(None)
         except (UsageError, ValueError) as error:
-            return None, {}, str(error)
+            return None, {}, _wrap(error)
 
-    def _agree(self, step: int, holdings: Holdings | None, problem: str | None) -> tuple[str | None, _Plan | None]:
+    def _agree(self, step: int, holdings: Holdings | None, problem: dict[str, Any]) -> tuple[str | None, _Plan | None]:
         """One attempt for all ranks, and this rank's plan; no attempt if the step is committed already."""
         planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
         reports = self._group.gather(json.dumps({"planned": planned, "problem": problem}).encode())
@@ -226,9 +226,10 @@ class Checkpointer:
         layout.step_folder(step)
         parsed = [json.loads(report) for report in reports]
         for rank, report in enumerate(parsed):
-            if report["problem"] is not None:
+            problem = report["problem"]
+            if problem["error"] is not None:
                 where = f"rank {rank}: " if len(parsed) > 1 else ""
-                raise UsageError(where + report["problem"])
+                raise getattr(errors, problem["error"], UsageError)(where + problem["text"])
         if self._saver.has_committed(step):
             log.info("step %d is committed already; not saved again", step)
             return {"attempt": None, "planned": True}

@@ -158,7 +158,8 @@ class ShardWriter(StorageWriter):
         for item in plan.items:
             content = planner.resolve_data(item)
             if isinstance(content, torch.Tensor):
-                tensors.append((item, content))
+                if content.numel():  # of the others the manifest knows all there is to know
+                    tensors.append((item, content))
             else:
                 data = content.getvalue()
                 payloads.append(Payload(_piece(item), EncodedItem((data,), 0, len(data))))

@@ -79,11 +79,12 @@ def load_metadata(data: bytes, name: str = ".metadata") -> dcp.Metadata:
     try:
         with _unchanged_classes():
             metadata = _Unpickler(io.BytesIO(data)).load()
+        problem = _problem(metadata)
     except Denied as error:
         raise Denied(f"{name}: {error}") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle raises almost anything
         raise Corrupt(f"{name} is not checkpoint metadata: {type(error).__name__}: {error}") from None
-    if problem := _problem(metadata):
+    if problem:
         raise Corrupt(f"{name} is not checkpoint metadata: {problem}")
     return metadata  # type: ignore[no-any-return]
 

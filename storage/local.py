@@ -20,7 +20,9 @@ from storage.objects import Buffer, ObjectInfo, check_key, check_prefix
 
 _TMP = ".tmp"
 _TMP_AGE_S = 24 * 3600.0
+_PLACE_TRIES = 100
 _IOV_MAX = 512  # below every Linux's IOV_MAX of 1024
+_NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
 
 
@@ -42,7 +44,6 @@ class LocalStore:
         """See `ObjectStore.put`."""
         path = self._path(key)
         with self._translated(key):
-            self._make_folder(path.parent)
             self._make_folder(self._root / _TMP)
             temporary = self._root / _TMP / uuid.uuid4().hex
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -117,7 +118,7 @@ class LocalStore:
         """See `ObjectStore.delete`. Folders that become empty go as well."""
         path = self._path(key)
         with self._translated(key):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(*_NOT_A_FILE):
                 os.unlink(path)
             folder = path.parent
             try:
@@ -127,7 +128,7 @@ class LocalStore:
             except OSError as error:  # not empty, or another process was faster
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, *_NO_FOLDER}:
                     raise
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*_NOT_A_FILE):
                 _sync_folder(folder)
 
     def _path(self, key: str) -> Path:
@@ -140,8 +141,9 @@ class LocalStore:
         return path
 
     def _place(self, temporary: Path, path: Path, if_absent: bool) -> None:
-        for attempt in range(3):
+        for left in reversed(range(_PLACE_TRIES)):
             try:
+                self._make_folder(path.parent)
                 if if_absent:
                     os.link(temporary, path)
                 else:
@@ -150,10 +152,9 @@ class LocalStore:
             except FileExistsError:
                 raise AlreadyExists(f"{path} exists") from None
             except FileNotFoundError:
-                # a concurrent delete removed the folder while it was empty
-                if attempt == 2:
+                # a concurrent delete took the folder along while it was empty; it got on, so shall we
+                if not left:
                     raise
-                self._make_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
@@ -176,7 +177,7 @@ class LocalStore:
             yield
         except StorageError:
             raise
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except _NOT_A_FILE:
             raise NotFound(f"{key} is not in {self.url}") from None
         except PermissionError as error:
             raise Denied(f"{key} in {self.url}: {error.strerror}") from error

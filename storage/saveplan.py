@@ -65,8 +65,8 @@ def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
     """For each rank, the positions (ascending) of its pieces that it must write.
 
     Every distinct piece is written once. Tensor chunks go, largest first, to the holder with the fewest bytes so
-    far; values to the lowest rank that has them, so that which rank's value is kept does not depend on sizes. Empty
-    chunks of a tensor that has others are dropped: uneven sharding makes them.
+    far; values to the lowest rank that has them, so that which rank's value is kept does not depend on sizes. Chunks
+    without elements (an empty tensor's, or made by uneven sharding) are nobody's: there is nothing to store.
 
     Raises:
         ValueError: ranks disagree about a tensor, or their chunks do not make up the whole of it.
@@ -74,7 +74,7 @@ def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
     holders: dict[tuple[str, tuple[int, ...] | None], list[tuple[int, int]]] = defaultdict(list)
     for rank, pieces in enumerate(pieces_of_rank):
         for position, piece in enumerate(pieces):
-            if not _is_needless(piece):
+            if not _is_empty(piece):
                 holders[piece.identity].append((rank, position))
     _check_whole(pieces_of_rank, holders)
     picks: list[list[int]] = [[] for _ in pieces_of_rank]
@@ -95,8 +95,8 @@ def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
     return [sorted(pick) for pick in picks]
 
 
-def _is_needless(piece: Piece) -> bool:
-    return piece.sizes is not None and math.prod(piece.sizes) == 0 and math.prod(piece.shape or ()) > 0
+def _is_empty(piece: Piece) -> bool:
+    return piece.sizes is not None and math.prod(piece.sizes) == 0
 
 
 def _check_whole(

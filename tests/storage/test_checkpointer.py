@@ -1,0 +1,388 @@
+"""The Checkpointer in one process: round trips, damage, fencing, retention, failing stores, users' mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage import Checkpointer, inspect, open_store, register_scheme
+from storage.errors import Corrupt, Fenced, Transient, UnsupportedValue, UsageError, WrongModel
+from storage.memory import MemoryStore
+from storage.objects import Buffer, ObjectInfo
+
+Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+
+
+def make_state(number: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "model": {
+            "weight": torch.randn(300, 70, generator=generator),
+            "bias": torch.randn(7, generator=generator).bfloat16(),
+            "scale": torch.randn((), generator=generator),
+            "turned": torch.randn(5, 9, generator=generator).t(),
+            "empty": torch.empty(0, 4),
+        },
+        "blocks": [torch.randn(40000, generator=generator), {"count": number}],
+        "step": number,
+        "names": ["a", str(number)],
+        "nothing": None,
+    }
+
+
+def flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value) for leaf in flat(value[key])]
+    if isinstance(value, list):
+        return [leaf for entry in value for leaf in flat(entry)]
+    return [value]
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(flat(left), flat(right), strict=True)
+    )
+
+
+def names(events: Events) -> list[str]:
+    return [name for name, _ in events[0]]
+
+
+def test_round_trip(tmp_path: Path, events: Events) -> None:
+    url = str(tmp_path / "run")
+    state = make_state(1)
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        assert ckpt.restore(state) == 0
+        assert same(state, make_state(1))
+        ckpt.save(10, state)
+        state["model"]["weight"].zero_()  # the save has its own copy
+        state["step"] = -1
+        assert ckpt.wait()
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        assert ckpt.restore(state) == 10
+    assert same(state, make_state(1))
+    assert names(events) == ["checkpoint_staged", "checkpoint_committed", "restored"]
+    for _, fields in events[0]:
+        assert fields["step"] == 10
+        assert fields["bytes"] > 84000
+        assert fields["seconds"] >= 0
+
+
+def test_tensors_are_filled_in_place(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(1, make_state(1), wait=True)
+        state = make_state(2)
+        before = {key: value.data_ptr() for key, value in state["model"].items()}
+        assert ckpt.restore(state) == 1
+    assert {key: value.data_ptr() for key, value in state["model"].items()} == before
+    assert same(state, make_state(1))
+
+
+def test_stateful_objects_and_optimizers(tmp_path: Path) -> None:
+    def train(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(8, 4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * seed)
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    saved, loaded = train(1), train(2)
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(5, {"model": saved[0], "optimizer": saved[1]}, wait=True)
+        assert ckpt.restore({"model": loaded[0], "optimizer": loaded[1]}) == 5
+    assert same(saved[0].state_dict(), loaded[0].state_dict())
+    left, right = saved[1].state_dict(), loaded[1].state_dict()
+    assert left["param_groups"] == right["param_groups"]
+    assert same({str(k): v for k, v in left["state"].items()}, {str(k): v for k, v in right["state"].items()})
+
+
+def test_other_dtypes_and_strided_destinations(tmp_path: Path) -> None:
+    saved = {"a": torch.randn(6, 8), "b": torch.randn(64, 40000)}
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(1, saved, wait=True)
+        other = {"a": torch.zeros(6, 8, dtype=torch.float64), "b": torch.zeros(40000, 64).t()}
+        ckpt.restore(other)
+    assert torch.equal(other["a"].float(), saved["a"])
+    assert torch.equal(other["b"], saved["b"])
+
+
+def test_newest_wins_and_old_ones_go(tmp_path: Path, events: Events) -> None:
+    url = str(tmp_path)
+    with Checkpointer(url, keep=2, on_event=events[1]) as ckpt:
+        for step in (10, 20, 30, 40):
+            ckpt.save(step, make_state(step))
+        ckpt.wait()
+        state = make_state(0)
+        assert ckpt.restore(state) == 40
+    assert same(state, make_state(40))
+    assert [row.step for row in inspect.summaries(inspect.locate(url))] == [40, 30]
+    assert "checkpoint_failed" not in names(events)
+
+
+def test_a_step_just_committed_is_not_saved_again(tmp_path: Path, events: Events) -> None:
+    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(1))
+        ckpt.save(10, make_state(1), wait=True)
+    assert names(events) == ["checkpoint_staged", "checkpoint_committed"]
+
+
+def test_a_step_of_somebody_else_is_not_overwritten(tmp_path: Path, events: Events) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(10, make_state(1), wait=True)
+    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(2), wait=True)
+        assert not ckpt.wait()
+        state = make_state(0)
+        ckpt.restore(state)
+    assert same(state, make_state(1))
+    assert "committed already" in dict(events[0])["checkpoint_failed"]["reason"]
+
+
+def every_object(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def kind(name: str) -> str:
+    return name.rpartition("/")[2].split("_0.")[0].split("-0")[0]
+
+
+def test_a_flipped_byte_anywhere_is_detected_or_harmless(tmp_path: Path, events: Events) -> None:
+    """Every kind of object, at its first, middle and last byte and some between; `verify` and `restore` agree."""
+    good = tmp_path / "good"
+    with Checkpointer(str(good)) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        ckpt.save(20, make_state(20), wait=True)
+    victims = every_object(good / "step-000000020")
+    assert {kind(name) for name in victims} == {"__0", ".metadata", "manifest.json", "receipt"}
+    fell_back = set()
+    for name in victims:
+        size = (good / "step-000000020" / name).stat().st_size
+        for position in sorted({0, 1, size // 7, size // 3, size // 2, size - 900, size - 100, size - 1}):
+            run = tmp_path / "run"
+            shutil.copytree(good, run)
+            path = run / "step-000000020" / name
+            data = bytearray(path.read_bytes())
+            data[position] ^= 0x10
+            path.write_bytes(data)
+            verdict = inspect.verify(open_store(str(run)), "step-000000020/")
+            events[0].clear()
+            state = make_state(0)
+            with Checkpointer(str(run), on_event=events[1]) as ckpt:
+                step = ckpt.restore(state)
+            assert same(state, make_state(step)), (name, position)
+            assert (step == 20) == (not verdict.problems), (name, position, verdict)
+            if step == 10:
+                fell_back.add(kind(name))
+                assert names(events) == ["checkpoint_quarantined", "restored"]
+                assert events[0][0][1]["reason"]
+            shutil.rmtree(run)
+    assert fell_back == {"__0", ".metadata", "manifest.json"}
+
+
+def test_a_flipped_byte_of_the_owner_does_not_stop_the_next_job(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+    path = tmp_path / "owner.json"
+    path.write_bytes(path.read_bytes().replace(b"epoch", b"epocH"))
+    with Checkpointer(str(tmp_path)) as ckpt:
+        assert ckpt.restore(make_state(0)) == 10
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "attempt-"])
+def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        ckpt.save(20, make_state(20), wait=True)
+    victim = next((tmp_path / "step-000000020").glob(f"{name}*"))
+    if victim.is_dir():
+        next(victim.glob("*.distcp")).unlink()
+    else:
+        victim.unlink()
+    assert inspect.verify(open_store(str(tmp_path)), "step-000000020/").problems
+    with Checkpointer(str(tmp_path)) as ckpt:
+        assert ckpt.restore(make_state(0)) == 10
+
+
+def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+    (tmp_path / "step-000000010/manifest.json").write_bytes(b"{}")
+    for says in ("no good checkpoint is left", "set aside"):  # the second time nothing is committed any more
+        with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(Corrupt, match=says):
+            ckpt.restore(make_state(0))
+
+
+def test_a_quarantined_step_can_be_saved_anew(tmp_path: Path, events: Events) -> None:
+    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        ckpt.save(20, make_state(20), wait=True)
+    data = next(tmp_path.glob("step-000000020/attempt-*/*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
+        assert ckpt.restore(make_state(0)) == 10
+        ckpt.save(20, make_state(21), wait=True)
+        state = make_state(0)
+        assert ckpt.restore(state) == 20
+    assert same(state, make_state(21))
+
+
+def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
+    old = Checkpointer(str(tmp_path), generation=1, lineage="a", on_event=events[1])
+    with Checkpointer(str(tmp_path), generation=2, lineage="a") as new:
+        new.save(10, make_state(10), wait=True)
+        old.save(20, make_state(20), wait=True)
+        assert not old.wait()
+        assert new.restore(make_state(0)) == 10
+        new.save(20, make_state(22), wait=True)
+        state = make_state(0)
+        assert new.restore(state) == 20
+    assert same(state, make_state(22))
+    old.close()
+    assert names(events) == ["checkpoint_staged", "checkpoint_failed"]
+    assert "belongs to generation 2" in events[0][1][1]["reason"]
+    with pytest.raises(Fenced, match="generation 1"):
+        Checkpointer(str(tmp_path), generation=1, lineage="a")
+    Checkpointer(str(tmp_path), generation=0, lineage="b").close()
+
+
+def test_attempts_that_no_live_job_owns_are_removed(tmp_path: Path) -> None:
+    for step, attempt in ((10, "dead0000"), (20, "dead1111"), (30, "dead2222")):
+        open_store(str(tmp_path)).put(f"step-{step:09d}/attempt-{attempt}/__0_0.distcp", [b"left over"])
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(20, make_state(20), wait=True)
+        ckpt.wait()
+    assert not [name for name in every_object(tmp_path) if "dead" in name]
+    assert inspect.checkpoints(inspect.locate(str(tmp_path))) == ["step-000000020/"]
+
+
+class Failing(MemoryStore):
+    """Fails where a test tells it to."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.fails: Callable[[str, str], bool] = lambda operation, key: False
+
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> ObjectInfo:
+        if self.fails("put", key):
+            raise Transient(f"cannot put {key}")
+        if self.fails("tear", key):
+            cut: list[Buffer] = [b"".join(buffers)[:-1]]
+            super().put(key, cut, if_absent=if_absent)
+            return ObjectInfo(key, sum(memoryview(buffer).nbytes for buffer in buffers), "etag")
+        return super().put(key, buffers, if_absent=if_absent)
+
+    def delete(self, key: str) -> None:
+        if self.fails("delete", key):
+            raise Transient(f"cannot delete {key}")
+        super().delete(key)
+
+
+@pytest.fixture
+def failing(memory_url: str) -> tuple[str, Failing]:
+    store = Failing(memory_url)
+    scheme = memory_url.removeprefix("memory://")
+    register_scheme(scheme, lambda rest: store)
+    return f"{scheme}://run", store
+
+
+@pytest.mark.parametrize("where", [".distcp", "receipt-", "manifest.json", ".metadata"])
+@pytest.mark.parametrize("how", ["put", "tear"])
+def test_a_failed_save_is_reported_and_not_fatal(
+    failing: tuple[str, Failing], events: Events, where: str, how: str
+) -> None:
+    url, store = failing
+    with Checkpointer(url, on_event=events[1], timeout_s=0.5) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        store.fails = lambda operation, key: operation == how and where in key
+        ckpt.save(20, make_state(20), wait=True)
+        assert not ckpt.wait()
+        store.fails = lambda operation, key: False
+        state = make_state(0)
+        assert ckpt.restore(state) == 10
+        assert same(state, make_state(10))
+        ckpt.save(20, make_state(22), wait=True)
+        assert ckpt.wait()
+        assert ckpt.restore(state) == 20
+        assert same(state, make_state(22))
+    failed = [fields for name, fields in events[0] if name == "checkpoint_failed"]
+    assert len(failed) == 1
+    assert failed[0]["step"] == 20
+    assert failed[0]["reason"]
+
+
+def test_failed_clean_up_is_reported(failing: tuple[str, Failing], events: Events) -> None:
+    url, store = failing
+    store.fails = lambda operation, key: operation == "delete"
+    with Checkpointer(url, keep=1, on_event=events[1]) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, make_state(step), wait=True)
+            assert ckpt.wait()
+    assert names(events)[-1] == "checkpoint_cleanup_failed"
+
+
+def test_a_listener_that_fails_harms_nothing(tmp_path: Path) -> None:
+    def listener(name: str, fields: dict[str, Any]) -> None:
+        raise RuntimeError("listener")
+
+    with Checkpointer(str(tmp_path), on_event=listener) as ckpt:
+        ckpt.save(1, make_state(1), wait=True)
+        assert ckpt.restore(make_state(0)) == 1
+
+
+def test_another_model_is_told_by_its_differences(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(1, {"w": torch.ones(2, 3), "v": 1, "t": torch.ones(1)}, wait=True)
+        state: dict[str, Any] = {"w": torch.ones(3, 2), "x": torch.ones(1), "v": torch.ones(1), "t": 5}
+        with pytest.raises(WrongModel) as caught:
+            ckpt.restore(state)
+        for part in ("'w' has shape [3, 2], the checkpoint [2, 3]", "'x' is not in", "'v' is a tensor", "'t' is a int"):
+            assert part in str(caught.value)
+        assert caught.value.exit_code == 2
+        assert ckpt.restore({"w": torch.ones(2, 3)}) == 1  # a part of the state is fine
+
+
+def test_mistakes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="keep is 0"):
+        Checkpointer(str(tmp_path), keep=0)
+    with Checkpointer(str(tmp_path)) as ckpt:
+        with pytest.raises(UnsupportedValue, match=r"'deep\.f'"):
+            ckpt.save(1, {"deep": {"f": lambda: 0}})
+        with pytest.raises(UsageError, match="meta device"):
+            ckpt.save(1, {"w": torch.empty(2, device="meta")})
+        with pytest.raises(UsageError, match="sparse"):
+            ckpt.save(1, {"w": torch.ones(2, 2).to_sparse()})
+        with pytest.raises(ValueError, match="step is -1"):
+            ckpt.save(-1, {"w": torch.ones(2)})
+        ckpt.save(2, {"w": torch.ones(2)}, wait=True)
+        assert ckpt.wait()
+    monkeypatch.setenv("ELASTIC_MOE_GENERATION", "seven")
+    with pytest.raises(UsageError, match="'seven'"):
+        Checkpointer(str(tmp_path))
+
+
+def test_who_saved_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_MOE_GENERATION", "4")
+    monkeypatch.setenv("ELASTIC_MOE_LINEAGE", "launch-a")
+    monkeypatch.setenv("ELASTIC_MOE_MESH", '{"replicate":1,"shard":1,"expert":1}')
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(1, make_state(1), wait=True)
+    (row,) = inspect.summaries(inspect.locate(str(tmp_path)))
+    assert (row.generation, row.lineage, row.mesh) == (4, "launch-a", {"replicate": 1, "shard": 1, "expert": 1})
+    assert row.state == "committed"
+
+
+def test_leaving_on_an_error_does_not_wait_for_others(memory_url: str) -> None:
+    def train() -> None:
+        with Checkpointer(memory_url) as ckpt:
+            ckpt.save(1, make_state(1))
+            raise RuntimeError("training")
+
+    with pytest.raises(RuntimeError, match="training"):
+        train()

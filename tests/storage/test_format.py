@@ -1,0 +1,298 @@
+"""What is on disk: checksums, sealed documents, the manifest's golden file, items, the restricted metadata parser."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import Metadata
+
+from storage import layout
+from storage.checksum import block_crcs, block_size_bytes, crc32c, crc32c_of, pack_crcs, unpack_crcs
+from storage.commit import Attempt, Contents, Origin, build_manifest
+from storage.dcp_metadata import dump_metadata, load_metadata, metadata_of
+from storage.errors import Corrupt, Denied, UnsupportedValue, UsageError
+from storage.items import decode_value, encode_tensor, encode_value
+from storage.manifest import (
+    ItemEntry,
+    Manifest,
+    ObjectEntry,
+    Receipt,
+    TensorEntry,
+    ValueEntry,
+    dump_manifest,
+    load_manifest,
+)
+from storage.staging import StagingBuffer, bytes_of
+from storage.zips import check_zip
+
+GOLDEN = Path(__file__).with_name("golden_manifest.json")
+ATTEMPT = "00000000-1111-2222-3333-444444444444"
+
+
+def golden_manifest() -> Manifest:
+    def item(key: str, offsets: tuple[int, ...] | None, at: int, rank_object: int) -> ItemEntry:
+        sizes = None if offsets is None else (2, 3)
+        crcs = pack_crcs([crc32c(key.encode())])
+        return ItemEntry(
+            key=key,
+            offsets=offsets,
+            sizes=sizes,
+            object=rank_object,
+            offset=at,
+            length=1577,
+            raw_offset=704 if sizes else 0,
+            crc32c=crc32c(key.encode()),
+            block_size_bytes=16384,
+            block_crcs=crcs,
+        )
+
+    receipts = [
+        Receipt(
+            rank=rank,
+            attempt=ATTEMPT,
+            objects=(ObjectEntry(name=layout.data_name(ATTEMPT, rank, 0), size_bytes=size, etag=f"etag-{rank}"),),
+            items=items,
+        )
+        for rank, size, items in (
+            (0, 3154, (item("model.weight", (0, 0), 0, 0), item("step", None, 1577, 0))),
+            (1, 1577, (item("model.weight", (2, 0), 0, 0),)),
+        )
+    ]
+    contents = Contents(
+        tensors={"model.weight": TensorEntry(dtype="float32", shape=(4, 3), path=("model", "weight"))},
+        values={"step": ValueEntry(path=("step",))},
+    )
+    origin = Origin(generation=7, lineage="launch-a", mesh={"replicate": 1, "shard": 2, "expert": 1})
+    manifest, _ = build_manifest(Attempt.of_step(120, ATTEMPT, 2), origin, contents, receipts, 1700000000.5)
+    # the pickle's bytes belong to torch's version, not to this format
+    return manifest.model_copy(update={"metadata_size_bytes": 1234, "metadata_crc32c": 567})
+
+
+def test_manifest_is_the_golden_one() -> None:
+    data = dump_manifest(golden_manifest())
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_bytes(data)
+    assert data == GOLDEN.read_bytes()
+    assert load_manifest(GOLDEN.read_bytes()) == golden_manifest()
+    assert json.loads(data)["manifest"]["items"][2]["object"] == 1
+
+
+def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
+    data = dump_manifest(golden_manifest())
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << (position % 8)
+        with pytest.raises(Corrupt):
+            load_manifest(bytes(flipped))
+    for cut in (0, 10, len(data) - 1):
+        with pytest.raises(Corrupt):
+            load_manifest(data[:cut])
+
+
+def test_a_newer_manifest_is_no_damage() -> None:
+    newer = dump_manifest(golden_manifest().model_copy(update={"version": 2}))
+    with pytest.raises(UsageError, match="version 2"):
+        load_manifest(newer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objects": (ObjectEntry(name="../../etc/passwd", size_bytes=9999, etag=""),) * 2},
+        {"objects": ()},
+        {"tensors": {}},
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
+    data = dump_manifest(golden_manifest().model_copy(update=change))
+    with pytest.raises(Corrupt):
+        load_manifest(data)
+
+
+def test_layout_names() -> None:
+    assert layout.step_folder(120) == "step-000000120"
+    for step in (0, 120, 10**12):
+        assert layout.parse_step(layout.step_folder(step)) == step
+    assert layout.parse_step("step-12") is None
+    assert layout.parse_attempt(layout.attempt_folder(ATTEMPT)) == ATTEMPT
+    assert layout.is_data_name(layout.data_name(ATTEMPT, 3, 0))
+    assert not layout.is_data_name("attempt-12345678/../__0_0.distcp")
+    assert layout.split_step_url("memory://run/step-000000010/") == ("memory://run", "step-000000010/")
+    assert layout.split_step_url("/data/run") == ("/data/run", "")
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8), st.integers(1, 50))
+@settings(deadline=None)
+def test_block_crcs_do_not_depend_on_how_the_bytes_are_cut(buffers: list[bytes], size: int) -> None:
+    data = b"".join(buffers)
+    assert block_crcs(buffers, size) == [crc32c(data[at : at + size]) for at in range(0, len(data), size)]
+    assert crc32c_of(buffers) == crc32c(data)
+    assert list(unpack_crcs(pack_crcs(block_crcs(buffers, size)))) == block_crcs(buffers, size)
+
+
+def test_crc32c_is_castagnoli() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, appendix B.4
+
+
+@given(st.integers(0, 1 << 42))
+def test_blocks_bound_both_costs(length: int) -> None:
+    size = block_size_bytes(length)
+    assert 16 * 1024 <= size <= 8 << 20
+    assert size & (size - 1) == 0
+    assert size == 16 * 1024 or size <= 2 * (length // 512 + 1)
+    assert length <= 512 * size or size == 8 << 20
+
+
+TENSORS = [
+    torch.arange(10.0),
+    torch.tensor(3.0),
+    torch.empty(0, 5),
+    torch.randn(3, 4).bfloat16(),
+    torch.randn(4, 6).t(),
+    torch.arange(10)[2:5],
+    torch.randn(3).to(torch.float8_e4m3fn),
+    torch.randn(3, dtype=torch.complex64).conj(),
+    torch.tensor([True, False]),
+    torch.randn(40000),
+]
+
+
+def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
+    buffer = StagingBuffer()
+    for _ in range(2):  # the second time in reused memory
+        for tensor, staged in zip(TENSORS, buffer.stage(TENSORS), strict=True):
+            item = encode_tensor(staged)
+            data = b"".join(item.buffers)
+            loaded = torch.load(io.BytesIO(data), weights_only=True)
+            assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
+            assert bytes_of(loaded.contiguous()) == bytes_of(tensor.resolve_conj().contiguous())
+            assert data[item.raw_offset : item.raw_offset + loaded.nbytes] == bytes_of(loaded.contiguous())
+            assert len(data) == item.length
+            check_zip(data, "item")
+
+
+def test_staging_does_not_share_memory_with_the_state() -> None:
+    tensor = torch.ones(100)
+    (copy,) = StagingBuffer().stage([tensor])
+    tensor.zero_()
+    assert copy.sum() == 100
+
+
+def test_zip_checksums_find_a_flip_in_the_data() -> None:
+    data = bytearray(b"".join(encode_tensor(torch.randn(1000)).buffers))
+    data[2000] ^= 4
+    with pytest.raises(Corrupt, match="checksum"):
+        check_zip(data, "item")
+    with pytest.raises(Corrupt):
+        check_zip(data[:100], "item")
+
+
+class Custom:
+    """Nothing that a safe loader would make."""
+
+
+@pytest.mark.parametrize("value", [1, None, "text", 2.5, {"a": [1, (2, 3)]}, torch.Size([1]), {"t": torch.ones(2)}])
+def test_plain_values_survive(value: Any) -> None:
+    item = encode_value("key", value)
+    assert str(decode_value(b"".join(item.buffers), "key")) == str(value)
+
+
+@pytest.mark.parametrize("value", [Custom(), [Custom()], lambda: 0])
+def test_values_that_need_code_are_refused_when_saved(value: Any) -> None:
+    with pytest.raises(UnsupportedValue, match="'key'"):
+        encode_value("key", value)
+
+
+def stock_metadata(folder: Path) -> bytes:
+    state = {"m": torch.randn(3, 3), "n": {"b": torch.ones(2, dtype=torch.bfloat16), "v": [1, 2]}, "x": 5}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, checkpoint_id=folder)
+    return (folder / ".metadata").read_bytes()
+
+
+def test_stock_metadata_is_read_as_pickle_would(tmp_path: Path) -> None:
+    data = stock_metadata(tmp_path)
+    ours, theirs = load_metadata(data), pickle.loads(data)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
+    assert ours.planner_data == theirs.planner_data
+    assert type(ours) is Metadata
+
+
+def test_our_metadata_survives_the_restricted_parser() -> None:
+    manifest = golden_manifest()
+    assert load_metadata(dump_metadata(manifest)) == metadata_of(manifest)
+
+
+class Evil:
+    def __init__(self, call: Any, *args: Any) -> None:
+        self._reduced = (call, args)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def test_a_malicious_pickle_executes_nothing(tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    metadata = Metadata({}, storage_data={})
+    for call, args in (
+        (os.system, (f"touch {trace}",)),
+        (eval, (f"open({str(trace)!r}, 'w')",)),
+        (subprocess.Popen, (["touch", str(trace)],)),
+        (torch.load, (str(trace),)),
+        (getattr, ("text", "upper")),
+    ):
+        metadata.planner_data = Evil(call, *args)
+        with pytest.raises(Denied, match="refused: it names") as caught:
+            load_metadata(pickle.dumps(metadata), "run/.metadata")
+        assert "\n" not in str(caught.value)
+    assert not trace.exists()
+
+
+def test_a_pickle_cannot_alter_the_classes() -> None:
+    # GLOBAL Metadata, then BUILD with (None, {"evil": "x"}): setattr on the class itself
+    alters = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}(\x8c\x04evil\x8c\x01xu\x86b."
+    with pytest.raises(Denied, match="alters"):
+        load_metadata(alters)
+    assert not hasattr(Metadata, "evil")
+
+
+def test_damaged_metadata_never_escapes_as_another_error(tmp_path: Path) -> None:
+    data = stock_metadata(tmp_path)
+    seed = 11
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(400):
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        with contextlib.suppress(Corrupt, Denied):
+            load_metadata(bytes(flipped))
+    for junk in (b"", b"\x80\x04N.", pickle.dumps({"a": 1}), pickle.dumps(Metadata({"k": 3}, storage_data={}))):  # type: ignore[dict-item]
+        with pytest.raises(Corrupt):
+            load_metadata(junk)
+
+
+def test_metadata_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    metadata = pickle.loads(stock_metadata(tmp_path))
+    next(iter(metadata.storage_data.values())).relative_path = "../../secret"
+    with pytest.raises(Denied, match="refused object name"):
+        load_metadata(pickle.dumps(metadata))
+
+
+def test_listing_needs_no_torch() -> None:
+    code = "import sys, storage, storage.inspect; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,236 @@
+"""The object store contract, over every back end."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound
+from storage.objects import ObjectStore
+from storage.registry import open_store
+
+
+@pytest.fixture(params=["local", "file-url", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> ObjectStore:
+    url = {"local": str(tmp_path / "run"), "file-url": f"file://{tmp_path}/a%20run", "memory": memory_url}
+    return open_store(url[request.param])
+
+
+def read_range(store: ObjectStore, key: str, offset: int, *lengths: int, if_match: str | None = None) -> list[bytes]:
+    buffers = [bytearray(length) for length in lengths]
+    store.read_into(key, offset, [memoryview(buffer) for buffer in buffers], if_match=if_match)
+    return [bytes(buffer) for buffer in buffers]
+
+
+def test_put_joins_buffers_of_any_kind(store: ObjectStore) -> None:
+    info = store.put("a/b", [b"one", bytearray(b"two"), memoryview(b""), memoryview(b"three")])
+    assert store.read("a/b") == b"onetwothree"
+    assert info.size_bytes == 11
+    assert store.info("a/b") == info
+
+
+def test_many_buffers(store: ObjectStore) -> None:
+    pieces = [bytes([index % 256]) * (index % 7) for index in range(3000)]
+    store.put("many", pieces)
+    assert store.read("many") == b"".join(pieces)
+    assert b"".join(read_range(store, "many", 0, *[len(piece) for piece in pieces])) == b"".join(pieces)
+
+
+def test_empty_object(store: ObjectStore) -> None:
+    store.put("empty", [])
+    assert store.read("empty") == b""
+    assert store.info("empty").size_bytes == 0
+
+
+def test_read_into_fills_buffers_in_order(store: ObjectStore) -> None:
+    store.put("k", [b"0123456789"])
+    assert read_range(store, "k", 2, 3, 0, 4) == [b"234", b"", b"5678"]
+
+
+def test_read_past_the_end_is_corrupt(store: ObjectStore) -> None:
+    store.put("k", [b"0123456789"])
+    with pytest.raises(Corrupt):
+        read_range(store, "k", 8, 1, 2)
+    with pytest.raises(Corrupt):
+        read_range(store, "k", 20, 1)
+
+
+def test_etag_changes_with_every_rewrite(store: ObjectStore) -> None:
+    etags = [store.put("k", [b"same"]).etag for _ in range(20)]
+    assert len(set(etags)) == 20
+    assert read_range(store, "k", 0, 4, if_match=etags[-1]) == [b"same"]
+    with pytest.raises(Corrupt, match="changed"):
+        read_range(store, "k", 0, 4, if_match=etags[0])
+
+
+def test_if_absent_keeps_the_first(store: ObjectStore) -> None:
+    store.put("k", [b"first"], if_absent=True)
+    with pytest.raises(AlreadyExists):
+        store.put("k", [b"second"], if_absent=True)
+    assert store.read("k") == b"first"
+    store.put("k", [b"third"])
+    assert store.read("k") == b"third"
+
+
+def test_if_absent_has_one_winner(store: ObjectStore) -> None:
+    start, won = threading.Barrier(8), []
+
+    def race(index: int) -> None:
+        start.wait()
+        try:
+            store.put("prize", [bytes([index]) * 1000], if_absent=True)
+        except AlreadyExists:
+            return
+        won.append(index)
+
+    threads = [threading.Thread(target=race, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("prize") == bytes(won) * 1000
+
+
+def test_missing_objects(store: ObjectStore) -> None:
+    store.put("folder/k", [b"x"])
+    for key in ("nothing", "folder", "folder/k/below", "no/folder"):
+        with pytest.raises(NotFound):
+            store.read(key)
+        with pytest.raises(NotFound):
+            store.info(key)
+        with pytest.raises(NotFound):
+            read_range(store, key, 0, 1)
+        store.delete(key)
+    assert store.read("folder/k") == b"x"
+
+
+def test_list_is_by_prefix_and_sorted(store: ObjectStore) -> None:
+    assert store.list("") == []
+    assert store.list("step-1/") == []
+    for key in ("step-1/b", "step-1/a/x", "step-10/c", "owner.json", "step-1/.metadata"):
+        store.put(key, [key.encode()])
+    assert [info.key for info in store.list("step-1/")] == ["step-1/.metadata", "step-1/a/x", "step-1/b"]
+    assert [info.key for info in store.list("step-1")] == [
+        *("step-1/.metadata", "step-1/a/x", "step-1/b"),
+        "step-10/c",
+    ]
+    assert [info.key for info in store.list("step-1/a")] == ["step-1/a/x"]
+    assert len(store.list("")) == 5
+    assert store.list("step-1/")[0] == store.info("step-1/.metadata")
+
+
+def test_folders(store: ObjectStore) -> None:
+    assert store.folders("") == []
+    for key in ("b/x", "a/y/z", "a/w", "top"):
+        store.put(key, [b""])
+    assert store.folders("") == ["a", "b"]
+    assert store.folders("a/") == ["y"]
+    assert store.folders("nothing/") == []
+
+
+def test_delete_takes_empty_folders_along(store: ObjectStore) -> None:
+    store.put("a/b/c", [b"x"])
+    store.delete("a/b/c")
+    assert store.folders("") == []
+    store.put("a/b/c", [b"y"], if_absent=True)
+    assert store.read("a/b/c") == b"y"
+
+
+def test_concurrent_puts_and_deletes_in_one_folder(store: ObjectStore) -> None:
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(30):
+                store.put(f"shared/{index}", [b"x" * 100])
+                store.delete(f"shared/{index}")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\nb", "a/.."])
+def test_keys_never_leave_the_root(store: ObjectStore, key: str) -> None:
+    for call in (store.read, store.info, store.delete):
+        with pytest.raises(Denied):
+            call(key)
+    with pytest.raises(Denied):
+        store.put(key, [b"x"])
+    with pytest.raises(Denied):
+        read_range(store, key, 0, 1)
+
+
+@pytest.mark.parametrize("prefix", ["/etc/", "../", "a/../b", ".."])
+def test_prefixes_never_leave_the_root(store: ObjectStore, prefix: str) -> None:
+    with pytest.raises(Denied):
+        store.list(prefix)
+    with pytest.raises(Denied):
+        store.folders(prefix)
+
+
+def test_url_opens_the_same_store(store: ObjectStore) -> None:
+    store.put("k", [b"x"])
+    assert open_store(store.url).read("k") == b"x"
+
+
+def test_local_files_are_private(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        store = open_store(str(tmp_path / "run"))
+        store.put("a/b", [b"x"])
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "run/a/b").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "run/a").stat().st_mode) == 0o700
+    assert list((tmp_path / "run/.tmp").iterdir()) == []
+
+
+def test_local_links_do_not_lead_out(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    store = open_store(str(tmp_path / "run"))
+    store.put("a", [b"x"])
+    (tmp_path / "run/link").symlink_to(tmp_path)
+    with pytest.raises(Denied):
+        store.read("link/secret")
+
+
+def test_local_failed_put_leaves_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "run"))
+    with pytest.raises(TypeError, match="contiguous"):
+        store.put("a", [b"x", memoryview(b"abcdef")[::2]])
+    assert store.list("") == []
+    assert list((tmp_path / "run/.tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "empty"),
+        ("gs://bucket/run", "gs://"),
+        ("file://host/run", "file:///absolute"),
+        ("file://", "file:///absolute"),
+        ("memory://", "name"),
+    ],
+)
+def test_bad_urls_are_told_in_one_line(url: str, says: str) -> None:
+    with pytest.raises(BadURL, match=says) as caught:
+        open_store(url)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadURL, match="is a file"):
+        open_store(str(tmp_path / "file"))
