@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import pytest
 
 _context = multiprocessing.get_context("forkserver")
-# torch is imported once, in the server that the ranks are forked from.
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+# torch is imported once, in the server that the ranks are forked from; FSDP2 imports the compiler at its first use.
+_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
 class RankFailure(AssertionError):

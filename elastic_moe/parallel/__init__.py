@@ -12,13 +12,14 @@ checkpoint says which part of which tensor it holds, and any other mesh can load
 """
 
 from elastic_moe.parallel.apply import Precision, parallelize
-from elastic_moe.parallel.gradients import clip_gradients, reduce_on
+from elastic_moe.parallel.gradients import begin_round, clip_gradients
 from elastic_moe.parallel.meshes import Meshes, build_mesh
 from elastic_moe.parallel.weights import gather_full, init_weights, load_full, materialize
 
 __all__ = [
     "Meshes",
     "Precision",
+    "begin_round",
     "build_mesh",
     "clip_gradients",
     "gather_full",
@@ -26,5 +27,4 @@ __all__ = [
     "load_full",
     "materialize",
     "parallelize",
-    "reduce_on",
 ]

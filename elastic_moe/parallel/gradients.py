@@ -14,11 +14,20 @@ from torch.distributed.tensor import DTensor, Replicate
 from elastic_moe.parallel.meshes import REPLICATE, Meshes
 
 
-def reduce_on(model: nn.Module, last: bool) -> None:
-    """Say whether the coming backward pass is the last of its step: only that one reduces gradients over ranks."""
+def begin_round(model: nn.Module, *, last: bool, keep_gathered: bool = False) -> None:
+    """Prepare one forward and backward pass of several that make a step.
+
+    Args:
+        model: what `parallelize` made.
+        last: whether it is the last pass: only that one reduces gradients over ranks.
+        keep_gathered: leave the parameters gathered from the first forward to the last backward pass of the step:
+            one gather a step in place of two a round, for the memory of all that an expert-parallel rank computes with.
+    """
     root = cast(FSDPModule, model)
     root.set_requires_gradient_sync(last)
     root.set_is_last_backward(last)
+    root.set_reshard_after_forward(not keep_gathered)
+    root.set_reshard_after_backward(last or not keep_gathered)
 
 
 @torch.no_grad()

@@ -52,6 +52,8 @@ class TrainConfig(BaseModel):
     exact: bool = False
     """Let no bit of the result depend on the world size or mesh: micro-batches of one, gradients added in float64.
     To verify a set-up, not to be fast. Needs float32."""
+    keep_gathered: bool = False
+    """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
     metrics: str | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)

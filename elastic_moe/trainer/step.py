@@ -19,7 +19,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
 from elastic_moe.model.moe import move_bias
-from elastic_moe.parallel import Meshes, clip_gradients, reduce_on
+from elastic_moe.parallel import Meshes, begin_round, clip_gradients
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
 from elastic_moe.trainer.optimizer import set_learning_rate
 from elastic_moe.trainer.schedule import learning_rate
@@ -131,7 +131,7 @@ class Stepper:
         """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""
         losses, loads = [], []
         for i, (windows_BS, real_B) in enumerate(micro_batches):
-            reduce_on(self.model, last=i + 1 == len(micro_batches))
+            begin_round(self.model, last=i + 1 == len(micro_batches), keep_gathered=self.train.keep_gathered)
             out: DecoderOutput = self.model(windows_BS[:, :-1], real_B)
             loss = token_loss(out.logits_BSV, windows_BS[:, 1:], real_B)
             objective(out, loss, self.model.config, self.train).backward()

@@ -16,13 +16,13 @@ from elastic_moe.model.decoder import Decoder, token_loss
 from elastic_moe.parallel import (
     Meshes,
     Precision,
+    begin_round,
     build_mesh,
     clip_gradients,
     gather_full,
     init_weights,
     materialize,
     parallelize,
-    reduce_on,
 )
 from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
@@ -78,7 +78,7 @@ def objective(model: Decoder, tokens: Tensor, num_sequences: int) -> Tensor:
 
 
 def gradients(
-    config: ModelConfig, plan: MeshPlan, num_rounds: int = 1, max_norm: float | None = None
+    config: ModelConfig, plan: MeshPlan, num_rounds: int = 1, keep_gathered: bool = False, max_norm: float | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """Whole gradients, and their norm before clipping, of a batch of 8 that is split over ranks and rounds."""
     model, meshes = build(config, plan)
@@ -86,7 +86,7 @@ def gradients(
     mine = tokens.tensor_split(dist.get_world_size())[dist.get_rank()]
     parts = mine.tensor_split(num_rounds)
     for i, part in enumerate(parts):
-        reduce_on(model, last=i + 1 == num_rounds)
+        begin_round(model, last=i + 1 == num_rounds, keep_gathered=keep_gathered)
         objective(model, part, num_sequences=8).backward()
     norm = clip_gradients(model.parameters(), meshes, max_norm)
     return gather_full({name: p.grad for name, p in model.named_parameters() if p.grad is not None}), norm

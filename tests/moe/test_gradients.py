@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
 
 from elastic_moe.model.decoder import Decoder
@@ -28,15 +29,29 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("num_rounds", [1, 2])
+@pytest.mark.parametrize(
+    ("num_rounds", "keep_gathered"), [(1, False), (2, False), (2, True)], ids=["1-round", "2-rounds", "kept"]
+)
 @pytest.mark.parametrize("plan", MESHES.values(), ids=MESHES.keys())
 def test_every_gradient_equals_one_process(
-    ranks: Ranks, alone: tuple[dict[str, Tensor], float], plan: MeshPlan, num_rounds: int
+    ranks: Ranks, alone: tuple[dict[str, Tensor], float], plan: MeshPlan, num_rounds: int, keep_gathered: bool
 ) -> None:
     expected, expected_norm = alone
     assert expected.keys() == dict(Decoder(SMALL).named_parameters()).keys()
-    for got, norm in ranks.run(gradients, SMALL, plan, num_rounds, world_size=plan.world_size):
-        assert got.keys() == expected.keys()
+    for got, norm in ranks.run(gradients, SMALL, plan, num_rounds, keep_gathered, world_size=plan.world_size):
         errors = {name: relative_error(got[name], expected[name]) for name in expected}
         assert max(errors.values()) <= 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
         assert norm == pytest.approx(expected_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", [MESHES["FS2xEP2"], MESHES["R2xEP2"]], ids=["FS2xEP2", "R2xEP2"])
+def test_clipping_scales_every_gradient_alike(
+    ranks: Ranks, alone: tuple[dict[str, Tensor], float], plan: MeshPlan
+) -> None:
+    expected, expected_norm = alone
+    limit = expected_norm / 3
+    got, norm = ranks.run(gradients, SMALL, plan, 1, False, limit, world_size=plan.world_size)[0]
+    assert norm == pytest.approx(expected_norm, rel=1e-6)
+    clipped = torch.stack([g.double().square().sum() for g in got.values()]).sum().sqrt()
+    assert float(clipped) == pytest.approx(limit, rel=1e-6)
+    assert all(relative_error(got[name], expected[name] / 3) <= 1e-5 for name in expected)

@@ -1,0 +1,204 @@
+"""`train(job)` as a whole: processes with torchrun's environment and an agent's channels, real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.config import JobConfig
+from elastic_moe.errors import UserError
+from launcher.channel import Channel, Phase, StopReason
+from launcher.mesh import MeshPlan
+from tests.moe.cases import SMALL, fitted
+
+_context = multiprocessing.get_context("forkserver")
+DEADLINE_S = 90.0
+
+
+def job(folder: Path, **train: Any) -> JobConfig:
+    return JobConfig.model_validate(
+        {
+            "model": SMALL.model_copy(update={"vocab_size": 256}).model_dump(),
+            "train": {
+                "steps": 9,
+                "global_batch": 6,
+                "seq_len": 16,
+                "exact": True,
+                "metrics": str(folder / "metrics.jsonl"),
+                **train,
+            },
+            "checkpoint": {"url": str(folder / "checkpoints"), "every": 4},
+        }
+    )
+
+
+def run_rank(what: JobConfig, environ: dict[str, str], error_path: Path) -> None:
+    """One worker process, from a job to its exit code."""
+    import torch
+
+    from elastic_moe.trainer.run import train
+
+    torch.set_num_threads(1)
+    os.environ.update(environ)
+    try:
+        train(what)
+    except UserError as error:
+        error_path.write_text(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+class World:
+    """The workers of one generation, with the channels and the event file that an agent would give them."""
+
+    def __init__(
+        self, folder: Path, what: JobConfig, plan: MeshPlan, generation: int, world_size: int | None = None
+    ) -> None:
+        world_size = world_size or plan.world_size
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.channels = []
+        self.processes: list[BaseProcess] = []
+        self.errors = [folder / f"error-{generation}-{rank}" for rank in range(world_size)]
+        for rank in range(world_size):
+            path = folder / f"channel-{generation}-{rank}"
+            self.channels.append(Channel.create(path))
+            environ = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "ELASTIC_MOE_GENERATION": str(generation),
+                "ELASTIC_MOE_LINEAGE": "test",
+                "ELASTIC_MOE_RUN_ID": "test",
+                "ELASTIC_MOE_MESH": plan.to_json(),
+                "ELASTIC_MOE_HEARTBEAT": str(path),
+                "ELASTIC_MOE_EVENTS": str(folder / "events.jsonl"),
+            }
+            self.processes.append(_context.Process(target=run_rank, args=(what, environ, self.errors[rank])))
+
+    def __enter__(self) -> World:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def reach(self, step: int) -> None:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while min(channel.progress().step for channel in self.channels) < step:
+            assert time.monotonic() < deadline_s, f"step {step} was not reached"
+            assert any(process.is_alive() for process in self.processes), "the workers ended"
+            time.sleep(0.005)
+
+    def exit_codes(self) -> list[int | None]:
+        deadline_s = time.monotonic() + DEADLINE_S
+        for process in self.processes:
+            process.join(max(0.0, deadline_s - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) -> None:
+    """Stopped at a boundary: no step again. Killed: only steps since the last checkpoint again. Same curve."""
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    broken.mkdir()
+    unbroken.mkdir()
+    what = job(broken, steps=400)
+    with World(broken, what, fitted(what, expert=2), generation=1) as first:
+        first.reach(2)
+        first.channels[1].request_stop(StopReason.MEMBERSHIP)
+        assert first.exit_codes() == [0, 0]
+        assert {channel.progress().phase for channel in first.channels} == {Phase.YIELDED}
+    stopped_at = first.channels[0].progress().step
+    assert stopped_at >= 2
+    assert [line["step"] for line in lines(broken / "metrics.jsonl")] == list(range(1, stopped_at + 1))
+
+    with World(broken, what, fitted(what, replicate=2), generation=2) as second:
+        second.reach(stopped_at + 6)
+    before = lines(broken / "metrics.jsonl")
+    assert [line["step"] for line in before] == list(range(1, before[-1]["step"] + 1))
+
+    last_step = before[-1]["step"] + 3
+    # The length of the run decides the learning rate: the same job, asked to stop instead of ending.
+    with World(broken, what, fitted(what), generation=3) as third:
+        third.reach(last_step)
+        third.channels[0].request_stop(StopReason.DRAIN)
+        assert third.exit_codes() == [0]
+    again = lines(broken / "metrics.jsonl")[len(before) :]
+    num_replayed = before[-1]["step"] + 1 - again[0]["step"]
+    assert 0 <= num_replayed <= 2 * what.checkpoint.every
+    assert {line["generation"] for line in again} == {3}
+
+    alone = what.model_copy(
+        update={
+            "train": what.train.model_copy(update={"metrics": str(unbroken / "metrics.jsonl")}),
+            "checkpoint": what.checkpoint.model_copy(update={"url": None}),
+        }
+    )
+    with World(unbroken, alone, fitted(alone), generation=1) as whole:
+        whole.reach(last_step)
+    expected = {line["step"]: line["loss"] for line in lines(unbroken / "metrics.jsonl")}
+    assert set(range(1, last_step)) <= expected.keys()
+    for line in lines(broken / "metrics.jsonl"):
+        if line["step"] in expected:
+            assert line["loss"] == pytest.approx(expected[line["step"]], rel=1e-14), line
+    events = lines(broken / "events.jsonl")
+    first_steps = [(e["generation"], e["step"]) for e in events if e["event"] == "first_step"]
+    assert first_steps == [(1, 1), (2, stopped_at + 1), (3, again[0]["step"])]
+    restored = {(e["generation"], e["step"]) for e in events if e["event"] == "restored"}
+    assert restored == {(2, stopped_at), (3, again[0]["step"] - 1)}
+
+
+def test_a_run_ends_and_a_longer_one_goes_on(tmp_path: Path) -> None:
+    for generation, steps in enumerate((3, 5), start=1):
+        what = job(tmp_path, steps=steps)
+        with World(tmp_path, what, fitted(what), generation) as world:
+            assert world.exit_codes() == [0]
+            assert world.channels[0].progress().phase is Phase.RUNNING
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "plan", "message"),
+    [
+        ({}, MeshPlan(1, 1, 4, 0, 1, 6), "needs 4 ranks and WORLD_SIZE is 2"),
+        ({"exact": False, "global_batch": 60}, MeshPlan(1, 1, 2, 0, 1, 6), "train.global_batch is 60"),
+    ],
+)
+def test_a_mistake_ends_every_rank_with_one_line(
+    tmp_path: Path, change: dict[str, Any], plan: MeshPlan, message: str
+) -> None:
+    what = job(tmp_path, **change)
+    with World(tmp_path, what, plan, generation=1, world_size=2) as world:
+        assert world.exit_codes() == [2, 2]
+    for path in world.errors:
+        text = path.read_text()
+        assert message in text
+        assert "\n" not in text
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    what = job(tmp_path, steps=2)
+    with World(tmp_path, what, fitted(what), generation=1) as world:
+        assert world.exit_codes() == [0]
+    other = job(tmp_path, steps=4, seed=5)
+    with World(tmp_path, other, fitted(other), generation=2) as world:
+        assert world.exit_codes() == [2]
+    assert "train.seed is 5 but the checkpoint was trained with 0" in world.errors[0].read_text()
