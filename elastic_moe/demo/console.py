@@ -72,12 +72,16 @@ class Console:
         """The outcome and where its records are."""
         recovered = "-" if summary.recovered_s is None else f"{summary.recovered_s:.1f} s"
         paused = "-" if summary.paused_s is None else f"{summary.paused_s:.1f} s"
+        difference = f"largest relative difference of a loss {summary.loss_rel_diff_max:.1e}"
+        if summary.loss_rel_diff_max == 0:
+            difference = "every loss is equal to the last bit"
         self.say(
             "",
+            f"outcome                    {'ok' if summary.ok else 'NOT OK'}",
             f"node killed to next step   {recovered}, {summary.steps_replayed} steps done again",
             f"node taken in              pause of {paused}, {summary.steps_lost_on_return} steps lost",
             f"loss                       {summary.loss_first:.3f} to {summary.loss_last:.3f} in {summary.steps} steps",
-            f"against the unbroken run   largest relative difference {summary.loss_rel_diff_max:.1e}",
+            f"against the unbroken run   {difference}",
             f"records                    {out}/summary.json, events.jsonl, metrics.jsonl, story.png",
             *(f"PROBLEM: {problem}" for problem in summary.problems),
         )

@@ -29,14 +29,14 @@ expert_dim = 192
 url = "stdlib"
 
 [optim]
-lr = 3e-3
+lr = 2e-3
 warmup_steps = 10
 
 [train]
 steps = {steps}
 seed = {seed}
-global_batch = 12
-seq_len = 128
+global_batch = 8
+seq_len = 256
 exact = true
 metrics = {metrics}
 

@@ -45,7 +45,7 @@ def draw(
             axes.tick_params(colors=_MUTED, length=0)
         _name_generations(losses, summary.generations)
         _mark_faults(losses, summary, events)
-        losses.legend(loc="upper right", bbox_to_anchor=(1.0, 0.86), frameon=False)
+        losses.legend(loc="upper right", bbox_to_anchor=(1.0, 0.83), frameon=False)
         figure.suptitle(_title(summary), x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
         figure.savefig(path)
         plt.close(figure)
@@ -68,7 +68,7 @@ def _draw_losses(axes: Axes, metrics: Sequence[Record], unbroken: Sequence[Recor
     axes.set_ylabel("loss (nats per byte)", color=_MUTED)
     axes.grid(axis="y", color=_GRID, lw=0.8)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.22 * (high - low))  # room for the generations' names
+    axes.set_ylim(low, high + 0.3 * (high - low))  # room for the generations' names
     axes.set_xlim(min(final, default=0), max(final, default=1))
 
 
@@ -79,6 +79,11 @@ def _draw_differences(axes: Axes, metrics: Sequence[Record], unbroken: Sequence[
     differences = [
         max(floor, abs(final[step]["loss"] - expected[step]["loss"]) / abs(expected[step]["loss"])) for step in steps
     ]
+    if differences and max(differences) == floor:
+        axes.text(
+            0.5, 0.5, "every loss is equal to the last bit",
+            transform=axes.transAxes, ha="center", va="center", color=_MUTED,
+        )  # fmt: skip
     axes.plot(steps, differences, color=_RUN, lw=0, marker=".", ms=4)
     axes.set_yscale("log")
     axes.set_ylim(floor / 2, 1e-4)
@@ -94,7 +99,8 @@ def _shade(axes: Axes, generations: Sequence[Generation]) -> None:
 
 def _name_generations(axes: Axes, generations: Sequence[Generation]) -> None:
     for generation, (first, last) in _trained(generations):
-        mesh = f"\n{describe_mesh(generation.mesh)}" if generation.mesh else ""
+        # An axis a line: a generation may be narrow.
+        mesh = "\n" + describe_mesh(generation.mesh).replace(" x ", "\n") if generation.mesh else ""
         axes.text(
             (first + last) / 2, 0.985, f"generation {generation.generation}\n{generation.world_size} ranks{mesh}",
             transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9, color=_MUTED, linespacing=1.35,
@@ -106,17 +112,17 @@ def _mark_faults(axes: Axes, summary: Summary, events: Sequence[Record]) -> None
     if killed is None:
         return
     after = f"\nnext step after {summary.recovered_s:.1f} s" if summary.recovered_s is not None else ""
-    _mark(axes, killed["step"], f"{killed['node']} killed{after}", _FAULT)
+    _mark(axes, killed["step"], f"{killed['node']} killed{after}", _FAULT, 0.5)
     back = next((g for g in summary.generations if g.reason.startswith("join") and g.steps), None)
     if back and back.steps:
         paused = f"\npause of {summary.paused_s:.1f} s" if summary.paused_s is not None else ""
-        _mark(axes, back.steps[0], f"{killed['node']} is back{paused}", _RETURN)
+        _mark(axes, back.steps[0], f"{killed['node']} is back{paused}", _RETURN, 0.36)
 
 
-def _mark(axes: Axes, step: int, text: str, color: str) -> None:
+def _mark(axes: Axes, step: int, text: str, color: str, height: float) -> None:
     axes.axvline(step, color=color, lw=1.4)
     axes.text(
-        step, 0.48, f"  {text}".replace("\n", "\n  "), transform=axes.get_xaxis_transform(),
+        step, height, f"  {text}".replace("\n", "\n  "), transform=axes.get_xaxis_transform(),
         color=color, fontsize=9.5, fontweight="bold", va="bottom", ha="left",
     )  # fmt: skip
 

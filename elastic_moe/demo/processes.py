@@ -27,7 +27,7 @@ class Process:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), sys.executable, *arguments],
+                [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), "-", sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -39,10 +39,10 @@ class Process:
         """The exit code, None while it runs."""
         return self._child.poll()
 
-    def kill(self, others: Sequence[int] = ()) -> None:
-        """SIGKILL it and the processes `others` at one moment, as a machine that loses power."""
+    def kill(self) -> None:
+        """SIGKILL it and all its descendants at one moment, as a machine that loses power."""
         self.killed = True
-        for pid in (self._child.pid, *others):
+        for pid in (self._child.pid, *descendants(self._child.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._child.wait()
@@ -81,6 +81,25 @@ class Processes:
     ) -> None:
         for process in self.all.values():
             process.stop()
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, and so on, whatever sessions they are in; children before their own."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (command) state ppid ...", where the command may hold blanks and parentheses
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        born = children.get(waiting.pop(0), [])
+        found += born
+        waiting += born
+    return found
 
 
 def child_environ(environ: Mapping[str, str]) -> dict[str, str]:

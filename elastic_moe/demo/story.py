@@ -42,7 +42,7 @@ class Story:
         """The sentences that an event adds to the story: none or one."""
         teller = self._tellers.get(event["event"])
         if teller and (sentence := teller(event)):
-            yield self._stamped(event, sentence)
+            yield self.stamped(event["ts"], sentence)
 
     def hear_metrics(self, record: Record) -> Iterator[str]:
         """As `hear`, for one line of the metrics: the first step of a generation ends an interruption."""
@@ -53,12 +53,13 @@ class Story:
             sentence = self._resumed(record, last)
         else:
             return
-        yield self._stamped(record, sentence)
+        yield self.stamped(record["ts"], sentence)
 
-    def _stamped(self, record: Record, sentence: str) -> str:
+    def stamped(self, ts: float, sentence: str) -> str:
+        """A sentence of the story, with the seconds since its start."""
         # Node ids carry a suffix that is new with each start; the story's nodes have names.
         named = re.sub(r"\b(node-\d+)-[0-9a-f]{4}\b", r"\1", sentence)
-        return f"{record['ts'] - self._start_ts:6.1f} s  {named}"
+        return f"{ts - self._start_ts:6.1f} s  {named}"
 
     def _joined(self, event: Record) -> str:
         return f"{event['node']} joins with {count(event['slots'], 'slot')}"
@@ -88,7 +89,7 @@ class Story:
         if self._mesh is None:
             return sentence
         planned = "mesh" if before is None else "mesh re-planned to" if before != self._mesh else "mesh still"
-        batch = f"{count(self._mesh['rounds'], 'round')} of {self._mesh['micro_batch']} samples a rank"
+        batch = f"{count(self._mesh['rounds'], 'round')} of {count(self._mesh['micro_batch'], 'sample')} a rank"
         return f"{sentence}; {planned} {describe_mesh(self._mesh)}, {batch}"
 
     def _restored(self, event: Record) -> str | None:

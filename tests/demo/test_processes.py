@@ -20,7 +20,8 @@ from elastic_moe.errors import UserError
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)
 time.sleep(600)
 """
 
@@ -47,7 +48,7 @@ def test_a_node_is_killed_whole(tmp_path: Path) -> None:
         worker = int(node.tail(1)[0])
         assert is_alive(worker)
         assert node.poll() is None
-        node.kill([worker])
+        node.kill()
         assert node.poll() == -signal.SIGKILL
         wait_until(lambda: not is_alive(worker))
 
