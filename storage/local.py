@@ -109,7 +109,7 @@ class LocalStore:
         with self._translated(prefix):
             try:
                 with os.scandir(self._root / prefix) as entries:
-                    names = [entry.name for entry in entries if entry.is_dir()]
+                    names = [entry.name for entry in entries if entry.is_dir() and _holds_a_file(entry.path)]
             except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(name for name in names if prefix or name != _TMP)
@@ -188,6 +188,11 @@ class LocalStore:
 def _info(key: str, status: os.stat_result) -> ObjectInfo:
     etag = f"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"
     return ObjectInfo(key, status.st_size, etag)
+
+
+def _holds_a_file(folder: str) -> bool:
+    """Whether there is an object below: a process that died left empty folders, which are no part of a store."""
+    return any(names for _, _, names in os.walk(folder))
 
 
 def _views(buffers: Sequence[Buffer]) -> list[memoryview]:

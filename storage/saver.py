@@ -101,14 +101,15 @@ class Saver:
         """Store, and commit or wait for the commit; bytes of the whole checkpoint (coordinator) or of this rank."""
         receipt = self._store_payloads(job)
         stored.set()
-        commit.put_receipt(self._store, job.attempt, receipt)
         deadline_s = time.monotonic() + self._timeout_s
         if job.contents is None:
+            commit.put_receipt(self._store, job.attempt, receipt)
             # the coordinator's own deadline comes first, so that its reason arrives
             patience = Patience(deadline_s + 0.1 * self._timeout_s, self._stop)
             commit.await_outcome(self._store, job.attempt, patience)
             return sum(entry.size_bytes for entry in receipt.objects)
         try:
+            commit.put_receipt(self._store, job.attempt, receipt)
             return self._commit(job, job.contents, Patience(deadline_s, self._stop))
         except Exception as error:
             commit.put_aborted(self._store, job.attempt, str(error))

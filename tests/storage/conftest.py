@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.ranks import ranks
+
+__all__ = ["ranks"]
+
 _names = itertools.count()
 
 

@@ -205,6 +205,14 @@ def test_local_links_do_not_lead_out(tmp_path: Path) -> None:
         store.read("link/secret")
 
 
+def test_local_empty_folders_do_not_exist(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    (tmp_path / "step/attempt").mkdir(parents=True)
+    assert store.folders("") == []
+    store.put("step/attempt/x", [b""])
+    assert store.folders("") == ["step"]
+
+
 def test_local_failed_put_leaves_nothing(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "run"))
     with pytest.raises(TypeError, match="contiguous"):

@@ -1,0 +1,115 @@
+"""Several ranks: resharding, interchange with stock DCP, failures of one rank, and death at every step of a save."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import sharded_cases as cases
+import torch
+
+from storage import Checkpointer, inspect, open_store
+from tests.ranks import RankFailure, Ranks
+
+
+def test_every_layout_loads_on_every_other_bitwise(ranks: Ranks, tmp_path: Path) -> None:
+    urls = {name: str(tmp_path / name) for name in cases.LAYOUTS}
+    saved = {
+        name: ranks.run(cases.save, urls[name], name, world_size=world)[0] for name, (world, _) in cases.LAYOUTS.items()
+    }
+    extra = torch.arange(70.0).reshape(10, 7) * 2
+    for target, (world, _) in cases.LAYOUTS.items():
+        for found in ranks.run(cases.load, urls, target, world_size=world):
+            for source, tensors in found.items():
+                expected = {**saved[source], "columns": extra, "replicated": extra}
+                assert tensors.keys() == expected.keys()
+                assert sum("exp_avg" in key for key in expected) == 10
+                for key, tensor in expected.items():
+                    assert torch.equal(tensors[key], tensor), (source, target, key)
+    for url in urls.values():
+        verdicts = [inspect.verify(open_store(url), prefix) for prefix in inspect.checkpoints(inspect.locate(url))]
+        assert [verdict.problems for verdict in verdicts] == [(), ()]
+
+
+@pytest.mark.parametrize("layout", ["fsdp3", "ep2x2"])
+def test_stock_dcp_reads_ours_and_we_read_stock(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    ranks.run(cases.interchange, str(tmp_path), layout, world_size=cases.LAYOUTS[layout][0])
+
+
+@pytest.mark.parametrize(("victim", "where"), [(0, ".distcp"), (1, ".distcp"), (0, "receipt-"), (0, ".metadata")])
+def test_a_failing_writer_fails_the_save_on_all_ranks_and_kills_none(
+    ranks: Ranks, tmp_path: Path, victim: int, where: str
+) -> None:
+    for events in ranks.run(cases.fail_on_one_rank, str(tmp_path), victim, where, world_size=3):
+        names = [name for name, _ in events if name != "checkpoint_committed"]
+        assert names == ["checkpoint_staged", "checkpoint_failed", "checkpoint_staged"]
+        assert "no more space" in events[1][1]["reason"]
+        if where == ".distcp":
+            assert f"rank {victim} failed" in events[1][1]["reason"]
+
+
+def test_a_mistake_that_one_rank_sees_is_raised_by_all(ranks: Ranks, tmp_path: Path) -> None:
+    for messages in ranks.run(cases.mistake_on_one_rank, str(tmp_path), world_size=2):
+        assert len(messages) == 3
+        assert "UnsupportedValue: rank 1: state 'extra'" in messages[0]
+        assert "UsageError: ranks hold different things under 'only'" in messages[1]
+        assert "WrongModel" in messages[2]
+        assert "'other' is not in the checkpoint" in messages[2]
+
+
+def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(cases.save_rows, str(tmp_path), (1, 2), world_size=2)
+    victim = next(tmp_path.glob("step-000000002/attempt-*/__1_0.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    results = ranks.run(cases.fall_back, str(tmp_path), world_size=2)
+    assert [(step, number) for step, number, _ in results] == [(1, 1), (1, 1)]
+    assert results[0][2] == ["checkpoint_quarantined", "restored"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_death_at_any_step_of_a_save_leaves_the_old_or_the_new_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    ranks.run(cases.save_rows, str(base), (10,), world_size=2)
+    shutil.copytree(base, run)
+    num_changes = ranks.run(cases.save_and_die, str(run), 20, -1, -1, "", world_size=2)
+    assert num_changes == [11, 2]  # owner, data, receipt, manifest, .metadata, 6 of the old; data, receipt
+    death = r"rank \d of 2 died|Connection closed by peer|Connection reset"  # of the victim, or what the other sees
+    outcomes = set()
+    for victim, num in enumerate(num_changes):
+        for kill_at in range(num):
+            for moment in ("before", "middle", "after"):
+                shutil.rmtree(run)
+                shutil.copytree(base, run)
+                if moment == "middle" and kill_at >= 5:
+                    continue  # a delete has no middle
+                with pytest.raises(RankFailure, match=death):
+                    ranks.run(cases.save_and_die, str(run), 20, victim, kill_at, moment, world_size=2)
+                outcomes.add(check_after_death(run))
+    assert outcomes == {10, 20}
+
+
+def check_after_death(run: Path) -> int:
+    """`verify` and `restore` agree about every checkpoint, and the run goes on; the step that is restored."""
+    good = [
+        int(prefix.removeprefix("step-").rstrip("/"))
+        for prefix in inspect.checkpoints(inspect.locate(str(run)))
+        if not inspect.verify(open_store(str(run)), prefix).problems
+    ]
+    assert good == [row.step for row in inspect.summaries(inspect.locate(str(run))) if row.state == "committed"]
+    events: list[str] = []
+    state = {"w": torch.zeros(8, 5000), "n": 0}
+    with Checkpointer(str(run), keep=1, on_event=lambda name, fields: events.append(name)) as ckpt:
+        step = ckpt.restore(state)
+        assert step == good[0]
+        assert state["n"] == step
+        assert (state["w"] == step).all()
+        assert events == ["restored"]
+        ckpt.save(30, state, wait=True)
+        assert ckpt.wait()
+    assert [row.step for row in inspect.summaries(inspect.locate(str(run)))] == [30]
+    assert len(list(run.glob("step-000000030/attempt-*"))) == 1
+    return step
