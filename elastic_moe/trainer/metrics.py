@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from elastic_moe.errors import UserError
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -44,12 +46,19 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends lines, each with one write call: a reader, or a crash, never sees a part of one behind another."""
+    """Appends lines, each with one write call: a reader, or a crash, never sees a part of one behind another.
+
+    Raises:
+        UserError: the file cannot be made or opened.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UserError(f"train.metrics {str(path)!r} cannot be written: {error.strerror}") from error
 
     def append(self, metrics: StepMetrics) -> None:
         os.write(self._fd, (json.dumps(asdict(metrics)) + "\n").encode())

@@ -12,7 +12,7 @@ from elastic_moe.parallel import Meshes, Precision, init_weights, materialize, p
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Batches, Stepper
-from elastic_moe.trainer.world import check_same_everywhere
+from elastic_moe.trainer.world import check_exact, check_same_everywhere
 
 
 def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> tuple[Stepper, DataProgress]:
@@ -22,6 +22,8 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         UserError: the data cannot be read or differs between ranks, or the model does not fit the mesh.
     """
     train = job.train
+    if train.exact:
+        check_exact(job.model)
     corpus = open_corpus(job.data, train.seq_len)
     check_same_everywhere(corpus.fingerprint, device)
     with torch.device("meta"):

@@ -11,8 +11,12 @@ import torch.distributed as dist
 
 from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
+from elastic_moe.model.config import ModelConfig
 from elastic_moe.worker import WorkerContext
 from launcher.mesh import Infeasible, MeshPlan, plan
+
+# fp32 numbers that two AVX-512 registers hold; torch's CPU kernels work on one or two at a time.
+_VECTOR_WIDTH = 32
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -46,10 +50,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
-        # gloo aborts now and then when a rank leaves while another still reads from it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would wait here for peers that may be gone, and the process is about to end with the error.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    # gloo aborts now and then when a rank leaves while another still reads from it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> MeshPlan:
@@ -89,6 +97,15 @@ def check_plan(mesh: MeshPlan, job: JobConfig, world_size: int) -> None:
     limit = job.train.micro_batch_limit
     if limit is not None and mesh.micro_batch > limit:
         raise UserError(f"the mesh plan's micro-batch is {mesh.micro_batch} and the job allows {limit}: {advice}")
+
+
+def check_exact(model: ModelConfig) -> None:
+    """Raises UserError where exact mode could not keep its promise for a model of this shape."""
+    if model.expert_dim % _VECTOR_WIDTH:
+        raise UserError(
+            f"train.exact = true needs model.expert_dim in multiples of {_VECTOR_WIDTH}, not {model.expert_dim}: "
+            "what a CPU computes in a vector and in the rest that fills none differs in the last bit"
+        )
 
 
 def check_same_everywhere(fingerprint: str, device: torch.device) -> None:

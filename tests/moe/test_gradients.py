@@ -55,3 +55,11 @@ def test_clipping_scales_every_gradient_alike(
     clipped = torch.stack([g.double().square().sum() for g in got.values()]).sum().sqrt()
     assert float(clipped) == pytest.approx(limit, rel=1e-6)
     assert all(relative_error(got[name], expected[name] / 3) <= 1e-5 for name in expected)
+
+
+def test_gradients_of_uneven_shards(ranks: Ranks) -> None:
+    """Three shards of 8 experts whose widths 3 does not divide either: parts of 3, 3 and 2 experts."""
+    config = SMALL.model_copy(update={"num_experts": 8})
+    expected, _ = ranks.run(gradients, config, layout(), world_size=1)[0]
+    for got, _ in ranks.run(gradients, config, layout(shard=3), world_size=3):
+        assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import UserError
+from elastic_moe.model import ModelConfig
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.schedule import learning_rate
 from elastic_moe.trainer.state import DataProgress, DataState
-from elastic_moe.trainer.world import check_plan, choose_plan
+from elastic_moe.trainer.world import check_exact, check_plan, choose_plan
 from elastic_moe.worker import WorkerContext
 from launcher.mesh import MeshPlan
 
@@ -123,3 +124,14 @@ def test_metrics_of_two_writers_never_mix(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert sorted(steps) == [*range(300), *range(1000, 1300)]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_metrics_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.metrics .* cannot be written"):
+        MetricsFile(tmp_path)
+
+
+def test_exact_mode_refuses_a_width_that_it_cannot_keep_its_promise_for() -> None:
+    check_exact(ModelConfig(expert_dim=96))
+    with pytest.raises(UserError, match=r"multiples of 32, not 100"):
+        check_exact(ModelConfig(expert_dim=100))
