@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from elastic_moe.cli import ckpt, demo, plan, run, train
-from elastic_moe.cli.parser import PROG, Parser, PrintCompletion
+from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, one_line
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -56,8 +56,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {one_line(str(error))}", file=sys.stderr)
         return exit_code
     return code
-
-
-def one_line(text: str) -> str:
-    """The text with every run of white space as one blank."""
-    return " ".join(text.split())

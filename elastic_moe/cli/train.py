@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic_moe import worker
-from elastic_moe.cli.parser import USAGE_EXIT_CODE
+from elastic_moe.cli.parser import USAGE_EXIT_CODE, one_line
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -48,11 +51,30 @@ def handle(args: argparse.Namespace) -> int:
     try:
         return _train(args)
     except Exception as error:
-        if getattr(error, "exit_code", None) != USAGE_EXIT_CODE or os.environ.get("RANK", "0") == "0":
-            raise
-        # All ranks see the same job and make the same mistake: rank 0 tells it, the others leave a record.
-        worker.event("usage_error", message=str(error))
-        return USAGE_EXIT_CODE
+        is_mistake = getattr(error, "exit_code", None) == USAGE_EXIT_CODE
+        message = one_line(str(error)) if is_mistake else f"{type(error).__name__}: {error}"
+        told = _tell_agent(message, message if is_mistake else traceback.format_exc())
+        if is_mistake and told and os.environ.get("RANK", "0") != "0":
+            return USAGE_EXIT_CODE  # all ranks see the same job and make the same mistake: rank 0 prints it
+        raise
+
+
+def _tell_agent(message: str, callstack: str) -> bool:
+    """Leave the reason of this worker's end where the agent looks for it; False where there is no agent.
+
+    The format is that of torch's `ErrorHandler.record_exception` (torch/distributed/elastic/multiprocessing/errors),
+    which cannot be imported for it: a mistake in the job is told without waiting for torch.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
+    try:
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    except OSError as problem:
+        logging.getLogger(__name__).warning("the agent is not told of the error: %s", problem)
+        return False
+    return True
 
 
 def _train(args: argparse.Namespace) -> int:

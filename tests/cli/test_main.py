@@ -136,6 +136,7 @@ BAD_INPUT = [
     (["demo", "--steps", "3"], "--steps 3: too few for the killed node to come back in"),
     (["ckpt", "ls", "{tmp}/none"], "no checkpoint at {tmp}/none"),
     (["ckpt", "verify", "{tmp}/none"], "no checkpoint at {tmp}/none"),
+    (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
     (["run", "--standalone", "--nproc-per-node", "1", "{tmp}/none.py"], "script '{tmp}/none.py': no such file"),
 ]
 
@@ -203,3 +204,29 @@ def test_a_shadowed_package_is_named(sibling: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert f"ImportError: elastic_moe needs its own package '{sibling}', but Python finds {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])
+def test_a_mistake_is_told_once_and_to_the_agent(
+    rank: str, printed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's agent reads the file when the worker ends, and so knows the reason from whichever rank ended first."""
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    assert call("train", f"{tmp_path}/none.toml") == 2
+    line = f"job file {tmp_path}/none.toml does not exist"
+    assert capsys.readouterr().err == (f"elastic-moe: error: {line}\n" if printed else "")
+    left = json.loads(error_file.read_text())["message"]
+    assert left["message"] == line
+    assert "Traceback" not in left["extraInfo"]["py_callstack"]
+    assert int(left["extraInfo"]["timestamp"]) > 0
+
+
+def test_a_mistake_of_a_rank_without_an_agent_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert call("train", f"{tmp_path}/none.toml") == 2
+    assert "does not exist" in capsys.readouterr().err
