@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +34,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
+from launcher import boot
 from launcher.channel import Channel, Phase, Progress, StopReason
 from launcher.errors import JobClosed, RendezvousTimeout
 from launcher.events import EventLog
@@ -41,6 +43,7 @@ from launcher.membership import SUCCEEDED, Breakage, Failure, Round, Status
 from launcher.policy import is_restartable
 from launcher.probe import report_dead
 from launcher.rendezvous import MemberRendezvous
+from launcher.warm import COLD, WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ class ElasticAgent(LocalElasticAgent):
         events: EventLog,
         runtime_dir: Path,
         graces: Graces,
+        command: Sequence[str],
+        warm: WarmStart | None,
         start_method: str,
         log_line_prefix_template: str | None = None,
     ) -> None:
@@ -96,6 +101,8 @@ class ElasticAgent(LocalElasticAgent):
         self._events = events
         self._runtime_dir = runtime_dir
         self._graces = graces
+        self._command = tuple(command)
+        self._warm = warm
         self._channels: dict[int, Channel] = {}
         self._started_s = 0.0
         self._asked_s: float | None = None  # when the workers were asked to stop at a step boundary
@@ -135,6 +142,8 @@ class ElasticAgent(LocalElasticAgent):
         }
         self._asked_s = None
         self._failures = {}
+        zygote = self._warm.socket_path() if self._warm else COLD
+        worker_group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
@@ -143,6 +152,7 @@ class ElasticAgent(LocalElasticAgent):
             ranks=[worker.global_rank for worker in worker_group.workers],
             pids=list(pids.values()),
             world_size=current.world_size,
+            warm=zygote != COLD,
         )
         return pids
 
@@ -347,8 +357,10 @@ class ElasticAgent(LocalElasticAgent):
         self._channels = {}
 
     def close(self) -> None:
-        """Let go of the channels; the workers are gone."""
+        """Let go of the channels and the zygote; the workers are gone."""
         self._close_channels()
+        if self._warm is not None:
+            self._warm.close()
 
 
 def _first_line(failure: ProcessFailure) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -25,7 +24,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
-from launcher import boot
 from launcher.agent import ElasticAgent, Graces
 from launcher.conf import RendezvousConf
 from launcher.errors import JobClosed, KVUnavailable, UsageError
@@ -36,6 +34,7 @@ from launcher.membership import Node, Planner, Rules
 from launcher.policy import USAGE_EXIT_CODE
 from launcher.probe import Doorbell
 from launcher.rendezvous import MemberRendezvous
+from launcher.warm import WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,8 @@ class Extras:
     """Plans the mesh of each round; without one every slot gets a worker and workers get no mesh."""
     events_path: Path | None = None
     """Where events.jsonl goes; None writes none."""
+    warm_workers: bool = True
+    """Fork workers from a process that has imported torch, where that is safe."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -102,7 +103,11 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         if connection.hosts_store:
             stack.callback(_linger, member)
         stack.callback(member.leave)
-        return _run(config, conf, command, connection, member, events, stack.enter_context(_runtime_dir()))
+        runtime_dir = stack.enter_context(_runtime_dir())
+        # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
+        can_fork = command[0] == sys.executable and config.numa_options is None
+        warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
+        return _run(config, conf, command, connection, member, events, runtime_dir, warm)
 
 
 def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
@@ -126,6 +131,7 @@ def _run(
     member: Member,
     events: EventLog,
     runtime_dir: Path,
+    warm: WarmStart | None,
 ) -> int:
     rendezvous = MemberRendezvous(
         member,
@@ -138,7 +144,6 @@ def _run(
         role=config.role,
         local_world_size=config.nproc_per_node,
         entrypoint=sys.executable,
-        args=("-I", "-S", boot.__file__, str(os.getpid()), *command),
         rdzv_handler=rendezvous,
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
@@ -158,10 +163,14 @@ def _run(
         events=events,
         runtime_dir=runtime_dir,
         graces=Graces(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
+        command=command,
+        warm=warm,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
     )
     agent.install_signal_handlers()
+    if warm is not None:
+        warm.start()
     try:
         result = agent.run()
     except SignalException as stopped:

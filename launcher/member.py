@@ -327,8 +327,8 @@ class Member:
                 if self._watch is not None and wake_s > 0:
                     self._apply(self._watch.next(wake_s))
             except KVUnavailable as error:
-                self._told_why(f"the store does not answer: {error}")
-                log.warning("[%s] %s", self.node_id, error)
+                if self._told_why(f"the store does not answer: {error}"):
+                    log.warning("[%s] %s", self.node_id, error)
                 self._stopping.wait(_RETRY_S)
             except Compacted as error:
                 log.warning("[%s] %s: listing anew", self.node_id, error)
@@ -342,16 +342,19 @@ class Member:
         with contextlib.suppress(KVUnavailable):
             self._relist()
 
-    def _told_why(self, why: str) -> None:
+    def _told_why(self, why: str) -> bool:
+        """Note what is waited for; whether that is news."""
         with self._changed:
-            if why != self._why:
-                self._why = why
+            news = why != self._why
+            self._why = why
+            if news:
                 self._changed.notify_all()
+            return news
 
     def _rejoin(self) -> None:
         """The workers are stopped and the lease is gone: come back as a new, youngest node."""
-        log.warning("[%s] the lease ended; joining anew", self.node_id)
         self._register()
+        log.warning("[%s] the lease had ended; joined anew", self.node_id)
         self._relist()
 
     def _relist(self) -> None:

@@ -273,7 +273,7 @@ def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Ac
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
         Round(
-            generation=1,
+            generation=_next_generation(ready, None),
             lineage=view.lineage,
             participants=formed.participants,
             mesh=formed.mesh,
@@ -349,7 +349,7 @@ def _next_round(view: View, current: Round, rules: Rules, planner: Planner, now_
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
         Round(
-            generation=current.generation + 1,
+            generation=_next_generation(ready, current),
             lineage=current.lineage,
             participants=formed.participants,
             mesh=formed.mesh,
@@ -358,6 +358,11 @@ def _next_round(view: View, current: Round, rules: Rules, planner: Planner, now_
             restarts=restarts,
         )
     )
+
+
+def _next_generation(ready: Sequence[Node], current: Round | None) -> int:
+    """Above every generation that anybody joined: a store that was lost and hosted anew knows none of them."""
+    return 1 + max([n.generation for n in ready] + ([current.generation] if current else []))
 
 
 def _short(view: View, rules: Rules, num_ready: int, now_s: float) -> Action:

@@ -60,6 +60,7 @@ def handle(args: argparse.Namespace) -> int:
     extras = Extras(
         node_name=given.node_name,
         planner=_planner(given.mesh) if given.mesh else None,
+        warm_workers=not given.cold_workers,
         events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
     )
     return launch_agent(config, [command, *command_args], extras)
@@ -79,6 +80,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     ours.add_argument("--node-name", default="", help="name of this node in events and logs (default: its host name)")
     ours.add_argument(
         "--mesh", metavar="JOB.toml", help="plan the device mesh of every round for the model of this job file"
+    )
+    ours.add_argument(
+        "--cold-workers",
+        action="store_true",
+        help="start every worker as a new process (default: fork them from one that has imported torch)",
     )
     given = parser.parse_args(arguments)
     _choose_backend(given)

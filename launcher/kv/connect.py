@@ -73,7 +73,7 @@ def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | 
     return Connection(kv, local_addr or _address_towards(address), hosts_store=server is not None, close=close)
 
 
-def parse_endpoint(endpoint: str) -> tuple[str, int]:
+def parse_endpoint(endpoint: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
     """`HOST`, `HOST:PORT` or `[V6]:PORT`.
 
     Raises:
@@ -81,10 +81,10 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """
     host, colon, port_text = endpoint.strip().rpartition(":")
     if not colon or endpoint.endswith("]"):
-        host, port_text = endpoint.strip(), str(DEFAULT_PORT)
+        host, port_text = endpoint.strip(), str(default_port)
     host = host.strip("[]")
     if not host or not port_text.isdigit() or not 0 < int(port_text) < 65536:
-        raise UsageError(f"--rdzv-endpoint {endpoint!r}: expected HOST:PORT, such as node-1.example:{DEFAULT_PORT}")
+        raise UsageError(f"--rdzv-endpoint {endpoint!r}: expected HOST:PORT, such as node-1.example:{default_port}")
     return host, int(port_text)
 
 

@@ -52,13 +52,15 @@ def test_a_killed_node_is_replaced_and_taken_in_without_losing_a_step(nodes: Clu
     assert nodes.events("node_lost"), "the loss is told"
 
 
-def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path) -> None:
-    node = nodes.start("only", STOCK, str(tmp_path), nnodes="1:1", nproc=2)
+@pytest.mark.parametrize("start", [(), ("--cold-workers",)], ids=["warm", "cold"])
+def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path, start: tuple[str, ...]) -> None:
+    node = nodes.start("only", *start, STOCK, str(tmp_path), nnodes="1:1", nproc=2)
     until("both workers", lambda: len(read_lines(tmp_path / "started.jsonl")) == 2)
-    workers = node.tree()
-    assert len(workers) == 2
+    started = {s["pid"] for s in read_lines(tmp_path / "started.jsonl")}
+    processes = node.tree()
+    assert started <= {p.pid for p in processes}
     node.kill_agent()
-    until("no worker left", lambda: not any(alive(w) for w in workers), within_s=2)
+    until("nothing of the node left", lambda: not any(alive(p) for p in processes), within_s=2)
 
 
 def test_a_stock_script_goes_on_after_a_lost_node_with_its_rank(nodes: Cluster, tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ class TestFirstRound:
         assert isinstance(action, Propose)
         assert action.round.outcome == "failed: 1 of at least 2 nodes after 600 s"
 
+    def test_a_store_hosted_anew_counts_on_from_what_the_nodes_know(self) -> None:
+        action = act(view((node("a", generation=7), node("b"), node("c"))))
+        assert isinstance(action, Propose)
+        assert action.round.generation == 8
+
 
 class TestLoss:
     def test_survivors_start_again_without_last_call_and_with_their_ranks(self) -> None:

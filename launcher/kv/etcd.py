@@ -1,0 +1,207 @@
+"""The store in an etcd v3 cluster: survives the loss of any node, and of a minority of its own members."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from launcher.errors import KVError, KVUnavailable, UsageError
+from launcher.kv.base import Entry, Listing
+from launcher.kv.etcd_config import EtcdConfig
+from launcher.kv.etcd_diagnosis import Flaw, diagnose
+from launcher.kv.etcd_transport import (
+    CALL_TIMEOUT_S,
+    Endpoints,
+    LeaseEnded,
+    Peer,
+    Token,
+    Transport,
+    UserRefused,
+    etcdrpc,
+)
+from launcher.kv.etcd_watch import EtcdWatch
+from launcher.kv.lease import Lease
+
+log = logging.getLogger(__name__)
+
+_DIAGNOSIS_TIMEOUT_S = 1.0
+_RETRY_S = 0.2
+
+
+class EtcdKV:
+    """A client of one cluster. Calls and watches share a channel; leases are renewed over one of their own.
+
+    Nothing is connected before the first call. A process that holds an open one must not fork without exec.
+    """
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._config = config
+        self._namespace = config.namespace.encode()
+        endpoints, token = Endpoints(len(config.endpoints)), Token()
+        self._calls = Transport(config, endpoints, token)
+        self._renewals = Transport(config, endpoints, token)
+        self._leases: list[Lease] = []
+        self._watches: list[EtcdWatch] = []
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until etcd answers a read.
+
+        Raises:
+            UsageError: it does not within `timeout_s`, or it is plain before then why it never will.
+        """
+        ends_s = time.monotonic() + timeout_s
+        probe = self._range(count_only=True)
+        while True:
+            left_s = ends_s - _DIAGNOSIS_TIMEOUT_S - time.monotonic()
+            try:
+                self._calls.call(lambda p: p.kv.Range, probe, timeout_s=max(0.5, min(left_s, CALL_TIMEOUT_S)))
+                return
+            except UserRefused as error:
+                raise UsageError(str(error)) from error
+            except KVUnavailable as error:
+                flaw = self._diagnose(str(error))
+                if flaw.permanent or time.monotonic() >= ends_s - _DIAGNOSIS_TIMEOUT_S:
+                    raise self._unusable(flaw.what) from error
+            except KVError as error:
+                if "user name is empty" in str(error):
+                    raise UsageError(
+                        "--rdzv-conf user: this etcd wants one; set user=NAME and password_file=PATH"
+                    ) from error
+                raise self._unusable(
+                    f"something listens there, but it does not answer as etcd does ({error})"
+                ) from error
+            time.sleep(_RETRY_S)
+
+    def _unusable(self, why: str) -> UsageError:
+        named = ",".join(self._calls.name(i) for i in range(len(self._config.endpoints)))
+        return UsageError(f"--rdzv-endpoint {named} cannot be used: {why}")
+
+    def _diagnose(self, told: str) -> Flaw:
+        """The most telling flaw of the endpoints: one that waiting will not mend, else the first one's."""
+        if "permission denied" in told:
+            user = f"user {self._config.user}" if self._config.user else "this client"
+            return Flaw(f"{user} may not read {self._config.namespace + 'elastic-moe/'!r}", permanent=True)
+        each_s = _DIAGNOSIS_TIMEOUT_S / len(self._config.endpoints)
+        flaws = [diagnose(host, port, self._config.tls, each_s) for host, port in self._config.endpoints]
+        found = [flaw for flaw in flaws if flaw is not None]
+        if len(found) < len(flaws):  # one speaks as etcd does: without a leader, or still starting
+            return Flaw(told, permanent=False)
+        return next((flaw for flaw in found if flaw.permanent), found[0])
+
+    def get(self, key: str) -> Entry | None:
+        answer = self._calls.call(lambda p: p.kv.Range, etcdrpc.RangeRequest(key=self._key(key)))
+        return self._entry(answer.kvs[0]) if answer.kvs else None
+
+    def put(
+        self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
+    ) -> Entry | None:
+        put = etcdrpc.PutRequest(key=self._key(key), value=value, lease=lease.lease_id if lease else 0)
+        read = etcdrpc.RangeRequest(key=self._key(key))  # in the same transaction: what was just written
+        request = etcdrpc.TxnRequest(
+            compare=self._unchanged(key, if_revision),
+            success=[etcdrpc.RequestOp(request_put=put), etcdrpc.RequestOp(request_range=read)],
+        )
+        try:
+            answer = self._calls.call(lambda p: p.kv.Txn, request, repeatable=if_revision is None)
+        except LeaseEnded:
+            return None
+        return self._entry(answer.responses[1].response_range.kvs[0]) if answer.succeeded else None
+
+    def list(self, prefix: str) -> Listing:
+        answer = self._calls.call(lambda p: p.kv.Range, self._range(prefix))
+        return Listing(tuple(self._entry(kv) for kv in answer.kvs), answer.header.revision)
+
+    def delete(self, key: str, *, if_revision: int | None = None) -> bool:
+        delete = etcdrpc.DeleteRangeRequest(key=self._key(key))
+        request = etcdrpc.TxnRequest(
+            compare=self._unchanged(key, if_revision), success=[etcdrpc.RequestOp(request_delete_range=delete)]
+        )
+        answer = self._calls.call(lambda p: p.kv.Txn, request, repeatable=False)
+        return bool(answer.succeeded and answer.responses[0].response_delete_range.deleted)
+
+    def watch(self, prefix: str, from_revision: int) -> EtcdWatch:
+        key = self._key(prefix)
+        watch = EtcdWatch(self._calls, *_span(key), from_revision, self._strip)
+        self._watches = [w for w in self._watches if not w.is_cancelled()]
+        self._watches.append(watch)
+        return watch
+
+    def lease(self, ttl_s: float) -> Lease:
+        """Grant a lease. etcd grants whole seconds and a least TTL; the lease's `ttl_s` is what it granted."""
+        granted_s = time.monotonic()
+        granted = self._calls.call(lambda p: p.lease.LeaseGrant, etcdrpc.LeaseGrantRequest(TTL=math.ceil(ttl_s)))
+        lease_id, granted_ttl_s = granted.ID, float(granted.TTL)
+        if granted_ttl_s > ttl_s:
+            log.info("lease TTL %g s asked for, %g s granted", ttl_s, granted_ttl_s)
+        request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
+        timeout_s = min(CALL_TIMEOUT_S, granted_ttl_s / 2)
+        lease = Lease(
+            lease_id,
+            granted_ttl_s,
+            granted_s=granted_s,
+            renew=lambda: bool(self._renewals.call(_keep_alive, request, timeout_s=timeout_s).TTL > 0),
+            revoke=lambda: self._revoke(lease_id),
+        )
+        self._leases.append(lease)
+        return lease
+
+    def _revoke(self, lease_id: int) -> None:
+        try:
+            self._calls.call(lambda p: p.lease.LeaseRevoke, etcdrpc.LeaseRevokeRequest(ID=lease_id))
+        except LeaseEnded:
+            log.debug("lease %x had ended before it was revoked", lease_id)
+
+    def close(self) -> None:
+        for lease in self._leases:
+            lease.stop()
+        for watch in self._watches:
+            watch.cancel()
+        self._calls.close()
+        self._renewals.close()
+
+    # --- keys
+
+    def _key(self, key: str) -> bytes:
+        return self._namespace + key.encode()
+
+    def _strip(self, key: bytes) -> str:
+        return key[len(self._namespace) :].decode()
+
+    def _entry(self, kv: Any) -> Entry:
+        return Entry(self._strip(kv.key), kv.value, kv.mod_revision, kv.create_revision)
+
+    def _range(self, prefix: str = "elastic-moe/", *, count_only: bool = False) -> Any:
+        key, range_end = _span(self._key(prefix))
+        return etcdrpc.RangeRequest(key=key, range_end=range_end, count_only=count_only)
+
+    def _unchanged(self, key: str, revision: int | None) -> list[Any]:
+        if revision is None:
+            return []
+        compare = etcdrpc.Compare
+        return [
+            compare(result=compare.EQUAL, target=compare.MOD, key=self._key(key), mod_revision=revision),
+        ]
+
+
+def _span(prefix: bytes) -> tuple[bytes, bytes]:
+    """First key and end of the range of all keys with a prefix; etcd writes "no end" as a zero byte."""
+    stem = prefix.rstrip(b"\xff")
+    end = stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
+    return prefix or b"\0", end
+
+
+def _keep_alive(peer: Peer) -> Any:
+    """`LeaseKeepAlive` for one renewal: a stream of one request, ended after its answer."""
+
+    def call(request: Any, **options: Any) -> Any:
+        answers = peer.lease.LeaseKeepAlive(iter((request,)), **options)
+        try:
+            return next(answers)
+        except StopIteration as error:
+            raise KVUnavailable("etcd ended the renewal without an answer") from error
+        finally:
+            answers.cancel()
+
+    return call

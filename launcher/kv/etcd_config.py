@@ -1,0 +1,116 @@
+"""How to reach an etcd cluster: endpoints, TLS, user. Checked before anything is opened; imports no client."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.errors import UsageError
+
+DEFAULT_PORT = 2379
+PASSWORD_VARIABLE = "ELASTIC_MOE_ETCD_PASSWORD"
+
+ParseEndpoint = Callable[[str, int], tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM texts and the files they came from. Without `cert` the client shows no certificate of its own."""
+
+    cacert_path: str = ""
+    cert_path: str = ""
+    key_path: str = ""
+    cacert: bytes | None = None
+    cert: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
+
+    def context(self) -> ssl.SSLContext:
+        """The same trust and identity for Python's own `ssl`, to find out why a handshake fails.
+
+        Raises:
+            OSError, ssl.SSLError: a file does not hold what it must.
+        """
+        context = ssl.create_default_context(cafile=self.cacert_path or None)
+        if self.cert_path:
+            context.load_cert_chain(self.cert_path, self.key_path)
+        context.set_alpn_protocols(["h2"])
+        return context
+
+
+@dataclass(frozen=True)
+class EtcdConfig:
+    """A cluster as one client reaches it. The password is in no `repr`."""
+
+    endpoints: tuple[tuple[str, int], ...]
+    tls: Tls | None = None
+    user: str = ""
+    password: str = field(default="", repr=False)
+    namespace: str = ""
+    """Goes before every key: a user of etcd may be allowed a part of the keys only."""
+
+    @classmethod
+    def parse(cls, endpoint: str, conf: Mapping[str, str], parse_endpoint: ParseEndpoint) -> EtcdConfig:
+        """Read `--rdzv-endpoint` (`host1:2379,host2:2379`, each perhaps with http:// or https://) and `--rdzv-conf`.
+
+        Raises:
+            UsageError: one of them cannot be meant so, a file cannot be read, or a password is missing.
+        """
+        parsed, schemes = [], set()
+        for part in endpoint.split(","):
+            scheme, sep, rest = part.strip().rpartition("://")
+            if sep and scheme not in ("http", "https"):
+                raise UsageError(f"--rdzv-endpoint {part.strip()!r}: etcd is reached by http:// or https:// only")
+            schemes.add(scheme)
+            parsed.append(parse_endpoint(rest.rstrip("/") if sep else rest, DEFAULT_PORT))
+        user = conf.get("user", "")
+        return cls(
+            endpoints=tuple(dict.fromkeys(parsed)),
+            tls=_tls(conf, schemes - {""}),
+            user=user,
+            password=_password(conf) if user else "",
+            namespace=conf.get("prefix", ""),
+        )
+
+
+def _tls(conf: Mapping[str, str], schemes: set[str]) -> Tls | None:
+    protocol = conf.get("protocol", "")
+    told = schemes | ({protocol} if protocol else set())
+    files = {name: conf.get(name, "") for name in ("cacert", "cert", "key")}
+    if len(told) > 1:
+        raise UsageError("--rdzv-endpoint: http and https are mixed; all endpoints of a cluster speak the same")
+    if told == {"http"} and any(files.values()):
+        named = next(name for name, path in files.items() if path)
+        raise UsageError(f"--rdzv-conf {named}={files[named]}: has no use without TLS; set protocol=https")
+    if told != {"https"} and not any(files.values()):
+        return None
+    if bool(files["cert"]) != bool(files["key"]):
+        missing = "key" if files["cert"] else "cert"
+        raise UsageError(f"--rdzv-conf {missing}: a client certificate needs both cert=PATH and key=PATH")
+    pem = {name: _read(name, path) if path else None for name, path in files.items()}
+    tls = Tls(files["cacert"], files["cert"], files["key"], pem["cacert"], pem["cert"], pem["key"])
+    try:
+        tls.context()
+    except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError, named for the reader
+        named = f"cacert={files['cacert']}" if not files["cert"] else f"cert={files['cert']}, key={files['key']}"
+        raise UsageError(f"--rdzv-conf {named}: not usable PEM files: {error.strerror or error}") from error
+    return tls
+
+
+def _read(name: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--rdzv-conf {name}={path}: {error.strerror}") from error
+
+
+def _password(conf: Mapping[str, str]) -> str:
+    if path := conf.get("password_file"):
+        return _read("password_file", path).decode(errors="replace").strip()
+    if password := os.environ.get(PASSWORD_VARIABLE):
+        return password
+    raise UsageError(
+        f"--rdzv-conf user={conf['user']}: its password is missing; set {PASSWORD_VARIABLE}, or password_file=PATH"
+    )

@@ -1,0 +1,90 @@
+"""Why an etcd endpoint cannot be used, found out with plain sockets.
+
+gRPC's own messages differ between versions and say "failed to connect" of nearly everything; a person at the command
+line needs to know whether it is the address, the certificate, or not an etcd at all. Asked only after a call failed.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+
+from launcher.kv.etcd_config import Tls
+
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # preface, empty SETTINGS
+_SETTINGS_FRAME = 4
+_TLS_ALERT = 0x15
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """What is wrong. `permanent`: waiting will not mend it."""
+
+    what: str
+    permanent: bool
+
+
+def diagnose(host: str, port: int, tls: Tls | None, timeout_s: float) -> Flaw | None:
+    """What is wrong with an endpoint, as far as its socket tells; None where it speaks HTTP/2 as etcd does."""
+    try:
+        sock = socket.create_connection((host, port), timeout=timeout_s)
+    except socket.gaierror as error:
+        return Flaw(f"host {host!r} is unknown ({error.strerror})", permanent=False)
+    except TimeoutError:
+        return Flaw("no answer", permanent=False)
+    except OSError as error:
+        return Flaw((error.strerror or str(error)).lower(), permanent=False)
+    with sock:
+        return _plain(sock, timeout_s) if tls is None else _encrypted(sock, host, tls)
+
+
+def _plain(sock: socket.socket, timeout_s: float) -> Flaw | None:
+    peer = sock.getpeername()[:2]
+    try:
+        sock.sendall(_HTTP2_HELLO)
+        answer = sock.recv(64)
+    except TimeoutError:
+        return Flaw("something listens there, but it is not an etcd", permanent=True)
+    except OSError:
+        answer = b""
+    if len(answer) >= 4 and answer[3] == _SETTINGS_FRAME and not answer.startswith(b"HTTP/"):
+        return None
+    if answer[:1] == bytes([_TLS_ALERT]) or (not answer and _speaks_tls(peer, timeout_s)):
+        return Flaw("it wants TLS; add --rdzv-conf protocol=https,cacert=PATH", permanent=True)
+    if answer.startswith(b"HTTP/"):
+        return Flaw("an HTTP server listens there, not an etcd", permanent=True)
+    return Flaw("something listens there, but it is not an etcd", permanent=True)
+
+
+def _speaks_tls(peer: tuple[str, int], timeout_s: float) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # only whether it is TLS is asked; nothing is sent or believed
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection(peer, timeout=timeout_s) as sock, context.wrap_socket(sock):
+            return True
+    except OSError:
+        return False
+
+
+def _encrypted(sock: socket.socket, host: str, tls: Tls) -> Flaw | None:
+    try:
+        with tls.context().wrap_socket(sock, server_hostname=host) as secure:
+            secure.sendall(_HTTP2_HELLO)
+            answer = secure.recv(64)  # under TLS 1.3 a refused client certificate shows here, not in the handshake
+    except ssl.SSLCertVerificationError as error:
+        return Flaw(f"its certificate is not accepted: {error.verify_message}", permanent=True)
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        if "wrong version" in reason or "http request" in reason or "record layer" in reason:
+            return Flaw("it does not speak TLS; leave protocol=https and the certificates out", permanent=True)
+        return Flaw(f"it refuses this client's certificate: {reason}", permanent=True)
+    except TimeoutError:
+        return Flaw("something listens there, but it is not an etcd", permanent=True)
+    except OSError as error:
+        return Flaw(f"it closed the TLS connection: {(error.strerror or str(error)).lower()}", permanent=False)
+    if len(answer) >= 4 and answer[3] == _SETTINGS_FRAME and not answer.startswith(b"HTTP/"):
+        return None
+    return Flaw("something with TLS listens there, but it is not an etcd", permanent=True)

@@ -1,0 +1,327 @@
+"""A process that has imported torch and forks workers: a restart costs a tenth of a second, not an import of torch.
+
+`python -m launcher.zygote LISTENER_FD AGENT_PID` serves `boot.py` on a Unix socket, one connection a worker:
+
+    boot -> zygote   frame {"argv", "env", "cwd"} with boot's stdin, stdout and stderr (SCM_RIGHTS)
+    zygote -> boot   frame {"pid"}, or {"cold": why} if forking is not safe here; at the end frame {"status"}
+    boot -> zygote   frame {"signal"}; a closed connection means SIGKILL
+
+It stays fit to fork by what it does not do: no thread, no CUDA, no gRPC, nothing but imports. What the workers
+imported from installed packages is learnt from the first one and imported here too, after a probe in a fork of its
+own has shown that this starts no thread and touches no CUDA. The child becomes `python SCRIPT` or `python -m MODULE` as
+far as a script can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+_BASE_MODULES = ("torch", "torch.distributed")
+_LATER_MODULES = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+)
+_LEARN_AFTER_S = 10.0
+_MAX_FRAME_BYTES = 16 * 1024 * 1024
+_FRAME_TIMEOUT_S = 10.0
+_END = b"\0"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A worker to become: what `python ARGV...` would be, in this environment and folder."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    fds: tuple[int, ...]
+
+
+def unfit_to_fork() -> str:
+    """Why a fork of this process might not work, "" if it will."""
+    num_threads = len(os.listdir("/proc/self/task"))
+    if num_threads > 1:
+        return f"{num_threads - 1} thread(s) were started by an import"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "CUDA was initialised by an import"
+    return ""
+
+
+class _Zygote:
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._workers: dict[int, socket.socket] = {}
+        self._to_import: deque[str] = deque(_LATER_MODULES)
+        self._learning: int | None = None  # read end of the pipe on which a worker will tell what it imported
+        self._told = bytearray()
+        self._learnt = False
+        self._probe: tuple[int, list[str]] | None = None  # the process that tries these imports first
+        self._wake_r, self._wake_w = os.pipe()
+        for fd in (self._wake_r, self._wake_w):
+            os.set_blocking(fd, False)
+        self._selector.register(self._wake_r, selectors.EVENT_READ)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_w)
+
+    def serve(self) -> Request:
+        """Serve until this process is a forked child; what it is to become."""
+        while True:
+            timeout_s = 0.0 if self._to_import and self._workers else None
+            ready = self._selector.select(timeout_s)
+            if not ready and self._to_import:
+                _import(self._to_import.popleft())
+            for key, _ in ready:
+                if key.fileobj is self._listener:
+                    request = self._accept()
+                    if request is not None:
+                        return request
+                elif key.fd == self._wake_r:
+                    self._reap()
+                elif key.fd == self._learning:
+                    self._learn()
+                else:
+                    self._hear(key.data)
+
+    def _accept(self) -> Request | None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(_FRAME_TIMEOUT_S)
+        try:
+            request = _receive_request(connection)
+            unfit = unfit_to_fork()
+            if unfit:
+                _send(connection, {"cold": unfit})
+                connection.close()
+                return None
+        except (OSError, EOFError, ValueError) as error:
+            print(f"zygote: dropped a request: {error}", file=sys.stderr)
+            connection.close()
+            return None
+        learn_r, learn_w = (-1, -1) if self._learnt else os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self._leave_parent(connection, learn_r)
+            if learn_w >= 0:
+                _tell_imports_later(learn_w)
+            return request
+        for fd in request.fds:
+            os.close(fd)
+        if learn_w >= 0:
+            os.close(learn_w)
+            self._learnt = True
+            self._learning = learn_r
+            self._selector.register(learn_r, selectors.EVENT_READ)
+        self._workers[pid] = connection
+        self._selector.register(connection, selectors.EVENT_READ, data=pid)
+        self._answer(connection, {"pid": str(pid)})
+        return None
+
+    def _leave_parent(self, connection: socket.socket, learn_r: int) -> None:
+        """In the child: let go of everything that is the zygote's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._selector.close()
+        for other in (*self._workers.values(), connection, self._listener):
+            other.close()
+        for fd in (self._wake_r, self._wake_w, learn_r, self._learning or -1):
+            if fd >= 0:
+                os.close(fd)
+
+    def _answer(self, connection: socket.socket, message: dict[str, str]) -> None:
+        with contextlib.suppress(OSError):  # boot is gone: its closed connection is heard next
+            _send(connection, message)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_r, 4096)
+        for pid in list(self._workers):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                connection = self._workers.pop(pid)
+                with contextlib.suppress(KeyError):  # its boot is gone
+                    self._selector.unregister(connection)
+                self._answer(connection, {"status": str(status)})
+                connection.close()
+        if self._probe is not None:
+            pid, names = self._probe
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self._probe = None
+                self._to_import.extend(names if status == 0 else ())
+
+    def _hear(self, pid: int) -> None:
+        connection = self._workers.get(pid)
+        if connection is None:
+            return  # reaped in the same round
+        try:
+            signum = int(_receive(connection)["signal"])
+        except (OSError, EOFError, ValueError, KeyError):
+            signum = signal.SIGKILL
+            self._selector.unregister(connection)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signum)
+
+    def _learn(self) -> None:
+        """Hear what the first worker imported, and try it in a process that is thrown away."""
+        assert self._learning is not None
+        part = os.read(self._learning, 65536)
+        self._told += part
+        if part and not self._told.endswith(_END):
+            return
+        self._selector.unregister(self._learning)
+        os.close(self._learning)
+        self._learning = None
+        told = self._told.removesuffix(_END).decode().split("\n")
+        names = [name for name in told if name and name not in sys.modules]
+        if not names:
+            return
+        pid = os.fork()
+        if pid == 0:
+            for name in (*self._to_import, *names):
+                _import(name)
+            os._exit(1 if unfit_to_fork() else 0)
+        self._probe = (pid, names)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
+        print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
+
+
+def _tell_imports_later(learn_w: int) -> None:
+    """In a worker: tell once which installed modules it uses. A short-lived thread of the worker, not of the zygote."""
+    roots = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+    def tell() -> None:
+        names = []
+        for name, module in list(sys.modules.items()):
+            origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
+            if name != "__main__" and origin.startswith(roots):
+                names.append(name)
+        with contextlib.suppress(OSError):
+            os.write(learn_w, "\n".join(names).encode() + _END)
+        os.close(learn_w)
+
+    timer = threading.Timer(_LEARN_AFTER_S, tell)
+    timer.daemon = True
+    timer.start()
+
+
+def _send(connection: socket.socket, message: dict[str, str]) -> None:
+    body = json.dumps(message).encode()
+    connection.sendall(struct.pack(">I", len(body)) + body)
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    header = _exactly(connection, 4)
+    return _body(connection, header)
+
+
+def _receive_request(connection: socket.socket) -> Request:
+    header, fds, _, _ = socket.recv_fds(connection, 4, 3)
+    if not header:
+        raise EOFError("closed")
+    if len(fds) != 3:
+        raise ValueError(f"{len(fds)} file descriptors, not 3")
+    told = _body(connection, header + _exactly(connection, 4 - len(header)))
+    return Request(list(told["argv"]), dict(told["env"]), str(told["cwd"]), tuple(fds))
+
+
+def _body(connection: socket.socket, header: bytes) -> dict[str, Any]:
+    (size_bytes,) = struct.unpack(">I", header)
+    if size_bytes > _MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {size_bytes} bytes")
+    told = json.loads(_exactly(connection, size_bytes))
+    if not isinstance(told, dict):
+        raise ValueError("not an object")
+    return told
+
+
+def _exactly(connection: socket.socket, size_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < size_bytes:
+        part = connection.recv(size_bytes - len(data))
+        if not part:
+            raise EOFError("closed")
+        data += part
+    return bytes(data)
+
+
+def die_with(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the parent dies, and make sure that it did not before (prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _become(request: Request, zygote_pid: int) -> None:
+    """In the child: be what `python ARGV...` would be, up to the point where it runs the program."""
+    os.setsid()
+    die_with(zygote_pid)
+    for target, fd in enumerate(request.fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(request.env)
+    time.tzset()
+    os.chdir(request.cwd)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # a fork would repeat the zygote's sequence
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
+
+
+def _run(argv: list[str]) -> None:
+    """Run `[-u] SCRIPT ARGS...` or `[-u] -m MODULE ARGS...` as `__main__`."""
+    rest = argv[1:] if argv[0] == "-u" else argv
+    if rest[0] == "-m":
+        sys.argv = rest[1:]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = rest
+        sys.path[0] = os.path.dirname(os.path.realpath(rest[0]))
+        runpy.run_path(rest[0], run_name="__main__")
+
+
+def main(argv: list[str]) -> None:
+    """Serve on the listener that the agent opened: workers started meanwhile wait for these imports in its queue."""
+    listener, agent_pid = socket.socket(fileno=int(argv[1])), int(argv[2])
+    die_with(agent_pid)
+    os.setsid()
+    for name in _BASE_MODULES:
+        _import(name)
+    zygote_pid = os.getpid()
+    request = _Zygote(listener).serve()
+    _become(request, zygote_pid)
+    _run(request.argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
