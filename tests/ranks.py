@@ -85,7 +85,7 @@ class Ranks:
                 rank = pending.pop(pipe)
                 try:
                     error, results[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     raise RankFailure(f"rank {rank} of {world_size} died") from None
                 if error:
                     raise RankFailure(f"rank {rank} of {world_size}:\n{error}")

@@ -11,11 +11,15 @@ from elastic_moe.trainer.config import OptimConfig
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
+def build_optimizer(model: nn.Module, optim: OptimConfig, *, exact: bool = False) -> AdamW:
     """AdamW with its state already there, zeros, so that a checkpoint can be loaded into it.
 
     Groups by role: the experts, other matrices, norms (which do not decay). Within one group all parameters are on
     one mesh, which the fused kernel needs.
+
+    Args:
+        exact: do without the fused kernel, which rounds an element by its place in the tensor: another way of
+            sharding would change the last bit.
     """
     experts: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -28,10 +32,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=not exact)
     for param in model.parameters():
         optimizer.state[param] = {
-            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "step": torch.zeros((), dtype=torch.float32, device="cpu" if exact else param.device),
             **{moment: torch.zeros_like(param) for moment in _MOMENTS},
         }
     return optimizer

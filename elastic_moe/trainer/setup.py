@@ -47,7 +47,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         ),
         device=device,
     )
-    optimizer = build_optimizer(model, job.optim)
+    optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     data = DataState(train.seed, train.global_batch, train.seq_len, corpus.fingerprint)
     return stepper, DataProgress(data)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model import ModelConfig
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
+from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.schedule import learning_rate
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.world import check_exact, check_plan, choose_plan
@@ -135,3 +137,22 @@ def test_exact_mode_refuses_a_width_that_it_cannot_keep_its_promise_for() -> Non
     check_exact(ModelConfig(expert_dim=96))
     with pytest.raises(UserError, match=r"multiples of 32, not 100"):
         check_exact(ModelConfig(expert_dim=100))
+
+
+def test_exact_optimizer_rounds_alike_however_a_tensor_is_cut() -> None:
+    """Shards of any length, off any vector width, end with the very values of the whole tensor."""
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randn(1009, 3, generator=draw)
+    cuts = [*range(1, 300), 307, 322, 353, 487]
+    whole_model = torch.nn.ParameterList([whole.clone()])
+    cut_model = torch.nn.ParameterList([part.clone() for part in whole.tensor_split(cuts)])
+    optimizers = [build_optimizer(model, OptimConfig(), exact=True) for model in (whole_model, cut_model)]
+    for _ in range(20):
+        grad = torch.randn(1009, 3, generator=draw)
+        whole_model[0].grad = grad.clone()
+        for param, part in zip(cut_model, grad.tensor_split(cuts), strict=True):
+            param.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(torch.cat(list(cut_model)), whole_model[0])
+    assert not torch.equal(whole_model[0], whole)
