@@ -6,10 +6,14 @@ are in its help.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from elastic_moe.cli import ckpt, demo, plan, run, train
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, one_line
@@ -38,8 +42,26 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; `argv` defaults to the process's own. Returns the exit code."""
+    """Run one command and return its exit code.
+
+    `argv` defaults to the process's own arguments, and only then a verb may end the process itself.
+    """
     args = build_parser().parse_args(argv)
+    ends_at_once = argv is None and getattr(args, "ends_at_once", False)
+    try:
+        code = _call(args)
+    except Exception:
+        if not ends_at_once:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if ends_at_once:
+        _end_at_once(code)
+    return code
+
+
+def _call(args: argparse.Namespace) -> int:
+    """The verb's exit code, with errors that carry one told in one line."""
     try:
         code: int = args.handler(args)
         sys.stdout.flush()
@@ -56,3 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {one_line(str(error))}", file=sys.stderr)
         return exit_code
     return code
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """Exit without taking the interpreter apart: with torch that costs a second, for which all other nodes wait."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

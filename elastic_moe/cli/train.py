@@ -42,7 +42,7 @@ def register(verbs: Subparsers) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="change a field of the job; may be given again",
     )
-    parser.set_defaults(handler=handle)
+    parser.set_defaults(handler=handle, ends_at_once=True)
 
 
 def handle(args: argparse.Namespace) -> int:

@@ -95,3 +95,11 @@ def test_a_mistake_under_run(tmp_path: Path) -> None:
     assert "--set model.dimm: unknown key model.dimm; did you mean dim?" in stderr
     assert "Traceback" not in stderr
     assert (tmp_path / "logs" / "events.jsonl").read_text().count('"round_formed"') == 1
+
+
+def test_a_fault_keeps_its_traceback_and_exit_code(trained: Path) -> None:
+    """`train` ends without the interpreter's own clean-up; nothing that was to be printed may be lost by that."""
+    code, stderr = elastic_moe(trained, "train", "job.toml", WORLD_SIZE="many")
+    assert code == 1
+    assert stderr.count("Traceback (most recent call last)") == 1
+    assert stderr.splitlines()[-1] == "ValueError: invalid literal for int() with base 10: 'many'"
