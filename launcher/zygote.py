@@ -14,9 +14,11 @@ far as a script can tell.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import importlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -28,6 +30,7 @@ import sys
 import sysconfig
 import threading
 import time
+import types
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +57,17 @@ class Request:
     env: dict[str, str]
     cwd: str
     fds: tuple[int, ...]
+
+
+def _settle_threads() -> None:
+    """Fork once for nothing: libraries that are prepared for forks (OpenBLAS) end their idle threads at the first.
+
+    They start them again when they next compute, which the zygote never does.
+    """
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def unfit_to_fork() -> str:
@@ -92,6 +106,8 @@ class _Zygote:
             ready = self._selector.select(timeout_s)
             if not ready and self._to_import:
                 _import(self._to_import.popleft())
+                if not self._to_import:
+                    _settle_threads()
             for key, _ in ready:
                 if key.fileobj is self._listener:
                     request = self._accept()
@@ -109,24 +125,28 @@ class _Zygote:
         connection.settimeout(_FRAME_TIMEOUT_S)
         try:
             request = _receive_request(connection)
-            unfit = unfit_to_fork()
-            if unfit:
-                _send(connection, {"cold": unfit})
-                connection.close()
-                return None
         except (OSError, EOFError, ValueError) as error:
             print(f"zygote: dropped a request: {error}", file=sys.stderr)
             connection.close()
             return None
+        if unfit := unfit_to_fork():
+            self._answer(connection, {"cold": unfit})
+            connection.close()
+        elif self._fork(connection):
+            return request
+        for fd in request.fds:
+            os.close(fd)
+        return None
+
+    def _fork(self, connection: socket.socket) -> bool:
+        """Fork a worker for `connection`; True in the child."""
         learn_r, learn_w = (-1, -1) if self._learnt else os.pipe()
         pid = os.fork()
         if pid == 0:
             self._leave_parent(connection, learn_r)
             if learn_w >= 0:
                 _tell_imports_later(learn_w)
-            return request
-        for fd in request.fds:
-            os.close(fd)
+            return True
         if learn_w >= 0:
             os.close(learn_w)
             self._learnt = True
@@ -135,7 +155,7 @@ class _Zygote:
         self._workers[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, data=pid)
         self._answer(connection, {"pid": str(pid)})
-        return None
+        return False
 
     def _leave_parent(self, connection: socket.socket, learn_r: int) -> None:
         """In the child: let go of everything that is the zygote's."""
@@ -200,6 +220,7 @@ class _Zygote:
         if pid == 0:
             for name in (*self._to_import, *names):
                 _import(name)
+            _settle_threads()
             os._exit(1 if unfit_to_fork() else 0)
         self._probe = (pid, names)
 
@@ -306,8 +327,20 @@ def _run(argv: list[str]) -> None:
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = rest
-        sys.path[0] = os.path.dirname(os.path.realpath(rest[0]))
-        runpy.run_path(rest[0], run_name="__main__")
+        _run_script(os.path.abspath(rest[0]))
+
+
+def _run_script(path: str) -> None:
+    """What Python does with a script; `runpy.run_path` would change `sys.argv[0]` or leave `__file__` relative."""
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    main_module = types.ModuleType("__main__")
+    main_module.__file__ = path
+    main_module.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    main_module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main_module
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    exec(code, main_module.__dict__)
 
 
 def main(argv: list[str]) -> None:
@@ -317,6 +350,7 @@ def main(argv: list[str]) -> None:
     os.setsid()
     for name in _BASE_MODULES:
         _import(name)
+    _settle_threads()
     zygote_pid = os.getpid()
     request = _Zygote(listener).serve()
     _become(request, zygote_pid)
