@@ -15,7 +15,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from storage import layout
@@ -24,6 +24,7 @@ from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError, Trans
 from storage.manifest import (
     Aborted,
     ItemEntry,
+    ItemTable,
     Manifest,
     ObjectEntry,
     Receipt,
@@ -148,7 +149,7 @@ def build_manifest(
     objects: list[ObjectEntry] = []
     items: list[ItemEntry] = []
     for receipt in receipts:
-        items += [item.model_copy(update={"object": item.object + len(objects)}) for item in receipt.items]
+        items += [replace(item, object=item.object + len(objects)) for item in receipt.items.rows()]
         objects += receipt.objects
     draft = Manifest(
         step=attempt.step,
@@ -163,7 +164,7 @@ def build_manifest(
         objects=tuple(objects),
         tensors=contents.tensors,
         values=contents.values,
-        items=tuple(items),
+        items=ItemTable.of(items),
     )
     metadata = dump_metadata(draft)
     sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}

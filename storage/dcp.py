@@ -31,7 +31,7 @@ from storage.catalog import Checkpoint
 from storage.commit import Attempt, Contents, Origin
 from storage.errors import NoCheckpoint
 from storage.items import EncodedItem
-from storage.manifest import ItemEntry, ObjectEntry, Receipt, TensorEntry, ValueEntry
+from storage.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
 from storage.objects import ObjectStore
 from storage.reading import read_items
 from storage.registry import open_store
@@ -172,7 +172,7 @@ class ShardWriter(StorageWriter):
             WriteResult(
                 index=index_of[entry.key, entry.offsets],
                 size_in_bytes=entry.length,
-                storage_data=(entry.model_dump(), [o.model_dump() for o in objects], self._rank),
+                storage_data=(dataclasses.asdict(entry), [o.model_dump() for o in objects], self._rank),
             )
             for entry in entries
         ]
@@ -212,7 +212,7 @@ def _receipt(attempt: str, results: list[WriteResult]) -> Receipt:
         rank=rows[0][2],
         attempt=attempt,
         objects=tuple(ObjectEntry(**row) for row in rows[0][1]),
-        items=tuple(ItemEntry(**row[0]) for row in rows),
+        items=ItemTable.of(ItemEntry(**row[0]) for row in rows),
     )
 
 

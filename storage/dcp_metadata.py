@@ -159,7 +159,7 @@ def metadata_of(manifest: Manifest) -> dcp.Metadata:
     }
     state.update({key: dcp.BytesStorageMetadata() for key in manifest.values})
     storage_data = {}
-    for item in manifest.items:
+    for item in manifest.items.rows():
         entry = state[item.key]
         if isinstance(entry, dcp.TensorStorageMetadata):
             assert item.offsets is not None and item.sizes is not None  # the manifest's own check

@@ -76,7 +76,7 @@ def _scratch(size_bytes: int) -> memoryview:
 
 def _verify(item: ItemEntry, segment: Segment, memory: memoryview, name: str) -> None:
     size = item.block_size_bytes
-    for index, expected in enumerate(item.blocks[segment.first_block : segment.last_block]):
+    for index, expected in enumerate(item.blocks()[segment.first_block : segment.last_block]):
         if crc32c(memory[index * size : (index + 1) * size]) != expected:
             where = item.offset + (segment.first_block + index) * size
             raise Corrupt(f"{name} is damaged: checksum of {item.key!r} at byte {where} does not match")

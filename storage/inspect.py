@@ -162,7 +162,7 @@ def details(store: ObjectStore, prefix: str) -> Details:
         return _stock_details(summary, catalog.open_checkpoint(commit))
     manifest = load_manifest(commit.manifest)
     shards: dict[str, list[Shard]] = defaultdict(list)
-    for item in manifest.items:
+    for item in manifest.items.rows():
         if item.offsets is not None and item.sizes is not None:
             shards[item.key].append(Shard(item.offsets, item.sizes, manifest.objects[item.object].name))
     tensors = [
@@ -208,7 +208,7 @@ def verify(store: ObjectStore, prefix: str) -> Verdict:
     except Corrupt as error:
         return Verdict(folder, step, 0, 0, (str(error),))
     items: dict[int, list[ItemEntry]] = defaultdict(list)
-    for item in manifest.items:
+    for item in manifest.items.rows():
         items[item.object].append(item)
 
     def check(index: int) -> list[str]:
@@ -226,7 +226,7 @@ def _gaps(manifest: Manifest) -> Iterator[str]:
     """Tensors whose shards do not make them up, and values that are not there."""
     num_elements: dict[str, int] = defaultdict(int)
     stored = set()
-    for item in manifest.items:
+    for item in manifest.items.rows():
         stored.add(item.key)
         num_elements[item.key] += math.prod(item.sizes or ())
     for key, entry in manifest.tensors.items():
@@ -256,6 +256,7 @@ def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[st
     step = max(1, _PART_SIZE_BYTES // block) * block
     memory = memoryview(bytearray(min(step, item.length)))
     bad = []
+    blocks = item.blocks()
     for start in range(0, item.length, step):
         part = memory[: min(step, item.length - start)]
         store.read_into(key, item.offset + start, [part])
@@ -263,7 +264,7 @@ def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[st
         bad += [
             item.offset + start + at
             for at in range(0, part.nbytes, block)
-            if crc32c(part[at : at + block]) != item.blocks[(start + at) // block]
+            if crc32c(part[at : at + block]) != blocks[(start + at) // block]
         ]
     if bad:
         yield f"{key}: checksum of {item.key!r} does not match in {len(bad)} block(s), first at byte {bad[0]}"

@@ -6,9 +6,10 @@ what its checksum must be:
 - `objects`: the data objects with their sizes, and the etags that the store gave when they were written (an etag
   means something only in the store of that time; a copied checkpoint has others).
 - `tensors`, `values`: what the state held by flattened key, with the path of the key in the nested state.
-- `items`: one stored chunk each. An item lies at `offset` of its object, `length` bytes, and is a complete
-  `torch.save` zip; the tensor's own bytes, row-major and contiguous, start `raw_offset` after the item's start
-  (for a value `raw_offset` is 0 and the item as a whole is the value). Items tile their object without gaps.
+- `items`: one stored chunk each, as columns (item i is the i-th entry of every column). An item lies at `offset` of
+  its object, `length` bytes, and is a complete `torch.save` zip; the tensor's own bytes, row-major and contiguous,
+  start `raw_offset` after the item's start (for a value `raw_offset` is 0 and the item as a whole is the value).
+  Items tile their object without gaps. A tensor without elements has no item.
 - checksums: `crc32c` over the item, `block_crcs` over each of its blocks (see `storage.checksum` for why blocks).
 - `metadata_*`: size and checksum of the `.metadata` that commits this manifest, so that neither can be taken for
   another checkpoint's.
@@ -16,8 +17,12 @@ what its checksum must be:
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from functools import cached_property
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -58,27 +63,70 @@ class ValueEntry(Document):
     path: Path
 
 
-class ItemEntry(Document):
+@dataclass(frozen=True, slots=True)
+class ItemEntry:
     """One stored chunk; see the module's docstring. `offsets` and `sizes` are None for a value."""
 
     key: str
     offsets: tuple[int, ...] | None
     sizes: tuple[int, ...] | None
-    object: int = Count
-    offset: int = Count
-    length: int = Count
-    raw_offset: int = Count
-    crc32c: int = Count
-    block_size_bytes: int = Field(ge=1)
+    object: int
+    offset: int
+    length: int
+    raw_offset: int
+    crc32c: int
+    block_size_bytes: int
     block_crcs: str
 
-    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The CRC32C of every block. Raises Corrupt when their number does not fit the length."""
         crcs = unpack_crcs(self.block_crcs)
         if len(crcs) != -(-self.length // self.block_size_bytes):
             raise Corrupt(f"item {self.key!r} has {len(crcs)} block checksums for {self.length} bytes")
         return crcs
+
+
+class ItemTable(Document):
+    """Many items, a column for each field: a checkpoint may have hundreds of thousands of them."""
+
+    key: tuple[str, ...] = ()
+    offsets: tuple[tuple[int, ...] | None, ...] = ()
+    sizes: tuple[tuple[int, ...] | None, ...] = ()
+    object: tuple[int, ...] = ()
+    offset: tuple[int, ...] = ()
+    length: tuple[int, ...] = ()
+    raw_offset: tuple[int, ...] = ()
+    crc32c: tuple[int, ...] = ()
+    block_size_bytes: tuple[int, ...] = ()
+    block_crcs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entries: Iterable[ItemEntry]) -> ItemTable:
+        """The table with those rows."""
+        rows = [operator.attrgetter(*_COLUMNS)(entry) for entry in entries]
+        return cls(**dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))) if rows else cls()
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __getitem__(self, index: int) -> ItemEntry:
+        return ItemEntry(*(getattr(self, name)[index] for name in _COLUMNS))
+
+    def rows(self) -> Iterator[ItemEntry]:
+        """Every item, in order."""
+        return itertools.starmap(ItemEntry, zip(*(getattr(self, name) for name in _COLUMNS), strict=True))
+
+    @model_validator(mode="after")
+    def _even(self) -> ItemTable:
+        if len({len(getattr(self, name)) for name in _COLUMNS}) > 1:
+            raise ValueError("columns of different length")
+        numbers = (self.object, self.offset, self.length, self.raw_offset, self.crc32c)
+        if any(min(column, default=0) < 0 for column in numbers) or min(self.block_size_bytes, default=1) < 1:
+            raise ValueError("a negative number")
+        return self
+
+
+_COLUMNS = tuple(field.name for field in dataclasses.fields(ItemEntry))
 
 
 class Manifest(Document):
@@ -98,7 +146,7 @@ class Manifest(Document):
     objects: tuple[ObjectEntry, ...]
     tensors: dict[str, TensorEntry]
     values: dict[str, ValueEntry]
-    items: tuple[ItemEntry, ...]
+    items: ItemTable
 
     @property
     def size_bytes(self) -> int:
@@ -110,14 +158,19 @@ class Manifest(Document):
         for entry in self.objects:
             if not layout.is_data_name(entry.name):
                 raise ValueError(f"refused object name {entry.name!r}")
-        for item in self.items:
-            known = self.values if item.sizes is None else self.tensors
-            if item.key not in known or item.object >= len(self.objects):
-                raise ValueError(f"item {item.key!r} refers to something that is not in the manifest")
-            if item.offset + item.length > self.objects[item.object].size_bytes:
-                raise ValueError(f"item {item.key!r} reaches past the end of its object")
-            if item.raw_offset > item.length or (item.offsets is None) != (item.sizes is None):
-                raise ValueError(f"item {item.key!r} is inconsistent")
+        table = self.items
+        values = {key for key, sizes in zip(table.key, table.sizes, strict=True) if sizes is None}
+        tensors = {key for key, sizes in zip(table.key, table.sizes, strict=True) if sizes is not None}
+        if not (values <= self.values.keys() and tensors <= self.tensors.keys()):
+            raise ValueError("an item belongs to nothing in the manifest")
+        if any((o is None) != (s is None) for o, s in zip(table.offsets, table.sizes, strict=True)):
+            raise ValueError("an item has offsets but no sizes, or the reverse")
+        if max(table.object, default=-1) >= len(self.objects):
+            raise ValueError("an item is in an object that is not in the manifest")
+        object_sizes = [entry.size_bytes for entry in self.objects]
+        for where, offset, length, raw in zip(table.object, table.offset, table.length, table.raw_offset, strict=True):
+            if offset + length > object_sizes[where] or raw > length:
+                raise ValueError("an item reaches past its end, or the end of its object")
         return self
 
 
@@ -134,7 +187,7 @@ class Receipt(Document):
     attempt: str
     error: str | None = None
     objects: tuple[ObjectEntry, ...] = ()
-    items: tuple[ItemEntry, ...] = ()
+    items: ItemTable = ItemTable()
 
 
 class Aborted(Document):

@@ -49,7 +49,7 @@ def read_items(
         if checkpoint.manifest is None:
             return _read_stock(store, checkpoint, items, planner, pool, 2 * num_threads)
         source = Source(store, checkpoint.prefix, checkpoint.manifest, checkpoint.objects)
-        spans = [ItemSpan(i.object, i.offset, i.length, i.block_size_bytes) for i in source.manifest.items]
+        spans = [ItemSpan(i.object, i.offset, i.length, i.block_size_bytes) for i in source.manifest.items.rows()]
         traffic = Traffic()
         for wave in _waves(source.manifest, items, planner):
             parts = plan_parts(spans, wave.wants)
@@ -151,7 +151,8 @@ def _waves(manifest: Manifest, items: Sequence[ReadItem], planner: LoadPlanner) 
     """The reads in the order of storage, cut where their temporary memory would pass the bound."""
     from storage.dcp_metadata import torch_dtype
 
-    position_of = {(item.key, item.offsets): index for index, item in enumerate(manifest.items)}
+    keys = zip(manifest.items.key, manifest.items.offsets, strict=True)
+    position_of = {key: index for index, key in enumerate(keys)}
     found = []
     for read in items:
         offset = read.storage_index.offset

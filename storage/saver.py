@@ -12,7 +12,7 @@ from storage import commit, retention
 from storage.commit import Attempt, Contents, Origin, Patience
 from storage.errors import StorageError
 from storage.events import Reporter
-from storage.manifest import Receipt
+from storage.manifest import ItemTable, Receipt
 from storage.objects import ObjectStore
 from storage.owner import Owner
 from storage.writing import Payload, write_payloads
@@ -122,7 +122,7 @@ class Saver:
         if error is None:
             try:
                 objects, items = write_payloads(self._store, attempt.prefix, attempt.id, job.rank, job.payloads)
-                return Receipt(rank=job.rank, attempt=attempt.id, objects=objects, items=items)
+                return Receipt(rank=job.rank, attempt=attempt.id, objects=objects, items=ItemTable.of(items))
             except Exception as failure:  # noqa: BLE001 - reported by the receipt
                 error = f"{type(failure).__name__}: {failure}"
         return Receipt(rank=job.rank, attempt=attempt.id, error=error)

@@ -226,6 +226,25 @@ def fall_back(folder: str) -> tuple[int, int, list[str]]:
     return step, state["n"], names
 
 
+class Unreachable(LocalStore):
+    """Data objects cannot be read."""
+
+    def read_into(self, key: str, *args: Any, **kwargs: Any) -> None:
+        raise Transient("unreachable")
+
+
+def damage_and_outage(folder: str) -> str:
+    """Restore where rank 0 finds damage and rank 1 finds the store unreachable; what is raised."""
+    register_scheme("unreachable", lambda rest: Unreachable(folder))
+    url = "unreachable://" if dist.get_rank() == 1 else folder
+    with Checkpointer(url) as ckpt:
+        try:
+            ckpt.restore(_rows(0))
+        except StorageError as error:
+            return type(error).__name__
+    return "nothing"
+
+
 def save_rows(folder: str, steps: Sequence[int]) -> None:
     with Checkpointer(folder) as ckpt:
         for step in steps:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspect, open_store, owner, register_scheme, retention
 from storage.errors import Corrupt, Fenced, Transient, UnsupportedValue, UsageError, WrongModel
 from storage.memory import MemoryStore
 from storage.objects import Buffer, ObjectInfo
@@ -260,6 +260,27 @@ def test_attempts_that_no_live_job_owns_are_removed(tmp_path: Path) -> None:
         ckpt.wait()
     assert not [name for name in every_object(tmp_path) if "dead" in name]
     assert inspect.checkpoints(inspect.locate(str(tmp_path))) == ["step-000000020/"]
+
+
+def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
+    store = open_store(memory_url)
+    with Checkpointer(memory_url) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+    for attempt in ("dead0000", "beef1111"):
+        store.put(f"step-000000020/attempt-{attempt}/__0_0.distcp", [b"data"])
+
+    def live() -> set[str]:
+        store.put("step-000000020/attempt-beef2222/__0_0.distcp", [b"started after the look"])
+        return {"beef1111"}
+
+    mine = owner.claim(store, "", 0, "token")
+    (removal,) = retention.clean(store, mine, 3, live)
+    assert removal == retention.Removal(20, frozenset({"dead0000"}))
+    assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]
+    owner.claim(store, "", 0, "another")
+    with pytest.raises(Fenced):
+        retention.clean(store, mine, 1, set)
+    assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]
 
 
 class Failing(MemoryStore):

@@ -28,6 +28,7 @@ from storage.errors import Corrupt, Denied, UnsupportedValue, UsageError
 from storage.items import decode_value, encode_tensor, encode_value
 from storage.manifest import (
     ItemEntry,
+    ItemTable,
     Manifest,
     ObjectEntry,
     Receipt,
@@ -65,7 +66,7 @@ def golden_manifest() -> Manifest:
             rank=rank,
             attempt=ATTEMPT,
             objects=(ObjectEntry(name=layout.data_name(ATTEMPT, rank, 0), size_bytes=size, etag=f"etag-{rank}"),),
-            items=items,
+            items=ItemTable.of(items),
         )
         for rank, size, items in (
             (0, 3154, (item("model.weight", (0, 0), 0, 0), item("step", None, 1577, 0))),
@@ -88,7 +89,7 @@ def test_manifest_is_the_golden_one() -> None:
         GOLDEN.write_bytes(data)
     assert data == GOLDEN.read_bytes()
     assert load_manifest(GOLDEN.read_bytes()) == golden_manifest()
-    assert json.loads(data)["manifest"]["items"][2]["object"] == 1
+    assert json.loads(data)["manifest"]["items"]["object"] == [0, 0, 1]
 
 
 def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
@@ -115,6 +116,13 @@ def test_a_newer_manifest_is_no_damage() -> None:
         {"objects": (ObjectEntry(name="../../etc/passwd", size_bytes=9999, etag=""),) * 2},
         {"objects": ()},
         {"tensors": {}},
+        {"values": {}},
+        {"items": golden_manifest().items.model_copy(update={"length": (1577, 1577)})},
+        {"items": golden_manifest().items.model_copy(update={"length": (1577, 1578, 1577)})},
+        {"items": golden_manifest().items.model_copy(update={"offset": (0, 1577, -1)})},
+        {"items": golden_manifest().items.model_copy(update={"raw_offset": (704, 0, 1578)})},
+        {"items": golden_manifest().items.model_copy(update={"object": (0, 0, 2)})},
+        {"items": golden_manifest().items.model_copy(update={"offsets": (None, None, (2, 0))})},
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:

@@ -69,6 +69,14 @@ def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: P
     assert results[0][2] == ["checkpoint_quarantined", "restored"]
 
 
+def test_an_outage_is_not_taken_for_damage(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(cases.save_rows, str(tmp_path), (1, 2), world_size=2)
+    for victim in tmp_path.glob("step-000000002/attempt-*/*.distcp"):
+        victim.write_bytes(bytes(victim.stat().st_size))
+    assert ranks.run(cases.damage_and_outage, str(tmp_path), world_size=2) == ["Transient", "Transient"]
+    assert (tmp_path / "step-000000002/.metadata").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_death_at_any_step_of_a_save_leaves_the_old_or_the_new_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
