@@ -32,6 +32,7 @@ from launcher.membership import (
     breakage,
     decide,
 )
+from launcher.neighbours import Neighbours, watched_by
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Member:
         self._why = ""
         self._changed = threading.Condition(threading.RLock())
         self._stopping = threading.Event()
+        self._neighbours = Neighbours(self.evict)
         self._watch: Watch | None = None
         self._threads = [
             threading.Thread(target=self._follow, name="member-follow", daemon=True),
@@ -185,6 +187,8 @@ class Member:
                 failure=failure or self._record.failure,
             )
             self._changed.notify_all()
+        if status in (Status.STOPPING, Status.READY):
+            self._neighbours.watch(())
 
     def announce_running(self, generation: int) -> None:
         """Say that this node has joined `generation`."""
@@ -193,6 +197,9 @@ class Member:
                 self._record, status=Status.RUNNING, generation=generation, reason="", failure=None
             )
             self._changed.notify_all()
+            names = watched_by(self._round, self.node_id) if self._round else []
+            watched = [self._nodes[name] for name in names if name in self._nodes]
+        self._neighbours.watch(watched)
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary."""
@@ -207,7 +214,8 @@ class Member:
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         with self._changed:
-            if node_id not in self._nodes:
+            node = self._nodes.get(node_id)
+            if node is None or node.reason == _LEFT:
                 return
             self._departed[node_id] = f"lost: {reason}"
         with contextlib.suppress(KVUnavailable):
@@ -264,6 +272,7 @@ class Member:
     def leave(self) -> None:
         """Leave at once: the record says so and goes, with its lease."""
         self._stopping.set()
+        self._neighbours.close()
         if self._watch is not None:
             self._watch.cancel()
         with self._changed:

@@ -1,11 +1,13 @@
 """Is a peer's agent alive? Each agent listens on a port that does nothing; a refused connection means that it died.
 
-Asked only after a worker failed, so that the lease of a node that is plainly dead need not be waited for. Silence
-proves nothing (a slow or cut-off network): such a peer is left to its lease.
+Asked after a worker failed or a neighbour's connection closed, so that the lease of a node that is plainly dead need
+not be waited for. Silence proves nothing (a slow or cut-off network): such a peer is left to its lease.
 """
 
 from __future__ import annotations
 
+import contextlib
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -15,33 +17,55 @@ from launcher.membership import Node
 
 _TIMEOUT_S = 1.0
 _PARALLEL = 32
+_PATIENCE_S = 0.5
 
 
 class Doorbell:
-    """A listening socket that accepts and hangs up, for as long as this process lives."""
+    """A listening socket that says nothing: connections stay open for as long as this process lives."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._sock = socket.create_server((address, 0), family=family, backlog=128)
+        self._sock.setblocking(False)
         self.port: int = self._sock.getsockname()[1]
-        threading.Thread(target=self._answer, name="doorbell", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._answer, name="doorbell", daemon=True)
+        self._thread.start()
 
     def _answer(self) -> None:
-        while True:
-            try:
-                self._sock.accept()[0].close()
-            except OSError:
-                return
+        visitors: set[socket.socket] = set()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._sock, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in selector.select(_PATIENCE_S):
+                    if key.fileobj is self._sock:
+                        with contextlib.suppress(OSError):
+                            visitor, _ = self._sock.accept()
+                            visitors.add(visitor)
+                            selector.register(visitor, selectors.EVENT_READ)
+                    else:  # a visitor that leaves, or that talks: neither is wanted any more
+                        assert isinstance(key.fileobj, socket.socket)
+                        selector.unregister(key.fileobj)
+                        visitors.discard(key.fileobj)
+                        key.fileobj.close()
+        for sock in (self._sock, *visitors):
+            sock.close()
 
     def close(self) -> None:
-        """Stop listening."""
-        self._sock.close()
+        """Stop listening and hang up."""
+        self._closed = True
+        self._thread.join(timeout=5)
+
+
+def connect(address: str, port: int, timeout_s: float) -> socket.socket:
+    """A connection to a peer's doorbell. Raises OSError."""
+    return socket.create_connection((address, port), timeout=timeout_s)
 
 
 def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
     """Whether a connection is refused: the host answers, and nobody listens there."""
     try:
-        socket.create_connection((address, port), timeout=timeout_s).close()
+        connect(address, port, timeout_s).close()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -12,6 +12,7 @@ from launcher.errors import JobClosed, KVUnavailable
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.member import Member
 from launcher.membership import SUCCEEDED, Failure, Node, Round, Rules, Status
+from launcher.probe import Doorbell
 from launcher.rendezvous import MemberRendezvous
 from tests.cluster import until
 
@@ -50,10 +51,12 @@ class Job:
         self.members: dict[str, Member] = {}
         self.clients: dict[str, CuttableKV] = {}
         self.told = Told()
+        self.bells: list[Doorbell] = []
 
     def start(self, name: str) -> Member:
         kv = CuttableKV(self.hub)
-        node = Node(node_id=name, host=name, address="127.0.0.1", port=1, slots=1)
+        self.bells.append(Doorbell("127.0.0.1"))
+        node = Node(node_id=name, host=name, address="127.0.0.1", port=self.bells[-1].port, slots=1)
         planner = lambda slots, previous: None  # noqa: E731
         member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)
         member.start()
@@ -85,6 +88,8 @@ def job() -> Iterator[Job]:
     yield made
     for member in made.members.values():
         member.leave()
+    for bell in made.bells:
+        bell.close()
     made.hub.close()
 
 

@@ -1,0 +1,112 @@
+"""Hear of a neighbour's death from its kernel: a connection to its agent that closes is faster than any lease.
+
+Every node keeps a connection to the doorbells of the next two participants in rank order, so each is watched by two
+and the cost of a node does not grow with the job. A closed connection alone proves nothing: the peer is reported only
+if it then refuses a new one. A host that vanishes or freezes closes nothing; that is left to the lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Sequence
+
+from launcher.membership import Node, Round
+from launcher.probe import connect, is_refused
+
+_NUM_WATCHED = 2
+_CONNECT_TIMEOUT_S = 2.0
+
+
+def watched_by(current: Round, node_id: str) -> list[str]:
+    """The participants that `node_id` watches: the next ones in rank order, around the end."""
+    order = [p.node_id for p in current.participants]
+    if node_id not in order:
+        return []
+    own = order.index(node_id)
+    return [order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1)]
+
+
+class Neighbours:
+    """Watches the nodes last given to `watch`, from a thread of its own."""
+
+    def __init__(self, report: Callable[[str, str], None]) -> None:
+        """`report(node_id, reason)` is called for a neighbour that died, from the watching thread."""
+        self._report = report
+        self._lock = threading.Lock()
+        self._wanted: dict[str, Node] = {}
+        self._closed = False
+        self._wake_r, self._wake_w = os.pipe()
+        self._thread = threading.Thread(target=self._follow, name="neighbours", daemon=True)
+        self._thread.start()
+
+    def watch(self, nodes: Sequence[Node]) -> None:
+        """Watch these nodes and no others."""
+        with self._lock:
+            self._wanted = {node.node_id: node for node in nodes}
+            if not self._closed:
+                os.write(self._wake_w, b"x")
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._closed:
+            return
+        self._closed = True
+        os.write(self._wake_w, b"x")
+        self._thread.join(timeout=5)
+        os.close(self._wake_w)
+        os.close(self._wake_r)
+
+    def _follow(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_r, selectors.EVENT_READ)
+            links: dict[str, socket.socket] = {}
+            while not self._closed:
+                self._relink(selector, links)
+                for key, _ in selector.select():
+                    if key.fd == self._wake_r:
+                        os.read(self._wake_r, 4096)
+                    elif _ended(key.fileobj):
+                        node: Node = key.data
+                        self._unlink(selector, links, node.node_id)
+                        self._examine(node)
+            for node_id in list(links):
+                self._unlink(selector, links, node_id)
+
+    def _relink(self, selector: selectors.BaseSelector, links: dict[str, socket.socket]) -> None:
+        with self._lock:
+            wanted = dict(self._wanted)
+        for node_id in [n for n in links if n not in wanted]:
+            self._unlink(selector, links, node_id)
+        for node_id, node in wanted.items():
+            if node_id in links:
+                continue
+            try:
+                link = connect(node.address, node.port, _CONNECT_TIMEOUT_S)
+            except OSError:
+                self._examine(node)
+                continue
+            links[node_id] = link
+            selector.register(link, selectors.EVENT_READ, data=node)
+
+    def _unlink(self, selector: selectors.BaseSelector, links: dict[str, socket.socket], node_id: str) -> None:
+        link = links.pop(node_id)
+        selector.unregister(link)
+        link.close()
+
+    def _examine(self, node: Node) -> None:
+        """A link is gone: dead, or only the link. Either way the next `watch` starts over."""
+        with self._lock:
+            self._wanted.pop(node.node_id, None)
+        if is_refused(node.address, node.port):
+            self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
+
+
+def _ended(link: object) -> bool:
+    assert isinstance(link, socket.socket)
+    with contextlib.suppress(OSError):
+        return not link.recv(1)
+    return True

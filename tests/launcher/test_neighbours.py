@@ -1,0 +1,104 @@
+"""A neighbour's death is heard at once; a link that breaks without it is not taken for it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.membership import Node, Participant, Round
+from launcher.neighbours import Neighbours, watched_by
+from launcher.probe import Doorbell, is_refused
+from tests.cluster import until
+
+BELL = """
+import sys, time
+from launcher.probe import Doorbell
+print(Doorbell("127.0.0.1").port, flush=True)
+time.sleep(600)
+"""
+
+
+class Reports(list[tuple[str, str]]):
+    def __call__(self, node_id: str, reason: str) -> None:
+        self.append((node_id, reason))
+
+
+@pytest.fixture
+def reports() -> Reports:
+    return Reports()
+
+
+@pytest.fixture
+def neighbours(reports: Reports) -> Iterator[Neighbours]:
+    made = Neighbours(reports)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def peer() -> Iterator[tuple[subprocess.Popen[str], Node]]:
+    with subprocess.Popen([sys.executable, "-c", BELL], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        yield process, Node(node_id="peer", host="h", address="127.0.0.1", port=port, slots=1)
+        process.kill()
+
+
+def test_the_next_two_are_watched_around_the_end() -> None:
+    current = Round(1, "L", tuple(Participant(n, 1) for n in "abcd"), None, (), "")
+    assert watched_by(current, "a") == ["b", "c"]
+    assert watched_by(current, "d") == ["a", "b"]
+    assert watched_by(current, "x") == []
+    two = Round(1, "L", tuple(Participant(n, 1) for n in "ab"), None, (), "")
+    assert watched_by(two, "b") == ["a"]
+    assert watched_by(Round(1, "L", (Participant("a", 1),), None, (), ""), "a") == []
+
+
+def test_a_killed_neighbour_is_reported(
+    neighbours: Neighbours, reports: Reports, peer: tuple[subprocess.Popen[str], Node]
+) -> None:
+    process, node = peer
+    neighbours.watch([node])
+    until("linked", lambda: linked(node.port))
+    assert not reports
+    process.kill()
+    until("reported", lambda: reports)
+    assert reports[0][0] == "peer"
+    assert "connection refused" in reports[0][1]
+
+
+def test_a_neighbour_that_is_already_dead_is_reported(neighbours: Neighbours, reports: Reports) -> None:
+    bell = Doorbell("127.0.0.1")
+    bell.close()
+    neighbours.watch([Node(node_id="gone", host="h", address="127.0.0.1", port=bell.port, slots=1)])
+    until("reported", lambda: reports)
+
+
+def test_a_link_that_breaks_is_not_a_death(neighbours: Neighbours, reports: Reports) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as alive:
+        alive.settimeout(20)
+        port = alive.getsockname()[1]
+        neighbours.watch([Node(node_id="alive", host="h", address="127.0.0.1", port=port, slots=1)])
+        alive.accept()[0].close()
+        alive.accept()[0].close()  # it asks whether somebody is there
+    neighbours.close()
+    assert not reports
+
+
+def linked(port: int) -> set[str]:
+    """Established connections to a port, from /proc/net/tcp (proc(5))."""
+    with open("/proc/net/tcp") as table:
+        rows = [line.split() for line in table.readlines()[1:]]
+    return {row[1] for row in rows if row[2].endswith(f":{port:04X}") and row[3] == "01"}
+
+
+def test_a_doorbell_answers_many_and_refuses_once_closed() -> None:
+    bell = Doorbell("127.0.0.1")
+    for _ in range(50):
+        assert not is_refused("127.0.0.1", bell.port)
+    bell.close()
+    assert is_refused("127.0.0.1", bell.port)
