@@ -7,16 +7,17 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 
-from storage import catalog, commit, errors, layout, owner
+from storage import catalog, commit, layout, owner
+from storage.agreement import AgreeingGroup, error_class, to_message
 from storage.commit import Attempt, Contents, Origin
 from storage.describe import (
     Holdings,
@@ -28,10 +29,9 @@ from storage.describe import (
     num_surplus,
     state_dicts,
 )
-from storage.errors import Corrupt, StorageError, UsageError, WrongModel
+from storage.errors import Corrupt, NoCheckpoint, UsageError, WrongModel
 from storage.events import Listener, Reporter
 from storage.fetch import Traffic
-from storage.group import Group
 from storage.reading import read_items
 from storage.registry import open_store
 from storage.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
@@ -40,8 +40,6 @@ from storage.staging import StagingBuffer
 from storage.writing import Payload
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _NUM_DIFFERENCES_SHOWN = 5
 
@@ -70,7 +68,8 @@ class Checkpointer:
     optimizers wrapped as such), nested dicts and lists, plain Python values. Every rank of `process_group` makes the
     same calls in the same order, from one thread; without torch.distributed the process is alone.
 
-    Opening claims the run for this process group: whoever claimed it before can no longer commit.
+    Opening claims the run for this process group: whoever claimed it before can no longer commit. Open it after
+    torch.distributed is initialised.
 
     Args:
         url: the run's folder, see `storage.open_store`.
@@ -105,12 +104,12 @@ class Checkpointer:
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
-        self._group = Group(process_group)
+        self._group = AgreeingGroup(process_group)
         self._report = Reporter(on_event)
         self._store = open_store(url)
         origin = _origin(os.environ, generation, lineage, mesh)
-        claim = self._on_coordinator(
-            lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex)
+        claim = self._group.on_coordinator(
+            lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex).model_dump()
         )
         self._saver = Saver(self._store, owner.Owner(**claim), origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
@@ -135,6 +134,7 @@ class Checkpointer:
 
         Raises:
             UsageError: the state cannot be saved, the same on every rank.
+        StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
         started_s = time.monotonic()
         self._saver.wait_stored()
@@ -173,7 +173,7 @@ class Checkpointer:
         """
         started_s = time.monotonic()
         self.wait()
-        flat = state_dicts(state)
+        flat = self._group.everywhere(lambda: state_dicts(state))
         damaged: list[str] = []
         while (commit_bytes := self._newest_commit(damaged)) is not None:
             checkpoint = catalog.open_checkpoint(catalog.Commit.load(commit_bytes))
@@ -207,15 +207,17 @@ class Checkpointer:
             holdings = describe(state_dicts(state), is_coordinator=self._group.is_coordinator)
             planned = self._plan is not None and self._plan.digest == holdings.digest
             wanted = self._plan.picks if planned and self._plan else range(len(holdings.pieces))
-            return holdings, holdings.encode_values(wanted), _wrap(None)
-        except (UsageError, ValueError) as error:
-            return None, {}, _wrap(error)
+            return holdings, holdings.encode_values(wanted), to_message(None)
+        except Exception as error:
+            if not isinstance(error, (UsageError, ValueError)):
+                log.exception("the state cannot be described")
+            return None, {}, to_message(error)
 
     def _agree(self, step: int, holdings: Holdings | None, problem: dict[str, Any]) -> tuple[str | None, _Plan | None]:
         """One attempt for all ranks, and this rank's plan; no attempt if the step is committed already."""
         planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
         reports = self._group.gather(json.dumps({"planned": planned, "problem": problem}).encode())
-        answer = self._on_coordinator(lambda: self._decide(step, reports or []))
+        answer = self._group.on_coordinator(lambda: self._decide(step, reports or []))
         if answer["attempt"] is not None and not answer["planned"]:
             assert holdings is not None  # else there had been a problem
             self._plan = self._replan(holdings)
@@ -229,7 +231,8 @@ class Checkpointer:
             problem = report["problem"]
             if problem["error"] is not None:
                 where = f"rank {rank}: " if len(parsed) > 1 else ""
-                raise getattr(errors, problem["error"], UsageError)(where + problem["text"])
+                kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
+                raise kind(where + problem["text"])
         if self._saver.has_committed(step):
             log.info("step %d is committed already; not saved again", step)
             return {"attempt": None, "planned": True}
@@ -249,7 +252,7 @@ class Checkpointer:
             contents = contents_of(pieces_of_rank)
             return dump_picks(picks).decode()
 
-        picks = load_picks(self._on_coordinator(plan).encode())
+        picks = load_picks(self._group.on_coordinator(plan).encode())
         return _Plan(holdings.digest, picks[self._group.rank], contents)
 
     def _stage(self, holdings: Holdings, plan: _Plan, values: dict[int, Any]) -> tuple[list[Payload], str | None]:
@@ -270,6 +273,8 @@ class Checkpointer:
                     found = catalog.find_commit(self._store, layout.step_folder(step) + "/")
                     catalog.open_checkpoint(found)
                     return found.dump().hex()
+                except NoCheckpoint:
+                    continue  # removed since it was listed
                 except Corrupt as error:
                     self._set_aside(step, str(error))
                     reasons.append(str(error))
@@ -282,21 +287,21 @@ class Checkpointer:
                 )
             return None
 
-        answer = self._on_coordinator(find)
+        answer = self._group.on_coordinator(find)
         return None if answer is None else bytes.fromhex(answer)
 
     def _read(self, flat: dict[str, Any], checkpoint: catalog.Checkpoint, step: int) -> tuple[Traffic, int]:
         """Check that the state fits, then fill it. All ranks succeed or raise alike."""
         planner = SafeLoadPlanner()
         planner.set_up_planner(flat, checkpoint.metadata, self._group.is_coordinator)
-        self._everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
+        self._group.everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
 
         def read() -> tuple[Traffic, int]:
             items = planner.create_local_plan().items
             traffic = read_items(self._store, checkpoint, items, planner)
             return traffic, needed_bytes(items, checkpoint.metadata)
 
-        return self._everywhere(read)
+        return self._group.everywhere(read)
 
     def _check_fits(self, state: dict[str, Any], metadata: Metadata, step: int) -> None:
         found = differences(state, metadata)
@@ -308,68 +313,16 @@ class Checkpointer:
             log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
 
     def _quarantine(self, step: int, reason: str) -> None:
-        self._on_coordinator(lambda: self._set_aside(step, reason))
+        self._group.on_coordinator(lambda: self._set_aside(step, reason))
 
     def _set_aside(self, step: int, reason: str) -> None:
         commit.quarantine(self._store, step, str(uuid.uuid4()))
         self._report("checkpoint_quarantined", step=step, reason=reason)
 
-    # agreeing ---------------------------------------------------------------------------------------------------
-
-    def _on_coordinator(self, call: Callable[[], Any]) -> Any:
-        """The coordinator's answer (JSON, or a document) on every rank; its StorageError is raised on every rank."""
-        if not self._group.is_coordinator:
-            return _unwrap(json.loads(self._group.broadcast(None)))
-        message: dict[str, Any]
-        try:
-            answer = call()
-            message = {"answer": answer.model_dump() if hasattr(answer, "model_dump") else answer}
-        except StorageError as error:
-            message = _wrap(error)
-        except Exception as error:
-            self._group.broadcast(json.dumps(_wrap(error)).encode())
-            raise
-        return _unwrap(json.loads(self._group.broadcast(json.dumps(message).encode())))
-
-    def _everywhere(self, call: Callable[[], T]) -> T:
-        """This rank's answer, if every rank has one; else the first rank's error on every rank.
-
-        An error other than Corrupt goes first: with a store that fails, nobody can tell what is corrupt.
-        """
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = call()
-        except Exception as error:  # noqa: BLE001 - raised below, on every rank
-            failure = error
-        outcomes = [json.loads(data) for data in self._group.all_gather(json.dumps(_wrap(failure)).encode())]
-        failed = [outcome for outcome in outcomes if outcome["error"] is not None]
-        failed.sort(key=lambda outcome: bool(outcome["error"] == "Corrupt"))
-        if failed:
-            if failure is not None and not isinstance(failure, StorageError):
-                raise failure
-            _unwrap(failed[0])
-        return result  # type: ignore[return-value]
-
     def _close(self, *, abandon: bool) -> None:
         if not self._closed:
             self._closed = True
             self._saver.close(abandon=abandon)
-
-
-def _wrap(error: Exception | None) -> dict[str, Any]:
-    if error is None:
-        return {"error": None, "answer": None}
-    text = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-    return {"error": type(error).__name__, "text": text}
-
-
-def _unwrap(message: dict[str, Any]) -> Any:
-    name = message.get("error")
-    if name is None:
-        return message["answer"]
-    kind = getattr(errors, name, StorageError)
-    raise kind(message["text"])
 
 
 def _origin(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from storage import Checkpointer, inspect, open_store, owner, register_scheme, retention
-from storage.errors import Corrupt, Fenced, Transient, UnsupportedValue, UsageError, WrongModel
+from storage.errors import Corrupt, Fenced, StorageError, Transient, UnsupportedValue, UsageError, WrongModel
 from storage.memory import MemoryStore
 from storage.objects import Buffer, ObjectInfo
 
@@ -367,6 +367,21 @@ def test_another_model_is_told_by_its_differences(tmp_path: Path) -> None:
             assert part in str(caught.value)
         assert caught.value.exit_code == 2
         assert ckpt.restore({"w": torch.ones(2, 3)}) == 1  # a part of the state is fine
+
+
+class Broken:
+    """A Stateful object that fails."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("out of order")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def test_a_state_dict_that_fails_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(StorageError, match="RuntimeError: out of order"):
+        ckpt.save(1, {"broken": Broken()})
+    assert "out of order" in caplog.text
 
 
 def test_mistakes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

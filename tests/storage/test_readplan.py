@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.checksum import block_size_bytes
 from storage.readplan import ItemSpan, Part, Want, box_runs, plan_parts
 
 
@@ -108,3 +110,26 @@ def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
     assert len(parts) == 1
     direct = sum(segment.stop - segment.start for segment in parts[0].segments if segment.direct)
     assert direct == 15 * 16384  # all but the first block and the last two, which the framing shares
+
+
+@pytest.mark.parametrize("size_mib", [1, 8, 100, 5000])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 1), (2, 4), (4, 3), (3, 5)])
+def test_resharding_fetches_hardly_more_than_it_needs(size_mib: int, saved_by: int, loaded_by: int) -> None:
+    """One tensor, sharded by rows, saved by some ranks and loaded by others: fetched / needed over all ranks."""
+    total = size_mib << 20
+    cuts = [total * rank // saved_by for rank in range(saved_by + 1)]
+    items = [ItemSpan(i, 0, 704 + b - a + 873, block_size_bytes(704 + b - a + 873)) for i, (a, b) in pairs(cuts)]
+    fetched = 0
+    shares = [total * rank // loaded_by for rank in range(loaded_by + 1)]
+    for _, (low, high) in pairs(shares):
+        wants = [
+            Want(i, 704 + max(low, a) - a, 704 + min(high, b) - a, 0, max(low, a) - low)
+            for i, (a, b) in pairs(cuts)
+            if max(low, a) < min(high, b)
+        ]
+        fetched += sum(part.stop - part.start for part in plan_parts(items, wants))
+    assert fetched / total <= (1.02 if size_mib > 1 else 1.15)
+
+
+def pairs(cuts: list[int]) -> list[tuple[int, tuple[int, int]]]:
+    return list(enumerate(itertools.pairwise(cuts)))

@@ -1,0 +1,70 @@
+"""Ranks that succeed or fail together: one answer, or one error, on all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from storage import errors
+from storage.errors import StorageError
+from storage.group import Group
+
+T = TypeVar("T")
+
+
+class AgreeingGroup(Group):
+    """A group whose members never go different ways after an error. Every method is a collective."""
+
+    def on_coordinator(self, call: Callable[[], Any]) -> Any:
+        """The coordinator's answer (what JSON can carry) on every rank; its error is raised on every rank."""
+        if not self.is_coordinator:
+            message = json.loads(self.broadcast(None))
+            if message["error"] is not None:
+                raise _to_error(message)
+            return message["answer"]
+        try:
+            answer = call()
+        except Exception as error:
+            self.broadcast(json.dumps(to_message(error)).encode())
+            raise
+        self.broadcast(json.dumps({"error": None, "answer": answer}).encode())
+        return answer
+
+    def everywhere(self, call: Callable[[], T]) -> T:
+        """This rank's answer, if every rank has one; else the first rank's error on every rank.
+
+        An error other than Corrupt goes first: with a store that fails, nobody can tell what is corrupt.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001 - raised below, on every rank
+            failure = error
+        outcomes = [json.loads(data) for data in self.all_gather(json.dumps(to_message(failure)).encode())]
+        failed = [outcome for outcome in outcomes if outcome["error"] is not None]
+        failed.sort(key=lambda outcome: bool(outcome["error"] == "Corrupt"))
+        if failed:
+            if failure is not None and (failed[0] == to_message(failure) or not isinstance(failure, StorageError)):
+                raise failure
+            raise _to_error(failed[0])
+        return result  # type: ignore[return-value]
+
+
+def to_message(error: Exception | None) -> dict[str, Any]:
+    """What the other ranks hear of an error, or of none: `error`, the name of its class, and `text`."""
+    if error is None:
+        return {"error": None}
+    text = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+    return {"error": type(error).__name__, "text": text}
+
+
+def error_class(name: str) -> type[StorageError]:
+    """The error class of that name; StorageError for errors of other packages."""
+    kind = getattr(errors, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, StorageError) else StorageError
+
+
+def _to_error(message: dict[str, Any]) -> StorageError:
+    return error_class(message["error"])(message["text"])
