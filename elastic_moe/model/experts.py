@@ -6,6 +6,7 @@ D model dim, F expert dim.
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -37,6 +38,15 @@ def grouped_obstacle(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]
     return None
 
 
+@functools.cache
+def uses_grouped(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]) -> bool:
+    """Whether these experts run in one kernel; where they do not, the log says why, once."""
+    obstacle = grouped_obstacle(device_type, dtype, dims)
+    if obstacle:
+        log.info("experts run one by one: %s", obstacle)
+    return obstacle is None
+
+
 class Experts(nn.Module):
     """SwiGLU experts, `down(silu(gate x) * up x)`, over rows that are already sorted by expert.
 
@@ -52,7 +62,6 @@ class Experts(nn.Module):
         self.up_EFD = nn.Parameter(torch.empty(shape))
         self.down_EDF = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.exact = False
-        self._grouped: bool | None = None
 
     def forward(self, x_RD: Tensor, counts_PE: Tensor) -> Tensor:
         """Rows in, rows out, in the same order.
@@ -79,19 +88,12 @@ class Experts(nn.Module):
         return y_RD[torch.argsort(order_R)]
 
     def _swiglu(self, x_RD: Tensor, counts_E: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        if self._grouped is None:
-            self._decide(x_RD, weights[0])
-        products = grouped_products if self._grouped else looped_products
-        ends_E = counts_E.cumsum(0).to(torch.int32)
         gate, up, down = weights
+        grouped = uses_grouped(x_RD.device.type, x_RD.dtype, tuple(gate.shape[1:]))
+        products = grouped_products if grouped else looped_products
+        ends_E = counts_E.cumsum(0).to(torch.int32)
         hidden_RF = F.silu(products(x_RD, gate, ends_E)) * products(x_RD, up, ends_E)
         return products(hidden_RF, down, ends_E)
-
-    def _decide(self, x_RD: Tensor, gate_EFD: Tensor) -> None:
-        obstacle = grouped_obstacle(x_RD.device.type, x_RD.dtype, tuple(gate_EFD.shape[1:]))
-        self._grouped = obstacle is None
-        if obstacle:
-            log.info("experts run one by one: %s", obstacle)
 
 
 def expert_major_order(counts_PE: Tensor) -> Tensor:

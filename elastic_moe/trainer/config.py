@@ -50,9 +50,9 @@ class TrainConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What forward and backward compute in; parameters and optimizer state are fp32 regardless."""
     exact: bool = False
-    """Let no bit of the result depend on the world size or mesh: micro-batches of one, gradients added in float64.
-    To verify a set-up, not to be fast. Needs float32 and an `expert_dim` in multiples of 32; on CUDA it holds as far
-    as the kernels are deterministic."""
+    """Let no bit of the result depend on the world size or mesh: micro-batches of one, gradients added in float64, one
+    thread. To verify a set-up, not to be fast. Needs float32 and an `expert_dim` in multiples of 32; on CUDA it holds
+    as far as the kernels are deterministic."""
     keep_gathered: bool = False
     """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
     metrics: str | None = "metrics.jsonl"

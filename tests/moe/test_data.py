@@ -21,6 +21,7 @@ worlds = st.integers(1, 16)
 batches = st.integers(1, 70)
 
 
+@settings(deadline=None)
 @given(num_items=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
 def test_permute_is_a_permutation(num_items: int, seed: int, epoch: int) -> None:
     images = permute(np.arange(num_items), num_items, seed=seed, epoch=epoch)
@@ -40,6 +41,7 @@ def test_order_looks_random() -> None:
     assert (images == other).mean() < 1e-3
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), global_batch=batches, num_samples=st.integers(1, 200))
 def test_an_epoch_holds_every_sample_once(seed: int, global_batch: int, num_samples: int) -> None:
     num_steps = -(-2 * num_samples // global_batch)
@@ -49,7 +51,7 @@ def test_an_epoch_holds_every_sample_once(seed: int, global_batch: int, num_samp
         assert np.array_equal(np.sort(of_epoch), np.arange(num_samples))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(world_size=worlds, global_batch=batches, micro_batch=st.integers(1, 8), step=st.integers(0, 50))
 def test_ranks_together_train_each_sample_once(world_size: int, global_batch: int, micro_batch: int, step: int) -> None:
     """Any world size, primes too: the same samples in the same step, equal rounds, the rest padding of no weight."""

@@ -99,6 +99,7 @@ def test_odd_widths_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_expert_major_order(counts: list[list[int]]) -> None:
     labels = [(source, expert) for source, row in enumerate(counts) for expert, n in enumerate(row) for _ in range(n)]

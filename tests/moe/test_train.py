@@ -46,10 +46,11 @@ def run_rank(what: JobConfig, environ: dict[str, str], error_path: Path) -> None
 
     from elastic_moe.trainer.run import train
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if not what.train.exact else 2)  # exact mode minds it by itself
     os.environ.update(environ)
     try:
         train(what)
+        assert torch.get_num_threads() == 1
     except UserError as error:
         error_path.write_text(str(error))
         raise SystemExit(error.exit_code) from None

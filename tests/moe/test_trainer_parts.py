@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.config import JobConfig
@@ -36,6 +36,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+@settings(deadline=None)
 @given(warmup=st.integers(0, 30), num_steps=st.integers(1, 30), step=st.integers(0, 40))
 def test_learning_rate_is_always_sound(warmup: int, num_steps: int, step: int) -> None:
     rate = learning_rate(step, num_steps, OptimConfig(lr=1.0, warmup_steps=warmup))
