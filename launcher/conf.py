@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,8 +26,8 @@ class RendezvousConf(BaseModel):
     """Joiners are taken in together once none has come for this long."""
     timeout: float = Field(900.0, gt=0, alias="join_timeout")
     """A node waits this long for a round, a job this long for min nodes."""
-    connect_timeout: float = Field(10.0, gt=0)
-    """An endpoint that has not answered by then is reported."""
+    connect_timeout: float | None = Field(None, gt=0)
+    """An endpoint that has not answered by then is reported (default: 10 embedded, 6 etcd3)."""
     stop_timeout: float = Field(60.0, gt=0)
     """A node whose workers have not stopped by then is left out of the next round."""
     yield_timeout: float = Field(300.0, gt=0)
@@ -38,6 +38,25 @@ class RendezvousConf(BaseModel):
     """File with the secret that the embedded store wants from its clients."""
     is_host: str = ""
     """true or false, where the endpoint's name does not tell whether this node hosts the embedded store."""
+    protocol: Literal["", "http", "https"] = ""
+    """etcd3: https for TLS; implied by certificates, and by https:// before an endpoint."""
+    cacert: str = ""
+    """etcd3: file with the certificates (PEM) of the authorities that etcd's certificate may come from."""
+    cert: str = ""
+    """etcd3: file with this client's certificate."""
+    key: str = ""
+    """etcd3: file with the private key of `cert`."""
+    user: str = ""
+    """etcd3: user name; the password comes from `password_file` or ELASTIC_MOE_ETCD_PASSWORD."""
+    password_file: str = ""
+    """etcd3: file with the password of `user`."""
+    prefix: str = ""
+    """etcd3: goes before every key, for a user who may not write others. Keys are `PREFIXelastic-moe/RUN_ID/...`."""
+
+    def store_options(self) -> dict[str, str]:
+        """What concerns the connection to the store, as `launcher.kv.connect` wants it: only what was given."""
+        names = ("token_file", "is_host", "protocol", "cacert", "cert", "key", "user", "password_file", "prefix")
+        return {name: value for name in names if (value := getattr(self, name))}
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> RendezvousConf:
@@ -49,6 +68,10 @@ class RendezvousConf(BaseModel):
         by_alias = {field.alias: name for name, field in cls.model_fields.items() if field.alias}
         named = {by_alias.get(key, key): value for key, value in given.items()}
         for key in named:
+            if key in ("password", "token"):
+                raise UsageError(
+                    f"--rdzv-conf {key}: every user of a machine can read its command lines; use {key}_file"
+                )
             if key not in cls.model_fields:
                 close = get_close_matches(key, cls.model_fields, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"

@@ -68,7 +68,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
     connection = connect(
         config.rdzv_backend,
         config.rdzv_endpoint,
-        {k: v for k, v in (("token_file", conf.token_file), ("is_host", conf.is_host)) if v},
+        conf.store_options(),
         local_addr=config.local_addr,
         timeout_s=conf.connect_timeout,
     )

@@ -25,7 +25,6 @@ _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 128 + N this
 node left the job on signal N (SIGTERM and SIGHUP first let the workers stop at a step boundary).
 """
-_BACKENDS = ("embedded", "memory")
 
 
 def register(verbs: Subparsers) -> None:
@@ -98,14 +97,20 @@ def _usage_error(message: str) -> NoReturn:
 
 def _choose_backend(given: argparse.Namespace) -> None:
     """One node needs no store to meet at; several meet at an embedded one."""
+    from launcher.kv.connect import BACKENDS, unknown_backend
+
     if given.rdzv_backend in ("static", "c10d"):
         alone = given.standalone or given.nnodes in ("1", "1:1")
         given.rdzv_backend = "memory" if alone and not given.rdzv_endpoint else "embedded"
-    if given.rdzv_backend not in _BACKENDS:
-        raise UserError(f"--rdzv-backend {given.rdzv_backend}: unknown; choose one of {', '.join(_BACKENDS)}")
+    if given.rdzv_backend not in BACKENDS:
+        raise UserError(f"--rdzv-backend {given.rdzv_backend}: {unknown_backend(given.rdzv_backend)}")
     if given.rdzv_backend == "embedded" and not given.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: several nodes need HOST:PORT of the first one to meet at")
+    if given.rdzv_backend == "etcd3" and not given.rdzv_endpoint:
+        raise UserError("--rdzv-endpoint: etcd3 needs HOST:PORT of the etcd, or several, separated by commas")
     if given.rdzv_id in (None, "none"):
+        if given.rdzv_backend == "etcd3":  # an etcd outlives jobs: two that share a name would be one
+            raise UserError("--rdzv-id: jobs that share an etcd need names of their own; the same on all nodes of one")
         given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
 
 

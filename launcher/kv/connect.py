@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,12 +15,16 @@ from launcher.errors import UsageError
 from launcher.kv.base import KV
 from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.memory import MemoryKV
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 29400
+BACKENDS = ("embedded", "etcd3", "memory")
 TOKEN_VARIABLE = "ELASTIC_MOE_TOKEN"
+_EMBEDDED_TIMEOUT_S = 10.0
+_ETCD_TIMEOUT_S = 6.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,12 @@ class Connection:
 
 
 def connect(
-    backend: str, endpoint: str, conf: Mapping[str, str], *, local_addr: str | None, timeout_s: float
+    backend: str, endpoint: str, conf: Mapping[str, str], *, local_addr: str | None, timeout_s: float | None
 ) -> Connection:
     """Open the store.
 
-    `conf` (from `--rdzv-conf`) may hold `token_file` and `is_host` (for a host name that does not tell).
+    `conf` is what `RendezvousConf.store_options` gives. `timeout_s`: how long to wait for the store; None: as long as
+    its kind deserves (an embedded one comes with the first node, an etcd should be there before).
 
     Raises:
         UsageError: an unknown back end, a bad or unreachable endpoint, a missing token.
@@ -47,9 +53,43 @@ def connect(
             kv = MemoryKV()
             return Connection(kv, local_addr or "127.0.0.1", hosts_store=False, close=kv.close)
         case "embedded":
-            return _connect_embedded(endpoint, conf, local_addr, timeout_s)
+            return _connect_embedded(endpoint, conf, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S)
+        case "etcd3":
+            return _connect_etcd(endpoint, conf, local_addr, timeout_s or _ETCD_TIMEOUT_S)
         case _:
-            raise UsageError(f"--rdzv-backend {backend}: unknown; choose embedded (or memory for a single node)")
+            raise UsageError(f"--rdzv-backend {backend}: {unknown_backend(backend)}")
+
+
+def unknown_backend(backend: str) -> str:
+    """What to tell of a back end that is none of ours."""
+    if backend in ("etcd", "etcd-v2"):
+        return "torch's own, for the v2 API that etcd no longer has; did you mean etcd3?"
+    return f"unknown; choose one of {', '.join(BACKENDS)}"
+
+
+def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
+    config = EtcdConfig.parse(endpoint, conf, parse_endpoint)
+    try:
+        # Only here: gRPC and its threads come into a process that asked for them, and into no worker.
+        from launcher.kv.etcd import EtcdKV
+    except ImportError as error:
+        raise UsageError(f"--rdzv-backend etcd3: {error}; install it with pip install 'elastic-moe[etcd]'") from error
+    kv = EtcdKV(config)
+    try:
+        kv.wait_ready(timeout_s)
+        address = local_addr or _address_towards(_resolvable(config))
+    except BaseException:
+        kv.close()
+        raise
+    return Connection(kv, address, hosts_store=False, close=kv.close)
+
+
+def _resolvable(config: EtcdConfig) -> str:
+    """The address of the first endpoint that has one; one of them has just answered."""
+    for host, _ in config.endpoints[:-1]:
+        with contextlib.suppress(UsageError):
+            return _resolve(host)
+    return _resolve(config.endpoints[-1][0])
 
 
 def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:

@@ -176,13 +176,12 @@ class EtcdKV:
         key, range_end = _span(self._key(prefix))
         return etcdrpc.RangeRequest(key=key, range_end=range_end, count_only=count_only)
 
-    def _unchanged(self, key: str, revision: int | None) -> list[Any]:
+    def _unchanged(self, key: str, revision: int | None) -> tuple[Any, ...]:
+        """The condition of a transaction; a key that does not exist has revision 0."""
         if revision is None:
-            return []
+            return ()
         compare = etcdrpc.Compare
-        return [
-            compare(result=compare.EQUAL, target=compare.MOD, key=self._key(key), mod_revision=revision),
-        ]
+        return (compare(result=compare.EQUAL, target=compare.MOD, key=self._key(key), mod_revision=revision),)
 
 
 def _span(prefix: bytes) -> tuple[bytes, bytes]:

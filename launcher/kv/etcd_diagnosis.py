@@ -25,6 +25,10 @@ class Flaw:
     permanent: bool
 
 
+# An etcd that starts, or has not found its cluster's leader yet, is as mute as something that is none.
+_MUTE = Flaw("something listens there, but it does not answer as an etcd does", permanent=False)
+
+
 def diagnose(host: str, port: int, tls: Tls | None, timeout_s: float) -> Flaw | None:
     """What is wrong with an endpoint, as far as its socket tells; None where it speaks HTTP/2 as etcd does."""
     try:
@@ -44,17 +48,11 @@ def _plain(sock: socket.socket, timeout_s: float) -> Flaw | None:
     try:
         sock.sendall(_HTTP2_HELLO)
         answer = sock.recv(64)
-    except TimeoutError:
-        return Flaw("something listens there, but it is not an etcd", permanent=True)
-    except OSError:
+    except OSError:  # a deadline, or hung up on
         answer = b""
-    if len(answer) >= 4 and answer[3] == _SETTINGS_FRAME and not answer.startswith(b"HTTP/"):
-        return None
     if answer[:1] == bytes([_TLS_ALERT]) or (not answer and _speaks_tls(peer, timeout_s)):
         return Flaw("it wants TLS; add --rdzv-conf protocol=https,cacert=PATH", permanent=True)
-    if answer.startswith(b"HTTP/"):
-        return Flaw("an HTTP server listens there, not an etcd", permanent=True)
-    return Flaw("something listens there, but it is not an etcd", permanent=True)
+    return _told(answer)
 
 
 def _speaks_tls(peer: tuple[str, int], timeout_s: float) -> bool:
@@ -65,6 +63,8 @@ def _speaks_tls(peer: tuple[str, int], timeout_s: float) -> bool:
     try:
         with socket.create_connection(peer, timeout=timeout_s) as sock, context.wrap_socket(sock):
             return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")  # such as: it wants a client certificate
     except OSError:
         return False
 
@@ -78,13 +78,20 @@ def _encrypted(sock: socket.socket, host: str, tls: Tls) -> Flaw | None:
         return Flaw(f"its certificate is not accepted: {error.verify_message}", permanent=True)
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        if "wrong version" in reason or "http request" in reason or "record layer" in reason:
+        if any(hint in reason for hint in ("eof", "wrong version", "http request", "record layer")):
             return Flaw("it does not speak TLS; leave protocol=https and the certificates out", permanent=True)
+        if not tls.cert:
+            return Flaw("it wants a client certificate; add --rdzv-conf cert=PATH,key=PATH", permanent=True)
         return Flaw(f"it refuses this client's certificate: {reason}", permanent=True)
     except TimeoutError:
-        return Flaw("something listens there, but it is not an etcd", permanent=True)
+        return _MUTE
     except OSError as error:
         return Flaw(f"it closed the TLS connection: {(error.strerror or str(error)).lower()}", permanent=False)
-    if len(answer) >= 4 and answer[3] == _SETTINGS_FRAME and not answer.startswith(b"HTTP/"):
-        return None
-    return Flaw("something with TLS listens there, but it is not an etcd", permanent=True)
+    return _told(answer)
+
+
+def _told(answer: bytes) -> Flaw | None:
+    if not answer:
+        return _MUTE
+    is_http2 = len(answer) >= 4 and answer[3] == _SETTINGS_FRAME
+    return None if is_http2 else Flaw("something else listens there, not an etcd", permanent=True)

