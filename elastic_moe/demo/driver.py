@@ -27,6 +27,17 @@ SLOTS_PER_NODE = 2
 KILL_AT = 0.2
 STEPS_ALONE = 12
 
+_RECORDS = (
+    "checkpoints",
+    "events.jsonl",
+    "job.toml",
+    "metrics.jsonl",
+    "node-1",
+    "node-2",
+    "story.png",
+    "summary.json",
+    "unbroken",
+)
 _POLL_S = 0.05
 _STEP_DEADLINE_S = 120.0
 _START_DEADLINE_S = 90.0
@@ -248,8 +259,16 @@ def _prepare(out: Path) -> None:
         job = out / "job.toml"
         if not job.is_file() or not job.read_text(errors="replace").startswith(MARK):
             raise UserError(f"--out {out}: not empty, and not of an earlier demo; choose another directory")
-        shutil.rmtree(out)
+        for name in _RECORDS:  # and nothing that somebody else put there
+            _remove(out / name)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_records(path: Path, records: list[Record]) -> None:

@@ -121,9 +121,10 @@ def _mark_faults(axes: Axes, summary: Summary, events: Sequence[Record]) -> None
 
 def _mark(axes: Axes, step: int, text: str, color: str, height: float) -> None:
     axes.axvline(step, color=color, lw=1.4)
-    axes.text(
-        step, height, f"  {text}".replace("\n", "\n  "), transform=axes.get_xaxis_transform(),
-        color=color, fontsize=9.5, fontweight="bold", va="bottom", ha="left",
+    axes.annotate(
+        text, (step, height), xycoords=axes.get_xaxis_transform(), xytext=(8, 0), textcoords="offset points",
+        color=color, fontsize=9.5, fontweight="bold", va="bottom", ha="left", zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
     )  # fmt: skip
 
 

@@ -95,7 +95,10 @@ def test_only_an_earlier_demo_is_overwritten(tmp_path: Path) -> None:
     _prepare(fresh)
     assert list(fresh.iterdir()) == []
 
+    (fresh / "job.toml").write_text(job)
     (fresh / "thesis.tex").write_text("mine")
+    _prepare(fresh)
+    assert [path.name for path in fresh.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="not empty, and not of an earlier demo"):
         _prepare(fresh)
     assert (fresh / "thesis.tex").read_text() == "mine"

@@ -1,0 +1,46 @@
+"""The demo itself, shortened, and what it says when a node fails for good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cli.main import main
+from elastic_moe.demo import driver
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Real processes: a node is killed and comes back; the losses are those of an unbroken run."""
+    out = tmp_path / "demo"
+    code = main(["demo", "--out", str(out), "--steps", "80", "--seed", "1"])
+    told = capfd.readouterr().out
+    assert code == 0, told
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["ok"], summary["problems"]
+    assert summary["steps"] == 80
+    assert summary["steps_lost_on_return"] == 0
+    assert summary["loss_rel_diff_max"] == 0.0
+    worlds = [generation["world_size"] for generation in summary["generations"]]
+    assert worlds[0] == 4
+    assert worlds[-1] == 4
+    assert 2 in worlds
+    for sentence in ("node-2 is killed whole", "mesh re-planned to expert parallel 2", "no step lost", "outcome"):
+        assert sentence in told
+    assert (out / "story.png").stat().st_size > 20_000
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [event["ts"] for event in events] == sorted(event["ts"] for event in events)
+    assert {"demo_node_killed", "node_lost", "round_formed", "restored", "finished"} <= {e["event"] for e in events}
+
+
+def test_a_failing_demo_shows_the_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "job_toml", lambda **paths: "[model]\nfaulty_key = 1\n")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    captured = capfd.readouterr()
+    assert "elastic-moe: error: node-1 ended with exit code 2 while waiting for node 1 to join" in captured.err
+    assert "--- node-1, the end of" in captured.out
+    assert "unknown key model.faulty_key" in captured.out
