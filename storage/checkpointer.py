@@ -111,7 +111,9 @@ class Checkpointer:
         claim = self._group.on_coordinator(
             lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex).model_dump()
         )
-        self._saver = Saver(self._store, owner.Owner(**claim), origin, keep, self._report, timeout_s)
+        self._owner = owner.Owner(**claim)
+        self._group.everywhere(self._check_shared)
+        self._saver = Saver(self._store, self._owner, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
         self._plan: _Plan | None = None
         self._closed = False
@@ -198,6 +200,14 @@ class Checkpointer:
             )
             return step
         return 0
+
+    def _check_shared(self) -> None:
+        """A folder of each node's own would let every save wait for receipts that can never be seen."""
+        if owner.read_owner(self._store) is None:
+            raise UsageError(
+                f"rank {self._group.rank} does not see in {self._store.url} what rank 0 wrote there; the checkpoint URL"
+                " must be storage that all nodes share"
+            )
 
     # saving -----------------------------------------------------------------------------------------------------
 

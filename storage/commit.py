@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from storage.owner import check as check_owner
 
 _POLL_S_MIN = 0.02
 _POLL_S_MAX = 2.0
+_NUM_RANKS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,18 @@ class Patience:
         self._deadline_s = deadline_s
         self._stop = stop
 
-    def poll(self, what: str) -> Iterator[None]:
-        """Yields at growing intervals (20 ms to 2 s). Raises Transient at the deadline or when stopped."""
+    def poll(self, what: Callable[[], str]) -> Iterator[None]:
+        """Yields at growing intervals (20 ms to 2 s).
+
+        Raises Transient, with `what` is still missing then, at the deadline or when stopped.
+        """
         for count in itertools.count():
             yield
             left_s = self._deadline_s - time.monotonic()
             if left_s <= 0:
-                raise Transient(f"gave up waiting for {what}")
+                raise Transient(f"gave up waiting for {what()}")
             if self._stop.wait(min(_POLL_S_MIN * 1.5 ** min(count, 12), _POLL_S_MAX, left_s)):
-                raise Transient(f"closed while waiting for {what}")
+                raise Transient(f"closed while waiting for {what()}")
 
 
 def put_receipt(store: ObjectStore, attempt: Attempt, receipt: Receipt) -> None:
@@ -112,7 +116,13 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience) -> 
     """
     receipts: dict[int, Receipt] = {}
     folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
-    for _ in patience.poll(f"the receipts of all {attempt.world_size} ranks"):
+
+    def missing() -> str:
+        ranks = [str(rank) for rank in range(attempt.world_size) if rank not in receipts]
+        more = f" and {len(ranks) - _NUM_RANKS_SHOWN} more" if len(ranks) > _NUM_RANKS_SHOWN else ""
+        return f"the receipts of ranks {', '.join(ranks[:_NUM_RANKS_SHOWN])}{more}"
+
+    for _ in patience.poll(missing):
         for info in store.list(folder + "receipt-"):
             rank = layout.parse_receipt(info.key.removeprefix(folder))
             if rank is None or rank in receipts:
@@ -211,7 +221,7 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
         Transient: nothing was heard in time.
     """
     aborted_key = attempt.prefix + layout.aborted_name(attempt.id)
-    for _ in patience.poll("the coordinator to commit"):
+    for _ in patience.poll(lambda: "the coordinator to commit"):
         try:
             raise StorageError(load_aborted(store.read(aborted_key), aborted_key).reason)
         except NotFound:

@@ -226,6 +226,36 @@ def fall_back(folder: str) -> tuple[int, int, list[str]]:
     return step, state["n"], names
 
 
+def not_shared(folder: str) -> str:
+    """Open a folder that each rank has for itself; what is raised."""
+    try:
+        Checkpointer(f"{folder}/{dist.get_rank()}").close()
+    except StorageError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class Silent(LocalStore):
+    """Swallows the receipt of rank 1."""
+
+    def put(self, key: str, buffers: Sequence[Any], *, if_absent: bool = False) -> ObjectInfo:
+        if key.endswith("receipt-000001.json"):
+            raise Transient("swallowed")
+        return super().put(key, buffers, if_absent=if_absent)
+
+
+def silent_rank(folder: str) -> str:
+    """A save of which one rank can tell nobody how it went; the reason of its failure."""
+    reasons: list[str] = []
+    register_scheme("silent", lambda rest: Silent(folder))
+    with Checkpointer(
+        "silent://", on_event=lambda _, fields: reasons.append(fields.get("reason", "")), timeout_s=0.5
+    ) as c:
+        c.save(1, _rows(1), wait=True)
+        assert not c.wait()
+    return reasons[-1]
+
+
 class Unreachable(LocalStore):
     """Data objects cannot be read."""
 

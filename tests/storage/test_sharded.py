@@ -69,6 +69,18 @@ def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: P
     assert results[0][2] == ["checkpoint_quarantined", "restored"]
 
 
+def test_a_folder_that_is_not_shared_is_noticed_at_once(ranks: Ranks, tmp_path: Path) -> None:
+    for message in ranks.run(cases.not_shared, str(tmp_path), world_size=2):
+        assert message.startswith("UsageError: rank 1 does not see")
+
+
+def test_a_rank_that_stays_silent_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    reasons = ranks.run(cases.silent_rank, str(tmp_path), world_size=3)
+    assert reasons[0] == "gave up waiting for the receipts of ranks 1"
+    assert reasons[1] == "swallowed"
+    assert reasons[2] in (reasons[0], "gave up waiting for the coordinator to commit")
+
+
 def test_an_outage_is_not_taken_for_damage(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(cases.save_rows, str(tmp_path), (1, 2), world_size=2)
     for victim in tmp_path.glob("step-000000002/attempt-*/*.distcp"):

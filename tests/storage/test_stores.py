@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,15 @@ def test_local_links_do_not_lead_out(tmp_path: Path) -> None:
     (tmp_path / "run/link").symlink_to(tmp_path)
     with pytest.raises(Denied):
         store.read("link/secret")
+
+
+def test_local_sweeps_what_killed_processes_left(tmp_path: Path) -> None:
+    (tmp_path / ".tmp").mkdir()
+    for name, age_s in (("old", 2 * 24 * 3600), ("new", 60)):
+        (tmp_path / ".tmp" / name).write_bytes(b"half a file")
+        os.utime(tmp_path / ".tmp" / name, (time.time() - age_s,) * 2)
+    assert open_store(str(tmp_path)).list("") == []
+    assert [path.name for path in (tmp_path / ".tmp").iterdir()] == ["new"]
 
 
 def test_local_empty_folders_do_not_exist(tmp_path: Path) -> None:
