@@ -114,13 +114,13 @@ def test_a_tail_reads_complete_lines_once(tmp_path: Path) -> None:
     tail = Tail(tmp_path / "records.jsonl")
     assert tail.read() == []
     with tail.path.open("a") as file:
-        file.write('{"step": 1}\n{"st')
+        file.write('{"step": 1}\n{"mesh": {"shard": 1}, "st')
         file.flush()
         assert tail.read() == [{"step": 1}]
         assert tail.read() == []
         file.write('ep": 2}\n')
         file.flush()
-        assert tail.read() == [{"step": 2}]
+        assert tail.read() == [{"mesh": {"shard": 1}, "step": 2}]
 
 
 def test_the_last_record_of_a_step_counts() -> None:
