@@ -119,12 +119,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send((None, _run(job)))
+            _answer(job, pipe)
         except BaseException:
             pipe.send((traceback.format_exc(), None))
 
 
-def _run(job: _Job) -> Any:
+def _answer(job: _Job, pipe: Connection) -> None:
     import torch.distributed as dist
 
     dist.init_process_group(
@@ -137,9 +137,13 @@ def _run(job: _Job) -> Any:
     try:
         result = job.function(*job.args)
         dist.barrier()
-        return result
+    except BaseException:
+        # Before the group is left: ranks that wait for this one fail then, and must not be heard first.
+        pipe.send((traceback.format_exc(), None))
+        return
     finally:
         dist.destroy_process_group()
+    pipe.send((None, result))
 
 
 _shared = Ranks()

@@ -86,6 +86,8 @@ def run_steps(
     metrics: MetricsFile | None,
 ) -> None:
     """Steps from `progress.step` to the last, or to a stop."""
+    if progress.step >= job.train.steps:
+        log.info("the checkpoint is of step %d and train.steps is %d: nothing is left", progress.step, job.train.steps)
     first = progress.step + 1
     while progress.step < job.train.steps:
         began_s = time.perf_counter()
