@@ -105,6 +105,7 @@ class ElasticAgent(LocalElasticAgent):
         self._warm = warm
         self._channels: dict[int, Channel] = {}
         self._started_s = 0.0
+        self._yielded = False
         self._asked_s: float | None = None  # when the workers were asked to stop at a step boundary
         self._drain_signal: signal.Signals | None = None
         self._supervising = False
@@ -141,6 +142,7 @@ class ElasticAgent(LocalElasticAgent):
             for worker in worker_group.workers
         }
         self._asked_s = None
+        self._yielded = False
         self._failures = {}
         zygote = self._warm.socket_path() if self._warm else COLD
         worker_group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
@@ -223,11 +225,11 @@ class ElasticAgent(LocalElasticAgent):
             if reason and not self._ask_to_stop(reason):
                 return _End(reason, self._graces.stop_s)
             result: RunResult = self._monitor_workers(self._worker_group)
-            if result.state is WorkerState.SUCCEEDED:
-                progress = self._progress().values()
-                if any(p.phase is Phase.YIELDED for p in progress):
-                    self._emit("workers_yielded", step=max(p.step for p in progress))
-                    return _End(reason or "yielded", self._graces.stop_s)
+            exited = result.state is WorkerState.SUCCEEDED
+            if self._have_yielded(reason, exited) and (exited or self._member.all_stop(generation)):
+                # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
+                return _End(reason or "yielded", 0.0)
+            if exited and not self._yielded:
                 if not self._finish(generation):
                     return _End("the others need another round", self._graces.stop_s)
                 self._worker_group.state = WorkerState.SUCCEEDED
@@ -306,6 +308,16 @@ class ElasticAgent(LocalElasticAgent):
     def _progress(self) -> dict[int, Progress]:
         return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
 
+    def _have_yielded(self, reason: str, exited: bool) -> bool:
+        """Whether all workers of this node have stopped at their step boundary; the other nodes are told once."""
+        progress = self._progress().values()
+        yielded = [p.phase is Phase.YIELDED for p in progress]
+        if not self._yielded and (any(yielded) if exited else all(yielded)):
+            self._yielded = True
+            self._emit("workers_yielded", step=max(p.step for p in progress))
+            self._member.announce(Status.STOPPING, reason=reason or "yielded")
+        return self._yielded
+
     def _is_cooperative(self) -> bool:
         return any(progress.phase is not Phase.STARTING for progress in self._progress().values())
 
@@ -357,10 +369,8 @@ class ElasticAgent(LocalElasticAgent):
         self._channels = {}
 
     def close(self) -> None:
-        """Let go of the channels and the zygote; the workers are gone."""
+        """Let go of the channels; the workers are gone."""
         self._close_channels()
-        if self._warm is not None:
-            self._warm.close()
 
 
 def _first_line(failure: ProcessFailure) -> str:

@@ -38,6 +38,8 @@ from launcher.warm import WarmStart
 
 log = logging.getLogger(__name__)
 
+_ZYGOTE_TIMEOUT_S = 60.0
+
 
 @dataclass(frozen=True)
 class Extras:
@@ -96,6 +98,14 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
             events,
             lease_ttl_s=conf.lease_ttl,
         )
+        runtime_dir = stack.enter_context(_runtime_dir())
+        # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
+        can_fork = command[0] == sys.executable and config.numa_options is None
+        warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
+        if warm is not None:
+            stack.callback(warm.close)
+            warm.start()
+            warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         try:
             member.start()
         except KVUnavailable as error:
@@ -103,10 +113,6 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         if connection.hosts_store:
             stack.callback(_linger, member)
         stack.callback(member.leave)
-        runtime_dir = stack.enter_context(_runtime_dir())
-        # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
-        can_fork = command[0] == sys.executable and config.numa_options is None
-        warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
         return _run(config, conf, command, connection, member, events, runtime_dir, warm)
 
 
@@ -169,8 +175,6 @@ def _run(
         log_line_prefix_template=config.log_line_prefix_template,
     )
     agent.install_signal_handlers()
-    if warm is not None:
-        warm.start()
     try:
         result = agent.run()
     except SignalException as stopped:

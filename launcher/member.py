@@ -113,6 +113,14 @@ class Member:
                 return Breakage(f"the job is closed: {self._round.outcome}", graceful=False)
             return breakage(self._view())
 
+    def all_stop(self, generation: int) -> bool:
+        """Whether no participant's workers of `generation` need one another any more."""
+        with self._changed:
+            if self._round is None or self._round.generation != generation:
+                return True
+            nodes = [self._nodes.get(p.node_id) for p in self._round.participants]
+            return all(n is None or n.status in (Status.STOPPING, Status.READY) for n in nodes)
+
     def stop_requested(self, generation: int) -> str:
         """Why the workers of `generation` should stop at their next step boundary; "" if they should not."""
         with self._changed:

@@ -1,6 +1,6 @@
 """A process that has imported torch and forks workers: a restart costs a tenth of a second, not an import of torch.
 
-`python -m launcher.zygote LISTENER_FD AGENT_PID` serves `boot.py` on a Unix socket, one connection a worker:
+`python -m launcher.zygote LISTENER_FD READY_FD AGENT_PID` serves `boot.py` on a Unix socket, one connection a worker:
 
     boot -> zygote   frame {"argv", "env", "cwd"} with boot's stdin, stdout and stderr (SCM_RIGHTS)
     zygote -> boot   frame {"pid"}, or {"cold": why} if forking is not safe here; at the end frame {"status"}
@@ -35,13 +35,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-_BASE_MODULES = ("torch", "torch.distributed")
-_LATER_MODULES = (
+_MODULES = (
+    "torch",
+    "torch.distributed",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
 )
+_OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
 _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
@@ -87,7 +89,7 @@ class _Zygote:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._workers: dict[int, socket.socket] = {}
-        self._to_import: deque[str] = deque(_LATER_MODULES)
+        self._to_import: deque[str] = deque()
         self._learning: int | None = None  # read end of the pipe on which a worker will tell what it imported
         self._told = bytearray()
         self._learnt = False
@@ -240,7 +242,8 @@ def _tell_imports_later(learn_w: int) -> None:
         names = []
         for name, module in list(sys.modules.items()):
             origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
-            if name != "__main__" and origin.startswith(roots):
+            # Not the script's own modules: what they do on import is theirs to do, once, in a worker.
+            if name != "__main__" and (origin.startswith(roots) or name.partition(".")[0] in _OWN_PACKAGES):
                 names.append(name)
         with contextlib.suppress(OSError):
             os.write(learn_w, "\n".join(names).encode() + _END)
@@ -345,12 +348,13 @@ def _run_script(path: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve on the listener that the agent opened: workers started meanwhile wait for these imports in its queue."""
-    listener, agent_pid = socket.socket(fileno=int(argv[1])), int(argv[2])
+    listener, ready_fd, agent_pid = socket.socket(fileno=int(argv[1])), int(argv[2]), int(argv[3])
     die_with(agent_pid)
     os.setsid()
-    for name in _BASE_MODULES:
+    for name in _MODULES:
         _import(name)
     _settle_threads()
+    os.close(ready_fd)  # whoever reads the other end knows
     zygote_pid = os.getpid()
     request = _Zygote(listener).serve()
     _become(request, zygote_pid)

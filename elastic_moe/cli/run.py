@@ -48,6 +48,7 @@ def handle(args: argparse.Namespace) -> int:
     given = _parse(args.arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)  # our events say it
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it warns of options that do not concern us
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
     try:

@@ -40,6 +40,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmStart]:
     started.close()
 
 
+def test_it_says_when_it_is_ready(warm: WarmStart) -> None:
+    warm.socket_path()
+    assert warm.wait_ready(60)
+
+
 def boot_command(zygote: str, *arguments: str) -> list[str]:
     return [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), zygote, sys.executable, "-u", *arguments]
 
