@@ -136,7 +136,7 @@ class Checkpointer:
 
         Raises:
             UsageError: the state cannot be saved, the same on every rank.
-        StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
+            StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
         started_s = time.monotonic()
         self._saver.wait_stored()
@@ -174,7 +174,7 @@ class Checkpointer:
             Transient, Denied: by the store.
         """
         started_s = time.monotonic()
-        self.wait()
+        self._saver.forget()
         flat = self._group.everywhere(lambda: state_dicts(state))
         damaged: list[str] = []
         while (commit_bytes := self._newest_commit(damaged)) is not None:

@@ -75,6 +75,11 @@ class Saver:
         """Whether the last job was for this step and committed; waits for it only if it was for this step."""
         return self._last is not None and self._last[0] == step and self._last[1].result()
 
+    def forget(self) -> None:
+        """Wait for the last job, and let its step be saved again: what it committed may turn out to be damaged."""
+        self.wait()
+        self._last = None
+
     def close(self, *, abandon: bool) -> None:
         """End the thread after the last job; with `abandon` it waits for no other rank any more."""
         if abandon:

@@ -219,15 +219,25 @@ def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -
             ckpt.restore(make_state(0))
 
 
-def test_a_quarantined_step_can_be_saved_anew(tmp_path: Path, events: Events) -> None:
+@pytest.mark.parametrize("reopen", [False, True])
+def test_a_quarantined_step_can_be_saved_anew(tmp_path: Path, events: Events, reopen: bool) -> None:
+    def damage() -> None:
+        data = next(tmp_path.glob("step-000000020/attempt-*/*.distcp"))
+        data.write_bytes(data.read_bytes()[:-1])
+
     with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
         ckpt.save(10, make_state(10), wait=True)
         ckpt.save(20, make_state(20), wait=True)
-    data = next(tmp_path.glob("step-000000020/attempt-*/*.distcp"))
-    data.write_bytes(data.read_bytes()[:-1])
+        if not reopen:
+            damage()
+            assert ckpt.restore(make_state(0)) == 10
+            ckpt.save(20, make_state(21), wait=True)
+    if reopen:
+        damage()
     with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
-        assert ckpt.restore(make_state(0)) == 10
-        ckpt.save(20, make_state(21), wait=True)
+        if reopen:
+            assert ckpt.restore(make_state(0)) == 10
+            ckpt.save(20, make_state(21), wait=True)
         state = make_state(0)
         assert ckpt.restore(state) == 20
     assert same(state, make_state(21))
