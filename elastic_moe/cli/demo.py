@@ -13,7 +13,7 @@ from elastic_moe.errors import UserError
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
-_STEPS_LEAST = 60  # fewer are over before the killed node is back
+_STEPS_LEAST = 80  # fewer are over before the killed node is back
 _EPILOG = """\
 Two nodes of two workers each train a small Mixture-of-Experts model on this
 machine. Node 2 is killed, node 1 goes on with another mesh, node 2 comes back.
@@ -35,7 +35,7 @@ def register(verbs: Subparsers) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default demo-out")
     parser.add_argument(
-        "--steps", type=positive_int, default=120, metavar="N", help=f"default 120, at least {_STEPS_LEAST}"
+        "--steps", type=positive_int, default=140, metavar="N", help=f"default 140, at least {_STEPS_LEAST}"
     )
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="default 0")
     parser.set_defaults(handler=handle)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from elastic_moe.demo.records import Record
+from elastic_moe.demo.story import count
 from elastic_moe.demo.summary import Summary
 
 _LINES_PER_RUN = 5
@@ -58,7 +59,7 @@ class Console:
     def step(self, metrics: Record) -> None:
         """A step is complete."""
         if self._bar is not None:
-            loss = f"loss {metrics['loss']:.3f}, {metrics['world_size']} ranks"
+            loss = f"loss {metrics['loss']:.3f}, {count(metrics['world_size'], 'rank')}"
             self._bar.update(self._task, completed=metrics["step"], loss=loss)
         elif not self._console.is_terminal and metrics["step"] * _LINES_PER_RUN // self._total > self._told:
             self._told = metrics["step"] * _LINES_PER_RUN // self._total

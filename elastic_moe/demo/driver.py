@@ -22,10 +22,10 @@ from elastic_moe.demo.summary import Summary, summarize
 from elastic_moe.errors import UserError
 
 SLOTS_PER_NODE = 2
-# Node 2 is killed after this part of the steps, and starts again after a few steps without it: most of the rest
-# may pass before it is taken in, because importing torch takes as long as many steps of so small a model.
-KILL_AT = 0.2
-STEPS_ALONE = 12
+# Node 2 is killed after this part of the steps, and starts again after a few steps without it: on a busy machine half
+# of the rest may pass before it is taken in, because importing torch takes as long as many steps of so small a model.
+KILL_AT = 0.18
+STEPS_ALONE = 8
 
 _RECORDS = (
     "checkpoints",
@@ -163,13 +163,14 @@ class Demo:
         """In the middle of a step, agent and workers at once."""
         last = self._metrics[-1]
         time.sleep(last["step_s"] / 2)
+        killed_ts = time.time()
         self._processes.all[name].kill()
-        self._tell("demo_node_killed", name, step=last["step"], num_workers=SLOTS_PER_NODE)
+        self._tell("demo_node_killed", name, ts=killed_ts, step=last["step"], num_workers=SLOTS_PER_NODE)
 
-    def _tell(self, event: str, node: str, **fields: int) -> None:
+    def _tell(self, event: str, node: str, *, ts: float | None = None, **fields: int) -> None:
         """Record an event of the driver's own."""
         record: Record = {
-            "ts": time.time(),
+            "ts": time.time() if ts is None else ts,
             "run_id": "demo",
             "node": node,
             "generation": self._generation(),

@@ -58,7 +58,7 @@ class Story:
     def stamped(self, ts: float, sentence: str) -> str:
         """A sentence of the story, with the seconds since its start."""
         # Node ids carry a suffix that is new with each start; the story's nodes have names.
-        named = re.sub(r"\b(node-\d+)-[0-9a-f]{4}\b", r"\1", sentence)
+        named = re.sub(r"\b(?:node )?(node-\d+)-[0-9a-f]{4}\b", r"\1", sentence)
         return f"{ts - self._start_ts:6.1f} s  {named}"
 
     def _joined(self, event: Record) -> str:
@@ -82,10 +82,9 @@ class Story:
 
     def _formed(self, event: Record) -> str:
         before, self._mesh = self._mesh, event["mesh"]
+        reason = event["reason"].partition(": its ")[0]  # the details were told with the loss itself
         nodes = ", ".join(participant["node_id"] for participant in event["participants"])
-        sentence = (
-            f"generation {event['generation']} ({event['reason']}): {count(event['world_size'], 'rank')} on {nodes}"
-        )
+        sentence = f"generation {event['generation']} ({reason}): {count(event['world_size'], 'rank')} on {nodes}"
         if self._mesh is None:
             return sentence
         planned = "mesh" if before is None else "mesh re-planned to" if before != self._mesh else "mesh still"

@@ -78,7 +78,7 @@ def play() -> Play:
         fields = {"reason": reason, "participants": participants, "spares": [], "mesh": plan, "restarts": 0}
         return event(at_s, "round_formed", "node-1-aaaa", generation, world_size=2 * len(nodes), **fields)
 
-    lost = "lost: connection refused"
+    lost = "lost: its agent at 127.0.0.1:5 is gone (connection refused)"
     events = [
         event(0.0, "demo_node_started", "node-1", 0),
         event(1.0, "node_joined", "node-1-aaaa", 0, slots=2),

@@ -15,12 +15,12 @@ from elastic_moe.demo import driver
 def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Real processes: a node is killed and comes back; the losses are those of an unbroken run."""
     out = tmp_path / "demo"
-    code = main(["demo", "--out", str(out), "--steps", "80", "--seed", "1"])
+    code = main(["demo", "--out", str(out), "--steps", "100", "--seed", "1"])
     told = capfd.readouterr().out
     assert code == 0, told
     summary = json.loads((out / "summary.json").read_text())
     assert summary["ok"], summary["problems"]
-    assert summary["steps"] == 80
+    assert summary["steps"] == 100
     assert summary["steps_lost_on_return"] == 0
     assert summary["loss_rel_diff_max"] == 0.0
     worlds = [generation["world_size"] for generation in summary["generations"]]

@@ -18,8 +18,8 @@ TOLD = """\
   10.5 s  training: step 1, loss 5.329
   20.7 s  node-2 is killed whole (SIGKILL: its agent and 2 workers) while step 22 runs
   21.0 s  node-1: worker of rank 1 ends with exit code 1
-  21.1 s  node-1 notices after 0.4 s that node-2 is gone (lost: connection refused)
-  21.2 s  generation 2 (node node-2 lost: connection refused): 2 ranks on node-1; mesh re-planned to expert parallel 2, 1 round of 8 samples a rank
+  21.1 s  node-1 notices after 0.4 s that node-2 is gone (lost: its agent at 127.0.0.1:5 is gone (connection refused))
+  21.2 s  generation 2 (node-2 lost): 2 ranks on node-1; mesh re-planned to expert parallel 2, 1 round of 8 samples a rank
   22.9 s  the state after step 20 is restored into the new mesh
   23.5 s  training goes on: step 21, loss 3.225, 2.8 s after the kill, 1 step done again
   25.0 s  node-2 is started again
