@@ -15,7 +15,7 @@ import uuid
 
 from launcher.errors import Compacted, JobClosed, KVUnavailable
 from launcher.events import Emit
-from launcher.kv import KV, Entry, Lease, Watch, WatchEvent
+from launcher.kv import KV, Lease, Watch, WatchEvent
 from launcher.membership import (
     SUCCEEDED,
     Breakage,
@@ -27,19 +27,18 @@ from launcher.membership import (
     Round,
     Rules,
     Status,
-    View,
     Wait,
     breakage,
     decide,
 )
 from launcher.neighbours import Neighbours, watched_by
+from launcher.roster import LEFT, NODES, ROUND, STORE, Departure, Roster
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _RETRY_S = 0.2
 _FENCE_FRACTION = 0.15
-_LEFT = "left"
 
 
 class Member:
@@ -65,15 +64,7 @@ class Member:
         self._lease: Lease | None = None
         self._record = node  # what the store should say of this node
         self._stored: Node | None = None
-        self._nodes: dict[str, Node] = {}
-        self._departed: dict[str, str] = {}
-        self._round: Round | None = None
-        self._round_revision = 0
-        self._stores: dict[int, str] = {}
-        self._lineage = uuid.uuid4().hex
-        now_s = time.monotonic()
-        self._nodes_changed_s = self._formed_s = self._broken_s = now_s
-        self._was_broken = True
+        self._roster = Roster(node.node_id, uuid.uuid4().hex, time.monotonic())
         self._fenced = False
         self._why = ""
         self._changed = threading.Condition(threading.RLock())
@@ -95,41 +86,41 @@ class Member:
     def round(self) -> Round | None:
         """The current round."""
         with self._changed:
-            return self._round
+            return self._roster.round
 
     def nodes(self) -> tuple[Node, ...]:
         """The live nodes."""
         with self._changed:
-            return tuple(self._nodes.values())
+            return tuple(self._roster.nodes.values())
 
     def broken(self, generation: int) -> Breakage | None:
         """Why the workers of `generation` cannot go on, or None while they can."""
         with self._changed:
             if self.fenced():
                 return Breakage("this node's lease ended", graceful=False)
-            if self._round is None or self._round.generation != generation:
+            if self._roster.round is None or self._roster.round.generation != generation:
                 return Breakage("another round was formed", graceful=False)
-            if self._round.outcome and self._round.outcome != SUCCEEDED:
-                return Breakage(f"the job is closed: {self._round.outcome}", graceful=False)
-            return breakage(self._view())
+            if self._roster.round.outcome and self._roster.round.outcome != SUCCEEDED:
+                return Breakage(f"the job is closed: {self._roster.round.outcome}", graceful=False)
+            return breakage(self._roster.view())
 
     def all_stop(self, generation: int) -> bool:
         """Whether no participant's workers of `generation` need one another any more."""
         with self._changed:
-            if self._round is None or self._round.generation != generation:
+            if self._roster.round is None or self._roster.round.generation != generation:
                 return True
-            nodes = [self._nodes.get(p.node_id) for p in self._round.participants]
+            nodes = [self._roster.nodes.get(p.node_id) for p in self._roster.round.participants]
             return all(n is None or n.status in (Status.STOPPING, Status.READY) for n in nodes)
 
     def stop_requested(self, generation: int) -> str:
         """Why the workers of `generation` should stop at their next step boundary; "" if they should not."""
         with self._changed:
-            return self._round.stop if self._round and self._round.generation == generation else ""
+            return self._roster.round.stop if self._roster.round and self._roster.round.generation == generation else ""
 
     def outcome(self) -> str:
         """How the job ended, "" while it has not."""
         with self._changed:
-            return self._round.outcome if self._round else ""
+            return self._roster.round.outcome if self._roster.round else ""
 
     def fenced(self) -> bool:
         """Whether this node must not run workers: its lease ended, or is so near its end that it cannot be saved.
@@ -160,7 +151,7 @@ class Member:
         told = ""
         with self._changed:
             while True:
-                current = self._round
+                current = self._roster.round
                 if current is not None and current.outcome:
                     raise JobClosed(current.outcome)
                 if (
@@ -168,7 +159,7 @@ class Member:
                     and current.generation > self._record.generation
                     and current.place_of(self.node_id) is not None
                     and not self._fenced
-                    and breakage(self._view()) is None
+                    and breakage(self._roster.view()) is None
                 ):
                     return current
                 if self._why != told:
@@ -205,8 +196,8 @@ class Member:
                 self._record, status=Status.RUNNING, generation=generation, reason="", failure=None
             )
             self._changed.notify_all()
-            names = watched_by(self._round, self.node_id) if self._round else []
-            watched = [self._nodes[name] for name in names if name in self._nodes]
+            names = watched_by(self._roster.round, self.node_id) if self._roster.round else []
+            watched = [self._roster.nodes[name] for name in names if name in self._roster.nodes]
         self._neighbours.watch(watched)
 
     def drain(self, reason: str) -> None:
@@ -222,12 +213,10 @@ class Member:
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         with self._changed:
-            node = self._nodes.get(node_id)
-            if node is None or node.reason == _LEFT:
+            if not self._roster.presume_lost(node_id, reason):
                 return
-            self._departed[node_id] = f"lost: {reason}"
         with contextlib.suppress(KVUnavailable):
-            self._kv.delete(f"{self._prefix}nodes/{node_id}")
+            self._kv.delete(f"{self._prefix}{NODES}{node_id}")
 
     def publish_store(self, generation: int, address: str) -> None:
         """Tell the other nodes where the worker store of `generation` listens.
@@ -235,7 +224,7 @@ class Member:
         Raises:
             KVUnavailable
         """
-        self._kv.put(f"{self._prefix}store/{generation}", address.encode(), lease=self._lease)
+        self._kv.put(f"{self._prefix}{STORE}{generation}", address.encode(), lease=self._lease)
 
     def wait_store(self, generation: int, timeout_s: float) -> str:
         """The address that `publish_store` told.
@@ -245,14 +234,14 @@ class Member:
         """
         ends_s = time.monotonic() + timeout_s
         with self._changed:
-            while generation not in self._stores:
+            while generation not in self._roster.stores:
                 if broken := self.broken(generation):
                     raise TimeoutError(broken.reason)
                 left_s = ends_s - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"no worker store within {timeout_s:g} s")
                 self._changed.wait(min(left_s, _TICK_S))
-            return self._stores[generation]
+            return self._roster.stores[generation]
 
     # --- life
 
@@ -269,7 +258,7 @@ class Member:
 
     def others(self) -> list[str]:
         """The other live nodes, asked from the store; also after `leave`."""
-        prefix = f"{self._prefix}nodes/"
+        prefix = f"{self._prefix}{NODES}"
         try:
             keys = [entry.key.removeprefix(prefix) for entry in self._kv.list(prefix).entries]
         except KVUnavailable as error:
@@ -290,7 +279,7 @@ class Member:
                 thread.join(timeout=5)
         if self._lease is not None:
             with contextlib.suppress(KVUnavailable):
-                left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=_LEFT)
+                left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=LEFT)
                 self._kv.put(self._own_key, left.to_json(), lease=self._lease)
             self._lease.revoke()
 
@@ -298,7 +287,7 @@ class Member:
 
     @property
     def _own_key(self) -> str:
-        return f"{self._prefix}nodes/{self.node_id}"
+        return f"{self._prefix}{NODES}{self.node_id}"
 
     def _register(self) -> None:
         lease = self._kv.lease(self._lease_ttl_s)
@@ -376,93 +365,38 @@ class Member:
 
     def _relist(self) -> None:
         listing = self._kv.list(self._prefix)
+        entries = [(entry.key.removeprefix(self._prefix), entry) for entry in listing.entries]
         with self._changed:
-            known = {entry.key for entry in listing.entries}
-            for node_id in [n for n in self._nodes if f"{self._prefix}nodes/{n}" not in known]:
-                self._forget_node(node_id)
-            for entry in listing.entries:
-                self._learn(entry)
-            self._settle()
+            self._tell(self._roster.replace(entries, time.monotonic()))
             if self._watch is not None:
                 self._watch.cancel()
             self._watch = self._kv.watch(self._prefix, listing.revision + 1)
 
     def _apply(self, events: tuple[WatchEvent, ...]) -> None:
-        if not events:
-            return
-        with self._changed:
-            for event in events:
-                if event.entry is not None:
-                    self._learn(event.entry)
-                elif event.key.startswith(f"{self._prefix}nodes/"):
-                    self._forget_node(event.key.removeprefix(f"{self._prefix}nodes/"))
-            self._settle()
+        changes = [(event.key.removeprefix(self._prefix), event.entry) for event in events]
+        if changes:
+            with self._changed:
+                self._tell(self._roster.apply(changes, time.monotonic()))
 
-    def _learn(self, entry: Entry) -> None:
-        kind, _, name = entry.key.removeprefix(self._prefix).partition("/")
-        try:
-            if kind == "nodes":
-                self._learn_node(Node.from_json(entry.value, entry.create_revision))
-            elif kind == "round":
-                self._learn_round(Round.from_json(entry.value), entry.revision)
-            elif kind == "store":
-                self._stores = {int(name): entry.value.decode()}
-        except (ValueError, TypeError, KeyError) as error:
-            log.error("[%s] ignored %s, not a record of this version: %s", self.node_id, entry.key, error)
-
-    def _learn_node(self, node: Node) -> None:
-        if node.node_id not in self._nodes:
-            self._nodes_changed_s = time.monotonic()
-            self._departed.pop(node.node_id, None)
-        self._nodes[node.node_id] = node
-
-    def _forget_node(self, node_id: str) -> None:
-        node = self._nodes.pop(node_id, None)
-        if node is None:
-            return
-        self._nodes_changed_s = time.monotonic()
-        how = _LEFT if node.reason == _LEFT else "lost: its lease ended"
-        how = self._departed.setdefault(node_id, how)
-        generation = self._round.generation if self._round else 0
-        if node_id == self.node_id:
-            self._fenced = True
-            self._emit("node_fenced", generation=generation, reason=how)
-        elif how == _LEFT:
-            self._emit("node_left", generation=generation, node_left=node_id)
-        else:
-            self._emit("node_lost", generation=generation, node_lost=node_id, reason=how)
-
-    def _learn_round(self, current: Round, revision: int) -> None:
-        if self._round is None or current.generation != self._round.generation:
-            self._formed_s = time.monotonic()
-        self._round = current
-        self._round_revision = revision
-
-    def _settle(self) -> None:
-        broken = self._round is None or breakage(self._view()) is not None
-        if broken and not self._was_broken:
-            self._broken_s = time.monotonic()
-        self._was_broken = broken
+    def _tell(self, departures: list[Departure]) -> None:
+        current = self._roster.round
+        generation = current.generation if current else 0
+        for gone in departures:
+            if gone.node_id == self.node_id:
+                self._fenced = True
+                self._emit("node_fenced", generation=generation, reason=gone.how)
+            elif gone.how == LEFT:
+                self._emit("node_left", generation=generation, node_left=gone.node_id)
+            else:
+                self._emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how)
         self._changed.notify_all()
-
-    def _view(self) -> View:
-        return View(
-            me=self.node_id,
-            nodes=tuple(self._nodes.values()),
-            round=self._round,
-            nodes_changed_s=self._nodes_changed_s,
-            formed_s=self._formed_s,
-            broken_s=self._broken_s,
-            lineage=self._lineage,
-            departed=self._departed,
-        )
 
     def _act(self) -> float:
         """Carry out what `decide` says; seconds until it has to be asked again."""
         with self._changed:
             now_s = time.monotonic()
-            view = self._view()
-            revision = self._round_revision
+            view = self._roster.view()
+            revision = self._roster.round_revision
             action = decide(view, self.rules, self._planner, now_s)
         if isinstance(action, Wait):
             self._told_why(action.why)
@@ -478,14 +412,14 @@ class Member:
         return 0.0
 
     def _propose(self, proposed: Round, current: Round | None, revision: int) -> None:
-        written = self._kv.put(f"{self._prefix}round", proposed.to_json(), if_revision=revision)
+        written = self._kv.put(f"{self._prefix}{ROUND}", proposed.to_json(), if_revision=revision)
         if written is None:
             log.info("[%s] another node was first to change the round", self.node_id)
             self._relist()
             return
         with self._changed:
-            self._learn_round(proposed, written.revision)
-            self._settle()
+            self._roster.learn_round(proposed, written.revision, time.monotonic())
+            self._changed.notify_all()
         self._report(proposed, current)
 
     def _report(self, proposed: Round, current: Round | None) -> None:

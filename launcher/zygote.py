@@ -42,6 +42,7 @@ _MODULES = (
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",  # FSDP2 imports it when it first shards a module
 )
 _OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
 _LEARN_AFTER_S = 10.0
