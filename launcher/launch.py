@@ -34,6 +34,7 @@ from launcher.membership import Node, Planner, Rules
 from launcher.policy import USAGE_EXIT_CODE
 from launcher.probe import Doorbell
 from launcher.rendezvous import MemberRendezvous
+from launcher.reopen import reopen_failed
 from launcher.warm import WarmStart
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
             warm.start()
             warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         try:
+            reopen_failed(connection.kv, config.run_id)
             member.start()
         except KVUnavailable as error:
             raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error

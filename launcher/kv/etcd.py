@@ -27,6 +27,7 @@ from launcher.kv.lease import Lease
 log = logging.getLogger(__name__)
 
 _DIAGNOSIS_TIMEOUT_S = 1.0
+_DIAGNOSIS_STEP_TIMEOUT_S = 0.5  # it connects, asks, and asks once more with TLS
 _RETRY_S = 0.2
 
 
@@ -83,7 +84,7 @@ class EtcdKV:
         if "permission denied" in told:
             user = f"user {self._config.user}" if self._config.user else "this client"
             return Flaw(f"{user} may not read {self._config.namespace + 'elastic-moe/'!r}", permanent=True)
-        each_s = _DIAGNOSIS_TIMEOUT_S / len(self._config.endpoints)
+        each_s = _DIAGNOSIS_STEP_TIMEOUT_S / len(self._config.endpoints)
         flaws = [diagnose(host, port, self._config.tls, each_s) for host, port in self._config.endpoints]
         found = [flaw for flaw in flaws if flaw is not None]
         if len(found) < len(flaws):  # one speaks as etcd does: without a leader, or still starting

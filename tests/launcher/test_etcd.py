@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from elastic_moe.cli.run import _parse
+from elastic_moe.errors import UserError
 from launcher.errors import Compacted, KVUnavailable, UsageError
 from launcher.kv.connect import connect
 from launcher.kv.etcd import EtcdKV, _span
@@ -24,8 +27,11 @@ from launcher.kv.etcd_transport import etcdrpc
 from launcher.member import Member
 from launcher.membership import Node, Rules
 from tests.certificates import Authority
-from tests.cluster import free_port, until
+from tests.cluster import cluster, free_port, read_lines, until
 from tests.etcd import Server, client, config, etcd, etcd_cluster, etcdctl, gather
+
+SCRIPTS = Path(__file__).parent / "scripts"
+COOPERATIVE, PLAIN, FAILS = (str(SCRIPTS / name) for name in ("cooperative.py", "plain.py", "fails.py"))
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +99,40 @@ class TestKeys:
     def test_a_lease_says_what_was_granted(self, server: Server) -> None:
         with connected(server.endpoint) as kv:
             assert [kv.lease(ttl_s).ttl_s for ttl_s in (0.3, 2.0, 2.5)] == [2.0, 2.0, 3.0]
+
+
+class TestRun:
+    """`elastic-moe run` on it."""
+
+    def test_a_lost_node(self, server: Server, tmp_path: Path) -> None:
+        with cluster(tmp_path / "nodes") as nodes:
+            nodes.endpoint = f"127.0.0.1:{free_port()},{server.endpoint}"
+            options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex, COOPERATIVE, str(tmp_path))
+            pair = [nodes.start(name, *options, conf="last_call=60") for name in ("first", "second")]
+            until("steps on two nodes", lambda: read_lines(tmp_path / "steps.jsonl")[5:])
+            pair[0].kill()
+            nodes.wait_event("round_formed", world_size=1)
+            (tmp_path / "finish").touch()
+            assert pair[1].wait() == 0, pair[1].output
+
+    def test_a_run_id_is_good_again_after_a_failure_and_not_after_success(self, server: Server, tmp_path: Path) -> None:
+        with cluster(tmp_path / "nodes") as nodes:
+            nodes.endpoint = server.endpoint
+            options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex)
+            (tmp_path / "finish").touch()
+            assert nodes.start("fails", *options, FAILS, "2", nnodes="1").wait() == 2
+            for name in ("succeeds", "comes late"):
+                again = nodes.start(name, *options, PLAIN, str(tmp_path), nnodes="1")
+                assert again.wait() == 0, again.output
+            assert [s["GENERATION"] for s in read_lines(tmp_path / "started.jsonl")] == [1]
+
+    def test_jobs_that_share_an_etcd_need_a_name(self) -> None:
+        with pytest.raises(UserError, match="--rdzv-id"):
+            _parse(["--rdzv-backend", "etcd3", "--rdzv-endpoint", "h", FAILS, "0"])
+        with pytest.raises(UserError, match="--rdzv-endpoint: etcd3 needs HOST:PORT"):
+            _parse(["--rdzv-backend", "etcd3", "--rdzv-id", "j", FAILS, "0"])
+        with pytest.raises(UserError, match="did you mean etcd3"):
+            _parse(["--rdzv-backend", "etcd", FAILS, "0"])
 
 
 class TestFaults:
