@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from storage.errors import Corrupt, Fenced, NotFound
 from storage.layout import OWNER
@@ -24,6 +24,9 @@ _KIND = "owner"
 
 class Owner(Document):
     """One claim; `token` tells two claims of the same epoch apart (the last one written stands)."""
+
+    # a later version may say more about an owner: what fences is here already
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     lineage: str
     generation: int = Field(ge=0)

@@ -122,6 +122,7 @@ def test_stock_checkpoints_keep_all_their_folders() -> None:
     st.integers(1, 4),
     st.sets(st.sampled_from("defgh")),
 )
+@settings(deadline=None)
 def test_retention_never_touches_what_counts(states: list[StepState], keep: int, live: set[str]) -> None:
     kept = sorted((s.step for s in states if s.committed), reverse=True)[:keep]
     by_step = {s.step: s for s in states}

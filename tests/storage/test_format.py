@@ -157,6 +157,7 @@ def test_crc32c_is_castagnoli() -> None:
 
 
 @given(st.integers(0, 1 << 42))
+@settings(deadline=None)
 def test_blocks_bound_both_costs(length: int) -> None:
     size = block_size_bytes(length)
     assert 16 * 1024 <= size <= 8 << 20
