@@ -47,14 +47,17 @@ class Process:
                 os.kill(pid, signal.SIGKILL)
         self._child.wait()
 
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL if that is not enough. The agent's workers die with it."""
+    def interrupt(self) -> None:
+        """SIGINT: an agent stops its workers at once and leaves nothing behind."""
         if self._child.poll() is None:
-            self._child.terminate()
-            try:
-                self._child.wait(_STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                self.kill()
+            self._child.send_signal(signal.SIGINT)
+
+    def wait(self) -> None:
+        """Until it has ended; it is killed after a grace."""
+        try:
+            self._child.wait(_STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def tail(self, num_lines: int) -> list[str]:
         """The last lines of its output."""
@@ -80,7 +83,9 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in self.all.values():
-            process.stop()
+            process.interrupt()
+        for process in self.all.values():
+            process.wait()
 
 
 def descendants(pid: int) -> list[int]:

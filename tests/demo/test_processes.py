@@ -19,7 +19,7 @@ from elastic_moe.errors import UserError
 
 STUBBORN = """
 import signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)
 time.sleep(600)
@@ -56,7 +56,17 @@ def test_a_node_is_killed_whole(tmp_path: Path) -> None:
 def test_leaving_stops_what_still_runs(tmp_path: Path) -> None:
     with Processes() as processes:
         node = processes.start("node", ["-c", "import time; time.sleep(600)"], log_path=tmp_path / "node.log")
-    assert node.poll() == -signal.SIGTERM
+    assert node.poll() is not None
+
+
+def test_leaving_kills_what_ignores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_moe.demo.processes._STOP_GRACE_S", 0.2)
+    with Processes() as processes:
+        node = processes.start("node", ["-c", STUBBORN], log_path=tmp_path / "node.log")
+        wait_until(lambda: node.tail(1) != [])
+        worker = int(node.tail(1)[0])
+    assert node.poll() == -signal.SIGKILL
+    wait_until(lambda: not is_alive(worker))
 
 
 def test_children_die_with_a_killed_demo(tmp_path: Path) -> None:
