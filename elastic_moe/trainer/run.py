@@ -18,7 +18,7 @@ from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
-from elastic_moe.trainer.world import choose_device, choose_plan, process_group
+from elastic_moe.trainer.world import choose_device, choose_plan, on_all_ranks, process_group
 from storage import Checkpointer
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,24 @@ def run_steps(
         last = step == job.train.steps
         if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
             checkpointer.save(step, state, wait=bool(reason) or last)
-        if reason and not last:
-            if checkpointer is None:
-                log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
+        if reason and not last and _may_stop(checkpointer, reason, step):
             worker.yielded(step)
             return
+
+
+def _may_stop(checkpointer: Checkpointer | None, reason: str, step: int) -> bool:
+    """Whether the state of this step is safe, the same on all ranks; else the training goes on to the next boundary.
+
+    The agent bounds how often that can happen: it asks for so long only.
+    """
+    if checkpointer is None:
+        log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
+        return True
+    if on_all_ranks(checkpointer.wait()):
+        return True
+    log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
+    worker.event("stop_postponed", step=step, reason=reason)
+    return False
 
 
 def _report(

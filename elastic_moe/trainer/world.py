@@ -60,6 +60,13 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def on_all_ranks(value: bool) -> bool:
+    """Whether `value` holds on every rank; a collective over CPU tensors."""
+    held = torch.tensor([int(value)])
+    dist.all_reduce(held, op=dist.ReduceOp.MIN)
+    return bool(held.item())
+
+
 def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> MeshPlan:
     """The agent's mesh plan, or one of our own where no agent made one; checked against the world and the job.
 

@@ -116,6 +116,27 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_stop_waits_until_the_state_is_safe(tmp_path: Path) -> None:
+    what = job(tmp_path, steps=4000)
+    staging = tmp_path / "checkpoints" / ".tmp"  # where the local store writes an object before it has its name
+    with World(tmp_path, what, fitted(what, expert=2), generation=1) as world:
+        world.reach(2)
+        set_aside = staging.rename(tmp_path / "aside")
+        staging.write_text("no folder")
+        asked_at = world.channels[0].progress().step
+        world.channels[0].request_stop(StopReason.DRAIN)
+        world.reach(asked_at + 4)
+        assert all(channel.progress().phase is Phase.RUNNING for channel in world.channels)
+        staging.unlink()
+        set_aside.rename(staging)
+        assert world.exit_codes() == [0, 0]
+        assert {channel.progress().phase for channel in world.channels} == {Phase.YIELDED}
+        stopped_at = world.channels[0].progress().step
+    events = lines(tmp_path / "events.jsonl")
+    assert [e["reason"] for e in events if e["event"] == "stop_postponed"]
+    assert max(e["step"] for e in events if e["event"] == "checkpoint_committed") == stopped_at
+
+
 def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) -> None:
     """Stopped at a boundary: no step again. Killed: only steps since the last checkpoint again. Same curve."""
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
