@@ -24,7 +24,7 @@ from elastic_moe.errors import UserError
 SLOTS_PER_NODE = 2
 # Node 2 is killed after this part of the steps, and starts again after a few steps without it: on a busy machine half
 # of the rest may pass before it is taken in, because importing torch takes as long as many steps of so small a model.
-KILL_AT = 0.18
+KILL_AT = 0.2
 STEPS_ALONE = 8
 
 _RECORDS = (
