@@ -55,11 +55,6 @@ _CLOSE_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 
 
-def etcd3() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What the entry point in group `torchrun.handlers` names: a factory of the creator."""
-    return create_handler
-
-
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
     """Join the job, and return the handler of this node.
 

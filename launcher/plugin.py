@@ -1,0 +1,24 @@
+"""The entry point that torch loads: nothing but a name for what `handlers` does.
+
+torch loads every plug-in whenever its rendezvous package is imported, in each worker too, and while its own modules
+are half imported. So nothing of torch or ours may be imported here before a handler is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
+
+
+def etcd3() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """What the entry point in group `torchrun.handlers` names: a factory of the creator."""
+    return _create
+
+
+def _create(params: RendezvousParameters) -> RendezvousHandler:
+    from launcher.handlers import create_handler
+
+    return create_handler(params)
