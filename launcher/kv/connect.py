@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def unknown_backend(backend: str) -> str:
 
 def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
     config = EtcdConfig.parse(endpoint, conf, parse_endpoint)
+    config = config.starting_with(random.randrange(len(config.endpoints)))  # else all nodes burden the first member
     try:
         # Only here: gRPC and its threads come into a process that asked for them, and into no worker.
         from launcher.kv.etcd import EtcdKV

@@ -136,17 +136,23 @@ class EtcdKV:
         lease_id, granted_ttl_s = granted.ID, float(granted.TTL)
         if granted_ttl_s > ttl_s:
             log.info("lease TTL %g s asked for, %g s granted", ttl_s, granted_ttl_s)
-        request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
-        timeout_s = min(CALL_TIMEOUT_S, granted_ttl_s / 2)
         lease = Lease(
             lease_id,
             granted_ttl_s,
             granted_s=granted_s,
-            renew=lambda: bool(self._renewals.call(_keep_alive, request, timeout_s=timeout_s).TTL > 0),
+            renew=lambda: self._renew(lease_id, granted_ttl_s),
             revoke=lambda: self._revoke(lease_id),
         )
         self._leases.append(lease)
         return lease
+
+    def _renew(self, lease_id: int, ttl_s: float) -> bool:
+        request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
+        try:
+            answer = self._renewals.call(_keep_alive, request, timeout_s=min(CALL_TIMEOUT_S, ttl_s / 2))
+        except LeaseEnded:
+            return False
+        return bool(answer.TTL > 0)  # 0 is how etcd answers for a lease that it does not know
 
     def _revoke(self, lease_id: int) -> None:
         try:

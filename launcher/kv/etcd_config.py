@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import ssl
 from collections.abc import Callable, Mapping
@@ -50,6 +51,11 @@ class EtcdConfig:
     password: str = field(default="", repr=False)
     namespace: str = ""
     """Goes before every key: a user of etcd may be allowed a part of the keys only."""
+
+    def starting_with(self, index: int) -> EtcdConfig:
+        """The same cluster, with another endpoint first: that one is used as long as it answers."""
+        index %= len(self.endpoints)
+        return dataclasses.replace(self, endpoints=self.endpoints[index:] + self.endpoints[:index])
 
     @classmethod
     def parse(cls, endpoint: str, conf: Mapping[str, str], parse_endpoint: ParseEndpoint) -> EtcdConfig:

@@ -409,6 +409,7 @@ class TestEndpoints:
     def test_endpoints_as_people_write_them(self) -> None:
         assert config("http://a, b:1,a:2379,[::1]").endpoints == (("a", 2379), ("b", 1), ("::1", 2379))
         assert config("https://a/").tls is not None
+        assert config("a:1,b:2,c:3").starting_with(2).endpoints == (("c", 3), ("a", 1), ("b", 2))
 
     def test_one_good_endpoint_is_enough(self, server: Server, mute: str) -> None:
         connection = connect(

@@ -180,7 +180,7 @@ def test_a_frozen_node_is_lost_joins_again_when_it_thaws_and_may_die_unnoticed(j
 
 
 def test_a_node_that_is_terminated_leaves_at_once(job: Job) -> None:
-    nodes = job.start_two(PLAIN, conf="last_call=60,lease_ttl=60")  # too long to wait for
+    nodes = job.start_two(PLAIN, conf="last_call=60,lease_ttl=300")  # too long to wait for
     leaver = job.node_of(job.started()[0])
     leaver.signal(signal.SIGTERM)
     assert leaver.wait() != 0
