@@ -1,7 +1,7 @@
 """The rendezvous store: a small key-value contract with leases and watches, and its back ends.
 
-`memory` (one process: tests, simulation, single-node jobs) and `embedded` (hosted by the first node, no server to
-install). Every back end passes one contract suite.
+`memory` (one process: tests, simulation, single-node jobs), `embedded` (hosted by the first node, no server to
+install) and `etcd` (a cluster that outlives any node). Every back end passes one contract suite.
 """
 
 from launcher.kv.base import KV, Entry, Listing, Watch, WatchEvent

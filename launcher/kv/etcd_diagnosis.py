@@ -6,6 +6,7 @@ line needs to know whether it is the address, the certificate, or not an etcd at
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from dataclasses import dataclass
@@ -40,19 +41,24 @@ def diagnose(host: str, port: int, tls: Tls | None, timeout_s: float) -> Flaw | 
     except OSError as error:
         return Flaw((error.strerror or str(error)).lower(), permanent=False)
     with sock:
-        return _plain(sock, timeout_s) if tls is None else _encrypted(sock, host, tls)
+        return _plain(sock, timeout_s) if tls is None else _encrypted(sock, host, tls, timeout_s)
 
 
 def _plain(sock: socket.socket, timeout_s: float) -> Flaw | None:
     peer = sock.getpeername()[:2]
-    try:
-        sock.sendall(_HTTP2_HELLO)
-        answer = sock.recv(64)
-    except OSError:  # a deadline, or hung up on
-        answer = b""
+    answer = _answer(sock)
     if answer[:1] == bytes([_TLS_ALERT]) or (not answer and _speaks_tls(peer, timeout_s)):
         return Flaw("it wants TLS; add --rdzv-conf protocol=https,cacert=PATH", permanent=True)
     return _told(answer)
+
+
+def _answer(sock: socket.socket) -> bytes:
+    """What the other side says to an HTTP/2 client; nothing if it is silent or hangs up."""
+    try:
+        sock.sendall(_HTTP2_HELLO)
+        return sock.recv(64)
+    except OSError:
+        return b""
 
 
 def _speaks_tls(peer: tuple[str, int], timeout_s: float) -> bool:
@@ -69,7 +75,8 @@ def _speaks_tls(peer: tuple[str, int], timeout_s: float) -> bool:
         return False
 
 
-def _encrypted(sock: socket.socket, host: str, tls: Tls) -> Flaw | None:
+def _encrypted(sock: socket.socket, host: str, tls: Tls, timeout_s: float) -> Flaw | None:
+    peer = sock.getpeername()[:2]
     try:
         with tls.context().wrap_socket(sock, server_hostname=host) as secure:
             secure.sendall(_HTTP2_HELLO)
@@ -77,17 +84,27 @@ def _encrypted(sock: socket.socket, host: str, tls: Tls) -> Flaw | None:
     except ssl.SSLCertVerificationError as error:
         return Flaw(f"its certificate is not accepted: {error.verify_message}", permanent=True)
     except ssl.SSLError as error:
-        reason = (error.reason or str(error)).replace("_", " ").lower()
-        if any(hint in reason for hint in ("eof", "wrong version", "http request", "record layer")):
-            return Flaw("it does not speak TLS; leave protocol=https and the certificates out", permanent=True)
-        if not tls.cert:
-            return Flaw("it wants a client certificate; add --rdzv-conf cert=PATH,key=PATH", permanent=True)
-        return Flaw(f"it refuses this client's certificate: {reason}", permanent=True)
+        return _handshake(error, tls, peer, timeout_s)
     except TimeoutError:
         return _MUTE
     except OSError as error:
         return Flaw(f"it closed the TLS connection: {(error.strerror or str(error)).lower()}", permanent=False)
     return _told(answer)
+
+
+def _handshake(error: ssl.SSLError, tls: Tls, peer: tuple[str, int], timeout_s: float) -> Flaw:
+    """Why a TLS handshake failed, where the other side's certificate was not the cause."""
+    reason = (error.reason or str(error)).replace("_", " ").lower()
+    if any(hint in reason for hint in ("eof", "wrong version", "http request", "record layer")):
+        with contextlib.suppress(OSError), socket.create_connection(peer, timeout=timeout_s) as sock:
+            if _answer(sock):
+                return Flaw("it does not speak TLS; leave protocol=https and the certificates out", permanent=True)
+        return _MUTE
+    if any(hint in reason for hint in ("certificate", "unknown ca", "handshake failure")):
+        if not tls.cert:
+            return Flaw("it wants a client certificate; add --rdzv-conf cert=PATH,key=PATH", permanent=True)
+        return Flaw(f"it refuses this client's certificate: {reason}", permanent=True)
+    return Flaw(f"the TLS handshake failed: {reason}", permanent=True)
 
 
 def _told(answer: bytes) -> Flaw | None:
