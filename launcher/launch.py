@@ -189,8 +189,11 @@ def _run(
         agent.close()
     if not result.is_failed():
         return 0
+    log.error("[%s] %s", member.node_id, member.outcome())
+    if any(failure.exitcode == USAGE_EXIT_CODE for failure in result.failures.values()):
+        return USAGE_EXIT_CODE  # the program itself has said what is wrong
     log.error("%s", ChildFailedError(name=command[0], failures=result.failures))
-    return USAGE_EXIT_CODE if any(f.exitcode == USAGE_EXIT_CODE for f in result.failures.values()) else 1
+    return 1
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ _MODULES = (
     "torch._dynamo",  # FSDP2 imports it when it first shards a module
 )
 _OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
+_OWN_FRAMES = (__file__, "<frozen runpy>")
 _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
@@ -318,8 +319,16 @@ def _become(request: Request, zygote_pid: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # a fork would repeat the zygote's sequence
+    sys.excepthook = _tell_error
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
+
+
+def _tell_error(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """Python's own way, from the script's first frame on: it would not have ours."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in _OWN_FRAMES:
+        traceback = traceback.tb_next
+    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
 
 
 def _run(argv: list[str]) -> None:
