@@ -78,7 +78,11 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
         local_addr=params.local_addr,
         timeout_s=conf.connect_timeout,
     )
-    doorbell = Doorbell(connection.local_address)
+    try:
+        doorbell = Doorbell(connection.local_address)
+    except OSError as error:
+        connection.close()
+        raise UsageError(f"--local-addr {connection.local_address}: not this node's: {error.strerror}") from error
     host = socket.gethostname()
     node_id = f"{host}-{uuid.uuid4().hex[:4]}"
     node = Node(node_id, host, connection.local_address, doorbell.port, slots=1, zone=conf.zone)
@@ -130,6 +134,7 @@ class TorchrunRendezvous(MemberRendezvous):
         self._connection = connection
         self._doorbell = doorbell
         self._left = False
+        self._told_generation = 0
         atexit.register(self._leave)
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -158,6 +163,16 @@ class TorchrunRendezvous(MemberRendezvous):
         os.environ.update(self._worker_environment(self.round))
         store = _RoundStore(info.store, self._wait_for_the_others, self._announce_done)
         return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
+
+    def num_nodes_waiting(self) -> int:
+        """See `MemberRendezvous`; says once why the workers are restarted, which torch's agent does not know."""
+        waiting = super().num_nodes_waiting()
+        if waiting and self._told_generation != self.generation:
+            self._told_generation = self.generation
+            broken = self._member.broken(self.generation)
+            reason = broken.reason if broken else self._member.stop_requested(self.generation)
+            log.warning("[%s] generation %d ends: %s", self._member.node_id, self.generation, reason)
+        return waiting
 
     def _end_as_spare(self) -> NoReturn:
         log.warning("job %s has succeeded, this node is not needed; another --rdzv-id runs it again", self._run_id)

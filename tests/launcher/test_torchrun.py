@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,6 +169,7 @@ def test_a_frozen_node_is_lost_joins_again_when_it_thaws_and_may_die_unnoticed(j
     larger.freeze()
     alone = job.wait_started(4)[3]
     assert (alone["RANK"], alone["WORLD_SIZE"], alone["GENERATION"]) == (0, 1, 2)
+    assert re.search(r"generation 1 ends: node .* lost: its lease ended", smaller.output)
     larger.thaw()
     again = job.wait_started(7)[4:]
     assert sorted((s["RANK"], s["WORLD_SIZE"]) for s in again) == [(0, 3), (1, 3), (2, 3)]
@@ -176,6 +178,7 @@ def test_a_frozen_node_is_lost_joins_again_when_it_thaws_and_may_die_unnoticed(j
     larger.kill()
     job.finish()
     assert smaller.wait() == 0, job.logs()
+    assert re.search(r"generation 2 ends: join: ", smaller.output)
     assert len(job.started()) == 8, "a node that was lost already dies without restarting anybody"
 
 
@@ -257,6 +260,12 @@ def test_mistakes_in_options(conf: dict[str, str], told: str, capsys: pytest.Cap
     err = capsys.readouterr().err
     assert err.startswith(f"torchrun: error: {told}")
     assert "hidden" not in err
+
+
+def test_an_address_of_another_machine(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        create_handler(RendezvousParameters("etcd3", server.endpoint, "r", 1, 2, "192.0.2.1"))
+    assert capsys.readouterr().err.startswith("torchrun: error: --local-addr 192.0.2.1: not this node's: ")
 
 
 class TestReopening:
