@@ -6,7 +6,8 @@ no handler; its agents exchange them through the round's store), and there is no
 
 What it does not get, because torch's agent does it its own way: a worker that fails costs one of `--max-restarts`
 also where a lost node was the cause; restarts are not at a step boundary; workers outlive an agent that is killed
-alone; a node that is cut off stops its workers with torch's grace, which may be longer than its lease.
+alone; a node that is cut off stops its workers with torch's grace, which may be longer than its lease; an agent whose
+peer dies in the very moment in which they exchange slots dies a minute later, and is restarted by whoever runs it.
 
 Ends of a job:
 
@@ -84,7 +85,7 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
         connection.close()
         raise UsageError(f"--local-addr {connection.local_address}: not this node's: {error.strerror}") from error
     host = socket.gethostname()
-    node_id = f"{host}-{uuid.uuid4().hex[:4]}"
+    node_id = f"{host}-{uuid.uuid4().hex[:8]}"
     node = Node(node_id, host, connection.local_address, doorbell.port, slots=1, zone=conf.zone)
     member = Member(
         connection.kv,

@@ -96,13 +96,20 @@ def _tls(conf: Mapping[str, str], schemes: set[str]) -> Tls | None:
         missing = "key" if files["cert"] else "cert"
         raise UsageError(f"--rdzv-conf {missing}: a client certificate needs both cert=PATH and key=PATH")
     pem = {name: _read(name, path) if path else None for name, path in files.items()}
-    tls = Tls(files["cacert"], files["cert"], files["key"], pem["cacert"], pem["cert"], pem["key"])
+    authorities = pem["cacert"] or _system_authorities()
+    tls = Tls(files["cacert"], files["cert"], files["key"], authorities, pem["cert"], pem["key"])
     try:
         tls.context()
     except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError, named for the reader
         named = f"cacert={files['cacert']}" if not files["cert"] else f"cert={files['cert']}, key={files['key']}"
         raise UsageError(f"--rdzv-conf {named}: not usable PEM files: {error.strerror or error}") from error
     return tls
+
+
+def _system_authorities() -> bytes | None:
+    """Whom this machine trusts (or SSL_CERT_FILE says); None where it does not tell: gRPC then brings a list."""
+    path = ssl.get_default_verify_paths().cafile
+    return Path(path).read_bytes() if path else None
 
 
 def _read(name: str, path: str) -> bytes:

@@ -75,6 +75,13 @@ class TestSecurity:
             lease.revoke()
             assert [event.entry for event in gather(watch, 1)] == [None]
 
+    def test_authorities_of_the_machine(
+        self, secure: Server, conf: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SSL_CERT_FILE", conf.pop("cacert"))
+        with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
+            assert kv.put("k", b"1") is not None
+
     def test_a_token_that_etcd_forgot_is_renewed(self, secure: Server, conf: dict[str, str]) -> None:
         with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
             watch = kv.watch("", 1)
