@@ -12,6 +12,7 @@ import torch
 
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
+from elastic_moe.errors import NotSaved
 from elastic_moe.parallel import build_mesh
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import set_step
@@ -32,6 +33,7 @@ def train(job: JobConfig) -> None:
 
     Raises:
         UserError: the job does not fit the world, the data or the checkpoint.
+        NotSaved: the last step could not be saved.
     """
     here = worker.context()
     if job.train.exact:
@@ -103,6 +105,8 @@ def run_steps(
         last = step == job.train.steps
         if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
             checkpointer.save(step, state, wait=bool(reason) or last)
+        if last and checkpointer is not None and not on_all_ranks(checkpointer.wait()):
+            raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
         if reason and not last and _may_stop(checkpointer, reason, step):
             worker.yielded(step)
             return
