@@ -97,8 +97,7 @@ def _resolvable(config: EtcdConfig) -> str:
 def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
     host, port = parse_endpoint(endpoint)
     address = _resolve(host)
-    loopback = address.startswith("127.") or address == "::1"
-    token = _token(conf, required=not loopback)
+    token = _token(conf, required=not _is_loopback(address))
     server = _try_host(address, port, token, conf)
     kv = EmbeddedKV(address, server.port if server else port, token=token)
 
@@ -132,9 +131,19 @@ def parse_endpoint(endpoint: str, default_port: int = DEFAULT_PORT) -> tuple[str
 
 def _resolve(host: str) -> str:
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise UsageError(f"--rdzv-endpoint: host {host!r} is unknown: {error.strerror}") from error
+    if _is_loopback(address) and not (_is_loopback(host) or host == "localhost"):
+        # Debian's /etc/hosts names a machine's own address 127.0.1.1, which is another for every machine.
+        raise UsageError(
+            f"--rdzv-endpoint: {host!r} is {address} here, which no other node can reach; give its address"
+        )
+    return address
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def _token(conf: Mapping[str, str], *, required: bool) -> str:

@@ -32,7 +32,8 @@ class _Connection:
         self._token = token
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
-        self._closed = False
+        self.closed = False
+        self.store_id = ""
 
     def call(self, op: str, *, timeout_s: float = _CALL_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
         """One request and its answer.
@@ -41,12 +42,12 @@ class _Connection:
             KVUnavailable, Compacted, KVError, UsageError (a wrong token)
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise KVUnavailable("this client is closed")
             try:
                 if self._sock is None:
                     self._sock = self._open(timeout_s)
-                    if self._closed:  # closed while it was being opened: `close` saw no socket to shut down
+                    if self.closed:  # closed while it was being opened: `close` saw no socket to shut down
                         raise EOFError("closed")
                 self._sock.settimeout(timeout_s)
                 wire.send(self._sock, {"op": op, **fields})
@@ -69,7 +70,7 @@ class _Connection:
         sock = socket.create_connection(self._address, timeout=timeout_s)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire.greet_as_client(sock, self._token)
+            self.store_id = wire.greet_as_client(sock, self._token)
         except BaseException:
             sock.close()
             raise
@@ -82,7 +83,7 @@ class _Connection:
 
     def close(self) -> None:
         """Close for good; a call under way fails at once."""
-        self._closed = True
+        self.closed = True
         sock = self._sock
         if sock is not None:
             try:
@@ -100,8 +101,9 @@ def _entry(told: dict[str, Any] | None) -> Entry | None:
 
 
 class _EmbeddedWatch:
-    def __init__(self, connection: _Connection, prefix: str, from_revision: int) -> None:
+    def __init__(self, connection: _Connection, prefix: str, from_revision: int, store_id: str) -> None:
         self._connection = connection
+        self._store_id = store_id
         self._prefix = prefix
         self._from_revision = from_revision
         self._cancelled = threading.Event()
@@ -122,6 +124,8 @@ class _EmbeddedWatch:
             if self._cancelled.is_set():
                 return ()
             raise
+        if self._store_id not in ("", self._connection.store_id):
+            raise Compacted("the store was lost and is hosted anew")
         self._from_revision = answer["next"]
         return tuple(WatchEvent(e["key"], _entry(e["entry"]), e["revision"]) for e in answer["events"])
 
@@ -138,7 +142,7 @@ class EmbeddedKV:
         self._token = token
         self._calls = self._connection()
         self._leases: list[Lease] = []
-        self._connections: list[_Connection] = [self._calls]
+        self._open: list[_Connection] = [self._calls]
 
     def _connection(self) -> _Connection:
         return _Connection(*self._address, self._token)
@@ -188,8 +192,8 @@ class EmbeddedKV:
 
     def watch(self, prefix: str, from_revision: int) -> _EmbeddedWatch:
         connection = self._connection()
-        self._connections.append(connection)
-        return _EmbeddedWatch(connection, prefix, from_revision)
+        self._open = [*(held for held in self._open if not held.closed), connection]
+        return _EmbeddedWatch(connection, prefix, from_revision, self._calls.store_id)
 
     def lease(self, ttl_s: float) -> Lease:
         connection = self._connection()
@@ -203,7 +207,7 @@ class EmbeddedKV:
             revoke=lambda: self._revoke(lease_id),
             close=connection.close,
         )
-        self._leases.append(lease)
+        self._leases = [*(held for held in self._leases if not held.lost.is_set()), lease]
         return lease
 
     def _revoke(self, lease_id: int) -> None:
@@ -212,5 +216,5 @@ class EmbeddedKV:
     def close(self) -> None:
         for lease in self._leases:
             lease.stop()
-        for connection in self._connections:
+        for connection in self._open:
             connection.close()

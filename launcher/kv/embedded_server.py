@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import secrets
 import socket
 import socketserver
 import threading
@@ -46,7 +47,7 @@ class _Handler(socketserver.BaseRequestHandler):
         server.connections.add(sock)
         try:
             sock.settimeout(_HANDSHAKE_TIMEOUT_S)
-            wire.greet_as_server(sock, server.token)
+            wire.greet_as_server(sock, server.token, server.store_id)
             sock.settimeout(_IDLE_TIMEOUT_S)
             while True:
                 request = wire.receive(sock)
@@ -108,6 +109,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], token: str) -> None:
         self.hub = Hub()
         self.token = token
+        self.store_id = secrets.token_hex(8)
         self.connections: set[socket.socket] = set()
         self.stopped = threading.Event()
         if ":" in address[0]:

@@ -62,7 +62,7 @@ class Lease:
             sent_s = time.monotonic()
             try:
                 alive = self._renew()
-            except KVUnavailable as error:
+            except Exception as error:  # noqa: BLE001 (a thread that ends here would leave a lease nobody knows lost)
                 log.warning("lease %x not renewed: %s", self.lease_id, error)
                 alive = sent_s < self._deadline_s
                 period_s = min(self.ttl_s / _RENEWALS_PER_TTL, 0.2)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 
@@ -24,7 +25,7 @@ class Hub:
     """A store that several clients share. Safe for threads."""
 
     def __init__(self, state: State | None = None) -> None:
-        self._state = state or State()
+        self._state = state or State(first_lease_id=secrets.randbits(48) + 1)
         self._changed = threading.Condition()
         self._closed = False
         threading.Thread(target=self._expire, name="kv-expiry", daemon=True).start()

@@ -24,13 +24,14 @@ class _Grant:
 class State:
     """All methods that depend on time take `now_s` (any monotonic clock, the same for all calls)."""
 
-    def __init__(self, history_events: int = HISTORY_EVENTS) -> None:
+    def __init__(self, history_events: int = HISTORY_EVENTS, first_lease_id: int = 1) -> None:
+        """`first_lease_id`: random where clients may outlive a store: an old lease must not be a new one's id."""
         self.revision = 0
         self._entries: dict[str, Entry] = {}
         self._lease_of: dict[str, int] = {}
         self._grants: dict[int, _Grant] = {}
         self._history: deque[WatchEvent] = deque(maxlen=history_events)
-        self._next_lease_id = 1
+        self._next_lease_id = first_lease_id
 
     def get(self, key: str) -> Entry | None:
         """The entry of `key`, or None."""

@@ -58,24 +58,24 @@ def _exactly(sock: socket.socket, size_bytes: int) -> bytes:
     return bytes(data)
 
 
-def greet_as_server(sock: socket.socket, token: str) -> None:
+def greet_as_server(sock: socket.socket, token: str, store_id: str) -> None:
     """The server's half of the handshake.
 
     Raises:
         ProtocolError: a client without the token, or of another protocol.
     """
     nonce = secrets.token_hex(16)
-    send(sock, {"protocol": PROTOCOL, "nonce": nonce})
+    send(sock, {"protocol": PROTOCOL, "nonce": nonce, "store": store_id})
     answer = receive(sock, MAX_HANDSHAKE_BYTES)
     theirs = str(answer.get("nonce", ""))
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(token, "client", nonce, theirs)):
+    if not _same(answer.get("proof"), _proof(token, "client", nonce, theirs)):
         send(sock, {"refused": "wrong token"})
         raise ProtocolError("a client with a wrong token")
     send(sock, {"proof": _proof(token, "server", theirs, nonce)})
 
 
-def greet_as_client(sock: socket.socket, token: str) -> None:
-    """The client's half of the handshake.
+def greet_as_client(sock: socket.socket, token: str) -> str:
+    """The client's half of the handshake; the store's id, which is another where the store was lost and made anew.
 
     Raises:
         ProtocolError: not this protocol, or the token is not the server's.
@@ -86,8 +86,13 @@ def greet_as_client(sock: socket.socket, token: str) -> None:
     nonce, theirs = secrets.token_hex(16), str(hello.get("nonce", ""))
     send(sock, {"nonce": nonce, "proof": _proof(token, "client", theirs, nonce)})
     answer = receive(sock, MAX_HANDSHAKE_BYTES)
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(token, "server", nonce, theirs)):
+    if not _same(answer.get("proof"), _proof(token, "server", nonce, theirs)):
         raise ProtocolError("the token is not the server's")
+    return str(hello.get("store", ""))
+
+
+def _same(given: object, proof: str) -> bool:
+    return hmac.compare_digest(str(given).encode(), proof.encode())
 
 
 def _proof(token: str, side: str, challenge: str, nonce: str) -> str:
