@@ -9,6 +9,7 @@ kills its workers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -48,6 +49,7 @@ from launcher.warm import COLD, WarmStart
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_LINGER_S = 30.0
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -138,7 +140,7 @@ class ElasticAgent(LocalElasticAgent):
         self._remaining_restarts = worker_group.spec.max_restarts - (current.generation - 1)
         self._close_channels()
         self._channels = {
-            worker.local_rank: Channel.create(self._runtime_dir / f"worker-{worker.local_rank}")
+            worker.local_rank: Channel.create(self._runtime_dir / f"worker-{current.generation}-{worker.local_rank}")
             for worker in worker_group.workers
         }
         self._asked_s = None
@@ -212,6 +214,9 @@ class ElasticAgent(LocalElasticAgent):
             if failures := self._failed_workers():
                 self._report_failure(generation, failures)
                 return _End("worker failed", self._graces.stop_s)
+            reason = self._member.stop_requested(generation)
+            if reason and not self._ask_to_stop(reason):
+                return _End(reason, self._graces.stop_s)
             broken = self._member.broken(generation)
             if broken and not self._may_finish(broken):
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
@@ -221,9 +226,6 @@ class ElasticAgent(LocalElasticAgent):
                 self._member.drain(f"drains on {self._drain_signal.name}")
                 if not self._is_cooperative():
                     return _End(f"drains on {self._drain_signal.name}", self._graces.stop_s)
-            reason = self._member.stop_requested(generation)
-            if reason and not self._ask_to_stop(reason):
-                return _End(reason, self._graces.stop_s)
             result: RunResult = self._monitor_workers(self._worker_group)
             exited = result.state is WorkerState.SUCCEEDED
             if self._have_yielded(reason, exited) and (exited or self._member.all_stop(generation)):
@@ -241,11 +243,27 @@ class ElasticAgent(LocalElasticAgent):
         began_s = time.monotonic()
         # A grace of 0 still lets the kernel deliver SIGTERM first; SIGKILL follows at once.
         self._shutdown(signal.SIGTERM, timeout=max(end.grace_s, 0.001))  # type: ignore[arg-type]
+        self._end_forked_workers()
         self._worker_group.state = WorkerState.STOPPED
         self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3))
         if self._drain_signal is not None:
             raise SignalException(f"drained on {self._drain_signal.name}", self._drain_signal)
         self._member.announce(Status.READY, reason=end.reason)
+
+    def _end_forked_workers(self) -> None:
+        """Wait until forked workers are gone too: torch waited for what stands for them, the zygote kills them later.
+
+        Nobody may hear that this node is ready before: its old workers would train, or hold memory, beside the new.
+        """
+        ends_s = time.monotonic() + _LINGER_S
+        while pids := [pid for channel in self._channels.values() if (pid := channel.lingering_pid())]:
+            if time.monotonic() > ends_s:
+                self._emit("workers_linger", pids=pids, seconds=_LINGER_S)
+                return
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
 
     def _finish(self, generation: int) -> bool:
         """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
@@ -366,6 +384,7 @@ class ElasticAgent(LocalElasticAgent):
     def _close_channels(self) -> None:
         for channel in self._channels.values():
             channel.close()
+            channel.path.unlink(missing_ok=True)
         self._channels = {}
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ Layout, little endian, one field one writer::
     8   u32  phase            worker   (Phase)
     16  i64  step             worker   last completed step
     24  u64  beat_ns          worker   CLOCK_MONOTONIC of that step (one clock for all processes of a host)
+    32  i64  pid              worker   of a forked worker, which is not the agent's own child
+    40  u64  started_ticks    worker   when that process started (proc(5)): a pid alone may be another's by now
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 
 _MAGIC = b"EMC1"
 _SIZE_BYTES = 64
-_STOP, _PHASE, _STEP = 4, 8, 16
+_STOP, _PHASE, _STEP, _PID = 4, 8, 16, 32
 
 
 class StopReason(IntEnum):
@@ -54,6 +56,15 @@ class Progress:
     beat_s: float
 
 
+def started_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
 class Channel:
     """One mapped file. The agent calls `create`, the worker `attach`; both `close`."""
 
@@ -76,8 +87,8 @@ class Channel:
         return cls(path, memory)
 
     @classmethod
-    def attach(cls, path: Path) -> Channel:
-        """Map the channel that the agent made.
+    def attach(cls, path: Path, *, announce: bool = True) -> Channel:
+        """Map the channel that the agent made; with `announce` that says that this worker uses it.
 
         Raises:
             OSError: there is no such file.
@@ -93,10 +104,16 @@ class Channel:
         if memory[0:4] != _MAGIC:
             memory.close()
             raise ValueError(f"{path} is not a worker channel of this version")
-        struct.pack_into("<I", memory, _PHASE, Phase.ATTACHED)
+        if announce:
+            struct.pack_into("<I", memory, _PHASE, Phase.ATTACHED)
         return cls(path, memory)
 
     # --- the worker's side
+
+    def claim(self) -> None:
+        """Say which process this worker is, so that the agent can make sure of its end."""
+        pid = os.getpid()
+        struct.pack_into("<qQ", self._memory, _PID, pid, started_ticks(pid) or 0)
 
     def beat(self, step: int) -> None:
         """Record that `step` is complete, now."""
@@ -112,6 +129,11 @@ class Channel:
         return StopReason(struct.unpack_from("<I", self._memory, _STOP)[0])
 
     # --- the agent's side
+
+    def lingering_pid(self) -> int | None:
+        """The forked worker's pid while that very process still runs."""
+        pid, ticks = struct.unpack_from("<qQ", self._memory, _PID)
+        return pid if pid and started_ticks(pid) == ticks else None
 
     def request_stop(self, reason: StopReason) -> None:
         """Ask the worker to stop at its next step boundary."""

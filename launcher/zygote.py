@@ -33,7 +33,10 @@ import time
 import types
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from launcher.channel import Channel
 
 _MODULES = (
     "torch",
@@ -87,6 +90,7 @@ def unfit_to_fork() -> str:
 
 class _Zygote:
     def __init__(self, listener: socket.socket) -> None:
+        self.connection: socket.socket | None = None  # in a child: to the boot that stands for it
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -147,7 +151,8 @@ class _Zygote:
         learn_r, learn_w = (-1, -1) if self._learnt else os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._leave_parent(connection, learn_r)
+            self._leave_parent(learn_r)
+            self.connection = connection
             if learn_w >= 0:
                 _tell_imports_later(learn_w)
             return True
@@ -161,12 +166,12 @@ class _Zygote:
         self._answer(connection, {"pid": str(pid)})
         return False
 
-    def _leave_parent(self, connection: socket.socket, learn_r: int) -> None:
+    def _leave_parent(self, learn_r: int) -> None:
         """In the child: let go of everything that is the zygote's."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
-        for other in (*self._workers.values(), connection, self._listener):
+        for other in (*self._workers.values(), self._listener):
             other.close()
         for fd in (self._wake_r, self._wake_w, learn_r, self._learning or -1):
             if fd >= 0:
@@ -203,8 +208,10 @@ class _Zygote:
         except (OSError, EOFError, ValueError, KeyError):
             signum = signal.SIGKILL
             self._selector.unregister(connection)
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.killpg(pid, signum)
+        except ProcessLookupError:  # it has no group of its own yet; it is ours to reap, so the pid is its
+            os.kill(pid, signum)
 
     def _learn(self) -> None:
         """Hear what the first worker imported, and try it in a process that is thrown away."""
@@ -272,8 +279,13 @@ def _receive_request(connection: socket.socket) -> Request:
         raise EOFError("closed")
     if len(fds) != 3:
         raise ValueError(f"{len(fds)} file descriptors, not 3")
-    told = _body(connection, header + _exactly(connection, 4 - len(header)))
-    return Request(list(told["argv"]), dict(told["env"]), str(told["cwd"]), tuple(fds))
+    try:
+        told = _body(connection, header + _exactly(connection, 4 - len(header)))
+        return Request(list(told["argv"]), dict(told["env"]), str(told["cwd"]), tuple(fds))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def _body(connection: socket.socket, header: bytes) -> dict[str, Any]:
@@ -305,10 +317,19 @@ def die_with(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _become(request: Request, zygote_pid: int) -> None:
+def _become(request: Request, zygote_pid: int, boot: socket.socket) -> None:
     """In the child: be what `python ARGV...` would be, up to the point where it runs the program."""
     os.setsid()
     die_with(zygote_pid)
+    if path := request.env.get("ELASTIC_MOE_HEARTBEAT"):
+        with contextlib.suppress(OSError, ValueError):
+            Channel.attach(Path(path), announce=False).claim()
+    # An agent that ends the boot looks for our claim afterwards: either it finds it, or we see here that boot is gone.
+    boot.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        if not boot.recv(1, socket.MSG_PEEK):
+            os._exit(1)
+    boot.close()
     for target, fd in enumerate(request.fds):
         os.dup2(fd, target)
         os.close(fd)
@@ -366,8 +387,10 @@ def main(argv: list[str]) -> None:
     _settle_threads()
     os.close(ready_fd)  # whoever reads the other end knows
     zygote_pid = os.getpid()
-    request = _Zygote(listener).serve()
-    _become(request, zygote_pid)
+    zygote = _Zygote(listener)
+    request = zygote.serve()
+    assert zygote.connection is not None
+    _become(request, zygote_pid, zygote.connection)
     _run(request.argv)
 
 
