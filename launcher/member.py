@@ -66,6 +66,7 @@ class Member:
         self._stored: Node | None = None
         self._roster = Roster(node.node_id, uuid.uuid4().hex, time.monotonic())
         self._fenced = False
+        self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
         self._changed = threading.Condition(threading.RLock())
         self._stopping = threading.Event()
@@ -222,9 +223,13 @@ class Member:
         """Tell the other nodes where the worker store of `generation` listens.
 
         Raises:
-            KVUnavailable
+            KVUnavailable: the store does not answer, or another node has just published.
         """
-        self._kv.put(f"{self._prefix}{STORE}{generation}", address.encode(), lease=self._lease)
+        with self._changed:
+            revision = self._roster.store_revision
+        value = f"{generation} {address}".encode()
+        if self._kv.put(f"{self._prefix}{STORE}", value, if_revision=revision, lease=self._lease) is None:
+            raise KVUnavailable("another node published a worker store meanwhile")
 
     def wait_store(self, generation: int, timeout_s: float) -> str:
         """The address that `publish_store` told.
@@ -234,14 +239,24 @@ class Member:
         """
         ends_s = time.monotonic() + timeout_s
         with self._changed:
-            while generation not in self._roster.stores:
+            while self._roster.store is None or self._roster.store[0] != generation:
                 if broken := self.broken(generation):
                     raise TimeoutError(broken.reason)
                 left_s = ends_s - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"no worker store within {timeout_s:g} s")
                 self._changed.wait(min(left_s, _TICK_S))
-            return self._roster.stores[generation]
+            return self._roster.store[1]
+
+    def is_spare(self) -> bool:
+        """Whether a round runs well without this node."""
+        with self._changed:
+            current = self._roster.round
+            return (
+                current is not None
+                and current.place_of(self.node_id) is None
+                and self.broken(current.generation) is None
+            )
 
     # --- life
 
@@ -251,7 +266,7 @@ class Member:
         Raises:
             KVUnavailable: the store does not answer.
         """
-        self._register()
+        self._register(first=True)
         self._relist()
         for thread in self._threads:
             thread.start()
@@ -289,28 +304,39 @@ class Member:
     def _own_key(self) -> str:
         return f"{self._prefix}{NODES}{self.node_id}"
 
-    def _register(self) -> None:
+    def _register(self, *, first: bool = False) -> None:
+        """Write this node's record under a new lease. Until that has succeeded, a fenced node stays fenced."""
+        with self._changed:
+            self._record = record = dataclasses.replace(self._record, status=Status.READY, failure=None)
         lease = self._kv.lease(self._lease_ttl_s)
+        try:
+            # No two nodes may share an id: each would overwrite the other's record.
+            written = self._kv.put(self._own_key, record.to_json(), if_revision=0 if first else None, lease=lease)
+            if written is None:
+                raise KVUnavailable(f"node id {self.node_id} is taken" if first else "the lease ended at once")
+        except BaseException:
+            lease.stop()
+            raise
         with self._changed:
             if self._lease is not None:
                 self._lease.stop()
             self._lease = lease
-            self._stored = None
+            self._stored = record
             self._fenced = False
-            self._record = dataclasses.replace(self._record, status=Status.READY, failure=None)
-        self._write_record()
-        self._emit("node_joined", generation=self._record.generation, slots=self._record.slots)
+            self._stale = True
+        self._emit("node_joined", generation=record.generation, slots=record.slots)
 
-    def _write_record(self) -> None:
+    def _write_record(self) -> bool:
         """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""
         with self._changed:
             record, lease = self._record, self._lease
         if lease is None or lease.lost.is_set():
-            return
-        written = self._kv.put(self._own_key, record.to_json(), lease=lease)
-        if written is not None:
-            with self._changed:
-                self._stored = record
+            return False
+        if self._kv.put(self._own_key, record.to_json(), lease=lease) is None:
+            return False
+        with self._changed:
+            self._stored = record
+        return True
 
     def _keep_record(self) -> None:
         while not self._stopping.is_set():
@@ -318,35 +344,43 @@ class Member:
                 if self._stored == self._record or self._fenced:
                     self._changed.wait(_TICK_S)
                     continue
+            written = False
             try:
-                self._write_record()
+                written = self._write_record()
             except KVUnavailable as error:
                 log.warning("[%s] record not written, trying again: %s", self.node_id, error)
+            except Exception:
+                log.exception("[%s] record not written, trying again", self.node_id)
+            if not written:
                 self._stopping.wait(_RETRY_S)
 
     def _follow(self) -> None:
+        """Turn after turn, whatever happens in one: a node whose thread ended would look alive and hear nothing."""
         while not self._stopping.is_set():
             try:
-                if self.fenced() and self._record.status is Status.READY:
-                    self._rejoin()
-                wake_s = self._act()
-                if self._watch is not None and wake_s > 0:
-                    self._apply(self._watch.next(wake_s))
+                self._turn()
             except KVUnavailable as error:
                 if self._told_why(f"the store does not answer: {error}"):
                     log.warning("[%s] %s", self.node_id, error)
                 self._stopping.wait(_RETRY_S)
             except Compacted as error:
                 log.warning("[%s] %s: listing anew", self.node_id, error)
-                self._list_anew()
-            except Exception:
-                log.exception("[%s] membership: unexpected error, listing anew", self.node_id)
+                self._stale = True
+            except Exception as error:
+                self._stale = True
+                if self._told_why(f"{type(error).__name__}: {error}"):
+                    log.exception("[%s] membership: unexpected error, listing anew", self.node_id)
                 self._stopping.wait(_RETRY_S)
-                self._list_anew()
 
-    def _list_anew(self) -> None:
-        with contextlib.suppress(KVUnavailable):
+    def _turn(self) -> None:
+        if self.fenced() and self._record.status is Status.READY:
+            self._register()  # the workers are stopped: come back as a new, youngest node
+            log.warning("[%s] the lease had ended; joined anew", self.node_id)
+        if self._stale:
             self._relist()
+        wake_s = self._act()
+        if self._watch is not None and wake_s > 0:
+            self._apply(self._watch.next(wake_s))
 
     def _told_why(self, why: str) -> bool:
         """Note what is waited for; whether that is news."""
@@ -357,12 +391,6 @@ class Member:
                 self._changed.notify_all()
             return news
 
-    def _rejoin(self) -> None:
-        """The workers are stopped and the lease is gone: come back as a new, youngest node."""
-        self._register()
-        log.warning("[%s] the lease had ended; joined anew", self.node_id)
-        self._relist()
-
     def _relist(self) -> None:
         listing = self._kv.list(self._prefix)
         entries = [(entry.key.removeprefix(self._prefix), entry) for entry in listing.entries]
@@ -371,6 +399,7 @@ class Member:
             if self._watch is not None:
                 self._watch.cancel()
             self._watch = self._kv.watch(self._prefix, listing.revision + 1)
+            self._stale = False
 
     def _apply(self, events: tuple[WatchEvent, ...]) -> None:
         changes = [(event.key.removeprefix(self._prefix), event.entry) for event in events]
@@ -407,6 +436,7 @@ class Member:
                 return min(_TICK_S, max(0.0, until_s - now_s))
             case Evict(node_id, reason):
                 self.evict(node_id, reason)
+                return _RETRY_S  # the watch tells that it is gone
             case Propose(proposed):
                 self._propose(proposed, view.round, revision)
         return 0.0

@@ -289,8 +289,11 @@ def _running_round(view: View, current: Round, rules: Rules, planner: Planner, n
         return Propose(dataclasses.replace(current, outcome=SUCCEEDED))
     if current.stop:
         return Wait(f"workers stop at a step boundary: {current.stop}")
-    if any(n.generation < current.generation for n in members):
-        return Wait("participants are still joining")
+    if late := [n.node_id for n in members if n.generation < current.generation]:
+        until_s = view.formed_s + rules.stop_timeout_s
+        if now_s >= until_s:
+            return Evict(late[0], f"did not join generation {current.generation} within {rules.stop_timeout_s:g} s")
+        return Wait(f"{', '.join(late)} still joins", until_s)
     if any(n.status is Status.DONE for n in members):
         return Wait("the job is about to finish")
     if leaving := [n for n in members if n.draining]:

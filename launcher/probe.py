@@ -6,10 +6,10 @@ not be waited for. Silence proves nothing (a slow or cut-off network): such a pe
 
 from __future__ import annotations
 
-import contextlib
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,10 +39,13 @@ class Doorbell:
             while not self._closed:
                 for key, _ in selector.select(_PATIENCE_S):
                     if key.fileobj is self._sock:
-                        with contextlib.suppress(OSError):
+                        try:
                             visitor, _ = self._sock.accept()
-                            visitors.add(visitor)
-                            selector.register(visitor, selectors.EVENT_READ)
+                        except OSError:  # it went away again, or this process has no descriptor to spare
+                            time.sleep(0.05)
+                            continue
+                        visitors.add(visitor)
+                        selector.register(visitor, selectors.EVENT_READ)
                     else:  # a visitor that leaves, or that talks: neither is wanted any more
                         assert isinstance(key.fileobj, socket.socket)
                         selector.unregister(key.fileobj)

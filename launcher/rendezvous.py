@@ -76,12 +76,19 @@ class MemberRendezvous(RendezvousHandler):
             except JobClosed as error:
                 raise RendezvousClosedError(str(error)) from error
             except TimeoutError as error:
+                if self._member.is_spare():
+                    continue  # the job is well; it may need this node yet
                 raise RendezvousTimeoutError(str(error)) from error
             place = found.place_of(self._member.node_id)
             assert place is not None
             try:
                 store, info = self._host(found.generation) if place == 0 else self._connect(found.generation)
-            except (KVUnavailable, TimeoutError, RuntimeError) as error:  # torch's DistStoreError is a RuntimeError
+            except (
+                KVUnavailable,
+                TimeoutError,
+                OSError,
+                RuntimeError,
+            ) as error:  # torch's DistStoreError is a RuntimeError
                 log.warning("generation %d broke while it formed: %s", found.generation, error)
                 continue
             self._store = store

@@ -1,6 +1,6 @@
 """What one node has learnt from the store: who lives, the current round, where its workers meet. No thread, no I/O.
 
-Keys are relative to the run's prefix: `nodes/NODE_ID`, `round`, `store/GENERATION`.
+Keys are relative to the run's prefix: `nodes/NODE_ID`, `round`, and `store` ("GENERATION ADDRESS PORT").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEFT = "left"
 
 NODES = "nodes/"
 ROUND = "round"
-STORE = "store/"
+STORE = "store"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Roster:
         self.nodes: dict[str, Node] = {}
         self.round: Round | None = None
         self.round_revision = 0
-        self.stores: dict[int, str] = {}
+        self.store: tuple[int, str] | None = None
+        self.store_revision = 0
         self._me = me
         self._lineage = lineage
         self._departed: dict[str, str] = {}
@@ -58,8 +59,12 @@ class Roster:
         )
 
     def replace(self, entries: Iterable[tuple[str, Entry]], now_s: float) -> list[Departure]:
-        """Learn a whole listing; the nodes that are missing from it are gone."""
+        """Learn a whole listing; what is missing from it is gone (all of it, where the store was lost)."""
         listed = dict(entries)
+        if ROUND not in listed:
+            self.round, self.round_revision = None, 0
+        if STORE not in listed:
+            self.store, self.store_revision = None, 0
         gone = [self._forget(n, now_s) for n in list(self.nodes) if f"{NODES}{n}" not in listed]
         for key, entry in listed.items():
             self._learn(key, entry, now_s)
@@ -72,6 +77,8 @@ class Roster:
         for key, entry in changes:
             if entry is not None:
                 self._learn(key, entry, now_s)
+            elif key == STORE:
+                self.store, self.store_revision = None, 0
             elif key.startswith(NODES) and (node_id := key.removeprefix(NODES)) in self.nodes:
                 gone.append(self._forget(node_id, now_s))
         self._settle(now_s)
@@ -96,8 +103,9 @@ class Roster:
                 self._take_node(Node.from_json(entry.value, entry.create_revision), now_s)
             elif key == ROUND:
                 self._take_round(Round.from_json(entry.value), entry.revision, now_s)
-            elif key.startswith(STORE):
-                self.stores = {int(key.removeprefix(STORE)): entry.value.decode()}
+            elif key == STORE:
+                generation, _, address = entry.value.decode().partition(" ")
+                self.store, self.store_revision = (int(generation), address), entry.revision
         except (ValueError, TypeError, KeyError) as error:
             log.error("ignored %s, not a record of this version: %s", entry.key, error)
 

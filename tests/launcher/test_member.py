@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from launcher.errors import JobClosed, KVUnavailable
+from launcher.errors import JobClosed, KVError, KVUnavailable
+from launcher.kv.embedded import EmbeddedKV
+from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.member import Member
 from launcher.membership import SUCCEEDED, Failure, Node, Round, Rules, Status
 from launcher.probe import Doorbell
 from launcher.rendezvous import MemberRendezvous
-from tests.cluster import until
+from tests.cluster import free_port, until
 
 LEASE_TTL_S = 1.0
 WAIT_S = 20.0
@@ -37,8 +40,13 @@ class CuttableKV(MemoryKV):
     """A client whose way to the store can be cut."""
 
     cut = False
+    broken = False
+    num_refused = 0
 
     def __getattribute__(self, name: str) -> Any:
+        if name in ("put", "list") and self.broken:
+            self.num_refused += 1
+            raise KVError("user name is empty")
         if name in ("get", "put", "list", "delete", "watch", "lease") and self.cut:
             raise KVUnavailable("cut off")
         return super().__getattribute__(name)
@@ -210,6 +218,70 @@ def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
         with pytest.raises(JobClosed, match="exit code 1: ValueError: no; restarts used: 0 of 0"):
             job.members[name].wait_round(WAIT_S)
     assert job.told.names().count("finished") == 1
+
+
+def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job) -> None:
+    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    job.stop_workers("a")  # b goes on as if it had heard nothing
+    formed = job.members["a"].wait_round(WAIT_S)
+    assert [p.node_id for p in formed.participants] == ["a"]
+    assert "did not stop its workers within 0.5 s" in formed.reason
+
+
+def test_a_spare_waits_beyond_the_time_a_node_waits_for_a_round(job: Job) -> None:
+    job.rules = dataclasses.replace(job.rules, max_nodes=1)
+    job.start("a")
+    job.join("a")
+    spare = job.start("b")
+    handler = MemberRendezvous(spare, backend="memory", run_id="test", address="127.0.0.1", timeout_s=0.2)
+    until("b knows that it is a spare", spare.is_spare, WAIT_S)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(handler.next_rendezvous()))
+    thread.start()
+    thread.join(1.0)  # five times the time-out
+    assert thread.is_alive()
+    job.members["a"].leave()
+    thread.join(WAIT_S)
+    assert found
+
+
+def test_an_unexpected_answer_of_the_store_does_not_end_a_members_threads(job: Job) -> None:
+    member = job.start("a")
+    job.join("a")
+    client = job.clients["a"]
+    client.broken = True
+    member.announce(Status.RUNNING, reason="while the store talks nonsense")
+    until("the nonsense was heard", lambda: client.num_refused > 3, WAIT_S)
+    client.broken = False
+    until("written", lambda: member.nodes()[0].reason == "while the store talks nonsense", WAIT_S)
+    job.start("b")
+    until("heard of b", lambda: len(member.nodes()) == 2, WAIT_S)
+
+
+def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
+    port = free_port()
+    server = EmbeddedServer("127.0.0.1", port, token="t")
+    bell, told = Doorbell("127.0.0.1"), Told()
+    node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
+    kv = EmbeddedKV("127.0.0.1", port, token="t")
+    member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=1.0)
+    try:
+        member.start()
+        member.announce_running(member.wait_round(WAIT_S).generation)
+        server.close()
+        until("fenced", member.fenced, WAIT_S)
+        server = EmbeddedServer("127.0.0.1", port, token="t")
+        member.announce(Status.READY, reason="stopped")
+        assert member.wait_round(WAIT_S).generation == 2, "counts on, though the new store knows nothing"
+        assert not member.fenced()
+    finally:
+        member.leave()
+        kv.close()
+        server.close()
+        bell.close()
 
 
 def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:

@@ -163,8 +163,9 @@ class TestFailure:
         assert action.round.outcome.startswith("failed: worker of rank 1 failed with exit code 2")
 
     def test_is_forgotten_in_the_next_generation(self) -> None:
-        nodes = tuple(dataclasses.replace(n, generation=0, failure=FAILURE) for n in running("a", "b"))
-        assert isinstance(act(view(nodes, round_of("a", "b"))), Wait)
+        a, b = (dataclasses.replace(n, failure=FAILURE) for n in running("a", "b"))
+        yet_to_join = dataclasses.replace(b, generation=0, status=Status.READY)
+        assert breakage(view((a, yet_to_join), round_of("a", "b"))) is None
 
 
 class TestGrowth:
@@ -206,7 +207,9 @@ class TestGrowth:
     def test_waits_until_all_have_joined(self) -> None:
         a, b = running("a", "b")
         late = dataclasses.replace(b, generation=0, status=Status.READY)
-        assert act(view((a, late, node("d")), round_of("a", "b"))) == Wait("participants are still joining")
+        seen = view((a, late, node("d")), round_of("a", "b"))
+        assert act(seen, now_s=1.0) == Wait("b still joins", 60.0)
+        assert act(seen, now_s=60.0) == Evict("b", "did not join generation 1 within 60 s")
 
     def test_a_loss_while_yielding_is_not_graceful(self) -> None:
         a, _ = running("a", "b")
