@@ -45,9 +45,13 @@ class WorkerContext:
 def context() -> WorkerContext:
     """Read the environment that the agent (or torchrun, or nobody) gave this process.
 
+    Call it early: the agent learns from it that this script reports its progress, and will not be stopped in the
+    middle of a long start.
+
     Raises:
         ValueError: a variable does not hold what it must.
     """
+    _channel()
     env = os.environ
     mesh = env.get("ELASTIC_MOE_MESH")
     return WorkerContext(

@@ -67,6 +67,14 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         UsageError: the user's mistake; nothing was started.
         RendezvousTimeout: no round was formed in time.
     """
+    try:
+        return _launch_agent(config, command, extras)
+    except SignalException as stopped:
+        log.warning("left the job: %s", stopped)
+        return 128 + stopped.sigval
+
+
+def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
     conf = RendezvousConf.parse({k: v for k, v in config.rdzv_configs.items() if k != "rank"})
     connection = connect(
         config.rdzv_backend,
@@ -77,10 +85,13 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
     )
     with contextlib.ExitStack() as stack:
         stack.callback(connection.close)
-        doorbell = Doorbell(connection.local_address)
+        try:
+            doorbell = Doorbell(connection.local_address)
+        except OSError as error:
+            raise UsageError(f"--local-addr {connection.local_address}: cannot listen there: {error}") from error
         stack.callback(doorbell.close)
         host = socket.gethostname()
-        node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:4]}"
+        node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:8]}"
         events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
         node = Node(
             node_id=node_id,
@@ -179,9 +190,6 @@ def _run(
     agent.install_signal_handlers()
     try:
         result = agent.run()
-    except SignalException as stopped:
-        log.warning("[%s] left the job: %s", member.node_id, stopped)
-        return 128 + stopped.sigval
     except JobClosed as closed:
         log.error("[%s] %s", member.node_id, closed)
         return 1

@@ -55,6 +55,8 @@ def handle(args: argparse.Namespace) -> int:
         config, command, command_args = config_from_args(given)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"--log-dir {given.log_dir}: {error.strerror}") from error
     if not isinstance(command, str):
         raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
     extras = Extras(

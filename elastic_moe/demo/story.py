@@ -58,7 +58,7 @@ class Story:
     def stamped(self, ts: float, sentence: str) -> str:
         """A sentence of the story, with the seconds since its start."""
         # Node ids carry a suffix that is new with each start; the story's nodes have names.
-        named = re.sub(r"\b(?:node )?(node-\d+)-[0-9a-f]{4}\b", r"\1", sentence)
+        named = re.sub(r"\b(?:node )?(node-\d+)-[0-9a-f]{8}\b", r"\1", sentence)
         return f"{ts - self._start_ts:6.1f} s  {named}"
 
     def _joined(self, event: Record) -> str:
