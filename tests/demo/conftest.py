@@ -76,27 +76,27 @@ def play() -> Play:
     def formed(at_s: float, generation: int, reason: str, plan: dict[str, int], *nodes: str) -> Record:
         participants = [{"node_id": node, "slots": 2} for node in nodes]
         fields = {"reason": reason, "participants": participants, "spares": [], "mesh": plan, "restarts": 0}
-        return event(at_s, "round_formed", "node-1-aaaa", generation, world_size=2 * len(nodes), **fields)
+        return event(at_s, "round_formed", "node-1-aaaaaaaa", generation, world_size=2 * len(nodes), **fields)
 
     lost = "lost: its agent at 127.0.0.1:5 is gone (connection refused)"
     events = [
         event(0.0, "demo_node_started", "node-1", 0),
-        event(1.0, "node_joined", "node-1-aaaa", 0, slots=2),
+        event(1.0, "node_joined", "node-1-aaaaaaaa", 0, slots=2),
         event(1.1, "demo_node_started", "node-2", 0),
-        event(3.0, "node_joined", "node-2-bbbb", 0, slots=2),
-        formed(3.1, 1, "first round", FOUR, "node-1-aaaa", "node-2-bbbb"),
-        event(3.2, "workers_started", "node-2-bbbb", 1, pids=[11, 12], ranks=[2, 3]),
+        event(3.0, "node_joined", "node-2-bbbbbbbb", 0, slots=2),
+        formed(3.1, 1, "first round", FOUR, "node-1-aaaaaaaa", "node-2-bbbbbbbb"),
+        event(3.2, "workers_started", "node-2-bbbbbbbb", 1, pids=[11, 12], ranks=[2, 3]),
         event(20.7, "demo_node_killed", "node-2", 1, step=21, num_workers=2),
-        event(21.0, "worker_failed", "node-1-aaaa", 1, rank=1, exit_code=1),
-        event(21.1, "node_lost", "node-1-aaaa", 1, node_lost="node-2-bbbb", reason=lost),
-        formed(21.2, 2, f"node node-2-bbbb {lost}", TWO, "node-1-aaaa"),
-        event(22.9, "restored", "node-1-aaaa", 2, rank=0, step=20),
-        event(22.9, "restored", "node-1-aaaa", 2, rank=1, step=20),
+        event(21.0, "worker_failed", "node-1-aaaaaaaa", 1, rank=1, exit_code=1),
+        event(21.1, "node_lost", "node-1-aaaaaaaa", 1, node_lost="node-2-bbbbbbbb", reason=lost),
+        formed(21.2, 2, f"node node-2-bbbbbbbb {lost}", TWO, "node-1-aaaaaaaa"),
+        event(22.9, "restored", "node-1-aaaaaaaa", 2, rank=0, step=20),
+        event(22.9, "restored", "node-1-aaaaaaaa", 2, rank=1, step=20),
         event(25.0, "demo_node_started", "node-2", 2),
-        event(28.0, "node_joined", "node-2-cccc", 0, slots=2),
-        event(32.6, "stop_requested", "node-1-aaaa", 2, reason="join: node-2-cccc"),
-        formed(33.1, 3, "join: node-2-cccc", FOUR, "node-1-aaaa", "node-2-cccc"),
-        event(44.5, "finished", "node-1-aaaa", 3, outcome="succeeded"),
+        event(28.0, "node_joined", "node-2-cccccccc", 0, slots=2),
+        event(32.6, "stop_requested", "node-1-aaaaaaaa", 2, reason="join: node-2-cccccccc"),
+        formed(33.1, 3, "join: node-2-cccccccc", FOUR, "node-1-aaaaaaaa", "node-2-cccccccc"),
+        event(44.5, "finished", "node-1-aaaaaaaa", 3, outcome="succeeded"),
     ]
     unbroken = [{"step": step, "loss": loss(step) * (1 + 1e-7), "ts": 0.0} for step in range(1, STEPS + 1)]
     return Play(events, metrics, unbroken)

@@ -40,7 +40,7 @@ def test_the_whole_story(play: Any, in_order: Callable[[Any], list[dict[str, Any
 
 
 def test_a_failed_checkpoint_is_told() -> None:
-    event = {"ts": 5.0, "node": "node-1-aaaa", "event": "checkpoint_failed", "step": 10, "reason": "no space left"}
+    event = {"ts": 5.0, "node": "node-1-aaaaaaaa", "event": "checkpoint_failed", "step": 10, "reason": "no space left"}
     assert list(Story(0.0).hear(event)) == ["   5.0 s  checkpoint of step 10 failed: no space left"]
 
 

@@ -37,7 +37,7 @@ def test_a_good_demo(play: Any) -> None:
         (3, 4, (41, 60)),
     ]
     assert (
-        summary.generations[1].reason == "node node-2-bbbb lost: its agent at 127.0.0.1:5 is gone (connection refused)"
+        summary.generations[1].reason == "node node-2-bbbbbbbb lost: its agent at 127.0.0.1:5 is gone (connection refused)"
     )
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from launcher import boot
+from launcher.channel import Channel
 from launcher.warm import COLD, WarmStart
 from tests.cluster import alive, until
 
@@ -84,10 +85,11 @@ def test_an_error_is_told_as_by_python(warm: WarmStart, tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def started_worker(zygote: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+def started_worker(zygote: str, folder: Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """A worker that waits: the process that stands for it, and itself."""
     (folder / "waits.py").write_text(WAITS)
-    with subprocess.Popen(boot_command(zygote, "waits.py"), cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+    command, env = boot_command(zygote, "waits.py"), {**os.environ, **env}
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             pid, has_torch = process.stdout.readline().split()
@@ -117,6 +119,28 @@ def test_a_worker_does_not_outlive_its_boot(warm: WarmStart, tmp_path: Path) -> 
     with started_worker(warm.socket_path(), tmp_path) as (process, worker):
         process.kill()
         until("the worker is gone", lambda: not alive(worker))
+
+
+def test_the_agent_can_find_and_end_a_worker_whose_boot_is_gone(warm: WarmStart, tmp_path: Path) -> None:
+    channel = Channel.create(tmp_path / "channel")
+    try:
+        with started_worker(warm.socket_path(), tmp_path, ELASTIC_MOE_HEARTBEAT=str(channel.path)) as (boot, worker):
+            os.kill(warm_pid(warm), signal.SIGSTOP)  # a zygote that is busy
+            boot.kill()
+            boot.wait(20)
+            assert alive(worker), "nobody has told the worker yet"
+            assert channel.lingering_pid() == worker.pid
+            os.kill(worker.pid, signal.SIGKILL)
+            until("gone, though nobody has reaped it", lambda: channel.lingering_pid() is None)
+    finally:
+        os.kill(warm_pid(warm), signal.SIGCONT)
+    channel.close()
+
+
+def warm_pid(warm: WarmStart) -> int:
+    warm.socket_path()
+    assert warm._process is not None
+    return warm._process.pid
 
 
 def test_a_zygote_that_died_is_replaced_and_the_loss_is_told(tmp_path: Path) -> None:

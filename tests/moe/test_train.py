@@ -137,6 +137,17 @@ def test_a_stop_waits_until_the_state_is_safe(tmp_path: Path) -> None:
     assert max(e["step"] for e in events if e["event"] == "checkpoint_committed") == stopped_at
 
 
+def test_a_job_whose_last_state_is_not_saved_is_not_done(tmp_path: Path) -> None:
+    what = job(tmp_path, steps=9)
+    with World(tmp_path, what, fitted(what, expert=2), generation=1) as world:
+        world.reach(4)
+        # The step of the end is taken: nothing can be committed there.
+        (tmp_path / "checkpoints" / "step-000000009").write_text("no folder")
+        assert world.exit_codes() == [1, 1]
+    failed = [e for e in lines(tmp_path / "events.jsonl") if e["event"] == "checkpoint_failed"]
+    assert {e["step"] for e in failed} == {9}
+
+
 def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) -> None:
     """Stopped at a boundary: no step again. Killed: only steps since the last checkpoint again. Same curve."""
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
