@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import logging
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from storage.objects import ObjectStore, exists
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,20 +110,60 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
         info.key.removeprefix(prefix): StoredObject(info.key.removeprefix(prefix), info.size_bytes, info.etag)
         for info in store.list(prefix)
     }
-    if layout.MANIFEST not in present:
-        if any(layout.parse_attempt(name) for name in store.folders(prefix)):
-            raise Corrupt(f"{prefix}{layout.MANIFEST} is missing")
+    committed = find_manifest(store, prefix, metadata, present)
+    if committed is None:
         return Commit(prefix, metadata, None, tuple(present.values()))
-    manifest_bytes = store.read(prefix + layout.MANIFEST)
-    manifest = load_manifest(manifest_bytes, prefix + layout.MANIFEST)
-    if problem := _mismatch(manifest, metadata, present, prefix):
+    if problem := _mismatch(committed.manifest, present, prefix):
         raise Corrupt(f"{prefix}{problem}")
-    return Commit(prefix, None, manifest_bytes, tuple(present[entry.name] for entry in manifest.objects))
+    return Commit(prefix, None, committed.data, tuple(present[entry.name] for entry in committed.manifest.objects))
 
 
-def _mismatch(manifest: Manifest, metadata: bytes, present: dict[str, StoredObject], prefix: str) -> str | None:
-    if (len(metadata), crc32c(metadata)) != (manifest.metadata_size_bytes, manifest.metadata_crc32c):
-        return f"{layout.METADATA} is damaged: its checksum is not the manifest's"
+@dataclass(frozen=True)
+class Committed:
+    """The manifest that a `.metadata` commits, with its sealed bytes."""
+
+    data: bytes
+    manifest: Manifest
+
+
+def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str]) -> Committed | None:
+    """The manifest that `metadata`, the `.metadata` at `prefix`, commits; None for a checkpoint of stock DCP.
+
+    `.metadata` decides, and nothing else: whoever lost the race for it may still have put its own manifest at the top,
+    which is a copy for people. `names` are the objects below `prefix`; an attempt's manifest is never overwritten.
+
+    Raises:
+        Corrupt: there is an attempt, but no intact manifest that fits `metadata`.
+    """
+    problems = []
+    names = sorted(names)
+    for name in (layout.MANIFEST, *filter(layout.is_manifest_name, names)):
+        try:
+            data = store.read(prefix + name)
+            manifest = load_manifest(data, prefix + name)
+        except NotFound:
+            continue
+        except Corrupt as error:
+            problems.append(str(error))
+            continue
+        if commits(metadata, manifest):
+            if problems:
+                log.warning("%s; read %s%s instead", problems[0], prefix, name)
+            return Committed(data, manifest)
+        problems.append(f"{prefix}{layout.METADATA} is damaged: its checksum is not that in {name}")
+    if problems:
+        raise Corrupt(problems[0])
+    if any(layout.parse_attempt(name.split("/")[0]) for name in names):
+        raise Corrupt(f"{prefix}{layout.MANIFEST} is missing")
+    return None
+
+
+def commits(metadata: bytes, manifest: Manifest) -> bool:
+    """Whether `metadata` is the `.metadata` of `manifest`. Pure."""
+    return (len(metadata), crc32c(metadata)) == (manifest.metadata_size_bytes, manifest.metadata_crc32c)
+
+
+def _mismatch(manifest: Manifest, present: dict[str, StoredObject], prefix: str) -> str | None:
     step = layout.parse_step(prefix.rstrip("/"))
     if step is not None and step != manifest.step:
         return f"{layout.MANIFEST} is of step {manifest.step}"

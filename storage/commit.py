@@ -2,11 +2,15 @@
 
     every rank       data objects under a fresh attempt -> its receipt (or a receipt that says why not)
     coordinator      all receipts -> every object has the size and etag of its receipt -> still the run's owner
-                     -> manifest.json -> .metadata, last, one conditional put -> both read back and compared
+                     -> the attempt's manifest.json, and a copy at the top -> .metadata, last, one conditional put
+                     -> read back and compared
     other ranks      wait for `.metadata` of their attempt, or for the coordinator's `aborted.json`
 
-Whoever finds no `.metadata` finds no checkpoint, so a process may die at any point. The ranks meet only in the
-store: nothing here needs a collective, and it may run while the training uses the process group.
+Whoever finds no `.metadata` finds no checkpoint, so a process may die at any point. `.metadata` also says which
+attempt it commits (by its checksum, see `catalog.find_manifest`), so a process that lost its run while it was paused
+between two of these steps cannot tear what a newer owner has committed meanwhile: everything else it writes is its
+own attempt's. The ranks meet only in the store: nothing here needs a collective, and it may run while the training
+uses the process group.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from storage import layout
+from storage.catalog import commits
 from storage.checksum import crc32c
-from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient
 from storage.manifest import (
     Aborted,
     ItemEntry,
@@ -191,20 +196,38 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     """
     if owner is not None:
         check_owner(store, owner)
-    manifest_key, metadata_key = attempt.prefix + layout.MANIFEST, attempt.prefix + layout.METADATA
+    manifest_key, metadata_key = attempt.prefix + layout.manifest_name(attempt.id), attempt.prefix + layout.METADATA
     taken = f"step {attempt.step} is committed already in {store.url}; restore it, or save to another URL"
     if exists(store, metadata_key):
         raise AlreadyExists(taken)
     manifest_bytes = dump_manifest(manifest)
-    # plain put: a manifest without .metadata is what a dead attempt left
-    store.put(manifest_key, [manifest_bytes])
+    store.put(manifest_key, [manifest_bytes], if_absent=True)
+    # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
+    store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
     try:
         store.put(metadata_key, [metadata], if_absent=True)
     except AlreadyExists:
         if store.read(metadata_key) != metadata:  # else a put of ours that was answered late and tried again
             raise AlreadyExists(taken) from None
-    if store.read(metadata_key) != metadata or store.read(manifest_key) != manifest_bytes:
-        raise Corrupt(f"{attempt.prefix.rstrip('/')} was overwritten by another process while it was committed")
+    if store.read(metadata_key) != metadata:
+        raise Corrupt(f"{metadata_key} was overwritten by another process while it was committed")
+    _check_still_there(store, attempt, manifest.objects)
+    if store.read(manifest_key) != manifest_bytes:
+        raise Corrupt(f"{manifest_key} is not what was written")
+
+
+def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
+    """A `.metadata` just put that commits nothing any more goes again. Raises Fenced.
+
+    A newer owner cleans up the attempts of its forerunners, and one of them may have been paused between its last look
+    at the owner and its `.metadata`. Its claim came before the cleaning and the cleaning before this look, or it has
+    seen the `.metadata` and spares the attempt.
+    """
+    try:
+        check_objects(store, attempt, objects)
+    except Corrupt as error:
+        store.delete(attempt.prefix + layout.METADATA)
+        raise Fenced(f"a newer owner of the run has cleaned this attempt up: {error}") from None
 
 
 def put_aborted(store: ObjectStore, attempt: Attempt, reason: str) -> None:
@@ -226,10 +249,19 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
             raise StorageError(load_aborted(store.read(aborted_key), aborted_key).reason)
         except NotFound:
             pass
-        if exists(store, attempt.prefix + layout.METADATA):
-            manifest_key = attempt.prefix + layout.MANIFEST
-            if load_manifest(store.read(manifest_key), manifest_key).attempt == attempt.id:
-                return
+        if _is_committed(store, attempt):
+            return
+
+
+def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:
+    """Whether it is this attempt that the step's `.metadata` commits."""
+    manifest_key = attempt.prefix + layout.manifest_name(attempt.id)
+    if not exists(store, attempt.prefix + layout.METADATA):
+        return False
+    try:
+        return commits(store.read(attempt.prefix + layout.METADATA), load_manifest(store.read(manifest_key)))
+    except NotFound:
+        return False
 
 
 def quarantine(store: ObjectStore, step: int, unique: str) -> None:

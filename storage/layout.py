@@ -2,7 +2,8 @@
 
 RUN/owner.json                                  who may commit (see `storage.owner`)
 RUN/step-000000120/.metadata                    stock DCP metadata: it is there <=> the checkpoint is committed
-RUN/step-000000120/manifest.json                index with checksums (see `storage.manifest`)
+RUN/step-000000120/manifest.json                index with checksums (see `storage.manifest`), a copy of the attempt's
+RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never overwritten
 RUN/step-000000120/attempt-<uuid>/__<rank>_<i>.distcp    data of one attempt, never overwritten
 RUN/step-000000120/attempt-<uuid>/receipt-<rank>.json    what that rank wrote, or why it could not
 RUN/step-000000120/attempt-<uuid>/aborted.json           why the coordinator gave the attempt up
@@ -21,6 +22,7 @@ ABORTED = "aborted.json"
 
 _STEP = re.compile(r"step-(\d{9,})")
 _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
+_ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
 _QUARANTINED = re.compile(r"quarantined-[0-9a-f-]{8,64}\.metadata")
@@ -58,6 +60,16 @@ def data_name(attempt: str, rank: int, index: int) -> str:
 def is_data_name(name: str) -> bool:
     """Whether `data_name` could have made `name`."""
     return _DATA.fullmatch(name) is not None
+
+
+def manifest_name(attempt: str) -> str:
+    """Name, below its step, of the manifest of one attempt."""
+    return f"{attempt_folder(attempt)}/{MANIFEST}"
+
+
+def is_manifest_name(name: str) -> bool:
+    """Whether `manifest_name` could have made `name`."""
+    return _ATTEMPT_MANIFEST.fullmatch(name) is not None
 
 
 def receipt_name(attempt: str, rank: int) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from storage import layout
-from storage.catalog import steps
-from storage.errors import NotFound
-from storage.manifest import load_manifest
-from storage.objects import ObjectStore, exists
+from storage.catalog import find_manifest, steps
+from storage.errors import Corrupt, NotFound
+from storage.objects import ObjectStore
 from storage.owner import Owner
 from storage.owner import check as check_owner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StepState:
-    """What a step's folder holds. `attempt`: the committed one, None without a commit or for stock DCP."""
+    """What a step's folder holds.
+
+    `attempt`: the committed one; None without a commit, for stock DCP, and where the manifest is damaged.
+    """
 
     step: int
     committed: bool
@@ -66,13 +71,16 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
     attempts = frozenset(
         attempt for name in store.folders(prefix) if (attempt := layout.parse_attempt(name)) is not None
     )
-    committed = exists(store, prefix + layout.METADATA)
-    attempt = None
-    if committed and attempts:
-        try:
-            attempt = load_manifest(store.read(prefix + layout.MANIFEST)).attempt
-        except NotFound:
-            committed = exists(store, prefix + layout.METADATA)  # deleted while it was looked at
+    committed, attempt = True, None
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+        names = [layout.manifest_name(attempt) for attempt in attempts]
+        found = find_manifest(store, prefix, metadata, names)
+        attempt = None if found is None else found.manifest.attempt
+    except NotFound:
+        committed = False
+    except Corrupt as error:
+        log.warning("nothing of step %d is cleaned up: %s", step, error)  # a restore finds out what is wrong with it
     return StepState(step, committed, bool(store.list(prefix + layout.QUARANTINED_PREFIX)), attempt, attempts)
 
 

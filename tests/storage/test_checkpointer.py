@@ -154,12 +154,15 @@ def kind(name: str) -> str:
 
 
 def test_a_flipped_byte_anywhere_is_detected_or_harmless(tmp_path: Path, events: Events) -> None:
-    """Every kind of object, at its first, middle and last byte and some between; `verify` and `restore` agree."""
+    """Every kind of object, at its first, middle and last byte and some between; `verify` and `restore` agree.
+
+    The manifest is there twice: one copy may be damaged, here both are.
+    """
     good = tmp_path / "good"
     with Checkpointer(str(good)) as ckpt:
         ckpt.save(10, make_state(10), wait=True)
         ckpt.save(20, make_state(20), wait=True)
-    victims = every_object(good / "step-000000020")
+    victims = [name for name in every_object(good / "step-000000020") if not name.endswith("/manifest.json")]
     assert {kind(name) for name in victims} == {"__0", ".metadata", "manifest.json", "receipt"}
     fell_back = set()
     for name in victims:
@@ -167,10 +170,11 @@ def test_a_flipped_byte_anywhere_is_detected_or_harmless(tmp_path: Path, events:
         for position in sorted({0, 1, size // 7, size // 3, size // 2, size - 900, size - 100, size - 1}):
             run = tmp_path / "run"
             shutil.copytree(good, run)
-            path = run / "step-000000020" / name
-            data = bytearray(path.read_bytes())
-            data[position] ^= 0x10
-            path.write_bytes(data)
+            folder = run / "step-000000020"
+            for path in folder.rglob(name) if name == "manifest.json" else [folder / name]:
+                data = bytearray(path.read_bytes())
+                data[position] ^= 0x10
+                path.write_bytes(data)
             verdict = inspect.verify(open_store(str(run)), "step-000000020/")
             events[0].clear()
             state = make_state(0)
@@ -195,6 +199,26 @@ def test_a_flipped_byte_of_the_owner_does_not_stop_the_next_job(tmp_path: Path) 
         assert ckpt.restore(make_state(0)) == 10
 
 
+@pytest.mark.parametrize("victim", ["manifest.json", "attempt-*/manifest.json"])
+@pytest.mark.parametrize("how", ["flipped", "missing", "of another attempt"])
+def test_one_damaged_manifest_of_two_is_told_and_harmless(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, victim: str, how: str
+) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        ckpt.save(20, make_state(20), wait=True)
+    (path,) = (tmp_path / "step-000000020").glob(victim)
+    other = tmp_path / "step-000000010/manifest.json"
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(other.read_bytes() if how != "flipped" else path.read_bytes().replace(b"step", b"steP"))
+    assert not inspect.verify(open_store(str(tmp_path)), "step-000000020/").problems
+    with Checkpointer(str(tmp_path)) as ckpt:
+        assert ckpt.restore(make_state(0)) == 20
+    assert ("checksum" in caplog.text) == (victim == "manifest.json" and how != "missing")
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "attempt-"])
 def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
     with Checkpointer(str(tmp_path)) as ckpt:
@@ -204,7 +228,8 @@ def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
     if victim.is_dir():
         next(victim.glob("*.distcp")).unlink()
     else:
-        victim.unlink()
+        for path in (tmp_path / "step-000000020").rglob(name):
+            path.unlink()
     assert inspect.verify(open_store(str(tmp_path)), "step-000000020/").problems
     with Checkpointer(str(tmp_path)) as ckpt:
         assert ckpt.restore(make_state(0)) == 10
@@ -213,7 +238,8 @@ def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
 def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     with Checkpointer(str(tmp_path)) as ckpt:
         ckpt.save(10, make_state(10), wait=True)
-    (tmp_path / "step-000000010/manifest.json").write_bytes(b"{}")
+    for path in tmp_path.rglob("manifest.json"):
+        path.write_bytes(b"{}")
     for says in ("no good checkpoint is left", "set aside"):  # the second time nothing is committed any more
         with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(Corrupt, match=says):
             ckpt.restore(make_state(0))

@@ -96,9 +96,9 @@ def test_death_at_any_step_of_a_save_leaves_the_old_or_the_new_checkpoint(ranks:
     ranks.run(cases.save_rows, str(base), (10,), world_size=2)
     shutil.copytree(base, run)
     num_changes = ranks.run(cases.save_and_die, str(run), 20, -1, -1, "", world_size=2)
-    assert num_changes == [11, 2]  # owner, data, receipt, manifest, .metadata, 6 of the old; data, receipt
+    assert num_changes == [13, 2]  # owner, data, receipt, 2 x manifest, .metadata, 7 of the old; data, receipt
     death = r"rank \d of 2 died|Connection closed by peer|Connection reset"  # of the victim, or what the other sees
-    num_puts = [5, 2]
+    num_puts = [6, 2]
     outcomes = set()
     for victim, num in enumerate(num_changes):
         # after a change is before the next one; a delete has no middle

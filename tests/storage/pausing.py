@@ -1,0 +1,65 @@
+"""A store that stops its user between any two calls, and lets somebody else act there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from storage.memory import MemoryStore
+from storage.objects import ObjectInfo
+
+
+class PausingStore:
+    """One process's view of `store`: before its call number `pause_at` it calls `meanwhile`, which sees `store` itself.
+
+    `num_calls` counts from the moment of construction; `paused_before` names the call that had to wait.
+    """
+
+    def __init__(self, store: MemoryStore, pause_at: int, meanwhile: Callable[[], None]) -> None:
+        self._store = store
+        self._pause_at = pause_at
+        self._meanwhile = meanwhile
+        self._lock = threading.Lock()
+        self.num_calls = 0
+        self.paused_before = ""
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> ObjectInfo:
+        self._pause(f"put {key}")
+        return self._store.put(key, buffers, if_absent=if_absent)
+
+    def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> None:
+        self._pause(f"read_into {key}")
+        self._store.read_into(key, offset, buffers, if_match=if_match)
+
+    def read(self, key: str) -> bytes:
+        self._pause(f"read {key}")
+        return self._store.read(key)
+
+    def info(self, key: str) -> ObjectInfo:
+        self._pause(f"info {key}")
+        return self._store.info(key)
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        self._pause(f"list {prefix}")
+        return self._store.list(prefix)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        self._pause(f"folders {prefix}")
+        return self._store.folders(prefix)
+
+    def delete(self, key: str) -> None:
+        self._pause(f"delete {key}")
+        self._store.delete(key)
+
+    def _pause(self, call: str) -> None:
+        with self._lock:  # one call at a time, so that the calls of a run can be counted
+            number = self.num_calls
+            self.num_calls += 1
+            if number == self._pause_at:
+                self.paused_before = call
+                self._meanwhile()
