@@ -86,7 +86,7 @@ class TestRun:
     def test_a_run_id_is_good_again_after_a_failure_and_not_after_success(self, server: Server, tmp_path: Path) -> None:
         with cluster(tmp_path / "nodes") as nodes:
             nodes.endpoint = server.endpoint
-            options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex)
+            options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex, "--cold-workers")
             (tmp_path / "finish").touch()
             assert nodes.start("fails", *options, FAILS, "2", nnodes="1").wait() == 2
             for name in ("succeeds", "comes late"):
