@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format lint types layers clean
+.PHONY: help demo test test-sim check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -27,6 +27,9 @@ demo: $(VENV)/.demo ## train a small MoE over two nodes, lose one, go on, take i
 
 test: $(VENV)/.dev ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
+	$(BIN)/python -m tests.sim 0 10000
 
 check: lint types layers test ## what CI runs
 

@@ -18,6 +18,7 @@ generation means that it has not yet seen the round, the round's own with status
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,9 +174,13 @@ class View:
     lineage: str
     departed: Mapping[str, str] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Node]:
+        return {n.node_id: n for n in self.nodes}
+
     def node(self, node_id: str) -> Node | None:
         """The live record of a node."""
-        return next((n for n in self.nodes if n.node_id == node_id), None)
+        return self._by_id.get(node_id)
 
     @property
     def leader(self) -> Node | None:

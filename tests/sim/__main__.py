@@ -1,0 +1,37 @@
+"""`python -m tests.sim SEED` replays one life with its log; `python -m tests.sim FIRST COUNT` runs many."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tests.sim.simulation import Violation, World, simulate
+
+
+def main(argv: list[str]) -> int:
+    """0 if every seed holds, 1 if one does not."""
+    first, count = int(argv[1]), int(argv[2]) if len(argv) > 2 else 1
+    began_s = time.monotonic()
+    made: list[World] = []
+    original = World.__post_init__
+
+    def keep(world: World) -> None:
+        original(world)
+        made[:] = [world]
+
+    World.__post_init__ = keep  # type: ignore[method-assign]
+    failed = 0
+    for seed in range(first, first + count):
+        try:
+            simulate(seed)
+        except Violation as violation:
+            failed += 1
+            print(f"seed {seed}: {violation}; replay with: python -m tests.sim {seed}")
+        if count == 1:
+            print("\n".join(made[0].log))
+    print(f"{count - failed} of {count} seeds hold, {time.monotonic() - began_s:.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,359 @@
+"""Membership under virtual time: the code that decides (`membership`, `roster`, `kv.state`), with faults from a seed.
+
+Nodes are cooperative processes on one event queue. What the simulator makes up is what `member` and `agent` do around
+the decisions: renewals and self-fencing, watches that deliver late, writes that get lost, workers that take time to
+start and to stop. A run is a function of its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from launcher.errors import Compacted
+from launcher.kv.state import State
+from launcher.membership import SUCCEEDED, Evict, Node, Propose, Round, Rules, Status, breakage, decide
+from launcher.roster import LEFT, NODES, ROUND, Roster
+
+TTL_S = 2.0
+FENCE_S = 0.85 * TTL_S
+TICK_S = 0.25
+FAULTS_UNTIL_S = 60.0
+SETTLED_BY_S = 60.0
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass
+class World:
+    """The store, the clock and the nodes."""
+
+    seed: int
+    rules: Rules
+    store: State = field(default_factory=lambda: State(history_events=200))
+    now_s: float = 0.0
+    nodes: dict[str, SimNode] = field(default_factory=dict)
+    store_up: bool = True
+    log: list[str] = field(default_factory=list)
+    highest_generation: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._round_revision = 0
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (self.now_s + delay_s, next(self._order), action))
+
+    def run(self, until_s: float) -> None:
+        while self._queue and self._queue[0][0] <= until_s:
+            self.now_s, _, action = heapq.heappop(self._queue)
+            if self.store_up:
+                self.store.expire(self.now_s)
+            action()
+            self._check()
+        self.now_s = until_s
+
+    def note(self, text: str) -> None:
+        self.log.append(f"{self.now_s:8.3f}  {text}")
+
+    def _check(self) -> None:
+        entry = self.store.get(ROUND)
+        if entry is not None and entry.revision != self._round_revision:
+            self._round_revision = entry.revision
+            generation = Round.from_json(entry.value).generation
+            if generation < self.highest_generation:
+                raise Violation(f"generation {generation} after {self.highest_generation}")
+            self.highest_generation = generation
+        active = {n.running for n in self.nodes.values() if n.running and not n.frozen}
+        if len(active) > 1:
+            raise Violation(f"workers of generations {sorted(active)} run at once")
+
+
+class SimNode:
+    """What a `Member` and an agent with its workers do, one turn every tick."""
+
+    def __init__(self, world: World, name: str, slots: int) -> None:
+        self.world = world
+        self.name = name
+        self.alive, self.frozen, self.cut = True, False, False
+        self.running = 0  # the generation whose workers run on this node
+        self.lease_id = 0
+        self.renewed_s = -TTL_S
+        self.record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
+        self.stored: Node | None = None
+        self.fenced = True
+        self.roster = Roster(name, "L", world.now_s)
+        self.watched_from: int | None = None
+        self.busy = False
+        world.nodes[name] = self
+        world.at(world.random.uniform(0, TICK_S), self.turn)
+
+    # --- its way to the store
+
+    @property
+    def reaches_store(self) -> bool:
+        return self.alive and not self.frozen and not self.cut and self.world.store_up
+
+    def turn(self) -> None:
+        """One round of everything that the real threads do; then again a little later."""
+        if not self.alive:
+            return
+        self.world.at(self.world.random.uniform(0.2, 1.0) * TICK_S, self.turn)
+        if self.frozen:
+            return
+        if self.world.now_s > self.renewed_s + FENCE_S:
+            self.fenced = True
+        if self.reaches_store:
+            self._renew()
+            if self.fenced and self.record.status is Status.READY and not self.running:
+                self._register()
+            if not self.fenced:
+                self._listen()
+                self._write()
+                self._act()
+        self._mind_workers()
+
+    def _renew(self) -> None:
+        if self.lease_id and not self.fenced:
+            if self.world.store.renew(self.lease_id, self.world.now_s):
+                self.renewed_s = self.world.now_s
+            else:
+                self.fenced = True
+
+    def _register(self) -> None:
+        store, now_s = self.world.store, self.world.now_s
+        self.lease_id = store.grant(TTL_S, now_s)
+        self.renewed_s = now_s
+        self.record = dataclasses.replace(self.record, status=Status.READY, failure=None)
+        store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id)
+        self.stored, self.fenced, self.watched_from = self.record, False, None
+        self.world.note(f"{self.name} registers")
+
+    def _listen(self) -> None:
+        store, now_s = self.world.store, self.world.now_s
+        if self.watched_from is None:
+            listing = store.list("")
+            self.roster.replace([(e.key, e) for e in listing.entries], now_s)
+            self.watched_from = listing.revision + 1
+            return
+        if self.world.random.random() < 0.3:
+            return  # the events are late
+        try:
+            events = store.events("", self.watched_from)
+        except Compacted:
+            self.watched_from = None
+            return
+        gone = self.roster.apply([(e.key, e.entry) for e in events], now_s)
+        if any(departure.node_id == self.name for departure in gone):
+            self.fenced = True
+        if events:
+            self.watched_from = events[-1].revision + 1
+
+    def _write(self) -> None:
+        lost = self.world.random.random() < 0.1
+        if self.stored == self.record or lost:
+            return
+        if self.world.store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id):
+            self.stored = self.record
+
+    def _act(self) -> None:
+        view = self.roster.view()
+        action = decide(view, self.world.rules, lambda slots, previous: None, self.world.now_s)
+        if isinstance(action, Evict):
+            self.roster.presume_lost(action.node_id, action.reason)
+            self.world.store.delete(f"{NODES}{action.node_id}")
+            self.world.note(f"{self.name} evicts {action.node_id}: {action.reason}")
+        elif isinstance(action, Propose):
+            proposed = action.round
+            written = self.world.store.put(ROUND, proposed.to_json(), self.roster.round_revision, None)
+            if written is None:
+                self.watched_from = None
+                return
+            self.roster.learn_round(proposed, written.revision, self.world.now_s)
+            names = [p.node_id for p in proposed.participants]
+            self.world.note(f"{self.name} proposes {proposed.generation} {names} {proposed.stop} {proposed.outcome}")
+
+    # --- its workers
+
+    def _mind_workers(self) -> None:
+        if self.busy:
+            return
+        current = self.roster.round
+        if self.running:
+            broken = self.fenced or current is None or current.generation != self.running
+            if broken or breakage(self.roster.view()) or current is None or current.stop:
+                self._stop(at_once=self.fenced)
+        elif (
+            current is not None
+            and not self.fenced
+            and not current.outcome
+            and current.generation > self.record.generation
+            and current.place_of(self.name) is not None
+            and breakage(self.roster.view()) is None
+        ):
+            self.busy = True
+            self.world.at(self.world.random.uniform(0.0, 0.5), lambda: self._start(current))
+
+    def _start(self, current: Round) -> None:
+        self.busy = False
+        now = self.roster.round
+        if not self.alive or self.frozen or self.fenced or now is None or now.generation != current.generation:
+            return
+        if self.world.now_s > self.renewed_s + FENCE_S or breakage(self.roster.view()):
+            return
+        self.record = dataclasses.replace(
+            self.record, status=Status.RUNNING, generation=current.generation, reason="", failure=None
+        )
+        self.running = current.generation
+
+    def _stop(self, *, at_once: bool) -> None:
+        self.record = dataclasses.replace(self.record, status=Status.STOPPING, reason="stops")
+        if at_once:
+            self._stopped()
+        else:
+            self.busy = True
+            self.world.at(self.world.random.uniform(0.0, 0.4), self._stopped)
+
+    def _stopped(self) -> None:
+        self.busy = False
+        if self.frozen:  # it goes on when it thaws
+            self.world.at(TICK_S, self._stopped)
+            self.busy = True
+            return
+        self.running = 0
+        self.record = dataclasses.replace(self.record, status=Status.READY)
+
+    # --- faults
+
+    def kill(self) -> None:
+        self.alive, self.running = False, 0
+        self.world.note(f"{self.name} is killed")
+
+    def leave(self) -> None:
+        if self.reaches_store and not self.fenced:
+            left = dataclasses.replace(self.record, status=Status.EXCLUDED, reason=LEFT)
+            self.world.store.put(f"{NODES}{self.name}", left.to_json(), None, self.lease_id)
+            self.world.store.revoke(self.lease_id)
+        self.alive, self.running = False, 0
+        self.world.note(f"{self.name} leaves")
+
+    def thaw(self) -> None:
+        """The first thing that a thawed agent does is to look at the clock. (Real workers thaw with it, and may run on
+        for the moment that it takes; what they save is fenced by their generation.)
+        """
+        self.frozen = False
+        self.world.note(f"{self.name} thaws")
+        if self.world.now_s > self.renewed_s + FENCE_S:
+            self.fenced = True
+            if self.running:
+                self._stop(at_once=True)
+
+
+def simulate(seed: int) -> World:
+    """One life of a job with faults for a minute and a minute of quiet; raises `Violation`."""
+    chance = random.Random(f"faults {seed}")
+    num_nodes = chance.randint(2, 7)
+    rules = Rules(
+        min_nodes=chance.randint(1, num_nodes),
+        max_nodes=num_nodes - chance.choice([0, 0, 1]) or 1,
+        last_call_s=chance.choice([0.5, 2.0]),
+        join_cooldown_s=chance.choice([0.5, 5.0]),
+        stop_timeout_s=chance.choice([5.0, 20.0]),
+        quorum_timeout_s=1e9,
+    )
+    rules = dataclasses.replace(rules, min_nodes=min(rules.min_nodes, rules.max_nodes))
+    world = World(seed, rules)
+    names = itertools.count()
+
+    def start() -> None:
+        SimNode(world, f"{chance.choice('abc')}{next(names)}", chance.randint(1, 4))
+
+    for _ in range(num_nodes):
+        world.at(chance.uniform(0, 3.0), start)
+    for _ in range(chance.randint(0, 12)):
+        world.at(chance.uniform(1.0, FAULTS_UNTIL_S), _fault(world, chance, start))
+    world.run(FAULTS_UNTIL_S + 5.0)
+    _end_faults(world, start)
+    world.run(FAULTS_UNTIL_S + 5.0 + SETTLED_BY_S)
+    _check_settled(world)
+    return world
+
+
+def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Callable[[], None]:
+    kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash"])
+    pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
+
+    def strike() -> None:
+        living = [n for n in world.nodes.values() if n.alive]
+        if not living:
+            return
+        victim = living[int(pick * len(living))]
+        world.note(f"fault: {kind} {victim.name} {length_s:.1f}")
+        match kind:
+            case "kill":
+                victim.kill()
+                world.at(length_s, start)
+            case "leave":
+                victim.leave()
+                world.at(length_s, start)
+            case "join":
+                start()
+            case "freeze":
+                victim.frozen = True
+                world.at(length_s, victim.thaw)
+            case "cut":
+                victim.cut = True
+                world.at(length_s, lambda: setattr(victim, "cut", False))
+            case "crash" if victim.running and not victim.busy and not victim.frozen:
+                victim._stop(at_once=False)  # its worker failed; the budget is not what is tested here
+            case "store" if world.store_up:
+                world.store_up = False
+                stopped_s = world.now_s
+
+                def up() -> None:
+                    world.store_up = True
+                    world.store.extend_all(world.now_s - stopped_s)
+
+                world.at(length_s, up)
+
+    return strike
+
+
+def _end_faults(world: World, start: Callable[[], None]) -> None:
+    for node in world.nodes.values():
+        node.cut = False
+        if node.frozen:
+            node.thaw()
+    for _ in range(max(0, world.rules.min_nodes - sum(n.alive for n in world.nodes.values()))):
+        start()
+
+
+def _check_settled(world: World) -> None:
+    entry = world.store.get(ROUND)
+    if entry is None:
+        raise Violation("no round was ever formed")
+    current = Round.from_json(entry.value)
+    if current.outcome:
+        raise Violation(f"the job was closed: {current.outcome}" if current.outcome != SUCCEEDED else "succeeded")
+    living = [n for n in world.nodes.values() if n.alive]
+    expected = min(len(living), world.rules.max_nodes)
+    running = [n for n in living if n.running == current.generation]
+    if len(current.participants) != len(running):
+        raise Violation(
+            f"{len(running)} of {len(current.participants)} participants run, a minute after the last fault"
+        )
+    if len(running) < expected and not _is_as_large(world, living, current):
+        raise Violation(f"{len(running)} nodes run where {expected} could")
+
+
+def _is_as_large(world: World, living: list[SimNode], current: Round) -> bool:
+    """Joiners are taken in only for a larger world; all nodes together may not make one within max nodes."""
+    return len(living) > world.rules.max_nodes and len(current.participants) == world.rules.max_nodes

@@ -1,0 +1,22 @@
+"""Many lives of a job. `python -m tests.sim FIRST COUNT` runs more; a failure prints the command that replays it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.simulation import Violation, simulate
+
+NUM_SEEDS = 100
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, 25))
+def test_no_seed_breaks_an_invariant(first: int) -> None:
+    for seed in range(first, first + 25):
+        try:
+            simulate(seed)
+        except Violation as violation:
+            raise AssertionError(f"{violation}; replay with: python -m tests.sim {seed}") from violation
+
+
+def test_a_run_is_a_function_of_its_seed() -> None:
+    assert simulate(7).log == simulate(7).log
