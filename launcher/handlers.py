@@ -36,7 +36,6 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
-    RendezvousTimeoutError,
 )
 
 from launcher.conf import RendezvousConf
@@ -145,7 +144,7 @@ class TorchrunRendezvous(MemberRendezvous):
             SystemExit: with code 0: the job succeeded without this node, a spare. (torch knows no other way for an
                 agent without workers to end well.)
             RendezvousClosedError: the job failed.
-            RendezvousTimeoutError: no round was formed in the time given; a spare of one that runs waits on.
+            RendezvousTimeoutError: no round was formed in the time given.
         """
         while True:
             try:
@@ -154,10 +153,6 @@ class TorchrunRendezvous(MemberRendezvous):
                 if self._member.outcome() == SUCCEEDED:
                     self._end_as_spare()
                 raise
-            except RendezvousTimeoutError:
-                if not self._is_spare():
-                    raise
-                continue
             assert self.round is not None
             if self._all_joined(self.round):
                 break
@@ -178,14 +173,6 @@ class TorchrunRendezvous(MemberRendezvous):
     def _end_as_spare(self) -> NoReturn:
         log.warning("job %s has succeeded, this node is not needed; another --rdzv-id runs it again", self._run_id)
         raise SystemExit(0)
-
-    def _is_spare(self) -> bool:
-        current = self._member.round()
-        return (
-            current is not None
-            and current.place_of(self._member.node_id) is None
-            and self._member.broken(current.generation) is None
-        )
 
     def _all_joined(self, current: Round) -> bool:
         """Wait until every node of a round has joined it; False if it broke first.

@@ -32,7 +32,7 @@ from launcher.membership import (
     decide,
 )
 from launcher.neighbours import Neighbours, watched_by
-from launcher.roster import LEFT, NODES, ROUND, STORE, Departure, Roster
+from launcher.roster import LEFT, NODES, ROUND, STORE, Departure, Roster, run_prefix
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Member:
     ) -> None:
         self.rules = rules
         self._kv = kv
-        self._prefix = f"elastic-moe/{run_id}/"
+        self._prefix = run_prefix(run_id)
         self._planner = planner
         self._emit = emit
         self._lease_ttl_s = lease_ttl_s

@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from launcher.membership import Node, Round
@@ -19,6 +20,8 @@ from launcher.probe import connect, is_refused
 
 _NUM_WATCHED = 2
 _CONNECT_TIMEOUT_S = 2.0
+_NUM_PROBES = 6
+_PROBE_PERIOD_S = 0.1
 
 
 def watched_by(current: Round, node_id: str) -> list[str]:
@@ -101,8 +104,13 @@ class Neighbours:
         """A link is gone: dead, or only the link. Either way the next `watch` starts over."""
         with self._lock:
             self._wanted.pop(node.node_id, None)
-        if is_refused(node.address, node.port):
-            self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
+        for _ in range(_NUM_PROBES):
+            if self._closed:
+                return
+            if is_refused(node.address, node.port):
+                self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
+                return
+            time.sleep(_PROBE_PERIOD_S)  # a dying process closes its sockets one by one, the listening one perhaps last
 
 
 def _ended(link: object) -> bool:

@@ -6,6 +6,7 @@ import logging
 
 from launcher.kv import KV
 from launcher.membership import SUCCEEDED, Round
+from launcher.roster import NODES, ROUND, run_prefix
 
 log = logging.getLogger(__name__)
 
@@ -19,18 +20,18 @@ def reopen_failed(kv: KV, run_id: str) -> bool:
     Raises:
         KVUnavailable
     """
-    prefix = f"elastic-moe/{run_id}/"
+    prefix = run_prefix(run_id)
     entries = {entry.key.removeprefix(prefix): entry for entry in kv.list(prefix).entries}
-    if "round" not in entries or any(key.startswith("nodes/") for key in entries):
+    if ROUND not in entries or any(key.startswith(NODES) for key in entries):
         return False
     try:
-        outcome = Round.from_json(entries["round"].value).outcome
+        outcome = Round.from_json(entries[ROUND].value).outcome
     except (ValueError, TypeError, KeyError) as error:
         log.warning("run %s: its round is not of this version and is replaced: %s", run_id, error)
         outcome = "failed: unreadable"
     if outcome in ("", SUCCEEDED):
         return False
-    if not kv.delete(f"{prefix}round", if_revision=entries["round"].revision):
+    if not kv.delete(f"{prefix}{ROUND}", if_revision=entries[ROUND].revision):
         return False  # another node of the new launch was first
     log.warning("run %s ended before (%s); it starts anew", run_id, outcome)
     return True

@@ -17,6 +17,12 @@ log = logging.getLogger(__name__)
 LEFT = "left"
 """The reason on the record of a node that goes of its own accord, and how it is said to have departed."""
 
+
+def run_prefix(run_id: str) -> str:
+    """What goes before every key of a run."""
+    return f"elastic-moe/{run_id}/"
+
+
 NODES = "nodes/"
 ROUND = "round"
 STORE = "store"

@@ -85,7 +85,7 @@ def test_a_link_that_breaks_is_not_a_death(neighbours: Neighbours, reports: Repo
         neighbours.watch([Node(node_id="alive", host="h", address="127.0.0.1", port=port, slots=1)])
         alive.accept()[0].close()
         alive.accept()[0].close()  # it asks whether somebody is there
-    neighbours.close()
+        neighbours.close()
     assert not reports
 
 
