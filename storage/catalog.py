@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from storage import layout
 from storage.checksum import crc32c
 from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
-from storage.manifest import Manifest, load_manifest
-from storage.objects import ObjectStore, exists
+from storage.manifest import Manifest, ObjectEntry, load_manifest
+from storage.objects import ObjectInfo, ObjectStore, exists
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -25,29 +25,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredObject:
-    """A data object as the store has it now; `name` is relative to the step's folder."""
+    """An object as the store has it now; `name` is relative to the step's folder."""
 
     name: str
     size_bytes: int
-    etag: str
 
 
 @dataclass(frozen=True)
 class Commit:
     """What was found of a committed checkpoint, before any data was read.
 
-    `manifest` is the sealed manifest, or None for a checkpoint of stock DCP, of which `metadata` is the `.metadata`.
+    `manifest` is the sealed manifest, or None for a checkpoint of stock DCP, of which `metadata` is the `.metadata` and
+    `objects` is what lies in its folder.
     """
 
     prefix: str
     metadata: bytes | None
     manifest: bytes | None
-    objects: tuple[StoredObject, ...]
+    objects: tuple[StoredObject, ...] = ()
 
     def dump(self) -> bytes:
         """Compact bytes for the way to the other ranks."""
         blobs = [None if blob is None else base64.b64encode(blob).decode() for blob in (self.metadata, self.manifest)]
-        rows = [(entry.name, entry.size_bytes, entry.etag) for entry in self.objects]
+        rows = [(entry.name, entry.size_bytes) for entry in self.objects]
         return zlib.compress(_wire.dump_json((self.prefix, blobs[0], blobs[1], rows)), 1)
 
     @classmethod
@@ -62,8 +62,8 @@ class Commit:
         )
 
 
-_wire: TypeAdapter[tuple[str, str | None, str | None, list[tuple[str, int, str]]]] = TypeAdapter(
-    tuple[str, str | None, str | None, list[tuple[str, int, str]]]
+_wire: TypeAdapter[tuple[str, str | None, str | None, list[tuple[str, int]]]] = TypeAdapter(
+    tuple[str, str | None, str | None, list[tuple[str, int]]]
 )
 
 
@@ -74,7 +74,6 @@ class Checkpoint:
     prefix: str
     metadata: Metadata
     manifest: Manifest | None
-    objects: dict[str, StoredObject]
 
 
 def steps(store: ObjectStore) -> list[int]:
@@ -106,16 +105,40 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
     except NotFound:
         where = f"{store.url}/{prefix}".rstrip("/")
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
-    present = {
-        info.key.removeprefix(prefix): StoredObject(info.key.removeprefix(prefix), info.size_bytes, info.etag)
-        for info in store.list(prefix)
-    }
-    committed = find_manifest(store, prefix, metadata, present)
+    listed = {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+    committed = find_manifest(store, prefix, metadata, listed)
     if committed is None:
-        return Commit(prefix, metadata, None, tuple(present.values()))
-    if problem := _mismatch(committed.manifest, present, prefix):
-        raise Corrupt(f"{prefix}{problem}")
-    return Commit(prefix, None, committed.data, tuple(present[entry.name] for entry in committed.manifest.objects))
+        stored = tuple(StoredObject(name, info.size_bytes) for name, info in listed.items())
+        return Commit(prefix, metadata, None, stored)
+    step = layout.parse_step(prefix.rstrip("/"))
+    if step is not None and step != committed.manifest.step:
+        raise Corrupt(f"{prefix}{layout.MANIFEST} is of step {committed.manifest.step}")
+    check_objects(store, prefix, committed.manifest.objects, listed)
+    return Commit(prefix, None, committed.data)
+
+
+def check_objects(
+    store: ObjectStore, prefix: str, objects: Sequence[ObjectEntry], listed: Mapping[str, ObjectInfo]
+) -> None:
+    """Compare the data objects with the store's; `listed` is what a listing of `prefix` showed, by name below it.
+
+    By size, and not by etag: that may differ between two clients of one store (on a mounted file system it holds the
+    inode and the time of change, as this client sees them).
+
+    A listing may be older than the truth (caches of a mounted file system): what it lacks is asked for by name.
+
+    Raises:
+        Corrupt: one is missing or has another size.
+    """
+    for entry in objects:
+        info = listed.get(entry.name)
+        if info is None or info.size_bytes != entry.size_bytes:
+            try:
+                info = store.info(prefix + entry.name)
+            except NotFound:
+                raise Corrupt(f"{prefix}{entry.name} is missing") from None
+        if info.size_bytes != entry.size_bytes:
+            raise Corrupt(f"{prefix}{entry.name} has {info.size_bytes} bytes, the manifest says {entry.size_bytes}")
 
 
 @dataclass(frozen=True)
@@ -163,34 +186,20 @@ def commits(metadata: bytes, manifest: Manifest) -> bool:
     return (len(metadata), crc32c(metadata)) == (manifest.metadata_size_bytes, manifest.metadata_crc32c)
 
 
-def _mismatch(manifest: Manifest, present: dict[str, StoredObject], prefix: str) -> str | None:
-    step = layout.parse_step(prefix.rstrip("/"))
-    if step is not None and step != manifest.step:
-        return f"{layout.MANIFEST} is of step {manifest.step}"
-    for entry in manifest.objects:
-        found = present.get(entry.name)
-        if found is None:
-            return f"{entry.name} is missing"
-        if found.size_bytes != entry.size_bytes:
-            return f"{entry.name} has {found.size_bytes} bytes, the manifest says {entry.size_bytes}"
-    return None
-
-
 def open_checkpoint(commit: Commit) -> Checkpoint:
     """Turn a commit into something that can be read from. Raises Corrupt."""
     from storage.dcp_metadata import load_metadata, metadata_of
 
-    objects = {entry.name: entry for entry in commit.objects}
     if commit.manifest is not None:
         manifest = load_manifest(commit.manifest, commit.prefix + layout.MANIFEST)
-        return Checkpoint(commit.prefix, metadata_of(manifest), manifest, objects)
+        return Checkpoint(commit.prefix, metadata_of(manifest), manifest)
     assert commit.metadata is not None
     try:
         metadata = load_metadata(commit.metadata, commit.prefix + layout.METADATA)
     except Denied as error:
         # what damage looks like from here: no store was asked, so nothing refused an access
         raise Corrupt(str(error)) from None
-    return Checkpoint(commit.prefix, metadata, None, objects)
+    return Checkpoint(commit.prefix, metadata, None)
 
 
 def find_checkpoint(store: ObjectStore, prefix: str) -> Checkpoint:

@@ -7,41 +7,28 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 
-from storage import catalog, commit, layout, owner
+from storage import layout, owner
 from storage.agreement import AgreeingGroup, error_class, to_message
 from storage.commit import Attempt, Contents, Origin
-from storage.describe import (
-    Holdings,
-    SafeLoadPlanner,
-    contents_of,
-    describe,
-    differences,
-    needed_bytes,
-    num_surplus,
-    state_dicts,
-)
-from storage.errors import Corrupt, NoCheckpoint, UsageError, WrongModel
+from storage.describe import Holdings, contents_of, describe, state_dicts
+from storage.errors import UsageError
 from storage.events import Listener, Reporter
-from storage.fetch import Traffic
-from storage.reading import read_items
 from storage.registry import open_store
+from storage.restorer import Restorer
 from storage.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
 from storage.saver import Job, Saver
 from storage.staging import StagingBuffer
 from storage.writing import Payload
 
 log = logging.getLogger(__name__)
-
-_NUM_DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -113,6 +100,7 @@ class Checkpointer:
         )
         self._owner = owner.Owner(**claim)
         self._group.everywhere(self._check_shared)
+        self._restorer = Restorer(self._store, self._owner, self._group, self._report)
         self._saver = Saver(self._store, self._owner, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
         self._plan: _Plan | None = None
@@ -166,40 +154,36 @@ class Checkpointer:
         Returns 0, with `state` untouched, if there is none.
 
         Works for any world size and mesh, whatever the ones that saved. A checkpoint that turns out to be damaged is
-        quarantined, and the one before it is taken; all ranks take the same.
+        quarantined once the coordinator has seen the damage as well, and the one before it is taken; all ranks take the
+        same.
 
         Raises:
             WrongModel: the checkpoint has other keys or shapes than the state.
             Corrupt: there are checkpoints, but none is good; the content of `state` is undefined.
+            Disputed: a rank read damage that is not there when it is looked for again; the message names the rank and
+                its host. The content of `state` is undefined.
+            Fenced: a damaged checkpoint would have to be set aside, but the run has another owner now.
             Transient, Denied: by the store.
         """
         started_s = time.monotonic()
         self._saver.forget()
         flat = self._group.everywhere(lambda: state_dicts(state))
-        damaged: list[str] = []
-        while (commit_bytes := self._newest_commit(damaged)) is not None:
-            checkpoint = catalog.open_checkpoint(catalog.Commit.load(commit_bytes))
-            step = layout.parse_step(checkpoint.prefix.rstrip("/")) or 0
-            try:
-                traffic, needed = self._read(flat, checkpoint, step)
-            except Corrupt as error:
-                self._quarantine(step, str(error))
-                damaged.append(str(error))
-                continue
-            for key, value in state.items():
-                if isinstance(value, Stateful):
-                    value.load_state_dict(flat[key])
-                else:
-                    state[key] = flat[key]
-            self._report(
-                "restored",
-                step=step,
-                seconds=round(time.monotonic() - started_s, 3),
-                bytes=needed,
-                fetched_bytes=traffic.fetched_bytes,
-            )
-            return step
-        return 0
+        restored = self._restorer.restore(flat)
+        if restored is None:
+            return 0
+        for key, value in state.items():
+            if isinstance(value, Stateful):
+                value.load_state_dict(flat[key])
+            else:
+                state[key] = flat[key]
+        self._report(
+            "restored",
+            step=restored.step,
+            seconds=round(time.monotonic() - started_s, 3),
+            bytes=restored.needed_bytes,
+            fetched_bytes=restored.traffic.fetched_bytes,
+        )
+        return restored.step
 
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""
@@ -270,64 +254,6 @@ class Checkpointer:
             return holdings.stage(plan.picks, values, self._buffer), None
         except Exception as error:  # noqa: BLE001 - this rank must still tell the others that the save has failed
             return [], f"{type(error).__name__}: {error}"
-
-    # restoring --------------------------------------------------------------------------------------------------
-
-    def _newest_commit(self, damaged: Collection[str]) -> bytes | None:
-        """The newest commit that fits together, found by the coordinator; None if the run has no checkpoint at all."""
-
-        def find() -> str | None:
-            reasons = list(damaged)
-            for step in catalog.committed_steps(self._store):
-                try:
-                    found = catalog.find_commit(self._store, layout.step_folder(step) + "/")
-                    catalog.open_checkpoint(found)
-                    return found.dump().hex()
-                except NoCheckpoint:
-                    continue  # removed since it was listed
-                except Corrupt as error:
-                    self._set_aside(step, str(error))
-                    reasons.append(str(error))
-            if reasons:
-                raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
-            if aside := catalog.quarantined_steps(self._store):
-                raise Corrupt(
-                    f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
-                    f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
-                )
-            return None
-
-        answer = self._group.on_coordinator(find)
-        return None if answer is None else bytes.fromhex(answer)
-
-    def _read(self, flat: dict[str, Any], checkpoint: catalog.Checkpoint, step: int) -> tuple[Traffic, int]:
-        """Check that the state fits, then fill it. All ranks succeed or raise alike."""
-        planner = SafeLoadPlanner()
-        planner.set_up_planner(flat, checkpoint.metadata, self._group.is_coordinator)
-        self._group.everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
-
-        def read() -> tuple[Traffic, int]:
-            items = planner.create_local_plan().items
-            traffic = read_items(self._store, checkpoint, items, planner)
-            return traffic, needed_bytes(items, checkpoint.metadata)
-
-        return self._group.everywhere(read)
-
-    def _check_fits(self, state: dict[str, Any], metadata: Metadata, step: int) -> None:
-        found = differences(state, metadata)
-        if found:
-            shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
-            more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
-            raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
-        if surplus := num_surplus(state, metadata):
-            log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
-
-    def _quarantine(self, step: int, reason: str) -> None:
-        self._group.on_coordinator(lambda: self._set_aside(step, reason))
-
-    def _set_aside(self, step: int, reason: str) -> None:
-        commit.quarantine(self._store, step, str(uuid.uuid4()))
-        self._report("checkpoint_quarantined", step=step, reason=reason)
 
     def _close(self, *, abandon: bool) -> None:
         if not self._closed:

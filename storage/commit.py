@@ -1,7 +1,7 @@
 """The commit protocol: from data objects that nobody sees to a checkpoint that everybody does, or to nothing.
 
     every rank       data objects under a fresh attempt -> its receipt (or a receipt that says why not)
-    coordinator      all receipts -> every object has the size and etag of its receipt -> still the run's owner
+    coordinator      all receipts -> every object has the size in its receipt -> still the run's owner
                      -> the attempt's manifest.json, and a copy at the top -> .metadata, last, one conditional put
                      -> read back and compared
     other ranks      wait for `.metadata` of their attempt, or for the coordinator's `aborted.json`
@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from storage import layout
-from storage.catalog import commits
+from storage import catalog, layout
 from storage.checksum import crc32c
 from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient
 from storage.manifest import (
@@ -146,13 +145,8 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience) -> 
 def check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
     """Compare what the ranks say with what the store has. Raises Corrupt."""
     folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
-    present = {info.key.removeprefix(attempt.prefix): info for info in store.list(folder)}
-    for entry in objects:
-        info = present.get(entry.name)
-        if info is None:
-            raise Corrupt(f"{attempt.prefix}{entry.name} is missing after it was written")
-        if (info.size_bytes, info.etag) != (entry.size_bytes, entry.etag):
-            raise Corrupt(f"{attempt.prefix}{entry.name} changed after it was written")
+    listed = {info.key.removeprefix(attempt.prefix): info for info in store.list(folder)}
+    catalog.check_objects(store, attempt.prefix, objects, listed)
 
 
 def build_manifest(
@@ -259,7 +253,7 @@ def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:
     if not exists(store, attempt.prefix + layout.METADATA):
         return False
     try:
-        return commits(store.read(attempt.prefix + layout.METADATA), load_manifest(store.read(manifest_key)))
+        return catalog.commits(store.read(attempt.prefix + layout.METADATA), load_manifest(store.read(manifest_key)))
     except NotFound:
         return False
 

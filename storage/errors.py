@@ -4,6 +4,7 @@ StorageError
 ├── NotFound           no object of that name
 ├── AlreadyExists      a conditional put met an object; a step that is committed already
 ├── Corrupt            bytes are not what was written: checksum, size, format
+├── Disputed           damage that one rank reads and another does not
 ├── Transient          may work when tried again: time-out, throttling, reset
 ├── Denied             the store, or our own rules, refuse the access
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
@@ -32,7 +33,15 @@ class AlreadyExists(StorageError):
 
 
 class Corrupt(StorageError):
-    """What was read is not what was written."""
+    """What was read is not what was written; `key` is the data object in which, where it is one."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Disputed(StorageError):
+    """A rank read damage, but a second look at the same data found it whole."""
 
 
 class Transient(StorageError):

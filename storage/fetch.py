@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from storage.catalog import StoredObject
 from storage.checksum import crc32c
-from storage.errors import Corrupt
+from storage.errors import Corrupt, NotFound
 from storage.manifest import ItemEntry, Manifest
 from storage.objects import ObjectStore
 from storage.readplan import Part, Segment
@@ -33,26 +33,37 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's data objects, as the manifest lists them and as the store has them."""
+    """A checkpoint's data objects, as the manifest lists them."""
 
     store: ObjectStore
     prefix: str
     manifest: Manifest
-    objects: dict[str, StoredObject]
 
     def fetch_part(self, part: Part, buffers: Sequence[memoryview]) -> Traffic:
         """Fetch one part into `buffers` (what `Want.buffer` indexes). Raises Corrupt."""
         entry = self.manifest.objects[part.object]
         memories = _memories(part, buffers)
         views = [view for gap, view in memories for view in (gap, view) if view.nbytes]
-        etag = self.objects[entry.name].etag
-        self.store.read_into(self.prefix + entry.name, part.start, views, if_match=etag)
+        key = self.prefix + entry.name
+        with blaming(key):
+            self.store.read_into(key, part.start, views)
         for segment, (_, memory) in zip(part.segments, memories, strict=True):
             item = self.manifest.items[segment.item]
-            _verify(item, segment, memory, self.prefix + entry.name)
+            _verify(item, segment, memory, key)
             if segment.direct is None:
                 _copy_wants(segment, memory, buffers)
         return Traffic(1, part.stop - part.start)
+
+
+@contextlib.contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Damage found inside is damage of the data object `key`, and so is its absence. Raises Corrupt."""
+    try:
+        yield
+    except NotFound:
+        raise Corrupt(f"{key} is missing", key) from None
+    except Corrupt as error:
+        raise Corrupt(str(error), key) from error
 
 
 def _memories(part: Part, buffers: Sequence[memoryview]) -> list[tuple[memoryview, memoryview]]:
@@ -79,7 +90,7 @@ def _verify(item: ItemEntry, segment: Segment, memory: memoryview, name: str) ->
     for index, expected in enumerate(item.blocks()[segment.first_block : segment.last_block]):
         if crc32c(memory[index * size : (index + 1) * size]) != expected:
             where = item.offset + (segment.first_block + index) * size
-            raise Corrupt(f"{name} is damaged: checksum of {item.key!r} at byte {where} does not match")
+            raise Corrupt(f"{name} is damaged: checksum of {item.key!r} at byte {where} does not match", name)
 
 
 def _copy_wants(segment: Segment, memory: memoryview, buffers: Sequence[memoryview]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -190,8 +190,10 @@ def _stock_details(summary: Summary, checkpoint: catalog.Checkpoint) -> Details:
     return Details(summary, tuple(tensors), tuple(values))
 
 
-def verify(store: ObjectStore, prefix: str) -> Verdict:
+def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None) -> Verdict:
     """Read every byte of the checkpoint and compare it with the checksums: the manifest's, or the zips' of stock DCP.
+
+    Of the data objects only those whose keys are in `only`, if that is given; the index is checked in any case.
 
     Raises:
         NoCheckpoint: nothing is committed at `prefix`.
@@ -203,7 +205,7 @@ def verify(store: ObjectStore, prefix: str) -> Verdict:
     try:
         commit = catalog.find_commit(store, prefix)
         if commit.manifest is None:
-            return _verify_stock(store, catalog.open_checkpoint(commit), folder, step)
+            return _verify_stock(store, catalog.open_checkpoint(commit), folder, step, only)
         manifest = load_manifest(commit.manifest)
     except Corrupt as error:
         return Verdict(folder, step, 0, 0, (str(error),))
@@ -216,10 +218,12 @@ def verify(store: ObjectStore, prefix: str) -> Verdict:
         return list(_object_problems(store, prefix + entry.name, entry.size_bytes, items[index]))
 
     problems = list(_gaps(manifest))
+    chosen = [index for index, entry in enumerate(manifest.objects) if only is None or prefix + entry.name in only]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for found in windowed(pool, check, range(len(manifest.objects)), 2 * _NUM_THREADS):
+        for found in windowed(pool, check, chosen, 2 * _NUM_THREADS):
             problems += found
-    return Verdict(folder, manifest.step, len(manifest.objects), manifest.size_bytes, tuple(problems))
+    size_bytes = sum(manifest.objects[index].size_bytes for index in chosen)
+    return Verdict(folder, manifest.step, len(chosen), size_bytes, tuple(problems))
 
 
 def _gaps(manifest: Manifest) -> Iterator[str]:
@@ -272,8 +276,17 @@ def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[st
         yield f"{key}: checksum of {item.key!r} as a whole does not match"
 
 
-def _verify_stock(store: ObjectStore, checkpoint: catalog.Checkpoint, folder: str, step: int | None) -> Verdict:
-    places = sorted({(i.relative_path, i.offset, i.length) for i in checkpoint.metadata.storage_data.values()})
+def _verify_stock(
+    store: ObjectStore,
+    checkpoint: catalog.Checkpoint,
+    folder: str,
+    step: int | None,
+    only: Collection[str] | None,
+) -> Verdict:
+    from storage.items import decode_value
+
+    found = {(i.relative_path, i.offset, i.length) for i in checkpoint.metadata.storage_data.values()}
+    places = sorted(place for place in found if only is None or checkpoint.prefix + place[0] in only)
     names = {name for name, _, _ in places}
 
     def check(place: tuple[str, int, int]) -> str | None:
@@ -284,6 +297,7 @@ def _verify_stock(store: ObjectStore, checkpoint: catalog.Checkpoint, folder: st
             memory = memoryview(bytearray(length))
             store.read_into(checkpoint.prefix + name, offset, [memory])
             check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
+            decode_value(memory, f"{checkpoint.prefix}{name} at byte {offset}")
         except Corrupt as error:
             return str(error)
         return None

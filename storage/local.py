@@ -92,7 +92,7 @@ class LocalStore:
         folder, _, _ = prefix.rpartition("/")
         found = []
         with self._translated(prefix):
-            for base, folders, names in os.walk(self._root / folder):
+            for base, folders, names in os.walk(self._root / folder, onerror=_raise_unless_gone):
                 if Path(base) == self._root:
                     folders[:] = [name for name in folders if name != _TMP]
                 for name in names:
@@ -192,7 +192,13 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo:
 
 def _holds_a_file(folder: str) -> bool:
     """Whether there is an object below: a process that died left empty folders, which are no part of a store."""
-    return any(names for _, _, names in os.walk(folder))
+    return any(names for _, _, names in os.walk(folder, onerror=_raise_unless_gone))
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that cannot be read is not an empty one: what is in it would count as lost."""
+    if error.errno not in _NO_FOLDER:
+        raise error
 
 
 def _views(buffers: Sequence[Buffer]) -> list[memoryview]:

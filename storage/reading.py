@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from storage.catalog import Checkpoint
 from storage.errors import Corrupt, UnsupportedValue
-from storage.fetch import Source, Traffic, run_all, windowed
+from storage.fetch import Source, Traffic, blaming, run_all, windowed
 from storage.items import decode_value
 from storage.manifest import ItemEntry, Manifest, tensor_size_bytes
 from storage.objects import ObjectStore
@@ -48,7 +48,7 @@ def read_items(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
         if checkpoint.manifest is None:
             return _read_stock(store, checkpoint, items, planner, pool, 2 * num_threads)
-        source = Source(store, checkpoint.prefix, checkpoint.manifest, checkpoint.objects)
+        source = Source(store, checkpoint.prefix, checkpoint.manifest)
         spans = [ItemSpan(i.object, i.offset, i.length, i.block_size_bytes) for i in source.manifest.items.rows()]
         traffic = Traffic()
         for wave in _waves(source.manifest, items, planner):
@@ -195,20 +195,17 @@ def _read_stock(
 
     def fetch(place: tuple[str, int, int]) -> tuple[tuple[str, int, int], memoryview]:
         name, offset, length = place
-        stored = checkpoint.objects.get(name)
-        if stored is None:
-            raise Corrupt(f"{checkpoint.prefix}{name} is missing")
-        if offset + length > stored.size_bytes:
-            raise Corrupt(f"{checkpoint.prefix}{name} is shorter than its metadata says")
         memory = bytes_of(torch.empty(length, dtype=torch.uint8))
-        store.read_into(checkpoint.prefix + name, offset, [memory], if_match=stored.etag)
-        check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
+        with blaming(checkpoint.prefix + name):
+            store.read_into(checkpoint.prefix + name, offset, [memory])
+            check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
         return place, memory
 
     fetched_bytes = 0
     for place, memory in windowed(pool, fetch, sorted(reads_of), window):
         fetched_bytes += memory.nbytes
-        value = decode_value(memory, reads_of[place][0].storage_index.fqn)
+        with blaming(checkpoint.prefix + place[0]):
+            value = decode_value(memory, reads_of[place][0].storage_index.fqn)
         for read in reads_of[place]:
             _deliver(read, value, memory, planner)
     return Traffic(len(reads_of), fetched_bytes)

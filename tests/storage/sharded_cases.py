@@ -256,6 +256,25 @@ def silent_rank(folder: str) -> str:
     return reasons[-1]
 
 
+class BadMemory(LocalStore):
+    """Every byte that is read into memory arrives with a flipped bit."""
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        super().read_into(key, offset, buffers, if_match=if_match)
+        buffers[-1][-1] ^= 1
+
+
+def bad_reader(folder: str) -> str:
+    """Restore where rank 1's memory is bad; what is raised."""
+    register_scheme("bad-memory", lambda rest: BadMemory(folder))
+    with Checkpointer("bad-memory://" if dist.get_rank() == 1 else folder) as ckpt:
+        try:
+            ckpt.restore(_rows(0))
+        except StorageError as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 class Unreachable(LocalStore):
     """Data objects cannot be read."""
 

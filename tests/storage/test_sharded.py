@@ -69,6 +69,15 @@ def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: P
     assert results[0][2] == ["checkpoint_quarantined", "restored"]
 
 
+def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(cases.save_rows, str(tmp_path), (1, 2), world_size=2)
+    for message in ranks.run(cases.bad_reader, str(tmp_path), world_size=2):
+        assert message.startswith("Disputed: the checkpoint of step 2 reads as damaged (rank 1 on ")
+        assert "rank 0 on" not in message
+    states = [row.state for row in inspect.summaries(inspect.locate(str(tmp_path)))]
+    assert states == ["committed", "committed"]
+
+
 def test_a_folder_that_is_not_shared_is_noticed_at_once(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks.run(cases.not_shared, str(tmp_path), world_size=2):
         assert message.startswith("UsageError: rank 1 does not see")

@@ -1,0 +1,175 @@
+"""The way of a restore: the newest good checkpoint, the same on all ranks, and the judgement over damaged ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from storage import catalog, commit, inspect, layout, owner
+from storage.agreement import AgreeingGroup
+from storage.describe import SafeLoadPlanner, differences, needed_bytes, num_surplus
+from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
+from storage.events import Reporter
+from storage.fetch import Traffic
+from storage.objects import ObjectStore
+from storage.reading import read_items
+
+log = logging.getLogger(__name__)
+
+_NUM_DIFFERENCES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was read: the checkpoint's step, bytes that the state needed, and what this rank fetched for them."""
+
+    step: int
+    needed_bytes: int
+    traffic: Traffic
+
+
+class Restorer:
+    """Reads for one group of ranks. Every method without underscore is a collective."""
+
+    def __init__(self, store: ObjectStore, mine: owner.Owner, group: AgreeingGroup, report: Reporter) -> None:
+        self._store = store
+        self._owner = mine
+        self._group = group
+        self._report = report
+
+    def restore(self, flat: dict[str, Any]) -> Restored | None:
+        """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
+
+        Returns None, with `flat` untouched, if there is none.
+
+        Raises:
+            WrongModel, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
+        """
+        damaged: list[str] = []
+        while (commit_bytes := self._newest_commit(damaged)) is not None:
+            checkpoint = catalog.open_checkpoint(catalog.Commit.load(commit_bytes))
+            step = layout.parse_step(checkpoint.prefix.rstrip("/")) or 0
+            result = self._read(flat, checkpoint, step)
+            if not isinstance(result, Corrupt):
+                return Restored(step, result[1], result[0])
+            self._judge(step, result)
+            damaged.append(str(result))
+        return None
+
+    def _newest_commit(self, damaged: Collection[str]) -> bytes | None:
+        """The newest commit that fits together, found by the coordinator; None if the run has no checkpoint at all."""
+
+        def find() -> str | None:
+            reasons = list(damaged)
+            for step in catalog.committed_steps(self._store):
+                try:
+                    return self._find_commit(layout.step_folder(step) + "/").dump().hex()
+                except NoCheckpoint:
+                    continue  # removed since it was listed
+                except Corrupt as error:
+                    self._set_aside(step, str(error))
+                    reasons.append(str(error))
+            if reasons:
+                raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
+            if aside := catalog.quarantined_steps(self._store):
+                raise Corrupt(
+                    f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
+                    f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
+                )
+            return None
+
+        answer = self._group.on_coordinator(find)
+        return None if answer is None else bytes.fromhex(answer)
+
+    def _find_commit(self, prefix: str) -> catalog.Commit:
+        """The commit at `prefix`; damage counts when it is read twice. Raises NoCheckpoint, Corrupt."""
+        try:
+            return self._open(prefix)
+        except Corrupt as error:
+            found = self._open(prefix)
+            log.warning("read again, %s is whole; the first time: %s", prefix.rstrip("/"), error)
+            return found
+
+    def _open(self, prefix: str) -> catalog.Commit:
+        found = catalog.find_commit(self._store, prefix)
+        catalog.open_checkpoint(found)
+        return found
+
+    def _read(self, flat: dict[str, Any], checkpoint: catalog.Checkpoint, step: int) -> tuple[Traffic, int] | Corrupt:
+        """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
+
+        A rank that found no damage itself returns a Corrupt without a message when another one did.
+        """
+        planner = SafeLoadPlanner()
+        planner.set_up_planner(flat, checkpoint.metadata, self._group.is_coordinator)
+        self._group.everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
+        found: list[Corrupt] = []
+
+        def read() -> tuple[Traffic, int]:
+            items = planner.create_local_plan().items
+            try:
+                traffic = read_items(self._store, checkpoint, items, planner)
+            except Corrupt as error:
+                found.append(error)
+                raise
+            return traffic, needed_bytes(items, checkpoint.metadata)
+
+        try:
+            return self._group.everywhere(read)
+        except Corrupt:
+            return found[0] if found else Corrupt("")
+
+    def _check_fits(self, state: dict[str, Any], metadata: Metadata, step: int) -> None:
+        found = differences(state, metadata)
+        if found:
+            shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
+            more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
+            raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
+        if surplus := num_surplus(state, metadata):
+            log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
+
+    def _judge(self, step: int, found: Corrupt) -> None:
+        """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do.
+
+        A single rank may be wrong, by its memory or by its mount, and would take every checkpoint for damaged.
+
+        Raises:
+            Disputed: what the ranks complain of is whole when it is read again.
+        """
+        complaint = {"text": str(found), "key": found.key, "host": socket.gethostname()}
+        gathered = self._group.gather(json.dumps(complaint).encode())
+
+        def judge() -> None:
+            complaints = {rank: json.loads(data) for rank, data in enumerate(gathered or [])}
+            complaints = {rank: told for rank, told in complaints.items() if told["text"]}
+            keys = {told["key"] for told in complaints.values()}
+            try:
+                verdict = inspect.verify(self._store, layout.step_folder(step) + "/", None if None in keys else keys)
+            except NoCheckpoint:
+                return  # somebody else was faster
+            if not verdict.problems:
+                raise Disputed(_dispute(step, complaints))
+            self._set_aside(step, next(iter(complaints.values()))["text"])
+
+        self._group.on_coordinator(judge)
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
+        owner.check(self._store, self._owner)
+        commit.quarantine(self._store, step, str(uuid.uuid4()))
+        self._report("checkpoint_quarantined", step=step, reason=reason)
+
+
+def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:
+    told = "; ".join(f"rank {rank} on {told['host']}: {told['text']}" for rank, told in complaints.items())
+    return (
+        f"the checkpoint of step {step} reads as damaged ({told}), but rank 0 has read the same data again and found it"
+        " whole; nothing was set aside: check the memory and the storage mount of the host named here"
+    )

@@ -1,0 +1,168 @@
+"""What looks like damage and is none: nothing may be set aside on one reader's word."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage import Checkpointer, inspect, open_store, register_scheme
+from storage.errors import Disputed, Fenced, Transient
+from storage.memory import MemoryStore
+from storage.objects import ObjectInfo
+
+Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+_names = itertools.count()
+
+
+def state(number: int) -> dict[str, Any]:
+    return {"w": torch.full((300,), float(number)), "n": number}
+
+
+def save(url: str, *steps: int) -> None:
+    with Checkpointer(url) as ckpt:
+        for step in steps:
+            ckpt.save(step, state(step), wait=True)
+            assert ckpt.wait()
+
+
+def states(url: str) -> list[tuple[int | None, str]]:
+    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+
+
+def opened(store: MemoryStore) -> str:
+    """The URL of that very store."""
+    scheme = f"damage-{next(_names)}"
+    register_scheme(scheme, lambda rest: store)
+    return f"{scheme}://run"
+
+
+class BadMemory(MemoryStore):
+    """Flips a bit of what is read, `num_bad` times."""
+
+    num_bad = 0
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        super().read_into(key, offset, buffers, if_match=if_match)
+        if self.num_bad:
+            self.num_bad -= 1
+            buffers[-1][-1] ^= 1
+
+
+def test_damage_that_is_not_there_when_looked_for_again_sets_nothing_aside(memory_url: str, events: Events) -> None:
+    store = BadMemory(memory_url)
+    url = opened(store)
+    save(url, 1, 2)
+    store.num_bad = 1
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        with pytest.raises(Disputed, match=r"step 2 reads as damaged \(rank 0 on .*checksum"):
+            ckpt.restore(state(0))
+        assert states(url) == [(2, "committed"), (1, "committed")]
+        assert ckpt.restore(state(0)) == 2
+    assert [name for name, _ in events[0]] == ["restored"]
+
+
+class BadIndexOnce(MemoryStore):
+    """Flips a byte of the first manifest that is read once `bad` is set; both copies of it."""
+
+    num_bad = 0
+
+    def read(self, key: str) -> bytes:
+        data = super().read(key)
+        if self.num_bad and key.endswith("manifest.json"):
+            self.num_bad -= 1
+            return data[:-9] + b"?" + data[-8:]
+        return data
+
+
+def test_a_damaged_index_is_read_twice(memory_url: str, events: Events, caplog: pytest.LogCaptureFixture) -> None:
+    store = BadIndexOnce(memory_url)
+    url = opened(store)
+    save(url, 1, 2)
+    store.num_bad = 2
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        assert ckpt.restore(state(0)) == 2
+    assert [name for name, _ in events[0]] == ["restored"]
+    assert "step-000000002 is whole; the first time: step-000000002/manifest.json is damaged" in caplog.text
+
+
+class StaleListing(MemoryStore):
+    """A listing as an old cache of a folder shows it: without what came later."""
+
+    stale = False
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        return [info for info in super().list(prefix) if not self.stale or info.key.endswith(".metadata")]
+
+
+def test_a_stale_listing_is_not_taken_for_loss(memory_url: str) -> None:
+    store = StaleListing(memory_url)
+    url = opened(store)
+    save(url, 1, 2)
+    store.stale = True
+    with Checkpointer(url) as ckpt:
+        assert ckpt.restore(state(0)) == 2
+
+
+class EtagsOfAClient(MemoryStore):
+    """Every look at an object gives another etag, as from two clients of one mounted file system."""
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        return [replace(info, etag=f"{info.etag}-{next(_names)}") for info in super().list(prefix)]
+
+
+def test_etags_need_not_be_equal_between_clients(memory_url: str) -> None:
+    url = opened(EtagsOfAClient(memory_url))
+    save(url, 1)
+    with Checkpointer(url) as ckpt:
+        assert ckpt.restore(state(0)) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    save(str(tmp_path), 1, 2)
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        if "attempt-" in str(path):
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    store = open_store(str(tmp_path))
+    with pytest.raises(Transient, match=os.strerror(number)):
+        store.list("step-000000002/")
+    (folder,) = tmp_path.glob("step-000000002/attempt-*")
+    (folder / "../../lonely").mkdir()
+    folder.rename(tmp_path / "lonely" / folder.name)
+    with pytest.raises(Transient, match=os.strerror(number)):
+        store.folders("")
+    (tmp_path / "lonely" / folder.name).rename(folder)
+    with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(Transient):
+        ckpt.restore(state(0))
+    monkeypatch.undo()
+    assert states(str(tmp_path)) == [(2, "committed"), (1, "committed")]
+
+
+def test_a_stale_restorer_sets_nothing_aside(tmp_path: Path, events: Events) -> None:
+    save(str(tmp_path), 1, 2)
+    (data,) = tmp_path.glob("step-000000002/attempt-*/*.distcp")
+    data.write_bytes(bytes(data.stat().st_size))
+    with Checkpointer(str(tmp_path), lineage="a", generation=1, on_event=events[1]) as old:
+        Checkpointer(str(tmp_path), lineage="a", generation=2).close()
+        with pytest.raises(Fenced, match="generation 2"):
+            old.restore(state(0))
+        data.unlink()  # damage that shows in the listing takes another way
+        with pytest.raises(Fenced, match="generation 2"):
+            old.restore(state(0))
+    assert (tmp_path / "step-000000002/.metadata").exists()
+    assert not events[0]
