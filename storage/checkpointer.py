@@ -66,7 +66,8 @@ class Checkpointer:
         mesh: recorded in the manifest; default the JSON of ELASTIC_MOE_MESH.
         process_group: the ranks that take part; default the whole world.
         on_event: called with (name, fields) for checkpoint_staged, checkpoint_failed and restored on every rank, for
-            checkpoint_committed, checkpoint_quarantined and checkpoint_cleanup_failed on the coordinator (rank 0);
+            checkpoint_committed, checkpoint_quarantined, checkpoint_cleanup_failed and checkpoint_not_newest (steps
+            beyond the saved one are there already, and a restore takes the newest) on the coordinator (rank 0);
             fields hold at least step, and seconds and bytes where they mean something. Called from the background
             thread as well.
         timeout_s: how long a save waits for the other ranks before it counts as failed.

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 Listener = Callable[[str, dict[str, Any]], None]
 
-_WARN = {"checkpoint_failed", "checkpoint_quarantined", "checkpoint_cleanup_failed"}
+_WARN = {"checkpoint_failed", "checkpoint_quarantined", "checkpoint_cleanup_failed", "checkpoint_not_newest"}
 
 
 class Reporter:

@@ -38,10 +38,26 @@ class Removal:
     attempts: frozenset[str] | None
 
 
-def decide(states: Iterable[StepState], keep: int, live_attempts: Collection[str]) -> list[Removal]:
+@dataclass(frozen=True)
+class Cleaned:
+    """What was removed, and the committed steps beyond the one just saved: a restore takes the newest of them."""
+
+    removals: Sequence[Removal]
+    newer_steps: tuple[int, ...]
+
+
+def newer_steps(states: Iterable[StepState], saved_step: int) -> tuple[int, ...]:
+    """Committed steps beyond `saved_step`, in order. Pure."""
+    return tuple(sorted(state.step for state in states if state.committed and state.step > saved_step))
+
+
+def decide(
+    states: Iterable[StepState], keep: int, live_attempts: Collection[str], saved_step: int | None = None
+) -> list[Removal]:
     """What may go, oldest step first.
 
-    The newest `keep` committed steps stay. Of older steps everything goes, unless an attempt in it is live. Of the
+    The newest `keep` committed steps stay, and `saved_step`, the one that was just committed, wherever it is in the
+    order. Of other older steps everything goes, unless an attempt in it is live. Of the
     others only attempts that are neither committed nor live go: they belong to an owner of an older epoch, which
     can never commit them. A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
     Without any commit nothing is removed.
@@ -54,7 +70,7 @@ def decide(states: Iterable[StepState], keep: int, live_attempts: Collection[str
     removals = []
     for state in ordered:
         dead = frozenset(state.attempts - set(live_attempts) - {state.attempt})
-        if state.step < oldest_kept and not state.attempts & set(live_attempts):
+        if state.step < oldest_kept and state.step != saved_step and not state.attempts & set(live_attempts):
             removals.append(Removal(state.step, None))
         elif dead and not state.quarantined and (state.attempt is not None or not state.committed):
             removals.append(Removal(state.step, dead))
@@ -85,9 +101,9 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
 
 
 def clean(
-    store: ObjectStore, owner: Owner, keep: int, live_attempts: Callable[[], Collection[str]]
-) -> Sequence[Removal]:
-    """Remove what `decide` says; what was removed.
+    store: ObjectStore, owner: Owner, keep: int, live_attempts: Callable[[], Collection[str]], saved_step: int
+) -> Cleaned:
+    """Remove what `decide` says after a commit of `saved_step`.
 
     The folders are looked at before `live_attempts` is asked and the claim is checked: an attempt that this or a
     later owner starts meanwhile cannot be among what was seen and is not known as live.
@@ -96,11 +112,11 @@ def clean(
         Fenced: the run has another owner; nothing was removed.
     """
     states = observe(store)
-    removals = decide(states, keep, live_attempts())
+    removals = decide(states, keep, live_attempts(), saved_step)
     check_owner(store, owner)
     for removal in removals:
         remove(store, removal)
-    return removals
+    return Cleaned(removals, newer_steps(states, saved_step))
 
 
 def remove(store: ObjectStore, removal: Removal) -> None:

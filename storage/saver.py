@@ -141,9 +141,12 @@ class Saver:
 
     def _clean(self, step: int) -> None:
         try:
-            retention.clean(self._store, self._owner, self._keep, self._live.copy)
+            cleaned = retention.clean(self._store, self._owner, self._keep, self._live.copy, step)
         except Exception as error:  # noqa: BLE001 - left-overs cost space, not safety
             self._report("checkpoint_cleanup_failed", step=step, reason=f"{type(error).__name__}: {error}")
+            return
+        if cleaned.newer_steps:
+            self._report("checkpoint_not_newest", step=step, newest=cleaned.newer_steps[-1])
 
 
 def _since(job: Job) -> float:

@@ -126,6 +126,20 @@ def test_newest_wins_and_old_ones_go(tmp_path: Path, events: Events) -> None:
     assert "checkpoint_failed" not in names(events)
 
 
+def test_what_was_just_committed_stays_though_newer_steps_are_there(tmp_path: Path, events: Events) -> None:
+    def folders() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("step-*"))
+
+    with Checkpointer(str(tmp_path), keep=1) as ckpt:
+        ckpt.save(100, make_state(1), wait=True)
+    with Checkpointer(str(tmp_path), keep=1, on_event=events[1]) as ckpt:
+        for step in (5, 6):
+            ckpt.save(step, make_state(2), wait=True)
+            assert ckpt.wait()
+            assert folders() == [f"step-{step:09d}", "step-000000100"]
+            assert events[0][-1] == ("checkpoint_not_newest", {"step": step, "newest": 100})
+
+
 def test_a_step_just_committed_is_not_saved_again(tmp_path: Path, events: Events) -> None:
     with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
         ckpt.save(10, make_state(1))
@@ -310,12 +324,12 @@ def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
         return {"beef1111"}
 
     mine = owner.claim(store, "", 0, "token")
-    (removal,) = retention.clean(store, mine, 3, live)
-    assert removal == retention.Removal(20, frozenset({"dead0000"}))
+    cleaned = retention.clean(store, mine, 3, live, 10)
+    assert cleaned == retention.Cleaned([retention.Removal(20, frozenset({"dead0000"}))], ())
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]
     owner.claim(store, "", 0, "another")
     with pytest.raises(Fenced):
-        retention.clean(store, mine, 1, set)
+        retention.clean(store, mine, 1, set, 10)
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]
 
 

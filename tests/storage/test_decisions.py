@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import Fenced
 from storage.owner import Owner, next_owner
-from storage.retention import Removal, StepState, decide
+from storage.retention import Removal, StepState, decide, newer_steps
 from storage.saveplan import Piece, assign, dump_pieces, load_pieces
 from storage.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
 
@@ -83,6 +83,13 @@ def test_the_newest_commits_stay() -> None:
     assert decide(states, 9, ()) == []
 
 
+def test_the_step_just_saved_stays_wherever_it_is() -> None:
+    states = [state(1, "a"), state(2, "a"), state(3, "a"), state(4, "a")]
+    assert decide(states, 1, (), 2) == [Removal(1, None), Removal(3, None)]
+    assert decide(states, 1, (), 4) == decide(states, 1, ())
+    assert (newer_steps(states, 2), newer_steps(states, 4)) == ((3, 4), ())
+
+
 def test_nothing_goes_before_something_is_committed() -> None:
     assert decide([state(1, None, "ab"), state(2, None, "c")], 1, ()) == []
 
@@ -121,13 +128,15 @@ def test_stock_checkpoints_keep_all_their_folders() -> None:
     ),
     st.integers(1, 4),
     st.sets(st.sampled_from("defgh")),
+    st.integers(0, 9),
 )
 @settings(deadline=None)
-def test_retention_never_touches_what_counts(states: list[StepState], keep: int, live: set[str]) -> None:
+def test_retention_never_touches_what_counts(states: list[StepState], keep: int, live: set[str], saved: int) -> None:
     kept = sorted((s.step for s in states if s.committed), reverse=True)[:keep]
     by_step = {s.step: s for s in states}
-    for removal in decide(states, keep, live):
+    for removal in decide(states, keep, live, saved):
         if removal.attempts is None:
+            assert removal.step != saved
             assert removal.step not in kept
             assert removal.step < min(kept)
             assert not by_step[removal.step].attempts & live
