@@ -19,7 +19,7 @@ from storage import layout, owner
 from storage.agreement import AgreeingGroup, error_class, to_message
 from storage.commit import Attempt, Contents, Origin
 from storage.describe import Holdings, contents_of, describe, state_dicts
-from storage.errors import UsageError
+from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
 from storage.registry import open_store
 from storage.restorer import Restorer
@@ -99,10 +99,10 @@ class Checkpointer:
         claim = self._group.on_coordinator(
             lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex).model_dump()
         )
-        self._owner = owner.Owner(**claim)
+        mine = owner.Claim(self._store, owner.Owner(**claim))
         self._group.everywhere(self._check_shared)
-        self._restorer = Restorer(self._store, self._owner, self._group, self._report)
-        self._saver = Saver(self._store, self._owner, origin, keep, self._report, timeout_s)
+        self._restorer = Restorer(self._store, mine, self._group, self._report)
+        self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
         self._plan: _Plan | None = None
         self._closed = False
@@ -124,6 +124,7 @@ class Checkpointer:
         A step that this Checkpointer has just committed is not saved again.
 
         Raises:
+            Fenced: an earlier save has found that a newer owner has the run; this process can never commit again.
             UsageError: the state cannot be saved, the same on every rank.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
@@ -219,8 +220,10 @@ class Checkpointer:
         return answer["attempt"], self._plan
 
     def _decide(self, step: int, reports: list[bytes]) -> dict[str, Any]:
-        """The coordinator's answer to all ranks. Raises UsageError."""
+        """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
         layout.step_folder(step)
+        if self._saver.fenced is not None:
+            raise Fenced(self._saver.fenced)
         parsed = [json.loads(report) for report in reports]
         for rank, report in enumerate(parsed):
             problem = report["problem"]

@@ -42,8 +42,7 @@ from storage.manifest import (
     load_receipt,
 )
 from storage.objects import ObjectStore, exists
-from storage.owner import Owner
-from storage.owner import check as check_owner
+from storage.owner import Claim
 
 _POLL_S_MIN = 0.02
 _POLL_S_MAX = 2.0
@@ -180,16 +179,16 @@ def build_manifest(
     return draft.model_copy(update=sums), metadata
 
 
-def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: bytes, owner: Owner | None) -> None:
-    """Make the checkpoint visible. `owner`: this process's claim on the run; None where nobody claims it.
+def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: bytes, claim: Claim | None) -> None:
+    """Make the checkpoint visible. `claim`: this process's claim on the run; None where nobody claims it.
 
     Raises:
         Fenced: another process owns the run now.
         AlreadyExists: the step is committed already.
         Corrupt: what is read back is not what was written.
     """
-    if owner is not None:
-        check_owner(store, owner)
+    if claim is not None:
+        claim.check()
     manifest_key, metadata_key = attempt.prefix + layout.manifest_name(attempt.id), attempt.prefix + layout.METADATA
     taken = f"step {attempt.step} is committed already in {store.url}; restore it, or save to another URL"
     if exists(store, metadata_key):

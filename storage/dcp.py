@@ -187,7 +187,7 @@ class ShardWriter(StorageWriter):
         receipts = [_receipt(attempt.id, of_rank) for of_rank in results if of_rank]
         manifest, data = commit.build_manifest(attempt, Origin(), _contents(metadata), receipts, time.time())
         commit.check_objects(self._store, attempt, manifest.objects)
-        commit.publish(self._store, attempt, manifest, data, owner=None)
+        commit.publish(self._store, attempt, manifest, data, claim=None)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

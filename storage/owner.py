@@ -9,6 +9,7 @@ recorded one is refused at once; another lineage is another launch, and the newe
 from __future__ import annotations
 
 import logging
+import threading
 
 from pydantic import ConfigDict, Field
 
@@ -53,6 +54,14 @@ def read_owner(store: ObjectStore) -> Owner | None:
         return None
 
 
+def is_late(recorded: Owner, mine: Owner) -> bool:
+    """Whether `recorded` was written by a process that `mine` has superseded. Pure.
+
+    Claiming is a look and then a write, and the older process may have been paused between the two.
+    """
+    return recorded.lineage == mine.lineage and recorded.generation < mine.generation
+
+
 def claim(store: ObjectStore, lineage: str, generation: int, token: str) -> Owner:
     """Record this process as the run's owner and return the claim. Raises Fenced."""
     try:
@@ -61,15 +70,38 @@ def claim(store: ObjectStore, lineage: str, generation: int, token: str) -> Owne
         # tokens still fence every living owner off; only the order of generations is lost
         log.warning("taking the run over without knowing its last owner: %s", error)
         recorded = None
-    owner = next_owner(recorded, lineage, generation, token)
+    return _record(store, next_owner(recorded, lineage, generation, token))
+
+
+def _record(store: ObjectStore, owner: Owner) -> Owner:
     store.put(OWNER, [seal(_KIND, owner)])
-    check(store, owner)
+    recorded = read_owner(store)
+    if recorded != owner:
+        raise _fenced(recorded, owner)
     return owner
 
 
-def check(store: ObjectStore, mine: Owner) -> None:
-    """Raise Fenced unless the recorded claim is still `mine`."""
-    recorded = read_owner(store)
-    if recorded != mine:
-        who = "nobody" if recorded is None else f"generation {recorded.generation}, epoch {recorded.epoch}"
-        raise Fenced(f"the run now belongs to {who}; this process held epoch {mine.epoch}")
+class Claim:
+    """This group's hold on a run; the coordinator asks it, from any thread."""
+
+    def __init__(self, store: ObjectStore, owner: Owner) -> None:
+        self._store = store
+        self._owner = owner
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Raise Fenced unless the run is still ours. A late claim of an older generation is claimed back."""
+        with self._lock:
+            recorded = read_owner(self._store)
+            if recorded == self._owner:
+                return
+            if recorded is None or not is_late(recorded, self._owner):
+                raise _fenced(recorded, self._owner)
+            log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
+            mine = self._owner
+            self._owner = _record(self._store, next_owner(recorded, mine.lineage, mine.generation, mine.token))
+
+
+def _fenced(recorded: Owner | None, mine: Owner) -> Fenced:
+    who = "nobody" if recorded is None else f"generation {recorded.generation}, epoch {recorded.epoch}"
+    return Fenced(f"the run now belongs to {who}; this process held epoch {mine.epoch}")

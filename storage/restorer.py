@@ -12,13 +12,14 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from storage import catalog, commit, inspect, layout, owner
+from storage import catalog, commit, inspect, layout
 from storage.agreement import AgreeingGroup
 from storage.describe import SafeLoadPlanner, differences, needed_bytes, num_surplus
 from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
 from storage.events import Reporter
 from storage.fetch import Traffic
 from storage.objects import ObjectStore
+from storage.owner import Claim
 from storage.reading import read_items
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ class Restored:
 class Restorer:
     """Reads for one group of ranks. Every method without underscore is a collective."""
 
-    def __init__(self, store: ObjectStore, mine: owner.Owner, group: AgreeingGroup, report: Reporter) -> None:
+    def __init__(self, store: ObjectStore, claim: Claim, group: AgreeingGroup, report: Reporter) -> None:
         self._store = store
-        self._owner = mine
+        self._claim = claim
         self._group = group
         self._report = report
 
@@ -162,7 +163,7 @@ class Restorer:
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
-        owner.check(self._store, self._owner)
+        self._claim.check()
         commit.quarantine(self._store, step, str(uuid.uuid4()))
         self._report("checkpoint_quarantined", step=step, reason=reason)
 

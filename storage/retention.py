@@ -10,8 +10,7 @@ from storage import layout
 from storage.catalog import find_manifest, steps
 from storage.errors import Corrupt, NotFound
 from storage.objects import ObjectStore
-from storage.owner import Owner
-from storage.owner import check as check_owner
+from storage.owner import Claim
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
 
 
 def clean(
-    store: ObjectStore, owner: Owner, keep: int, live_attempts: Callable[[], Collection[str]], saved_step: int
+    store: ObjectStore, claim: Claim, keep: int, live_attempts: Callable[[], Collection[str]], saved_step: int
 ) -> Cleaned:
     """Remove what `decide` says after a commit of `saved_step`.
 
@@ -113,7 +112,7 @@ def clean(
     """
     states = observe(store)
     removals = decide(states, keep, live_attempts(), saved_step)
-    check_owner(store, owner)
+    claim.check()
     for removal in removals:
         remove(store, removal)
     return Cleaned(removals, newer_steps(states, saved_step))

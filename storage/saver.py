@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from storage import commit, retention
 from storage.commit import Attempt, Contents, Origin, Patience
-from storage.errors import StorageError
+from storage.errors import Fenced, StorageError
 from storage.events import Reporter
 from storage.manifest import ItemTable, Receipt
 from storage.objects import ObjectStore
-from storage.owner import Owner
+from storage.owner import Claim
 from storage.writing import Payload, write_payloads
 
 
@@ -37,10 +37,10 @@ class Saver:
     """Runs jobs in the background. `submit`, `wait` and `close` belong to the training's thread."""
 
     def __init__(
-        self, store: ObjectStore, owner: Owner, origin: Origin, keep: int, report: Reporter, timeout_s: float
+        self, store: ObjectStore, claim: Claim, origin: Origin, keep: int, report: Reporter, timeout_s: float
     ) -> None:
         self._store = store
-        self._owner = owner
+        self._claim = claim
         self._origin = origin
         self._keep = keep
         self._report = report
@@ -51,6 +51,12 @@ class Saver:
         self._last: tuple[int, Future[bool]] | None = None
         self._stored = threading.Event()
         self._stored.set()
+        self._fenced: str | None = None
+
+    @property
+    def fenced(self) -> str | None:
+        """Why this process can never commit again, once a job has found out (coordinator)."""
+        return self._fenced
 
     def new_attempt(self) -> str:
         """The id of a fresh attempt, which counts as live from now on (coordinator)."""
@@ -91,6 +97,7 @@ class Saver:
         try:
             size_bytes = self._save(job, stored)
         except Exception as error:  # noqa: BLE001 - a save may fail in any way; the training goes on
+            self._note(error)
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             self._report("checkpoint_failed", step=step, seconds=_since(job), bytes=0, reason=reason)
             return False
@@ -136,17 +143,22 @@ class Saver:
         receipts = commit.await_receipts(self._store, job.attempt, patience)
         manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, receipts, time.time())
         commit.check_objects(self._store, job.attempt, manifest.objects)
-        commit.publish(self._store, job.attempt, manifest, metadata, self._owner)
+        commit.publish(self._store, job.attempt, manifest, metadata, self._claim)
         return manifest.size_bytes
 
     def _clean(self, step: int) -> None:
         try:
-            cleaned = retention.clean(self._store, self._owner, self._keep, self._live.copy, step)
+            cleaned = retention.clean(self._store, self._claim, self._keep, self._live.copy, step)
         except Exception as error:  # noqa: BLE001 - left-overs cost space, not safety
+            self._note(error)
             self._report("checkpoint_cleanup_failed", step=step, reason=f"{type(error).__name__}: {error}")
             return
         if cleaned.newer_steps:
             self._report("checkpoint_not_newest", step=step, newest=cleaned.newer_steps[-1])
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, Fenced):
+            self._fenced = str(error)
 
 
 def _since(job: Job) -> float:

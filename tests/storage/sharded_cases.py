@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, ShardWriter, register_scheme
-from storage.errors import StorageError, Transient
+from storage import Checkpointer, ShardReader, ShardWriter, open_store, owner, register_scheme
+from storage.errors import Fenced, StorageError, Transient
 from storage.local import LocalStore
 from storage.objects import ObjectInfo
 
@@ -224,6 +224,22 @@ def fall_back(folder: str) -> tuple[int, int, list[str]]:
     whole = state["w"].full_tensor()
     assert (whole == state["n"]).all()
     return step, state["n"], names
+
+
+def fenced(folder: str) -> list[str]:
+    """Two saves after another owner has taken the run over; what the second one raises."""
+    messages = []
+    with Checkpointer(folder, generation=1, lineage="a") as ckpt:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            owner.claim(open_store(folder), "b", 0, "another launch")
+        ckpt.save(1, _rows(1), wait=True)
+        for step in (2, 3):
+            try:
+                ckpt.save(step, _rows(step))
+            except Fenced as error:
+                messages.append(str(error))
+    return messages
 
 
 def not_shared(folder: str) -> str:

@@ -14,6 +14,7 @@ from storage import Checkpointer, inspect, open_store, owner, register_scheme, r
 from storage.errors import Corrupt, Fenced, StorageError, Transient, UnsupportedValue, UsageError, WrongModel
 from storage.memory import MemoryStore
 from storage.objects import Buffer, ObjectInfo
+from storage.sealed import seal
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 
@@ -289,6 +290,8 @@ def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
         new.save(10, make_state(10), wait=True)
         old.save(20, make_state(20), wait=True)
         assert not old.wait()
+        with pytest.raises(Fenced, match="belongs to generation 2"):
+            old.save(30, make_state(30))
         assert new.restore(make_state(0)) == 10
         new.save(20, make_state(22), wait=True)
         state = make_state(0)
@@ -300,6 +303,20 @@ def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
     with pytest.raises(Fenced, match="generation 1"):
         Checkpointer(str(tmp_path), generation=1, lineage="a")
     Checkpointer(str(tmp_path), generation=0, lineage="b").close()
+
+
+def test_the_rightful_owner_claims_the_run_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    early = owner.next_owner(None, "a", 1, "paused between its look at the owner and its claim")
+    with Checkpointer(str(tmp_path), generation=2, lineage="a") as ckpt:
+        for step in (10, 20):
+            open_store(str(tmp_path)).put("owner.json", [seal("owner", early)])
+            ckpt.save(step, make_state(step), wait=True)
+            assert ckpt.wait()
+            assert "generation 1 claimed the run late" in caplog.text
+            caplog.clear()
+        late = owner.Claim(open_store(str(tmp_path)), early)
+        with pytest.raises(Fenced, match="belongs to generation 2"):
+            late.check()
 
 
 def test_attempts_that_no_live_job_owns_are_removed(tmp_path: Path) -> None:
@@ -323,7 +340,7 @@ def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
         store.put("step-000000020/attempt-beef2222/__0_0.distcp", [b"started after the look"])
         return {"beef1111"}
 
-    mine = owner.claim(store, "", 0, "token")
+    mine = owner.Claim(store, owner.claim(store, "", 0, "token"))
     cleaned = retention.clean(store, mine, 3, live, 10)
     assert cleaned == retention.Cleaned([retention.Removal(20, frozenset({"dead0000"}))], ())
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]

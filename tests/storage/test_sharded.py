@@ -78,6 +78,11 @@ def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, 
     assert states == ["committed", "committed"]
 
 
+def test_after_the_run_was_taken_over_saving_is_an_error_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    for messages in ranks.run(cases.fenced, str(tmp_path), world_size=2):
+        assert messages == ["the run now belongs to generation 0, epoch 2; this process held epoch 1"] * 2
+
+
 def test_a_folder_that_is_not_shared_is_noticed_at_once(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks.run(cases.not_shared, str(tmp_path), world_size=2):
         assert message.startswith("UsageError: rank 1 does not see")
