@@ -190,16 +190,38 @@ class Member:
         if status in (Status.STOPPING, Status.READY):
             self._neighbours.watch(())
 
-    def announce_running(self, generation: int) -> None:
-        """Say that this node has joined `generation`."""
+    def join(self, generation: int, timeout_s: float) -> None:
+        """Say that this node joins `generation`; workers may start when this returns.
+
+        It returns once the store has shown the record to this node too. Changes come in one order, so the node has then
+        seen every one before its own, and whoever sees a later one knows that this node runs: the leader cannot take
+        it for one that still waits and form another round beside its workers.
+
+        Raises:
+            TimeoutError: the round broke first, or the store does not answer.
+        """
+        ends_s = time.monotonic() + timeout_s
         with self._changed:
             self._record = dataclasses.replace(
                 self._record, status=Status.RUNNING, generation=generation, reason="", failure=None
             )
             self._changed.notify_all()
+            while not self._shows_running(generation):
+                if broken := self.broken(generation):
+                    raise TimeoutError(broken.reason)
+                left_s = ends_s - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(f"generation {generation} not joined within {timeout_s:g} s ({self._why})")
+                self._changed.wait(min(left_s, _TICK_S))
+            if broken := self.broken(generation):
+                raise TimeoutError(broken.reason)
             names = watched_by(self._roster.round, self.node_id) if self._roster.round else []
             watched = [self._roster.nodes[name] for name in names if name in self._roster.nodes]
         self._neighbours.watch(watched)
+
+    def _shows_running(self, generation: int) -> bool:
+        seen = self._roster.nodes.get(self.node_id)
+        return seen is not None and seen.status is Status.RUNNING and seen.generation == generation
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary."""

@@ -83,6 +83,7 @@ class MemberRendezvous(RendezvousHandler):
             assert place is not None
             try:
                 store, info = self._host(found.generation) if place == 0 else self._connect(found.generation)
+                self._member.join(found.generation, _STORE_TIMEOUT_S)
             except (
                 KVUnavailable,
                 TimeoutError,
@@ -93,7 +94,6 @@ class MemberRendezvous(RendezvousHandler):
                 continue
             self._store = store
             self.round = found
-            self._member.announce_running(found.generation)
             return RendezvousInfo(store, place, len(found.participants), info)
 
     def _host(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:

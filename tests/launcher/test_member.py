@@ -77,7 +77,7 @@ class Job:
         assert len(set(rounds.values())) == 1
         current = rounds[names[0]]
         for name in names:
-            self.members[name].announce_running(current.generation)
+            self.members[name].join(current.generation, WAIT_S)
         until("all run", lambda: self._all_run(names, current.generation), WAIT_S)
         return current
 
@@ -270,7 +270,7 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=1.0)
     try:
         member.start()
-        member.announce_running(member.wait_round(WAIT_S).generation)
+        member.join(member.wait_round(WAIT_S).generation, WAIT_S)
         server.close()
         until("fenced", member.fenced, WAIT_S)
         server = EmbeddedServer("127.0.0.1", port, token="t")

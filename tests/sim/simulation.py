@@ -191,28 +191,36 @@ class SimNode:
             broken = self.fenced or current is None or current.generation != self.running
             if broken or breakage(self.roster.view()) or current is None or current.stop:
                 self._stop(at_once=self.fenced)
-        elif (
-            current is not None
-            and not self.fenced
+        elif self.record.status is Status.RUNNING:
+            self._finish_joining(current)
+        elif current is not None and current.generation > self.record.generation and self._may_run(current):
+            self.busy = True
+            self.world.at(self.world.random.uniform(0.0, 0.5), lambda: self._join(current))
+
+    def _may_run(self, current: Round) -> bool:
+        return (
+            not self.fenced
             and not current.outcome
-            and current.generation > self.record.generation
             and current.place_of(self.name) is not None
             and breakage(self.roster.view()) is None
-        ):
-            self.busy = True
-            self.world.at(self.world.random.uniform(0.0, 0.5), lambda: self._start(current))
+        )
 
-    def _start(self, current: Round) -> None:
+    def _join(self, current: Round) -> None:
+        """As `Member.join`: say so, and start nothing before the store has shown it to this node too."""
         self.busy = False
         now = self.roster.round
-        if not self.alive or self.frozen or self.fenced or now is None or now.generation != current.generation:
-            return
-        if self.world.now_s > self.renewed_s + FENCE_S or breakage(self.roster.view()):
-            return
-        self.record = dataclasses.replace(
-            self.record, status=Status.RUNNING, generation=current.generation, reason="", failure=None
-        )
-        self.running = current.generation
+        if self.alive and now is not None and now.generation == current.generation and self._may_run(now):
+            self.record = dataclasses.replace(
+                self.record, status=Status.RUNNING, generation=current.generation, reason="", failure=None
+            )
+
+    def _finish_joining(self, current: Round | None) -> None:
+        seen = self.roster.nodes.get(self.name)
+        joined = self.record.generation
+        if current is None or current.generation != joined or not self._may_run(current):
+            self.record = dataclasses.replace(self.record, status=Status.READY)
+        elif seen is not None and seen.status is Status.RUNNING and seen.generation == joined:
+            self.running = joined
 
     def _stop(self, *, at_once: bool) -> None:
         self.record = dataclasses.replace(self.record, status=Status.STOPPING, reason="stops")
