@@ -120,6 +120,8 @@ class MeshSpec:
     inter_node_bytes_per_s: float = 2e10
     latency_s: float = 2e-5
     """Fixed cost of one collective."""
+    layer_launch_s: float = 3e-4
+    """Fixed cost of one layer's forward and backward, whatever its size: about sixty kernels launched."""
     activation_bytes: int = 2
     """Bytes of one activation or communicated parameter: 2 for bf16, 4 for fp32."""
 
@@ -225,14 +227,15 @@ def preference(option: Priced, spec: MeshSpec, previous: MeshPlan | None) -> tup
 def step_s(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[int]) -> float:
     """Modelled seconds of one optimizer step, nothing overlapped.
 
-    A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020),
-    exchanges tokens among the expert ranks four times a layer (there and back, forward and backward), and
-    gathers parameters twice and reduces gradients once over the shards. A step ends with one all-reduce over
-    the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link.
+    A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
+    fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
+    backward), and gathers parameters twice and reduces gradients once over the shards. A step ends with one
+    all-reduce over the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
     sparsity = min(1.0, spec.top_k / spec.num_experts) if spec.num_experts else 1.0
     compute_s = 6 * (spec.dense_params + spec.expert_params * sparsity) * tokens / spec.flops_per_s
+    compute_s += spec.num_layers * spec.layer_launch_s
 
     stride, _ = _node_stride(ranks_per_node, mesh.world_size)
     block = mesh.shard * mesh.expert
