@@ -230,7 +230,8 @@ def step_s(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[int
     A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
     fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
     backward), and gathers parameters twice and reduces gradients once over the shards. A step ends with one
-    all-reduce over the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link.
+    all-reduce over the replicas. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's
+    slowest link.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
     sparsity = min(1.0, spec.top_k / spec.num_experts) if spec.num_experts else 1.0
