@@ -36,9 +36,8 @@ def test_a_good_demo(play: Any) -> None:
         (2, 2, (21, 40)),
         (3, 4, (41, 60)),
     ]
-    assert (
-        summary.generations[1].reason == "node node-2-bbbbbbbb lost: its agent at 127.0.0.1:5 is gone (connection refused)"
-    )
+    lost = "node node-2-bbbbbbbb lost: its agent at 127.0.0.1:5 is gone (connection refused)"
+    assert summary.generations[1].reason == lost
 
 
 def spoil_loss(play: Any) -> None:
