@@ -2,8 +2,8 @@
 
     every rank       data objects under a fresh attempt -> its receipt (or a receipt that says why not)
     coordinator      all receipts -> every object has the size in its receipt -> still the run's owner
-                     -> the attempt's manifest.json, and a copy at the top -> .metadata, last, one conditional put
-                     -> read back and compared
+                     -> the attempt's manifest.json, read back, and a copy of it at the top
+                     -> .metadata, last, one conditional put, read back and compared
     other ranks      wait for `.metadata` of their attempt, or for the coordinator's `aborted.json`
 
 Whoever finds no `.metadata` finds no checkpoint, so a process may die at any point. `.metadata` also says which
@@ -20,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+import tenacity
 
 from storage import catalog, layout
 from storage.checksum import crc32c
-from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient, Unconfirmed
 from storage.manifest import (
     Aborted,
     ItemEntry,
@@ -47,6 +49,9 @@ from storage.owner import Claim
 _POLL_S_MIN = 0.02
 _POLL_S_MAX = 2.0
 _NUM_RANKS_SHOWN = 8
+_NUM_TRIES = 8  # about 5 s
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
         Fenced: another process owns the run now.
         AlreadyExists: the step is committed already.
         Corrupt: what is read back is not what was written.
+        Unconfirmed: `.metadata` was put, but the store does not answer any more.
+        Transient, Denied: by the store, before anything was visible.
     """
     if claim is not None:
         claim.check()
@@ -195,18 +202,53 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
         raise AlreadyExists(taken)
     manifest_bytes = dump_manifest(manifest)
     store.put(manifest_key, [manifest_bytes], if_absent=True)
-    # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
-    store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
-    try:
-        store.put(metadata_key, [metadata], if_absent=True)
-    except AlreadyExists:
-        if store.read(metadata_key) != metadata:  # else a put of ours that was answered late and tried again
-            raise AlreadyExists(taken) from None
-    if store.read(metadata_key) != metadata:
-        raise Corrupt(f"{metadata_key} was overwritten by another process while it was committed")
-    _check_still_there(store, attempt, manifest.objects)
     if store.read(manifest_key) != manifest_bytes:
         raise Corrupt(f"{manifest_key} is not what was written")
+    # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
+    store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
+    _put_metadata(store, metadata_key, metadata, taken)
+    _insist(lambda: _check_still_there(store, attempt, manifest.objects), metadata_key)
+
+
+def _put_metadata(store: ObjectStore, key: str, metadata: bytes, taken: str) -> None:
+    """Put `.metadata`, and believe what is read back more than how the put was answered."""
+    doubt: StorageError | None = None
+    try:
+        store.put(key, [metadata], if_absent=True)
+    except (AlreadyExists, Transient) as error:
+        doubt = error  # it may be there all the same: answered late, and tried again below us
+    found = _insist(lambda: _read_if_there(store, key), key)
+    if found == metadata:
+        return
+    if doubt is None:
+        raise Corrupt(f"{key} was overwritten by another process while it was committed")
+    if found is None:
+        raise doubt
+    raise AlreadyExists(taken)
+
+
+def _read_if_there(store: ObjectStore, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except NotFound:
+        return None
+
+
+def _insist(call: Callable[[], T], key: str) -> T:
+    """What `call` returns, tried again for some seconds. Raises Unconfirmed.
+
+    After `.metadata` was put an outage must not turn a commit, which others see, into a failure.
+    """
+    wait = tenacity.wait_exponential(multiplier=0.05, max=2.0) + tenacity.wait_random(0.0, 0.05)
+    try:
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            stop=tenacity.stop_after_attempt(_NUM_TRIES),
+            wait=wait,
+            reraise=True,
+        )(call)
+    except Transient as error:
+        raise Unconfirmed(f"{key} was put, but whether it stands could not be read: {error}") from error
 
 
 def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:

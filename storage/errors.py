@@ -6,6 +6,7 @@ StorageError
 ├── Corrupt            bytes are not what was written: checksum, size, format
 ├── Disputed           damage that one rank reads and another does not
 ├── Transient          may work when tried again: time-out, throttling, reset
+│   └── Unconfirmed        a commit was sent, but the store could not be asked whether it stands
 ├── Denied             the store, or our own rules, refuse the access
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
 └── UsageError         the caller's mistake; the message is one line that says what to do
@@ -46,6 +47,10 @@ class Disputed(StorageError):
 
 class Transient(StorageError):
     """The operation may succeed when tried again."""
+
+
+class Unconfirmed(Transient):
+    """A checkpoint is probably committed, but the store did not answer when asked for it."""
 
 
 class Denied(StorageError):

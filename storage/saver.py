@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 
 from storage import commit, retention
 from storage.commit import Attempt, Contents, Origin, Patience
-from storage.errors import Fenced, StorageError
+from storage.errors import Fenced, StorageError, Unconfirmed
 from storage.events import Reporter
 from storage.manifest import ItemTable, Receipt
 from storage.objects import ObjectStore
 from storage.owner import Claim
 from storage.writing import Payload, write_payloads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,18 @@ class Saver:
         try:
             commit.put_receipt(self._store, job.attempt, receipt)
             return self._commit(job, job.contents, Patience(deadline_s, self._stop))
+        except Unconfirmed:
+            raise  # the others see for themselves whether it is committed
         except Exception as error:
-            commit.put_aborted(self._store, job.attempt, str(error))
+            self._abort(job.attempt, error)
             raise
+
+    def _abort(self, attempt: Attempt, error: Exception) -> None:
+        """Tell the other ranks at once; if that fails as well, they wait for their deadline."""
+        try:
+            commit.put_aborted(self._store, attempt, str(error))
+        except Exception as failure:  # noqa: BLE001 - it must not hide the cause, which the caller reports
+            log.warning("the other ranks cannot be told that step %d has failed: %s", attempt.step, failure)
 
     def _store_payloads(self, job: Job) -> Receipt:
         """This rank's receipt, of success or of failure: the others learn of it at once, not by their deadline."""

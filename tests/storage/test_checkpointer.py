@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store, owner, register_scheme, retention
+from storage import Checkpointer, commit, inspect, open_store, owner, register_scheme, retention
 from storage.errors import Corrupt, Fenced, StorageError, Transient, UnsupportedValue, UsageError, WrongModel
 from storage.memory import MemoryStore
 from storage.objects import Buffer, ObjectInfo
@@ -364,7 +364,15 @@ class Failing(MemoryStore):
             cut: list[Buffer] = [b"".join(buffers)[:-1]]
             super().put(key, cut, if_absent=if_absent)
             return ObjectInfo(key, sum(memoryview(buffer).nbytes for buffer in buffers), "etag")
-        return super().put(key, buffers, if_absent=if_absent)
+        info = super().put(key, buffers, if_absent=if_absent)
+        if self.fails("answer", key):
+            raise Transient(f"no answer to the put of {key}")
+        return info
+
+    def read(self, key: str) -> bytes:
+        if self.fails("read", key):
+            raise Transient(f"cannot read {key}")
+        return super().read(key)
 
     def delete(self, key: str) -> None:
         if self.fails("delete", key):
@@ -403,6 +411,53 @@ def test_a_failed_save_is_reported_and_not_fatal(
     assert len(failed) == 1
     assert failed[0]["step"] == 20
     assert failed[0]["reason"]
+
+
+def test_an_abort_that_cannot_be_told_does_not_hide_the_cause(
+    failing: tuple[str, Failing], events: Events, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, store = failing
+    store.fails = lambda operation, key: operation == "put" and key.endswith(("aborted.json", "manifest.json"))
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        assert not ckpt.wait()
+    assert "manifest.json" in dict(events[0])["checkpoint_failed"]["reason"]
+    assert "cannot be told that step 10 has failed: cannot put" in caplog.text
+
+
+@pytest.mark.parametrize("operation", ["read", "answer"])
+def test_a_commit_that_stands_is_no_failure(failing: tuple[str, Failing], events: Events, operation: str) -> None:
+    """The store falters right after `.metadata` is there."""
+    url, store = failing
+    left = [2 if operation == "read" else 1]
+
+    def fails(called: str, key: str) -> bool:
+        if called != operation or not key.endswith(".metadata") or not left[0]:
+            return False
+        left[0] -= 1
+        return True
+
+    store.fails = fails
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        assert ckpt.wait()
+    assert left == [0]
+    assert names(events) == ["checkpoint_staged", "checkpoint_committed"]
+
+
+def test_a_commit_that_cannot_be_confirmed_is_not_announced_as_aborted(
+    failing: tuple[str, Failing], events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, store = failing
+    monkeypatch.setattr(commit, "_NUM_TRIES", 2)
+    store.fails = lambda operation, key: operation == "read" and key.endswith(".metadata")
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        ckpt.save(10, make_state(10), wait=True)
+        assert not ckpt.wait()
+        assert "could not be read: cannot read" in dict(events[0])["checkpoint_failed"]["reason"]
+        assert not [info.key for info in store.list("") if info.key.endswith("aborted.json")]
+        store.fails = lambda operation, key: False
+        assert ckpt.restore(make_state(0)) == 10
 
 
 def test_failed_clean_up_is_reported(failing: tuple[str, Failing], events: Events) -> None:
