@@ -14,6 +14,7 @@ import uuid
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -27,7 +28,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from storage import catalog, commit, layout
-from storage.catalog import Checkpoint
+from storage.agreement import AgreeingGroup
+from storage.catalog import Checkpoint, Commit
 from storage.commit import Attempt, Contents, Origin
 from storage.errors import NoCheckpoint
 from storage.items import EncodedItem
@@ -45,12 +47,16 @@ class ShardReader(StorageReader):
 
     Args:
         url: a step's folder (`…/step-000000120`), any folder with a stock checkpoint, or a run: then its newest
-            committed step.
+            committed step. Rank 0 reads the index and chooses that step for all ranks.
+        process_group, no_dist: as given to `dcp.load`, which does not tell its reader. With `no_dist` this process
+            reads alone, whatever other ranks there are.
 
     Raises (from `dcp.load`): NoCheckpoint, Corrupt, Denied, Transient; see `storage.errors`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False) -> None:
+        self._process_group = process_group
+        self._no_dist = no_dist
         self._open(url)
 
     def _open(self, url: str) -> None:
@@ -69,15 +75,24 @@ class ShardReader(StorageReader):
         self._open(self._url if checkpoint_id is None else os.fspath(checkpoint_id))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Open the checkpoint and return DCP's view of it."""
+        """Open the checkpoint and return DCP's view of it; a collective unless `no_dist`."""
+        if self._no_dist:
+            found = self._find_commit()
+        else:
+            # each rank's own look could find another newest step, while a save goes on
+            group = AgreeingGroup(self._process_group)
+            found = Commit.load(bytes.fromhex(group.on_coordinator(lambda: self._find_commit().dump().hex())))
+        self._checkpoint = catalog.open_checkpoint(found)
+        return self._checkpoint.metadata
+
+    def _find_commit(self) -> Commit:
         prefix = self._prefix
         if not prefix and not catalog.is_checkpoint(self._store, prefix):
             steps = catalog.committed_steps(self._store)
             if not steps:
                 raise NoCheckpoint(f"no checkpoint at {self._store.url}: neither one itself nor a run with one")
             prefix = layout.step_folder(steps[0]) + "/"
-        self._checkpoint = catalog.find_checkpoint(self._store, prefix)
-        return self._checkpoint.metadata
+        return catalog.find_commit(self._store, prefix)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to set up once the metadata is read."""

@@ -83,6 +83,11 @@ def test_after_the_run_was_taken_over_saving_is_an_error_on_all_ranks(ranks: Ran
         assert messages == ["the run now belongs to generation 0, epoch 2; this process held epoch 1"] * 2
 
 
+def test_all_ranks_read_the_same_step_of_a_run(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(cases.save_rows, str(tmp_path), (1, 2), world_size=2)
+    assert ranks.run(cases.read_while_saving, str(tmp_path), world_size=2) == [[2, 2], [2, 1]]
+
+
 def test_a_folder_that_is_not_shared_is_noticed_at_once(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks.run(cases.not_shared, str(tmp_path), world_size=2):
         assert message.startswith("UsageError: rank 1 does not see")
