@@ -3,12 +3,18 @@
 An object is one file of mode 0600, in folders of mode 0700. A put writes a file under `ROOT/.tmp`, syncs it, and
 then links it (if_absent) or renames it into place: both are atomic on POSIX file systems, and the folder is synced
 after. What a killed process leaves under `.tmp` is swept a day later by whoever opens the store.
+
+Where there are no hard links (many FUSE and SMB mounts, FAT), a put with if_absent looks and renames while it holds a
+lock on `ROOT/.tmp/.lock`, which the kernel frees when its holder dies. That is as good among the processes of one
+host; between hosts it is as good as the mount's `flock`, and one that locks for each host alone can miss a race.
+Where files cannot be locked either, such a put raises BadURL.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import time
 import uuid
@@ -23,6 +29,9 @@ _TMP_AGE_S = 24 * 3600.0
 _PLACE_TRIES = 100
 _IOV_MAX = 512  # below every Linux's IOV_MAX of 1024
 _NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_LOCK = ".lock"
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
 
 
@@ -145,7 +154,7 @@ class LocalStore:
             try:
                 self._make_folder(path.parent)
                 if if_absent:
-                    os.link(temporary, path)
+                    self._place_if_absent(temporary, path)
                 else:
                     os.replace(temporary, path)
                 return
@@ -155,6 +164,38 @@ class LocalStore:
                 # a concurrent delete took the folder along while it was empty; it got on, so shall we
                 if not left:
                     raise
+
+    def _place_if_absent(self, temporary: Path, path: Path) -> None:
+        """Raises FileExistsError."""
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            return
+        with self._locked():
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            os.rename(temporary, path)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Among all threads and processes that put into this store. Raises BadURL where that is impossible."""
+        fd = os.open(self._root / _TMP / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                raise BadURL(
+                    f"the file system of {self._root} has neither hard links nor file locks ({error.strerror}), so two"
+                    " processes could commit over each other; choose another folder"
+                ) from error
+            yield
+        finally:
+            os.close(fd)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
@@ -168,7 +209,8 @@ class LocalStore:
     def _sweep(self) -> None:
         with contextlib.suppress(OSError), os.scandir(self._root / _TMP) as entries:
             for entry in entries:
-                if entry.stat().st_mtime < time.time() - _TMP_AGE_S:
+                # the lock is never removed: two processes could each hold a lock of that name
+                if entry.name != _LOCK and entry.stat().st_mtime < time.time() - _TMP_AGE_S:
                     os.unlink(entry.path)
 
     @contextlib.contextmanager

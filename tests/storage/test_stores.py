@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,24 @@ from storage.objects import ObjectStore
 from storage.registry import open_store
 
 
-@pytest.fixture(params=["local", "file-url", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> ObjectStore:
-    url = {"local": str(tmp_path / "run"), "file-url": f"file://{tmp_path}/a%20run", "memory": memory_url}
-    return open_store(url[request.param])
+def refuse(number: int) -> Callable[..., None]:
+    """A system call that the file system does not have."""
+
+    def call(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.fixture(params=["local", "file-url", "no-links", "memory"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, memory_url: str, monkeypatch: pytest.MonkeyPatch
+) -> ObjectStore:
+    folder = str(tmp_path / "run")
+    url = {"file-url": f"file://{tmp_path}/a%20run", "memory": memory_url}
+    if request.param == "no-links":
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    return open_store(url.get(request.param, folder))
 
 
 def read_range(store: ObjectStore, key: str, offset: int, *lengths: int, if_match: str | None = None) -> list[bytes]:
@@ -204,6 +221,30 @@ def test_local_links_do_not_lead_out(tmp_path: Path) -> None:
     (tmp_path / "run/link").symlink_to(tmp_path)
     with pytest.raises(Denied):
         store.read("link/secret")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_local_does_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "link", refuse(number))
+    url = str(tmp_path / "run")
+    open_store(url).put("k", [b"first"], if_absent=True)
+    with pytest.raises(AlreadyExists):
+        open_store(url).put("k", [b"second"], if_absent=True)
+    assert open_store(url).read("k") == b"first"
+    assert [info.key for info in open_store(url).list("")] == ["k"]
+    assert [path.name for path in (tmp_path / "run/.tmp").iterdir()] == [".lock"]
+    os.utime(tmp_path / "run/.tmp/.lock", (0, 0))
+    open_store(url)  # sweeps
+    assert (tmp_path / "run/.tmp/.lock").exists()
+
+
+def test_local_without_links_and_locks_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with pytest.raises(BadURL, match="neither hard links nor file locks") as caught:
+        open_store(str(tmp_path)).put("k", [b"x"], if_absent=True)
+    assert "\n" not in str(caught.value)
+    assert open_store(str(tmp_path)).list("") == []
 
 
 def test_local_sweeps_what_killed_processes_left(tmp_path: Path) -> None:
