@@ -115,10 +115,11 @@ def put_receipt(store: ObjectStore, attempt: Attempt, receipt: Receipt) -> None:
     store.put(attempt.prefix + layout.receipt_name(attempt.id, receipt.rank), [dump_receipt(receipt)], if_absent=True)
 
 
-def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience) -> list[Receipt]:
+def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, claim: Claim) -> list[Receipt]:
     """Every rank's receipt, by rank.
 
     Raises:
+        Fenced: another process owns the run now; it may have removed the receipts.
         StorageError: a rank reported a failure; the message names it.
         Transient: a receipt did not come in time; the message says whose.
     """
@@ -143,6 +144,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience) -> 
             receipts[rank] = receipt
         if len(receipts) == attempt.world_size:
             break
+        claim.check()
     return [receipts[rank] for rank in range(attempt.world_size)]
 
 

@@ -233,8 +233,14 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo:
 
 
 def _holds_a_file(folder: str) -> bool:
-    """Whether there is an object below: a process that died left empty folders, which are no part of a store."""
-    return any(names for _, _, names in os.walk(folder, onerror=_raise_unless_gone))
+    """Whether there is an object below: a process that died left empty folders, which are no part of a store.
+
+    What cannot be looked into counts as full; whoever needs what is in there meets the error.
+    """
+    try:
+        return any(names for _, _, names in os.walk(folder, onerror=_raise_unless_gone))
+    except OSError:
+        return True
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -56,9 +56,9 @@ def decide(
     """What may go, oldest step first.
 
     The newest `keep` committed steps stay, and `saved_step`, the one that was just committed, wherever it is in the
-    order. Of other older steps everything goes, unless an attempt in it is live. Of the
-    others only attempts that are neither committed nor live go: they belong to an owner of an older epoch, which
-    can never commit them. A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
+    order. Of other older steps everything goes, unless an attempt in it is live. Of the rest only attempts that are
+    neither committed nor live go: they belong to an owner of an older epoch, which can never commit them (see
+    `commit.publish`). A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
     Without any commit nothing is removed.
     """
     ordered = sorted(states, key=lambda state: state.step)

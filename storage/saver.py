@@ -152,7 +152,7 @@ class Saver:
         return Receipt(rank=job.rank, attempt=attempt.id, error=error)
 
     def _commit(self, job: Job, contents: Contents, patience: Patience) -> int:
-        receipts = commit.await_receipts(self._store, job.attempt, patience)
+        receipts = commit.await_receipts(self._store, job.attempt, patience, self._claim)
         manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, receipts, time.time())
         commit.check_objects(self._store, job.attempt, manifest.objects)
         commit.publish(self._store, job.attempt, manifest, metadata, self._claim)

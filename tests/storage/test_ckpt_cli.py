@@ -43,7 +43,8 @@ def damage(path: Path) -> None:
 
 
 def test_ls(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (Path(url) / "step-000000010/manifest.json").write_text("{}")
+    for path in Path(url, "step-000000010").rglob("manifest.json"):
+        path.write_text("{}")
     (Path(url) / "step-000000040").mkdir()
     (Path(url) / "step-000000040/quarantined-12345678.metadata").write_text("")
     assert run("ls", url) == 0

@@ -141,12 +141,8 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
     store = open_store(str(tmp_path))
     with pytest.raises(Transient, match=os.strerror(number)):
         store.list("step-000000002/")
-    (folder,) = tmp_path.glob("step-000000002/attempt-*")
-    (folder / "../../lonely").mkdir()
-    folder.rename(tmp_path / "lonely" / folder.name)
-    with pytest.raises(Transient, match=os.strerror(number)):
-        store.folders("")
-    (tmp_path / "lonely" / folder.name).rename(folder)
+    (tmp_path / "alone/attempt-0").mkdir(parents=True)
+    assert "alone" in store.folders("")  # nobody can tell that it is empty
     with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(Transient):
         ckpt.restore(state(0))
     monkeypatch.undo()

@@ -45,7 +45,7 @@ def test_a_paused_owner_never_tears_what_a_newer_one_commits(memory_url: str, ne
 
         store = PausingStore(MemoryStore.named(url.removeprefix("memory://")), pause_at, newer)
         register_scheme("pausing", lambda rest, store=store: store)
-        with contextlib.suppress(Fenced), Checkpointer("pausing://", generation=1, lineage="a", timeout_s=0.1) as old:
+        with contextlib.suppress(Fenced), Checkpointer("pausing://", generation=1, lineage="a") as old:
             old.save(STEP, state(1), wait=True)
         print(f"paused before call {pause_at}: {store.paused_before}")
         if not store.paused_before:
