@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-sim check format lint types layers clean
+.PHONY: help demo test test-sim bench-recovery check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
+
+bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
+	$(BIN)/python -m tests.bench.recovery
 
 check: lint types layers test ## what CI runs
 
