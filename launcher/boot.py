@@ -1,6 +1,6 @@
 """Between the agent and a worker's program.
 
-`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 15 ms; imports nothing of ours) asks the zygote to
+`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 25 ms; imports nothing of ours) asks the zygote to
 fork the worker and stands for it: passes signals on, ends as it ends. Without a zygote ("-", or one that refuses) it
 becomes the program itself. Either way the kernel kills it when the agent dies: PR_SET_PDEATHSIG outlives exec
 (prctl(2)), and the zygote kills a worker whose boot is gone. So even `kill -9` of an agent leaves nobody training.
