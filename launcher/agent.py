@@ -9,7 +9,6 @@ kills its workers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -36,13 +35,15 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
 from launcher import boot
-from launcher.channel import Channel, Phase, Progress, StopReason
+from launcher.channel import Phase, StopReason
+from launcher.channels import WorkerChannels
 from launcher.errors import JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.member import Member
-from launcher.membership import SUCCEEDED, Breakage, Failure, Round, Status
+from launcher.membership import Breakage
 from launcher.policy import is_restartable
 from launcher.probe import report_dead
+from launcher.records import SUCCEEDED, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.warm import COLD, WarmStart
 
@@ -105,10 +106,9 @@ class ElasticAgent(LocalElasticAgent):
         self._graces = graces
         self._command = tuple(command)
         self._warm = warm
-        self._channels: dict[int, Channel] = {}
+        self._channels = WorkerChannels(runtime_dir, 0, ())
         self._started_s = 0.0
         self._yielded = False
-        self._asked_s: float | None = None  # when the workers were asked to stop at a step boundary
         self._drain_signal: signal.Signals | None = None
         self._supervising = False
         self._failures: dict[int, ProcessFailure] = {}
@@ -138,12 +138,9 @@ class ElasticAgent(LocalElasticAgent):
         current = self._current_round()
         # Scripts and log folders see the same count on every node: the rounds that ran before this one.
         self._remaining_restarts = worker_group.spec.max_restarts - (current.generation - 1)
-        self._close_channels()
-        self._channels = {
-            worker.local_rank: Channel.create(self._runtime_dir / f"worker-{current.generation}-{worker.local_rank}")
-            for worker in worker_group.workers
-        }
-        self._asked_s = None
+        self._channels.close()
+        local_ranks = [worker.local_rank for worker in worker_group.workers]
+        self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
         self._yielded = False
         self._failures = {}
         zygote = self._warm.socket_path() if self._warm else COLD
@@ -167,7 +164,7 @@ class ElasticAgent(LocalElasticAgent):
         worker_env["ELASTIC_MOE_LINEAGE"] = current.lineage
         worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
         worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
-        worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels[local_rank].path)
+        worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels.path(local_rank))
         if current.mesh is not None:
             worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
         if self._events.path is not None:
@@ -224,7 +221,7 @@ class ElasticAgent(LocalElasticAgent):
             if self._drain_signal is not None and not self._member.draining():
                 self._emit("drain_started", signal=self._drain_signal.name)
                 self._member.drain(f"drains on {self._drain_signal.name}")
-                if not self._is_cooperative():
+                if not self._channels.is_cooperative():
                     return _End(f"drains on {self._drain_signal.name}", self._graces.stop_s)
             result: RunResult = self._monitor_workers(self._worker_group)
             exited = result.state is WorkerState.SUCCEEDED
@@ -243,27 +240,15 @@ class ElasticAgent(LocalElasticAgent):
         began_s = time.monotonic()
         # A grace of 0 still lets the kernel deliver SIGTERM first; SIGKILL follows at once.
         self._shutdown(signal.SIGTERM, timeout=max(end.grace_s, 0.001))  # type: ignore[arg-type]
-        self._end_forked_workers()
+        # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
+        # stands for them): they would train, or hold memory, beside the new ones.
+        if pids := self._channels.end_forked_workers(_LINGER_S):
+            self._emit("workers_linger", pids=pids, seconds=_LINGER_S)
         self._worker_group.state = WorkerState.STOPPED
         self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3))
         if self._drain_signal is not None:
             raise SignalException(f"drained on {self._drain_signal.name}", self._drain_signal)
         self._member.announce(Status.READY, reason=end.reason)
-
-    def _end_forked_workers(self) -> None:
-        """Wait until forked workers are gone too: torch waited for what stands for them, the zygote kills them later.
-
-        Nobody may hear that this node is ready before: its old workers would train, or hold memory, beside the new.
-        """
-        ends_s = time.monotonic() + _LINGER_S
-        while pids := [pid for channel in self._channels.values() if (pid := channel.lingering_pid())]:
-            if time.monotonic() > ends_s:
-                self._emit("workers_linger", pids=pids, seconds=_LINGER_S)
-                return
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.005)
 
     def _finish(self, generation: int) -> bool:
         """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
@@ -299,7 +284,7 @@ class ElasticAgent(LocalElasticAgent):
     def _report_failure(self, generation: int, failures: dict[int, ProcessFailure]) -> None:
         """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
         self._failures = failures
-        progress = self._progress()
+        progress = self._channels.progress()
         rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
         failure = Failure(
             rank=rank,
@@ -323,12 +308,9 @@ class ElasticAgent(LocalElasticAgent):
 
     # --- stopping at a step boundary
 
-    def _progress(self) -> dict[int, Progress]:
-        return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
-
     def _have_yielded(self, reason: str, exited: bool) -> bool:
         """Whether all workers of this node have stopped at their step boundary; the other nodes are told once."""
-        progress = self._progress().values()
+        progress = self._channels.progress().values()
         yielded = [p.phase is Phase.YIELDED for p in progress]
         if not self._yielded and (any(yielded) if exited else all(yielded)):
             self._yielded = True
@@ -336,29 +318,25 @@ class ElasticAgent(LocalElasticAgent):
             self._member.announce(Status.STOPPING, reason=reason or "yielded")
         return self._yielded
 
-    def _is_cooperative(self) -> bool:
-        return any(progress.phase is not Phase.STARTING for progress in self._progress().values())
-
     def _ask_to_stop(self, reason: str) -> bool:
         """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
-        now_s = time.monotonic()
-        if self._asked_s is None:
-            self._asked_s = now_s
+        if self._channels.asked_s is None:
             code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
-            for channel in self._channels.values():
-                channel.request_stop(code)
-        if not self._is_cooperative() and now_s > self._started_s + self._graces.attach_s:
+            self._channels.request_stop(code)
+        assert self._channels.asked_s is not None
+        now_s = time.monotonic()
+        if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
             return False
-        if now_s > self._asked_s + self._graces.yield_s:
+        if now_s > self._channels.asked_s + self._graces.yield_s:
             self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
             return False
         return True
 
     def _may_finish(self, broken: Breakage) -> bool:
         """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
-        if not broken.graceful or self._asked_s is None:
+        if not broken.graceful or self._channels.asked_s is None:
             return False
-        return time.monotonic() < self._asked_s + self._graces.yield_s
+        return time.monotonic() < self._channels.asked_s + self._graces.yield_s
 
     # --- signals
 
@@ -381,15 +359,9 @@ class ElasticAgent(LocalElasticAgent):
     def _emit(self, event: str, **fields: Any) -> None:
         self._events(event, generation=self._rendezvous_handler.generation, **fields)
 
-    def _close_channels(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
-            channel.path.unlink(missing_ok=True)
-        self._channels = {}
-
     def close(self) -> None:
         """Let go of the channels; the workers are gone."""
-        self._close_channels()
+        self._channels.close()
 
 
 def _first_line(failure: ProcessFailure) -> str:

@@ -43,8 +43,9 @@ from launcher.errors import KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
-from launcher.membership import SUCCEEDED, Failure, Node, Round, Rules, Status
+from launcher.membership import Rules
 from launcher.probe import Doorbell
+from launcher.records import SUCCEEDED, Failure, Node, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
 

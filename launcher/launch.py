@@ -28,11 +28,13 @@ from launcher.agent import ElasticAgent, Graces
 from launcher.conf import RendezvousConf
 from launcher.errors import JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
+from launcher.forming import Planner
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
-from launcher.membership import Node, Planner, Rules
+from launcher.membership import Rules
 from launcher.policy import USAGE_EXIT_CODE
 from launcher.probe import Doorbell
+from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
 from launcher.warm import WarmStart

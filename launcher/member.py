@@ -15,30 +15,18 @@ import uuid
 
 from launcher.errors import Compacted, JobClosed, KVUnavailable
 from launcher.events import Emit
-from launcher.kv import KV, Lease, Watch, WatchEvent
-from launcher.membership import (
-    SUCCEEDED,
-    Breakage,
-    Evict,
-    Failure,
-    Node,
-    Planner,
-    Propose,
-    Round,
-    Rules,
-    Status,
-    Wait,
-    breakage,
-    decide,
-)
+from launcher.forming import Planner
+from launcher.keeper import RecordKeeper
+from launcher.kv import KV, Watch, WatchEvent
+from launcher.membership import Breakage, Evict, Propose, Rules, Wait, breakage, decide
 from launcher.neighbours import Neighbours, watched_by
-from launcher.roster import LEFT, NODES, ROUND, STORE, Departure, Roster, run_prefix
+from launcher.records import LEFT, SUCCEEDED, Failure, Node, Round, Status
+from launcher.roster import NODES, ROUND, STORE, Departure, Roster, run_prefix
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _RETRY_S = 0.2
-_FENCE_FRACTION = 0.15
 
 
 class Member:
@@ -60,29 +48,23 @@ class Member:
         self._prefix = run_prefix(run_id)
         self._planner = planner
         self._emit = emit
-        self._lease_ttl_s = lease_ttl_s
-        self._lease: Lease | None = None
-        self._record = node  # what the store should say of this node
-        self._stored: Node | None = None
+        self._changed = threading.Condition(threading.RLock())
+        own_key = f"{self._prefix}{NODES}{node.node_id}"
+        self._own = RecordKeeper(kv, own_key, node, self._changed, lease_ttl_s=lease_ttl_s)
         self._roster = Roster(node.node_id, uuid.uuid4().hex, time.monotonic())
-        self._fenced = False
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
-        self._changed = threading.Condition(threading.RLock())
         self._stopping = threading.Event()
         self._neighbours = Neighbours(self.evict)
         self._watch: Watch | None = None
-        self._threads = [
-            threading.Thread(target=self._follow, name="member-follow", daemon=True),
-            threading.Thread(target=self._keep_record, name="member-record", daemon=True),
-        ]
+        self._thread = threading.Thread(target=self._follow, name="member-follow", daemon=True)
 
     # --- what the agent reads
 
     @property
     def node_id(self) -> str:
         """This node's id."""
-        return self._record.node_id
+        return self._own.record.node_id
 
     def round(self) -> Round | None:
         """The current round."""
@@ -128,13 +110,7 @@ class Member:
 
         Workers are killed on this, before anybody else can see the lease end and start them elsewhere.
         """
-        with self._changed:
-            lease = self._lease
-            if lease is not None:
-                margin_s = _FENCE_FRACTION * lease.ttl_s
-                if lease.lost.is_set() or time.monotonic() > lease.deadline_s - margin_s:
-                    self._fenced = True
-            return self._fenced
+        return self._own.fenced()
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something changed, at most `timeout_s`."""
@@ -157,9 +133,9 @@ class Member:
                     raise JobClosed(current.outcome)
                 if (
                     current is not None
-                    and current.generation > self._record.generation
+                    and current.generation > self._own.record.generation
                     and current.place_of(self.node_id) is not None
-                    and not self._fenced
+                    and not self.fenced()
                     and breakage(self._roster.view()) is None
                 ):
                     return current
@@ -180,13 +156,8 @@ class Member:
         next round.
         """
         with self._changed:
-            self._record = dataclasses.replace(
-                self._record,
-                status=status,
-                reason=reason or self._record.reason,
-                failure=failure or self._record.failure,
-            )
-            self._changed.notify_all()
+            record = self._own.record
+            self._own.change(status=status, reason=reason or record.reason, failure=failure or record.failure)
         if status in (Status.STOPPING, Status.READY):
             self._neighbours.watch(())
 
@@ -202,10 +173,7 @@ class Member:
         """
         ends_s = time.monotonic() + timeout_s
         with self._changed:
-            self._record = dataclasses.replace(
-                self._record, status=Status.RUNNING, generation=generation, reason="", failure=None
-            )
-            self._changed.notify_all()
+            self._own.change(status=Status.RUNNING, generation=generation, reason="", failure=None)
             while not self._shows_running(generation):
                 if broken := self.broken(generation):
                     raise TimeoutError(broken.reason)
@@ -225,13 +193,11 @@ class Member:
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary."""
-        with self._changed:
-            self._record = dataclasses.replace(self._record, draining=True, reason=reason)
-            self._changed.notify_all()
+        self._own.change(draining=True, reason=reason)
 
     def draining(self) -> bool:
         """Whether `drain` was called."""
-        return self._record.draining
+        return self._own.record.draining
 
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
@@ -250,7 +216,7 @@ class Member:
         with self._changed:
             revision = self._roster.store_revision
         value = f"{generation} {address}".encode()
-        if self._kv.put(f"{self._prefix}{STORE}", value, if_revision=revision, lease=self._lease) is None:
+        if self._kv.put(f"{self._prefix}{STORE}", value, if_revision=revision, lease=self._own.lease) is None:
             raise KVUnavailable("another node published a worker store meanwhile")
 
     def wait_store(self, generation: int, timeout_s: float) -> str:
@@ -290,8 +256,8 @@ class Member:
         """
         self._register(first=True)
         self._relist()
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
+        self._own.start()
 
     def others(self) -> list[str]:
         """The other live nodes, asked from the store; also after `leave`."""
@@ -311,70 +277,17 @@ class Member:
             self._watch.cancel()
         with self._changed:
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=5)
-        if self._lease is not None:
-            with contextlib.suppress(KVUnavailable):
-                left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=LEFT)
-                self._kv.put(self._own_key, left.to_json(), lease=self._lease)
-            self._lease.revoke()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        self._own.stop()
+        self._own.leave()
 
     # --- the thread
 
-    @property
-    def _own_key(self) -> str:
-        return f"{self._prefix}{NODES}{self.node_id}"
-
     def _register(self, *, first: bool = False) -> None:
-        """Write this node's record under a new lease. Until that has succeeded, a fenced node stays fenced."""
-        with self._changed:
-            self._record = record = dataclasses.replace(self._record, status=Status.READY, failure=None)
-        lease = self._kv.lease(self._lease_ttl_s)
-        try:
-            # No two nodes may share an id: each would overwrite the other's record.
-            written = self._kv.put(self._own_key, record.to_json(), if_revision=0 if first else None, lease=lease)
-            if written is None:
-                raise KVUnavailable(f"node id {self.node_id} is taken" if first else "the lease ended at once")
-        except BaseException:
-            lease.stop()
-            raise
-        with self._changed:
-            if self._lease is not None:
-                self._lease.stop()
-            self._lease = lease
-            self._stored = record
-            self._fenced = False
-            self._stale = True
+        record = self._own.register(first=first)
+        self._stale = True
         self._emit("node_joined", generation=record.generation, slots=record.slots)
-
-    def _write_record(self) -> bool:
-        """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""
-        with self._changed:
-            record, lease = self._record, self._lease
-        if lease is None or lease.lost.is_set():
-            return False
-        if self._kv.put(self._own_key, record.to_json(), lease=lease) is None:
-            return False
-        with self._changed:
-            self._stored = record
-        return True
-
-    def _keep_record(self) -> None:
-        while not self._stopping.is_set():
-            with self._changed:
-                if self._stored == self._record or self._fenced:
-                    self._changed.wait(_TICK_S)
-                    continue
-            written = False
-            try:
-                written = self._write_record()
-            except KVUnavailable as error:
-                log.warning("[%s] record not written, trying again: %s", self.node_id, error)
-            except Exception:
-                log.exception("[%s] record not written, trying again", self.node_id)
-            if not written:
-                self._stopping.wait(_RETRY_S)
 
     def _follow(self) -> None:
         """Turn after turn, whatever happens in one: a node whose thread ended would look alive and hear nothing."""
@@ -395,7 +308,7 @@ class Member:
                 self._stopping.wait(_RETRY_S)
 
     def _turn(self) -> None:
-        if self.fenced() and self._record.status is Status.READY:
+        if self.fenced() and self._own.record.status is Status.READY:
             self._register()  # the workers are stopped: come back as a new, youngest node
             log.warning("[%s] the lease had ended; joined anew", self.node_id)
         if self._stale:
@@ -434,7 +347,7 @@ class Member:
         generation = current.generation if current else 0
         for gone in departures:
             if gone.node_id == self.node_id:
-                self._fenced = True
+                self._own.fence()
                 self._emit("node_fenced", generation=generation, reason=gone.how)
             elif gone.how == LEFT:
                 self._emit("node_left", generation=generation, node_left=gone.node_id)

@@ -19,127 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
 
-from launcher.mesh import Infeasible, MeshPlan
-
-Planner = Callable[[Sequence[int], MeshPlan | None], MeshPlan | None]
-"""`planner(slots of each node in rank order, the mesh before) -> mesh`; raises `Infeasible`. None: the job has no
-mesh of ours, and every slot gets a worker."""
-
-
-SUCCEEDED = "succeeded"
-"""The outcome of a job whose every worker finished; any other outcome starts with "failed: "."""
-
-
-class Status(StrEnum):
-    """What a node does."""
-
-    READY = "ready"  # waits for a round later than its generation
-    RUNNING = "running"  # its workers run in its generation
-    STOPPING = "stopping"  # its workers are being stopped
-    DONE = "done"  # its workers finished their work in its generation
-    EXCLUDED = "excluded"  # alive, but may not take part
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A worker's failure as its agent reports it; `ts` is epoch seconds and only orders failures for a person."""
-
-    rank: int
-    exit_code: int
-    message: str
-    ts: float
-    restartable: bool = True
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node's record. `seniority` is the revision at which the record was created: lower is older."""
-
-    node_id: str
-    host: str
-    address: str
-    port: int
-    slots: int
-    zone: str = ""
-    status: Status = Status.READY
-    generation: int = 0
-    draining: bool = False
-    reason: str = ""
-    failure: Failure | None = None
-    seniority: int = field(default=0, compare=False)
-
-    def to_json(self) -> bytes:
-        """The record as stored; `seniority` is the store's to say."""
-        fields = dataclasses.asdict(self)
-        del fields["seniority"]
-        return json.dumps(fields).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes, seniority: int) -> Node:
-        """Read a record.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not one of this version.
-        """
-        fields: dict[str, Any] = json.loads(data)
-        failure = fields.pop("failure")
-        fields["status"] = Status(fields["status"])
-        return cls(**fields, failure=Failure(**failure) if failure else None, seniority=seniority)
-
-
-@dataclass(frozen=True)
-class Participant:
-    """A node's place in a round: how many workers it runs (at most its slots)."""
-
-    node_id: str
-    slots: int
-
-
-@dataclass(frozen=True)
-class Round:
-    """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker."""
-
-    generation: int
-    lineage: str
-    participants: tuple[Participant, ...]
-    mesh: MeshPlan | None
-    spares: tuple[str, ...]
-    reason: str
-    restarts: int = 0
-    stop: str = ""
-    outcome: str = ""
-
-    @property
-    def world_size(self) -> int:
-        """Workers of all participants."""
-        return sum(p.slots for p in self.participants)
-
-    def place_of(self, node_id: str) -> int | None:
-        """Position of a node among the participants, None where it takes no part."""
-        return next((i for i, p in enumerate(self.participants) if p.node_id == node_id), None)
-
-    def to_json(self) -> bytes:
-        """The round as stored."""
-        return json.dumps(dataclasses.asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Round:
-        """Read a round.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not one of this version.
-        """
-        fields: dict[str, Any] = json.loads(data)
-        fields["participants"] = tuple(Participant(**p) for p in fields["participants"])
-        fields["spares"] = tuple(fields["spares"])
-        fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
-        return cls(**fields)
+from launcher.forming import Formation, Planner, form
+from launcher.mesh import MeshPlan
+from launcher.records import SUCCEEDED, Node, Round, Status, describe
 
 
 @dataclass(frozen=True)
@@ -273,7 +158,7 @@ def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Ac
     quiet_until_s = view.nodes_changed_s + rules.last_call_s
     if len(ready) < rules.max_nodes and now_s < quiet_until_s:
         return Wait("last call", quiet_until_s)
-    formed = form(ready, (), None, rules, planner)
+    formed = _form(ready, (), None, rules, planner)
     if formed is None:
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
@@ -312,7 +197,7 @@ def _perhaps_grow(
     joiners = [n for n in _candidates(view) if current.place_of(n.node_id) is None]
     if not joiners:
         return Wait("the round is complete")
-    formed = form([*members, *joiners], _order_of(current), current.mesh, rules, planner)
+    formed = _form([*members, *joiners], _order_of(current), current.mesh, rules, planner)
     if formed is None or formed.world_size <= current.world_size:
         return Wait(f"{len(joiners)} spare: a round with them would not be larger")
     not_before_s = max(view.formed_s + rules.join_cooldown_s, view.nodes_changed_s + rules.join_settle_s)
@@ -352,7 +237,7 @@ def _next_round(view: View, current: Round, rules: Rules, planner: Planner, now_
     ready = _candidates(view)
     if len(ready) < rules.min_nodes:
         return _short(view, rules, len(ready), now_s)
-    formed = form(ready, _order_of(current), current.mesh, rules, planner)
+    formed = _form(ready, _order_of(current), current.mesh, rules, planner)
     if formed is None:
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
@@ -383,72 +268,11 @@ def _short(view: View, rules: Rules, num_ready: int, now_s: float) -> Action:
     return Propose(dataclasses.replace(view.round, outcome=outcome))
 
 
-def describe(failure: Failure) -> str:
-    """A failure in one line."""
-    how = f"signal {-failure.exit_code}" if failure.exit_code < 0 else f"exit code {failure.exit_code}"
-    message = f": {failure.message}" if failure.message else ""
-    return f"worker of rank {failure.rank} failed with {how}{message}"
-
-
-@dataclass(frozen=True)
-class Formation:
-    """Which nodes take part with how many workers, in rank order, and which wait."""
-
-    participants: tuple[Participant, ...]
-    spares: tuple[str, ...]
-    mesh: MeshPlan | None
-
-    @property
-    def world_size(self) -> int:
-        """Workers of all participants."""
-        return sum(p.slots for p in self.participants)
-
-
-def form(
-    ready: Sequence[Node], previous: Sequence[str], mesh: MeshPlan | None, rules: Rules, planner: Planner
-) -> Formation | None:
-    """The largest feasible formation of `ready`, None where there is none of at least min nodes.
-
-    Nodes of the previous round come first, then by seniority; at most max nodes are taken, and where the planner
-    finds no mesh the newest are left out one by one. Slots that the plan leaves idle get no worker.
-    """
-    place = {node_id: i for i, node_id in enumerate(previous)}
-    by_claim = sorted(ready, key=lambda n: (n.node_id not in place, place.get(n.node_id, 0), n.seniority))
-    for num in range(min(len(by_claim), rules.max_nodes), rules.min_nodes - 1, -1):
-        ordered = rank_order(by_claim[:num], previous)
-        try:
-            plan = planner([n.slots for n in ordered], mesh)
-        except Infeasible:
-            continue
-        left = plan.world_size if plan else sum(n.slots for n in ordered)
-        participants = []
-        for node in ordered:
-            used = min(node.slots, left)
-            left -= used
-            if used:
-                participants.append(Participant(node.node_id, used))
-        taken = {p.node_id for p in participants}
-        spares = tuple(n.node_id for n in by_claim if n.node_id not in taken)
-        return Formation(tuple(participants), spares, plan)
-    return None
-
-
-def rank_order(nodes: Sequence[Node], previous: Sequence[str]) -> list[Node]:
-    """Survivors keep their order; a newcomer goes behind the last node of its host, else of its zone, else last."""
-    place = {node_id: i for i, node_id in enumerate(previous)}
-    ordered = sorted((n for n in nodes if n.node_id in place), key=lambda n: place[n.node_id])
-    for newcomer in sorted((n for n in nodes if n.node_id not in place), key=lambda n: n.seniority):
-        ordered.insert(_beside(ordered, newcomer), newcomer)
-    return ordered
-
-
-def _beside(ordered: Sequence[Node], newcomer: Node) -> int:
-    for alike in (lambda n: n.host == newcomer.host, lambda n: newcomer.zone and n.zone == newcomer.zone):
-        positions = [i for i, n in enumerate(ordered) if alike(n)]
-        if positions:
-            return positions[-1] + 1
-    return len(ordered)
-
-
 def _order_of(current: Round) -> list[str]:
     return [p.node_id for p in current.participants]
+
+
+def _form(
+    ready: Sequence[Node], previous: Sequence[str], mesh: MeshPlan | None, rules: Rules, planner: Planner
+) -> Formation | None:
+    return form(ready, previous, mesh, planner, min_nodes=rules.min_nodes, max_nodes=rules.max_nodes)

@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from launcher.membership import Node, Round
 from launcher.probe import connect, is_refused
+from launcher.records import Node, Round
 
 _NUM_WATCHED = 2
 _CONNECT_TIMEOUT_S = 2.0

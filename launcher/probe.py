@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from launcher.membership import Node
+from launcher.records import Node
 
 _TIMEOUT_S = 1.0
 _PARALLEL = 32

@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.member import Member
-from launcher.membership import Round, Status
+from launcher.records import Round, Status
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from launcher.kv import KV
-from launcher.membership import SUCCEEDED, Round
+from launcher.records import SUCCEEDED, Round
 from launcher.roster import NODES, ROUND, run_prefix
 
 log = logging.getLogger(__name__)

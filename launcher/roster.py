@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.kv import Entry
-from launcher.membership import Node, Round, View, breakage
+from launcher.membership import View, breakage
+from launcher.records import LEFT, Node, Round
 
 log = logging.getLogger(__name__)
-
-LEFT = "left"
-"""The reason on the record of a node that goes of its own accord, and how it is said to have departed."""
 
 
 def run_prefix(run_id: str) -> str:

@@ -19,7 +19,7 @@ from launcher.mesh import MeshPlan, plan
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
-    from launcher.membership import Planner
+    from launcher.forming import Planner
 
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 128 + N this

@@ -17,7 +17,8 @@ from launcher.kv.etcd import EtcdKV, _span
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_transport import etcdrpc
 from launcher.member import Member
-from launcher.membership import Node, Rules
+from launcher.membership import Rules
+from launcher.records import Node
 from tests.cluster import cluster, free_port, read_lines, until
 from tests.etcd import (
     Server,

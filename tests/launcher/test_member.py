@@ -14,8 +14,9 @@ from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.member import Member
-from launcher.membership import SUCCEEDED, Failure, Node, Round, Rules, Status
+from launcher.membership import Rules
 from launcher.probe import Doorbell
+from launcher.records import SUCCEEDED, Failure, Node, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from tests.cluster import free_port, until
 
@@ -117,7 +118,7 @@ def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
     for name in "abc":
         job.start(name)
     job.join("a", "b", "c")
-    lease = job.members["b"]._lease
+    lease = job.members["b"]._own.lease
     assert lease is not None
     lease.stop()
     assert broken(job.members["a"], 1) == "node b lost: its lease ended"
@@ -157,7 +158,7 @@ def seniorities(member: Member, *names: str) -> dict[str, int]:
 def test_a_node_cut_off_from_the_store_fences_itself_before_its_lease_can_end(job: Job) -> None:
     member = job.start("a")
     job.join("a")
-    lease = member._lease
+    lease = member._own.lease
     assert lease is not None
     lease._renew = cut_off
     job.clients["a"].cut = True

@@ -8,26 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.membership import (
-    SUCCEEDED,
-    Evict,
-    Failure,
-    Node,
-    Participant,
-    Propose,
-    Round,
-    Rules,
-    Status,
-    View,
-    Wait,
-    breakage,
-    decide,
-    form,
-    rank_order,
-)
+from launcher.forming import form, rank_order
+from launcher.membership import Evict, Propose, Rules, View, Wait, breakage, decide
 from launcher.mesh import Infeasible, MeshPlan
+from launcher.records import SUCCEEDED, Failure, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
+LIMITS = {"min_nodes": RULES.min_nodes, "max_nodes": RULES.max_nodes}
 FAILURE = Failure(rank=1, exit_code=1, message="boom", ts=10.0)
 
 
@@ -246,7 +233,9 @@ class TestFormation:
         def five(slots, previous):
             return MeshPlan(1, 5, 1, sum(slots) - 5, 1, 1)
 
-        formed = form([node("a"), node("b"), node("c")], (), None, RULES, five)
+        formed = form(
+            [node("a"), node("b"), node("c")], (), None, five, min_nodes=RULES.min_nodes, max_nodes=RULES.max_nodes
+        )
         assert formed is not None
         assert formed.participants == (Participant("a", 2), Participant("b", 2), Participant("c", 1))
 
@@ -255,7 +244,9 @@ class TestFormation:
             if sum(slots) != 4:
                 raise Infeasible("only four")
 
-        formed = form([node("a"), node("b"), node("c")], ("c",), None, RULES, four)
+        formed = form(
+            [node("a"), node("b"), node("c")], ("c",), None, four, min_nodes=RULES.min_nodes, max_nodes=RULES.max_nodes
+        )
         assert formed is not None
         assert [p.node_id for p in formed.participants] == ["c", "a"]
         assert formed.spares == ("b",)
@@ -264,7 +255,7 @@ class TestFormation:
         def never(slots, previous):
             raise Infeasible("never")
 
-        assert form([node("a"), node("b")], (), None, RULES, never) is None
+        assert form([node("a"), node("b")], (), None, never, **LIMITS) is None
         assert isinstance(act(view((node("a"), node("b"), node("c"))), planner=never), Wait)
 
     def test_newcomers_go_beside_their_host_then_their_zone(self) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.membership import Node, Participant, Round
 from launcher.neighbours import Neighbours, watched_by
 from launcher.probe import Doorbell, is_refused
+from launcher.records import Node, Participant, Round
 from tests.cluster import until
 
 BELL = """

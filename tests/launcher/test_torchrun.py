@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
 from launcher.handlers import create_handler
 from launcher.kv.etcd import EtcdKV
-from launcher.membership import Node, Participant, Round, Status
+from launcher.records import Node, Participant, Round, Status
 from launcher.reopen import reopen_failed
 from tests.cluster import Node as RunNode
 from tests.cluster import free_port, read_lines, until

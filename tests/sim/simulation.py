@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 from launcher.errors import Compacted
 from launcher.kv.state import State
-from launcher.membership import SUCCEEDED, Evict, Node, Propose, Round, Rules, Status, breakage, decide
-from launcher.roster import LEFT, NODES, ROUND, Roster
+from launcher.membership import Evict, Propose, Rules, breakage, decide
+from launcher.records import LEFT, SUCCEEDED, Node, Round, Status
+from launcher.roster import NODES, ROUND, Roster
 
 TTL_S = 2.0
 FENCE_S = 0.85 * TTL_S

@@ -1,0 +1,62 @@
+"""The channels of one generation's workers on this node: what they say of their progress, and asking them to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.channel import Channel, Phase, Progress, StopReason
+
+
+class WorkerChannels:
+    """One channel for each local rank. Times are the monotonic clock's; the agent's thread only."""
+
+    def __init__(self, folder: Path, generation: int, local_ranks: Sequence[int]) -> None:
+        self._channels = {rank: Channel.create(folder / f"worker-{generation}-{rank}") for rank in local_ranks}
+        self.asked_s: float | None = None
+        """When the workers were asked to stop at a step boundary; None while they were not."""
+
+    def path(self, local_rank: int) -> Path:
+        """The file that a worker attaches."""
+        return self._channels[local_rank].path
+
+    def progress(self) -> dict[int, Progress]:
+        """Each worker's last word, by local rank."""
+        return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
+
+    def is_cooperative(self) -> bool:
+        """Whether the script reports its progress, and so can be asked to stop."""
+        return any(progress.phase is not Phase.STARTING for progress in self.progress().values())
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Ask all workers to stop at their next step boundary; the first time counts for `asked_s`."""
+        self.asked_s = time.monotonic() if self.asked_s is None else self.asked_s
+        for channel in self._channels.values():
+            channel.request_stop(reason)
+
+    def end_forked_workers(self, within_s: float) -> list[int]:
+        """Kill forked workers that outlive what stands for them, and wait until they are gone.
+
+        Returns:
+            The pids of those that are still there after `within_s`.
+        """
+        ends_s = time.monotonic() + within_s
+        while pids := [pid for channel in self._channels.values() if (pid := channel.lingering_pid())]:
+            if time.monotonic() > ends_s:
+                return pids
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        return []
+
+    def close(self) -> None:
+        """Let go of the files; the workers are gone."""
+        for channel in self._channels.values():
+            channel.close()
+            channel.path.unlink(missing_ok=True)
+        self._channels = {}

@@ -1,0 +1,148 @@
+"""A node's own record: what the store should say of it, the lease that it lives under, and the thread that writes it.
+
+The agent changes the record without ever waiting for the store; the thread writes it, and tries until it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from typing import Any
+
+from launcher.errors import KVUnavailable
+from launcher.kv import KV, Lease
+from launcher.records import LEFT, Node, Status
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_RETRY_S = 0.2
+_FENCE_FRACTION = 0.15
+
+
+class RecordKeeper:
+    """`register` first, `leave` last. `changed` is the lock that guards the record, and is notified of changes."""
+
+    def __init__(self, kv: KV, key: str, node: Node, changed: threading.Condition, *, lease_ttl_s: float) -> None:
+        self._kv = kv
+        self._key = key
+        self._record = node  # what the store should say of this node
+        self._stored: Node | None = None
+        self._changed = changed
+        self._lease_ttl_s = lease_ttl_s
+        self._lease: Lease | None = None
+        self._fenced = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="member-record", daemon=True)
+
+    @property
+    def record(self) -> Node:
+        """The record as it should be."""
+        return self._record
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease that the record lives under; what must go with this node is put under it too."""
+        return self._lease
+
+    def change(self, **fields: Any) -> None:
+        """Change fields of the record; it is written as soon as the store takes it."""
+        with self._changed:
+            self._record = dataclasses.replace(self._record, **fields)
+            self._changed.notify_all()
+
+    def fence(self) -> None:
+        """The record is gone from the store: somebody deleted it, or the lease ended."""
+        with self._changed:
+            self._fenced = True
+            self._changed.notify_all()
+
+    def fenced(self) -> bool:
+        """Whether this node must not run workers: its lease ended, or is so near its end that it cannot be saved.
+
+        Workers are killed on this, before anybody else can see the lease end and start them elsewhere.
+        """
+        with self._changed:
+            lease = self._lease
+            if lease is not None:
+                margin_s = _FENCE_FRACTION * lease.ttl_s
+                if lease.lost.is_set() or time.monotonic() > lease.deadline_s - margin_s:
+                    self._fenced = True
+            return self._fenced
+
+    def register(self, *, first: bool = False) -> Node:
+        """Write the record under a new lease. Until that has succeeded, a fenced node stays fenced.
+
+        Raises:
+            KVUnavailable: the store does not answer, or another node has this one's id.
+        """
+        with self._changed:
+            self._record = record = dataclasses.replace(self._record, status=Status.READY, failure=None)
+        lease = self._kv.lease(self._lease_ttl_s)
+        try:
+            # No two nodes may share an id: each would overwrite the other's record.
+            written = self._kv.put(self._key, record.to_json(), if_revision=0 if first else None, lease=lease)
+            if written is None:
+                raise KVUnavailable(f"node id {record.node_id} is taken" if first else "the lease ended at once")
+        except BaseException:
+            lease.stop()
+            raise
+        with self._changed:
+            if self._lease is not None:
+                self._lease.stop()
+            self._lease = lease
+            self._stored = record
+            self._fenced = False
+        return record
+
+    def start(self) -> None:
+        """Start the thread that writes changes."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write no more changes."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def leave(self) -> None:
+        """After `stop`: say that this node goes of its own accord, and go."""
+        if self._lease is None:
+            return
+        with contextlib.suppress(KVUnavailable):
+            left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=LEFT)
+            self._kv.put(self._key, left.to_json(), lease=self._lease)
+        self._lease.revoke()
+
+    def _keep(self) -> None:
+        while not self._stopping.is_set():
+            with self._changed:
+                if self._stored == self._record or self._fenced:
+                    self._changed.wait(_TICK_S)
+                    continue
+            written = False
+            try:
+                written = self._write()
+            except KVUnavailable as error:
+                log.warning("[%s] record not written, trying again: %s", self._record.node_id, error)
+            except Exception:
+                log.exception("[%s] record not written, trying again", self._record.node_id)
+            if not written:
+                self._stopping.wait(_RETRY_S)
+
+    def _write(self) -> bool:
+        """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""
+        with self._changed:
+            record, lease = self._record, self._lease
+        if lease is None or lease.lost.is_set():
+            return False
+        if self._kv.put(self._key, record.to_json(), lease=lease) is None:
+            return False
+        with self._changed:
+            self._stored = record
+        return True

@@ -1,0 +1,131 @@
+"""What the nodes of a job write into the store: a record each, and the current round. Plain data and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launcher.mesh import MeshPlan
+
+SUCCEEDED = "succeeded"
+"""The outcome of a job whose every worker finished; any other outcome starts with "failed: "."""
+
+
+LEFT = "left"
+"""The reason on the record of a node that goes of its own accord, and how it is said to have departed."""
+
+
+class Status(StrEnum):
+    """What a node does."""
+
+    READY = "ready"  # waits for a round later than its generation
+    RUNNING = "running"  # its workers run in its generation
+    STOPPING = "stopping"  # its workers are being stopped
+    DONE = "done"  # its workers finished their work in its generation
+    EXCLUDED = "excluded"  # alive, but may not take part
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker's failure as its agent reports it; `ts` is epoch seconds and only orders failures for a person."""
+
+    rank: int
+    exit_code: int
+    message: str
+    ts: float
+    restartable: bool = True
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's record. `seniority` is the revision at which the record was created: lower is older."""
+
+    node_id: str
+    host: str
+    address: str
+    port: int
+    slots: int
+    zone: str = ""
+    status: Status = Status.READY
+    generation: int = 0
+    draining: bool = False
+    reason: str = ""
+    failure: Failure | None = None
+    seniority: int = field(default=0, compare=False)
+
+    def to_json(self) -> bytes:
+        """The record as stored; `seniority` is the store's to say."""
+        fields = dataclasses.asdict(self)
+        del fields["seniority"]
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, seniority: int) -> Node:
+        """Read a record.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one of this version.
+        """
+        fields: dict[str, Any] = json.loads(data)
+        failure = fields.pop("failure")
+        fields["status"] = Status(fields["status"])
+        return cls(**fields, failure=Failure(**failure) if failure else None, seniority=seniority)
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A node's place in a round: how many workers it runs (at most its slots)."""
+
+    node_id: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker."""
+
+    generation: int
+    lineage: str
+    participants: tuple[Participant, ...]
+    mesh: MeshPlan | None
+    spares: tuple[str, ...]
+    reason: str
+    restarts: int = 0
+    stop: str = ""
+    outcome: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """Workers of all participants."""
+        return sum(p.slots for p in self.participants)
+
+    def place_of(self, node_id: str) -> int | None:
+        """Position of a node among the participants, None where it takes no part."""
+        return next((i for i, p in enumerate(self.participants) if p.node_id == node_id), None)
+
+    def to_json(self) -> bytes:
+        """The round as stored."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Round:
+        """Read a round.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one of this version.
+        """
+        fields: dict[str, Any] = json.loads(data)
+        fields["participants"] = tuple(Participant(**p) for p in fields["participants"])
+        fields["spares"] = tuple(fields["spares"])
+        fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
+        return cls(**fields)
+
+
+def describe(failure: Failure) -> str:
+    """A failure in one line."""
+    how = f"signal {-failure.exit_code}" if failure.exit_code < 0 else f"exit code {failure.exit_code}"
+    message = f": {failure.message}" if failure.message else ""
+    return f"worker of rank {failure.rank} failed with {how}{message}"
