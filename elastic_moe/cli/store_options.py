@@ -1,0 +1,86 @@
+"""The options that name a job's store, for verbs that look at a job or steer it from outside.
+
+They are those of `run`, with the same meaning, so that a command line (or torchrun's `PET_*` variables) can be reused
+as it is. Such a verb is a client only: it never hosts an embedded store, whatever the endpoint's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from elastic_moe.errors import UserError
+from launcher.conf import RendezvousConf
+from launcher.kv import KV
+from launcher.kv.connect import connect, unknown_backend
+
+_BACKENDS = ("embedded", "etcd3")
+_OURS = ("", "static", "c10d")  # torchrun's own back ends, for which `run` takes the embedded one
+
+
+@dataclass(frozen=True)
+class JobStore:
+    """The open store of one job, and what the user called the two."""
+
+    kv: KV
+    run_id: str
+    endpoint: str
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Add --rdzv-backend, --rdzv-endpoint, --rdzv-id and --rdzv-conf, also as torchrun spells them (--rdzv_id)."""
+    group = parser.add_argument_group("where the job's nodes meet, as given to `run`")
+    for name, metavar, text in (
+        ("backend", "NAME", "embedded (default) or etcd3"),
+        ("endpoint", "HOST:PORT", "of the store; etcd3: several, separated by commas"),
+        ("id", "ID", 'name of the job (default: "default", except with etcd3)'),
+        ("conf", "KEY=VALUE,...", "how to reach the store, such as cacert, user, token_file"),
+    ):
+        default = os.environ.get(f"PET_RDZV_{name.upper()}", "")
+        dest = f"rdzv_{name}"
+        group.add_argument(f"--rdzv-{name}", dest=dest, metavar=metavar, default=default, help=text)
+        group.add_argument(f"--rdzv_{name}", dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
+    """Open the store that the options name, as a client.
+
+    Raises:
+        UserError, launcher.errors.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
+    """
+    backend = "embedded" if args.rdzv_backend in _OURS else args.rdzv_backend
+    if backend == "memory":
+        raise UserError("--rdzv-backend memory: such a store is inside its one agent; nobody else can ask it")
+    if backend not in _BACKENDS:
+        raise UserError(f"--rdzv-backend {backend}: {unknown_backend(backend)}")
+    if not args.rdzv_endpoint:
+        raise UserError("--rdzv-endpoint: needed, the same as the job's nodes were given")
+    if backend == "etcd3" and not args.rdzv_id:
+        raise UserError("--rdzv-id: needed, several jobs may share an etcd")
+    conf = RendezvousConf.parse(_parse_conf(args.rdzv_conf))
+    connection = connect(
+        backend,
+        args.rdzv_endpoint,
+        {**conf.store_options(), "is_host": "false"},
+        local_addr=None,
+        timeout_s=conf.connect_timeout,
+    )
+    try:
+        yield JobStore(connection.kv, args.rdzv_id or "default", args.rdzv_endpoint)
+    finally:
+        connection.close()
+
+
+def _parse_conf(text: str) -> dict[str, str]:
+    """`key=value,key=value` as torchrun reads it."""
+    given = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--rdzv-conf {pair}: expected KEY=VALUE,...")
+        given[key.strip()] = value.strip()
+    return given
