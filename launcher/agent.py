@@ -245,7 +245,8 @@ class ElasticAgent(LocalElasticAgent):
         if pids := self._channels.end_forked_workers(_LINGER_S):
             self._emit("workers_linger", pids=pids, seconds=_LINGER_S)
         self._worker_group.state = WorkerState.STOPPED
-        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3))
+        step = max((progress.step for progress in self._channels.progress().values()), default=-1)
+        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
         if self._drain_signal is not None:
             raise SignalException(f"drained on {self._drain_signal.name}", self._drain_signal)
         self._member.announce(Status.READY, reason=end.reason)

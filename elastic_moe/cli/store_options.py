@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic_moe.errors import UserError
-from launcher.conf import RendezvousConf
 from launcher.kv import KV
-from launcher.kv.connect import connect, unknown_backend
 
 _BACKENDS = ("embedded", "etcd3")
 _OURS = ("", "static", "c10d")  # torchrun's own back ends, for which `run` takes the embedded one
@@ -52,6 +50,9 @@ def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
     Raises:
         UserError, launcher.errors.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
     """
+    from launcher.conf import RendezvousConf  # pydantic is slow to import, and every verb's help is built with this one
+    from launcher.kv.connect import connect, unknown_backend
+
     backend = "embedded" if args.rdzv_backend in _OURS else args.rdzv_backend
     if backend == "memory":
         raise UserError("--rdzv-backend memory: such a store is inside its one agent; nobody else can ask it")

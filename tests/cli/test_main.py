@@ -15,7 +15,7 @@ from elastic_moe.cli.parser import node_range
 from elastic_moe.errors import UserError
 
 HELP = Path(__file__).parent / "help"
-VERBS = ["", "train", "demo", "plan", "ckpt"]
+VERBS = ["", "train", "demo", "plan", "ckpt", "status", "report"]
 
 
 def call(*argv: str) -> int:
@@ -63,6 +63,8 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         "main(['plan', '--experts', '8', '--expert-parallel', '3'])",
         "main(['train', 'job.toml', '--set', 'train.stepz=1'])",
         "main(['demo', '--steps', '1'])",
+        "main(['status', '--rdzv-endpoint', '127.0.0.1:1', '--rdzv-conf', 'connect_timeout=0.1'])",
+        f"main(['report', {str(Path(__file__).parent / 'report')!r}])",
     ],
 )
 def test_torch_is_not_imported(code: str, tmp_path: Path) -> None:
@@ -136,6 +138,13 @@ BAD_INPUT = [
     (["demo", "--steps", "3"], "--steps 3: too few for the killed node to come back in"),
     (["ckpt", "ls", "{tmp}/none"], "no checkpoint at {tmp}/none"),
     (["ckpt", "verify", "{tmp}/none"], "no checkpoint at {tmp}/none"),
+    (["report", "{tmp}/none"], "{tmp}/none: no such file or folder"),
+    (["report", "{tmp}"], "no events in {tmp}; did `run` get --log-dir?"),
+    (["status"], "--rdzv-endpoint: needed, the same as the job's nodes were given"),
+    (
+        ["status", "--rdzv-endpoint", "127.0.0.1:1", "--rdzv-conf", "connect_timeout=0.1"],
+        "--rdzv-endpoint 127.0.0.1:1 cannot be reached",
+    ),
     (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
     (["run", "--standalone", "--nproc-per-node", "1", "{tmp}/none.py"], "script '{tmp}/none.py': no such file"),
 ]

@@ -1,0 +1,87 @@
+"""`elastic-moe report`: from event files to what a person reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cli import main as cli
+from elastic_moe.cli.timeline import timeline
+
+RECORDED = Path(__file__).parent / "report"
+"""Events of a real job: two nodes, one killed and taken in again; most checkpoints left out."""
+
+
+def report(*argv: str) -> int:
+    return cli.main(["report", *argv])
+
+
+def test_the_report_of_a_recorded_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """Changed on purpose? `ELASTIC_MOE_UPDATE_GOLDEN=1 pytest tests/cli/test_report.py` writes the file anew."""
+    assert report(str(RECORDED)) == 0
+    text = capsys.readouterr().out
+    golden = RECORDED / "report.txt"
+    if "ELASTIC_MOE_UPDATE_GOLDEN" in os.environ:
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(str(RECORDED), "--json") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert sum(run["seconds"].values()) == pytest.approx(run["wall_s"])
+    assert run["goodput"] == pytest.approx(run["seconds"]["training"] / run["wall_s"])
+    assert [(one["cause"], one["generation"]) for one in run["interruptions"]] == [("node loss", 1), ("join", 2)]
+    assert run["events"]["round_formed"] == 3
+
+
+def test_files_of_all_nodes_make_one_story_and_none_counts_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (RECORDED / "events.jsonl").read_text().splitlines(keepends=True)
+    for node in ("node-1", "node-2"):
+        (tmp_path / node).mkdir()
+        mine = [line for line in lines if f'"node":"{node}' in line]
+        (tmp_path / node / "events.jsonl").write_text("".join(mine))
+    assert report(str(RECORDED), "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert report(str(tmp_path), str(tmp_path / "node-1" / "events.jsonl"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+
+
+def test_runs_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (RECORDED / "events.jsonl").read_text()
+    (tmp_path / "events.jsonl").write_text(text + text.replace('"run_id":"demo"', '"run_id":"other"'))
+    assert report(str(tmp_path), "--json") == 0
+    assert [run["run_id"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["demo", "other"]
+
+
+def test_lines_that_are_no_events_are_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(RECORDED / "events.jsonl", tmp_path)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"ts": "soon", "event": "x"}\n[1]\n{"ts": 1790000000, "event": 3}\n{"ts": 17900')
+    assert report(str(tmp_path)) == 0
+    assert capsys.readouterr().err == "4 lines are no events and were left out\n"
+
+
+@pytest.mark.parametrize("path", ["none", "."])
+def test_without_events_there_is_no_report(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report(path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unknown_events_are_shown_and_repeats_counted() -> None:
+    slow = {"node": "a-1", "generation": 2, "event": "straggler", "rank": 3, "factor": 1.5, "window": [1, 2]}
+    lost = {"generation": 2, "event": "node_lost", "node_lost": "b-2", "reason": "lost: its lease ended"}
+    events = [{"ts": 10 + i, **slow} for i in range(3)] + [{"ts": 13, "node": n, **lost} for n in ("a-1", "c-3")]
+    assert timeline(events, 10) == [
+        "      0.0 s  a-1: straggler rank=3 factor=1.5 (x3)",
+        "      3.0 s  node b-2 lost: its lease ended",
+    ]

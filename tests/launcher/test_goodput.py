@@ -1,0 +1,197 @@
+"""The account of a job's time: every second has one cause, and the causes are right."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.goodput import Cause, Event, Goodput, account, covered
+
+A, B = "a-1", "b-2"
+
+
+class Job:
+    """Writes the events of a job of two nodes."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.generation = 0
+
+    def say(self, ts: float, event: str, node: str = A, **fields: Any) -> None:
+        line = {"ts": ts, "run_id": "r", "node": node, "generation": self.generation, "event": event}
+        self.events.append({**line, **fields})
+
+    def form(self, ts: float, *nodes: str, reason: str = "first round") -> None:
+        self.generation += 1
+        self.say(ts, "round_formed", reason=reason, participants=[{"node_id": n, "slots": 1} for n in nodes])
+
+    def train(self, ts: float, step: int, step_s: float = 0.0) -> None:
+        """The first step of a round, of `step_s` seconds, is done at `ts`."""
+        self.say(ts, "first_step", step=step, step_s=step_s, rank=0)
+
+    def save(self, ts: float, step: int, seconds: float = 0.0) -> None:
+        for node in (A, B):
+            self.say(ts, "checkpoint_staged", node, step=step, seconds=seconds)
+
+
+@pytest.fixture
+def job() -> Job:
+    """Two nodes that train from second 10 on, and saved the state after step 20 at second 30."""
+    job = Job()
+    job.say(0, "node_joined")
+    job.say(1, "node_joined", B)
+    job.form(3, A, B)
+    job.train(11, step=1, step_s=1)
+    job.save(30, step=20)
+    return job
+
+
+def spent(result: Goodput) -> dict[Cause, float]:
+    return {cause: pytest.approx(seconds) for cause, seconds in result.seconds.items() if seconds}
+
+
+def test_a_job_without_an_interruption(job: Job) -> None:
+    job.say(40, "finished", outcome="succeeded")
+    job.say(42, "node_left", B, node_left=A)
+    result = account(job.events)
+    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 20, Cause.CHECKPOINT: 10, Cause.IDLE: 2}
+    assert (result.wall_s, result.outcome, result.interruptions) == (42, "succeeded", ())
+
+
+def test_a_lost_node_explains_the_workers_that_failed_with_it_and_costs_what_was_not_saved(job: Job) -> None:
+    job.say(35.0, "worker_failed", rank=0, exit_code=1, step=24, message="Connection reset by peer")
+    job.say(35.2, "node_lost", node_lost=B, reason="lost: its lease ended")
+    job.say(35.5, "workers_stopped", reason="worker failed", step=25)
+    job.form(36, A, reason="node b-2 lost")
+    job.train(40, step=21, step_s=2)
+    job.say(50, "finished", outcome="succeeded")
+    result = account(job.events)
+    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 32, Cause.LOST_WORK: 5, Cause.NODE_LOSS: 3}
+    (stop,) = result.interruptions
+    assert (stop.cause, stop.root) == (Cause.NODE_LOSS, "node b-2 lost: its lease ended")
+    assert stop.victims == ("rank 0 on a-1 failed with exit code 1: Connection reset by peer",)
+    assert (stop.began_ts, stop.formed_ts, stop.resumed_ts, stop.steps_redone) == (35, 36, 38, 5)
+
+
+def test_a_job_that_begins_anew_has_lost_all_of_its_work(job: Job) -> None:
+    job.say(35, "worker_failed", B, rank=1, exit_code=-9, step=24, message="")
+    job.form(36, A, B, reason="worker failed")
+    job.train(40, step=1)
+    job.say(45, "finished", outcome="failed: x")
+    result = account(job.events)
+    assert spent(result) == {Cause.START: 10, Cause.LOST_WORK: 25, Cause.FAILURE: 5, Cause.TRAINING: 5}
+    assert result.interruptions[0].root == "rank 1 on b-2 failed with signal 9"
+    assert result.interruptions[0].steps_redone == 24
+
+
+@pytest.mark.parametrize(("reason", "cause"), [("drain: b-2", Cause.DRAIN), ("join: c-3", Cause.JOIN)])
+def test_a_stop_at_a_step_boundary_loses_no_step(job: Job, reason: str, cause: Cause) -> None:
+    job.say(34, "stop_requested", reason=reason)
+    job.save(35, step=25, seconds=0.5)
+    for node in (A, B):
+        job.say(36, "workers_yielded", node, step=25)
+        job.say(36.1, "workers_stopped", node, reason=reason, step=25)
+    if cause is Cause.DRAIN:
+        job.say(36.2, "node_left", A, node_left=B)
+    job.form(37, A, reason=reason)
+    job.train(38, step=26)
+    job.say(40, "finished", outcome="succeeded")
+    result = account(job.events)
+    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 26.5, Cause.CHECKPOINT: 1.5, cause: 2}
+    assert [(s.cause, s.steps_redone) for s in result.interruptions] == [(cause, 0)]
+
+
+def test_stalls_of_several_ranks_count_once(job: Job) -> None:
+    job.say(32.0, "checkpoint_staged", step=22, seconds=1.0)
+    job.say(32.5, "checkpoint_staged", B, step=22, seconds=1.0)
+    job.say(40, "node_left", B, node_left="c-3")
+    assert account(job.events).seconds[Cause.CHECKPOINT] == pytest.approx(1.5)
+
+
+def test_a_hang_explains_the_workers_that_were_killed_for_it(job: Job) -> None:
+    job.say(35, "hang_detected", B, rank=1, seconds=12)
+    job.say(36, "worker_failed", rank=0, exit_code=-9, step=20, message="")
+    (stop,) = account(job.events).interruptions
+    assert (stop.cause, stop.root) == (Cause.HANG, "hang on b-2: rank=1 seconds=12")
+    assert stop.resumed_ts is None
+
+
+def test_a_round_that_breaks_before_it_trains_is_an_interruption_of_its_own(job: Job) -> None:
+    job.say(35, "worker_failed", rank=0, exit_code=1, step=20, message="x")
+    job.form(36, A, B)
+    job.say(38, "node_lost", node_lost=B, reason="lost: its lease ended")
+    job.form(39, A)
+    job.train(42, step=21)
+    result = account(job.events)
+    assert [(s.cause, s.resumed_ts) for s in result.interruptions] == [(Cause.FAILURE, None), (Cause.NODE_LOSS, 42)]
+    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 25, Cause.FAILURE: 3, Cause.NODE_LOSS: 4}
+
+
+def test_what_happens_to_spares_is_no_interruption(job: Job) -> None:
+    job.say(35, "node_lost", node_lost="spare-3", reason="lost: its lease ended")
+    job.say(40, "workers_stopped", "spare-3", reason="drains")
+    assert account(job.events).interruptions == ()
+
+
+def test_a_script_that_tells_no_step_trains_once_all_its_workers_have_started() -> None:
+    job = Job()
+    job.say(0, "node_joined")
+    job.form(1, A, B)
+    job.say(2, "workers_started", A)
+    job.say(4, "workers_started", B)
+    job.say(9, "finished", outcome="succeeded")
+    assert spent(account(job.events)) == {Cause.START: 4, Cause.TRAINING: 5}
+
+
+def test_the_time_between_two_runs_of_a_job_is_idle(job: Job) -> None:
+    job.say(40, "finished", outcome="failed: budget")
+    job.generation = 0
+    job.say(60, "node_joined")
+    job.form(61, A)
+    job.train(65, step=21)
+    job.say(70, "finished", outcome="succeeded")
+    result = account(job.events)
+    assert (result.seconds[Cause.IDLE], result.seconds[Cause.START], result.outcome) == (20, 15, "succeeded")
+
+
+def test_nothing_is_no_account() -> None:
+    with pytest.raises(ValueError, match="no events"):
+        account([])
+
+
+NAMES = [
+    *("node_joined", "node_lost", "node_left", "node_fenced", "round_formed", "stop_requested", "workers_started"),
+    *("first_step", "worker_failed", "workers_yielded", "workers_stopped", "hang_detected", "checkpoint_staged"),
+    *("finished", "something_new"),
+]
+
+
+@given(st.integers(0, 2**32))
+def test_the_causes_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
+    rng = random.Random(seed)
+    job = Job()
+    for _ in range(rng.randrange(1, 60)):
+        ts, name, node = rng.random() * 100, rng.choice(NAMES), rng.choice([A, B, "c-3"])
+        if name == "round_formed":
+            job.form(ts, *rng.sample([A, B, "c-3"], rng.randrange(1, 4)))
+            continue
+        told = {"node_lost": node, "node_left": node, "step": rng.randrange(-1, 40), "seconds": rng.random() * 5}
+        job.say(
+            ts, name, rng.choice([A, B]), **told, step_s=rng.random(), reason=rng.choice(["drain: x", "join: y", ""])
+        )
+    result = account(job.events)
+    assert sum(result.seconds.values()) == pytest.approx(result.wall_s), f"seed {seed}"
+    assert min(result.seconds.values()) > -1e-9, f"seed {seed}"
+    for stop in result.interruptions:
+        times = [t for t in (stop.began_ts, stop.formed_ts, stop.resumed_ts) if t is not None]
+        assert times == sorted(times), f"seed {seed}"
+
+
+def test_covered() -> None:
+    assert covered((0, 10), []) == 0
+    assert covered((0, 10), [(-5, 2), (1, 3), (8, 20)]) == 5
+    assert covered((0, 10), [(11, 12), (4, 4)]) == 0
