@@ -40,10 +40,9 @@ from launcher.channels import WorkerChannels
 from launcher.errors import JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.member import Member
-from launcher.membership import Breakage
 from launcher.policy import is_restartable
 from launcher.probe import report_dead
-from launcher.records import SUCCEEDED, Failure, Round, Status
+from launcher.records import SUCCEEDED, Breakage, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.warm import COLD, WarmStart
 
@@ -295,8 +294,8 @@ class ElasticAgent(LocalElasticAgent):
             restartable=is_restartable(first.exitcode, progress[first.local_rank]),
         )
         self._member.announce(Status.STOPPING, reason="worker failed", failure=failure)
-        peers = [node for node in self._member.nodes() if node.node_id != self._member.node_id]
-        report_dead((p for p in peers if p.generation == generation), self._member.evict)
+        peers = [p for p in self._current_round().participants if p.node_id != self._member.node_id]
+        report_dead(peers, self._member.evict)
         for global_rank, failed in failures.items():
             self._emit(
                 "worker_failed",
@@ -316,7 +315,7 @@ class ElasticAgent(LocalElasticAgent):
         if not self._yielded and (any(yielded) if exited else all(yielded)):
             self._yielded = True
             self._emit("workers_yielded", step=max(p.step for p in progress))
-            self._member.announce(Status.STOPPING, reason=reason or "yielded")
+            self._member.announce(Status.STOPPING, reason=reason or "yielded", yielded=True)
         return self._yielded
 
     def _ask_to_stop(self, reason: str) -> bool:
@@ -335,9 +334,7 @@ class ElasticAgent(LocalElasticAgent):
 
     def _may_finish(self, broken: Breakage) -> bool:
         """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
-        if not broken.graceful or self._channels.asked_s is None:
-            return False
-        return time.monotonic() < self._channels.asked_s + self._graces.yield_s
+        return broken.graceful and self._ask_to_stop(broken.reason)
 
     # --- signals
 

@@ -55,7 +55,7 @@ def form(
             used = min(node.slots, left)
             left -= used
             if used:
-                participants.append(Participant(node.node_id, used))
+                participants.append(Participant(node.node_id, used, node.address, node.port))
         taken = {p.node_id for p in participants}
         spares = tuple(n.node_id for n in by_claim if n.node_id not in taken)
         return Formation(tuple(participants), spares, plan)

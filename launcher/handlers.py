@@ -51,7 +51,6 @@ from launcher.reopen import reopen_failed
 
 log = logging.getLogger(__name__)
 
-_JOIN_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 
@@ -147,16 +146,13 @@ class TorchrunRendezvous(MemberRendezvous):
             RendezvousClosedError: the job failed.
             RendezvousTimeoutError: no round was formed in the time given.
         """
-        while True:
-            try:
-                info = super().next_rendezvous()
-            except RendezvousClosedError:
-                if self._member.outcome() == SUCCEEDED:
-                    self._end_as_spare()
-                raise
-            assert self.round is not None
-            if self._all_joined(self.round):
-                break
+        try:
+            info = super().next_rendezvous()
+        except RendezvousClosedError:
+            if self._member.outcome() == SUCCEEDED:
+                self._end_as_spare()
+            raise
+        assert self.round is not None
         os.environ.update(self._worker_environment(self.round))
         store = _RoundStore(info.store, self._wait_for_the_others, self._announce_done)
         return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
@@ -174,22 +170,6 @@ class TorchrunRendezvous(MemberRendezvous):
     def _end_as_spare(self) -> NoReturn:
         log.warning("job %s has succeeded, this node is not needed; another --rdzv-id runs it again", self._run_id)
         raise SystemExit(0)
-
-    def _all_joined(self, current: Round) -> bool:
-        """Wait until every node of a round has joined it; False if it broke first.
-
-        torch's agents then exchange their slots through the round's store, and die if it goes away meanwhile.
-        """
-        names = {p.node_id for p in current.participants}
-        ends_s = time.monotonic() + _JOIN_TIMEOUT_S
-        while time.monotonic() < ends_s:
-            joined = {n.node_id for n in self._member.nodes() if n.generation == current.generation}
-            if self._member.broken(current.generation):
-                return False
-            if names <= joined:
-                return True
-            self._member.wait(_POLL_S)
-        return False
 
     def _worker_environment(self, current: Round) -> dict[str, str]:
         """Workers inherit the agent's environment; a checkpointer in them fences by the generation."""

@@ -35,6 +35,7 @@ class RecordKeeper:
         self._lease_ttl_s = lease_ttl_s
         self._lease: Lease | None = None
         self._fenced = False
+        self._registered_revision = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="member-record", daemon=True)
 
@@ -47,6 +48,16 @@ class RecordKeeper:
     def lease(self) -> Lease | None:
         """The lease that the record lives under; what must go with this node is put under it too."""
         return self._lease
+
+    @property
+    def lease_ttl_s(self) -> float:
+        """Of the lease as it was granted."""
+        return self._lease.ttl_s if self._lease else self._lease_ttl_s
+
+    @property
+    def registered_revision(self) -> int:
+        """The store's revision at which the record was last written under a new lease."""
+        return self._registered_revision
 
     def change(self, **fields: Any) -> None:
         """Change fields of the record; it is written as soon as the store takes it."""
@@ -91,11 +102,12 @@ class RecordKeeper:
             lease.stop()
             raise
         with self._changed:
-            if self._lease is not None:
-                self._lease.stop()
-            self._lease = lease
+            before, self._lease = self._lease, lease
             self._stored = record
+            self._registered_revision = written.revision
             self._fenced = False
+        if before is not None:
+            before.revoke()  # with what else was under it, if it stands yet: a claim to lead, say
         return record
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""One node's part in the membership: keeps its record, watches everybody's, and carries out `decide`'s answers.
+"""One node's part in the membership: keeps its record, follows the round, and leads where nobody does.
 
 The thin edge around `membership`. A thread of its own follows the store; the agent reads what it needs from local
 state (no call to the store in its monitor loop) and is woken by `wait`.
@@ -7,21 +7,21 @@ state (no call to the store in its monitor loop) and is woken by `wait`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
-import uuid
+from typing import Any
 
 from launcher.errors import Compacted, JobClosed, KVUnavailable
 from launcher.events import Emit
 from launcher.forming import Planner
 from launcher.keeper import RecordKeeper
 from launcher.kv import KV, Watch, WatchEvent
-from launcher.membership import Breakage, Evict, Propose, Rules, Wait, breakage, decide
+from launcher.leading import Leadership, Office
+from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
-from launcher.records import LEFT, SUCCEEDED, Failure, Node, Round, Status
-from launcher.roster import NODES, ROUND, STORE, Departure, Roster, run_prefix
+from launcher.records import LEFT, SUCCEEDED, Breakage, Failure, Node, Round, Status
+from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,23 @@ class Member:
         self.rules = rules
         self._kv = kv
         self._prefix = run_prefix(run_id)
-        self._planner = planner
         self._emit = emit
         self._changed = threading.Condition(threading.RLock())
         own_key = f"{self._prefix}{NODES}{node.node_id}"
         self._own = RecordKeeper(kv, own_key, node, self._changed, lease_ttl_s=lease_ttl_s)
-        self._roster = Roster(node.node_id, uuid.uuid4().hex, time.monotonic())
+        self._office = Office(
+            kv,
+            self._prefix,
+            node.node_id,
+            rules,
+            planner,
+            emit,
+            may_act=lambda: not self.fenced(),
+            evicted=self._own.fence,
+            told=self._told_why,
+        )
+        self._board = Board()
+        self._leading: Leadership | None = None
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
         self._stopping = threading.Event()
@@ -69,41 +80,38 @@ class Member:
     def round(self) -> Round | None:
         """The current round."""
         with self._changed:
-            return self._roster.round
-
-    def nodes(self) -> tuple[Node, ...]:
-        """The live nodes."""
-        with self._changed:
-            return tuple(self._roster.nodes.values())
+            return self._board.round
 
     def broken(self, generation: int) -> Breakage | None:
         """Why the workers of `generation` cannot go on, or None while they can."""
         with self._changed:
             if self.fenced():
                 return Breakage("this node's lease ended", graceful=False)
-            if self._roster.round is None or self._roster.round.generation != generation:
+            current = self._board.round
+            if current is None or current.generation != generation:
                 return Breakage("another round was formed", graceful=False)
-            if self._roster.round.outcome and self._roster.round.outcome != SUCCEEDED:
-                return Breakage(f"the job is closed: {self._roster.round.outcome}", graceful=False)
-            return breakage(self._roster.view())
+            if current.outcome and current.outcome != SUCCEEDED:
+                return Breakage(f"the job is closed: {current.outcome}", graceful=False)
+            return current.broken
 
     def all_stop(self, generation: int) -> bool:
         """Whether no participant's workers of `generation` need one another any more."""
         with self._changed:
-            if self._roster.round is None or self._roster.round.generation != generation:
+            current = self._board.round
+            if current is None or current.generation != generation:
                 return True
-            nodes = [self._roster.nodes.get(p.node_id) for p in self._roster.round.participants]
-            return all(n is None or n.status in (Status.STOPPING, Status.READY) for n in nodes)
+            return current.broken is not None and current.broken.all_stopped
 
     def stop_requested(self, generation: int) -> str:
         """Why the workers of `generation` should stop at their next step boundary; "" if they should not."""
         with self._changed:
-            return self._roster.round.stop if self._roster.round and self._roster.round.generation == generation else ""
+            current = self._board.round
+            return current.stop if current and current.generation == generation else ""
 
     def outcome(self) -> str:
         """How the job ended, "" while it has not."""
         with self._changed:
-            return self._roster.round.outcome if self._roster.round else ""
+            return self._board.round.outcome if self._board.round else ""
 
     def fenced(self) -> bool:
         """Whether this node must not run workers: its lease ended, or is so near its end that it cannot be saved.
@@ -128,7 +136,7 @@ class Member:
         told = ""
         with self._changed:
             while True:
-                current = self._roster.round
+                current = self._board.round
                 if current is not None and current.outcome:
                     raise JobClosed(current.outcome)
                 if (
@@ -136,7 +144,7 @@ class Member:
                     and current.generation > self._own.record.generation
                     and current.place_of(self.node_id) is not None
                     and not self.fenced()
-                    and breakage(self._roster.view()) is None
+                    and current.broken is None
                 ):
                     return current
                 if self._why != told:
@@ -149,47 +157,52 @@ class Member:
 
     # --- what the agent says
 
-    def announce(self, status: Status, *, reason: str = "", failure: Failure | None = None) -> None:
+    def announce(
+        self, status: Status, *, reason: str = "", failure: Failure | None = None, yielded: bool = False
+    ) -> None:
         """Change this node's record. Never waits for the store: a thread writes it, and tries until it is written.
 
-        Reason and failure stay on the record until the node runs again: the leader reads them when it forms the
-        next round.
+        Reason, failure and `yielded` stay on the record until the node runs again: the leader reads them when it forms
+        the next round.
         """
         with self._changed:
             record = self._own.record
-            self._own.change(status=status, reason=reason or record.reason, failure=failure or record.failure)
+            self._own.change(
+                status=status,
+                reason=reason or record.reason,
+                failure=failure or record.failure,
+                yielded=yielded or record.yielded,
+            )
         if status in (Status.STOPPING, Status.READY):
             self._neighbours.watch(())
 
-    def join(self, generation: int, timeout_s: float) -> None:
-        """Say that this node joins `generation`; workers may start when this returns.
+    def join(self, generation: int, timeout_s: float, *, worker_store: str = "") -> Round:
+        """Say that this node joins `generation`, and wait until all have; workers may start when this returns.
 
-        It returns once the store has shown the record to this node too. Changes come in one order, so the node has then
-        seen every one before its own, and whoever sees a later one knows that this node runs: the leader cannot take
-        it for one that still waits and form another round beside its workers.
+        `worker_store` is what the node of rank 0 says: "ADDRESS PORT" where the workers meet. It is in the round that
+        is returned.
 
         Raises:
             TimeoutError: the round broke first, or the store does not answer.
         """
         ends_s = time.monotonic() + timeout_s
+        joined: dict[str, Any] = {"status": Status.RUNNING, "generation": generation, "worker_store": worker_store}
         with self._changed:
-            self._own.change(status=Status.RUNNING, generation=generation, reason="", failure=None)
-            while not self._shows_running(generation):
+            self._own.change(**joined, reason="", failure=None, yielded=False)
+            while True:
                 if broken := self.broken(generation):
                     raise TimeoutError(broken.reason)
+                current = self._board.round
+                if current is not None and current.complete:
+                    break
                 left_s = ends_s - time.monotonic()
                 if left_s <= 0:
-                    raise TimeoutError(f"generation {generation} not joined within {timeout_s:g} s ({self._why})")
+                    raise TimeoutError(
+                        f"generation {generation} not joined by all within {timeout_s:g} s ({self._why})"
+                    )
                 self._changed.wait(min(left_s, _TICK_S))
-            if broken := self.broken(generation):
-                raise TimeoutError(broken.reason)
-            names = watched_by(self._roster.round, self.node_id) if self._roster.round else []
-            watched = [self._roster.nodes[name] for name in names if name in self._roster.nodes]
-        self._neighbours.watch(watched)
-
-    def _shows_running(self, generation: int) -> bool:
-        seen = self._roster.nodes.get(self.node_id)
-        return seen is not None and seen.status is Status.RUNNING and seen.generation == generation
+        self._neighbours.watch(watched_by(current, self.node_id))
+        return current
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary."""
@@ -202,44 +215,23 @@ class Member:
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         with self._changed:
-            if not self._roster.presume_lost(node_id, reason):
+            leading = self._leading
+            leader, revision = self._board.leader, self._board.leader_revision
+        log.warning("[%s] node %s is lost: %s", self.node_id, node_id, reason)
+        try:
+            if leading is not None:
+                leading.evict(node_id, reason)
                 return
-        with contextlib.suppress(KVUnavailable):
             self._kv.delete(f"{self._prefix}{NODES}{node_id}")
-
-    def publish_store(self, generation: int, address: str) -> None:
-        """Tell the other nodes where the worker store of `generation` listens.
-
-        Raises:
-            KVUnavailable: the store does not answer, or another node has just published.
-        """
-        with self._changed:
-            revision = self._roster.store_revision
-        value = f"{generation} {address}".encode()
-        if self._kv.put(f"{self._prefix}{STORE}", value, if_revision=revision, lease=self._own.lease) is None:
-            raise KVUnavailable("another node published a worker store meanwhile")
-
-    def wait_store(self, generation: int, timeout_s: float) -> str:
-        """The address that `publish_store` told.
-
-        Raises:
-            TimeoutError: the round broke first, or nothing was published within `timeout_s`.
-        """
-        ends_s = time.monotonic() + timeout_s
-        with self._changed:
-            while self._roster.store is None or self._roster.store[0] != generation:
-                if broken := self.broken(generation):
-                    raise TimeoutError(broken.reason)
-                left_s = ends_s - time.monotonic()
-                if left_s <= 0:
-                    raise TimeoutError(f"no worker store within {timeout_s:g} s")
-                self._changed.wait(min(left_s, _TICK_S))
-            return self._roster.store[1]
+            if node_id == leader:
+                self._kv.delete(f"{self._prefix}{LEADER}", if_revision=revision)
+        except KVUnavailable as error:
+            log.warning("[%s] node %s is left to its lease: %s", self.node_id, node_id, error)
 
     def is_spare(self) -> bool:
         """Whether a round runs well without this node."""
         with self._changed:
-            current = self._roster.round
+            current = self._board.round
             return (
                 current is not None
                 and current.place_of(self.node_id) is None
@@ -279,6 +271,12 @@ class Member:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        leading = self._leading
+        if leading is not None:
+            self._resign()
+            leading.join(timeout_s=5)
+            with contextlib.suppress(KVUnavailable):
+                self._kv.put(f"{self._prefix}{LEADER}", f"{self.node_id} {LEFT}".encode(), lease=self._own.lease)
         self._own.stop()
         self._own.leave()
 
@@ -308,14 +306,17 @@ class Member:
                 self._stopping.wait(_RETRY_S)
 
     def _turn(self) -> None:
-        if self.fenced() and self._own.record.status is Status.READY:
-            self._register()  # the workers are stopped: come back as a new, youngest node
-            log.warning("[%s] the lease had ended; joined anew", self.node_id)
+        if self.fenced():
+            self._resign()
+            if self._own.record.status is Status.READY:
+                self._register()  # the workers are stopped: come back as a new, youngest node
+                log.warning("[%s] the lease had ended; joined anew", self.node_id)
         if self._stale:
             self._relist()
-        wake_s = self._act()
-        if self._watch is not None and wake_s > 0:
-            self._apply(self._watch.next(wake_s))
+        if not self.fenced():
+            self._perhaps_lead()
+        if self._watch is not None:
+            self._apply(self._watch.next(_TICK_S))
 
     def _told_why(self, why: str) -> bool:
         """Note what is waited for; whether that is news."""
@@ -327,79 +328,49 @@ class Member:
             return news
 
     def _relist(self) -> None:
-        listing = self._kv.list(self._prefix)
-        entries = [(entry.key.removeprefix(self._prefix), entry) for entry in listing.entries]
+        prefix = f"{self._prefix}{JOB}"
+        listing = self._kv.list(prefix)
         with self._changed:
-            self._tell(self._roster.replace(entries, time.monotonic()))
+            self._board.replace((entry.key.removeprefix(self._prefix), entry) for entry in listing.entries)
             if self._watch is not None:
                 self._watch.cancel()
-            self._watch = self._kv.watch(self._prefix, listing.revision + 1)
+            self._watch = self._kv.watch(prefix, listing.revision + 1)
             self._stale = False
+            self._heed()
 
     def _apply(self, events: tuple[WatchEvent, ...]) -> None:
-        changes = [(event.key.removeprefix(self._prefix), event.entry) for event in events]
-        if changes:
+        if events:
             with self._changed:
-                self._tell(self._roster.apply(changes, time.monotonic()))
+                self._board.apply((event.key.removeprefix(self._prefix), event.entry) for event in events)
+                self._heed()
 
-    def _tell(self, departures: list[Departure]) -> None:
-        current = self._roster.round
-        generation = current.generation if current else 0
-        for gone in departures:
-            if gone.node_id == self.node_id:
-                self._own.fence()
-                self._emit("node_fenced", generation=generation, reason=gone.how)
-            elif gone.how == LEFT:
-                self._emit("node_left", generation=generation, node_left=gone.node_id)
-            else:
-                self._emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how)
+    def _heed(self) -> None:
+        """Act on what the board says of this node itself."""
+        if self._board.counts_as_lost(self.node_id, self._own.registered_revision) and not self.fenced():
+            self._own.fence()
+            current = self._board.round
+            self._emit("node_fenced", generation=current.generation if current else 0, reason="taken for lost")
         self._changed.notify_all()
 
-    def _act(self) -> float:
-        """Carry out what `decide` says; seconds until it has to be asked again."""
-        with self._changed:
-            now_s = time.monotonic()
-            view = self._roster.view()
-            revision = self._roster.round_revision
-            action = decide(view, self.rules, self._planner, now_s)
-        if isinstance(action, Wait):
-            self._told_why(action.why)
-        match action:
-            case Wait(until_s=None):
-                return _TICK_S
-            case Wait(until_s=float(until_s)):
-                return min(_TICK_S, max(0.0, until_s - now_s))
-            case Evict(node_id, reason):
-                self.evict(node_id, reason)
-                return _RETRY_S  # the watch tells that it is gone
-            case Propose(proposed):
-                self._propose(proposed, view.round, revision)
-        return 0.0
-
-    def _propose(self, proposed: Round, current: Round | None, revision: int) -> None:
-        written = self._kv.put(f"{self._prefix}{ROUND}", proposed.to_json(), if_revision=revision)
-        if written is None:
-            log.info("[%s] another node was first to change the round", self.node_id)
-            self._relist()
-            return
-        with self._changed:
-            self._roster.learn_round(proposed, written.revision, time.monotonic())
-            self._changed.notify_all()
-        self._report(proposed, current)
-
-    def _report(self, proposed: Round, current: Round | None) -> None:
-        if proposed.outcome:
-            self._emit("finished", generation=proposed.generation, outcome=proposed.outcome)
-        elif current is not None and proposed.generation == current.generation:
-            self._emit("stop_requested", generation=proposed.generation, reason=proposed.stop)
-        else:
-            self._emit(
-                "round_formed",
-                generation=proposed.generation,
-                reason=proposed.reason,
-                world_size=proposed.world_size,
-                restarts=proposed.restarts,
-                participants=[dataclasses.asdict(p) for p in proposed.participants],
-                spares=list(proposed.spares),
-                mesh=dataclasses.asdict(proposed.mesh) if proposed.mesh else None,
+    def _perhaps_lead(self) -> None:
+        """Lead where nobody does; stop where another node does."""
+        if not self._board.leader:
+            written = self._kv.put(
+                f"{self._prefix}{LEADER}", self.node_id.encode(), if_revision=0, lease=self._own.lease
             )
+            if written is not None:
+                with self._changed:
+                    self._board.apply([(LEADER, written)])
+        if self._board.leader != self.node_id:
+            self._resign()
+            self._told_why(f"node {self._board.leader} leads" if self._board.leader else "a leader is being chosen")
+        elif self._leading is None:
+            predecessor, grace_s = self._board.predecessor, self._own.lease_ttl_s
+            with self._changed:
+                self._leading = Leadership(self._office, grace_s=grace_s, predecessor=predecessor)
+
+    def _resign(self) -> None:
+        with self._changed:
+            leading, self._leading = self._leading, None
+        if leading is not None:
+            leading.end()

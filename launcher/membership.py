@@ -1,15 +1,18 @@
 """Who is in the job: a pure state machine over node records and the current round.
 
-Every node keeps a `Node` record under a lease. The oldest live node leads; only the leader's `decide` answers with
-anything but `Wait`. The current `Round` is one record, replaced by compare-and-swap, so two nodes that both believe
-to lead cannot both succeed. A round's life::
+Every node keeps a `Node` record under a lease. One node leads: it follows all records and decides. The others follow
+the current `Round` only, so that what a node hears does not grow with the job. The round is one record, replaced by
+compare-and-swap, so two nodes that both believe to lead cannot both succeed. A round's life::
 
-    proposed ──► running ──► broken ──────────────────────────► the next round is proposed
+    proposed ──► complete ──► broken ──────────────────────────► the next round is proposed
                     │           ▲
                     │           ├── a participant is gone (lease ended, left, evicted), or
                     │           └── one stopped its workers (failure, or they yielded at a step boundary)
                     ├── `stop` set: the leader wants another round; workers yield at a step boundary
                     └── `outcome` set: the job is over
+
+Workers start once the round is complete: every participant has joined. So the leader never takes a node for one that
+waits while its workers run: a node that has joined says when they have stopped.
 
 A record's `generation` is the last one it joined. That makes the states of a participant unambiguous: an older
 generation means that it has not yet seen the round, the round's own with status READY means that it has left it.
@@ -24,7 +27,7 @@ from dataclasses import dataclass, field
 
 from launcher.forming import Formation, Planner, form
 from launcher.mesh import MeshPlan
-from launcher.records import SUCCEEDED, Node, Round, Status, describe
+from launcher.records import SUCCEEDED, Breakage, Node, Round, Status, describe
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class View:
-    """What one node knows. Times are its own monotonic clock's.
+    """What the leader knows. Times are its own monotonic clock's.
 
     `nodes_changed_s`: when the set of records last changed; `broken_s`: when the round was first seen broken (or
     this node began to wait for the first one); `formed_s`: when the round was first seen; `departed`: node -> how it
-    went ("lost: ...", "left: ...").
+    went ("lost: ...", "left: ..."); `awaited`: participants that were not there when this node began to lead, and that
+    may still come back until `awaited_until_s` (after an outage of the store, say).
     """
 
-    me: str
     nodes: tuple[Node, ...]
     round: Round | None
     nodes_changed_s: float
@@ -58,6 +61,8 @@ class View:
     broken_s: float
     lineage: str
     departed: Mapping[str, str] = field(default_factory=dict)
+    awaited: frozenset[str] = frozenset()
+    awaited_until_s: float = 0.0
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Node]:
@@ -66,11 +71,6 @@ class View:
     def node(self, node_id: str) -> Node | None:
         """The live record of a node."""
         return self._by_id.get(node_id)
-
-    @property
-    def leader(self) -> Node | None:
-        """The oldest live node."""
-        return min(self.nodes, key=lambda n: n.seniority, default=None)
 
 
 @dataclass(frozen=True)
@@ -99,33 +99,32 @@ class Evict:
 Action = Wait | Propose | Evict
 
 
-@dataclass(frozen=True)
-class Breakage:
-    """Why a round cannot go on. `graceful`: every node that stopped did so at the step boundary it was asked to."""
-
-    reason: str
-    graceful: bool
-
-
 def breakage(view: View) -> Breakage | None:
-    """Why the current round cannot go on, or None while it can."""
-    if view.round is None:
+    """Why the current round cannot go on, or None while it can. What was told once stays: nothing mends a round."""
+    current = view.round
+    if current is None:
         return None
-    gone = [(p.node_id, how) for p in view.round.participants if (how := _how_gone(view, view.round, p.node_id))]
+    gone = [(p.node_id, how) for p in current.participants if (how := _how_gone(view, current, p.node_id))]
     if not gone:
-        return None
-    members = [n for p in view.round.participants if (n := view.node(p.node_id))]
-    failed = any(n.failure and n.generation == view.round.generation for n in members)
-    lost = any(how.startswith("lost") for _, how in gone)
-    reason = "; ".join(f"node {node_id} {how}" for node_id, how in gone)
-    return Breakage(reason, graceful=bool(view.round.stop) and not failed and not lost)
+        return current.broken
+    told = current.broken
+    members = [n for p in current.participants if (n := view.node(p.node_id))]
+    failed = any(n.failure and n.generation == current.generation for n in members)
+    lost = {node_id for node_id, _ in gone if view.node(node_id) is None} | set(told.lost if told else ())
+    yielded = all((n := view.node(node_id)) is not None and n.yielded for node_id, _ in gone)
+    return Breakage(
+        reason="; ".join(f"node {node_id} {how}" for node_id, how in gone),
+        graceful=not failed and (bool(current.stop) or yielded) and not any(how.startswith("lost") for _, how in gone),
+        lost=tuple(p.node_id for p in current.participants if p.node_id in lost),
+        all_stopped=all(n.status in (Status.STOPPING, Status.READY) for n in members),
+    )
 
 
 def _how_gone(view: View, current: Round, node_id: str) -> str | None:
     """How a participant left the round, or could not join it; None while it takes part."""
     node = view.node(node_id)
     if node is None:
-        return view.departed.get(node_id, "lost")
+        return None if node_id in view.awaited else view.departed.get(node_id, "lost")
     if node.generation == current.generation and node.status not in (Status.RUNNING, Status.DONE):
         return node.reason or node.status.value
     if node.generation < current.generation and (node.draining or node.status is Status.EXCLUDED):
@@ -134,20 +133,39 @@ def _how_gone(view: View, current: Round, node_id: str) -> str | None:
 
 
 def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
-    """What this node should do now."""
-    leader = view.leader
-    if leader is None or leader.node_id != view.me:
-        return Wait("another node leads")
-    if view.round is None:
+    """What the leader should do now."""
+    current = view.round
+    if current is None:
         return _first_round(view, rules, planner, now_s)
-    if view.round.outcome:
-        return Wait(f"the job is over: {view.round.outcome}")
-    if breakage(view):
-        return _next_round(view, view.round, rules, planner, now_s)
-    return _running_round(view, view.round, rules, planner, now_s)
+    if current.outcome:
+        return Wait(f"the job is over: {current.outcome}")
+    broken = breakage(view)
+    if broken and _is_news(broken, current.broken) and _busy(view, current):
+        return Propose(dataclasses.replace(current, broken=broken))
+    if view.awaited:
+        return Wait(f"no word yet from {', '.join(sorted(view.awaited))}", view.awaited_until_s)
+    if broken is None:
+        return _running_round(view, current, rules, planner, now_s)
+    return _next_round(view, current, broken, rules, planner, now_s)
+
+
+def _is_news(broken: Breakage, told: Breakage | None) -> bool:
+    """Whether nodes whose workers run have to hear more than they were told."""
+    if told is None:
+        return True
+    ends_yielding = told.graceful and not broken.graceful
+    all_yielded = broken.graceful and broken.all_stopped and not told.all_stopped
+    return ends_yielding or all_yielded or not set(broken.lost) <= set(told.lost)
+
+
+def _busy(view: View, current: Round) -> list[Node]:
+    """Participants that have not yet said that their workers are stopped."""
+    present = (view.node(p.node_id) for p in current.participants)
+    return [n for n in present if n and n.status in (Status.RUNNING, Status.STOPPING, Status.DONE)]
 
 
 def _candidates(view: View) -> list[Node]:
+    """Nodes that a round may be formed of."""
     return [n for n in view.nodes if n.status is Status.READY and not n.draining]
 
 
@@ -184,6 +202,8 @@ def _running_round(view: View, current: Round, rules: Rules, planner: Planner, n
         if now_s >= until_s:
             return Evict(late[0], f"did not join generation {current.generation} within {rules.stop_timeout_s:g} s")
         return Wait(f"{', '.join(late)} still joins", until_s)
+    if not current.complete:
+        return Propose(dataclasses.replace(current, complete=True, worker_store=members[0].worker_store))
     if any(n.status is Status.DONE for n in members):
         return Wait("the job is about to finish")
     if leaving := [n for n in members if n.draining]:
@@ -207,33 +227,30 @@ def _perhaps_grow(
     return Propose(dataclasses.replace(current, stop=f"join: {named}"))
 
 
-def _next_round(view: View, current: Round, rules: Rules, planner: Planner, now_s: float) -> Action:
+def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, planner: Planner, now_s: float) -> Action:
     present = [n for p in current.participants if (n := view.node(p.node_id))]
     failures = [n.failure for n in present if n.failure and n.generation == current.generation]
-    gone = [p.node_id for p in current.participants if view.node(p.node_id) is None]
     if failures and not all(f.restartable for f in failures):
         final = min((f for f in failures if not f.restartable), key=lambda f: f.ts)
         return Propose(dataclasses.replace(current, outcome=f"failed: {describe(final)}"))
-    busy = [n for n in present if n.status in (Status.RUNNING, Status.STOPPING, Status.DONE)]
-    if busy:
+    if busy := _busy(view, current):
         until_s = view.broken_s + rules.stop_timeout_s
         if now_s >= until_s:
             reason = f"did not stop its workers within {rules.stop_timeout_s:g} s"
             return Evict(busy[0].node_id, reason)
         return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
     restarts = current.restarts
-    if failures and not gone:  # a worker that failed because its peer died is not charged
+    if failures and not broken.lost:  # a worker that failed because its peer died is not charged
         first = min(failures, key=lambda f: f.ts)
         if restarts >= rules.max_restarts:
             budget = f"restarts used: {restarts} of {rules.max_restarts}"
             return Propose(dataclasses.replace(current, outcome=f"failed: {describe(first)}; {budget}"))
         restarts += 1
         reason = describe(first)
-    elif gone:
-        reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in gone)
+    elif broken.lost:
+        reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in broken.lost)
     else:
-        broken = breakage(view)
-        reason = current.stop or (broken.reason if broken else "a new round")
+        reason = current.stop or broken.reason
     ready = _candidates(view)
     if len(ready) < rules.min_nodes:
         return _short(view, rules, len(ready), now_s)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launcher.probe import connect, is_refused
-from launcher.records import Node, Round
+from launcher.records import Participant, Round
 
 _NUM_WATCHED = 2
 _CONNECT_TIMEOUT_S = 2.0
@@ -24,12 +24,12 @@ _NUM_PROBES = 6
 _PROBE_PERIOD_S = 0.1
 
 
-def watched_by(current: Round, node_id: str) -> list[str]:
+def watched_by(current: Round, node_id: str) -> list[Participant]:
     """The participants that `node_id` watches: the next ones in rank order, around the end."""
-    order = [p.node_id for p in current.participants]
-    if node_id not in order:
+    order = current.participants
+    own = current.place_of(node_id)
+    if own is None:
         return []
-    own = order.index(node_id)
     return [order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1)]
 
 
@@ -40,13 +40,13 @@ class Neighbours:
         """`report(node_id, reason)` is called for a neighbour that died, from the watching thread."""
         self._report = report
         self._lock = threading.Lock()
-        self._wanted: dict[str, Node] = {}
+        self._wanted: dict[str, Participant] = {}
         self._closed = False
         self._wake_r, self._wake_w = os.pipe()
         self._thread = threading.Thread(target=self._follow, name="neighbours", daemon=True)
         self._thread.start()
 
-    def watch(self, nodes: Sequence[Node]) -> None:
+    def watch(self, nodes: Sequence[Participant]) -> None:
         """Watch these nodes and no others."""
         with self._lock:
             self._wanted = {node.node_id: node for node in nodes}
@@ -73,7 +73,7 @@ class Neighbours:
                     if key.fd == self._wake_r:
                         os.read(self._wake_r, 4096)
                     elif _ended(key.fileobj):
-                        node: Node = key.data
+                        node: Participant = key.data
                         self._unlink(selector, links, node.node_id)
                         self._examine(node)
             for node_id in list(links):
@@ -100,7 +100,7 @@ class Neighbours:
         selector.unregister(link)
         link.close()
 
-    def _examine(self, node: Node) -> None:
+    def _examine(self, node: Participant) -> None:
         """A link is gone: dead, or only the link. Either way the next `watch` starts over."""
         with self._lock:
             self._wanted.pop(node.node_id, None)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from launcher.records import Node
+from launcher.records import Participant
 
 _TIMEOUT_S = 1.0
 _PARALLEL = 32
@@ -76,10 +76,10 @@ def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
     return False
 
 
-def report_dead(peers: Iterable[Node], report: Callable[[str, str], None]) -> None:
+def report_dead(peers: Iterable[Participant], report: Callable[[str, str], None]) -> None:
     """Probe `peers` in parallel, in the background; `report(node_id, reason)` for each that refuses."""
 
-    def probe(peer: Node) -> None:
+    def probe(peer: Participant) -> None:
         if is_refused(peer.address, peer.port):
             report(peer.node_id, f"its agent at {peer.address}:{peer.port} is gone (connection refused)")
 

@@ -22,7 +22,7 @@ class Status(StrEnum):
     """What a node does."""
 
     READY = "ready"  # waits for a round later than its generation
-    RUNNING = "running"  # its workers run in its generation
+    RUNNING = "running"  # has joined its generation; its workers run once all have
     STOPPING = "stopping"  # its workers are being stopped
     DONE = "done"  # its workers finished their work in its generation
     EXCLUDED = "excluded"  # alive, but may not take part
@@ -54,6 +54,8 @@ class Node:
     draining: bool = False
     reason: str = ""
     failure: Failure | None = None
+    yielded: bool = False  # its workers stopped at a step boundary that all ranks agreed on
+    worker_store: str = ""  # "ADDRESS PORT" of the store that it hosts for the workers of its generation
     seniority: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:
@@ -77,15 +79,35 @@ class Node:
 
 @dataclass(frozen=True)
 class Participant:
-    """A node's place in a round: how many workers it runs (at most its slots)."""
+    """A node's place in a round: how many workers it runs (at most its slots), and where its doorbell is."""
 
     node_id: str
     slots: int
+    address: str = field(default="", compare=False)
+    port: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """Why a round cannot go on.
+
+    `graceful`: every node that stopped did so at a step boundary, so the others' workers come to it too. `lost`: the
+    participants whose record is gone. `all_stopped`: no node's workers need another's any more.
+    """
+
+    reason: str
+    graceful: bool
+    lost: tuple[str, ...] = ()
+    all_stopped: bool = False
 
 
 @dataclass(frozen=True)
 class Round:
-    """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker."""
+    """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker.
+
+    `complete`: every participant has joined; no worker of the generation is started before. `worker_store`: then also
+    "ADDRESS PORT" where its workers meet.
+    """
 
     generation: int
     lineage: str
@@ -94,7 +116,10 @@ class Round:
     spares: tuple[str, ...]
     reason: str
     restarts: int = 0
+    complete: bool = False
+    worker_store: str = ""
     stop: str = ""
+    broken: Breakage | None = None
     outcome: str = ""
 
     @property
@@ -107,8 +132,12 @@ class Round:
         return next((i for i, p in enumerate(self.participants) if p.node_id == node_id), None)
 
     def to_json(self) -> bytes:
-        """The round as stored."""
-        return json.dumps(dataclasses.asdict(self)).encode()
+        """The round as stored: small, because every node reads every version of it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["participants"] = [(p.node_id, p.slots, p.address, p.port) for p in self.participants]
+        for name in ("mesh", "broken"):
+            fields[name] = fields[name] and dataclasses.asdict(fields[name])
+        return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Round:
@@ -118,9 +147,11 @@ class Round:
             ValueError, TypeError, KeyError: it is not one of this version.
         """
         fields: dict[str, Any] = json.loads(data)
-        fields["participants"] = tuple(Participant(**p) for p in fields["participants"])
+        fields["participants"] = tuple(Participant(*p) for p in fields["participants"])
         fields["spares"] = tuple(fields["spares"])
         fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
+        if broken := fields["broken"]:
+            fields["broken"] = Breakage(**{**broken, "lost": tuple(broken["lost"])})
         return cls(**fields)
 
 

@@ -26,6 +26,7 @@ from launcher.records import Round, Status
 
 log = logging.getLogger(__name__)
 
+_JOIN_MARGIN_S = 30.0  # the leader leaves out who does not join within the job's `stop_timeout`
 _STORE_TIMEOUT_S = 60.0
 _STORE_CONNECT_TIMEOUT_S = 5.0
 
@@ -83,7 +84,6 @@ class MemberRendezvous(RendezvousHandler):
             assert place is not None
             try:
                 store, info = self._host(found.generation) if place == 0 else self._connect(found.generation)
-                self._member.join(found.generation, _STORE_TIMEOUT_S)
             except (
                 KVUnavailable,
                 TimeoutError,
@@ -109,14 +109,18 @@ class MemberRendezvous(RendezvousHandler):
             timeout=timedelta(seconds=_STORE_TIMEOUT_S),
             master_listen_fd=listener.detach(),
         )
-        self._member.publish_store(generation, f"{self._address} {port}")
+        self._join(generation, worker_store=f"{self._address} {port}")
         return store, RendezvousStoreInfo(self._address, port)
 
     def _connect(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
-        address, _, port_text = self._member.wait_store(generation, _STORE_TIMEOUT_S).rpartition(" ")
+        address, _, port_text = self._join(generation).worker_store.rpartition(" ")
         store = TCPStore(address, int(port_text), is_master=False, timeout=timedelta(seconds=_STORE_CONNECT_TIMEOUT_S))
         store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
         return store, RendezvousStoreInfo(address, int(port_text))
+
+    def _join(self, generation: int, worker_store: str = "") -> Round:
+        timeout_s = self._member.rules.stop_timeout_s + _JOIN_MARGIN_S
+        return self._member.join(generation, timeout_s, worker_store=worker_store)
 
     def num_nodes_waiting(self) -> int:
         """1 while the workers should be restarted: a participant is gone, or a better round can be formed."""

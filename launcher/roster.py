@@ -1,12 +1,14 @@
-"""What one node has learnt from the store: who lives, the current round, where its workers meet. No thread, no I/O.
+"""What the nodes know of the job. No thread, no I/O.
 
-Keys are relative to the run's prefix: `nodes/NODE_ID`, `round`, and `store` ("GENERATION ADDRESS PORT").
+Keys are relative to the run's prefix: `nodes/NODE_ID` for each node's record, and under `job/` what every node follows:
+`job/round`, and `job/leader` ("NODE_ID", or "NODE_ID left"; under the leader's lease). A `Board` is what every node
+knows, a `Roster` what the leader does.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from launcher.kv import Entry
@@ -22,8 +24,11 @@ def run_prefix(run_id: str) -> str:
 
 
 NODES = "nodes/"
-ROUND = "round"
-STORE = "store"
+JOB = "job/"
+ROUND = f"{JOB}round"
+LEADER = f"{JOB}leader"
+
+LEASE_ENDED = "lost: its lease ended"
 
 
 @dataclass(frozen=True)
@@ -34,25 +39,86 @@ class Departure:
     how: str
 
 
-class Roster:
-    """Times are the caller's monotonic clock's."""
+class Board:
+    """The round and who leads, as the store last showed them."""
 
-    def __init__(self, me: str, lineage: str, now_s: float) -> None:
+    def __init__(self) -> None:
+        self.round: Round | None = None
+        self.round_revision = 0
+        self.leader = ""
+        self.leader_revision = 0
+        self.predecessor: Departure | None = None
+        """The leader that this board last saw go, as far as it did."""
+        self._leader_left = False
+
+    def replace(self, entries: Iterable[tuple[str, Entry]]) -> None:
+        """Learn a whole listing. Who led before, and how that ended, is not known any more."""
+        listed = dict(entries)
+        if ROUND not in listed:
+            self.round, self.round_revision = None, 0
+        self.leader, self.leader_revision, self.predecessor = "", 0, None
+        self.apply(listed.items())
+
+    def apply(self, changes: Iterable[tuple[str, Entry | None]]) -> None:
+        """Learn changes in the order in which the store made them."""
+        for key, entry in changes:
+            if key == ROUND:
+                self._take_round(entry)
+            elif key == LEADER:
+                self._take_leader(entry)
+
+    def _take_round(self, entry: Entry | None) -> None:
+        if entry is None:
+            self.round, self.round_revision = None, 0
+        elif (found := read_round(entry)) is not None:
+            self.round, self.round_revision = found, entry.revision
+
+    def _take_leader(self, entry: Entry | None) -> None:
+        if entry is None:
+            how = LEFT if self._leader_left else LEASE_ENDED
+            self.predecessor = Departure(self.leader, how) if self.leader else None
+            self.leader, self.leader_revision = "", 0
+        else:
+            self.leader, _, left = entry.value.decode().partition(" ")
+            self._leader_left = left == LEFT
+            self.leader_revision = entry.revision
+
+    def counts_as_lost(self, node_id: str, since_revision: int) -> bool:
+        """Whether the leader took this node for lost after it had registered at `since_revision`."""
+        broken = self.round.broken if self.round else None
+        return broken is not None and node_id in broken.lost and self.round_revision > since_revision
+
+
+def read_round(entry: Entry) -> Round | None:
+    """The round in an entry; None, and a line in the log, where it is not one of this version."""
+    try:
+        return Round.from_json(entry.value)
+    except (ValueError, TypeError, KeyError) as error:
+        log.error("ignored %s, not a record of this version: %s", entry.key, error)
+        return None
+
+
+class Roster:
+    """All nodes and the round, as the leader sees them. Times are the caller's monotonic clock's."""
+
+    def __init__(self, lineage: str, now_s: float, *, grace_s: float, departed: Mapping[str, str]) -> None:
+        """`grace_s`: for so long participants that the first listing does not show are awaited, before they count as
+        lost; except those whose going is known (`departed`: node -> how).
+        """
         self.nodes: dict[str, Node] = {}
         self.round: Round | None = None
         self.round_revision = 0
-        self.store: tuple[int, str] | None = None
-        self.store_revision = 0
-        self._me = me
         self._lineage = lineage
-        self._departed: dict[str, str] = {}
+        self._departed = dict(departed)
+        self._grace_s = grace_s
+        self._awaited: frozenset[str] | None = None  # not listed yet
+        self._awaited_until_s = 0.0
         self._nodes_changed_s = self._formed_s = self._broken_s = now_s
         self._was_broken = True
 
     def view(self) -> View:
         """What `membership.decide` wants to know."""
         return View(
-            me=self._me,
             nodes=tuple(self.nodes.values()),
             round=self.round,
             nodes_changed_s=self._nodes_changed_s,
@@ -60,20 +126,32 @@ class Roster:
             broken_s=self._broken_s,
             lineage=self._lineage,
             departed=self._departed,
+            awaited=self._awaited or frozenset(),
+            awaited_until_s=self._awaited_until_s,
         )
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """Participants that may still come back."""
+        return self._awaited or frozenset()
 
     def replace(self, entries: Iterable[tuple[str, Entry]], now_s: float) -> list[Departure]:
         """Learn a whole listing; what is missing from it is gone (all of it, where the store was lost)."""
         listed = dict(entries)
         if ROUND not in listed:
             self.round, self.round_revision = None, 0
-        if STORE not in listed:
-            self.store, self.store_revision = None, 0
         gone = [self._forget(n, now_s) for n in list(self.nodes) if f"{NODES}{n}" not in listed]
         for key, entry in listed.items():
             self._learn(key, entry, now_s)
-        self._settle(now_s)
-        return gone
+        if self._awaited is None:
+            gone += self._await_the_absent(now_s)
+        return gone + self.settle(now_s)
+
+    def _await_the_absent(self, now_s: float) -> list[Departure]:
+        absent = [p.node_id for p in self.round.participants if p.node_id not in self.nodes] if self.round else []
+        self._awaited = frozenset(n for n in absent if n not in self._departed)
+        self._awaited_until_s = now_s + self._grace_s
+        return [Departure(n, self._departed[n]) for n in absent if n in self._departed]
 
     def apply(self, changes: Iterable[tuple[str, Entry | None]], now_s: float) -> list[Departure]:
         """Learn changes in the order in which the store made them."""
@@ -81,17 +159,14 @@ class Roster:
         for key, entry in changes:
             if entry is not None:
                 self._learn(key, entry, now_s)
-            elif key == STORE:
-                self.store, self.store_revision = None, 0
             elif key.startswith(NODES) and (node_id := key.removeprefix(NODES)) in self.nodes:
                 gone.append(self._forget(node_id, now_s))
-        self._settle(now_s)
-        return gone
+        return gone + self.settle(now_s)
 
     def learn_round(self, current: Round, revision: int, now_s: float) -> None:
         """Learn a round that this node itself proposed, ahead of the watch."""
         self._take_round(current, revision, now_s)
-        self._settle(now_s)
+        self.settle(now_s)
 
     def presume_lost(self, node_id: str, reason: str) -> bool:
         """Note why a node's record is about to go; False if it is gone or leaves of its own accord."""
@@ -101,22 +176,42 @@ class Roster:
         self._departed[node_id] = f"lost: {reason}"
         return True
 
+    def give_up(self, node_id: str, reason: str, now_s: float) -> list[Departure]:
+        """An awaited node will not come back."""
+        if node_id not in self.awaited:
+            return []
+        self._awaited = self.awaited - {node_id}
+        self._departed[node_id] = f"lost: {reason}"
+        return [Departure(node_id, self._departed[node_id]), *self.settle(now_s)]
+
+    def settle(self, now_s: float) -> list[Departure]:
+        """Note what time has changed: when the round broke, and who was awaited for too long."""
+        overdue: list[Departure] = []
+        if self.awaited and now_s >= self._awaited_until_s:
+            overdue = [Departure(n, "lost: its record is gone") for n in sorted(self.awaited)]
+            self._departed.update((gone.node_id, gone.how) for gone in overdue)
+            self._awaited = frozenset()
+        broken = self.round is None or breakage(self.view()) is not None
+        if broken and not self._was_broken:
+            self._broken_s = now_s
+        self._was_broken = broken
+        return overdue
+
     def _learn(self, key: str, entry: Entry, now_s: float) -> None:
-        try:
-            if key.startswith(NODES):
+        if key == ROUND:
+            if (found := read_round(entry)) is not None and entry.revision > self.round_revision:
+                self._take_round(found, entry.revision, now_s)
+        elif key.startswith(NODES):
+            try:
                 self._take_node(Node.from_json(entry.value, entry.create_revision), now_s)
-            elif key == ROUND:
-                self._take_round(Round.from_json(entry.value), entry.revision, now_s)
-            elif key == STORE:
-                generation, _, address = entry.value.decode().partition(" ")
-                self.store, self.store_revision = (int(generation), address), entry.revision
-        except (ValueError, TypeError, KeyError) as error:
-            log.error("ignored %s, not a record of this version: %s", entry.key, error)
+            except (ValueError, TypeError, KeyError) as error:
+                log.error("ignored %s, not a record of this version: %s", entry.key, error)
 
     def _take_node(self, node: Node, now_s: float) -> None:
         if node.node_id not in self.nodes:
             self._nodes_changed_s = now_s
             self._departed.pop(node.node_id, None)
+            self._awaited = self._awaited and self._awaited - {node.node_id}
         self.nodes[node.node_id] = node
 
     def _take_round(self, current: Round, revision: int, now_s: float) -> None:
@@ -128,11 +223,5 @@ class Roster:
     def _forget(self, node_id: str, now_s: float) -> Departure:
         node = self.nodes.pop(node_id)
         self._nodes_changed_s = now_s
-        how = LEFT if node.reason == LEFT else "lost: its lease ended"
+        how = LEFT if node.reason == LEFT else LEASE_ENDED
         return Departure(node_id, self._departed.setdefault(node_id, how))
-
-    def _settle(self, now_s: float) -> None:
-        broken = self.round is None or breakage(self.view()) is not None
-        if broken and not self._was_broken:
-            self._broken_s = now_s
-        self._was_broken = broken

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launcher.forming import form, rank_order
 from launcher.membership import Evict, Propose, Rules, View, Wait, breakage, decide
 from launcher.mesh import Infeasible, MeshPlan
-from launcher.records import SUCCEEDED, Failure, Node, Participant, Round, Status
+from launcher.records import SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
 LIMITS = {"min_nodes": RULES.min_nodes, "max_nodes": RULES.max_nodes}
@@ -41,18 +41,29 @@ def round_of(*names: str, **fields) -> Round:
             "mesh": None,
             "spares": (),
             "reason": "",
+            "complete": True,
             **fields,
         }
     )
 
 
-def view(nodes: tuple[Node, ...], current: Round | None = None, me: str = "a", **fields) -> View:
+def view(nodes: tuple[Node, ...], current: Round | None = None, **fields) -> View:
     times = {"nodes_changed_s": 0.0, "formed_s": 0.0, "broken_s": 0.0}
-    return View(me=me, nodes=nodes, round=current, lineage="L", **{**times, **fields})
+    return View(nodes=nodes, round=current, lineage="L", **{**times, **fields})
 
 
 def act(seen: View, now_s: float = 100.0, rules: Rules = RULES, planner=every_slot):
-    return decide(seen, rules, planner, now_s)
+    """What is decided once all have been told that the round is broken, where it is."""
+    action = decide(seen, rules, planner, now_s)
+    if isinstance(action, Propose) and seen.round and action.round.broken != seen.round.broken:
+        return decide(dataclasses.replace(seen, round=action.round), rules, planner, now_s)
+    return action
+
+
+def told(seen: View) -> Breakage | None:
+    """What the leader tells of the round before anything else, if it does."""
+    action = decide(seen, RULES, every_slot, 100.0)
+    return action.round.broken if isinstance(action, Propose) and action.round.generation == 1 else None
 
 
 class TestFirstRound:
@@ -70,11 +81,6 @@ class TestFirstRound:
         assert act(seen, now_s=11.0) == Wait("last call", 12.0)
         assert isinstance(act(seen, now_s=12.0), Propose)
 
-    def test_only_the_oldest_node_proposes(self) -> None:
-        nodes = (node("a", 7), node("b", 5))
-        assert isinstance(act(view(nodes, me="a")), Wait)
-        assert isinstance(act(view(nodes, me="b")), Propose)
-
     def test_too_few_nodes_for_too_long_end_the_job(self) -> None:
         seen = view((node("a"),))
         assert isinstance(act(seen, now_s=RULES.quorum_timeout_s - 1), Wait)
@@ -86,6 +92,52 @@ class TestFirstRound:
         action = act(view((node("a", generation=7), node("b"), node("c"))))
         assert isinstance(action, Propose)
         assert action.round.generation == 8
+
+
+class TestTelling:
+    """Only the leader sees every record: what breaks a round is told in the round."""
+
+    def test_a_round_is_complete_once_all_have_joined(self) -> None:
+        a, b = running("a", "b")
+        forming = round_of("b", "a", complete=False)
+        assert isinstance(act(view((a, node("b")), forming), now_s=1.0), Wait)
+        action = act(view((a, dataclasses.replace(b, worker_store="host 1")), forming))
+        assert action == Propose(dataclasses.replace(forming, complete=True, worker_store="host 1"))
+
+    def test_who_runs_workers_hears_of_a_loss_and_who_is_lost(self) -> None:
+        seen = view(running("a", "c"), round_of("a", "b", "c"), departed={"b": "lost: gone"})
+        assert told(seen) == Breakage("node b lost: gone", graceful=False, lost=("b",))
+
+    def test_what_all_know_is_not_told_again(self) -> None:
+        a, c = running("a", "c")
+        seen = view((dataclasses.replace(a, status=Status.STOPPING, reason="b lost"), c), round_of("a", "b", "c"))
+        first = told(view((a, c), seen.round))
+        assert told(dataclasses.replace(seen, round=dataclasses.replace(seen.round, broken=first))) is None
+
+    def test_a_second_loss_is_told_too(self) -> None:
+        current = round_of("a", "b", "c", broken=Breakage("node b lost", graceful=False, lost=("b",)))
+        assert told(view(running("a"), current)).lost == ("b", "c")
+
+    def test_nodes_that_yielded_take_the_others_with_them(self) -> None:
+        stopping = {"status": Status.STOPPING, "generation": 1, "reason": "yielded", "yielded": True}
+        current = round_of("a", "b")
+        first = told(view((node("a", **stopping), *running("b")), current))
+        assert first == Breakage("node a yielded", graceful=True)
+        both = view((node("a", **stopping), node("b", **stopping)), dataclasses.replace(current, broken=first))
+        assert told(both).all_stopped
+
+    def test_a_failure_among_nodes_that_yield_ends_the_waiting(self) -> None:
+        broken = Breakage("node a yielded", graceful=True)
+        stopping = node("a", status=Status.STOPPING, generation=1, reason="failed", failure=FAILURE)
+        assert not told(view((stopping, *running("b")), round_of("a", "b", broken=broken))).graceful
+
+    def test_nodes_that_may_come_back_are_not_lost_yet(self) -> None:
+        seen = view(running("a", "c"), round_of("a", "b", "c"), awaited=frozenset("b"), awaited_until_s=102.0)
+        assert act(seen) == Wait("no word yet from b", 102.0)
+
+    def test_a_loss_is_told_though_another_node_is_awaited(self) -> None:
+        seen = view(running("c"), round_of("a", "b", "c"), departed={"a": "lost"}, awaited=frozenset("b"))
+        assert told(seen) == Breakage("node a lost", graceful=False, lost=("a",))
 
 
 class TestLoss:

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.neighbours import Neighbours, watched_by
 from launcher.probe import Doorbell, is_refused
-from launcher.records import Node, Participant, Round
+from launcher.records import Participant, Round
 from tests.cluster import until
 
 BELL = """
@@ -40,26 +40,30 @@ def neighbours(reports: Reports) -> Iterator[Neighbours]:
 
 
 @pytest.fixture
-def peer() -> Iterator[tuple[subprocess.Popen[str], Node]]:
+def peer() -> Iterator[tuple[subprocess.Popen[str], Participant]]:
     with subprocess.Popen([sys.executable, "-c", BELL], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        yield process, Node(node_id="peer", host="h", address="127.0.0.1", port=port, slots=1)
+        yield process, Participant("peer", 1, "127.0.0.1", port)
         process.kill()
+
+
+def names(watched: list[Participant]) -> list[str]:
+    return [p.node_id for p in watched]
 
 
 def test_the_next_two_are_watched_around_the_end() -> None:
     current = Round(1, "L", tuple(Participant(n, 1) for n in "abcd"), None, (), "")
-    assert watched_by(current, "a") == ["b", "c"]
-    assert watched_by(current, "d") == ["a", "b"]
+    assert names(watched_by(current, "a")) == ["b", "c"]
+    assert names(watched_by(current, "d")) == ["a", "b"]
     assert watched_by(current, "x") == []
     two = Round(1, "L", tuple(Participant(n, 1) for n in "ab"), None, (), "")
-    assert watched_by(two, "b") == ["a"]
+    assert names(watched_by(two, "b")) == ["a"]
     assert watched_by(Round(1, "L", (Participant("a", 1),), None, (), ""), "a") == []
 
 
 def test_a_killed_neighbour_is_reported(
-    neighbours: Neighbours, reports: Reports, peer: tuple[subprocess.Popen[str], Node]
+    neighbours: Neighbours, reports: Reports, peer: tuple[subprocess.Popen[str], Participant]
 ) -> None:
     process, node = peer
     neighbours.watch([node])
@@ -74,7 +78,7 @@ def test_a_killed_neighbour_is_reported(
 def test_a_neighbour_that_is_already_dead_is_reported(neighbours: Neighbours, reports: Reports) -> None:
     bell = Doorbell("127.0.0.1")
     bell.close()
-    neighbours.watch([Node(node_id="gone", host="h", address="127.0.0.1", port=bell.port, slots=1)])
+    neighbours.watch([Participant("gone", 1, "127.0.0.1", bell.port)])
     until("reported", lambda: reports)
 
 
@@ -82,7 +86,7 @@ def test_a_link_that_breaks_is_not_a_death(neighbours: Neighbours, reports: Repo
     with socket.create_server(("127.0.0.1", 0)) as alive:
         alive.settimeout(20)
         port = alive.getsockname()[1]
-        neighbours.watch([Node(node_id="alive", host="h", address="127.0.0.1", port=port, slots=1)])
+        neighbours.watch([Participant("alive", 1, "127.0.0.1", port)])
         alive.accept()[0].close()
         alive.accept()[0].close()  # it asks whether somebody is there
         neighbours.close()

@@ -209,7 +209,7 @@ def test_a_script_that_fails_ends_the_job_for_all(job: Job) -> None:
     nodes = [job.start(name, FAILS, "3", max_restarts=1) for name in ("first", "second")]
     assert [node.wait() for node in nodes] == [1, 1]
     with job.store() as kv:
-        entry = kv.get(f"elastic-moe/{job.run_id}/round")
+        entry = kv.get(f"elastic-moe/{job.run_id}/job/round")
     assert entry is not None
     assert Round.from_json(entry.value).outcome.startswith("failed: worker of rank")
 
@@ -280,11 +280,11 @@ class TestReopening:
         try:
             assert not reopen_failed(kv, run_id)
             ended = Round(1, "lineage", (Participant("a", 1),), None, (), "first round", outcome=outcome)
-            kv.put(f"elastic-moe/{run_id}/round", ended.to_json())
+            kv.put(f"elastic-moe/{run_id}/job/round", ended.to_json())
             if with_node:
                 node = Node("a", "a", "127.0.0.1", 1, 1)
                 kv.put(f"elastic-moe/{run_id}/nodes/a", node.to_json())
             assert reopen_failed(kv, run_id) is reopened
-            assert (kv.get(f"elastic-moe/{run_id}/round") is None) is reopened
+            assert (kv.get(f"elastic-moe/{run_id}/job/round") is None) is reopened
         finally:
             kv.close()

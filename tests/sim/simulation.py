@@ -1,8 +1,8 @@
 """Membership under virtual time: the code that decides (`membership`, `roster`, `kv.state`), with faults from a seed.
 
-Nodes are cooperative processes on one event queue. What the simulator makes up is what `member` and `agent` do around
-the decisions: renewals and self-fencing, watches that deliver late, writes that get lost, workers that take time to
-start and to stop. A run is a function of its seed.
+Nodes are cooperative processes on one event queue. What the simulator makes up is what `member`, `leading` and `agent`
+do around the decisions: renewals and self-fencing, watches that deliver late, writes that get lost, workers that take
+time to start and to stop. A run is a function of its seed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 from launcher.errors import Compacted
 from launcher.kv.state import State
-from launcher.membership import Evict, Propose, Rules, breakage, decide
+from launcher.membership import Evict, Propose, Rules, decide
 from launcher.records import LEFT, SUCCEEDED, Node, Round, Status
-from launcher.roster import NODES, ROUND, Roster
+from launcher.roster import JOB, LEADER, NODES, ROUND, Board, Roster
 
 TTL_S = 2.0
 FENCE_S = 0.85 * TTL_S
@@ -91,8 +91,11 @@ class SimNode:
         self.record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
         self.stored: Node | None = None
         self.fenced = True
-        self.roster = Roster(name, "L", world.now_s)
+        self.registered_revision = 0
+        self.board = Board()
         self.watched_from: int | None = None
+        self.roster: Roster | None = None  # while it leads
+        self.roster_watched_from: int | None = None
         self.busy = False
         world.nodes[name] = self
         world.at(world.random.uniform(0, TICK_S), self.turn)
@@ -119,7 +122,12 @@ class SimNode:
             if not self.fenced:
                 self._listen()
                 self._write()
-                self._act()
+            if not self.fenced:
+                self._perhaps_lead()
+        if self.fenced:
+            self.roster = None
+        if self.roster is not None and self.reaches_store:
+            self._lead(self.roster)
         self._mind_workers()
 
     def _renew(self) -> None:
@@ -131,32 +139,37 @@ class SimNode:
 
     def _register(self) -> None:
         store, now_s = self.world.store, self.world.now_s
-        self.lease_id = store.grant(TTL_S, now_s)
+        before, self.lease_id = self.lease_id, store.grant(TTL_S, now_s)
         self.renewed_s = now_s
         self.record = dataclasses.replace(self.record, status=Status.READY, failure=None)
-        store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id)
+        written = store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id)
+        assert written is not None
+        self.registered_revision = written.revision
+        self.roster = None
+        store.revoke(before)
         self.stored, self.fenced, self.watched_from = self.record, False, None
         self.world.note(f"{self.name} registers")
 
     def _listen(self) -> None:
-        store, now_s = self.world.store, self.world.now_s
+        """As `Member._follow`."""
+        store = self.world.store
         if self.watched_from is None:
-            listing = store.list("")
-            self.roster.replace([(e.key, e) for e in listing.entries], now_s)
+            listing = store.list(JOB)
+            self.board.replace((e.key, e) for e in listing.entries)
             self.watched_from = listing.revision + 1
-            return
-        if self.world.random.random() < 0.3:
+        elif self.world.random.random() < 0.3:
             return  # the events are late
-        try:
-            events = store.events("", self.watched_from)
-        except Compacted:
-            self.watched_from = None
-            return
-        gone = self.roster.apply([(e.key, e.entry) for e in events], now_s)
-        if any(departure.node_id == self.name for departure in gone):
+        else:
+            try:
+                events = store.events(JOB, self.watched_from)
+            except Compacted:
+                self.watched_from = None
+                return
+            self.board.apply((e.key, e.entry) for e in events)
+            if events:
+                self.watched_from = events[-1].revision + 1
+        if self.board.counts_as_lost(self.name, self.registered_revision):
             self.fenced = True
-        if events:
-            self.watched_from = events[-1].revision + 1
 
     def _write(self) -> None:
         lost = self.world.random.random() < 0.1
@@ -165,32 +178,70 @@ class SimNode:
         if self.world.store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id):
             self.stored = self.record
 
-    def _act(self) -> None:
-        view = self.roster.view()
-        action = decide(view, self.world.rules, lambda slots, previous: None, self.world.now_s)
+    def _perhaps_lead(self) -> None:
+        if not self.board.leader:
+            written = self.world.store.put(LEADER, self.name.encode(), 0, self.lease_id)
+            if written is not None:
+                self.board.apply([(LEADER, written)])
+        if self.board.leader != self.name:
+            self.roster = None
+        elif self.roster is None:
+            gone = self.board.predecessor
+            departed = {gone.node_id: gone.how} if gone else {}
+            self.roster = Roster("L", self.world.now_s, grace_s=TTL_S, departed=departed)
+            self.roster_watched_from = None
+            self.world.note(f"{self.name} leads")
+
+    def _lead(self, roster: Roster) -> None:
+        """As `Leadership._turn`."""
+        store, now_s = self.world.store, self.world.now_s
+        if self.roster_watched_from is None:
+            listing = store.list("")
+            gone = roster.replace([(e.key, e) for e in listing.entries], now_s)
+            self.roster_watched_from = listing.revision + 1
+        elif self.world.random.random() < 0.3:
+            gone = roster.settle(now_s)
+        else:
+            try:
+                events = store.events("", self.roster_watched_from)
+            except Compacted:
+                self.roster_watched_from = None
+                return
+            gone = roster.apply([(e.key, e.entry) for e in events], now_s)
+            if events:
+                self.roster_watched_from = events[-1].revision + 1
+        if any(departure.node_id == self.name for departure in gone):
+            self.fenced = True
+            return
+        self._act(roster)
+
+    def _act(self, roster: Roster) -> None:
+        action = decide(roster.view(), self.world.rules, lambda slots, previous: None, self.world.now_s)
         if isinstance(action, Evict):
-            self.roster.presume_lost(action.node_id, action.reason)
+            roster.presume_lost(action.node_id, action.reason)
             self.world.store.delete(f"{NODES}{action.node_id}")
             self.world.note(f"{self.name} evicts {action.node_id}: {action.reason}")
         elif isinstance(action, Propose):
             proposed = action.round
-            written = self.world.store.put(ROUND, proposed.to_json(), self.roster.round_revision, None)
+            written = self.world.store.put(ROUND, proposed.to_json(), roster.round_revision, None)
             if written is None:
-                self.watched_from = None
+                self.roster_watched_from = None
                 return
-            self.roster.learn_round(proposed, written.revision, self.world.now_s)
+            roster.learn_round(proposed, written.revision, self.world.now_s)
             names = [p.node_id for p in proposed.participants]
-            self.world.note(f"{self.name} proposes {proposed.generation} {names} {proposed.stop} {proposed.outcome}")
+            how = " ".join(filter(None, ("complete" * proposed.complete, proposed.stop, proposed.outcome)))
+            broken = proposed.broken.reason if proposed.broken else ""
+            self.world.note(f"{self.name} proposes {proposed.generation} {names} {how} {broken}")
 
     # --- its workers
 
     def _mind_workers(self) -> None:
         if self.busy:
             return
-        current = self.roster.round
+        current = self.board.round
         if self.running:
             broken = self.fenced or current is None or current.generation != self.running
-            if broken or breakage(self.roster.view()) or current is None or current.stop:
+            if broken or current is None or current.broken or current.stop:
                 self._stop(at_once=self.fenced)
         elif self.record.status is Status.RUNNING:
             self._finish_joining(current)
@@ -203,24 +254,23 @@ class SimNode:
             not self.fenced
             and not current.outcome
             and current.place_of(self.name) is not None
-            and breakage(self.roster.view()) is None
+            and current.broken is None
         )
 
     def _join(self, current: Round) -> None:
-        """As `Member.join`: say so, and start nothing before the store has shown it to this node too."""
+        """As `Member.join`: say so, and start nothing before all have."""
         self.busy = False
-        now = self.roster.round
+        now = self.board.round
         if self.alive and now is not None and now.generation == current.generation and self._may_run(now):
             self.record = dataclasses.replace(
                 self.record, status=Status.RUNNING, generation=current.generation, reason="", failure=None
             )
 
     def _finish_joining(self, current: Round | None) -> None:
-        seen = self.roster.nodes.get(self.name)
         joined = self.record.generation
         if current is None or current.generation != joined or not self._may_run(current):
             self.record = dataclasses.replace(self.record, status=Status.READY)
-        elif seen is not None and seen.status is Status.RUNNING and seen.generation == joined:
+        elif current.complete:
             self.running = joined
 
     def _stop(self, *, at_once: bool) -> None:
