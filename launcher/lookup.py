@@ -16,6 +16,6 @@ def look_up(kv: KV, run_id: str) -> Roster:
     """
     prefix = run_prefix(run_id)
     now_s = time.monotonic()
-    seen = Roster(me="", lineage="", now_s=now_s)
+    seen = Roster(lineage="", now_s=now_s)
     seen.replace([(entry.key.removeprefix(prefix), entry) for entry in kv.list(prefix).entries], now_s)
     return seen

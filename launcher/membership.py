@@ -51,7 +51,7 @@ class View:
     `nodes_changed_s`: when the set of records last changed; `broken_s`: when the round was first seen broken (or
     this node began to wait for the first one); `formed_s`: when the round was first seen; `departed`: node -> how it
     went ("lost: ...", "left: ..."); `awaited`: participants that were not there when this node began to lead, and that
-    may still come back until `awaited_until_s` (after an outage of the store, say).
+    may still come back until `awaited_until_s` (after an outage of the store, say); `leader`: who leads, "" if nobody.
     """
 
     nodes: tuple[Node, ...]
@@ -63,6 +63,7 @@ class View:
     departed: Mapping[str, str] = field(default_factory=dict)
     awaited: frozenset[str] = frozenset()
     awaited_until_s: float = 0.0
+    leader: str = ""
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Node]:

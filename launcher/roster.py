@@ -79,8 +79,7 @@ class Board:
             self.predecessor = Departure(self.leader, how) if self.leader else None
             self.leader, self.leader_revision = "", 0
         else:
-            self.leader, _, left = entry.value.decode().partition(" ")
-            self._leader_left = left == LEFT
+            self.leader, self._leader_left = leader_in(entry)
             self.leader_revision = entry.revision
 
     def counts_as_lost(self, node_id: str, since_revision: int) -> bool:
@@ -98,18 +97,27 @@ def read_round(entry: Entry) -> Round | None:
         return None
 
 
+def leader_in(entry: Entry) -> tuple[str, bool]:
+    """Who leads, and whether that node is leaving."""
+    node_id, _, left = entry.value.decode(errors="replace").partition(" ")
+    return node_id, left == LEFT
+
+
 class Roster:
     """All nodes and the round, as the leader sees them. Times are the caller's monotonic clock's."""
 
-    def __init__(self, lineage: str, now_s: float, *, grace_s: float, departed: Mapping[str, str]) -> None:
+    def __init__(
+        self, lineage: str, now_s: float, *, grace_s: float = 0.0, departed: Mapping[str, str] | None = None
+    ) -> None:
         """`grace_s`: for so long participants that the first listing does not show are awaited, before they count as
         lost; except those whose going is known (`departed`: node -> how).
         """
         self.nodes: dict[str, Node] = {}
         self.round: Round | None = None
         self.round_revision = 0
+        self._leader = ""
         self._lineage = lineage
-        self._departed = dict(departed)
+        self._departed = dict(departed or {})
         self._grace_s = grace_s
         self._awaited: frozenset[str] | None = None  # not listed yet
         self._awaited_until_s = 0.0
@@ -128,6 +136,7 @@ class Roster:
             departed=self._departed,
             awaited=self._awaited or frozenset(),
             awaited_until_s=self._awaited_until_s,
+            leader=self._leader,
         )
 
     @property
@@ -138,8 +147,11 @@ class Roster:
     def replace(self, entries: Iterable[tuple[str, Entry]], now_s: float) -> list[Departure]:
         """Learn a whole listing; what is missing from it is gone (all of it, where the store was lost)."""
         listed = dict(entries)
+        self.round_revision = 0  # whatever was learnt before, the listing is newer
         if ROUND not in listed:
-            self.round, self.round_revision = None, 0
+            self.round = None
+        if LEADER not in listed:
+            self._leader = ""
         gone = [self._forget(n, now_s) for n in list(self.nodes) if f"{NODES}{n}" not in listed]
         for key, entry in listed.items():
             self._learn(key, entry, now_s)
@@ -159,6 +171,8 @@ class Roster:
         for key, entry in changes:
             if entry is not None:
                 self._learn(key, entry, now_s)
+            elif key == LEADER:
+                self._leader = ""
             elif key.startswith(NODES) and (node_id := key.removeprefix(NODES)) in self.nodes:
                 gone.append(self._forget(node_id, now_s))
         return gone + self.settle(now_s)
@@ -201,6 +215,8 @@ class Roster:
         if key == ROUND:
             if (found := read_round(entry)) is not None and entry.revision > self.round_revision:
                 self._take_round(found, entry.revision, now_s)
+        elif key == LEADER:
+            self._leader = leader_in(entry)[0]
         elif key.startswith(NODES):
             try:
                 self._take_node(Node.from_json(entry.value, entry.create_revision), now_s)

@@ -32,7 +32,7 @@ class Snapshot:
 
     run_id: str
     seats: tuple[Seat, ...]
-    """Oldest first: the first one leads."""
+    """Oldest first."""
     round: Round | None
     broken: str
     """Why the round cannot go on; "" while it can."""
@@ -60,7 +60,6 @@ def snapshot(run_id: str, view: View) -> Snapshot:
     """What a view of a job says to a person."""
     current = view.round
     broken = breakage(view) if current and not current.outcome else None
-    leader = view.leader
     seats = tuple(
         Seat(
             node_id=node.node_id,
@@ -70,7 +69,7 @@ def snapshot(run_id: str, view: View) -> Snapshot:
             slots=node.slots,
             status=node.status.value,
             generation=node.generation,
-            leads=node is leader,
+            leads=node.node_id == view.leader,
             draining=node.draining,
             ranks=_ranks(current, node.node_id),
             reason=node.reason,

@@ -76,7 +76,7 @@ def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
         KVUnavailable: the store does not answer the first question. Later it is waited for.
     """
     prefix = run_prefix(run_id)
-    roster = Roster("", "", time.monotonic())
+    roster = Roster("", time.monotonic())
     told = False
     while True:
         try:

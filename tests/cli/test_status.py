@@ -46,7 +46,7 @@ NODES = (
 
 
 def state_of(current: Round | None, *nodes: Node) -> Snapshot:
-    return snapshot("job", View("", nodes, current, 0, 0, 0, ""))
+    return snapshot("job", View(nodes, current, 0, 0, 0, "", leader="a-1"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_changes_are_followed_and_other_jobs_left_out() -> None:
     for member in NODES:
         kv.put(f"{run_prefix('job')}nodes/{member.node_id}", member.to_json())
     assert next(states)[0].state == "waiting for the first round"
-    kv.put(run_prefix("job") + "round", ROUND.to_json())
+    kv.put(run_prefix("job") + "job/round", ROUND.to_json())
     while (found := next(states)[0]).round is None:
         pass
     assert (found.state, len(found.seats)) == ("running", 3)

@@ -168,7 +168,8 @@ class TestFaults:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv, connected(server.endpoint) as other:
             member = start_member(kv, "watcher")
             try:
-                until("it waits for one more node", lambda: len(member.nodes()) == 1)
+                leading = until("it leads", lambda: member._leading)
+                until("it follows the records", lambda: leading._watch)
                 stale = kv.watch("", 1)
                 server.signal(signal.SIGSTOP)  # the member's stream hangs while history goes on without it
                 server.signal(signal.SIGCONT)
@@ -178,8 +179,9 @@ class TestFaults:
                 etcdctl(server, "compact", str(revision))
                 with pytest.raises(Compacted, match=f"revision 1 is forgotten; the oldest kept is {revision}"):
                     gather(stale, 1)
-                member._watch._next_revision = 1  # as if it had been cut off since then
-                member._watch._drop()
+                for watch in (member._watch, leading._watch):
+                    watch._next_revision = 1  # as if it had been cut off since then
+                    watch._drop()
                 second = start_member(other, "second")
                 try:
                     assert len(member.wait_round(20).participants) == 2
