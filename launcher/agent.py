@@ -37,7 +37,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from launcher import boot
 from launcher.channel import Phase, StopReason
 from launcher.channels import WorkerChannels
-from launcher.errors import JobClosed, RendezvousTimeout
+from launcher.draining import DrainRequest, DrainRequests, Timetable
+from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.member import Member
 from launcher.policy import is_restartable
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LINGER_S = 30.0
+_KILL_S = 5.0
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -86,6 +88,7 @@ class ElasticAgent(LocalElasticAgent):
         events: EventLog,
         runtime_dir: Path,
         graces: Graces,
+        drain: DrainRequests,
         command: Sequence[str],
         warm: WarmStart | None,
         start_method: str,
@@ -108,7 +111,8 @@ class ElasticAgent(LocalElasticAgent):
         self._channels = WorkerChannels(runtime_dir, 0, ())
         self._started_s = 0.0
         self._yielded = False
-        self._drain_signal: signal.Signals | None = None
+        self._drain = drain
+        self._drain_told = False
         self._supervising = False
         self._failures: dict[int, ProcessFailure] = {}
 
@@ -217,19 +221,18 @@ class ElasticAgent(LocalElasticAgent):
             if broken and not self._may_finish(broken):
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
                 return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
-            if self._drain_signal is not None and not self._member.draining():
-                self._emit("drain_started", signal=self._drain_signal.name)
-                self._member.drain(f"drains on {self._drain_signal.name}")
-                if not self._channels.is_cooperative():
-                    return _End(f"drains on {self._drain_signal.name}", self._graces.stop_s)
+            request = self._drain.current
+            if request and (end := self._follow_drain(request)):
+                return end
+            reason = reason or (request.reason if request else "drain of another node")
             result: RunResult = self._monitor_workers(self._worker_group)
             exited = result.state is WorkerState.SUCCEEDED
             if self._have_yielded(reason, exited) and (exited or self._member.all_stop(generation)):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
-                return _End(reason or "yielded", 0.0)
+                return _End(reason, 0.0)
             if exited and not self._yielded:
                 if not self._finish(generation):
-                    return _End("the others need another round", self._graces.stop_s)
+                    return _End("its workers are done, the job is not", self._graces.stop_s)
                 self._worker_group.state = WorkerState.SUCCEEDED
                 return result
 
@@ -237,17 +240,19 @@ class ElasticAgent(LocalElasticAgent):
         """Stop what still runs and be ready for another round, or leave if this node drains."""
         self._member.announce(Status.STOPPING, reason=end.reason)
         began_s = time.monotonic()
-        # A grace of 0 still lets the kernel deliver SIGTERM first; SIGKILL follows at once.
-        self._shutdown(signal.SIGTERM, timeout=max(end.grace_s, 0.001))  # type: ignore[arg-type]
+        self._shutdown(signal.SIGTERM, timeout=end.grace_s)  # type: ignore[arg-type]
         # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
         # stands for them): they would train, or hold memory, beside the new ones.
-        if pids := self._channels.end_forked_workers(_LINGER_S):
-            self._emit("workers_linger", pids=pids, seconds=_LINGER_S)
+        linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
+        if pids := self._channels.end_forked_workers(linger_s):
+            self._emit("workers_linger", pids=pids, seconds=round(linger_s, 3))
         self._worker_group.state = WorkerState.STOPPED
-        step = max((progress.step for progress in self._channels.progress().values()), default=-1)
+        step = self._channels.last_step()
         self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
-        if self._drain_signal is not None:
-            raise SignalException(f"drained on {self._drain_signal.name}", self._drain_signal)
+        if request := self._drain.current:
+            if not self._yielded:
+                self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
+            raise Drained(request.reason, request.exit_code)
         self._member.announce(Status.READY, reason=end.reason)
 
     def _finish(self, generation: int) -> bool:
@@ -258,8 +263,8 @@ class ElasticAgent(LocalElasticAgent):
                 return True
             if self._member.broken(generation):
                 return False
-            if self._drain_signal is not None:
-                return True  # this node's part is done
+            if (request := self._drain.current) and self._tell_drain(request).ask_until_s < time.monotonic():
+                return False
             self._member.wait(_POLL_S)
 
     # --- failures
@@ -315,7 +320,7 @@ class ElasticAgent(LocalElasticAgent):
         if not self._yielded and (any(yielded) if exited else all(yielded)):
             self._yielded = True
             self._emit("workers_yielded", step=max(p.step for p in progress))
-            self._member.announce(Status.STOPPING, reason=reason or "yielded", yielded=True)
+            self._member.announce(Status.STOPPING, reason=reason, yielded=True)
         return self._yielded
 
     def _ask_to_stop(self, reason: str) -> bool:
@@ -336,6 +341,30 @@ class ElasticAgent(LocalElasticAgent):
         """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
         return broken.graceful and self._ask_to_stop(broken.reason)
 
+    def _follow_drain(self, request: DrainRequest) -> _End | None:
+        """Let the workers stop at a step boundary because this node is to leave; why not, once that is no more use.
+
+        They are asked at once, whatever the store does: all ranks agree on a boundary among themselves.
+        """
+        times = self._tell_drain(request)
+        self._channels.request_stop(StopReason.DRAIN)
+        if not self._channels.is_cooperative():
+            why = "the script has not said that it can stop at a step boundary"
+        elif time.monotonic() >= times.ask_until_s:
+            why = "no step boundary was reached and saved in time"
+        else:
+            return None
+        return _End(f"{request.reason}: {why}", self._graces.stop_s)
+
+    def _tell_drain(self, request: DrainRequest) -> Timetable:
+        if not self._drain_told:
+            self._drain_told = True
+            self._emit("drain_started", source=request.source, detail=request.detail, seconds=request.grace_s)
+            self._member.drain(request.reason)
+        times = self._drain.timetable
+        assert times is not None
+        return times
+
     # --- signals
 
     def install_signal_handlers(self) -> None:
@@ -346,13 +375,26 @@ class ElasticAgent(LocalElasticAgent):
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         received = signal.Signals(signum)
-        gentle = received in (signal.SIGTERM, signal.SIGHUP) and self._drain_signal is None
-        if self._supervising and gentle:
-            self._drain_signal = received
+        gentle = received in (signal.SIGTERM, signal.SIGHUP)
+        if gentle and self._drain.ask_signal(received, time.monotonic()) and self._supervising:
             return
         raise SignalException(f"received {received.name}", received)
 
     # --- the rest
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """As torch's, but never for longer than a drain leaves, also one that is asked for meanwhile."""
+        ends_s = time.monotonic() + timeout
+        processes = []
+        if self._pcontext is not None:
+            handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[attr-defined]
+            alive = [handler for handler in handlers if handler.proc.poll() is None]
+            for handler in alive:
+                handler.close(death_sig=death_sig)
+            processes = [handler.proc for handler in alive]
+        while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+            time.sleep(0.005)
+        super()._shutdown(signal.SIGKILL, timeout=_KILL_S)  # type: ignore[arg-type]
 
     def _emit(self, event: str, **fields: Any) -> None:
         self._events(event, generation=self._rendezvous_handler.generation, **fields)

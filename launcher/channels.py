@@ -28,6 +28,10 @@ class WorkerChannels:
         """Each worker's last word, by local rank."""
         return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
 
+    def last_step(self) -> int:
+        """The last step that any worker has said to be complete, -1 if none has."""
+        return max((progress.step for progress in self.progress().values()), default=-1)
+
     def is_cooperative(self) -> bool:
         """Whether the script reports its progress, and so can be asked to stop."""
         return any(progress.phase is not Phase.STARTING for progress in self.progress().values())

@@ -24,6 +24,8 @@ class RendezvousConf(BaseModel):
     """No round is interrupted for joiners before it is this old."""
     join_settle: float = Field(0.5, ge=0)
     """Joiners are taken in together once none has come for this long."""
+    drain_settle: float = Field(0.5, ge=0)
+    """After a node began to drain, the next round waits for so long for others that do."""
     timeout: float = Field(900.0, gt=0, alias="join_timeout")
     """A node waits this long for a round, a job this long for min nodes."""
     connect_timeout: float | None = Field(None, gt=0)

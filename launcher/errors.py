@@ -8,10 +8,14 @@
     │   ├── KVUnavailable            the store does not answer now; the caller may try again
     │   └── Compacted                a watch asked for revisions that the store has forgotten; list again
     ├── JobClosed                    the job ended: succeeded, or failed with a reason
+    ├── Drained                      this node was asked to leave, and does; exit code 75, or 128 + signal
     └── RendezvousTimeout            no round was formed in the time given
 """
 
 from __future__ import annotations
+
+DRAINED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits(3): neither done nor failed, another start makes sense."""
 
 
 class LauncherError(Exception):
@@ -44,6 +48,14 @@ class JobClosed(LauncherError):
     def __init__(self, outcome: str) -> None:
         super().__init__(f"the job is closed: {outcome}")
         self.outcome = outcome
+
+
+class Drained(LauncherError):
+    """This node leaves the job because it was asked to; the job goes on without it, or can be resumed."""
+
+    def __init__(self, reason: str, exit_code: int = DRAINED_EXIT_CODE) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class RendezvousTimeout(LauncherError):

@@ -96,6 +96,7 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
             last_call_s=conf.last_call,
             join_cooldown_s=conf.join_cooldown,
             join_settle_s=conf.join_settle,
+            drain_settle_s=conf.drain_settle,
             quorum_timeout_s=conf.timeout,
             stop_timeout_s=conf.stop_timeout,
         ),

@@ -7,6 +7,7 @@ rendezvous for all on an error of one; hence this one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import signal
@@ -25,8 +26,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launcher.agent import ElasticAgent, Graces
+from launcher.backstop import Backstop
 from launcher.conf import RendezvousConf
-from launcher.errors import JobClosed, KVUnavailable, UsageError
+from launcher.draining import DrainRequest, DrainRequests
+from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.forming import Planner
 from launcher.kv.connect import Connection, connect
@@ -56,6 +59,8 @@ class Extras:
     """Where events.jsonl goes; None writes none."""
     warm_workers: bool = True
     """Fork workers from a process that has imported torch, where that is safe."""
+    drain_grace_s: float = 30.0
+    """From a request that this node leave until nothing of it is left, where the request names no time of its own."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -63,7 +68,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
 
     Returns:
         The exit code: 0 the job is done; 1 it failed; 2 it failed because its workers were given something they
-        cannot work with; 128 + signal if this node left the job because of a signal.
+        cannot work with; 75 if this node left the job because it was asked to, 128 + signal if by a signal.
 
     Raises:
         UsageError: the user's mistake; nothing was started.
@@ -74,6 +79,9 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
     except SignalException as stopped:
         log.warning("left the job: %s", stopped)
         return 128 + stopped.sigval
+    except Drained as drained:
+        log.warning("left the job: %s", drained)
+        return drained.exit_code
 
 
 def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -120,6 +128,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             stack.callback(warm.close)
             warm.start()
             warm.wait_ready(_ZYGOTE_TIMEOUT_S)
+        drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
+        backstop = Backstop(drain, functools.partial(_tell_overrun, events))
         try:
             reopen_failed(connection.kv, config.run_id)
             member.start()
@@ -127,8 +137,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error
         if connection.hosts_store:
             stack.callback(_linger, member)
+            stack.callback(backstop.stop)
         stack.callback(member.leave)
-        return _run(config, conf, command, connection, member, events, runtime_dir, warm)
+        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain)
 
 
 def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
@@ -138,6 +149,7 @@ def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
         last_call_s=conf.last_call,
         join_cooldown_s=conf.join_cooldown,
         join_settle_s=conf.join_settle,
+        drain_settle_s=conf.drain_settle,
         max_restarts=config.max_restarts,
         quorum_timeout_s=conf.timeout,
         stop_timeout_s=conf.stop_timeout,
@@ -153,6 +165,7 @@ def _run(
     events: EventLog,
     runtime_dir: Path,
     warm: WarmStart | None,
+    drain: DrainRequests,
 ) -> int:
     rendezvous = MemberRendezvous(
         member,
@@ -184,6 +197,7 @@ def _run(
         events=events,
         runtime_dir=runtime_dir,
         graces=Graces(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
+        drain=drain,
         command=command,
         warm=warm,
         start_method=config.start_method,
@@ -214,6 +228,11 @@ def _runtime_dir() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _tell_overrun(events: EventLog, request: DrainRequest) -> None:
+    """The last word of an agent that is ended at once: its workers die with it, its lease ends by itself."""
+    events("drain_overran", source=request.source, detail=request.detail, seconds=request.grace_s)
 
 
 def _linger(member: Member) -> None:

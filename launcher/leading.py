@@ -20,7 +20,7 @@ from launcher.forming import Planner
 from launcher.kv import KV, Watch, WatchEvent
 from launcher.membership import Evict, Propose, Rules, Wait, decide
 from launcher.probe import report_dead
-from launcher.records import LEFT, Round
+from launcher.records import LEFT, LEFT_AT_ONCE, Round
 from launcher.roster import NODES, ROUND, Departure, Roster
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Leadership:
             if gone.node_id == self._office.node_id:
                 self._office.evicted()
                 emit("node_fenced", generation=generation, reason=gone.how)
-            elif gone.how == LEFT:
+            elif gone.how in (LEFT, LEFT_AT_ONCE):
                 emit("node_left", generation=generation, node_left=gone.node_id)
             else:
                 emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how)

@@ -12,7 +12,8 @@ import threading
 import time
 from typing import Any
 
-from launcher.errors import Compacted, JobClosed, KVUnavailable
+from launcher.draining import DrainOrder
+from launcher.errors import Compacted, Drained, JobClosed, KVUnavailable
 from launcher.events import Emit
 from launcher.forming import Planner
 from launcher.keeper import RecordKeeper
@@ -20,7 +21,7 @@ from launcher.kv import KV, Watch, WatchEvent
 from launcher.leading import Leadership, Office
 from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
-from launcher.records import LEFT, SUCCEEDED, Breakage, Failure, Node, Round, Status
+from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status
 from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Member:
 
         Raises:
             JobClosed: the job ended first.
+            Drained: `drain` was called.
             TimeoutError: there was none within `timeout_s`.
         """
         ends_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -139,6 +141,8 @@ class Member:
                 current = self._board.round
                 if current is not None and current.outcome:
                     raise JobClosed(current.outcome)
+                if self._own.record.draining:
+                    raise Drained(self._own.record.reason)
                 if (
                     current is not None
                     and current.generation > self._own.record.generation
@@ -205,12 +209,13 @@ class Member:
         return current
 
     def drain(self, reason: str) -> None:
-        """Ask for this node to be let go at the next step boundary."""
+        """Ask for this node to be let go at the next step boundary; where it waits for a round, it waits no longer."""
         self._own.change(draining=True, reason=reason)
 
-    def draining(self) -> bool:
-        """Whether `drain` was called."""
-        return self._own.record.draining
+    def drain_order(self) -> DrainOrder | None:
+        """The order of `elastic-moe drain` that names this node."""
+        with self._changed:
+            return next((o for o in self._board.drain_orders.values() if self.node_id in o.node_ids), None)
 
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
@@ -276,7 +281,8 @@ class Member:
             self._resign()
             leading.join(timeout_s=5)
             with contextlib.suppress(KVUnavailable):
-                self._kv.put(f"{self._prefix}{LEADER}", f"{self.node_id} {LEFT}".encode(), lease=self._own.lease)
+                how = LEFT if self._own.record.yielded else LEFT_AT_ONCE
+                self._kv.put(f"{self._prefix}{LEADER}", f"{self.node_id} {how}".encode(), lease=self._own.lease)
         self._own.stop()
         self._own.leave()
 

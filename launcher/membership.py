@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.forming import Formation, Planner, form
 from launcher.mesh import MeshPlan
-from launcher.records import SUCCEEDED, Breakage, Node, Round, Status, describe
+from launcher.records import LEFT, SUCCEEDED, Breakage, Node, Round, Status, describe
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Rules:
     last_call_s: float = 2.0
     join_cooldown_s: float = 5.0
     join_settle_s: float = 0.5
+    drain_settle_s: float = 0.5
     max_restarts: int = 0
     quorum_timeout_s: float = 600.0
     stop_timeout_s: float = 60.0
@@ -50,8 +52,9 @@ class View:
 
     `nodes_changed_s`: when the set of records last changed; `broken_s`: when the round was first seen broken (or
     this node began to wait for the first one); `formed_s`: when the round was first seen; `departed`: node -> how it
-    went ("lost: ...", "left: ..."); `awaited`: participants that were not there when this node began to lead, and that
-    may still come back until `awaited_until_s` (after an outage of the store, say); `leader`: who leads, "" if nobody.
+    went (LEFT, LEFT_AT_ONCE, "lost: ..."); `awaited`: participants that were not there when this node began to lead,
+    and that may still come back until `awaited_until_s` (after an outage of the store, say); `leader`: who leads, "" if
+    nobody; `drained_s`: when a node was last seen to begin to drain, or the leader before this one to leave.
     """
 
     nodes: tuple[Node, ...]
@@ -64,6 +67,7 @@ class View:
     awaited: frozenset[str] = frozenset()
     awaited_until_s: float = 0.0
     leader: str = ""
+    drained_s: float = -math.inf
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Node]:
@@ -112,13 +116,18 @@ def breakage(view: View) -> Breakage | None:
     members = [n for p in current.participants if (n := view.node(p.node_id))]
     failed = any(n.failure and n.generation == current.generation for n in members)
     lost = {node_id for node_id, _ in gone if view.node(node_id) is None} | set(told.lost if told else ())
-    yielded = all((n := view.node(node_id)) is not None and n.yielded for node_id, _ in gone)
     return Breakage(
         reason="; ".join(f"node {node_id} {how}" for node_id, how in gone),
-        graceful=not failed and (bool(current.stop) or yielded) and not any(how.startswith("lost") for _, how in gone),
+        graceful=not failed and all(_has_yielded(view, node_id) for node_id, _ in gone),
         lost=tuple(p.node_id for p in current.participants if p.node_id in lost),
         all_stopped=all(n.status in (Status.STOPPING, Status.READY) for n in members),
     )
+
+
+def _has_yielded(view: View, node_id: str) -> bool:
+    """Whether a node that is out of the round stopped its workers at a step boundary: then all ranks stop there."""
+    node = view.node(node_id)
+    return view.departed.get(node_id) == LEFT if node is None else node.yielded
 
 
 def _how_gone(view: View, current: Round, node_id: str) -> str | None:
@@ -240,6 +249,8 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
             reason = f"did not stop its workers within {rules.stop_timeout_s:g} s"
             return Evict(busy[0].node_id, reason)
         return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
+    if now_s < view.drained_s + rules.drain_settle_s:  # told to drain one after the other, they leave nobody behind
+        return Wait("more nodes may drain", view.drained_s + rules.drain_settle_s)
     restarts = current.restarts
     if failures and not broken.lost:  # a worker that failed because its peer died is not charged
         first = min(failures, key=lambda f: f.ts)

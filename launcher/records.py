@@ -16,6 +16,8 @@ SUCCEEDED = "succeeded"
 
 LEFT = "left"
 """The reason on the record of a node that goes of its own accord, and how it is said to have departed."""
+LEFT_AT_ONCE = "left at once"
+"""How it is said to have departed if its workers had not stopped at a step boundary before."""
 
 
 class Status(StrEnum):

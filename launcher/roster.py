@@ -1,19 +1,21 @@
 """What the nodes know of the job. No thread, no I/O.
 
 Keys are relative to the run's prefix: `nodes/NODE_ID` for each node's record, and under `job/` what every node follows:
-`job/round`, and `job/leader` ("NODE_ID", or "NODE_ID left"; under the leader's lease). A `Board` is what every node
-knows, a `Roster` what the leader does.
+`job/round`, `job/leader` ("NODE_ID", or "NODE_ID left"; under the leader's lease), for a minute `job/drain/ORDER_ID`.
+A `Board` is what every node knows, a `Roster` what the leader does.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from launcher.draining import DrainOrder
 from launcher.kv import Entry
 from launcher.membership import View, breakage
-from launcher.records import LEFT, Node, Round
+from launcher.records import LEFT, LEFT_AT_ONCE, Node, Round
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +29,14 @@ NODES = "nodes/"
 JOB = "job/"
 ROUND = f"{JOB}round"
 LEADER = f"{JOB}leader"
+DRAIN = f"{JOB}drain/"
 
 LEASE_ENDED = "lost: its lease ended"
 
 
 @dataclass(frozen=True)
 class Departure:
-    """A node that is no longer there, and how it went: LEFT, or "lost: ..."."""
+    """A node that is no longer there, and how it went: LEFT, LEFT_AT_ONCE, or "lost: ..."."""
 
     node_id: str
     how: str
@@ -49,7 +52,9 @@ class Board:
         self.leader_revision = 0
         self.predecessor: Departure | None = None
         """The leader that this board last saw go, as far as it did."""
-        self._leader_left = False
+        self.drain_orders: dict[str, DrainOrder] = {}
+        """What `elastic-moe drain` has asked for, by key; an order's lease is never renewed."""
+        self._leader_left = ""
 
     def replace(self, entries: Iterable[tuple[str, Entry]]) -> None:
         """Learn a whole listing. Who led before, and how that ended, is not known any more."""
@@ -57,6 +62,7 @@ class Board:
         if ROUND not in listed:
             self.round, self.round_revision = None, 0
         self.leader, self.leader_revision, self.predecessor = "", 0, None
+        self.drain_orders.clear()
         self.apply(listed.items())
 
     def apply(self, changes: Iterable[tuple[str, Entry | None]]) -> None:
@@ -66,6 +72,8 @@ class Board:
                 self._take_round(entry)
             elif key == LEADER:
                 self._take_leader(entry)
+            elif key.startswith(DRAIN):
+                self._take_order(key, entry)
 
     def _take_round(self, entry: Entry | None) -> None:
         if entry is None:
@@ -75,12 +83,20 @@ class Board:
 
     def _take_leader(self, entry: Entry | None) -> None:
         if entry is None:
-            how = LEFT if self._leader_left else LEASE_ENDED
+            how = self._leader_left or LEASE_ENDED
             self.predecessor = Departure(self.leader, how) if self.leader else None
             self.leader, self.leader_revision = "", 0
         else:
             self.leader, self._leader_left = leader_in(entry)
             self.leader_revision = entry.revision
+
+    def _take_order(self, key: str, entry: Entry | None) -> None:
+        self.drain_orders.pop(key, None)
+        try:
+            if entry is not None:
+                self.drain_orders[key] = DrainOrder.from_json(entry.value)
+        except (ValueError, TypeError) as error:
+            log.error("ignored %s: %s", key, error)
 
     def counts_as_lost(self, node_id: str, since_revision: int) -> bool:
         """Whether the leader took this node for lost after it had registered at `since_revision`."""
@@ -97,10 +113,10 @@ def read_round(entry: Entry) -> Round | None:
         return None
 
 
-def leader_in(entry: Entry) -> tuple[str, bool]:
-    """Who leads, and whether that node is leaving."""
+def leader_in(entry: Entry) -> tuple[str, str]:
+    """Who leads, and how that node leaves ("" while it does not)."""
     node_id, _, left = entry.value.decode(errors="replace").partition(" ")
-    return node_id, left == LEFT
+    return node_id, left
 
 
 class Roster:
@@ -122,6 +138,7 @@ class Roster:
         self._awaited: frozenset[str] | None = None  # not listed yet
         self._awaited_until_s = 0.0
         self._nodes_changed_s = self._formed_s = self._broken_s = now_s
+        self._drained_s = now_s if any(how.startswith(LEFT) for how in self._departed.values()) else -math.inf
         self._was_broken = True
 
     def view(self) -> View:
@@ -137,6 +154,7 @@ class Roster:
             awaited=self._awaited or frozenset(),
             awaited_until_s=self._awaited_until_s,
             leader=self._leader,
+            drained_s=self._drained_s,
         )
 
     @property
@@ -228,6 +246,8 @@ class Roster:
             self._nodes_changed_s = now_s
             self._departed.pop(node.node_id, None)
             self._awaited = self._awaited and self._awaited - {node.node_id}
+        if node.draining and not (node.node_id in self.nodes and self.nodes[node.node_id].draining):
+            self._drained_s = now_s
         self.nodes[node.node_id] = node
 
     def _take_round(self, current: Round, revision: int, now_s: float) -> None:
@@ -239,5 +259,5 @@ class Roster:
     def _forget(self, node_id: str, now_s: float) -> Departure:
         node = self.nodes.pop(node_id)
         self._nodes_changed_s = now_s
-        how = LEFT if node.reason == LEFT else LEASE_ENDED
+        how = (LEFT if node.yielded else LEFT_AT_ONCE) if node.reason == LEFT else LEASE_ENDED
         return Departure(node_id, self._departed.setdefault(node_id, how))

@@ -52,6 +52,17 @@ def positive_int(text: str) -> int:
     return _at_least(1, text)
 
 
+def positive_float(text: str) -> float:
+    """A finite number above zero, such as seconds; for argparse's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
+    return value
+
+
 def natural_int(text: str) -> int:
     """A whole number, zero included; for argparse's `type`."""
     return _at_least(0, text)

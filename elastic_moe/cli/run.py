@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from elastic_moe.cli.parser import PROG
+from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
 from launcher.mesh import MeshPlan, plan
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from launcher.forming import Planner
 
 _EPILOG = """\
-Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 128 + N this
-node left the job on signal N (SIGTERM and SIGHUP first let the workers stop at a step boundary).
+Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 75 this node
+left the job because it was asked to; 128 + N it left on signal N (SIGTERM and SIGHUP first let the workers stop at a
+step boundary).
 """
 
 
@@ -63,6 +64,7 @@ def handle(args: argparse.Namespace) -> int:
         node_name=given.node_name,
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
+        drain_grace_s=given.drain_grace,
         events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
     )
     return launch_agent(config, [command, *command_args], extras)
@@ -87,6 +89,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--cold-workers",
         action="store_true",
         help="start every worker as a new process (default: fork them from one that has imported torch)",
+    )
+    ours.add_argument(
+        "--drain-grace",
+        type=positive_float,
+        default=30.0,
+        metavar="SECONDS",
+        help="a node that is told to leave (SIGTERM, `elastic-moe drain`, a preemption notice) is gone within so long: "
+        "its workers may reach a step boundary and save, what still runs is killed (default: 30)",
     )
     given = parser.parse_args(arguments)
     _choose_backend(given)

@@ -136,8 +136,8 @@ def test_the_loss_of_the_leader_is_no_special_case(job: Job) -> None:
         job.start(name)
     job.join("a", "b", "c")
     job.members["a"].leave()
-    assert broken(job.members["b"], 1) == "node a left"
-    assert broken(job.members["c"], 1) == "node a left"
+    assert broken(job.members["b"], 1) == "node a left at once"
+    assert broken(job.members["c"], 1) == "node a left at once"
     job.stop_workers("b", "c")
     assert job.join("b", "c").generation == 2
 

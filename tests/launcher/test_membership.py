@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launcher.forming import form, rank_order
 from launcher.membership import Evict, Propose, Rules, View, Wait, breakage, decide
 from launcher.mesh import Infeasible, MeshPlan
-from launcher.records import SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status
+from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
 LIMITS = {"min_nodes": RULES.min_nodes, "max_nodes": RULES.max_nodes}
@@ -221,7 +221,7 @@ class TestGrowth:
         assert isinstance(act(view(self.grown, round_of("a", "b", stop="join: d"))), Wait)
 
     def test_happens_once_all_have_yielded(self) -> None:
-        yielded = tuple(dataclasses.replace(n, status=Status.READY) for n in running("a", "b"))
+        yielded = tuple(dataclasses.replace(n, status=Status.READY, yielded=True) for n in running("a", "b"))
         seen = view((*yielded, node("d")), round_of("a", "b", stop="join: d"))
         broken = breakage(seen)
         assert broken is not None
@@ -278,6 +278,42 @@ class TestEnd:
         action = act(view((a, dataclasses.replace(b, draining=True)), round_of("a", "b")))
         assert isinstance(action, Propose)
         assert action.round.stop == "drain: b"
+
+
+class TestDrain:
+    """A node that left on a drain; `b` and `c` go on without it."""
+
+    left = view(
+        tuple(dataclasses.replace(n, status=Status.READY, yielded=True) for n in running("b", "c")),
+        round_of("a", "b", "c", stop="drain: a"),
+        departed={"a": LEFT},
+        drained_s=10.0,
+    )
+
+    def test_the_others_wait_a_moment_for_more_that_drain(self) -> None:
+        assert act(self.left, now_s=10.2) == Wait("more nodes may drain", 10.5)
+        action = act(self.left, now_s=10.5)
+        assert isinstance(action, Propose)
+        assert [p.node_id for p in action.round.participants] == ["b", "c"]
+
+    def test_no_round_is_formed_of_nodes_that_drain_too(self) -> None:
+        nodes = tuple(dataclasses.replace(n, draining=True) for n in self.left.nodes)
+        assert isinstance(act(dataclasses.replace(self.left, nodes=nodes), now_s=20.0), Wait)
+
+    @pytest.mark.parametrize(
+        ("how", "yielded", "graceful"),
+        [(LEFT, True, True), (LEFT_AT_ONCE, True, False), ("lost: its lease ended", True, False), (LEFT, False, False)],
+    )
+    @pytest.mark.parametrize("stop", ["", "drain: a"])
+    def test_workers_may_finish_their_step_if_all_that_stopped_did_so_at_one(
+        self, how: str, yielded: bool, graceful: bool, stop: str
+    ) -> None:
+        """Whether or not the leader has come to ask for it: ranks agree on a boundary among themselves."""
+        stopping = dataclasses.replace(running("c")[0], yielded=yielded, draining=True, status=Status.STOPPING)
+        seen = view((*running("b"), stopping), round_of("a", "b", "c", stop=stop), departed={"a": how})
+        broken = breakage(seen)
+        assert broken is not None
+        assert broken.graceful is graceful
 
 
 class TestFormation:
