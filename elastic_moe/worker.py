@@ -15,9 +15,12 @@ uses them needs no second code path::
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +74,35 @@ def _channel() -> Channel | None:
     if not path:
         return None
     try:
-        return Channel.attach(Path(path))
+        channel = Channel.attach(Path(path))
     except (OSError, ValueError) as error:
         log.warning("no heartbeat to the agent: %s", error)
         return None
+    atexit.register(channel.set_untimed, True)  # an interpreter with torch in it takes longer to end than many a step
+    return channel
 
 
 def heartbeat(step: int) -> None:
     """Tell the agent that `step` steps are complete. Costs a few stores to memory."""
     if channel := _channel():
         channel.beat(step)
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """What happens inside may take much longer than a step: saving, evaluating.
+
+    The agent then does not take its length for a hang before it is as long as a start-up may be, nor learns from it
+    how long a step is.
+    """
+    channel = _channel()
+    if channel:
+        channel.set_untimed(True)
+    try:
+        yield
+    finally:
+        if channel:
+            channel.set_untimed(False)
 
 
 def should_stop() -> str | None:

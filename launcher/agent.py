@@ -43,9 +43,11 @@ from launcher.events import EventLog
 from launcher.member import Member
 from launcher.policy import is_restartable
 from launcher.probe import report_dead
+from launcher.program import STACKS_VARIABLE
 from launcher.records import SUCCEEDED, Breakage, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.warm import COLD, WarmStart
+from launcher.watchdog import Watchdog, Watched
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class ElasticAgent(LocalElasticAgent):
         drain: DrainRequests,
         command: Sequence[str],
         warm: WarmStart | None,
+        watchdog: Watchdog,
         start_method: str,
         log_line_prefix_template: str | None = None,
     ) -> None:
@@ -108,6 +111,7 @@ class ElasticAgent(LocalElasticAgent):
         self._graces = graces
         self._command = tuple(command)
         self._warm = warm
+        self._watchdog = watchdog
         self._channels = WorkerChannels(runtime_dir, 0, ())
         self._started_s = 0.0
         self._yielded = False
@@ -151,6 +155,7 @@ class ElasticAgent(LocalElasticAgent):
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
+        self._watch_workers(current)
         self._emit(
             "workers_started",
             ranks=[worker.global_rank for worker in worker_group.workers],
@@ -168,6 +173,7 @@ class ElasticAgent(LocalElasticAgent):
         worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
         worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
         worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels.path(local_rank))
+        worker_env[STACKS_VARIABLE] = str(self._channels.stacks_path(local_rank))
         if current.mesh is not None:
             worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
         if self._events.path is not None:
@@ -214,11 +220,16 @@ class ElasticAgent(LocalElasticAgent):
             if failures := self._failed_workers():
                 self._report_failure(generation, failures)
                 return _End("worker failed", self._graces.stop_s)
+            paused = self._channels.asked_s is not None
+            if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=paused):
+                return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
             reason = self._member.stop_requested(generation)
             if reason and not self._ask_to_stop(reason):
                 return _End(reason, self._graces.stop_s)
             broken = self._member.broken(generation)
             if broken and not self._may_finish(broken):
+                if broken.hung and not self._member.fenced():
+                    self._watchdog.dump_stacks(broken.reason)  # they may be the cause, and are about to be ended
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
                 return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
             request = self._drain.current
@@ -311,6 +322,29 @@ class ElasticAgent(LocalElasticAgent):
                 message=_first_line(failed),
             )
 
+    # --- hangs
+
+    def _watch_workers(self, current: Round) -> None:
+        """Have the workers that were just started watched; their output too, on the node of rank 0."""
+        assert self._pcontext is not None
+        files = (*self._pcontext.stdouts.values(), *self._pcontext.stderrs.values())
+        silence = self._watchdog.rules.silence_s is not None and current.place_of(self._member.node_id) == 0
+        self._watchdog.begin(
+            Watched(
+                generation=current.generation,
+                ranks={worker.local_rank: worker.global_rank for worker in self._worker_group.workers},
+                pids=self._pcontext.pids(),
+                channels=self._channels,
+                outputs=[Path(file) for file in files if file not in ("", os.devnull)] if silence else (),
+            )
+        )
+
+    def _exited(self) -> set[int]:
+        """Local ranks of the workers that have ended."""
+        assert self._pcontext is not None
+        handlers = self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
+        return {local_rank for local_rank, handler in handlers.items() if handler.proc.poll() is not None}
+
     # --- stopping at a step boundary
 
     def _have_yielded(self, reason: str, exited: bool) -> bool:
@@ -334,6 +368,7 @@ class ElasticAgent(LocalElasticAgent):
             return False
         if now_s > self._channels.asked_s + self._graces.yield_s:
             self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
+            self._watchdog.dump_stacks("yield_timed_out")
             return False
         return True
 

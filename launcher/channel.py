@@ -13,6 +13,7 @@ Layout, little endian, one field one writer::
     24  u64  beat_ns          worker   CLOCK_MONOTONIC of that step (one clock for all processes of a host)
     32  i64  pid              worker   of a forked worker, which is not the agent's own child
     40  u64  started_ticks    worker   when that process started (proc(5)): a pid alone may be another's by now
+    48  u32  untimed          worker   1 while it does what may take long: a step's time limit does not hold
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 _MAGIC = b"EMC1"
 _SIZE_BYTES = 64
-_STOP, _PHASE, _STEP, _PID = 4, 8, 16, 32
+_STOP, _PHASE, _STEP, _PID, _UNTIMED = 4, 8, 16, 32, 48
 
 
 class StopReason(IntEnum):
@@ -49,11 +50,15 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the agent reads: the worker's phase, last completed step, and when (monotonic seconds; 0 = never)."""
+    """What the agent reads: the worker's phase, last completed step, and when (monotonic seconds; 0 = never).
+
+    `untimed`: the worker does something that may take much longer than a step, such as saving or evaluating.
+    """
 
     phase: Phase
     step: int
     beat_s: float
+    untimed: bool = False
 
 
 def started_ticks(pid: int) -> int | None:
@@ -124,14 +129,18 @@ class Channel:
         """Record that this worker stopped at a step boundary and wants to be run again."""
         struct.pack_into("<I", self._memory, _PHASE, Phase.YIELDED)
 
+    def set_untimed(self, untimed: bool) -> None:
+        """Record that what begins now may take much longer than a step, or that it has ended."""
+        struct.pack_into("<I", self._memory, _UNTIMED, untimed)
+
     def stop_request(self) -> StopReason:
         """The agent's standing request."""
         return StopReason(struct.unpack_from("<I", self._memory, _STOP)[0])
 
     # --- the agent's side
 
-    def lingering_pid(self) -> int | None:
-        """The forked worker's pid while that very process still runs."""
+    def forked_pid(self) -> int | None:
+        """The forked worker's pid while that very process still runs; None for one that is the agent's own child."""
         pid, ticks = struct.unpack_from("<qQ", self._memory, _PID)
         return pid if pid and started_ticks(pid) == ticks else None
 
@@ -143,7 +152,8 @@ class Channel:
         """The worker's last word."""
         phase = struct.unpack_from("<I", self._memory, _PHASE)[0]
         step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
-        return Progress(Phase(phase), step, beat_ns / 1e9)
+        (untimed,) = struct.unpack_from("<I", self._memory, _UNTIMED)
+        return Progress(Phase(phase), step, beat_ns / 1e9, bool(untimed))
 
     def close(self) -> None:
         """Unmap; the file stays until the agent removes its folder."""

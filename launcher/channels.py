@@ -17,12 +17,26 @@ class WorkerChannels:
 
     def __init__(self, folder: Path, generation: int, local_ranks: Sequence[int]) -> None:
         self._channels = {rank: Channel.create(folder / f"worker-{generation}-{rank}") for rank in local_ranks}
+        for channel in self._channels.values():
+            self._stacks_path(channel).touch(0o600)
         self.asked_s: float | None = None
         """When the workers were asked to stop at a step boundary; None while they were not."""
 
     def path(self, local_rank: int) -> Path:
         """The file that a worker attaches."""
         return self._channels[local_rank].path
+
+    def stacks_path(self, local_rank: int) -> Path:
+        """The file into which a worker writes its Python stacks when it is told to."""
+        return self._stacks_path(self._channels[local_rank])
+
+    @staticmethod
+    def _stacks_path(channel: Channel) -> Path:
+        return channel.path.with_name(f"{channel.path.name}.stacks")
+
+    def forked_pid(self, local_rank: int) -> int | None:
+        """The pid of a forked worker; None for one that is the agent's own child."""
+        return self._channels[local_rank].forked_pid()
 
     def progress(self) -> dict[int, Progress]:
         """Each worker's last word, by local rank."""
@@ -49,7 +63,7 @@ class WorkerChannels:
             The pids of those that are still there after `within_s`.
         """
         ends_s = time.monotonic() + within_s
-        while pids := [pid for channel in self._channels.values() if (pid := channel.lingering_pid())]:
+        while pids := [pid for channel in self._channels.values() if (pid := channel.forked_pid())]:
             if time.monotonic() > ends_s:
                 return pids
             for pid in pids:
@@ -63,4 +77,5 @@ class WorkerChannels:
         for channel in self._channels.values():
             channel.close()
             channel.path.unlink(missing_ok=True)
+            self._stacks_path(channel).unlink(missing_ok=True)
         self._channels = {}

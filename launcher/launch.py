@@ -32,6 +32,7 @@ from launcher.draining import DrainRequest, DrainRequests
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.forming import Planner
+from launcher.hangs import HangRules
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
 from launcher.membership import Rules
@@ -41,6 +42,7 @@ from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
 from launcher.warm import WarmStart
+from launcher.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,10 @@ class Extras:
     """Fork workers from a process that has imported torch, where that is safe."""
     drain_grace_s: float = 30.0
     """From a request that this node leave until nothing of it is left, where the request names no time of its own."""
+    log_dir: Path | None = None
+    """Where the stacks of hung workers go; None: where temporary files go."""
+    hangs: HangRules = HangRules()  # noqa: RUF009 (frozen)
+    """When workers count as hung."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -139,7 +145,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             stack.callback(_linger, member)
             stack.callback(backstop.stop)
         stack.callback(member.leave)
-        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain)
+        watchdog = Watchdog(extras.hangs, extras.log_dir, events)
+        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog)
 
 
 def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
@@ -166,6 +173,7 @@ def _run(
     runtime_dir: Path,
     warm: WarmStart | None,
     drain: DrainRequests,
+    watchdog: Watchdog,
 ) -> int:
     rendezvous = MemberRendezvous(
         member,
@@ -200,6 +208,7 @@ def _run(
         drain=drain,
         command=command,
         warm=warm,
+        watchdog=watchdog,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
     )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from launcher.forming import Formation, Planner, form
 from launcher.mesh import MeshPlan
-from launcher.records import LEFT, SUCCEEDED, Breakage, Node, Round, Status, describe
+from launcher.records import HANG, LEFT, SUCCEEDED, Breakage, Node, Round, Status, describe
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def breakage(view: View) -> Breakage | None:
         graceful=not failed and all(_has_yielded(view, node_id) for node_id, _ in gone),
         lost=tuple(p.node_id for p in current.participants if p.node_id in lost),
         all_stopped=all(n.status in (Status.STOPPING, Status.READY) for n in members),
+        hung=any(n.generation == current.generation and n.reason.startswith(HANG) for n in members),
     )
 
 

@@ -20,6 +20,10 @@ LEFT_AT_ONCE = "left at once"
 """How it is said to have departed if its workers had not stopped at a step boundary before."""
 
 
+HANG = "hang: "
+"""How the reason on the record of a node begins whose workers made no progress for too long."""
+
+
 class Status(StrEnum):
     """What a node does."""
 
@@ -94,13 +98,15 @@ class Breakage:
     """Why a round cannot go on.
 
     `graceful`: every node that stopped did so at a step boundary, so the others' workers come to it too. `lost`: the
-    participants whose record is gone. `all_stopped`: no node's workers need another's any more.
+    participants whose record is gone. `all_stopped`: no node's workers need another's any more. `hung`: workers made no
+    progress; every node has the stacks of its own written before it ends them.
     """
 
     reason: str
     graceful: bool
     lost: tuple[str, ...] = ()
     all_stopped: bool = False
+    hung: bool = False
 
 
 @dataclass(frozen=True)

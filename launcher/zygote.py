@@ -14,14 +14,11 @@ far as a script can tell.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
 import importlib
-import importlib.machinery
 import json
 import os
-import runpy
 import selectors
 import signal
 import socket
@@ -30,13 +27,13 @@ import sys
 import sysconfig
 import threading
 import time
-import types
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.channel import Channel
+from launcher.program import run, write_stacks_on_signal
 
 _MODULES = (
     "torch",
@@ -48,7 +45,6 @@ _MODULES = (
     "torch._dynamo",  # FSDP2 imports it when it first shards a module
 )
 _OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
-_OWN_FRAMES = (__file__, "<frozen runpy>")
 _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
@@ -340,41 +336,9 @@ def _become(request: Request, zygote_pid: int, boot: socket.socket) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # a fork would repeat the zygote's sequence
-    sys.excepthook = _tell_error
+    write_stacks_on_signal()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
-
-
-def _tell_error(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-    """Python's own way, from the script's first frame on: it would not have ours."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in _OWN_FRAMES:
-        traceback = traceback.tb_next
-    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
-
-
-def _run(argv: list[str]) -> None:
-    """Run `[-u] SCRIPT ARGS...` or `[-u] -m MODULE ARGS...` as `__main__`."""
-    rest = argv[1:] if argv[0] == "-u" else argv
-    if rest[0] == "-m":
-        sys.argv = rest[1:]
-        sys.path[0] = os.getcwd()
-        runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = rest
-        _run_script(os.path.abspath(rest[0]))
-
-
-def _run_script(path: str) -> None:
-    """What Python does with a script; `runpy.run_path` would change `sys.argv[0]` or leave `__file__` relative."""
-    sys.path[0] = os.path.dirname(os.path.realpath(path))
-    main_module = types.ModuleType("__main__")
-    main_module.__file__ = path
-    main_module.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
-    main_module.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main_module
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    exec(code, main_module.__dict__)
 
 
 def main(argv: list[str]) -> None:
@@ -391,7 +355,7 @@ def main(argv: list[str]) -> None:
     request = zygote.serve()
     assert zygote.connection is not None
     _become(request, zygote_pid, zygote.connection)
-    _run(request.argv)
+    run(request.argv)
 
 
 if __name__ == "__main__":

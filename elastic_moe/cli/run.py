@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import uuid
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
+from launcher.hangs import Auto, HangRules, Setting
 from launcher.mesh import MeshPlan, plan
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def handle(args: argparse.Namespace) -> int:
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
         drain_grace_s=given.drain_grace,
+        log_dir=Path(given.log_dir) if given.log_dir else None,
+        hangs=HangRules(step=given.hang_timeout, startup=given.startup_timeout, silence_s=given.silence_timeout),
         events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
     )
     return launch_agent(config, [command, *command_args], extras)
@@ -98,10 +102,57 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="a node that is told to leave (SIGTERM, `elastic-moe drain`, a preemption notice) is gone within so long: "
         "its workers may reach a step boundary and save, what still runs is killed (default: 30)",
     )
+    _add_watching(ours)
     given = parser.parse_args(arguments)
+    _check_silence(given)
     _choose_backend(given)
     _check_script(given)
     return given
+
+
+def _add_watching(ours: argparse._ArgumentGroup) -> None:
+    ours.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS|auto|off",
+        type=_limit,
+        default=Auto.AUTO,
+        help="workers without a heartbeat for so long after their first count as hung (default: auto, learnt from "
+        "their steps)",
+    )
+    ours.add_argument(
+        "--startup-timeout",
+        metavar="SECONDS|auto|off",
+        type=_limit,
+        default=Auto.AUTO,
+        help="workers without a first heartbeat for so long count as hung (default: auto, learnt from earlier starts)",
+    )
+    ours.add_argument(
+        "--silence-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="workers count as hung if those of rank 0's node write no output for so long; needs --redirects or --tee",
+    )
+
+
+def _limit(text: str) -> Setting:
+    """Seconds, or a word for none or a learnt limit."""
+    return Auto(text) if text in tuple(Auto) else _seconds(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _check_silence(given: argparse.Namespace) -> None:
+    """Silence is seen in files: without them every worker would look silent, or none."""
+    if given.silence_timeout is not None and {given.redirects, given.tee} <= {"0"}:
+        raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
 
 
 def _usage_error(message: str) -> NoReturn:

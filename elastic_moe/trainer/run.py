@@ -104,9 +104,10 @@ def run_steps(
         reason = worker.should_stop()
         last = step == job.train.steps
         if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
-            checkpointer.save(step, state, wait=bool(reason) or last)
-        if last and checkpointer is not None and not on_all_ranks(checkpointer.wait()):
-            raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
+            with worker.untimed():
+                checkpointer.save(step, state, wait=bool(reason) or last)
+                if last and not on_all_ranks(checkpointer.wait()):
+                    raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
         if reason and not last and _may_stop(checkpointer, reason, step):
             worker.yielded(step)
             return
@@ -120,8 +121,9 @@ def _may_stop(checkpointer: Checkpointer | None, reason: str, step: int) -> bool
     if checkpointer is None:
         log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
         return True
-    if on_all_ranks(checkpointer.wait()):
-        return True
+    with worker.untimed():
+        if on_all_ranks(checkpointer.wait()):
+            return True
     log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
     worker.event("stop_postponed", step=step, reason=reason)
     return False

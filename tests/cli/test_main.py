@@ -146,6 +146,8 @@ BAD_INPUT = [
         "--rdzv-endpoint 127.0.0.1:1 cannot be reached",
     ),
     (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
+    (["run", "--silence-timeout", "5", "x.py"], "--silence-timeout: needs the workers' output in files to watch: add"),
+    (["run", "--hang-timeout", "soon", "x.py"], "argument --hang-timeout: 'soon' is not a number of seconds above 0"),
     (["run", "--standalone", "--nproc-per-node", "1", "{tmp}/none.py"], "script '{tmp}/none.py': no such file"),
 ]
 

@@ -16,6 +16,7 @@ import pytest
 
 from launcher import boot
 from launcher.channel import Channel
+from launcher.program import STACKS_VARIABLE
 from launcher.warm import COLD, WarmStart
 from tests.cluster import alive, until
 
@@ -63,6 +64,12 @@ def outcome(zygote: str, *arguments: str, cwd: Path, **env: str) -> tuple[int, s
     return done.returncode, done.stdout, done.stderr
 
 
+def stacks_of(folder: Path) -> dict[str, str]:
+    """What makes a cold worker one that can write its stacks."""
+    (folder / "stacks").touch()
+    return {STACKS_VARIABLE: str(folder / "stacks")}
+
+
 @pytest.mark.parametrize("exit_code", ["0", "7"])
 @pytest.mark.parametrize("arguments", [("mirror.py", "--flag", "x"), ("-m", "package.mirror", "--flag", "x")])
 def test_a_script_cannot_tell(warm: WarmStart, tmp_path: Path, arguments: tuple[str, ...], exit_code: str) -> None:
@@ -72,9 +79,11 @@ def test_a_script_cannot_tell(warm: WarmStart, tmp_path: Path, arguments: tuple[
     (tmp_path / "package" / "mirror.py").write_text(MIRROR)
     cold = outcome(COLD, *arguments, cwd=tmp_path, MIRROR_EXIT=exit_code, COLD="1")
     forked = outcome(warm.socket_path(), *arguments, cwd=tmp_path, MIRROR_EXIT=exit_code, COLD="0")
-    assert forked[0] == cold[0] == int(exit_code)
-    assert json.loads(forked[1]) == json.loads(cold[1])
-    assert forked[2] == cold[2] == "to stderr\n"
+    watched = outcome(COLD, *arguments, cwd=tmp_path, MIRROR_EXIT=exit_code, COLD="1", **stacks_of(tmp_path))
+    for same in (forked, watched):
+        assert same[0] == cold[0] == int(exit_code)
+        assert json.loads(same[1]) == json.loads(cold[1])
+        assert same[2] == cold[2] == "to stderr\n"
 
 
 def test_an_error_is_told_as_by_python(warm: WarmStart, tmp_path: Path) -> None:
@@ -82,6 +91,7 @@ def test_an_error_is_told_as_by_python(warm: WarmStart, tmp_path: Path) -> None:
     cold = outcome(COLD, "raises.py", cwd=tmp_path)
     assert cold[0] == 1
     assert outcome(warm.socket_path(), "raises.py", cwd=tmp_path) == cold
+    assert outcome(COLD, "raises.py", cwd=tmp_path, **stacks_of(tmp_path)) == cold
 
 
 @contextlib.contextmanager
@@ -131,9 +141,9 @@ def test_the_agent_can_find_and_end_a_worker_whose_boot_is_gone(warm: WarmStart,
             boot.kill()
             boot.wait(20)
             assert alive(worker), "nobody has told the worker yet"
-            assert channel.lingering_pid() == worker.pid
+            assert channel.forked_pid() == worker.pid
             os.kill(worker.pid, signal.SIGKILL)
-            until("gone, though nobody has reaped it", lambda: channel.lingering_pid() is None)
+            until("gone, though nobody has reaped it", lambda: channel.forked_pid() is None)
     finally:
         os.kill(warm_pid(warm), signal.SIGCONT)
     channel.close()
