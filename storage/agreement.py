@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from storage import errors
 from storage.errors import StorageError
 from storage.group import Group
 
 T = TypeVar("T")
+
+
+class Dumpable(Protocol):
+    """What can tell itself in bytes."""
+
+    def dump(self) -> bytes:
+        """Everything that another process needs to have the same."""
+
+
+S = TypeVar("S", bound=Dumpable)
 
 
 class AgreeingGroup(Group):
@@ -30,6 +40,23 @@ class AgreeingGroup(Group):
             raise
         self.broadcast(json.dumps({"error": None, "answer": answer}).encode())
         return answer
+
+    def share(self, call: Callable[[], S | None], load: Callable[[bytes], S]) -> S | None:
+        """The coordinator's answer on every rank, or None; its error is raised on every rank.
+
+        On the way it is the bytes of its method `dump`, of which `load` makes the others'.
+        """
+        answer: S | None = None
+
+        def found() -> bool:
+            nonlocal answer
+            answer = call()
+            return answer is not None
+
+        if not self.on_coordinator(found):
+            return None
+        data = self.broadcast(answer.dump() if answer is not None and self.world_size > 1 else b"")
+        return load(data) if answer is None else answer
 
     def everywhere(self, call: Callable[[], T]) -> T:
         """This rank's answer, if every rank has one; else the first rank's error on every rank.

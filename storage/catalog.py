@@ -2,78 +2,32 @@
 
 from __future__ import annotations
 
-import base64
 import logging
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from pydantic import TypeAdapter
 
 from storage import layout
 from storage.checksum import crc32c
 from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
+from storage.index import Index, of_manifest
 from storage.manifest import Manifest, ObjectEntry, load_manifest
 from storage.objects import ObjectInfo, ObjectStore, exists
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """An object as the store has it now; `name` is relative to the step's folder."""
-
-    name: str
-    size_bytes: int
 
 
 @dataclass(frozen=True)
 class Commit:
     """What was found of a committed checkpoint, before any data was read.
 
-    `manifest` is the sealed manifest, or None for a checkpoint of stock DCP, of which `metadata` is the `.metadata` and
-    `objects` is what lies in its folder.
+    `manifest` is None for a checkpoint of stock DCP, of which `metadata` is the `.metadata` (else empty) and
+    `sizes_bytes` says what lies in its folder.
     """
 
     prefix: str
-    metadata: bytes | None
-    manifest: bytes | None
-    objects: tuple[StoredObject, ...] = ()
-
-    def dump(self) -> bytes:
-        """Compact bytes for the way to the other ranks."""
-        blobs = [None if blob is None else base64.b64encode(blob).decode() for blob in (self.metadata, self.manifest)]
-        rows = [(entry.name, entry.size_bytes) for entry in self.objects]
-        return zlib.compress(_wire.dump_json((self.prefix, blobs[0], blobs[1], rows)), 1)
-
-    @classmethod
-    def load(cls, data: bytes) -> Commit:
-        """What `dump` dumped."""
-        prefix, metadata, manifest, rows = _wire.validate_json(zlib.decompress(data))
-        return cls(
-            prefix,
-            None if metadata is None else base64.b64decode(metadata),
-            None if manifest is None else base64.b64decode(manifest),
-            tuple(StoredObject(*row) for row in rows),
-        )
-
-
-_wire: TypeAdapter[tuple[str, str | None, str | None, list[tuple[str, int]]]] = TypeAdapter(
-    tuple[str, str | None, str | None, list[tuple[str, int]]]
-)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint: `metadata` describes it as DCP does; `manifest` is None for one of stock DCP."""
-
-    prefix: str
-    metadata: Metadata
+    metadata: bytes
     manifest: Manifest | None
+    sizes_bytes: Mapping[str, int]
 
 
 def steps(store: ObjectStore) -> list[int]:
@@ -106,15 +60,15 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
         where = f"{store.url}/{prefix}".rstrip("/")
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
     listed = {info.key.removeprefix(prefix): info for info in store.list(prefix)}
-    committed = find_manifest(store, prefix, metadata, listed)
-    if committed is None:
-        stored = tuple(StoredObject(name, info.size_bytes) for name, info in listed.items())
-        return Commit(prefix, metadata, None, stored)
+    manifest = find_manifest(store, prefix, metadata, listed)
+    sizes_bytes = {name: info.size_bytes for name, info in listed.items()}
+    if manifest is None:
+        return Commit(prefix, metadata, None, sizes_bytes)
     step = layout.parse_step(prefix.rstrip("/"))
-    if step is not None and step != committed.manifest.step:
-        raise Corrupt(f"{prefix}{layout.MANIFEST} is of step {committed.manifest.step}")
-    check_objects(store, prefix, committed.manifest.objects, listed)
-    return Commit(prefix, None, committed.data)
+    if step is not None and step != manifest.step:
+        raise Corrupt(f"{prefix}{layout.MANIFEST} is of step {manifest.step}")
+    check_objects(store, prefix, manifest.objects, listed)
+    return Commit(prefix, b"", manifest, sizes_bytes)
 
 
 def check_objects(
@@ -141,15 +95,7 @@ def check_objects(
             raise Corrupt(f"{prefix}{entry.name} has {info.size_bytes} bytes, the manifest says {entry.size_bytes}")
 
 
-@dataclass(frozen=True)
-class Committed:
-    """The manifest that a `.metadata` commits, with its sealed bytes."""
-
-    data: bytes
-    manifest: Manifest
-
-
-def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str]) -> Committed | None:
+def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str]) -> Manifest | None:
     """The manifest that `metadata`, the `.metadata` at `prefix`, commits; None for a checkpoint of stock DCP.
 
     `.metadata` decides, and nothing else: whoever lost the race for it may still have put its own manifest at the top,
@@ -172,7 +118,7 @@ def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Itera
         if commits(metadata, manifest):
             if problems:
                 log.warning("%s; read %s%s instead", problems[0], prefix, name)
-            return Committed(data, manifest)
+            return manifest
         problems.append(f"{prefix}{layout.METADATA} is damaged: its checksum is not that in {name}")
     if problems:
         raise Corrupt(problems[0])
@@ -186,25 +132,19 @@ def commits(metadata: bytes, manifest: Manifest) -> bool:
     return (len(metadata), crc32c(metadata)) == (manifest.metadata_size_bytes, manifest.metadata_crc32c)
 
 
-def open_checkpoint(commit: Commit) -> Checkpoint:
+def open_commit(commit: Commit) -> Index:
     """Turn a commit into something that can be read from. Raises Corrupt."""
-    from storage.dcp_metadata import load_metadata, metadata_of
+    from storage.dcp_metadata import check_sizes, load_metadata
 
     if commit.manifest is not None:
-        manifest = load_manifest(commit.manifest, commit.prefix + layout.MANIFEST)
-        return Checkpoint(commit.prefix, metadata_of(manifest), manifest)
-    assert commit.metadata is not None
+        return check_sizes(of_manifest(commit.prefix, commit.manifest))
+    step = layout.parse_step(commit.prefix.rstrip("/")) or 0
+    name = commit.prefix + layout.METADATA
     try:
-        metadata = load_metadata(commit.metadata, commit.prefix + layout.METADATA)
+        return load_metadata(commit.metadata, commit.prefix, step, commit.sizes_bytes, name)
     except Denied as error:
         # what damage looks like from here: no store was asked, so nothing refused an access
         raise Corrupt(str(error)) from None
-    return Checkpoint(commit.prefix, metadata, None)
-
-
-def find_checkpoint(store: ObjectStore, prefix: str) -> Checkpoint:
-    """`find_commit` and `open_checkpoint` in one: for readers of a single process."""
-    return open_checkpoint(find_commit(store, prefix))
 
 
 def quarantined_steps(store: ObjectStore) -> list[int]:

@@ -27,6 +27,7 @@ import tenacity
 from storage import catalog, layout
 from storage.checksum import crc32c
 from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient, Unconfirmed
+from storage.index import of_manifest
 from storage.manifest import (
     Aborted,
     ItemEntry,
@@ -159,7 +160,7 @@ def build_manifest(
     attempt: Attempt, origin: Origin, contents: Contents, receipts: Sequence[Receipt], created_unix_s: float
 ) -> tuple[Manifest, bytes]:
     """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
-    from storage.dcp_metadata import dump_metadata
+    from storage.dcp_pickle import dump_metadata
 
     objects: list[ObjectEntry] = []
     items: list[ItemEntry] = []
@@ -181,7 +182,7 @@ def build_manifest(
         values=contents.values,
         items=ItemTable.of(items),
     )
-    metadata = dump_metadata(draft)
+    metadata = dump_metadata(of_manifest(attempt.prefix, draft), attempt.id)
     sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}
     return draft.model_copy(update=sums), metadata
 

@@ -29,9 +29,10 @@ from torch.futures import Future
 
 from storage import catalog, commit, layout
 from storage.agreement import AgreeingGroup
-from storage.catalog import Checkpoint, Commit
 from storage.commit import Attempt, Contents, Origin
+from storage.dcp_metadata import metadata_of
 from storage.errors import NoCheckpoint
+from storage.index import Index
 from storage.items import EncodedItem
 from storage.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
 from storage.objects import ObjectStore
@@ -63,7 +64,7 @@ class ShardReader(StorageReader):
         self._url = url
         run, self._prefix = layout.split_step_url(url)
         self._store: ObjectStore = open_store(run)
-        self._checkpoint: Checkpoint | None = None
+        self._index: Index | None = None
 
     @property
     def checkpoint_id(self) -> str:
@@ -76,23 +77,20 @@ class ShardReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Open the checkpoint and return DCP's view of it; a collective unless `no_dist`."""
-        if self._no_dist:
-            found = self._find_commit()
-        else:
-            # each rank's own look could find another newest step, while a save goes on
-            group = AgreeingGroup(self._process_group)
-            found = Commit.load(bytes.fromhex(group.on_coordinator(lambda: self._find_commit().dump().hex())))
-        self._checkpoint = catalog.open_checkpoint(found)
-        return self._checkpoint.metadata
+        # each rank's own look could find another newest step, while a save goes on
+        shared = not self._no_dist
+        self._index = AgreeingGroup(self._process_group).share(self._find, Index.load) if shared else self._find()
+        assert self._index is not None  # it raises instead
+        return metadata_of(self._index)
 
-    def _find_commit(self) -> Commit:
+    def _find(self) -> Index:
         prefix = self._prefix
         if not prefix and not catalog.is_checkpoint(self._store, prefix):
             steps = catalog.committed_steps(self._store)
             if not steps:
                 raise NoCheckpoint(f"no checkpoint at {self._store.url}: neither one itself nor a run with one")
             prefix = layout.step_folder(steps[0]) + "/"
-        return catalog.find_commit(self._store, prefix)
+        return catalog.open_commit(catalog.find_commit(self._store, prefix))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to set up once the metadata is read."""
@@ -107,8 +105,8 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read and verify what `plan` asks for."""
-        assert self._checkpoint is not None, "read_metadata comes first"
-        read_items(self._store, self._checkpoint, plan.items, planner)
+        assert self._index is not None, "read_metadata comes first"
+        read_items(self._store, self._index, plan.items, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -1,67 +1,85 @@
-"""Stock DCP's `.metadata`, read without executing what is in it.
+"""Stock DCP's `.metadata`: read without executing what is in it, written as DCP would have, shown to DCP's planners.
 
-The file is a pickle, and a pickle runs whatever it names. This reader resolves only the classes that DCP itself
-writes (`torch.distributed.checkpoint.metadata`, `_StorageInfo`), torch's dtypes and sizes, and paths; any other name
-is refused before it is imported.
+The file is a pickle, and a pickle runs whatever it names. This reader resolves a few names, and none of them to what
+it stands for elsewhere: DCP's classes become empty ones that are made anew for each file, so that there is nothing
+which a pickle could call or alter; any other name is refused before it is imported. It is also what makes it fast:
+nothing is built but dicts and tuples, from which the columns of an `Index` are taken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import io
-import pathlib
+import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.serialization import _get_layout
 
 from storage.errors import Corrupt, Denied
-from storage.manifest import Manifest
+from storage.index import Columns, Entry, Index, IndexedObject, boxes, build
 from storage.objects import check_key
 
 _DCP = "torch.distributed.checkpoint.metadata"
-_ALLOWED: dict[tuple[str, str], Any] = {
-    **{
-        (_DCP, cls.__name__): cls
-        for cls in (
-            dcp.Metadata,
-            dcp.MetadataIndex,
-            dcp.TensorStorageMetadata,
-            dcp.BytesStorageMetadata,
-            dcp.ChunkStorageMetadata,
-            dcp.TensorProperties,
-            dcp._MEM_FORMAT_ENCODING,
-            dcp.StorageMeta,
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_PATHS = [
+    (module, name)
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+]
+
+
+class _Names:
+    """What the names of one pickle stand for while it is read: classes of its own, and builtins without effects."""
+
+    def __init__(self) -> None:
+        self.metadata = _record("Metadata")
+        self.index = _record("MetadataIndex")
+        self.tensor = _record("TensorStorageMetadata")
+        self.value = _record("BytesStorageMetadata")
+        self.chunk = _record("ChunkStorageMetadata")
+        self.info = _record("_StorageInfo")
+        self.properties = type(
+            "TensorProperties", (), {"__setstate__": lambda self, state: setattr(self, "state", state)}
         )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
-    ("collections", "OrderedDict"): OrderedDict,
-    # a checkpoint's own path is only a note: as a pure path it cannot touch a file system
-    **{
-        (module, name): pathlib.PurePosixPath
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-    },
-    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-}
+        self.known: dict[tuple[str, str], Any] = {
+            (_DCP, "Metadata"): self.metadata,
+            (_DCP, "MetadataIndex"): self.index,
+            (_DCP, "TensorStorageMetadata"): self.tensor,
+            (_DCP, "BytesStorageMetadata"): self.value,
+            (_DCP, "ChunkStorageMetadata"): self.chunk,
+            (_DCP, "TensorProperties"): self.properties,
+            (_DCP, "StorageMeta"): _record("StorageMeta"),
+            (_DCP, "_MEM_FORMAT_ENCODING"): int,
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): self.info,
+            ("torch", "Size"): tuple,
+            ("torch.serialization", "_get_layout"): str,
+            ("collections", "OrderedDict"): OrderedDict,
+            # a checkpoint's own path is only a note
+            **dict.fromkeys(_PATHS, type("Path", (), {"__init__": lambda self, *parts: None})),
+            **{("torch", name): value for name, value in _DTYPES.items()},
+        }
 
 
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, so its attributes can be set
-# the Python classes among them: a pickle's BUILD opcode could set attributes of a class as well as of an instance
-_CLASSES = {value for value in _ALLOWED.values() if isinstance(value, type) and value.__flags__ & _HEAP_TYPE}
+def _record(name: str) -> type:
+    """A class whose instances take any attributes."""
+    return type(name, (), {})
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, known: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._known = known
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self._known[module, name]
         except KeyError:
             raise Denied(f"refused: it names {module}.{name}, which no checkpoint metadata needs") from None
 
@@ -69,117 +87,199 @@ class _Unpickler(pickle.Unpickler):
         raise Denied("refused: it refers to objects outside of the file")
 
 
-def load_metadata(data: bytes, name: str = ".metadata") -> dcp.Metadata:
-    """The `Metadata` that stock DCP or this package wrote.
+class _Odd(Exception):
+    """The parts of the metadata do not fit together."""
+
+
+def load_metadata(
+    data: bytes, prefix: str, step: int, sizes_bytes: Mapping[str, int], name: str = ".metadata"
+) -> Index:
+    """The index of a checkpoint of stock DCP, from its `.metadata`.
+
+    Args:
+        prefix, step: of the checkpoint.
+        sizes_bytes: of the objects in its folder.
+        name: of the file, for messages.
 
     Raises:
         Denied: the pickle names something that metadata has no use for; nothing of it was executed.
         Corrupt: not a pickle of `Metadata`, or one whose parts do not fit together.
     """
+    names = _Names()
     try:
-        with _unchanged_classes():
-            metadata = _Unpickler(io.BytesIO(data)).load()
-        problem = _problem(metadata)
+        with _no_collection():
+            metadata = _Unpickler(data, names.known).load()
+            return _Parts(metadata, names).index(prefix, step, sizes_bytes)
     except Denied as error:
         raise Denied(f"{name}: {error}") from None
+    except (_Odd, Corrupt) as error:
+        raise Corrupt(f"{name} is not checkpoint metadata: {error}") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle raises almost anything
         raise Corrupt(f"{name} is not checkpoint metadata: {type(error).__name__}: {error}") from None
-    if problem:
-        raise Corrupt(f"{name} is not checkpoint metadata: {problem}")
-    return metadata  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
-def _unchanged_classes() -> Iterator[None]:
-    """Undo, and refuse, what a pickle did to the classes themselves."""
-    before = {cls: dict(vars(cls)) for cls in _CLASSES}
+def _no_collection() -> Iterator[None]:
+    """Without the cycle collector, which would walk over a million new objects again and again and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        changed = [cls for cls in _CLASSES if dict(vars(cls)) != before[cls]]
-        for cls in changed:
-            for name in vars(cls).keys() - before[cls].keys():
-                type.__delattr__(cls, name)
-            for name, value in before[cls].items():
-                if vars(cls).get(name) is not value:
-                    type.__setattr__(cls, name, value)
-    if changed:
-        raise Denied(f"refused: it alters the class {changed[0].__name__}")
+        if was_enabled:
+            gc.enable()
 
 
-def _problem(metadata: Any) -> str | None:
-    """What is wrong with unpickled metadata, None if nothing is. Any attribute may have been set to anything."""
-    if type(metadata) is not dcp.Metadata or not isinstance(metadata.state_dict_metadata, dict):
-        return "no Metadata"
-    entries: dict[Any, Any] = metadata.state_dict_metadata
-    for key, value in entries.items():
+class _Parts:
+    """An unpickled `Metadata`, any attribute of which may be anything. Raises _Odd, and almost anything else."""
+
+    def __init__(self, metadata: Any, names: _Names) -> None:
+        kind: Any = type(metadata)
+        if kind is not names.metadata or not isinstance(metadata.state_dict_metadata, dict):
+            raise _Odd("no Metadata")
+        if not isinstance(metadata.storage_data, dict):
+            raise _Odd("no storage data")
+        self._names = names
+        self._state: dict[Any, Any] = metadata.state_dict_metadata
+        self._paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        self._places: dict[Any, Any] = metadata.storage_data
+
+    def index(self, prefix: str, step: int, sizes_bytes: Mapping[str, int]) -> Index:
+        """All of it as columns."""
+        indices, infos = list(self._places), list(self._places.values())
+        if {type(index) for index in indices} - {self._names.index} or {type(i) for i in infos} - {self._names.info}:
+            raise _Odd("storage data of another kind")
+        transforms = next((found for info in infos if (found := info.__dict__.get("transform_descriptors"))), ())
+        object_names = sorted({info.relative_path for info in infos})
+        objects = [IndexedObject(check_key(name), sizes_bytes.get(name, 0)) for name in object_names]
+        number_of = {name: number for number, name in enumerate(object_names)}
+        items_of: dict[str, dict[tuple[int, ...] | None, int]] = {key: {} for key in self._state}
+        for item, index in enumerate(indices):
+            items_of[index.fqn][index.__dict__.get("offset")] = item
+        rows: list[tuple[str, str, tuple[int, ...], tuple[str | int, ...], int, int]] = []
+        order: list[int] = []
+        chunks: list[tuple[Sequence[int], Sequence[int]]] = []
+        for key, stored in self._state.items():
+            first = len(order)
+            dtype, shape, found = self._entry(key, stored, items_of[key])
+            order += [item for item, _ in found]
+            chunks += [chunk for _, chunk in found]
+            rows.append((key, dtype, shape, self._path(key), first, len(order)))
+        if len(order) != len(infos):
+            raise _Odd("storage data without a shard")
+        length = _column([info.length for info in infos])[order]
+        offset = _column([info.offset for info in infos])[order]
+        where = _column([number_of[info.relative_path] for info in infos])[order]
+        num = len(order)
+        columns = Columns(
+            object=where,
+            offset=offset,
+            length=length,
+            raw_offset=np.zeros(num, np.int64),
+            block_size_bytes=np.maximum(length, 1),
+            first_crc=np.zeros(num + 1, np.int64),
+            offsets=boxes([chunk[0] for chunk in chunks], 0),
+            sizes=boxes([chunk[1] for chunk in chunks], 1),
+            crcs=np.zeros(0, np.uint32),
+        )
+        dims = np.fromiter((len(chunk[0]) for chunk in chunks), np.int64, num)
+        if min(int(column.min(initial=0)) for column in (offset, length, columns.offsets, columns.sizes)) < 0:
+            raise _Odd("a negative number")
+        index = build(prefix, step, True, objects, rows, columns, dims)
+        return dataclasses.replace(index, transforms=tuple(map(str, transforms)))
+
+    def _entry(
+        self, key: Any, stored: Any, items: Mapping[tuple[int, ...] | None, int]
+    ) -> tuple[str, tuple[int, ...], list[tuple[int, tuple[Sequence[int], Sequence[int]]]]]:
+        """dtype, shape, and the key's items in the order of its chunks, each with its box."""
         if not isinstance(key, str):
-            return f"key {key!r}"
-        if isinstance(value, dcp.TensorStorageMetadata):
-            chunks_ok = isinstance(value.chunks, list) and all(
-                isinstance(chunk, dcp.ChunkStorageMetadata)
-                and len(chunk.offsets) == len(chunk.sizes) == len(value.size)
-                for chunk in value.chunks
-            )
-            if not chunks_ok or not isinstance(value.properties.dtype, torch.dtype):
-                return f"entry {key!r}"
-        elif not isinstance(value, dcp.BytesStorageMetadata):
-            return f"entry {key!r}"
-    if not isinstance(metadata.storage_data, dict):
-        return "no storage data"
-    places: dict[Any, Any] = metadata.storage_data
-    for index, info in places.items():
-        if not isinstance(index, dcp.MetadataIndex) or index.fqn not in metadata.state_dict_metadata:
-            return f"index {index!r}"
-        if type(info) is not _StorageInfo or not isinstance(info.relative_path, str):
-            return f"storage info of {index.fqn!r}"
-        if min(info.offset, info.length) < 0:
-            return f"place of {index.fqn!r}"
-        check_key(info.relative_path)
-    return None
+            raise _Odd(f"key {key!r}")
+        kind: Any = type(stored)
+        if kind is self._names.value:
+            return "", (), [(item, ((), ())) for item in items.values()]
+        if kind is not self._names.tensor or not isinstance(stored.size, tuple):
+            raise _Odd(f"entry {key!r}")
+        dtype = stored.properties.state[0]
+        if not isinstance(dtype, torch.dtype) or {type(chunk) for chunk in stored.chunks} - {self._names.chunk}:
+            raise _Odd(f"entry {key!r}")
+        found = []
+        for chunk in stored.chunks:
+            item = items.get(chunk.offsets)
+            if len(chunk.offsets) != len(chunk.sizes):
+                raise _Odd(f"entry {key!r}")
+            if item is not None:
+                found.append((item, (chunk.offsets, chunk.sizes)))
+            elif math.prod(chunk.sizes):
+                raise _Odd(f"shard of {key!r} at {list(chunk.offsets)} is stored nowhere")
+        return str(dtype).removeprefix("torch."), stored.size, found
+
+    def _path(self, key: str) -> tuple[str | int, ...]:
+        path = self._paths.get(key, (key,))
+        ok = isinstance(path, tuple) and all(isinstance(part, (str, int)) for part in path)
+        return path if ok else (key,)
+
+
+def _column(numbers: Sequence[int]) -> Any:
+    return np.fromiter(numbers, np.int64, len(numbers))
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a manifest's `dtype`. Raises Corrupt."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise Corrupt(f"unknown dtype {name!r}")
-    return dtype
+    """The dtype of an entry's `dtype`. Raises Corrupt."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise Corrupt(f"unknown dtype {name!r}") from None
 
 
-def metadata_of(manifest: Manifest) -> dcp.Metadata:
-    """The DCP metadata that says what `manifest` says; `storage_data` included."""
-    state: dict[str, dcp.STORAGE_TYPES] = {
-        key: dcp.TensorStorageMetadata(
+def check_sizes(index: Index) -> Index:
+    """`index`, if every tensor's bytes lie inside its items. Raises Corrupt."""
+    itemsize = np.zeros(len(index), np.int64)
+    for entry in index.entries.values():
+        if entry.is_tensor:
+            itemsize[entry.first : entry.last] = torch_dtype(entry.dtype).itemsize
+    columns = index.columns
+    short = np.flatnonzero(columns.raw_offset + columns.sizes.prod(axis=1) * itemsize > columns.length)
+    if len(short):
+        key = next(key for key, entry in index.entries.items() if entry.first <= short[0] < entry.last)
+        raise Corrupt(f"item {key!r} is too short for its data")
+    return index
+
+
+class _Entries(Mapping[str, dcp.STORAGE_TYPES]):
+    """`state_dict_metadata` in which an entry is made when it is asked for: a rank asks for few of many shards."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._made: dict[str, dcp.STORAGE_TYPES] = {}
+
+    def __getitem__(self, key: str) -> dcp.STORAGE_TYPES:
+        if key not in self._made:
+            self._made[key] = self._make(key, self._index.entries[key])
+        return self._made[key]
+
+    def _make(self, key: str, entry: Entry) -> dcp.STORAGE_TYPES:
+        if not entry.is_tensor:
+            return dcp.BytesStorageMetadata()
+        columns, num_dims = self._index.columns, len(entry.shape)
+        span = slice(entry.first, entry.last)
+        pairs = zip(columns.offsets[span, :num_dims].tolist(), columns.sizes[span, :num_dims].tolist(), strict=True)
+        return dcp.TensorStorageMetadata(
             properties=dcp.TensorProperties(dtype=torch_dtype(entry.dtype)),
             size=torch.Size(entry.shape),
-            chunks=[],
+            chunks=[dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in pairs],
         )
-        for key, entry in manifest.tensors.items()
-    }
-    state.update({key: dcp.BytesStorageMetadata() for key in manifest.values})
-    storage_data = {}
-    for item in manifest.items.rows():
-        entry = state[item.key]
-        if isinstance(entry, dcp.TensorStorageMetadata):
-            assert item.offsets is not None and item.sizes is not None  # the manifest's own check
-            index = dcp.MetadataIndex(item.key, item.offsets, len(entry.chunks))
-            entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)))
-        else:
-            index = dcp.MetadataIndex(item.key)
-        name = manifest.objects[item.object].name
-        storage_data[index] = _StorageInfo(name, item.offset, item.length)
-    paths = {key: entry.path for key, entry in manifest.tensors.items()}
-    paths.update({key: value.path for key, value in manifest.values.items()})
-    return dcp.Metadata(
-        state_dict_metadata=state,
-        planner_data=paths,
-        storage_data=storage_data,
-        storage_meta=dcp.StorageMeta(save_id=manifest.attempt),
-        version="1.0.0",  # DCP's own version of this layout (filesystem.CURRENT_DCP_VERSION)
-    )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index.entries)
+
+    def __len__(self) -> int:
+        return len(self._index.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._index.entries
 
 
-def dump_metadata(manifest: Manifest) -> bytes:
-    """The bytes of `.metadata` for `manifest`, as stock DCP would have pickled them."""
-    return pickle.dumps(metadata_of(manifest))
+def metadata_of(index: Index) -> dcp.Metadata:
+    """What a planner of DCP has to know; `storage_data` is None, for that is this package's own business."""
+    paths = {key: entry.path for key, entry in index.entries.items()}
+    return dcp.Metadata(state_dict_metadata=_Entries(index), planner_data=paths, version="1.0.0")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import numpy as np
 
 from storage.checksum import crc32c
 from storage.errors import Corrupt, NotFound
-from storage.manifest import ItemEntry, Manifest
+from storage.index import Columns, Index
 from storage.objects import ObjectStore
 from storage.readplan import Part, Segment
 
@@ -33,23 +33,20 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's data objects, as the manifest lists them."""
+    """A checkpoint's data objects."""
 
     store: ObjectStore
-    prefix: str
-    manifest: Manifest
+    index: Index
 
     def fetch_part(self, part: Part, buffers: Sequence[memoryview]) -> Traffic:
         """Fetch one part into `buffers` (what `Want.buffer` indexes). Raises Corrupt."""
-        entry = self.manifest.objects[part.object]
         memories = _memories(part, buffers)
         views = [view for gap, view in memories for view in (gap, view) if view.nbytes]
-        key = self.prefix + entry.name
+        key = self.index.prefix + self.index.objects[part.object].name
         with blaming(key):
             self.store.read_into(key, part.start, views)
         for segment, (_, memory) in zip(part.segments, memories, strict=True):
-            item = self.manifest.items[segment.item]
-            _verify(item, segment, memory, key)
+            _verify(self.index.columns, segment, memory, key)
             if segment.direct is None:
                 _copy_wants(segment, memory, buffers)
         return Traffic(1, part.stop - part.start)
@@ -85,12 +82,12 @@ def _scratch(size_bytes: int) -> memoryview:
     return memoryview(np.empty(size_bytes, np.uint8))  # type: ignore[arg-type]
 
 
-def _verify(item: ItemEntry, segment: Segment, memory: memoryview, name: str) -> None:
-    size = item.block_size_bytes
-    for index, expected in enumerate(item.blocks()[segment.first_block : segment.last_block]):
-        if crc32c(memory[index * size : (index + 1) * size]) != expected:
-            where = item.offset + (segment.first_block + index) * size
-            raise Corrupt(f"{name} is damaged: checksum of {item.key!r} at byte {where} does not match", name)
+def _verify(columns: Columns, segment: Segment, memory: memoryview, name: str) -> None:
+    size, first = int(columns.block_size_bytes[segment.item]), int(columns.first_crc[segment.item])
+    expected = columns.crcs[first + segment.first_block : first + segment.last_block].tolist()
+    for index, crc in enumerate(expected):
+        if crc32c(memory[index * size : (index + 1) * size]) != crc:
+            raise Corrupt(f"{name} is damaged: checksum at byte {segment.start + index * size} does not match", name)
 
 
 def _copy_wants(segment: Segment, memory: memoryview, buffers: Sequence[memoryview]) -> None:

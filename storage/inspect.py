@@ -13,7 +13,8 @@ from storage import catalog, layout
 from storage.checksum import crc32c
 from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
 from storage.fetch import windowed
-from storage.manifest import ItemEntry, Manifest, load_manifest
+from storage.index import Index
+from storage.manifest import ItemEntry, Manifest
 from storage.objects import ObjectStore, exists
 from storage.registry import open_store
 from storage.zips import check_zip
@@ -126,9 +127,9 @@ def summarize(store: ObjectStore, prefix: str) -> Summary:
     except (Corrupt, UsageError) as error:
         return Summary(folder, step, "damaged", reason=str(error))
     if commit.manifest is None:
-        size = sum(entry.size_bytes for entry in commit.objects if entry.name.endswith(".distcp"))
+        size = sum(size for name, size in commit.sizes_bytes.items() if name.endswith(".distcp"))
         return Summary(folder, step, "stock", size_bytes=size)
-    manifest = load_manifest(commit.manifest)
+    manifest = commit.manifest
     return Summary(
         folder,
         manifest.step,
@@ -159,8 +160,8 @@ def details(store: ObjectStore, prefix: str) -> Details:
     commit = catalog.find_commit(store, prefix)
     summary = summarize(store, prefix)
     if commit.manifest is None:
-        return _stock_details(summary, catalog.open_checkpoint(commit))
-    manifest = load_manifest(commit.manifest)
+        return _stock_details(summary, catalog.open_commit(commit))
+    manifest = commit.manifest
     shards: dict[str, list[Shard]] = defaultdict(list)
     for item in manifest.items.rows():
         if item.offsets is not None and item.sizes is not None:
@@ -172,21 +173,16 @@ def details(store: ObjectStore, prefix: str) -> Details:
     return Details(summary, tuple(tensors), tuple(sorted(manifest.values)))
 
 
-def _stock_details(summary: Summary, checkpoint: catalog.Checkpoint) -> Details:
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
-    tensors, values = [], []
-    for key, entry in sorted(checkpoint.metadata.state_dict_metadata.items()):
-        if not isinstance(entry, TensorStorageMetadata):
-            values.append(key)
+def _stock_details(summary: Summary, index: Index) -> Details:
+    tensors = []
+    for key, entry in sorted(index.entries.items()):
+        if not entry.is_tensor:
             continue
-        shards = []
-        for chunk in entry.chunks:
-            info = checkpoint.metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
-            name = info.relative_path if info else ""
-            shards.append(Shard(tuple(chunk.offsets), tuple(chunk.sizes), name))
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        tensors.append(Tensor(key, dtype, tuple(entry.size), tuple(shards)))
+        places = index.columns.object[entry.first : entry.last].tolist()
+        boxes = (index.box(key, item) for item in range(entry.first, entry.last))
+        shards = [Shard(*box, index.objects[where].name) for box, where in zip(boxes, places, strict=True)]
+        tensors.append(Tensor(key, entry.dtype, entry.shape, tuple(shards)))
+    values = sorted(key for key, entry in index.entries.items() if not entry.is_tensor)
     return Details(summary, tuple(tensors), tuple(values))
 
 
@@ -205,8 +201,8 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
     try:
         commit = catalog.find_commit(store, prefix)
         if commit.manifest is None:
-            return _verify_stock(store, catalog.open_checkpoint(commit), folder, step, only)
-        manifest = load_manifest(commit.manifest)
+            return _verify_stock(store, catalog.open_commit(commit), folder, step, only)
+        manifest = commit.manifest
     except Corrupt as error:
         return Verdict(folder, step, 0, 0, (str(error),))
     items: dict[int, list[ItemEntry]] = defaultdict(list)
@@ -278,26 +274,28 @@ def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[st
 
 def _verify_stock(
     store: ObjectStore,
-    checkpoint: catalog.Checkpoint,
+    index: Index,
     folder: str,
     step: int | None,
     only: Collection[str] | None,
 ) -> Verdict:
     from storage.items import decode_value
 
-    found = {(i.relative_path, i.offset, i.length) for i in checkpoint.metadata.storage_data.values()}
-    places = sorted(place for place in found if only is None or checkpoint.prefix + place[0] in only)
+    columns = index.columns
+    rows = zip(columns.object.tolist(), columns.offset.tolist(), columns.length.tolist(), strict=True)
+    found = {(index.objects[where].name, offset, length) for where, offset, length in rows}
+    places = sorted(place for place in found if only is None or index.prefix + place[0] in only)
     names = {name for name, _, _ in places}
 
     def check(place: tuple[str, int, int]) -> str | None:
         name, offset, length = place
         try:
-            if not exists(store, checkpoint.prefix + name):
-                raise Corrupt(f"{checkpoint.prefix}{name} is missing")
+            if not exists(store, index.prefix + name):
+                raise Corrupt(f"{index.prefix}{name} is missing")
             memory = memoryview(bytearray(length))
-            store.read_into(checkpoint.prefix + name, offset, [memory])
-            check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
-            decode_value(memory, f"{checkpoint.prefix}{name} at byte {offset}")
+            store.read_into(index.prefix + name, offset, [memory])
+            check_zip(memory, f"{index.prefix}{name} at byte {offset}")
+            decode_value(memory, f"{index.prefix}{name} at byte {offset}")
         except Corrupt as error:
             return str(error)
         return None

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from storage import layout
@@ -159,18 +160,19 @@ class Manifest(Document):
             if not layout.is_data_name(entry.name):
                 raise ValueError(f"refused object name {entry.name!r}")
         table = self.items
-        values = {key for key, sizes in zip(table.key, table.sizes, strict=True) if sizes is None}
-        tensors = {key for key, sizes in zip(table.key, table.sizes, strict=True) if sizes is not None}
-        if not (values <= self.values.keys() and tensors <= self.tensors.keys()):
-            raise ValueError("an item belongs to nothing in the manifest")
-        if any((o is None) != (s is None) for o, s in zip(table.offsets, table.sizes, strict=True)):
-            raise ValueError("an item has offsets but no sizes, or the reverse")
+        kinds = set(zip(table.key, map(type, table.offsets), map(type, table.sizes), strict=True))
+        for key, offsets, sizes in kinds:
+            if key not in (self.values if sizes is type(None) else self.tensors):
+                raise ValueError("an item belongs to nothing in the manifest")
+            if offsets is not sizes:
+                raise ValueError("an item has offsets but no sizes, or the reverse")
         if max(table.object, default=-1) >= len(self.objects):
             raise ValueError("an item is in an object that is not in the manifest")
-        object_sizes = [entry.size_bytes for entry in self.objects]
-        for where, offset, length, raw in zip(table.object, table.offset, table.length, table.raw_offset, strict=True):
-            if offset + length > object_sizes[where] or raw > length:
-                raise ValueError("an item reaches past its end, or the end of its object")
+        length, raw_offset = np.array(table.length, np.int64), np.array(table.raw_offset, np.int64)
+        object_sizes = np.array([entry.size_bytes for entry in self.objects], np.int64)
+        ends = np.array(table.offset, np.int64) + length
+        if len(table) and bool((ends > object_sizes[np.array(table.object)]).any() or (raw_offset > length).any()):
+            raise ValueError("an item reaches past its end, or the end of its object")
         return self
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from storage.catalog import Checkpoint
+from storage.dcp_metadata import torch_dtype
 from storage.errors import Corrupt, UnsupportedValue
 from storage.fetch import Source, Traffic, blaming, run_all, windowed
+from storage.index import Index
 from storage.items import decode_value
-from storage.manifest import ItemEntry, Manifest, tensor_size_bytes
 from storage.objects import ObjectStore
 from storage.readplan import ItemSpan, Want, box_runs, box_strides, plan_parts, run_length
 from storage.staging import bytes_of
@@ -30,7 +30,7 @@ _WAVE_SIZE_BYTES = 256 * 1024 * 1024  # bound on memory for what cannot go strai
 
 def read_items(
     store: ObjectStore,
-    checkpoint: Checkpoint,
+    index: Index,
     items: Sequence[ReadItem],
     planner: LoadPlanner,
     num_threads: int = NUM_THREADS,
@@ -46,18 +46,28 @@ def read_items(
         Transient, Denied, NotFound: by the store.
     """
     with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
-        if checkpoint.manifest is None:
-            return _read_stock(store, checkpoint, items, planner, pool, 2 * num_threads)
-        source = Source(store, checkpoint.prefix, checkpoint.manifest)
-        spans = [ItemSpan(i.object, i.offset, i.length, i.block_size_bytes) for i in source.manifest.items.rows()]
+        if index.is_stock:
+            return _read_stock(store, index, items, planner, pool, 2 * num_threads)
+        source = Source(store, index)
+        columns = index.columns
+        fields = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
+        spans = list(itertools.starmap(ItemSpan, zip(*(field.tolist() for field in fields), strict=True)))
         traffic = Traffic()
-        for wave in _waves(source.manifest, items, planner):
+        for wave in _waves(index, items, planner):
             parts = plan_parts(spans, wave.wants)
             calls = [functools.partial(source.fetch_part, part, wave.buffers) for part in parts]
             traffic = sum(run_all(pool, calls), traffic)
             for finish in wave.finishers:
                 finish()
         return traffic
+
+
+@dataclass(frozen=True)
+class _Item:
+    key: str
+    sizes: tuple[int, ...]
+    length: int
+    raw_offset: int
 
 
 @dataclass
@@ -69,7 +79,7 @@ class _Wave:
     finishers: list[Callable[[], None]] = field(default_factory=list)
     extra_bytes: int = 0
 
-    def add_value(self, position: int, entry: ItemEntry, read: ReadItem, planner: LoadPlanner) -> None:
+    def add_value(self, position: int, entry: _Item, read: ReadItem, planner: LoadPlanner) -> None:
         memory = bytearray(entry.length)
         self._want_all(position, 0, memoryview(memory))
         self.extra_bytes += entry.length
@@ -80,14 +90,12 @@ class _Wave:
 
         self.finishers.append(finish)
 
-    def add_tensor(
-        self, position: int, entry: ItemEntry, dtype: torch.dtype, read: ReadItem, planner: LoadPlanner
-    ) -> None:
+    def add_tensor(self, position: int, entry: _Item, dtype: torch.dtype, read: ReadItem, planner: LoadPlanner) -> None:
         destination = planner.resolve_tensor(read).detach()
         if destination.shape != read.lengths:
             raise ValueError(f"{entry.key!r}: planned {tuple(read.lengths)}, resolved {tuple(destination.shape)}")
-        sizes, lengths, itemsize = entry.sizes or (), tuple(read.lengths), dtype.itemsize
-        raw_stop = entry.raw_offset + tensor_size_bytes(entry, itemsize)
+        sizes, lengths, itemsize = entry.sizes, tuple(read.lengths), dtype.itemsize
+        raw_stop = entry.raw_offset + math.prod(entry.sizes) * itemsize
         length_bytes = run_length(sizes, lengths) * itemsize
         if length_bytes >= _RUN_SIZE_BYTES_MIN or length_bytes == math.prod(lengths) * itemsize:
             target = destination if _is_plain(destination, dtype) else self._temporary(lengths, dtype)
@@ -147,26 +155,26 @@ def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _waves(manifest: Manifest, items: Sequence[ReadItem], planner: LoadPlanner) -> Iterator[_Wave]:
+def _waves(index: Index, items: Sequence[ReadItem], planner: LoadPlanner) -> Iterator[_Wave]:
     """The reads in the order of storage, cut where their temporary memory would pass the bound."""
-    from storage.dcp_metadata import torch_dtype
-
-    keys = zip(manifest.items.key, manifest.items.offsets, strict=True)
-    position_of = {key: index for index, key in enumerate(keys)}
+    columns = index.columns
     found = []
     for read in items:
-        offset = read.storage_index.offset
-        position = position_of[read.storage_index.fqn, None if offset is None else tuple(offset)]
-        entry = manifest.items[position]
+        place = read.storage_index
+        position = index.find(place.fqn, place.offset, place.index)
         if read.type is LoadItemType.BYTE_IO or read.lengths.numel():
-            found.append(((entry.object, entry.offset), position, entry, read))
+            found.append(((int(columns.object[position]), int(columns.offset[position])), position, read))
     found.sort(key=lambda row: row[0])
     wave = _Wave()
-    for _, position, entry, read in found:
+    for _, position, read in found:
+        key = read.storage_index.fqn
+        entry = _Item(
+            key, index.box(key, position)[1], int(columns.length[position]), int(columns.raw_offset[position])
+        )
         if read.type is LoadItemType.BYTE_IO:
             wave.add_value(position, entry, read, planner)
         else:
-            wave.add_tensor(position, entry, torch_dtype(manifest.tensors[entry.key].dtype), read, planner)
+            wave.add_tensor(position, entry, torch_dtype(index.entries[key].dtype), read, planner)
         if wave.extra_bytes >= _WAVE_SIZE_BYTES:
             yield wave
             wave = _Wave()
@@ -176,35 +184,35 @@ def _waves(manifest: Manifest, items: Sequence[ReadItem], planner: LoadPlanner) 
 
 def _read_stock(
     store: ObjectStore,
-    checkpoint: Checkpoint,
+    index: Index,
     items: Sequence[ReadItem],
     planner: LoadPlanner,
     pool: ThreadPoolExecutor,
     window: int,
 ) -> Traffic:
     """A checkpoint of stock DCP has no checksums but the zips' own: each item is read whole and verified by those."""
+    if index.transforms:
+        through = ", ".join(index.transforms)
+        raise UnsupportedValue(f"{index.prefix} was stored through {through}; save it without transforms to load it")
     reads_of: dict[tuple[str, int, int], list[ReadItem]] = {}
+    columns = index.columns
     for read in items:
-        info: _StorageInfo = checkpoint.metadata.storage_data[read.storage_index]
-        if info.transform_descriptors:
-            transforms = ", ".join(info.transform_descriptors)
-            raise UnsupportedValue(
-                f"{read.storage_index.fqn!r} was stored through {transforms}; save it without transforms to load it"
-            )
-        reads_of.setdefault((info.relative_path, info.offset, info.length), []).append(read)
+        found = index.find(read.storage_index.fqn, read.storage_index.offset, read.storage_index.index)
+        place = (index.objects[columns.object[found]].name, int(columns.offset[found]), int(columns.length[found]))
+        reads_of.setdefault(place, []).append(read)
 
     def fetch(place: tuple[str, int, int]) -> tuple[tuple[str, int, int], memoryview]:
         name, offset, length = place
         memory = bytes_of(torch.empty(length, dtype=torch.uint8))
-        with blaming(checkpoint.prefix + name):
-            store.read_into(checkpoint.prefix + name, offset, [memory])
-            check_zip(memory, f"{checkpoint.prefix}{name} at byte {offset}")
+        with blaming(index.prefix + name):
+            store.read_into(index.prefix + name, offset, [memory])
+            check_zip(memory, f"{index.prefix}{name} at byte {offset}")
         return place, memory
 
     fetched_bytes = 0
     for place, memory in windowed(pool, fetch, sorted(reads_of), window):
         fetched_bytes += memory.nbytes
-        with blaming(checkpoint.prefix + place[0]):
+        with blaming(index.prefix + place[0]):
             value = decode_value(memory, reads_of[place][0].storage_index.fqn)
         for read in reads_of[place]:
             _deliver(read, value, memory, planner)

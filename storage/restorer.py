@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
-
 from storage import catalog, commit, inspect, layout
 from storage.agreement import AgreeingGroup
+from storage.dcp_metadata import metadata_of
 from storage.describe import SafeLoadPlanner, differences, needed_bytes, num_surplus
 from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
 from storage.events import Reporter
 from storage.fetch import Traffic
+from storage.index import Index
 from storage.objects import ObjectStore
 from storage.owner import Claim
 from storage.reading import read_items
@@ -54,86 +54,74 @@ class Restorer:
             WrongModel, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
         """
         damaged: list[str] = []
-        while (commit_bytes := self._newest_commit(damaged)) is not None:
-            checkpoint = catalog.open_checkpoint(catalog.Commit.load(commit_bytes))
-            step = layout.parse_step(checkpoint.prefix.rstrip("/")) or 0
-            result = self._read(flat, checkpoint, step)
+        while (index := self._group.share(lambda: self._newest(damaged), Index.load)) is not None:
+            result = self._read(flat, index)
             if not isinstance(result, Corrupt):
-                return Restored(step, result[1], result[0])
-            self._judge(step, result)
+                return Restored(index.step, result[1], result[0])
+            self._judge(index.step, result)
             damaged.append(str(result))
         return None
 
-    def _newest_commit(self, damaged: Collection[str]) -> bytes | None:
-        """The newest commit that fits together, found by the coordinator; None if the run has no checkpoint at all."""
+    def _newest(self, damaged: Collection[str]) -> Index | None:
+        """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all."""
+        reasons = list(damaged)
+        for step in catalog.committed_steps(self._store):
+            try:
+                return self._open(layout.step_folder(step) + "/")
+            except NoCheckpoint:
+                continue  # removed since it was listed
+            except Corrupt as error:
+                self._set_aside(step, str(error))
+                reasons.append(str(error))
+        if reasons:
+            raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
+        if aside := catalog.quarantined_steps(self._store):
+            raise Corrupt(
+                f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
+                f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
+            )
+        return None
 
-        def find() -> str | None:
-            reasons = list(damaged)
-            for step in catalog.committed_steps(self._store):
-                try:
-                    return self._find_commit(layout.step_folder(step) + "/").dump().hex()
-                except NoCheckpoint:
-                    continue  # removed since it was listed
-                except Corrupt as error:
-                    self._set_aside(step, str(error))
-                    reasons.append(str(error))
-            if reasons:
-                raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
-            if aside := catalog.quarantined_steps(self._store):
-                raise Corrupt(
-                    f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
-                    f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
-                )
-            return None
-
-        answer = self._group.on_coordinator(find)
-        return None if answer is None else bytes.fromhex(answer)
-
-    def _find_commit(self, prefix: str) -> catalog.Commit:
-        """The commit at `prefix`; damage counts when it is read twice. Raises NoCheckpoint, Corrupt."""
+    def _open(self, prefix: str) -> Index:
+        """The checkpoint at `prefix`; damage counts when it is read twice. Raises NoCheckpoint, Corrupt."""
         try:
-            return self._open(prefix)
+            return catalog.open_commit(catalog.find_commit(self._store, prefix))
         except Corrupt as error:
-            found = self._open(prefix)
+            found = catalog.open_commit(catalog.find_commit(self._store, prefix))
             log.warning("read again, %s is whole; the first time: %s", prefix.rstrip("/"), error)
             return found
 
-    def _open(self, prefix: str) -> catalog.Commit:
-        found = catalog.find_commit(self._store, prefix)
-        catalog.open_checkpoint(found)
-        return found
-
-    def _read(self, flat: dict[str, Any], checkpoint: catalog.Checkpoint, step: int) -> tuple[Traffic, int] | Corrupt:
+    def _read(self, flat: dict[str, Any], index: Index) -> tuple[Traffic, int] | Corrupt:
         """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
 
         A rank that found no damage itself returns a Corrupt without a message when another one did.
         """
-        planner = SafeLoadPlanner()
-        planner.set_up_planner(flat, checkpoint.metadata, self._group.is_coordinator)
-        self._group.everywhere(lambda: self._check_fits(planner.state_dict, checkpoint.metadata, step))
+        planner = SafeLoadPlanner(index)
+        planner.set_up_planner(flat, metadata_of(index), self._group.is_coordinator)
+        self._group.everywhere(lambda: self._check_fits(planner.state_dict, index))
         found: list[Corrupt] = []
 
         def read() -> tuple[Traffic, int]:
             items = planner.create_local_plan().items
             try:
-                traffic = read_items(self._store, checkpoint, items, planner)
+                traffic = read_items(self._store, index, items, planner)
             except Corrupt as error:
                 found.append(error)
                 raise
-            return traffic, needed_bytes(items, checkpoint.metadata)
+            return traffic, needed_bytes(items, index.entries)
 
         try:
             return self._group.everywhere(read)
         except Corrupt:
             return found[0] if found else Corrupt("")
 
-    def _check_fits(self, state: dict[str, Any], metadata: Metadata, step: int) -> None:
-        found = differences(state, metadata)
+    def _check_fits(self, state: dict[str, Any], index: Index) -> None:
+        found, step = differences(state, index.entries), index.step
         if found:
             shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
             more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
             raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
-        if surplus := num_surplus(state, metadata):
+        if surplus := num_surplus(state, index.entries):
             log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
 
     def _judge(self, step: int, found: Corrupt) -> None:

@@ -91,7 +91,7 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
         metadata = store.read(prefix + layout.METADATA)
         names = [layout.manifest_name(attempt) for attempt in attempts]
         found = find_manifest(store, prefix, metadata, names)
-        attempt = None if found is None else found.manifest.attempt
+        attempt = None if found is None else found.attempt
     except NotFound:
         committed = False
     except Corrupt as error:
