@@ -33,6 +33,7 @@ from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.forming import Planner
 from launcher.hangs import HangRules
+from launcher.hostname import ask_no_dns
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
 from launcher.membership import Rules
@@ -80,6 +81,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         UsageError: the user's mistake; nothing was started.
         RendezvousTimeout: no round was formed in time.
     """
+    ask_no_dns()
     try:
         return _launch_agent(config, command, extras)
     except SignalException as stopped:
