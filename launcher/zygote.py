@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -145,6 +146,7 @@ class _Zygote:
     def _fork(self, connection: socket.socket) -> bool:
         """Fork a worker for `connection`; True in the child."""
         learn_r, learn_w = (-1, -1) if self._learnt else os.pipe()
+        gc.freeze()  # a worker's collector need not go through (and so copy) what all share: its end takes a third
         pid = os.fork()
         if pid == 0:
             self._leave_parent(learn_r)
