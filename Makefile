@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
+REPEAT ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-sim bench-recovery check format lint types layers clean
+.PHONY: help demo test test-sim chaos bench-recovery check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -30,6 +31,9 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
+
+chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
+	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest tests/chaos || exit 1; done
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -13,10 +14,11 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1 and localhost."""
+    """Signs certificates for 127.0.0.1, localhost and further addresses."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, addresses: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._addresses = ("127.0.0.1", *addresses)
         self._name = name
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._certificate = self._sign(f"authority-{name}", self._key, is_authority=True)
@@ -42,7 +44,8 @@ class Authority:
     def _sign(self, name: str, key: ec.EllipticCurvePrivateKey, *, is_authority: bool) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority-{self._name}")])
-        hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
+        numbers = [x509.IPAddress(ipaddress.ip_address(address)) for address in self._addresses]
+        hosts = [x509.DNSName("localhost"), *numbers]
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))

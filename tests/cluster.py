@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -46,6 +46,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
+class Process(Protocol):
+    """As much of `subprocess.Popen` as a node needs."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def send_signal(self, signum: int) -> None: ...
+    def kill(self) -> None: ...
+
+
 class Node:
     """One agent and the workers it starts."""
 
@@ -54,13 +65,7 @@ class Node:
         self._log = cluster.folder / f"{name}.log"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **cluster.environment}
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "elastic_moe", "run", "--node-name", name, *arguments],
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+            self.process = cluster.spawn(name, ["run", "--node-name", name, *arguments], environment, log.fileno())
 
     @property
     def output(self) -> str:
@@ -87,6 +92,11 @@ class Node:
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM to the agent, and wait until it has left."""
+        self.signal(signal.SIGTERM)
+        self.wait()
 
     def signal(self, signum: signal.Signals) -> None:
         """Send the agent a signal."""
@@ -115,10 +125,11 @@ def alive(process: psutil.Process) -> bool:
 
 
 class Cluster:
-    """Nodes that meet at one embedded store and share one `events.jsonl`."""
+    """Nodes that meet at one store, an embedded one by default, and share one `events.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.backend = "embedded"
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.environment: dict[str, str] = {}
         self._nodes: list[Node] = []
@@ -126,11 +137,25 @@ class Cluster:
     def start(self, name: str, *arguments: str, nnodes: str = "1:2", nproc: int = 1, conf: str = "") -> Node:
         """Start a node; `arguments` are further options, the script and its arguments."""
         options = ["--nnodes", nnodes, "--nproc-per-node", str(nproc), "--rdzv-endpoint", self.endpoint]
-        options += ["--rdzv-id", "test", "--log-dir", str(self.folder), "--shutdown-timeout", "5"]
+        options += [
+            "--rdzv-backend",
+            self.backend,
+            "--rdzv-id",
+            "test",
+            "--log-dir",
+            str(self.folder),
+            "--shutdown-timeout",
+            "5",
+        ]
         options += ["--rdzv-conf", conf] if conf else []
         node = Node(self, name, [*options, *arguments])
         self._nodes.append(node)
         return node
+
+    def spawn(self, name: str, arguments: list[str], environment: dict[str, str], log: int) -> Process:
+        """Run `elastic-moe ARGUMENTS` for the node of this name, in a session of its own."""
+        command = [sys.executable, "-m", "elastic_moe", *arguments]
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def events(self, event: str | None = None, **fields: Any) -> list[dict[str, Any]]:
         """The events so far, those named `event` with these fields."""

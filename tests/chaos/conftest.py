@@ -1,0 +1,67 @@
+"""What the chaos tests share: the template that nodes are forked from, and a job on a network of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.chaos.job import STORES, Job, etcd_on
+from tests.chaos.network import Loopback, network, why_no_cuts
+from tests.chaos.template import Template
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well.
+
+    CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure.
+    """
+    if "flavour" not in metafunc.fixturenames:
+        return
+    chosen = tuple(filter(None, os.environ.get("CHAOS_STORES", "").split(",")))
+    assert set(chosen) <= set(STORES), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(STORES)}"
+    also_secure = metafunc.definition.get_closest_marker("also_secure") is not None
+    metafunc.parametrize("flavour", chosen or (STORES if also_secure else STORES[:1]))
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Template]:
+    made = Template()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Starter(Protocol):
+    """Makes a job, with an etcd of so many members; several of one test tell themselves apart by their folder."""
+
+    def __call__(self, num_members: int = 1, folder: str = "") -> Job: ...
+
+
+@pytest.fixture
+def start_job(tmp_path: Path, template: Template, flavour: str, request: pytest.FixtureRequest) -> Iterator[Starter]:
+    if (why := why_no_cuts()) and request.node.get_closest_marker("cuts"):
+        pytest.skip(why)
+    with contextlib.ExitStack() as stack:
+
+        def start(num_members: int = 1, folder: str = "") -> Job:
+            own = tmp_path / folder
+            own.mkdir(exist_ok=True)
+            net = Loopback() if why else stack.enter_context(network(own))
+            store = stack.enter_context(etcd_on(own, net, flavour, num_members))
+            made = Job(own, net, template, store)
+            stack.callback(made.end)
+            return made
+
+        yield start
+
+
+@pytest.fixture
+def job(start_job: Starter) -> Job:
+    """A job with an etcd of one member."""
+    return start_job()

@@ -1,0 +1,211 @@
+"""One job under faults: nodes on hosts of a network of its own, an etcd beside them, and what must hold at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.certificates import Authority
+from tests.chaos import history
+from tests.chaos.network import Host, Loopback, Network
+from tests.chaos.template import Forked, Template
+from tests.cluster import Cluster, Node, until
+from tests.etcd import Server, etcdctl
+
+SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
+STORES = ("plain", "secure")
+_PASSWORD = "s3cret-words"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The etcd of a job: its members, each on a host of its own, and what `--rdzv-conf` says of the way in."""
+
+    members: tuple[Server, ...]
+    hosts: tuple[Host, ...]
+    conf: tuple[str, ...]
+    tls: dict[str, str]
+
+    def leader(self) -> int:
+        """Which member leads."""
+
+        def find() -> list[int] | None:
+            with contextlib.suppress(AssertionError):
+                for i, member in enumerate(self.members):
+                    (told,) = json.loads(etcdctl(member, "endpoint", "status", "-w", "json", tls=self.tls))
+                    if told["Status"]["leader"] == told["Status"]["header"]["member_id"]:
+                        return [i]
+            return None
+
+        return until("a leader of the etcd cluster", find)[0]
+
+    def stop(self) -> None:
+        """SIGKILL to all members."""
+        for member in self.members:
+            member.kill()
+
+    def start(self) -> None:
+        """Start those that do not run."""
+        for member in self.members:
+            member.start()
+
+    def signal(self, signum: signal.Signals) -> None:
+        """To all members."""
+        for member in self.members:
+            member.signal(signum)
+
+
+class Job(Cluster):
+    """Nodes that share an etcd, and a folder that stands for the shared storage.
+
+    Every node has a host of its own, which stays when the node is started again. nodes' leases are as short as etcd
+    grants them (2 s), so that a test of a loss is short too.
+    """
+
+    def __init__(self, folder: Path, network: Network | Loopback, template: Template, store: Store) -> None:
+        super().__init__(folder)
+        self.network = network
+        self.store = store
+        self.work = folder / "work"
+        self.work.mkdir()
+        self._template = template
+        self.hosts: dict[str, Host] = {}
+        self.endpoint = ",".join(member.endpoint for member in store.members)
+        self.backend = "etcd3"
+
+    def spawn(self, name: str, arguments: list[str], environment: dict[str, str], log: int) -> Forked:
+        """Fork the node on its host."""
+        if name not in self.hosts:
+            self.hosts[name] = self.network.host(name)
+        return self._template.start(arguments, environment, log, self.hosts[name])
+
+    def nodes(
+        self, *names: str, nnodes: str, conf: str = "", options: tuple[str, ...] = (), script: tuple[str, ...] = ()
+    ) -> list[Node]:
+        """Start nodes in this order; the first is the oldest. With `last_call=60` the first round has max nodes."""
+        started = []
+        for name in names:
+            joined = len(self.events("node_joined"))
+            started.append(self.node(name, nnodes=nnodes, conf=conf, options=options, script=script))
+            until(f"{name} has joined", lambda n=joined: len(self.events("node_joined")) > n)  # type: ignore[misc]
+        return started
+
+    def node(
+        self, name: str, *, nnodes: str, conf: str = "", options: tuple[str, ...] = (), script: tuple[str, ...] = ()
+    ) -> Node:
+        """Start a node."""
+        settings = ",".join((*self.store.conf, *([conf] if conf else [])))
+        return self.start(name, *options, SCRIPT, str(self.work), *script, nnodes=nnodes, conf=settings)
+
+    # --- what it did
+
+    def history(self) -> history.History:
+        """What the workers wrote down so far."""
+        return history.read(self.work)
+
+    def steps(self, world_size: int, num: int = 5, after: int = 0, within_s: float = 60.0) -> int:
+        """Wait for `num` steps by a world of this size, in a generation later than `after`; which one."""
+
+        def enough() -> list[int]:
+            done = [s for s in self.history().steps if s.world_size == world_size and s.generation > after]
+            return [g for g in {s.generation for s in done} if len({s.step for s in done if s.generation == g}) >= num]
+
+        try:
+            return max(until(f"{num} steps by {world_size} workers after generation {after}", enough, within_s))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from None
+
+    def told(self) -> str:
+        """All that is known, for a person who looks for what went wrong."""
+        events = "\n".join(json.dumps(event) for event in self.events())
+        logs = "\n".join(f"--- {node.name}\n{node.output}" for node in self._nodes)
+        return f"{events}\n{logs}"
+
+    def finish(self, *nodes: Node, thawed: tuple[str, ...] = (), redone: int = 1) -> None:
+        """Let the job end: these nodes exit with 0, and the history shows nothing that must not be."""
+        (self.work / "finish").touch()
+        for node in nodes:
+            code = node.wait()
+            assert code == 0, f"{node.name} ended with {code}\n{self.told()}"
+        self.check(thawed=thawed, redone=redone)
+
+    def check(self, thawed: tuple[str, ...] = (), redone: int = 1) -> None:
+        """Nothing happened that must not, whatever the fault."""
+        found = history.violations(self.history(), thawed=thawed, redone=redone)
+        assert not found, "\n".join([*found, self.told()])
+
+
+def freeze(node: Node) -> None:
+    """SIGSTOP to a whole node."""
+    for process in _all_of(node):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+
+
+def thaw(node: Node) -> None:
+    """SIGCONT to a whole node."""
+    for process in _all_of(node):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _all_of(node: Node) -> list[psutil.Process]:
+    return [psutil.Process(node.process.pid), *node.tree()]
+
+
+@contextlib.contextmanager
+def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members: int) -> Iterator[Store]:
+    """An etcd of that flavour, each member on a host of its own; gone afterwards.
+
+    "secure" wants client certificates, and a user with a password who may write under one prefix only.
+    """
+    hosts = tuple(network.host(f"etcd-{i}") for i in range(num_members))
+    tls: dict[str, str] = {}
+    options: tuple[str, ...] = ()
+    if flavour == "secure":
+        authority = Authority(folder, "chaos", sorted({host.address for host in hosts} - {"127.0.0.1"}))
+        served, tls = authority.issue("server"), authority.issue("client")
+        options = ("--cert-file", served["cert"], "--key-file", served["key"], "--client-cert-auth")
+        options += ("--trusted-ca-file", served["cacert"])
+    scheme = "https" if tls else "http"
+    members = tuple(
+        Server(folder, host.name, *options, scheme=scheme, address=host.address, enter=host.enter) for host in hosts
+    )
+    everyone = ",".join(member.cluster for member in members)
+    store = Store(members, hosts, _conf(folder, tls), tls)
+    try:
+        for member in members:
+            member.cluster = everyone
+        store.start()
+        store.leader()
+        if tls:
+            for command in _USERS:
+                etcdctl(members[0], *command.split(), tls=tls)
+        yield store
+    finally:
+        store.stop()
+
+
+_USERS = (
+    f"user add root:{_PASSWORD} --interactive=false",
+    "user grant-role root root",
+    f"user add limited:{_PASSWORD} --interactive=false",
+    "role add jobs",
+    "user grant-role limited jobs",
+    "role grant-permission jobs --prefix=true readwrite /jobs/",
+    "auth enable",
+)
+
+
+def _conf(folder: Path, tls: dict[str, str]) -> tuple[str, ...]:
+    if not tls:
+        return ()
+    password = folder / "password"
+    password.write_text(_PASSWORD + "\n")
+    return (*(f"{k}={v}" for k, v in tls.items()), "user=limited", f"password_file={password}", "prefix=/jobs/")

@@ -1,0 +1,166 @@
+"""Nodes and workers die, freeze, leave and come, at bad moments too.
+
+Of every job the history must show: no step skipped, at most one done again after a loss, and no worker of an older
+generation alive once a newer one works (`history.violations`). What else must hold is said by each test.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.chaos.job import Job, freeze, thaw
+from tests.cluster import Node, alive, until
+
+pytestmark = pytest.mark.slow
+
+ALL = "last_call=60,join_cooldown=1"
+"""The first round waits for max nodes, so that all are in generation 1; a node that returns is soon taken in."""
+
+
+def three(job: Job, **options: tuple[str, ...]) -> tuple[Node, Node, Node]:
+    """Nodes a, b and c that work together; a is the oldest, leads, and has rank 0."""
+    a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=ALL, **options)
+    assert job.steps(3) == 1
+    return a, b, c
+
+
+def test_a_killed_worker(job: Job) -> None:
+    """All restart at full size; the failure is charged to the budget once."""
+    nodes = three(job, options=("--max-restarts", "2"))
+    worker = job.wait_event("workers_started", ranks=[1])["pids"]
+    victim = max((p for p in nodes[1].tree() if p.pid not in worker), key=lambda p: p.create_time())
+    victim.kill()
+    job.steps(3, after=1)
+    (failed,) = job.events("worker_failed", exit_code=-signal.SIGKILL)
+    assert failed["rank"] == 1
+    assert [r["restarts"] for r in job.events("round_formed")] == [0, 1]
+    job.finish(*nodes)
+
+
+@pytest.mark.also_secure
+def test_a_killed_node_that_comes_back(job: Job) -> None:
+    """The survivors go on; the node is taken in again at a step boundary, with no step done twice for it."""
+    a, b, c = three(job)
+    b.kill()
+    alone = job.steps(2, after=1)
+    (back,) = job.nodes("b", nnodes="2:3", conf=ALL)
+    together = job.steps(3, after=alone)
+    assert job.history().done(together)[0] == job.history().done(alone)[-1] + 1
+    job.finish(a, back, c)
+    assert not job.events("worker_failed"), "no worker was left to find out by itself"
+
+
+def test_a_killed_agent(job: Job) -> None:
+    """Its workers die with it, at once; the others go on."""
+    a, b, c = three(job)
+    tree = b.tree()
+    b.kill_agent()
+    until("nothing of the node left", lambda: not any(alive(p) for p in tree), within_s=2)
+    job.steps(2, after=1)
+    job.finish(a, c)
+
+
+def test_a_frozen_node_that_thaws(job: Job) -> None:
+    """It is lost after its lease; once it thaws its workers stop before they begin a step, and it joins again."""
+    a, b, c = three(job)
+    freeze(b)
+    alone = job.steps(2, after=1)
+    thaw(b)
+    job.steps(3, after=alone)
+    job.finish(a, b, c, thawed=("b",))
+
+
+def test_a_frozen_node_of_a_stock_script(job: Job) -> None:
+    """The same for a script that knows nothing of us; thawed, the node joins again, and ends with the others."""
+    a, b, c = three(job, script=("--stock",))
+    freeze(b)
+    job.steps(2, after=1)
+    thaw(b)
+    until("b has joined again", lambda: len([e for e in job.events("node_joined") if e["node"][0] == "b"]) == 2)
+    job.finish(a, b, c, thawed=("b",))
+
+
+def test_two_nodes_lost_at_once(job: Job) -> None:
+    """The two that are left go on, in one round."""
+    a, b, c, d = job.nodes("a", "b", "c", "d", nnodes="2:4", conf=ALL)
+    assert job.steps(4) == 1
+    for node in (b, c):
+        node.kill()
+    job.steps(2, after=1)
+    job.finish(a, d)
+    assert len(job.events("round_formed")) <= 3, "at most one round for each of the two"
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "leader"])
+def test_the_node_that_matters(job: Job, victim: str) -> None:
+    """The node of rank 0 (which hosts the workers' store) and the node that leads (the oldest) may each be lost.
+
+    Zones put c beside a; once a is lost, c has rank 0 and b leads.
+    """
+    a = job.nodes("a", nnodes="1:3", conf=f"{ALL},zone=x")[0]
+    b = job.nodes("b", nnodes="1:3", conf=f"{ALL},zone=y")[0]
+    c = job.nodes("c", nnodes="1:3", conf=f"{ALL},zone=x")[0]
+    assert job.steps(3) == 1
+    a.kill()
+    second = job.steps(2, after=1)
+    (formed,) = job.events("round_formed", generation=second)
+    assert [p["node_id"][0] for p in formed["participants"]] == ["c", "b"]
+    assert formed["node"][0] == "b", "the oldest node leads"
+    lost, left = (c, b) if victim == "rank 0" else (b, c)
+    lost.kill()
+    job.steps(1, after=second)
+    job.finish(left)
+
+
+@pytest.mark.parametrize(("name", "fault"), [("a", Node.kill), ("c", freeze)], ids=["rank 0 killed", "rank 2 frozen"])
+def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> None:
+    """The round of three was proposed and is not joined by all; the other two form the next one."""
+    assert callable(fault)
+    nodes = {node.name: node for node in job.nodes("a", "b", "c", nnodes="2:3", conf=ALL)}
+    victim = nodes.pop(name)
+    fault(victim)
+    job.steps(2)
+    if fault is freeze:
+        thaw(victim)
+        job.steps(3)
+        nodes[name] = victim
+    job.finish(*nodes.values(), thawed=("c",))
+
+
+def test_a_node_that_flaps(job: Job) -> None:
+    """It goes and comes again and again, in one way or the other: each time the others go on, and it is taken in."""
+    a, b, c = three(job)
+    last = 1
+    for leave in (Node.kill, Node.terminate, Node.kill):
+        leave(b)
+        last = job.steps(2, after=last)
+        (b,) = job.nodes("b", nnodes="2:3", conf=ALL)
+        last = job.steps(3, after=last)
+    job.finish(a, b, c)
+
+
+def test_eight_nodes_join_together(job: Job) -> None:
+    """A job of one node takes eight more in, in few rounds and without a step done twice."""
+    (a,) = job.nodes("a", nnodes="1:9", conf="last_call=0,join_cooldown=1")
+    job.steps(1)
+    more = [job.node(f"n{i}", nnodes="1:9", conf="last_call=0,join_cooldown=1") for i in range(8)]
+    job.steps(9)
+    job.finish(a, *more, redone=0)
+    assert len(job.events("round_formed")) <= 4
+
+
+@pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["cooperative", "stock"])
+def test_a_worker_that_ignores_sigterm(job: Job, stock: tuple[str, ...]) -> None:
+    """A drain and a loss both end such workers within the grace that was asked for."""
+    options = ("--shutdown-timeout", "1")
+    a, b, c = job.nodes("a", "b", "c", nnodes="1:3", conf=ALL, script=("--deaf", *stock), options=options)
+    assert job.steps(3) == 1
+    b.signal(signal.SIGTERM)
+    assert b.wait() == 128 + signal.SIGTERM, b.output
+    drained = job.steps(2, after=1)
+    c.kill()
+    job.steps(1, after=drained)
+    job.finish(a)
+    assert not job.events("workers_linger")

@@ -1,0 +1,43 @@
+"""Programs that are themselves the fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.job import Job
+
+pytestmark = pytest.mark.slow
+
+ALL = "last_call=60,join_cooldown=1"
+BROKEN_IMPORT = str(Path(__file__).parent / "scripts" / "broken_import.py")
+
+
+def test_a_script_with_an_error_at_import(job: Job) -> None:
+    """The job fails on all nodes, and says why; no step was done."""
+    options = ("--max-restarts", "1", BROKEN_IMPORT)
+    nodes = [job.node(name, nnodes="2:2", conf=ALL, options=options) for name in ("a", "b")]
+    assert [node.wait() for node in nodes] == [1, 1], job.told()
+    assert any("there_is_no_such_package" in node.output for node in nodes), job.told()
+    (finished,) = job.events("finished")
+    assert finished["outcome"].startswith("failed: worker of rank")
+
+
+def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
+    """It is not run for ever: the job ends on all nodes, with the error that was the cause."""
+    script = ("--fail", "7")
+    nodes = job.nodes("a", "b", nnodes="2:2", conf=ALL, script=script, options=("--max-restarts", "2"))
+    assert [node.wait() for node in nodes] == [1, 1], job.told()
+    assert any("ArithmeticError: step 7 cannot be computed" in node.output for node in nodes), job.told()
+    job.check()
+    assert job.history().done() == [1, 2, 3, 4, 5, 6]
+    assert 2 <= len(job.events("round_formed")) <= 3
+
+
+@pytest.mark.skip(reason="waits for hang detection")
+def test_a_worker_that_hangs_in_a_collective(job: Job) -> None:
+    """It is found, its stack is written down, and all go on from the step before."""
+    nodes = job.nodes("a", "b", "c", nnodes="2:3", conf=ALL, script=("--hang", "50"))
+    job.steps(3, after=1)
+    job.finish(*nodes)

@@ -1,0 +1,87 @@
+"""etcd dies, freezes, or loses its leader, while no node is lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.chaos.conftest import Starter
+from tests.chaos.job import Job
+from tests.cluster import Node, until
+
+pytestmark = pytest.mark.slow
+
+CONF = "last_call=60,join_cooldown=1,lease_ttl=5"
+"""Leases that ride out an election."""
+
+
+def three(job: Job) -> tuple[Node, Node, Node]:
+    """Nodes a, b and c that work together."""
+    a, b, c = job.nodes("a", "b", "c", nnodes="3:3", conf=CONF)
+    assert job.steps(3) == 1
+    return a, b, c
+
+
+def more(job: Job, num: int = 20) -> None:
+    """The three go on for so many steps, in whatever generation."""
+    last = job.history().done()[-1]
+    try:
+        until(f"step {last + num}", lambda: job.history().done()[-1] >= last + num)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{job.told()}") from None
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) -> None:
+    """Three members: the other two elect one of themselves, and training goes on without another round."""
+    job = start_job(3)
+    nodes = three(job)
+    leader = job.store.members[job.store.leader()]
+    leader.kill() if fault == "killed" else leader.signal(signal.SIGSTOP)
+    more(job, 150)
+    leader.start() if fault == "killed" else leader.signal(signal.SIGCONT)
+    more(job, 20)
+    job.finish(*nodes, redone=0)
+    assert job.history().generations() == [1], job.told()
+
+
+@pytest.mark.also_secure
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
+    """The leases stand: training does not stop."""
+    nodes = three(job)
+    away(job, fault, 1)
+    more(job)
+    job.finish(*nodes, redone=0)
+    assert job.history().generations() == [1], job.told()
+
+
+def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
+    """Killed and started again in one job, frozen in another: each goes on, or resumes by itself, with no step lost."""
+    jobs = {fault: start_job(folder=fault) for fault in ("killed", "frozen")}
+    nodes = {fault: three(job) for fault, job in jobs.items()}
+    for fault, job in jobs.items():
+        leave(job, fault)
+    time.sleep(30)
+    for fault, job in jobs.items():
+        come_back(job, fault)
+    for fault, job in jobs.items():
+        more(job)
+        job.finish(*nodes[fault])
+
+
+def away(job: Job, fault: str, seconds: float) -> None:
+    """All members are gone or stand still for so long."""
+    leave(job, fault)
+    time.sleep(seconds)
+    come_back(job, fault)
+
+
+def leave(job: Job, fault: str) -> None:
+    job.store.stop() if fault == "killed" else job.store.signal(signal.SIGSTOP)
+
+
+def come_back(job: Job, fault: str) -> None:
+    job.store.start() if fault == "killed" else job.store.signal(signal.SIGCONT)
