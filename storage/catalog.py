@@ -57,7 +57,7 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
     try:
         metadata = store.read(prefix + layout.METADATA)
     except NotFound:
-        where = f"{store.url}/{prefix}".rstrip("/")
+        where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
     listed = {info.key.removeprefix(prefix): info for info in store.list(prefix)}
     manifest = find_manifest(store, prefix, metadata, listed)

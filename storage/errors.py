@@ -5,7 +5,8 @@ StorageError
 ├── AlreadyExists      a conditional put met an object; a step that is committed already
 ├── Corrupt            bytes are not what was written: checksum, size, format
 ├── Disputed           damage that one rank reads and another does not
-├── Transient          may work when tried again: time-out, throttling, reset
+├── Transient          may work when tried again; its `cause` says why: throttled, reset, stalled, ...
+│   ├── Interrupted        a read that broke off: so many bytes have arrived
 │   └── Unconfirmed        a commit was sent, but the store could not be asked whether it stands
 ├── Denied             the store, or our own rules, refuse the access
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
@@ -17,6 +18,26 @@ StorageError
 """
 
 from __future__ import annotations
+
+import enum
+
+
+class Cause(enum.StrEnum):
+    """Why an operation has failed for now; `storage.retries` says what is done about each."""
+
+    THROTTLED = "throttled"
+    SERVER_ERROR = "server_error"
+    RESET = "reset"
+    STALE = "stale"
+    """The server had closed an idle connection; nothing is wrong with it."""
+    STALLED = "stalled"
+    """No byte for as long as the stall time-out."""
+    TRUNCATED = "truncated"
+    UNREACHABLE = "unreachable"
+    """The name does not resolve, or nobody listens."""
+    CONFLICT = "conflict"
+    """Another request for the same object was under way."""
+    OTHER = "other"
 
 
 class StorageError(Exception):
@@ -46,7 +67,26 @@ class Disputed(StorageError):
 
 
 class Transient(StorageError):
-    """The operation may succeed when tried again."""
+    """The operation may succeed when tried again.
+
+    `retry_after_s` is what the store asked for, where it did; `given_up` is set once a retrier has tried often enough,
+    so that nobody multiplies its tries.
+    """
+
+    def __init__(self, message: str, cause: Cause = Cause.OTHER, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.retry_after_s = retry_after_s
+        self.given_up = False
+
+
+class Interrupted(Transient):
+    """A read that broke off after `received_bytes`; `etag` is of the object that they came from."""
+
+    def __init__(self, message: str, cause: Cause = Cause.OTHER, received_bytes: int = 0, etag: str = "") -> None:
+        super().__init__(message, cause)
+        self.received_bytes = received_bytes
+        self.etag = etag
 
 
 class Unconfirmed(Transient):

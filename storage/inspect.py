@@ -150,7 +150,7 @@ def checkpoints(location: Location) -> list[str]:
     else:
         found = [layout.step_folder(step) + "/" for step in catalog.committed_steps(location.store)]
     if not found:
-        where = f"{location.store.url}/{location.prefix or ''}".rstrip("/")
+        where = layout.join_url(location.store.url, location.prefix or "")
         raise NoCheckpoint(f"no checkpoint at {where}: nothing is committed")
     return found
 

@@ -99,8 +99,23 @@ def is_quarantined_name(name: str) -> bool:
 
 
 def split_step_url(url: str) -> tuple[str, str]:
-    """Split the URL of one step's folder into the run's URL and the key prefix; ("…", "") for any other URL."""
-    run, slash, last = url.rstrip("/").rpartition("/")
+    """Split the URL of one step's folder into the run's URL and the key prefix; ("…", "") for any other URL.
+
+    What follows a `?` in a URL with a scheme are options of the store, and stays with the run.
+    """
+    path, query = _split_query(url)
+    run, slash, last = path.rstrip("/").rpartition("/")
     if slash and parse_step(last) is not None:
-        return run, last + "/"
+        return run + query, last + "/"
     return url, ""
+
+
+def join_url(url: str, key: str) -> str:
+    """The URL of what is called `key` in the store at `url`."""
+    path, query = _split_query(url)
+    return f"{path.rstrip('/')}/{key}".rstrip("/") + query
+
+
+def _split_query(url: str) -> tuple[str, str]:
+    path, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    return path, mark + query

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound, StorageError, Transient
-from storage.objects import Buffer, ObjectInfo, check_key, check_prefix
+from storage.objects import Buffer, Capabilities, ObjectInfo, check_key, check_prefix
+from storage.retries import RetryLog
 
 _TMP = ".tmp"
 _TMP_AGE_S = 24 * 3600.0
@@ -43,11 +44,17 @@ class LocalStore:
         if self._root.exists() and not self._root.is_dir():
             raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
         self._sweep()
+        self.retries = RetryLog()
 
     @property
     def url(self) -> str:
         """The folder's absolute path."""
         return str(self._root)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """All: by hard links, or else by a lock."""
+        return Capabilities(conditional_puts=True, guarded_reads=True)
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
-from storage.objects import Buffer, ObjectInfo, check_key, check_prefix
+from storage.objects import Buffer, Capabilities, ObjectInfo, check_key, check_prefix
+from storage.retries import RetryLog
 
 _instances: dict[str, MemoryStore] = {}
 _instances_lock = threading.Lock()
@@ -21,6 +22,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._objects: dict[str, tuple[bytes, str]] = {}
         self._versions = itertools.count(1)
+        self.retries = RetryLog()
 
     @classmethod
     def named(cls, name: str) -> MemoryStore:
@@ -32,6 +34,11 @@ class MemoryStore:
     def url(self) -> str:
         """`memory://name`."""
         return f"memory://{self._name}"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """All."""
+        return Capabilities(conditional_puts=True, guarded_reads=True)
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""

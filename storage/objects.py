@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from storage.errors import Denied, NotFound
+from storage.retries import RetryLog
 
 Buffer = bytes | bytearray | memoryview
 
@@ -20,11 +21,24 @@ _BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One stored object. `etag` changes whenever the object is written anew; it means nothing in another store."""
+    """One stored object. `etag` changes whenever the object's bytes change; it means nothing in another store."""
 
     key: str
     size_bytes: int
     etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a back end can promise beyond the contract's least.
+
+    `conditional_puts`: of two puts with `if_absent` at once, the server lets only one through. Without, a put looks
+    first, and a race can be missed.
+    `guarded_reads`: `if_match` is checked by the server in the same request that reads. Without, it is compared before.
+    """
+
+    conditional_puts: bool
+    guarded_reads: bool
 
 
 class ObjectStore(Protocol):
@@ -37,6 +51,14 @@ class ObjectStore(Protocol):
     @property
     def url(self) -> str:
         """The URL that `open_store` would open this store by."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this store's server honours. May ask it, once. Raises Transient, Denied."""
+
+    @property
+    def retries(self) -> RetryLog:
+        """What had to be tried again so far."""
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """Store the concatenation of `buffers` (no copy is made of them where the back end can avoid it).

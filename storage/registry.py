@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from urllib.parse import unquote
+from collections.abc import Callable, Mapping
+from urllib.parse import parse_qsl, unquote, urlencode
 
 from storage.errors import BadURL
 from storage.local import LocalStore
@@ -23,10 +23,14 @@ def register_scheme(scheme: str, opener: Opener) -> None:
 
 
 def open_store(url: str) -> ObjectStore:
-    """Open the store that `url` names: a path, `file:///path` or `memory://name`.
+    """Open the store that `url` names.
+
+    A path or `file:///path`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec knows; and, to have
+    fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
 
     Raises:
-        BadURL: no such scheme, or the URL is not complete.
+        BadURL: no such scheme, a package for it is not installed, or the URL is not complete.
+        Denied: there are no credentials.
     """
     if not url:
         raise BadURL("the checkpoint URL is empty; give a folder or a URL such as file:///data/run")
@@ -35,10 +39,36 @@ def open_store(url: str) -> ObjectStore:
         return LocalStore(url)
     scheme, rest = match[1].lower(), match[2]
     opener = _openers.get(scheme)
-    if opener is None:
+    return _open_other(url, scheme, rest) if opener is None else opener(rest)
+
+
+def with_options(url: str, options: Mapping[str, str]) -> str:
+    """`url` with further options in its query; of one that is there already the new value counts."""
+    if not options:
+        return url
+    base, _, query = url.partition("?")
+    merged = dict(parse_qsl(query, keep_blank_values=True)) | dict(options)
+    return f"{base}?{urlencode(merged, safe=':/')}"
+
+
+def _open_other(url: str, scheme: str, rest: str) -> ObjectStore:
+    from storage.fsspec_store import is_known, open_fsspec
+
+    protocol = scheme.removeprefix("fsspec+")
+    if not is_known(protocol):
         known = ", ".join(f"{name}://" for name in sorted(_openers))
-        raise BadURL(f"no store for {scheme}:// in {url!r}; use a folder or one of {known}")
-    return opener(rest)
+        raise BadURL(f"no store for {scheme}:// in {url!r}; use a folder, {known}, or what fsspec knows (gs://, az://)")
+    return open_fsspec(url, f"{protocol}://{rest}")
+
+
+def _open_s3(rest: str) -> ObjectStore:
+    try:
+        from storage.s3.store import open_s3
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("boto3", "botocore"):
+            raise
+        raise BadURL(f"s3:// needs {error.name}: pip install 'elastic-moe[s3]'") from None
+    return open_s3(rest)
 
 
 def _open_file(rest: str) -> ObjectStore:
@@ -57,3 +87,4 @@ def _open_memory(rest: str) -> ObjectStore:
 
 register_scheme("file", _open_file)
 register_scheme("memory", _open_memory)
+register_scheme("s3", _open_s3)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.ranks import ranks
+from tests.s3 import BUCKET, S3Server, juicefs_gateway, moto_server
 
 __all__ = ["ranks"]
 
@@ -25,3 +26,58 @@ def events() -> tuple[list[tuple[str, dict[str, object]]], Callable[[str, dict[s
     """A list of events and the listener that fills it."""
     seen: list[tuple[str, dict[str, object]]] = []
     return seen, lambda name, fields: seen.append((name, fields))
+
+
+@pytest.fixture(scope="session")
+def _juicefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with juicefs_gateway(tmp_path_factory.mktemp("juicefs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with moto_server(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture
+def juicefs(_juicefs: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The session's S3 gateway, with its credentials in the environment."""
+    return _in_environment(_juicefs, monkeypatch)
+
+
+@pytest.fixture
+def moto(_moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The session's moto server, with its credentials in the environment."""
+    return _in_environment(_moto, monkeypatch)
+
+
+def _in_environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture
+def make_url(request: pytest.FixtureRequest, tmp_path: object, memory_url: str) -> Callable[[str], str]:
+    """From the name of a back end to the URL of a fresh store of its kind."""
+    fresh = f"run-{next(_names)}"
+
+    def make(kind: str) -> str:
+        match kind:
+            case "file-url":
+                return f"file://{tmp_path}/a%20run"
+            case "memory":
+                return memory_url
+            case "fsspec-memory":
+                return f"fsspec+memory://{fresh}"
+            case "fsspec-s3":
+                request.getfixturevalue("juicefs")
+                return f"fsspec+s3://{BUCKET}/{fresh}"
+            case "juicefs" | "moto":
+                server: S3Server = request.getfixturevalue(kind)
+                return server.url(fresh)
+            case _:
+                return f"{tmp_path}/run"
+
+    return make

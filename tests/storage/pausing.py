@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from storage.memory import MemoryStore
-from storage.objects import ObjectInfo
+from storage.objects import Capabilities, ObjectInfo
+from storage.retries import RetryLog
 
 
 class PausingStore:
@@ -27,6 +28,14 @@ class PausingStore:
     @property
     def url(self) -> str:
         return self._store.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._store.capabilities
+
+    @property
+    def retries(self) -> RetryLog:
+        return self._store.retries
 
     def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> ObjectInfo:
         self._pause(f"put {key}")

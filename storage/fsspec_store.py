@@ -1,0 +1,203 @@
+"""Any file system that fsspec knows as an object store: `gs://`, `az://`, `http(s)://` to read, `fsspec+s3://`, ...
+
+fsspec promises less than our own back ends: no conditional puts (a put with `if_absent` looks first), no guard on
+ranged reads (the etag is compared before), and every read and put is copied once. It has its own settings and its own
+retries, below ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.registry import known_implementations, registry
+
+from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.flight import Flight
+from storage.objects import Buffer, Capabilities, ObjectInfo, ObjectStore, check_key, check_prefix
+from storage.retries import Retrier, RetryLog
+from storage.retrying import RetryingStore, views_of
+
+log = logging.getLogger(__name__)
+
+_ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation")
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
+_NUM_REQUESTS = 32
+_STREAMED_SIZE_BYTES = 64 * 1024 * 1024
+
+
+class FsspecStore:
+    """One folder of an fsspec file system. Thread-safe as far as the file system is."""
+
+    def __init__(self, url: str, fs: AbstractFileSystem, root: str) -> None:
+        self._url = url
+        self._fs = fs
+        self._root = root.rstrip("/")
+        self.retries = RetryLog()
+
+    @property
+    def url(self) -> str:
+        """As it was opened."""
+        return self._url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """None beyond the contract's least."""
+        return Capabilities(conditional_puts=False, guarded_reads=False)
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """See `ObjectStore.put`."""
+        path, views = self._path(key), views_of(buffers)
+        with self._translated(key):
+            if if_absent and self._fs.exists(path):
+                raise AlreadyExists(f"{key} exists in {self.url}")
+            if sum(view.nbytes for view in views) < _STREAMED_SIZE_BYTES:
+                self._make_folder(path)
+                self._fs.pipe_file(path, b"".join(views))
+            else:
+                self._stream(path, views)
+            return self.info(key)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        """See `ObjectStore.read_into`."""
+        path, size_bytes = self._path(key), sum(buffer.nbytes for buffer in buffers)
+        with self._translated(key):
+            info = self.info(key)
+            if if_match not in (None, info.etag):
+                raise Corrupt(f"{key} in {self.url} changed while it was read")
+            if offset + size_bytes > info.size_bytes:
+                raise Corrupt(f"{key} in {self.url} is shorter than it must be ({info.size_bytes} bytes)")
+            data = memoryview(self._fs.cat_file(path, start=offset, end=offset + size_bytes) if size_bytes else b"")
+        if data.nbytes != size_bytes:
+            raise Transient(f"{key} in {self.url}: {data.nbytes} of {size_bytes} bytes came", Cause.TRUNCATED)
+        at = 0
+        for buffer in buffers:
+            buffer[:] = data[at : at + buffer.nbytes]
+            at += buffer.nbytes
+
+    def read(self, key: str) -> bytes:
+        """See `ObjectStore.read`."""
+        path = self._path(key)
+        with self._translated(key):
+            return bytes(self._fs.cat_file(path))
+
+    def info(self, key: str) -> ObjectInfo:
+        """See `ObjectStore.info`."""
+        path = self._path(key)
+        with self._translated(key):
+            found = self._fs.info(path)
+        if found.get("type") == "directory":
+            raise NotFound(f"{key} is not in {self.url}")
+        return ObjectInfo(key, _size(found), _etag(found))
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        check_prefix(prefix)
+        folder = "/".join([self._root, *prefix.split("/")[:-1]])
+        with self._translated(prefix):
+            try:
+                found = self._fs.find(folder, detail=True)
+            except FileNotFoundError:
+                return []
+            infos = [ObjectInfo(self._key(path), _size(info), _etag(info)) for path, info in found.items()]
+        return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See `ObjectStore.folders`. A folder without any object counts as none where the file system has such."""
+        check_prefix(prefix)
+        folder = f"{self._root}/{prefix}".rstrip("/")
+        with self._translated(prefix):
+            try:
+                rows = self._fs.ls(folder, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            paths = [row["name"].rstrip("/") for row in rows if row["type"] == "directory"]
+            paths = [path for path in paths if self._key(path) != prefix.rstrip("/") and self._fs.find(path)]
+        return sorted(self._key(path).removeprefix(prefix) for path in paths)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        path = self._path(key)
+        with self._translated(key), contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if not self._fs.isdir(path):
+                self._fs.rm_file(path)
+
+    def _stream(self, path: str, views: Sequence[memoryview]) -> None:
+        """In blocks of the file system's own size, so that no second copy of a large object is made."""
+        self._make_folder(path)
+        file = self._fs.open(path, "wb")
+        try:
+            for view in views:
+                file.write(view)
+        except BaseException:
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                file.discard()
+            raise
+        file.close()
+
+    def _make_folder(self, path: str) -> None:
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _key(self, path: str) -> str:
+        return str(self._fs._strip_protocol(path)).strip("/").removeprefix(self._root.strip("/")).lstrip("/")
+
+    @contextlib.contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        where = f"{key} in {self.url}"
+        try:
+            yield
+        except StorageError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise NotFound(f"{where} does not exist") from None
+        except FileExistsError:
+            raise AlreadyExists(f"{where} exists") from None
+        except PermissionError as error:
+            raise Denied(f"{where}: {error}") from error
+        except NotImplementedError:
+            raise Denied(f"{where}: {type(self._fs).__name__} cannot do this; the store can only be read") from None
+        except OSError as error:
+            raise Transient(f"{where}: {error or type(error).__name__}") from error
+        except Exception as error:
+            raise StorageError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
+    """Open `protocol_url` with fsspec; `url` is what the user wrote. Raises BadURL."""
+    protocol = protocol_url.partition("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(protocol_url, use_listings_cache=False)
+    except ImportError as error:
+        hint = known_implementations.get(protocol, {}).get("err") or str(error)
+        raise BadURL(f"no store for {protocol}:// in {url!r} yet: {hint}") from None
+    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        raise BadURL(f"{url!r} cannot be opened: {type(error).__name__}: {error}") from None
+    store = FsspecStore(url, fs, root)
+    return RetryingStore(store, Retrier(Flight(_NUM_REQUESTS), store.retries))
+
+
+def is_known(protocol: str) -> bool:
+    """Whether fsspec has a file system for the protocol, installed or not."""
+    return protocol in known_implementations or protocol in registry
+
+
+def _size(info: Mapping[str, Any]) -> int:
+    return int(info.get("size") or 0)
+
+
+def _etag(info: Mapping[str, Any]) -> str:
+    """Whatever tells one version of a file from another; with nothing better, its size."""
+    for name in _ETAGS:
+        if info.get(name):
+            return str(info[name]).strip('"')
+    when = next((info[name] for name in _TIMES if info.get(name)), "")
+    when = when.timestamp() if isinstance(when, datetime.datetime) else when  # one file system has it in both ways
+    return f"{when}-{_size(info)}"

@@ -1,0 +1,10 @@
+"""`s3://bucket/prefix`: boto3 for credentials, signing and control; sockets of our own for the bytes.
+
+options.py   what a URL may say
+client.py    the only file that knows boto3: credentials, signatures, control requests, multipart
+http.py      pooled connections; bodies straight from and into memory
+answers.py   pure: from a server's refusal to an error that says what to do
+uploads.py   pure: how an object is divided into parts
+probe.py     what the server honours
+store.py     the object store of them all
+"""
