@@ -68,8 +68,9 @@ class Checkpointer:
         on_event: called with (name, fields) for checkpoint_staged, checkpoint_failed and restored on every rank, for
             checkpoint_committed, checkpoint_quarantined, checkpoint_cleanup_failed and checkpoint_not_newest (steps
             beyond the saved one are there already, and a restore takes the newest) on the coordinator (rank 0);
-            fields hold at least step, and seconds and bytes where they mean something. Called from the background
-            thread as well.
+            fields hold at least step, and seconds and bytes where they mean something. Besides, checkpoint_retried says
+            on any rank what a save or a restore had to try again, and checkpoint_unconditional, once on the
+            coordinator, that the store does not honour conditional puts. Called from the background thread as well.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
 
     Raises:
@@ -101,6 +102,7 @@ class Checkpointer:
         )
         mine = owner.Claim(self._store, owner.Owner(**claim))
         self._group.everywhere(self._check_shared)
+        self._group.on_coordinator(self._check_conditions)
         self._restorer = Restorer(self._store, mine, self._group, self._report)
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
@@ -170,7 +172,8 @@ class Checkpointer:
         started_s = time.monotonic()
         self._saver.forget()
         flat = self._group.everywhere(lambda: state_dicts(state))
-        restored = self._restorer.restore(flat)
+        with self._report.retries(self._store, "restore"):
+            restored = self._restorer.restore(flat)
         if restored is None:
             return 0
         for key, value in state.items():
@@ -194,6 +197,11 @@ class Checkpointer:
                 f"rank {self._group.rank} does not see in {self._store.url} what rank 0 wrote there; the checkpoint URL"
                 " must be storage that all nodes share"
             )
+
+    def _check_conditions(self) -> None:
+        """A degraded store is told at once: a race between two owners is found by reading back only."""
+        if not self._store.capabilities.conditional_puts:
+            self._report("checkpoint_unconditional", url=self._store.url)
 
     # saving -----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ uses the process group.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ _NUM_RANKS_SHOWN = 8
 _NUM_TRIES = 8  # about 5 s
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,25 @@ class Patience:
             if self._stop.wait(min(_POLL_S_MIN * 1.5 ** min(count, 12), _POLL_S_MAX, left_s)):
                 raise Transient(f"closed while waiting for {what()}")
 
+    def until(self, what: Callable[[], str], look: Callable[[], T | None]) -> T:
+        """What `look` finds at last, asked at the intervals of `poll`. A store that is away has not answered yet.
+
+        Raises Transient as `poll` does, and any other error of `look`.
+        """
+        outages: list[Transient] = []
+        for _ in self.poll(lambda: what() + (f"; the store: {outages[-1]}" if outages else "")):
+            try:
+                found = look()
+            except Transient as error:
+                if not outages:
+                    log.warning("waiting on for %s, although the store does not answer: %s", what(), error)
+                outages.append(error)
+                continue
+            outages.clear()
+            if found is not None:
+                return found
+        raise AssertionError("poll ends by an error only")
+
 
 def put_receipt(store: ObjectStore, attempt: Attempt, receipt: Receipt) -> None:
     """Publish what this rank wrote, or why it failed."""
@@ -132,7 +154,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
         more = f" and {len(ranks) - _NUM_RANKS_SHOWN} more" if len(ranks) > _NUM_RANKS_SHOWN else ""
         return f"the receipts of ranks {', '.join(ranks[:_NUM_RANKS_SHOWN])}{more}"
 
-    for _ in patience.poll(missing):
+    def look() -> list[Receipt] | None:
         for info in store.list(folder + "receipt-"):
             rank = layout.parse_receipt(info.key.removeprefix(folder))
             if rank is None or rank in receipts:
@@ -144,9 +166,11 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
                 raise Corrupt(f"{info.key} is the receipt of another rank or attempt")
             receipts[rank] = receipt
         if len(receipts) == attempt.world_size:
-            break
+            return [receipts[rank] for rank in range(attempt.world_size)]
         claim.check()
-    return [receipts[rank] for rank in range(attempt.world_size)]
+        return None
+
+    return patience.until(missing, look)
 
 
 def check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
@@ -245,7 +269,7 @@ def _insist(call: Callable[[], T], key: str) -> T:
     wait = tenacity.wait_exponential(multiplier=0.05, max=2.0) + tenacity.wait_random(0.0, 0.05)
     try:
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Transient) and not error.given_up),
             stop=tenacity.stop_after_attempt(_NUM_TRIES),
             wait=wait,
             reraise=True,
@@ -282,13 +306,14 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
         Transient: nothing was heard in time.
     """
     aborted_key = attempt.prefix + layout.aborted_name(attempt.id)
-    for _ in patience.poll(lambda: "the coordinator to commit"):
+
+    def look() -> bool | None:
         try:
             raise StorageError(load_aborted(store.read(aborted_key), aborted_key).reason)
         except NotFound:
-            pass
-        if _is_committed(store, attempt):
-            return
+            return _is_committed(store, attempt) or None
+
+    patience.until(lambda: "the coordinator to commit", look)
 
 
 def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from storage.objects import ObjectStore
 
 log = logging.getLogger(__name__)
 
 Listener = Callable[[str, dict[str, Any]], None]
 
-_WARN = {"checkpoint_failed", "checkpoint_quarantined", "checkpoint_cleanup_failed", "checkpoint_not_newest"}
+_WARN = {
+    "checkpoint_failed",
+    "checkpoint_quarantined",
+    "checkpoint_cleanup_failed",
+    "checkpoint_not_newest",
+    "checkpoint_retried",
+    "checkpoint_unconditional",
+}
 
 
 class Reporter:
@@ -29,3 +39,15 @@ class Reporter:
             self._listener(event, fields)
         except Exception:
             log.exception("the listener of checkpoint events failed on %s", event)
+
+    @contextlib.contextmanager
+    def retries(self, store: ObjectStore, during: str, **fields: Any) -> Iterator[None]:
+        """Report `checkpoint_retried` afterwards, if the store needed further tries meanwhile."""
+        before = store.retries.snapshot()
+        try:
+            yield
+        finally:
+            new = store.retries.snapshot().since(before)
+            if new.num_by_cause:
+                waited_s = round(new.waited_s, 3)
+                self("checkpoint_retried", during=during, retries=dict(new.num_by_cause), waited_s=waited_s, **fields)

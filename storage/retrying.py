@@ -111,7 +111,7 @@ def skip(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
     while index < len(views) and num_bytes >= views[index].nbytes:
         num_bytes -= views[index].nbytes
         index += 1
-    if num_bytes:
+    if num_bytes and index < len(views):
         return [views[index][num_bytes:], *views[index + 1 :]]
     return list(views[index:])
 

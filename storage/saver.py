@@ -98,7 +98,8 @@ class Saver:
     def _run(self, job: Job, stored: threading.Event) -> bool:
         step = job.attempt.step
         try:
-            size_bytes = self._save(job, stored)
+            with self._report.retries(self._store, "save", step=step):
+                size_bytes = self._save(job, stored)
         except Exception as error:  # noqa: BLE001 - a save may fail in any way; the training goes on
             self._note(error)
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

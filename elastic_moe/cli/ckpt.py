@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from elastic_moe.errors import UserError
 from storage import inspect
+from storage.registry import with_options
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
-_URL_HELP = "a run's folder or URL, or one step of it (RUN/step-000000120)"
+_URL_HELP = "a run's folder or URL (s3://bucket/run), or one step of it (RUN/step-000000120)"
 _EPILOG = """\
 --json writes one object for `show`, a list of objects for `ls` and `verify`.
 
@@ -40,11 +43,15 @@ def register(verbs: Subparsers) -> None:
         action = actions.add_parser(name, help=text, description=text.capitalize() + ".", epilog=_EPILOG)
         action.add_argument("url", metavar="URL", help=_URL_HELP)
         action.add_argument("--json", action="store_true", help="write JSON")
+        action.add_argument("--endpoint-url", metavar="URL", help="another server than AWS for s3:// URLs")
+        action.add_argument("--profile", metavar="NAME", help="the profile of the AWS configuration for s3:// URLs")
         action.set_defaults(handler=handler)
 
 
 def _list(args: argparse.Namespace) -> int:
-    rows = inspect.summaries(inspect.locate(args.url))
+    location = _locate(args)
+    rows = inspect.summaries(location)
+    _tell_retries(location)
     if args.json:
         _print_json([dataclasses.asdict(row) for row in rows])
         return 0
@@ -70,8 +77,9 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    location = inspect.locate(args.url)
+    location = _locate(args)
     found = inspect.details(location.store, inspect.checkpoints(location)[0])
+    _tell_retries(location)
     if args.json:
         _print_json(dataclasses.asdict(found))
         return 0
@@ -96,16 +104,34 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    location = inspect.locate(args.url)
+    location = _locate(args)
     verdicts = []
     for prefix in inspect.checkpoints(location):
         verdict = inspect.verify(location.store, prefix)
         verdicts.append(verdict)
         if not args.json:
             _print_verdict(verdict)
+    _tell_retries(location)
     if args.json:
         _print_json([{"good": not v.problems, **dataclasses.asdict(v)} for v in verdicts])
     return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+def _locate(args: argparse.Namespace) -> inspect.Location:
+    """Open the URL with what the options add to it. Raises UserError for options that it cannot have."""
+    given = {"endpoint_url": args.endpoint_url, "profile": args.profile}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and not args.url.startswith("s3://"):
+        name = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{name} is for s3:// URLs; the URL is {args.url!r}")
+    return inspect.locate(with_options(args.url, options))
+
+
+def _tell_retries(location: inspect.Location) -> None:
+    """On stderr, what was not smooth."""
+    retries = location.store.retries.snapshot()
+    if retries.num_by_cause:
+        print(f"the store had to be asked again: {retries}", file=sys.stderr)
 
 
 def _print_verdict(verdict: inspect.Verdict) -> None:

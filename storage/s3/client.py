@@ -43,6 +43,7 @@ from storage.s3.options import S3Location, S3Options
 
 T = TypeVar("T")
 
+PAGE_SIZE = 1000
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")
 _NO_CREDENTIALS = (
     "no credentials for {}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile=NAME in the URL,"
@@ -105,8 +106,14 @@ class S3Client:
 
     def page(self, prefix: str, token: str | None, delimiter: str, request: Request) -> Page:
         """One page of the objects (and folders, with a delimiter) below `prefix`."""
-        arguments = {"Bucket": self._bucket, "Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": token}
+        arguments: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Prefix": prefix,
+            "Delimiter": delimiter,
+            "ContinuationToken": token,
+        }
         given = {name: value for name, value in arguments.items() if value}
+        given["MaxKeys"] = PAGE_SIZE
         answer = self._guarded(request, lambda: self._client.list_objects_v2(**given))
         return Page(
             tuple((row["Key"], int(row["Size"]), str(row["ETag"])) for row in answer.get("Contents", [])),

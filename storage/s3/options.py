@@ -109,6 +109,7 @@ def _parse_options(query: str) -> S3Options:
         return S3Options.model_validate(dict(pairs))
     except ValidationError as error:
         problem = error.errors()[0]
-        name, value = str(problem["loc"][0]), problem["input"]
+        name, value = str(problem["loc"][0]), str(problem["input"])
+        value = "..." if "@" in value else value  # may hold a password
         message = problem["msg"].removeprefix("Value error, ")
         raise BadURL(f"the option {name}={value} of an s3:// URL is wrong: {message}") from None
