@@ -194,6 +194,9 @@ class ElasticAgent(LocalElasticAgent):
                 return self._closed()
             except RendezvousTimeoutError as error:
                 raise RendezvousTimeout(str(error)) from error
+            except Drained:
+                self._tell_drain(self._drain.current)
+                raise
             self._supervising = True
             try:
                 end = self._supervise(self._current_round().generation)
@@ -391,7 +394,8 @@ class ElasticAgent(LocalElasticAgent):
             return None
         return _End(f"{request.reason}: {why}", self._graces.stop_s)
 
-    def _tell_drain(self, request: DrainRequest) -> Timetable:
+    def _tell_drain(self, request: DrainRequest | None) -> Timetable:
+        assert request is not None
         if not self._drain_told:
             self._drain_told = True
             self._emit("drain_started", source=request.source, detail=request.detail, seconds=request.grace_s)

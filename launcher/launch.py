@@ -37,7 +37,10 @@ from launcher.hostname import ask_no_dns
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
 from launcher.membership import Rules
+from launcher.notices import Notice
 from launcher.policy import USAGE_EXIT_CODE
+from launcher.preemption import Lookout, OrderWatcher
+from launcher.preemption import watchers as find_watchers
 from launcher.probe import Doorbell
 from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
@@ -62,6 +65,8 @@ class Extras:
     """Where events.jsonl goes; None writes none."""
     warm_workers: bool = True
     """Fork workers from a process that has imported torch, where that is safe."""
+    preemption_notices: tuple[str, ...] = ()
+    """Watchers for the news that this machine goes, as `launcher.preemption` names them."""
     drain_grace_s: float = 30.0
     """From a request that this node leave until nothing of it is left, where the request names no time of its own."""
     log_dir: Path | None = None
@@ -94,6 +99,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
 
 def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
     conf = RendezvousConf.parse({k: v for k, v in config.rdzv_configs.items() if k != "rank"})
+    watchers = find_watchers(extras.preemption_notices)
     connection = connect(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -138,6 +144,11 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
         backstop = Backstop(drain, functools.partial(_tell_overrun, events))
+
+        def heed(notice: Notice) -> None:
+            drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
+            member.drain(f"drains on {notice.detail}")
+
         try:
             reopen_failed(connection.kv, config.run_id)
             member.start()
@@ -147,6 +158,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             stack.callback(_linger, member)
             stack.callback(backstop.stop)
         stack.callback(member.leave)
+        lookout = Lookout({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
+        lookout.start()
+        stack.callback(lookout.stop)
         watchdog = Watchdog(extras.hangs, extras.log_dir, events)
         return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from elastic_moe.cli import ckpt, demo, plan, report, run, status, train
+from elastic_moe.cli import ckpt, demo, drain, plan, report, run, status, train
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, one_line
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         help="write the completion script for a shell and exit",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    for module in (run, train, demo, plan, ckpt, status, report):
+    for module in (run, train, demo, plan, ckpt, status, drain, report):
         module.register(verbs)
     return parser
 

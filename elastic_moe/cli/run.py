@@ -67,6 +67,7 @@ def handle(args: argparse.Namespace) -> int:
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
         drain_grace_s=given.drain_grace,
+        preemption_notices=tuple(given.preemption_notice),
         log_dir=Path(given.log_dir) if given.log_dir else None,
         hangs=HangRules(step=given.hang_timeout, startup=given.startup_timeout, silence_s=given.silence_timeout),
         events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
@@ -94,6 +95,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="start every worker as a new process (default: fork them from one that has imported torch)",
     )
+    _add_leaving(ours)
+    _add_watching(ours)
+    given = parser.parse_args(arguments)
+    _check_silence(given)
+    _choose_backend(given)
+    _check_script(given)
+    return given
+
+
+def _add_leaving(ours: argparse._ArgumentGroup) -> None:
     ours.add_argument(
         "--drain-grace",
         type=positive_float,
@@ -102,12 +113,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="a node that is told to leave (SIGTERM, `elastic-moe drain`, a preemption notice) is gone within so long: "
         "its workers may reach a step boundary and save, what still runs is killed (default: 30)",
     )
-    _add_watching(ours)
-    given = parser.parse_args(arguments)
-    _check_silence(given)
-    _choose_backend(given)
-    _check_script(given)
-    return given
+    ours.add_argument(
+        "--preemption-notice",
+        action="append",
+        default=[],
+        metavar="WATCHER",
+        help="drain when this machine is about to be taken away: file:PATH (that appears), aws, gcp, azure, or the "
+        "name of an installed watcher; may be given several times",
+    )
 
 
 def _add_watching(ours: argparse._ArgumentGroup) -> None:

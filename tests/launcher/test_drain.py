@@ -1,9 +1,12 @@
-"""Nodes that are told to leave, with real processes: within the grace, whatever the workers and the store do."""
+"""Nodes that are told to leave, with real processes: by whom ever, and within the grace, whatever else happens."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tests.cluster import Cluster, Node, alive, cluster, read_lines, until
 SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, STUBBORN = str(SCRIPTS / "cooperative.py"), str(SCRIPTS / "stubborn.py")
 TERMINATED = 128 + signal.SIGTERM
+DRAINED = 75
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +84,43 @@ def test_nodes_that_are_all_told_to_leave_save_once_and_form_no_round_for_nothin
     done = steps_of(tmp_path)
     assert done == list(range(1, len(done) + 1))
     assert int((tmp_path / "saved").read_text()) == done[-1], "the job can be resumed where it stopped"
+
+
+def drain(nodes: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elastic_moe", "drain", *arguments]
+    command += ["--rdzv-endpoint", nodes.endpoint, "--rdzv-id", "test"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_nodes_leave_on_command_one_and_then_all(nodes: Cluster, tmp_path: Path) -> None:
+    first, second = two_that_train(nodes, tmp_path)
+    unknown = drain(nodes, "third")
+    assert unknown.returncode == 2
+    assert re.fullmatch(r"elastic-moe: error: node 'third': not in this job; there are .*\n", unknown.stderr)
+    one = drain(nodes, "second")
+    assert one.returncode == 0, one.stderr
+    assert re.search(r" second-\w+: left\n", one.stdout)
+    assert second.wait() == DRAINED
+    nodes.wait_event("round_formed", generation=2, world_size=1)
+    rest = drain(nodes, "--all")
+    assert rest.returncode == 0, rest.stderr
+    assert first.wait() == DRAINED
+    assert [(e["source"], e["detail"].split(" by ")[0]) for e in nodes.events("drain_started")] == [
+        ("command", "elastic-moe drain")
+    ] * 2
+    assert not nodes.events("drain_cut_short")
+    done = steps_of(tmp_path)
+    assert done == list(range(1, len(done) + 1)), "no step lost, none done twice"
+    assert int((tmp_path / "saved").read_text()) == done[-1]
+
+
+def test_a_node_that_waits_for_a_round_leaves_on_a_notice(nodes: Cluster, tmp_path: Path) -> None:
+    notice = tmp_path / "notice"
+    options = ("--preemption-notice", f"file:{notice}", "--cold-workers")
+    node = nodes.start("only", *options, STUBBORN, str(tmp_path), nnodes="2:2")
+    nodes.wait_event("node_joined")
+    notice.write_text("20")
+    assert node.wait() == DRAINED, node.output
+    (started,) = nodes.events("drain_started")
+    assert (started["source"], started["detail"], started["seconds"]) == ("notice", f"the file {notice}", 20)

@@ -1,0 +1,67 @@
+"""`elastic-moe drain`: whom it means, and that its orders need no cleaning up."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastic_moe.cli.drain import choose
+from elastic_moe.cli.main import main
+from elastic_moe.errors import UserError
+from launcher.draining import DrainOrder
+from launcher.kv.memory import MemoryKV
+from launcher.orders import give_order
+from launcher.records import Node
+from launcher.roster import DRAIN, JOB, Board, run_prefix
+
+
+def node(node_id: str, host: str) -> Node:
+    return Node(node_id=node_id, host=host, address="127.0.0.1", port=1, slots=1)
+
+
+NODES = [node("gpu-1-aaaa", "h1"), node("gpu-2-bbbb", "h2"), node("x-cccc", "h3"), node("x-dddd", "h3")]
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["gpu-1-aaaa"], ["gpu-1-aaaa"]),
+        (["gpu-2"], ["gpu-2-bbbb"]),
+        (["h1", "gpu-1", "x-dddd"], ["gpu-1-aaaa", "x-dddd"]),
+    ],
+)
+def test_nodes_are_known_by_id_name_and_host(names: list[str], chosen: list[str]) -> None:
+    assert choose(NODES, names) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x", "2 are called so: x-cccc, x-dddd"),
+        ("h3", "2 are called so"),
+        ("gpu", "not in this job; there are gpu-1-aaaa"),
+    ],
+)
+def test_who_is_not_meant_is_told(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose(NODES, [name])
+
+
+@pytest.mark.parametrize("argv", [["drain"], ["drain", "a", "--all"]])
+def test_nodes_or_all(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert "name the nodes, or give --all" in capsys.readouterr().err
+
+
+def test_an_order_is_seen_by_those_that_follow_the_job_and_goes_with_its_lease() -> None:
+    kv = MemoryKV()
+    prefix, order = run_prefix("job"), DrainOrder(("a-1",), "me@here", 5.0)
+    give_order(kv, "job", order)
+    (entry,) = kv.list(f"{prefix}{JOB}").entries
+    key = entry.key.removeprefix(prefix)
+    assert key.startswith(DRAIN)
+    board = Board()
+    board.apply([(key, entry)])
+    assert list(board.drain_orders.values()) == [order]
+    board.apply([(key, None)])
+    assert not board.drain_orders
+    kv.close()
