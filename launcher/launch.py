@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +43,7 @@ from launcher.probe import Doorbell
 from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
+from launcher.runtime import runtime_dir as private_folder
 from launcher.warm import WarmStart
 from launcher.watchdog import Watchdog
 
@@ -134,7 +133,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             events,
             lease_ttl_s=conf.lease_ttl,
         )
-        runtime_dir = stack.enter_context(_runtime_dir())
+        runtime_dir = stack.enter_context(private_folder())
         # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
         can_fork = command[0] == sys.executable and config.numa_options is None
         warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
@@ -243,16 +242,6 @@ def _run(
         return USAGE_EXIT_CODE  # the program itself has said what is wrong
     log.error("%s", ChildFailedError(name=command[0], failures=result.failures))
     return 1
-
-
-@contextlib.contextmanager
-def _runtime_dir() -> Iterator[Path]:
-    """A private folder (0700) for the workers' channels."""
-    path = Path(tempfile.mkdtemp(prefix="elastic-moe-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:
