@@ -6,7 +6,7 @@ OUT    ?= out/demo
 REPEAT ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-sim chaos bench-recovery check format lint types layers clean
+.PHONY: help demo test test-sim chaos bench-recovery bench-rendezvous check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -37,6 +37,9 @@ chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; RE
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery
+
+bench-rendezvous: $(VENV)/.dev ## how fast 8 to 512 nodes form a round, beside torch's c10d
+	$(BIN)/python -m tests.bench.rendezvous
 
 check: lint types layers test ## what CI runs
 

@@ -46,7 +46,7 @@ from launcher.member import Member
 from launcher.membership import Rules
 from launcher.probe import Doorbell
 from launcher.records import SUCCEEDED, Failure, Node, Round, Status
-from launcher.rendezvous import MemberRendezvous
+from launcher.rendezvous import MemberRendezvous, open_store
 from launcher.reopen import reopen_failed
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,6 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
             join_cooldown_s=conf.join_cooldown,
             join_settle_s=conf.join_settle,
             drain_settle_s=conf.drain_settle,
-            limits=conf.limits(),
             quorum_timeout_s=conf.timeout,
             stop_timeout_s=conf.stop_timeout,
         ),
@@ -158,6 +157,9 @@ class TorchrunRendezvous(MemberRendezvous):
         os.environ.update(self._worker_environment(self.round))
         store = _RoundStore(info.store, self._wait_for_the_others, self._announce_done)
         return RendezvousInfo(store, info.rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
+
+    def _open(self, address: str, port: int) -> Any:
+        return open_store(address, port)  # at once: torch's agents meet there before they start their workers
 
     def num_nodes_waiting(self) -> int:
         """See `MemberRendezvous`; says once why the workers are restarted, which torch's agent does not know."""

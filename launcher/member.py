@@ -21,7 +21,7 @@ from launcher.kv import KV, Watch, WatchEvent
 from launcher.leading import Leadership, Office
 from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
-from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status, identity_of
+from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status
 from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,6 @@ class Member:
                     raise JobClosed(current.outcome)
                 if self._own.record.draining:
                     raise Drained(self._own.record.reason)
-                self._own.stand(current.history.excluded(identity_of(self.node_id)) if current else None)
                 if (
                     current is not None
                     and current.generation > self._own.record.generation
@@ -208,6 +207,15 @@ class Member:
                 self._changed.wait(min(left_s, _TICK_S))
         self._neighbours.watch(watched_by(current, self.node_id))
         return current
+
+    def stay_out(self, reason: str, seconds: float) -> None:
+        """Say why this node cannot take part, and wait; the others go on without it. Ends early if the job does."""
+        log.warning("[%s] stays out for %g s: %s", self.node_id, seconds, reason)
+        self._emit("node_excluded", generation=self._own.record.generation, reason=reason, seconds=seconds)
+        self.announce(Status.EXCLUDED, reason=reason)
+        ends_s = time.monotonic() + seconds
+        while (left_s := ends_s - time.monotonic()) > 0 and not self.outcome() and not self._own.record.draining:
+            self.wait(min(left_s, _TICK_S))
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary; where it waits for a round, it waits no longer."""
@@ -315,7 +323,7 @@ class Member:
     def _turn(self) -> None:
         if self.fenced():
             self._resign()
-            if self._own.record.status in (Status.READY, Status.EXCLUDED):
+            if self._own.record.status is Status.READY:
                 self._register()  # the workers are stopped: come back as a new, youngest node
                 log.warning("[%s] the lease had ended; joined anew", self.node_id)
         if self._stale:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.api import (
@@ -22,6 +23,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.member import Member
+from launcher.probe import connect
 from launcher.records import Round, Status
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,17 @@ log = logging.getLogger(__name__)
 _JOIN_MARGIN_S = 30.0  # the leader leaves out who does not join within the job's `stop_timeout`
 _STORE_TIMEOUT_S = 60.0
 _STORE_CONNECT_TIMEOUT_S = 5.0
+_FIRST_STAY_OUT_S = 5.0
+_LONGEST_STAY_OUT_S = 300.0
+
+
+class _Unreachable(Exception):
+    """The worker store of a round cannot be reached from here."""
+
+
+def stay_out_s(num_failures: int) -> float:
+    """How long a node stays out after it could not reach the worker store so many times in a row."""
+    return min(_LONGEST_STAY_OUT_S, _FIRST_STAY_OUT_S * 2.0 ** min(num_failures - 1, 16))
 
 
 class MemberRendezvous(RendezvousHandler):
@@ -44,7 +57,8 @@ class MemberRendezvous(RendezvousHandler):
         self._run_id = run_id
         self._address = address
         self._timeout_s = timeout_s
-        self._store: TCPStore | None = None
+        self._store: Any = None
+        self._num_unreachable = 0
 
     @property
     def generation(self) -> int:
@@ -84,6 +98,10 @@ class MemberRendezvous(RendezvousHandler):
             assert place is not None
             try:
                 store, info = self._host(found.generation) if place == 0 else self._connect(found.generation)
+            except _Unreachable as error:
+                self._num_unreachable += 1
+                self._member.stay_out(str(error), stay_out_s(self._num_unreachable))
+                continue
             except (
                 KVUnavailable,
                 TimeoutError,
@@ -92,6 +110,7 @@ class MemberRendezvous(RendezvousHandler):
             ) as error:  # torch's DistStoreError is a RuntimeError
                 log.warning("generation %d broke while it formed: %s", found.generation, error)
                 continue
+            self._num_unreachable = 0
             self._store = store
             self.round = found
             return RendezvousInfo(store, place, len(found.participants), info)
@@ -112,11 +131,21 @@ class MemberRendezvous(RendezvousHandler):
         self._join(generation, worker_store=f"{self._address} {port}")
         return store, RendezvousStoreInfo(self._address, port)
 
-    def _connect(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
+    def _connect(self, generation: int) -> tuple[Any, RendezvousStoreInfo]:
+        """Join, and see that this node's workers will reach their store."""
         address, _, port_text = self._join(generation).worker_store.rpartition(" ")
-        store = TCPStore(address, int(port_text), is_master=False, timeout=timedelta(seconds=_STORE_CONNECT_TIMEOUT_S))
-        store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
-        return store, RendezvousStoreInfo(address, int(port_text))
+        port = int(port_text)
+        try:
+            connect(address, port, _STORE_CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            if broken := self._member.broken(generation):  # no wonder
+                raise TimeoutError(broken.reason) from error
+            raise _Unreachable(f"cannot reach the workers' store at {address}:{port}: {error}") from error
+        return self._open(address, port), RendezvousStoreInfo(address, port)
+
+    def _open(self, address: str, port: int) -> Any:
+        """The worker store as an agent sees it."""
+        return _LateStore(address, port)
 
     def _join(self, generation: int, worker_store: str = "") -> Round:
         timeout_s = self._member.rules.stop_timeout_s + _JOIN_MARGIN_S
@@ -139,3 +168,28 @@ class MemberRendezvous(RendezvousHandler):
         """Leave the job, so that the others need not wait for this node's lease."""
         self._member.leave()
         return True
+
+
+class _LateStore:
+    """A client of the worker store that connects when it is first used.
+
+    Our agent does not use one: ranks follow from the round. It saves rank 0's agent a connection per node, and this
+    node the look-up of a host name that torch makes for each (reverse DNS, seconds where it does not answer).
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        self._address = address
+        self._port = port
+        self._store: TCPStore | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._store is None:
+            self._store = open_store(self._address, self._port)
+        return getattr(self._store, name)
+
+
+def open_store(address: str, port: int) -> TCPStore:
+    """A client of the worker store. Raises torch's DistStoreError, a RuntimeError, where it cannot be reached."""
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+    store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+    return store

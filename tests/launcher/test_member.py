@@ -16,9 +16,9 @@ from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.member import Member
 from launcher.membership import Rules
-from launcher.probe import Doorbell
+from launcher.probe import Doorbell, connect
 from launcher.records import SUCCEEDED, Failure, Node, Round, Status
-from launcher.rendezvous import MemberRendezvous
+from launcher.rendezvous import MemberRendezvous, stay_out_s
 from launcher.roster import NODES, run_prefix
 from tests.cluster import free_port, until
 
@@ -97,7 +97,7 @@ class Job:
 
 @pytest.fixture
 def job() -> Iterator[Job]:
-    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1, max_restarts=0))
+    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1))
     yield made
     for member in made.members.values():
         member.leave()
@@ -324,3 +324,51 @@ def meet(handlers: dict[str, MemberRendezvous]) -> dict[str, Any]:
         thread.join(WAIT_S)
     assert set(found) == set(handlers)
     return found
+
+
+def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        job.start(name)
+    handlers = {
+        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
+        for name, member in job.members.items()
+    }
+    stays_out_s: list[float] = []
+
+    def stay_out(num_failures: int) -> float:
+        stays_out_s.append(stay_out_s(num_failures))
+        return 0.3
+
+    def unreachable(address: str, port: int, timeout_s: float) -> Any:
+        if len(stays_out_s) < 2:
+            raise TimeoutError("timed out")
+        return connect(address, port, timeout_s)
+
+    monkeypatch.setattr("launcher.rendezvous.stay_out_s", stay_out)
+    monkeypatch.setattr("launcher.rendezvous.connect", unreachable)
+    done = threading.Event()
+    other = threading.Thread(target=live, args=(handlers["a"], done), daemon=True)
+    other.start()
+    handlers["b"].next_rendezvous()
+    done.set()
+    other.join(WAIT_S)
+    assert stays_out_s == [5.0, 10.0]
+    excluded = [fields for name, fields in job.told.events if name == "node_excluded"]
+    assert len(excluded) == 2
+    assert "cannot reach the workers' store at 127.0.0.1:" in excluded[0]["reason"]
+    reasons = [fields["reason"] for name, fields in job.told.events if name == "round_formed"]
+    assert any("cannot reach the workers' store" in reason for reason in reasons)
+
+
+def live(handler: MemberRendezvous, done: threading.Event) -> None:
+    """As an agent: round after round."""
+    while not done.is_set():
+        handler.next_rendezvous()
+        while not handler.num_nodes_waiting() and not done.is_set():
+            handler._member.wait(0.05)
+
+
+def test_a_node_stays_out_longer_each_time() -> None:
+    assert [stay_out_s(n) for n in (1, 2, 3, 7, 500)] == [5.0, 10.0, 20.0, 300.0, 300.0]
