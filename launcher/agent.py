@@ -10,7 +10,6 @@ kills its workers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -31,20 +30,18 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
-from launcher import boot
+from launcher import autopsy, boot
 from launcher.channel import Phase, StopReason
 from launcher.channels import WorkerChannels
 from launcher.draining import DrainRequest, DrainRequests, Timetable
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.member import Member
-from launcher.policy import is_restartable
 from launcher.probe import report_dead
 from launcher.program import STACKS_VARIABLE
-from launcher.records import SUCCEEDED, Breakage, Failure, Round, Status
+from launcher.records import HANG, SUCCEEDED, Breakage, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.warm import COLD, WarmStart
 from launcher.watchdog import Watchdog, Watched
@@ -118,7 +115,8 @@ class ElasticAgent(LocalElasticAgent):
         self._drain = drain
         self._drain_told = False
         self._supervising = False
-        self._failures: dict[int, ProcessFailure] = {}
+        self._oom_kills_before = 0
+        self._failures: list[Failure] = []
 
     # --- torch's steps, with what ours know better
 
@@ -149,7 +147,8 @@ class ElasticAgent(LocalElasticAgent):
         local_ranks = [worker.local_rank for worker in worker_group.workers]
         self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
         self._yielded = False
-        self._failures = {}
+        self._failures = []
+        self._oom_kills_before = autopsy.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
         worker_group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
         pids: dict[int, Any] = super()._start_workers(worker_group)
@@ -212,16 +211,14 @@ class ElasticAgent(LocalElasticAgent):
         if outcome == SUCCEEDED:
             self._worker_group.workers = []
             return RunResult(WorkerState.SUCCEEDED)
-        if self._failures:
-            return RunResult(WorkerState.FAILED, failures=self._failures)
         raise JobClosed(outcome)
 
     def _supervise(self, generation: int) -> RunResult | _End:
         """Watch one generation to its end: the job's result, or why there has to be another round."""
         while True:
             self._member.wait(_POLL_S)
-            if failures := self._failed_workers():
-                self._report_failure(generation, failures)
+            if any(remains.exit_code for remains in self._remains()):
+                self._report_failures()
                 return _End("worker failed", self._graces.stop_s)
             paused = self._channels.asked_s is not None
             if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=paused):
@@ -252,6 +249,8 @@ class ElasticAgent(LocalElasticAgent):
 
     def _end_generation(self, end: _End) -> None:
         """Stop what still runs and be ready for another round, or leave if this node drains."""
+        if not end.reason.startswith(HANG):  # what follows from another node's failure may have its cause here
+            self._report_failures()  # before SIGTERM blurs it
         self._member.announce(Status.STOPPING, reason=end.reason)
         began_s = time.monotonic()
         self._shutdown(signal.SIGTERM, timeout=end.grace_s)  # type: ignore[arg-type]
@@ -283,46 +282,35 @@ class ElasticAgent(LocalElasticAgent):
 
     # --- failures
 
-    def _failed_workers(self) -> dict[int, ProcessFailure]:
-        """Workers that ended with an error, by global rank, before torch stops the others because of it."""
-        if self._pcontext is None:
-            return {}
-        failures = {}
-        for worker in self._worker_group.workers:
-            handler = self._pcontext.subprocess_handlers[worker.local_rank]  # type: ignore[attr-defined]
-            exit_code = handler.proc.poll()
-            if exit_code:
-                failures[worker.global_rank] = ProcessFailure(
-                    local_rank=worker.local_rank,
-                    pid=handler.proc.pid,
-                    exitcode=exit_code,
-                    error_file=self._pcontext.error_files[worker.local_rank],
-                )
-        return failures
+    def _remains(self) -> list[autopsy.Remains]:
+        return autopsy.remains(self._pcontext, self._worker_group.workers, self._channels.progress())
 
-    def _report_failure(self, generation: int, failures: dict[int, ProcessFailure]) -> None:
+    def _report_failures(self) -> None:
         """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
-        self._failures = failures
-        progress = self._channels.progress()
-        rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-        failure = Failure(
-            rank=rank,
-            exit_code=first.exitcode,
-            message=_first_line(first),
-            ts=time.time(),
-            restartable=is_restartable(first.exitcode, progress[first.local_rank]),
+        around = autopsy.Circumstances(
+            lived_s=time.monotonic() - self._started_s,
+            oom_kills=autopsy.oom_kills() - self._oom_kills_before,
+            draining=self._drain.current is not None,
         )
-        self._member.announce(Status.STOPPING, reason="worker failed", failure=failure)
+        failures = autopsy.examine(self._remains(), around)
+        known = {failure.rank for failure in self._failures}
+        news = [failure for failure in failures if failure.rank not in known]
+        if not news:
+            return
+        self._failures = failures
+        self._member.announce(Status.STOPPING, reason="worker failed", failure=autopsy.summarise(failures))
         peers = [p for p in self._current_round().participants if p.node_id != self._member.node_id]
         report_dead(peers, self._member.evict)
-        for global_rank, failed in failures.items():
+        for failure in news:
             self._emit(
                 "worker_failed",
-                rank=global_rank,
-                exit_code=failed.exitcode,
-                pid=failed.pid,
-                step=progress[failed.local_rank].step,
-                message=_first_line(failed),
+                rank=failure.rank,
+                exit_code=failure.exit_code,
+                pid=failure.pid,
+                step=failure.step,
+                message=failure.message,
+                failure_class=failure.kind.value,
+                place=failure.place,
             )
 
     # --- hangs
@@ -441,16 +429,3 @@ class ElasticAgent(LocalElasticAgent):
     def close(self) -> None:
         """Let go of the channels; the workers are gone."""
         self._channels.close()
-
-
-def _first_line(failure: ProcessFailure) -> str:
-    """The error in one line, as far as the worker left a word (torch's `record`)."""
-    if not os.path.isfile(failure.error_file):
-        return ""
-    try:
-        message = json.loads(Path(failure.error_file).read_text())["message"]
-        text = message["message"] if isinstance(message, dict) else message
-        return str(text).strip().splitlines()[0][:500]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        log.warning("error file %s cannot be read: %s", failure.error_file, error)
-        return ""

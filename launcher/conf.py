@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import UsageError
+from launcher.policy import Limits
 
 
 class RendezvousConf(BaseModel):
@@ -34,6 +35,14 @@ class RendezvousConf(BaseModel):
     """A node whose workers have not stopped by then is left out of the next round."""
     yield_timeout: float = Field(300.0, gt=0)
     """Workers asked to stop at a step boundary have so long to reach one and save."""
+    crash_loop: int = Field(6, ge=1)
+    """So many failures in a row without progress end the job."""
+    strikes: int = Field(3, ge=1)
+    """So many failures that speak against a node, or departures of it, within `strike_window` exclude it."""
+    strike_window: float = Field(600.0, gt=0)
+    """See `strikes`."""
+    exclusion: float = Field(300.0, ge=0)
+    """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
     zone: str = ""
     """Nodes of one zone get adjacent ranks."""
     token_file: str = ""
@@ -59,6 +68,15 @@ class RendezvousConf(BaseModel):
         """What concerns the connection to the store, as `launcher.kv.connect` wants it: only what was given."""
         names = ("token_file", "is_host", "protocol", "cacert", "cert", "key", "user", "password_file", "prefix")
         return {name: value for name in names if (value := getattr(self, name))}
+
+    def limits(self) -> Limits:
+        """What concerns the restart policy."""
+        return Limits(
+            crash_loop=self.crash_loop,
+            strikes=self.strikes,
+            strike_window_s=self.strike_window,
+            exclusion_s=self.exclusion,
+        )
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> RendezvousConf:

@@ -9,7 +9,7 @@
     │   └── Compacted                a watch asked for revisions that the store has forgotten; list again
     ├── JobClosed                    the job ended: succeeded, or failed with a reason
     ├── Drained                      this node was asked to leave, and does; exit code 75, or 128 + signal
-    └── RendezvousTimeout            no round was formed in the time given
+    └── RendezvousTimeout            no round was formed in the time given; exit code 75
 """
 
 from __future__ import annotations
@@ -60,3 +60,5 @@ class Drained(LauncherError):
 
 class RendezvousTimeout(LauncherError):
     """No round was formed in the time given; the message says what was waited for."""
+
+    exit_code = 75

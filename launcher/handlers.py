@@ -97,6 +97,7 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
             join_cooldown_s=conf.join_cooldown,
             join_settle_s=conf.join_settle,
             drain_settle_s=conf.drain_settle,
+            limits=conf.limits(),
             quorum_timeout_s=conf.timeout,
             stop_timeout_s=conf.stop_timeout,
         ),

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from launcher.errors import KVUnavailable
+from launcher.history import Exclusion
 from launcher.kv import KV, Lease
 from launcher.records import LEFT, Node, Status
 
@@ -64,6 +65,15 @@ class RecordKeeper:
         with self._changed:
             self._record = dataclasses.replace(self._record, **fields)
             self._changed.notify_all()
+
+    def stand(self, excluded: Exclusion | None) -> None:
+        """Say of a node that waits that it is excluded, or that it is ready again."""
+        with self._changed:
+            status = Status.EXCLUDED if excluded else Status.READY
+            if self._record.status is not status and self._record.status in (Status.READY, Status.EXCLUDED):
+                reason = f"excluded: {excluded.reason}" if excluded else "readmitted"
+                log.warning("[%s] %s", self._record.node_id, reason)
+                self.change(status=status, reason=reason)
 
     def fence(self) -> None:
         """The record is gone from the store: somebody deleted it, or the lease ended."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launcher.agent import ElasticAgent, Graces
@@ -38,19 +35,21 @@ from launcher.kv.connect import Connection, connect
 from launcher.member import Member
 from launcher.membership import Rules
 from launcher.notices import Notice
-from launcher.policy import USAGE_EXIT_CODE
 from launcher.preemption import Lookout, OrderWatcher
 from launcher.preemption import watchers as find_watchers
 from launcher.probe import Doorbell
 from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
+from launcher.runtime import runtime_dir as private_folder
+from launcher.telling import last_words
 from launcher.warm import WarmStart
 from launcher.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _ZYGOTE_TIMEOUT_S = 60.0
+_LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: the same on one node, ambiguous on several
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Extras:
     """Plans the mesh of each round; without one every slot gets a worker and workers get no mesh."""
     events_path: Path | None = None
     """Where events.jsonl goes; None writes none."""
+    max_restarts: int | None = None
+    """At most so many restarts after failures; None: as many as the policy allows."""
     warm_workers: bool = True
     """Fork workers from a process that has imported torch, where that is safe."""
     preemption_notices: tuple[str, ...] = ()
@@ -79,8 +80,8 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
     """Run this node's part of the job to its end.
 
     Returns:
-        The exit code: 0 the job is done; 1 it failed; 2 it failed because its workers were given something they
-        cannot work with; 75 if this node left the job because it was asked to, 128 + signal if by a signal.
+        The exit code: 0 the job is done; that of the job's `Verdict` if it failed, the same on every node; 75 if this
+        node left the job because it was asked to, 128 + signal if by a signal.
 
     Raises:
         UsageError: the user's mistake; nothing was started.
@@ -129,12 +130,12 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             connection.kv,
             config.run_id,
             node,
-            _rules(config, conf),
+            _rules(config, conf, extras),
             extras.planner or (lambda slots, previous: None),
             events,
             lease_ttl_s=conf.lease_ttl,
         )
-        runtime_dir = stack.enter_context(_runtime_dir())
+        runtime_dir = stack.enter_context(private_folder())
         # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
         can_fork = command[0] == sys.executable and config.numa_options is None
         warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
@@ -165,7 +166,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog)
 
 
-def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
+def _rules(config: LaunchConfig, conf: RendezvousConf, extras: Extras) -> Rules:
     return Rules(
         min_nodes=config.min_nodes,
         max_nodes=config.max_nodes,
@@ -173,7 +174,8 @@ def _rules(config: LaunchConfig, conf: RendezvousConf) -> Rules:
         join_cooldown_s=conf.join_cooldown,
         join_settle_s=conf.join_settle,
         drain_settle_s=conf.drain_settle,
-        max_restarts=config.max_restarts,
+        max_restarts=extras.max_restarts,
+        limits=conf.limits(),
         quorum_timeout_s=conf.timeout,
         stop_timeout_s=conf.stop_timeout,
     )
@@ -226,33 +228,19 @@ def _run(
         warm=warm,
         watchdog=watchdog,
         start_method=config.start_method,
-        log_line_prefix_template=config.log_line_prefix_template,
+        log_line_prefix_template=config.log_line_prefix_template or _LOG_LINE_PREFIX,
     )
     agent.install_signal_handlers()
     try:
-        result = agent.run()
-    except JobClosed as closed:
-        log.error("[%s] %s", member.node_id, closed)
-        return 1
+        agent.run()
+    except JobClosed:
+        ended = member.round()
+        assert ended is not None, "a closed job has a last round"
+        log.error("[%s] the job %s", member.node_id, last_words(ended))
+        return ended.verdict.exit_code
     finally:
         agent.close()
-    if not result.is_failed():
-        return 0
-    log.error("[%s] %s", member.node_id, member.outcome())
-    if any(failure.exitcode == USAGE_EXIT_CODE for failure in result.failures.values()):
-        return USAGE_EXIT_CODE  # the program itself has said what is wrong
-    log.error("%s", ChildFailedError(name=command[0], failures=result.failures))
-    return 1
-
-
-@contextlib.contextmanager
-def _runtime_dir() -> Iterator[Path]:
-    """A private folder (0700) for the workers' channels."""
-    path = Path(tempfile.mkdtemp(prefix="elastic-moe-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    return 0
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:

@@ -6,7 +6,6 @@ yet heard that its lease ended; every decision is a compare-and-swap on the roun
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -22,6 +21,7 @@ from launcher.membership import Evict, Propose, Rules, Wait, decide
 from launcher.probe import report_dead
 from launcher.records import LEFT, LEFT_AT_ONCE, Round
 from launcher.roster import NODES, ROUND, Departure, Roster
+from launcher.telling import tell
 
 log = logging.getLogger(__name__)
 
@@ -181,24 +181,4 @@ class Leadership:
             return
         with self._lock:
             self._roster.learn_round(proposed, written.revision, time.monotonic())
-        self._report(proposed, current)
-
-    def _report(self, proposed: Round, current: Round | None) -> None:
-        emit, generation = self._office.emit, proposed.generation
-        if proposed.outcome:
-            emit("finished", generation=generation, outcome=proposed.outcome)
-        elif current is None or generation != current.generation:
-            emit(
-                "round_formed",
-                generation=generation,
-                reason=proposed.reason,
-                world_size=proposed.world_size,
-                restarts=proposed.restarts,
-                participants=[{"node_id": p.node_id, "slots": p.slots} for p in proposed.participants],
-                spares=list(proposed.spares),
-                mesh=dataclasses.asdict(proposed.mesh) if proposed.mesh else None,
-            )
-        elif proposed.stop != current.stop:
-            emit("stop_requested", generation=generation, reason=proposed.stop)
-        elif proposed.broken and not current.broken:
-            emit("round_broken", generation=generation, reason=proposed.broken.reason)
+        tell(self._office.emit, proposed, current)

@@ -21,7 +21,7 @@ from launcher.kv import KV, Watch, WatchEvent
 from launcher.leading import Leadership, Office
 from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
-from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status
+from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status, identity_of
 from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class Member:
                     raise JobClosed(current.outcome)
                 if self._own.record.draining:
                     raise Drained(self._own.record.reason)
+                self._own.stand(current.history.excluded(identity_of(self.node_id)) if current else None)
                 if (
                     current is not None
                     and current.generation > self._own.record.generation
@@ -323,7 +324,7 @@ class Member:
     def _turn(self) -> None:
         if self.fenced():
             self._resign()
-            if self._own.record.status is Status.READY:
+            if self._own.record.status in (Status.READY, Status.EXCLUDED):
                 self._register()  # the workers are stopped: come back as a new, youngest node
                 log.warning("[%s] the lease had ended; joined anew", self.node_id)
         if self._stale:

@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 
 from launcher.forming import Formation, Planner, form
 from launcher.mesh import MeshPlan
-from launcher.records import HANG, LEFT, SUCCEEDED, Breakage, Node, Round, Status, describe
+from launcher.policy import Limits, brief, explain, judge, order_causes, readmit
+from launcher.records import HANG, LEFT, SUCCEEDED, Breakage, Cause, Node, Round, Status, Verdict, describe, identity_of
+from launcher.standing import admit, needed, weigh
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Rules:
     join_cooldown_s: float = 5.0
     join_settle_s: float = 0.5
     drain_settle_s: float = 0.5
-    max_restarts: int = 0
+    max_restarts: int | None = None
+    limits: Limits = field(default_factory=Limits)
     quorum_timeout_s: float = 600.0
     stop_timeout_s: float = 60.0
 
@@ -54,7 +57,8 @@ class View:
     this node began to wait for the first one); `formed_s`: when the round was first seen; `departed`: node -> how it
     went (LEFT, LEFT_AT_ONCE, "lost: ..."); `awaited`: participants that were not there when this node began to lead,
     and that may still come back until `awaited_until_s` (after an outage of the store, say); `leader`: who leads, "" if
-    nobody; `drained_s`: when a node was last seen to begin to drain, or the leader before this one to leave.
+    nobody; `drained_s`: when a node was last seen to begin to drain, or the leader before this one to leave; `fell`:
+    node -> the store's revision at which it was first seen to tell of a failure.
     """
 
     nodes: tuple[Node, ...]
@@ -68,6 +72,7 @@ class View:
     awaited_until_s: float = 0.0
     leader: str = ""
     drained_s: float = -math.inf
+    fell: Mapping[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Node]:
@@ -150,6 +155,8 @@ def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
         return _first_round(view, rules, planner, now_s)
     if current.outcome:
         return Wait(f"the job is over: {current.outcome}")
+    if (history := readmit(current.history, now_s - view.formed_s)) is not None:
+        return Propose(dataclasses.replace(current, history=history))
     broken = breakage(view)
     if broken and _is_news(broken, current.broken) and _busy(view, current):
         return Propose(dataclasses.replace(current, broken=broken))
@@ -205,7 +212,7 @@ def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Ac
 def _running_round(view: View, current: Round, rules: Rules, planner: Planner, now_s: float) -> Action:
     members = [n for p in current.participants if (n := view.node(p.node_id))]
     if all(n.status is Status.DONE and n.generation == current.generation for n in members):
-        return Propose(dataclasses.replace(current, outcome=SUCCEEDED))
+        return Propose(dataclasses.replace(current, outcome=SUCCEEDED, verdict=Verdict.SUCCEEDED, causes=()))
     if current.stop:
         return Wait(f"workers stop at a step boundary: {current.stop}")
     if late := [n.node_id for n in members if n.generation < current.generation]:
@@ -225,7 +232,8 @@ def _running_round(view: View, current: Round, rules: Rules, planner: Planner, n
 def _perhaps_grow(
     view: View, current: Round, members: list[Node], rules: Rules, planner: Planner, now_s: float
 ) -> Action:
-    joiners = [n for n in _candidates(view) if current.place_of(n.node_id) is None]
+    standing = [n for n in _candidates(view) if current.history.excluded(identity_of(n.node_id)) is None]
+    joiners = [n for n in standing if current.place_of(n.node_id) is None]
     if not joiners:
         return Wait("the round is complete")
     formed = _form([*members, *joiners], _order_of(current), current.mesh, rules, planner)
@@ -239,11 +247,7 @@ def _perhaps_grow(
 
 
 def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, planner: Planner, now_s: float) -> Action:
-    present = [n for p in current.participants if (n := view.node(p.node_id))]
-    failures = [n.failure for n in present if n.failure and n.generation == current.generation]
-    if failures and not all(f.restartable for f in failures):
-        final = min((f for f in failures if not f.restartable), key=lambda f: f.ts)
-        return Propose(dataclasses.replace(current, outcome=f"failed: {describe(final)}"))
+    # Nothing is decided before all have stopped: the root cause may be the last to be told.
     if busy := _busy(view, current):
         until_s = view.broken_s + rules.stop_timeout_s
         if now_s >= until_s:
@@ -252,23 +256,42 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
     if now_s < view.drained_s + rules.drain_settle_s:  # told to drain one after the other, they leave nobody behind
         return Wait("more nodes may drain", view.drained_s + rules.drain_settle_s)
-    restarts = current.restarts
-    if failures and not broken.lost:  # a worker that failed because its peer died is not charged
-        first = min(failures, key=lambda f: f.ts)
-        if restarts >= rules.max_restarts:
-            budget = f"restarts used: {restarts} of {rules.max_restarts}"
-            return Propose(dataclasses.replace(current, outcome=f"failed: {describe(first)}; {budget}"))
-        restarts += 1
-        reason = describe(first)
-    elif broken.lost:
+    causes = _causes(view, current)
+    elapsed_s = now_s - view.formed_s
+    judged = judge(
+        current.history.aged(elapsed_s),
+        causes,
+        rules.limits,
+        lived_s=view.broken_s - view.formed_s,
+        restarts=current.restarts,
+        max_restarts=rules.max_restarts,
+        lost=bool(broken.lost),
+        stopping=bool(current.stop),
+    )
+    if judged.verdict is not None:
+        outcome = explain(causes, judged)
+        return Propose(dataclasses.replace(current, outcome=outcome, verdict=judged.verdict, causes=causes))
+    if broken.lost:
         reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in broken.lost)
     else:
-        reason = current.stop or broken.reason
+        reason = describe(causes[0].failure) if causes else current.stop or broken.reason
+    if now_s < view.broken_s + judged.delay_s:
+        return Wait(f"restarts {judged.delay_s:g} s after: {reason}", view.broken_s + judged.delay_s)
+    history, suspects = weigh(judged, causes, broken.lost, view.departed, rules.limits)
     ready = _candidates(view)
-    if len(ready) < rules.min_nodes:
-        return _short(view, rules, len(ready), now_s)
-    formed = _form(ready, _order_of(current), current.mesh, rules, planner)
+    formed, history = admit(
+        ready,
+        history,
+        suspects,
+        rules.limits,
+        lambda nodes: _form(nodes, _order_of(current), current.mesh, rules, planner),
+    )
     if formed is None:
+        called_back = readmit(current.history, elapsed_s, needed(view.nodes, current.history))
+        if called_back is not None:
+            return Propose(dataclasses.replace(current, history=called_back))
+        if len(ready) < rules.min_nodes:
+            return _short(view, rules, len(ready), now_s)
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
         Round(
@@ -278,8 +301,20 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
             mesh=formed.mesh,
             spares=formed.spares,
             reason=reason,
-            restarts=restarts,
+            restarts=current.restarts + judged.charged,
+            causes=brief(causes),
+            history=history,
         )
+    )
+
+
+def _causes(view: View, current: Round) -> tuple[Cause, ...]:
+    """The workers that failed in this round, the root cause first."""
+    members = [n for p in current.participants if (n := view.node(p.node_id))]
+    return order_causes(
+        (view.fell.get(n.node_id, 0), Cause(n.node_id, n.host, n.failure))
+        for n in members
+        if n.failure and n.generation == current.generation
     )
 
 
@@ -294,8 +329,9 @@ def _short(view: View, rules: Rules, num_ready: int, now_s: float) -> Action:
         return Wait(f"{num_ready} of at least {rules.min_nodes} nodes", until_s)
     outcome = f"failed: {num_ready} of at least {rules.min_nodes} nodes after {rules.quorum_timeout_s:g} s"
     if view.round is None:
-        return Propose(Round(0, view.lineage, (), None, (), "no quorum", outcome=outcome))
-    return Propose(dataclasses.replace(view.round, outcome=outcome))
+        ended = Round(0, view.lineage, (), None, (), "no quorum", outcome=outcome, verdict=Verdict.NO_QUORUM)
+        return Propose(ended)
+    return Propose(dataclasses.replace(view.round, outcome=outcome, verdict=Verdict.NO_QUORUM, causes=()))
 
 
 def _order_of(current: Round) -> list[str]:

@@ -1,4 +1,5 @@
-"""Be the program that `python ARGV...` would be, with one thing added: a signal on which it writes its Python stacks.
+"""Be the program that `python ARGV...` would be, with two things added: a signal on which it writes its Python stacks,
+and a file for the exception that ends it.
 
 The zygote runs a forked worker through `run`; a worker that starts cold is `python program.py ARGV...`, which imports
 nothing of ours, so that a script's own modules come first. Either way the script cannot tell (`sys.argv`, `__main__`,
@@ -7,6 +8,9 @@ nothing of ours, so that a script's own modules come first. Either way the scrip
 The signal is a real-time one, which scripts hardly use. `faulthandler` answers it from C, without the GIL: also when
 the main thread waits in a collective, or spins in an extension. A script that installs a handler of its own for it
 keeps that, and has no stacks written.
+
+The exception goes to the file in which torch's `multiprocessing.errors.record` writes those of scripts that use it, in
+its form; so the agent knows why a worker failed whether its script uses that or not.
 """
 
 from __future__ import annotations
@@ -15,14 +19,19 @@ import builtins
 import contextlib
 import faulthandler
 import importlib.machinery
+import json
 import os
 import runpy
 import signal
 import sys
+import time
+import traceback as tracebacks
 import types
 
 STACKS_SIGNAL = signal.SIGRTMIN + 7
 STACKS_VARIABLE = "ELASTIC_MOE_STACKS"
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+_ERROR_MAX_CHARS = 64 * 1024
 _OWN_FRAMES = (__file__, "<frozen runpy>")
 
 
@@ -78,7 +87,35 @@ def _tell_error(kind: type[BaseException], error: BaseException, traceback: type
         passed = passed or told.tb_frame.f_code.co_filename == __file__
         told = told.tb_next
     told = told or traceback
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path and issubclass(kind, Exception):
+        with contextlib.suppress(OSError):  # the agent will say less, but stderr has it all
+            record_error(path, error.with_traceback(told))
     sys.__excepthook__(kind, error.with_traceback(told), told)
+
+
+def record_error(path: str, error: BaseException) -> None:
+    """Write `error` to `path` unless there is one already. At once or not at all: the agent may read meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if os.path.exists(path):
+        return
+    told = {
+        "message": {
+            "message": f"{type(error).__name__}: {error}"[:_ERROR_MAX_CHARS],
+            "extraInfo": {
+                "py_callstack": "".join(tracebacks.format_exception(error))[-_ERROR_MAX_CHARS:],
+                "timestamp": str(int(time.time())),
+            },
+        }
+    }
+    unfinished = f"{path}.{os.getpid()}"
+    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "w") as file:
+        json.dump(told, file)
+    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

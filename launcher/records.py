@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.failures import FailureClass, signal_of
+from launcher.history import History
 from launcher.mesh import MeshPlan
 
 SUCCEEDED = "succeeded"
 """The outcome of a job whose every worker finished; any other outcome starts with "failed: "."""
 
+
+class Verdict(StrEnum):
+    """How a job ended, for programs: `exit_code` is what every node of the job answers with."""
+
+    NONE = ""  # it has not
+    SUCCEEDED = "succeeded"
+    BUDGET_USED = "budget_used"  # failed, and --max-restarts allows no further restart
+    USAGE = "usage"  # the program refused what it was given
+    FAILS_AGAIN = "fails_again"  # an error at start, or the same failure twice
+    CRASH_LOOP = "crash_loop"  # many failures in a row without progress
+    NODES_FAIL = "nodes_fail"  # the same, by devices and connections: other nodes may do better
+    NO_QUORUM = "no_quorum"  # too few nodes for too long
+
+    @property
+    def exit_code(self) -> int:
+        """Of `elastic-moe run` on every node; 70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits(3)."""
+        return _EXIT_CODES[self]
+
+
+_EXIT_CODES = {
+    Verdict.NONE: 1,
+    Verdict.SUCCEEDED: 0,
+    Verdict.BUDGET_USED: 1,
+    Verdict.USAGE: 2,
+    Verdict.FAILS_AGAIN: 70,
+    Verdict.CRASH_LOOP: 70,
+    Verdict.NODES_FAIL: 75,
+    Verdict.NO_QUORUM: 75,
+}
 
 LEFT = "left"
 """The reason on the record of a node that goes of its own accord, and how it is said to have departed."""
@@ -36,13 +68,29 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker's failure as its agent reports it; `ts` is epoch seconds and only orders failures for a person."""
+    """A worker's failure as its agent reports it; `ts` is epoch seconds and orders failures of one host only."""
 
     rank: int
     exit_code: int
     message: str
     ts: float
     restartable: bool = True
+    kind: FailureClass = FailureClass.PROGRAM
+    step: int = -1
+    """The last step that the worker completed, -1 if it told of none."""
+    place: str = ""
+    """Equal for two failures that have the same cause (`failures.place_of`)."""
+    traceback: str = ""
+    """At most `failures.TRACEBACK_MAX_CHARS`."""
+    pid: int = 0
+    victims: tuple[Failure, ...] = ()
+    """The node's other workers that failed, without tracebacks."""
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Failure:
+        """Read what `dataclasses.asdict` made of one."""
+        victims = tuple(cls.from_fields(victim) for victim in fields["victims"])
+        return cls(**{**fields, "kind": FailureClass(fields["kind"]), "victims": victims})
 
 
 @dataclass(frozen=True)
@@ -80,7 +128,7 @@ class Node:
         fields: dict[str, Any] = json.loads(data)
         failure = fields.pop("failure")
         fields["status"] = Status(fields["status"])
-        return cls(**fields, failure=Failure(**failure) if failure else None, seniority=seniority)
+        return cls(**fields, failure=Failure.from_fields(failure) if failure else None, seniority=seniority)
 
 
 @dataclass(frozen=True)
@@ -91,6 +139,20 @@ class Participant:
     slots: int
     address: str = field(default="", compare=False)
     port: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A failed worker and where it ran."""
+
+    node_id: str
+    host: str
+    failure: Failure
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Cause:
+        """Read what `dataclasses.asdict` made of one."""
+        return cls(fields["node_id"], fields["host"], Failure.from_fields(fields["failure"]))
 
 
 @dataclass(frozen=True)
@@ -114,7 +176,8 @@ class Round:
     """One generation of the job. `participants` are in rank order; rank 0 is the first one's first worker.
 
     `complete`: every participant has joined; no worker of the generation is started before. `worker_store`: then also
-    "ADDRESS PORT" where its workers meet.
+    "ADDRESS PORT" where its workers meet. `causes`: the workers that failed, root cause first: of the generation
+    before, or, with an outcome, of this one.
     """
 
     generation: int
@@ -129,6 +192,9 @@ class Round:
     stop: str = ""
     broken: Breakage | None = None
     outcome: str = ""
+    verdict: Verdict = Verdict.NONE
+    causes: tuple[Cause, ...] = ()
+    history: History = field(default_factory=History)
 
     @property
     def world_size(self) -> int:
@@ -145,6 +211,8 @@ class Round:
         fields["participants"] = [(p.node_id, p.slots, p.address, p.port) for p in self.participants]
         for name in ("mesh", "broken"):
             fields[name] = fields[name] and dataclasses.asdict(fields[name])
+        fields["causes"] = [dataclasses.asdict(cause) for cause in self.causes]
+        fields["history"] = self.history.to_fields()
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
@@ -160,11 +228,22 @@ class Round:
         fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
         if broken := fields["broken"]:
             fields["broken"] = Breakage(**{**broken, "lost": tuple(broken["lost"])})
+        fields["verdict"] = Verdict(fields["verdict"])
+        fields["causes"] = tuple(Cause.from_fields(cause) for cause in fields["causes"])
+        fields["history"] = History.from_fields(fields["history"])
         return cls(**fields)
 
 
 def describe(failure: Failure) -> str:
     """A failure in one line."""
-    how = f"signal {-failure.exit_code}" if failure.exit_code < 0 else f"exit code {failure.exit_code}"
     message = f": {failure.message}" if failure.message else ""
+    if failure.kind is FailureClass.HANG:
+        return f"worker of rank {failure.rank} hung{message}"
+    signum = signal_of(failure.exit_code) if failure.exit_code < 0 else None
+    how = f"signal {signum.value} ({signum.name})" if signum else f"exit code {failure.exit_code}"
     return f"worker of rank {failure.rank} failed with {how}{message}"
+
+
+def identity_of(node_id: str) -> str:
+    """What stays the same when a node's agent is started anew: its name, by default its host's."""
+    return re.sub(r"-[0-9a-f]{8}$", "", node_id)

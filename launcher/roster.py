@@ -134,6 +134,7 @@ class Roster:
         self._leader = ""
         self._lineage = lineage
         self._departed = dict(departed or {})
+        self._fell: dict[str, int] = {}
         self._grace_s = grace_s
         self._awaited: frozenset[str] | None = None  # not listed yet
         self._awaited_until_s = 0.0
@@ -151,6 +152,7 @@ class Roster:
             broken_s=self._broken_s,
             lineage=self._lineage,
             departed=self._departed,
+            fell=self._fell,
             awaited=self._awaited or frozenset(),
             awaited_until_s=self._awaited_until_s,
             leader=self._leader,
@@ -237,11 +239,11 @@ class Roster:
             self._leader = leader_in(entry)[0]
         elif key.startswith(NODES):
             try:
-                self._take_node(Node.from_json(entry.value, entry.create_revision), now_s)
+                self._take_node(Node.from_json(entry.value, entry.create_revision), entry.revision, now_s)
             except (ValueError, TypeError, KeyError) as error:
                 log.error("ignored %s, not a record of this version: %s", entry.key, error)
 
-    def _take_node(self, node: Node, now_s: float) -> None:
+    def _take_node(self, node: Node, revision: int, now_s: float) -> None:
         if node.node_id not in self.nodes:
             self._nodes_changed_s = now_s
             self._departed.pop(node.node_id, None)
@@ -249,6 +251,10 @@ class Roster:
         if node.draining and not (node.node_id in self.nodes and self.nodes[node.node_id].draining):
             self._drained_s = now_s
         self.nodes[node.node_id] = node
+        if node.failure is None:
+            self._fell.pop(node.node_id, None)
+        else:
+            self._fell.setdefault(node.node_id, revision)
 
     def _take_round(self, current: Round, revision: int, now_s: float) -> None:
         if self.round is None or current.generation != self.round.generation:
@@ -258,6 +264,7 @@ class Roster:
 
     def _forget(self, node_id: str, now_s: float) -> Departure:
         node = self.nodes.pop(node_id)
+        self._fell.pop(node_id, None)
         self._nodes_changed_s = now_s
         how = (LEFT if node.yielded else LEFT_AT_ONCE) if node.reason == LEFT else LEASE_ENDED
         return Departure(node_id, self._departed.setdefault(node_id, how))

@@ -15,6 +15,7 @@ from pathlib import Path
 from launcher import stacks
 from launcher.channels import WorkerChannels
 from launcher.events import Emit
+from launcher.failures import FailureClass
 from launcher.hangs import Evidence, Hang, HangRules, HangWatch, suspects
 from launcher.records import HANG, Failure, Status
 
@@ -120,7 +121,9 @@ class Watchdog:
         assert self._watched is not None
         late = [self._watched.ranks[local_rank] for local_rank in hang.ranks]
         reason = f"{HANG}{hang}"
-        told = Failure(rank=late[0], exit_code=-signal.SIGKILL, message=str(hang), ts=time.time())
+        told = Failure(
+            rank=late[0], exit_code=-signal.SIGKILL, message=str(hang), ts=time.time(), kind=FailureClass.HANG
+        )
         announce(Status.STOPPING, reason=reason, failure=told)
         evidence = self.dump_stacks(reason)
         behind = suspects(evidence)

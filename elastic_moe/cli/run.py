@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from launcher.forming import Planner
 
 _EPILOG = """\
-Exit codes: 0 the job is done; 1 it failed; 2 wrong usage, of this command or of the workers' program; 75 this node
-left the job because it was asked to; 128 + N it left on signal N (SIGTERM and SIGHUP first let the workers stop at a
-step boundary).
+Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
+workers' program; 70 the program fails at start, again in the same way, or without progress: do not requeue; 75 too few
+nodes, no store, or failing nodes, or this node was asked to leave: requeue; 128 + N it left on signal N (SIGTERM and
+SIGHUP first let the workers stop at a step boundary). All nodes of a failed job end with the same code.
+
+--max-restarts: a cap on restarts after failures; not given, the class of the failure decides (docs/launcher.md).
 """
 
 
@@ -64,6 +67,7 @@ def handle(args: argparse.Namespace) -> int:
         raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
     extras = Extras(
         node_name=given.node_name,
+        max_restarts=given.max_restarts_given,
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
         drain_grace_s=given.drain_grace,
@@ -97,7 +101,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     _add_leaving(ours)
     _add_watching(ours)
+    _keep_apart_default(parser)
     given = parser.parse_args(arguments)
+    given.max_restarts_given = given.max_restarts
+    given.max_restarts = given.max_restarts or 0
     _check_silence(given)
     _choose_backend(given)
     _check_script(given)
@@ -166,6 +173,12 @@ def _check_silence(given: argparse.Namespace) -> None:
     """Silence is seen in files: without them every worker would look silent, or none."""
     if given.silence_timeout is not None and {given.redirects, given.tee} <= {"0"}:
         raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
+
+
+def _keep_apart_default(parser: argparse.ArgumentParser) -> None:
+    """torchrun takes no --max-restarts for 0; here that means that the policy decides."""
+    if parser.get_default("max_restarts") == 0:  # a string if PET_MAX_RESTARTS names one
+        parser.set_defaults(max_restarts=None)
 
 
 def _usage_error(message: str) -> NoReturn:

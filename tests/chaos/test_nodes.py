@@ -130,15 +130,21 @@ def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> 
 
 
 def test_a_node_that_flaps(job: Job) -> None:
-    """It goes and comes again and again, in one way or the other: each time the others go on, and it is taken in."""
-    a, b, c = three(job)
+    """It goes and comes again and again, in one way or the other: each time the others go on, and it is taken in; after
+    the third time only when it has been out for a while, which interrupts nobody.
+    """
+    conf = f"{ALL},exclusion=3"
+    a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=conf)
+    job.steps(3)
     last = 1
     for leave in (Node.kill, Node.terminate, Node.kill):
         leave(b)
         last = job.steps(2, after=last)
-        (b,) = job.nodes("b", nnodes="2:3", conf=ALL)
+        (b,) = job.nodes("b", nnodes="2:3", conf=conf)
         last = job.steps(3, after=last)
     job.finish(a, b, c)
+    assert [e["node_excluded"] for e in job.events("node_excluded")] == ["b"]
+    assert [e["node_readmitted"] for e in job.events("node_readmitted")] == ["b"]
 
 
 def test_eight_nodes_join_together(job: Job) -> None:

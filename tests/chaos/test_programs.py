@@ -18,8 +18,9 @@ def test_a_script_with_an_error_at_import(job: Job) -> None:
     """The job fails on all nodes, and says why; no step was done."""
     options = ("--max-restarts", "1", BROKEN_IMPORT)
     nodes = [job.node(name, nnodes="2:2", conf=ALL, options=options) for name in ("a", "b")]
-    assert [node.wait() for node in nodes] == [1, 1], job.told()
-    assert any("there_is_no_such_package" in node.output for node in nodes), job.told()
+    assert [node.wait() for node in nodes] == [70, 70], job.told()
+    assert all("there_is_no_such_package" in node.output for node in nodes), job.told()
+    assert len(job.events("round_formed")) == 1, "not tried again"
     (finished,) = job.events("finished")
     assert finished["outcome"].startswith("failed: worker of rank")
 
@@ -27,12 +28,12 @@ def test_a_script_with_an_error_at_import(job: Job) -> None:
 def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
     """It is not run for ever: the job ends on all nodes, with the error that was the cause."""
     script = ("--fail", "7")
-    nodes = job.nodes("a", "b", nnodes="2:2", conf=ALL, script=script, options=("--max-restarts", "2"))
-    assert [node.wait() for node in nodes] == [1, 1], job.told()
-    assert any("ArithmeticError: step 7 cannot be computed" in node.output for node in nodes), job.told()
+    nodes = job.nodes("a", "b", nnodes="2:2", conf=ALL, script=script)
+    assert [node.wait() for node in nodes] == [70, 70], job.told()
+    assert all("ArithmeticError: step 7 cannot be computed" in node.output for node in nodes), job.told()
     job.check()
     assert job.history().done() == [1, 2, 3, 4, 5, 6]
-    assert 2 <= len(job.events("round_formed")) <= 3
+    assert len(job.events("round_formed")) == 2, "once more, in case it passes"
 
 
 @pytest.mark.skip(reason="waits for hang detection")

@@ -97,7 +97,7 @@ class Job:
 
 @pytest.fixture
 def job() -> Iterator[Job]:
-    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1))
+    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1, max_restarts=0))
     yield made
     for member in made.members.values():
         member.leave()

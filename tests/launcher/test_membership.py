@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.failures import FailureClass
 from launcher.forming import form, rank_order
+from launcher.history import Exclusion, History, Mark, MarkKind
 from launcher.membership import Evict, Propose, Rules, View, Wait, breakage, decide
 from launcher.mesh import Infeasible, MeshPlan
-from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status
+from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status, Verdict
 
 RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
 LIMITS = {"min_nodes": RULES.min_nodes, "max_nodes": RULES.max_nodes}
@@ -193,7 +195,10 @@ class TestFailure:
     def test_beyond_the_budget_ends_the_job(self) -> None:
         action = act(view(self.fallen(exit_code=-9), round_of("a", "b", restarts=1)))
         assert isinstance(action, Propose)
-        assert action.round.outcome == "failed: worker of rank 1 failed with signal 9: boom; restarts used: 1 of 1"
+        assert (
+            action.round.outcome
+            == "failed: worker of rank 1 failed with signal 9 (SIGKILL): boom; restarts used: 1 of 1"
+        )
 
     def test_that_will_happen_again_ends_the_job_at_once(self) -> None:
         nodes = self.fallen(restartable=False, exit_code=2)
@@ -205,6 +210,68 @@ class TestFailure:
         a, b = (dataclasses.replace(n, failure=FAILURE) for n in running("a", "b"))
         yet_to_join = dataclasses.replace(b, generation=0, status=Status.READY)
         assert breakage(view((a, yet_to_join), round_of("a", "b"))) is None
+
+    def test_again_waits_before_the_next_round(self) -> None:
+        history = History(in_row=2)
+        nodes, rules = self.fallen(kind=FailureClass.SIGNAL), dataclasses.replace(RULES, max_restarts=None)
+        seen = view(nodes, round_of("a", "b", history=history), formed_s=10.0, broken_s=20.0)
+        action = act(seen, 21.9, rules)
+        assert action == Wait("restarts 2 s after: worker of rank 1 failed with exit code 1: boom", 22.0)
+        action = act(seen, 22.0, rules)
+        assert isinstance(action, Propose)
+        assert action.round.history.in_row == 3
+
+    def test_names_the_cause_that_the_leader_heard_of_last(self) -> None:
+        a, b = self.fallen(kind=FailureClass.LOST_PEER, traceback="t")
+        root = dataclasses.replace(FAILURE, rank=2, restartable=False, traceback="Traceback ...")
+        action = act(view((a, dataclasses.replace(b, failure=root)), round_of("a", "b"), fell={"a": 5, "b": 6}))
+        assert isinstance(action, Propose)
+        assert action.round.verdict is Verdict.BUDGET_USED
+        assert [(c.node_id, c.failure.traceback) for c in action.round.causes] == [("b", "Traceback ..."), ("a", "")]
+
+
+class TestExclusion:
+    out = Exclusion("d", "bad", for_s=60.0)
+    history = History(exclusions=(out,))
+
+    def test_others_are_not_interrupted_for_it(self) -> None:
+        seen = view((*running("a", "b"), node("d")), round_of("a", "b", history=self.history), formed_s=90.0)
+        assert act(seen) == Wait("the round is complete")
+
+    def test_ends_in_time(self) -> None:
+        seen = view((*running("a", "b"), node("d")), round_of("a", "b", history=self.history), formed_s=40.0)
+        assert isinstance(act(seen, 99.9), Wait)
+        action = act(seen, 100.0)
+        assert isinstance(action, Propose)
+        assert action.round.generation == 1
+        assert action.round.history.excluded("d") is None
+        assert isinstance(act(dataclasses.replace(seen, round=action.round), 100.0), Propose), "and then it is taken in"
+
+    def test_it_is_called_back_where_too_few_are_left(self) -> None:
+        (a,) = running("a")
+        waits = node("d", status=Status.EXCLUDED)
+        nodes = (dataclasses.replace(a, status=Status.READY), waits)
+        seen = view(nodes, round_of("a", "b", history=self.history), formed_s=90.0, broken_s=99.0)
+        action = act(seen)
+        assert isinstance(action, Propose)
+        assert action.round.generation == 1
+        assert action.round.history.excluded("d") is None
+        back = dataclasses.replace(seen, nodes=(nodes[0], node("d")), round=action.round)
+        action = act(back)
+        assert isinstance(action, Propose)
+        assert [p.node_id for p in action.round.participants] == ["a", "d"]
+
+    def test_a_node_that_comes_and_goes_is_left_out_of_the_next_round(self) -> None:
+        seen_before = tuple(Mark("d", MarkKind.DEPARTURE, "lost", age_s=100.0) for _ in range(2))
+        current = round_of("a", "b", "d-00000007", history=History(marks=seen_before))
+        nodes = tuple(dataclasses.replace(n, status=Status.READY) for n in running("a", "b"))
+        seen = view((*nodes, node("d-00000008")), current, departed={"d-00000007": "lost: its lease ended"})
+        action = act(seen)
+        assert isinstance(action, Propose)
+        assert [p.node_id for p in action.round.participants] == ["a", "b"]
+        excluded = action.round.history.excluded("d")
+        assert excluded is not None
+        assert excluded.reason == "3 times within 600 s: took part and then lost: its lease ended"
 
 
 class TestGrowth:

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launcher.errors import Compacted
+from launcher.failures import FailureClass
 from launcher.kv.state import State
 from launcher.membership import Evict, Propose, Rules, decide
-from launcher.records import LEFT, SUCCEEDED, Node, Round, Status
+from launcher.policy import Limits
+from launcher.records import LEFT, SUCCEEDED, Failure, Node, Round, Status, identity_of
 from launcher.roster import JOB, LEADER, NODES, ROUND, Board, Roster
 
 TTL_S = 2.0
@@ -117,7 +119,7 @@ class SimNode:
             self.fenced = True
         if self.reaches_store:
             self._renew()
-            if self.fenced and self.record.status is Status.READY and not self.running:
+            if self.fenced and self.record.status in (Status.READY, Status.EXCLUDED) and not self.running:
                 self._register()
             if not self.fenced:
                 self._listen()
@@ -239,6 +241,8 @@ class SimNode:
         if self.busy:
             return
         current = self.board.round
+        if not self.running:
+            self._stand(current)
         if self.running:
             broken = self.fenced or current is None or current.generation != self.running
             if broken or current is None or current.broken or current.stop:
@@ -272,6 +276,20 @@ class SimNode:
             self.record = dataclasses.replace(self.record, status=Status.READY)
         elif current.complete:
             self.running = joined
+
+    def _stand(self, current: Round | None) -> None:
+        """As `RecordKeeper.stand`."""
+        excluded = current.history.excluded(identity_of(self.name)) if current else None
+        status = Status.EXCLUDED if excluded else Status.READY
+        if self.record.status in (Status.READY, Status.EXCLUDED) and self.record.status is not status:
+            self.record = dataclasses.replace(self.record, status=status)
+            self.world.note(f"{self.name} is {status.value}")
+
+    def crash(self, kind: FailureClass, step: int) -> None:
+        """A worker fails: never twice in the same way, which would rightly end the job."""
+        failure = Failure(0, 1, "", self.world.now_s, kind=kind, step=step, place=f"{self.name} {self.world.now_s}")
+        self.record = dataclasses.replace(self.record, failure=failure)
+        self._stop(at_once=False)
 
     def _stop(self, *, at_once: bool) -> None:
         self.record = dataclasses.replace(self.record, status=Status.STOPPING, reason="stops")
@@ -327,13 +345,19 @@ def simulate(seed: int) -> World:
         join_cooldown_s=chance.choice([0.5, 5.0]),
         stop_timeout_s=chance.choice([5.0, 20.0]),
         quorum_timeout_s=1e9,
+        limits=Limits(
+            crash_loop=1000,
+            strikes=chance.choice([1, 2, 3]),
+            strike_window_s=30.0,
+            exclusion_s=chance.choice([0.5, 4.0]),
+        ),
     )
     rules = dataclasses.replace(rules, min_nodes=min(rules.min_nodes, rules.max_nodes))
     world = World(seed, rules)
     names = itertools.count()
 
     def start() -> None:
-        SimNode(world, f"{chance.choice('abc')}{next(names)}", chance.randint(1, 4))
+        SimNode(world, f"{chance.choice('abcd')}-{next(names):08x}", chance.randint(1, 4))
 
     for _ in range(num_nodes):
         world.at(chance.uniform(0, 3.0), start)
@@ -347,7 +371,8 @@ def simulate(seed: int) -> World:
 
 
 def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Callable[[], None]:
-    kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash"])
+    kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash", "crash"])
+    failure = chance.choice([c for c in FailureClass if c not in (FailureClass.USAGE, FailureClass.START_UP)])
     pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
 
     def strike() -> None:
@@ -372,7 +397,7 @@ def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Ca
                 victim.cut = True
                 world.at(length_s, lambda: setattr(victim, "cut", False))
             case "crash" if victim.running and not victim.busy and not victim.frozen:
-                victim._stop(at_once=False)  # its worker failed; the budget is not what is tested here
+                victim.crash(failure, int(world.now_s) if pick < 0.7 else 0)
             case "store" if world.store_up:
                 world.store_up = False
                 stopped_s = world.now_s

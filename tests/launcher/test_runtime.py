@@ -1,0 +1,94 @@
+"""The agent's private folder: gone with it, or with the next agent if it was killed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.runtime import remove_abandoned, runtime_dir
+
+HOLDER = """
+import pathlib, subprocess, sys, tempfile
+from launcher.runtime import runtime_dir
+tempfile.tempdir = sys.argv[1]
+with runtime_dir() as path:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # inherits no lock
+    (path / "worker-1-0").touch()
+    print(path, flush=True)
+    sys.stdin.read()
+    child.kill()
+    child.wait()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_it_is_private_and_gone_afterwards(folder: Path) -> None:
+    with runtime_dir() as path:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert path.parent == folder
+    assert not path.exists()
+
+
+def test_what_a_killed_agent_left_is_removed_by_the_next_and_not_before(
+    holder: subprocess.Popen[str], folder: Path
+) -> None:
+    assert holder.stdout is not None
+    left = Path(holder.stdout.readline().strip())
+    with runtime_dir() as path:
+        assert left.is_dir(), "its agent lives"
+        holder.kill()
+        holder.wait()
+        assert remove_abandoned(folder) == [left]
+        assert not left.exists()
+        assert path.is_dir(), "this agent's own stays"
+
+
+def test_what_is_not_surely_an_agents_stays(folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "agent.lock").touch()
+    (folder / "elastic-moe-link").symlink_to(elsewhere)
+    (folder / "elastic-moe-without-lock").mkdir()
+    (folder / "elastic-moe-file").touch()
+    (folder / "elastic-moe-link-in").mkdir()
+    (folder / "elastic-moe-link-in" / "agent.lock").symlink_to(elsewhere / "agent.lock")
+    assert remove_abandoned(folder) == []
+    assert len(list(folder.iterdir())) == 5
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_another_users_stays(folder: Path) -> None:
+    other = folder / "elastic-moe-other"
+    other.mkdir()
+    (other / "agent.lock").touch()
+    os.chown(other, 12345, 12345)
+    assert remove_abandoned(folder) == []
+    os.chown(other, 0, 0)
+    assert remove_abandoned(folder) == [other]
