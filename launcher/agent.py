@@ -33,18 +33,18 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
 from launcher import autopsy, boot
-from launcher.channel import Phase, StopReason
 from launcher.channels import WorkerChannels
-from launcher.draining import DrainRequest, DrainRequests, Timetable
+from launcher.draining import DrainRequests
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.member import Member
 from launcher.probe import report_dead
 from launcher.program import STACKS_VARIABLE
-from launcher.records import HANG, SUCCEEDED, Breakage, Failure, Round, Status
+from launcher.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
 from launcher.warm import COLD, WarmStart
 from launcher.watchdog import Watchdog, Watched
+from launcher.yielding import Graces, Yielding
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +52,6 @@ _POLL_S = 0.05
 _LINGER_S = 30.0
 _KILL_S = 5.0
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Graces:
-    """How long the agent waits for workers, in seconds."""
-
-    stop_s: float
-    """From SIGTERM to SIGKILL, when a generation ends otherwise than at a step boundary."""
-    yield_s: float = 300.0
-    """For workers that report progress to reach a step boundary and save, when asked to."""
-    attach_s: float = 15.0
-    """For a started worker to report progress at all; a script that never does is stopped without asking."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +99,8 @@ class ElasticAgent(LocalElasticAgent):
         self._watchdog = watchdog
         self._channels = WorkerChannels(runtime_dir, 0, ())
         self._started_s = 0.0
-        self._yielded = False
         self._drain = drain
-        self._drain_told = False
+        self._yielding = Yielding(member, drain, graces, self._emit, watchdog.dump_stacks)
         self._supervising = False
         self._oom_kills_before = 0
         self._failures: list[Failure] = []
@@ -146,7 +133,6 @@ class ElasticAgent(LocalElasticAgent):
         self._channels.close()
         local_ranks = [worker.local_rank for worker in worker_group.workers]
         self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
-        self._yielded = False
         self._failures = []
         self._oom_kills_before = autopsy.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
@@ -154,6 +140,7 @@ class ElasticAgent(LocalElasticAgent):
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
+        self._yielding.begin(self._channels, self._started_s)
         self._watch_workers(current)
         self._emit(
             "workers_started",
@@ -194,7 +181,8 @@ class ElasticAgent(LocalElasticAgent):
             except RendezvousTimeoutError as error:
                 raise RendezvousTimeout(str(error)) from error
             except Drained:
-                self._tell_drain(self._drain.current)
+                if request := self._drain.current:
+                    self._yielding.tell_drain(request)
                 raise
             self._supervising = True
             try:
@@ -224,24 +212,24 @@ class ElasticAgent(LocalElasticAgent):
             if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=paused):
                 return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
             reason = self._member.stop_requested(generation)
-            if reason and not self._ask_to_stop(reason):
+            if reason and not self._yielding.ask(reason):
                 return _End(reason, self._graces.stop_s)
             broken = self._member.broken(generation)
-            if broken and not self._may_finish(broken):
+            if broken and not self._yielding.may_finish(broken):
                 if broken.hung and not self._member.fenced():
                     self._watchdog.dump_stacks(broken.reason)  # they may be the cause, and are about to be ended
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
                 return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
             request = self._drain.current
-            if request and (end := self._follow_drain(request)):
-                return end
+            if request and (why := self._yielding.follow_drain(request)):
+                return _End(f"{request.reason}: {why}", self._graces.stop_s)
             reason = reason or (request.reason if request else "drain of another node")
             result: RunResult = self._monitor_workers(self._worker_group)
             exited = result.state is WorkerState.SUCCEEDED
-            if self._have_yielded(reason, exited) and (exited or self._member.all_stop(generation)):
+            if self._yielding.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
                 return _End(reason, 0.0)
-            if exited and not self._yielded:
+            if exited and not self._yielding.done:
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
                 self._worker_group.state = WorkerState.SUCCEEDED
@@ -263,7 +251,7 @@ class ElasticAgent(LocalElasticAgent):
         step = self._channels.last_step()
         self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
         if request := self._drain.current:
-            if not self._yielded:
+            if not self._yielding.done:
                 self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         self._member.announce(Status.READY, reason=end.reason)
@@ -276,7 +264,7 @@ class ElasticAgent(LocalElasticAgent):
                 return True
             if self._member.broken(generation):
                 return False
-            if (request := self._drain.current) and self._tell_drain(request).ask_until_s < time.monotonic():
+            if self._yielding.overdue():
                 return False
             self._member.wait(_POLL_S)
 
@@ -335,62 +323,6 @@ class ElasticAgent(LocalElasticAgent):
         assert self._pcontext is not None
         handlers = self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
         return {local_rank for local_rank, handler in handlers.items() if handler.proc.poll() is not None}
-
-    # --- stopping at a step boundary
-
-    def _have_yielded(self, reason: str, exited: bool) -> bool:
-        """Whether all workers of this node have stopped at their step boundary; the other nodes are told once."""
-        progress = self._channels.progress().values()
-        yielded = [p.phase is Phase.YIELDED for p in progress]
-        if not self._yielded and (any(yielded) if exited else all(yielded)):
-            self._yielded = True
-            self._emit("workers_yielded", step=max(p.step for p in progress))
-            self._member.announce(Status.STOPPING, reason=reason, yielded=True)
-        return self._yielded
-
-    def _ask_to_stop(self, reason: str) -> bool:
-        """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
-        if self._channels.asked_s is None:
-            code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
-            self._channels.request_stop(code)
-        assert self._channels.asked_s is not None
-        now_s = time.monotonic()
-        if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
-            return False
-        if now_s > self._channels.asked_s + self._graces.yield_s:
-            self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
-            self._watchdog.dump_stacks("yield_timed_out")
-            return False
-        return True
-
-    def _may_finish(self, broken: Breakage) -> bool:
-        """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
-        return broken.graceful and self._ask_to_stop(broken.reason)
-
-    def _follow_drain(self, request: DrainRequest) -> _End | None:
-        """Let the workers stop at a step boundary because this node is to leave; why not, once that is no more use.
-
-        They are asked at once, whatever the store does: all ranks agree on a boundary among themselves.
-        """
-        times = self._tell_drain(request)
-        self._channels.request_stop(StopReason.DRAIN)
-        if not self._channels.is_cooperative():
-            why = "the script has not said that it can stop at a step boundary"
-        elif time.monotonic() >= times.ask_until_s:
-            why = "no step boundary was reached and saved in time"
-        else:
-            return None
-        return _End(f"{request.reason}: {why}", self._graces.stop_s)
-
-    def _tell_drain(self, request: DrainRequest | None) -> Timetable:
-        assert request is not None
-        if not self._drain_told:
-            self._drain_told = True
-            self._emit("drain_started", source=request.source, detail=request.detail, seconds=request.grace_s)
-            self._member.drain(request.reason)
-        times = self._drain.timetable
-        assert times is not None
-        return times
 
     # --- signals
 

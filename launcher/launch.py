@@ -22,7 +22,7 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
-from launcher.agent import ElasticAgent, Graces
+from launcher.agent import ElasticAgent
 from launcher.backstop import Backstop
 from launcher.conf import RendezvousConf
 from launcher.draining import DrainRequest, DrainRequests
@@ -45,6 +45,7 @@ from launcher.runtime import runtime_dir as private_folder
 from launcher.telling import last_words
 from launcher.warm import WarmStart
 from launcher.watchdog import Watchdog
+from launcher.yielding import Graces
 
 log = logging.getLogger(__name__)
 
