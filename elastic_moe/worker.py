@@ -20,6 +20,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 from launcher.channel import Channel, StopReason
 from launcher.events import append_event
 from launcher.mesh import MeshPlan
+from launcher.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +84,21 @@ def _channel() -> Channel | None:
     return channel
 
 
-def heartbeat(step: int) -> None:
-    """Tell the agent that `step` steps are complete. Costs a few stores to memory."""
+def heartbeat(step: int, *, busy_s: float | None = None) -> None:
+    """Tell the agent that `step` steps are complete. Costs a few stores to memory.
+
+    `busy_s`: the seconds of this step in which this rank did not wait for others, where the script knows them (on a GPU
+    from events around its own kernels); `should_stop` finds stragglers by it. Without it they are found by CPU time.
+    """
     if channel := _channel():
         channel.beat(step)
+    if busy_s is not None:
+        _pace().tell_busy(busy_s)
+
+
+@functools.cache
+def _pace() -> Pace:
+    return Pace()
 
 
 @contextlib.contextmanager
@@ -109,7 +122,8 @@ def should_stop() -> str | None:
     """Whether to stop at this step boundary, and why: "membership", "drain", or None.
 
     A collective: every rank must call it at the same step, and every rank gets the same answer, because the agents'
-    requests reach the ranks at different moments. One all-reduce of one integer on the default process group.
+    requests reach the ranks at different moments. One all-reduce of one number on the default process group; every 32nd
+    is longer by two numbers a rank, and tells which rank keeps the others waiting (`launcher.stragglers`).
     """
     channel = _channel()
     reason = channel.stop_request() if channel else StopReason.NONE
@@ -124,12 +138,44 @@ def _agree(reason: StopReason) -> StopReason:
 
     if not dist.is_initialized():
         return reason
+    figures = _pace().arrive(time.perf_counter(), time.thread_time())
+    told = [float(reason)] + (pack(figures, dist.get_rank(), dist.get_world_size()) if figures else [])
     on_cpu = "gloo" in dist.get_backend()
-    flag = torch.tensor(
-        [int(reason)], dtype=torch.int32, device="cpu" if on_cpu else torch.accelerator.current_accelerator()
-    )
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return StopReason(int(flag.item()))
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    agreed = torch.tensor(told, dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    everybody: list[float] = agreed.tolist()
+    _pace().leave(time.perf_counter(), time.thread_time())
+    if figures:
+        _tell_straggling(unpack(everybody[1:]), dist.get_rank())
+    return StopReason(int(everybody[0]))
+
+
+_straggling: Straggler | None = None
+
+
+def _tell_straggling(figures: list[tuple[float, float]], rank: int) -> None:
+    """Whoever is slow says so itself, once when it begins and once when it ends: it knows its host."""
+    global _straggling
+    before, _straggling = _straggling, next((s for s in find(figures) if s.rank == rank), None)
+    if _straggling and not before:
+        log.warning(
+            "rank %d is slow: %.3f s a step of its own, the others %.3f s",
+            rank,
+            _straggling.own_s,
+            _straggling.others_s,
+        )
+        event(
+            "straggler",
+            by=_straggling.by,
+            factor=round(_straggling.factor, 2),
+            own_s=round(_straggling.own_s, 6),
+            others_s=round(_straggling.others_s, 6),
+            step_s=round(_straggling.step_s, 6),
+            num_steps=WINDOW,
+        )
+    elif before and not _straggling:
+        event("straggler_recovered", by=before.by, num_steps=WINDOW)
 
 
 def yielded(step: int) -> None:

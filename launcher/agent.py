@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 
 from launcher import autopsy, boot
 from launcher.channels import WorkerChannels
+from launcher.devices import DeviceMemory
 from launcher.draining import DrainRequests
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LINGER_S = 30.0
+_DEVICE_MEMORY_S = 15.0
 _KILL_S = 5.0
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -97,6 +99,8 @@ class ElasticAgent(LocalElasticAgent):
         self._command = tuple(command)
         self._warm = warm
         self._watchdog = watchdog
+        self._device_memory = DeviceMemory()
+        self._pids: list[int] = []
         self._channels = WorkerChannels(runtime_dir, 0, ())
         self._started_s = 0.0
         self._drain = drain
@@ -141,6 +145,7 @@ class ElasticAgent(LocalElasticAgent):
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
         self._yielding.begin(self._channels, self._started_s)
+        self._pids = list(pids.values())
         self._watch_workers(current)
         self._emit(
             "workers_started",
@@ -217,7 +222,7 @@ class ElasticAgent(LocalElasticAgent):
             broken = self._member.broken(generation)
             if broken and not self._yielding.may_finish(broken):
                 if broken.hung and not self._member.fenced():
-                    self._watchdog.dump_stacks(broken.reason)  # they may be the cause, and are about to be ended
+                    self._watchdog.answer(broken.reason, self._member.announce)
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
                 return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
             request = self._drain.current
@@ -254,7 +259,9 @@ class ElasticAgent(LocalElasticAgent):
             if not self._yielding.done:
                 self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
-        self._member.announce(Status.READY, reason=end.reason)
+        # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
+        if held := self._device_memory.wait_free([*self._pids, *self._channels.claimed_pids()], _DEVICE_MEMORY_S):
+            self._emit("device_memory_held", reason=held, seconds=_DEVICE_MEMORY_S)
 
     def _finish(self, generation: int) -> bool:
         """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""

@@ -144,6 +144,10 @@ class Channel:
         pid, ticks = struct.unpack_from("<qQ", self._memory, _PID)
         return pid if pid and started_ticks(pid) == ticks else None
 
+    def claimed_pid(self) -> int | None:
+        """The pid that a forked worker had, whether it still runs or not."""
+        return struct.unpack_from("<q", self._memory, _PID)[0] or None
+
     def request_stop(self, reason: StopReason) -> None:
         """Ask the worker to stop at its next step boundary."""
         struct.pack_into("<I", self._memory, _STOP, reason)

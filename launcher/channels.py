@@ -38,6 +38,10 @@ class WorkerChannels:
         """The pid of a forked worker; None for one that is the agent's own child."""
         return self._channels[local_rank].forked_pid()
 
+    def claimed_pids(self) -> list[int]:
+        """The pids of the workers that were forked, whether they still run or not."""
+        return [pid for channel in self._channels.values() if (pid := channel.claimed_pid())]
+
     def progress(self) -> dict[int, Progress]:
         """Each worker's last word, by local rank."""
         return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}

@@ -148,7 +148,7 @@ def exception_type(error: WorkerError) -> str:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
-_LIBRARY = re.compile(r"/site-packages/|/dist-packages/|/lib/python\d|^<|/launcher/(?:zygote|boot)\.py$")
+_LIBRARY = re.compile(r"/site-packages/|/dist-packages/|/lib/python\d|^<|/launcher/(?:zygote|boot|program)\.py$")
 
 
 def place_of(death: Death) -> str:

@@ -36,6 +36,7 @@ class RecordKeeper:
         self._lease_ttl_s = lease_ttl_s
         self._lease: Lease | None = None
         self._fenced = False
+        self._unfit = ""
         self._registered_revision = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="member-record", daemon=True)
@@ -69,11 +70,18 @@ class RecordKeeper:
     def stand(self, excluded: Exclusion | None) -> None:
         """Say of a node that waits that it is excluded, or that it is ready again."""
         with self._changed:
-            status = Status.EXCLUDED if excluded else Status.READY
+            status = Status.EXCLUDED if excluded or self._unfit else Status.READY
             if self._record.status is not status and self._record.status in (Status.READY, Status.EXCLUDED):
                 reason = f"excluded: {excluded.reason}" if excluded else "readmitted"
                 log.warning("[%s] %s", self._record.node_id, reason)
                 self.change(status=status, reason=reason)
+
+    def hold_back(self, unfit: str) -> None:
+        """Say that this node finds itself unfit to take part, and why; "" once it is fit. `stand` does not end that."""
+        with self._changed:
+            self._unfit = unfit
+            if unfit:
+                self.change(status=Status.EXCLUDED, reason=unfit)
 
     def fence(self) -> None:
         """The record is gone from the store: somebody deleted it, or the lease ended."""
@@ -101,7 +109,8 @@ class RecordKeeper:
             KVUnavailable: the store does not answer, or another node has this one's id.
         """
         with self._changed:
-            self._record = record = dataclasses.replace(self._record, status=Status.READY, failure=None)
+            status = Status.EXCLUDED if self._unfit else Status.READY
+            self._record = record = dataclasses.replace(self._record, status=status, failure=None)
         lease = self._kv.lease(self._lease_ttl_s)
         try:
             # No two nodes may share an id: each would overwrite the other's record.

@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from launcher.membership import Rules
 from launcher.notices import Notice
 from launcher.preemption import Lookout, OrderWatcher
 from launcher.preemption import watchers as find_watchers
+from launcher.preflight import Check, Preflight, PreflightRules, standard_checks
 from launcher.probe import Doorbell
 from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
@@ -75,6 +77,10 @@ class Extras:
     """Where the stacks of hung workers go; None: where temporary files go."""
     hangs: HangRules = HangRules()  # noqa: RUF009 (frozen)
     """When workers count as hung."""
+    preflight: PreflightRules = PreflightRules()  # noqa: RUF009 (frozen)
+    """What must be well on this node before each round."""
+    checks: tuple[Check, ...] = ()
+    """More of that."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -143,6 +149,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         if warm is not None:
             stack.callback(warm.close)
             warm.start()
+        preflight = _preflight(extras, events)
+        unfit = preflight.first()
+        if warm is not None:
             warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
         backstop = Backstop(drain, functools.partial(_tell_overrun, events))
@@ -153,7 +162,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
 
         try:
             reopen_failed(connection.kv, config.run_id)
-            member.start()
+            member.start(unfit)
         except KVUnavailable as error:
             raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error
         if connection.hosts_store:
@@ -164,7 +173,12 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         lookout.start()
         stack.callback(lookout.stop)
         watchdog = Watchdog(extras.hangs, extras.log_dir, events)
-        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog)
+        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog, preflight)
+
+
+def _preflight(extras: Extras, events: EventLog) -> Preflight:
+    folders = [Path(tempfile.gettempdir()), *([extras.log_dir] if extras.log_dir else [])]
+    return Preflight((*standard_checks(extras.preflight, folders), *extras.checks), events)
 
 
 def _rules(config: LaunchConfig, conf: RendezvousConf, extras: Extras) -> Rules:
@@ -193,6 +207,7 @@ def _run(
     warm: WarmStart | None,
     drain: DrainRequests,
     watchdog: Watchdog,
+    preflight: Preflight,
 ) -> int:
     rendezvous = MemberRendezvous(
         member,
@@ -200,6 +215,7 @@ def _run(
         run_id=config.run_id,
         address=connection.local_address,
         timeout_s=conf.timeout,
+        preflight=preflight,
     )
     spec = WorkerSpec(
         role=config.role,

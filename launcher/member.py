@@ -222,6 +222,14 @@ class Member:
         """Ask for this node to be let go at the next step boundary; where it waits for a round, it waits no longer."""
         self._own.change(draining=True, reason=reason)
 
+    def hold_back(self, unfit: str) -> None:
+        """Say that this node is not fit to take part in rounds, and why; "" once it is."""
+        self._own.hold_back(unfit)
+
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._own.record.draining
+
     def drain_order(self) -> DrainOrder | None:
         """The order of `elastic-moe drain` that names this node."""
         with self._changed:
@@ -255,12 +263,16 @@ class Member:
 
     # --- life
 
-    def start(self) -> None:
+    def start(self, unfit: str = "") -> None:
         """Join: write this node's record under a lease and follow the others.
+
+        Args:
+            unfit: as `hold_back` would tell it.
 
         Raises:
             KVUnavailable: the store does not answer.
         """
+        self.hold_back(unfit)
         self._register(first=True)
         self._relist()
         self._thread.start()

@@ -23,6 +23,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.member import Member
+from launcher.preflight import Preflight
 from launcher.probe import connect
 from launcher.records import Round, Status
 
@@ -50,8 +51,18 @@ class MemberRendezvous(RendezvousHandler):
     Like every handler of torch's, for the agent's main thread only.
     """
 
-    def __init__(self, member: Member, *, backend: str, run_id: str, address: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        member: Member,
+        *,
+        backend: str,
+        run_id: str,
+        address: str,
+        timeout_s: float,
+        preflight: Preflight | None = None,
+    ) -> None:
         self.round: Round | None = None
+        self._preflight = preflight
         self._member = member
         self._backend = backend
         self._run_id = run_id
@@ -85,7 +96,8 @@ class MemberRendezvous(RendezvousHandler):
         """
         self._store = None  # whoever hosted the last generation's store stops doing so
         while True:
-            self._member.announce(Status.READY)
+            if self._is_fit():
+                self._member.announce(Status.READY)
             try:
                 found = self._member.wait_round(self._timeout_s)
             except JobClosed as error:
@@ -114,6 +126,15 @@ class MemberRendezvous(RendezvousHandler):
             self._store = store
             self.round = found
             return RendezvousInfo(store, place, len(found.participants), info)
+
+    def _is_fit(self) -> bool:
+        """Wait until this node is fit to run workers; False if there is nothing left to take part in."""
+        if self._preflight is None:
+            return True
+        member = self._member
+        return self._preflight.pass_or_wait(
+            member.hold_back, member.wait, lambda: bool(member.outcome()) or member.draining(), self.generation
+        )
 
     def _host(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
         """Listen on this node's own address only: a TCPStore left to itself listens on every interface."""

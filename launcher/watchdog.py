@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 Announce = Callable[..., None]
 """`Member.announce`."""
 _OUTPUT_PERIOD_S = 1.0
+_NUM_DESCRIBED = 3
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,10 @@ class Watchdog:
         assert self._watched is not None
         late = [self._watched.ranks[local_rank] for local_rank in hang.ranks]
         reason = f"{HANG}{hang}"
-        told = Failure(
-            rank=late[0], exit_code=-signal.SIGKILL, message=str(hang), ts=time.time(), kind=FailureClass.HANG
-        )
-        announce(Status.STOPPING, reason=reason, failure=told)
+        announce(Status.STOPPING, reason=reason, failure=_failure(late[0], hang.step, str(hang)))
         evidence = self.dump_stacks(reason)
-        behind = suspects(evidence)
-        telling = [e for e in evidence if e.rank in behind] or [e for e in evidence if e.waits][:1]
-        message = "; ".join([str(hang), *(_describe(e) for e in telling)])
-        told = dataclasses.replace(told, rank=behind[0] if behind else late[0], message=message)
-        announce(Status.STOPPING, reason=reason, failure=told)
+        failure, behind = _blame(evidence, str(hang)) or _failure(late[0], hang.step, str(hang)), suspects(evidence)
+        announce(Status.STOPPING, reason=reason, failure=failure)
         self._emit(
             "hang_detected",
             generation=self._watched.generation,
@@ -140,9 +134,15 @@ class Watchdog:
             step=hang.step,
             seconds=round(hang.seconds, 3),
             limit_s=round(hang.limit_s, 3),
-            message=message,
+            message=failure.message,
         )
         return reason
+
+    def answer(self, reason: str, announce: Announce) -> None:
+        """Another node has found a hang: this one's workers may be its cause, and are about to be ended."""
+        failure = _blame(self.dump_stacks(reason), "it makes no progress")
+        if failure is not None and failure.kind is FailureClass.HANG:
+            announce(Status.STOPPING, failure=failure)
 
     def _folder(self) -> Path:
         if self._log_dir is None:
@@ -150,11 +150,27 @@ class Watchdog:
         return self._log_dir / "stacks"
 
 
+def _blame(evidence: Sequence[Evidence], what: str) -> Failure | None:
+    """The failure of the rank that the others probably wait for; that of a victim where all of this node's wait."""
+    if not evidence:
+        return None
+    behind = suspects(evidence)
+    telling = [e for e in evidence if e.rank in behind] or [e for e in evidence if not e.waits] or list(evidence)
+    first, is_victim = telling[0], all(e.waits and not e.stopped for e in telling)
+    message = "; ".join([what, *(_describe(e) for e in telling[:_NUM_DESCRIBED])])
+    return _failure(first.rank, first.step, message, FailureClass.LOST_PEER if is_victim else FailureClass.HANG)
+
+
+def _failure(rank: int, step: int, message: str, kind: FailureClass = FailureClass.HANG) -> Failure:
+    return Failure(rank=rank, exit_code=-signal.SIGKILL, message=message, ts=time.time(), kind=kind, step=step)
+
+
 def _describe(e: Evidence) -> str:
+    if e.stopped:
+        return f"rank {e.rank} is stopped, after step {e.step}"
     if e.waits:
         return f"rank {e.rank} waits for others at {e.frame}"
-    what = "is stopped" if e.stopped else f"is at {e.frame}" if e.frame else "wrote no stack"
-    return f"rank {e.rank} is behind: step {e.step}, {what}"
+    return f"rank {e.rank} is behind: after step {e.step}, " + (f"at {e.frame}" if e.frame else "without a stack")
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

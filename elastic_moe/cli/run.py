@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import uuid
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
 from launcher.hangs import Auto, HangRules, Setting
 from launcher.mesh import MeshPlan, plan
+from launcher.preflight import PreflightRules
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -74,6 +74,12 @@ def handle(args: argparse.Namespace) -> int:
         preemption_notices=tuple(given.preemption_notice),
         log_dir=Path(given.log_dir) if given.log_dir else None,
         hangs=HangRules(step=given.hang_timeout, startup=given.startup_timeout, silence_s=given.silence_timeout),
+        preflight=PreflightRules(
+            min_shm_mib=given.min_shm_mib,
+            min_disk_mib=given.min_disk_mib,
+            commands=tuple(given.preflight),
+            timeout_s=given.preflight_timeout,
+        ),
         events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
     )
     return launch_agent(config, [command, *command_args], extras)
@@ -101,6 +107,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     _add_leaving(ours)
     _add_watching(ours)
+    _add_preflight(ours)
     _keep_apart_default(parser)
     given = parser.parse_args(arguments)
     given.max_restarts_given = given.max_restarts
@@ -149,24 +156,60 @@ def _add_watching(ours: argparse._ArgumentGroup) -> None:
     ours.add_argument(
         "--silence-timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=positive_float,
         help="workers count as hung if those of rank 0's node write no output for so long; needs --redirects or --tee",
     )
 
 
+def _add_preflight(ours: argparse._ArgumentGroup) -> None:
+    defaults = PreflightRules()
+    ours.add_argument(
+        "--preflight",
+        metavar="CMD",
+        action="append",
+        type=_command,
+        default=[],
+        help="run this in a shell before each round; where it fails, this node says why and stays out until it passes "
+        "(may be repeated)",
+    )
+    ours.add_argument(
+        "--preflight-timeout",
+        metavar="SECONDS",
+        type=positive_float,
+        default=defaults.timeout_s,
+        help=f"for each of these commands, and for the GPUs' driver to answer (default: {defaults.timeout_s:g})",
+    )
+    for option, default, where in (
+        ("--min-shm-mib", defaults.min_shm_mib, "in /dev/shm"),
+        ("--min-disk-mib", defaults.min_disk_mib, "for logs and temporary files"),
+    ):
+        ours.add_argument(
+            option,
+            metavar="MIB",
+            type=_mib,
+            default=default,
+            help=f"this node stays out of rounds while less is free {where}; 0 does not look (default: {default:g})",
+        )
+
+
+def _command(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no command")
+    return text
+
+
+def _mib(text: str) -> float:
+    return 0.0 if text == "0" else positive_float(text)
+
+
 def _limit(text: str) -> Setting:
     """Seconds, or a word for none or a learnt limit."""
-    return Auto(text) if text in tuple(Auto) else _seconds(text)
-
-
-def _seconds(text: str) -> float:
+    if text in tuple(Auto):
+        return Auto(text)
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
+        return positive_float(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor one of {', '.join(Auto)}") from None
 
 
 def _check_silence(given: argparse.Namespace) -> None:

@@ -148,7 +148,11 @@ BAD_INPUT = [
     ),
     (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
     (["run", "--silence-timeout", "5", "x.py"], "--silence-timeout: needs the workers' output in files to watch: add"),
-    (["run", "--hang-timeout", "soon", "x.py"], "argument --hang-timeout: 'soon' is not a number of seconds above 0"),
+    (
+        ["run", "--hang-timeout", "soon", "x.py"],
+        "argument --hang-timeout: 'soon' is not a number > 0, nor one of auto, off",
+    ),
+    (["run", "--preflight", " ", "x.py"], "argument --preflight: ' ' is no command"),
     (["run", "--standalone", "--nproc-per-node", "1", "{tmp}/none.py"], "script '{tmp}/none.py': no such file"),
 ]
 

@@ -42,7 +42,8 @@ def test_a_hung_worker_is_found_told_and_restarted(
     assert hang["suspects"] == [1], hang
     assert "in gets_stuck" in stacks(nodes, 1)
     assert "all_reduce" in stacks(nodes, 0)
-    assert "rank 1 is behind" in nodes.events("round_formed")[1]["reason"]
+    assert "worker of rank 1 hung: no " in (why := nodes.events("round_formed")[1]["reason"])
+    assert ("rank 1 is stopped" if how == "stop" else "rank 1 is behind") in why
     assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists()
 
 
@@ -56,6 +57,7 @@ def test_all_nodes_write_stacks_before_they_kill(nodes: Cluster, tmp_path: Path)
     assert {rank for dumped in nodes.events("stacks_dumped") for rank in dumped["ranks"]} == {0, 1}
     assert "gets_stuck" in stacks(nodes, 1)
     assert "all_reduce" in stacks(nodes, 0)
+    assert nodes.events("round_formed")[1]["reason"].startswith("worker of rank 1 hung"), "the victim comes after"
     for dumped in nodes.events("stacks_dumped"):
         (stopped,) = nodes.events("workers_stopped", node=dumped["node"], generation=1)
         assert dumped["ts"] <= stopped["ts"]

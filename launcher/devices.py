@@ -1,0 +1,150 @@
+"""GPUs of this node, as `nvidia-smi` tells of them: whether they answer, and whether dead workers still hold memory.
+
+A worker that was killed is gone before its device memory is: the driver tears its context down later. New workers that
+start meanwhile run out of memory. Nothing here costs anything on a node without `nvidia-smi`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+_TOOL = "nvidia-smi"
+_PERIOD_S = 0.1
+_QUERY_TIMEOUT_S = 10.0
+_KILL_S = 1.0
+_TOLERANCE_MIB = 512
+"""What a driver may hold more than at first (NVRx tolerates as much)."""
+
+
+class Unanswered(Exception):
+    """`nvidia-smi` failed, or did not answer in time; the message is one line for a person."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What dead workers still hold: their pids as the driver knows them, and MiB above the baseline by GPU."""
+
+    pids: tuple[int, ...]
+    excess_mib: Mapping[str, int]
+
+    def __bool__(self) -> bool:
+        return bool(self.pids or self.excess_mib)
+
+    def __str__(self) -> str:
+        told = [f"GPU {gpu}: {excess} MiB above the start" for gpu, excess in self.excess_mib.items()]
+        return ", ".join([*told, *(f"pid {pid} is on a GPU" for pid in self.pids)])
+
+
+def present() -> bool:
+    """Whether there may be GPUs that this job may use."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and shutil.which(_TOOL) is not None
+
+
+def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S) -> list[list[str]]:
+    """One row of `fields` for each GPU (`what` = "gpu") or process on one ("compute-apps") that is visible to the job.
+
+    Raises:
+        Unanswered: the tool failed or took longer than `timeout_s`.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = [_TOOL, *(["-i", visible] if visible else []), f"--query-{what}={','.join(fields)}"]
+    try:
+        process = subprocess.Popen(
+            [*command, "--format=csv,noheader,nounits"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    except OSError as error:
+        raise Unanswered(f"{_TOOL}: {error.strerror}") from error
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # A broken driver holds it in the kernel, where SIGKILL does not reach it: it is not waited for any longer.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_S)
+        raise Unanswered(f"{_TOOL} did not answer within {timeout_s:g} s") from None
+    finally:
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
+    if process.returncode != 0:
+        told = (stderr.strip() or stdout.strip()).partition("\n")[0]
+        raise Unanswered(f"{_TOOL} ended with exit code {process.returncode}: {told}")
+    return [[field.strip() for field in line.split(",")] for line in stdout.splitlines() if line.strip()]
+
+
+def used_mib() -> dict[str, int]:
+    """Memory in use on each GPU, by index.
+
+    Raises:
+        Unanswered: as `query`.
+    """
+    rows = query("gpu", ("index", "memory.used"))
+    return {index: int(used) for index, used in rows if used.isdigit()}
+
+
+def held(
+    pids: Collection[int], now_mib: Mapping[str, int], listed: Collection[int], before_mib: Mapping[str, int]
+) -> Held:
+    """What still has to be freed. Pure.
+
+    By pid where the driver lists processes; and by memory, as inside a container it lists none or with foreign pids.
+
+    Args:
+        pids: the workers that have ended.
+        now_mib: memory in use by GPU, now.
+        listed: pids that the driver lists.
+        before_mib: memory in use by GPU before any worker started.
+    """
+    above = {gpu: used - before_mib[gpu] for gpu, used in now_mib.items() if gpu in before_mib}
+    return Held(
+        pids=tuple(sorted(set(pids) & set(listed))),
+        excess_mib={gpu: excess for gpu, excess in above.items() if excess > _TOLERANCE_MIB},
+    )
+
+
+class DeviceMemory:
+    """Makes sure that dead workers' device memory is free, as far as a bounded wait can."""
+
+    def __init__(self) -> None:
+        """Call it before any worker starts: what is in use now is not the workers'."""
+        self._before_mib: dict[str, int] = {}
+        self._present = present()
+        if self._present:
+            try:
+                self._before_mib = used_mib()
+            except Unanswered as error:
+                log.warning("device memory of dead workers is not waited for: %s", error)
+                self._present = False
+
+    def wait_free(self, pids: Collection[int], within_s: float) -> str:
+        """Wait until nothing of these processes is left on the GPUs.
+
+        Returns:
+            What is still held after `within_s`, or why that cannot be told; "" once all is free.
+        """
+        if not self._present:
+            return ""
+        ends_s = time.monotonic() + within_s
+        while True:
+            try:
+                listed = [int(pid) for (pid,) in query("compute-apps", ("pid",)) if pid.isdigit()]
+                left = held(pids, used_mib(), listed, self._before_mib)
+            except Unanswered as error:
+                return str(error)
+            if not left:
+                return ""
+            if time.monotonic() > ends_s:
+                return str(left)
+            time.sleep(_PERIOD_S)
