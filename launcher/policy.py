@@ -126,7 +126,8 @@ def judge(
         return Judgement(seen)
     if not gained and (repeated := _repeated(history, root)):
         return Judgement(seen, verdict=Verdict.FAILS_AGAIN, why=repeated)
-    progress = gained or (step < 0 and lived_s >= SETTLED_S)
+    # A hang is found after minutes: a generation that hung from its start has not lived.
+    progress = gained or (step < 0 and lived_s >= SETTLED_S and root.kind is not FailureClass.HANG)
     seen = replace(seen, in_row=1 if progress else seen.in_row + 1)
     if root.kind in (FailureClass.PROGRAM, FailureClass.START_UP):
         seen = replace(seen, program_place=root.place, program_step=root.step)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from launcher.errors import JobClosed, KVError, KVUnavailable
+from launcher.failures import FailureClass
 from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.member import Member
 from launcher.membership import Rules
+from launcher.policy import Limits
 from launcher.probe import Doorbell, connect
 from launcher.records import SUCCEEDED, Failure, Node, Round, Status
 from launcher.rendezvous import MemberRendezvous, stay_out_s
@@ -372,3 +374,26 @@ def live(handler: MemberRendezvous, done: threading.Event) -> None:
 
 def test_a_node_stays_out_longer_each_time() -> None:
     assert [stay_out_s(n) for n in (1, 2, 3, 7, 500)] == [5.0, 10.0, 20.0, 300.0, 300.0]
+
+
+def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> None:
+    job.rules = dataclasses.replace(
+        job.rules, max_restarts=None, limits=Limits(strikes=1, exclusion_s=0.5), join_cooldown_s=0.0
+    )
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    broken = Failure(rank=1, exit_code=1, message="ECC", ts=1.0, kind=FailureClass.DEVICE)
+    job.members["b"].announce(Status.READY, reason="worker failed", failure=broken)
+    until("a hears of it", lambda: job.members["a"].broken(1), WAIT_S)
+    job.stop_workers("a")
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(job.members["b"].wait_round, WAIT_S)
+        assert [p.node_id for p in job._join("a").participants] == ["a"]
+        until("b says so", lambda: job.nodes()["b"].status is Status.EXCLUDED, WAIT_S)
+        assert job.nodes()["b"].reason == "excluded: 1 times within 600 s: device: ECC"
+        until("it is ready again", lambda: job.nodes()["b"].status is Status.READY, WAIT_S)
+        until("it is wanted", lambda: job.members["a"].stop_requested(2), WAIT_S)
+        job.stop_workers("a")
+        assert waits.result().generation == 3
+    assert [n for n in job.told.names() if n.startswith(("node_ex", "node_re"))] == ["node_excluded", "node_readmitted"]

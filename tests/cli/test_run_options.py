@@ -1,0 +1,27 @@
+"""What `run` makes of torchrun's options."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastic_moe.cli.run import _parse
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "cap", "workers_see"),
+    [
+        ([], "", None, 0),
+        (["--max-restarts", "0"], "", 0, 0),
+        (["--max_restarts", "3"], "", 3, 3),
+        ([], "2", 2, 2),
+        ([], "0", 0, 0),
+        (["--max-restarts", "4"], "2", 4, 4),
+    ],
+)
+def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], environment: str, cap: int | None, workers_see: int
+) -> None:
+    if environment:
+        monkeypatch.setenv("PET_MAX_RESTARTS", environment)
+    parsed = _parse([*given, __file__])
+    assert (parsed.max_restarts_given, parsed.max_restarts) == (cap, workers_see)
