@@ -6,7 +6,9 @@ OUT    ?= out/demo
 REPEAT ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-sim chaos bench-recovery bench-rendezvous check format lint types layers clean
+DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
+
+.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -34,6 +36,11 @@ test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults,
 
 chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
 	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest tests/chaos || exit 1; done
+
+check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian
+	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \
+		{ apt-get update && apt-get install --yes --no-install-recommends $(DEPLOY_TOOLS); }
+	ELASTIC_MOE_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/deploy
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery
