@@ -21,7 +21,7 @@ import yaml
 from elastic_moe.config import load
 from elastic_moe.errors import UserError
 from storage.registry import open_store
-from tests.deploy.tools import DEPLOY, ROOT, fill_in, longest_drain_s, most_nodes, parse_run
+from tests.deploy.tools import DEPLOY, ROOT, fill_in, most_nodes, parse_run
 
 DOCKER = DEPLOY / "docker"
 COMPOSE = DOCKER / "compose.yaml"
@@ -74,7 +74,8 @@ def test_the_dependencies_it_installs_are_the_projects_and_all_pinned() -> None:
     assert script
     printed = subprocess.run([sys.executable, "-c", script[1]], cwd=ROOT, capture_output=True, text=True, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert printed.stdout.split() == [*project["dependencies"], *project["optional-dependencies"]["etcd"]]
+    extras = project["optional-dependencies"]
+    assert printed.stdout.split() == [*project["dependencies"], *extras["etcd"], *extras["s3"]]
     pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     for requirement in printed.stdout.split():
         assert re.split("[<>=~!]", requirement)[0].lower() in pins, requirement
@@ -127,11 +128,12 @@ def test_every_node_is_started_as_it_should_be(compose: dict[str, Any]) -> None:
     nodes = nodes_of(compose)
     assert len(nodes) == 3
     for name, node in nodes.items():
-        given = parse_run(node["command"])
+        given = parse_run(node["command"], node["environment"])
+        assert (given.rdzv_backend, given.rdzv_id) == ("etcd3", "demo")
         assert node["hostname"] == name, "its name in events"
         assert most_nodes(given) == len(nodes)
         assert given.rdzv_endpoint.split(":")[0] in compose["services"]
-        assert longest_drain_s(given) < minutes_s(node["stop_grace_period"])
+        assert given.drain_grace < minutes_s(node["stop_grace_period"])
         assert node["restart"].startswith("on-failure"), "a job that is done stays done"
         assert node["cap_drop"] == ["ALL"]
         assert node["read_only"]
@@ -164,18 +166,25 @@ def test_what_compose_names_exists(compose: dict[str, Any]) -> None:
 
 
 def test_the_job_is_one(compose: dict[str, Any]) -> None:
-    given = parse_run(nodes_of(compose)["node-1"]["command"])
-    assert given.mesh == given.training_script_args[-1] == "/work/job.toml"
     environment = nodes_of(compose)["node-1"]["environment"]
+    given = parse_run(nodes_of(compose)["node-1"]["command"], environment)
+    assert given.mesh == given.training_script_args[-1] == "/work/job.toml"
     job = load(DOCKER / "job.toml", environ=environment)
-    assert job.checkpoint.url == "/checkpoints/run"
+    assert job.checkpoint.url == "s3://checkpoints/run"
     with pytest.raises(UserError, match=r"checkpoint\.urll"):
         load(DOCKER / "job.toml", environ={"ELASTIC_MOE__CHECKPOINT__URLL": "x"})
 
 
-def test_checkpoints_go_where_this_version_can_put_them(tmp_path: Path, compose: dict[str, Any]) -> None:
-    url = nodes_of(compose)["node-1"]["environment"]["ELASTIC_MOE__CHECKPOINT__URL"]
-    open_store(url.replace("/checkpoints", f"{tmp_path}/checkpoints", 1))
+def test_checkpoints_go_to_the_s3_server(compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = nodes_of(compose)["node-1"]["environment"]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    open_store(environment["ELASTIC_MOE__CHECKPOINT__URL"])
+    server, _, port = environment["AWS_ENDPOINT_URL_S3"].removeprefix("http://").partition(":")
+    assert server in compose["services"]
+    assert port == "9000", "MinIO's own"
+    bucket = environment["ELASTIC_MOE__CHECKPOINT__URL"].removeprefix("s3://").partition("/")[0]
+    assert f"mkdir -p /data/{bucket} " in compose["services"][server]["entrypoint"][-1]
 
 
 def test_no_secret_is_in_a_file_that_git_keeps() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from elastic_moe.cli.main import build_parser
 from elastic_moe.config import JobConfig
 from tests.deploy.test_docker import etcd_knows, instructions
-from tests.deploy.tools import DEPLOY, documented_exit_codes, longest_drain_s, most_nodes, parse_run
+from tests.deploy.tools import DEPLOY, documented_exit_codes, most_nodes, parse_run
 
 FOLDER = DEPLOY / "kubernetes"
 VERSIONS = ["1.31", "1.34", "1.37"]
@@ -49,9 +52,14 @@ ETCD = of("StatefulSet", "etcd")
 
 
 def called() -> Any:
-    """The agent's command line, with the variables that Kubernetes fills in."""
-    words = [word.replace("$(POD_NAME)", "moe-0").replace("$(POD_IP)", "10.0.0.1") for word in AGENT["args"]]
-    return parse_run([word.replace("$(JOB_UID)", "f00d") for word in words])
+    """The agent's command line and environment, with the variables that Kubernetes fills in."""
+    given = {"metadata.name": "moe-0", "status.podIP": "10.0.0.1"}
+    environment = {
+        variable["name"]: variable.get("value") or given.get(variable["valueFrom"]["fieldRef"]["fieldPath"], "f00d")
+        for variable in AGENT["env"]
+    }
+    words = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word) for word in AGENT["args"]]
+    return parse_run(words, environment)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -102,8 +110,6 @@ def test_names_lead_to_what_they_name() -> None:
         for volume in pod.get("volumes", []):
             if "configMap" in volume:
                 of("ConfigMap", volume["configMap"]["name"])
-            if "persistentVolumeClaim" in volume:
-                of("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
         for container in pod["containers"]:
             names = {variable["name"] for variable in container["env"]}
             text = " ".join([*container.get("args", []), *container.get("command", [])])
@@ -113,7 +119,8 @@ def test_names_lead_to_what_they_name() -> None:
 def test_the_agent_is_started_as_it_should_be() -> None:
     given = called()
     assert most_nodes(given) == JOB["spec"]["parallelism"] == JOB["spec"]["completions"]
-    assert longest_drain_s(given) < POD["terminationGracePeriodSeconds"]
+    assert given.drain_grace < POD["terminationGracePeriodSeconds"]
+    assert given.rdzv_backend == "etcd3"
     assert given.node_name == "moe-0"
     assert given.local_addr == "10.0.0.1"
     assert given.rdzv_id == "f00d"
@@ -128,18 +135,31 @@ def test_the_jobs_file_is_one() -> None:
     given = called()
     assert given.mesh == given.training_script_args[-1] == "/job/job.toml"
     job = JobConfig.model_validate(tomllib.loads(of("ConfigMap", "moe")["data"]["job.toml"]))
-    mounted = [mount["mountPath"] for mount in AGENT["volumeMounts"]]
-    assert any(str(job.checkpoint.url).startswith(f"{path}/") for path in mounted)
+    assert str(job.checkpoint.url).startswith("s3://"), "pods share no folder"
+
+
+def test_the_hook_drains_its_own_node() -> None:
+    shell, option, script = AGENT["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("sh", "-c")
+    words = shlex.split(script.replace("$POD_NAME", called().node_name))
+    assert words[:2] == ["exec", "elastic-moe"]
+    hook = build_parser().parse_args(words[2:])
+    assert (hook.verb, hook.nodes) == ("drain", [called().node_name])
+    assert hook.timeout < POD["terminationGracePeriodSeconds"]
+    assert {"PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT", "PET_RDZV_ID"} <= {v["name"] for v in AGENT["env"]}
 
 
 def test_pods_are_replaced_until_there_is_no_point() -> None:
     assert JOB["spec"]["completionMode"] == "Indexed"
     assert POD["restartPolicy"] == "Never", "podFailurePolicy asks for it"
-    disrupted, hopeless = JOB["spec"]["podFailurePolicy"]["rules"]
+    disrupted, asked, hopeless = JOB["spec"]["podFailurePolicy"]["rules"]
     assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert hopeless["action"] == "FailJob"
-    assert hopeless["onExitCodes"]["containerName"] == AGENT["name"]
-    assert set(hopeless["onExitCodes"]["values"]) <= documented_exit_codes()
+    assert asked["action"] == "Ignore"
+    assert asked["onExitCodes"]["values"] == [75, 128 + 15]
+    for rule in (asked, hopeless):
+        assert rule["onExitCodes"]["containerName"] == AGENT["name"]
+        assert set(rule["onExitCodes"]["values"]) <= documented_exit_codes() | {128 + 15}
 
 
 def test_one_node_at_a_time_is_disrupted() -> None:

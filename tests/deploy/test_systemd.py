@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.tools import DEPLOY, conf_of, documented_exit_codes, fill_in, longest_drain_s, need, parse_run
+from tests.deploy.tools import DEPLOY, conf_of, documented_exit_codes, fill_in, need, parse_run
 
 UNIT = DEPLOY / "systemd" / "elastic-moe@.service"
 EXAMPLE = DEPLOY / "systemd" / "job.env.example"
@@ -76,6 +76,7 @@ def test_the_command_line_is_one() -> None:
     assert words[0] == "/opt/elastic-moe/bin/elastic-moe"
     given = parse_run(words[1:])
     assert (given.rdzv_backend, given.rdzv_id, given.nnodes) == ("etcd3", "job", "1:8")
+    assert given.preemption_notice == ["aws"]
     assert (given.training_script, given.training_script_args[0]) == ("elastic_moe", "train")
     assert conf_of(given).user == "job"
 
@@ -83,7 +84,7 @@ def test_the_command_line_is_one() -> None:
 def test_there_is_time_to_drain() -> None:
     unit = settings()
     assert (unit["KillMode"], unit["KillSignal"]) == ("mixed", "SIGTERM"), "workers are the agent's affair"
-    drain_s = longest_drain_s(parse_run(command()[1:]))
+    drain_s = parse_run(command()[1:]).drain_grace
     assert drain_s <= 120, "a spot machine has two minutes"
     assert drain_s < int(unit["TimeoutStopSec"])
 
@@ -91,7 +92,8 @@ def test_there_is_time_to_drain() -> None:
 def test_it_comes_back_unless_there_is_no_point() -> None:
     unit = settings()
     assert unit["Restart"] == "on-failure"
-    assert unit["SuccessExitStatus"] == str(128 + 15), "drained is no failure"
+    assert unit["SuccessExitStatus"].split() == ["75", str(128 + 15)], "asked to leave: no failure, no restart"
+    assert 75 in documented_exit_codes()
     assert {int(code) for code in unit["RestartPreventExitStatus"].split()} <= documented_exit_codes()
     assert unit["OOMPolicy"] == "continue"
 

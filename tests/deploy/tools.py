@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -17,8 +18,6 @@ from launcher.conf import RendezvousConf
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-
-_SHUTDOWN_TIMEOUT_S = 30  # torchrun's own, where none is given
 
 REQUIRED = "ELASTIC_MOE_CHECK_DEPLOY"
 """Set by `make check-deploy`, which installs the tools: a missing one is then a failure, and elsewhere a skip."""
@@ -34,21 +33,21 @@ def need(*tools: str, package: str) -> None:
         pytest.skip(told)
 
 
-def parse_run(words: Sequence[str]) -> argparse.Namespace:
-    """Read `run ...`, the words after `elastic-moe`, as it would; a mistake fails the test."""
+def parse_run(words: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> argparse.Namespace:
+    """Read `run ...`, the words after `elastic-moe`, as it would in this environment; a mistake fails the test."""
     called = build_parser().parse_args(list(words))
     assert called.verb == "run"
-    return run._parse(called.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        given = run._parse(called.arguments)
+    conf_of(given)
+    return given
 
 
 def conf_of(given: argparse.Namespace) -> RendezvousConf:
     """The `--rdzv-conf` of a command line."""
     return RendezvousConf.parse(dict(pair.split("=", 1) for pair in filter(None, given.rdzv_conf.split(","))))
-
-
-def longest_drain_s(given: argparse.Namespace) -> float:
-    """From SIGTERM to the agent's end, where workers neither reach a step boundary nor heed SIGTERM."""
-    return conf_of(given).yield_timeout + float(given.shutdown_timeout or _SHUTDOWN_TIMEOUT_S)
 
 
 def most_nodes(given: argparse.Namespace) -> int:
