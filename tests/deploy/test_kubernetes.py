@@ -152,12 +152,13 @@ def test_the_hook_drains_its_own_node() -> None:
 def test_pods_are_replaced_until_there_is_no_point() -> None:
     assert JOB["spec"]["completionMode"] == "Indexed"
     assert POD["restartPolicy"] == "Never", "podFailurePolicy asks for it"
-    disrupted, asked, hopeless = JOB["spec"]["podFailurePolicy"]["rules"]
+    disrupted, asked, hopeless, misused = JOB["spec"]["podFailurePolicy"]["rules"]
     assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert hopeless["action"] == "FailJob"
-    assert asked["action"] == "Ignore"
-    assert asked["onExitCodes"]["values"] == [75, 128 + 15]
-    for rule in (asked, hopeless):
+    assert (asked["action"], asked["onExitCodes"]["values"]) == ("Ignore", [75, 128 + 15])
+    assert (hopeless["action"], hopeless["onExitCodes"]["values"]) == ("FailJob", [70])
+    assert (misused["action"], misused["onExitCodes"]["values"]) == ("FailIndex", [2])
+    assert JOB["spec"]["backoffLimitPerIndex"] > 0, "FailIndex asks for it"
+    for rule in (asked, hopeless, misused):
         assert rule["onExitCodes"]["containerName"] == AGENT["name"]
         assert set(rule["onExitCodes"]["values"]) <= documented_exit_codes() | {128 + 15}
 

@@ -37,6 +37,10 @@ def steps(folder: Path) -> list[int]:
     return [line["step"] for line in read_lines(folder / "steps.jsonl")]
 
 
+def is_now(job: dict[str, str], state: str, reason: str) -> bool:
+    return (job.get("JobState"), job.get("Reason")) == (state, reason)
+
+
 def events(folder: Path, job_id: str, name: str) -> list[dict[str, object]]:
     logs = folder / f"elastic-moe-{job_id}"
     return [e for node in Slurm.nodes for e in read_lines(logs / node / "events.jsonl") if e["event"] == name]
@@ -52,7 +56,7 @@ def test_a_job_drains_before_its_time_limit_and_goes_on_from_the_queue(cluster: 
         until("steps on both nodes", lambda: steps(tmp_path)[5:])
         assert [e["world_size"] for e in events(tmp_path, job_id, "round_formed")] == [2]
         cluster.call("scancel", "--batch", "--signal=USR1", job_id)
-        until("the job is queued again", lambda: cluster.job(job_id).get("Reason") == "BeginTime")
+        until("the job is queued again", lambda: is_now(cluster.job(job_id), "PENDING", "BeginTime"))
         assert len(events(tmp_path, job_id, "drain_started")) == 2
         before = steps(tmp_path)
         assert int((tmp_path / "saved").read_text()) == before[-1]
@@ -72,18 +76,18 @@ def test_a_job_drains_before_its_time_limit_and_goes_on_from_the_queue(cluster: 
         raise
 
 
-def test_a_job_that_fails_is_not_queued_again(cluster: Slurm, tmp_path: Path) -> None:
-    """Where the agents end is the script's affair: something that fails at once stands for them."""
+@pytest.mark.parametrize(("code", "state", "reason"), [(3, "FAILED", "NonZeroExitCode"), (75, "PENDING", "BeginTime")])
+def test_the_agents_exit_code_decides(cluster: Slurm, tmp_path: Path, code: int, state: str, reason: str) -> None:
+    """Something that ends at once stands for them."""
     stand_in = tmp_path / "bin" / "elastic-moe"
     stand_in.parent.mkdir()
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >arguments-$SLURM_PROCID\nexit 3\n')
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >arguments-$SLURM_PROCID\nexit {code}\n')
     stand_in.chmod(0o755)
     path = os.pathsep.join([str(stand_in.parent), cluster.environment["PATH"]])
     etcd = {"ETCD_ENDPOINTS": "etcd-1:2379,etcd-2:2379", "MIN_NODES": "1", "NPROC_PER_NODE": "2"}
     job_id = cluster.submit(*SMALL, SBATCH, "-m", "trainer", "--steps", "3", cwd=tmp_path, PATH=path, **etcd)
-    until("the job has failed", lambda: cluster.job(job_id).get("JobState") == "FAILED")
-    job = cluster.job(job_id)
-    assert (job["ExitCode"], job["Restarts"]) == ("3:0", "0")
+    until(f"the job is {state}", lambda: is_now(cluster.job(job_id), state, reason))
+    assert cluster.job(job_id)["Restarts"] == ("1" if state == "PENDING" else "0")
     for index, node in enumerate(Slurm.nodes):
         given = parse_run((tmp_path / f"arguments-{index}").read_text().splitlines())
         assert (given.nnodes, given.nproc_per_node, given.node_name) == ("1:2", "2", node)
