@@ -36,9 +36,11 @@ def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
     assert len(job.events("round_formed")) == 2, "once more, in case it passes"
 
 
-@pytest.mark.skip(reason="waits for hang detection")
 def test_a_worker_that_hangs_in_a_collective(job: Job) -> None:
-    """It is found, its stack is written down, and all go on from the step before."""
-    nodes = job.nodes("a", "b", "c", nnodes="2:3", conf=ALL, script=("--hang", "50"))
+    """It is found and told, the stacks of the workers are written down, and all go on from the step before."""
+    options = ("--hang-timeout", "3", "--max-restarts", "1")
+    nodes = job.nodes("a", "b", "c", nnodes="3:3", conf=ALL, script=("--hang", "30"), options=options)
     job.steps(3, after=1)
     job.finish(*nodes)
+    assert job.events("hang_detected"), job.told()
+    assert job.history().done(1)[-1] == 29
