@@ -21,6 +21,7 @@ from launcher.kv import KV, Watch, WatchEvent
 from launcher.leading import Leadership, Office
 from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
+from launcher.probe import Answer, ask
 from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status, identity_of
 from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
 
@@ -67,7 +68,7 @@ class Member:
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
         self._stopping = threading.Event()
-        self._neighbours = Neighbours(self.evict)
+        self._neighbours = Neighbours(self.evict, self.cannot_reach)
         self._watch: Watch | None = None
         self._thread = threading.Thread(target=self._follow, name="member-follow", daemon=True)
 
@@ -193,7 +194,7 @@ class Member:
         ends_s = time.monotonic() + timeout_s
         joined: dict[str, Any] = {"status": Status.RUNNING, "generation": generation, "worker_store": worker_store}
         with self._changed:
-            self._own.change(**joined, reason="", failure=None, yielded=False)
+            self._own.change(**joined, reason="", failure=None, yielded=False, cannot_reach=())
             while True:
                 if broken := self.broken(generation):
                     raise TimeoutError(broken.reason)
@@ -250,6 +251,25 @@ class Member:
                 self._kv.delete(f"{self._prefix}{LEADER}", if_revision=revision)
         except KVUnavailable as error:
             log.warning("[%s] node %s is left to its lease: %s", self.node_id, node_id, error)
+
+    def cannot_reach(self, node_id: str) -> None:
+        """Tell the leader that a participant of the round does not answer this node."""
+        with self._changed:
+            record, current = self._own.record, self._board.round
+            if node_id in record.cannot_reach or current is None or current.place_of(node_id) is None:
+                return
+            self._own.change(cannot_reach=(*record.cannot_reach, node_id))
+        self._emit("peer_unreachable", generation=current.generation, peer=node_id)
+
+    def _ask_again(self) -> None:
+        """Take back what was told of participants that answer by now, and of nodes that are none any more."""
+        with self._changed:
+            told, current = self._own.record.cannot_reach, self._board.round
+        named = {p.node_id: p for p in current.participants} if current else {}
+        still = [n for n in told if n in named and ask(named[n].address, named[n].port) is Answer.SILENT]
+        with self._changed:
+            if self._own.record.cannot_reach == told and self._own.record.status is Status.READY:
+                self._own.change(cannot_reach=tuple(still))
 
     def is_spare(self) -> bool:
         """Whether a round runs well without this node."""
@@ -341,6 +361,8 @@ class Member:
                 log.warning("[%s] the lease had ended; joined anew", self.node_id)
         if self._stale:
             self._relist()
+        if self._own.record.cannot_reach and self._own.record.status is Status.READY:
+            self._ask_again()
         if not self.fenced():
             self._perhaps_lead()
         if self._watch is not None:

@@ -26,6 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from launcher.cuts import LISTEN_S, left_out
 from launcher.forming import Formation, Planner, form
 from launcher.mesh import MeshPlan
 from launcher.policy import Limits, brief, explain, judge, order_causes, readmit
@@ -58,7 +59,8 @@ class View:
     went (LEFT, LEFT_AT_ONCE, "lost: ..."); `awaited`: participants that were not there when this node began to lead,
     and that may still come back until `awaited_until_s` (after an outage of the store, say); `leader`: who leads, "" if
     nobody; `drained_s`: when a node was last seen to begin to drain, or the leader before this one to leave; `fell`:
-    node -> the store's revision at which it was first seen to tell of a failure.
+    node -> the store's revision at which it was first seen to tell of a failure; `reported_s`: when a node last
+    reported another that it cannot reach.
     """
 
     nodes: tuple[Node, ...]
@@ -73,6 +75,7 @@ class View:
     leader: str = ""
     drained_s: float = -math.inf
     fell: Mapping[str, int] = field(default_factory=dict)
+    reported_s: float = -math.inf
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Node]:
@@ -142,7 +145,8 @@ def _how_gone(view: View, current: Round, node_id: str) -> str | None:
     if node is None:
         return None if node_id in view.awaited else view.departed.get(node_id, "lost")
     if node.generation == current.generation and node.status not in (Status.RUNNING, Status.DONE):
-        return node.reason or node.status.value
+        unreached = f"cannot reach {', '.join(node.cannot_reach)}" if node.cannot_reach else ""
+        return node.reason or unreached or node.status.value
     if node.generation < current.generation and (node.draining or node.status is Status.EXCLUDED):
         return f"does not join: {node.reason or 'draining'}"
     return None
@@ -162,6 +166,12 @@ def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
         return Propose(dataclasses.replace(current, broken=broken))
     if view.awaited:
         return Wait(f"no word yet from {', '.join(sorted(view.awaited))}", view.awaited_until_s)
+    cut_off = _cut_off(view, current)
+    if cut_off and now_s < view.reported_s + LISTEN_S:
+        return Wait("nodes do not reach one another: who else?", view.reported_s + LISTEN_S)
+    if cut_off and broken is None:
+        reason = f"cut off from its peers: {', '.join(cut_off)}"
+        return Propose(dataclasses.replace(current, broken=Breakage(reason, graceful=False)))
     if broken is None:
         return _running_round(view, current, rules, planner, now_s)
     return _next_round(view, current, broken, rules, planner, now_s)
@@ -180,6 +190,12 @@ def _busy(view: View, current: Round) -> list[Node]:
     """Participants that have not yet said that their workers are stopped."""
     present = (view.node(p.node_id) for p in current.participants)
     return [n for n in present if n and n.status in (Status.RUNNING, Status.STOPPING, Status.DONE)]
+
+
+def _cut_off(view: View, current: Round) -> tuple[str, ...]:
+    """Participants that must not be in one round with the others, as far as was reported."""
+    members = [n for p in current.participants if (n := view.node(p.node_id)) and n.generation == current.generation]
+    return left_out(_order_of(current), {n.node_id: n.cannot_reach for n in members})
 
 
 def _candidates(view: View) -> list[Node]:
@@ -232,11 +248,12 @@ def _running_round(view: View, current: Round, rules: Rules, planner: Planner, n
 def _perhaps_grow(
     view: View, current: Round, members: list[Node], rules: Rules, planner: Planner, now_s: float
 ) -> Action:
+    order = _order_of(current)
     standing = [n for n in _candidates(view) if current.history.excluded(identity_of(n.node_id)) is None]
-    joiners = [n for n in standing if current.place_of(n.node_id) is None]
+    joiners = [n for n in standing if n.node_id not in order and not set(n.cannot_reach) & set(order)]
     if not joiners:
         return Wait("the round is complete")
-    formed = _form([*members, *joiners], _order_of(current), current.mesh, rules, planner)
+    formed = _form([*members, *joiners], order, current.mesh, rules, planner)
     if formed is None or formed.world_size <= current.world_size:
         return Wait(f"{len(joiners)} spare: a round with them would not be larger")
     not_before_s = max(view.formed_s + rules.join_cooldown_s, view.nodes_changed_s + rules.join_settle_s)
@@ -278,7 +295,8 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
     if now_s < view.broken_s + judged.delay_s:
         return Wait(f"restarts {judged.delay_s:g} s after: {reason}", view.broken_s + judged.delay_s)
     history, suspects = weigh(judged, causes, broken.lost, view.departed, rules.limits)
-    ready = _candidates(view)
+    cut_off = _cut_off(view, current)
+    ready = [n for n in _candidates(view) if n.node_id not in cut_off]
     formed, history = admit(
         ready,
         history,

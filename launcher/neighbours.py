@@ -2,7 +2,9 @@
 
 Every node keeps a connection to the doorbells of the next two participants in rank order, so each is watched by two
 and the cost of a node does not grow with the job. A closed connection alone proves nothing: the peer is reported only
-if it then refuses a new one. A host that vanishes or freezes closes nothing; that is left to the lease.
+if it then refuses a new one. A host that vanishes or freezes closes nothing; that is left to the lease. But one whose
+kernel answers neither the link's keepalives nor a new connection is reported as silent: its lease may stand, where only
+the way between the two is cut (`cuts`).
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from launcher.probe import connect, is_refused
+from launcher.probe import Answer, ask, connect
 from launcher.records import Participant, Round
 
 _NUM_WATCHED = 2
 _CONNECT_TIMEOUT_S = 2.0
 _NUM_PROBES = 6
 _PROBE_PERIOD_S = 0.1
+_NUM_SILENT_PROBES = 2
+# A link is given up after 2 s without traffic and three keepalives a second apart that are not answered (tcp(7)).
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3}
 
 
 def watched_by(current: Round, node_id: str) -> list[Participant]:
@@ -36,9 +41,11 @@ def watched_by(current: Round, node_id: str) -> list[Participant]:
 class Neighbours:
     """Watches the nodes last given to `watch`, from a thread of its own."""
 
-    def __init__(self, report: Callable[[str, str], None]) -> None:
-        """`report(node_id, reason)` is called for a neighbour that died, from the watching thread."""
+    def __init__(self, report: Callable[[str, str], None], silent: Callable[[str], None]) -> None:
+        """From the watching thread, `report(node_id, reason)` is called for a neighbour that died, `silent(node_id)`
+        for one that cannot be reached."""
         self._report = report
+        self._silent = silent
         self._lock = threading.Lock()
         self._wanted: dict[str, Participant] = {}
         self._closed = False
@@ -92,6 +99,7 @@ class Neighbours:
             except OSError:
                 self._examine(node)
                 continue
+            _keep_alive(link)
             links[node_id] = link
             selector.register(link, selectors.EVENT_READ, data=node)
 
@@ -101,16 +109,32 @@ class Neighbours:
         link.close()
 
     def _examine(self, node: Participant) -> None:
-        """A link is gone: dead, or only the link. Either way the next `watch` starts over."""
+        """A link is gone: is the neighbour dead, out of reach, or was it only the link?"""
         with self._lock:
-            self._wanted.pop(node.node_id, None)
+            wanted = self._wanted
+            wanted.pop(node.node_id, None)
+        num_silent = 0
         for _ in range(_NUM_PROBES):
             if self._closed:
                 return
-            if is_refused(node.address, node.port):
-                self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
-                return
+            match ask(node.address, node.port):
+                case Answer.REFUSED:
+                    self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
+                    return
+                case Answer.SILENT:
+                    num_silent += 1
+                    if num_silent == _NUM_SILENT_PROBES:
+                        self._silent(node.node_id)
+                        return
             time.sleep(_PROBE_PERIOD_S)  # a dying process closes its sockets one by one, the listening one perhaps last
+        with self._lock:
+            wanted[node.node_id] = node  # linked anew, unless others are watched by now
+
+
+def _keep_alive(link: socket.socket) -> None:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+        link.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _ended(link: object) -> bool:

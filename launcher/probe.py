@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 
 from launcher.records import Participant
 
@@ -65,15 +66,28 @@ def connect(address: str, port: int, timeout_s: float) -> socket.socket:
     return socket.create_connection((address, port), timeout=timeout_s)
 
 
-def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
-    """Whether a connection is refused: the host answers, and nobody listens there."""
+class Answer(Enum):
+    """What a doorbell answers."""
+
+    ALIVE = auto()
+    REFUSED = auto()  # the host answers, and nobody listens there
+    SILENT = auto()  # neither: a slow, cut-off or missing host
+
+
+def ask(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """Ring once."""
     try:
         connect(address, port, timeout_s).close()
     except ConnectionRefusedError:
-        return True
+        return Answer.REFUSED
     except OSError:
-        return False
-    return False
+        return Answer.SILENT
+    return Answer.ALIVE
+
+
+def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
+    """Whether a connection is refused."""
+    return ask(address, port, timeout_s) is Answer.REFUSED
 
 
 def report_dead(peers: Iterable[Participant], report: Callable[[str, str], None]) -> None:

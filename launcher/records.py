@@ -110,6 +110,7 @@ class Node:
     failure: Failure | None = None
     yielded: bool = False  # its workers stopped at a step boundary that all ranks agreed on
     worker_store: str = ""  # "ADDRESS PORT" of the store that it hosts for the workers of its generation
+    cannot_reach: tuple[str, ...] = ()  # participants of its generation that do not answer it (`cuts`)
     seniority: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:
@@ -128,6 +129,7 @@ class Node:
         fields: dict[str, Any] = json.loads(data)
         failure = fields.pop("failure")
         fields["status"] = Status(fields["status"])
+        fields["cannot_reach"] = tuple(fields["cannot_reach"])
         return cls(**fields, failure=Failure.from_fields(failure) if failure else None, seniority=seniority)
 
 

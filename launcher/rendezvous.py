@@ -154,13 +154,15 @@ class MemberRendezvous(RendezvousHandler):
 
     def _connect(self, generation: int) -> tuple[Any, RendezvousStoreInfo]:
         """Join, and see that this node's workers will reach their store."""
-        address, _, port_text = self._join(generation).worker_store.rpartition(" ")
+        joined = self._join(generation)
+        address, _, port_text = joined.worker_store.rpartition(" ")
         port = int(port_text)
         try:
             connect(address, port, _STORE_CONNECT_TIMEOUT_S).close()
         except OSError as error:
             if broken := self._member.broken(generation):  # no wonder
                 raise TimeoutError(broken.reason) from error
+            self._member.cannot_reach(joined.participants[0].node_id)
             raise _Unreachable(f"cannot reach the workers' store at {address}:{port}: {error}") from error
         return self._open(address, port), RendezvousStoreInfo(address, port)
 

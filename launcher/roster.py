@@ -139,6 +139,7 @@ class Roster:
         self._awaited: frozenset[str] | None = None  # not listed yet
         self._awaited_until_s = 0.0
         self._nodes_changed_s = self._formed_s = self._broken_s = now_s
+        self._reported_s = -math.inf
         self._drained_s = now_s if any(how.startswith(LEFT) for how in self._departed.values()) else -math.inf
         self._was_broken = True
 
@@ -157,6 +158,7 @@ class Roster:
             awaited_until_s=self._awaited_until_s,
             leader=self._leader,
             drained_s=self._drained_s,
+            reported_s=self._reported_s,
         )
 
     @property
@@ -250,6 +252,9 @@ class Roster:
             self._awaited = self._awaited and self._awaited - {node.node_id}
         if node.draining and not (node.node_id in self.nodes and self.nodes[node.node_id].draining):
             self._drained_s = now_s
+        before = self.nodes.get(node.node_id)
+        if not set(node.cannot_reach) <= set(before.cannot_reach if before else ()):
+            self._reported_s = now_s
         self.nodes[node.node_id] = node
         if node.failure is None:
             self._fell.pop(node.node_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def reports() -> Reports:
 
 @pytest.fixture
 def neighbours(reports: Reports) -> Iterator[Neighbours]:
-    made = Neighbours(reports)
+    made = Neighbours(reports, lambda node_id: reports(node_id, "silent"))
     yield made
     made.close()
 
@@ -106,3 +107,20 @@ def test_a_doorbell_answers_many_and_refuses_once_closed() -> None:
         assert not is_refused("127.0.0.1", bell.port)
     bell.close()
     assert is_refused("127.0.0.1", bell.port)
+
+
+def test_a_silent_neighbour_is_told_apart(neighbours: Neighbours, reports: Reports) -> None:
+    """A queue of connections that is full and never emptied: the kernel drops what else comes, as a cut would."""
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        port = deaf.getsockname()[1]
+        while True:
+            filler = stack.enter_context(socket.socket())
+            filler.settimeout(0.5)
+            try:
+                filler.connect(("127.0.0.1", port))
+            except TimeoutError:
+                break
+        neighbours.watch([Participant("deaf", 1, "127.0.0.1", port)])
+        until("told", lambda: reports)
+    assert reports == [("deaf", "silent")]
