@@ -291,7 +291,8 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
     if broken.lost:
         reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in broken.lost)
     else:
-        reason = describe(causes[0].failure) if causes else current.stop or broken.reason
+        told = current.stop or (current.broken or broken).reason  # what came first: others stopped because of it
+        reason = describe(causes[0].failure) if causes else told
     if now_s < view.broken_s + judged.delay_s:
         return Wait(f"restarts {judged.delay_s:g} s after: {reason}", view.broken_s + judged.delay_s)
     history, suspects = weigh(judged, causes, broken.lost, view.departed, rules.limits)
