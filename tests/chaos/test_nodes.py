@@ -112,8 +112,10 @@ def test_the_node_that_matters(job: Job, victim: str) -> None:
 def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> None:
     """The round of three was proposed and is not joined by all; the other two form the next one."""
     assert callable(fault)
-    nodes = {node.name: node for node in job.nodes("a", "b", "c", nnodes="2:3", conf=ALL)}
+    started = [*job.nodes("a", "b", nnodes="2:3", conf=ALL), job.node("c", nnodes="2:3", conf=ALL)]
+    nodes = {node.name: node for node in started}
     victim = nodes.pop(name)
+    job.wait_event("round_formed")
     fault(victim)
     job.steps(2)
     if fault is freeze:
