@@ -279,7 +279,8 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         current.history.aged(elapsed_s),
         causes,
         rules.limits,
-        lived_s=view.broken_s - view.formed_s,
+        # A hang is found after minutes: a generation that hung from its start has not lived.
+        lived_s=0.0 if broken.hung else view.broken_s - view.formed_s,
         restarts=current.restarts,
         max_restarts=rules.max_restarts,
         lost=bool(broken.lost),

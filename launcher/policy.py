@@ -100,7 +100,7 @@ def judge(
     lost: bool,
     stopping: bool,
 ) -> Judgement:
-    """What follows from the end of a generation that lived for `lived_s`.
+    """What follows from the end of a generation that lived for `lived_s` (0 if it was found to hang).
 
     Args:
         causes: failed workers, root cause first; none if it ended otherwise.
@@ -126,8 +126,7 @@ def judge(
         return Judgement(seen)
     if not gained and (repeated := _repeated(history, root)):
         return Judgement(seen, verdict=Verdict.FAILS_AGAIN, why=repeated)
-    # A hang is found after minutes: a generation that hung from its start has not lived.
-    progress = gained or (step < 0 and lived_s >= SETTLED_S and root.kind is not FailureClass.HANG)
+    progress = gained or (step < 0 and lived_s >= SETTLED_S)
     seen = replace(seen, in_row=1 if progress else seen.in_row + 1)
     if root.kind in (FailureClass.PROGRAM, FailureClass.START_UP):
         seen = replace(seen, program_place=root.place, program_step=root.step)

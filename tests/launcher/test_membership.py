@@ -221,6 +221,14 @@ class TestFailure:
         assert isinstance(action, Propose)
         assert action.round.history.in_row == 3
 
+    @pytest.mark.parametrize(("reason", "in_row"), [("worker failed", 1), ("hang: no output for 600 s", 4)])
+    def test_time_spent_hanging_is_no_life(self, reason: str, in_row: int) -> None:
+        nodes = tuple(dataclasses.replace(n, reason=reason) for n in self.fallen(kind=FailureClass.LOST_PEER))
+        current, rules = round_of("a", "b", history=History(in_row=3)), dataclasses.replace(RULES, max_restarts=None)
+        action = act(view(nodes, current, formed_s=0.0, broken_s=600.0), 700.0, rules)
+        assert isinstance(action, Propose)
+        assert action.round.history.in_row == in_row
+
     def test_names_the_cause_that_the_leader_heard_of_last(self) -> None:
         a, b = self.fallen(kind=FailureClass.LOST_PEER, traceback="t")
         root = dataclasses.replace(FAILURE, rank=2, restartable=False, traceback="Traceback ...")

@@ -122,9 +122,6 @@ class TestRestarts:
     def test_a_long_life_begins_anew_for_a_script_without_steps(self) -> None:
         assert lives(*[cause()] * 9, lived_s=300.0).delay_s == 0
 
-    def test_time_spent_hanging_is_no_life(self) -> None:
-        assert lives(*[cause(FailureClass.HANG)] * 4, lived_s=3600.0).verdict is Verdict.CRASH_LOOP
-
     @pytest.mark.parametrize(
         ("kind", "verdict"),
         [
