@@ -219,6 +219,9 @@ class ElasticAgent(LocalElasticAgent):
             reason = self._member.stop_requested(generation)
             if reason and not self._yielding.ask(reason):
                 return _End(reason, self._graces.stop_s)
+            if self._member.store_silent() and self._channels.is_cooperative():
+                reason = reason or "the store is silent"
+                self._yielding.ask(reason)  # saved now, no step is lost if this node has to stop its workers
             broken = self._member.broken(generation)
             if broken and not self._yielding.may_finish(broken):
                 if broken.hung and not self._member.fenced():

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from launcher.errors import KVUnavailable
+from launcher.events import Emit
 from launcher.history import Exclusion
 from launcher.kv import KV, Lease
 from launcher.records import LEFT, Node, Status
@@ -22,12 +23,16 @@ log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _RETRY_S = 0.2
 _FENCE_FRACTION = 0.15
+_YIELD_FRACTION = 0.6
+_CHECK_PERIOD_S = 10.0
 
 
 class RecordKeeper:
     """`register` first, `leave` last. `changed` is the lock that guards the record, and is notified of changes."""
 
-    def __init__(self, kv: KV, key: str, node: Node, changed: threading.Condition, *, lease_ttl_s: float) -> None:
+    def __init__(
+        self, kv: KV, key: str, node: Node, changed: threading.Condition, emit: Emit, *, lease_ttl_s: float
+    ) -> None:
         self._kv = kv
         self._key = key
         self._record = node  # what the store should say of this node
@@ -37,6 +42,9 @@ class RecordKeeper:
         self._lease: Lease | None = None
         self._fenced = False
         self._unfit = ""
+        self._emit = emit
+        self._silent_since_s: float | None = None
+        self._checked_s = time.monotonic()
         self._registered_revision = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="member-record", daemon=True)
@@ -102,6 +110,14 @@ class RecordKeeper:
                     self._fenced = True
             return self._fenced
 
+    def store_silent(self) -> bool:
+        """Whether the store has been silent for so long that this node will be fenced soon if it goes on.
+
+        Time to save what has been done: a refusal that proves that no lease ends is not silence.
+        """
+        lease = self._lease
+        return lease is not None and time.monotonic() > lease.deadline_s - (1.0 - _YIELD_FRACTION) * lease.ttl_s
+
     def register(self, *, first: bool = False) -> Node:
         """Write the record under a new lease. Until that has succeeded, a fenced node stays fenced.
 
@@ -152,19 +168,44 @@ class RecordKeeper:
 
     def _keep(self) -> None:
         while not self._stopping.is_set():
+            self._tell_silence()
             with self._changed:
-                if self._stored == self._record or self._fenced:
+                idle = self._stored == self._record or self._fenced
+                if idle and (self._fenced or time.monotonic() < self._checked_s + _CHECK_PERIOD_S):
                     self._changed.wait(_TICK_S)
                     continue
             written = False
             try:
-                written = self._write()
+                written = self._check() if idle else self._write()
             except KVUnavailable as error:
                 log.warning("[%s] record not written, trying again: %s", self._record.node_id, error)
             except Exception:
                 log.exception("[%s] record not written, trying again", self._record.node_id)
             if not written:
                 self._stopping.wait(_RETRY_S)
+
+    def _tell_silence(self) -> None:
+        silence = self._lease.silence if self._lease else None
+        generation = self._record.generation
+        if silence is not None and self._silent_since_s is None:
+            self._silent_since_s = silence.since_s
+            self._emit("store_unreachable", generation=generation, reason=silence.reason, leases_stand=silence.stands)
+        elif silence is None and self._silent_since_s is not None:
+            seconds = round(time.monotonic() - self._silent_since_s, 3)
+            self._silent_since_s = None
+            self._emit("store_back", generation=generation, seconds=seconds)
+            log.warning("[%s] the store answers again, after %.1f s", self._record.node_id, seconds)
+
+    def _check(self) -> bool:
+        """See that the record is still there: nobody else would miss one that was deleted while its lease stands."""
+        lease = self._lease
+        there = self._kv.get(self._key) is not None
+        with self._changed:
+            self._checked_s = time.monotonic()
+            if not there and lease is self._lease and not self._fenced:
+                log.error("[%s] this node's record was deleted", self._record.node_id)
+                self.fence()
+        return True
 
     def _write(self) -> bool:
         """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""

@@ -51,7 +51,7 @@ class Member:
         self._emit = emit
         self._changed = threading.Condition(threading.RLock())
         own_key = f"{self._prefix}{NODES}{node.node_id}"
-        self._own = RecordKeeper(kv, own_key, node, self._changed, lease_ttl_s=lease_ttl_s)
+        self._own = RecordKeeper(kv, own_key, node, self._changed, emit, lease_ttl_s=lease_ttl_s)
         self._office = Office(
             kv,
             self._prefix,
@@ -121,6 +121,10 @@ class Member:
         Workers are killed on this, before anybody else can see the lease end and start them elsewhere.
         """
         return self._own.fenced()
+
+    def store_silent(self) -> bool:
+        """Whether the store has been silent for so long that workers should save, before this node is fenced."""
+        return self._own.store_silent()
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something changed, at most `timeout_s`."""
@@ -213,7 +217,7 @@ class Member:
     def stay_out(self, reason: str, seconds: float) -> None:
         """Say why this node cannot take part, and wait; the others go on without it. Ends early if the job does."""
         log.warning("[%s] stays out for %g s: %s", self.node_id, seconds, reason)
-        self._emit("node_excluded", generation=self._own.record.generation, reason=reason, seconds=seconds)
+        self._emit("workers_store_unreachable", generation=self._own.record.generation, reason=reason, seconds=seconds)
         self.announce(Status.EXCLUDED, reason=reason)
         ends_s = time.monotonic() + seconds
         while (left_s := ends_s - time.monotonic()) > 0 and not self.outcome() and not self._own.record.draining:

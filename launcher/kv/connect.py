@@ -77,6 +77,8 @@ def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None
     except ImportError as error:
         raise UsageError(f"--rdzv-backend etcd3: {error}; install it with pip install 'elastic-moe[etcd]'") from error
     kv = EtcdKV(config)
+    if local_addr and not _is_loopback(local_addr) and any(_is_local(host) for host, _ in config.endpoints):
+        kv.distrust_refusals()
     try:
         kv.wait_ready(timeout_s)
         address = local_addr or _address_towards(_resolvable(config))
@@ -144,6 +146,10 @@ def _resolve(host: str) -> str:
 
 def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
+
+
+def _is_local(host: str) -> bool:
+    return host == "localhost" or _is_loopback(host)
 
 
 def _token(conf: Mapping[str, str], *, required: bool) -> str:

@@ -11,6 +11,7 @@ from launcher.errors import KVError, KVUnavailable, UsageError
 from launcher.kv.base import Entry, Listing
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_diagnosis import Flaw, diagnose
+from launcher.kv.etcd_outage import LONGEST_TTL_S, Outage
 from launcher.kv.etcd_transport import (
     CALL_TIMEOUT_S,
     Endpoints,
@@ -43,8 +44,13 @@ class EtcdKV:
         endpoints, token = Endpoints(len(config.endpoints)), Token()
         self._calls = Transport(config, endpoints, token)
         self._renewals = Transport(config, endpoints, token)
+        self._outage = Outage(self._renewals, config.endpoints)
         self._leases: list[Lease] = []
         self._watches: list[EtcdWatch] = []
+
+    def distrust_refusals(self) -> None:
+        """Take a refused connection for silence: the endpoint may be a tunnel's near end."""
+        self._outage.trusts_refusals = False
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until etcd answers a read.
@@ -142,6 +148,7 @@ class EtcdKV:
             granted_s=granted_s,
             renew=lambda: self._renew(lease_id, granted_ttl_s),
             revoke=lambda: self._revoke(lease_id),
+            stands=self._outage.no_lease_ends if granted_ttl_s <= LONGEST_TTL_S else None,
         )
         self._leases.append(lease)
         return lease
@@ -152,6 +159,8 @@ class EtcdKV:
             answer = self._renewals.call(_keep_alive, request, timeout_s=min(CALL_TIMEOUT_S, ttl_s / 2))
         except LeaseEnded:
             return False
+        if answer.TTL > 0:
+            self._outage.learn()
         return bool(answer.TTL > 0)  # 0 is how etcd answers for a lease that it does not know
 
     def _revoke(self, lease_id: int) -> None:

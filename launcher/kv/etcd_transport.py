@@ -54,7 +54,7 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),  # whether a call may be sent twice is decided here
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 400),  # after an outage a lease is renewed within a fraction of its TTL
     ("grpc.keepalive_time_ms", 10_000),  # etcd hangs up on clients that ping more often than every 5 s
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -122,6 +122,8 @@ class Peer:
         self.lease = etcdrpc.LeaseStub(channel)
         self.watch = etcdrpc.WatchStub(channel)
         self.auth = etcdrpc.AuthStub(channel)
+        self.cluster = etcdrpc.ClusterStub(channel)
+        self.maintenance = etcdrpc.MaintenanceStub(channel)
 
 
 Rpc = Callable[[Peer], Callable[..., Any]]
@@ -143,8 +145,8 @@ class Transport:
         host, port = self._config.endpoints[index]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def peer(self) -> Peer:
-        """The endpoint in use.
+    def peer(self, index: int | None = None) -> Peer:
+        """The endpoint of this index, or the one in use.
 
         Raises:
             KVUnavailable: this client is closed.
@@ -152,7 +154,7 @@ class Transport:
         with self._lock:
             if self._closed:
                 raise KVUnavailable("this client is closed")
-            index = self.endpoints.current
+            index = self.endpoints.current if index is None else index
             if index not in self._peers:
                 self._peers[index] = Peer(index, self._open(self.name(index)))
             return self._peers[index]

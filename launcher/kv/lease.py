@@ -6,18 +6,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from launcher.errors import KVUnavailable
 
 log = logging.getLogger(__name__)
 
 _RENEWALS_PER_TTL = 4
+_RETRY_S = 0.2
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Renewals are not answered. `since_s`: monotonic; `stands`: although the store is known to end no lease."""
+
+    since_s: float
+    reason: str
+    stands: bool
 
 
 class Lease:
     """Keeps itself alive from its own thread, over `renew`, four times per `ttl_s`.
 
-    `lost` is set once the store says that the lease is gone, or once no renewal has been answered for `ttl_s`: from
+    `lost` is set once the store says that the lease is gone, or once nothing has shown for `ttl_s` that it stands: from
     then on the keys under it may have been deleted.
     """
 
@@ -30,11 +41,13 @@ class Lease:
         renew: Callable[[], bool],
         revoke: Callable[[], None],
         close: Callable[[], None] = lambda: None,
+        stands: Callable[[], bool] | None = None,
     ) -> None:
         """`granted_s`: monotonic time just before the grant was asked for.
 
         `renew` returns False if the store no longer knows the lease and raises `KVUnavailable` where there is no
-        answer; `close` frees what the two use.
+        answer; `close` frees what the two use. `stands` is asked where there was no answer: whether the store is known
+        to end no lease before a TTL from now. It must answer within a fraction of the TTL.
         """
         self.lease_id = lease_id
         self.ttl_s = ttl_s
@@ -43,13 +56,17 @@ class Lease:
         self._renew = renew
         self._revoke = revoke
         self._close = close
+        self._stands = stands
+        self.silence: Silence | None = None
+        """While renewals are not answered: since when, and how."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name=f"lease-{lease_id}", daemon=True)
         self._thread.start()
 
     @property
     def deadline_s(self) -> float:
-        """Monotonic time until which the lease surely stands: the last answered renewal's sending, plus the TTL.
+        """Monotonic time until which the lease surely stands: the last answered renewal's sending, plus the TTL; or
+        that of the last proof that the store ends none.
 
         The store counts from when the renewal arrived, which is later; so whoever stops at this time stops before
         anybody else can see the lease end (Gray and Cheriton, "Leases", 1989).
@@ -63,18 +80,35 @@ class Lease:
             try:
                 alive = self._renew()
             except Exception as error:  # noqa: BLE001 (a thread that ends here would leave a lease nobody knows lost)
-                log.warning("lease %x not renewed: %s", self.lease_id, error)
-                alive = sent_s < self._deadline_s
-                period_s = min(self.ttl_s / _RENEWALS_PER_TTL, 0.2)
+                alive = self._unanswered(sent_s, error)
+                period_s = min(self.ttl_s / _RENEWALS_PER_TTL, _RETRY_S)
             else:
                 if alive:
                     self._deadline_s = sent_s + self.ttl_s
+                    self.silence = None
                 period_s = self.ttl_s / _RENEWALS_PER_TTL
             if not alive:
                 if not self._stopped.is_set():
                     self.lost.set()
                 break
         self._close()
+
+    def _unanswered(self, sent_s: float, error: Exception) -> bool:
+        """Note that a renewal was not answered; whether the lease may still stand."""
+        asked_s = time.monotonic()
+        try:
+            stands = self._stands is not None and self._stands()
+        except Exception:  # as above
+            log.exception("lease %x: not known whether it stands", self.lease_id)
+            stands = False
+        if stands and time.monotonic() < self._deadline_s:  # later, it may have ended before the store was asked
+            self._deadline_s = asked_s + self.ttl_s
+        if self.silence is None or self.silence.stands != stands:
+            how = "but the store ends no lease now" if stands else "it may end"
+            log.warning("lease %x not renewed, %s: %s", self.lease_id, how, error)
+            since_s = self.silence.since_s if self.silence else sent_s
+            self.silence = Silence(since_s, str(error), stands)
+        return time.monotonic() < self._deadline_s
 
     def stop(self) -> None:
         """Stop renewing and let the lease end by itself."""

@@ -357,7 +357,7 @@ def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
     done.set()
     other.join(WAIT_S)
     assert stays_out_s == [5.0, 10.0]
-    excluded = [fields for name, fields in job.told.events if name == "node_excluded"]
+    excluded = [fields for name, fields in job.told.events if name == "workers_store_unreachable"]
     assert len(excluded) == 2
     assert "cannot reach the workers' store at 127.0.0.1:" in excluded[0]["reason"]
     reasons = [fields["reason"] for name, fields in job.told.events if name == "round_formed"]
@@ -397,3 +397,13 @@ def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> No
         job.stop_workers("a")
         assert waits.result().generation == 3
     assert [n for n in job.told.names() if n.startswith(("node_ex", "node_re"))] == ["node_excluded", "node_readmitted"]
+
+
+def test_a_record_deleted_by_hand_is_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.keeper._CHECK_PERIOD_S", 0.2)
+    member = job.start("a")
+    job.join("a")
+    job.start("b")
+    job.hub.delete(f"{run_prefix('test')}{NODES}b", None)
+    until("b is back", lambda: "b" in job.nodes(), WAIT_S)
+    assert member.broken(1) is None

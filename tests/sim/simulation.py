@@ -43,6 +43,7 @@ class World:
     now_s: float = 0.0
     nodes: dict[str, SimNode] = field(default_factory=dict)
     store_up: bool = True
+    store_refuses: bool = False  # down as etcd is without its processes: refused connections prove that no lease ends
     log: list[str] = field(default_factory=list)
     highest_generation: int = 0
 
@@ -115,6 +116,8 @@ class SimNode:
         self.world.at(self.world.random.uniform(0.2, 1.0) * TICK_S, self.turn)
         if self.frozen:
             return
+        if not self.world.store_up and self.world.store_refuses and not self.cut and not self.fenced:
+            self.renewed_s = self._proven()
         if self.world.now_s > self.renewed_s + FENCE_S:
             self.fenced = True
         if self.reaches_store:
@@ -131,6 +134,10 @@ class SimNode:
         if self.roster is not None and self.reaches_store:
             self._lead(self.roster)
         self._mind_workers()
+
+    def _proven(self) -> float:
+        """As `Lease._unanswered`: a proof counts if it comes before the lease may have ended."""
+        return self.world.now_s if self.world.now_s < self.renewed_s + TTL_S else self.renewed_s
 
     def _renew(self) -> None:
         if self.lease_id and not self.fenced:
@@ -374,6 +381,7 @@ def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Ca
     kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash", "crash"])
     failure = chance.choice([c for c in FailureClass if c not in (FailureClass.USAGE, FailureClass.START_UP)])
     pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
+    how = chance.choice(["paused", "killed", "frozen"])  # the store
 
     def strike() -> None:
         living = [n for n in world.nodes.values() if n.alive]
@@ -399,12 +407,16 @@ def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Ca
             case "crash" if victim.running and not victim.busy and not victim.frozen:
                 victim.crash(failure, int(world.now_s) if pick < 0.7 else 0)
             case "store" if world.store_up:
-                world.store_up = False
+                world.store_up, world.store_refuses = False, how == "killed"
                 stopped_s = world.now_s
 
                 def up() -> None:
                     world.store_up = True
-                    world.store.extend_all(world.now_s - stopped_s)
+                    if how == "paused":  # the embedded store's host was
+                        world.store.extend_all(world.now_s - stopped_s)
+                    elif how == "killed":  # etcd's leader gives every lease its TTL when it is elected
+                        for grant in world.store._grants.values():
+                            grant.ends_s = world.now_s + grant.ttl_s
 
                 world.at(length_s, up)
 

@@ -1,0 +1,158 @@
+"""May a lease have ended while etcd did not answer? Not if no member of before can lead any more.
+
+Only a leader of the cluster ends leases, and one that is elected gives every lease its full TTL again (`Promote` in
+etcd's server/lease/lessor.go). So at the moment in which every member either refuses connections, its process not being
+there, or says that it does not lead, whoever leads later was elected after: no lease ends before a TTL from then.
+
+Silence proves nothing: a member that does not answer may lead, and have lost only the way to this node. Nor does the
+refusal of an address that is not a member's own (a load balancer's, a tunnel's): an endpoint counts for a member if it
+is an address that this member, and no other, tells its clients to use, and if that member answered there.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from launcher.errors import KVError
+from launcher.kv.etcd_transport import Peer, Rpc, Transport, etcdrpc, grpc, metadata_of
+
+log = logging.getLogger(__name__)
+
+LONGEST_TTL_S = 300.0
+"""Of longer leases etcd notes every five minutes what is left (`checkpointInterval`); a new leader gives them that."""
+
+_LEARN_PERIOD_S = 60.0
+_ANSWER_TIMEOUT_S = 0.3
+
+Address = tuple[str, int]
+
+
+class Answer(enum.Enum):
+    """What a member says when it is asked whether it leads."""
+
+    REFUSED = "refused"  # no process listens there
+    FOLLOWS = "follows"  # it does not lead
+    UNKNOWN = "unknown"  # it leads, or does not answer
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the member behind an endpoint says of the cluster: its own id, and each member's addresses for clients."""
+
+    member_id: int
+    members: Mapping[int, frozenset[Address]]
+
+
+def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int, Told]) -> dict[int, int]:
+    """Member -> the endpoint that is its own; empty unless all that answered name the same members, and all have one.
+
+    `endpoints`: every address that an endpoint's name stands for; `told`: by endpoint, as far as one answered.
+    """
+    if not told or len({frozenset(t.members) for t in told.values()}) != 1:
+        return {}
+    members = next(iter(told.values())).members
+    found = {}
+    for index, said in told.items():
+        others = frozenset[Address]().union(*(a for m, a in members.items() if m != said.member_id))
+        addresses = endpoints[index]
+        if addresses and addresses <= members.get(said.member_id, frozenset()) and not addresses & others:
+            found[said.member_id] = index
+    return found if found.keys() == members.keys() else {}
+
+
+def none_leads(answers: Iterable[Answer]) -> bool:
+    """Whether no member leads that led before the first of these answers was asked for. They are all members'."""
+    found = list(answers)
+    return bool(found) and all(answer in (Answer.REFUSED, Answer.FOLLOWS) for answer in found)
+
+
+class Outage:
+    """Knows a cluster's members, and asks them. For the thread of one lease at a time."""
+
+    def __init__(self, transport: Transport, endpoints: tuple[Address, ...]) -> None:
+        self.trusts_refusals = True
+        self._transport = transport
+        self._endpoints = endpoints
+        self._own: dict[int, int] = {}
+        self._addresses: dict[int, frozenset[Address]] = {}
+        self._learnt_s = -_LEARN_PERIOD_S
+
+    def learn(self) -> None:
+        """Ask who the members are, once in a while; etcd has just answered."""
+        now_s = time.monotonic()
+        if not self.trusts_refusals or now_s < self._learnt_s + _LEARN_PERIOD_S:
+            return
+        self._learnt_s = now_s
+        told = {}
+        for index in range(len(self._endpoints)):
+            try:
+                answer = self._ask(index, lambda p: p.cluster.MemberList, etcdrpc.MemberListRequest())
+            except (grpc.RpcError, KVError, ValueError) as error:
+                log.debug("%s does not name its members: %s", self._transport.name(index), error)
+                continue
+            members = {m.ID: _addresses_of(m.clientURLs) for m in answer.members}
+            told[index] = Told(answer.header.member_id, members)
+        self._addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
+        own = own_endpoints(self._addresses, told)
+        if not own and not self._own:
+            log.info("the endpoints given are not those of all members of etcd: an outage will stop the workers")
+        if own or len(told) == len(self._endpoints):  # else a member is away, and what was known before stands
+            self._own = own
+
+    def no_lease_ends(self) -> bool:
+        """Whether no lease can end before its TTL from now on, although etcd does not answer."""
+        answers = []
+        for member_id, index in self._own.items():
+            answers.append(self._state_of(member_id, index))
+            if answers[-1] is Answer.UNKNOWN:
+                break
+        return none_leads(answers)
+
+    def _state_of(self, member_id: int, index: int) -> Answer:
+        if all(_refuses(address) for address in self._addresses[index]):
+            return Answer.REFUSED
+        try:
+            status = self._ask(index, lambda p: p.maintenance.Status, etcdrpc.StatusRequest())
+        except (grpc.RpcError, KVError, ValueError):
+            return Answer.UNKNOWN
+        follows = status.header.member_id == member_id and status.leader != member_id
+        return Answer.FOLLOWS if follows else Answer.UNKNOWN
+
+    def _ask(self, index: int, rpc: Rpc, request: Any) -> Any:
+        peer: Peer = self._transport.peer(index)
+        token = self._transport.authenticate(peer, _ANSWER_TIMEOUT_S)
+        return rpc(peer)(request, timeout=_ANSWER_TIMEOUT_S, metadata=metadata_of(token))
+
+
+def _refuses(address: Address) -> bool:
+    try:
+        socket.create_connection(address, timeout=_ANSWER_TIMEOUT_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _addresses_of(urls: Iterable[str]) -> frozenset[Address]:
+    found: frozenset[Address] = frozenset()
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.hostname and parts.port:
+            found |= _resolve(parts.hostname, parts.port)
+    return found
+
+
+def _resolve(host: str, port: int) -> frozenset[Address]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return frozenset()
+    return frozenset((str(address[0]), port) for *_, address in found)

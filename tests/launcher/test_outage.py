@@ -1,0 +1,159 @@
+"""An outage of etcd: what may be concluded from what its members say, and what nodes do meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from launcher.kv.etcd_outage import Answer, Told, none_leads, own_endpoints
+from launcher.kv.lease import Lease
+from tests.cluster import Cluster, cluster, read_lines, until
+from tests.etcd import client, connected, etcd, etcd_cluster
+
+COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
+REFUSED, FOLLOWS, UNKNOWN = Answer.REFUSED, Answer.FOLLOWS, Answer.UNKNOWN
+MEMBERS = {1: frozenset({("10.0.0.1", 2379)}), 2: frozenset({("10.0.0.2", 2379)}), 3: frozenset({("10.0.0.3", 2379)})}
+ENDPOINTS = {0: MEMBERS[1], 1: MEMBERS[2], 2: MEMBERS[3]}
+
+
+class TestProof:
+    @pytest.mark.parametrize(
+        ("answers", "proven"),
+        [
+            ([REFUSED], True),
+            ([REFUSED, REFUSED, REFUSED], True),
+            ([REFUSED, REFUSED, FOLLOWS], True),
+            ([REFUSED, REFUSED, UNKNOWN], False),
+            ([UNKNOWN], False),
+            ([], False),
+        ],
+    )
+    def test_every_member_must_be_away_or_follow(self, answers: list[Answer], proven: bool) -> None:
+        assert none_leads(answers) is proven
+
+    def test_every_member_must_be_known_by_an_address_of_its_own(self) -> None:
+        told = {index: Told(index + 1, MEMBERS) for index in ENDPOINTS}
+        assert own_endpoints(ENDPOINTS, told) == {1: 0, 2: 1, 3: 2}
+        assert own_endpoints(ENDPOINTS, {0: told[0], 1: told[1]}) == {}, "a member that is not known may lead"
+
+    def test_a_load_balancer_is_no_member(self) -> None:
+        balancer = frozenset({("10.0.0.9", 2379)})
+        assert own_endpoints({0: balancer}, {0: Told(1, {1: MEMBERS[1]})}) == {}
+        shared = {member: addresses | balancer for member, addresses in MEMBERS.items()}
+        assert own_endpoints({0: balancer}, {0: Told(1, shared)}) == {}
+
+    def test_members_that_disagree_prove_nothing(self) -> None:
+        told = {index: Told(index + 1, MEMBERS) for index in ENDPOINTS}
+        told[2] = Told(3, {3: MEMBERS[3]})
+        assert own_endpoints(ENDPOINTS, told) == {}
+
+
+class TestLease:
+    def lease(self, stands: bool) -> Lease:
+        def renew() -> bool:
+            raise ConnectionError("refused")
+
+        return Lease(1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=lambda: stands)
+
+    def test_a_proof_extends_it_and_silence_does_not(self) -> None:
+        proven, silent = self.lease(True), self.lease(False)
+        first_s = proven.deadline_s
+        assert silent.lost.wait(10)
+        assert silent.silence is not None
+        assert not silent.silence.stands
+        until("extended twice", lambda: proven.deadline_s > first_s + 0.4, 10)
+        assert not proven.lost.is_set()
+        proven.stop()
+
+    def test_a_proof_that_comes_too_late_counts_for_nothing(self) -> None:
+        def slow() -> bool:
+            until("the lease may have ended", lambda: time.monotonic() > lease.deadline_s, 10)
+            return True
+
+        def renew() -> bool:
+            raise ConnectionError("refused")
+
+        lease = Lease(1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=slow)
+        assert lease.lost.wait(10)
+
+
+@pytest.mark.slow
+class TestRealEtcd:
+    def test_a_killed_etcd_ends_no_lease_however_long_it_is_away(self, tmp_path: Path) -> None:
+        with etcd(tmp_path) as server, connected(server.endpoint) as kv:
+            lease = kv.lease(2)
+            kv.put("k", b"1", lease=lease)
+            until("its members are known", lambda: kv._outage._own, 20)
+            server.kill()
+            began_s = time.monotonic()
+            until("three TTLs have passed", lambda: time.monotonic() > began_s + 6.0, 20)
+            assert not lease.lost.is_set()
+            assert lease.deadline_s > time.monotonic()
+            server.start()
+            until("renewed", lambda: lease.silence is None, 20)
+            assert kv.get("k") is not None
+            assert not lease.lost.is_set()
+
+    def test_a_cluster_that_lost_its_quorum_ends_no_lease(self, tmp_path: Path) -> None:
+        with etcd_cluster(tmp_path) as members:
+            for member in members:
+                client(member.endpoint).close()
+            with connected(",".join(m.endpoint for m in members)) as kv:
+                lease = kv.lease(5)
+                kv.put("k", b"1", lease=lease)
+                until("its members are known", lambda: len(kv._outage._own) == 3, 20)
+                for member in members[:2]:
+                    member.kill()
+                until("known to stand", lambda: lease.silence and lease.silence.stands, 20)
+                began_s = lease.deadline_s
+                until("a TTL later", lambda: lease.deadline_s > began_s + 5.0, 20)
+                members[0].start()
+                until("renewed", lambda: lease.silence is None, 20)
+                until("still there", lambda: kv.get("k"), 20)
+
+    def test_a_job_goes_on_through_outages(self, tmp_path: Path) -> None:
+        """Killed: nothing is interrupted. Frozen: the workers save, yield and start again. No step is lost."""
+        with etcd(tmp_path) as server, cluster(tmp_path / "nodes") as nodes:
+            client(server.endpoint).close()
+            nodes.endpoint = server.endpoint
+            options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex, COOPERATIVE, str(tmp_path))
+            pair = [nodes.start(name, *options, conf="last_call=60,lease_ttl=3") for name in ("first", "second")]
+            steps = tmp_path / "steps.jsonl"
+            until(
+                "steps on two nodes, for longer than it takes to learn etcd's members", lambda: read_lines(steps)[40:]
+            )
+
+            server.kill()
+            until_all(nodes, "store_unreachable", 1)
+            before = len(read_lines(steps))
+            until("steps for two TTLs of the outage", lambda: read_lines(steps)[before + 120 :])
+            server.start()
+            until_all(nodes, "store_back", 1)
+            assert len(nodes.events("round_formed")) == 1, "nobody was interrupted"
+            assert all(e["leases_stand"] for e in nodes.events("store_unreachable"))
+
+            server.signal(signal.SIGSTOP)
+            until("the workers have yielded", lambda: len(nodes.events("workers_yielded")) == 2)
+            until("and are stopped", lambda: len(nodes.events("workers_stopped")) == 2)
+            server.signal(signal.SIGCONT)
+            until_all(nodes, "store_back", 2)
+            before = len(read_lines(steps))
+            until("steps after it", lambda: read_lines(steps)[before + 10 :])
+            (tmp_path / "finish").touch()
+            assert [node.wait() for node in pair] == [0, 0], pair[0].output + pair[1].output
+            done = [s["step"] for s in read_lines(steps)]
+            assert done == list(range(1, len(done) + 1)), "none skipped, none done twice"
+
+
+def until_all(nodes: Cluster, event: str, num: int) -> None:
+    """Both nodes have had an event so often."""
+    for name in ("first", "second"):
+
+        def had(name: str = name) -> bool:
+            return sum(e["node"].startswith(name) for e in nodes.events(event)) >= num
+
+        until(f"{event} of {name}", had)
