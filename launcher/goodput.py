@@ -16,6 +16,7 @@ Clocks of different hosts are taken as they are.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -88,6 +89,10 @@ class Goodput:
         return self.seconds[Cause.TRAINING] / self.wall_s if self.wall_s > 0 else 0.0
 
 
+_CAUSE_OF_CLASS = {"hang": Cause.HANG, "preemption": Cause.DRAIN}
+"""The classes of failures that are something else than a failure of the workers."""
+
+
 class _Phase(StrEnum):
     FORMING = "forming"
     STARTING = "starting"
@@ -105,7 +110,9 @@ class _Open:
     generation: int
     began_ts: float
     formed_ts: float | None = None
-    failures: list[str] = field(default_factory=list)
+    failures: list[Event] = field(default_factory=list)
+    root_rank: int | None = None
+    """Whose failure it began with, where the leader has told."""
 
     def explain(self, cause: Cause, root: str) -> None:
         """Take a cause that explains what was known so far."""
@@ -116,7 +123,11 @@ class _Open:
         return Interruption(
             cause=self.cause,
             root=self.root,
-            victims=tuple(told for told in self.failures if told != self.root),
+            victims=tuple(
+                told
+                for failure in self.failures
+                if (told := describe_failure(failure)) != self.root and failure.get("rank") != self.root_rank
+            ),
             generation=self.generation,
             began_ts=self.began_ts,
             formed_ts=self.formed_ts,
@@ -186,6 +197,11 @@ class _Ledger:
                 self._first_step(event)
             case "stop_requested" if event.get("generation") == self._generation:
                 self._stop_reason = str(event.get("reason", ""))
+            case "root_cause" if event.get("generation") == self._generation and self._open is not None:
+                self._open.root_rank = event.get("rank")
+                cause = _CAUSE_OF_CLASS.get(str(event.get("failure_class")), Cause.FAILURE)
+                if _RANK.index(cause) >= _RANK.index(self._open.cause):
+                    self._open.cause, self._open.root = cause, describe_root_cause(event)
             case "finished":
                 self._finished(event)
             case "node_joined" if self._phase is _Phase.CLOSED:
@@ -262,6 +278,8 @@ class _Ledger:
         if not self._is_of_round(event):
             return None
         match name:
+            case "round_broken":
+                return _cause_of(reason), reason
             case "hang_detected":
                 return Cause.HANG, f"hang on {node}: {describe_fields(event)}"
             case "worker_failed":
@@ -286,7 +304,7 @@ class _Ledger:
             return
         self._open.explain(cause, root)
         if event["event"] == "worker_failed":
-            self._open.failures.append(describe_failure(event))
+            self._open.failures.append(event)
 
     def _pass_to(self, phase: _Phase, ts: float) -> None:
         """Book the time since the last change, and go on in another phase."""
@@ -310,15 +328,22 @@ class _Ledger:
         self._pass_to(_Phase.CLOSED, ended_ts)
         if self._open is not None:
             self._ended.append(self._open.end(None))
-        stalls = [*self._stagings(), *self._last_saves()]
         lost = self._lost_work()
+        hung = [
+            (float(e["ts"]) - float(e.get("seconds", 0.0)), float(e["ts"]))
+            for e in self._ordered
+            if e["event"] == "hang_detected"
+        ]
+        stalls = [*self._stagings(), *self._last_saves()]
         for span in self._trained:
             within = span.began_ts, span.ended_ts
             lost_s = covered(within, lost)
-            stalled_s = covered(within, [*lost, *stalls]) - lost_s
+            hung_s = covered(within, [*lost, *hung]) - lost_s
+            stalled_s = covered(within, [*lost, *hung, *stalls]) - lost_s - hung_s
             self._seconds[Cause.LOST_WORK] += lost_s
+            self._seconds[Cause.HANG] += hung_s
             self._seconds[Cause.CHECKPOINT] += stalled_s
-            self._seconds[Cause.TRAINING] += span.ended_ts - span.began_ts - lost_s - stalled_s
+            self._seconds[Cause.TRAINING] += span.ended_ts - span.began_ts - lost_s - hung_s - stalled_s
         return Goodput(
             began_ts=self._began_ts,
             ended_ts=ended_ts,
@@ -377,7 +402,7 @@ def _cause_of(reason: str) -> Cause:
     for start, cause in (("drain", Cause.DRAIN), ("join", Cause.JOIN), ("worker", Cause.FAILURE)):
         if reason.startswith(start):
             return cause
-    return Cause.NODE_LOSS if " lost" in reason else Cause.OTHER
+    return Cause.NODE_LOSS if re.search(r"\bnode \S+ lost\b", reason) else Cause.OTHER
 
 
 def describe_failure(event: Event) -> str:
@@ -386,6 +411,13 @@ def describe_failure(event: Event) -> str:
     how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
     message = f": {event['message']}" if event.get("message") else ""
     return f"rank {event.get('rank')} on {event.get('node')} failed with {how}{message}"
+
+
+def describe_root_cause(event: Event) -> str:
+    """A `root_cause` event in one line."""
+    place = f" at {event['place']}" if event.get("place") else ""
+    failed = describe_failure({**event, "node": event.get("node_failed")})
+    return f"{failed}{place} ({event.get('failure_class')}, host {event.get('host')})"
 
 
 def describe_fields(event: Event) -> str:

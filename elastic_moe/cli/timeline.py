@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from launcher.goodput import Event, describe_failure, describe_fields
+from launcher.goodput import Event, describe_failure, describe_fields, describe_root_cause
 
 _ROUTINE = {
     "workers_started",
@@ -59,6 +59,8 @@ def _tell(event: Event) -> str:
             return f"workers are asked to stop at a step boundary: {event.get('reason')}"
         case "worker_failed":
             return describe_failure(event)
+        case "root_cause":
+            return f"root cause: {describe_root_cause(event)}"
         case "finished":
             return f"the job is over: {event.get('outcome')}"
     fields = describe_fields(event)

@@ -112,11 +112,25 @@ def test_stalls_of_several_ranks_count_once(job: Job) -> None:
     assert account(job.events).seconds[Cause.CHECKPOINT] == pytest.approx(1.5)
 
 
-def test_a_hang_explains_the_workers_that_were_killed_for_it(job: Job) -> None:
-    job.say(35, "hang_detected", B, rank=1, seconds=12)
-    job.say(36, "worker_failed", rank=0, exit_code=-9, step=20, message="")
+def test_the_leader_knows_which_failure_was_the_first(job: Job) -> None:
+    job.say(35, "worker_failed", B, rank=1, exit_code=1, step=24, message="Connection closed by peer")
+    job.say(35.1, "worker_failed", A, rank=0, exit_code=1, step=24, message="ValueError: nan")
+    told = {"rank": 0, "host": "h1", "node_failed": A, "failure_class": "program", "exit_code": 1}
+    job.say(35.2, "root_cause", A, **told, message="ValueError: nan", place="train.py:7")
+    job.form(36, A, B, reason="x")
     (stop,) = account(job.events).interruptions
-    assert (stop.cause, stop.root) == (Cause.HANG, "hang on b-2: rank=1 seconds=12")
+    assert stop.cause is Cause.FAILURE
+    assert stop.root == "rank 0 on a-1 failed with exit code 1: ValueError: nan at train.py:7 (program, host h1)"
+    assert stop.victims == ("rank 1 on b-2 failed with exit code 1: Connection closed by peer",)
+
+
+def test_a_hang_explains_the_workers_that_were_killed_for_it(job: Job) -> None:
+    job.say(35, "hang_detected", B, rank=1, seconds=3)
+    job.say(36, "worker_failed", rank=0, exit_code=-9, step=20, message="")
+    result = account(job.events)
+    assert result.seconds[Cause.HANG] == pytest.approx(3 + 1), "from the last progress on"
+    (stop,) = result.interruptions
+    assert (stop.cause, stop.root) == (Cause.HANG, "hang on b-2: rank=1 seconds=3")
     assert stop.resumed_ts is None
 
 
@@ -166,7 +180,7 @@ def test_nothing_is_no_account() -> None:
 NAMES = [
     *("node_joined", "node_lost", "node_left", "node_fenced", "round_formed", "stop_requested", "workers_started"),
     *("first_step", "worker_failed", "workers_yielded", "workers_stopped", "hang_detected", "checkpoint_staged"),
-    *("finished", "something_new"),
+    *("finished", "root_cause", "round_broken", "something_new"),
 ]
 
 
