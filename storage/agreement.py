@@ -11,6 +11,7 @@ from storage.errors import StorageError
 from storage.group import Group
 
 T = TypeVar("T")
+_LAST = {"Corrupt": 1, "PeerFailed": 2}  # what is heard only if nothing else has happened
 
 
 class Dumpable(Protocol):
@@ -71,12 +72,16 @@ class AgreeingGroup(Group):
             failure = error
         outcomes = [json.loads(data) for data in self.all_gather(json.dumps(to_message(failure)).encode())]
         failed = [outcome for outcome in outcomes if outcome["error"] is not None]
-        failed.sort(key=lambda outcome: bool(outcome["error"] == "Corrupt"))
+        failed.sort(key=lambda outcome: _LAST.get(outcome["error"], 0))
         if failed:
             if failure is not None and (failed[0] == to_message(failure) or not isinstance(failure, StorageError)):
                 raise failure
             raise _to_error(failed[0])
         return result  # type: ignore[return-value]
+
+
+class PeerFailed(StorageError):
+    """This rank gave something up that it did together with others, because one of them has failed and says why."""
 
 
 def to_message(error: Exception | None) -> dict[str, Any]:

@@ -104,9 +104,10 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read and verify what `plan` asks for."""
+        """Read and verify what `plan` asks for; a collective unless `no_dist`, for DCP calls it on all ranks alike."""
         assert self._index is not None, "read_metadata comes first"
-        read_items(self._store, self._index, plan.items, planner)
+        group = None if self._no_dist else AgreeingGroup(self._process_group)
+        read_items(self._store, self._index, plan.items, planner, group)
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from storage.errors import Corrupt, NotFound
 from storage.index import Columns, Index
 from storage.objects import ObjectStore
 from storage.readplan import Part, Segment
+from storage.zips import check_zip
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,13 +24,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Traffic:
-    """What reading cost."""
+    """What reading cost: of the store, and of the other ranks."""
 
     num_requests: int = 0
     fetched_bytes: int = 0
+    received_bytes: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.num_requests + other.num_requests, self.fetched_bytes + other.fetched_bytes)
+        return Traffic(
+            self.num_requests + other.num_requests,
+            self.fetched_bytes + other.fetched_bytes,
+            self.received_bytes + other.received_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,30 @@ class Source:
     store: ObjectStore
     index: Index
 
-    def fetch_part(self, part: Part, buffers: Sequence[memoryview]) -> Traffic:
-        """Fetch one part into `buffers` (what `Want.buffer` indexes). Raises Corrupt."""
-        memories = _memories(part, buffers)
-        views = [view for gap, view in memories for view in (gap, view) if view.nbytes]
-        key = self.index.prefix + self.index.objects[part.object].name
+    def fetch(self, part: Part, memories: Sequence[memoryview]) -> None:
+        """Fill the memory of each of the part's segments, and verify it. Raises Corrupt."""
+        views, end = [], part.start
+        for segment, memory in zip(part.segments, memories, strict=True):
+            views += [scratch(segment.start - end), memory]
+            end = segment.stop
+        views.append(scratch(part.stop - end))
+        key = self._key(part)
         with blaming(key):
-            self.store.read_into(key, part.start, views)
-        for segment, (_, memory) in zip(part.segments, memories, strict=True):
-            _verify(self.index.columns, segment, memory, key)
-            if segment.direct is None:
-                _copy_wants(segment, memory, buffers)
-        return Traffic(1, part.stop - part.start)
+            self.store.read_into(key, part.start, [view for view in views if view.nbytes])
+        self.verify(part, memories)
+
+    def verify(self, part: Part, memories: Sequence[memoryview]) -> None:
+        """Compare the segments with their checksums. Raises Corrupt."""
+        key = self._key(part)
+        for segment, memory in zip(part.segments, memories, strict=True):
+            if self.index.is_stock:
+                with blaming(key):
+                    check_zip(memory, f"{key} at byte {segment.start}")
+            else:
+                _verify(self.index.columns, segment, memory, key)
+
+    def _key(self, part: Part) -> str:
+        return self.index.prefix + self.index.objects[part.object].name
 
 
 @contextlib.contextmanager
@@ -63,22 +82,8 @@ def blaming(key: str) -> Iterator[None]:
         raise Corrupt(str(error), key) from error
 
 
-def _memories(part: Part, buffers: Sequence[memoryview]) -> list[tuple[memoryview, memoryview]]:
-    """For each segment, memory for the gap before it and memory for itself."""
-    memories, end = [], part.start
-    for segment in part.segments:
-        gap, size = segment.start - end, segment.stop - segment.start
-        end = segment.stop
-        if segment.direct is None:
-            memories.append((_scratch(gap), _scratch(size)))
-        else:
-            want = segment.direct
-            at = want.at + segment.item_start - want.start
-            memories.append((_scratch(gap), buffers[want.buffer][at : at + size]))
-    return memories
-
-
-def _scratch(size_bytes: int) -> memoryview:
+def scratch(size_bytes: int) -> memoryview:
+    """Memory of nobody else's."""
     return memoryview(np.empty(size_bytes, np.uint8))  # type: ignore[arg-type]
 
 
@@ -88,15 +93,6 @@ def _verify(columns: Columns, segment: Segment, memory: memoryview, name: str) -
     for index, crc in enumerate(expected):
         if crc32c(memory[index * size : (index + 1) * size]) != crc:
             raise Corrupt(f"{name} is damaged: checksum at byte {segment.start + index * size} does not match", name)
-
-
-def _copy_wants(segment: Segment, memory: memoryview, buffers: Sequence[memoryview]) -> None:
-    origin = segment.item_start
-    for want in segment.wants:
-        low, high = max(want.start, origin), min(want.stop, origin + memory.nbytes)
-        if low < high:
-            at = want.at + low - want.start
-            buffers[want.buffer][at : at + high - low] = memory[low - origin : high - origin]
 
 
 def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[R]:
@@ -114,15 +110,38 @@ def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[
 
 def windowed(pool: ThreadPoolExecutor, function: Callable[[T], R], arguments: Sequence[T], window: int) -> Iterator[R]:
     """Results in order, with at most `window` of them under way or waiting to be taken."""
-    futures: list[Future[R]] = []
+    return windowed_by_size(pool, function, arguments, lambda argument: 1, window)
+
+
+def windowed_by_size(
+    pool: ThreadPoolExecutor,
+    function: Callable[[T], R],
+    arguments: Iterable[T],
+    size_of: Callable[[T], int],
+    size_max: int,
+) -> Iterator[R]:
+    """Results in order; those under way, or waiting to be taken, have sizes of at most `size_max` in sum, or are one.
+
+    A result counts as taken when the next one is asked for.
+    """
+    left = iter(arguments)
+    following = next(left, None)
+    flying: deque[tuple[Future[R], int]] = deque()
+    total = 0
     try:
-        for argument in arguments:
-            futures.append(pool.submit(function, argument))
-            if len(futures) == window:
-                yield futures.pop(0).result()
-        while futures:
-            yield futures.pop(0).result()
+        while flying or following is not None:
+            while following is not None and (not flying or total + size_of(following) <= size_max):
+                size = size_of(following)
+                flying.append((pool.submit(function, following), size))
+                total += size
+                following = next(left, None)
+            future, size = flying[0]
+            result = future.result()
+            flying.popleft()
+            yield result
+            del result
+            total -= size
     finally:
-        for future in futures:
+        for future, _ in flying:
             future.cancel()
-        wait(futures)
+        wait([future for future, _ in flying])

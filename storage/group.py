@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 COORDINATOR = 0
+
+Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Bytes for rank `peer`; the tag tells them from the others of one swap."""
+
+    peer: int
+    tag: int
+    data: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Bytes that rank `peer` sends under that tag."""
+
+    peer: int
+    tag: int
+    size_bytes: int
 
 
 class Group:
@@ -68,6 +91,48 @@ class Group:
         gathered = [torch.empty_like(payload) for _ in sizes]
         dist.all_gather(gathered, payload, group=self._group)
         return [_bytes(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+
+    def all_gather_long(self, data: bytes) -> list[bytes]:
+        """The same for data that may be long, and longer on one rank than on another: nothing is filled up."""
+        if self.world_size == 1:
+            return [data]
+        ends = list(itertools.accumulate(self._sizes(data)))
+        begin = ends[self.rank] - len(data)
+        payload = np.zeros(ends[-1], np.uint8)
+        payload[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
+        summed = torch.from_numpy(payload).to(self._device)
+        if ends[-1]:
+            dist.all_reduce(summed, group=self._group)  # all but one rank hold zeros
+        whole = _bytes(summed)
+        return [whole[start:end] for start, end in itertools.pairwise((0, *ends))]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([int(flag)], dtype=torch.int32, device=self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flags.item())
+
+    def swap(self, sends: Sequence[Message], receives: Sequence[Expected]) -> list[Array]:
+        """Carry every send to the receive with its tag; what was received, in order.
+
+        All ranks call it, with messages that fit together: of two ranks' messages, both list those from one to the
+        other in the same order. Peers are ranks of this group; nothing is empty.
+        """
+        outbox = [torch.from_numpy(message.data).to(self._device) for message in sends]
+        inbox = [torch.empty(expected.size_bytes, dtype=torch.uint8, device=self._device) for expected in receives]
+        operations = [
+            dist.P2POp(dist.isend, tensor, group=self._group, tag=message.tag, group_peer=message.peer)
+            for message, tensor in zip(sends, outbox, strict=True)
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, tensor, group=self._group, tag=expected.tag, group_peer=expected.peer)
+            for expected, tensor in zip(receives, inbox, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        return [tensor.cpu().numpy() for tensor in inbox]
 
     def _sizes(self, data: bytes) -> Sequence[int]:
         sizes = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.world_size)]

@@ -1,31 +1,26 @@
-"""Fill a state from a checkpoint: DCP's read items -> wants -> parts -> tensors."""
+"""Fill a state from a checkpoint: read items -> requests -> what others need too, exchanged -> the rest, in parts."""
 
 from __future__ import annotations
 
-import functools
-import io
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
-import torch
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+import numpy as np
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from storage.dcp_metadata import torch_dtype
-from storage.errors import Corrupt, UnsupportedValue
-from storage.fetch import Source, Traffic, blaming, run_all, windowed
+from storage.agreement import PeerFailed
+from storage.exchange import Exchange, Shared, agree
+from storage.fetch import Source, Traffic, scratch, windowed_by_size
+from storage.group import Group
 from storage.index import Index
-from storage.items import decode_value
 from storage.objects import ObjectStore
-from storage.readplan import ItemSpan, Want, box_runs, box_strides, plan_parts, run_length
-from storage.staging import bytes_of
-from storage.zips import check_zip
+from storage.readplan import Part, Range, Want, piece_part, plan_parts
+from storage.requests import Requests, requests_of
+from storage.shareplan import Blocks, holes_of
 
 NUM_THREADS = 8
-_RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies between them
-_WAVE_SIZE_BYTES = 256 * 1024 * 1024  # bound on memory for what cannot go straight into a tensor
+_FLIGHT_SIZE_BYTES = 128 * 1024 * 1024  # of parts that are under way, or wait for the main thread
 
 
 def read_items(
@@ -33,199 +28,122 @@ def read_items(
     index: Index,
     items: Sequence[ReadItem],
     planner: LoadPlanner,
+    group: Group | None = None,
     num_threads: int = NUM_THREADS,
 ) -> Traffic:
     """Read every item into what `planner` resolves for it.
 
-    Checksums are verified before a value is handed over, but tensors are filled in place: after an error their
-    content is undefined.
+    With a `group` this is a collective: what several ranks need is fetched by one of them. Checksums are verified
+    before a value is handed over, but tensors are filled in place: after an error their content is undefined.
 
     Raises:
         Corrupt: a checksum, size or format does not hold.
         UnsupportedValue: the checkpoint was written with DCP's stream transforms.
+        PeerFailed: another rank of the group has raised.
         Transient, Denied, NotFound: by the store.
     """
+    together = group is not None and group.world_size > 1
+    requests, failure = None, None
+    try:
+        requests = requests_of(index, items, planner)
+    except Exception as error:
+        if not together:
+            raise
+        failure = error
+    source, traffic = Source(store, index), Traffic()
+    holes: dict[int, list[Range]] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
-        if index.is_stock:
-            return _read_stock(store, index, items, planner, pool, 2 * num_threads)
-        source = Source(store, index)
+        if group is not None and together:
+            if group.any(failure is not None):
+                raise failure or PeerFailed("nothing was read because another rank has failed to")
+            assert requests is not None
+            places = _Places(index)
+            shared = agree(group, requests, places.blocks, places.axis)
+            part_of = _PieceParts(places, shared, requests).part
+            traffic = Exchange(group, source, shared, part_of, requests).run(pool)
+            holes = places.by_object(holes_of(shared.plan, group.rank))
+        assert requests is not None
+        traffic += _read_rest(source, requests, holes, pool)
+    for ring in requests.rings.values():
+        ring.drain()
+    return traffic
+
+
+def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: ThreadPoolExecutor) -> Traffic:
+    """What this rank fetches for nobody but itself."""
+
+    def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
+        views = [requests.view(segment) for segment in part.segments]
+        memories = [
+            scratch(segment.stop - segment.start) if view is None else view
+            for segment, view in zip(part.segments, views, strict=True)
+        ]
+        source.fetch(part, memories)
+        return part, [memory if view is None else None for memory, view in zip(memories, views, strict=True)]
+
+    traffic = Traffic()
+    parts = plan_parts(requests.spans, requests.wants, holes)
+    for part, memories in windowed_by_size(pool, fetch, parts, _size_bytes, _FLIGHT_SIZE_BYTES):
+        traffic += Traffic(1, part.stop - part.start)
+        for segment, memory in zip(part.segments, memories, strict=True):
+            if memory is None:
+                requests.filled(segment)
+            else:
+                requests.deliver(segment, memory)
+    return traffic
+
+
+def _size_bytes(part: Part) -> int:
+    return part.stop - part.start
+
+
+class _Places:
+    """Between the axis, objects and items."""
+
+    def __init__(self, index: Index) -> None:
         columns = index.columns
-        fields = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
-        spans = list(itertools.starmap(ItemSpan, zip(*(field.tolist() for field in fields), strict=True)))
-        traffic = Traffic()
-        for wave in _waves(index, items, planner):
-            parts = plan_parts(spans, wave.wants)
-            calls = [functools.partial(source.fetch_part, part, wave.buffers) for part in parts]
-            traffic = sum(run_all(pool, calls), traffic)
-            for finish in wave.finishers:
-                finish()
-        return traffic
+        self.axis = index.axis()
+        self._order = np.argsort(self.axis, kind="stable")
+        self._start = self.axis[self._order]
+        self.blocks = Blocks(self._start, columns.length[self._order], columns.block_size_bytes[self._order])
+        self._object = columns.object
+        self._offset = columns.offset
+
+    def items(self, start: int, stop: int) -> list[int]:
+        """The items that have bytes in the range of the axis, in order; there are some."""
+        first = int(np.searchsorted(self._start, start, "right")) - 1
+        last = int(np.searchsorted(self._start, stop, "left"))
+        found: list[int] = self._order[first:last].tolist()
+        return found
+
+    def in_object(self, item: int, place: int) -> int:
+        """The byte of the item's object that is at `place` of the axis."""
+        return place - int(self.axis[item]) + int(self._offset[item])
+
+    def by_object(self, ranges: Iterable[Range]) -> dict[int, list[Range]]:
+        """Ranges of the axis as ranges of objects."""
+        found: dict[int, list[Range]] = defaultdict(list)
+        for start, stop in ranges:
+            item = self.items(start, stop)[0]
+            begin = self.in_object(item, start)
+            found[int(self._object[item])].append((begin, begin + stop - start))
+        return found
 
 
-@dataclass(frozen=True)
-class _Item:
-    key: str
-    sizes: tuple[int, ...]
-    length: int
-    raw_offset: int
+class _PieceParts:
+    """Pieces of the plan as parts with this rank's wants."""
 
+    def __init__(self, places: _Places, shared: Shared, requests: Requests) -> None:
+        self._places = places
+        self._plan = shared.plan
+        self._spans = requests.spans
+        self._wants_of: dict[int, list[Want]] = defaultdict(list)
+        for want in requests.wants:
+            self._wants_of[want.item].append(want)
 
-@dataclass
-class _Wave:
-    """Reads that are carried out together: destinations, what goes into them, and what is left to do after."""
-
-    wants: list[Want] = field(default_factory=list)
-    buffers: list[memoryview] = field(default_factory=list)
-    finishers: list[Callable[[], None]] = field(default_factory=list)
-    extra_bytes: int = 0
-
-    def add_value(self, position: int, entry: _Item, read: ReadItem, planner: LoadPlanner) -> None:
-        memory = bytearray(entry.length)
-        self._want_all(position, 0, memoryview(memory))
-        self.extra_bytes += entry.length
-
-        def finish() -> None:
-            decode_value(memory, entry.key)  # a planner may load with pickle: it only gets what a safe loader takes
-            planner.load_bytes(read, io.BytesIO(memory))
-
-        self.finishers.append(finish)
-
-    def add_tensor(self, position: int, entry: _Item, dtype: torch.dtype, read: ReadItem, planner: LoadPlanner) -> None:
-        destination = planner.resolve_tensor(read).detach()
-        if destination.shape != read.lengths:
-            raise ValueError(f"{entry.key!r}: planned {tuple(read.lengths)}, resolved {tuple(destination.shape)}")
-        sizes, lengths, itemsize = entry.sizes, tuple(read.lengths), dtype.itemsize
-        raw_stop = entry.raw_offset + math.prod(entry.sizes) * itemsize
-        length_bytes = run_length(sizes, lengths) * itemsize
-        if length_bytes >= _RUN_SIZE_BYTES_MIN or length_bytes == math.prod(lengths) * itemsize:
-            target = destination if _is_plain(destination, dtype) else self._temporary(lengths, dtype)
-            runs = box_runs(sizes, read.storage_offsets, lengths, itemsize)
-            buffer = len(self.buffers)
-            self.buffers.append(bytes_of(target))
-            self.wants += [
-                Want(
-                    position,
-                    entry.raw_offset + start,
-                    entry.raw_offset + start + runs.length,
-                    buffer,
-                    index * runs.length,
-                )
-                for index, start in enumerate(runs.starts)
-            ]
-            box = target
-        else:
-            strides = box_strides(sizes)
-            low = sum(o * s for o, s in zip(read.storage_offsets, strides, strict=True))
-            extent = 1 + sum((n - 1) * s for n, s in zip(lengths, strides, strict=True))
-            covering = self._temporary((extent,), dtype)
-            self._want_all(position, entry.raw_offset + low * itemsize, bytes_of(covering))
-            box = covering.as_strided(lengths, strides)
-
-        if all(o + n == size for o, n, size in zip(read.storage_offsets, lengths, sizes, strict=True)):
-            # whoever reads the last byte also has the framing behind it checked; the first block holds that before
-            self._want_all(position, raw_stop, memoryview(bytearray(entry.length - raw_stop)))
-
-        def finish() -> None:
-            if box is not destination:
-                destination.copy_(box)
-            planner.commit_tensor(read, destination)
-
-        self.finishers.append(finish)
-
-    def _temporary(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.empty(tuple(sizes), dtype=dtype)
-        self.extra_bytes += tensor.nbytes
-        return tensor
-
-    def _want_all(self, position: int, start: int, memory: memoryview) -> None:
-        if not memory.nbytes:
-            return
-        self.wants.append(Want(position, start, start + memory.nbytes, len(self.buffers), 0))
-        self.buffers.append(memory)
-
-
-def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the tensor's memory takes the stored bytes as they are."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype == dtype
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
-
-
-def _waves(index: Index, items: Sequence[ReadItem], planner: LoadPlanner) -> Iterator[_Wave]:
-    """The reads in the order of storage, cut where their temporary memory would pass the bound."""
-    columns = index.columns
-    found = []
-    for read in items:
-        place = read.storage_index
-        position = index.find(place.fqn, place.offset, place.index)
-        if read.type is LoadItemType.BYTE_IO or read.lengths.numel():
-            found.append(((int(columns.object[position]), int(columns.offset[position])), position, read))
-    found.sort(key=lambda row: row[0])
-    wave = _Wave()
-    for _, position, read in found:
-        key = read.storage_index.fqn
-        entry = _Item(
-            key, index.box(key, position)[1], int(columns.length[position]), int(columns.raw_offset[position])
-        )
-        if read.type is LoadItemType.BYTE_IO:
-            wave.add_value(position, entry, read, planner)
-        else:
-            wave.add_tensor(position, entry, torch_dtype(index.entries[key].dtype), read, planner)
-        if wave.extra_bytes >= _WAVE_SIZE_BYTES:
-            yield wave
-            wave = _Wave()
-    if wave.wants:
-        yield wave
-
-
-def _read_stock(
-    store: ObjectStore,
-    index: Index,
-    items: Sequence[ReadItem],
-    planner: LoadPlanner,
-    pool: ThreadPoolExecutor,
-    window: int,
-) -> Traffic:
-    """A checkpoint of stock DCP has no checksums but the zips' own: each item is read whole and verified by those."""
-    if index.transforms:
-        through = ", ".join(index.transforms)
-        raise UnsupportedValue(f"{index.prefix} was stored through {through}; save it without transforms to load it")
-    reads_of: dict[tuple[str, int, int], list[ReadItem]] = {}
-    columns = index.columns
-    for read in items:
-        found = index.find(read.storage_index.fqn, read.storage_index.offset, read.storage_index.index)
-        place = (index.objects[columns.object[found]].name, int(columns.offset[found]), int(columns.length[found]))
-        reads_of.setdefault(place, []).append(read)
-
-    def fetch(place: tuple[str, int, int]) -> tuple[tuple[str, int, int], memoryview]:
-        name, offset, length = place
-        memory = bytes_of(torch.empty(length, dtype=torch.uint8))
-        with blaming(index.prefix + name):
-            store.read_into(index.prefix + name, offset, [memory])
-            check_zip(memory, f"{index.prefix}{name} at byte {offset}")
-        return place, memory
-
-    fetched_bytes = 0
-    for place, memory in windowed(pool, fetch, sorted(reads_of), window):
-        fetched_bytes += memory.nbytes
-        with blaming(index.prefix + place[0]):
-            value = decode_value(memory, reads_of[place][0].storage_index.fqn)
-        for read in reads_of[place]:
-            _deliver(read, value, memory, planner)
-    return Traffic(len(reads_of), fetched_bytes)
-
-
-def _deliver(read: ReadItem, value: object, memory: memoryview, planner: LoadPlanner) -> None:
-    if read.type is LoadItemType.BYTE_IO:
-        planner.load_bytes(read, io.BytesIO(memory))
-        return
-    if not isinstance(value, torch.Tensor):
-        raise Corrupt(f"item {read.storage_index.fqn!r} holds a {type(value).__name__}, not a tensor")
-    box = tuple(slice(o, o + n) for o, n in zip(read.storage_offsets, read.lengths, strict=True))
-    destination = planner.resolve_tensor(read).detach()
-    destination.copy_(value[box])
-    planner.commit_tensor(read, destination)
+    def part(self, number: int) -> Part:
+        """Piece `number`, of which every block is wanted by this rank."""
+        start, stop = int(self._plan.start[number]), int(self._plan.stop[number])
+        items = self._places.items(start, stop)
+        begin = self._places.in_object(items[0], start)
+        return piece_part(items, self._spans, self._wants_of, (begin, begin + stop - start))

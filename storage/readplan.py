@@ -9,15 +9,19 @@ are copied once the blocks' checksums hold.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 PART_SIZE_BYTES = 16 * 1024 * 1024
 GAP_SIZE_BYTES = 0
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,41 @@ class ItemSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Stripes:
+    """`count` byte runs of `length`, the first at `start`, each `stride` bytes after the one before."""
+
+    start: int
+    stride: int
+    length: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """The end of the last one."""
+        return self.start + (self.count - 1) * self.stride + self.length
+
+    def before(self, position: int) -> int:
+        """How many of the stripes' bytes come before `position`."""
+        runs, rest = divmod(max(0, position - self.start), self.stride)
+        return min(runs * self.length + min(rest, self.length), self.count * self.length)
+
+
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Want:
-    """Bytes [start, stop) of an item, wanted at byte `at` of destination `buffer`."""
+    """Bytes [start, stop) of an item, wanted at byte `at` of destination `buffer`; of them only the stripes, if given.
+
+    A want for `NOWHERE` has its blocks fetched and verified, no more.
+    """
 
     item: int
     start: int
     stop: int
     buffer: int
     at: int
+    stripes: Stripes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +137,42 @@ def box_runs(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int
     outer = 0
     while math.prod(lengths[outer:]) > length:
         outer += 1
-    steps = [[(offsets[dim] + index) * strides[dim] for index in range(lengths[dim])] for dim in range(outer)]
-    base = sum(offsets[dim] * strides[dim] for dim in range(outer, len(sizes)))
-    starts = tuple((base + sum(step)) * itemsize_bytes for step in itertools.product(*steps))
+    starts = tuple(start * itemsize_bytes for start in _starts(offsets, lengths, strides, outer))
     return Runs(starts, length * itemsize_bytes)
 
 
+def box_stripes(
+    sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], itemsize_bytes: int
+) -> list[Stripes]:
+    """The same as stripes, as few as can be, in the box's own row-major order."""
+    strides = box_strides(sizes)
+    length = run_length(sizes, lengths)
+    outer = 0
+    while math.prod(lengths[outer:]) > length:
+        outer += 1
+    if not outer:
+        size = length * itemsize_bytes
+        return [Stripes(box_runs(sizes, offsets, lengths, itemsize_bytes).starts[0], size, size, 1)]
+    even = outer - 1  # from here on the runs follow each other at one stride
+    while even and strides[even - 1] == strides[even] * lengths[even]:
+        even -= 1
+    count = math.prod(lengths[even:outer])
+    stride = strides[outer - 1] * itemsize_bytes
+    firsts = _starts(offsets, lengths, strides, even)
+    return [Stripes(first * itemsize_bytes, stride, length * itemsize_bytes, count) for first in firsts]
+
+
+def _starts(offsets: Sequence[int], lengths: Sequence[int], strides: Sequence[int], outer: int) -> Iterable[int]:
+    """Where the box's parts begin, one for each index of the first `outer` dimensions."""
+    steps = [[(offsets[dim] + index) * strides[dim] for index in range(lengths[dim])] for dim in range(outer)]
+    base = sum(offsets[dim] * strides[dim] for dim in range(outer, len(strides)))
+    return (base + sum(step) for step in itertools.product(*steps))
+
+
 def plan_parts(
-    items: Sequence[ItemSpan],
+    items: Mapping[int, ItemSpan],
     wants: Iterable[Want],
+    holes: Mapping[int, Sequence[Range]] = MappingProxyType({}),
     *,
     part_size_bytes: int = PART_SIZE_BYTES,
     gap_size_bytes: int = GAP_SIZE_BYTES,
@@ -122,8 +180,9 @@ def plan_parts(
     """The requests that fetch every block touched by a want exactly once, and nothing else but coalesced gaps.
 
     Args:
-        items: what `Want.item` indexes.
+        items: what `Want.item` names.
         wants: non-empty byte ranges; they may overlap.
+        holes: by object, byte ranges in order that come from elsewhere; they begin and end between blocks.
         part_size_bytes: a part is at most this long (but at least one block).
         gap_size_bytes: segments this near to each other share a part.
     """
@@ -137,7 +196,9 @@ def plan_parts(
     for index in sorted(segments):
         in_order = sorted(segments[index], key=lambda segment: segment.start)
         limited = itertools.chain.from_iterable(
-            _split(segment, items[segment.item].block_size_bytes, part_size_bytes) for segment in in_order
+            _split(rest, items[segment.item].block_size_bytes, part_size_bytes)
+            for segment in in_order
+            for rest in _without(segment, items[segment.item].block_size_bytes, holes.get(index, ()))
         )
         parts += _merge(index, limited, part_size_bytes, gap_size_bytes)
     return parts
@@ -170,7 +231,13 @@ def _segments(index: int, item: ItemSpan, wants: list[Want]) -> list[Segment]:
             continue
         stop = min(last * size, item.length)
         only = active[0] if len(active) == 1 else None
-        if only is not None and only.start <= first * size and stop <= only.stop:
+        if (
+            only is not None
+            and only.stripes is None
+            and only.buffer != NOWHERE
+            and only.start <= first * size
+            and stop <= only.stop
+        ):
             found.append(segment(first, last, only, ()))
         elif found and found[-1].direct is None and found[-1].last_block == first:
             previous = found.pop()
@@ -179,6 +246,58 @@ def _segments(index: int, item: ItemSpan, wants: list[Want]) -> list[Segment]:
         else:
             found.append(segment(first, last, None, active))
     return found
+
+
+def _without(segment: Segment, block_size_bytes: int, holes: Sequence[Range]) -> Iterable[Segment]:
+    """What is left of the segment between the holes."""
+    at = segment.start
+    for start, stop in holes[bisect.bisect_right(holes, at, key=_stop_of) :]:
+        if start >= segment.stop:
+            break
+        if at < start:
+            yield between(segment, block_size_bytes, at, start)
+        at = stop
+    if at < segment.stop:
+        yield between(segment, block_size_bytes, at, segment.stop)
+
+
+def _stop_of(hole: Range) -> int:
+    return hole[1]
+
+
+def between(segment: Segment, block_size_bytes: int, start: int, stop: int) -> Segment:
+    """Those of the segment's blocks that are the bytes [start, stop) of the object."""
+    if (start, stop) == (segment.start, segment.stop):
+        return segment
+    skipped = start - segment.start
+    return dataclasses.replace(
+        segment,
+        item_start=segment.item_start + skipped,
+        first_block=segment.first_block + skipped // block_size_bytes,
+        last_block=segment.first_block - (segment.start - stop) // block_size_bytes,
+        start=start,
+        stop=stop,
+    )
+
+
+def piece_part(
+    items: Sequence[int], spans: Mapping[int, ItemSpan], wants_of: Mapping[int, Sequence[Want]], piece: Range
+) -> Part:
+    """The bytes `piece` of an object as one part which goes through scratch memory.
+
+    Args:
+        items: those that the piece touches, in order of their place, whether wanted or not.
+        wants_of: the wants by item.
+    """
+    segments = []
+    for item in items:
+        span = spans[item]
+        start, stop = max(piece[0], span.offset), min(piece[1], span.offset + span.length)
+        first, last = (start - span.offset) // span.block_size_bytes, -((span.offset - stop) // span.block_size_bytes)
+        segments.append(
+            Segment(item, start - span.offset, first, last, start, stop, None, tuple(wants_of.get(item, ())))
+        )
+    return Part(spans[items[0]].object, *piece, tuple(segments))
 
 
 def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Iterable[Segment]:

@@ -99,12 +99,12 @@ class Restorer:
         planner = SafeLoadPlanner(index)
         planner.set_up_planner(flat, metadata_of(index), self._group.is_coordinator)
         self._group.everywhere(lambda: self._check_fits(planner.state_dict, index))
+        items = self._group.everywhere(lambda: planner.create_local_plan().items)
         found: list[Corrupt] = []
 
         def read() -> tuple[Traffic, int]:
-            items = planner.create_local_plan().items
             try:
-                traffic = read_items(self._store, index, items, planner)
+                traffic = read_items(self._store, index, items, planner, self._group)
             except Corrupt as error:
                 found.append(error)
                 raise

@@ -81,7 +81,7 @@ def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
     items, wants, part_size, gap = case
     rng = np.random.default_rng(7)
     objects = [rng.integers(0, 256, 600, np.uint8).tobytes() for _ in range(2)]
-    parts = plan_parts(items, wants, part_size_bytes=part_size, gap_size_bytes=gap)
+    parts = plan_parts(dict(enumerate(items)), wants, part_size_bytes=part_size, gap_size_bytes=gap)
     buffers = deliver(items, parts, objects, 200)
     touched: set[tuple[int, int]] = set()
     for want in wants:
@@ -106,7 +106,7 @@ def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
 
 def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
     items = [ItemSpan(0, 1000, 704 + 4 * 65536 + 873, 16384)]
-    parts = plan_parts(items, [Want(0, 704, 704 + 4 * 65536, 0, 0)])
+    parts = plan_parts(dict(enumerate(items)), [Want(0, 704, 704 + 4 * 65536, 0, 0)])
     assert len(parts) == 1
     direct = sum(segment.stop - segment.start for segment in parts[0].segments if segment.direct)
     assert direct == 15 * 16384  # all but the first block and the last two, which the framing shares
@@ -127,7 +127,7 @@ def test_resharding_fetches_hardly_more_than_it_needs(size_mib: int, saved_by: i
             for i, (a, b) in pairs(cuts)
             if max(low, a) < min(high, b)
         ]
-        fetched += sum(part.stop - part.start for part in plan_parts(items, wants))
+        fetched += sum(part.stop - part.start for part in plan_parts(dict(enumerate(items)), wants))
     assert fetched / total <= (1.02 if size_mib > 1 else 1.15)
 
 

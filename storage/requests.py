@@ -1,0 +1,269 @@
+"""What one rank wants of a checkpoint: DCP's read items as wants for byte ranges, each with the target it goes to."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from storage.dcp_metadata import torch_dtype
+from storage.errors import Corrupt, UnsupportedValue
+from storage.group import Array
+from storage.index import Index, Ints
+from storage.items import decode_value
+from storage.readplan import NOWHERE, ItemSpan, Segment, Stripes, Want, box_runs, box_stripes, run_length
+from storage.shareplan import merged
+from storage.targets import FreshSlabs, ItemTarget, PinnedRing, SlabTarget, Target, TensorTarget, cuda_copies
+
+_RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies between them
+
+
+@dataclass
+class Requests:
+    """The wants of a rank, in no particular order; `Want.buffer` is the number of its target.
+
+    `striped`: of the items that are wanted for nothing but some stripes, those.
+    """
+
+    spans: dict[int, ItemSpan] = field(default_factory=dict)
+    wants: list[Want] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    rings: dict[torch.device, PinnedRing] = field(default_factory=dict)
+
+    def striped(self) -> dict[int, Stripes]:
+        """See the class."""
+        found: dict[int, Stripes | None] = {}
+        for want in self.wants:
+            if want.buffer != NOWHERE:
+                found[want.item] = None if want.item in found else want.stripes
+        return {item: stripes for item, stripes in found.items() if stripes is not None}
+
+    def needs(self, axis: Ints) -> Ints:
+        """The blocks that are touched, as ascending ranges of the axis."""
+        rows = np.array([(want.item, want.start, want.stop) for want in self.wants], np.int64).reshape(-1, 3)
+        of = [self.spans[item] for item in rows[:, 0].tolist()]
+        size = np.fromiter((span.block_size_bytes for span in of), np.int64, len(of))
+        length = np.fromiter((span.length for span in of), np.int64, len(of))
+        low = rows[:, 1] // size * size
+        high = np.minimum(-(-rows[:, 2] // size) * size, length)
+        start = axis[rows[:, 0]]
+        return merged(np.stack((start + low, start + high), axis=1))
+
+    def view(self, segment: Segment) -> memoryview | None:
+        """The memory that takes a segment as it is, if there is one."""
+        want = segment.direct
+        if want is None or not self.targets[want.buffer].is_direct:
+            return None
+        return self.targets[want.buffer].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
+
+    def filled(self, segment: Segment) -> None:
+        """A segment was read into its view."""
+        assert segment.direct is not None
+        self.targets[segment.direct.buffer].filled(segment.stop - segment.start)
+
+    def deliver(self, segment: Segment, memory: memoryview) -> None:
+        """Copy a segment's bytes to the targets that want some of them."""
+        origin = segment.item_start
+        for want in [segment.direct] if segment.direct else segment.wants:
+            low, high = max(want.start, origin), min(want.stop, origin + memory.nbytes)
+            if want.buffer == NOWHERE or low >= high:
+                continue
+            content = memory[low - origin : high - origin]
+            at = want.at + low - want.start
+            if want.stripes is not None:
+                at = want.at + want.stripes.before(low)
+                content = as_bytes(packed(np.frombuffer(content, np.uint8), low, want.stripes))
+            self.targets[want.buffer].write(at, content)
+
+    def deliver_stripes(self, segment: Segment, first: int, content: memoryview) -> None:
+        """Put bytes of the only stripes that are wanted of the segment's item, from number `first` of theirs on."""
+        (want,) = (want for want in segment.wants if want.buffer != NOWHERE)
+        self.targets[want.buffer].write(want.at + first, content)
+
+
+def requests_of(index: Index, items: Sequence[ReadItem], planner: LoadPlanner) -> Requests:
+    """Resolve every read item to a target in what `planner` fills.
+
+    Raises:
+        UnsupportedValue: the checkpoint was written with DCP's stream transforms.
+        Corrupt: it does not have what an item asks for.
+        ValueError: the planner resolves an item to a tensor of another shape.
+    """
+    if index.transforms:
+        through = ", ".join(index.transforms)
+        raise UnsupportedValue(f"{index.prefix} was stored through {through}; save it without transforms to load it")
+    builder = _StockBuilder(index, planner) if index.is_stock else _Builder(index, planner)
+    for read in items:
+        if read.type is LoadItemType.BYTE_IO or read.lengths.numel():
+            place = read.storage_index
+            builder.add(index.find(place.fqn, place.offset, place.index), read)
+    return builder.found()
+
+
+def as_bytes(array: Array) -> memoryview:
+    """The array's memory."""
+    return memoryview(array)  # type: ignore[arg-type]
+
+
+def packed(memory: Array, origin: int, stripes: Stripes) -> Array:
+    """The stripes' bytes among `memory`, which are the bytes of the item from `origin` on."""
+    low, high = stripes.before(origin), stripes.before(origin + len(memory))
+    size = stripes.length
+    first, last = -(-low // size), high // size  # the runs that are there as a whole
+
+    def some(start: int, stop: int) -> Array:
+        """Bytes [start, stop) of the stripes' bytes, which are of one run."""
+        run, rest = divmod(start, size)
+        place = stripes.start + run * stripes.stride + rest - origin
+        return memory[place : place + stop - start]
+
+    if first > last:
+        return some(low, high)
+    runs = [some(low, first * size)] if low < first * size else []
+    if first < last:
+        place = stripes.start + first * stripes.stride - origin
+        shape = (last - first, size)
+        runs.append(np.lib.stride_tricks.as_strided(memory[place:], shape, (stripes.stride, 1)).reshape(-1))
+    if last * size < high:
+        runs.append(some(last * size, high))
+    return np.concatenate(runs) if runs else memory[:0]
+
+
+class _Builder:
+    """Requests of a checkpoint of ours: bytes of items, by their raw offsets."""
+
+    def __init__(self, index: Index, planner: LoadPlanner) -> None:
+        self._index = index
+        self._planner = planner
+        self._requests = Requests()
+
+    def found(self) -> Requests:
+        """What was added."""
+        return self._requests
+
+    def add(self, item: int, read: ReadItem) -> None:
+        """Want what `read` asks of the item."""
+        columns = self._index.columns
+        where, offset, length, block = (
+            int(column[item]) for column in (columns.object, columns.offset, columns.length, columns.block_size_bytes)
+        )
+        self._requests.spans[item] = ItemSpan(where, offset, length, block)
+        if read.type is LoadItemType.BYTE_IO:
+            key, planner = read.storage_index.fqn, self._planner
+
+            def finish(memory: memoryview) -> None:
+                decode_value(memory, key)  # a planner may load with pickle: it only gets what a safe loader takes
+                planner.load_bytes(read, io.BytesIO(memory))
+
+            self._want(Want(item, 0, length, self._target(ItemTarget(length, finish)), 0))
+        else:
+            self._add_tensor(item, int(columns.raw_offset[item]), length, read)
+
+    def _add_tensor(self, item: int, raw_offset: int, length: int, read: ReadItem) -> None:
+        key = read.storage_index.fqn
+        dtype = torch_dtype(self._index.entries[key].dtype)
+        sizes, lengths, offsets = self._index.box(key, item)[1], tuple(read.lengths), tuple(read.storage_offsets)
+        target = self._target(self._tensor_target(read, dtype))
+        run_bytes = run_length(sizes, lengths) * dtype.itemsize
+        if run_bytes >= _RUN_SIZE_BYTES_MIN or run_bytes == math.prod(lengths) * dtype.itemsize:
+            runs = box_runs(sizes, offsets, lengths, dtype.itemsize)
+            for number, start in enumerate(runs.starts):
+                first = raw_offset + start
+                self._want(Want(item, first, first + runs.length, target, number * runs.length))
+        else:
+            at = 0
+            for stripes in box_stripes(sizes, offsets, lengths, dtype.itemsize):
+                moved = Stripes(raw_offset + stripes.start, stripes.stride, stripes.length, stripes.count)
+                self._want(Want(item, moved.start, moved.stop, target, at, moved))
+                at += moved.length * moved.count
+        raw_stop = raw_offset + math.prod(sizes) * dtype.itemsize
+        if raw_stop < length and all(o + n == size for o, n, size in zip(offsets, lengths, sizes, strict=True)):
+            # whoever reads the last byte also has the framing behind it checked; the first block holds that before
+            self._want(Want(item, raw_stop, length, NOWHERE, 0))
+
+    def _tensor_target(self, read: ReadItem, dtype: torch.dtype) -> Target:
+        planner = self._planner
+        tensor = planner.resolve_tensor(read).detach()
+        if tensor.shape != read.lengths:
+            name = read.storage_index.fqn
+            raise ValueError(f"{name!r}: planned {tuple(read.lengths)}, resolved {tuple(tensor.shape)}")
+
+        def finish() -> None:
+            planner.commit_tensor(read, tensor)
+
+        if _is_plain(tensor, dtype):
+            return TensorTarget(tensor, finish)
+        if not tensor.is_cuda:
+            return SlabTarget(tensor, dtype, FreshSlabs(), finish)
+        rings = self._requests.rings
+        if tensor.device not in rings:
+            rings[tensor.device] = PinnedRing(cuda_copies(tensor.device))
+        return SlabTarget(tensor, dtype, rings[tensor.device], finish)
+
+    def _target(self, target: Target) -> int:
+        self._requests.targets.append(target)
+        return len(self._requests.targets) - 1
+
+    def _want(self, want: Want) -> None:
+        self._requests.wants.append(want)
+
+
+class _StockBuilder(_Builder):
+    """Requests of a checkpoint of stock DCP, whose items have one checksum each: they are read whole."""
+
+    def __init__(self, index: Index, planner: LoadPlanner) -> None:
+        super().__init__(index, planner)
+        self._reads_of: dict[int, list[ReadItem]] = {}
+
+    def add(self, item: int, read: ReadItem) -> None:
+        """Want the item, once for all reads of it."""
+        if item in self._reads_of:
+            self._reads_of[item].append(read)
+            return
+        reads = self._reads_of[item] = [read]
+        columns = self._index.columns
+        where, offset, length = int(columns.object[item]), int(columns.offset[item]), int(columns.length[item])
+        self._requests.spans[item] = ItemSpan(where, offset, length, max(length, 1))
+        target = self._target(ItemTarget(length, self._deliverer(where, reads)))
+        self._want(Want(item, 0, length, target, 0))
+
+    def _deliverer(self, where: int, reads: Sequence[ReadItem]) -> Callable[[memoryview], None]:
+        planner, object_key = self._planner, self._index.prefix + self._index.objects[where].name
+
+        def finish(memory: memoryview) -> None:
+            try:
+                value = decode_value(memory, reads[0].storage_index.fqn)
+                for read in reads:
+                    _deliver(read, value, memory, planner)
+            except Corrupt as error:
+                raise Corrupt(str(error), object_key) from error
+
+        return finish
+
+
+def _deliver(read: ReadItem, value: object, memory: memoryview, planner: LoadPlanner) -> None:
+    if read.type is LoadItemType.BYTE_IO:
+        planner.load_bytes(read, io.BytesIO(memory))
+        return
+    if not isinstance(value, torch.Tensor):
+        raise Corrupt(f"item {read.storage_index.fqn!r} holds a {type(value).__name__}, not a tensor")
+    box = tuple(slice(o, o + n) for o, n in zip(read.storage_offsets, read.lengths, strict=True))
+    destination = planner.resolve_tensor(read).detach()
+    destination.copy_(value[box])
+    planner.commit_tensor(read, destination)
+
+
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor's memory takes the stored bytes as they are."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )

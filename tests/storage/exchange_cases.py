@@ -1,0 +1,204 @@
+"""What the ranks of `test_exchange` do; functions by name, because they run in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from storage import Checkpointer, ShardReader, exchange, register_scheme
+from storage.errors import StorageError, Transient
+from storage.local import LocalStore
+from storage.shareplan import plan_shares
+
+# name -> (shape of the mesh, placements of a matrix)
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
+    "rows of 1": ((1,), (Shard(0),)),
+    "rows of 2": ((2,), (Shard(0),)),
+    "rows of 3": ((3,), (Shard(0),)),
+    "rows of 4": ((4,), (Shard(0),)),
+    "columns of 2": ((2,), (Shard(1),)),
+    "columns of 4": ((4,), (Shard(1),)),
+    "hsdp 2x2": ((2, 2), (Replicate(), Shard(0))),
+    "hsdp 2x2 by columns": ((2, 2), (Replicate(), Shard(1))),
+    "tiles 2x2": ((2, 2), (Shard(0), Shard(1))),
+    "replicated on 3": ((3,), (Replicate(),)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool, torch.complex64]
+
+
+def matrix(number: int, rows: int = 60, columns: int = 48, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    whole = torch.randint(-100, 100, (rows, columns), generator=generator).float()
+    return (whole > 0) if dtype is torch.bool else whole.to(dtype)
+
+
+class Layout:
+    """One of LAYOUTS over this job's ranks."""
+
+    def __init__(self, name: str) -> None:
+        shape, self._placements = LAYOUTS[name]
+        self._mesh: DeviceMesh = init_device_mesh("cpu", shape)
+
+    def spread(self, whole: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(whole, self._mesh, list(self._placements), src_data_rank=None)
+
+
+def odd_state(layout: Layout, number: int) -> dict[str, Any]:
+    """Every dtype, on the layout; and tensors of every other kind that a state may hold."""
+    state: dict[str, Any] = {str(dtype): layout.spread(matrix(number, dtype=dtype)) for dtype in DTYPES}
+    cube = matrix(number, 60, 48).reshape(12, 5, 48)
+    return {
+        **state,
+        "cube": layout.spread(cube),
+        "long rows": layout.spread(matrix(number, 5, 40000)),
+        "plain": matrix(number, 30, 20),
+        "turned": matrix(number, 30, 20).t(),
+        "every second": matrix(number, 30, 20)[::2, 3:9],
+        "scalar": torch.tensor(float(number)),
+        "empty": torch.empty(0, 4),
+        "nested": [{"value": number, "bytes": bytes([number])}, torch.arange(5) * number],
+    }
+
+
+def local(value: Any) -> Any:
+    """What this rank holds of it."""
+    if isinstance(value, dict):
+        return {key: local(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [local(entry) for entry in value]
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return all(map(same, left, right))
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape and left.tolist() == right.tolist()
+    return bool(left == right)
+
+
+@contextlib.contextmanager
+def small_pieces(piece_size_bytes: int, round_size_bytes: int) -> Iterator[None]:
+    """Pieces and rounds so small that a small state has many."""
+    exchange.plan_shares = functools.partial(  # type: ignore[assignment]
+        plan_shares, piece_size_bytes=piece_size_bytes, round_size_bytes=round_size_bytes, small_size_bytes=0
+    )
+    try:
+        yield
+    finally:
+        exchange.plan_shares = plan_shares
+
+
+def save(url: str, layout: str, stock: bool) -> None:
+    if stock:
+        dcp.save(odd_state(Layout(layout), 7), checkpoint_id=f"{url}/step-000000007")
+        return
+    with Checkpointer(url) as ckpt:
+        ckpt.save(7, odd_state(Layout(layout), 7), wait=True)
+        assert ckpt.wait()
+
+
+def load(urls: Sequence[str], name: str) -> list[str]:
+    """Load each of them, with the Checkpointer in small pieces and with DCP in large ones; those that came wrong."""
+    layout, wrong = Layout(name), []
+    expected = local(odd_state(layout, 7))
+    for url in urls:
+        state = odd_state(layout, 1)
+        with small_pieces(16 << 10, 64 << 10), Checkpointer(url) as ckpt:
+            assert ckpt.restore(state) == 7
+        other = odd_state(layout, 1)
+        dcp.load(other, storage_reader=ShardReader(url))
+        wrong += [
+            f"{url} {who}" for who, found in (("ours", state), ("dcp", other)) if not same(local(found), expected)
+        ]
+    return wrong
+
+
+class Counting(LocalStore):
+    """Counts what is read, and fails from read number `fail_at` on."""
+
+    def __init__(self, root: str, fail_at: int | None = None) -> None:
+        super().__init__(root)
+        self.read_bytes = 0
+        self.num_reads = 0
+        self._fail_at = fail_at
+        self._lock = threading.Lock()
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        with self._lock:
+            if self.num_reads == self._fail_at:
+                raise Transient("out of order")
+            self.num_reads += 1
+            self.read_bytes += sum(buffer.nbytes for buffer in buffers)
+        super().read_into(key, offset, buffers, if_match=if_match)
+
+    def read(self, key: str) -> bytes:
+        data = super().read(key)
+        self.read_bytes += len(data)
+        return data
+
+
+NUM_TENSORS, ROWS, COLUMNS = 6, 1200, 960
+
+
+def large_state(layout: Layout, number: int) -> dict[str, Any]:
+    """27 MB; the rows of a column shard are 960 bytes and more."""
+    return {f"layer.{i}": layout.spread(matrix(number + i, ROWS, COLUMNS)) for i in range(NUM_TENSORS)}
+
+
+def save_large(url: str, layout: str) -> None:
+    with Checkpointer(url) as ckpt:
+        ckpt.save(1, large_state(Layout(layout), 1), wait=True)
+        assert ckpt.wait()
+
+
+def count(url: str, layout: str, with_dcp: bool) -> tuple[int, int]:
+    """Load it; bytes that this rank read from the store, index included, and how many reads of data they took."""
+    store = Counting(url)
+    register_scheme("counting", lambda rest: store)
+    spread = Layout(layout)
+    state = large_state(spread, 0)
+    if with_dcp:
+        dcp.load(state, storage_reader=ShardReader("counting://"))
+    else:
+        with Checkpointer("counting://") as ckpt:
+            store.read_bytes = 0  # who owns the run is not part of a read
+            assert ckpt.restore(state) == 1
+    for name, tensor in large_state(spread, 1).items():
+        assert torch.equal(local(state[name]), local(tensor))
+    return store.read_bytes, store.num_reads
+
+
+def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:
+    """Load where rank `victim`'s store fails; what is raised, and after how many reads of this rank."""
+    store = Counting(url, fail_at if dist.get_rank() == victim else None)
+    register_scheme("failing-read", lambda rest: store)
+    with Checkpointer("failing-read://") as ckpt, small_pieces(16 << 10, 64 << 10):
+        try:
+            ckpt.restore(odd_state(Layout(layout), 0))
+        except StorageError as error:
+            return f"{type(error).__name__}: {error}", store.num_reads
+    return "nothing", store.num_reads
+
+
+def fail_dcp(url: str, layout: str, victim: int) -> str:
+    """The same through `dcp.load`."""
+    store = Counting(url, 2 if dist.get_rank() == victim else None)
+    register_scheme("failing-dcp", lambda rest: store)
+    with small_pieces(16 << 10, 64 << 10):
+        try:
+            dcp.load(odd_state(Layout(layout), 0), storage_reader=ShardReader("failing-dcp://"))
+        except dcp.CheckpointException as error:
+            return str({rank: str(failure[0]) for rank, failure in error.failures.items()})
+    return "nothing"

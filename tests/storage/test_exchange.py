@@ -1,0 +1,101 @@
+"""Ranks that read together: every dtype and layout arrives, every byte is read once per job, and nobody hangs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import exchange_cases as cases
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.readplan import Stripes, box_runs, box_stripes
+from storage.requests import packed
+from tests.ranks import Ranks
+
+
+def world_size(layout: str) -> int:
+    return int(np.prod(cases.LAYOUTS[layout][0]))
+
+
+@pytest.mark.slow
+def test_every_dtype_and_layout_arrives_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
+    urls = []
+    for layout, stock in (("rows of 3", False), ("columns of 2", False), ("hsdp 2x2", False), ("tiles 2x2", True)):
+        urls.append(str(tmp_path / f"{layout} {stock}"))
+        ranks.run(cases.save, urls[-1], layout, stock, world_size=world_size(layout))
+    for layout in cases.LAYOUTS:
+        for wrong in ranks.run(cases.load, urls, layout, world_size=world_size(layout), timeout_s=120):
+            assert not wrong, layout
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "with_dcp"),
+    [
+        ("rows of 4", "rows of 4", False),
+        ("rows of 2", "rows of 4", False),
+        ("rows of 4", "rows of 3", False),
+        ("hsdp 2x2", "hsdp 2x2", True),
+        ("rows of 2", "hsdp 2x2", False),
+        ("rows of 2", "columns of 4", True),
+        ("columns of 4", "rows of 4", False),
+        ("rows of 2", "hsdp 2x2 by columns", False),
+        ("rows of 3", "tiles 2x2", False),
+        ("rows of 2", "replicated on 3", False),
+    ],
+)
+def test_a_job_reads_what_it_needs_once(ranks: Ranks, tmp_path: Path, saved: str, loaded: str, with_dcp: bool) -> None:
+    ranks.run(cases.save_large, str(tmp_path), saved, world_size=world_size(saved))
+    counted = ranks.run(cases.count, str(tmp_path), loaded, with_dcp, world_size=world_size(loaded))
+    needed = cases.NUM_TENSORS * cases.ROWS * cases.COLUMNS * 4
+    read = [rank_read for rank_read, _ in counted]
+    assert sum(read) <= 1.02 * needed
+    assert max(read) <= 1.3 * needed / len(read)  # and its ranks read about as much as each other
+
+
+@pytest.mark.parametrize(("layout", "victim"), [("hsdp 2x2", 0), ("columns of 2", 1)])
+def test_a_rank_that_fails_at_any_read_fails_all_and_none_hangs(
+    ranks: Ranks, tmp_path: Path, layout: str, victim: int
+) -> None:
+    ranks.run(cases.save, str(tmp_path), "rows of 2", False, world_size=2)
+    num_reads = ranks.run(cases.fail, str(tmp_path), layout, -1, 0, world_size=world_size(layout))[victim][1]
+    assert num_reads > 10
+    for fail_at in {0, 1, num_reads // 3, num_reads // 2, num_reads - 1}:
+        for message, _ in ranks.run(cases.fail, str(tmp_path), layout, victim, fail_at, world_size=world_size(layout)):
+            assert message == "Transient: out of order"
+    message, *others = ranks.run(cases.fail_dcp, str(tmp_path), layout, victim, world_size=world_size(layout))
+    assert f"{victim}: 'out of order'" in message
+    assert set(others) == {message}
+
+
+@st.composite
+def stripes(draw: st.DrawFn) -> Stripes:
+    length = draw(st.integers(1, 6))
+    return Stripes(draw(st.integers(0, 20)), length + draw(st.integers(0, 9)), length, draw(st.integers(1, 6)))
+
+
+@given(stripes(), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=400, deadline=None)
+def test_packed_stripes_are_those_between(stripes: Stripes, start: int, size: int) -> None:
+    item = np.arange(200, dtype=np.uint8)
+    runs = [item[stripes.start + k * stripes.stride :][: stripes.length] for k in range(stripes.count)]
+    expected = [byte for run in runs for byte in run.tolist() if start <= byte < start + size]
+    assert packed(item[start : start + size], start, stripes).tolist() == expected
+    before = [byte for run in runs for byte in run.tolist() if byte < start]
+    assert stripes.before(start) == len(before)
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    sizes = draw(st.lists(st.integers(1, 5), min_size=0, max_size=4))
+    offsets = [draw(st.integers(0, size - 1)) for size in sizes]
+    return sizes, offsets, [draw(st.integers(1, size - at)) for size, at in zip(sizes, offsets, strict=True)]
+
+
+@given(boxes(), st.sampled_from([1, 4]))
+@settings(max_examples=300, deadline=None)
+def test_the_stripes_of_a_box_are_its_runs(box: tuple[list[int], list[int], list[int]], itemsize: int) -> None:
+    runs = box_runs(*box, itemsize)
+    found = [(s.start + k * s.stride, s.length) for s in box_stripes(*box, itemsize) for k in range(s.count)]
+    assert found == [(start, runs.length) for start in runs.starts]

@@ -1,0 +1,148 @@
+"""Who fetches what several ranks need, against brute force: every byte once, and everybody gets all of theirs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.index import Ints
+from storage.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Ints], Blocks]:
+    """Items that tile objects with gaps between them, and ranges of whole blocks that each rank needs."""
+    starts, lengths, sizes = [], [], []
+    end = 0
+    for _ in range(draw(st.integers(1, 6))):
+        end += draw(st.sampled_from([0, 0, 3]))
+        lengths.append(draw(st.integers(1, 90)))
+        sizes.append(draw(st.sampled_from([4, 8, 16, 100])))
+        starts.append(end)
+        end += lengths[-1]
+    edges = [
+        (start + low, min(start + low + size, start + length))
+        for start, length, size in zip(starts, lengths, sizes, strict=True)
+        for low in range(0, length, size)
+    ]
+    needs = []
+    for _ in range(draw(st.integers(1, 5))):
+        rows = []
+        for _ in range(draw(st.integers(0, 4))):
+            first = draw(st.integers(0, len(edges) - 1))
+            last = draw(st.integers(first, min(first + 6, len(edges) - 1)))
+            rows += edges[first : last + 1]
+        needs.append(merged(np.array(rows, np.int64).reshape(-1, 2)))
+    return needs, Blocks(np.array(starts), np.array(lengths), np.array(sizes))
+
+
+def covered(ranges: Ints) -> set[int]:
+    return {byte for start, stop in ranges.tolist() for byte in range(start, stop)}
+
+
+@given(cases())
+@settings(max_examples=200, deadline=None)
+def test_merged_ranges_are_the_union(case: tuple[list[Ints], Blocks]) -> None:
+    together = np.concatenate(case[0])
+    union = merged(together)
+    assert covered(union) == covered(together)
+    assert (union[1:, 0] > union[:-1, 1]).all()
+
+
+@given(cases(), st.sampled_from([1, 10, 40, 1000]), st.sampled_from([1, 50, 10000]), st.sampled_from([0, 20]))
+@settings(max_examples=400, deadline=None)
+def test_every_needed_byte_is_fetched_once_and_reaches_everyone(
+    case: tuple[list[Ints], Blocks], piece_size: int, round_size: int, small_size: int
+) -> None:
+    needs, blocks = case
+    plan = plan_shares(
+        needs, blocks, piece_size_bytes=piece_size, round_size_bytes=round_size, small_size_bytes=small_size
+    )
+    of_rank = [covered(ranges) for ranges in needs]
+    pieces = [set(range(start, stop)) for start, stop in zip(plan.start.tolist(), plan.stop.tolist(), strict=True)]
+    fetched = [set(mine) for mine in of_rank]  # by whom: first of all by everybody, then what others send is taken away
+    for piece, members, owner in zip(pieces, plan.ranks, plan.owner.tolist(), strict=True):
+        assert piece
+        assert owner in members
+        # exactly those who need it, all of it
+        assert members == tuple(rank for rank, mine in enumerate(of_rank) if piece & mine)
+        assert all(piece <= of_rank[rank] for rank in members)
+        for rank in members:
+            if rank != owner:
+                fetched[rank] -= piece
+    num_fetched = sum(len(mine) for mine in fetched)
+    needed = len(set().union(*of_rank))
+    assert set().union(*fetched) == set().union(*of_rank)
+    assert num_fetched - needed <= (SMALL_SHARE * needed if small_size else 0)
+    # cut between blocks, and no longer than a piece and a block
+    edges = {
+        start + min(low, length)
+        for start, length, size in zip(
+            blocks.start.tolist(), blocks.length.tolist(), blocks.block_size_bytes.tolist(), strict=True
+        )
+        for low in range(0, length + size, size)
+    }
+    assert set(plan.start.tolist()) | set(plan.stop.tolist()) <= edges
+    assert all(len(piece) <= piece_size + int(blocks.block_size_bytes.max()) for piece in pieces)
+    assert sum(map(len, pieces)) == len(set().union(*pieces))
+    for rank in range(len(needs)):
+        holes = [byte for start, stop in holes_of(plan, rank) for byte in range(start, stop)]
+        assert holes == sorted(byte for piece, m in zip(pieces, plan.ranks, strict=True) if rank in m for byte in piece)
+    check_rounds(plan, len(needs), round_size)
+
+
+def check_rounds(plan: SharePlan, world_size: int, round_size: int) -> None:
+    sizes = plan.stop - plan.start
+    assert (np.diff(plan.round) >= 0).all()
+    assert sorted(set(plan.round.tolist())) == list(range(plan.num_rounds))
+    for number in range(plan.num_rounds):
+        pieces = np.flatnonzero(plan.round == number).tolist()
+        for rank in range(world_size):
+            held = [int(sizes[piece]) for piece in pieces if rank in plan.ranks[piece]]
+            assert sum(held) <= round_size or len(held) == 1
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 7])
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+def test_replicas_fetch_equal_shares(replicas: int, num_shards: int) -> None:
+    """HSDP: every shard, an object, is needed by each of its replicas; all ranks fetch the same, within a piece."""
+    size = 200 << 20
+    blocks = Blocks(np.arange(num_shards) * (size + 1), np.full(num_shards, size), np.full(num_shards, 1 << 19))
+    needs = [np.array([[s * (size + 1), s * (size + 1) + size]]) for _ in range(replicas) for s in range(num_shards)]
+    plan = plan_shares(needs, blocks)
+    fetched = np.bincount(plan.owner, plan.stop - plan.start, minlength=len(needs))
+    assert fetched.sum() == size * num_shards
+    assert fetched.max() - fetched.min() <= 16 << 20
+    # and in every round but the last they do so at the same time
+    first = plan.round == 0
+    assert len(set(plan.owner[first].tolist())) == len(needs)
+
+
+def test_those_who_need_much_alone_fetch_less_of_what_is_shared() -> None:
+    size, alone = 400 << 20, 300 << 20
+    blocks = Blocks(np.array([0, size + 1]), np.array([size, alone]), np.array([1 << 20, 1 << 20]))
+    shared = [0, size]
+    plan = plan_shares([np.array([shared, [size + 1, size + 1 + alone]]), np.array([shared])], blocks)
+    fetched = np.bincount(plan.owner, plan.stop - plan.start, minlength=2)
+    assert abs(int(fetched[0]) + alone - int(fetched[1])) <= 16 << 20
+
+
+def test_a_thousand_ranks_are_planned_from_few_numbers() -> None:
+    """256k items in 1000 objects, each for 4 replicas: a rank's needs are one range, and so are they of a thousand."""
+    num_items, num_objects, length = 256 << 10, 250, 40_000
+    per_object = num_items // num_objects
+    base = np.repeat(np.arange(num_objects) * (per_object * length + 1), per_object)
+    start = base + np.tile(np.arange(per_object) * length, num_objects)
+    blocks = Blocks(start, np.full(len(start), length), np.full(len(start), 1 << 14))
+    needs = []
+    for rank in range(1000):
+        first = (rank % num_objects) * per_object
+        own = start[first : first + per_object]
+        needs.append(merged(np.stack((own, own + length), axis=1)))
+    assert all(len(ranges) == 1 for ranges in needs)
+    plan = plan_shares(needs, blocks)
+    assert int((plan.stop - plan.start).sum()) == num_objects * per_object * length
+    fetched = np.bincount(plan.owner, plan.stop - plan.start, minlength=1000)
+    assert fetched.max() <= 2 * fetched.mean()
