@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous check format lint types layers clean
+.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous bench-metadata check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -47,6 +47,9 @@ bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock to
 
 bench-rendezvous: $(VENV)/.dev ## how fast 8 to 512 nodes form a round, beside torch's c10d
 	$(BIN)/python -m tests.bench.rendezvous
+
+bench-metadata: $(VENV)/.dev ## from an index of 256k entries to every rank's plan, beside stock DCP
+	$(BIN)/python -m tests.bench.metadata
 
 check: lint types layers test ## what CI runs
 

@@ -57,7 +57,7 @@ def read_items(
             if group.any(failure is not None):
                 raise failure or PeerFailed("nothing was read because another rank has failed to")
             assert requests is not None
-            places = _Places(index)
+            places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
             part_of = _PieceParts(places, shared, requests).part
             traffic = Exchange(group, source, shared, part_of, requests).run(pool)
@@ -97,7 +97,7 @@ def _size_bytes(part: Part) -> int:
     return part.stop - part.start
 
 
-class _Places:
+class Places:
     """Between the axis, objects and items."""
 
     def __init__(self, index: Index) -> None:
@@ -133,7 +133,7 @@ class _Places:
 class _PieceParts:
     """Pieces of the plan as parts with this rank's wants."""
 
-    def __init__(self, places: _Places, shared: Shared, requests: Requests) -> None:
+    def __init__(self, places: Places, shared: Shared, requests: Requests) -> None:
         self._places = places
         self._plan = shared.plan
         self._spans = requests.spans

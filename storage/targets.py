@@ -160,10 +160,10 @@ class PinnedRing:
 
     def take(self, size_bytes: int) -> torch.Tensor:
         """So many bytes (uint8); waits for the device where the oldest slab is still being copied from."""
-        if size_bytes <= self._slab_size_bytes and len(self._whole) < self._num_slabs and not self._free:
+        if size_bytes <= self._slab_size_bytes and len(self._whole) < self._num_slabs:
             slab = self._copies.pin(self._slab_size_bytes)
             self._whole[slab.data_ptr()] = slab
-            self._free.append((slab, None))
+            self._free.appendleft((slab, None))
         if size_bytes > self._slab_size_bytes or not self._free:
             self.num_unpinned += 1
             return torch.empty(size_bytes, dtype=torch.uint8)

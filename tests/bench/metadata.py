@@ -1,0 +1,227 @@
+"""`make bench-metadata`: from a checkpoint's index in a store to every rank's plan, ours and stock DCP's in turn.
+
+The index is of 1024 tensors of 256 shards each, 262,144 entries, as 256 ranks would have saved them; two processes of
+gloo stand for two of 256 ranks that load it, and ask for one shard of each tensor. Ours is measured on a checkpoint of
+ours and on one of stock DCP, including the broadcast and the exchange of what each rank needs; stock DCP on its own
+checkpoint: each rank unpickles `.metadata` and lets DCP's planner plan. There is no data behind the index, only files
+of the right size. Prints a table and writes JSON beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import pickle
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from storage import catalog, layout, open_store
+from storage.agreement import AgreeingGroup
+from storage.checksum import crc32c, pack_crcs
+from storage.dcp_metadata import metadata_of
+from storage.dcp_pickle import dump_metadata
+from storage.describe import SafeLoadPlanner
+from storage.exchange import agree
+from storage.index import Index, of_manifest
+from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, TensorEntry, dump_manifest
+from storage.reading import Places
+from storage.requests import requests_of
+from tests.ranks import Ranks
+
+NUM_TENSORS, NUM_SHARDS = 1024, 256
+ROWS, COLUMNS = 8, 512  # of a shard
+ITEM_SIZE_BYTES = 704 + ROWS * COLUMNS * 4 + 873
+ATTEMPT = "00000000-1111-2222-3333-444444444444"
+OURS, OURS_ON_STOCK, DCP = "ours", "ours, stock checkpoint", "stock DCP"
+
+
+def key_of(tensor: int) -> str:
+    return f"model.layers.{tensor // 16}.mlp.experts.w{tensor % 16}.weight"
+
+
+def draft() -> Manifest:
+    """What the coordinator has gathered when it commits."""
+    shape = (NUM_SHARDS * ROWS, COLUMNS)
+    crcs = np.random.default_rng(0).integers(1 << 32, size=(NUM_SHARDS * NUM_TENSORS, 3)).tolist()
+    items = [
+        ItemEntry(
+            key=key_of(tensor),
+            offsets=(rank * ROWS, 0),
+            sizes=(ROWS, COLUMNS),
+            object=rank,
+            offset=tensor * ITEM_SIZE_BYTES,
+            length=ITEM_SIZE_BYTES,
+            raw_offset=704,
+            crc32c=crcs[rank * NUM_TENSORS + tensor][0],
+            block_size_bytes=16384,
+            block_crcs=pack_crcs(crcs[rank * NUM_TENSORS + tensor][1:]),
+        )
+        for rank in range(NUM_SHARDS)
+        for tensor in range(NUM_TENSORS)
+    ]
+    names = [layout.data_name(ATTEMPT, rank, 0) for rank in range(NUM_SHARDS)]
+    tensors = {
+        key_of(t): TensorEntry(
+            dtype="float32", shape=shape, path=("model", "layers", t // 16, key_of(t).split(".", 3)[3])
+        )
+        for t in range(NUM_TENSORS)
+    }
+    return Manifest(
+        step=1,
+        attempt=ATTEMPT,
+        created_unix_s=0.0,
+        world_size=NUM_SHARDS,
+        generation=0,
+        lineage="",
+        mesh=None,
+        metadata_size_bytes=0,
+        metadata_crc32c=0,
+        objects=tuple(ObjectEntry(name=name, size_bytes=NUM_TENSORS * ITEM_SIZE_BYTES, etag="") for name in names),
+        tensors=tensors,
+        values={},
+        items=ItemTable.of(items),
+    )
+
+
+def objects_of(index: Index) -> dcp.Metadata:
+    """The same in DCP's objects, as its own save makes them."""
+    columns, state, places = index.columns, {}, {}
+    for key, entry in metadata_of(index).state_dict_metadata.items():
+        assert isinstance(entry, dcp.TensorStorageMetadata)
+        state[key] = entry
+        first = index.entries[key].first
+        for number, chunk in enumerate(entry.chunks):
+            name = index.objects[columns.object[first + number]].name.rpartition("/")[2]
+            place = _StorageInfo(name, int(columns.offset[first + number]), int(columns.length[first + number]))
+            places[dcp.MetadataIndex(key, chunk.offsets, number)] = place
+    paths = {key: entry.path for key, entry in index.entries.items()}
+    return dcp.Metadata(state, planner_data=paths, storage_data=places, version="1.0.0")
+
+
+def make(folder: Path) -> dict[str, Any]:
+    """Both checkpoints; how long it took to write their `.metadata`, once all is gathered."""
+    manifest = draft()
+    began_s = time.process_time()
+    index = of_manifest("", manifest)
+    metadata = dump_metadata(index, ATTEMPT)
+    ours_s = time.process_time() - began_s
+    gc.collect()
+    began_s = time.process_time()
+    stock_metadata = pickle.dumps(objects_of(index))  # in a flat folder, as stock DCP has them
+    stock_s = time.process_time() - began_s
+    sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}
+    sealed = dump_manifest(manifest.model_copy(update=sums))
+    stock_objects = [entry.model_copy(update={"name": entry.name.rpartition("/")[2]}) for entry in manifest.objects]
+    for name, data in ((OURS, metadata), (DCP, stock_metadata)):
+        step = folder / name / layout.step_folder(1)
+        for entry in manifest.objects if name == OURS else stock_objects:
+            (step / entry.name).parent.mkdir(parents=True, exist_ok=True)
+            with (step / entry.name).open("wb") as file:
+                file.truncate(entry.size_bytes)
+        (step / ".metadata").write_bytes(data)
+        if name == OURS:
+            (step / "manifest.json").write_bytes(sealed)
+            (step / layout.manifest_name(ATTEMPT)).write_bytes(sealed)
+    return {"write": {OURS: ours_s, DCP: stock_s}, "size_bytes": {OURS: len(metadata), DCP: len(stock_metadata)}}
+
+
+def state_of(rank: int) -> dict[str, torch.Tensor]:
+    """One shard of each tensor, without memory for the rest of it."""
+    state = {}
+    for tensor in range(NUM_TENSORS):
+        value = torch.zeros(1).expand(NUM_SHARDS * ROWS, COLUMNS)
+        shard = torch.zeros(ROWS, COLUMNS)
+        chunk = dcp.ChunkStorageMetadata(torch.Size((rank * ROWS, 0)), torch.Size((ROWS, COLUMNS)))
+        value.__create_chunk_list__ = functools.partial(list, [chunk])  # type: ignore[attr-defined]
+        value.__get_tensor_shard__ = lambda index, shard=shard: shard  # type: ignore[attr-defined]
+        state[key_of(tensor)] = value
+    return state
+
+
+def read_ours(url: str, state: dict[str, Any]) -> None:
+    """What `Checkpointer.restore` does before it reads data."""
+    group, store = AgreeingGroup(), open_store(url)
+    prefix = layout.step_folder(1) + "/"
+    index = group.share(lambda: catalog.open_commit(catalog.find_commit(store, prefix)), Index.load)
+    assert index is not None and len(index) == NUM_TENSORS * NUM_SHARDS
+    planner = SafeLoadPlanner(index)
+    planner.set_up_planner(state, metadata_of(index), group.is_coordinator)
+    requests = requests_of(index, planner.create_local_plan().items, planner)
+    assert len(requests.spans) == NUM_TENSORS
+    places = Places(index)
+    agree(group, requests, places.blocks, places.axis)
+
+
+def read_stock(url: str, state: dict[str, Any]) -> None:
+    """What `dcp.load` does before it reads data."""
+    metadata = FileSystemReader(f"{url}/{layout.step_folder(1)}").read_metadata()
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(state, metadata, dist.get_rank() == 0)
+    assert len(planner.create_local_plan().items) == NUM_TENSORS
+
+
+def measure(folder: str, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, CPU seconds) of this rank, for each reader in turn."""
+    state = state_of(17 + dist.get_rank())
+    readers: dict[str, Callable[[], None]] = {
+        OURS: lambda: read_ours(f"{folder}/{OURS}", state),
+        OURS_ON_STOCK: lambda: read_ours(f"{folder}/{DCP}", state),
+        DCP: lambda: read_stock(f"{folder}/{DCP}", state),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+    for _ in range(repeats):
+        for name, read in readers.items():
+            gc.collect()
+            dist.barrier()
+            began_s, cpu_s = time.perf_counter(), time.process_time()
+            read()
+            found[name].append((time.perf_counter() - began_s, time.process_time() - cpu_s))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-metadata.json"))
+    args = parser.parse_args()
+    machine = f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{machine}; {NUM_TENSORS * NUM_SHARDS} entries, {args.repeats} times each", flush=True)
+    ranks = Ranks()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            written = make(Path(folder))
+            by_rank = ranks.run(measure, folder, args.repeats, world_size=2, timeout_s=1200)
+    finally:
+        ranks.close()
+    print(f"{'until planned':26}{'median s':>10}{'min':>8}{'max':>8}{'CPU s, rank 0':>15}{'rank 1':>8}{'ratio':>8}")
+    # the slower rank of each run: nobody reads data before both have planned
+    seconds = {name: [max(found[name][i][0] for found in by_rank) for i in range(args.repeats)] for name in by_rank[0]}
+    for name, took in seconds.items():
+        cpu = [statistics.median(run[1] for run in found[name]) for found in by_rank]
+        ratio = statistics.median(seconds[DCP]) / statistics.median(took)
+        row = f"{statistics.median(took):10.2f}{min(took):8.2f}{max(took):8.2f}{cpu[0]:15.2f}{cpu[1]:8.2f}{ratio:7.1f}x"
+        print(f"{name:26}{row}")
+    for name, cpu_s in written["write"].items():
+        print(f".metadata written by {name:14}{cpu_s:8.2f} CPU s, {written['size_bytes'][name] / 1e6:.0f} MB")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine, "until_planned": by_rank, **written}
+    args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
