@@ -229,7 +229,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
         raise AlreadyExists(taken)
     manifest_bytes = dump_manifest(manifest)
     store.put(manifest_key, [manifest_bytes], if_absent=True)
-    if store.read(manifest_key) != manifest_bytes:
+    if _read_back(store, manifest_key, manifest_bytes) != manifest_bytes:
         raise Corrupt(f"{manifest_key} is not what was written")
     # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
     store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
@@ -244,7 +244,7 @@ def _put_metadata(store: ObjectStore, key: str, metadata: bytes, taken: str) -> 
         store.put(key, [metadata], if_absent=True)
     except (AlreadyExists, Transient) as error:
         doubt = error  # it may be there all the same: answered late, and tried again below us
-    found = _insist(lambda: _read_if_there(store, key), key)
+    found = _insist(lambda: _read_back(store, key, metadata), key)
     if found == metadata:
         return
     if doubt is None:
@@ -252,6 +252,12 @@ def _put_metadata(store: ObjectStore, key: str, metadata: bytes, taken: str) -> 
     if found is None:
         raise doubt
     raise AlreadyExists(taken)
+
+
+def _read_back(store: ObjectStore, key: str, expected: bytes) -> bytes | None:
+    """The object, or None. What differs counts when it is read twice: the way to here may have damaged it."""
+    found = _read_if_there(store, key)
+    return found if found == expected else _read_if_there(store, key)
 
 
 def _read_if_there(store: ObjectStore, key: str) -> bytes | None:

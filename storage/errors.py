@@ -33,6 +33,8 @@ class Cause(enum.StrEnum):
     STALLED = "stalled"
     """No byte for as long as the stall time-out."""
     TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    """The store has refused a body because its checksum did not fit."""
     UNREACHABLE = "unreachable"
     """The name does not resolve, or nobody listens."""
     CONFLICT = "conflict"

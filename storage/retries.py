@@ -47,6 +47,7 @@ RULES: Mapping[Cause, Rule] = {
     Cause.STALE: Rule(num_tries=8, wait_s=0.0, wait_s_max=0.0, deadline_s=90.0),
     Cause.STALLED: Rule(num_tries=4, wait_s=0.5, wait_s_max=5.0, deadline_s=180.0),
     Cause.TRUNCATED: Rule(num_tries=8, wait_s=0.05, wait_s_max=5.0, deadline_s=90.0),
+    Cause.DAMAGED: Rule(num_tries=4, wait_s=0.05, wait_s_max=1.0, deadline_s=90.0),
     Cause.UNREACHABLE: Rule(num_tries=7, wait_s=0.2, wait_s_max=5.0, deadline_s=30.0),
     Cause.CONFLICT: Rule(num_tries=6, wait_s=0.1, wait_s_max=2.0, deadline_s=30.0),
     Cause.OTHER: Rule(num_tries=4, wait_s=0.2, wait_s_max=5.0, deadline_s=60.0),

@@ -21,6 +21,14 @@ _THROTTLED = {
     "ServiceUnavailable",
     "RequestThrottled",
 }
+_DAMAGED = {
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "IncompleteBody",
+    "MalformedXML",
+    "InvalidPart",
+}
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted"}
 _REDIRECT = {
     "PermanentRedirect",
@@ -79,6 +87,8 @@ def to_error(answer: Answer, request: Request, now_s: float) -> StorageError:
         return Transient(f"{asked}: throttled ({said})", Cause.THROTTLED, _retry_after_s(answer))
     if code in _CONFLICT or (status == 409 and request.if_absent):
         return Transient(f"{asked}: {said}", Cause.CONFLICT)
+    if code in _DAMAGED:
+        return Transient(f"{asked}: damaged on the way ({said})", Cause.DAMAGED)
     if code == "RequestTimeout" or status == 408:
         return Transient(f"{asked}: {said}", Cause.STALLED)
     if code in _REDIRECT or status in (301, 302, 307, 308):

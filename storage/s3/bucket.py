@@ -189,6 +189,11 @@ class Bucket:
     # ------------------------------------------------------------------------------------------------------------
 
     @property
+    def _signs_payload(self) -> bool:
+        wanted = self._options.sign_payload
+        return wanted == "always" or (wanted == "auto" and not self._client.address.tls)
+
+    @property
     def _put_headers(self) -> Mapping[str, str]:
         headers = {
             "x-amz-storage-class": self._options.storage_class,
@@ -214,7 +219,7 @@ class Bucket:
         digest = None
         if method == "PUT":
             sent["Content-Length"] = str(sum(view.nbytes for view in views))
-            digest = _sha256(views) if self._options.sign_payload else None
+            digest = _sha256(views) if self._signs_payload else None
         signed = self._client.sign(method, target, sent, digest)
         request = self._request(verb, key, if_absent, is_put=method == "PUT")
 

@@ -151,8 +151,12 @@ class S3Client:
     def _guarded(self, request: Request, call: Callable[[], T]) -> T:
         try:
             return call()
-        except (ClientError, BotoCoreError, ResponseParserError) as error:
+        except (ClientError, BotoCoreError) as error:
             raise _translated(error, request) from None
+        except (ResponseParserError, ValueError) as error:
+            # botocore takes a body that breaks off for a whole one, and parses what was damaged as far as it can
+            text = f"{request.verb} {request.what}: the answer cannot be understood ({type(error).__name__})"
+            raise Transient(text, Cause.TRUNCATED) from None
 
 
 class _Signer(S3SigV4Auth):
@@ -220,7 +224,7 @@ def _upload_arguments(options: S3Options) -> dict[str, str]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _translated(error: ClientError | BotoCoreError | ResponseParserError, request: Request) -> StorageError:
+def _translated(error: ClientError | BotoCoreError, request: Request) -> StorageError:
     asked = f"{request.verb} {request.what}"
     if isinstance(error, ClientError):
         return to_error(_answer(error), request, time.time())
@@ -232,8 +236,6 @@ def _translated(error: ClientError | BotoCoreError | ResponseParserError, reques
         return Transient(f"{asked}: {error}", Cause.STALLED)
     if isinstance(error, HTTPClientError):
         return Transient(f"{asked}: {error}", Cause.RESET)
-    if isinstance(error, ResponseParserError):
-        return Transient(f"{asked}: the answer cannot be understood", Cause.SERVER_ERROR)
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return Denied(_NO_CREDENTIALS.format(request.what))
     if isinstance(error, (CredentialRetrievalError, TokenRetrievalError)):

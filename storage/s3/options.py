@@ -33,8 +33,8 @@ class S3Options(BaseModel):
     sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
     """Server-side encryption of what is put."""
     sse_kms_key_id: str | None = None
-    sign_payload: bool = False
-    """Sign a SHA-256 of every body that is put. Costs CPU; TLS makes it needless."""
+    sign_payload: Literal["auto", "always", "never"] = "auto"
+    """Sign a SHA-256 of every body that is put, so that the server refuses damage on the way. auto: without TLS."""
     part_size_mib: int = Field(default=16, ge=5, le=5 * 1024)
     """Objects larger than this go up in parts of this size."""
     num_connections: int = Field(default=32, ge=1, le=1024)

@@ -91,9 +91,10 @@ class S3Store(RetryingStore):
         try:
             etag = self._retrier.call(f"complete {key}", attempt)
         except (NotFound, AlreadyExists, Transient) as error:
-            found = self._settle(key, views, etags) if doubts else None
+            # an upload that is gone may be done: somebody on the way can have sent the request twice
+            found = self._settle(key, views, etags) if doubts or isinstance(error, NotFound) else None
             if found is not None:
-                log.info("%s was put, though the store said: %s", key, doubts[0])
+                log.info("%s was put, though the store said: %s", key, error)
                 return found
             if isinstance(error, Transient) and error.cause is Cause.CONFLICT:
                 error.given_up = False  # the whole upload is begun anew

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from storage import Checkpointer, commit, register_scheme
+from storage import Checkpointer, commit, owner, register_scheme
 from storage.errors import Transient
+from storage.manifest import Receipt
 from storage.memory import MemoryStore
 from storage.objects import Buffer, ObjectInfo
 
@@ -46,6 +49,11 @@ class Failing(MemoryStore):
         if self.fails("answer", key):
             raise Transient(f"no answer to the put of {key}")
         return info
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        if self.fails("list", prefix):
+            raise Transient(f"cannot list {prefix}")
+        return super().list(prefix)
 
     def read(self, key: str) -> bytes:
         if self.fails("read", key):
@@ -146,3 +154,29 @@ def test_failed_clean_up_is_reported(failing: tuple[str, Failing], events: Event
             ckpt.save(step, make_state(step), wait=True)
             assert ckpt.wait()
     assert names(events)[-1] == "checkpoint_cleanup_failed"
+
+
+@pytest.mark.parametrize("operation", ["list", "read"])
+def test_a_poll_outlasts_an_outage(failing: tuple[str, Failing], operation: str) -> None:
+    """The coordinator waits for a receipt that comes late, and the store is away meanwhile."""
+    _, store = failing
+    attempt = commit.Attempt.of_step(10, "a" * 8, 2)
+    claim = owner.Claim(store, owner.claim(store, "", 0, "token"))
+    left = [3]
+
+    def fails(called: str, key: str) -> bool:
+        if called != operation or left[0] == 0:
+            return False
+        left[0] -= 1
+        if left[0] == 0:
+            commit.put_receipt(store, attempt, Receipt(rank=1, attempt=attempt.id))
+        return True
+
+    commit.put_receipt(store, attempt, Receipt(rank=0, attempt=attempt.id))
+    store.fails = fails
+    patience = commit.Patience(time.monotonic() + 60, threading.Event())
+    assert [receipt.rank for receipt in commit.await_receipts(store, attempt, patience, claim)] == [0, 1]
+    store.fails = lambda called, key: called == operation
+    hurry = commit.Patience(time.monotonic() + 0.1, threading.Event())
+    with pytest.raises(Transient, match="gave up waiting for the receipts of ranks 0, 1; the store: cannot"):
+        commit.await_receipts(store, attempt, hurry, claim)

@@ -118,7 +118,7 @@ def test_refusals_are_told_in_one_line(juicefs: S3Server, operation: str, monkey
 
 
 def test_options_reach_the_server(juicefs: S3Server, moto: S3Server, prefix: str) -> None:
-    url = moto.url(prefix) + "&storage_class=STANDARD_IA&sse=AES256&sign_payload=true"
+    url = moto.url(prefix) + "&storage_class=STANDARD_IA&sse=AES256&sign_payload=always"
     store = open_store(url)
     data = bytes(17 << 20)
     for key, content in (("small", b"x"), ("large", data)):

@@ -33,6 +33,7 @@ def refusal(status: int, code: str = "", request: Request = REQUEST, **headers: 
         (400, "RequestTimeout", Cause.STALLED),
         (500, "InternalError", Cause.SERVER_ERROR),
         (502, "", Cause.SERVER_ERROR),
+        (400, "XAmzContentSHA256Mismatch", Cause.DAMAGED),
         (409, "OperationAborted", Cause.CONFLICT),
     ],
 )

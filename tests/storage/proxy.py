@@ -1,0 +1,234 @@
+"""A proxy in front of an S3 server that does to requests and answers what networks and servers do.
+
+::
+
+    with FaultProxy(server) as proxy:
+        proxy.faults.append(Fault("reset", method="GET", contains=".distcp", times=2))
+        store = open_store(proxy.url("run"))
+
+Faults, each for `times` requests that match:
+
+    throttle     503 SlowDown, nothing is passed on
+    error        500 InternalError, nothing is passed on
+    refuse       503 before the body has been read; then the connection is closed
+    lose         passed on, but the answer never comes: the connection is closed
+    reset        half of the answer's body, then a reset
+    truncate     half of the answer's body, then an orderly end
+    stall        half of the answer's body, then nothing more
+    slow         the answer's body in drops, each within the stall time-out
+    corrupt      one byte of the answer's body is flipped
+    corrupt_put  one byte of the request's body is flipped
+    twice        passed on, and answered twice
+    repeat       passed on twice, and answered once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+from tests.s3 import BUCKET, S3Server
+
+KINDS = (
+    *("throttle", "error", "refuse", "lose", "reset", "truncate", "stall", "slow"),
+    *("corrupt", "corrupt_put", "twice", "repeat"),
+)
+_DROPS = 8
+_DROP_S = 0.05
+_REFUSALS = {
+    "throttle": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    "refuse": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    "error": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"),
+}
+_ON_BODIES = ("reset", "truncate", "stall", "slow", "corrupt")
+
+
+@dataclass
+class Fault:
+    """What to do to the next `times` requests by `method` whose target (unquoted) contains `contains`.
+
+    `num_done` counts how often it was done. Faults of an answer's body pass over answers without one.
+    """
+
+    kind: str
+    method: str = ""
+    contains: str = ""
+    times: int = 1
+    num_done: int = 0
+
+    def matches(self, method: str, target: str) -> bool:
+        return self.times > 0 and self.method in ("", method) and self.contains in unquote(target)
+
+
+class FaultProxy:
+    """Listens on a port of loopback; `faults` may change at any time, the first that matches is done."""
+
+    def __init__(self, server: S3Server) -> None:
+        self._server = server
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+        self._http = _Server(self)
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    @property
+    def upstream(self) -> str:
+        return urlsplit(self._server.endpoint_url).netloc
+
+    def url(self, prefix: str, **options: object) -> str:
+        """A store's URL through the proxy."""
+        given = {"endpoint_url": self.endpoint_url, "stall_timeout_s": 30.0, "part_size_mib": 5, **options}
+        return f"s3://{BUCKET}/{prefix}?" + "&".join(f"{name}={value}" for name, value in given.items())
+
+    def pick(self, method: str, target: str) -> Fault | None:
+        """The fault for a request, if there is one."""
+        with self.lock:
+            self.requests.append((method, target))
+            return next((fault for fault in self.faults if fault.matches(method, target)), None)
+
+    def did(self, fault: Fault) -> None:
+        with self.lock:
+            fault.times -= 1
+            fault.num_done += 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join(30)
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, proxy: FaultProxy) -> None:
+        self.proxy = proxy
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no news here."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _relay(self) -> None:
+        proxy = self.server.proxy
+        fault = proxy.pick(self.command, self.path)
+        kind = fault.kind if fault is not None else ""
+        if fault is not None and kind in _REFUSALS:
+            proxy.did(fault)
+            if kind != "refuse":
+                self._body()
+            self._refuse(*_REFUSALS[kind])
+            return
+        body = self._body()
+        if fault is not None and kind == "corrupt_put":
+            if not body:
+                fault = None
+            else:
+                proxy.did(fault)
+                body = _flipped(body)
+        status, headers, answer = self._ask(body)
+        if kind == "repeat":
+            status, headers, answer = self._ask(body)
+        if fault is not None and kind != "corrupt_put" and (answer or kind not in _ON_BODIES):
+            proxy.did(fault)
+            self._spoil(kind, status, headers, answer)
+        else:
+            self._answer(status, headers, answer)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _relay
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        with contextlib.closing(http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)) as upstream:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders(body or None)
+            response = upstream.getresponse()
+            answer = response.read()
+            drop = {"connection", "transfer-encoding", "content-length"}
+            headers = [(name, value) for name, value in response.getheaders() if name.lower() not in drop]
+            length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(answer))
+            return response.status, [*headers, ("Content-Length", length or "0")], answer
+
+    def _head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
+        lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in headers), "", ""]
+        return "\r\n".join(lines).encode()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.wfile.write(self._head(status, headers) + body)
+
+    def _refuse(self, status: int, body: bytes) -> None:
+        self.close_connection = True
+        content = b"" if self.command == "HEAD" else body
+        self._answer(status, [("Content-Length", str(len(content))), ("Connection", "close")], content)
+
+    def _spoil(self, kind: str, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        head, half = self._head(status, headers), len(body) // 2
+        match kind:
+            case "repeat":
+                self.wfile.write(head + body)
+            case "twice":
+                self.wfile.write((head + body) * 2)
+            case "corrupt":
+                self.wfile.write(head + _flipped(body))
+            case "slow":
+                self.wfile.write(head)
+                size = max(1, -(-len(body) // _DROPS))
+                for start in range(0, len(body), size):
+                    self.wfile.write(body[start : start + size])
+                    self.server.proxy.released.wait(_DROP_S)
+            case "stall":
+                self.close_connection = True
+                self.wfile.write(head + body[:half])
+                self.server.proxy.released.wait(30)
+            case "truncate":
+                self.close_connection = True
+                self.wfile.write(head + body[:half])
+            case "reset":
+                self.close_connection = True
+                self.wfile.write(head + body[:half])
+                # an end without the orderly close: the peer gets a reset
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            case "lose":
+                self.close_connection = True
+            case _:
+                raise AssertionError(f"no fault is called {kind!r}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the tests say what they saw."""
+
+
+def _flipped(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
