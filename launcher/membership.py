@@ -264,7 +264,14 @@ def _perhaps_grow(
 
 
 def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, planner: Planner, now_s: float) -> Action:
-    # Nothing is decided before all have stopped: the root cause may be the last to be told.
+    causes = _causes(view, current)
+    final = [cause for cause in causes if not cause.failure.restartable]
+    if final:  # who says so (stock torchrun) stays until the job is closed
+        causes = (*final, *(cause for cause in causes if cause not in final))
+        outcome = f"failed: {describe(causes[0].failure)}"
+        ended = dataclasses.replace(current, outcome=outcome, verdict=Verdict.BUDGET_USED, causes=causes)
+        return Propose(ended)
+    # Nothing else is decided before all have stopped: the root cause may be the last to be told.
     if busy := _busy(view, current):
         until_s = view.broken_s + rules.stop_timeout_s
         if now_s >= until_s:
@@ -273,7 +280,6 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
     if now_s < view.drained_s + rules.drain_settle_s:  # told to drain one after the other, they leave nobody behind
         return Wait("more nodes may drain", view.drained_s + rules.drain_settle_s)
-    causes = _causes(view, current)
     elapsed_s = now_s - view.formed_s
     judged = judge(
         current.history.aged(elapsed_s),

@@ -143,8 +143,6 @@ def judge(
 
 def _hopeless(history: History, root: Failure) -> Judgement | None:
     """The end of the job where nothing else need be known than how it failed."""
-    if not root.restartable:
-        return Judgement(history, verdict=Verdict.BUDGET_USED)
     if root.kind is FailureClass.USAGE:
         return Judgement(history, verdict=Verdict.USAGE)
     if root.kind is FailureClass.START_UP and not history.worked:

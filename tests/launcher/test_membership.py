@@ -206,6 +206,12 @@ class TestFailure:
         assert isinstance(action, Propose)
         assert action.round.outcome.startswith("failed: worker of rank 1 failed with exit code 2")
 
+    def test_that_is_final_ends_the_job_while_its_reporter_waits_for_that(self) -> None:
+        a, b = self.fallen(restartable=False)
+        action = act(view((dataclasses.replace(a, status=Status.STOPPING), b), round_of("a", "b")))
+        assert isinstance(action, Propose)
+        assert action.round.verdict is Verdict.BUDGET_USED
+
     def test_is_forgotten_in_the_next_generation(self) -> None:
         a, b = (dataclasses.replace(n, failure=FAILURE) for n in running("a", "b"))
         yet_to_join = dataclasses.replace(b, generation=0, status=Status.READY)

@@ -68,9 +68,6 @@ class TestWhatStopsAtOnce:
         not_yet = after(History(), lived_s=2.0).history
         assert after(not_yet, cause(FailureClass.START_UP)).verdict is Verdict.FAILS_AGAIN
 
-    def test_what_its_reporter_knows_to_be_final(self) -> None:
-        assert lives(cause(restartable=False)).verdict is Verdict.BUDGET_USED
-
 
 class TestProgramErrors:
     def test_the_same_place_twice_stops(self) -> None:
