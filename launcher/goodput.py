@@ -20,12 +20,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from launcher.records import SUCCEEDED
-
-Event = Mapping[str, Any]
-"""One line of `events.jsonl`."""
+from launcher.wording import Event, describe_failure, describe_fields, describe_root_cause
 
 
 class Cause(StrEnum):
@@ -403,27 +400,6 @@ def _cause_of(reason: str) -> Cause:
         if reason.startswith(start):
             return cause
     return Cause.NODE_LOSS if re.search(r"\bnode \S+ lost\b", reason) else Cause.OTHER
-
-
-def describe_failure(event: Event) -> str:
-    """A `worker_failed` event in one line."""
-    code = event.get("exit_code")
-    how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
-    message = f": {event['message']}" if event.get("message") else ""
-    return f"rank {event.get('rank')} on {event.get('node')} failed with {how}{message}"
-
-
-def describe_root_cause(event: Event) -> str:
-    """A `root_cause` event in one line."""
-    place = f" at {event['place']}" if event.get("place") else ""
-    failed = describe_failure({**event, "node": event.get("node_failed")})
-    return f"{failed}{place} ({event.get('failure_class')}, host {event.get('host')})"
-
-
-def describe_fields(event: Event) -> str:
-    """An event's own fields in one line, the long ones left out."""
-    common = ("ts", "run_id", "node", "generation", "event")
-    return " ".join(f"{k}={v}" for k, v in event.items() if k not in common and not isinstance(v, dict | list))
 
 
 def covered(within: tuple[float, float], intervals: Iterable[tuple[float, float]]) -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.timeline import timeline
 from elastic_moe.errors import UserError
-from launcher.goodput import Cause, Event, Goodput, Interruption, account
+from launcher.goodput import Cause, Goodput, Interruption, account
+from launcher.wording import Event
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from launcher.goodput import Event, describe_failure, describe_fields, describe_root_cause
+from launcher.wording import Event, describe_failure, describe_fields, describe_root_cause
 
 _ROUTINE = {
     "workers_started",
