@@ -15,7 +15,7 @@ from typing import Any
 from launcher.errors import KVUnavailable
 from launcher.events import Emit
 from launcher.history import Exclusion
-from launcher.kv import KV, Lease
+from launcher.kv import KV, Entry, Lease
 from launcher.records import LEFT, Node, Status
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,11 @@ class RecordKeeper:
             self._record = record = dataclasses.replace(self._record, status=status, failure=None)
         lease = self._kv.lease(self._lease_ttl_s)
         try:
-            # No two nodes may share an id: each would overwrite the other's record.
-            written = self._kv.put(self._key, record.to_json(), if_revision=0 if first else None, lease=lease)
+            written = (
+                self._write_first(record, lease) if first else self._kv.put(self._key, record.to_json(), lease=lease)
+            )
             if written is None:
-                raise KVUnavailable(f"node id {record.node_id} is taken" if first else "the lease ended at once")
+                raise KVUnavailable("the lease ended at once")
         except BaseException:
             lease.stop()
             raise
@@ -144,6 +145,16 @@ class RecordKeeper:
         if before is not None:
             before.revoke()  # with what else was under it, if it stands yet: a claim to lead, say
         return record
+
+    def _write_first(self, record: Node, lease: Lease) -> Entry | None:
+        """No two nodes may share an id: each would overwrite the other's record."""
+        written = self._kv.put(self._key, record.to_json(), if_revision=0, lease=lease)
+        if written is not None or (there := self._kv.get(self._key)) is None:
+            return written
+        if there.value != record.to_json():
+            raise KVUnavailable(f"node id {record.node_id} is taken")
+        # written before by this node, unheard: the answer was lost
+        return self._kv.put(self._key, record.to_json(), if_revision=there.revision, lease=lease)
 
     def start(self) -> None:
         """Start the thread that writes changes."""

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _RETRY_S = 0.2
+_START_TIMEOUT_S = 10.0
 
 
 class Member:
@@ -297,9 +298,16 @@ class Member:
             KVUnavailable: the store does not answer.
         """
         self.hold_back(unfit)
-        self._register(first=True)
-        self._relist()
-        self._thread.start()
+        ends_s = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                self._register(first=True)
+                break
+            except KVUnavailable:  # many nodes may start at once
+                if time.monotonic() >= ends_s:
+                    raise
+                self._stopping.wait(_RETRY_S)
+        self._thread.start()  # which lists first
         self._own.start()
 
     def others(self) -> list[str]:

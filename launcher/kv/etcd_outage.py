@@ -29,6 +29,7 @@ LONGEST_TTL_S = 300.0
 """Of longer leases etcd notes every five minutes what is left (`checkpointInterval`); a new leader gives them that."""
 
 _LEARN_PERIOD_S = 60.0
+_LEARN_FIRST_S = 2.0  # not while the job's nodes all start
 _ANSWER_TIMEOUT_S = 0.3
 
 Address = tuple[str, int]
@@ -82,7 +83,7 @@ class Outage:
         self._endpoints = endpoints
         self._own: dict[int, int] = {}
         self._addresses: dict[int, frozenset[Address]] = {}
-        self._learnt_s = -_LEARN_PERIOD_S
+        self._learnt_s = time.monotonic() + _LEARN_FIRST_S - _LEARN_PERIOD_S
 
     def learn(self) -> None:
         """Ask who the members are, once in a while; etcd has just answered."""
