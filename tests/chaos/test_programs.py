@@ -37,10 +37,13 @@ def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
 
 
 def test_a_worker_that_hangs_in_a_collective(job: Job) -> None:
-    """It is found and told, the stacks of the workers are written down, and all go on from the step before."""
+    """It is found by its missing heartbeats, its stack is written down, and all go on from the step before."""
     options = ("--hang-timeout", "3", "--max-restarts", "1")
     nodes = job.nodes("a", "b", "c", nnodes="3:3", conf=ALL, script=("--hang", "30"), options=options)
     job.steps(3, after=1)
     job.finish(*nodes)
-    assert job.events("hang_detected"), job.told()
+    (cause,) = job.events("root_cause")
+    assert (cause["rank"], cause["failure_class"]) == (2, "hang"), job.told()
+    stacks = (job.folder / "stacks" / "generation-1" / "rank-2.txt").read_text()
+    assert "job.py" in stacks, "where it hangs"
     assert job.history().done(1)[-1] == 29
