@@ -35,7 +35,9 @@ def more(job: Job, num: int = 20) -> None:
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
 def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) -> None:
-    """Three members: the other two elect one of themselves, and training goes on without another round."""
+    """Three members: the other two elect one of themselves. A dead leader ends no lease: training goes on. Of one that is
+    silent nobody can tell: workers may yield, at a step boundary, and go on; no step is done twice.
+    """
     job = start_job(3)
     nodes = three(job)
     leader = job.store.members[job.store.leader()]
@@ -44,7 +46,8 @@ def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) 
     leader.start() if fault == "killed" else leader.signal(signal.SIGCONT)
     more(job, 20)
     job.finish(*nodes, redone=0)
-    assert job.history().generations() == [1], job.told()
+    if fault == "killed":
+        assert job.history().generations() == [1], job.told()
 
 
 @pytest.mark.also_secure
@@ -59,7 +62,9 @@ def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
 
 
 def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
-    """Killed and started again in one job, frozen in another: each goes on, or resumes by itself, with no step lost."""
+    """Killed and started again in one job, frozen in another. Dead members end no lease, and the nodes see that they are
+    dead: training goes on. Of frozen ones nobody can tell: it resumes by itself, with no step lost.
+    """
     jobs = {fault: start_job(folder=fault) for fault in ("killed", "frozen")}
     nodes = {fault: three(job) for fault, job in jobs.items()}
     for fault, job in jobs.items():
@@ -70,6 +75,7 @@ def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
     for fault, job in jobs.items():
         more(job)
         job.finish(*nodes[fault])
+    assert jobs["killed"].history().generations() == [1], jobs["killed"].told()
 
 
 def away(job: Job, fault: str, seconds: float) -> None:
