@@ -28,8 +28,10 @@ import contextlib
 import http.client
 import http.server
 import socket
+import ssl
 import struct
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -69,20 +71,28 @@ class Fault:
 
 
 class FaultProxy:
-    """Listens on a port of loopback; `faults` may change at any time, the first that matches is done."""
+    """Listens on a port of loopback; `faults` may change at any time, the first that matches is done.
 
-    def __init__(self, server: S3Server) -> None:
+    `tls`: paths of a certificate and its key (see `tests.certificates`); the way to the server stays plain.
+    """
+
+    def __init__(self, server: S3Server, tls: Mapping[str, str] | None = None) -> None:
         self._server = server
+        self._scheme = "http" if tls is None else "https"
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.released = threading.Event()
         self._http = _Server(self)
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls["cert"], tls["key"])
+            self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
     def endpoint_url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._http.server_address[1]}"
 
     @property
     def upstream(self) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from elastic_moe.cli.main import main
 from storage import inspect, open_store
-from storage.errors import Denied, Transient
+from storage.errors import Denied, StorageError, Transient
 from storage.s3.options import S3Options
+from tests.certificates import Authority
 from tests.ranks import Ranks
 from tests.s3 import BUCKET, S3Server
 from tests.storage import s3_cases
+from tests.storage.proxy import FaultProxy
 
 
 @pytest.fixture
@@ -154,7 +157,51 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, juicefs: S3Server) -> Non
         assert store.retries.snapshot().num_by_cause == {"unreachable": 2}
 
 
-def test_a_profile_is_used(juicefs: S3Server, prefix: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tls(juicefs: S3Server, tmp_path: Path) -> Iterator[tuple[FaultProxy, str]]:
+    """The gateway behind TLS, and the file of the authority that it is signed by."""
+    issued = Authority(tmp_path, "ours").issue("store")
+    with FaultProxy(juicefs, issued) as proxy:
+        yield proxy, issued["cacert"]
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_over_tls_with_an_authority_of_ones_own(
+    tls: tuple[FaultProxy, str], prefix: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, authority = tls
+    if way == "environment":
+        monkeypatch.setenv("AWS_CA_BUNDLE", authority)
+    store = open_store(proxy.url(prefix, **({"ca_bundle": authority} if way == "option" else {})))
+    data = memoryview(bytes(range(256)) * (6 << 12))
+    for key in ("small", "large"):
+        content = data[:9] if key == "small" else data
+        info = store.put(key, [content[:4], content[4:]], if_absent=True)
+        memory = memoryview(bytearray(content.nbytes))
+        store.read_into(key, 0, [memory[:5], memory[5:]], if_match=info.etag)
+        assert memory == content
+    assert [info.key for info in store.list("")] == ["large", "small"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_certificate_that_is_not_trusted_is_told_in_one_line(tls: tuple[FaultProxy, str], operation: str) -> None:
+    text = refused(operate(tls[0].url("run"), operation))
+    assert "ca_bundle" in text
+
+
+def test_a_ca_bundle_that_is_not_there_is_told_in_one_line(tls: tuple[FaultProxy, str], tmp_path: Path) -> None:
+    url = tls[0].url("run", ca_bundle=tmp_path / "nothing.pem")
+    with pytest.raises(StorageError, match=r"ca_bundle .*nothing\.pem cannot be read") as caught:
+        open_store(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_tls_where_there_is_none(juicefs: S3Server) -> None:
+    url = f"s3://{BUCKET}/run?endpoint_url={juicefs.endpoint_url.replace('http:', 'https:')}"
+    assert "is it http://?" in refused(operate(url, "read"))
+
+
+def test_a_profile_is_used(juicefs: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(f"{tmp_path}/credentials", "w") as file:
         file.write(f"[ours]\naws_access_key_id = {juicefs.access_key}\naws_secret_access_key = {juicefs.secret_key}\n")
     with open(f"{tmp_path}/config", "w") as file:
@@ -170,7 +217,7 @@ def test_a_profile_is_used(juicefs: S3Server, prefix: str, tmp_path: object, mon
 
 
 def test_credentials_that_a_program_gives_are_refreshed(
-    juicefs: S3Server, prefix: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    juicefs: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`credential_process` stands for every role: the same refreshable credentials, asked for anew when they end."""
     script = f"""#!/bin/sh
@@ -207,8 +254,6 @@ def test_many_pages(juicefs: S3Server, prefix: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_defaults_of_the_options_are_documented() -> None:
-    from pathlib import Path
-
     page = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
     for name, field in S3Options.model_fields.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
@@ -219,8 +264,6 @@ def test_defaults_of_the_options_are_documented() -> None:
 
 
 def test_the_table_of_retries_is_documented() -> None:
-    from pathlib import Path
-
     from storage.retries import RULES
 
     page = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
