@@ -35,8 +35,8 @@ def more(job: Job, num: int = 20) -> None:
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
 def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) -> None:
-    """Three members: the other two elect one of themselves. A dead leader ends no lease: training goes on. Of one that is
-    silent nobody can tell: workers may yield, at a step boundary, and go on; no step is done twice.
+    """The other two members elect one of themselves. A dead leader ends no lease: training goes on. Of a silent one
+    nobody can tell: workers may yield, at a step boundary, and go on; no step is done twice.
     """
     job = start_job(3)
     nodes = three(job)
@@ -62,7 +62,7 @@ def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
 
 
 def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
-    """Killed and started again in one job, frozen in another. Dead members end no lease, and the nodes see that they are
+    """Killed and started again in one job, frozen in another. Dead members end no lease, and nodes see that they are
     dead: training goes on. Of frozen ones nobody can tell: it resumes by itself, with no step lost.
     """
     jobs = {fault: start_job(folder=fault) for fault in ("killed", "frozen")}
