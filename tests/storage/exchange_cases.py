@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from storage import Checkpointer, ShardReader, exchange, register_scheme
@@ -202,3 +205,39 @@ def fail_dcp(url: str, layout: str, victim: int) -> str:
         except dcp.CheckpointException as error:
             return str({rank: str(failure[0]) for rank, failure in error.failures.items()})
     return "nothing"
+
+
+def fsdp1_model(seed: int) -> FullyShardedDataParallel:
+    """FSDP's first version, whose state dict holds ShardedTensors."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 5))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    FullyShardedDataParallel.set_state_dict_type(wrapped, StateDictType.SHARDED_STATE_DICT)
+    return wrapped
+
+
+def save_fsdp1(url: str) -> dict[str, torch.Tensor]:
+    """Save such a model twice, ours and stock; the whole of its weights."""
+    model = fsdp1_model(1)
+    state = model.state_dict()
+    assert any(isinstance(value, ShardedTensor) for value in state.values())
+    with Checkpointer(url) as ckpt:
+        ckpt.save(1, {"model": state}, wait=True)
+        assert ckpt.wait()
+    dcp.save({"model": state}, checkpoint_id=f"{url}-stock/step-000000001")
+    with FullyShardedDataParallel.summon_full_params(model):
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def load_fsdp1(urls: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+    """Load each of them into a model of another seed; the whole of its weights."""
+    found = []
+    for url in urls:
+        model = fsdp1_model(2)
+        state = {"model": model.state_dict()}
+        with Checkpointer(url) as ckpt:
+            assert ckpt.restore(state) == 1
+        model.load_state_dict(state["model"])
+        with FullyShardedDataParallel.summon_full_params(model):
+            found.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    return found

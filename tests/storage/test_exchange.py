@@ -7,6 +7,7 @@ from pathlib import Path
 import exchange_cases as cases
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,3 +100,13 @@ def test_the_stripes_of_a_box_are_its_runs(box: tuple[list[int], list[int], list
     runs = box_runs(*box, itemsize)
     found = [(s.start + k * s.stride, s.length) for s in box_stripes(*box, itemsize) for k in range(s.count)]
     assert found == [(start, runs.length) for start in runs.starts]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that it will drop this version one day
+def test_fsdp_of_the_first_version(ranks: Ranks, tmp_path: Path) -> None:
+    urls = [str(tmp_path / "run"), str(tmp_path / "run-stock")]
+    saved = ranks.run(cases.save_fsdp1, urls[0], world_size=2)[0]
+    for found in ranks.run(cases.load_fsdp1, urls, world_size=3):
+        for weights in found:
+            assert weights.keys() == saved.keys()
+            assert all(torch.equal(weights[name], value) for name, value in saved.items())
