@@ -187,6 +187,7 @@ class Checkpointer:
             seconds=round(time.monotonic() - started_s, 3),
             bytes=restored.needed_bytes,
             fetched_bytes=restored.traffic.fetched_bytes,
+            received_bytes=restored.traffic.received_bytes,
         )
         return restored.step
 
