@@ -104,7 +104,7 @@ class FsspecStore:
                 found = self._fs.find(folder, detail=True)
             except FileNotFoundError:
                 return []
-            infos = [ObjectInfo(self._key(path), _size(info), _etag(info)) for path, info in found.items()]
+            infos = [ObjectInfo(self._key(path), _size(info), _etag(info), _when(info)) for path, info in found.items()]
         return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key)
 
     def folders(self, prefix: str) -> Sequence[str]:
@@ -193,11 +193,18 @@ def _size(info: Mapping[str, Any]) -> int:
     return int(info.get("size") or 0)
 
 
+def _when(info: Mapping[str, Any]) -> float | None:
+    value = next((info[name] for name in _TIMES if info.get(name)), None)
+    if isinstance(value, datetime.datetime):
+        return value.timestamp()
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 def _etag(info: Mapping[str, Any]) -> str:
     """Whatever tells one version of a file from another; with nothing better, its size."""
     for name in _ETAGS:
         if info.get(name):
             return str(info[name]).strip('"')
-    when = next((info[name] for name in _TIMES if info.get(name)), "")
-    when = when.timestamp() if isinstance(when, datetime.datetime) else when  # one file system has it in both ways
-    return f"{when}-{_size(info)}"
+    when = _when(info)  # one file system has it as a date in one place and as a number in another
+    text = next((str(info[name]) for name in _TIMES if info.get(name)), "") if when is None else str(when)
+    return f"{text}-{_size(info)}"

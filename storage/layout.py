@@ -8,12 +8,14 @@ RUN/step-000000120/attempt-<uuid>/__<rank>_<i>.distcp    data of one attempt, ne
 RUN/step-000000120/attempt-<uuid>/receipt-<rank>.json    what that rank wrote, or why it could not
 RUN/step-000000120/attempt-<uuid>/aborted.json           why the coordinator gave the attempt up
 RUN/step-000000120/quarantined-<uuid>.metadata  set aside: the checkpoint was found corrupt
+RUN/.probe-<hex>                                what a process asked the store with, and would have removed
 """
 
 from __future__ import annotations
 
 import re
 
+PROBE_PREFIX = ".probe-"
 QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
 METADATA = ".metadata"
@@ -25,6 +27,7 @@ _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
+_PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
 _QUARANTINED = re.compile(r"quarantined-[0-9a-f-]{8,64}\.metadata")
 
 
@@ -96,6 +99,11 @@ def quarantined_name(unique: str) -> str:
 def is_quarantined_name(name: str) -> bool:
     """Whether `quarantined_name` could have made `name`."""
     return _QUARANTINED.fullmatch(name) is not None
+
+
+def is_probe_name(name: str) -> bool:
+    """Whether a store's probe (see `storage.s3.probe`) would have put `name`."""
+    return _PROBE.fullmatch(name) is not None
 
 
 def split_step_url(url: str) -> tuple[str, str]:

@@ -236,7 +236,7 @@ class LocalStore:
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:
     etag = f"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"
-    return ObjectInfo(key, status.st_size, etag)
+    return ObjectInfo(key, status.st_size, etag, status.st_mtime)
 
 
 def _holds_a_file(folder: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
@@ -21,6 +22,7 @@ class MemoryStore:
         self._name = name
         self._lock = threading.Lock()
         self._objects: dict[str, tuple[bytes, str]] = {}
+        self._written: dict[str, float] = {}
         self._versions = itertools.count(1)
         self.retries = RetryLog()
 
@@ -49,6 +51,7 @@ class MemoryStore:
                 raise AlreadyExists(f"{key} exists in {self.url}")
             etag = f"v{next(self._versions)}"
             self._objects[key] = (data, etag)
+            self._written[key] = time.time()
         return ObjectInfo(key, len(data), etag)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
@@ -78,7 +81,7 @@ class MemoryStore:
         check_prefix(prefix)
         with self._lock:
             found = [(key, value) for key, value in self._objects.items() if key.startswith(prefix)]
-        return [ObjectInfo(key, len(data), etag) for key, (data, etag) in sorted(found)]
+        return [ObjectInfo(key, len(data), etag, self._written[key]) for key, (data, etag) in sorted(found)]
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See `ObjectStore.folders`."""

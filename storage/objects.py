@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from storage.errors import Denied, NotFound
 from storage.retries import RetryLog
@@ -21,11 +21,24 @@ _BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One stored object. `etag` changes whenever the object's bytes change; it means nothing in another store."""
+    """One stored object. `etag` changes whenever the object's bytes change; it means nothing in another store.
+
+    `modified_unix_s` is when it was written, by the store's clock; only listings tell it, and not those of every store.
+    """
 
     key: str
     size_bytes: int
     etag: str
+    modified_unix_s: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload in parts that was begun and not ended. Its parts cost space, and no listing of objects shows them."""
+
+    key: str
+    id: str
+    started_unix_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,17 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is not an error."""
+
+
+@runtime_checkable
+class MultipartStore(Protocol):
+    """A store whose uploads in parts can be left behind."""
+
+    def uploads(self) -> Sequence[Upload]:
+        """All that were begun below the store's root and not ended. Raises Transient, Denied."""
+
+    def abort(self, upload: Upload) -> None:
+        """Give one up and free its parts. Raises NotFound if it has ended meanwhile."""
 
 
 def exists(store: ObjectStore, key: str) -> bool:

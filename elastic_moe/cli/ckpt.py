@@ -1,4 +1,7 @@
-"""`elastic-moe ckpt`: look at the checkpoints of a run. Imports torch only for checkpoints that stock DCP wrote."""
+"""`elastic-moe ckpt`: look at the checkpoints of a run, and clean up.
+
+Imports torch only for checkpoints that stock DCP wrote.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.errors import UserError
-from storage import inspect
+from storage import garbage, inspect
 from storage.registry import with_options
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 _URL_HELP = "a run's folder or URL (s3://bucket/run), or one step of it (RUN/step-000000120)"
 _EPILOG = """\
---json writes one object for `show`, a list of objects for `ls` and `verify`.
+--json writes one object for `show`, a list of objects for the others.
 
 Exit codes: 0 done, for `verify` every byte is good; 1 a checkpoint is damaged;
 2 wrong usage, or there is no checkpoint at the URL.
@@ -27,11 +30,11 @@ Exit codes: 0 done, for `verify` every byte is good; 1 a checkpoint is damaged;
 
 
 def register(verbs: Subparsers) -> None:
-    """Add the verb `ckpt` with its own verbs `ls`, `show` and `verify`."""
+    """Add the verb `ckpt` with its own verbs `ls`, `show`, `verify` and `gc`."""
     parser = verbs.add_parser(
         "ckpt",
-        help="list, show and verify checkpoints",
-        description="List, show and verify the checkpoints of a run.",
+        help="list, show, verify and clean up checkpoints",
+        description="List, show and verify the checkpoints of a run, and clean up.",
         epilog=_EPILOG,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
@@ -39,12 +42,18 @@ def register(verbs: Subparsers) -> None:
         ("ls", _list, "list the steps of a run: size, age, who saved, state"),
         ("show", _show, "show what a checkpoint holds: tensors and their shards"),
         ("verify", _verify, "read every byte and compare it with its checksum"),
+        ("gc", _collect, "remove what dead jobs left behind: attempts that never committed, unfinished uploads"),
     ):
         action = actions.add_parser(name, help=text, description=text.capitalize() + ".", epilog=_EPILOG)
         action.add_argument("url", metavar="URL", help=_URL_HELP)
         action.add_argument("--json", action="store_true", help="write JSON")
         action.add_argument("--endpoint-url", metavar="URL", help="another server than AWS for s3:// URLs")
         action.add_argument("--profile", metavar="NAME", help="the profile of the AWS configuration for s3:// URLs")
+        if name == "gc":
+            action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+            action.add_argument(
+                "--older-than", type=_hours, default=24.0, metavar="HOURS", help="only what is older (default 24)"
+            )
         action.set_defaults(handler=handler)
 
 
@@ -115,6 +124,40 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([{"good": not v.problems, **dataclasses.asdict(v)} for v in verdicts])
     return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    location = _locate(args)
+    if location.prefix is not None:
+        raise UserError(f"gc works on a whole run, and {args.url!r} is one checkpoint; give the folder above it")
+    now_s = time.time()
+    found = garbage.find(location.store, now_s, args.older_than * 3600.0)
+    for row in found:
+        if not args.dry_run:
+            garbage.remove(location.store, row)
+        if not args.json:
+            did = "would remove" if args.dry_run else "removed"
+            size = f", {_size(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
+            print(f"{did} {row.kind} {row.name}{size}, {_age(now_s - row.modified_unix_s)} old")
+    _tell_retries(location)
+    if args.json:
+        shown = ("name", "kind", "num_objects", "size_bytes", "modified_unix_s")
+        _print_json([{"removed": not args.dry_run, **{name: getattr(row, name) for name in shown}} for row in found])
+    elif not found:
+        print("nothing to remove")
+    return 0
+
+
+def _hours(text: str) -> float:
+    """For argparse's `type`."""
+    least = garbage.AGE_S_MIN / 3600.0
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not hours >= least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours >= {least:g}: a job may still be saving")
+    return hours
 
 
 def _locate(args: argparse.Namespace) -> inspect.Location:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from storage.errors import AlreadyExists, Corrupt, Denied, Interrupted, NotFound
-from storage.objects import Buffer, Capabilities, ObjectInfo, check_key, check_prefix
+from storage.objects import Buffer, Capabilities, ObjectInfo, Upload, check_key, check_prefix
 from storage.retries import RetryLog
 from storage.retrying import views_of
 from storage.s3.answers import Request, parse_body, to_error
@@ -155,10 +155,10 @@ class Bucket:
     def listed(self, pages: Sequence[Page]) -> Sequence[ObjectInfo]:
         """The objects of a listing, by key below the root; without what no key of ours can name (folder markers)."""
         found = []
-        for name, size_bytes, etag in (row for page in pages for row in page.objects):
+        for name, size_bytes, etag, when in (row for page in pages for row in page.objects):
             key = name.removeprefix(self._location.prefix)
             if _is_key(key):
-                found.append(ObjectInfo(key, size_bytes, _bare(etag)))
+                found.append(ObjectInfo(key, size_bytes, _bare(etag), when))
         return sorted(found, key=lambda info: info.key)
 
     def folded(self, prefix: str, pages: Sequence[Page]) -> Sequence[str]:
@@ -181,6 +181,12 @@ class Bucket:
         """Make the object of its parts; its etag. Raises NotFound when the upload is gone (or done)."""
         request = self._request("put", key, with_condition)
         return _bare(self._client.complete_upload(self._location.prefix + key, upload, etags, with_condition, request))
+
+    def uploads(self) -> Sequence[Upload]:
+        """See `MultipartStore.uploads`."""
+        rows = self._client.uploads(self._location.prefix, self._request("list the uploads of", ""))
+        named = [(name.removeprefix(self._location.prefix), upload, when) for name, upload, when in rows]
+        return [Upload(key, upload, when) for key, upload, when in named if _is_key(key)]
 
     def abort_upload(self, key: str, upload: str) -> None:
         """Give an upload up. Raises NotFound when it is gone (or done)."""

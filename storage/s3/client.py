@@ -53,9 +53,9 @@ _NO_CREDENTIALS = (
 
 @dataclass(frozen=True)
 class Page:
-    """One page of a listing: (key, size in bytes, etag) and common prefixes; `token` asks for the next one."""
+    """One page of a listing: (key, size in bytes, etag, when) and common prefixes; `token` asks for the next one."""
 
-    objects: tuple[tuple[str, int, str], ...]
+    objects: tuple[tuple[str, int, str, float], ...]
     folders: tuple[str, ...]
     token: str | None
 
@@ -116,7 +116,10 @@ class S3Client:
         given["MaxKeys"] = PAGE_SIZE
         answer = self._guarded(request, lambda: self._client.list_objects_v2(**given))
         return Page(
-            tuple((row["Key"], int(row["Size"]), str(row["ETag"])) for row in answer.get("Contents", [])),
+            tuple(
+                (row["Key"], int(row["Size"]), str(row["ETag"]), row["LastModified"].timestamp())
+                for row in answer.get("Contents", [])
+            ),
             tuple(row["Prefix"] for row in answer.get("CommonPrefixes", [])),
             answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
         )
@@ -136,6 +139,12 @@ class S3Client:
             arguments["IfNoneMatch"] = "*"
         answer = self._guarded(request, lambda: self._client.complete_multipart_upload(**arguments))
         return str(answer["ETag"])
+
+    def uploads(self, prefix: str, request: Request) -> list[tuple[str, str, float]]:
+        """All unfinished uploads below `prefix`: (key, id, when begun)."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+        rows = self._guarded(request, lambda: [row for page in pages for row in page.get("Uploads", [])])
+        return [(row["Key"], row["UploadId"], row["Initiated"].timestamp()) for row in rows]
 
     def abort_upload(self, key: str, upload: str, request: Request) -> None:
         """Free what the parts of an upload hold. Raises NotFound if there is no such upload any more."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from storage.errors import AlreadyExists, Denied
+from storage.layout import PROBE_PREFIX
 from storage.objects import Buffer, ObjectInfo
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def honours_conditions(store: Probed) -> bool:
 
     Raises Transient, and Denied where nothing can be put at all.
     """
-    key = f".probe-{uuid.uuid4().hex}"
+    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
     store.put_object(key, [b"probe"], with_condition=False)
     try:
         store.put_object(key, [b"probe"], with_condition=True)

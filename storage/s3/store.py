@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
 from storage.fetch import run_all
 from storage.flight import Flight
-from storage.objects import Buffer, ObjectInfo
+from storage.objects import Buffer, ObjectInfo, Upload
 from storage.retries import Retrier
 from storage.retrying import RetryingStore, stored_equal, views_of
 from storage.s3.bucket import Bucket
@@ -52,6 +52,14 @@ class S3Store(RetryingStore):
     def folders(self, prefix: str) -> Sequence[str]:
         """See `ObjectStore.folders`."""
         return self._bucket.folded(prefix, self._bucket.pages(prefix, "/", self._page))
+
+    def uploads(self) -> Sequence[Upload]:
+        """See `MultipartStore.uploads`."""
+        return self._retrier.call("list uploads", self._bucket.uploads)
+
+    def abort(self, upload: Upload) -> None:
+        """See `MultipartStore.abort`."""
+        self._retrier.call(f"abort {upload.key}", lambda: self._bucket.abort_upload(upload.key, upload.id))
 
     def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
         return self._retrier.call(f"list {prefix}", lambda: self._bucket.page(prefix, token, delimiter))

@@ -195,6 +195,7 @@ def test_list_is_by_prefix_and_sorted(store: ObjectStore) -> None:
     assert [info.key for info in store.list("step-1/a")] == ["step-1/a/x"]
     assert len(store.list("")) == 5
     assert store.list("step-1/")[0] == store.info("step-1/.metadata")
+    assert all((info.modified_unix_s or 0) > 1_700_000_000 for info in store.list(""))
 
 
 def test_folders(store: ObjectStore) -> None:
