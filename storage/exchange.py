@@ -17,11 +17,11 @@ import numpy as np
 
 from storage.agreement import PeerFailed
 from storage.fetch import Source, Traffic, scratch
-from storage.group import Array, Expected, Group, Message
-from storage.index import Ints
+from storage.group import COORDINATOR, Array, Expected, Group, Message
+from storage.index import Index, Ints, spans
 from storage.readplan import Part, Range, Stripes
 from storage.requests import Requests, as_bytes, packed
-from storage.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, plan_shares
+from storage.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,28 @@ def agree(group: Group, requests: Requests, blocks: Blocks, axis: Ints) -> Share
         needs_of_rank.append(numbers[1:end].reshape(-1, 2))
         stripes_of_rank.append({row[0]: Stripes(*row[1:]) for row in numbers[end:].reshape(-1, 5).tolist()})
     return Shared(plan_shares(needs_of_rank, blocks), tuple(stripes_of_rank))
+
+
+def learn_crcs(group: Group, index: Index, requests: Requests) -> Index:
+    """`index` with the checksums of what this rank wants, which the coordinator knows; a collective.
+
+    A checkpoint of 1 TiB has up to 256 MiB of checksums: too much to be sent to every rank.
+    """
+    if index.is_stock:
+        return index
+    wanted = np.array(sorted(requests.spans), np.int64)
+    told = group.all_gather_long(merged(np.stack((wanted, wanted + 1), axis=1)).tobytes())
+    if not group.is_coordinator:
+        size = index.num_crcs(wanted) * 4
+        expected = [Expected(COORDINATOR, group.rank, size)] if size else []
+        received = group.swap([], expected)
+        return index.with_crcs(wanted, np.frombuffer(received[0] if size else b"", np.uint32))
+    for peer, data in enumerate(told):
+        ranges = np.frombuffer(data, np.int64).reshape(-1, 2)
+        if peer != group.rank and len(ranges):
+            crcs = index.crcs_of(spans(ranges[:, 0], ranges[:, 1]))
+            group.swap([Message(peer, peer, crcs.view(np.uint8))], [])
+    return index
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,32 @@ class Index:
         starts = np.concatenate(([0], np.cumsum(sizes)[:-1])) if len(sizes) else sizes
         return np.asarray(starts[self.columns.object] + self.columns.offset, np.int64)
 
+    def crcs_of(self, items: Ints) -> npt.NDArray[np.uint32]:
+        """The blocks' checksums of those items, one item after the other."""
+        first = self.columns.first_crc
+        return self.columns.crcs[spans(first[items], first[items + 1])]
+
+    def num_crcs(self, items: Ints) -> int:
+        """How many those are; known of every item."""
+        if self.is_stock:
+            return 0
+        return int((-(-self.columns.length[items] // self.columns.block_size_bytes[items])).sum())
+
+    def with_crcs(self, items: Ints, crcs: npt.NDArray[np.uint32]) -> Index:
+        """The same index, with `crcs_of(items)` in the place of all checksums."""
+        counts = np.zeros(len(self), np.int64)
+        counts[items] = -(-self.columns.length[items] // self.columns.block_size_bytes[items])
+        first = np.concatenate(([0], np.cumsum(counts)))
+        return dataclasses.replace(self, columns=dataclasses.replace(self.columns, first_crc=first, crcs=crcs))
+
     def dump(self) -> bytes:
-        """Bytes for the way to the other ranks: a head in JSON, then the columns in the narrowest type each."""
-        columns = {field.name: _narrow(getattr(self.columns, field.name)) for field in dataclasses.fields(Columns)}
+        """Bytes for the way to the other ranks: a head in JSON, then the columns in the narrowest type each.
+
+        Without checksums, which can be many times the rest: each rank asks for those of what it reads.
+        """
+        none = {"first_crc": np.zeros(0, np.int64), "crcs": np.zeros(0, np.uint32)}
+        fields = {field.name: getattr(self.columns, field.name) for field in dataclasses.fields(Columns)}
+        columns = {name: _narrow(column) for name, column in (fields | none).items()}
         head = {
             "prefix": self.prefix,
             "step": self.step,
@@ -142,14 +165,14 @@ class Index:
 
     @classmethod
     def load(cls, data: bytes) -> Index:
-        """What `dump` dumped."""
+        """What `dump` dumped; no checksum is known yet."""
         at = 8 + int.from_bytes(data[:8], "little")
         head = json.loads(data[8:at])
         columns: dict[str, Any] = {}
         for name, kind, shape in head["columns"]:
             column = np.frombuffer(data, kind, math.prod(shape), at).reshape(shape)
             at += column.nbytes
-            columns[name] = column if name == "crcs" else column.astype(np.int64)
+            columns[name] = column.astype(np.uint32 if name == "crcs" else np.int64)
         return cls(
             head["prefix"],
             head["step"],
@@ -243,6 +266,13 @@ def boxes(rows: Sequence[Sequence[int]], fill: int) -> Ints:
     array = np.full((len(rows), width), fill, np.int64)
     array[np.arange(width) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
     return array
+
+
+def spans(first: Ints, last: Ints) -> Ints:
+    """The numbers of range(first[i], last[i]), one range after the other."""
+    counts = last - first
+    before = np.cumsum(counts) - counts
+    return np.asarray(np.repeat(first - before, counts) + np.arange(counts.sum()), np.int64)
 
 
 def _by_key(keys: Sequence[str], key_of_item: Sequence[str]) -> tuple[Ints, list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from storage.agreement import PeerFailed
-from storage.exchange import Exchange, Shared, agree
+from storage.exchange import Exchange, Shared, agree, learn_crcs
 from storage.fetch import Source, Traffic, scratch, windowed_by_size
 from storage.group import Group
 from storage.index import Index
@@ -57,6 +57,7 @@ def read_items(
             if group.any(failure is not None):
                 raise failure or PeerFailed("nothing was read because another rank has failed to")
             assert requests is not None
+            source = Source(store, learn_crcs(group, index, requests))
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
             part_of = _PieceParts(places, shared, requests).part

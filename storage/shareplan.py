@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.index import Ints
+from storage.index import Ints, spans
 
 PIECE_SIZE_BYTES = 8 * 1024 * 1024
 ROUND_SIZE_BYTES = 64 * 1024 * 1024
@@ -119,18 +119,11 @@ def _pairs(needs_of_rank: Sequence[Ints], cuts: Ints) -> tuple[Ints, Ints]:
     segments, ranks = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for rank, needs in enumerate(needs_of_rank):
         first, last = np.searchsorted(cuts, needs[:, 0]), np.searchsorted(cuts, needs[:, 1])
-        segments.append(_spans(first, last))
+        segments.append(spans(first, last))
         ranks.append(np.full(len(segments[-1]), rank, np.int64))
     segment, rank_of = np.concatenate(segments), np.concatenate(ranks)
     order = np.argsort(segment, kind="stable")
     return segment[order], rank_of[order]
-
-
-def _spans(first: Ints, last: Ints) -> Ints:
-    """The numbers of range(first[i], last[i]), one range after the other."""
-    counts = last - first
-    before = np.cumsum(counts) - counts
-    return np.asarray(np.repeat(first - before, counts) + np.arange(counts.sum()), np.int64)
 
 
 def _spared(sizes: Ints, num_ranks: Ints, small_size_bytes: int) -> Ints:
@@ -149,7 +142,7 @@ def _pieces(start: Ints, stop: Ints, blocks: Blocks, size_bytes: int) -> tuple[I
     first, last = start // size_bytes + 1, -(-stop // size_bytes)
     last = np.maximum(last, first)
     of_range = np.repeat(np.arange(len(start)), last - first)
-    inner = _spans(first, last) * size_bytes
+    inner = spans(first, last) * size_bytes
     inner = blocks.floor(inner) if len(inner) else inner
     inside = inner > start[of_range]
     starts = np.concatenate((start, inner[inside]))
@@ -199,7 +192,7 @@ def _rounds(
     by_owner = np.argsort(owner, kind="stable")
     counts = np.bincount(owner, minlength=world_size)
     turn = np.zeros(len(sizes), np.int64)
-    turn[by_owner] = _spans(np.zeros(len(counts), np.int64), counts)
+    turn[by_owner] = spans(np.zeros(len(counts), np.int64), counts)
     order = np.lexsort((owner, turn))
     rounds = np.zeros(len(sizes), np.int64)
     held_bytes = np.zeros(world_size, np.int64)

@@ -36,7 +36,7 @@ from storage.checksum import crc32c, pack_crcs
 from storage.dcp_metadata import metadata_of
 from storage.dcp_pickle import dump_metadata
 from storage.describe import SafeLoadPlanner
-from storage.exchange import agree
+from storage.exchange import agree, learn_crcs
 from storage.index import Index, of_manifest
 from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, TensorEntry, dump_manifest
 from storage.reading import Places
@@ -163,6 +163,7 @@ def read_ours(url: str, state: dict[str, Any]) -> None:
     planner.set_up_planner(state, metadata_of(index), group.is_coordinator)
     requests = requests_of(index, planner.create_local_plan().items, planner)
     assert len(requests.spans) == NUM_TENSORS
+    learn_crcs(group, index, requests)
     places = Places(index)
     agree(group, requests, places.blocks, places.axis)
 
