@@ -155,6 +155,7 @@ class Member:
                     and current.generation > self._own.record.generation
                     and current.place_of(self.node_id) is not None
                     and not self.fenced()
+                    and not self.store_silent()  # workers would be asked to yield at once, again and again
                     and current.broken is None
                 ):
                     return current

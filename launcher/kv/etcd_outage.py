@@ -30,6 +30,8 @@ LONGEST_TTL_S = 300.0
 
 _LEARN_PERIOD_S = 60.0
 _LEARN_FIRST_S = 2.0  # not while the job's nodes all start
+_ASK_AGAIN_S = 5.0
+"""While a member that was away at the first question is not known."""
 _ANSWER_TIMEOUT_S = 0.3
 
 Address = tuple[str, int]
@@ -102,10 +104,12 @@ class Outage:
             told[index] = Told(answer.header.member_id, members)
         self._addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
         own = own_endpoints(self._addresses, told)
-        if not own and not self._own:
-            log.info("the endpoints given are not those of all members of etcd: an outage will stop the workers")
         if own or len(told) == len(self._endpoints):  # else a member is away, and what was known before stands
             self._own = own
+            if not own:
+                log.info("the endpoints given are not those of all members of etcd: an outage will stop the workers")
+        elif not self._own:
+            self._learnt_s = now_s - _LEARN_PERIOD_S + _ASK_AGAIN_S
 
     def no_lease_ends(self) -> bool:
         """Whether no lease can end before its TTL from now on, although etcd does not answer."""

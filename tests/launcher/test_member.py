@@ -120,6 +120,17 @@ def test_nodes_that_come_together_form_one_round(job: Job) -> None:
     assert [p.node_id for p in formed.participants] == ["a", "b", "c"]
 
 
+def test_a_node_joins_no_round_while_the_store_is_silent_to_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers would be asked to yield as soon as they run."""
+    member = job.start("a")
+    until("a round", member.round, WAIT_S)
+    monkeypatch.setattr(member._own, "store_silent", lambda: True)
+    with pytest.raises(TimeoutError):
+        member.wait_round(0.3)
+    monkeypatch.undo()
+    assert member.wait_round(WAIT_S).generation == 1
+
+
 def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
     for name in "abc":
         job.start(name)
