@@ -101,6 +101,9 @@ def _pace() -> Pace:
     return Pace()
 
 
+_num_untimed = 0
+
+
 @contextlib.contextmanager
 def untimed() -> Iterator[None]:
     """What happens inside may take much longer than a step: saving, evaluating.
@@ -108,13 +111,16 @@ def untimed() -> Iterator[None]:
     The agent then does not take its length for a hang before it is as long as a start-up may be, nor learns from it
     how long a step is.
     """
+    global _num_untimed
     channel = _channel()
+    _num_untimed += 1  # one may lie within another: an evaluation that saves
     if channel:
         channel.set_untimed(True)
     try:
         yield
     finally:
-        if channel:
+        _num_untimed -= 1
+        if channel and not _num_untimed:
             channel.set_untimed(False)
 
 

@@ -180,14 +180,14 @@ class ElasticAgent(LocalElasticAgent):
     def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
         while True:
             try:
+                self._leave_if_asked()  # a signal that came while the last generation was ended is only noted down
                 self._initialize_workers(self._worker_group)
             except RendezvousClosedError:
                 return self._closed()
             except RendezvousTimeoutError as error:
                 raise RendezvousTimeout(str(error)) from error
             except Drained:
-                if request := self._drain.current:
-                    self._yielding.tell_drain(request)
+                self._leave_if_asked()
                 raise
             self._supervising = True
             try:
@@ -197,6 +197,12 @@ class ElasticAgent(LocalElasticAgent):
                 self._end_generation(end)
             finally:
                 self._supervising = False
+
+    def _leave_if_asked(self) -> None:
+        """Leave where no workers run that would have to stop first."""
+        if request := self._drain.current:
+            self._yielding.tell_drain(request)
+            raise Drained(request.reason, request.exit_code)
 
     def _closed(self) -> RunResult:
         """The job ended without this node: it was a spare, or another node's failure was the last."""
@@ -210,16 +216,16 @@ class ElasticAgent(LocalElasticAgent):
         """Watch one generation to its end: the job's result, or why there has to be another round."""
         while True:
             self._member.wait(_POLL_S)
-            if any(remains.exit_code for remains in self._remains()):
+            exit_codes = {remains.exit_code for remains in self._remains()}
+            if exit_codes - {0, None}:
                 self._report_failures()
                 return _End("worker failed", self._graces.stop_s)
-            paused = self._channels.asked_s is not None
-            if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=paused):
+            if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=self._yielding.is_awaited()):
                 return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
             reason = self._member.stop_requested(generation)
             if reason and not self._yielding.ask(reason):
                 return _End(reason, self._graces.stop_s)
-            if self._member.store_silent() and self._channels.is_cooperative():
+            if self._member.store_silent() and self._channels.is_cooperative() and self._channels.asked_s is None:
                 reason = reason or "the store is silent"
                 self._yielding.ask(reason)  # saved now, no step is lost if this node has to stop its workers
             broken = self._member.broken(generation)
@@ -232,15 +238,16 @@ class ElasticAgent(LocalElasticAgent):
             if request and (why := self._yielding.follow_drain(request)):
                 return _End(f"{request.reason}: {why}", self._graces.stop_s)
             reason = reason or (request.reason if request else "drain of another node")
-            result: RunResult = self._monitor_workers(self._worker_group)
-            exited = result.state is WorkerState.SUCCEEDED
+            exited = exit_codes == {0}
             if self._yielding.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
                 return _End(reason, 0.0)
             if exited and not self._yielding.done:
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
-                self._worker_group.state = WorkerState.SUCCEEDED
+                # Not asked before all have ended well: where one has failed it ends the others in its own way.
+                result: RunResult = self._monitor_workers(self._worker_group)
+                self._worker_group.state = result.state
                 return result
 
     def _end_generation(self, end: _End) -> None:

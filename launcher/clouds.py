@@ -56,7 +56,8 @@ def _take_no_argument(argument: str) -> None:
 
 
 def _checked(url: str, what: str) -> str:
-    if urlsplit(url).scheme != "http" or not urlsplit(url).hostname:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.port == 0:  # `port` raises ValueError if it is no number
         raise ValueError(f"{what}{url!r} is not an http:// address")
     return url
 

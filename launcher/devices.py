@@ -7,8 +7,10 @@ start meanwhile run out of memory. Nothing here costs anything on a node without
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -44,9 +46,21 @@ class Held:
         return ", ".join([*told, *(f"pid {pid} is on a GPU" for pid in self.pids)])
 
 
+def visible(given: str | None) -> str | None:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` names, as `nvidia-smi -i` takes them; "" for none, None for all. Pure.
+
+    As CUDA reads it, the list ends at the first entry that is no device: -1, or Slurm's NoDevFiles. `nvidia-smi` knows
+    whole GPUs only, so where a slice of one (MIG) is named, all are asked for.
+    """
+    if given is None or "MIG-" in given:
+        return None
+    names = (name.strip() for name in given.split(","))
+    return ",".join(itertools.takewhile(re.compile(r"\d+|GPU-[0-9a-fA-F-]+").fullmatch, names))
+
+
 def present() -> bool:
     """Whether there may be GPUs that this job may use."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and shutil.which(_TOOL) is not None
+    return visible(os.environ.get("CUDA_VISIBLE_DEVICES")) != "" and shutil.which(_TOOL) is not None
 
 
 def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S) -> list[list[str]]:
@@ -55,8 +69,8 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
     Raises:
         Unanswered: the tool failed or took longer than `timeout_s`.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    command = [_TOOL, *(["-i", visible] if visible else []), f"--query-{what}={','.join(fields)}"]
+    chosen = visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    command = [_TOOL, *(["-i", chosen] if chosen else []), f"--query-{what}={','.join(fields)}"]
     try:
         process = subprocess.Popen(
             [*command, "--format=csv,noheader,nounits"],
@@ -81,7 +95,10 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
     if process.returncode != 0:
         told = (stderr.strip() or stdout.strip()).partition("\n")[0]
         raise Unanswered(f"{_TOOL} ended with exit code {process.returncode}: {told}")
-    return [[field.strip() for field in line.split(",")] for line in stdout.splitlines() if line.strip()]
+    rows = [[field.strip() for field in line.split(",")] for line in stdout.splitlines() if line.strip()]
+    if odd := next((row for row in rows if len(row) != len(fields)), None):  # "No devices were found", say
+        raise Unanswered(f"{_TOOL} said {','.join(odd)!r}")
+    return rows
 
 
 def used_mib() -> dict[str, int]:

@@ -173,8 +173,11 @@ class HangWatch:
         return True
 
     def _judge(self, live: Mapping[int, _Seen], output: Hashable) -> Hang | None:
-        ages_s = {rank: self._clock_s - seen.changed_s for rank, seen in live.items()}
-        limits = {rank: self._limit_of(seen) for rank, seen in live.items()}
+        # One that never says a word while others make steps is no late starter: its script has only some ranks tell.
+        steps = any(seen.num_beats for seen in self._seen.values())
+        telling = {rank: seen for rank, seen in live.items() if not steps or seen.progress.phase is not Phase.STARTING}
+        ages_s = {rank: self._clock_s - seen.changed_s for rank, seen in telling.items()}
+        limits = {rank: self._limit_of(seen) for rank, seen in telling.items()}
         late = [rank for rank, (_, limit_s) in limits.items() if limit_s is not None and ages_s[rank] > limit_s]
         if late:
             first = max(late, key=ages_s.__getitem__)
@@ -182,7 +185,7 @@ class HangWatch:
             assert limit_s is not None
             # The others stand still for nearly as long: one cannot make progress without the rest.
             ranks = tuple(sorted(rank for rank, age_s in ages_s.items() if age_s > limit_s / 2))
-            return Hang(kind, ranks, min(live[r].progress.step for r in ranks), ages_s[first], limit_s)
+            return Hang(kind, ranks, min(telling[r].progress.step for r in ranks), ages_s[first], limit_s)
         silent_s, silence_s = self._clock_s - self._output_s, self._silence_limit_s()
         if live and output is not None and silence_s is not None and silent_s > silence_s:
             step = min(seen.progress.step for seen in live.values())

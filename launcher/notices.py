@@ -21,6 +21,11 @@ class Notice:
     is_final: bool = True
 
 
+def believed(left_s: float) -> float | None:
+    """The seconds that are left, None for what is over, more than a day ahead, or no number."""
+    return left_s if 0 < left_s <= _FAR_S else None
+
+
 def seconds_left(when: datetime.datetime, now_unix_s: float) -> float | None:
     """Seconds until `when` (UTC, where it names no zone).
 
@@ -29,5 +34,4 @@ def seconds_left(when: datetime.datetime, now_unix_s: float) -> float | None:
     """
     if when.tzinfo is None:
         when = when.replace(tzinfo=datetime.UTC)
-    left_s = when.timestamp() - now_unix_s
-    return left_s if 0 < left_s <= _FAR_S else None
+    return believed(when.timestamp() - now_unix_s)

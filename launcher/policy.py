@@ -28,6 +28,7 @@ _SEVERITY = {
     FailureClass.HANG: 1,  # every rank waits for the one that failed
     FailureClass.LOST_PEER: 3,
 }
+_OF_THE_PROGRAM = (FailureClass.PROGRAM, FailureClass.START_UP, FailureClass.USAGE)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def judge(
         return Judgement(seen, verdict=Verdict.FAILS_AGAIN, why=repeated)
     progress = gained or (step < 0 and lived_s >= SETTLED_S)
     seen = replace(seen, in_row=1 if progress else seen.in_row + 1)
-    if root.kind in (FailureClass.PROGRAM, FailureClass.START_UP):
+    if root.kind in _OF_THE_PROGRAM:
         seen = replace(seen, program_place=root.place, program_step=root.step)
     elif gained:
         seen = replace(seen, program_place="", program_step=-1)
@@ -143,7 +144,7 @@ def judge(
 
 def _hopeless(history: History, root: Failure) -> Judgement | None:
     """The end of the job where nothing else need be known than how it failed."""
-    if root.kind is FailureClass.USAGE:
+    if root.kind is FailureClass.USAGE and not history.worked:
         return Judgement(history, verdict=Verdict.USAGE)
     if root.kind is FailureClass.START_UP and not history.worked:
         return Judgement(history, verdict=Verdict.FAILS_AGAIN, why="an error at start; it would come again")
@@ -152,7 +153,7 @@ def _hopeless(history: History, root: Failure) -> Judgement | None:
 
 def _repeated(history: History, root: Failure) -> str:
     """Why a program error is the same as the one before, "" if it is not."""
-    if root.kind not in (FailureClass.PROGRAM, FailureClass.START_UP) or not history.program_place:
+    if root.kind not in _OF_THE_PROGRAM or not history.program_place:
         return ""
     if root.place == history.program_place:
         return f"the same failure twice ({root.place}), no step gained"
@@ -172,7 +173,7 @@ def backoff_s(in_row: int) -> float:
 def blame(history: History, root: Failure) -> Blame:
     """Whether a failure speaks against its node; `history` is that of the judgement."""
     match root.kind:
-        case FailureClass.START_UP:
+        case FailureClass.START_UP | FailureClass.USAGE:
             return Blame.UNFIT if history.worked else Blame.NONE
         case FailureClass.DEVICE | FailureClass.HANG:
             return Blame.STRIKE

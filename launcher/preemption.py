@@ -21,7 +21,7 @@ from launcher import clouds
 from launcher.draining import DrainOrder, Source
 from launcher.errors import UsageError
 from launcher.events import Emit
-from launcher.notices import Notice, seconds_left
+from launcher.notices import Notice, believed, seconds_left
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class FileWatcher:
 
 def _time_in(text: str) -> float | None:
     try:
-        return float(text) if float(text) > 0 else None
+        return believed(float(text))
     except ValueError:
         pass
     try:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _PAUSE_S, _PAUSE_S_MAX = 1.0, 60.0
 _OVERTIME_S = 2.0
+_LOOK_S = 0.1
 _OUTPUT_MAX_CHARS = 300
 _MIB = 1024 * 1024
 _running: set[int] = set()  # process groups of commands that run now
@@ -162,15 +163,18 @@ class Finding:
     reason: str
 
 
-def examine(checks: Sequence[Check]) -> tuple[Finding, ...]:
-    """Run all checks; those that failed. A check that raises has failed, and so has one that outlasts its time."""
+def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False) -> tuple[Finding, ...]:
+    """Run all checks; those that failed. A check that raises has failed, and so has one that outlasts its time.
+
+    Once `is_over`, nothing is waited for any more and what is found says nothing.
+    """
     findings = [_run(check) for check in checks if not check.timeout_s]
     if slow := [check for check in checks if check.timeout_s]:
-        findings += _run_together(slow)
+        findings += _run_together(slow, is_over)
     return tuple(finding for finding in findings if finding.reason)
 
 
-def _run_together(checks: Sequence[Check]) -> list[Finding]:
+def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[Finding]:
     findings = [Finding(check.name, f"{check.name} did not end within {check.timeout_s:g} s") for check in checks]
 
     def run(place: int) -> None:
@@ -182,12 +186,19 @@ def _run_together(checks: Sequence[Check]) -> list[Finding]:
             thread.start()
         ends_s = time.monotonic() + max(check.timeout_s for check in checks) + _OVERTIME_S
         for thread in threads:
-            thread.join(max(0.0, ends_s - time.monotonic()))
+            while thread.is_alive() and not is_over() and (left_s := ends_s - time.monotonic()) > 0:
+                thread.join(min(left_s, _LOOK_S))
+        if is_over():
+            _end_commands()
     except BaseException:  # a signal ends this node: its commands go with it
-        for pid in tuple(_running):
-            _end(pid)
+        _end_commands()
         raise
     return list(findings)
+
+
+def _end_commands() -> None:
+    for pid in tuple(_running):
+        _end(pid)
 
 
 def _run(check: Check) -> Finding:
@@ -239,7 +250,13 @@ class Preflight:
             self._passed = False
             return True
         pause_s, attempt, began_s = _PAUSE_S, 1, time.monotonic()
-        while reason := self._tell(examine(self._checks), generation, attempt, pause_s):
+        while True:
+            findings = examine(self._checks, is_over)
+            if is_over():
+                return False
+            reason = self._tell(findings, generation, attempt, pause_s)
+            if not reason:
+                break
             hold_back(reason)
             ends_s = time.monotonic() + pause_s
             while (left_s := ends_s - time.monotonic()) > 0:

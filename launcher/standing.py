@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.failures import FailureClass
 from launcher.forming import Formation
 from launcher.history import Exclusion, History, Mark, MarkKind
 from launcher.policy import Blame, Judgement, Limits, blame, exclude, mark, suspects, waive
@@ -39,7 +38,7 @@ def weigh(
                 reason = f"{root.failure.kind.value}: {root.failure.message or root.failure.place}"
                 marks.append(Mark(identity_of(root.node_id), MarkKind.STRIKE, reason))
             case Blame.UNFIT:
-                failing = {identity_of(c.node_id): c for c in causes if c.failure.kind is FailureClass.START_UP}
+                failing = {identity_of(c.node_id): c for c in causes if c.failure.kind is root.failure.kind}
                 unfit = [
                     Mark(name, MarkKind.STRIKE, f"cannot start what has run elsewhere: {cause.failure.message}")
                     for name, cause in failing.items()

@@ -83,6 +83,11 @@ class Yielding:
             return False
         return True
 
+    def is_awaited(self) -> bool:
+        """Whether the workers were asked to stop and may still be about to; then nobody counts their time as a hang."""
+        asked_s = self._channels.asked_s
+        return asked_s is not None and time.monotonic() <= asked_s + self._graces.yield_s
+
     def may_finish(self, broken: Breakage) -> bool:
         """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
         return broken.graceful and self.ask(broken.reason)

@@ -63,6 +63,8 @@ def handle(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"--log-dir {given.log_dir}: {error.strerror}") from error
+    if config.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node {given.nproc_per_node}: a node runs at least one worker")
     if not isinstance(command, str):
         raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
     extras = Extras(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_moe import worker
 from launcher.channel import Channel, Phase, StopReason
 
 WORKER = """
@@ -111,3 +112,14 @@ def test_without_an_agent_every_call_is_a_no_op() -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ELASTIC_MOE", "RANK", "WORLD"))}
     clean["PYTHONPATH"] = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", script], env=clean, check=True)
+
+
+def test_what_may_take_long_may_lie_within_another_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = Channel.create(tmp_path / "c")
+    monkeypatch.setattr(worker, "_channel", lambda: channel)
+    with worker.untimed():
+        with worker.untimed():
+            assert channel.progress().untimed
+        assert channel.progress().untimed, "the outer one goes on"
+    assert not channel.progress().untimed
+    channel.close()

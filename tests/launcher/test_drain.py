@@ -124,3 +124,30 @@ def test_a_node_that_waits_for_a_round_leaves_on_a_notice(nodes: Cluster, tmp_pa
     assert node.wait() == DRAINED, node.output
     (started,) = nodes.events("drain_started")
     assert (started["source"], started["detail"], started["seconds"]) == ("notice", f"the file {notice}", 20)
+
+
+SLOW_SMI = """#!/bin/sh
+case "$*" in
+  *index*) echo "0, 4";;
+  *) touch "{folder}/asked"; while [ ! -e "{folder}/go" ]; do sleep 0.02; done;;
+esac
+"""
+
+
+def test_a_signal_between_two_rounds_is_followed_before_the_next(nodes: Cluster, tmp_path: Path) -> None:
+    """While an agent waits for device memory it has no workers that it could ask to stop."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SLOW_SMI.format(folder=tmp_path))
+    tool.chmod(0o755)
+    nodes.environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0"}
+    node = nodes.start("only", "--cold-workers", STUBBORN, str(tmp_path), nnodes="1:1")
+    started = nodes.wait_event("workers_started")
+    try:
+        os.kill(started["pids"][0], signal.SIGKILL)
+        until("the agent waits for device memory", (tmp_path / "asked").exists)
+        node.process.send_signal(signal.SIGTERM)
+    finally:
+        (tmp_path / "go").touch()
+    assert node.wait() == TERMINATED, node.output
+    assert len(nodes.events("workers_started")) == 1
+    assert len(nodes.events("drain_started")) == 1

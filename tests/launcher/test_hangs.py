@@ -241,3 +241,24 @@ COLLECTIVE, COMPUTE = "/x/torch/distributed/distributed_c10d.py:1 in all_reduce"
 )
 def test_the_rank_that_the_others_wait_for(evidence: list[Evidence], behind: tuple[int, ...]) -> None:
     assert suspects(evidence) == behind
+
+
+def test_ranks_that_never_say_a_word_while_others_make_steps_are_not_late() -> None:
+    """A script whose rank 0 alone reports progress, as it alone logs."""
+    job = Job(num_ranks=3)
+    job.restart()
+    for _ in range(5 * 3600 // 60):
+        assert job.pass_time(60.0) is None
+        job.beat(0)
+    hang = job.pass_time(3 * 3600.0)
+    assert hang is not None, "it is watched by the one that does"
+    assert hang.ranks == (0,)
+
+
+def test_a_rank_that_never_says_a_word_is_found_by_those_that_wait_for_it() -> None:
+    job = Job()
+    job.restart()
+    job.ranks[0] = Progress(Phase.ATTACHED, -1, 0.0)
+    hang = job.pass_time(2 * 3600.0)
+    assert hang is not None
+    assert (hang.kind, hang.ranks) == ("start-up", (0, 1))

@@ -60,13 +60,21 @@ class TestWhatStopsAtOnce:
         assert judged.verdict is Verdict.FAILS_AGAIN
         assert "at start" in judged.why
 
-    def test_but_not_once_the_job_has_worked(self) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "verdict"), [(FailureClass.START_UP, Verdict.FAILS_AGAIN), (FailureClass.USAGE, Verdict.USAGE)]
+    )
+    def test_but_not_once_the_job_has_worked(self, kind: FailureClass, verdict: Verdict) -> None:
         worked = lives(cause(FailureClass.SIGNAL, step=3)).history
-        assert after(worked, cause(FailureClass.START_UP)).verdict is None
+        assert after(worked, cause(kind)).verdict is None
         settled = after(History(), lived_s=31.0).history
-        assert after(settled, cause(FailureClass.START_UP)).verdict is None
+        assert after(settled, cause(kind)).verdict is None
         not_yet = after(History(), lived_s=2.0).history
-        assert after(not_yet, cause(FailureClass.START_UP)).verdict is Verdict.FAILS_AGAIN
+        assert after(not_yet, cause(kind)).verdict is verdict
+
+    def test_what_every_node_refuses_stops_even_a_job_that_has_worked(self) -> None:
+        refused = cause(FailureClass.USAGE, place="exit code 2")
+        worked = lives(cause(FailureClass.SIGNAL, step=3)).history
+        assert after(after(worked, refused).history, refused).verdict is Verdict.FAILS_AGAIN
 
 
 class TestProgramErrors:

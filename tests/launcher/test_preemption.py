@@ -188,7 +188,8 @@ class TestFile:
         assert watcher.poll() == Notice(f"the file {path}")
 
     @pytest.mark.parametrize(
-        ("text", "within_s"), [("45\n", 45.0), ("-3", None), ("when we say so", None), ("\0", None)]
+        ("text", "within_s"),
+        [("45\n", 45.0), ("-3", None), ("when we say so", None), ("\0", None), ("inf", None), ("1767225600", None)],
     )
     def test_it_may_say_how_long_there_is(self, tmp_path: Path, text: str, within_s: float | None) -> None:
         path = tmp_path / "notice"
@@ -301,6 +302,7 @@ class TestNames:
             ("file", "--preemption-notice file: expected file:PATH"),
             ("aws:x", "takes no argument"),
             ("azure:ftp://x", "is not an http:// address"),
+            ("azure:http://x:port", "Port could not be cast to integer value"),
             ("broken", "ours_missing:Nothing cannot be loaded: ModuleNotFoundError"),
         ],
     )

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from launcher.devices import DeviceMemory, held
+from launcher.devices import DeviceMemory, held, visible
 from launcher.preflight import (
     Check,
     Command,
@@ -185,6 +186,36 @@ def test_a_node_without_gpus_costs_nothing(smi: Path, monkeypatch: pytest.Monkey
     assert DeviceMemory().wait_free([1], 0.0) == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, None),
+        ("", ""),
+        ("-1", ""),
+        ("NoDevFiles", ""),
+        ("0,2", "0,2"),
+        ("GPU-5a3b, 1,-1,2", "GPU-5a3b,1"),
+        ("MIG-1c2d", None),
+    ],
+)
+def test_the_gpus_of_a_job_are_those_that_cuda_would_use(given: str | None, named: str | None) -> None:
+    assert visible(given) == named
+
+
+def test_a_node_without_gpus_costs_nothing_under_slurm(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (smi / "broken").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")
+    assert Gpus(timeout_s=20).run() == ""
+
+
+def test_words_instead_of_figures_are_an_answer_that_says_nothing(smi: Path) -> None:
+    memory = DeviceMemory()
+    for name in ("gpus", "used"):
+        (smi / name).write_text("No devices were found\n")
+    assert Gpus(timeout_s=20).run() == "nvidia-smi said 'No devices were found'"
+    assert memory.wait_free([4711], 0.2) == "nvidia-smi said 'No devices were found'"
+
+
 def test_device_memory_of_dead_workers_is_waited_for_in_bounded_time(smi: Path) -> None:
     memory = DeviceMemory()
     (smi / "pids").write_text("4711\n")
@@ -225,3 +256,16 @@ def test_a_node_that_is_not_fit_stays_out_of_the_job_and_comes_in_when_it_is(nod
     until("steps of both", lambda: [s for s in read_lines(tmp_path / "steps.jsonl") if s["world_size"] == 2])
     (tmp_path / "finish").touch()
     assert (fit.wait(), unfit.wait()) == (0, 0)
+
+
+def test_a_node_that_is_told_to_leave_waits_for_no_command_and_leaves_none_behind(tmp_path: Path) -> None:
+    marker = tmp_path / "running"
+    told = Told()
+    preflight = Preflight([Command(f"echo $$ > {marker}; sleep 600", timeout_s=600)], told.emit)
+    assert not preflight.pass_or_wait(told.hold_back, time.sleep, lambda: bool(read(marker)), 3)
+    until("the command is gone", lambda: not psutil.pid_exists(int(read(marker))))
+    assert not told.events and not told.records, "it did not fail"
+
+
+def read(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
