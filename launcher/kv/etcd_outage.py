@@ -102,10 +102,10 @@ class Outage:
                 continue
             members = {m.ID: _addresses_of(m.clientURLs) for m in answer.members}
             told[index] = Told(answer.header.member_id, members)
-        self._addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
-        own = own_endpoints(self._addresses, told)
+        addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
+        own = own_endpoints(addresses, told)
         if own or len(told) == len(self._endpoints):  # else a member is away, and what was known before stands
-            self._own = own
+            self._own, self._addresses = own, addresses  # together: a name may be unknown while its member is away
             if not own:
                 log.info("the endpoints given are not those of all members of etcd: an outage will stop the workers")
         elif not self._own:

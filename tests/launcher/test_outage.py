@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from launcher.kv.etcd_outage import Answer, Told, none_leads, own_endpoints
+from launcher.errors import KVUnavailable
+from launcher.kv import etcd_outage
+from launcher.kv.etcd_outage import Answer, Outage, Told, none_leads, own_endpoints
 from launcher.kv.lease import Lease
 from tests.cluster import Cluster, cluster, read_lines, until
 from tests.etcd import client, connected, etcd, etcd_cluster
@@ -50,6 +55,38 @@ class TestProof:
         told = {index: Told(index + 1, MEMBERS) for index in ENDPOINTS}
         told[2] = Told(3, {3: MEMBERS[3]})
         assert own_endpoints(ENDPOINTS, told) == {}
+
+
+class Members(Outage):
+    """One member, as it answers; `names`: what the name servers know."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(None, (("etcd-0", 2379),))
+        self.names = {"etcd-0": frozenset({("10.0.0.1", 2379)})}
+        self.answers = True
+        monkeypatch.setattr(etcd_outage, "_resolve", lambda host, port: self.names.get(host, frozenset()))
+        monkeypatch.setattr(etcd_outage, "_refuses", lambda address: False)
+        self._transport = SimpleNamespace(name=lambda index: "etcd-0")
+
+    def learn(self) -> None:
+        self._learnt_s = -math.inf
+        super().learn()
+
+    def _ask(self, index: int, rpc: Any, request: Any) -> Any:
+        if not self.answers:
+            raise KVUnavailable("silent")
+        member = SimpleNamespace(ID=1, clientURLs=["http://etcd-0:2379"])
+        return SimpleNamespace(header=SimpleNamespace(member_id=1), members=[member], leader=1)
+
+
+def test_a_name_that_is_not_known_for_a_while_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = Members(monkeypatch)
+    members.learn()
+    assert members._own == {1: 0}
+    members.names.clear()
+    members.answers = False
+    members.learn()
+    assert not members.no_lease_ends(), "what was known before stands, and that is silent"
 
 
 class TestLease:
