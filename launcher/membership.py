@@ -32,6 +32,7 @@ from launcher.mesh import MeshPlan
 from launcher.policy import Limits, brief, explain, judge, order_causes, readmit
 from launcher.records import HANG, LEFT, SUCCEEDED, Breakage, Cause, Node, Round, Status, Verdict, describe, identity_of
 from launcher.standing import admit, needed, weigh
+from launcher.wording import name_some
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def breakage(view: View) -> Breakage | None:
     failed = any(n.failure and n.generation == current.generation for n in members)
     lost = {node_id for node_id, _ in gone if view.node(node_id) is None} | set(told.lost if told else ())
     return Breakage(
-        reason="; ".join(f"node {node_id} {how}" for node_id, how in gone),
+        reason=name_some([f"node {node_id} {how}" for node_id, how in gone], "; "),
         graceful=not failed and all(_has_yielded(view, node_id) for node_id, _ in gone),
         lost=tuple(p.node_id for p in current.participants if p.node_id in lost),
         all_stopped=not any(n.status in (Status.RUNNING, Status.DONE) for n in members),
@@ -145,7 +146,7 @@ def _how_gone(view: View, current: Round, node_id: str) -> str | None:
     if node is None:
         return None if node_id in view.awaited else view.departed.get(node_id, "lost")
     if node.generation == current.generation and node.status not in (Status.RUNNING, Status.DONE):
-        unreached = f"cannot reach {', '.join(node.cannot_reach)}" if node.cannot_reach else ""
+        unreached = f"cannot reach {name_some(node.cannot_reach)}" if node.cannot_reach else ""
         return node.reason or unreached or node.status.value
     if node.generation < current.generation and (node.draining or node.status is Status.EXCLUDED):
         return f"does not join: {node.reason or 'draining'}"
@@ -170,7 +171,7 @@ def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
     if cut_off and now_s < view.reported_s + LISTEN_S:
         return Wait("nodes do not reach one another: who else?", view.reported_s + LISTEN_S)
     if cut_off and broken is None:
-        reason = f"cut off from its peers: {', '.join(cut_off)}"
+        reason = f"cut off from its peers: {name_some(cut_off)}"
         return Propose(dataclasses.replace(current, broken=Breakage(reason, graceful=False)))
     if broken is None:
         return _running_round(view, current, rules, planner, now_s)
@@ -241,7 +242,7 @@ def _running_round(view: View, current: Round, rules: Rules, planner: Planner, n
     if any(n.status is Status.DONE for n in members):
         return Wait("the job is about to finish")
     if leaving := [n for n in members if n.draining]:
-        return Propose(dataclasses.replace(current, stop=f"drain: {', '.join(n.node_id for n in leaving)}"))
+        return Propose(dataclasses.replace(current, stop=f"drain: {name_some([n.node_id for n in leaving])}"))
     return _perhaps_grow(view, current, members, rules, planner, now_s)
 
 
@@ -259,8 +260,7 @@ def _perhaps_grow(
     not_before_s = max(view.formed_s + rules.join_cooldown_s, view.nodes_changed_s + rules.join_settle_s)
     if now_s < not_before_s:
         return Wait("joiners wait for the cool-down", not_before_s)
-    named = ", ".join(n.node_id for n in joiners)
-    return Propose(dataclasses.replace(current, stop=f"join: {named}"))
+    return Propose(dataclasses.replace(current, stop=f"join: {name_some([n.node_id for n in joiners])}"))
 
 
 def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, planner: Planner, now_s: float) -> Action:
@@ -296,7 +296,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         outcome = explain(causes, judged)
         return Propose(dataclasses.replace(current, outcome=outcome, verdict=judged.verdict, causes=causes))
     if broken.lost:
-        reason = "; ".join(f"node {n} {view.departed.get(n, 'lost')}" for n in broken.lost)
+        reason = name_some([f"node {n} {view.departed.get(n, 'lost')}" for n in broken.lost], "; ")
     else:
         told = current.stop or (current.broken or broken).reason  # what came first: others stopped because of it
         reason = describe(causes[0].failure) if causes else told

@@ -1,9 +1,12 @@
-"""Events in words, a line each. Pure."""
+"""Events and lists in words, a line each. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+_MAX_NAMED = 4
+_MAX_CHARS = 300
 
 Event = Mapping[str, Any]
 """One line of `events.jsonl`."""
@@ -28,3 +31,14 @@ def describe_fields(event: Event) -> str:
     """An event's own fields in one line, the long ones left out."""
     common = ("ts", "run_id", "node", "generation", "event")
     return " ".join(f"{k}={v}" for k, v in event.items() if k not in common and not isinstance(v, dict | list))
+
+
+def name_some(things: Sequence[str], separator: str = ", ") -> str:
+    """A list for a record that every node reads: the first few, cut to a length, and how many more there are.
+
+    Nodes give a round's reason as their own and the leader joins theirs into the next: in full, that of a large job
+    would outgrow what etcd takes.
+    """
+    named = [thing if len(thing) <= _MAX_CHARS else f"{thing[:_MAX_CHARS]}..." for thing in things[:_MAX_NAMED]]
+    more = [f"and {len(things) - _MAX_NAMED} more"] if len(things) > _MAX_NAMED else []
+    return separator.join([*named, *more])

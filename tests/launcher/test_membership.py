@@ -133,6 +133,28 @@ class TestTelling:
         stopping = node("a", status=Status.STOPPING, generation=1, reason="failed", failure=FAILURE)
         assert not told(view((stopping, *running("b")), round_of("a", "b", broken=broken))).graceful
 
+    def test_a_round_of_many_stays_far_below_what_etcd_takes(self) -> None:
+        names = [f"ip-10-0-{i // 256}-{i % 256}.region.compute.internal-{i:08x}" for i in range(512)]
+        there, coming = names[:256], names[256:]
+        rules = Rules(min_nodes=2, max_nodes=512)
+        nodes = (*running(*there), *(node(name) for name in coming))
+        grows = decide(view(nodes, round_of(*there)), rules, every_slot, 100.0)
+        assert isinstance(grows, Propose)
+        stopping = [
+            dataclasses.replace(n, status=Status.STOPPING, reason=grows.round.stop, yielded=True) for n in nodes[:256]
+        ]
+        current = dataclasses.replace(grows.round, broken=Breakage(f"node {there[0]} {grows.round.stop}", True))
+        ends = decide(view((*stopping, *nodes[256:]), current), rules, every_slot, 100.0)
+        assert isinstance(ends, Propose)
+        assert ends.round.broken.all_stopped
+        assert len(ends.round.to_json()) < 100_000, "etcd refuses 1.5 MB, and every node reads every version"
+
+    def test_a_reason_names_some_and_counts_the_others(self) -> None:
+        current = round_of(*"abcdefgh", "last")
+        seen = breakage(view(running("last"), current))
+        assert seen.lost == tuple("abcdefgh")
+        assert seen.reason == "node a lost; node b lost; node c lost; node d lost; and 4 more"
+
     def test_nodes_that_may_come_back_are_not_lost_yet(self) -> None:
         seen = view(running("a", "c"), round_of("a", "b", "c"), awaited=frozenset("b"), awaited_until_s=102.0)
         assert act(seen) == Wait("no word yet from b", 102.0)
