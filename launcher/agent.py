@@ -359,7 +359,7 @@ class ElasticAgent(LocalElasticAgent):
     # --- the rest
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """As torch's, but never for longer than a drain leaves, also one that is asked for meanwhile."""
+        """As torch's, but never for longer than a drain or the lease leaves, also if that is known only meanwhile."""
         ends_s = time.monotonic() + timeout
         processes = []
         if self._pcontext is not None:
@@ -369,6 +369,8 @@ class ElasticAgent(LocalElasticAgent):
                 handler.close(death_sig=death_sig)
             processes = [handler.proc for handler in alive]
         while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+            if self._member.fenced():
+                break
             time.sleep(0.005)
         super()._shutdown(signal.SIGKILL, timeout=_KILL_S)  # type: ignore[arg-type]
 

@@ -220,10 +220,11 @@ class Member:
         """Say why this node cannot take part, and wait; the others go on without it. Ends early if the job does."""
         log.warning("[%s] stays out for %g s: %s", self.node_id, seconds, reason)
         self._emit("workers_store_unreachable", generation=self._own.record.generation, reason=reason, seconds=seconds)
-        self.announce(Status.EXCLUDED, reason=reason)
+        self.hold_back(reason)  # which also stands if this node is fenced meanwhile and registers anew
         ends_s = time.monotonic() + seconds
         while (left_s := ends_s - time.monotonic()) > 0 and not self.outcome() and not self._own.record.draining:
             self.wait(min(left_s, _TICK_S))
+        self.hold_back("")
 
     def drain(self, reason: str) -> None:
         """Ask for this node to be let go at the next step boundary; where it waits for a round, it waits no longer."""
@@ -369,6 +370,7 @@ class Member:
     def _turn(self) -> None:
         if self.fenced():
             self._resign()
+            self._give_up_the_lead()
             if self._own.record.status in (Status.READY, Status.EXCLUDED):
                 self._register()  # the workers are stopped: come back as a new, youngest node
                 log.warning("[%s] the lease had ended; joined anew", self.node_id)
@@ -431,6 +433,11 @@ class Member:
             predecessor, grace_s = self._board.predecessor, self._own.lease_ttl_s
             with self._changed:
                 self._leading = Leadership(self._office, grace_s=grace_s, predecessor=predecessor)
+
+    def _give_up_the_lead(self) -> None:
+        """Let another node lead at once: the lease may stand for as long as this node's workers cannot be stopped."""
+        if self._board.leader == self.node_id:
+            self._kv.delete(f"{self._prefix}{LEADER}", if_revision=self._board.leader_revision)
 
     def _resign(self) -> None:
         with self._changed:

@@ -11,7 +11,8 @@ import pytest
 from tests.cluster import Cluster, alive, cluster, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
-COOPERATIVE, STOCK, FAILS = (str(SCRIPTS / name) for name in ("cooperative.py", "stock.py", "fails.py"))
+NAMES = ("cooperative.py", "stock.py", "fails.py", "stubborn.py")
+COOPERATIVE, STOCK, FAILS, STUBBORN = (str(SCRIPTS / name) for name in NAMES)
 
 BOTH = "last_call=60"  # the first round waits for max nodes: it is the test's first round that has both
 
@@ -135,3 +136,23 @@ def test_a_node_beyond_max_waits_as_a_spare_and_fills_in(nodes: Cluster, tmp_pat
     assert first.wait() == 128 + signal.SIGTERM
     done = steps_of(tmp_path)
     assert done == list(range(1, len(done) + 1)), "no step lost, none done twice"
+
+
+def test_a_node_that_is_cut_off_while_it_stops_its_workers_kills_them(nodes: Cluster, tmp_path: Path) -> None:
+    """Others may start in their place when its lease ends, whatever grace they were given before."""
+    work = ("--shutdown-timeout", "600", STUBBORN, str(tmp_path))
+    conf = "last_call=60,lease_ttl=3,stop_timeout=600"
+    host = nodes.start("host", *work, conf=f"{conf},is_host=true")
+    nodes.wait_event("node_joined")
+    second = nodes.start("second", *work, nproc=2, conf=f"{conf},is_host=false,connect_timeout=60")
+    until("three workers", lambda: len(read_lines(tmp_path / "started.jsonl")) == 3)
+    pids = {s["pid"] for s in read_lines(tmp_path / "started.jsonl")}
+    fails, stubborn = [p for p in second.tree() if p.pid in pids]
+    fails.kill()
+    nodes.wait_event("worker_failed")
+    assert alive(stubborn)
+    host.signal(signal.SIGSTOP)
+    try:
+        until("it is killed", lambda: not alive(stubborn))
+    finally:
+        host.signal(signal.SIGCONT)

@@ -249,6 +249,35 @@ def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job) -> None:
     assert "did not stop its workers within 0.5 s" in formed.reason
 
 
+def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> None:
+    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    lease = job.members["a"]._own.lease
+    assert lease is not None
+    job.stop_workers("b")  # a leads; its workers cannot be killed, and its lease is renewed for as long as it lives
+    assert [p.node_id for p in job.members["b"].wait_round(WAIT_S).participants] == ["b"]
+    assert not lease.lost.is_set()
+
+
+def test_a_node_that_stays_out_stays_out_though_its_lease_ends(job: Job) -> None:
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    until("a leads", lambda: job.members["a"]._leading, WAIT_S)
+    waits = threading.Thread(target=job.members["b"].stay_out, args=("cannot reach the store", WAIT_S), daemon=True)
+    waits.start()
+    until("b says so", lambda: job.nodes()["b"].status is Status.EXCLUDED, WAIT_S)
+    before = job.nodes()["b"].seniority
+    job.members["a"].evict("b", "connection refused")
+    until("b is back", lambda: "b" in job.nodes() and job.nodes()["b"].seniority > before, WAIT_S)
+    assert job.nodes()["b"].status is Status.EXCLUDED
+    job.members["b"].drain("enough")
+    waits.join(WAIT_S)
+    assert not waits.is_alive()
+
+
 def test_a_spare_waits_beyond_the_time_a_node_waits_for_a_round(job: Job) -> None:
     job.rules = dataclasses.replace(job.rules, max_nodes=1)
     job.start("a")
