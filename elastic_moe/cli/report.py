@@ -7,10 +7,11 @@ import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from elastic_moe.cli.parser import PROG
 from elastic_moe.cli.timeline import timeline
 from elastic_moe.errors import UserError
 from launcher.goodput import Cause, Goodput, Interruption, account
@@ -18,6 +19,8 @@ from launcher.wording import Event
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
+
+T = TypeVar("T")
 
 _EPILOG = """\
 LOG_DIR is what `run` was given as --log-dir, or an events.jsonl. Give those of
@@ -57,13 +60,22 @@ def handle(args: argparse.Namespace) -> int:
     for event in sorted(events, key=lambda event: float(event["ts"])):
         runs[str(event.get("run_id", ""))].append(event)
     if args.json:
-        reports = [as_json(run_id, of_run) for run_id, of_run in runs.items()]
+        reports = [_told(as_json, run_id, of_run) for run_id, of_run in runs.items()]
         print(json.dumps({"runs": reports, "unreadable_lines": num_unreadable}, indent=2))
         return 0
-    print("\n\n".join("\n".join(as_lines(run_id, of_run)) for run_id, of_run in runs.items()))
+    print("\n\n".join("\n".join(_told(as_lines, run_id, of_run)) for run_id, of_run in runs.items()))
     if num_unreadable:
         print(f"{num_unreadable} lines are no events and were left out", file=sys.stderr)
     return 0
+
+
+def _told(tell: Callable[[str, Sequence[Event]], T], run_id: str, events: Sequence[Event]) -> T:
+    """What `tell` makes of one run, if these are events as this version writes them."""
+    try:
+        return tell(run_id, events)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})") from error
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:

@@ -247,6 +247,8 @@ def _choose_backend(given: argparse.Namespace) -> None:
         if given.rdzv_backend == "etcd3":  # an etcd outlives jobs: two that share a name would be one
             raise UserError("--rdzv-id: jobs that share an etcd need names of their own; the same on all nodes of one")
         given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
+    if "/" in given.rdzv_id:  # it names a folder of --log-dir, and keys in the store
+        raise UserError(f"--rdzv-id {given.rdzv_id!r}: may not hold a '/'")
 
 
 def _check_script(given: argparse.Namespace) -> None:

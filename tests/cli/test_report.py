@@ -77,6 +77,17 @@ def test_without_events_there_is_no_report(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_events_of_another_form_are_told_in_one_line(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "events.jsonl").write_text('{"ts": 1, "event": "round_formed"}\n')
+    assert report(str(tmp_path), *options) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "not as this version of elastic-moe writes them (KeyError: 'generation')" in told
+
+
 def test_unknown_events_are_shown_and_repeats_counted() -> None:
     slow = {"node": "a-1", "generation": 2, "event": "straggler", "rank": 3, "factor": 1.5, "window": [1, 2]}
     lost = {"generation": 2, "event": "node_lost", "node_lost": "b-2", "reason": "lost: its lease ended"}
