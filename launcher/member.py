@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from launcher.draining import DrainOrder
-from launcher.errors import Compacted, Drained, JobClosed, KVUnavailable
+from launcher.errors import Compacted, Drained, JobClosed, KVError, KVUnavailable
 from launcher.events import Emit
 from launcher.forming import Planner
 from launcher.keeper import RecordKeeper
@@ -256,7 +256,7 @@ class Member:
             self._kv.delete(f"{self._prefix}{NODES}{node_id}")
             if node_id == leader:
                 self._kv.delete(f"{self._prefix}{LEADER}", if_revision=revision)
-        except KVUnavailable as error:
+        except KVError as error:
             log.warning("[%s] node %s is left to its lease: %s", self.node_id, node_id, error)
 
     def cannot_reach(self, node_id: str) -> None:

@@ -302,8 +302,11 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         reason = describe(causes[0].failure) if causes else told
     if now_s < view.broken_s + judged.delay_s:
         return Wait(f"restarts {judged.delay_s:g} s after: {reason}", view.broken_s + judged.delay_s)
-    history, suspects = weigh(judged, causes, broken.lost, view.departed, rules.limits)
     cut_off = _cut_off(view, current)
+    # Who is cut off may not know it, and would be taken in and left out again without end.
+    absent = (*broken.lost, *(n for n in cut_off if n not in broken.lost))
+    how = {**dict.fromkeys(cut_off, "cut off from its peers"), **view.departed}
+    history, suspects = weigh(judged, causes, absent, how, rules.limits)
     ready = [n for n in _candidates(view) if n.node_id not in cut_off]
     formed, history = admit(
         ready,

@@ -129,6 +129,8 @@ class Neighbours:
             time.sleep(_PROBE_PERIOD_S)  # a dying process closes its sockets one by one, the listening one perhaps last
         with self._lock:
             wanted[node.node_id] = node  # linked anew, unless others are watched by now
+            if not self._closed:
+                os.write(self._wake_w, b"x")
 
 
 def _keep_alive(link: socket.socket) -> None:

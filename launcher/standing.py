@@ -24,7 +24,7 @@ def weigh(
     """What the end of a round says of its nodes: the history with that, and whom it suggests to exclude.
 
     Args:
-        lost: participants whose records are no longer there; `departed` tells how each went.
+        lost: participants that are no longer there, or out of the others' reach; `departed` tells how each went.
     """
     marks = [
         Mark(identity_of(node_id), MarkKind.DEPARTURE, f"took part and then {departed.get(node_id, 'lost')}")

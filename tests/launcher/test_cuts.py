@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from launcher.cuts import LISTEN_S, left_out
+from launcher.history import History, Mark, MarkKind
 from launcher.membership import Propose, Rules, View, Wait, decide
-from launcher.records import Node, Participant, Round, Status
+from launcher.records import Breakage, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=1, max_nodes=8, join_cooldown_s=0, join_settle_s=0)
 
@@ -94,3 +95,17 @@ def test_it_is_taken_in_once_it_takes_its_report_back() -> None:
     asked = act(spare())
     assert isinstance(asked, Propose) and asked.round.stop == "join: b"
     assert isinstance(act(spare("x")), Propose), "a node that takes no part any more is no obstacle"
+
+
+def test_a_node_that_is_cut_off_again_and_again_is_excluded() -> None:
+    """The other end of the cut has told of it: this node knows nothing, and is ready to be taken in."""
+    marks = tuple(Mark("c", MarkKind.DEPARTURE, "cut off from its peers") for _ in range(RULES.limits.strikes - 1))
+    nodes = (node("a", cannot_reach=("c",), status=Status.READY), *(node(n, status=Status.READY) for n in "bc"))
+    formed = act(seen(*nodes, broken=Breakage("cut", graceful=False), history=History(marks=marks)))
+    assert isinstance(formed, Propose)
+    assert [p.node_id for p in formed.round.participants] == ["a", "b"]
+    assert formed.round.history.excluded("c")
+    first = act(seen(*nodes, broken=Breakage("cut", graceful=False)))
+    assert isinstance(first, Propose)
+    assert [m.node for m in first.round.history.marks] == ["c"]
+    assert not first.round.history.excluded("c")

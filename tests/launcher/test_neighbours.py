@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.neighbours import Neighbours, watched_by
-from launcher.probe import Doorbell, is_refused
+from launcher.probe import Doorbell, connect, is_refused
 from launcher.records import Participant, Round
 from tests.cluster import until
 
@@ -92,6 +92,25 @@ def test_a_link_that_breaks_is_not_a_death(neighbours: Neighbours, reports: Repo
         alive.accept()[0].close()  # it asks whether somebody is there
         neighbours.close()
     assert not reports
+
+
+def test_a_neighbour_whose_first_link_fails_is_linked_anew(
+    neighbours: Neighbours, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def slow_once(address: str, port: int, timeout_s: float) -> socket.socket:
+        tries.append(port)
+        if len(tries) == 1:
+            raise TimeoutError("timed out")
+        return connect(address, port, timeout_s)
+
+    monkeypatch.setattr("launcher.neighbours.connect", slow_once)
+    bell = Doorbell("127.0.0.1")
+    neighbours.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
+    until("linked", lambda: tries[1:], 10)
+    bell.close()
+    until("reported", lambda: reports, 10)
 
 
 def linked(port: int) -> set[str]:
