@@ -37,6 +37,7 @@ class RecordKeeper:
         self._key = key
         self._record = node  # what the store should say of this node
         self._stored: Node | None = None
+        self._revision = 0  # at which the store last had the record, as far as this node heard
         self._changed = changed
         self._lease_ttl_s = lease_ttl_s
         self._lease: Lease | None = None
@@ -129,18 +130,16 @@ class RecordKeeper:
             self._record = record = dataclasses.replace(self._record, status=status, failure=None)
         lease = self._kv.lease(self._lease_ttl_s)
         try:
-            written = (
-                self._write_first(record, lease) if first else self._kv.put(self._key, record.to_json(), lease=lease)
-            )
+            written = self._write_first(record, lease) if first else self._write_again(record, lease)
             if written is None:
-                raise KVUnavailable("the lease ended at once")
+                raise KVUnavailable("the lease ended at once, or the record changed meanwhile")
         except BaseException:
             lease.stop()
             raise
         with self._changed:
             before, self._lease = self._lease, lease
             self._stored = record
-            self._registered_revision = written.revision
+            self._registered_revision = self._revision = written.revision
             self._fenced = False
         if before is not None:
             before.revoke()  # with what else was under it, if it stands yet: a claim to lead, say
@@ -155,6 +154,10 @@ class RecordKeeper:
             raise KVUnavailable(f"node id {record.node_id} is taken")
         # written before by this node, unheard: the answer was lost
         return self._kv.put(self._key, record.to_json(), if_revision=there.revision, lease=lease)
+
+    def _write_again(self, record: Node, lease: Lease) -> Entry | None:
+        there = self._kv.get(self._key)
+        return self._kv.put(self._key, record.to_json(), if_revision=there.revision if there else 0, lease=lease)
 
     def start(self) -> None:
         """Start the thread that writes changes."""
@@ -210,22 +213,38 @@ class RecordKeeper:
     def _check(self) -> bool:
         """See that the record is still there: nobody else would miss one that was deleted while its lease stands."""
         lease = self._lease
-        there = self._kv.get(self._key) is not None
+        there = self._kv.get(self._key)
         with self._changed:
             self._checked_s = time.monotonic()
-            if not there and lease is self._lease and not self._fenced:
-                log.error("[%s] this node's record was deleted", self._record.node_id)
-                self.fence()
+            if lease is self._lease and not self._fenced:
+                self._take(there)
         return True
 
+    def _take(self, there: Entry | None) -> None:
+        """Learn what the store has in the place of what was written last."""
+        if there is None:
+            log.error("[%s] this node's record was deleted", self._record.node_id)
+            self.fence()
+        elif there.revision != self._revision:
+            self._revision, self._stored = there.revision, None
+
     def _write(self) -> bool:
-        """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not."""
+        """Write the record as it is now. The store is asked without the lock: it may be slow, the agent may not.
+
+        Only in the place of what was there: a write that was given up, and that the store carries out late, must not
+        replace a newer one, nor bring back a record that another node deleted.
+        """
         with self._changed:
-            record, lease = self._record, self._lease
+            record, lease, revision = self._record, self._lease, self._revision
         if lease is None or lease.lost.is_set():
             return False
-        if self._kv.put(self._key, record.to_json(), lease=lease) is None:
-            return False
+        written = self._kv.put(self._key, record.to_json(), if_revision=revision, lease=lease)
+        there = written or self._kv.get(self._key)
         with self._changed:
-            self._stored = record
+            if lease is not self._lease:  # registered anew meanwhile
+                return False
+            if written is None:
+                self._take(there)
+                return False
+            self._stored, self._revision = record, written.revision
         return True

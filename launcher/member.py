@@ -66,6 +66,7 @@ class Member:
         )
         self._board = Board()
         self._leading: Leadership | None = None
+        self._joined = 0  # the last generation of which this node may have started workers
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
         self._stopping = threading.Event()
@@ -213,6 +214,7 @@ class Member:
                         f"generation {generation} not joined by all within {timeout_s:g} s ({self._why})"
                     )
                 self._changed.wait(min(left_s, _TICK_S))
+            self._joined = generation
         self._neighbours.watch(watched_by(current, self.node_id))
         return current
 
@@ -411,11 +413,24 @@ class Member:
 
     def _heed(self) -> None:
         """Act on what the board says of this node itself."""
-        if self._board.counts_as_lost(self.node_id, self._own.registered_revision) and not self.fenced():
+        lost = self._board.counts_as_lost(self.node_id, self._own.registered_revision) or self._is_superseded()
+        if lost and not self.fenced():
             self._own.fence()
             current = self._board.round
             self._emit("node_fenced", generation=current.generation if current else 0, reason="taken for lost")
         self._changed.notify_all()
+
+    def _is_superseded(self) -> bool:
+        """Whether there is a newer round while this node may still run workers.
+
+        The leader waits for all nodes that it knows to stop theirs: it knows this one no more.
+        """
+        record, current = self._own.record, self._board.round
+        return (
+            current is not None
+            and record.generation == self._joined < current.generation
+            and record.status in (Status.RUNNING, Status.STOPPING, Status.DONE)
+        )
 
     def _perhaps_lead(self) -> None:
         """Lead where nobody does; stop where another node does."""

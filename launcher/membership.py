@@ -34,6 +34,9 @@ from launcher.records import HANG, LEFT, SUCCEEDED, Breakage, Cause, Node, Round
 from launcher.standing import admit, needed, weigh
 from launcher.wording import name_some
 
+_BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)
+"""What a node says whose workers may run."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -130,7 +133,8 @@ def breakage(view: View) -> Breakage | None:
         graceful=not failed and all(_has_yielded(view, node_id) for node_id, _ in gone),
         lost=tuple(p.node_id for p in current.participants if p.node_id in lost),
         all_stopped=not any(n.status in (Status.RUNNING, Status.DONE) for n in members),
-        hung=any(n.generation == current.generation and n.reason.startswith(HANG) for n in members),
+        hung=bool(told and told.hung)
+        or any(n.generation == current.generation and n.reason.startswith(HANG) for n in members),
     )
 
 
@@ -190,7 +194,14 @@ def _is_news(broken: Breakage, told: Breakage | None) -> bool:
 def _busy(view: View, current: Round) -> list[Node]:
     """Participants that have not yet said that their workers are stopped."""
     present = (view.node(p.node_id) for p in current.participants)
-    return [n for n in present if n and n.status in (Status.RUNNING, Status.STOPPING, Status.DONE)]
+    return [n for n in present if n and n.status in _BUSY]
+
+
+def _await_stop(busy: Sequence[Node], since_s: float, rules: Rules, now_s: float) -> Action:
+    until_s = since_s + rules.stop_timeout_s
+    if now_s >= until_s:
+        return Evict(busy[0].node_id, f"did not stop its workers within {rules.stop_timeout_s:g} s")
+    return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
 
 
 def _cut_off(view: View, current: Round) -> tuple[str, ...]:
@@ -205,6 +216,8 @@ def _candidates(view: View) -> list[Node]:
 
 
 def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
+    if busy := [n for n in view.nodes if n.status in _BUSY]:  # of a round whose record was deleted
+        return _await_stop(busy, view.broken_s, rules, now_s)
     ready = _candidates(view)
     if len(ready) < rules.min_nodes:
         return _short(view, rules, len(ready), now_s)
@@ -216,7 +229,7 @@ def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Ac
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
         Round(
-            generation=_next_generation(ready, None),
+            generation=_next_generation(view),
             lineage=view.lineage,
             participants=formed.participants,
             mesh=formed.mesh,
@@ -273,11 +286,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         return Propose(ended)
     # Nothing else is decided before all have stopped: the root cause may be the last to be told.
     if busy := _busy(view, current):
-        until_s = view.broken_s + rules.stop_timeout_s
-        if now_s >= until_s:
-            reason = f"did not stop its workers within {rules.stop_timeout_s:g} s"
-            return Evict(busy[0].node_id, reason)
-        return Wait(f"waiting for {', '.join(n.node_id for n in busy)} to stop", until_s)
+        return _await_stop(busy, view.broken_s, rules, now_s)
     if now_s < view.drained_s + rules.drain_settle_s:  # told to drain one after the other, they leave nobody behind
         return Wait("more nodes may drain", view.drained_s + rules.drain_settle_s)
     elapsed_s = now_s - view.formed_s
@@ -324,7 +333,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         return Wait(f"no mesh for {len(ready)} nodes")
     return Propose(
         Round(
-            generation=_next_generation(ready, current),
+            generation=_next_generation(view),
             lineage=current.lineage,
             participants=formed.participants,
             mesh=formed.mesh,
@@ -347,9 +356,9 @@ def _causes(view: View, current: Round) -> tuple[Cause, ...]:
     )
 
 
-def _next_generation(ready: Sequence[Node], current: Round | None) -> int:
+def _next_generation(view: View) -> int:
     """Above every generation that anybody joined: a store that was lost and hosted anew knows none of them."""
-    return 1 + max([n.generation for n in ready] + ([current.generation] if current else []))
+    return 1 + max([n.generation for n in view.nodes] + ([view.round.generation] if view.round else []))
 
 
 def _short(view: View, rules: Rules, num_ready: int, now_s: float) -> Action:

@@ -25,6 +25,9 @@ from launcher.events import Emit
 log = logging.getLogger(__name__)
 
 _PAUSE_S, _PAUSE_S_MAX = 1.0, 60.0
+PATIENCE_S = 10.0
+"""With the graces that workers and their device memory have, this stays below a leader's patience with a node."""
+_RUNS = "preflight runs"
 _OVERTIME_S = 2.0
 _LOOK_S = 0.1
 _OUTPUT_MAX_CHARS = 300
@@ -166,7 +169,8 @@ class Finding:
 def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False) -> tuple[Finding, ...]:
     """Run all checks; those that failed. A check that raises has failed, and so has one that outlasts its time.
 
-    Once `is_over`, nothing is waited for any more and what is found says nothing.
+    `is_over` is asked every 0.1 s while checks are waited for. Once it is true, nothing is waited for any more and what
+    is found says nothing.
     """
     findings = [_run(check) for check in checks if not check.timeout_s]
     if slow := [check for check in checks if check.timeout_s]:
@@ -189,14 +193,15 @@ def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[
             while thread.is_alive() and not is_over() and (left_s := ends_s - time.monotonic()) > 0:
                 thread.join(min(left_s, _LOOK_S))
         if is_over():
-            _end_commands()
+            end_commands()
     except BaseException:  # a signal ends this node: its commands go with it
-        _end_commands()
+        end_commands()
         raise
     return list(findings)
 
 
-def _end_commands() -> None:
+def end_commands() -> None:
+    """Kill every command that runs, with its children. From any thread."""
     for pid in tuple(_running):
         _end(pid)
 
@@ -234,14 +239,18 @@ class Preflight:
         wait: Callable[[float], None],
         is_over: Callable[[], bool],
         generation: int,
+        patience_s: float = PATIENCE_S,
     ) -> bool:
         """Return once all checks pass; meanwhile the node's record says that it stays out, and why.
+
+        Checks that run for long keep it out too: the others wait for a node whose workers they think still run.
 
         Args:
             hold_back: `Member.hold_back`.
             wait: sleeps for at most so many seconds.
             is_over: whether there is nothing left to take part in.
             generation: for the events.
+            patience_s: for so long the others may wait for the checks.
 
         Returns:
             False if they never did, and there is nothing left to take part in.
@@ -250,13 +259,24 @@ class Preflight:
             self._passed = False
             return True
         pause_s, attempt, began_s = _PAUSE_S, 1, time.monotonic()
+        held_back = False
+
+        def look() -> bool:
+            nonlocal held_back
+            if not held_back and time.monotonic() >= began_s + patience_s:
+                held_back = True
+                hold_back(_RUNS)
+                self._emit("preflight_slow", generation=generation, seconds=patience_s)
+            return is_over()
+
         while True:
-            findings = examine(self._checks, is_over)
+            findings = examine(self._checks, look)
             if is_over():
                 return False
             reason = self._tell(findings, generation, attempt, pause_s)
             if not reason:
                 break
+            held_back = True
             hold_back(reason)
             ends_s = time.monotonic() + pause_s
             while (left_s := ends_s - time.monotonic()) > 0:
@@ -264,7 +284,7 @@ class Preflight:
                     return False
                 wait(left_s)
             pause_s, attempt = min(2 * pause_s, _PAUSE_S_MAX), attempt + 1
-        if attempt > 1:
+        if held_back:
             seconds = round(time.monotonic() - began_s, 3)
             hold_back("")
             self._emit("preflight_passed", generation=generation, attempt=attempt, seconds=seconds)

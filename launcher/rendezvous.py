@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.member import Member
-from launcher.preflight import Preflight
+from launcher.preflight import PATIENCE_S, Preflight
 from launcher.probe import connect
 from launcher.records import Round, Status
 
@@ -37,7 +37,7 @@ _LONGEST_STAY_OUT_S = 300.0
 
 
 class _Unreachable(Exception):
-    """The worker store of a round cannot be reached from here."""
+    """The worker store of a round cannot be reached from here, or not be hosted here."""
 
 
 def stay_out_s(num_failures: int) -> float:
@@ -133,10 +133,22 @@ class MemberRendezvous(RendezvousHandler):
             return True
         member = self._member
         return self._preflight.pass_or_wait(
-            member.hold_back, member.wait, lambda: bool(member.outcome()) or member.draining(), self.generation
+            member.hold_back,
+            member.wait,
+            lambda: bool(member.outcome()) or member.draining(),
+            self.generation,
+            min(PATIENCE_S, member.rules.stop_timeout_s / 4),
         )
 
     def _host(self, generation: int) -> tuple[TCPStore, RendezvousStoreInfo]:
+        try:
+            store, port = self._listen()
+        except (OSError, RuntimeError) as error:  # the address is gone, or no descriptor is left
+            raise _Unreachable(f"cannot host the workers' store at {self._address}: {error}") from error
+        self._join(generation, worker_store=f"{self._address} {port}")
+        return store, RendezvousStoreInfo(self._address, port)
+
+    def _listen(self) -> tuple[TCPStore, int]:
         """Listen on this node's own address only: a TCPStore left to itself listens on every interface."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.create_server((self._address, 0), family=family, backlog=1024)
@@ -149,8 +161,7 @@ class MemberRendezvous(RendezvousHandler):
             timeout=timedelta(seconds=_STORE_TIMEOUT_S),
             master_listen_fd=listener.detach(),
         )
-        self._join(generation, worker_store=f"{self._address} {port}")
-        return store, RendezvousStoreInfo(self._address, port)
+        return store, port
 
     def _connect(self, generation: int) -> tuple[Any, RendezvousStoreInfo]:
         """Join, and see that this node's workers will reach their store."""

@@ -121,8 +121,10 @@ class Outage:
         return none_leads(answers)
 
     def _state_of(self, member_id: int, index: int) -> Answer:
-        if all(_refuses(address) for address in self._addresses[index]):
-            return Answer.REFUSED
+        addresses = self._addresses[index]
+        if all(_refuses(address) for address in addresses):
+            # The member may have got another address since, and lead there: its old one refuses.
+            return Answer.REFUSED if _resolve(*self._endpoints[index]) == addresses else Answer.UNKNOWN
         try:
             status = self._ask(index, lambda p: p.maintenance.Status, etcdrpc.StatusRequest())
         except (grpc.RpcError, KVError, ValueError):

@@ -249,6 +249,22 @@ def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job) -> None:
     assert "did not stop its workers within 0.5 s" in formed.reason
 
 
+def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next round is formed at once, and nobody is left to be told who was lost."""
+    monkeypatch.setattr("launcher.keeper._CHECK_PERIOD_S", 1000.0)
+    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
+    for name in "ab":
+        job.start(name)
+    job.join("a", "b")
+    job.stop_workers("a")
+    job.members["a"].wait_round(WAIT_S)
+    until("b must kill its workers", job.members["b"].fenced, WAIT_S)
+    job.stop_workers("b")
+    until("b is back", lambda: "b" in job.nodes(), WAIT_S)
+
+
 def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> None:
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     for name in "ab":
@@ -402,6 +418,33 @@ def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
     assert "cannot reach the workers' store at 127.0.0.1:" in excluded[0]["reason"]
     reasons = [fields["reason"] for name, fields in job.told.events if name == "round_formed"]
     assert any("cannot reach the workers' store" in reason for reason in reasons)
+
+
+def test_a_node_that_cannot_host_the_worker_store_stays_out_and_says_why(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = job.start("a")
+    handler = MemberRendezvous(member, backend="memory", run_id="test", address="192.0.2.1", timeout_s=WAIT_S)
+    stays_out_s: list[float] = []
+
+    def stay_out(num_failures: int) -> float:
+        stays_out_s.append(stay_out_s(num_failures))
+        if num_failures == 2:
+            handler._address = "127.0.0.1"
+        return 0.1
+
+    monkeypatch.setattr("launcher.rendezvous.stay_out_s", stay_out)
+    meets = threading.Thread(target=handler.next_rendezvous, daemon=True)
+    meets.start()
+    try:
+        until("it stays out twice", lambda: stays_out_s[1:], WAIT_S)
+    finally:
+        handler._address = "127.0.0.1"
+        meets.join(WAIT_S)
+    assert not meets.is_alive()
+    assert stays_out_s == [5.0, 10.0]
+    told = [fields["reason"] for name, fields in job.told.events if name == "workers_store_unreachable"]
+    assert told[0].startswith("cannot host the workers' store at 192.0.2.1: ")
 
 
 def live(handler: MemberRendezvous, done: threading.Event) -> None:

@@ -95,6 +95,17 @@ class TestFirstRound:
         assert isinstance(action, Propose)
         assert action.round.generation == 8
 
+    def test_generations_grow_beyond_those_of_nodes_that_stay_out(self) -> None:
+        action = act(view((node("a"), node("b"), node("c", generation=7, status=Status.EXCLUDED))))
+        assert isinstance(action, Propose)
+        assert action.round.generation == 8
+
+    @pytest.mark.parametrize("status", [Status.RUNNING, Status.STOPPING, Status.DONE])
+    def test_waits_for_workers_of_a_round_whose_record_is_gone(self, status: Status) -> None:
+        nodes = (node("a"), node("b"), node("c", generation=7, status=status))
+        assert act(view(nodes), now_s=1.0) == Wait("waiting for c to stop", 60.0)
+        assert act(view(nodes), now_s=60.0) == Evict("c", "did not stop its workers within 60 s")
+
 
 class TestTelling:
     """Only the leader sees every record: what breaks a round is told in the round."""
@@ -154,6 +165,11 @@ class TestTelling:
         seen = breakage(view(running("last"), current))
         assert seen.lost == tuple("abcdefgh")
         assert seen.reason == "node a lost; node b lost; node c lost; node d lost; and 4 more"
+
+    def test_what_hung_stays_hung_though_its_node_now_says_something_else(self) -> None:
+        checks = node("a", status=Status.EXCLUDED, generation=1, reason="preflight runs")
+        told_before = Breakage("node a hang: no step", graceful=False, hung=True)
+        assert breakage(view((checks, *running("b")), round_of("a", "b", broken=told_before))).hung
 
     def test_nodes_that_may_come_back_are_not_lost_yet(self) -> None:
         seen = view(running("a", "c"), round_of("a", "b", "c"), awaited=frozenset("b"), awaited_until_s=102.0)

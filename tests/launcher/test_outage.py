@@ -89,6 +89,18 @@ def test_a_name_that_is_not_known_for_a_while_refuses_nothing(monkeypatch: pytes
     assert not members.no_lease_ends(), "what was known before stands, and that is silent"
 
 
+@pytest.mark.parametrize("now", [frozenset(), frozenset({("10.0.0.2", 2379)})])
+def test_the_old_address_of_a_member_refuses_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, now: frozenset[tuple[str, int]]
+) -> None:
+    members = Members(monkeypatch)
+    members.learn()
+    monkeypatch.setattr(etcd_outage, "_refuses", lambda address: True)
+    assert members.no_lease_ends()
+    members.names["etcd-0"] = now
+    assert not members.no_lease_ends(), "it may lead at another address"
+
+
 class TestLease:
     def lease(self, stands: bool) -> Lease:
         def renew() -> bool:
