@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
 from launcher import autopsy, boot
@@ -43,6 +42,7 @@ from launcher.probe import report_dead
 from launcher.program import STACKS_VARIABLE
 from launcher.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.rendezvous import MemberRendezvous
+from launcher.signals import handle_signals, stop_at_once
 from launcher.warm import COLD, WarmStart
 from launcher.watchdog import Watchdog, Watched
 from launcher.yielding import Graces, Yielding
@@ -53,7 +53,6 @@ _POLL_S = 0.05
 _LINGER_S = 30.0
 _DEVICE_MEMORY_S = 15.0
 _KILL_S = 5.0
-_HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,16 +344,14 @@ class ElasticAgent(LocalElasticAgent):
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
-        if threading.current_thread() is threading.main_thread():
-            for handled in _HANDLED_SIGNALS:
-                signal.signal(handled, self._on_signal)
+        handle_signals(self._on_signal)
 
-    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         received = signal.Signals(signum)
         gentle = received in (signal.SIGTERM, signal.SIGHUP)
         if gentle and self._drain.ask_signal(received, time.monotonic()) and self._supervising:
             return
-        raise SignalException(f"received {received.name}", received)
+        stop_at_once(signum, frame)
 
     # --- the rest
 

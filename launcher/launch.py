@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -38,12 +39,13 @@ from launcher.membership import Rules
 from launcher.notices import Notice
 from launcher.preemption import Lookout, OrderWatcher
 from launcher.preemption import watchers as find_watchers
-from launcher.preflight import Check, Preflight, PreflightRules, standard_checks
+from launcher.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.probe import Doorbell
 from launcher.records import Node
 from launcher.rendezvous import MemberRendezvous
 from launcher.reopen import reopen_failed
 from launcher.runtime import runtime_dir as private_folder
+from launcher.signals import handle_signals, stop_at_once
 from launcher.telling import last_words
 from launcher.warm import WarmStart
 from launcher.watchdog import Watchdog
@@ -95,6 +97,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         RendezvousTimeout: no round was formed in time.
     """
     ask_no_dns()
+    handle_signals(stop_at_once)  # the agent will have its own
     try:
         return _launch_agent(config, command, extras)
     except SignalException as stopped:
@@ -154,7 +157,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         if warm is not None:
             warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
-        backstop = Backstop(drain, functools.partial(_tell_overrun, events))
+        backstop = Backstop(drain, functools.partial(_tell_overrun, events), _end_at_once)
 
         def heed(notice: Notice) -> None:
             drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
@@ -263,6 +266,12 @@ def _run(
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:
     """The last word of an agent that is ended at once: its workers die with it, its lease ends by itself."""
     events("drain_overran", source=request.source, detail=request.detail, seconds=request.grace_s)
+
+
+def _end_at_once(exit_code: int) -> None:
+    """No `finally` runs any more: commands of a preflight, in sessions of their own, would stay."""
+    end_commands()
+    os._exit(exit_code)
 
 
 def _linger(member: Member) -> None:

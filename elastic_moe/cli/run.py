@@ -216,7 +216,8 @@ def _limit(text: str) -> Setting:
 
 def _check_silence(given: argparse.Namespace) -> None:
     """Silence is seen in files: without them every worker would look silent, or none."""
-    if given.silence_timeout is not None and {given.redirects, given.tee} <= {"0"}:
+    streams = [part.rpartition(":")[2] for text in (given.redirects, given.tee) for part in text.split(",")]
+    if given.silence_timeout is not None and set(streams) <= {"0"}:
         raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
 
 

@@ -148,6 +148,7 @@ BAD_INPUT = [
     ),
     (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
     (["run", "--silence-timeout", "5", "x.py"], "--silence-timeout: needs the workers' output in files to watch: add"),
+    (["run", "--silence-timeout", "5", "--tee", "0:0,1:0", "x.py"], "--silence-timeout: needs the workers' output in"),
     (
         ["run", "--hang-timeout", "soon", "x.py"],
         "argument --hang-timeout: 'soon' is not a number > 0, nor one of auto, off",

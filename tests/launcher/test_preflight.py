@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from launcher.devices import DeviceMemory, held, visible
+from launcher.launch import _end_at_once
 from launcher.preflight import (
     Check,
     Command,
@@ -23,7 +26,7 @@ from launcher.preflight import (
     examine,
     standard_checks,
 )
-from tests.cluster import Cluster, cluster, read_lines, until
+from tests.cluster import Cluster, alive, cluster, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
 
@@ -128,6 +131,20 @@ def test_a_node_that_fails_stays_out_with_growing_pauses_until_it_passes(monkeyp
 def test_a_node_that_never_passes_gives_up_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told()
     assert not Preflight([Scripted("full")], told.emit).pass_or_wait(told.hold_back, time.sleep, lambda: True, 3)
+
+
+def test_others_do_not_wait_for_checks_that_take_long() -> None:
+    told = Told()
+
+    class Slow(Scripted):
+        def run(self) -> str:
+            until("the node stays out", lambda: told.records, 20)
+            return ""
+
+    preflight = Preflight([Slow(timeout_s=30.0)], told.emit)
+    assert preflight.pass_or_wait(told.hold_back, time.sleep, lambda: False, 3, patience_s=0.1)
+    assert told.records == ["preflight runs", ""]
+    assert [event for event, _ in told.events] == ["preflight_slow", "preflight_passed"]
 
 
 def test_what_passed_before_the_node_joined_is_not_run_again_for_its_first_round() -> None:
@@ -265,6 +282,35 @@ def test_a_node_that_is_told_to_leave_waits_for_no_command_and_leaves_none_behin
     assert not preflight.pass_or_wait(told.hold_back, time.sleep, lambda: bool(read(marker)), 3)
     until("the command is gone", lambda: not psutil.pid_exists(int(read(marker))))
     assert not told.events and not told.records, "it did not fail"
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_node_joined_leaves_no_command_behind(nodes: Cluster, tmp_path: Path) -> None:
+    marker = tmp_path / "running"
+    node = nodes.start("only", "--preflight", f"echo $$ > {marker}; sleep 600", COOPERATIVE, str(tmp_path), nnodes="1")
+    runs = psutil.Process(int(until("the command runs", lambda: read(marker))))
+    try:
+        node.signal(signal.SIGTERM)
+        assert node.wait() == 128 + signal.SIGTERM
+        until("the command is gone", lambda: not alive(runs))
+    finally:
+        if alive(runs):
+            os.killpg(runs.pid, signal.SIGKILL)
+
+
+def test_an_agent_that_is_ended_at_once_takes_its_commands_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "running"
+    exit_codes: list[int] = []
+    monkeypatch.setattr("launcher.launch.os._exit", exit_codes.append)
+    runs = threading.Thread(target=Command(f"echo $$ > {marker}; sleep 600", timeout_s=60).run)
+    runs.start()
+    until("the command runs", lambda: read(marker))
+    _end_at_once(75)
+    runs.join(20)
+    assert exit_codes == [75]
+    assert not runs.is_alive()
 
 
 def read(path: Path) -> str:
