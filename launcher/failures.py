@@ -116,9 +116,11 @@ def classify(death: Death) -> FailureClass:
     started = death.phase in (Phase.RUNNING, Phase.YIELDED)
     if started or (death.lived_s >= SETTLED_S and death.phase is Phase.STARTING):
         return FailureClass.PROGRAM
-    if death.error is not None:
-        return FailureClass.START_UP if _is_bound_to_recur(death) else FailureClass.PROGRAM
-    return FailureClass.USAGE if death.exit_code == USAGE_EXIT_CODE else FailureClass.PROGRAM
+    if death.exit_code == USAGE_EXIT_CODE:  # of its own accord, whatever it wrote down: Python ends an exception with 1
+        return FailureClass.USAGE
+    if death.error is not None and _is_bound_to_recur(death):
+        return FailureClass.START_UP
+    return FailureClass.PROGRAM
 
 
 def _is_bound_to_recur(death: Death) -> bool:

@@ -104,6 +104,10 @@ class Outage:
             told[index] = Told(answer.header.member_id, members)
         addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
         own = own_endpoints(addresses, told)
+        if own and not self._own:
+            log.info(
+                "etcd's %d members are known: an outage in which none can lead does not stop the workers", len(own)
+            )
         if own or len(told) == len(self._endpoints):  # else a member is away, and what was known before stands
             self._own, self._addresses = own, addresses  # together: a name may be unknown while its member is away
             if not own:

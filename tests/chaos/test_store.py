@@ -24,6 +24,12 @@ def three(job: Job) -> tuple[Node, Node, Node]:
     return a, b, c
 
 
+def members_known(*nodes: Node) -> None:
+    """Each has asked who etcd's members are, which it does when it is two seconds old."""
+    for node in nodes:
+        until(f"{node.name} knows etcd's members", lambda node=node: "members are known" in node.output)
+
+
 def more(job: Job, num: int = 20) -> None:
     """The three go on for so many steps, in whatever generation."""
     last = job.history().done()[-1]
@@ -40,6 +46,7 @@ def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) 
     """
     job = start_job(3)
     nodes = three(job)
+    members_known(*nodes)
     leader = job.store.members[job.store.leader()]
     leader.kill() if fault == "killed" else leader.signal(signal.SIGSTOP)
     more(job, 150)
@@ -67,6 +74,7 @@ def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
     """
     jobs = {fault: start_job(folder=fault) for fault in ("killed", "frozen")}
     nodes = {fault: three(job) for fault, job in jobs.items()}
+    members_known(*nodes["killed"])
     for fault, job in jobs.items():
         leave(job, fault)
     time.sleep(30)

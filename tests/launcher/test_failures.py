@@ -96,6 +96,7 @@ def test_the_program_is_at_fault(message: str) -> None:
     [
         (death(exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),
         (death(exit_code=2, phase=Phase.STARTING), FailureClass.USAGE),
+        (death("--width: no such option", exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),
         (death(exit_code=2, phase=Phase.STARTING, lived_s=3600.0), FailureClass.PROGRAM),
         (death(exit_code=2), FailureClass.PROGRAM),
         (death(exit_code=3, phase=Phase.STARTING), FailureClass.PROGRAM),
