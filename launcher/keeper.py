@@ -181,6 +181,7 @@ class RecordKeeper:
         self._lease.revoke()
 
     def _keep(self) -> None:
+        failed = False  # told once: an outage of the store is long, and its end is told too
         while not self._stopping.is_set():
             self._tell_silence()
             with self._changed:
@@ -192,10 +193,12 @@ class RecordKeeper:
             try:
                 written = self._check() if idle else self._write()
             except KVUnavailable as error:
-                log.warning("[%s] record not written, trying again: %s", self._record.node_id, error)
+                if not failed:
+                    log.warning("[%s] record not written, trying until it is: %s", self._record.node_id, error)
             except Exception:
                 log.exception("[%s] record not written, trying again", self._record.node_id)
-            if not written:
+            failed = not written
+            if failed:
                 self._stopping.wait(_RETRY_S)
 
     def _tell_silence(self) -> None:

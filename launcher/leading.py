@@ -90,7 +90,8 @@ class Leadership:
             try:
                 self._turn()
             except KVUnavailable as error:
-                self._office.told(f"the store does not answer: {error}")
+                if self._office.told("the store does not answer"):
+                    log.warning("[%s] %s", self._office.node_id, error)
                 self._ended.wait(_RETRY_S)
             except Compacted as error:
                 log.warning("[%s] %s: listing anew", self._office.node_id, error)

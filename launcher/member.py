@@ -65,6 +65,7 @@ class Member:
             told=self._told_why,
         )
         self._board = Board()
+        self._unanswered = False  # the last turn ended with a store that did not answer
         self._leading: Leadership | None = None
         self._joined = 0  # the last generation of which this node may have started workers
         self._stale = False  # what was learnt is not to be relied on: list again
@@ -356,9 +357,12 @@ class Member:
         while not self._stopping.is_set():
             try:
                 self._turn()
+                self._unanswered = False
             except KVUnavailable as error:
-                if self._told_why(f"the store does not answer: {error}"):
+                if not self._unanswered:
                     log.warning("[%s] %s", self.node_id, error)
+                self._unanswered = True
+                self._told_why("the store does not answer")
                 self._stopping.wait(_RETRY_S)
             except Compacted as error:
                 log.warning("[%s] %s: listing anew", self.node_id, error)
@@ -443,7 +447,8 @@ class Member:
                     self._board.apply([(LEADER, written)])
         if self._board.leader != self.node_id:
             self._resign()
-            self._told_why(f"node {self._board.leader} leads" if self._board.leader else "a leader is being chosen")
+            if not self._unanswered:
+                self._told_why(f"node {self._board.leader} leads" if self._board.leader else "a leader is being chosen")
         elif self._leading is None:
             predecessor, grace_s = self._board.predecessor, self._own.lease_ttl_s
             with self._changed:
