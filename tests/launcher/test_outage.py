@@ -170,16 +170,15 @@ class TestRealEtcd:
             client(server.endpoint).close()
             nodes.endpoint = server.endpoint
             options = ("--rdzv-backend", "etcd3", "--rdzv-id", uuid.uuid4().hex, COOPERATIVE, str(tmp_path))
-            pair = [nodes.start(name, *options, conf="last_call=60,lease_ttl=3") for name in ("first", "second")]
+            pair = [nodes.start(name, *options, conf="last_call=60,lease_ttl=5") for name in ("first", "second")]
             steps = tmp_path / "steps.jsonl"
-            until(
-                "steps on two nodes, for longer than it takes to learn etcd's members", lambda: read_lines(steps)[40:]
-            )
+            until("steps on two nodes", lambda: read_lines(steps)[10:])
+            until("both know etcd's members", lambda: all("members are known" in node.output for node in pair))
 
             server.kill()
             until_all(nodes, "store_unreachable", 1)
             before = len(read_lines(steps))
-            until("steps for two TTLs of the outage", lambda: read_lines(steps)[before + 120 :])
+            until("steps for more than a TTL of the outage", lambda: read_lines(steps)[before + 200 :])
             server.start()
             until_all(nodes, "store_back", 1)
             assert len(nodes.events("round_formed")) == 1, "nobody was interrupted"
