@@ -56,12 +56,21 @@ class FsspecStore:
         with self._translated(key):
             if if_absent and self._fs.exists(path):
                 raise AlreadyExists(f"{key} exists in {self.url}")
-            if sum(view.nbytes for view in views) < _STREAMED_SIZE_BYTES:
-                self._make_folder(path)
-                self._fs.pipe_file(path, b"".join(views))
-            else:
-                self._stream(path, views)
-            return self.info(key)
+            try:
+                self._write(path, views)
+                return self.info(key)
+            except (FileNotFoundError, NotFound) as error:
+                # JuiceFS's gateway, when the last other object of the folder is deleted at that moment
+                raise Transient(
+                    f"{key} in {self.url} was not found while it was put: {error}", Cause.CONFLICT
+                ) from error
+
+    def _write(self, path: str, views: Sequence[memoryview]) -> None:
+        if sum(view.nbytes for view in views) < _STREAMED_SIZE_BYTES:
+            self._make_folder(path)
+            self._fs.pipe_file(path, b"".join(views))
+        else:
+            self._stream(path, views)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
         """See `ObjectStore.read_into`."""

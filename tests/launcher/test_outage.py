@@ -188,7 +188,7 @@ class TestRealEtcd:
             until("the workers have yielded", lambda: len(nodes.events("workers_yielded")) == 2)
             until("and are stopped", lambda: len(nodes.events("workers_stopped")) == 2)
             server.signal(signal.SIGCONT)
-            until_all(nodes, "store_back", 2)
+            until("another round", lambda: nodes.events("round_formed")[1:])
             before = len(read_lines(steps))
             until("steps after it", lambda: read_lines(steps)[before + 10 :])
             (tmp_path / "finish").touch()
