@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -37,10 +38,11 @@ OURS, PLUGGED, STOCK = "elastic-moe run", "torchrun, etcd3", "torchrun"
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """How a node is started: the command before the script."""
+    """How a node is started: the command before the script, and where its nodes meet."""
 
     name: str
     command: tuple[str, ...]
+    endpoint: str
 
 
 def launchers(names: Sequence[str], last_call_s: int, etcd_endpoint: str) -> list[Launcher]:
@@ -56,7 +58,17 @@ def launchers(names: Sequence[str], last_call_s: int, etcd_endpoint: str) -> lis
         PLUGGED: (*stock, "--rdzv-endpoint", etcd_endpoint, "--rdzv-backend", "etcd3", *conf),
         STOCK: (*stock, "--rdzv-endpoint", own_endpoint, "--rdzv-backend", "c10d"),
     }
-    return [Launcher(name, (sys.executable, *commands[name])) for name in names]
+    endpoints = {OURS: own_endpoint, PLUGGED: etcd_endpoint, STOCK: own_endpoint}
+    return [Launcher(name, (sys.executable, *commands[name]), endpoints[name]) for name in names]
+
+
+def listens(endpoint: str) -> bool:
+    """Whether somebody accepts connections there."""
+    host, _, port = endpoint.rpartition(":")
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+        return True
+    return False
 
 
 class Job:
@@ -106,7 +118,7 @@ def running(launcher: Launcher, num_nodes: int) -> Iterator[Job]:
         try:
             job.start_node()
             if num_nodes == 2:
-                time.sleep(3.0)  # the first one hosts the meeting place
+                until("the first one hosts the meeting place", lambda: listens(launcher.endpoint), START_S)
                 job.start_node()
             until(f"ten steps of {num_nodes} nodes", lambda: job.steps(num_nodes)[10:], START_S)
             yield job

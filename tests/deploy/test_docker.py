@@ -168,7 +168,7 @@ def test_what_compose_names_exists(compose: dict[str, Any]) -> None:
 def test_the_job_is_one(compose: dict[str, Any]) -> None:
     environment = nodes_of(compose)["node-1"]["environment"]
     given = parse_run(nodes_of(compose)["node-1"]["command"], environment)
-    assert given.mesh == given.training_script_args[-1] == "/work/job.toml"
+    assert given.mesh == given.training_script_args[-1] == "/job/job.toml"
     job = load(DOCKER / "job.toml", environ=environment)
     assert job.checkpoint.url == "s3://checkpoints/run"
     with pytest.raises(UserError, match=r"checkpoint\.urll"):
