@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous bench-metadata check format lint types layers clean
+.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench-rendezvous: $(VENV)/.dev ## how fast 8 to 512 nodes form a round, beside t
 
 bench-metadata: $(VENV)/.dev ## from an index of 256k entries to every rank's plan, beside stock DCP
 	$(BIN)/python -m tests.bench.metadata
+
+bench-storage: $(VENV)/.dev ## saves to S3 and loads from it, beside stock DCP on s3fs, s3torchconnector and raw GETs
+	$(BIN)/python -m tests.bench.storage
 
 check: lint types layers test ## what CI runs
 
