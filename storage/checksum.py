@@ -10,6 +10,7 @@ item, and an item's checksums take at most 2 KiB below 4 GiB.
 from __future__ import annotations
 
 import base64
+import functools
 import struct
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from storage.objects import Buffer
 BLOCK_SIZE_BYTES_MIN = 16 * 1024
 BLOCK_SIZE_BYTES_MAX = 8 * 1024 * 1024
 _BLOCKS_PER_ITEM = 512
+_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 
 
 def crc32c(buffer: Buffer, crc: int = 0) -> int:
@@ -36,6 +38,36 @@ def crc32c_of(buffers: Sequence[Buffer]) -> int:
     for buffer in buffers:
         crc = crc32c(buffer, crc)
     return crc
+
+
+def combine(first: int, second: int, second_length_bytes: int) -> int:
+    """CRC32C of two pieces laid end to end, from the CRC of each: a block may be read in parts that end in any order.
+
+    The rule is zlib's `crc32_combine`: a CRC is a polynomial over GF(2), and what follows a piece multiplies it by x
+    for each further bit.
+    """
+    return _multiply(_shift(second_length_bytes), first) ^ second
+
+
+@functools.lru_cache(maxsize=1024)
+def _shift(length_bytes: int) -> int:
+    """x to the power of 8 * `length_bytes`, modulo the polynomial."""
+    power, square, left = 1 << 31, 1 << 30, 8 * length_bytes
+    while left:
+        if left & 1:
+            power = _multiply(square, power)
+        square, left = _multiply(square, square), left >> 1
+    return power
+
+
+def _multiply(a: int, b: int) -> int:
+    """The product of two polynomials modulo CRC32C's; the highest bit is the coefficient of 1."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def block_size_bytes(item_length_bytes: int) -> int:

@@ -15,6 +15,7 @@ uses the process group.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -224,21 +225,25 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     if claim is not None:
         claim.check()
     manifest_key, metadata_key = attempt.prefix + layout.manifest_name(attempt.id), attempt.prefix + layout.METADATA
-    taken = f"step {attempt.step} is committed already in {store.url}; restore it, or save to another URL"
     if exists(store, metadata_key):
-        raise AlreadyExists(taken)
+        raise AlreadyExists(_taken(store, attempt.prefix))
     manifest_bytes = dump_manifest(manifest)
-    store.put(manifest_key, [manifest_bytes], if_absent=True)
+    with contextlib.suppress(AlreadyExists):  # a copy that was killed has put it (see `storage.copying`)
+        store.put(manifest_key, [manifest_bytes], if_absent=True)
     if _read_back(store, manifest_key, manifest_bytes) != manifest_bytes:
         raise Corrupt(f"{manifest_key} is not what was written")
     # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
     store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
-    _put_metadata(store, metadata_key, metadata, taken)
+    put_metadata(store, attempt.prefix, metadata)
     _insist(lambda: _check_still_there(store, attempt, manifest.objects), metadata_key)
 
 
-def _put_metadata(store: ObjectStore, key: str, metadata: bytes, taken: str) -> None:
-    """Put `.metadata`, and believe what is read back more than how the put was answered."""
+def put_metadata(store: ObjectStore, prefix: str, metadata: bytes) -> None:
+    """Put the `.metadata` of `prefix`, and believe what is read back more than how the put was answered.
+
+    Raises AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
+    """
+    key = prefix + layout.METADATA
     doubt: StorageError | None = None
     try:
         store.put(key, [metadata], if_absent=True)
@@ -251,7 +256,12 @@ def _put_metadata(store: ObjectStore, key: str, metadata: bytes, taken: str) -> 
         raise Corrupt(f"{key} was overwritten by another process while it was committed")
     if found is None:
         raise doubt
-    raise AlreadyExists(taken)
+    raise AlreadyExists(_taken(store, prefix))
+
+
+def _taken(store: ObjectStore, prefix: str) -> str:
+    where = layout.join_url(store.url, prefix)
+    return f"{where} is committed already; restore it, or save to another URL"
 
 
 def _read_back(store: ObjectStore, key: str, expected: bytes) -> bytes | None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -17,9 +14,6 @@ from storage.index import Columns, Index
 from storage.objects import ObjectStore
 from storage.readplan import Part, Segment
 from storage.zips import check_zip
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -93,55 +87,3 @@ def _verify(columns: Columns, segment: Segment, memory: memoryview, name: str) -
     for index, crc in enumerate(expected):
         if crc32c(memory[index * size : (index + 1) * size]) != crc:
             raise Corrupt(f"{name} is damaged: checksum at byte {segment.start + index * size} does not match", name)
-
-
-def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[R]:
-    """All results in order. The first failure cancels what has not started, waits for the rest, and is raised."""
-    futures: list[Future[R]] = [pool.submit(call) for call in calls]
-    done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-    if pending:
-        for future in pending:
-            future.cancel()
-        # buffers belong to the caller again once this returns: nothing may still be writing into them
-        wait(pending)
-        raise next(error for future in done if (error := future.exception()))
-    return [future.result() for future in futures]
-
-
-def windowed(pool: ThreadPoolExecutor, function: Callable[[T], R], arguments: Sequence[T], window: int) -> Iterator[R]:
-    """Results in order, with at most `window` of them under way or waiting to be taken."""
-    return windowed_by_size(pool, function, arguments, lambda argument: 1, window)
-
-
-def windowed_by_size(
-    pool: ThreadPoolExecutor,
-    function: Callable[[T], R],
-    arguments: Iterable[T],
-    size_of: Callable[[T], int],
-    size_max: int,
-) -> Iterator[R]:
-    """Results in order; those under way, or waiting to be taken, have sizes of at most `size_max` in sum, or are one.
-
-    A result counts as taken when the next one is asked for.
-    """
-    left = iter(arguments)
-    following = next(left, None)
-    flying: deque[tuple[Future[R], int]] = deque()
-    total = 0
-    try:
-        while flying or following is not None:
-            while following is not None and (not flying or total + size_of(following) <= size_max):
-                size = size_of(following)
-                flying.append((pool.submit(function, following), size))
-                total += size
-                following = next(left, None)
-            future, size = flying[0]
-            result = future.result()
-            flying.popleft()
-            yield result
-            del result
-            total -= size
-    finally:
-        for future, _ in flying:
-            future.cancel()
-        wait([future for future, _ in flying])

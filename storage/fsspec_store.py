@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -19,7 +20,17 @@ from fsspec.registry import known_implementations, registry
 
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
 from storage.flight import Flight
-from storage.objects import Buffer, Capabilities, ObjectInfo, ObjectStore, check_key, check_prefix
+from storage.objects import (
+    Buffer,
+    Capabilities,
+    Fetch,
+    ObjectInfo,
+    ObjectStore,
+    check_key,
+    check_prefix,
+    parts_of_size,
+)
+from storage.parallel import windowed
 from storage.retries import Retrier, RetryLog
 from storage.retrying import RetryingStore, views_of
 
@@ -29,6 +40,7 @@ _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 _NUM_REQUESTS = 32
 _STREAMED_SIZE_BYTES = 64 * 1024 * 1024
+_NUM_PARTS_AHEAD = 4
 
 
 class FsspecStore:
@@ -71,6 +83,19 @@ class FsspecStore:
             self._fs.pipe_file(path, b"".join(views))
         else:
             self._stream(path, views)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`. The parts are fetched ahead, but written one after the other."""
+        if size_bytes < _STREAMED_SIZE_BYTES:
+            return self.put(key, list(self._ahead(size_bytes, fetch, pool)))
+        path = self._path(key)
+        with self._translated(key):
+            self._stream(path, self._ahead(size_bytes, fetch, pool))
+            return self.info(key)
+
+    @staticmethod
+    def _ahead(size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+        return windowed(pool, lambda part: fetch(*part), parts_of_size(size_bytes), _NUM_PARTS_AHEAD)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
         """See `ObjectStore.read_into`."""
@@ -136,7 +161,7 @@ class FsspecStore:
             if not self._fs.isdir(path):
                 self._fs.rm_file(path)
 
-    def _stream(self, path: str, views: Sequence[memoryview]) -> None:
+    def _stream(self, path: str, views: Iterable[memoryview]) -> None:
         """In blocks of the file system's own size, so that no second copy of a large object is made."""
         self._make_folder(path)
         file = self._fs.open(path, "wb")
@@ -146,6 +171,7 @@ class FsspecStore:
         except BaseException:
             with contextlib.suppress(AttributeError, NotImplementedError):
                 file.discard()
+                file.closed = True  # else it is flushed when it is collected
             raise
         file.close()
 
@@ -179,6 +205,21 @@ class FsspecStore:
             raise StorageError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+class PatientFsspecStore(RetryingStore):
+    """An FsspecStore made patient."""
+
+    def __init__(self, store: FsspecStore, retrier: Retrier) -> None:
+        super().__init__(store, retrier)
+        self._files = store
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`. After a failure the object is begun anew."""
+        # the content may come from a store that shares this flight: whoever waits for it must hold no place
+        return self._retrier.call(
+            f"put {key}", lambda: self._files.put_from(key, size_bytes, fetch, pool), in_flight=False
+        )
+
+
 def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     """Open `protocol_url` with fsspec; `url` is what the user wrote. Raises BadURL."""
     protocol = protocol_url.partition("://")[0]
@@ -190,7 +231,7 @@ def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
         raise BadURL(f"{url!r} cannot be opened: {type(error).__name__}: {error}") from None
     store = FsspecStore(url, fs, root)
-    return RetryingStore(store, Retrier(Flight(_NUM_REQUESTS), store.retries))
+    return PatientFsspecStore(store, Retrier(Flight(_NUM_REQUESTS), store.retries))
 
 
 def is_known(protocol: str) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 from storage import catalog, layout
 from storage.checksum import crc32c
 from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
-from storage.fetch import windowed
 from storage.index import Index
 from storage.manifest import ItemEntry, Manifest
 from storage.objects import ObjectStore, exists
+from storage.parallel import windowed
 from storage.registry import open_store
 from storage.zips import check_zip
 
@@ -213,7 +213,7 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
         entry = manifest.objects[index]
         return list(_object_problems(store, prefix + entry.name, entry.size_bytes, items[index]))
 
-    problems = list(_gaps(manifest))
+    problems = list(gaps(manifest))
     chosen = [index for index, entry in enumerate(manifest.objects) if only is None or prefix + entry.name in only]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for found in windowed(pool, check, chosen, 2 * _NUM_THREADS):
@@ -222,8 +222,8 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
     return Verdict(folder, manifest.step, len(chosen), size_bytes, tuple(problems))
 
 
-def _gaps(manifest: Manifest) -> Iterator[str]:
-    """Tensors whose shards do not make them up, and values that are not there."""
+def gaps(manifest: Manifest) -> Iterator[str]:
+    """Tensors whose shards do not make them up, and values that are not there. Pure."""
     num_elements: dict[str, int] = defaultdict(int)
     stored = set()
     for item in manifest.items.rows():

@@ -15,14 +15,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound, StorageError, Transient
-from storage.objects import Buffer, Capabilities, ObjectInfo, check_key, check_prefix
+from storage.objects import Buffer, Capabilities, Fetch, ObjectInfo, check_key, check_prefix, parts_of_size
+from storage.parallel import run_all
 from storage.retries import RetryLog
 
 _TMP = ".tmp"
@@ -58,6 +61,21 @@ class LocalStore:
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
+        return self._put(key, lambda fd: _write_all(fd, buffers), if_absent)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`."""
+
+        def write(fd: int) -> None:
+            def copy(offset: int, length: int) -> None:
+                _write_at(fd, fetch(offset, length), offset)
+
+            run_all(pool, [functools.partial(copy, *part) for part in parts_of_size(size_bytes)])
+
+        return self._put(key, write, if_absent=False)
+
+    def _put(self, key: str, write: Callable[[int], None], if_absent: bool) -> ObjectInfo:
+        """Have a file written, and put it in its place."""
         path = self._path(key)
         with self._translated(key):
             self._make_folder(self._root / _TMP)
@@ -65,7 +83,7 @@ class LocalStore:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 try:
-                    _write_all(fd, buffers)
+                    write(fd)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -265,6 +283,12 @@ def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
     rest = _views(buffers)
     while rest:
         rest = _advance(rest, os.writev(fd, rest[:_IOV_MAX]))
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data.nbytes:
+        num_bytes = os.pwrite(fd, data, offset)
+        data, offset = data[num_bytes:], offset + num_bytes
 
 
 def _read_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
-from storage.objects import Buffer, Capabilities, ObjectInfo, check_key, check_prefix
+from storage.objects import Buffer, Capabilities, Fetch, ObjectInfo, check_key, check_prefix, parts_of_size
+from storage.parallel import run_all
 from storage.retries import RetryLog
 
 _instances: dict[str, MemoryStore] = {}
@@ -53,6 +56,10 @@ class MemoryStore:
             self._objects[key] = (data, etag)
             self._written[key] = time.time()
         return ObjectInfo(key, len(data), etag)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`."""
+        return self.put(key, run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)]))
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
         """See `ObjectStore.read_into`."""

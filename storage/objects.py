@@ -7,7 +7,8 @@ thread-safe: any method may run in any number of threads at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,12 @@ from storage.errors import Denied, NotFound
 from storage.retries import RetryLog
 
 Buffer = bytes | bytearray | memoryview
+
+Fetch = Callable[[int, int], memoryview]
+"""From an offset and a number of bytes to those bytes of some content. Asked from any thread, in any order."""
+
+PART_SIZE_BYTES = 16 * 1024 * 1024
+"""Of what is streamed where the store does not want another size."""
 
 _BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
 
@@ -117,6 +124,22 @@ class MultipartStore(Protocol):
 
     def abort(self, upload: Upload) -> None:
         """Give one up and free its parts. Raises NotFound if it has ended meanwhile."""
+
+
+@runtime_checkable
+class StreamingStore(Protocol):
+    """A store that takes an object which is larger than memory."""
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """Like `put`, of content that is fetched in parts of some MiB, and those on the pool's threads.
+
+        Every byte is fetched at least once before the object is there. What `fetch` raises ends the put, and comes out.
+        """
+
+
+def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tuple[int, int]]:
+    """Offset and size of each part of an object; all but the last are equal. Pure."""
+    return [(offset, min(part_bytes, size_bytes - offset)) for offset in range(0, size_bytes, part_bytes)]
 
 
 def exists(store: ObjectStore, key: str) -> bool:

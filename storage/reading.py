@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from storage.agreement import PeerFailed
 from storage.exchange import Exchange, Shared, agree, learn_crcs
-from storage.fetch import Source, Traffic, scratch, windowed_by_size
+from storage.fetch import Source, Traffic, scratch
 from storage.group import Group
 from storage.index import Index
 from storage.objects import ObjectStore
+from storage.parallel import windowed_by_size
 from storage.readplan import Part, Range, Want, piece_part, plan_parts
 from storage.requests import Requests, requests_of
 from storage.shareplan import Blocks, holes_of

@@ -11,10 +11,10 @@ import torch
 
 from storage import layout
 from storage.checksum import block_crcs, block_size_bytes, crc32c_of, pack_crcs
-from storage.fetch import run_all
 from storage.items import EncodedItem, encode_tensor
 from storage.manifest import ItemEntry, ObjectEntry
 from storage.objects import ObjectStore
+from storage.parallel import run_all
 from storage.saveplan import Piece
 
 NUM_THREADS = 4

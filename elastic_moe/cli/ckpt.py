@@ -1,4 +1,4 @@
-"""`elastic-moe ckpt`: look at the checkpoints of a run, and clean up.
+"""`elastic-moe ckpt`: look at the checkpoints of a run, copy them, and clean up.
 
 Imports torch only for checkpoints that stock DCP wrote.
 """
@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from elastic_moe.cli import transfer
+from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import garbage, inspect
-from storage.registry import with_options
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -30,11 +31,11 @@ Exit codes: 0 done, for `verify` every byte is good; 1 a checkpoint is damaged;
 
 
 def register(verbs: Subparsers) -> None:
-    """Add the verb `ckpt` with its own verbs `ls`, `show`, `verify` and `gc`."""
+    """Add the verb `ckpt` with its own verbs `ls`, `show`, `verify`, `gc`, `push` and `pull`."""
     parser = verbs.add_parser(
         "ckpt",
-        help="list, show, verify and clean up checkpoints",
-        description="List, show and verify the checkpoints of a run, and clean up.",
+        help="list, show, verify, copy and clean up checkpoints",
+        description="List, show, verify and copy the checkpoints of a run, and clean up.",
         epilog=_EPILOG,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
@@ -55,6 +56,7 @@ def register(verbs: Subparsers) -> None:
                 "--older-than", type=_hours, default=24.0, metavar="HOURS", help="only what is older (default 24)"
             )
         action.set_defaults(handler=handler)
+    transfer.register(actions)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -70,7 +72,7 @@ def _list(args: argparse.Namespace) -> int:
         (
             _or_dash(row.step),
             row.state,
-            "-" if row.size_bytes is None else _size(row.size_bytes),
+            "-" if row.size_bytes is None else size_text(row.size_bytes),
             "-" if row.created_unix_s is None else _age(now_s - row.created_unix_s),
             _or_dash(row.world_size),
             _or_dash(row.generation),
@@ -93,7 +95,7 @@ def _show(args: argparse.Namespace) -> int:
         _print_json(dataclasses.asdict(found))
         return 0
     summary = found.summary
-    print(f"step {_or_dash(summary.step)}, {summary.state}, {_size(summary.size_bytes or 0)}")
+    print(f"step {_or_dash(summary.step)}, {summary.state}, {size_text(summary.size_bytes or 0)}")
     if summary.world_size is not None:
         lineage = f" of lineage {summary.lineage}" if summary.lineage else ""
         print(
@@ -137,7 +139,7 @@ def _collect(args: argparse.Namespace) -> int:
             garbage.remove(location.store, row)
         if not args.json:
             did = "would remove" if args.dry_run else "removed"
-            size = f", {_size(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
+            size = f", {size_text(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
             print(f"{did} {row.kind} {row.name}{size}, {_age(now_s - row.modified_unix_s)} old")
     _tell_retries(location)
     if args.json:
@@ -162,12 +164,8 @@ def _hours(text: str) -> float:
 
 def _locate(args: argparse.Namespace) -> inspect.Location:
     """Open the URL with what the options add to it. Raises UserError for options that it cannot have."""
-    given = {"endpoint_url": args.endpoint_url, "profile": args.profile}
-    options = {name: value for name, value in given.items() if value is not None}
-    if options and not args.url.startswith("s3://"):
-        name = next(iter(options)).replace("_", "-")
-        raise UserError(f"--{name} is for s3:// URLs; the URL is {args.url!r}")
-    return inspect.locate(with_options(args.url, options))
+    (url,) = with_s3_options(args, args.url)
+    return inspect.locate(url)
 
 
 def _tell_retries(location: inspect.Location) -> None:
@@ -180,7 +178,7 @@ def _tell_retries(location: inspect.Location) -> None:
 def _print_verdict(verdict: inspect.Verdict) -> None:
     name = verdict.folder or "checkpoint"
     if not verdict.problems:
-        print(f"{name}: good, {_size(verdict.size_bytes)} in {verdict.num_objects} objects")
+        print(f"{name}: good, {size_text(verdict.size_bytes)} in {verdict.num_objects} objects")
         return
     print(f"{name}: DAMAGED")
     for problem in verdict.problems:
@@ -209,15 +207,6 @@ def _mesh(mesh: dict[str, Any] | None) -> str:
     if not mesh:
         return "-"
     return " x ".join(f"{name} {mesh[name]}" for name in ("replicate", "shard", "expert") if name in mesh) or "-"
-
-
-def _size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _age(seconds: float) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
-from storage.fetch import run_all
 from storage.flight import Flight
-from storage.objects import Buffer, ObjectInfo, Upload
+from storage.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
+from storage.parallel import run_all
 from storage.retries import Retrier
 from storage.retrying import RetryingStore, stored_equal, views_of
 from storage.s3.bucket import Bucket
@@ -25,6 +26,15 @@ _NUM_PART_THREADS = 16
 
 _flights: dict[tuple[str, str], Flight] = {}
 _flights_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What goes up in parts. `stored`: the object's info if it is certain to hold this content already."""
+
+    parts: Sequence[Callable[[], Sequence[memoryview]]]
+    if_absent: bool = False
+    stored: Callable[[], ObjectInfo | None] = lambda: None
 
 
 class S3Store(RetryingStore):
@@ -41,9 +51,22 @@ class S3Store(RetryingStore):
         views = views_of(buffers)
         if sum(view.nbytes for view in views) <= self._part_bytes:
             return super().put(key, views, if_absent=if_absent)
-        # AWS wants the whole upload begun anew after a conflict, see CompleteMultipartUpload
-        upload = functools.partial(self._put_parts, key, views, if_absent)
-        return self._retrier.call(f"put {key}", upload, in_flight=False)
+        cut = parts_of(views, part_size_bytes(sum(view.nbytes for view in views), self._part_bytes))
+        content = _Content(
+            [functools.partial(list, part) for part in cut], if_absent, lambda: stored_equal(self, key, views)
+        )
+        return self._put_content(key, content, self._pool)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`. A part that has to be sent again is not fetched again."""
+        if size_bytes <= self._part_bytes:
+            return super().put(key, [fetch(0, size_bytes)])
+
+        def part(offset: int, length: int) -> list[memoryview]:
+            return [fetch(offset, length)]
+
+        cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
+        return self._put_content(key, _Content([functools.partial(part, *place) for place in cut]), pool)
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -64,28 +87,36 @@ class S3Store(RetryingStore):
     def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
         return self._retrier.call(f"list {prefix}", lambda: self._bucket.page(prefix, token, delimiter))
 
-    def _put_parts(self, key: str, views: Sequence[memoryview], if_absent: bool) -> ObjectInfo:
-        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, if_absent))
-        size_bytes = sum(view.nbytes for view in views)
+    def _put_content(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+        # AWS wants the whole upload begun anew after a conflict, see CompleteMultipartUpload
+        upload = functools.partial(self._put_parts, key, content, pool)
+        return self._retrier.call(f"put {key}", upload, in_flight=False)
+
+    def _put_parts(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, content.if_absent))
         upload = self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
         try:
-            parts = parts_of(views, part_size_bytes(size_bytes, self._part_bytes))
-            calls = [functools.partial(self._put_part, key, upload, n, part) for n, part in enumerate(parts, 1)]
-            etags = run_all(self._pool, calls)
-            return self._complete(key, upload, views, etags, if_absent)
+            calls = [
+                functools.partial(self._put_part, key, upload, number, part)
+                for number, part in enumerate(content.parts, 1)
+            ]
+            sent = run_all(pool, calls)
+            return self._complete(key, upload, content, [etag for etag, _ in sent], sum(size for _, size in sent))
         except BaseException:
             self._abort(key, upload)
             raise
 
-    def _put_part(self, key: str, upload: str, number: int, part: Sequence[memoryview]) -> str:
-        send = functools.partial(self._bucket.put_part, key, upload, number, part)
-        return self._retrier.call(f"put part {number} of {key}", send)
+    def _put_part(
+        self, key: str, upload: str, number: int, part: Callable[[], Sequence[memoryview]]
+    ) -> tuple[str, int]:
+        """The part's etag and size."""
+        views = part()
+        send = functools.partial(self._bucket.put_part, key, upload, number, views)
+        return self._retrier.call(f"put part {number} of {key}", send), sum(view.nbytes for view in views)
 
-    def _complete(
-        self, key: str, upload: str, views: Sequence[memoryview], etags: Sequence[str], if_absent: bool
-    ) -> ObjectInfo:
+    def _complete(self, key: str, upload: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo:
         """Join the parts. Where the answers leave doubt, the object itself says whether it has happened."""
-        condition = if_absent and self.capabilities.conditional_puts
+        condition = content.if_absent and self.capabilities.conditional_puts
         doubts: list[Transient] = []
 
         def attempt() -> str:
@@ -100,22 +131,22 @@ class S3Store(RetryingStore):
             etag = self._retrier.call(f"complete {key}", attempt)
         except (NotFound, AlreadyExists, Transient) as error:
             # an upload that is gone may be done: somebody on the way can have sent the request twice
-            found = self._settle(key, views, etags) if doubts or isinstance(error, NotFound) else None
+            found = self._settle(key, content, etags, size_bytes) if doubts or isinstance(error, NotFound) else None
             if found is not None:
                 log.info("%s was put, though the store said: %s", key, error)
                 return found
             if isinstance(error, Transient) and error.cause is Cause.CONFLICT:
                 error.given_up = False  # the whole upload is begun anew
             raise
-        return ObjectInfo(key, sum(view.nbytes for view in views), etag)
+        return ObjectInfo(key, size_bytes, etag)
 
-    def _settle(self, key: str, views: Sequence[memoryview], etags: Sequence[str]) -> ObjectInfo | None:
-        """The object's info if it is what the parts make: by its etag, or else byte by byte."""
+    def _settle(self, key: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo | None:
+        """The object's info if it is what the parts make: by its etag, or else as the content says."""
         try:
             info = self.info(key)
-            if f'"{info.etag}"' == multipart_etag(etags) and info.size_bytes == sum(view.nbytes for view in views):
+            if f'"{info.etag}"' == multipart_etag(etags) and info.size_bytes == size_bytes:
                 return info
-            return stored_equal(self, key, views)
+            return content.stored()
         except (NotFound, Transient):
             return None
 

@@ -11,12 +11,14 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from storage import fsspec_store
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound
-from storage.objects import ObjectStore
+from storage.objects import MultipartStore, ObjectStore, StreamingStore
 from storage.registry import open_store
 
 
@@ -81,6 +83,45 @@ def test_large_objects(store: ObjectStore) -> None:
     store.read_into("large", 0, [memoryview(memory)[:11], memoryview(memory)[11:]], if_match=info.etag)
     assert memory == data
     assert read_range(store, "large", (16 << 20) - 5, 10) == [bytes(data[(16 << 20) - 5 : (16 << 20) + 5])]
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5, (32 << 20) + 5])
+def test_large_objects_are_taken_in_parts(store: ObjectStore, size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order, from any thread."""
+    monkeypatch.setattr(fsspec_store, "_STREAMED_SIZE_BYTES", 17 << 20)
+    data = memoryview(random.Random(2).randbytes(1 << 20) * 33)[:size_bytes]
+    fetched = set()
+
+    def fetch(offset: int, length: int) -> memoryview:
+        assert length <= 16 << 20
+        fetched.add((offset, length))
+        return data[offset : offset + length]
+
+    assert isinstance(store, StreamingStore)
+    store.put("streamed", [b"another object that is there already"])
+    with ThreadPoolExecutor(3) as pool:
+        info = store.put_from("streamed", size_bytes, fetch, pool)
+    assert sum(length for _, length in fetched) == size_bytes
+    assert (info.size_bytes, store.info("streamed")) == (size_bytes, info)
+    memory = bytearray(size_bytes)
+    store.read_into("streamed", 0, [memoryview(memory)])
+    assert memory == data
+
+
+@only([kind for kind in EVERY if kind != "fsspec-memory"])  # whose files are there while they are written
+def test_what_cannot_be_fetched_leaves_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec_store, "_STREAMED_SIZE_BYTES", 17 << 20)
+
+    def fetch(offset: int, length: int) -> memoryview:
+        if offset:
+            raise Corrupt("the second part is damaged")
+        return memoryview(bytes(length))
+
+    assert isinstance(store, StreamingStore)
+    with ThreadPoolExecutor(3) as pool, pytest.raises(Corrupt, match="second part"):
+        store.put_from("streamed", 18 << 20, fetch, pool)
+    assert store.list("") == []
+    assert not isinstance(store, MultipartStore) or store.uploads() == []
 
 
 def test_names_of_all_sorts(store: ObjectStore) -> None:

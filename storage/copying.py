@@ -1,0 +1,389 @@
+"""Copy committed checkpoints from one store to another.
+
+    data objects, several at once and in parts, each part compared with the manifest's checksums before it is sent
+    -> the source's `.metadata` looked at once more -> sizes compared -> `commit.publish`, as every save ends
+
+So whoever reads the target sees a checkpoint whole or not at all, and a copy that was killed is taken up by the next
+one: an object that is there counts if every byte of it is right. The order, and that nothing is overwritten that is
+committed, are those of `storage.commit`. A checkpoint of stock DCP has no checksums of its own: what is at the target
+already is compared with the source, byte by byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from storage import catalog, commit, inspect, layout
+from storage.commit import Attempt
+from storage.copyplan import BlockCheck, DataObject, choose, objects_of
+from storage.errors import AlreadyExists, Corrupt, NoCheckpoint, NotFound, StorageError, UsageError
+from storage.fetch import scratch
+from storage.inspect import Location
+from storage.manifest import Manifest, ObjectEntry
+from storage.objects import MultipartStore, ObjectInfo, ObjectStore, StreamingStore, parts_of_size
+from storage.parallel import run_all
+from storage.registry import open_store
+
+log = logging.getLogger(__name__)
+
+NUM_OBJECTS_AT_ONCE = 4
+NUM_PARTS_AT_ONCE = 16
+"""Of all objects together: they hold 16 MiB each, more where the target wants larger parts."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One checkpoint to copy: where it lies in the source, and where in the target."""
+
+    source_prefix: str
+    target_prefix: str
+    step: int | None
+
+    @property
+    def folder(self) -> str:
+        """As people call it."""
+        return self.target_prefix.rstrip("/")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint of the source that can be copied, with what commits it; `manifest` is None for stock DCP's."""
+
+    errand: Errand
+    metadata: bytes
+    manifest: Manifest | None
+    objects: Sequence[DataObject]
+    sizes_there: Mapping[str, int]
+    """What lies at the target, by name: a copy that was killed may have left some of the objects."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all data objects."""
+        return sum(entry.size_bytes for entry in self.objects)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one checkpoint.
+
+    `state`: "copied"; "present" (the target had it already); "damaged" (in the source, or at the target; `reason` says
+    more); "removed" (from the source, while it was copied); "planned" (it would be copied).
+    """
+
+    folder: str
+    step: int | None
+    state: str
+    reason: str = ""
+    num_objects_sent: int = 0
+    num_objects_present: int = 0
+    sent_bytes: int = 0
+    present_bytes: int = 0
+
+
+def open_target(url: str) -> Location:
+    """The store to copy to; `prefix` is None unless the URL names one step's folder. Raises BadURL."""
+    run, prefix = layout.split_step_url(url)
+    return Location(open_store(run), prefix or None)
+
+
+def errands(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[Errand]:
+    """What to copy, newest first.
+
+    Raises:
+        NoCheckpoint: nothing is committed in the source, or not that step.
+        UsageError: the URLs do not fit each other.
+    """
+    if source.store.url == target.store.url:
+        raise UsageError(f"source and target are both {source.store.url}; give two different places")
+    if source.prefix is not None:
+        return [_single(source, target, step, last)]
+    if target.prefix is not None:
+        raise UsageError(
+            f"the source is a whole run, and {target.prefix.rstrip('/')} at the end of the target is one checkpoint; "
+            "give the folder above it"
+        )
+    if catalog.is_checkpoint(target.store, ""):
+        raise UsageError(f"{target.store.url} is one checkpoint and no run: steps cannot be copied into it")
+    steps = [layout.parse_step(prefix.rstrip("/")) or 0 for prefix in inspect.checkpoints(source)]
+    folders = [(number, layout.step_folder(number) + "/") for number in choose(steps, source.store.url, step, last)]
+    return [Errand(folder, folder, number) for number, folder in folders]
+
+
+def _single(source: Location, target: Location, step: int | None, last: int | None) -> Errand:
+    """The only checkpoint of the source."""
+    if step is not None or last is not None:
+        raise UsageError("the source is one checkpoint, so there are no steps to choose from; give the run's URL")
+    (prefix,) = inspect.checkpoints(source)
+    number = layout.parse_step(prefix.rstrip("/"))
+    wanted = target.prefix or prefix
+    if number is not None and wanted != prefix:
+        raise UsageError(f"the source is step {number} and the target {wanted.rstrip('/')}; give the same step")
+    if not wanted and catalog.steps(target.store):
+        raise UsageError(f"{target.store.url} has steps in it; give the one to make, such as .../step-000000120")
+    return Errand(prefix, wanted, layout.parse_step(wanted.rstrip("/")))
+
+
+def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Outcome:
+    """What there is to copy, or why there is nothing. Writes nothing.
+
+    Raises:
+        UsageError: the target has another checkpoint there; or the source's format is another version's.
+        Transient, Denied: by a store.
+    """
+    try:
+        found = _find_twice(source, errand)
+    except Corrupt as error:
+        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
+    except (NotFound, NoCheckpoint):
+        return _removed(errand)
+    try:
+        there = target.read(errand.target_prefix + layout.METADATA)
+    except NotFound:
+        listed = target.list(errand.target_prefix)
+        sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
+        return replace(found, sizes_there=sizes)
+    return _present(target, found, there)
+
+
+def _find_twice(source: ObjectStore, errand: Errand) -> Found:
+    """Damage counts when it is read twice: the way to here may have done it."""
+    try:
+        return _find(source, errand)
+    except Corrupt as error:
+        found = _find(source, errand)
+        log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
+        return found
+
+
+def _find(source: ObjectStore, errand: Errand) -> Found:
+    """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
+    metadata = source.read(errand.source_prefix + layout.METADATA)
+    found = catalog.find_commit(source, errand.source_prefix)
+    if found.manifest is None:
+        if found.metadata != metadata:
+            raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
+        index = catalog.open_commit(found)
+        plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
+        return Found(errand, metadata, None, [DataObject(name, size, None) for name, size in plain], {})
+    if errand.step not in (None, found.manifest.step):
+        raise UsageError(f"the source is of step {found.manifest.step}, and the target is to be step {errand.step}")
+    if not catalog.commits(metadata, found.manifest):
+        raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
+    if problems := list(inspect.gaps(found.manifest)):
+        raise Corrupt(problems[0])
+    return Found(errand, metadata, found.manifest, objects_of(found.manifest), {})
+
+
+def _present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
+    errand = found.errand
+    if there != found.metadata:
+        raise UsageError(
+            f"{layout.join_url(target.url, errand.target_prefix)} holds another checkpoint than the source; copy to "
+            "another URL, or remove that one first"
+        )
+    try:
+        commit_there = catalog.find_commit(target, errand.target_prefix)
+        if commit_there.manifest is None:
+            catalog.open_commit(commit_there)
+    except Corrupt as error:
+        return Outcome(errand.folder, errand.step, "damaged", f"in {target.url}, where it is committed: {error}")
+    return Outcome(
+        errand.folder,
+        errand.step,
+        "present",
+        num_objects_present=len(found.objects),
+        present_bytes=found.size_bytes,
+    )
+
+
+def _removed(errand: Errand) -> Outcome:
+    return Outcome(errand.folder, errand.step, "removed", "its job has removed or replaced it meanwhile")
+
+
+class Copier:
+    """Copies what `look` has found. `advance` is told of bytes, from any thread; fewer, where some must go again."""
+
+    def __init__(self, source: ObjectStore, target: ObjectStore, advance: Advance = lambda num_bytes: None) -> None:
+        self._source = source
+        self._target = target
+        self._advance = advance
+        self._stop = threading.Event()
+
+    def copy(self, found: Found) -> Outcome:
+        """Copy one checkpoint and commit it. Damage is in the outcome, and not raised.
+
+        Raises:
+            UsageError: meanwhile the target got another checkpoint there.
+            Fenced: a job at the target has removed what was copied, before it was committed.
+            Transient, Denied, Unconfirmed: by a store.
+        """
+        errand = found.errand
+        try:
+            sent = self._copy_objects(found)
+            if self._is_replaced(errand, found.metadata):
+                return _removed(errand)
+            self._publish(found)
+        except AlreadyExists:
+            # another copy was faster
+            return _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
+        except (Corrupt, NotFound) as error:
+            if self._is_replaced(errand, found.metadata):
+                return _removed(errand)
+            return Outcome(errand.folder, errand.step, "damaged", str(error))
+        sizes = [entry.size_bytes for entry in found.objects]
+        sent_bytes = sum(size for size, was_sent in zip(sizes, sent, strict=True) if was_sent)
+        num_sent, present_bytes = sum(sent), sum(sizes) - sent_bytes
+        return Outcome(
+            errand.folder, errand.step, "copied", "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes
+        )
+
+    def _is_replaced(self, errand: Errand, metadata: bytes) -> bool:
+        try:
+            return self._source.read(errand.source_prefix + layout.METADATA) != metadata
+        except NotFound:
+            return True
+
+    def _copy_objects(self, found: Found) -> list[bool]:
+        """For each object whether it was sent. The first failure ends all, and is raised."""
+        self._stop.clear()
+        failures: list[BaseException] = []
+
+        def ensure(entry: DataObject, parts: ThreadPoolExecutor) -> bool:
+            try:
+                return self._ensure(found, entry, parts)
+            except BaseException as error:
+                failures.append(error)
+                self._stop.set()
+                raise
+
+        with (
+            ThreadPoolExecutor(NUM_PARTS_AT_ONCE, thread_name_prefix="storage-copy-part") as parts,
+            ThreadPoolExecutor(NUM_OBJECTS_AT_ONCE, thread_name_prefix="storage-copy") as pool,
+        ):
+            try:
+                self._abort_uploads(found)
+                return run_all(pool, [functools.partial(ensure, entry, parts) for entry in found.objects])
+            except StorageError:
+                if failures:
+                    raise failures[0] from None  # the others failed because they were stopped
+                raise
+            finally:
+                self._stop.set()  # after an interrupt as well, what is under way ends with its next part
+
+    def _abort_uploads(self, found: Found) -> None:
+        """Parts that a killed copy has left would cost money for ever: nobody can go on with its uploads."""
+        if not isinstance(self._target, MultipartStore):
+            return
+        keys = {found.errand.target_prefix + entry.name for entry in found.objects}
+        for upload in self._target.uploads():
+            if upload.key in keys:
+                try:
+                    self._target.abort(upload)
+                except NotFound:
+                    continue
+                log.info("removed the parts of an upload of %s that was not finished", upload.key)
+
+    def _ensure(self, found: Found, entry: DataObject, parts: ThreadPoolExecutor) -> bool:
+        """Have the object at the target; whether it had to be sent."""
+        errand = found.errand
+        source_key, target_key = errand.source_prefix + entry.name, errand.target_prefix + entry.name
+        is_candidate = found.sizes_there.get(entry.name) == entry.size_bytes
+        if is_candidate and self._is_there(entry, source_key, target_key, parts):
+            return False
+        try:
+            self._send(entry, source_key, target_key, parts)
+        except Corrupt as error:
+            # the way to here may have damaged it: what is damaged in the store is so when it is read again
+            log.warning("%s; read again", error)
+            self._send(entry, source_key, target_key, parts)
+        return True
+
+    def _is_there(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> bool:
+        """Whether every byte of what lies at the target is right."""
+        theirs = self._passage(self._target, target_key, entry, self._advance)
+        ours = None if entry.blocks else self._passage(self._source, source_key, entry, lambda num_bytes: None)
+
+        def same(offset: int, length: int) -> bool:
+            memory = theirs.fetch(offset, length)
+            return ours is None or memory == ours.fetch(offset, length)
+
+        try:
+            if all(run_all(parts, [functools.partial(same, *part) for part in parts_of_size(entry.size_bytes)])):
+                return True
+        except Corrupt as error:
+            log.warning("%s at the target is sent again: %s", target_key, error)
+        theirs.take_back()
+        return False
+
+    def _send(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> None:
+        passage = self._passage(self._source, source_key, entry, self._advance)
+        try:
+            if isinstance(self._target, StreamingStore):
+                self._target.put_from(target_key, entry.size_bytes, passage.fetch, parts)
+            else:
+                self._target.put(target_key, [passage.fetch(0, entry.size_bytes)])
+        except BaseException:
+            passage.take_back()
+            raise
+
+    def _passage(self, store: ObjectStore, key: str, entry: DataObject, advance: Advance) -> _Passage:
+        """Raises NotFound, Corrupt."""
+        info = store.info(key)
+        if info.size_bytes != entry.size_bytes:
+            raise Corrupt(f"{key} has {info.size_bytes} bytes, and must have {entry.size_bytes}")
+        check = BlockCheck(key, entry.blocks) if entry.blocks else None
+        return _Passage(store, info, check, advance, self._stop)
+
+    def _publish(self, found: Found) -> None:
+        """Commit what was copied. Raises AlreadyExists, Corrupt."""
+        prefix, manifest = found.errand.target_prefix, found.manifest
+        listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
+        entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
+        catalog.check_objects(self._target, prefix, entries, listed)
+        if manifest is None:
+            commit.put_metadata(self._target, prefix, found.metadata)
+            return
+        attempt = Attempt(prefix, manifest.step, manifest.attempt, manifest.world_size)
+        commit.publish(self._target, attempt, manifest, found.metadata, claim=None)
+
+
+class _Passage:
+    """One pass over an object: what is read of it is checked and counted. Thread-safe."""
+
+    def __init__(
+        self, store: ObjectStore, info: ObjectInfo, check: BlockCheck | None, advance: Advance, stop: threading.Event
+    ) -> None:
+        self._store = store
+        self._info = info
+        self._check = check
+        self._advance = advance
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._num_bytes = 0
+
+    def fetch(self, offset: int, length: int) -> memoryview:
+        """Those bytes, in the version of the object that the pass began with. Raises Corrupt, NotFound."""
+        if self._stop.is_set():
+            raise StorageError(f"{self._info.key} is not copied: another object could not be")
+        memory = scratch(length)
+        if length:
+            self._store.read_into(self._info.key, offset, [memory], if_match=self._info.etag)
+            if self._check is not None:
+                self._check.take(offset, memory)
+        with self._lock:
+            self._num_bytes += length
+        self._advance(length)
+        return memory
+
+    def take_back(self) -> None:
+        """What has passed counts for nothing."""
+        with self._lock:
+            num_bytes, self._num_bytes = self._num_bytes, 0
+        self._advance(-num_bytes)
