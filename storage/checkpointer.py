@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -15,8 +16,9 @@ from typing import Any, Self
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
-from storage import layout, owner
+from storage import alive, layout, owner
 from storage.agreement import AgreeingGroup, error_class, to_message
+from storage.alive import Heart
 from storage.commit import Attempt, Contents, Origin
 from storage.describe import Holdings, contents_of, describe, state_dicts
 from storage.errors import Fenced, UsageError
@@ -70,11 +72,19 @@ class Checkpointer:
             beyond the saved one are there already, and a restore takes the newest) on the coordinator (rank 0);
             fields hold at least step, and seconds and bytes where they mean something. Besides, checkpoint_retried says
             on any rank what a save or a restore had to try again, and checkpoint_unconditional, once on the
-            coordinator, that the store does not honour conditional puts. Called from the background thread as well.
+            coordinator, that the store does not honour conditional puts, and checkpoint_taken_over, there as well, that
+            the run was another job's, which had not let it go. Called from the background thread as well.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
+        run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
+            TORCHELASTIC_RUN_ID.
+        take_over: take the run from another job without asking whether it lives.
+
+    A run that another job has claimed and not closed is watched for 30 to 60 s; the next generation of the same job, by
+    its lineage, takes it at once.
 
     Raises:
         Fenced: a later generation of the same lineage has claimed the run.
+        InUse: another job saves to the URL, and is alive.
         UsageError: bad URL or argument.
         Transient, Denied: by the store.
     """
@@ -90,6 +100,8 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         on_event: Listener | None = None,
         timeout_s: float = 1800.0,
+        run_id: str | None = None,
+        take_over: bool = False,
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
@@ -97,12 +109,17 @@ class Checkpointer:
         self._report = Reporter(on_event)
         self._store = open_store(url)
         origin = _origin(os.environ, generation, lineage, mesh)
-        claim = self._group.on_coordinator(
-            lambda: owner.claim(self._store, origin.lineage, origin.generation, uuid.uuid4().hex).model_dump()
-        )
-        mine = owner.Claim(self._store, owner.Owner(**claim))
-        self._group.everywhere(self._check_shared)
-        self._group.on_coordinator(self._check_conditions)
+        self._heart: Heart | None = None
+        job = os.environ.get("ELASTIC_MOE_RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", ""))
+        name = job if run_id is None else run_id
+        try:
+            claim = self._group.on_coordinator(lambda: self._claim(origin, name, take_over).model_dump())
+            mine = owner.Claim(self._store, owner.Owner(**claim))
+            self._group.everywhere(self._check_shared)
+            self._group.on_coordinator(self._check_conditions)
+        except BaseException:
+            self._let_go()
+            raise
         self._restorer = Restorer(self._store, mine, self._group, self._report)
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
@@ -191,6 +208,28 @@ class Checkpointer:
         )
         return restored.step
 
+    def _claim(self, origin: Origin, run_id: str, take_over: bool) -> owner.Owner:
+        """Claim the run for this process (coordinator). Raises InUse, Fenced."""
+        find = alive.find_other if take_over else alive.await_free
+        other = find(self._store, origin.lineage, run_id)
+        token, host = uuid.uuid4().hex, socket.gethostname()
+        alive.beat(self._store, token, 0)  # before the claim: a claim without a beat is free to take
+        try:
+            mine, before = owner.claim(self._store, origin.lineage, origin.generation, token, run_id, host)
+        except Fenced:
+            self._store.delete(layout.beat_name(token))
+            raise
+        self._heart = alive.Heart(self._store, mine, None if before is None else before.token)
+        if other is not None:
+            self._report(
+                "checkpoint_taken_over", url=self._store.url, by=mine.who, of=other.owner.who, reason=other.reason
+            )
+        return mine
+
+    def _let_go(self) -> None:
+        if self._heart is not None:
+            self._heart.close()
+
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""
         if owner.read_owner(self._store) is None:
@@ -272,6 +311,7 @@ class Checkpointer:
         if not self._closed:
             self._closed = True
             self._saver.close(abandon=abandon)
+            self._let_go()
 
 
 def _origin(

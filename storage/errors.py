@@ -12,6 +12,7 @@ StorageError
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
 └── UsageError         the caller's mistake; the message is one line that says what to do
     ├── BadURL             no store by that URL
+    ├── InUse              another job, which is alive, saves to that URL
     ├── NoCheckpoint       nothing committed at that URL
     ├── WrongModel         the checkpoint belongs to another model
     └── UnsupportedValue   a value that no safe loader could read back
@@ -111,6 +112,10 @@ class UsageError(StorageError):
 
 class BadURL(UsageError):
     """The URL names no store that can be opened."""
+
+
+class InUse(UsageError):
+    """Another job saves to the URL, and it is alive."""
 
 
 class NoCheckpoint(UsageError):

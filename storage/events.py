@@ -20,6 +20,7 @@ _WARN = {
     "checkpoint_not_newest",
     "checkpoint_retried",
     "checkpoint_unconditional",
+    "checkpoint_taken_over",
 }
 
 

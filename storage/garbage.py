@@ -7,7 +7,7 @@ nobody can be asked; committed and quarantined checkpoints are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from storage import layout, retention
@@ -21,7 +21,7 @@ AGE_S_MIN = 3600.0
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing to remove: an attempt that was never committed, a probe, or an unfinished upload."""
+    """One thing to remove: an attempt that was never committed, a probe, a beat, or an unfinished upload."""
 
     name: str
     kind: str
@@ -41,7 +41,8 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
     states = retention.observe(store)
     listed = {state.step: store.list(layout.step_folder(state.step) + "/") for state in states}
     found = [garbage for state in states for garbage in of_step(state, listed[state.step], now_unix_s - age_s)]
-    found += of_probes(store.list(layout.PROBE_PREFIX), now_unix_s - age_s)
+    found += of_names(store.list(layout.PROBE_PREFIX), "probe", layout.is_probe_name, now_unix_s - age_s)
+    found += of_names(store.list(layout.BEAT_PREFIX), "beat", layout.is_beat_name, now_unix_s - age_s)
     if isinstance(store, MultipartStore):
         found += of_uploads(store.uploads(), now_unix_s - age_s)
     return sorted(found, key=lambda garbage: (garbage.name, garbage.kind))
@@ -65,10 +66,12 @@ def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float
     return garbage
 
 
-def of_probes(listed: Iterable[ObjectInfo], before_unix_s: float) -> list[Garbage]:
-    """Probes (see `storage.s3.probe`) whose process died in between. Pure."""
-    rows = [(info, _newest([info])) for info in listed if layout.is_probe_name(info.key)]
-    return [_of_objects(i.key, "probe", [i], when) for i, when in rows if when is not None and when < before_unix_s]
+def of_names(
+    listed: Iterable[ObjectInfo], kind: str, is_one: Callable[[str], bool], before_unix_s: float
+) -> list[Garbage]:
+    """Probes (see `storage.s3.probe`) and beats (see `storage.alive`) whose process died. Pure."""
+    rows = [(info, _newest([info])) for info in listed if is_one(info.key)]
+    return [_of_objects(i.key, kind, [i], when) for i, when in rows if when is not None and when < before_unix_s]
 
 
 def of_uploads(uploads: Iterable[Upload], before_unix_s: float) -> list[Garbage]:

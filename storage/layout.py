@@ -1,6 +1,7 @@
 """Names of a run's objects. Pure.
 
 RUN/owner.json                                  who may commit (see `storage.owner`)
+RUN/beat-<token>                                changes as long as the owner of that claim lives (see `storage.alive`)
 RUN/step-000000120/.metadata                    stock DCP metadata: it is there <=> the checkpoint is committed
 RUN/step-000000120/manifest.json                index with checksums (see `storage.manifest`), a copy of the attempt's
 RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never overwritten
@@ -18,6 +19,7 @@ import re
 PROBE_PREFIX = ".probe-"
 QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
+BEAT_PREFIX = "beat-"
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 ABORTED = "aborted.json"
@@ -27,6 +29,7 @@ _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
+_BEAT = re.compile(r"beat-[0-9a-f]{32}")
 _PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
 _QUARANTINED = re.compile(r"quarantined-[0-9a-f-]{8,64}\.metadata")
 
@@ -99,6 +102,16 @@ def quarantined_name(unique: str) -> str:
 def is_quarantined_name(name: str) -> bool:
     """Whether `quarantined_name` could have made `name`."""
     return _QUARANTINED.fullmatch(name) is not None
+
+
+def beat_name(token: str) -> str:
+    """Name of what the owner with that claim writes as long as it lives."""
+    return BEAT_PREFIX + token
+
+
+def is_beat_name(name: str) -> bool:
+    """Whether `beat_name` could have made `name`, of the token of a Checkpointer."""
+    return _BEAT.fullmatch(name) is not None
 
 
 def is_probe_name(name: str) -> bool:

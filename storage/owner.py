@@ -3,7 +3,8 @@
 `RUN/owner.json` names the newest claimant. A process claims the run when it opens it, with an epoch one higher than
 the recorded one, and looks again right before it commits: if another claim has replaced its own, it is fenced off.
 Within one lineage (one rendezvous store) generations are comparable, so a claim by a lower generation than the
-recorded one is refused at once; another lineage is another launch, and the newer launch wins.
+recorded one is refused at once. Another lineage is another launch; its job is asked first whether it lives (see
+`storage.alive`), and of two that claim all the same the newer one wins.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _KIND = "owner"
 
 
 class Owner(Document):
-    """One claim; `token` tells two claims of the same epoch apart (the last one written stands)."""
+    """One claim; `token` tells two claims of the same epoch apart (the last one written stands).
+
+    `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none.
+    """
 
     # a later version may say more about an owner: what fences is here already
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -33,17 +37,37 @@ class Owner(Document):
     generation: int = Field(ge=0)
     epoch: int = Field(ge=0)
     token: str
+    run_id: str = ""
+    host: str = ""
+
+    @property
+    def who(self) -> str:
+        """As people call it."""
+        name = f"job {self.run_id!r}" if self.run_id else "another job"
+        return f"{name} (generation {self.generation}{f', on {self.host}' if self.host else ''})"
 
 
-def next_owner(recorded: Owner | None, lineage: str, generation: int, token: str) -> Owner:
+def next_owner(
+    recorded: Owner | None, lineage: str, generation: int, token: str, run_id: str = "", host: str = ""
+) -> Owner:
     """The claim that follows `recorded`. Pure. Raises Fenced when it may not follow."""
-    if recorded is None:
-        return Owner(lineage=lineage, generation=generation, epoch=1, token=token)
-    if recorded.lineage == lineage and recorded.generation > generation:
+    epoch = 1 if recorded is None else recorded.epoch + 1
+    if recorded is not None and recorded.lineage == lineage and recorded.generation > generation:
         raise Fenced(
             f"generation {generation} may not take over from generation {recorded.generation} of the same launch"
         )
-    return Owner(lineage=lineage, generation=generation, epoch=recorded.epoch + 1, token=token)
+    return Owner(lineage=lineage, generation=generation, epoch=epoch, token=token, run_id=run_id, host=host)
+
+
+def is_same_job(recorded: Owner, lineage: str, run_id: str) -> bool:
+    """Whether `recorded` is an earlier claim of the job with that lineage, or without any, of that name. Pure.
+
+    Without a lineage the launcher is another's, such as torchrun, which ends its workers before it starts others under
+    the same name; "none" is the name that torchrun gives a job without one.
+    """
+    if lineage or recorded.lineage:
+        return recorded.lineage == lineage
+    return recorded.run_id == run_id and run_id not in ("", "none")
 
 
 def read_owner(store: ObjectStore) -> Owner | None:
@@ -62,15 +86,17 @@ def is_late(recorded: Owner, mine: Owner) -> bool:
     return recorded.lineage == mine.lineage and recorded.generation < mine.generation
 
 
-def claim(store: ObjectStore, lineage: str, generation: int, token: str) -> Owner:
-    """Record this process as the run's owner and return the claim. Raises Fenced."""
+def claim(
+    store: ObjectStore, lineage: str, generation: int, token: str, run_id: str = "", host: str = ""
+) -> tuple[Owner, Owner | None]:
+    """Record this process as the run's owner; the claim, and the one that it replaces. Raises Fenced."""
     try:
         recorded = read_owner(store)
     except Corrupt as error:
         # tokens still fence every living owner off; only the order of generations is lost
         log.warning("taking the run over without knowing its last owner: %s", error)
         recorded = None
-    return _record(store, next_owner(recorded, lineage, generation, token))
+    return _record(store, next_owner(recorded, lineage, generation, token, run_id, host)), recorded
 
 
 def _record(store: ObjectStore, owner: Owner) -> Owner:
@@ -99,9 +125,15 @@ class Claim:
                 raise _fenced(recorded, self._owner)
             log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
             mine = self._owner
-            self._owner = _record(self._store, next_owner(recorded, mine.lineage, mine.generation, mine.token))
+            self._owner = _record(
+                self._store, next_owner(recorded, mine.lineage, mine.generation, mine.token, mine.run_id, mine.host)
+            )
 
 
 def _fenced(recorded: Owner | None, mine: Owner) -> Fenced:
-    who = "nobody" if recorded is None else f"generation {recorded.generation}, epoch {recorded.epoch}"
-    return Fenced(f"the run now belongs to {who}; this process held epoch {mine.epoch}")
+    if recorded is None:
+        now = "nobody"
+    else:
+        is_ours = recorded.lineage == mine.lineage
+        now = f"{f'generation {recorded.generation}' if is_ours else recorded.who}, epoch {recorded.epoch}"
+    return Fenced(f"the run now belongs to {now}; this process held epoch {mine.epoch}")

@@ -85,3 +85,5 @@ class CheckpointConfig(BaseModel):
     """Steps between two checkpoints; the last step is always kept."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints kept."""
+    take_over: bool = False
+    """Take the URL from another job that saves there, without asking whether it is alive: it can save no more then."""

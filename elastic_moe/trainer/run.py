@@ -57,6 +57,7 @@ def train(job: JobConfig) -> None:
                         keep=job.checkpoint.keep,
                         mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
                         on_event=_forward_event,
+                        take_over=job.checkpoint.take_over,
                     )
                 )
                 restore(checkpointer, state, stepper, progress)
@@ -109,6 +110,8 @@ def run_steps(
                 if last and not on_all_ranks(checkpointer.wait()):
                     raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
         if reason and not last and _may_stop(checkpointer, reason, step):
+            if checkpointer is not None and reason == "drain":
+                checkpointer.close()  # if all nodes drain, the job's next launch need not ask whether this one lives
             worker.yielded(step)
             return
 

@@ -65,7 +65,7 @@ def test_toml_values(job: Path) -> None:
         (
             ["checkpoint.zzz=8"],
             {},
-            "--set checkpoint.zzz: unknown key checkpoint.zzz; known are url, every, keep",
+            "--set checkpoint.zzz: unknown key checkpoint.zzz; known are url, every, keep, take_over",
         ),
         (["steps=3"], {}, "--set steps: write SECTION.FIELD=VALUE; did you mean train.steps?"),
         (["train.steps"], {}, "--set train.steps: there is no value; write SECTION.FIELD=VALUE"),

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from storage import Checkpointer, ShardReader, ShardWriter, open_store, owner, register_scheme
 from storage.errors import Fenced, StorageError, Transient
+from storage.layout import is_beat_name
 from storage.local import LocalStore
 from storage.objects import ObjectInfo
 
@@ -340,7 +341,10 @@ def save_rows(folder: str, steps: Sequence[int]) -> None:
 
 
 class Deadly(LocalStore):
-    """Counts the changes it makes, and kills its process at one of them: before it, in the middle, or after."""
+    """Counts the changes it makes, and kills its process at one of them: before it, in the middle, or after.
+
+    Beats do not count: they come at any time.
+    """
 
     def __init__(self, root: str, kill_at: int, moment: str) -> None:
         super().__init__(root)
@@ -353,6 +357,8 @@ class Deadly(LocalStore):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def put(self, key: str, buffers: Sequence[Any], *, if_absent: bool = False) -> ObjectInfo:
+        if is_beat_name(key):
+            return super().put(key, buffers, if_absent=if_absent)
         self._die("before")
         info = super().put(key, buffers, if_absent=if_absent)
         self._die("after")
@@ -360,13 +366,17 @@ class Deadly(LocalStore):
         return info
 
     def delete(self, key: str) -> None:
+        if is_beat_name(key):
+            super().delete(key)
+            return
         self._die("before")
         super().delete(key)
         self._die("after")
         self.num_changes += 1
 
     def _place(self, temporary: Path, path: Path, if_absent: bool) -> None:
-        self._die("middle")
+        if not is_beat_name(path.name):
+            self._die("middle")
         super()._place(temporary, path, if_absent)
 
 
@@ -374,7 +384,7 @@ def save_and_die(folder: str, step: int, victim: int, kill_at: int, moment: str)
     """Save `step`, keeping only it; rank `victim` kills itself at its change number `kill_at`. Changes made."""
     store = Deadly(folder, kill_at if dist.get_rank() == victim else -1, moment)
     register_scheme("deadly", lambda rest: store)
-    with Checkpointer("deadly://", keep=1) as ckpt:
+    with Checkpointer("deadly://", keep=1, lineage="a") as ckpt:
         ckpt.save(step, _rows(step), wait=True)
         assert ckpt.wait()
     return store.num_changes

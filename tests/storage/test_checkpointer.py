@@ -338,7 +338,7 @@ def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
         store.put("step-000000020/attempt-beef2222/__0_0.distcp", [b"started after the look"])
         return {"beef1111"}
 
-    mine = owner.Claim(store, owner.claim(store, "", 0, "token"))
+    mine = owner.Claim(store, owner.claim(store, "", 0, "token")[0])
     cleaned = retention.clean(store, mine, 3, live, 10)
     assert cleaned == retention.Cleaned([retention.Removal(20, frozenset({"dead0000"}))], ())
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]

@@ -13,7 +13,8 @@ import torch
 from elastic_moe.cli.main import main
 from storage import Checkpointer, commit, garbage, inspect, open_store
 from storage.errors import Transient
-from storage.garbage import of_probes, of_step, of_uploads
+from storage.garbage import of_names, of_step, of_uploads
+from storage.layout import is_beat_name, is_probe_name
 from storage.objects import ObjectInfo, Upload
 from storage.retention import StepState
 
@@ -52,8 +53,10 @@ def test_one_young_object_or_one_of_unknown_age_keeps_an_attempt(when: float | N
 def test_probes_and_uploads() -> None:
     probe = ".probe-" + "a" * 32
     listed = [ObjectInfo(probe, 5, "e", OLD), ObjectInfo(".probe-mine", 5, "e", OLD)]
-    assert [row.name for row in of_probes(listed, BEFORE)] == [probe]
-    assert of_probes([ObjectInfo(probe, 5, "e", NEW)], BEFORE) == []
+    assert [row.name for row in of_names(listed, "probe", is_probe_name, BEFORE)] == [probe]
+    assert of_names([ObjectInfo(probe, 5, "e", NEW)], "probe", is_probe_name, BEFORE) == []
+    beats = [ObjectInfo("beat-" + "b" * 32, 2, "e", OLD), ObjectInfo("beat-" + "c" * 32, 2, "e", NEW)]
+    assert [row.name for row in of_names(beats, "beat", is_beat_name, BEFORE)] == [beats[0].key]
     uploads = [Upload("x", "1", OLD), Upload("y", "2", NEW)]
     assert [row.name for row in of_uploads(uploads, BEFORE)] == ["x"]
 

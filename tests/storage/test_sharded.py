@@ -80,7 +80,7 @@ def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, 
 
 def test_after_the_run_was_taken_over_saving_is_an_error_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     for messages in ranks.run(cases.fenced, str(tmp_path), world_size=2):
-        assert messages == ["the run now belongs to generation 0, epoch 2; this process held epoch 1"] * 2
+        assert messages == ["the run now belongs to another job (generation 0), epoch 2; this process held epoch 1"] * 2
 
 
 def test_all_ranks_read_the_same_step_of_a_run(ranks: Ranks, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def check_after_death(run: Path) -> int:
     assert good == [row.step for row in inspect.summaries(inspect.locate(str(run))) if row.state == "committed"]
     events: list[str] = []
     state = {"w": torch.zeros(8, 5000), "n": 0}
-    with Checkpointer(str(run), keep=1, on_event=lambda name, fields: events.append(name)) as ckpt:
+    with Checkpointer(str(run), keep=1, lineage="a", on_event=lambda name, fields: events.append(name)) as ckpt:
         step = ckpt.restore(state)
         assert step == good[0]
         assert state["n"] == step

@@ -1,0 +1,190 @@
+"""Whether another job works on a run: two that save to one URL would take it from each other again and again.
+
+The coordinator of a job writes a beat every 5 s, an object of its own below the run, and removes it when it closes. Who
+finds a run claimed by another job watches that job's beat. If it goes away or stands still for 30 s, the job has ended
+or died, and the run is free; if it goes on, the run is in use. No host's clock is compared with another's, and the
+store need not honour conditions.
+
+Nothing that is committed relies on this. A job that is taken for dead, because it was cut off from the store or frozen,
+is fenced by `storage.owner` like every owner that was superseded.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from storage import layout, owner
+from storage.errors import Corrupt, InUse, NotFound, StorageError
+from storage.objects import ObjectStore
+from storage.owner import Owner
+
+log = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 5.0
+SILENCE_S = 30.0
+"""A beat that stands still for this long is a dead job's; a job is alive that still beats after as long a look."""
+_LOOK_INTERVAL_S = 1.0
+_CLOSE_S = 15.0
+
+
+class Verdict(enum.Enum):
+    """What a watch has found."""
+
+    UNKNOWN = "look on"
+    ENDED = "it has ended"
+    SILENT = f"it was silent for {SILENCE_S:.0f} s"
+    ALIVE = "it is alive"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What has been seen of a beat so far; times are of the watcher's own clock. `beat` is None when it is gone."""
+
+    started_s: float
+    changed_s: float
+    beat: bytes | None
+
+    def seen(self, beat: bytes | None, now_s: float) -> Watch:
+        """After another look. Pure."""
+        return self if beat == self.beat else replace(self, beat=beat, changed_s=now_s)
+
+    def verdict(self, now_s: float) -> Verdict:
+        """What follows. Pure."""
+        silent_s = now_s - self.changed_s
+        if self.beat is None:
+            return Verdict.ENDED
+        if silent_s >= SILENCE_S:
+            return Verdict.SILENT
+        # a job that is just being ended may beat once or twice more
+        is_steady = self.changed_s > self.started_s and silent_s <= 2 * BEAT_INTERVAL_S
+        return Verdict.ALIVE if is_steady and now_s - self.started_s >= SILENCE_S else Verdict.UNKNOWN
+
+
+@dataclass(frozen=True)
+class Forerunner:
+    """Another job's claim that may be replaced, and why."""
+
+    owner: Owner
+    reason: str
+
+
+def await_free(
+    store: ObjectStore,
+    lineage: str,
+    run_id: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Forerunner | None:
+    """Return once no other job works on the run; the other job, if one has claimed it and not ended properly.
+
+    Takes no time where the run is nobody's or this job's own, or the other job has ended.
+
+    Raises:
+        InUse: another job works on it.
+        Transient, Denied: by the store.
+    """
+    while (recorded := _other(store, lineage, run_id)) is not None:
+        verdict = _watch(store, recorded, clock, sleep)
+        if verdict is Verdict.ALIVE:
+            raise InUse(
+                f"{store.url} is in use: {recorded.who} saves there and is alive; end that job, give this one"
+                " another URL, or take the run over (take_over, after which the other job can save no more)"
+            )
+        if _other(store, lineage, run_id) == recorded:
+            return Forerunner(recorded, verdict.value) if verdict is Verdict.SILENT else None
+    return None
+
+
+def find_other(store: ObjectStore, lineage: str, run_id: str) -> Forerunner | None:
+    """The other job that has the run, alive or not, for those who take it over without asking."""
+    recorded = _other(store, lineage, run_id)
+    if recorded is None or _beat_of(store, recorded) is None:
+        return None
+    return Forerunner(recorded, "it was asked for")
+
+
+def _other(store: ObjectStore, lineage: str, run_id: str) -> Owner | None:
+    """The claim of another job."""
+    try:
+        recorded = owner.read_owner(store)
+    except Corrupt:
+        return None  # told by who replaces it
+    return None if recorded is None or owner.is_same_job(recorded, lineage, run_id) else recorded
+
+
+def _watch(store: ObjectStore, recorded: Owner, clock: Callable[[], float], sleep: Callable[[float], None]) -> Verdict:
+    now_s = clock()
+    watch = Watch(now_s, now_s, _beat_of(store, recorded))
+    if watch.verdict(now_s) is Verdict.UNKNOWN:
+        log.warning("%s has claimed %s; looking for its beat, for 30 to 60 s", recorded.who, store.url)
+    while (verdict := watch.verdict(clock())) is Verdict.UNKNOWN:
+        sleep(_LOOK_INTERVAL_S)
+        watch = watch.seen(_beat_of(store, recorded), clock())
+    return verdict
+
+
+def _beat_of(store: ObjectStore, recorded: Owner) -> bytes | None:
+    try:
+        return store.read(layout.beat_name(recorded.token))
+    except NotFound:
+        return None
+
+
+def beat(store: ObjectStore, token: str, count: int) -> None:
+    """Tell that the process which claims by `token` is alive."""
+    store.put(layout.beat_name(token), [b"%d\n" % count])
+
+
+class Heart:
+    """Beats for a claim, on a thread of its own, until it is closed or the claim is superseded.
+
+    Before that it removes the last beat of the claim that was superseded, by `forerunner_token`.
+    """
+
+    def __init__(
+        self, store: ObjectStore, mine: Owner, forerunner_token: str | None, interval_s: float = BEAT_INTERVAL_S
+    ) -> None:
+        self._store = store
+        self._mine = mine
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(forerunner_token,), name="storage-beat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and let the run go. Waits no longer than 15 s: a store that is away must not keep a job from ending."""
+        self._stop.set()
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("%s: the store does not answer, so another job will have to wait for it", self._store.url)
+
+    def _run(self, forerunner_token: str | None) -> None:
+        if forerunner_token is not None:
+            self._remove(forerunner_token)
+        count, is_told = 0, False
+        while not self._stop.wait(self._interval_s):
+            count += 1
+            try:
+                recorded = owner.read_owner(self._store)
+                if recorded is None or (recorded.token != self._mine.token and not owner.is_late(recorded, self._mine)):
+                    log.warning("%s was taken over: nothing more can be saved there", self._store.url)
+                    break
+                beat(self._store, self._mine.token, count)
+                is_told = False
+            except StorageError as error:
+                if not is_told:
+                    log.warning("other jobs cannot be told that this one works on %s: %s", self._store.url, error)
+                is_told = True
+        self._remove(self._mine.token)
+
+    def _remove(self, token: str) -> None:
+        try:
+            self._store.delete(layout.beat_name(token))
+        except StorageError as error:
+            log.warning("a beat is left behind in %s: %s", self._store.url, error)

@@ -1,0 +1,286 @@
+"""Two jobs on one URL: a living one is not disturbed, a dead one is not waited for."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from storage import Checkpointer, alive, open_store, owner
+from storage.alive import SILENCE_S, Heart, Verdict, Watch
+from storage.errors import Fenced, InUse, NotFound, Transient
+from storage.memory import MemoryStore
+from storage.objects import ObjectStore
+from storage.owner import Owner
+from storage.sealed import seal
+from tests.cluster import until
+
+Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
+
+
+def state(number: int) -> dict[str, Any]:
+    return {"w": torch.full((4,), float(number)), "n": number}
+
+
+def claimed(lineage: str = "a", run_id: str = "first") -> Owner:
+    return Owner(lineage=lineage, generation=3, epoch=1, token="t" * 32, run_id=run_id, host="node-1")
+
+
+class Time:
+    """A clock that moves by sleeping; `each_second` is called with the second."""
+
+    def __init__(self, each_second: Callable[[int], None] = lambda second: None) -> None:
+        self.now_s = 0.0
+        self._each_second = each_second
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        self._each_second(round(self.now_s))
+
+
+def beating(url: str, until_s: int = 1000) -> Time:
+    """Time in which the owner of the run beats every 5 s."""
+    store = open_store(url)
+
+    def each_second(second: int) -> None:
+        if second % 5 == 0 and second <= until_s:
+            recorded = owner.read_owner(store)
+            assert recorded is not None
+            alive.beat(store, recorded.token, 1000 + second)
+
+    return Time(each_second)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Time], None]:
+    """Has Checkpointers wait by that time."""
+    await_free = alive.await_free
+
+    def use(times: Time) -> None:
+        patched = functools.partial(await_free, clock=times.clock, sleep=times.sleep)
+        monkeypatch.setattr(alive, "await_free", patched)
+
+    return use
+
+
+def never(second: int) -> None:
+    raise AssertionError("waited, and there was nothing to wait for")
+
+
+# decisions ------------------------------------------------------------------------------------------------------
+
+
+def verdicts(beats: list[tuple[float, bytes | None]], *at_s: float) -> list[Verdict]:
+    """What a watch from second 0 says at those times, having seen those beats."""
+    found = []
+    for now_s in at_s:
+        watch = Watch(0.0, 0.0, b"0")
+        for when_s, beat in beats:
+            if when_s <= now_s:
+                watch = watch.seen(beat, when_s)
+        found.append(watch.verdict(now_s))
+    return found
+
+
+def test_verdicts() -> None:
+    unknown, ended, silent, lives = Verdict.UNKNOWN, Verdict.ENDED, Verdict.SILENT, Verdict.ALIVE
+    assert verdicts([], 0, 29, 30) == [unknown, unknown, silent]
+    assert verdicts([(s, b"%d" % s) for s in range(0, 100, 5)], 10, 29, 30) == [unknown, unknown, lives]
+    assert verdicts([(0, b"0")], 29, 30) == [unknown, silent]  # the beat it had when the watch began is no change
+    assert verdicts([(7, None)], 6, 7) == [unknown, ended]
+    dying = [(4.0, b"1"), (9.0, b"2")]  # a job that is just being ended
+    assert verdicts(dying, 30, 38, 39) == [unknown, unknown, silent]
+
+
+def test_whose_claim_it_is() -> None:
+    assert owner.is_same_job(claimed("a"), "a", "another name")
+    assert not owner.is_same_job(claimed("a"), "b", "first")
+    assert not owner.is_same_job(claimed("a"), "", "first")
+    assert not owner.is_same_job(claimed(""), "b", "first")
+    assert owner.is_same_job(claimed("", "x"), "", "x")
+    for name in ("", "none"):
+        assert not owner.is_same_job(claimed("", name), "", name)
+
+
+# on stores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_job_is_refused_while_the_first_lives(
+    kind: str, make_url: Callable[[str], str], use: Callable[[Time], None]
+) -> None:
+    url = make_url(kind)
+    with Checkpointer(url, lineage="a", generation=4, run_id="first") as first:
+        first.save(1, state(1), wait=True)
+        times = beating(url)
+        use(times)
+        with pytest.raises(InUse, match=r"is in use: job 'first' \(generation 4, on .*\) saves there") as caught:
+            Checkpointer(url, lineage="b", run_id="second")
+        assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
+        assert SILENCE_S <= times.now_s <= SILENCE_S + 10
+        assert "take_over" in str(caught.value)
+        first.save(2, state(2), wait=True)
+        assert first.wait()
+        use(Time(never))
+        with Checkpointer(url, lineage="a", generation=5, run_id="first") as following:
+            assert following.restore(state(0)) == 2
+            first.save(3, state(3), wait=True)
+            with pytest.raises(Fenced):
+                first.save(4, state(4))
+    with Checkpointer(url, lineage="b", run_id="second") as second:  # the first has ended
+        assert second.restore(state(0)) == 2
+    assert [info.key for info in open_store(url).list("beat-")] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dies_at_s", [0, 12])
+def test_a_dead_job_is_superseded(
+    kind: str, dies_at_s: int, make_url: Callable[[str], str], use: Callable[[Time], None], events: Events
+) -> None:
+    url = make_url(kind)
+    dead, _ = owner.claim(open_store(url), "a", 3, "d" * 32, "first", "node-1")
+    alive.beat(open_store(url), dead.token, 0)
+    times = beating(url, until_s=dies_at_s)
+    use(times)
+    with Checkpointer(url, lineage="b", run_id="second", on_event=events[1]) as second:
+        assert SILENCE_S <= times.now_s - dies_at_s // 5 * 5 <= SILENCE_S + 1
+        second.save(1, state(1), wait=True)
+        assert second.wait()
+        with pytest.raises(Fenced, match=r"belongs to job 'second' \(generation 0, on .*\), epoch 2"):
+            owner.Claim(open_store(url), dead).check()
+        until("the dead job's beat is removed", lambda: len(open_store(url).list("beat-")) == 1)
+    fields = dict(events[0])["checkpoint_taken_over"]
+    assert fields["of"] == "job 'first' (generation 3, on node-1)"
+    assert (fields["by"].startswith("job 'second'"), fields["reason"]) == (True, "it was silent for 30 s")
+    assert open_store(url).list("beat-") == []
+
+
+def test_whoever_asks_for_it_waits_for_nobody(memory_url: str, use: Callable[[Time], None], events: Events) -> None:
+    use(Time(never))
+    with Checkpointer(memory_url, lineage="a", run_id="first") as first:
+        with Checkpointer(memory_url, lineage="b", take_over=True, on_event=events[1]) as second:
+            second.save(1, state(1), wait=True)
+            assert second.wait()
+        assert dict(events[0])["checkpoint_taken_over"]["reason"] == "it was asked for"
+        first.save(2, state(2), wait=True)
+        assert not first.wait()
+    with Checkpointer(memory_url, lineage="c", take_over=True, on_event=events[1]):
+        pass
+    assert [name for name, _ in events[0]].count("checkpoint_taken_over") == 1  # the others had ended
+
+
+def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: str) -> None:
+    store = open_store(memory_url)
+    owner.claim(store, "a", 0, "a" * 32, "first")
+    alive.beat(store, "a" * 32, 0)
+
+    def each_second(second: int) -> None:
+        if second == SILENCE_S:
+            alive.beat(store, "c" * 32, 0)
+            owner.claim(store, "c", 0, "c" * 32, "third")
+        if second > SILENCE_S:
+            alive.beat(store, "c" * 32, second)
+
+    times = Time(each_second)
+    with pytest.raises(InUse, match="job 'third'"):
+        alive.await_free(store, "b", "second", clock=times.clock, sleep=times.sleep)
+
+
+def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpointer(memory_url, lineage="a", generation=2):
+        with pytest.raises(Fenced):
+            Checkpointer(memory_url, lineage="a", generation=1)
+
+        def broken(self: Checkpointer) -> None:
+            raise Transient("the store is away")
+
+        monkeypatch.setattr(Checkpointer, "_check_conditions", broken)
+        with pytest.raises(Transient):
+            Checkpointer(memory_url, lineage="a", generation=3)
+        monkeypatch.undo()
+    assert open_store(memory_url).list("beat-") == []
+
+
+# the heart ------------------------------------------------------------------------------------------------------
+
+
+def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
+    try:
+        return store.read(f"beat-{mine.token}")
+    except NotFound:
+        return None
+
+
+def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
+    store = open_store(memory_url)
+    mine, _ = owner.claim(store, "a", 0, "a" * 32)
+    heart = Heart(store, mine, None, interval_s=0.01)
+    seen = set[bytes | None]()
+    until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
+    heart.close()
+    assert beat_of(store, mine) is None
+
+
+def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(memory_url)
+    mine, _ = owner.claim(store, "a", 1, "a" * 32)
+    heart = Heart(store, mine, None, interval_s=0.01)
+    until("it beats", lambda: beat_of(store, mine) is not None)
+    late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
+    store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
+    before = beat_of(store, mine)
+    until("it beats on", lambda: beat_of(store, mine) not in (None, before))
+    owner.claim(store, "b", 0, "b" * 32)
+    until("it stops", lambda: "was taken over" in caplog.text and beat_of(store, mine) is None)
+    heart.close()
+
+
+class Outage(MemoryStore):
+    """Cannot be written while `away`, and keeps whoever tries until `back`."""
+
+    away = False
+
+    def __init__(self) -> None:
+        super().__init__("outage")
+        self.back = threading.Event()
+
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> Any:
+        if self.away and key.startswith("beat-"):
+            raise Transient("away")
+        return super().put(key, buffers, if_absent=if_absent)
+
+    def delete(self, key: str) -> None:
+        if self.away:
+            self.back.wait(60)
+        super().delete(key)
+
+
+def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alive, "_CLOSE_S", 0.1)
+    store = Outage()
+    mine, _ = owner.claim(store, "a", 1, "a" * 32)
+    heart = Heart(store, mine, None, interval_s=0.01)
+    until("it beats", lambda: beat_of(store, mine) is not None)
+    store.away = True
+    until("it is told", lambda: "cannot be told" in caplog.text)
+    store.away = False
+    before = beat_of(store, mine)
+    until("it beats again", lambda: beat_of(store, mine) != before)
+    assert caplog.text.count("cannot be told") == 1
+    store.away = True
+    try:
+        heart.close()
+        assert "another job will have to wait" in caplog.text
+    finally:
+        store.back.set()
+    until("the thread has ended", lambda: not any(t.name == "storage-beat" for t in threading.enumerate()))
