@@ -66,14 +66,14 @@ def rank_order(nodes: Sequence[Node], previous: Sequence[str]) -> list[Node]:
     """Survivors keep their order; a newcomer goes behind the last node of its host, else of its zone, else last."""
     place = {node_id: i for i, node_id in enumerate(previous)}
     ordered = sorted((n for n in nodes if n.node_id in place), key=lambda n: place[n.node_id])
+    hosts, zones = {n.host for n in ordered}, {n.zone for n in ordered if n.zone}
     for newcomer in sorted((n for n in nodes if n.node_id not in place), key=lambda n: n.seniority):
-        ordered.insert(_beside(ordered, newcomer), newcomer)
+        at = len(ordered)  # of many nodes, most stand alone: they are not compared with every other
+        if newcomer.host in hosts:
+            at = 1 + max(i for i, n in enumerate(ordered) if n.host == newcomer.host)
+        elif newcomer.zone in zones:
+            at = 1 + max(i for i, n in enumerate(ordered) if n.zone == newcomer.zone)
+        ordered.insert(at, newcomer)
+        hosts.add(newcomer.host)
+        zones |= {newcomer.zone} - {""}
     return ordered
-
-
-def _beside(ordered: Sequence[Node], newcomer: Node) -> int:
-    for alike in (lambda n: n.host == newcomer.host, lambda n: newcomer.zone and n.zone == newcomer.zone):
-        positions = [i for i, n in enumerate(ordered) if alike(n)]
-        if positions:
-            return positions[-1] + 1
-    return len(ordered)

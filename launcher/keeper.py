@@ -28,10 +28,18 @@ _CHECK_PERIOD_S = 10.0
 
 
 class RecordKeeper:
-    """`register` first, `leave` last. `changed` is the lock that guards the record, and is notified of changes."""
+    """`register` first, `leave` last. `lock` guards the record; `changed`, on that lock, is notified of changes."""
 
     def __init__(
-        self, kv: KV, key: str, node: Node, changed: threading.Condition, emit: Emit, *, lease_ttl_s: float
+        self,
+        kv: KV,
+        key: str,
+        node: Node,
+        lock: threading.RLock,
+        changed: threading.Condition,
+        emit: Emit,
+        *,
+        lease_ttl_s: float,
     ) -> None:
         self._kv = kv
         self._key = key
@@ -39,6 +47,7 @@ class RecordKeeper:
         self._stored: Node | None = None
         self._revision = 0  # at which the store last had the record, as far as this node heard
         self._changed = changed
+        self._to_write = threading.Condition(lock)  # one of its own: `changed` tells of every change of the job
         self._lease_ttl_s = lease_ttl_s
         self._lease: Lease | None = None
         self._fenced = False
@@ -75,6 +84,7 @@ class RecordKeeper:
         with self._changed:
             self._record = dataclasses.replace(self._record, **fields)
             self._changed.notify_all()
+            self._to_write.notify()
 
     def stand(self, excluded: Exclusion | None) -> None:
         """Say of a node that waits that it is excluded, or that it is ready again."""
@@ -166,8 +176,8 @@ class RecordKeeper:
     def stop(self) -> None:
         """Write no more changes."""
         self._stopping.set()
-        with self._changed:
-            self._changed.notify_all()
+        with self._to_write:
+            self._to_write.notify()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
@@ -187,7 +197,7 @@ class RecordKeeper:
             with self._changed:
                 idle = self._stored == self._record or self._fenced
                 if idle and (self._fenced or time.monotonic() < self._checked_s + _CHECK_PERIOD_S):
-                    self._changed.wait(_TICK_S)
+                    self._to_write.wait(_TICK_S)
                     continue
             written = False
             try:

@@ -50,9 +50,10 @@ class Member:
         self._kv = kv
         self._prefix = run_prefix(run_id)
         self._emit = emit
-        self._changed = threading.Condition(threading.RLock())
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
         own_key = f"{self._prefix}{NODES}{node.node_id}"
-        self._own = RecordKeeper(kv, own_key, node, self._changed, emit, lease_ttl_s=lease_ttl_s)
+        self._own = RecordKeeper(kv, own_key, node, lock, self._changed, emit, lease_ttl_s=lease_ttl_s)
         self._office = Office(
             kv,
             self._prefix,

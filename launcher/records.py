@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.failures import FailureClass, signal_of
 from launcher.history import History
@@ -115,8 +115,9 @@ class Node:
 
     def to_json(self) -> bytes:
         """The record as stored; `seniority` is the store's to say."""
-        fields = dataclasses.asdict(self)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # `asdict` copies, for 10x as long
         del fields["seniority"]
+        fields["failure"] = self.failure and dataclasses.asdict(self.failure)
         return json.dumps(fields).encode()
 
     @classmethod
@@ -133,14 +134,16 @@ class Node:
         return cls(**fields, failure=Failure.from_fields(failure) if failure else None, seniority=seniority)
 
 
-@dataclass(frozen=True)
-class Participant:
-    """A node's place in a round: how many workers it runs (at most its slots), and where its doorbell is."""
+class Participant(NamedTuple):
+    """A node's place in a round: how many workers it runs (at most its slots), and where its doorbell is.
+
+    A tuple, as every node makes one of every participant of a round.
+    """
 
     node_id: str
     slots: int
-    address: str = field(default="", compare=False)
-    port: int = field(default=0, compare=False)
+    address: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,6 @@ class Round:
     def to_json(self) -> bytes:
         """The round as stored: small, because every node reads every version of it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["participants"] = [(p.node_id, p.slots, p.address, p.port) for p in self.participants]
         for name in ("mesh", "broken"):
             fields[name] = fields[name] and dataclasses.asdict(fields[name])
         fields["causes"] = [dataclasses.asdict(cause) for cause in self.causes]
@@ -218,14 +220,20 @@ class Round:
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Round:
+    def from_json(cls, data: bytes, before: Round | None = None) -> Round:
         """Read a round.
+
+        `before`: one read earlier. Every version of a generation has the same participants, and making them anew is
+        most of what reading a large round takes.
 
         Raises:
             ValueError, TypeError, KeyError: it is not one of this version.
         """
         fields: dict[str, Any] = json.loads(data)
-        fields["participants"] = tuple(Participant(*p) for p in fields["participants"])
+        if before and (before.lineage, before.generation) == (fields["lineage"], fields["generation"]):
+            fields["participants"] = before.participants
+        else:
+            fields["participants"] = tuple(map(Participant._make, fields["participants"]))
         fields["spares"] = tuple(fields["spares"])
         fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
         if broken := fields["broken"]:

@@ -78,7 +78,7 @@ class Board:
     def _take_round(self, entry: Entry | None) -> None:
         if entry is None:
             self.round, self.round_revision = None, 0
-        elif (found := read_round(entry)) is not None:
+        elif (found := read_round(entry, self.round)) is not None:
             self.round, self.round_revision = found, entry.revision
 
     def _take_leader(self, entry: Entry | None) -> None:
@@ -104,10 +104,11 @@ class Board:
         return broken is not None and node_id in broken.lost and self.round_revision > since_revision
 
 
-def read_round(entry: Entry) -> Round | None:
-    """The round in an entry; None, and a line in the log, where it is not one of this version."""
+def read_round(entry: Entry, before: Round | None) -> Round | None:
+    """The round in an entry; None, and a line in the log, where it is not one of this version. `before`: the last one
+    read, if any."""
     try:
-        return Round.from_json(entry.value)
+        return Round.from_json(entry.value, before)
     except (ValueError, TypeError, KeyError) as error:
         log.error("ignored %s, not a record of this version: %s", entry.key, error)
         return None
@@ -235,7 +236,7 @@ class Roster:
 
     def _learn(self, key: str, entry: Entry, now_s: float) -> None:
         if key == ROUND:
-            if (found := read_round(entry)) is not None and entry.revision > self.round_revision:
+            if entry.revision > self.round_revision and (found := read_round(entry, self.round)) is not None:
                 self._take_round(found, entry.revision, now_s)
         elif key == LEADER:
             self._leader = leader_in(entry)[0]

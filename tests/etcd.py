@@ -101,6 +101,19 @@ def etcd(folder: Path, *options: str, scheme: str = "http") -> Iterator[Server]:
 
 
 @contextlib.contextmanager
+def grpc_proxy(server: Server) -> Iterator[str]:
+    """The endpoint of etcd's own proxy in front of a server."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    command = [str(BINARIES / "etcd"), "grpc-proxy", "start", "--endpoints", server.endpoint, "--listen-addr", endpoint]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield endpoint
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@contextlib.contextmanager
 def etcd_cluster(folder: Path, num_members: int = 3) -> Iterator[list[Server]]:
     """Servers that form one cluster."""
     servers = [Server(folder, f"member-{i}") for i in range(num_members)]

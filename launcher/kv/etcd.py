@@ -16,7 +16,6 @@ from launcher.kv.etcd_transport import (
     CALL_TIMEOUT_S,
     Endpoints,
     LeaseEnded,
-    Peer,
     Token,
     Transport,
     UserRefused,
@@ -63,7 +62,9 @@ class EtcdKV:
         while True:
             left_s = ends_s - _DIAGNOSIS_TIMEOUT_S - time.monotonic()
             try:
-                self._calls.call(lambda p: p.kv.Range, probe, timeout_s=max(0.5, min(left_s, CALL_TIMEOUT_S)))
+                for transport in (self._calls, self._renewals):  # no lease's first renewal waits for a connection
+                    transport.call(lambda p: p.kv.Range, probe, timeout_s=max(0.5, min(left_s, CALL_TIMEOUT_S)))
+                self._outage.learn()  # before there is a lease to keep, and while nobody waits for this node
                 return
             except UserRefused as error:
                 raise UsageError(str(error)) from error
@@ -156,7 +157,7 @@ class EtcdKV:
     def _renew(self, lease_id: int, ttl_s: float) -> bool:
         request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
         try:
-            answer = self._renewals.call(_keep_alive, request, timeout_s=min(CALL_TIMEOUT_S, ttl_s / 2))
+            answer = self._renewals.call(lambda p: p.renew, request, timeout_s=min(CALL_TIMEOUT_S, ttl_s / 2))
         except LeaseEnded:
             return False
         if answer.TTL > 0:
@@ -205,18 +206,3 @@ def _span(prefix: bytes) -> tuple[bytes, bytes]:
     stem = prefix.rstrip(b"\xff")
     end = stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
     return prefix or b"\0", end
-
-
-def _keep_alive(peer: Peer) -> Any:
-    """`LeaseKeepAlive` for one renewal: a stream of one request, ended after its answer."""
-
-    def call(request: Any, **options: Any) -> Any:
-        answers = peer.lease.LeaseKeepAlive(iter((request,)), **options)
-        try:
-            return next(answers)
-        except StopIteration as error:
-            raise KVUnavailable("etcd ended the renewal without an answer") from error
-        finally:
-            answers.cancel()
-
-    return call

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,6 @@ LONGEST_TTL_S = 300.0
 """Of longer leases etcd notes every five minutes what is left (`checkpointInterval`); a new leader gives them that."""
 
 _LEARN_PERIOD_S = 60.0
-_LEARN_FIRST_S = 2.0  # not while the job's nodes all start
 _ASK_AGAIN_S = 5.0
 """While a member that was away at the first question is not known."""
 _ANSWER_TIMEOUT_S = 0.3
@@ -85,7 +85,7 @@ class Outage:
         self._endpoints = endpoints
         self._own: dict[int, int] = {}
         self._addresses: dict[int, frozenset[Address]] = {}
-        self._learnt_s = time.monotonic() + _LEARN_FIRST_S - _LEARN_PERIOD_S
+        self._learnt_s = -math.inf
 
     def learn(self) -> None:
         """Ask who the members are, once in a while; etcd has just answered."""

@@ -10,6 +10,7 @@ starts workers through `subprocess`); whoever forks workers must do so from a pr
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 CALL_TIMEOUT_S: Final = 3.0
 
 _OPTIONS: Final = (
+    # a stream's reader waits in gRPC, instead of waking ten times a second to ask a thread of gRPC's own
+    ("SingleThreadedUnaryStream", 1),
     ("grpc.use_local_subchannel_pool", 1),  # else channels with equal arguments share one connection
     ("grpc.enable_http_proxy", 0),  # leases of two seconds do not go through a proxy meant for downloads
     ("grpc.service_config_disable_resolution", 1),
@@ -92,12 +95,27 @@ class Endpoints:
         self.num_endpoints = num_endpoints
         self.current = 0
         self._lock = threading.Lock()
+        self._told: set[Callable[[], None]] = set()
 
     def failed(self, index: int) -> None:
         """Go on to the next endpoint, unless another thread already did."""
         with self._lock:
-            if self.current == index:
-                self.current = (index + 1) % self.num_endpoints
+            if self.current != index:
+                return
+            self.current = (index + 1) % self.num_endpoints
+            told = list(self._told)
+        for tell in told:
+            tell()
+
+    def tell(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever another endpoint is used; from any thread, so it must not wait."""
+        with self._lock:
+            self._told.add(changed)
+
+    def tell_no_more(self, changed: Callable[[], None]) -> None:
+        """Undo `tell`."""
+        with self._lock:
+            self._told.discard(changed)
 
 
 class Token:
@@ -113,17 +131,56 @@ class Token:
 
 
 class Peer:
-    """A channel to one endpoint, and the stubs on it."""
+    """A channel to one endpoint, and the calls on it; each is made when first used, as a node uses few of them."""
 
     def __init__(self, index: int, channel: Any) -> None:
         self.index = index
         self.channel = channel
-        self.kv = etcdrpc.KVStub(channel)
-        self.lease = etcdrpc.LeaseStub(channel)
-        self.watch = etcdrpc.WatchStub(channel)
-        self.auth = etcdrpc.AuthStub(channel)
-        self.cluster = etcdrpc.ClusterStub(channel)
-        self.maintenance = etcdrpc.MaintenanceStub(channel)
+
+    @functools.cached_property
+    def kv(self) -> Any:
+        return etcdrpc.KVStub(self.channel)
+
+    @functools.cached_property
+    def lease(self) -> Any:
+        return etcdrpc.LeaseStub(self.channel)
+
+    @functools.cached_property
+    def renew(self) -> Callable[..., Any]:
+        """`LeaseKeepAlive` for one renewal. A stream of one message each way is on the wire what a unary call is, and
+        gRPC's Python starts two threads for a stream."""
+        return self.channel.unary_unary(  # type: ignore[no-any-return]
+            "/etcdserverpb.Lease/LeaseKeepAlive",
+            request_serializer=etcdrpc.LeaseKeepAliveRequest.SerializeToString,
+            response_deserializer=etcdrpc.LeaseKeepAliveResponse.FromString,
+        )
+
+    @functools.cached_property
+    def watch(self) -> Callable[..., Any]:
+        """`Watch` with one request, after which the stream is closed in that direction. One thread waits for it; where
+        both directions stay open, gRPC's Python takes three, one of which looks ten times a second."""
+        return self.channel.unary_stream(  # type: ignore[no-any-return]
+            "/etcdserverpb.Watch/Watch",
+            request_serializer=etcdrpc.WatchRequest.SerializeToString,
+            response_deserializer=etcdrpc.WatchResponse.FromString,
+        )
+
+    @functools.cached_property
+    def watch_held_open(self) -> Callable[..., Any]:
+        """`Watch` with an iterator of requests."""
+        return etcdrpc.WatchStub(self.channel).Watch  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def auth(self) -> Any:
+        return etcdrpc.AuthStub(self.channel)
+
+    @functools.cached_property
+    def cluster(self) -> Any:
+        return etcdrpc.ClusterStub(self.channel)
+
+    @functools.cached_property
+    def maintenance(self) -> Any:
+        return etcdrpc.MaintenanceStub(self.channel)
 
 
 Rpc = Callable[[Peer], Callable[..., Any]]
@@ -134,6 +191,8 @@ class Transport:
 
     def __init__(self, config: EtcdConfig, endpoints: Endpoints, token: Token) -> None:
         self.endpoints = endpoints
+        self.holds_watches_open = False
+        """Whether etcd is reached through something that ends a stream once one direction is closed."""
         self._config = config
         self._token = token
         self._lock = threading.Lock()

@@ -23,37 +23,57 @@ from launcher.kv.etcd_transport import (
 
 log = logging.getLogger(__name__)
 
-_LOOK_S: Final = 0.25
 _DELETE: Final = 1  # mvccpb.Event.DELETE
+
+
+_LOOK: Final = object()
+"""In a stream's inbox: another endpoint is in use now."""
 
 
 class _StreamEnded(Exception):
     """A stream is of no more use; the watch may open another one."""
 
 
+class _MustStayOpen(_StreamEnded):
+    """It was ended because this side had closed its direction."""
+
+
 class _Stream:
-    """One gRPC stream and the thread that reads it into `inbox`: responses, then None."""
+    """One gRPC stream and the thread that reads it into `inbox`: responses, now and then `_LOOK`, at last None."""
 
     def __init__(self, transport: Transport, request: Any) -> None:
-        self.peer: Peer = transport.peer()
         self.opened = False
         self.opens_by_s = time.monotonic() + CALL_TIMEOUT_S
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.error: Any = None
+        self.held_open = transport.holds_watches_open
+        self._closed = threading.Event()
+        self._endpoints = transport.endpoints
+        self._endpoints.tell(self._look)  # before one is chosen
         try:
+            self.peer: Peer = transport.peer()
             self.token = transport.authenticate(self.peer, CALL_TIMEOUT_S)
+            # `hasleader`: etcd ends the stream of a member that is cut off from the others, instead of staying silent
+            metadata = (("hasleader", "true"), *(metadata_of(self.token) or ()))
+            if self.held_open:
+                self._responses = self.peer.watch_held_open(self._requests(request), metadata=metadata)
+            else:
+                self._responses = self.peer.watch(request, metadata=metadata)
         except grpc.RpcError as error:
+            self._endpoints.tell_no_more(self._look)
             transport.note_failure(self.peer, error)
             raise _StreamEnded(f"{transport.name(self.peer.index)}: {error.details()}") from error
-        self._ended = threading.Event()
-        # `hasleader`: etcd ends the stream of a member that is cut off from the others, instead of staying silent
-        metadata = (("hasleader", "true"), *(metadata_of(self.token) or ()))
-        self._responses = self.peer.watch.Watch(self._requests(request), metadata=metadata)
+        except BaseException:
+            self._endpoints.tell_no_more(self._look)
+            raise
         threading.Thread(target=self._read, name="etcd-watch", daemon=True).start()
 
     def _requests(self, request: Any) -> Iterator[Any]:
         yield request
-        self._ended.wait()  # a half-closed stream is ended by some proxies
+        self._closed.wait()
+
+    def _look(self) -> None:
+        self.inbox.put(_LOOK)
 
     def _read(self) -> None:
         try:
@@ -62,11 +82,12 @@ class _Stream:
         except grpc.RpcError as error:
             self.error = error
         finally:
-            self._ended.set()
+            self._closed.set()
             self.inbox.put(None)
 
     def close(self) -> None:
-        self._ended.set()
+        self._closed.set()
+        self._endpoints.tell_no_more(self._look)
         self._responses.cancel()
 
 
@@ -92,7 +113,7 @@ class EtcdWatch:
                 return self._receive(self._opened(), ends_s)
             except (_StreamEnded, ValueError) as error:  # ValueError: the channel was closed
                 self._drop()
-                failures += 1
+                failures += not isinstance(error, _MustStayOpen)
                 if self._cancelled.is_set():
                     break
                 if failures >= self._transport.endpoints.num_endpoints:
@@ -115,19 +136,21 @@ class EtcdWatch:
     def _receive(self, stream: _Stream, ends_s: float) -> tuple[WatchEvent, ...]:
         events: list[WatchEvent] = []
         while not self._cancelled.is_set():
-            left_s = 0.0 if events else ends_s - time.monotonic()
+            wait_until_s = ends_s if stream.opened else min(ends_s, stream.opens_by_s)
             try:
-                response = stream.inbox.get(timeout=max(0.0, min(left_s, _LOOK_S)))
+                response = stream.inbox.get(timeout=0.0 if events else max(0.0, wait_until_s - time.monotonic()))
             except queue.Empty:
-                if events or left_s <= 0:
+                if events or time.monotonic() >= ends_s:
                     break
+                response = _LOOK
+            if events and (response is None or response is _LOOK):
+                stream.inbox.put(response)  # for the next call; these events come first
+                break
+            if response is None:
+                self._raise_end(stream)
+            if response is _LOOK:
                 self._check(stream)
                 continue
-            if response is None:
-                if events:
-                    stream.inbox.put(None)  # told by the next call; these events come first
-                    break
-                self._raise_end(stream)
             if not response.events and (response.canceled or response.compact_revision):
                 self._raise_cancelled(stream, response)
             stream.opened = True
@@ -147,7 +170,7 @@ class EtcdWatch:
 
     def _check(self, stream: _Stream) -> None:
         """A stream that broke silently looks like a quiet one; what other calls found out tells them apart."""
-        if not stream.opened and time.monotonic() > stream.opens_by_s:
+        if not stream.opened and time.monotonic() >= stream.opens_by_s:
             self._transport.endpoints.failed(stream.peer.index)
             raise _StreamEnded(f"no answer from {self._transport.name(stream.peer.index)}")
         if self._transport.endpoints.current != stream.peer.index:
@@ -157,6 +180,9 @@ class EtcdWatch:
         name = self._transport.name(stream.peer.index)
         if stream.error is None:
             raise _StreamEnded(f"{name} ended the stream")
+        if "context canceled" in (stream.error.details() or "") and not stream.held_open:  # etcd's own grpc-proxy does
+            self._transport.holds_watches_open = True
+            raise _MustStayOpen(f"{name} ended a stream that was closed in one direction; both stay open from now on")
         self._transport.note_failure(stream.peer, stream.error)
         if is_token_refused(stream.error.details()):
             self._transport.forget_token(stream.token)

@@ -29,6 +29,7 @@ from tests.etcd import (
     etcdctl,
     gather,
     gather_in_spite,
+    grpc_proxy,
     put_when_possible,
 )
 
@@ -155,6 +156,20 @@ class TestFaults:
             server.start()
             put_when_possible(kv, "w/2", b"2")
             assert gather_in_spite(watch, 1) == [b"2"]
+
+    def test_a_watch_behind_a_proxy_that_ends_half_closed_streams(self, server: Server) -> None:
+        """etcd's own does: it takes a client that says no more for one that is gone."""
+        with grpc_proxy(server) as endpoint:
+            kv = client(endpoint)
+            try:
+                prefix = f"{uuid.uuid4().hex}/"
+                watch = kv.watch(prefix, kv.list(prefix).revision + 1)
+                kv.put(f"{prefix}a", b"1")
+                kv.put(f"{prefix}a", b"2")
+                assert [e.entry and e.entry.value for e in gather(watch, 2)] == [b"1", b"2"]
+                assert watch.next(0.1) == ()
+            finally:
+                kv.close()
 
     def test_a_lease_of_an_etcd_that_stays_away_is_lost_in_time(self, tmp_path: Path) -> None:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv:
