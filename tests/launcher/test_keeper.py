@@ -44,9 +44,9 @@ class Kept:
     def __init__(self) -> None:
         self.kv = LateKV()
         node = Node(node_id="a", host="a", address="127.0.0.1", port=1, slots=1)
-        self.keeper = RecordKeeper(
-            self.kv, KEY, node, threading.Condition(threading.RLock()), lambda *_, **__: None, lease_ttl_s=600.0
-        )
+        lock = threading.RLock()
+        changed = threading.Condition(lock)
+        self.keeper = RecordKeeper(self.kv, KEY, node, lock, changed, lambda *_, **__: None, lease_ttl_s=600.0)
         self.keeper.register(first=True)
 
     def status(self) -> Status | None:
