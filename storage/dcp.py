@@ -39,7 +39,7 @@ from storage.objects import ObjectStore
 from storage.reading import read_items
 from storage.registry import open_store
 from storage.saveplan import Piece
-from storage.staging import StagingBuffer
+from storage.staging import StagingBuffer, as_staged
 from storage.writing import Payload, write_payloads
 
 
@@ -177,8 +177,12 @@ class ShardWriter(StorageWriter):
             else:
                 data = content.getvalue()
                 payloads.append(Payload(_piece(item), EncodedItem((data,), 0, len(data))))
-        staged = self._buffer.stage([tensor for _, tensor in tensors])
-        payloads += [Payload(_piece(item), copy) for (item, _), copy in zip(tensors, staged, strict=True)]
+        # DCP keeps the state as it is until this returns (`async_save` has made a copy of its own), so that only what
+        # lies in another way, or on another device, has to be copied
+        copied = iter(self._buffer.stage([tensor for _, tensor in tensors if as_staged(tensor) is None]))
+        for item, tensor in tensors:
+            plain = as_staged(tensor)
+            payloads.append(Payload(_piece(item), next(copied) if plain is None else plain))
         attempt = str(plan.storage_data)
         objects, entries = write_payloads(self._store, self._prefix, attempt, self._rank, payloads)
         index_of = {_piece(item).identity: item.index for item in plan.items}

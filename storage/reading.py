@@ -21,7 +21,7 @@ from storage.requests import Requests, requests_of
 from storage.shareplan import Blocks, holes_of
 
 NUM_THREADS = 8
-_FLIGHT_SIZE_BYTES = 128 * 1024 * 1024  # of parts that are under way, or wait for the main thread
+_HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
 
 
 def read_items(
@@ -85,7 +85,7 @@ def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]]
 
     traffic = Traffic()
     parts = plan_parts(requests.spans, requests.wants, holes)
-    for part, memories in windowed_by_size(pool, fetch, parts, _size_bytes, _FLIGHT_SIZE_BYTES):
+    for part, memories in windowed_by_size(pool, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
         traffic += Traffic(1, part.stop - part.start)
         for segment, memory in zip(part.segments, memories, strict=True):
             if memory is None:
@@ -93,10 +93,6 @@ def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]]
             else:
                 requests.deliver(segment, memory)
     return traffic
-
-
-def _size_bytes(part: Part) -> int:
-    return part.stop - part.start
 
 
 class Places:

@@ -183,7 +183,8 @@ def plan_parts(
         items: what `Want.item` names.
         wants: non-empty byte ranges; they may overlap.
         holes: by object, byte ranges in order that come from elsewhere; they begin and end between blocks.
-        part_size_bytes: a part is at most this long (but at least one block).
+        part_size_bytes: a part is at most this long (but at least one block), and an eighth more: an item of that size
+            with its framing is one request, and no small rest is one of its own.
         gap_size_bytes: segments this near to each other share a part.
     """
     wants_of: dict[int, list[Want]] = defaultdict(list)
@@ -301,30 +302,24 @@ def piece_part(
 
 
 def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Iterable[Segment]:
-    """The segment in pieces of at most `part_size_bytes`, cut between blocks."""
+    """The segment in pieces of at most `part_size_bytes` and an eighth, cut between blocks."""
     step = max(1, part_size_bytes // block_size_bytes)
-    if segment.last_block - segment.first_block <= step:
-        yield segment
-        return
-    for first in range(segment.first_block, segment.last_block, step):
-        last = min(first + step, segment.last_block)
-        skipped = (first - segment.first_block) * block_size_bytes
-        yield dataclasses.replace(
-            segment,
-            item_start=segment.item_start + skipped,
-            first_block=first,
-            last_block=last,
-            start=segment.start + skipped,
-            stop=min(segment.start + skipped + step * block_size_bytes, segment.stop),
-        )
+    first, start = segment.first_block, segment.start
+    while first < segment.last_block:
+        last, stop = first + step, start + step * block_size_bytes
+        if last >= segment.last_block or segment.stop - stop <= part_size_bytes // 8:
+            last, stop = segment.last_block, segment.stop
+        yield between(segment, block_size_bytes, start, stop)
+        first, start = last, stop
 
 
 def _merge(index: int, segments: Iterable[Segment], part_size_bytes: int, gap_size_bytes: int) -> list[Part]:
     parts: list[Part] = []
     group: list[Segment] = []
+    size_bytes_max = part_size_bytes + part_size_bytes // 8
     for segment in segments:
         if group and (
-            segment.start - group[-1].stop > gap_size_bytes or segment.stop - group[0].start > part_size_bytes
+            segment.start - group[-1].stop > gap_size_bytes or segment.stop - group[0].start > size_bytes_max
         ):
             parts.append(Part(index, group[0].start, group[-1].stop, tuple(group)))
             group = []

@@ -16,7 +16,7 @@ from storage.errors import Corrupt, UnsupportedValue
 from storage.group import Array
 from storage.index import Index, Ints
 from storage.items import decode_value
-from storage.readplan import NOWHERE, ItemSpan, Segment, Stripes, Want, box_runs, box_stripes, run_length
+from storage.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want, box_runs, box_stripes, run_length
 from storage.shareplan import merged
 from storage.targets import FreshSlabs, ItemTarget, PinnedRing, SlabTarget, Target, TensorTarget, cuda_copies
 
@@ -60,6 +60,15 @@ class Requests:
         if want is None or not self.targets[want.buffer].is_direct:
             return None
         return self.targets[want.buffer].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
+
+    def held_bytes(self, part: Part) -> int:
+        """What fetching the part takes of memory that is no tensor's."""
+        straight = sum(
+            segment.stop - segment.start
+            for segment in part.segments
+            if segment.direct is not None and isinstance(self.targets[segment.direct.buffer], TensorTarget)
+        )
+        return part.stop - part.start - straight
 
     def filled(self, segment: Segment) -> None:
         """A segment was read into its view."""

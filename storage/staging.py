@@ -38,6 +38,12 @@ class StagingBuffer:
         return staged
 
 
+def as_staged(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor as `StagingBuffer.stage` would return it, but in its own memory; None if it does not lie so."""
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor_over(bytes_of(tensor), tensor.dtype, tuple(tensor.shape)) if plain else None
+
+
 def tensor_over(memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """A contiguous tensor whose storage is the first bytes of `memory`, exactly as many as it needs."""
     size_bytes = math.prod(shape) * dtype.itemsize

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from storage import layout
-from storage.checksum import block_crcs, block_size_bytes, crc32c_of, pack_crcs
+from storage.checksum import block_size_bytes, item_crcs, pack_crcs
 from storage.items import EncodedItem, encode_tensor
 from storage.manifest import ItemEntry, ObjectEntry
-from storage.objects import ObjectStore
+from storage.objects import Buffer, ObjectStore
 from storage.parallel import run_all
 from storage.saveplan import Piece
 
@@ -29,24 +29,29 @@ class Payload:
     piece: Piece
     content: torch.Tensor | EncodedItem
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the content; a tensor's item is longer by its framing."""
+        return self.content.nbytes if isinstance(self.content, torch.Tensor) else self.content.length
 
-def pack(lengths: Sequence[int]) -> list[list[int]]:
+
+def pack(sizes_bytes: Sequence[int]) -> list[list[int]]:
     """Which items share an object. Pure.
 
     All small items (below 1 MiB) sit together in the first objects, so that a reader of many of them opens few
-    objects; the others follow in order. No object is filled past 256 MiB, but an item is never divided.
+    objects; the others follow in order. No object is filled past 256 MiB of content, but an item is never divided.
     """
-    small = [index for index, length in enumerate(lengths) if length < SMALL_ITEM_BYTES]
-    large = [index for index, length in enumerate(lengths) if length >= SMALL_ITEM_BYTES]
+    small = [index for index, size in enumerate(sizes_bytes) if size < SMALL_ITEM_BYTES]
+    large = [index for index, size in enumerate(sizes_bytes) if size >= SMALL_ITEM_BYTES]
     objects: list[list[int]] = []
     for group in (small, large):
         filled_bytes = OBJECT_SIZE_BYTES
         for index in group:
-            if filled_bytes + lengths[index] > OBJECT_SIZE_BYTES:
+            if filled_bytes + sizes_bytes[index] > OBJECT_SIZE_BYTES:
                 objects.append([])
                 filled_bytes = 0
             objects[-1].append(index)
-            filled_bytes += lengths[index]
+            filled_bytes += sizes_bytes[index]
     return objects
 
 
@@ -61,8 +66,7 @@ def write_payloads(
 
     Staged tensors must not change before this returns. Raises what the store raises.
     """
-    encoded = [_encode(payload) for payload in payloads]
-    groups = pack([item.length for item in encoded])
+    groups = pack([payload.size_bytes for payload in payloads])
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage-write") as pool:
         calls = [
             functools.partial(
@@ -71,7 +75,7 @@ def write_payloads(
                 prefix,
                 layout.data_name(attempt, rank, index),
                 index,
-                [(payloads[position].piece, encoded[position]) for position in group],
+                [payloads[position] for position in group],
             )
             for index, group in enumerate(groups)
         ]
@@ -86,11 +90,13 @@ def _encode(payload: Payload) -> EncodedItem:
 
 
 def _write_object(
-    store: ObjectStore, prefix: str, name: str, index: int, items: Sequence[tuple[Piece, EncodedItem]]
+    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload]
 ) -> tuple[ObjectEntry, list[ItemEntry]]:
-    entries, offset = [], 0
-    for piece, item in items:
+    entries, buffers, offset = [], list[Buffer](), 0
+    for payload in payloads:
+        piece, item = payload.piece, _encode(payload)
         size = block_size_bytes(item.length)
+        whole_crc, crcs = item_crcs(item.buffers, size)
         entries.append(
             ItemEntry(
                 key=piece.key,
@@ -100,11 +106,12 @@ def _write_object(
                 offset=offset,
                 length=item.length,
                 raw_offset=item.raw_offset,
-                crc32c=crc32c_of(item.buffers),
+                crc32c=whole_crc,
                 block_size_bytes=size,
-                block_crcs=pack_crcs(block_crcs(item.buffers, size)),
+                block_crcs=pack_crcs(crcs),
             )
         )
+        buffers += item.buffers
         offset += item.length
-    info = store.put(prefix + name, [buffer for _, item in items for buffer in item.buffers], if_absent=True)
+    info = store.put(prefix + name, buffers, if_absent=True)
     return ObjectEntry(name=name, size_bytes=info.size_bytes, etag=info.etag), entries

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import select
 import socket
 import ssl
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -41,10 +43,17 @@ class Address:
 
 
 class Answered:
-    """A response whose head has come; the body is read by one of the methods."""
+    """A response whose head has come; the body is read by one of the methods.
 
-    def __init__(self, response: http.client.HTTPResponse, is_early: bool = False) -> None:
+    `plain`: the socket that the body comes from, if that is one without TLS.
+    """
+
+    def __init__(
+        self, response: http.client.HTTPResponse, is_early: bool = False, plain: socket.socket | None = None
+    ) -> None:
         self._response = response
+        self._plain = plain
+        self._buffer_is_empty = False
         self._is_early = is_early
         self._length: int | None = response.length
         self.status = response.status
@@ -68,7 +77,7 @@ class Answered:
         for view in views:
             at = 0
             while at < view.nbytes:
-                num_bytes = self._read_some(view[at : at + _SLICE_SIZE_BYTES])
+                num_bytes = self._read_some(view[at:])
                 if not num_bytes:
                     raise self._broken("the connection was closed in the middle of the body", Cause.TRUNCATED)
                 at += num_bytes
@@ -94,9 +103,15 @@ class Answered:
         try:
             if self._length is None or self._response.chunked:
                 return self._response.readinto(view)
+            if self._plain is not None:
+                if self._buffer_is_empty:
+                    return _receive(self._plain, view)
+                # asked for as much as it can hold, the file object hands over all that it has
+                self._buffer_is_empty = view.nbytes >= io.DEFAULT_BUFFER_SIZE
+                return int(self._response.fp.readinto1(view[: io.DEFAULT_BUFFER_SIZE]))
             # one recv, so that a time-out in the middle of a body does not lose count of what has come; beyond the
             # file object's small buffer the bytes go from the socket into `view`
-            return int(self._response.fp.readinto1(view))
+            return int(self._response.fp.readinto1(view[:_SLICE_SIZE_BYTES]))
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(str(error), _cause(error)) from error
 
@@ -165,7 +180,8 @@ class Connections:
                 raise self._lost(error, is_fresh) from error
             return early
         try:
-            return Answered(connection.getresponse())
+            plain = None if self._address.tls else connection.sock
+            return Answered(connection.getresponse(), plain=plain)
         except (OSError, http.client.HTTPException) as error:
             raise self._lost(error, is_fresh) from error
 
@@ -191,6 +207,11 @@ class Connections:
             connection.close()
             raise connect_error(str(self._address), error) from error
         connection.sock.settimeout(self._stall_timeout_s)
+        if self._context is None:
+            seconds, fraction = divmod(self._stall_timeout_s, 1)
+            connection.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6))
+            )
         return connection
 
 
@@ -255,6 +276,22 @@ def _send(sock: socket.socket, body: Sequence[memoryview]) -> None:
         at = 0
         while at < view.nbytes:  # `sendall` would count its time-out over the whole of it
             at += sock.send(view[at : at + _SLICE_SIZE_BYTES])
+
+
+def _receive(sock: socket.socket, view: memoryview) -> int:
+    """Fill the view; less at the end of the stream, or when SO_RCVTIMEO ran out after some bytes had come.
+
+    The kernel waits, in one call: a thread that woke up for every few packets would take the interpreter from the
+    others each time. Raises TimeoutError if no byte came in time.
+    """
+    timeout_s = sock.gettimeout()
+    sock.settimeout(None)  # else it would not block, and return what is there
+    try:
+        return sock.recv_into(view, view.nbytes, socket.MSG_WAITALL)
+    except BlockingIOError:
+        raise TimeoutError("timed out") from None
+    finally:
+        sock.settimeout(timeout_s)
 
 
 def _early_answer(connection: http.client.HTTPConnection) -> Answered | None:

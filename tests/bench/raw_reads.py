@@ -22,7 +22,7 @@ import boto3
 from botocore.client import Config
 
 from storage import open_store
-from storage.fetch import run_all
+from storage.parallel import run_all
 from tests.s3 import BUCKET
 
 PART_SIZE_BYTES = 16 * 1024 * 1024

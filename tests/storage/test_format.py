@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.serialization import _get_layout
 
 from storage import dcp_pickle, layout
-from storage.checksum import block_crcs, block_size_bytes, crc32c, crc32c_of, pack_crcs, unpack_crcs
+from storage.checksum import block_size_bytes, crc32c, item_crcs, pack_crcs, unpack_crcs
 from storage.commit import Attempt, Contents, Origin, build_manifest
 from storage.dcp_metadata import load_metadata, metadata_of
 from storage.dcp_pickle import dump_metadata
@@ -154,9 +154,9 @@ def test_layout_names() -> None:
 @settings(deadline=None)
 def test_block_crcs_do_not_depend_on_how_the_bytes_are_cut(buffers: list[bytes], size: int) -> None:
     data = b"".join(buffers)
-    assert block_crcs(buffers, size) == [crc32c(data[at : at + size]) for at in range(0, len(data), size)]
-    assert crc32c_of(buffers) == crc32c(data)
-    assert list(unpack_crcs(pack_crcs(block_crcs(buffers, size)))) == block_crcs(buffers, size)
+    crcs = [crc32c(data[at : at + size]) for at in range(0, len(data), size)]
+    assert item_crcs(buffers, size) == (crc32c(data), crcs)
+    assert list(unpack_crcs(pack_crcs(crcs))) == crcs
 
 
 def test_crc32c_is_castagnoli() -> None:

@@ -98,7 +98,7 @@ def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
         inside = sum(segment.stop - segment.start for segment in part.segments)
         assert part.stop - part.start <= inside + gap * (len(part.segments) - 1)
         blocks = max(items[segment.item].block_size_bytes for segment in part.segments)
-        assert part.stop - part.start <= max(part_size, blocks)
+        assert part.stop - part.start <= max(part_size, blocks) + part_size // 8
         for segment in part.segments:
             block = items[segment.item].block_size_bytes
             assert segment.start == items[segment.item].offset + segment.first_block * block
@@ -110,6 +110,13 @@ def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
     assert len(parts) == 1
     direct = sum(segment.stop - segment.start for segment in parts[0].segments if segment.direct)
     assert direct == 15 * 16384  # all but the first block and the last two, which the framing shares
+
+
+def test_items_of_about_a_parts_size_are_one_request_each() -> None:
+    length = 704 + (16 << 20) + 873
+    items = [ItemSpan(0, number * length, length, block_size_bytes(length)) for number in range(8)]
+    wants = [Want(number, 704, 704 + (16 << 20), number, 0) for number in range(8)]
+    assert len(plan_parts(dict(enumerate(items)), wants)) == 8
 
 
 @pytest.mark.parametrize("size_mib", [1, 8, 100, 5000])
