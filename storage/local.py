@@ -42,6 +42,8 @@ _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
 class LocalStore:
     """Objects as files below one folder, which is created by the first put."""
 
+    is_host_cached = True  # the page cache does
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
         if self._root.exists() and not self._root.is_dir():

@@ -142,6 +142,15 @@ def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tu
     return [(offset, min(part_bytes, size_bytes - offset)) for offset in range(0, size_bytes, part_bytes)]
 
 
+@runtime_checkable
+class HostCached(Protocol):
+    """A store whose bytes, once a process has read them, the host keeps for its other processes: a folder."""
+
+    @property
+    def is_host_cached(self) -> bool:
+        """Whether it does."""
+
+
 def exists(store: ObjectStore, key: str) -> bool:
     """Whether the object is there."""
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -14,13 +16,14 @@ from storage.exchange import Exchange, Shared, agree, learn_crcs
 from storage.fetch import Source, Traffic, scratch
 from storage.group import Group
 from storage.index import Index
-from storage.objects import ObjectStore
+from storage.objects import HostCached, ObjectStore
 from storage.parallel import windowed_by_size
 from storage.readplan import Part, Range, Want, piece_part, plan_parts
 from storage.requests import Requests, requests_of
-from storage.shareplan import Blocks, holes_of
+from storage.shareplan import Blocks, holes_of, should_share
 
 NUM_THREADS = 8
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a host
 _HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
 
 
@@ -34,7 +37,8 @@ def read_items(
 ) -> Traffic:
     """Read every item into what `planner` resolves for it.
 
-    With a `group` this is a collective: what several ranks need is fetched by one of them. Checksums are verified
+    With a `group` this is a collective: what several ranks need is fetched by one of them, unless `should_share` says
+    that each had better read it. Checksums are verified
     before a value is handed over, but tensors are filled in place: after an error their content is undefined.
 
     Raises:
@@ -59,16 +63,25 @@ def read_items(
                 raise failure or PeerFailed("nothing was read because another rank has failed to")
             assert requests is not None
             source = Source(store, learn_crcs(group, index, requests))
-            places = Places(index)
-            shared = agree(group, requests, places.blocks, places.axis)
-            part_of = _PieceParts(places, shared, requests).part
-            traffic = Exchange(group, source, shared, part_of, requests).run(pool)
-            holes = places.by_object(holes_of(shared.plan, group.rank))
+            if _share(store, group, requests):
+                places = Places(index)
+                shared = agree(group, requests, places.blocks, places.axis)
+                part_of = _PieceParts(places, shared, requests).part
+                traffic = Exchange(group, source, shared, part_of, requests).run(pool)
+                holes = places.by_object(holes_of(shared.plan, group.rank))
         assert requests is not None
         traffic += _read_rest(source, requests, holes, pool)
     for ring in requests.rings.values():
         ring.drain()
     return traffic
+
+
+def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
+    """See `should_share`; a collective."""
+    host = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else socket.gethostname()
+    told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
+    is_host_cached = isinstance(store, HostCached) and store.is_host_cached
+    return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
 
 
 def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: ThreadPoolExecutor) -> Traffic:

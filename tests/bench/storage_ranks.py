@@ -26,7 +26,7 @@ from storage import ShardReader, ShardWriter
 from tests.bench import raw_reads
 from tests.s3 import BUCKET
 
-OURS, FSSPEC, CONNECTOR, RAW = "ours", "fsspec", "s3torchconnector", "raw"
+OURS, UNSIGNED, FSSPEC, CONNECTOR, RAW = "ours", "ours, unsigned", "fsspec", "s3torchconnector", "raw"
 REGION = "us-east-1"
 ROWS, COLUMNS = 2048, 2048  # 16 MiB of float32
 _MIB = 1024 * 1024
@@ -72,7 +72,7 @@ class Measured:
 class Task:
     """One save or load.
 
-    `client`: OURS, FSSPEC, CONNECTOR, or one of `raw_reads.CLIENTS`. `prefix`: the checkpoint's, in the bucket.
+    `client`: OURS, UNSIGNED, FSSPEC, CONNECTOR, or of `raw_reads.CLIENTS`. `prefix`: the checkpoint's, in the bucket.
     `objects`: for a raw client, what to read, by key and size. `check`: look at what was loaded, after the measurement.
     """
 
@@ -195,6 +195,8 @@ def _saver(task: Task) -> Callable[[dict[str, Any]], None]:
         match task.client:
             case "ours":
                 writer: Any = ShardWriter(f"{path}?endpoint_url={task.endpoint_url}")
+            case "ours, unsigned":
+                writer = ShardWriter(f"{path}?endpoint_url={task.endpoint_url}&sign_payload=never")
             case "fsspec":
                 writer = FsspecWriter(path, endpoint_url=task.endpoint_url)
                 _send_md5(writer.fs.fs)

@@ -113,23 +113,29 @@ def save(url: str, layout: str, stock: bool) -> None:
 
 
 def load(urls: Sequence[str], name: str) -> list[str]:
-    """Load each of them, with the Checkpointer in small pieces and with DCP in large ones; those that came wrong."""
+    """Load each of them, with the Checkpointer in small pieces and with DCP in large ones; those that came wrong.
+
+    From the folder itself, where each rank may read for itself, and as if it were far away.
+    """
     layout, wrong = Layout(name), []
     expected = local(odd_state(layout, 7))
+    register_scheme("far", Counting)
     for url in urls:
         state = odd_state(layout, 1)
-        with small_pieces(16 << 10, 64 << 10), Checkpointer(url) as ckpt:
+        with small_pieces(16 << 10, 64 << 10), Checkpointer(f"far://{url}") as ckpt:
             assert ckpt.restore(state) == 7
-        other = odd_state(layout, 1)
-        dcp.load(other, storage_reader=ShardReader(url))
-        wrong += [
-            f"{url} {who}" for who, found in (("ours", state), ("dcp", other)) if not same(local(found), expected)
-        ]
+        other, near = odd_state(layout, 1), odd_state(layout, 1)
+        dcp.load(other, storage_reader=ShardReader(f"far://{url}"))
+        dcp.load(near, storage_reader=ShardReader(url))
+        found = {"ours": state, "dcp": other, "near": near}
+        wrong += [f"{url} {who}" for who, filled in found.items() if not same(local(filled), expected)]
     return wrong
 
 
 class Counting(LocalStore):
-    """Counts what is read, and fails from read number `fail_at` on."""
+    """Counts what is read, and fails from read number `fail_at` on. Stands for a store that is far away."""
+
+    is_host_cached = False
 
     def __init__(self, root: str, fail_at: int | None = None) -> None:
         super().__init__(root)
@@ -166,9 +172,15 @@ def save_large(url: str, layout: str) -> None:
         assert ckpt.wait()
 
 
-def count(url: str, layout: str, with_dcp: bool) -> tuple[int, int]:
+class Near(Counting):
+    """The folder that it is."""
+
+    is_host_cached = True
+
+
+def count(url: str, layout: str, with_dcp: bool, is_near: bool = False) -> tuple[int, int]:
     """Load it; bytes that this rank read from the store, index included, and how many reads of data they took."""
-    store = Counting(url)
+    store = Near(url) if is_near else Counting(url)
     register_scheme("counting", lambda rest: store)
     spread = Layout(layout)
     state = large_state(spread, 0)

@@ -55,6 +55,13 @@ def test_a_job_reads_what_it_needs_once(ranks: Ranks, tmp_path: Path, saved: str
     assert max(read) <= 1.3 * needed / len(read)  # and its ranks read about as much as each other
 
 
+def test_ranks_of_one_host_read_a_folder_each_for_itself(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(cases.save_large, str(tmp_path), "hsdp 2x2", world_size=4)
+    counted = ranks.run(cases.count, str(tmp_path), "hsdp 2x2", False, True, world_size=4)
+    of_a_rank = cases.NUM_TENSORS * cases.ROWS * cases.COLUMNS * 4 // 2
+    assert all(of_a_rank <= read <= 1.02 * of_a_rank for read, _ in counted)
+
+
 @pytest.mark.parametrize(("layout", "victim"), [("hsdp 2x2", 0), ("columns of 2", 1)])
 def test_a_rank_that_fails_at_any_read_fails_all_and_none_hangs(
     ranks: Ranks, tmp_path: Path, layout: str, victim: int

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.index import Ints
-from storage.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares
+from storage.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares, should_share
 
 
 @st.composite
@@ -146,3 +146,11 @@ def test_a_thousand_ranks_are_planned_from_few_numbers() -> None:
     assert int((plan.stop - plan.start).sum()) == num_objects * per_object * length
     fetched = np.bincount(plan.owner, plan.stop - plan.start, minlength=1000)
     assert fetched.max() <= 2 * fetched.mean()
+
+
+def test_ranks_of_one_host_read_whole_items_of_a_folder_each_for_itself() -> None:
+    assert not should_share(True, ["a", "a"], has_stripes=False)
+    assert should_share(True, ["a", "b"], has_stripes=False)  # a folder of another host's
+    assert should_share(True, ["a", "a"], has_stripes=True)
+    assert should_share(False, ["a", "a"], has_stripes=False)
+    assert not should_share(False, ["a"], has_stripes=True)
