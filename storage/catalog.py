@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,30 @@ def steps(store: ObjectStore) -> list[int]:
 
 
 def is_checkpoint(store: ObjectStore, prefix: str) -> bool:
-    """Whether a checkpoint is committed at `prefix`."""
-    return exists(store, prefix + layout.METADATA)
+    """Whether a checkpoint is committed at `prefix`, and not set aside."""
+    if not exists(store, prefix + layout.METADATA):
+        return False
+    if not (aside := store.list(prefix + layout.QUARANTINED_PREFIX)):
+        return True
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+    except NotFound:
+        return False
+    return prefix + layout.quarantined_name(metadata) not in {info.key for info in aside}
+
+
+def is_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
+    """Whether the checkpoint that `metadata` commits was found corrupt. It stays where it cannot be removed safely."""
+    return exists(store, prefix + layout.quarantined_name(metadata))
+
+
+def candidates(store: ObjectStore) -> list[tuple[int, ObjectInfo]]:
+    """Steps that have a `.metadata`, with the version of it, newest first. `find_commit` knows those set aside."""
+    found = []
+    for step in steps(store):
+        with contextlib.suppress(NotFound):
+            found.append((step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")))
+    return found
 
 
 def committed_steps(store: ObjectStore) -> list[int]:
@@ -50,7 +73,7 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
     """Read what commits the checkpoint at `prefix` ("" or ending in a slash), and check that it fits together.
 
     Raises:
-        NoCheckpoint: nothing is committed there.
+        NoCheckpoint: nothing is committed there, or it was set aside.
         Corrupt: the manifest or `.metadata` is damaged, missing or another's, or a data object is missing or has
             another size.
     """
@@ -60,6 +83,9 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
         where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
     listed = {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+    if layout.quarantined_name(metadata) in listed:
+        where = layout.join_url(store.url, prefix)
+        raise NoCheckpoint(f"no checkpoint at {where}: it was found damaged, and set aside")
     manifest = find_manifest(store, prefix, metadata, listed)
     sizes_bytes = {name: info.size_bytes for name, info in listed.items()}
     if manifest is None:

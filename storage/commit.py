@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import tenacity
 
@@ -46,7 +46,7 @@ from storage.manifest import (
     load_manifest,
     load_receipt,
 )
-from storage.objects import ObjectStore, exists
+from storage.objects import ConditionalStore, ObjectInfo, ObjectStore, exists
 from storage.owner import Claim
 
 _POLL_S_MIN = 0.02
@@ -225,7 +225,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     if claim is not None:
         claim.check()
     manifest_key, metadata_key = attempt.prefix + layout.manifest_name(attempt.id), attempt.prefix + layout.METADATA
-    if exists(store, metadata_key):
+    if catalog.is_checkpoint(store, attempt.prefix):
         raise AlreadyExists(_taken(store, attempt.prefix))
     manifest_bytes = dump_manifest(manifest)
     with contextlib.suppress(AlreadyExists):  # a copy that was killed has put it (see `storage.copying`)
@@ -235,7 +235,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
     store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
     put_metadata(store, attempt.prefix, metadata)
-    _insist(lambda: _check_still_there(store, attempt, manifest.objects), metadata_key)
+    _insist(lambda: _check_still_there(store, attempt, manifest.objects, metadata), metadata_key)
 
 
 def put_metadata(store: ObjectStore, prefix: str, metadata: bytes) -> None:
@@ -244,9 +244,10 @@ def put_metadata(store: ObjectStore, prefix: str, metadata: bytes) -> None:
     Raises AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
     """
     key = prefix + layout.METADATA
+    replaces = _make_way(store, prefix)
     doubt: StorageError | None = None
     try:
-        store.put(key, [metadata], if_absent=True)
+        store.put(key, [metadata], if_absent=not replaces)
     except (AlreadyExists, Transient) as error:
         doubt = error  # it may be there all the same: answered late, and tried again below us
     found = _insist(lambda: _read_back(store, key, metadata), key)
@@ -294,7 +295,7 @@ def _insist(call: Callable[[], T], key: str) -> T:
         raise Unconfirmed(f"{key} was put, but whether it stands could not be read: {error}") from error
 
 
-def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
+def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry], metadata: bytes) -> None:
     """A `.metadata` just put that commits nothing any more goes again. Raises Fenced.
 
     A newer owner cleans up the attempts of its forerunners, and one of them may have been paused between its last look
@@ -304,7 +305,7 @@ def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[O
     try:
         check_objects(store, attempt, objects)
     except Corrupt as error:
-        store.delete(attempt.prefix + layout.METADATA)
+        _withdraw(store, attempt.prefix, metadata)
         raise Fenced(f"a newer owner of the run has cleaned this attempt up: {error}") from None
 
 
@@ -343,12 +344,51 @@ def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:
         return False
 
 
-def quarantine(store: ObjectStore, step: int, unique: str) -> None:
-    """Set the step's `.metadata` aside, so that nobody takes the damaged checkpoint for a good one."""
-    prefix = layout.step_folder(step) + "/"
+def quarantine(store: ObjectStore, judged: ObjectInfo) -> bool:
+    """Set a `.metadata` aside, so that nobody takes the damaged checkpoint for a good one; whether it was still there.
+
+    `judged` is what the store said of it before the damage was looked for. By now another may be there, of a newer
+    owner who was faster and has saved the step anew: that one stays. A copy whose name says which `.metadata` is
+    meant makes it count no more; it is also removed where the store can remove that very version and no other.
+    """
+    prefix = judged.key.removesuffix(layout.METADATA)
     try:
-        metadata = store.read(prefix + layout.METADATA)
+        metadata = store.read(judged.key)
+        if store.info(judged.key) != judged:
+            return False
     except NotFound:
-        return  # somebody else was faster
-    store.put(prefix + layout.quarantined_name(unique), [metadata])
-    store.delete(prefix + layout.METADATA)
+        return False
+    store.put(prefix + layout.quarantined_name(metadata), [metadata])
+    return not can_delete(store) or store.delete_version(judged.key, judged.etag)
+
+
+def _withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
+    """Undo a commit, unless another has taken its place."""
+    with contextlib.suppress(NotFound):
+        info = store.info(prefix + layout.METADATA)
+        if store.read(info.key) != metadata:
+            return
+        if can_delete(store):
+            store.delete_version(info.key, info.etag)
+        else:
+            store.put(prefix + layout.quarantined_name(metadata), [metadata])
+
+
+def _make_way(store: ObjectStore, prefix: str) -> bool:
+    """Whether a `.metadata` that was set aside has to be replaced: it is removed if it can be. Raises AlreadyExists."""
+    try:
+        info = store.info(prefix + layout.METADATA)
+        metadata = store.read(info.key)
+    except NotFound:
+        return False
+    if not catalog.is_set_aside(store, prefix, metadata):
+        raise AlreadyExists(_taken(store, prefix))
+    if not can_delete(store):
+        return True
+    store.delete_version(info.key, info.etag)
+    return False
+
+
+def can_delete(store: ObjectStore) -> TypeGuard[ConditionalStore]:
+    """Whether the store can remove one version of an object and no other."""
+    return isinstance(store, ConditionalStore) and store.deletes_conditionally()

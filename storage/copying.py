@@ -145,6 +145,8 @@ def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Ou
         return _removed(errand)
     try:
         there = target.read(errand.target_prefix + layout.METADATA)
+        if catalog.is_set_aside(target, errand.target_prefix, there):
+            raise NotFound(f"{errand.target_prefix}{layout.METADATA} was set aside")
     except NotFound:
         listed = target.list(errand.target_prefix)
         sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
@@ -229,10 +231,13 @@ class Copier:
             sent = self._copy_objects(found)
             if self._is_replaced(errand, found.metadata):
                 return _removed(errand)
-            self._publish(found)
-        except AlreadyExists:
-            # another copy was faster
-            return _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
+            try:
+                self._publish(found)
+            except AlreadyExists:
+                # by another copy that was faster, or it was set aside here, and its objects are whole again
+                outcome = _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
+                if outcome.state != "present":
+                    return outcome
         except (Corrupt, NotFound) as error:
             if self._is_replaced(errand, found.metadata):
                 return _removed(errand)
@@ -347,6 +352,8 @@ class Copier:
         listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
         entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
         catalog.check_objects(self._target, prefix, entries, listed)
+        # what was found damaged here is whole again
+        self._target.delete(prefix + layout.quarantined_name(found.metadata))
         if manifest is None:
             commit.put_metadata(self._target, prefix, found.metadata)
             return

@@ -8,12 +8,13 @@ RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never
 RUN/step-000000120/attempt-<uuid>/__<rank>_<i>.distcp    data of one attempt, never overwritten
 RUN/step-000000120/attempt-<uuid>/receipt-<rank>.json    what that rank wrote, or why it could not
 RUN/step-000000120/attempt-<uuid>/aborted.json           why the coordinator gave the attempt up
-RUN/step-000000120/quarantined-<uuid>.metadata  set aside: the checkpoint was found corrupt
+RUN/step-000000120/quarantined-<sha256>.metadata  a `.metadata` that counts no more: its checkpoint was found corrupt
 RUN/.probe-<hex>                                what a process asked the store with, and would have removed
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 PROBE_PREFIX = ".probe-"
@@ -94,9 +95,9 @@ def aborted_name(attempt: str) -> str:
     return f"{attempt_folder(attempt)}/{ABORTED}"
 
 
-def quarantined_name(unique: str) -> str:
-    """Name, below its step, of a `.metadata` that was set aside."""
-    return f"{QUARANTINED_PREFIX}{unique}{METADATA}"
+def quarantined_name(metadata: bytes) -> str:
+    """Name, below its step, under which `metadata` is set aside: it says of which `.metadata` it is a copy."""
+    return f"{QUARANTINED_PREFIX}{hashlib.sha256(metadata).hexdigest()}{METADATA}"
 
 
 def is_quarantined_name(name: str) -> bool:

@@ -7,7 +7,7 @@ after. What a killed process leaves under `.tmp` is swept a day later by whoever
 Where there are no hard links (many FUSE and SMB mounts, FAT), a put with if_absent looks and renames while it holds a
 lock on `ROOT/.tmp/.lock`, which the kernel frees when its holder dies. That is as good among the processes of one
 host; between hosts it is as good as the mount's `flock`, and one that locks for each host alone can miss a race.
-Where files cannot be locked either, such a put raises BadURL.
+Where files cannot be locked either, such a put raises BadURL. The same lock is held to delete one version of an object.
 """
 
 from __future__ import annotations
@@ -167,6 +167,25 @@ class LocalStore:
             with contextlib.suppress(*_NOT_A_FILE):
                 _sync_folder(folder)
 
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`: where files can be locked."""
+        try:
+            with self._locked():
+                return True
+        except BadURL:
+            return False
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`. As good between hosts as the mount's `flock`."""
+        with self._locked():
+            try:
+                if self.info(key).etag != etag:
+                    return False
+            except NotFound:
+                return True
+            self.delete(key)
+            return True
+
     def _path(self, key: str) -> Path:
         """The file of `key`. A link inside the store must not lead out of it either."""
         path = self._root / check_key(key)
@@ -209,6 +228,7 @@ class LocalStore:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Among all threads and processes that put into this store. Raises BadURL where that is impossible."""
+        self._make_folder(self._root / _TMP)
         fd = os.open(self._root / _TMP / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:

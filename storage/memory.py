@@ -103,6 +103,19 @@ class MemoryStore:
         with self._lock:
             self._objects.pop(key, None)
 
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`."""
+        return True
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`."""
+        check_key(key)
+        with self._lock:
+            if key in self._objects and self._objects[key][1] != etag:
+                return False
+            self._objects.pop(key, None)
+            return True
+
     def _get(self, key: str) -> tuple[bytes, str]:
         check_key(key)
         with self._lock:

@@ -127,6 +127,21 @@ class MultipartStore(Protocol):
 
 
 @runtime_checkable
+class ConditionalStore(Protocol):
+    """A store that can remove one version of an object, and spare any other."""
+
+    def deletes_conditionally(self) -> bool:
+        """Whether it really can. May ask the server, once. Raises Transient, Denied."""
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """Remove the object if its etag is that; False if another version is there, which stays.
+
+        Only for where `deletes_conditionally`. Two that delete like this see each other's deletes; a plain `delete`
+        may come in between.
+        """
+
+
+@runtime_checkable
 class StreamingStore(Protocol):
     """A store that takes an object which is larger than memory."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
 from storage.events import Reporter
 from storage.fetch import Traffic
 from storage.index import Index
-from storage.objects import ObjectStore
+from storage.objects import ObjectInfo, ObjectStore
 from storage.owner import Claim
 from storage.reading import read_items
 
@@ -44,6 +43,7 @@ class Restorer:
         self._claim = claim
         self._group = group
         self._report = report
+        self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
 
     def restore(self, flat: dict[str, Any]) -> Restored | None:
         """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
@@ -65,13 +65,14 @@ class Restorer:
     def _newest(self, damaged: Collection[str]) -> Index | None:
         """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all."""
         reasons = list(damaged)
-        for step in catalog.committed_steps(self._store):
+        for step, version in catalog.candidates(self._store):
+            self._version = version
             try:
                 return self._open(layout.step_folder(step) + "/")
             except NoCheckpoint:
-                continue  # removed since it was listed
+                continue  # set aside, or removed since it was listed
             except Corrupt as error:
-                self._set_aside(step, str(error))
+                self._set_aside(step, version, str(error))
                 reasons.append(str(error))
         if reasons:
             raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
@@ -145,15 +146,16 @@ class Restorer:
                 return  # somebody else was faster
             if not verdict.problems:
                 raise Disputed(_dispute(step, complaints))
-            self._set_aside(step, next(iter(complaints.values()))["text"])
+            assert self._version is not None
+            self._set_aside(step, self._version, next(iter(complaints.values()))["text"])
 
         self._group.on_coordinator(judge)
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
         """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
         self._claim.check()
-        commit.quarantine(self._store, step, str(uuid.uuid4()))
-        self._report("checkpoint_quarantined", step=step, reason=reason)
+        if commit.quarantine(self._store, version):
+            self._report("checkpoint_quarantined", step=step, reason=reason)
 
 
 def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:

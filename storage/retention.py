@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from storage import layout
+from storage import commit, layout
 from storage.catalog import find_manifest, steps
 from storage.errors import Corrupt, NotFound
 from storage.objects import ObjectStore
@@ -27,6 +27,8 @@ class StepState:
     quarantined: bool
     attempt: str | None
     attempts: frozenset[str]
+    metadata: bytes | None = field(default=None, repr=False)
+    """What commits it."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
     attempts = frozenset(
         attempt for name in store.folders(prefix) if (attempt := layout.parse_attempt(name)) is not None
     )
-    committed, attempt = True, None
+    committed, attempt, metadata = True, None, None
+    aside = {info.key for info in store.list(prefix + layout.QUARANTINED_PREFIX)}
     try:
         metadata = store.read(prefix + layout.METADATA)
+        committed = prefix + layout.quarantined_name(metadata) not in aside
         names = [layout.manifest_name(attempt) for attempt in attempts]
         found = find_manifest(store, prefix, metadata, names)
         attempt = None if found is None else found.attempt
@@ -96,7 +100,7 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
         committed = False
     except Corrupt as error:
         log.warning("nothing of step %d is cleaned up: %s", step, error)  # a restore finds out what is wrong with it
-    return StepState(step, committed, bool(store.list(prefix + layout.QUARANTINED_PREFIX)), attempt, attempts)
+    return StepState(step, committed, bool(aside), attempt if committed else None, attempts, metadata)
 
 
 def clean(
@@ -113,20 +117,41 @@ def clean(
     states = observe(store)
     removals = decide(states, keep, live_attempts(), saved_step)
     claim.check()
+    state_of = {state.step: state for state in states}
     for removal in removals:
-        remove(store, removal)
+        remove(store, removal, state_of[removal.step])
     return Cleaned(removals, newer_steps(states, saved_step))
 
 
-def remove(store: ObjectStore, removal: Removal) -> None:
-    """Delete; what makes a checkpoint visible goes first, so that nobody sees half of one."""
+def remove(store: ObjectStore, removal: Removal, seen: StepState) -> None:
+    """Delete; what makes a checkpoint visible goes first, so that nobody sees half of one.
+
+    Of what a newer owner has saved in the step since it was `seen` nothing goes: not its `.metadata`, nor its attempt.
+    """
     prefix = layout.step_folder(removal.step) + "/"
+    gone = seen.attempts if removal.attempts is None else removal.attempts
     if removal.attempts is None:
-        store.delete(prefix + layout.METADATA)
+        if not _remove_commit(store, prefix + layout.METADATA, seen.metadata):
+            return
         store.delete(prefix + layout.MANIFEST)
-        folders = [prefix]
-    else:
-        folders = [f"{prefix}{layout.attempt_folder(attempt)}/" for attempt in sorted(removal.attempts)]
-    for folder in folders:
-        for info in store.list(folder):
+    for info in store.list(prefix):
+        attempt = layout.parse_attempt(info.key.removeprefix(prefix).split("/")[0])
+        if attempt in gone or (attempt is None and removal.attempts is None and info.key != prefix + layout.METADATA):
             store.delete(info.key)
+
+
+def _remove_commit(store: ObjectStore, key: str, seen: bytes | None) -> bool:
+    """Remove the `.metadata` that was seen; False if there is another one by now, which stays.
+
+    Where the store cannot remove one version only, one that comes between the look and the delete goes as well.
+    """
+    try:
+        info = store.info(key)
+        if store.read(key) != seen:
+            return False
+    except NotFound:
+        return True
+    if commit.can_delete(store):
+        return store.delete_version(key, info.etag)
+    store.delete(key)
+    return True

@@ -18,7 +18,7 @@ from storage.s3.answers import Request, parse_body, to_error
 from storage.s3.client import Page, S3Client
 from storage.s3.http import Answered, Connections, error_body
 from storage.s3.options import S3Location, S3Options, format_url
-from storage.s3.probe import honours_conditions
+from storage.s3.probe import honours_conditional_deletes, honours_conditions
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ _OK = (200, 204, 206)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 _verdicts: dict[tuple[str, str], bool] = {}
+_delete_verdicts: dict[tuple[str, str], bool] = {}
 _verdicts_lock = threading.Lock()
 
 
@@ -125,6 +126,23 @@ class Bucket:
             self._exchange("delete", "DELETE", key, "", {}, (), Answered.read)
         except NotFound:
             return
+
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`; found out by the first who asks in this process."""
+        with _verdicts_lock:
+            if self.name not in _delete_verdicts:
+                _delete_verdicts[self.name] = honours_conditional_deletes(self)
+            return _delete_verdicts[self.name]
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`."""
+        try:
+            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Answered.read)
+        except NotFound:
+            return True
+        except Corrupt:  # 412: another version is there
+            return False
+        return True
 
     # listings ---------------------------------------------------------------------------------------------------
 

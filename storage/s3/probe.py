@@ -24,6 +24,8 @@ class Probed(Protocol):
 
     def delete(self, key: str) -> None: ...
 
+    def delete_version(self, key: str, etag: str) -> bool: ...
+
 
 def honours_conditions(store: Probed) -> bool:
     """Whether a second put with `If-None-Match: *` is refused. Puts an object of its own and removes it.
@@ -42,4 +44,23 @@ def honours_conditions(store: Probed) -> bool:
     finally:
         store.delete(key)
     log.warning("%s ignores the condition of puts; races for one name are found by reading back", store.url)
+    return False
+
+
+def honours_conditional_deletes(store: Probed) -> bool:
+    """Whether a delete with the `If-Match` of another version is refused. Puts an object of its own and removes it.
+
+    Raises Transient, and Denied where nothing can be put at all.
+    """
+    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
+    store.put_object(key, [b"probe"], with_condition=False)
+    try:
+        if not store.delete_version(key, "0" * 32):
+            return True
+    except Denied as error:
+        log.info("%s refuses conditional deletes: %s", store.url, error)
+        return False
+    finally:
+        store.delete(key)
+    log.info("%s ignores the condition of deletes", store.url)
     return False

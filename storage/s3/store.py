@@ -68,6 +68,14 @@ class S3Store(RetryingStore):
         cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
         return self._put_content(key, _Content([functools.partial(part, *place) for place in cut]), pool)
 
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`."""
+        return self._retrier.call(f"probe of {self.url}", self._bucket.deletes_conditionally)
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`."""
+        return self._retrier.call(f"delete {key}", lambda: self._bucket.delete_version(key, etag))
+
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
         return self._bucket.listed(self._bucket.pages(prefix, "", self._page))

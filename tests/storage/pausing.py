@@ -65,6 +65,13 @@ class PausingStore:
         self._pause(f"delete {key}")
         self._store.delete(key)
 
+    def deletes_conditionally(self) -> bool:
+        return self._store.deletes_conditionally()
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        self._pause(f"delete_version {key}")
+        return self._store.delete_version(key, etag)
+
     def _pause(self, call: str) -> None:
         with self._lock:  # one call at a time, so that the calls of a run can be counted
             number = self.num_calls

@@ -306,7 +306,7 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
     data = {key: len(value) for key, value in original.items() if key.endswith(".distcp")}
     killed = []
     # locally 5 objects, 2 manifests, .metadata; on S3 one of the objects is 3 parts and their completion
-    for number in (0, 3, 5, 6, 7) if server is None else (2, 5, 7, 9, 10):
+    for number in (0, 3, 5, 7) if server is None else (5, 7, 9, 10):
         path, mark, query = base.partition("?")
         url = f"{path}-{number}{mark}{query}" + ("&part_size_mib=5" if server else "")
         with Watcher(url) as watcher:
@@ -357,13 +357,13 @@ class Racing(MemoryStore):
         return super().put(key, buffers, if_absent=if_absent)
 
 
-@pytest.mark.parametrize(("before", "state"), [(".distcp", "present"), ("/.metadata", "copied")])
-def test_two_copies_at_once(source: Path, capsys: pytest.CaptureFixture[str], before: str, state: str) -> None:
+@pytest.mark.parametrize("before", [".distcp", "/.metadata"])
+def test_two_copies_at_once(source: Path, capsys: pytest.CaptureFixture[str], before: str) -> None:
     done = {key: data for key, data in contents(str(source)).items() if "20/" in key}
     store, scheme = Racing(done, before), f"racing-{next(_names)}"
     register_scheme(scheme, lambda rest: store)
     result = run(capsys, "push", str(source), f"{scheme}://run", "--step", "20")
-    assert result["steps"][0]["state"] == state
+    assert result["steps"][0]["state"] == "copied"
     assert not inspect.verify(store, "step-000000020/").problems
 
 

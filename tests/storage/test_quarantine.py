@@ -1,0 +1,207 @@
+"""A checkpoint that was found damaged is set aside, and never what has taken its place."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pausing import PausingStore
+
+from elastic_moe.cli.main import main
+from storage import Checkpointer, catalog, commit, inspect, open_store, owner, register_scheme, retention
+from storage.errors import StorageError
+from storage.memory import MemoryStore
+from storage.objects import ConditionalStore, ObjectInfo, ObjectStore
+from storage.retention import Removal
+
+Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
+METADATA = "step-000000020/.metadata"
+_names = itertools.count()
+
+
+class Plain:
+    """A store that cannot remove one version and spare another; nor does it honour conditions of puts."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("deletes_conditionally", "delete_version"):
+            raise AttributeError(name)
+        return getattr(self._store, name)
+
+
+def state(number: int) -> dict[str, Any]:
+    return {"w": torch.full((300,), float(number)), "n": number}
+
+
+def save(url: str, *steps: int) -> None:
+    with Checkpointer(url, lineage="a") as ckpt:
+        for step in steps:
+            ckpt.save(step, state(step), wait=True)
+            assert ckpt.wait()
+
+
+def damage(store: ObjectStore, step: int) -> None:
+    (key,) = (i.key for i in store.list(f"step-{step:09d}/") if i.key.endswith(".distcp"))
+    data = bytearray(store.read(key))
+    data[len(data) // 2] ^= 1
+    store.put(key, [data])
+
+
+def states(url: str) -> list[tuple[int | None, str]]:
+    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_set_aside_and_saved_anew(kind: str, make_url: Callable[[str], str], events: Events) -> None:
+    url = make_url(kind)
+    save(url, 10, 20)
+    store = open_store(url)
+    damage(store, 20)
+    with Checkpointer(url, lineage="a", on_event=events[1]) as ckpt:
+        assert ckpt.restore(state(0)) == 10
+        assert states(url) == [(20, "quarantined"), (10, "committed")]
+        assert (catalog.committed_steps(store), catalog.quarantined_steps(store)) == ([10], [20])
+        assert ckpt.restore(state(0)) == 10  # nothing is judged twice
+        assert [name for name, _ in events[0]].count("checkpoint_quarantined") == 1
+        ckpt.save(20, state(21), wait=True)
+        assert ckpt.wait()
+        found = state(0)
+        assert ckpt.restore(found) == 20
+    assert found["n"] == 21
+    assert main(["ckpt", "verify", url]) == 0
+    assert states(url) == [(20, "committed"), (10, "committed")]
+
+
+def owned(url: str, generation: int, number: int) -> None:
+    """Go on where the run stands, and save step 20 if it is not there."""
+    with Checkpointer(url, generation=generation, lineage="a") as ckpt:
+        if ckpt.restore(state(0)) == 10:
+            ckpt.save(20, state(number), wait=True)
+            assert ckpt.wait()
+
+
+@pytest.mark.parametrize("kind", ["conditional", "plain"])
+def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(kind: str, memory_url: str) -> None:
+    wrap: Callable[[Any], Any] = Plain if kind == "plain" else lambda store: store
+    seen = set()
+    for pause_at in itertools.count():
+        inner = MemoryStore(f"{memory_url}-{pause_at}")
+        scheme = f"quarantine-{next(_names)}"
+        register_scheme(scheme, lambda rest, inner=inner: wrap(inner))
+        url = f"{scheme}://run"
+        save(url, 10, 20)
+        damage(inner, 20)
+        store = PausingStore(inner, pause_at, lambda url=url: owned(url, 2, 22))
+        register_scheme("paused", lambda rest, store=store: wrap(store))
+        with contextlib.suppress(StorageError), Checkpointer("paused://", generation=1, lineage="a") as old:
+            if old.restore(state(0)) == 10:
+                old.save(20, state(21), wait=True)
+        print(f"paused before call {pause_at}: {store.paused_before}")
+        if not store.paused_before:
+            break
+        seen.add(store.paused_before)
+        found = state(0)
+        with Checkpointer(url, generation=3, lineage="a") as newest:
+            step = newest.restore(found)
+        assert (found["w"] == found["n"]).all()
+        # the newer owner has saved step 20, or has found the older one's
+        assert (step, found["n"]) in ((20, 22), (20, 21)), store.paused_before
+        if store.paused_before.startswith(("put step-000000020/quarantined-", "delete_version")):
+            assert found["n"] == 22
+    assert {f"read {METADATA}", f"info {METADATA}"} <= seen
+    assert any("put step-000000020/quarantined-" in call for call in seen)
+    assert (f"delete_version {METADATA}" in seen) == (kind == "conditional")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judgement_of_an_older_version_sets_nothing_aside(kind: str, make_url: Callable[[str], str]) -> None:
+    url = make_url(kind)
+    save(url, 20)
+    store = open_store(url)
+    judged = store.info(METADATA)
+    damage(store, 20)
+    assert commit.quarantine(store, judged)
+    owner.claim(store, "a", 0, "b" * 32)
+    with Checkpointer(url, lineage="a") as ckpt:
+        ckpt.save(20, state(21), wait=True)
+        assert ckpt.wait()
+    assert not commit.quarantine(store, judged)
+    assert states(url) == [(20, "committed")]
+
+
+class Late(MemoryStore):
+    """Lets a newer `.metadata` in right before the version that was looked at is removed."""
+
+    newer: bytes | None = None
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        if self.newer is not None:
+            self.put(key, [self.newer])
+        return super().delete_version(key, etag)
+
+
+def test_old_checkpoints_go_and_nothing_that_came_since() -> None:
+    store = Late("x")
+    for key in ("step-000000010/.metadata", "step-000000010/attempt-aaaaaaaa/__0_0.distcp"):
+        store.put(key, [b"old"])
+    (seen,) = retention.observe(store)
+    store.put("step-000000010/attempt-bbbbbbbb/__0_0.distcp", [b"of a newer owner"])
+    store.newer = b"newer"
+    retention.remove(store, Removal(10, None), seen)
+    assert store.read("step-000000010/.metadata") == b"newer"
+    assert len(store.list("step-000000010/")) == 3
+    retention.remove(store, Removal(10, None), seen)  # looked at again, it is another one
+    assert len(store.list("step-000000010/")) == 3
+    store.newer = None
+    store.put("step-000000010/.metadata", [b"old"])
+    retention.remove(store, Removal(10, None), seen)
+    assert [info.key for info in store.list("")] == ["step-000000010/attempt-bbbbbbbb/__0_0.distcp"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_good_copy_mends_what_was_set_aside(tmp_path: Path, plain: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(f"{tmp_path}/run", 10, 20)
+    inner = MemoryStore("x")
+    scheme = f"quarantine-{next(_names)}"
+    register_scheme(scheme, lambda rest: Plain(inner) if plain else inner)
+    url = f"{scheme}://run"
+    assert main(["ckpt", "push", f"{tmp_path}/run", url]) == 0
+    damage(inner, 20)
+    with Checkpointer(url) as ckpt:
+        assert ckpt.restore(state(0)) == 10
+    assert states(url)[0] == (20, "quarantined")
+    capsys.readouterr()
+    assert main(["ckpt", "push", f"{tmp_path}/run", url]) == 0
+    assert "step-000000020: copied" in capsys.readouterr().out
+    assert states(url)[0] == (20, "committed")
+    assert main(["ckpt", "verify", url]) == 0
+
+
+# the stores -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "honours"), [("local", True), ("memory", True), ("juicefs", False), ("moto", True), ("fsspec-s3", False)]
+)
+def test_one_version_is_removed_and_no_other(kind: str, honours: bool, make_url: Callable[[str], str]) -> None:
+    store = open_store(make_url(kind))
+    assert (isinstance(store, ConditionalStore) and store.deletes_conditionally()) == honours
+    assert store.list("") == []
+    if not honours:
+        return
+    assert isinstance(store, ConditionalStore)
+    first: ObjectInfo = store.put("a/b", [b"first"])
+    second = store.put("a/b", [b"second"])
+    assert not store.delete_version("a/b", first.etag)
+    assert store.read("a/b") == b"second"
+    assert store.delete_version("a/b", second.etag)
+    assert store.list("") == []
+    assert store.delete_version("a/b", second.etag)  # what is gone already
