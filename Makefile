@@ -37,7 +37,7 @@ test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults,
 	$(BIN)/python -m tests.sim 0 10000
 
 chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
-	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest tests/chaos || exit 1; done
+	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; done
 
 check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian
 	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \

@@ -6,24 +6,24 @@ state (no call to the store in its monitor loop) and is woken by `wait`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from typing import Any
 
+from launcher.candidacy import Candidacy
 from launcher.draining import DrainOrder
 from launcher.errors import Compacted, Drained, JobClosed, KVError, KVUnavailable
 from launcher.events import Emit
 from launcher.forming import Planner
 from launcher.keeper import RecordKeeper
 from launcher.kv import KV, Watch, WatchEvent
-from launcher.leading import Leadership, Office
+from launcher.leading import Office
 from launcher.membership import Rules
 from launcher.neighbours import Neighbours, watched_by
 from launcher.probe import Answer, ask
 from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status, identity_of
-from launcher.roster import JOB, LEADER, NODES, Board, run_prefix
+from launcher.roster import JOB, NODES, Board, run_prefix
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Member:
         self._changed = threading.Condition(lock)
         own_key = f"{self._prefix}{NODES}{node.node_id}"
         self._own = RecordKeeper(kv, own_key, node, lock, self._changed, emit, lease_ttl_s=lease_ttl_s)
-        self._office = Office(
+        self._board = Board()
+        office = Office(
             kv,
             self._prefix,
             node.node_id,
@@ -65,9 +66,8 @@ class Member:
             evicted=self._own.fence,
             told=self._told_why,
         )
-        self._board = Board()
+        self._candidacy = Candidacy(office, self._board, self._own, lock)
         self._unanswered = False  # the last turn ended with a store that did not answer
-        self._leading: Leadership | None = None
         self._joined = 0  # the last generation of which this node may have started workers
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
@@ -249,17 +249,9 @@ class Member:
 
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
-        with self._changed:
-            leading = self._leading
-            leader, revision = self._board.leader, self._board.leader_revision
         log.warning("[%s] node %s is lost: %s", self.node_id, node_id, reason)
         try:
-            if leading is not None:
-                leading.evict(node_id, reason)
-                return
-            self._kv.delete(f"{self._prefix}{NODES}{node_id}")
-            if node_id == leader:
-                self._kv.delete(f"{self._prefix}{LEADER}", if_revision=revision)
+            self._candidacy.evict(node_id, reason)
         except KVError as error:
             log.warning("[%s] node %s is left to its lease: %s", self.node_id, node_id, error)
 
@@ -336,13 +328,7 @@ class Member:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
-        leading = self._leading
-        if leading is not None:
-            self._resign()
-            leading.join(timeout_s=5)
-            with contextlib.suppress(KVUnavailable):
-                how = LEFT if self._own.record.yielded else LEFT_AT_ONCE
-                self._kv.put(f"{self._prefix}{LEADER}", f"{self.node_id} {how}".encode(), lease=self._own.lease)
+        self._candidacy.leave(LEFT if self._own.record.yielded else LEFT_AT_ONCE)
         self._own.stop()
         self._own.leave()
 
@@ -376,8 +362,7 @@ class Member:
 
     def _turn(self) -> None:
         if self.fenced():
-            self._resign()
-            self._give_up_the_lead()
+            self._candidacy.withdraw()
             if self._own.record.status in (Status.READY, Status.EXCLUDED):
                 self._register()  # the workers are stopped: come back as a new, youngest node
                 log.warning("[%s] the lease had ended; joined anew", self.node_id)
@@ -386,7 +371,9 @@ class Member:
         if self._own.record.cannot_reach and self._own.record.status is Status.READY:
             self._ask_again()
         if not self.fenced():
-            self._perhaps_lead()
+            leader = self._candidacy.stand()
+            if leader != self.node_id and not self._unanswered:
+                self._told_why(f"node {leader} leads" if leader else "a leader is being chosen")
         if self._watch is not None:
             self._apply(self._watch.next(_TICK_S))
 
@@ -436,32 +423,3 @@ class Member:
             and record.generation == self._joined < current.generation
             and record.status in (Status.RUNNING, Status.STOPPING, Status.DONE)
         )
-
-    def _perhaps_lead(self) -> None:
-        """Lead where nobody does; stop where another node does."""
-        if not self._board.leader:
-            written = self._kv.put(
-                f"{self._prefix}{LEADER}", self.node_id.encode(), if_revision=0, lease=self._own.lease
-            )
-            if written is not None:
-                with self._changed:
-                    self._board.apply([(LEADER, written)])
-        if self._board.leader != self.node_id:
-            self._resign()
-            if not self._unanswered:
-                self._told_why(f"node {self._board.leader} leads" if self._board.leader else "a leader is being chosen")
-        elif self._leading is None:
-            predecessor, grace_s = self._board.predecessor, self._own.lease_ttl_s
-            with self._changed:
-                self._leading = Leadership(self._office, grace_s=grace_s, predecessor=predecessor)
-
-    def _give_up_the_lead(self) -> None:
-        """Let another node lead at once: the lease may stand for as long as this node's workers cannot be stopped."""
-        if self._board.leader == self.node_id:
-            self._kv.delete(f"{self._prefix}{LEADER}", if_revision=self._board.leader_revision)
-
-    def _resign(self) -> None:
-        with self._changed:
-            leading, self._leading = self._leading, None
-        if leading is not None:
-            leading.end()

@@ -183,7 +183,7 @@ class TestFaults:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv, connected(server.endpoint) as other:
             member = start_member(kv, "watcher")
             try:
-                leading = until("it leads", lambda: member._leading)
+                leading = until("it leads", lambda: member._candidacy._leading)
                 until("it follows the records", lambda: leading._watch)
                 stale = kv.watch("", 1)
                 server.signal(signal.SIGSTOP)  # the member's stream hangs while history goes on without it

@@ -281,7 +281,7 @@ def test_a_node_that_stays_out_stays_out_though_its_lease_ends(job: Job) -> None
     for name in "ab":
         job.start(name)
     job.join("a", "b")
-    until("a leads", lambda: job.members["a"]._leading, WAIT_S)
+    until("a leads", lambda: job.members["a"]._candidacy._leading, WAIT_S)
     waits = threading.Thread(target=job.members["b"].stay_out, args=("cannot reach the store", WAIT_S), daemon=True)
     waits.start()
     until("b says so", lambda: job.nodes()["b"].status is Status.EXCLUDED, WAIT_S)
