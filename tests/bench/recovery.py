@@ -30,7 +30,7 @@ import torch
 from tests.cluster import free_port, read_lines, until
 from tests.etcd import etcd
 
-SCRIPT = str(Path(__file__).with_name("steps.py"))
+SCRIPT = str(Path(__file__).parent / "scripts" / "steps.py")
 START_S = 120.0
 DEADLINE_S = 60.0
 OURS, PLUGGED, STOCK = "elastic-moe run", "torchrun, etcd3", "torchrun"
@@ -102,6 +102,14 @@ class Job:
             return [*agent.children(recursive=True), agent]
         return []
 
+    def ended(self) -> bool:
+        """Whether a node has, of itself."""
+        return any(node.poll() is not None for node in self.nodes)
+
+    def last_words(self) -> str:
+        """The end of every node's log."""
+        return "\n".join(log.read_text()[-2000:] for log in sorted(self.folder.glob("node-*.log")))
+
     def end(self) -> None:
         for index in range(len(self.nodes)):
             for process in self.tree(index):
@@ -120,7 +128,13 @@ def running(launcher: Launcher, num_nodes: int) -> Iterator[Job]:
             if num_nodes == 2:
                 until("the first one hosts the meeting place", lambda: listens(launcher.endpoint), START_S)
                 job.start_node()
-            until(f"ten steps of {num_nodes} nodes", lambda: job.steps(num_nodes)[10:], START_S)
+            until(
+                f"ten steps of {num_nodes} nodes, or an end",
+                lambda: job.steps(num_nodes)[10:] or job.ended(),
+                START_S,
+            )
+            if job.ended():
+                raise AssertionError(f"{launcher.name} ended at its start:\n{job.last_words()}")
             yield job
         finally:
             job.end()
