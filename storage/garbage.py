@@ -21,7 +21,7 @@ AGE_S_MIN = 3600.0
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing to remove: an attempt that was never committed, a probe, a beat, or an unfinished upload."""
+    """One thing to remove: an attempt or a manifest that commits nothing, a probe, a beat, or an unfinished upload."""
 
     name: str
     kind: str
@@ -49,10 +49,11 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
 
 
 def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float) -> list[Garbage]:
-    """The attempts of one step that can go. Pure.
+    """What can go of one step. Pure.
 
-    An attempt goes if all of it was last written before `before_unix_s`, and it is not the committed one. Of a step
-    that is quarantined, written by stock DCP, or whose manifest is damaged, nothing goes.
+    An attempt goes if all of it was last written before `before_unix_s`, and it is not the committed one. So does the
+    manifest at the top of a step without a commit: its writer died just before it committed, or while it removed the
+    step. Of a step that is quarantined, written by stock DCP, or whose manifest is damaged, nothing goes.
     """
     if state.quarantined or (state.committed and state.attempt is None):
         return []
@@ -63,6 +64,11 @@ def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float
         own = [info for info in objects if info.key.startswith(folder + "/")]
         if (newest := _newest(own)) is not None and newest < before_unix_s:
             garbage.append(_of_objects(folder, "attempt", own, newest))
+    if not state.committed:
+        copy = f"{layout.step_folder(state.step)}/{layout.MANIFEST}"
+        own = [info for info in objects if info.key == copy]
+        if (newest := _newest(own)) is not None and newest < before_unix_s:
+            garbage.append(_of_objects(copy, "manifest", own, newest))
     return garbage
 
 

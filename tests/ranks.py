@@ -17,7 +17,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,8 +27,11 @@ from typing import Any, NamedTuple
 import pytest
 
 _context = multiprocessing.get_context("forkserver")
-# torch is imported once, in the server that the ranks are forked from; FSDP2 imports the compiler at its first use.
-_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+# What takes long to import is imported once, in the server that the ranks are forked from: torch (FSDP2 imports the
+# compiler at its first use), and boto3.
+_context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "storage", "storage.s3.client"]
+)
 
 
 class RankFailure(AssertionError):
@@ -42,6 +45,7 @@ class _Job(NamedTuple):
     world_size: int
     store: str
     timeout_s: float
+    is_losing: bool
 
 
 class _Worker(NamedTuple):
@@ -61,19 +65,48 @@ class Ranks:
         Raises:
             RankFailure: a rank raised, died, or did not answer within `timeout_s`.
         """
+        results = self._run(function, args, world_size, (), timeout_s)
+        return [results[rank] for rank in range(world_size)]
+
+    def run_losing(
+        self, dying: Collection[int], function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 60
+    ) -> dict[int, Any]:
+        """The same where the ranks `dying` are killed meanwhile (see `pids`); the results by rank of all that gave one.
+
+        Raises:
+            RankFailure: as `run`.
+        """
+        return self._run(function, args, world_size, dying, timeout_s)
+
+    def pids(self, world_size: int) -> list[int]:
+        """The processes of the ranks of the next run."""
+        self._grow(world_size)
+        return [worker.process.pid or 0 for worker in self._workers[:world_size]]
+
+    def _grow(self, world_size: int) -> None:
+        while len(self._workers) < world_size:
+            self._workers.append(_start())
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        world_size: int,
+        dying: Collection[int],
+        timeout_s: float,
+    ) -> dict[int, Any]:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            while len(self._workers) < world_size:
-                self._workers.append(_start())
+            self._grow(world_size)
             store = str(Path(folder, "store"))
             for rank, worker in enumerate(self._workers[:world_size]):
-                worker.pipe.send(_Job(function, args, rank, world_size, store, timeout_s))
+                worker.pipe.send(_Job(function, args, rank, world_size, store, timeout_s, bool(dying)))
             try:
-                return self._collect(world_size, time.monotonic() + timeout_s)
+                return self._collect(world_size, dying, time.monotonic() + timeout_s)
             except BaseException:
                 self.close()
                 raise
 
-    def _collect(self, world_size: int, deadline_s: float) -> list[Any]:
+    def _collect(self, world_size: int, dying: Collection[int], deadline_s: float) -> dict[int, Any]:
         pending = {worker.pipe: rank for rank, worker in enumerate(self._workers[:world_size])}
         results: dict[int, Any] = {}
         while pending:
@@ -86,19 +119,28 @@ class Ranks:
                 try:
                     error, results[rank] = pipe.recv()
                 except (EOFError, OSError):
-                    raise RankFailure(f"rank {rank} of {world_size} died") from None
+                    if rank not in dying:
+                        raise RankFailure(f"rank {rank} of {world_size} died") from None
+                    continue
                 if error:
                     raise RankFailure(f"rank {rank} of {world_size}:\n{error}")
-        return [results[rank] for rank in range(world_size)]
+        for rank in dying:
+            _end([self._workers[rank]])
+            self._workers[rank] = _start()
+        return results
 
     def close(self) -> None:
         """End every process, whatever it is doing."""
-        for worker in self._workers:
-            worker.pipe.close()
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
+        _end(self._workers)
         self._workers.clear()
+
+
+def _end(workers: Collection[_Worker]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
 
 
 def _start() -> _Worker:
@@ -136,7 +178,8 @@ def _answer(job: _Job, pipe: Connection) -> None:
     )
     try:
         result = job.function(*job.args)
-        dist.barrier()
+        if not job.is_losing:
+            dist.barrier()
     except BaseException:
         # Before the group is left: ranks that wait for this one fail then, and must not be heard first.
         pipe.send((traceback.format_exc(), None))

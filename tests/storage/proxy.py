@@ -20,6 +20,12 @@ Faults, each for `times` requests that match:
     corrupt_put  one byte of the request's body is flipped
     twice        passed on, and answered twice
     repeat       passed on twice, and answered once
+
+And a `Death`, which kills processes at a moment of a request, and lets it go no further:
+
+    before       nothing is passed on
+    middle       half of the request's body is passed on
+    after        all of it is passed on and carried out; the answer is lost
 """
 
 from __future__ import annotations
@@ -27,11 +33,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import os
+import re
+import signal
 import socket
 import ssl
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +52,7 @@ KINDS = (
     *("throttle", "error", "refuse", "lose", "reset", "truncate", "stall", "slow"),
     *("corrupt", "corrupt_put", "twice", "repeat"),
 )
+MOMENTS = ("before", "middle", "after")
 _DROPS = 8
 _DROP_S = 0.05
 _REFUSALS = {
@@ -68,6 +78,27 @@ class Fault:
 
     def matches(self, method: str, target: str) -> bool:
         return self.times > 0 and self.method in ("", method) and self.contains in unquote(target)
+
+    def done(self) -> None:
+        self.times -= 1
+        self.num_done += 1
+
+
+@dataclass
+class Death(Fault):
+    """SIGKILL for the processes `pids` at the next request whose target (unquoted) the pattern `contains` is found in.
+
+    `kind` is one of MOMENTS.
+    """
+
+    pids: Sequence[int] = ()
+
+    def matches(self, method: str, target: str) -> bool:
+        return self.times > 0 and self.method == method and re.search(self.contains, unquote(target)) is not None
+
+    def strike(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 class FaultProxy:
@@ -107,12 +138,14 @@ class FaultProxy:
         """The fault for a request, if there is one."""
         with self.lock:
             self.requests.append((method, target))
-            return next((fault for fault in self.faults if fault.matches(method, target)), None)
+            found = next((fault for fault in self.faults if fault.matches(method, target)), None)
+            if isinstance(found, Death):
+                found.done()  # at once: of requests side by side only the first is it
+            return found
 
     def did(self, fault: Fault) -> None:
         with self.lock:
-            fault.times -= 1
-            fault.num_done += 1
+            fault.done()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -158,6 +191,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(*_REFUSALS[kind])
             return
         body = self._body()
+        if isinstance(fault, Death):
+            self._kill(fault, body)
+            return
         if fault is not None and kind == "corrupt_put":
             if not body:
                 fault = None
@@ -178,12 +214,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+    def _kill(self, death: Death, body: bytes) -> None:
+        self.close_connection = True
+        if death.kind == "middle":
+            with contextlib.closing(self._sent(body[: len(body) // 2])):
+                death.strike()
+            return
+        if death.kind == "after":
+            status, _, answer = self._ask(body)
+            assert status < 300, f"{self.command} {self.path} was refused: {answer!r}"
+        death.strike()
+
+    def _sent(self, body: bytes) -> http.client.HTTPConnection:
+        """A connection over which this request has gone, with that much of its body."""
+        upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
+        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            upstream.putheader(name, value)
+        upstream.endheaders(body or None)
+        return upstream
+
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        with contextlib.closing(http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)) as upstream:
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                upstream.putheader(name, value)
-            upstream.endheaders(body or None)
+        with contextlib.closing(self._sent(body)) as upstream:
             response = upstream.getresponse()
             answer = response.read()
             drop = {"connection", "transfer-encoding", "content-length"}

@@ -44,6 +44,16 @@ def test_what_goes_of_a_step() -> None:
     assert of_step(state(quarantined=True), LISTED, BEFORE) == []
 
 
+def test_a_manifest_without_a_commit_goes() -> None:
+    manifest = ObjectInfo("step-000000007/manifest.json", 10, "etag", OLD)
+    (row,) = of_step(StepState(7, False, False, None, frozenset()), [manifest], BEFORE)
+    assert (row.kind, row.name, row.keys) == ("manifest", manifest.key, (manifest.key,))
+    young = ObjectInfo(manifest.key, 10, "etag", NEW)
+    assert of_step(StepState(7, False, False, None, frozenset()), [young], BEFORE) == []
+    assert of_step(StepState(7, True, False, "aaaaaaaa", frozenset({"aaaaaaaa"})), [manifest], BEFORE) == []
+    assert of_step(StepState(7, False, True, None, frozenset()), [manifest], BEFORE) == []
+
+
 @pytest.mark.parametrize("when", [NEW, None])
 def test_one_young_object_or_one_of_unknown_age_keeps_an_attempt(when: float | None) -> None:
     listed = [*LISTED, info("aaaaaaaa/__1_0.distcp", when)]

@@ -1,0 +1,59 @@
+"""What the ranks of `test_s3_deaths` do; functions by name, because they run in other processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from storage import Checkpointer, retries
+from storage.s3 import bucket
+
+ROWS, COLUMNS = 3328, 1024
+"""Of a float32 tensor: 6.5 MiB on each of two ranks, which go up in two parts of at least 5 MiB."""
+
+
+def whole(step: int) -> dict[str, Any]:
+    """The state of a step, on one rank."""
+    return {"large": torch.full((ROWS, COLUMNS), float(step)), "small": torch.full((8, 5), float(step)), "n": step}
+
+
+def is_whole(state: Mapping[str, Any], step: int) -> bool:
+    """Whether it is that of the step, every byte of it."""
+    return state["n"] == step and all(bool((state[name] == step).all()) for name in ("large", "small"))
+
+
+def shards(step: int) -> dict[str, Any]:
+    """The same in rows over all ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {
+        name: distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in whole(step).items()
+    }
+
+
+def impatient() -> None:
+    """Failures that stay are given up soon, in this process from now on."""
+    for cause, rule in retries.RULES.items():
+        retries.RULES[cause] = retries.Rule(min(rule.num_tries, 3), 0.001, 0.01, 60.0)  # type: ignore[index]
+
+
+def save(url: str, environment: Mapping[str, str], step: int, timeouts_s: list[float]) -> bool | None:
+    """Save `step`, keeping only it; whether it has committed, or None where another rank was lost before the save."""
+    os.environ.update(environment)
+    impatient()
+    bucket._verdicts.clear()  # so that every run asks the server what it honours
+    try:
+        ckpt = Checkpointer(url, keep=1, timeout_s=timeouts_s[dist.get_rank()])
+        ckpt.save(step, shards(step))
+    except RuntimeError:  # gloo's, of a peer that is gone
+        return None
+    with ckpt:
+        return ckpt.wait()
