@@ -24,7 +24,8 @@ BLOCK_SIZE_BYTES_MIN = 16 * 1024
 BLOCK_SIZE_BYTES_MAX = 8 * 1024 * 1024
 _BLOCKS_PER_ITEM = 512
 _CACHED_SIZE_BYTES = 256 * 1024
-_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
+_CASTAGNOLI = 0x82F63B78  # CRC32C's polynomial, bits reversed
+_ZLIB = 0xEDB88320  # CRC32's
 
 
 def crc32c(buffer: Buffer, crc: int = 0) -> int:
@@ -39,27 +40,32 @@ def combine(first: int, second: int, second_length_bytes: int) -> int:
     The rule is zlib's `crc32_combine`: a CRC is a polynomial over GF(2), and what follows a piece multiplies it by x
     for each further bit.
     """
-    return _multiply(_shift(second_length_bytes), first) ^ second
+    return _multiply(_shift(second_length_bytes, _CASTAGNOLI), first, _CASTAGNOLI) ^ second
+
+
+def combine_crc32(first: int, second: int, second_length_bytes: int) -> int:
+    """The same of zlib's CRC32, the checksum of zips."""
+    return _multiply(_shift(second_length_bytes, _ZLIB), first, _ZLIB) ^ second
 
 
 @functools.lru_cache(maxsize=1024)
-def _shift(length_bytes: int) -> int:
+def _shift(length_bytes: int, polynomial: int) -> int:
     """x to the power of 8 * `length_bytes`, modulo the polynomial."""
     power, square, left = 1 << 31, 1 << 30, 8 * length_bytes
     while left:
         if left & 1:
-            power = _multiply(square, power)
-        square, left = _multiply(square, square), left >> 1
+            power = _multiply(square, power, polynomial)
+        square, left = _multiply(square, square, polynomial), left >> 1
     return power
 
 
-def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials modulo CRC32C's; the highest bit is the coefficient of 1."""
+def _multiply(a: int, b: int, polynomial: int) -> int:
+    """The product of two polynomials modulo a third one; the highest bit is the coefficient of 1."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
             product ^= b
-        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+        b = (b >> 1) ^ (polynomial if b & 1 else 0)
     return product
 
 

@@ -16,6 +16,7 @@ uses the process group.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -46,7 +47,7 @@ from storage.manifest import (
     load_manifest,
     load_receipt,
 )
-from storage.objects import ConditionalStore, ObjectInfo, ObjectStore, exists
+from storage.objects import ConditionalStore, ObjectInfo, ObjectStore, exists, read_checked
 from storage.owner import Claim
 
 _POLL_S_MIN = 0.02
@@ -160,7 +161,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
             rank = layout.parse_receipt(info.key.removeprefix(folder))
             if rank is None or rank in receipts:
                 continue
-            receipt = load_receipt(store.read(info.key), info.key)
+            receipt = read_checked(store, info.key, functools.partial(load_receipt, name=info.key))
             if receipt.error is not None:
                 raise StorageError(f"rank {rank} failed: {receipt.error}")
             if (receipt.rank, receipt.attempt) != (rank, attempt.id):
@@ -326,7 +327,7 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
 
     def look() -> bool | None:
         try:
-            raise StorageError(load_aborted(store.read(aborted_key), aborted_key).reason)
+            raise StorageError(read_checked(store, aborted_key, lambda data: load_aborted(data, aborted_key)).reason)
         except NotFound:
             return _is_committed(store, attempt) or None
 
@@ -339,7 +340,8 @@ def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:
     if not exists(store, attempt.prefix + layout.METADATA):
         return False
     try:
-        return catalog.commits(store.read(attempt.prefix + layout.METADATA), load_manifest(store.read(manifest_key)))
+        metadata = store.read(attempt.prefix + layout.METADATA)
+        return catalog.commits(metadata, read_checked(store, manifest_key, load_manifest))
     except NotFound:
         return False
 

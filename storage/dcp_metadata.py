@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from storage.errors import Corrupt, Denied
 from storage.index import Columns, Entry, Index, IndexedObject, boxes, build
 from storage.objects import check_key
+from storage.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
 
 _DCP = "torch.distributed.checkpoint.metadata"
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -176,7 +177,7 @@ class _Parts:
             offset=offset,
             length=length,
             raw_offset=np.zeros(num, np.int64),
-            block_size_bytes=np.maximum(length, 1),
+            block_size_bytes=np.where(length > LONG_ITEM_BYTES, PART_SIZE_BYTES, np.maximum(length, 1)),
             first_crc=np.zeros(num + 1, np.int64),
             offsets=boxes([chunk[0] for chunk in chunks], 0),
             sizes=boxes([chunk[1] for chunk in chunks], 1),

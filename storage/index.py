@@ -61,7 +61,8 @@ class Columns:
     An item is `length` bytes at `offset` of `object`. It holds the box [offsets, offsets + sizes) of its tensor, where
     both have as many columns as the tensor with the most dimensions, filled with 0 and 1; in a checkpoint of ours the
     box begins `raw_offset` bytes after the item, and the item's blocks of `block_size_bytes` have the CRC32C
-    `crcs[first_crc[i]:first_crc[i + 1]]`. An item of stock DCP is a single block without CRC.
+    `crcs[first_crc[i]:first_crc[i + 1]]`. An item of stock DCP is a single block without CRC, or several if it is long
+    (see `storage.stock`).
     """
 
     object: Ints
@@ -118,6 +119,10 @@ class Index:
         if not len(found):
             raise Corrupt(f"{key!r} has no shard at {list(offsets)}")
         return entry.first + int(found[0])
+
+    def is_long(self, item: int) -> bool:
+        """Whether it is an item of stock DCP in several blocks, none of which can be verified alone."""
+        return self.is_stock and bool(self.columns.length[item] > self.columns.block_size_bytes[item])
 
     def axis(self) -> Ints:
         """Where each item begins on the line of all bytes: object after object, none touching the next."""

@@ -17,7 +17,7 @@ from storage.manifest import ItemEntry, Manifest
 from storage.objects import ObjectStore, exists
 from storage.parallel import windowed
 from storage.registry import open_store
-from storage.zips import check_zip
+from storage.zips import RunningSum, check_zip
 
 _NUM_THREADS = 4
 _PART_SIZE_BYTES = 8 * 1024 * 1024
@@ -279,8 +279,6 @@ def _verify_stock(
     step: int | None,
     only: Collection[str] | None,
 ) -> Verdict:
-    from storage.items import decode_value
-
     columns = index.columns
     rows = zip(columns.object.tolist(), columns.offset.tolist(), columns.length.tolist(), strict=True)
     found = {(index.objects[where].name, offset, length) for where, offset, length in rows}
@@ -292,10 +290,7 @@ def _verify_stock(
         try:
             if not exists(store, index.prefix + name):
                 raise Corrupt(f"{index.prefix}{name} is missing")
-            memory = memoryview(bytearray(length))
-            store.read_into(index.prefix + name, offset, [memory])
-            check_zip(memory, f"{index.prefix}{name} at byte {offset}")
-            decode_value(memory, f"{index.prefix}{name} at byte {offset}")
+            _check_stock_item(store, index.prefix + name, offset, length)
         except Corrupt as error:
             return str(error)
         return None
@@ -303,3 +298,25 @@ def _verify_stock(
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         problems = tuple(p for p in windowed(pool, check, places, 2 * _NUM_THREADS) if p is not None)
     return Verdict(folder, step, len(names), sum(length for _, _, length in places), problems)
+
+
+def _check_stock_item(store: ObjectStore, key: str, offset: int, length: int) -> None:
+    """Read an item of stock DCP and compare it with its zip's checksums. Raises Corrupt, NotFound."""
+    from storage.items import decode_value
+    from storage.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES, look
+
+    def read(start: int, size_bytes: int) -> memoryview:
+        memory = memoryview(bytearray(size_bytes))
+        store.read_into(key, offset + start, [memory])
+        return memory
+
+    name = f"{key} at byte {offset}"
+    layout = look(read, length) if length > LONG_ITEM_BYTES else None
+    if layout is None:
+        memory = read(0, length)
+        check_zip(memory, name)
+        decode_value(memory, name)
+        return
+    total = RunningSum(layout.start, layout.stop, layout.crc32, name)
+    for start in range(0, length, PART_SIZE_BYTES):
+        total.add(start, read(start, min(PART_SIZE_BYTES, length - start)))

@@ -6,14 +6,19 @@ thread-safe: any method may run in any number of threads at once.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from storage.errors import Denied, NotFound
+from storage.errors import Cause, Corrupt, Denied, NotFound
 from storage.retries import RetryLog
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -164,6 +169,20 @@ class HostCached(Protocol):
     @property
     def is_host_cached(self) -> bool:
         """Whether it does."""
+
+
+def read_checked(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:
+    """What `load` makes of a small object. Damage counts when it is read twice: the way to here may have flipped a bit.
+
+    Raises NotFound, and what `load` raises.
+    """
+    try:
+        return load(store.read(key))
+    except Corrupt as error:
+        found = load(store.read(key))
+        store.retries.add(Cause.DAMAGED, 0.0)
+        log.warning("read again, %s is whole; the first time: %s", key, error)
+        return found
 
 
 def exists(store: ObjectStore, key: str) -> bool:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from storage.errors import Corrupt, Fenced, NotFound
 from storage.layout import OWNER
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, read_checked
 from storage.sealed import Document, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def is_same_job(recorded: Owner, lineage: str, run_id: str) -> bool:
 def read_owner(store: ObjectStore) -> Owner | None:
     """The recorded claim, None on a fresh run. Raises Corrupt."""
     try:
-        return unseal(_KIND, Owner, store.read(OWNER), OWNER)
+        return read_checked(store, OWNER, lambda data: unseal(_KIND, Owner, data, OWNER))
     except NotFound:
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,10 +19,13 @@ from storage.fetch import Source, Traffic, scratch
 from storage.group import Group
 from storage.index import Index
 from storage.objects import HostCached, ObjectStore
-from storage.parallel import windowed_by_size
+from storage.parallel import run_all, windowed_by_size
 from storage.readplan import Part, Range, Want, piece_part, plan_parts
-from storage.requests import Requests, requests_of
+from storage.requests import Requests, long_items, requests_of
 from storage.shareplan import Blocks, holes_of, should_share
+from storage.stock import END_SIZE_BYTES, Layout, look
+
+log = logging.getLogger(__name__)
 
 NUM_THREADS = 8
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a host
@@ -49,30 +54,35 @@ def read_items(
     """
     together = group is not None and group.world_size > 1
     requests, failure = None, None
-    try:
-        requests = requests_of(index, items, planner)
-    except Exception as error:
-        if not together:
-            raise
-        failure = error
     source, traffic = Source(store, index), Traffic()
     holes: dict[int, list[Range]] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
+        try:
+            layouts, traffic = _look_at_long(source, long_items(index, items), pool)
+            requests = requests_of(index, items, planner, layouts)
+        except Exception as error:
+            if not together:
+                raise
+            failure = error
         if group is not None and together:
             if group.any(failure is not None):
                 raise failure or PeerFailed("nothing was read because another rank has failed to")
             assert requests is not None
-            source = Source(store, learn_crcs(group, index, requests))
-            if _share(store, group, requests):
-                places = Places(index)
-                shared = agree(group, requests, places.blocks, places.axis)
-                part_of = _PieceParts(places, shared, requests).part
-                traffic = Exchange(group, source, shared, part_of, requests).run(pool)
-                holes = places.by_object(holes_of(shared.plan, group.rank))
+            index = learn_crcs(group, index, requests)
         assert requests is not None
+        source = Source(store, index, requests.sums)
+        if group is not None and together and _share(store, group, requests):
+            places = Places(index)
+            shared = agree(group, requests, places.blocks, places.axis)
+            part_of = _PieceParts(places, shared, requests).part
+            traffic += Exchange(group, source, shared, part_of, requests).run(pool)
+            holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
+    assert all(found.is_complete for found in requests.sums.values()), "bytes were planned without their checksum"
     for ring in requests.rings.values():
         ring.drain()
+    for call in requests.at_end:
+        call()
     return traffic
 
 
@@ -82,6 +92,23 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = isinstance(store, HostCached) and store.is_host_cached
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
+
+
+def _look_at_long(source: Source, items: Sequence[int], pool: ThreadPoolExecutor) -> tuple[dict[int, Layout], Traffic]:
+    """How stock DCP's long items are laid out; without those that must be read into memory whole."""
+    columns = source.index.columns
+
+    def look_at(item: int) -> Layout | None:
+        offset = int(columns.offset[item])
+        return look(lambda start, size: source.read(item, offset + start, size), int(columns.length[item]))
+
+    found = dict(zip(items, run_all(pool, [functools.partial(look_at, item) for item in items]), strict=True))
+    for item in items:
+        if found[item] is None:
+            name = source.index.objects[int(columns.object[item])].name
+            log.warning("%s at byte %d is no plain tensor; all of it is read into memory", name, columns.offset[item])
+    layouts = {item: layout for item, layout in found.items() if layout is not None}
+    return layouts, Traffic(2 * len(items), 2 * END_SIZE_BYTES * len(items))
 
 
 def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: ThreadPoolExecutor) -> Traffic:

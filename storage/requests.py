@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,7 +20,12 @@ from storage.index import Index, Ints
 from storage.items import decode_value
 from storage.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want, box_runs, box_stripes, run_length
 from storage.shareplan import merged
+from storage.stock import Layout
 from storage.targets import FreshSlabs, ItemTarget, PinnedRing, SlabTarget, Target, TensorTarget, cuda_copies
+from storage.zips import RunningSum, check_zip
+
+Box = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Sizes of a tensor, and offsets and lengths of a part of it."""
 
 _RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies between them
 
@@ -27,19 +34,22 @@ _RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies betwe
 class Requests:
     """The wants of a rank, in no particular order; `Want.buffer` is the number of its target.
 
-    `striped`: of the items that are wanted for nothing but some stripes, those.
+    `striped`: of the items that are wanted for nothing but some stripes, those. `sums`: of the long items of stock DCP
+    whose layout is known; this rank reads all of each. `at_end`: to be called when everything is read and verified.
     """
 
     spans: dict[int, ItemSpan] = field(default_factory=dict)
     wants: list[Want] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     rings: dict[torch.device, PinnedRing] = field(default_factory=dict)
+    sums: dict[int, RunningSum] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
     def striped(self) -> dict[int, Stripes]:
         """See the class."""
         found: dict[int, Stripes | None] = {}
         for want in self.wants:
-            if want.buffer != NOWHERE:
+            if want.buffer != NOWHERE and want.item not in self.sums:
                 found[want.item] = None if want.item in found else want.stripes
         return {item: stripes for item, stripes in found.items() if stripes is not None}
 
@@ -95,8 +105,25 @@ class Requests:
         self.targets[want.buffer].write(want.at + first, content)
 
 
-def requests_of(index: Index, items: Sequence[ReadItem], planner: LoadPlanner) -> Requests:
+def long_items(index: Index, items: Sequence[ReadItem]) -> list[int]:
+    """Those of stock DCP's items which hold a tensor and are long, among the ones that the read items name.
+
+    Raises:
+        Corrupt: the checkpoint does not have what an item asks for.
+    """
+    if not index.is_stock or not bool((index.columns.length > index.columns.block_size_bytes).any()):
+        return []
+    places = [read.storage_index for read in items if read.type is not LoadItemType.BYTE_IO and read.lengths.numel()]
+    found = {index.find(place.fqn, place.offset, place.index) for place in places}
+    return sorted(item for item in found if index.is_long(item))
+
+
+def requests_of(
+    index: Index, items: Sequence[ReadItem], planner: LoadPlanner, layouts: Mapping[int, Layout] = MappingProxyType({})
+) -> Requests:
     """Resolve every read item to a target in what `planner` fills.
+
+    `layouts`: of the long items of stock DCP, where they are known; others of them are read into memory whole.
 
     Raises:
         UnsupportedValue: the checkpoint was written with DCP's stream transforms.
@@ -106,7 +133,7 @@ def requests_of(index: Index, items: Sequence[ReadItem], planner: LoadPlanner) -
     if index.transforms:
         through = ", ".join(index.transforms)
         raise UnsupportedValue(f"{index.prefix} was stored through {through}; save it without transforms to load it")
-    builder = _StockBuilder(index, planner) if index.is_stock else _Builder(index, planner)
+    builder = _StockBuilder(index, planner, layouts) if index.is_stock else _Builder(index, planner)
     for read in items:
         if read.type is LoadItemType.BYTE_IO or read.lengths.numel():
             place = read.storage_index
@@ -178,41 +205,48 @@ class _Builder:
         dtype = torch_dtype(self._index.entries[key].dtype)
         sizes, lengths, offsets = self._index.box(key, item)[1], tuple(read.lengths), tuple(read.storage_offsets)
         target = self._target(self._tensor_target(read, dtype))
-        run_bytes = run_length(sizes, lengths) * dtype.itemsize
-        if run_bytes >= _RUN_SIZE_BYTES_MIN or run_bytes == math.prod(lengths) * dtype.itemsize:
-            runs = box_runs(sizes, offsets, lengths, dtype.itemsize)
-            for number, start in enumerate(runs.starts):
-                first = raw_offset + start
-                self._want(Want(item, first, first + runs.length, target, number * runs.length))
-        else:
-            at = 0
-            for stripes in box_stripes(sizes, offsets, lengths, dtype.itemsize):
-                moved = Stripes(raw_offset + stripes.start, stripes.stride, stripes.length, stripes.count)
-                self._want(Want(item, moved.start, moved.stop, target, at, moved))
-                at += moved.length * moved.count
+        self._want_box(item, raw_offset, dtype.itemsize, (sizes, offsets, lengths), target)
         raw_stop = raw_offset + math.prod(sizes) * dtype.itemsize
         if raw_stop < length and all(o + n == size for o, n, size in zip(offsets, lengths, sizes, strict=True)):
             # whoever reads the last byte also has the framing behind it checked; the first block holds that before
             self._want(Want(item, raw_stop, length, NOWHERE, 0))
 
-    def _tensor_target(self, read: ReadItem, dtype: torch.dtype) -> Target:
-        planner = self._planner
-        tensor = planner.resolve_tensor(read).detach()
+    def _want_box(self, item: int, raw_offset: int, itemsize_bytes: int, box: Box, target: int) -> None:
+        """Want a box of a row-major tensor which begins `raw_offset` bytes after its item."""
+        sizes, _, lengths = box
+        run_bytes = run_length(sizes, lengths) * itemsize_bytes
+        if run_bytes >= _RUN_SIZE_BYTES_MIN or run_bytes == math.prod(lengths) * itemsize_bytes:
+            runs = box_runs(*box, itemsize_bytes)
+            for number, start in enumerate(runs.starts):
+                first = raw_offset + start
+                self._want(Want(item, first, first + runs.length, target, number * runs.length))
+        else:
+            at = 0
+            for stripes in box_stripes(*box, itemsize_bytes):
+                moved = Stripes(raw_offset + stripes.start, stripes.stride, stripes.length, stripes.count)
+                self._want(Want(item, moved.start, moved.stop, target, at, moved))
+                at += moved.length * moved.count
+
+    def _tensor_target(self, read: ReadItem, dtype: torch.dtype, order: Sequence[int] = ()) -> Target:
+        """What takes the tensor's bytes, row-major after its dimensions were put into `order`."""
+        tensor = self._planner.resolve_tensor(read).detach()
         if tensor.shape != read.lengths:
             name = read.storage_index.fqn
             raise ValueError(f"{name!r}: planned {tuple(read.lengths)}, resolved {tuple(tensor.shape)}")
-
-        def finish() -> None:
-            planner.commit_tensor(read, tensor)
-
-        if _is_plain(tensor, dtype):
-            return TensorTarget(tensor, finish)
+        finish = functools.partial(self._finish, read, tensor)
+        turned = tensor.permute(*order) if order else tensor
+        if _is_plain(turned, dtype):
+            return TensorTarget(turned, finish)
         if not tensor.is_cuda:
-            return SlabTarget(tensor, dtype, FreshSlabs(), finish)
+            return SlabTarget(turned, dtype, FreshSlabs(), finish)
         rings = self._requests.rings
         if tensor.device not in rings:
             rings[tensor.device] = PinnedRing(cuda_copies(tensor.device))
-        return SlabTarget(tensor, dtype, rings[tensor.device], finish)
+        return SlabTarget(turned, dtype, rings[tensor.device], finish)
+
+    def _finish(self, read: ReadItem, tensor: torch.Tensor) -> None:
+        """All that `read` asks for is in `tensor`, and verified."""
+        self._planner.commit_tensor(read, tensor)
 
     def _target(self, target: Target) -> int:
         self._requests.targets.append(target)
@@ -225,27 +259,55 @@ class _Builder:
 class _StockBuilder(_Builder):
     """Requests of a checkpoint of stock DCP, whose items have one checksum each: they are read whole."""
 
-    def __init__(self, index: Index, planner: LoadPlanner) -> None:
+    def __init__(self, index: Index, planner: LoadPlanner, layouts: Mapping[int, Layout]) -> None:
         super().__init__(index, planner)
+        self._layouts = layouts
         self._reads_of: dict[int, list[ReadItem]] = {}
 
     def add(self, item: int, read: ReadItem) -> None:
         """Want the item, once for all reads of it."""
-        if item in self._reads_of:
-            self._reads_of[item].append(read)
-            return
-        reads = self._reads_of[item] = [read]
+        reads = self._reads_of.setdefault(item, [])
+        reads.append(read)
         columns = self._index.columns
-        where, offset, length = int(columns.object[item]), int(columns.offset[item]), int(columns.length[item])
-        self._requests.spans[item] = ItemSpan(where, offset, length, max(length, 1))
-        target = self._target(ItemTarget(length, self._deliverer(where, reads)))
-        self._want(Want(item, 0, length, target, 0))
+        where, offset, length, block = (
+            int(column[item]) for column in (columns.object, columns.offset, columns.length, columns.block_size_bytes)
+        )
+        self._requests.spans[item] = ItemSpan(where, offset, length, block)
+        layout = self._layouts.get(item)
+        if layout is not None and layout.sizes == self._index.box(read.storage_index.fqn, item)[1]:
+            self._add_long(item, layout, length, read)
+        elif len(reads) == 1:
+            target = self._target(ItemTarget(length, self._deliverer(where, reads, self._index.is_long(item))))
+            self._want(Want(item, 0, length, target, 0))
 
-    def _deliverer(self, where: int, reads: Sequence[ReadItem]) -> Callable[[memoryview], None]:
+    def _add_long(self, item: int, layout: Layout, length: int, read: ReadItem) -> None:
+        """Want the bytes that `read` asks for where they belong, and all others of the item for its sum."""
+        name = f"{self._index.prefix}{self._index.objects[int(self._index.columns.object[item])].name}"
+        self._requests.sums.setdefault(item, RunningSum(layout.start, layout.stop, layout.crc32, name))
+        sizes, offsets, lengths = (
+            tuple(int(of_dims[dim]) for dim in layout.order)
+            for of_dims in (layout.sizes, read.storage_offsets, read.lengths)
+        )
+        target = self._target(self._tensor_target(read, layout.dtype, layout.order))
+        self._want_box(item, layout.raw_offset, layout.dtype.itemsize, (sizes, offsets, lengths), target)
+        if lengths == sizes:
+            raw_stop = layout.raw_offset + math.prod(sizes) * layout.dtype.itemsize
+            self._want(Want(item, 0, layout.raw_offset, NOWHERE, 0))
+            self._want(Want(item, raw_stop, length, NOWHERE, 0))
+        else:
+            self._want(Want(item, 0, length, NOWHERE, 0))
+
+    def _finish(self, read: ReadItem, tensor: torch.Tensor) -> None:
+        # the sum of its item may not be complete yet
+        self._requests.at_end.append(functools.partial(self._planner.commit_tensor, read, tensor))
+
+    def _deliverer(self, where: int, reads: Sequence[ReadItem], is_long: bool) -> Callable[[memoryview], None]:
         planner, object_key = self._planner, self._index.prefix + self._index.objects[where].name
 
         def finish(memory: memoryview) -> None:
             try:
+                if is_long:  # of the others the parts that were read have been verified
+                    check_zip(memory, object_key)
                 value = decode_value(memory, reads[0].storage_index.fqn)
                 for read in reads:
                     _deliver(read, value, memory, planner)

@@ -60,13 +60,26 @@ def test_damage_that_is_not_there_when_looked_for_again_sets_nothing_aside(memor
     store = BadMemory(memory_url)
     url = opened(store)
     save(url, 1, 2)
-    store.num_bad = 1
+    store.num_bad = 2
     with Checkpointer(url, on_event=events[1]) as ckpt:
         with pytest.raises(Disputed, match=r"step 2 reads as damaged \(rank 0 on .*checksum"):
             ckpt.restore(state(0))
         assert states(url) == [(2, "committed"), (1, "committed")]
         assert ckpt.restore(state(0)) == 2
     assert [name for name, _ in events[0]] == ["restored"]
+
+
+def test_a_bit_that_flipped_on_the_way_is_read_again_and_told(memory_url: str, events: Events) -> None:
+    store = BadMemory(memory_url)
+    url = opened(store)
+    save(url, 1, 2)
+    store.num_bad = 1
+    found = state(0)
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        assert ckpt.restore(found) == 2
+    assert (found["w"] == 2).all()
+    assert [name for name, _ in events[0]] == ["checkpoint_retried", "restored"]
+    assert events[0][0][1]["retries"] == {"damaged": 1}
 
 
 class BadIndexOnce(MemoryStore):
