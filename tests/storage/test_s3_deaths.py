@@ -58,7 +58,9 @@ class Step:
 
 
 STEPS = (
-    Step("claim", "PUT", r"/owner\.json$", ("before", "after")),
+    Step("beat", "PUT", r"/beat-[0-9a-f]+$", ("before", "after")),
+    Step("claim", "PUT", r"/owner\.json$", ("middle", "after")),
+    Step("removal of the last owner's beat", "DELETE", r"/beat-[0-9a-f]+$", ("after",)),
     Step("probe", "PUT", r"/\.probe-[0-9a-f]+$", ("after",)),
     Step("end of the probe", "DELETE", r"/\.probe-[0-9a-f]+$", ("after",)),
     Step("small items", "PUT", r"/__RANK_0\.distcp$"),
@@ -171,7 +173,7 @@ class Run:
         """`restore` finds `expected` and sets nothing aside; after `ckpt gc` that verifies, and no orphan is left."""
         events: list[str] = []
         state = cases.whole(0)
-        with Checkpointer(self.url, on_event=lambda name, _: events.append(name)) as ckpt:
+        with Checkpointer(self.url, lineage=cases.LINEAGE, on_event=lambda name, _: events.append(name)) as ckpt:
             assert ckpt.restore(state) == expected
         assert cases.is_whole(state, expected)
         assert [name for name in events if name != "checkpoint_unconditional"] == ["restored"]
