@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import UsageError
+from launcher.membership import Rules
 from launcher.policy import Limits
 
 
@@ -68,6 +69,21 @@ class RendezvousConf(BaseModel):
         """What concerns the connection to the store, as `launcher.kv.connect` wants it: only what was given."""
         names = ("token_file", "is_host", "protocol", "cacert", "cert", "key", "user", "password_file", "prefix")
         return {name: value for name in names if (value := getattr(self, name))}
+
+    def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
+        """What a job of this configuration goes by."""
+        return Rules(
+            min_nodes=min_nodes,
+            max_nodes=max_nodes,
+            last_call_s=self.last_call,
+            join_cooldown_s=self.join_cooldown,
+            join_settle_s=self.join_settle,
+            drain_settle_s=self.drain_settle,
+            max_restarts=max_restarts,
+            limits=self.limits(),
+            quorum_timeout_s=self.timeout,
+            stop_timeout_s=self.stop_timeout,
+        )
 
     def limits(self) -> Limits:
         """What concerns the restart policy."""

@@ -43,7 +43,6 @@ from launcher.errors import KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
-from launcher.membership import Rules
 from launcher.probe import Doorbell
 from launcher.records import SUCCEEDED, Failure, Node, Round, Status
 from launcher.rendezvous import MemberRendezvous, open_store
@@ -90,17 +89,7 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
         connection.kv,
         params.run_id,
         node,
-        Rules(
-            min_nodes=params.min_nodes,
-            max_nodes=params.max_nodes,
-            last_call_s=conf.last_call,
-            join_cooldown_s=conf.join_cooldown,
-            join_settle_s=conf.join_settle,
-            drain_settle_s=conf.drain_settle,
-            limits=conf.limits(),
-            quorum_timeout_s=conf.timeout,
-            stop_timeout_s=conf.stop_timeout,
-        ),
+        conf.rules(params.min_nodes, params.max_nodes),
         lambda slots, previous: None,
         EventLog(None, run_id=params.run_id, node=node_id),
         lease_ttl_s=conf.lease_ttl,

@@ -35,7 +35,6 @@ from launcher.hangs import HangRules
 from launcher.hostname import ask_no_dns
 from launcher.kv.connect import Connection, connect
 from launcher.member import Member
-from launcher.membership import Rules
 from launcher.notices import Notice
 from launcher.preemption import Lookout, OrderWatcher
 from launcher.preemption import watchers as find_watchers
@@ -140,7 +139,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             connection.kv,
             config.run_id,
             node,
-            _rules(config, conf, extras),
+            conf.rules(config.min_nodes, config.max_nodes, extras.max_restarts),
             extras.planner or (lambda slots, previous: None),
             events,
             lease_ttl_s=conf.lease_ttl,
@@ -182,21 +181,6 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
 def _preflight(extras: Extras, events: EventLog) -> Preflight:
     folders = [Path(tempfile.gettempdir()), *([extras.log_dir] if extras.log_dir else [])]
     return Preflight((*standard_checks(extras.preflight, folders), *extras.checks), events)
-
-
-def _rules(config: LaunchConfig, conf: RendezvousConf, extras: Extras) -> Rules:
-    return Rules(
-        min_nodes=config.min_nodes,
-        max_nodes=config.max_nodes,
-        last_call_s=conf.last_call,
-        join_cooldown_s=conf.join_cooldown,
-        join_settle_s=conf.join_settle,
-        drain_settle_s=conf.drain_settle,
-        max_restarts=extras.max_restarts,
-        limits=conf.limits(),
-        quorum_timeout_s=conf.timeout,
-        stop_timeout_s=conf.stop_timeout,
-    )
 
 
 def _run(

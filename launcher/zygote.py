@@ -18,12 +18,10 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import sysconfig
 import threading
@@ -31,9 +29,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.channel import Channel
+from launcher.frames import HEADER_BYTES, receive, send
 from launcher.program import run, write_stacks_on_signal
 
 _MODULES = (
@@ -177,7 +175,7 @@ class _Zygote:
 
     def _answer(self, connection: socket.socket, message: dict[str, str]) -> None:
         with contextlib.suppress(OSError):  # boot is gone: its closed connection is heard next
-            _send(connection, message)
+            send(connection, message)
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -202,7 +200,7 @@ class _Zygote:
         if connection is None:
             return  # reaped in the same round
         try:
-            signum = int(_receive(connection)["signal"])
+            signum = int(receive(connection, _MAX_FRAME_BYTES)["signal"])
         except (OSError, EOFError, ValueError, KeyError):
             signum = signal.SIGKILL
             self._selector.unregister(connection)
@@ -261,49 +259,19 @@ def _tell_imports_later(learn_w: int) -> None:
     timer.start()
 
 
-def _send(connection: socket.socket, message: dict[str, str]) -> None:
-    body = json.dumps(message).encode()
-    connection.sendall(struct.pack(">I", len(body)) + body)
-
-
-def _receive(connection: socket.socket) -> dict[str, Any]:
-    header = _exactly(connection, 4)
-    return _body(connection, header)
-
-
 def _receive_request(connection: socket.socket) -> Request:
-    header, fds, _, _ = socket.recv_fds(connection, 4, 3)
+    header, fds, _, _ = socket.recv_fds(connection, HEADER_BYTES, 3)
     if not header:
         raise EOFError("closed")
     if len(fds) != 3:
         raise ValueError(f"{len(fds)} file descriptors, not 3")
     try:
-        told = _body(connection, header + _exactly(connection, 4 - len(header)))
+        told = receive(connection, _MAX_FRAME_BYTES, header)
         return Request(list(told["argv"]), dict(told["env"]), str(told["cwd"]), tuple(fds))
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-
-
-def _body(connection: socket.socket, header: bytes) -> dict[str, Any]:
-    (size_bytes,) = struct.unpack(">I", header)
-    if size_bytes > _MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {size_bytes} bytes")
-    told = json.loads(_exactly(connection, size_bytes))
-    if not isinstance(told, dict):
-        raise ValueError("not an object")
-    return told
-
-
-def _exactly(connection: socket.socket, size_bytes: int) -> bytes:
-    data = bytearray()
-    while len(data) < size_bytes:
-        part = connection.recv(size_bytes - len(data))
-        if not part:
-            raise EOFError("closed")
-        data += part
-    return bytes(data)
 
 
 def die_with(parent_pid: int) -> None:

@@ -81,3 +81,15 @@ def _at_least(least: int, text: str) -> int:
 def one_line(text: str) -> str:
     """The text with every run of white space as one blank."""
     return " ".join(text.split())
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, which ends in `sets`."""
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change a field of the job; may be given again",
+    )

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.parser import natural_int, node_range, positive_int
+from elastic_moe.cli.parser import add_set, natural_int, node_range, positive_int
 from elastic_moe.errors import UserError
 from launcher.mesh import Infeasible, MeshSpec, Priced, price
 
@@ -67,14 +67,7 @@ def register(verbs: Subparsers) -> None:
     parser.add_argument("--nodes", type=node_range, default=range(1, 17), metavar="MIN:MAX", help="default 1:16")
     parser.add_argument("--slots-per-node", type=positive_int, default=8, metavar="N", help="default 8")
     parser.add_argument("--job", metavar="JOB.toml", help="plan for this job")
-    parser.add_argument(
-        "--set",
-        dest="sets",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change a field of the job; may be given again",
-    )
+    add_set(parser)
     parser.add_argument("--experts", type=natural_int, metavar="N", help="experts in a layer; 0 for a dense model")
     parser.add_argument("--global-batch", type=positive_int, metavar="N", help="samples in a step")
     parser.add_argument("--max-idle", type=natural_int, metavar="N", help="slots that may stay idle")

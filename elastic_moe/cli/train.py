@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic_moe.cli.parser import USAGE_EXIT_CODE, one_line
+from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -34,14 +34,7 @@ def register(verbs: Subparsers) -> None:
         epilog=_EPILOG,
     )
     parser.add_argument("job", metavar="JOB.toml", help="the job's sections: model, data, optim, train, ...")
-    parser.add_argument(
-        "--set",
-        dest="sets",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change a field of the job; may be given again",
-    )
+    add_set(parser)
     parser.set_defaults(handler=handle, ends_at_once=True)
 
 

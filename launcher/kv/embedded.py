@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
+from launcher.frames import ProtocolError, receive, send
 from launcher.kv import wire
 from launcher.kv.base import Entry, Listing, WatchEvent
 from launcher.kv.embedded_server import MAX_WAIT_S
@@ -50,9 +51,9 @@ class _Connection:
                     if self.closed:  # closed while it was being opened: `close` saw no socket to shut down
                         raise EOFError("closed")
                 self._sock.settimeout(timeout_s)
-                wire.send(self._sock, {"op": op, **fields})
-                answer = wire.receive(self._sock)
-            except wire.ProtocolError as error:
+                send(self._sock, {"op": op, **fields})
+                answer = receive(self._sock, wire.MAX_FRAME_BYTES)
+            except ProtocolError as error:
                 self._drop()
                 host, port = self._address
                 raise UsageError(f"rendezvous endpoint {host}:{port}: {error}") from error

@@ -16,6 +16,7 @@ import threading
 from typing import Any, cast
 
 from launcher.errors import Compacted
+from launcher.frames import ProtocolError, receive, send
 from launcher.kv import wire
 from launcher.kv.base import Entry
 from launcher.kv.memory import Hub
@@ -50,11 +51,11 @@ class _Handler(socketserver.BaseRequestHandler):
             wire.greet_as_server(sock, server.token, server.store_id)
             sock.settimeout(_IDLE_TIMEOUT_S)
             while True:
-                request = wire.receive(sock)
-                wire.send(sock, self._answer(server.hub, request))
+                request = receive(sock, wire.MAX_FRAME_BYTES)
+                send(sock, self._answer(server.hub, request))
         except (EOFError, ConnectionError, TimeoutError):
             pass
-        except (wire.ProtocolError, OSError) as error:
+        except (ProtocolError, OSError) as error:
             if not server.stopped.is_set():
                 log.warning("refused %s: %s", self.client_address, error)
         finally:

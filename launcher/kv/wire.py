@@ -8,54 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import secrets
 import socket
-import struct
-from typing import Any
+
+from launcher.frames import ProtocolError, receive, send
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_HANDSHAKE_BYTES = 1024
 PROTOCOL = "elastic-moe-kv/1"
-
-
-class ProtocolError(Exception):
-    """The other side does not speak this protocol, or does not know the token."""
-
-
-def send(sock: socket.socket, message: dict[str, Any]) -> None:
-    """Send one message."""
-    body = json.dumps(message, separators=(",", ":")).encode()
-    sock.sendall(struct.pack(">I", len(body)) + body)
-
-
-def receive(sock: socket.socket, limit_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
-    """Receive one message.
-
-    Raises:
-        EOFError: the other side closed the connection.
-        ProtocolError: the frame is too large or is not a JSON object.
-    """
-    (size_bytes,) = struct.unpack(">I", _exactly(sock, 4))
-    if size_bytes > limit_bytes:
-        raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
-    try:
-        message = json.loads(_exactly(sock, size_bytes))
-    except ValueError as error:
-        raise ProtocolError("a frame that is not JSON") from error
-    if not isinstance(message, dict):
-        raise ProtocolError("a frame that is not a JSON object")
-    return message
-
-
-def _exactly(sock: socket.socket, size_bytes: int) -> bytes:
-    data = bytearray()
-    while len(data) < size_bytes:
-        chunk = sock.recv(size_bytes - len(data))
-        if not chunk:
-            raise EOFError("connection closed")
-        data += chunk
-    return bytes(data)
 
 
 def greet_as_server(sock: socket.socket, token: str, store_id: str) -> None:

@@ -1,0 +1,49 @@
+"""JSON objects over a stream socket, each after its length in four bytes. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+HEADER_BYTES = 4
+
+
+class ProtocolError(ValueError):
+    """The other side does not speak this protocol, or does not know the token."""
+
+
+def send(sock: socket.socket, message: dict[str, Any]) -> None:
+    """Send one message."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    sock.sendall(struct.pack(">I", len(body)) + body)
+
+
+def receive(sock: socket.socket, limit_bytes: int, header: bytes = b"") -> dict[str, Any]:
+    """Receive one message; `header` is what has come of it, at most its length.
+
+    Raises:
+        EOFError: the other side closed the connection.
+        ProtocolError: the frame is too large or is not a JSON object.
+    """
+    (size_bytes,) = struct.unpack(">I", header + _exactly(sock, HEADER_BYTES - len(header)))
+    if size_bytes > limit_bytes:
+        raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
+    try:
+        message = json.loads(_exactly(sock, size_bytes))
+    except ValueError as error:
+        raise ProtocolError("a frame that is not JSON") from error
+    if not isinstance(message, dict):
+        raise ProtocolError("a frame that is not a JSON object")
+    return message
+
+
+def _exactly(sock: socket.socket, size_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < size_bytes:
+        chunk = sock.recv(size_bytes - len(data))
+        if not chunk:
+            raise EOFError("connection closed")
+        data += chunk
+    return bytes(data)
