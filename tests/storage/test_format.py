@@ -44,7 +44,7 @@ from storage.manifest import (
     dump_manifest,
     load_manifest,
 )
-from storage.staging import StagingBuffer, bytes_of
+from storage.staging import StagingBuffer, as_staged, bytes_of
 from storage.zips import check_zip
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
@@ -363,3 +363,13 @@ def test_metadata_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> No
 def test_listing_needs_no_torch() -> None:
     code = "import sys, storage, storage.inspect; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_what_lies_otherwise_is_copied_before_it_is_written() -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    rows = as_staged(whole[1:])
+    assert rows is not None and rows.data_ptr() == whole[1:].data_ptr()
+    assert torch.equal(rows, whole[1:])
+    assert rows.untyped_storage().nbytes() == rows.nbytes  # or torch.save would write all of `whole`
+    assert as_staged(whole.t()) is None
+    assert as_staged(torch.ones(2, dtype=torch.complex64).conj()) is None
