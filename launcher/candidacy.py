@@ -6,7 +6,7 @@ first, and its successor need not wait for what it may have left undone.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 
 from launcher.errors import KVUnavailable
@@ -14,7 +14,10 @@ from launcher.keeper import RecordKeeper
 from launcher.leading import Leadership, Office
 from launcher.roster import LEADER, NODES, Board
 
+log = logging.getLogger(__name__)
+
 _JOIN_TIMEOUT_S = 5.0
+_NUM_LAST_WORDS = 2  # the endpoint in use may be down; one that was carried out unheard makes the next one void
 
 
 class Candidacy:
@@ -81,10 +84,17 @@ class Candidacy:
             return
         self._resign()
         leading.join(_JOIN_TIMEOUT_S)
-        revision = self._board.leader_revision  # of this node's own claim: not in the place of a successor's
-        with contextlib.suppress(KVUnavailable):
-            told = f"{self._office.node_id} {how}".encode()
-            self._office.kv.put(self._key, told, if_revision=revision, lease=self._own.lease)
+        with self._lock:
+            leader, revision = self._board.leader, self._board.leader_revision
+        if leader != self._office.node_id:  # a successor's claim is not written over
+            return
+        told = f"{leader} {how}".encode()
+        for _ in range(_NUM_LAST_WORDS):
+            try:
+                self._office.kv.put(self._key, told, if_revision=revision, lease=self._own.lease)
+                return
+            except KVUnavailable as error:
+                log.warning("[%s] last word as the leader not written: %s", leader, error)
 
     def _resign(self) -> None:
         with self._lock:

@@ -151,6 +151,7 @@ class RecordKeeper:
             self._stored = record
             self._registered_revision = self._revision = written.revision
             self._fenced = False
+            self._to_write.notify()  # of changes that were made meanwhile
         if before is not None:
             before.revoke()  # with what else was under it, if it stands yet: a claim to lead, say
         return record

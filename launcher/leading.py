@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _RETRY_S = 0.2
-_REST_FACTOR = 3.0  # so deciding takes at most a quarter of a core, however many records change
+_REST_FACTOR = 3.0  # so deciding takes about a quarter of a core, however many records change
+_LONGEST_REST_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ class Leadership:
         if self._watch is not None and wake_s > 0:
             # Hundreds of nodes join one by one, and what a decision takes grows with their number: after one, let as
             # many join as do so meanwhile.
-            self._ended.wait(min(wake_s, _REST_FACTOR * (time.thread_time() - self._began_cpu_s)))
-            events = self._watch.next(wake_s)
+            until_s = time.monotonic() + wake_s
+            self._ended.wait(min(wake_s, _LONGEST_REST_S, _REST_FACTOR * (time.thread_time() - self._began_cpu_s)))
+            events = self._watch.next(max(0.0, until_s - time.monotonic()))
             self._began_cpu_s = time.thread_time()
             self._apply(events)
 

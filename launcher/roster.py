@@ -42,6 +42,26 @@ class Departure:
     how: str
 
 
+class _RoundReader:
+    """Reads the versions of a round. Only those of one key that was never deleted share their participants: the store
+    may be lost, and a job begin again at the same generation with other nodes."""
+
+    def __init__(self) -> None:
+        self._last: Round | None = None
+        self._create_revision = 0
+
+    def read(self, entry: Entry) -> Round | None:
+        """The round in an entry; None, and a line in the log, where it is not one of this version."""
+        before = self._last if entry.create_revision == self._create_revision else None
+        try:
+            self._last = Round.from_json(entry.value, before)
+        except (ValueError, TypeError, KeyError) as error:
+            log.error("ignored %s, not a record of this version: %s", entry.key, error)
+            return None
+        self._create_revision = entry.create_revision
+        return self._last
+
+
 class Board:
     """The round and who leads, as the store last showed them."""
 
@@ -55,6 +75,7 @@ class Board:
         self.drain_orders: dict[str, DrainOrder] = {}
         """What `elastic-moe drain` has asked for, by key; an order's lease is never renewed."""
         self._leader_left = ""
+        self._reader = _RoundReader()
 
     def replace(self, entries: Iterable[tuple[str, Entry]]) -> None:
         """Learn a whole listing. Who led before, and how that ended, is not known any more."""
@@ -78,7 +99,7 @@ class Board:
     def _take_round(self, entry: Entry | None) -> None:
         if entry is None:
             self.round, self.round_revision = None, 0
-        elif (found := read_round(entry, self.round)) is not None:
+        elif (found := self._reader.read(entry)) is not None:
             self.round, self.round_revision = found, entry.revision
 
     def _take_leader(self, entry: Entry | None) -> None:
@@ -104,16 +125,6 @@ class Board:
         return broken is not None and node_id in broken.lost and self.round_revision > since_revision
 
 
-def read_round(entry: Entry, before: Round | None) -> Round | None:
-    """The round in an entry; None, and a line in the log, where it is not one of this version. `before`: the last one
-    read, if any."""
-    try:
-        return Round.from_json(entry.value, before)
-    except (ValueError, TypeError, KeyError) as error:
-        log.error("ignored %s, not a record of this version: %s", entry.key, error)
-        return None
-
-
 def leader_in(entry: Entry) -> tuple[str, str]:
     """Who leads, and how that node leaves ("" while it does not)."""
     node_id, _, left = entry.value.decode(errors="replace").partition(" ")
@@ -130,6 +141,7 @@ class Roster:
         lost; except those whose going is known (`departed`: node -> how).
         """
         self.nodes: dict[str, Node] = {}
+        self._reader = _RoundReader()
         self.round: Round | None = None
         self.round_revision = 0
         self._leader = ""
@@ -236,7 +248,7 @@ class Roster:
 
     def _learn(self, key: str, entry: Entry, now_s: float) -> None:
         if key == ROUND:
-            if entry.revision > self.round_revision and (found := read_round(entry, self.round)) is not None:
+            if entry.revision > self.round_revision and (found := self._reader.read(entry)) is not None:
                 self._take_round(found, entry.revision, now_s)
         elif key == LEADER:
             self._leader = leader_in(entry)[0]

@@ -20,6 +20,7 @@ from launcher.kv.etcd_transport import (
     Transport,
     UserRefused,
     etcdrpc,
+    is_half_close_refused,
 )
 from launcher.kv.etcd_watch import EtcdWatch
 from launcher.kv.lease import Lease
@@ -60,9 +61,9 @@ class EtcdKV:
         ends_s = time.monotonic() + timeout_s
         probe = self._range(count_only=True)
         while True:
-            left_s = ends_s - _DIAGNOSIS_TIMEOUT_S - time.monotonic()
             try:
                 for transport in (self._calls, self._renewals):  # no lease's first renewal waits for a connection
+                    left_s = ends_s - _DIAGNOSIS_TIMEOUT_S - time.monotonic()
                     transport.call(lambda p: p.kv.Range, probe, timeout_s=max(0.5, min(left_s, CALL_TIMEOUT_S)))
                 self._outage.learn()  # before there is a lease to keep, and while nobody waits for this node
                 return
@@ -156,10 +157,20 @@ class EtcdKV:
 
     def _renew(self, lease_id: int, ttl_s: float) -> bool:
         request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
+        endpoints = self._renewals.endpoints
+        timeout_s = min(CALL_TIMEOUT_S, ttl_s / 2)
         try:
-            answer = self._renewals.call(lambda p: p.renew, request, timeout_s=min(CALL_TIMEOUT_S, ttl_s / 2))
+            answer = self._renewals.call(
+                lambda p: p.renew_held_open if endpoints.holds_streams_open else p.renew, request, timeout_s=timeout_s
+            )
         except LeaseEnded:
             return False
+        except KVUnavailable as error:
+            if not endpoints.holds_streams_open and is_half_close_refused(str(error)):
+                endpoints.holds_streams_open = True
+                log.info("streams to etcd stay open in both directions from now on: %s", error)
+                return self._renew(lease_id, ttl_s)
+            raise
         if answer.TTL > 0:
             self._outage.learn()
         return bool(answer.TTL > 0)  # 0 is how etcd answers for a lease that it does not know

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from launcher.errors import KVError, KVUnavailable
@@ -94,6 +94,8 @@ class Endpoints:
     def __init__(self, num_endpoints: int) -> None:
         self.num_endpoints = num_endpoints
         self.current = 0
+        self.holds_streams_open = False
+        """Whether etcd is reached through something that ends a stream once one direction is closed."""
         self._lock = threading.Lock()
         self._told: set[Callable[[], None]] = set()
 
@@ -156,6 +158,29 @@ class Peer:
         )
 
     @functools.cached_property
+    def renew_held_open(self) -> Callable[..., Any]:
+        """The same as a stream whose both directions stay open until the answer has come."""
+        keep_alive = etcdrpc.LeaseStub(self.channel).LeaseKeepAlive
+
+        def call(request: Any, **options: Any) -> Any:
+            answered = threading.Event()
+
+            def requests() -> Iterator[Any]:
+                yield request
+                answered.wait()
+
+            answers = keep_alive(requests(), **options)
+            try:
+                return next(answers)
+            except StopIteration as error:
+                raise KVUnavailable("etcd ended the renewal without an answer") from error
+            finally:
+                answered.set()
+                answers.cancel()
+
+        return call
+
+    @functools.cached_property
     def watch(self) -> Callable[..., Any]:
         """`Watch` with one request, after which the stream is closed in that direction. One thread waits for it; where
         both directions stay open, gRPC's Python takes three, one of which looks ten times a second."""
@@ -191,8 +216,6 @@ class Transport:
 
     def __init__(self, config: EtcdConfig, endpoints: Endpoints, token: Token) -> None:
         self.endpoints = endpoints
-        self.holds_watches_open = False
-        """Whether etcd is reached through something that ends a stream once one direction is closed."""
         self._config = config
         self._token = token
         self._lock = threading.Lock()
@@ -310,6 +333,11 @@ class Transport:
 def metadata_of(token: str) -> tuple[tuple[str, str], ...] | None:
     """The call metadata that carries a token."""
     return (("token", token),) if token else None
+
+
+def is_half_close_refused(details: str | None) -> bool:
+    """Whether a stream was ended because this side had said all: etcd's grpc-proxy takes that for a client's end."""
+    return "context canceled" in (details or "")
 
 
 def is_token_refused(details: str | None) -> bool:

@@ -17,6 +17,7 @@ from launcher.kv.etcd_transport import (
     Transport,
     etcdrpc,
     grpc,
+    is_half_close_refused,
     is_token_refused,
     metadata_of,
 )
@@ -46,7 +47,7 @@ class _Stream:
         self.opens_by_s = time.monotonic() + CALL_TIMEOUT_S
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.error: Any = None
-        self.held_open = transport.holds_watches_open
+        self.held_open = transport.endpoints.holds_streams_open
         self._closed = threading.Event()
         self._endpoints = transport.endpoints
         self._endpoints.tell(self._look)  # before one is chosen
@@ -59,6 +60,7 @@ class _Stream:
                 self._responses = self.peer.watch_held_open(self._requests(request), metadata=metadata)
             else:
                 self._responses = self.peer.watch(request, metadata=metadata)
+            threading.Thread(target=self._read, name="etcd-watch", daemon=True).start()
         except grpc.RpcError as error:
             self._endpoints.tell_no_more(self._look)
             transport.note_failure(self.peer, error)
@@ -66,7 +68,6 @@ class _Stream:
         except BaseException:
             self._endpoints.tell_no_more(self._look)
             raise
-        threading.Thread(target=self._read, name="etcd-watch", daemon=True).start()
 
     def _requests(self, request: Any) -> Iterator[Any]:
         yield request
@@ -147,6 +148,8 @@ class EtcdWatch:
                 stream.inbox.put(response)  # for the next call; these events come first
                 break
             if response is None:
+                if self._cancelled.is_set():  # ended by us, which says nothing of the endpoint
+                    break
                 self._raise_end(stream)
             if response is _LOOK:
                 self._check(stream)
@@ -178,11 +181,11 @@ class EtcdWatch:
 
     def _raise_end(self, stream: _Stream) -> None:
         name = self._transport.name(stream.peer.index)
+        if not stream.held_open and (stream.error is None or is_half_close_refused(stream.error.details())):
+            self._transport.endpoints.holds_streams_open = True
+            raise _MustStayOpen(f"{name} ended a stream that was closed in one direction; both stay open from now on")
         if stream.error is None:
             raise _StreamEnded(f"{name} ended the stream")
-        if "context canceled" in (stream.error.details() or "") and not stream.held_open:  # etcd's own grpc-proxy does
-            self._transport.holds_watches_open = True
-            raise _MustStayOpen(f"{name} ended a stream that was closed in one direction; both stay open from now on")
         self._transport.note_failure(stream.peer, stream.error)
         if is_token_refused(stream.error.details()):
             self._transport.forget_token(stream.token)

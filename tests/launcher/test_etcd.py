@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_transport import etcdrpc
 from launcher.member import Member
 from launcher.membership import Rules
-from launcher.records import Node
+from launcher.records import LEFT_AT_ONCE, Node
 from tests.cluster import cluster, free_port, read_lines, until
 from tests.etcd import (
     Server,
@@ -159,17 +160,47 @@ class TestFaults:
 
     def test_a_watch_behind_a_proxy_that_ends_half_closed_streams(self, server: Server) -> None:
         """etcd's own does: it takes a client that says no more for one that is gone."""
-        with grpc_proxy(server) as endpoint:
-            kv = client(endpoint)
+        with grpc_proxy(server) as endpoint, connected(endpoint) as kv:
+            prefix = f"{uuid.uuid4().hex}/"
+            watch = kv.watch(prefix, kv.list(prefix).revision + 1)
+            kv.put(f"{prefix}a", b"1")
+            kv.put(f"{prefix}a", b"2")
+            assert [e.entry and e.entry.value for e in gather(watch, 2)] == [b"1", b"2"]
+            assert watch.next(0.1) == ()
+
+    def test_a_lease_behind_a_proxy_that_ends_half_closed_streams(self, server: Server) -> None:
+        with grpc_proxy(server) as endpoint, connected(endpoint) as kv:
+            lease = kv.lease(2.0)
+            granted_until_s = lease.deadline_s
+            until("two TTLs", lambda: lease.lost.is_set() or lease.deadline_s > granted_until_s + 4.0)
+            assert not lease.lost.is_set()
+
+    def test_a_cancelled_watch_says_nothing_of_its_endpoint(self, server: Server) -> None:
+        with connected(f"{server.endpoint},127.0.0.1:{free_port()}") as kv:
+            watch = kv.watch("", kv.list("").revision + 1)
+            waiting = threading.Thread(target=watch.next, args=(60.0,))
+            waiting.start()
+            until("it is open", lambda: watch._stream is not None and watch._stream.opened)
+            watch.cancel()
+            waiting.join(10)
+            assert not waiting.is_alive()
+            assert kv._calls.endpoints.current == 0
+
+    def test_the_last_word_of_a_leader_though_another_endpoint_is_down(self, server: Server) -> None:
+        run_id = uuid.uuid4().hex
+        with connected(f"{server.endpoint},127.0.0.1:{free_port()}") as kv, connected(server.endpoint) as other:
+            leader, follower = start_member(kv, "leader", run_id), None
             try:
-                prefix = f"{uuid.uuid4().hex}/"
-                watch = kv.watch(prefix, kv.list(prefix).revision + 1)
-                kv.put(f"{prefix}a", b"1")
-                kv.put(f"{prefix}a", b"2")
-                assert [e.entry and e.entry.value for e in gather(watch, 2)] == [b"1", b"2"]
-                assert watch.next(0.1) == ()
+                until("it leads", lambda: leader._candidacy._leading)
+                follower = start_member(other, "follower", run_id)
+                until("it follows", lambda: follower._board.leader == "leader")
+                leader.leave()
+                until("it leads", lambda: follower._candidacy._leading)
+                assert follower._candidacy._leading._roster._departed == {"leader": LEFT_AT_ONCE}
             finally:
-                kv.close()
+                leader.leave()
+                if follower is not None:
+                    follower.leave()
 
     def test_a_lease_of_an_etcd_that_stays_away_is_lost_in_time(self, tmp_path: Path) -> None:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv:
@@ -214,10 +245,10 @@ def leader_of(member: Server, members: list[Server]) -> str:
     return columns[4]
 
 
-def start_member(kv: EtcdKV, name: str) -> Member:
+def start_member(kv: EtcdKV, name: str, run_id: str = "test") -> Member:
     node = Node(node_id=name, host=name, address="127.0.0.1", port=1, slots=1)
     rules = Rules(min_nodes=2, max_nodes=2)
-    member = Member(kv, "test", node, rules, lambda slots, previous: None, lambda *a, **k: None, lease_ttl_s=2)
+    member = Member(kv, run_id, node, rules, lambda slots, previous: None, lambda *a, **k: None, lease_ttl_s=2)
     member.start()
     return member
 
