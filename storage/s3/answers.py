@@ -94,6 +94,8 @@ def to_error(answer: Answer, request: Request, now_s: float) -> StorageError:
     if code in _REDIRECT or status in (301, 302, 307, 308):
         region = f"is in region {answer.region}; add ?region={answer.region}" if answer.region else "is somewhere else"
         return Denied(f"bucket {request.bucket!r} {region} to the URL or set AWS_REGION ({said})")
+    if status == 407:
+        return Denied(f"{asked}: the proxy wants another user and password (HTTP 407); check HTTP_PROXY")
     if status == 412:
         if request.if_absent:
             return AlreadyExists(f"{request.what} exists")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,8 +39,9 @@ from botocore.parsers import ResponseParserError
 
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
 from storage.s3.answers import Answer, Request, to_error
-from storage.s3.http import Address
+from storage.s3.http import Address, connect_error
 from storage.s3.options import S3Location, S3Options
+from storage.s3.proxies import find_proxy
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class S3Client:
     """One bucket's control requests, and the signatures of all others. Thread-safe.
 
     Raises:
-        BadURL: no such profile, or an option that botocore refuses.
+        BadURL: no such profile, an option that botocore refuses, or a proxy that cannot be used.
         Denied: there are no credentials.
     """
 
@@ -89,7 +91,9 @@ class S3Client:
         self.host = url.netloc
         ca_bundle = options.ca_bundle or session.get_config_variable("ca_bundle")
         tls = url.scheme == "https"
-        self.address = Address(url.hostname or "", url.port or (443 if tls else 80), tls, ca_bundle)
+        # a host of the form that urllib's rules for NO_PROXY are about: with its port
+        proxy = find_proxy(url.scheme, url.netloc, urllib.request.getproxies(), urllib.request.proxy_bypass)
+        self.address = Address(url.hostname or "", url.port or (443 if tls else 80), tls, ca_bundle, proxy)
         self._region = self._client.meta.region_name or "us-east-1"
         self._uploads: Mapping[str, str] = _upload_arguments(options)
 
@@ -160,6 +164,10 @@ class S3Client:
     def _guarded(self, request: Request, call: Callable[[], T]) -> T:
         try:
             return call()
+        except ProxyConnectionError as error:
+            why = connect_error(self.address, _behind(error))
+            why.args = (f"{request.verb} {request.what}: {why}",)
+            raise why from None
         except (ClientError, BotoCoreError) as error:
             raise _translated(error, request) from None
         except (ResponseParserError, ValueError) as error:
@@ -239,7 +247,7 @@ def _translated(error: ClientError | BotoCoreError, request: Request) -> Storage
         return to_error(_answer(error), request, time.time())
     if isinstance(error, SSLError):
         return Denied(f"{asked}: {error}; name the server's authority in ca_bundle")
-    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)):
+    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError)):
         return Transient(f"{asked}: {error}", Cause.UNREACHABLE)
     if isinstance(error, ReadTimeoutError):
         return Transient(f"{asked}: {error}", Cause.STALLED)
@@ -250,6 +258,14 @@ def _translated(error: ClientError | BotoCoreError, request: Request) -> Storage
     if isinstance(error, (CredentialRetrievalError, TokenRetrievalError)):
         return Denied(f"{asked}: the credentials cannot be refreshed: {error}")
     return Denied(f"{asked}: {error}")
+
+
+def _behind(error: ProxyConnectionError) -> Exception:
+    """What the socket said. botocore's text holds the proxy's URL, and may hide too little of the password in it."""
+    found: BaseException | None = error.kwargs["error"]
+    while found is not None and not isinstance(found, OSError):
+        found = getattr(found, "original_error", None) or found.__cause__
+    return found or ConnectionError("no connection")
 
 
 def _answer(error: ClientError) -> Answer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import re
 import select
 import socket
 import ssl
@@ -20,22 +21,28 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from storage.errors import Cause, Denied, Interrupted, StorageError, Transient
+from storage.s3.proxies import Proxy, tunnel_refused
 
 T = TypeVar("T")
 
 _SLICE_SIZE_BYTES = 4 * 1024 * 1024
 _ERROR_BODY_SIZE_BYTES = 64 * 1024
 _EARLY_ANSWER_S = 1.0
+_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # as http.client says it
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where connections go. `ca_bundle`: a PEM file to trust instead of the system's authorities."""
+    """Where connections go. `ca_bundle`: a PEM file to trust instead of the system's authorities.
+
+    `proxy`: with TLS it is asked for a connection to the address (CONNECT), else to pass each request on.
+    """
 
     host: str
     port: int
     tls: bool
     ca_bundle: str | None = None
+    proxy: Proxy | None = None
 
     def __str__(self) -> str:
         """`https://host:port`, for messages."""
@@ -127,6 +134,7 @@ class Connections:
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._context = _context(address) if address.tls else None
+        self._forwarder = None if address.tls else address.proxy
         self._idle = _Idle()
         weakref.finalize(self, self._idle.close)
 
@@ -142,6 +150,9 @@ class Connections:
 
         Raises Transient, Denied, and what `consume` raises.
         """
+        if self._forwarder is not None:
+            # proxies make a Host of their own from the URL, and the signature holds for the one that was signed
+            target, headers = f"http://{headers['Host']}{target}", {**headers, **self._forwarder.headers}
         connection, is_fresh = self._idle.take(), False
         if connection is None:
             connection, is_fresh = self._connect(), True
@@ -195,17 +206,19 @@ class Connections:
         return Transient(f"{self._address} broke the connection: {error or type(error).__name__}", cause)
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port, timeout_s = self._address.host, self._address.port, self._connect_timeout_s
+        place, timeout_s = self._address.proxy or self._address, self._connect_timeout_s
         connection: http.client.HTTPConnection
         if self._context is None:
-            connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+            connection = http.client.HTTPConnection(place.host, place.port, timeout=timeout_s)
         else:
-            connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._context)
+            connection = http.client.HTTPSConnection(place.host, place.port, timeout=timeout_s, context=self._context)
+            if self._address.proxy is not None:
+                connection.set_tunnel(self._address.host, self._address.port, dict(self._address.proxy.headers))
         try:
             connection.connect()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise connect_error(str(self._address), error) from error
+            raise connect_error(self._address, error) from error
         connection.sock.settimeout(self._stall_timeout_s)
         if self._context is None:
             seconds, fraction = divmod(self._stall_timeout_s, 1)
@@ -244,17 +257,23 @@ class _Idle:
             connection.close()
 
 
-def connect_error(address: str, error: OSError) -> StorageError:
-    """Why there is no connection to `address`: for good (its certificate), or for now."""
+def connect_error(address: Address, error: Exception) -> StorageError:
+    """Why there is no connection to `address`: for good (its certificate), or for now. Holds no password of a proxy."""
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message or str(error)
         return Denied(f"the certificate of {address} is not trusted ({why}); name its authority in ca_bundle")
     if isinstance(error, ssl.SSLError):
         return Denied(f"{address} speaks no TLS that this host accepts ({error.reason or error}); is it http://?")
+    proxy, what, advice = address.proxy, str(address), ""
+    if proxy is not None:
+        if refused := _TUNNEL_REFUSED.search(str(error)):
+            return tunnel_refused(proxy, what, int(refused[1]))
+        what, advice = f"the proxy {proxy} of {address}", f"; check {proxy.variable} and NO_PROXY"
     if isinstance(error, socket.gaierror):
-        return Transient(f"the name of {address} does not resolve ({error.strerror})", Cause.UNREACHABLE)
-    why = "no answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
-    return Transient(f"{address} cannot be reached ({why})", Cause.UNREACHABLE)
+        return Transient(f"the name of {what} does not resolve ({error.strerror}){advice}", Cause.UNREACHABLE)
+    text = error.strerror if isinstance(error, OSError) else None
+    why = "no answer in time" if isinstance(error, TimeoutError) else text or str(error) or type(error).__name__
+    return Transient(f"{what} cannot be reached ({why}){advice}", Cause.UNREACHABLE)
 
 
 def error_body(answered: Answered) -> bytes:
