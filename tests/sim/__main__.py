@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from tests.sim.simulation import Violation, World, simulate
+from tests.sim.nodes import Violation, World
+from tests.sim.simulation import simulate
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim.simulation import Violation, simulate
+from tests.sim.nodes import Violation
+from tests.sim.simulation import simulate
 
 NUM_SEEDS = 100
 
