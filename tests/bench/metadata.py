@@ -5,11 +5,15 @@ gloo stand for two of 256 ranks that load it, and ask for one shard of each tens
 ours and on one of stock DCP, including the broadcast and the exchange of what each rank needs; stock DCP on its own
 checkpoint: each rank unpickles `.metadata` and lets DCP's planner plan. There is no data behind the index, only files
 of the right size. Prints a table and writes JSON beside it.
+
+Also what a commit of as many entries costs the coordinator, which is a rank in training: from the receipts of 8 ranks in
+a local folder to a `.metadata` that is read back.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -18,7 +22,9 @@ import pickle
 import platform
 import statistics
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,17 +39,30 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from storage import catalog, layout, open_store
 from storage.agreement import AgreeingGroup
 from storage.checksum import crc32c, pack_crcs
+from storage.commit import (
+    Attempt,
+    Contents,
+    Origin,
+    Patience,
+    await_receipts,
+    build_manifest,
+    check_objects,
+    publish,
+    put_receipt,
+)
 from storage.dcp_metadata import metadata_of
 from storage.dcp_pickle import dump_metadata
 from storage.describe import SafeLoadPlanner
 from storage.exchange import agree, learn_crcs
 from storage.index import Index, of_manifest
-from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, TensorEntry, dump_manifest
+from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
+from storage.owner import Claim, claim
 from storage.reading import Places
 from storage.requests import requests_of
 from tests.ranks import Ranks
 
 NUM_TENSORS, NUM_SHARDS = 1024, 256
+NUM_WRITERS = 8  # each of them wrote 32 shards of every tensor
 ROWS, COLUMNS = 8, 512  # of a shard
 ITEM_SIZE_BYTES = 704 + ROWS * COLUMNS * 4 + 873
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
@@ -140,6 +159,63 @@ def make(folder: Path) -> dict[str, Any]:
     return {"write": {OURS: ours_s, DCP: stock_s}, "size_bytes": {OURS: len(metadata), DCP: len(stock_metadata)}}
 
 
+def put_receipts(folder: str) -> None:
+    """What 8 ranks leave in a run's folder before its coordinator commits."""
+    manifest, rows = draft(), defaultdict(list)
+    store, attempt = open_store(folder), Attempt.of_step(1, ATTEMPT, NUM_WRITERS)
+    num_objects = NUM_SHARDS // NUM_WRITERS
+    for entry in manifest.objects:
+        path = Path(folder, attempt.prefix, entry.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(entry.size_bytes)
+    for item in manifest.items.rows():
+        rank, number = divmod(item.object, num_objects)
+        rows[rank].append(dataclasses.replace(item, object=number))
+    for rank, items in rows.items():
+        objects = manifest.objects[rank * num_objects : (rank + 1) * num_objects]
+        put_receipt(store, attempt, Receipt(rank=rank, attempt=ATTEMPT, objects=objects, items=ItemTable.of(items)))
+
+
+def commit(folder: str, contents: Contents) -> dict[str, float]:
+    """Commit what lies in the folder; CPU seconds up to each stage, and the process's peak memory above its start."""
+    store, attempt = open_store(folder), Attempt.of_step(1, ATTEMPT, NUM_WRITERS)
+    held = Claim(store, claim(store, "", 0, ATTEMPT)[0])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, see proc(5)
+    before_mib, began_s = memory_mib("VmRSS"), time.process_time()
+    receipts = await_receipts(store, attempt, Patience(time.monotonic() + 60, threading.Event()), held)
+    read_s = time.process_time() - began_s
+    manifest, metadata = build_manifest(attempt, Origin(), contents, receipts, 0.0)
+    built_s = time.process_time() - began_s
+    check_objects(store, attempt, manifest.objects)
+    publish(store, attempt, manifest, metadata, held)
+    cpu_s = time.process_time() - began_s
+    return {"read_s": read_s, "built_s": built_s, "cpu_s": cpu_s, "peak_mib": memory_mib("VmHWM") - before_mib}
+
+
+def commit_cost(repeats: int) -> list[dict[str, float]]:
+    """`commit` in fresh processes, each of which has imported what a training has."""
+    draft_of_all = draft()
+    contents = Contents(draft_of_all.tensors, draft_of_all.values)
+    found = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            for function, args in ((put_receipts, ()), (commit, (contents,))):
+                ranks = Ranks()
+                try:
+                    found += ranks.run(function, folder, *args, world_size=1, timeout_s=600)
+                finally:
+                    ranks.close()
+    return [cost for cost in found if cost is not None]
+
+
+def memory_mib(name: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name + ":")).split()[1]) / 1024
+
+
 def state_of(rank: int) -> dict[str, torch.Tensor]:
     """One shard of each tensor, without memory for the rest of it."""
     state = {}
@@ -195,6 +271,16 @@ def measure(folder: str, repeats: int) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def print_commit(costs: list[dict[str, float]]) -> None:
+    read_s, built_s, cpu_s, peak_mib = (
+        statistics.median(cost[name] for cost in costs) for name in ("read_s", "built_s", "cpu_s", "peak_mib")
+    )
+    print(
+        f"commit of {NUM_TENSORS * NUM_SHARDS} entries over {NUM_WRITERS} ranks: {cpu_s:.2f} CPU s (receipts {read_s:.2f},"
+        f" manifest and .metadata {built_s - read_s:.2f}, publishing {cpu_s - built_s:.2f}), peak {peak_mib:.0f} MiB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -217,10 +303,12 @@ def main() -> None:
         ratio = statistics.median(seconds[DCP]) / statistics.median(took)
         row = f"{statistics.median(took):10.2f}{min(took):8.2f}{max(took):8.2f}{cpu[0]:15.2f}{cpu[1]:8.2f}{ratio:7.1f}x"
         print(f"{name:26}{row}")
+    costs = commit_cost(args.repeats)
+    print_commit(costs)
     for name, cpu_s in written["write"].items():
         print(f".metadata written by {name:14}{cpu_s:8.2f} CPU s, {written['size_bytes'][name] / 1e6:.0f} MB")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine, "until_planned": by_rank, **written}
+    results = {"machine": machine, "until_planned": by_rank, "commit": costs, **written}
     args.out.write_text(json.dumps(results, indent=1))
 
 
