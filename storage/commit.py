@@ -22,7 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
 import tenacity
@@ -33,7 +33,6 @@ from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageErro
 from storage.index import of_manifest
 from storage.manifest import (
     Aborted,
-    ItemEntry,
     ItemTable,
     Manifest,
     ObjectEntry,
@@ -188,11 +187,8 @@ def build_manifest(
     """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
     from storage.dcp_pickle import dump_metadata
 
-    objects: list[ObjectEntry] = []
-    items: list[ItemEntry] = []
-    for receipt in receipts:
-        items += [replace(item, object=item.object + len(objects)) for item in receipt.items.rows()]
-        objects += receipt.objects
+    objects = [entry for receipt in receipts for entry in receipt.objects]
+    ends = list(itertools.accumulate((len(receipt.objects) for receipt in receipts), initial=0))
     draft = Manifest(
         step=attempt.step,
         attempt=attempt.id,
@@ -206,7 +202,7 @@ def build_manifest(
         objects=tuple(objects),
         tensors=contents.tensors,
         values=contents.values,
-        items=ItemTable.of(items),
+        items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
     )
     metadata = dump_metadata(of_manifest(attempt.prefix, draft), attempt.id)
     sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
+from storage.columns import Boxes
 from storage.errors import Corrupt, Denied
-from storage.index import Columns, Entry, Index, IndexedObject, boxes, build
+from storage.index import Columns, Entry, Index, IndexedObject, build
 from storage.objects import check_key
 from storage.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
 
@@ -172,6 +173,7 @@ class _Parts:
         offset = _column([info.offset for info in infos])[order]
         where = _column([number_of[info.relative_path] for info in infos])[order]
         num = len(order)
+        offsets, sizes = Boxes.of([chunk[0] for chunk in chunks]), Boxes.of([chunk[1] for chunk in chunks])
         columns = Columns(
             object=where,
             offset=offset,
@@ -179,14 +181,13 @@ class _Parts:
             raw_offset=np.zeros(num, np.int64),
             block_size_bytes=np.where(length > LONG_ITEM_BYTES, PART_SIZE_BYTES, np.maximum(length, 1)),
             first_crc=np.zeros(num + 1, np.int64),
-            offsets=boxes([chunk[0] for chunk in chunks], 0),
-            sizes=boxes([chunk[1] for chunk in chunks], 1),
+            offsets=offsets.padded(0),
+            sizes=sizes.padded(1),
             crcs=np.zeros(0, np.uint32),
         )
-        dims = np.fromiter((len(chunk[0]) for chunk in chunks), np.int64, num)
-        if min(int(column.min(initial=0)) for column in (offset, length, columns.offsets, columns.sizes)) < 0:
+        if min(int(column.min(initial=0)) for column in (offset, length)) < 0:
             raise _Odd("a negative number")
-        index = build(prefix, step, True, objects, rows, columns, dims)
+        index = build(prefix, step, True, objects, rows, columns, offsets.num_dims)
         return dataclasses.replace(index, transforms=tuple(map(str, transforms)))
 
     def _entry(

@@ -9,6 +9,7 @@ its reading faster.
 from __future__ import annotations
 
 import functools
+import io
 import struct
 from collections.abc import Iterator
 
@@ -27,7 +28,9 @@ _NEW = b")\x81"
 
 def dump_metadata(index: Index, save_id: str) -> bytes:
     """The bytes of `.metadata` for a checkpoint of ours; `save_id` is noted in it."""
-    return b"".join(_Writer(index, save_id).opcodes())
+    sink = io.BytesIO()
+    sink.writelines(_Writer(index, save_id).opcodes())  # a join would first hold a million pieces
+    return sink.getvalue()
 
 
 class _Writer:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.agreement import PeerFailed
+from storage.columns import Ints
 from storage.fetch import Source, Traffic, scratch
 from storage.group import COORDINATOR, Array, Expected, Group, Message
-from storage.index import Index, Ints, spans
+from storage.index import Index, spans
 from storage.readplan import Part, Range, Stripes
 from storage.requests import Requests, as_bytes, packed
 from storage.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from storage.columns import Ints
 from storage.errors import Corrupt
 from storage.manifest import Manifest, Path
-
-Ints = npt.NDArray[np.int64]
 
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 
@@ -199,8 +198,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         *((key, entry.dtype, entry.shape, entry.path) for key, entry in manifest.tensors.items()),
         *((key, "", (), entry.path) for key, entry in manifest.values.items()),
     ]
-    block_size = np.array(table.block_size_bytes, np.int64)
-    length = np.array(table.length, np.int64)
+    block_size, length = table.block_size_bytes, table.length
     num_blocks = -(-length // block_size)
     try:
         packed = list(map(binascii.a2b_base64, table.block_crcs))
@@ -213,17 +211,17 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
     order, ranges = _by_key([row[0] for row in kinds], table.key)
     crcs_of = [packed[row] for row in order.tolist()]
     columns = Columns(
-        object=np.array(table.object, np.int64)[order],
-        offset=np.array(table.offset, np.int64)[order],
+        object=table.object[order],
+        offset=table.offset[order],
         length=length[order],
-        raw_offset=np.array(table.raw_offset, np.int64)[order],
+        raw_offset=table.raw_offset[order],
         block_size_bytes=block_size[order],
         first_crc=np.concatenate(([0], np.cumsum(num_blocks[order]))),
-        offsets=boxes([offsets or () for offsets in table.offsets], 0)[order],
-        sizes=boxes([sizes or () for sizes in table.sizes], 1)[order],
+        offsets=table.offsets.padded(0)[order],
+        sizes=table.sizes.padded(1)[order],
         crcs=np.frombuffer(b"".join(crcs_of), "<u4"),
     )
-    dims = np.fromiter((len(sizes or ()) for sizes in table.sizes), np.int64, len(table))[order]
+    dims = np.maximum(table.sizes.num_dims, 0)[order]
     return build(
         prefix,
         manifest.step,
@@ -262,15 +260,6 @@ def build(
         ):
             raise Corrupt(f"a shard of {key!r} does not fit into shape {list(entry.shape)}")
     return index
-
-
-def boxes(rows: Sequence[Sequence[int]], fill: int) -> Ints:
-    """The rows as one array, the short ones filled up."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    width = int(lengths.max(initial=0))
-    array = np.full((len(rows), width), fill, np.int64)
-    array[np.arange(width) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
-    return array
 
 
 def spans(first: Ints, last: Ints) -> Ints:

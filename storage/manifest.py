@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from storage import layout
 from storage.checksum import unpack_crcs
+from storage.columns import Boxes, IntColumn
 from storage.errors import Corrupt, UsageError
 from storage.sealed import Document, check_seal, seal, unseal
 
@@ -39,7 +40,7 @@ _RECEIPT_KIND = "receipt"
 _ABORTED_KIND = "aborted"
 
 Path = tuple[str | int, ...]
-Count = Field(ge=0)
+Count = Field(ge=0, lt=1 << 63)
 
 
 class ObjectEntry(Document):
@@ -87,44 +88,78 @@ class ItemEntry:
         return crcs
 
 
+_NO_BOXES = Boxes.of(())
+_NO_NUMBERS = np.zeros(0, np.int64)
+
+
 class ItemTable(Document):
     """Many items, a column for each field: a checkpoint may have hundreds of thousands of them."""
 
     key: tuple[str, ...] = ()
-    offsets: tuple[tuple[int, ...] | None, ...] = ()
-    sizes: tuple[tuple[int, ...] | None, ...] = ()
-    object: tuple[int, ...] = ()
-    offset: tuple[int, ...] = ()
-    length: tuple[int, ...] = ()
-    raw_offset: tuple[int, ...] = ()
-    crc32c: tuple[int, ...] = ()
-    block_size_bytes: tuple[int, ...] = ()
+    offsets: Boxes = _NO_BOXES
+    sizes: Boxes = _NO_BOXES
+    object: IntColumn = _NO_NUMBERS
+    offset: IntColumn = _NO_NUMBERS
+    length: IntColumn = _NO_NUMBERS
+    raw_offset: IntColumn = _NO_NUMBERS
+    crc32c: IntColumn = _NO_NUMBERS
+    block_size_bytes: IntColumn = _NO_NUMBERS
     block_crcs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, entries: Iterable[ItemEntry]) -> ItemTable:
         """The table with those rows."""
         rows = [operator.attrgetter(*_COLUMNS)(entry) for entry in entries]
-        return cls(**dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))) if rows else cls()
+        if not rows:
+            return cls()
+        columns: dict[str, Any] = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))
+        return cls(**columns | {name: Boxes.of(columns[name]) for name in ("offsets", "sizes")})
+
+    @classmethod
+    def join(cls, tables: Sequence[ItemTable], first_objects: Sequence[int]) -> ItemTable:
+        """The rows of all tables, in which object 0 of a table is number `first_objects` of all."""
+        if not tables:
+            return cls()
+        columns: dict[str, Any] = {name: [getattr(table, name) for table in tables] for name in _COLUMNS}
+        columns["object"] = [column + first for column, first in zip(columns["object"], first_objects, strict=True)]
+        for name, parts in columns.items():
+            if name in ("key", "block_crcs"):
+                columns[name] = tuple(itertools.chain.from_iterable(parts))
+            else:
+                columns[name] = Boxes.join(parts) if name in ("offsets", "sizes") else np.concatenate(parts)
+        return cls(**columns)
 
     def __len__(self) -> int:
         return len(self.key)
 
-    def __getitem__(self, index: int) -> ItemEntry:
-        return ItemEntry(*(getattr(self, name)[index] for name in _COLUMNS))
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, ItemTable) and all(
+            np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs
+            for mine, theirs in ((getattr(self, name), getattr(other, name)) for name in _COLUMNS)
+        )
 
     def rows(self) -> Iterator[ItemEntry]:
-        """Every item, in order."""
-        return itertools.starmap(ItemEntry, zip(*(getattr(self, name) for name in _COLUMNS), strict=True))
+        """Every item, in order, made when it is asked for."""
+        columns = (getattr(self, name) for name in _COLUMNS)
+        return itertools.starmap(ItemEntry, zip(*map(_plain, columns), strict=True))
 
     @model_validator(mode="after")
     def _even(self) -> ItemTable:
         if len({len(getattr(self, name)) for name in _COLUMNS}) > 1:
             raise ValueError("columns of different length")
-        numbers = (self.object, self.offset, self.length, self.raw_offset, self.crc32c)
-        if any(min(column, default=0) < 0 for column in numbers) or min(self.block_size_bytes, default=1) < 1:
-            raise ValueError("a negative number")
+        if self.block_size_bytes.min(initial=1) < 1:
+            raise ValueError("blocks without bytes")
+        if not np.array_equal(self.offsets.num_dims, self.sizes.num_dims):
+            raise ValueError("an item whose offsets and sizes are not of the same number")
         return self
+
+
+def _plain(column: Any) -> Iterable[Any]:
+    """A column's rows in Python's own types."""
+    if isinstance(column, Boxes):
+        return column.rows()
+    rows: Iterable[Any] = column.tolist() if isinstance(column, np.ndarray) else column
+    return rows
 
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(ItemEntry))
@@ -160,18 +195,16 @@ class Manifest(Document):
             if not layout.is_data_name(entry.name):
                 raise ValueError(f"refused object name {entry.name!r}")
         table = self.items
-        kinds = set(zip(table.key, map(type, table.offsets), map(type, table.sizes), strict=True))
-        for key, offsets, sizes in kinds:
-            if key not in (self.values if sizes is type(None) else self.tensors):
+        is_value = table.sizes.num_dims < 0
+        for known, among in ((self.values, is_value), (self.tensors, ~is_value)):
+            if not known.keys() >= set(itertools.compress(table.key, among.tolist())):
                 raise ValueError("an item belongs to nothing in the manifest")
-            if offsets is not sizes:
-                raise ValueError("an item has offsets but no sizes, or the reverse")
-        if max(table.object, default=-1) >= len(self.objects):
+        if table.object.max(initial=-1) >= len(self.objects):
             raise ValueError("an item is in an object that is not in the manifest")
-        length, raw_offset = np.array(table.length, np.int64), np.array(table.raw_offset, np.int64)
         object_sizes = np.array([entry.size_bytes for entry in self.objects], np.int64)
-        ends = np.array(table.offset, np.int64) + length
-        if len(table) and bool((ends > object_sizes[np.array(table.object)]).any() or (raw_offset > length).any()):
+        # not the sum of both, which may be too large for 64 bits
+        room = object_sizes[table.object] - table.offset
+        if bool((table.length > room).any() or (table.raw_offset > table.length).any()):
             raise ValueError("an item reaches past its end, or the end of its object")
         return self
 
@@ -212,12 +245,23 @@ def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
         UsageError: intact, but written by another version of this package.
     """
     try:
-        version = _Version.model_validate_json(check_seal(_KIND, data, name)).version
+        manifest = unseal(_KIND, Manifest, data, name)
+        version = manifest.version
+    except Corrupt:
+        # perhaps what this program does not know; most are of this version, and parsed once
+        manifest, version = None, _version_of(check_seal(_KIND, data, name), name)
+        if version == MANIFEST_VERSION:
+            raise
+    if manifest is None or version != MANIFEST_VERSION:
+        raise UsageError(f"{name} has version {version}, this program reads {MANIFEST_VERSION}; use the newer program")
+    return manifest
+
+
+def _version_of(body: bytes, name: str) -> int:
+    try:
+        return _Version.model_validate_json(body).version
     except ValidationError:
         raise Corrupt(f"{name} has no version") from None
-    if version != MANIFEST_VERSION:
-        raise UsageError(f"{name} has version {version}, this program reads {MANIFEST_VERSION}; use the newer program")
-    return unseal(_KIND, Manifest, data, name)
 
 
 def dump_receipt(receipt: Receipt) -> bytes:

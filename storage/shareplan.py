@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.index import Ints, spans
+from storage.columns import Ints
+from storage.index import spans
 
 PIECE_SIZE_BYTES = 8 * 1024 * 1024
 ROUND_SIZE_BYTES = 64 * 1024 * 1024

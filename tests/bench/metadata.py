@@ -6,8 +6,8 @@ ours and on one of stock DCP, including the broadcast and the exchange of what e
 checkpoint: each rank unpickles `.metadata` and lets DCP's planner plan. There is no data behind the index, only files
 of the right size. Prints a table and writes JSON beside it.
 
-Also what a commit of as many entries costs the coordinator, which is a rank in training: from the receipts of 8 ranks in
-a local folder to a `.metadata` that is read back.
+Also what a commit of as many entries costs the coordinator, which is a rank in training: from the receipts of 8 ranks
+in a local folder to a `.metadata` that is read back.
 """
 
 from __future__ import annotations
@@ -275,10 +275,8 @@ def print_commit(costs: list[dict[str, float]]) -> None:
     read_s, built_s, cpu_s, peak_mib = (
         statistics.median(cost[name] for cost in costs) for name in ("read_s", "built_s", "cpu_s", "peak_mib")
     )
-    print(
-        f"commit of {NUM_TENSORS * NUM_SHARDS} entries over {NUM_WRITERS} ranks: {cpu_s:.2f} CPU s (receipts {read_s:.2f},"
-        f" manifest and .metadata {built_s - read_s:.2f}, publishing {cpu_s - built_s:.2f}), peak {peak_mib:.0f} MiB"
-    )
+    stages = f"receipts {read_s:.2f}, manifest and .metadata {built_s - read_s:.2f}, publishing {cpu_s - built_s:.2f}"
+    print(f"commit of {NUM_TENSORS * NUM_SHARDS} entries: {cpu_s:.2f} CPU s ({stages}), peak {peak_mib:.0f} MiB")
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from torch.serialization import _get_layout
 
 from storage import dcp_pickle, layout
 from storage.checksum import block_size_bytes, crc32c, item_crcs, pack_crcs, unpack_crcs
+from storage.columns import Boxes
 from storage.commit import Attempt, Contents, Origin, build_manifest
 from storage.dcp_metadata import load_metadata, metadata_of
 from storage.dcp_pickle import dump_metadata
@@ -90,6 +91,11 @@ def golden_manifest() -> Manifest:
     return manifest.model_copy(update={"metadata_size_bytes": 1234, "metadata_crc32c": 567})
 
 
+def altered(**columns: Any) -> dict[str, ItemTable]:
+    """The golden items with other columns, which nothing has checked."""
+    return {"items": golden_manifest().items.model_copy(update=columns)}
+
+
 def test_manifest_is_the_golden_one() -> None:
     data = dump_manifest(golden_manifest())
     if os.environ.get("UPDATE_GOLDEN"):
@@ -124,12 +130,18 @@ def test_a_newer_manifest_is_no_damage() -> None:
         {"objects": ()},
         {"tensors": {}},
         {"values": {}},
-        {"items": golden_manifest().items.model_copy(update={"length": (1577, 1577)})},
-        {"items": golden_manifest().items.model_copy(update={"length": (1577, 1578, 1577)})},
-        {"items": golden_manifest().items.model_copy(update={"offset": (0, 1577, -1)})},
-        {"items": golden_manifest().items.model_copy(update={"raw_offset": (704, 0, 1578)})},
-        {"items": golden_manifest().items.model_copy(update={"object": (0, 0, 2)})},
-        {"items": golden_manifest().items.model_copy(update={"offsets": (None, None, (2, 0))})},
+        altered(length=np.array([1577, 1577])),
+        altered(length=np.array([1577, 1578, 1577])),
+        altered(length=np.array([1577, 1577, 1 << 64], object)),
+        altered(offset=np.array([0, 1577, -1])),
+        altered(offset=np.array([0, 1577, (1 << 63) - 1577])),
+        altered(raw_offset=np.array([704, 0, 1578])),
+        altered(object=np.array([0, 0, 2])),
+        altered(block_size_bytes=np.array([16384, 16384, 0])),
+        altered(offsets=Boxes.of([None, None, (2, 0)])),
+        altered(offsets=Boxes.of([(0,), None, (2, 0)])),
+        altered(offsets=Boxes(np.array([2, -1, 2]), np.array([0, 0, 2, -1]))),
+        altered(offsets=Boxes.of([None] * 3), sizes=Boxes.of([None] * 3)),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.index import Ints
+from storage.columns import Ints
 from storage.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares, should_share
 
 
