@@ -84,7 +84,7 @@ def receipt_of(rank: int, objects: tuple[list[ItemEntry], ...]) -> Receipt:
 
 
 @given(ranks)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_manifest_has_the_rows_of_its_receipts(objects_of_rank: list[tuple[list[ItemEntry], ...]]) -> None:
     receipts = [load_receipt(dump_receipt(receipt_of(*pair)), "receipt") for pair in enumerate(objects_of_rank)]
     every = [rows for objects in objects_of_rank for rows in objects]
