@@ -93,7 +93,7 @@ _NO_NUMBERS = np.zeros(0, np.int64)
 
 
 class ItemTable(Document):
-    """Many items, a column for each field, of numbers an array: a checkpoint may have hundreds of thousands of items."""
+    """Many items, a column (of numbers: an array) for each field: a checkpoint may have hundreds of thousands."""
 
     key: tuple[str, ...] = ()
     offsets: Boxes = _NO_BOXES
