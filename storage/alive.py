@@ -11,6 +11,7 @@ is fenced by `storage.owner` like every owner that was superseded.
 
 from __future__ import annotations
 
+import atexit
 import enum
 import logging
 import threading
@@ -75,8 +76,7 @@ class Forerunner:
 
 def await_free(
     store: ObjectStore,
-    lineage: str,
-    run_id: str,
+    mine: Owner,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -89,33 +89,33 @@ def await_free(
         InUse: another job works on it.
         Transient, Denied: by the store.
     """
-    while (recorded := _other(store, lineage, run_id)) is not None:
+    while (recorded := _other(store, mine)) is not None:
         verdict = _watch(store, recorded, clock, sleep)
         if verdict is Verdict.ALIVE:
             raise InUse(
                 f"{store.url} is in use: {recorded.who} saves there and is alive; end that job, give this one"
                 " another URL, or take the run over (take_over, after which the other job can save no more)"
             )
-        if _other(store, lineage, run_id) == recorded:
+        if _other(store, mine) == recorded:
             return Forerunner(recorded, verdict.value) if verdict is Verdict.SILENT else None
     return None
 
 
-def find_other(store: ObjectStore, lineage: str, run_id: str) -> Forerunner | None:
+def find_other(store: ObjectStore, mine: Owner) -> Forerunner | None:
     """The other job that has the run, alive or not, for those who take it over without asking."""
-    recorded = _other(store, lineage, run_id)
+    recorded = _other(store, mine)
     if recorded is None or _beat_of(store, recorded) is None:
         return None
     return Forerunner(recorded, "it was asked for")
 
 
-def _other(store: ObjectStore, lineage: str, run_id: str) -> Owner | None:
+def _other(store: ObjectStore, mine: Owner) -> Owner | None:
     """The claim of another job."""
     try:
         recorded = owner.read_owner(store)
     except Corrupt:
         return None  # told by who replaces it
-    return None if recorded is None or owner.is_same_job(recorded, lineage, run_id) else recorded
+    return None if recorded is None or owner.is_same_job(recorded, mine) else recorded
 
 
 def _watch(store: ObjectStore, recorded: Owner, clock: Callable[[], float], sleep: Callable[[float], None]) -> Verdict:
@@ -144,7 +144,8 @@ def beat(store: ObjectStore, token: str, count: int) -> None:
 class Heart:
     """Beats for a claim, on a thread of its own, until it is closed or the claim is superseded.
 
-    Before that it removes the last beat of the claim that was superseded, by `forerunner_token`.
+    Before that it removes the last beat of the claim that was superseded, by `forerunner_token`. A process that ends
+    without `close`, but not by a signal, lets the run go all the same.
     """
 
     def __init__(
@@ -156,10 +157,16 @@ class Heart:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(forerunner_token,), name="storage-beat", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
+
+    def stop(self) -> None:
+        """Have it stop and let the run go, and do not wait for that: the garbage collector may call it anywhere."""
+        self._stop.set()
 
     def close(self) -> None:
         """Stop, and let the run go. Waits no longer than 15 s: a store that is away must not keep a job from ending."""
-        self._stop.set()
+        atexit.unregister(self.close)
+        self.stop()
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             log.warning("%s: the store does not answer, so another job will have to wait for it", self._store.url)

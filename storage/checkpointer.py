@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from storage.commit import Attempt, Contents, Origin
 from storage.describe import Holdings, contents_of, describe, state_dicts
 from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
+from storage.owner import Owner
 from storage.registry import open_store
 from storage.restorer import Restorer
 from storage.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
@@ -80,7 +82,7 @@ class Checkpointer:
         take_over: take the run from another job without asking whether it lives.
 
     A run that another job has claimed and not closed is watched for 30 to 60 s; the next generation of the same job, by
-    its lineage, takes it at once.
+    its lineage or torchrun's `--rdzv-id`, takes it at once.
 
     Raises:
         Fenced: a later generation of the same lineage has claimed the run.
@@ -110,11 +112,10 @@ class Checkpointer:
         self._store = open_store(url)
         origin = _origin(os.environ, generation, lineage, mesh)
         self._heart: Heart | None = None
-        job = os.environ.get("ELASTIC_MOE_RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", ""))
-        name = job if run_id is None else run_id
+        wanted = _wanted_owner(os.environ, origin, run_id)
         try:
-            claim = self._group.on_coordinator(lambda: self._claim(origin, name, take_over).model_dump())
-            mine = owner.Claim(self._store, owner.Owner(**claim))
+            claim = self._group.on_coordinator(lambda: self._claim(wanted, take_over).model_dump())
+            mine = owner.Claim(self._store, Owner(**claim))
             self._group.everywhere(self._check_shared)
             self._group.on_coordinator(self._check_conditions)
         except BaseException:
@@ -208,18 +209,19 @@ class Checkpointer:
         )
         return restored.step
 
-    def _claim(self, origin: Origin, run_id: str, take_over: bool) -> owner.Owner:
+    def _claim(self, wanted: Owner, take_over: bool) -> Owner:
         """Claim the run for this process (coordinator). Raises InUse, Fenced."""
         find = alive.find_other if take_over else alive.await_free
-        other = find(self._store, origin.lineage, run_id)
-        token, host = uuid.uuid4().hex, socket.gethostname()
-        alive.beat(self._store, token, 0)  # before the claim: a claim without a beat is free to take
+        other = find(self._store, wanted)
+        alive.beat(self._store, wanted.token, 0)  # before the claim: a claim without a beat is free to take
         try:
-            mine, before = owner.claim(self._store, origin.lineage, origin.generation, token, run_id, host)
+            mine, before = owner.claim(self._store, wanted)
         except Fenced:
-            self._store.delete(layout.beat_name(token))
+            self._store.delete(layout.beat_name(wanted.token))
             raise
         self._heart = alive.Heart(self._store, mine, None if before is None else before.token)
+        # who forgets to close must not keep the run from others, and from itself; at exit the heart closes by itself
+        weakref.finalize(self, self._heart.stop).atexit = False
         if other is not None:
             self._report(
                 "checkpoint_taken_over", url=self._store.url, by=mine.who, of=other.owner.who, reason=other.reason
@@ -312,6 +314,20 @@ class Checkpointer:
             self._closed = True
             self._saver.close(abandon=abandon)
             self._let_go()
+
+
+def _wanted_owner(env: Mapping[str, str], origin: Origin, run_id: str | None) -> Owner:
+    """Who claims the run, with a fresh token; the epoch follows from the claim before."""
+    rendezvous = env.get("TORCHELASTIC_RUN_ID", "")
+    return Owner(
+        lineage=origin.lineage,
+        generation=origin.generation,
+        epoch=0,
+        token=uuid.uuid4().hex,
+        run_id=env.get("ELASTIC_MOE_RUN_ID", rendezvous) if run_id is None else run_id,
+        host=socket.gethostname(),
+        rendezvous=rendezvous,
+    )
 
 
 def _origin(

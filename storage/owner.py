@@ -27,7 +27,8 @@ _KIND = "owner"
 class Owner(Document):
     """One claim; `token` tells two claims of the same epoch apart (the last one written stands).
 
-    `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none.
+    `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none. `rendezvous` is torchrun's
+    `--rdzv-id`, "" if torchrun has not started the process.
     """
 
     # a later version may say more about an owner: what fences is here already
@@ -39,6 +40,7 @@ class Owner(Document):
     token: str
     run_id: str = ""
     host: str = ""
+    rendezvous: str = ""
 
     @property
     def who(self) -> str:
@@ -47,27 +49,27 @@ class Owner(Document):
         return f"{name} (generation {self.generation}{f', on {self.host}' if self.host else ''})"
 
 
-def next_owner(
-    recorded: Owner | None, lineage: str, generation: int, token: str, run_id: str = "", host: str = ""
-) -> Owner:
-    """The claim that follows `recorded`. Pure. Raises Fenced when it may not follow."""
-    epoch = 1 if recorded is None else recorded.epoch + 1
-    if recorded is not None and recorded.lineage == lineage and recorded.generation > generation:
+def next_owner(recorded: Owner | None, wanted: Owner) -> Owner:
+    """`wanted` as the claim that follows `recorded`: with its epoch. Pure. Raises Fenced when it may not follow."""
+    if recorded is None:
+        return wanted.model_copy(update={"epoch": 1})
+    if recorded.lineage == wanted.lineage and recorded.generation > wanted.generation:
         raise Fenced(
-            f"generation {generation} may not take over from generation {recorded.generation} of the same launch"
+            f"generation {wanted.generation} may not take over from generation {recorded.generation} of the same launch"
         )
-    return Owner(lineage=lineage, generation=generation, epoch=epoch, token=token, run_id=run_id, host=host)
+    return wanted.model_copy(update={"epoch": recorded.epoch + 1})
 
 
-def is_same_job(recorded: Owner, lineage: str, run_id: str) -> bool:
-    """Whether `recorded` is an earlier claim of the job with that lineage, or without any, of that name. Pure.
+def is_same_job(recorded: Owner, mine: Owner) -> bool:
+    """Whether `recorded` is an earlier claim of the job that claims `mine`. Pure.
 
-    Without a lineage the launcher is another's, such as torchrun, which ends its workers before it starts others under
-    the same name; "none" is the name that torchrun gives a job without one.
+    That is told by the lineage; without any, by torchrun's rendezvous, since torchrun ends its workers before it starts
+    others there. Never by `run_id`: whoever gives two jobs one name says nothing about whether the first has ended.
+    "none" is the rendezvous of every torchrun that was not given one.
     """
-    if lineage or recorded.lineage:
-        return recorded.lineage == lineage
-    return recorded.run_id == run_id and run_id not in ("", "none")
+    if mine.lineage or recorded.lineage:
+        return recorded.lineage == mine.lineage
+    return recorded.rendezvous == mine.rendezvous and mine.rendezvous not in ("", "none")
 
 
 def read_owner(store: ObjectStore) -> Owner | None:
@@ -86,17 +88,18 @@ def is_late(recorded: Owner, mine: Owner) -> bool:
     return recorded.lineage == mine.lineage and recorded.generation < mine.generation
 
 
-def claim(
-    store: ObjectStore, lineage: str, generation: int, token: str, run_id: str = "", host: str = ""
-) -> tuple[Owner, Owner | None]:
-    """Record this process as the run's owner; the claim, and the one that it replaces. Raises Fenced."""
+def claim(store: ObjectStore, wanted: Owner) -> tuple[Owner, Owner | None]:
+    """Record this process as the run's owner; the claim, and the one that it replaces. Raises Fenced.
+
+    The epoch of `wanted` counts for nothing: it becomes one more than the recorded one.
+    """
     try:
         recorded = read_owner(store)
     except Corrupt as error:
         # tokens still fence every living owner off; only the order of generations is lost
         log.warning("taking the run over without knowing its last owner: %s", error)
         recorded = None
-    return _record(store, next_owner(recorded, lineage, generation, token, run_id, host)), recorded
+    return _record(store, next_owner(recorded, wanted)), recorded
 
 
 def _record(store: ObjectStore, owner: Owner) -> Owner:
@@ -124,10 +127,7 @@ class Claim:
             if recorded is None or not is_late(recorded, self._owner):
                 raise _fenced(recorded, self._owner)
             log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
-            mine = self._owner
-            self._owner = _record(
-                self._store, next_owner(recorded, mine.lineage, mine.generation, mine.token, mine.run_id, mine.host)
-            )
+            self._owner = _record(self._store, next_owner(recorded, self._owner))
 
 
 def _fenced(recorded: Owner | None, mine: Owner) -> Fenced:

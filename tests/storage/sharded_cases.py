@@ -233,7 +233,7 @@ def fenced(folder: str) -> list[str]:
     with Checkpointer(folder, generation=1, lineage="a") as ckpt:
         dist.barrier()
         if dist.get_rank() == 0:
-            owner.claim(open_store(folder), "b", 0, "another launch")
+            owner.claim(open_store(folder), owner.Owner(lineage="b", generation=0, epoch=0, token="another launch"))
         ckpt.save(1, _rows(1), wait=True)
         for step in (2, 3):
             try:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +31,17 @@ def state(number: int) -> dict[str, Any]:
     return {"w": torch.full((4,), float(number)), "n": number}
 
 
-def claimed(lineage: str = "a", run_id: str = "first") -> Owner:
-    return Owner(lineage=lineage, generation=3, epoch=1, token="t" * 32, run_id=run_id, host="node-1")
+def owner_of(lineage: str, token: str, generation: int = 0, run_id: str = "", rendezvous: str = "") -> Owner:
+    """Who wants to claim; the token is that letter, 32 times."""
+    return Owner(
+        lineage=lineage,
+        generation=generation,
+        epoch=0,
+        token=token * 32,
+        run_id=run_id,
+        host="node-1",
+        rendezvous=rendezvous,
+    )
 
 
 class Time:
@@ -101,13 +114,19 @@ def test_verdicts() -> None:
 
 
 def test_whose_claim_it_is() -> None:
-    assert owner.is_same_job(claimed("a"), "a", "another name")
-    assert not owner.is_same_job(claimed("a"), "b", "first")
-    assert not owner.is_same_job(claimed("a"), "", "first")
-    assert not owner.is_same_job(claimed(""), "b", "first")
-    assert owner.is_same_job(claimed("", "x"), "", "x")
-    for name in ("", "none"):
-        assert not owner.is_same_job(claimed("", name), "", name)
+    def is_same(before: tuple[str, str], now: tuple[str, str], names: tuple[str, str] = ("llama", "llama")) -> bool:
+        """By lineage and rendezvous."""
+        recorded = owner_of(before[0], "t", run_id=names[0], rendezvous=before[1])
+        return owner.is_same_job(recorded, owner_of(now[0], "u", run_id=names[1], rendezvous=now[1]))
+
+    assert is_same(("a", ""), ("a", ""), ("a name", "another"))
+    for before, now in [("a", "b"), ("a", ""), ("", "b")]:
+        assert not is_same((before, "x"), (now, "x"))
+    assert is_same(("", "x"), ("", "x"), ("a name", "another"))
+    assert not is_same(("", "x"), ("", ""))
+    assert not is_same(("", ""), ("", "x"))
+    for rendezvous in ("", "none"):  # a name is only for the messages
+        assert not is_same(("", rendezvous), ("", rendezvous))
 
 
 # on stores ------------------------------------------------------------------------------------------------------
@@ -146,7 +165,7 @@ def test_a_dead_job_is_superseded(
     kind: str, dies_at_s: int, make_url: Callable[[str], str], use: Callable[[Time], None], events: Events
 ) -> None:
     url = make_url(kind)
-    dead, _ = owner.claim(open_store(url), "a", 3, "d" * 32, "first", "node-1")
+    dead, _ = owner.claim(open_store(url), owner_of("a", "d", 3, "first"))
     alive.beat(open_store(url), dead.token, 0)
     times = beating(url, until_s=dies_at_s)
     use(times)
@@ -179,19 +198,19 @@ def test_whoever_asks_for_it_waits_for_nobody(memory_url: str, use: Callable[[Ti
 
 def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: str) -> None:
     store = open_store(memory_url)
-    owner.claim(store, "a", 0, "a" * 32, "first")
+    owner.claim(store, owner_of("a", "a", run_id="first"))
     alive.beat(store, "a" * 32, 0)
 
     def each_second(second: int) -> None:
         if second == SILENCE_S:
             alive.beat(store, "c" * 32, 0)
-            owner.claim(store, "c", 0, "c" * 32, "third")
+            owner.claim(store, owner_of("c", "c", run_id="third"))
         if second > SILENCE_S:
             alive.beat(store, "c" * 32, second)
 
     times = Time(each_second)
     with pytest.raises(InUse, match="job 'third'"):
-        alive.await_free(store, "b", "second", clock=times.clock, sleep=times.sleep)
+        alive.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep)
 
 
 def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +228,57 @@ def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, mo
     assert open_store(memory_url).list("beat-") == []
 
 
+def test_a_name_that_was_given_makes_no_job_the_same(
+    memory_url: str, use: Callable[[Time], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with Checkpointer(memory_url, run_id="llama") as first:
+        use(beating(memory_url))
+        with pytest.raises(InUse, match="job 'llama'"):
+            Checkpointer(memory_url, run_id="llama")
+        first.save(1, state(1), wait=True)
+        assert first.wait()
+
+
+def test_the_next_workers_of_one_torchrun_wait_for_nobody(
+    memory_url: str, use: Callable[[Time], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Time(never))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with Checkpointer(memory_url, run_id="llama"), Checkpointer(memory_url) as second:
+        second.save(1, state(1), wait=True)
+        assert second.wait()
+
+
+def test_a_checkpointer_that_is_dropped_lets_the_run_go(memory_url: str) -> None:
+    dropped = Checkpointer(memory_url)
+    dropped.save(1, state(1), wait=True)
+    assert len(open_store(memory_url).list("beat-")) == 1
+    del dropped
+    gc.collect()
+    until("its beat is gone", lambda: not open_store(memory_url).list("beat-"))
+
+
+_ENDS = """
+import sys, torch, storage
+ckpt = storage.Checkpointer(sys.argv[1])
+ckpt.save(1, {"w": torch.ones(4)})
+if sys.argv[2] == "raises":
+    raise RuntimeError("on purpose")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("returns", 0), ("raises", 1)])
+def test_a_script_that_ends_without_closing_lets_the_run_go(tmp_path: Path, how: str, code: int) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", _ENDS, str(tmp_path / "run"), how], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == code, found.stderr
+    store = open_store(str(tmp_path / "run"))
+    assert store.list("beat-") == []
+    assert [info.key for info in store.list("step-000000001/.metadata")], "what was being saved is committed first"
+
+
 # the heart ------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +291,7 @@ def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
 
 def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
     store = open_store(memory_url)
-    mine, _ = owner.claim(store, "a", 0, "a" * 32)
+    mine, _ = owner.claim(store, owner_of("a", "a"))
     heart = Heart(store, mine, None, interval_s=0.01)
     seen = set[bytes | None]()
     until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
@@ -231,14 +301,14 @@ def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
 
 def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(memory_url)
-    mine, _ = owner.claim(store, "a", 1, "a" * 32)
+    mine, _ = owner.claim(store, owner_of("a", "a", 1))
     heart = Heart(store, mine, None, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
     store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
     before = beat_of(store, mine)
     until("it beats on", lambda: beat_of(store, mine) not in (None, before))
-    owner.claim(store, "b", 0, "b" * 32)
+    owner.claim(store, owner_of("b", "b"))
     until("it stops", lambda: "was taken over" in caplog.text and beat_of(store, mine) is None)
     heart.close()
 
@@ -268,7 +338,7 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
 ) -> None:
     monkeypatch.setattr(alive, "_CLOSE_S", 0.1)
     store = Outage()
-    mine, _ = owner.claim(store, "a", 1, "a" * 32)
+    mine, _ = owner.claim(store, owner_of("a", "a", 1))
     heart = Heart(store, mine, None, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     store.away = True

@@ -304,7 +304,7 @@ def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
 
 
 def test_the_rightful_owner_claims_the_run_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    early = owner.next_owner(None, "a", 1, "paused between its look at the owner and its claim")
+    early = owner.Owner(lineage="a", generation=1, epoch=1, token="paused between its look at the owner and its claim")
     with Checkpointer(str(tmp_path), generation=2, lineage="a") as ckpt:
         for step in (10, 20):
             open_store(str(tmp_path)).put("owner.json", [seal("owner", early)])
@@ -338,11 +338,11 @@ def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
         store.put("step-000000020/attempt-beef2222/__0_0.distcp", [b"started after the look"])
         return {"beef1111"}
 
-    mine = owner.Claim(store, owner.claim(store, "", 0, "token")[0])
+    mine = owner.Claim(store, owner.claim(store, owner.Owner(lineage="", generation=0, epoch=0, token="token"))[0])
     cleaned = retention.clean(store, mine, 3, live, 10)
     assert cleaned == retention.Cleaned([retention.Removal(20, frozenset({"dead0000"}))], ())
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]
-    owner.claim(store, "", 0, "another")
+    owner.claim(store, owner.Owner(lineage="", generation=0, epoch=0, token="another"))
     with pytest.raises(Fenced):
         retention.clean(store, mine, 1, set, 10)
     assert store.folders("step-000000020/") == ["attempt-beef1111", "attempt-beef2222"]

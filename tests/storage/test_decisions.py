@@ -146,10 +146,13 @@ def test_retention_never_touches_what_counts(states: list[StepState], keep: int,
 
 
 def test_claims_count_up_and_generations_do_not_go_back() -> None:
-    first = next_owner(None, "launch-a", 3, "t1")
+    def wanted(lineage: str, generation: int, token: str = "t2", epoch: int = 0) -> Owner:
+        return Owner(lineage=lineage, generation=generation, epoch=epoch, token=token)
+
+    first = next_owner(None, wanted("launch-a", 3, "t1"))
     assert (first.epoch, first.generation) == (1, 3)
-    assert next_owner(first, "launch-a", 3, "t2").epoch == 2
-    assert next_owner(first, "launch-a", 4, "t2").generation == 4
-    assert next_owner(first, "launch-b", 0, "t2") == Owner(lineage="launch-b", generation=0, epoch=2, token="t2")
+    assert next_owner(first, wanted("launch-a", 3)).epoch == 2
+    assert next_owner(first, wanted("launch-a", 4)).generation == 4
+    assert next_owner(first, wanted("launch-b", 0)) == wanted("launch-b", 0, epoch=2)
     with pytest.raises(Fenced, match="generation 2"):
-        next_owner(first, "launch-a", 2, "t2")
+        next_owner(first, wanted("launch-a", 2))

@@ -161,7 +161,7 @@ def test_a_poll_outlasts_an_outage(failing: tuple[str, Failing], operation: str)
     """The coordinator waits for a receipt that comes late, and the store is away meanwhile."""
     _, store = failing
     attempt = commit.Attempt.of_step(10, "a" * 8, 2)
-    claim = owner.Claim(store, owner.claim(store, "", 0, "token")[0])
+    claim = owner.Claim(store, owner.claim(store, owner.Owner(lineage="", generation=0, epoch=0, token="token"))[0])
     left = [3]
 
     def fails(called: str, key: str) -> bool:

@@ -129,7 +129,7 @@ def test_a_judgement_of_an_older_version_sets_nothing_aside(kind: str, make_url:
     judged = store.info(METADATA)
     damage(store, 20)
     assert commit.quarantine(store, judged)
-    owner.claim(store, "a", 0, "b" * 32)
+    owner.claim(store, owner.Owner(lineage="a", generation=0, epoch=0, token="b" * 32))
     with Checkpointer(url, lineage="a") as ckpt:
         ckpt.save(20, state(21), wait=True)
         assert ckpt.wait()
