@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,13 +36,41 @@ class Traffic:
         )
 
 
+class Pins:
+    """Which version of each object a reader has met first; it wants no other one from then on. Thread-safe.
+
+    Parts that are asked for before the first answer is there are asked for unpinned, and compared when they come.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._etags: dict[str, str] = {}
+
+    def of(self, key: str) -> str | None:
+        """The etag to ask for; None as long as none is known."""
+        with self._lock:
+            return self._etags.get(key)
+
+    def met(self, key: str, etag: str) -> None:
+        """Bytes of that version have come; "" says nothing. Raises Corrupt if it is not the first one."""
+        if etag:
+            with self._lock:
+                first = self._etags.setdefault(key, etag)
+            if etag != first:
+                raise Corrupt(f"{key} changed while it was read", key)
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's data objects. `sums`: of the long items of stock DCP, by item."""
+    """A checkpoint's data objects. `sums`: of the long items of stock DCP, by item.
+
+    All that is read of one object through one `pins` is of one version of it, where the store tells versions apart.
+    """
 
     store: ObjectStore
     index: Index
     sums: Mapping[int, RunningSum] = field(default_factory=dict)
+    pins: Pins = field(default_factory=Pins)
 
     def fetch(self, part: Part, memories: Sequence[memoryview]) -> None:
         """Fill the memory of each of the part's segments, and verify it.
@@ -63,9 +92,7 @@ class Source:
             views += [scratch(segment.start - end), memory]
             end = segment.stop
         views.append(scratch(part.stop - end))
-        key = self._key(part)
-        with blaming(key):
-            self.store.read_into(key, part.start, [view for view in views if view.nbytes])
+        self._read_into(self._key(part), part.start, [view for view in views if view.nbytes])
 
     def verify(self, part: Part, memories: Sequence[memoryview]) -> None:
         """Compare the segments with their checksums, or add them to the sums of their items. Raises Corrupt."""
@@ -86,9 +113,12 @@ class Source:
         """Bytes of the item's object from `start` on, unverified. Raises Corrupt."""
         memory = scratch(size_bytes)
         key = self.index.prefix + self.index.objects[int(self.index.columns.object[item])].name
-        with blaming(key):
-            self.store.read_into(key, start, [memory])
+        self._read_into(key, start, [memory])
         return memory
+
+    def _read_into(self, key: str, start: int, views: Sequence[memoryview]) -> None:
+        with blaming(key):
+            self.pins.met(key, self.store.read_into(key, start, views, if_match=self.pins.of(key)))
 
     def _key(self, part: Part) -> str:
         return self.index.prefix + self.index.objects[part.object].name

@@ -97,8 +97,8 @@ class FsspecStore:
     def _ahead(size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
         return windowed(pool, lambda part: fetch(*part), parts_of_size(size_bytes), _NUM_PARTS_AHEAD)
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        """See `ObjectStore.read_into`."""
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        """See `ObjectStore.read_into`. Tells no etag: what is known of the object was asked for before it was read."""
         path, size_bytes = self._path(key), sum(buffer.nbytes for buffer in buffers)
         with self._translated(key):
             info = self.info(key)
@@ -113,6 +113,7 @@ class FsspecStore:
         for buffer in buffers:
             buffer[:] = data[at : at + buffer.nbytes]
             at += buffer.nbytes
+        return ""
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""

@@ -61,7 +61,7 @@ class MemoryStore:
         """See `StreamingStore.put_from`."""
         return self.put(key, run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)]))
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`."""
         data, etag = self._get(key)
         if if_match is not None and etag != if_match:
@@ -73,6 +73,7 @@ class MemoryStore:
         for buffer in buffers:
             buffer[:] = view[offset : offset + buffer.nbytes]
             offset += buffer.nbytes
+        return etag
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""

@@ -94,10 +94,13 @@ class ObjectStore(Protocol):
             Transient, Denied: see `storage.errors`.
         """
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """Fill `buffers`, one after the other, with the object's bytes from `offset` on.
 
         The buffers are writable, C-contiguous, of format `B`. One call is one request on a remote store.
+
+        Returns:
+            The etag of the very version that the bytes are from; "" where the store does not say it with them.
 
         Raises:
             NotFound: no such object.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import socket
@@ -70,7 +71,7 @@ def read_items(
             assert requests is not None
             index = learn_crcs(group, index, requests)
         assert requests is not None
-        source = Source(store, index, requests.sums)
+        source = dataclasses.replace(source, index=index, sums=requests.sums)
         if group is not None and together and _share(store, group, requests):
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)

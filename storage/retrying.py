@@ -54,9 +54,9 @@ class RetryingStore:
 
         return self._retrier.call(f"put {key}", attempt)
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. What a broken read has brought is not fetched again."""
-        read_resuming(self._store, self._retrier, key, offset, buffers, if_match)
+        return read_resuming(self._store, self._retrier, key, offset, buffers, if_match)
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
@@ -86,14 +86,14 @@ def read_resuming(
     offset: int,
     buffers: Sequence[memoryview],
     if_match: str | None,
-) -> None:
+) -> str:
     """`store.read_into`, going on where a broken read ended, in the same version of the object."""
     rest, at, etag = list(buffers), offset, if_match
 
-    def attempt() -> None:
+    def attempt() -> str:
         nonlocal rest, at, etag
         try:
-            store.read_into(key, at, rest, if_match=etag)
+            return store.read_into(key, at, rest, if_match=etag)
         except Interrupted as error:
             if error.received_bytes:
                 rest, at, etag = skip(rest, error.received_bytes), at + error.received_bytes, etag or error.etag or None
@@ -102,7 +102,7 @@ def read_resuming(
     def progressed(error: Transient) -> bool:
         return isinstance(error, Interrupted) and error.received_bytes > 0
 
-    retrier.call(f"read {key} from byte {offset}", attempt, progressed)
+    return retrier.call(f"read {key} from byte {offset}", attempt, progressed)
 
 
 def skip(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:

@@ -23,6 +23,7 @@ from storage.s3.probe import honours_conditional_deletes, honours_conditions
 T = TypeVar("T")
 
 _OK = (200, 204, 206)
+_WEAK = "W/"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 _verdicts: dict[tuple[str, str], bool] = {}
@@ -85,27 +86,29 @@ class Bucket:
         etag = self._exchange("put", "PUT", key, "", headers, views, _etag_of, with_condition)
         return ObjectInfo(key, size_bytes, etag)
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`; a body that breaks off raises Interrupted."""
         views = views_of(buffers)
         size_bytes = sum(view.nbytes for view in views)
         if not size_bytes:
-            self._check_empty_read(self.info(key), offset, if_match)
-            return
+            info = self.info(key)
+            self._check_empty_read(info, offset, if_match)
+            return info.etag
         headers = {"Range": f"bytes={offset}-{offset + size_bytes - 1}", "Accept-Encoding": "identity"}
-        if if_match is not None:
+        if if_match and not if_match.startswith(_WEAK):  # servers let no weak one match; `_check_range` compares it
             headers["If-Match"] = f'"{if_match}"'
 
-        def consume(answered: Answered) -> None:
+        def consume(answered: Answered) -> str:
             self._check_range(key, answered, offset, size_bytes, if_match)
             try:
                 answered.read_into(views)
             except Interrupted as error:
                 error.args = (f"read {self._what(key)}: {error}",)
-                error.etag = _bare(error.etag)
+                error.etag = _read_etag(error.etag)
                 raise
+            return _read_etag(answered.headers.get("ETag", ""))
 
-        self._exchange("read", "GET", key, "", headers, (), consume)
+        return self._exchange("read", "GET", key, "", headers, (), consume)
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
@@ -270,7 +273,7 @@ class Bucket:
         return f"s3://{self._location.bucket}/{self._location.prefix}{key}"
 
     def _check_empty_read(self, info: ObjectInfo, offset: int, if_match: str | None) -> None:
-        if if_match not in (None, info.etag):
+        if if_match and info.etag != _bare(if_match):
             raise Corrupt(f"{self._what(info.key)} changed while it was read")
         if offset > info.size_bytes:
             raise Corrupt(f"{self._what(info.key)} is shorter than it must be ({info.size_bytes} bytes)")
@@ -278,7 +281,7 @@ class Bucket:
     def _check_range(self, key: str, answered: Answered, offset: int, size_bytes: int, if_match: str | None) -> None:
         """Whether this is the answer to what was asked: not every proxy and server keeps to ranges and conditions."""
         etag = _bare(answered.headers.get("ETag", ""))
-        if if_match is not None and etag != if_match:
+        if if_match and etag != _bare(if_match):
             raise Corrupt(f"{self._what(key)} changed while it was read")
         match = _CONTENT_RANGE.fullmatch(answered.headers.get("Content-Range", ""))
         if answered.status != 206 or match is None or int(match[1]) != offset:
@@ -300,7 +303,12 @@ def _etag_of(answered: Answered) -> str:
 
 def _bare(etag: str) -> str:
     """Without its quotes: some servers leave them out in some places."""
-    return etag.removeprefix("W/").strip('"')
+    return etag.removeprefix(_WEAK).strip('"')
+
+
+def _read_etag(etag: str) -> str:
+    """Of an answer to a read: it says whether it is weak."""
+    return (_WEAK if etag.startswith(_WEAK) else "") + _bare(etag)
 
 
 def _is_key(name: str) -> bool:

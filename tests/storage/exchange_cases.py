@@ -144,13 +144,13 @@ class Counting(LocalStore):
         self._fail_at = fail_at
         self._lock = threading.Lock()
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         with self._lock:
             if self.num_reads == self._fail_at:
                 raise Transient("out of order")
             self.num_reads += 1
             self.read_bytes += sum(buffer.nbytes for buffer in buffers)
-        super().read_into(key, offset, buffers, if_match=if_match)
+        return super().read_into(key, offset, buffers, if_match=if_match)
 
     def read(self, key: str) -> bytes:
         data = super().read(key)

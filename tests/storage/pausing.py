@@ -41,9 +41,9 @@ class PausingStore:
         self._pause(f"put {key}")
         return self._store.put(key, buffers, if_absent=if_absent)
 
-    def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> str:
         self._pause(f"read_into {key}")
-        self._store.read_into(key, offset, buffers, if_match=if_match)
+        return self._store.read_into(key, offset, buffers, if_match=if_match)
 
     def read(self, key: str) -> bytes:
         self._pause(f"read {key}")

@@ -298,9 +298,10 @@ def silent_rank(folder: str) -> str:
 class BadMemory(LocalStore):
     """Every byte that is read into memory arrives with a flipped bit."""
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        super().read_into(key, offset, buffers, if_match=if_match)
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
         buffers[-1][-1] ^= 1
+        return etag
 
 
 def bad_reader(folder: str) -> str:
@@ -317,7 +318,7 @@ def bad_reader(folder: str) -> str:
 class Unreachable(LocalStore):
     """Data objects cannot be read."""
 
-    def read_into(self, key: str, *args: Any, **kwargs: Any) -> None:
+    def read_into(self, key: str, *args: Any, **kwargs: Any) -> str:
         raise Transient("unreachable")
 
 

@@ -202,11 +202,12 @@ class Flipping(MemoryStore):
 
     left = 1
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        super().read_into(key, offset, buffers, if_match=if_match)
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
         if self.left:
             self.left -= 1
             buffers[0][0] ^= 1
+        return etag
 
 
 class Replacing(MemoryStore):
@@ -214,11 +215,12 @@ class Replacing(MemoryStore):
 
     replacement: bytes | None = None
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        super().read_into(key, offset, buffers, if_match=if_match)
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
         self.delete("step-000000020/.metadata")
         if self.replacement is not None:
             self.put("step-000000020/.metadata", [self.replacement])
+        return etag
 
 
 def filled(store: MemoryStore, source: Path) -> str:
@@ -448,9 +450,9 @@ def test_no_object_is_read_whole(source: Path, monkeypatch: pytest.MonkeyPatch) 
     """However large it is, it is in memory in parts."""
     lengths, read_into = list[int](), MemoryStore.read_into
 
-    def seen(self: MemoryStore, key: str, offset: int, buffers: Any, **kwargs: Any) -> None:
+    def seen(self: MemoryStore, key: str, offset: int, buffers: Any, **kwargs: Any) -> str:
         lengths.append(sum(buffer.nbytes for buffer in buffers))
-        read_into(self, key, offset, buffers, **kwargs)
+        return read_into(self, key, offset, buffers, **kwargs)
 
     store = MemoryStore("x")
     url = filled(store, source)

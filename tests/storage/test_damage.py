@@ -49,11 +49,12 @@ class BadMemory(MemoryStore):
 
     num_bad = 0
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        super().read_into(key, offset, buffers, if_match=if_match)
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
         if self.num_bad:
             self.num_bad -= 1
             buffers[-1][-1] ^= 1
+        return etag
 
 
 def test_damage_that_is_not_there_when_looked_for_again_sets_nothing_aside(memory_url: str, events: Events) -> None:

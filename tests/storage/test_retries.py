@@ -190,12 +190,11 @@ class Breaking(MemoryStore):
             raise self.after.pop(0)
         return info
 
-    def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> str:
         wanted = sum(buffer.nbytes for buffer in buffers)
         self.reads.append((offset, wanted))
         if not self.break_after:
-            super().read_into(key, offset, buffers, if_match=if_match)
-            return
+            return super().read_into(key, offset, buffers, if_match=if_match)
         left = received = min(self.break_after.pop(0), wanted)
         etag = self.info(key).etag
         for buffer in buffers:
