@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
+from storage.columns import Ints
 from storage.index import Entry, Index
 
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -24,6 +25,8 @@ _VERSION = "1.0.0"  # DCP's own version of this layout (filesystem.CURRENT_DCP_V
 # the opcodes used (Lib/pickletools.py): ( MARK  ) EMPTY_TUPLE  ] EMPTY_LIST  } EMPTY_DICT  \x81 NEWOBJ  b BUILD
 # R REDUCE  \x85 TUPLE1  t TUPLE  e APPENDS  u SETITEMS  c GLOBAL  j LONG_BINGET  r LONG_BINPUT  N None  \x89 False
 _NEW = b")\x81"
+_NUM_SHARDINGS = 64  # remembered at most; a model has few, each of many tensors
+_INT32 = struct.Struct("<ci").pack
 
 
 def dump_metadata(index: Index, save_id: str) -> bytes:
@@ -39,6 +42,7 @@ class _Writer:
         self._save_id = save_id
         self._memo: dict[object, bytes] = {}  # opcodes that fetch what the unpickler remembers under a name
         self._heads: dict[str, bytes] = {}
+        self._shardings: dict[object, bytes] = {}  # the chunks of tensors that are sharded alike
 
     def opcodes(self) -> Iterator[bytes]:
         yield b"\x80\x04" + self._global(_DCP, "Metadata") + _NEW + b"}(" + self._text("state_dict_metadata") + b"}("
@@ -51,48 +55,69 @@ class _Writer:
             yield self._text(key) + b"(" + b"".join(parts) + b"t"
         yield b"u" + self._text("storage_data") + b"}("
         for key, entry in self._index.entries.items():
-            yield from self._places(key, entry)
+            if entry.last > entry.first:
+                yield self._places(key, entry)
         yield b"u" + self._text("storage_meta") + self._storage_meta()
         yield self._text("version") + self._text(_VERSION) + b"ub."
 
     def _tensor(self, entry: Entry) -> Iterator[bytes]:
         yield self._global(_DCP, "TensorStorageMetadata") + _NEW + b"}(" + self._text("properties")
         yield self._properties(entry.dtype) + self._text("size") + self._size(entry.shape)
-        yield self._text("chunks") + b"]("
+        yield self._text("chunks") + b"](" + self._chunks(entry) + b"eub"
+
+    def _chunks(self, entry: Entry) -> bytes:
+        columns, span = self._index.columns, slice(entry.first, entry.last)
+        # the number as well: boxes of no dimensions are no bytes, however many
+        sharding = (
+            entry.last - entry.first,
+            len(entry.shape),
+            *(column[span].tobytes() for column in (columns.offsets, columns.sizes)),
+        )
+        known = self._shardings.get(sharding)
+        if known is not None:
+            return known
+        num_remembered = len(self._memo)
+        parts: list[bytes] = []
         for offsets, sizes in zip(self._boxes(entry, "offsets"), self._boxes(entry, "sizes"), strict=True):
             head = self._head(_DCP, "ChunkStorageMetadata", "offsets")
-            yield b"".join((head, self._size(offsets), self._text("sizes"), self._size(sizes), b"ub"))
-        yield b"eub"
+            parts += head, self._size(offsets), self._text("sizes"), self._size(sizes), b"ub"
+        chunks = b"".join(parts)
+        if len(self._memo) == num_remembered and len(self._shardings) < _NUM_SHARDINGS:
+            self._shardings[sharding] = chunks  # it only fetches: so the next tensor with these shards says the same
+        return chunks
 
-    def _places(self, key: str, entry: Entry) -> Iterator[bytes]:
-        columns, name_of, text, size = self._index.columns, self._index.objects, self._text, self._size
+    def _places(self, key: str, entry: Entry) -> bytes:
+        columns, objects = self._index.columns, self._index.objects
         span = slice(entry.first, entry.last)
         rows = zip(
-            self._boxes(entry, "offsets"),
+            self._corners(entry),
             columns.object[span].tolist(),
-            columns.offset[span].tolist(),
-            columns.length[span].tolist(),
+            _integers(columns.offset[span]),
+            _integers(columns.length[span]),
             strict=True,
         )
-        for number, (box, where, offset, length) in enumerate(rows):
-            place = text("offset") + size(box) if entry.is_tensor else b""
-            yield b"".join(
-                (
-                    self._head(_DCP, "MetadataIndex", "fqn"),
-                    text(key),
-                    text("index"),
-                    _integer(number) if entry.is_tensor else b"N",
-                    place,
-                    b"ub",
-                    self._head(_FILESYSTEM, "_StorageInfo", "relative_path"),
-                    text(name_of[where].name),
-                    text("offset"),
-                    _integer(offset),
-                    text("length"),
-                    _integer(length),
-                    b"ub",
-                )
-            )
+        words, known_words = self._place_words(key), self._place_words(key)
+        parts: list[bytes] = []
+        for corner, where, offset, length in rows:
+            before, between, at, long = words
+            parts += before, corner, between, self._text(objects[where].name), at, offset, long, length, b"ub"
+            words = known_words
+        return b"".join(parts)
+
+    def _place_words(self, key: str) -> tuple[bytes, bytes, bytes, bytes]:
+        """What is the same in all places of a key: before the item's number, between its corner and its object's name,
+        before its offset, and before its length.
+        """
+        before = self._head(_DCP, "MetadataIndex", "fqn") + self._text(key) + self._text("index")
+        between = b"ub" + self._head(_FILESYSTEM, "_StorageInfo", "relative_path")
+        return before, between, self._text("offset"), self._text("length")
+
+    def _corners(self, entry: Entry) -> list[bytes]:
+        """Number and offsets of each item of a tensor, whose offsets are remembered from its chunks."""
+        if not entry.is_tensor:
+            return [b"N"] * (entry.last - entry.first)
+        boxes = enumerate(self._boxes(entry, "offsets"))
+        return [_integer(number) + self._text("offset") + self._size(box) for number, box in boxes]
 
     def _boxes(self, entry: Entry, name: str) -> Iterator[tuple[int, ...]]:
         column = getattr(self._index.columns, name)
@@ -146,6 +171,11 @@ class _Writer:
             return known
         numbers = b"".join(map(_integer, size))
         return self._once(("size", size), self._global("torch", "Size") + b"(" + numbers + b"t\x85R")
+
+
+def _integers(column: Ints) -> list[bytes]:
+    """`_integer` of each; most take the one form that is written here."""
+    return [_INT32(b"J", number) if 255 < number < 1 << 31 else _integer(number) for number in column.tolist()]
 
 
 @functools.lru_cache(1 << 12)

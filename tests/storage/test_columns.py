@@ -32,7 +32,7 @@ from storage.manifest import (
 
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
 BLOCK_SIZE_BYTES = 16384
-SHAPES = {"scalar": (), "vector": (1000,), 'odd "key" \u00e9': (300, 1 << 33), "cube": (4, 5, 6)}
+SHAPES = {"scalar": (), "vector": (2,), "other": (300, 1 << 33), "another scalar": (), 'odd "key" é': (2,)}
 CONTENTS = Contents(
     tensors={key: TensorEntry(dtype="float32", shape=shape, path=(key, 3)) for key, shape in SHAPES.items()},
     values={"value": ValueEntry(path=("value",))},
