@@ -227,7 +227,13 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     manifest_bytes = dump_manifest(manifest)
     with contextlib.suppress(AlreadyExists):  # a copy that was killed has put it (see `storage.copying`)
         store.put(manifest_key, [manifest_bytes], if_absent=True)
-    if _read_back(store, manifest_key, manifest_bytes) != manifest_bytes:
+    found = _read_back(store, manifest_key, manifest_bytes)
+    if found != manifest_bytes and claim is None and not catalog.is_checkpoint(store, attempt.prefix):
+        # half of it, or damaged: nobody but copies of this very checkpoint puts it, and none has committed
+        log.warning("%s at %s is not what it must be; it is put again", manifest_key, store.url)
+        store.put(manifest_key, [manifest_bytes])
+        found = _read_back(store, manifest_key, manifest_bytes)
+    if found != manifest_bytes:
         raise Corrupt(f"{manifest_key} is not what was written")
     # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
     store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
@@ -238,9 +244,13 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
 def put_metadata(store: ObjectStore, prefix: str, metadata: bytes) -> None:
     """Put the `.metadata` of `prefix`, and believe what is read back more than how the put was answered.
 
+    What was set aside stays so as long as the copy that says it is there: a good copy puts the same bytes again.
+
     Raises AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
     """
     key = prefix + layout.METADATA
+    if _lies_set_aside(store, prefix, metadata):
+        return
     replaces = _make_way(store, prefix)
     doubt: StorageError | None = None
     try:
@@ -370,6 +380,11 @@ def _withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
             store.delete_version(info.key, info.etag)
         else:
             store.put(prefix + layout.quarantined_name(metadata), [metadata])
+
+
+def _lies_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
+    """Whether that very `.metadata` is there, and counts for nothing: to remove it would hit one that counts again."""
+    return _read_if_there(store, prefix + layout.METADATA) == metadata and catalog.is_set_aside(store, prefix, metadata)
 
 
 def _make_way(store: ObjectStore, prefix: str) -> bool:

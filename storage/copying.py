@@ -14,19 +14,19 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from storage import catalog, commit, inspect, layout
+from storage import catalog, commit, garbage, inspect, layout
 from storage.commit import Attempt
-from storage.copyplan import BlockCheck, DataObject, choose, objects_of
+from storage.copyplan import DataObject, choose, objects_of
 from storage.errors import AlreadyExists, Corrupt, NoCheckpoint, NotFound, StorageError, UsageError
-from storage.fetch import scratch
 from storage.inspect import Location
 from storage.manifest import Manifest, ObjectEntry
-from storage.objects import MultipartStore, ObjectInfo, ObjectStore, StreamingStore, parts_of_size
+from storage.objects import MultipartStore, ObjectStore, StreamingStore, parts_of_size
 from storage.parallel import run_all
+from storage.passage import Advance, Passage
 from storage.registry import open_store
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ NUM_OBJECTS_AT_ONCE = 4
 NUM_PARTS_AT_ONCE = 16
 """Of all objects together: they hold 16 MiB each, more where the target wants larger parts."""
 
-Advance = Callable[[int], None]
+ABANDONED_AGE_S = 24 * 3600.0
+"""An unfinished upload of this age has nobody who works on it, as `ckpt gc` takes it."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,17 @@ def _removed(errand: Errand) -> Outcome:
 
 
 class Copier:
-    """Copies what `look` has found. `advance` is told of bytes, from any thread; fewer, where some must go again."""
+    """Copies what `look` has found. `advance` is told of bytes, from any thread; fewer, where some must go again.
 
-    def __init__(self, source: ObjectStore, target: ObjectStore, advance: Advance = lambda num_bytes: None) -> None:
+    `now_unix_s` is when it begins: what others have begun long before it is given up for dead.
+    """
+
+    def __init__(
+        self, source: ObjectStore, target: ObjectStore, now_unix_s: float, advance: Advance = lambda num_bytes: None
+    ) -> None:
         self._source = source
         self._target = target
+        self._now_unix_s = now_unix_s
         self._advance = advance
         self._stop = threading.Event()
 
@@ -223,6 +230,7 @@ class Copier:
 
         Raises:
             UsageError: meanwhile the target got another checkpoint there.
+            StorageError: something is gone from the target that was just there, or nothing can be created there.
             Fenced: a job at the target has removed what was copied, before it was committed.
             Transient, Denied, Unconfirmed: by a store.
         """
@@ -238,10 +246,15 @@ class Copier:
                 outcome = _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
                 if outcome.state != "present":
                     return outcome
-        except (Corrupt, NotFound) as error:
+        except Corrupt as error:
             if self._is_replaced(errand, found.metadata):
                 return _removed(errand)
             return Outcome(errand.folder, errand.step, "damaged", str(error))
+        except NotFound as error:  # what lacks in the source is Corrupt
+            raise StorageError(
+                f"{errand.folder or 'the checkpoint'} cannot be written to {self._target.url}: {error}; nothing can be "
+                "created there, or another program works on it at the same time"
+            ) from error
         sizes = [entry.size_bytes for entry in found.objects]
         sent_bytes = sum(size for size, was_sent in zip(sizes, sent, strict=True) if was_sent)
         num_sent, present_bytes = sum(sent), sum(sizes) - sent_bytes
@@ -283,17 +296,17 @@ class Copier:
                 self._stop.set()  # after an interrupt as well, what is under way ends with its next part
 
     def _abort_uploads(self, found: Found) -> None:
-        """Parts that a killed copy has left would cost money for ever: nobody can go on with its uploads."""
+        """Parts that a killed copy has left would cost money for ever: nobody can go on with its uploads.
+
+        Younger ones may be of another copy that is under way.
+        """
         if not isinstance(self._target, MultipartStore):
             return
         keys = {found.errand.target_prefix + entry.name for entry in found.objects}
-        for upload in self._target.uploads():
-            if upload.key in keys:
-                try:
-                    self._target.abort(upload)
-                except NotFound:
-                    continue
-                log.info("removed the parts of an upload of %s that was not finished", upload.key)
+        uploads = [upload for upload in self._target.uploads() if upload.key in keys]
+        for old in garbage.of_uploads(uploads, self._now_unix_s - ABANDONED_AGE_S):
+            garbage.remove(self._target, old)
+            log.info("removed the parts of an upload of %s that was not finished", old.name)
 
     def _ensure(self, found: Found, entry: DataObject, parts: ThreadPoolExecutor) -> bool:
         """Have the object at the target; whether it had to be sent."""
@@ -312,8 +325,13 @@ class Copier:
 
     def _is_there(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> bool:
         """Whether every byte of what lies at the target is right."""
-        theirs = self._passage(self._target, target_key, entry, self._advance)
-        ours = None if entry.blocks else self._passage(self._source, source_key, entry, lambda num_bytes: None)
+        try:
+            theirs = Passage(self._target, target_key, entry, self._advance, self._stop, is_owed=False)
+        except NotFound:
+            return False  # removed since it was listed
+        ours = None
+        if not entry.blocks:
+            ours = Passage(self._source, source_key, entry, lambda num_bytes: None, self._stop, is_owed=True)
 
         def same(offset: int, length: int) -> bool:
             memory = theirs.fetch(offset, length)
@@ -322,13 +340,14 @@ class Copier:
         try:
             if all(run_all(parts, [functools.partial(same, *part) for part in parts_of_size(entry.size_bytes)])):
                 return True
-        except Corrupt as error:
+        except (Corrupt, NotFound) as error:
             log.warning("%s at the target is sent again: %s", target_key, error)
         theirs.take_back()
         return False
 
     def _send(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> None:
-        passage = self._passage(self._source, source_key, entry, self._advance)
+        """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
+        passage = Passage(self._source, source_key, entry, self._advance, self._stop, is_owed=True)
         try:
             if isinstance(self._target, StreamingStore):
                 self._target.put_from(target_key, entry.size_bytes, passage.fetch, parts)
@@ -338,59 +357,16 @@ class Copier:
             passage.take_back()
             raise
 
-    def _passage(self, store: ObjectStore, key: str, entry: DataObject, advance: Advance) -> _Passage:
-        """Raises NotFound, Corrupt."""
-        info = store.info(key)
-        if info.size_bytes != entry.size_bytes:
-            raise Corrupt(f"{key} has {info.size_bytes} bytes, and must have {entry.size_bytes}")
-        check = BlockCheck(key, entry.blocks) if entry.blocks else None
-        return _Passage(store, info, check, advance, self._stop)
-
     def _publish(self, found: Found) -> None:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
         prefix, manifest = found.errand.target_prefix, found.manifest
         listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
         entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
         catalog.check_objects(self._target, prefix, entries, listed)
-        # what was found damaged here is whole again
-        self._target.delete(prefix + layout.quarantined_name(found.metadata))
         if manifest is None:
             commit.put_metadata(self._target, prefix, found.metadata)
-            return
-        attempt = Attempt(prefix, manifest.step, manifest.attempt, manifest.world_size)
-        commit.publish(self._target, attempt, manifest, found.metadata, claim=None)
-
-
-class _Passage:
-    """One pass over an object: what is read of it is checked and counted. Thread-safe."""
-
-    def __init__(
-        self, store: ObjectStore, info: ObjectInfo, check: BlockCheck | None, advance: Advance, stop: threading.Event
-    ) -> None:
-        self._store = store
-        self._info = info
-        self._check = check
-        self._advance = advance
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._num_bytes = 0
-
-    def fetch(self, offset: int, length: int) -> memoryview:
-        """Those bytes, in the version of the object that the pass began with. Raises Corrupt, NotFound."""
-        if self._stop.is_set():
-            raise StorageError(f"{self._info.key} is not copied: another object could not be")
-        memory = scratch(length)
-        if length:
-            self._store.read_into(self._info.key, offset, [memory], if_match=self._info.etag)
-            if self._check is not None:
-                self._check.take(offset, memory)
-        with self._lock:
-            self._num_bytes += length
-        self._advance(length)
-        return memory
-
-    def take_back(self) -> None:
-        """What has passed counts for nothing."""
-        with self._lock:
-            num_bytes, self._num_bytes = self._num_bytes, 0
-        self._advance(-num_bytes)
+        else:
+            attempt = Attempt(prefix, manifest.step, manifest.attempt, manifest.world_size)
+            commit.publish(self._target, attempt, manifest, found.metadata, claim=None)
+        # what was found damaged here is whole again; last, so that whoever dies before this leaves it set aside
+        self._target.delete(prefix + layout.quarantined_name(found.metadata))

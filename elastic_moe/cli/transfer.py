@@ -17,7 +17,8 @@ from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import copying, inspect
-from storage.copying import Advance, Copier, Found, Outcome
+from storage.copying import Copier, Found, Outcome
+from storage.passage import Advance
 from storage.retries import Retries
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _copy(args: argparse.Namespace) -> int:
     else:
         total_bytes = sum(row.size_bytes for row in looked if isinstance(row, Found))
         with _progress(total_bytes, args.quiet) as advance:
-            copier = Copier(source.store, target.store, advance)
+            copier = Copier(source.store, target.store, time.time(), advance)
             outcomes = [copier.copy(row) if isinstance(row, Found) else row for row in looked]
     seconds = time.monotonic() - started_s
     retries = _sum(source.store.retries.snapshot(), target.store.retries.snapshot())

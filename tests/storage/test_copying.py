@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from elastic_moe.cli.transfer import ProgressLines
 from storage import Checkpointer, catalog, copying, inspect, memory, open_store, register_scheme, writing
@@ -301,12 +303,15 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
     make_url: Callable[[str], str],
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server: S3Server | None = request.getfixturevalue("juicefs") if kind == "juicefs" else None
     environment = server.environment if server else {}
     base, original = make_url(kind), {k: v for k, v in contents(str(source)).items() if "20/" in k}
     data = {key: len(value) for key, value in original.items() if key.endswith(".distcp")}
     killed = []
+    later_unix_s = time.time() + copying.ABANDONED_AGE_S + 3600.0
+    monkeypatch.setattr(transfer.time, "time", lambda: later_unix_s)  # uploads of the dead are given up by then
     # locally 5 objects, 2 manifests, .metadata; on S3 one of the objects is 3 parts and their completion
     for number in (0, 3, 5, 7) if server is None else (5, 7, 9, 10):
         path, mark, query = base.partition("?")
@@ -463,6 +468,6 @@ def test_no_object_is_read_whole(source: Path, monkeypatch: pytest.MonkeyPatch) 
     found = copying.look(store, target.store, errand)
     assert isinstance(found, copying.Found)
     advanced: list[int] = []
-    assert copying.Copier(store, target.store, advanced.append).copy(found).state == "copied"
+    assert copying.Copier(store, target.store, 0.0, advanced.append).copy(found).state == "copied"
     assert max(lengths) == 1 << 20
     assert sum(advanced) == sum(lengths) == found.size_bytes

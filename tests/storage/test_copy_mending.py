@@ -1,0 +1,199 @@
+"""Copies over what is damaged, half or set aside at the target, and beside other copies that are under way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_moe.cli import transfer
+from elastic_moe.cli.main import main
+from storage import Checkpointer, commit, inspect, open_store, register_scheme
+from storage.errors import NotFound
+from storage.memory import MemoryStore
+from storage.objects import Fetch, ObjectInfo, ObjectStore, Upload
+from storage.s3.store import S3Store
+
+METADATA = "step-000000020/.metadata"
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with step 20; nobody writes to it."""
+    folder = str(tmp_path_factory.mktemp("source"))
+    with Checkpointer(folder) as ckpt:
+        ckpt.save(20, {"w": torch.arange(3_000_000.0), "n": 1}, wait=True)
+        assert ckpt.wait()
+    return folder
+
+
+def url_of(store: Any) -> str:
+    scheme = f"mending-{next(_names)}"
+    register_scheme(scheme, lambda rest: store)
+    return f"{scheme}://run"
+
+
+def push(source: str, store: Any) -> int:
+    return main(["ckpt", "push", source, url_of(store), "--quiet"])
+
+
+def state_of(store: Any) -> str:
+    (row,) = inspect.summaries(inspect.locate(url_of(store)))
+    return row.state
+
+
+def damage(store: ObjectStore, ending: str) -> None:
+    """Flip a bit of the step's objects of that kind."""
+    for info in store.list("step-000000020/"):
+        if info.key.endswith(ending):
+            data = bytearray(store.read(info.key))
+            data[len(data) // 2] ^= 1
+            store.put(info.key, [data])
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Mortal:
+    """A store whose user dies before its write number `die_at`. `is_plain`: it cannot delete one version only."""
+
+    def __init__(self, store: MemoryStore, die_at: int, is_plain: bool) -> None:
+        self._store = store
+        self._left = die_at
+        self._is_plain = is_plain
+        self.died_before = ""
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_plain and name in ("deletes_conditionally", "delete_version"):
+            raise AttributeError(name)
+        method = getattr(self._store, name)
+        if name not in ("put", "put_from", "delete", "delete_version"):
+            return method
+
+        def call(key: str, *args: Any, **kwargs: Any) -> Any:
+            if self._left == 0:
+                self.died_before = self.died_before or f"{name} {key}"
+                raise Killed
+            self._left -= 1
+            return method(key, *args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_copy_that_dies_anywhere_over_what_is_set_aside_loses_nothing(source: str, is_plain: bool) -> None:
+    """It is set aside until it is whole, and the next copy mends it."""
+    seen = []
+    for die_at in itertools.count():
+        inner = MemoryStore("x")
+        alive = Mortal(inner, -1, is_plain)
+        assert push(source, alive) == 0
+        damage(inner, ".distcp")
+        assert commit.quarantine(alive, inner.info(METADATA))  # type: ignore[arg-type]
+        assert state_of(alive) == "quarantined"
+        mortal = Mortal(inner, die_at, is_plain)
+        if not is_killed(source, mortal):
+            break
+        seen.append(mortal.died_before)
+        assert state_of(alive) == "quarantined", mortal.died_before
+        assert push(source, alive) == 0
+        assert state_of(alive) == "committed", mortal.died_before
+        assert not inspect.verify(inner, "step-000000020/").problems
+    assert not inspect.verify(inner, "step-000000020/").problems
+    assert seen[-1].startswith("delete step-000000020/quarantined-")
+    assert (f"put {METADATA}" in seen) == (not is_plain)  # else it is there, and counts once the marker is gone
+
+
+def is_killed(source: str, store: Mortal) -> bool:
+    try:
+        push(source, store)
+    except Killed:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_a_manifest_of_a_dead_copy_that_is_damaged_is_put_again(source: str, is_half: bool) -> None:
+    store = MemoryStore("x")
+    assert push(source, store) == 0
+    store.delete(METADATA)
+    if is_half:
+        (key,) = (info.key for info in store.list("") if "attempt-" in info.key and info.key.endswith("manifest.json"))
+        store.put(key, [store.read(key)[:100]])
+    else:
+        damage(store, "manifest.json")
+    assert push(source, store) == 0
+    assert state_of(store) == "committed"
+    assert not inspect.verify(store, "step-000000020/").problems
+
+
+# beside other copies --------------------------------------------------------------------------------------------
+
+
+class Vanishing(MemoryStore):
+    """An upload in parts that somebody aborts while it is under way."""
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        fetch(0, min(size_bytes, 1000))
+        raise NotFound(f"the upload of {key} does not exist")
+
+
+def test_what_lacks_at_the_target_is_no_damage(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(source, Vanishing("x")) == 1
+    told = capsys.readouterr()
+    assert "DAMAGED" not in told.out
+    assert told.err.count("\n") == 1
+    assert "step-000000020 cannot be written to memory://x" in told.err
+    assert main(["ckpt", "push", source, "/proc/no-such-place", "--quiet"]) == 1
+    told = capsys.readouterr()
+    assert "DAMAGED" not in told.out
+    assert "cannot be written to /proc/no-such-place" in told.err
+
+
+class Lacking(MemoryStore):
+    """A store whose data objects go while they are read."""
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+        raise NotFound(f"{key} is not there")
+
+
+def test_what_lacks_in_the_source_is_damage(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Lacking("x")
+    assert push(source, store) == 0
+    capsys.readouterr()
+    assert main(["ckpt", "pull", url_of(store), f"memory://lacking-{next(_names)}", "--quiet", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["steps"]
+    assert row["state"] == "damaged"
+    assert row["reason"].endswith(".distcp is missing")
+
+
+def test_only_uploads_of_long_ago_are_given_up(
+    source: str, make_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A younger one may be of another copy, which still sends its parts. (moto says of all uploads: of 2010.)"""
+    url = make_url("juicefs")
+    target = open_store(url)
+    assert isinstance(target, S3Store)
+    name = next(info.key for info in open_store(source).list("") if info.key.endswith(".distcp"))
+    begun = target._bucket.create_upload(name)
+
+    def ids() -> list[str]:
+        found: Sequence[Upload] = target.uploads()
+        return [upload.id for upload in found if upload.key == name]
+
+    assert main(["ckpt", "push", source, url, "--quiet"]) == 0
+    assert ids() == [begun]
+    target.delete(METADATA)
+    now_unix_s = time.time()
+    monkeypatch.setattr(transfer.time, "time", lambda: now_unix_s + 25 * 3600.0)
+    assert main(["ckpt", "push", source, url, "--quiet"]) == 0
+    assert ids() == []
