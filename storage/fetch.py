@@ -95,12 +95,14 @@ class Source:
         self._read_into(self._key(part), part.start, [view for view in views if view.nbytes])
 
     def verify(self, part: Part, memories: Sequence[memoryview]) -> None:
-        """Compare the segments with their checksums, or add them to the sums of their items. Raises Corrupt."""
+        """Compare the segments with their checksums, or add them to the sums of their items. Raises Corrupt.
+
+        The sums are for the end, when all parts have come: which of them was damaged, nobody can tell.
+        """
         key = self._key(part)
         for segment, memory in zip(part.segments, memories, strict=True):
             if segment.item in self.sums:
-                with blaming(key):
-                    self.sums[segment.item].add(segment.item_start, memory)
+                self.sums[segment.item].add(segment.item_start, memory)
             elif self.index.is_long(segment.item):
                 continue  # verified as a whole, by what takes it
             elif self.index.is_stock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -36,7 +36,8 @@ class Requests:
     """The wants of a rank, in no particular order; `Want.buffer` is the number of its target.
 
     `striped`: of the items that are wanted for nothing but some stripes, those. `sums`: of the long items of stock DCP
-    whose layout is known; this rank reads all of each. `at_end`: to be called when everything is read and verified.
+    whose layout is known; this rank reads all of each. `failed`: other long items that were read whole, and differ from
+    their checksums. `at_end`: by item, to be called when everything is read and verified.
     """
 
     spans: dict[int, ItemSpan] = field(default_factory=dict)
@@ -44,7 +45,18 @@ class Requests:
     targets: list[Target] = field(default_factory=list)
     rings: dict[torch.device, PinnedRing] = field(default_factory=dict)
     sums: dict[int, RunningSum] = field(default_factory=dict)
-    at_end: list[Callable[[], None]] = field(default_factory=list)
+    failed: dict[int, Corrupt] = field(default_factory=dict)
+    at_end: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+
+    def damaged(self) -> dict[int, Corrupt]:
+        """The long items that are not what was written; to be asked when everything is read."""
+        found = dict(self.failed)
+        for item, total in self.sums.items():
+            try:
+                total.check()
+            except Corrupt as error:
+                found[item] = error
+        return found
 
     def striped(self) -> dict[int, Stripes]:
         """See the class."""
@@ -117,6 +129,13 @@ def long_items(index: Index, items: Sequence[ReadItem]) -> list[int]:
     places = [read.storage_index for read in items if read.type is not LoadItemType.BYTE_IO and read.lengths.numel()]
     found = {index.find(place.fqn, place.offset, place.index) for place in places}
     return sorted(item for item in found if index.is_long(item))
+
+
+def reads_of(index: Index, items: Sequence[ReadItem], among: Collection[int]) -> list[ReadItem]:
+    """Those of the read items that want something of the index's items `among`."""
+    wanting = (read for read in items if read.type is LoadItemType.BYTE_IO or read.lengths.numel())
+    places = ((read, read.storage_index) for read in wanting)
+    return [read for read, place in places if index.find(place.fqn, place.offset, place.index) in among]
 
 
 def requests_of(
@@ -278,7 +297,7 @@ class _StockBuilder(_Builder):
         if layout is not None and layout.sizes == self._index.box(read.storage_index.fqn, item)[1]:
             self._add_long(item, layout, length, read)
         elif len(reads) == 1:
-            target = self._target(ItemTarget(length, self._deliverer(where, reads, self._index.is_long(item))))
+            target = self._target(ItemTarget(length, self._deliverer(item, where, reads)))
             self._want(Want(item, 0, length, target, 0))
 
     def _add_long(self, item: int, layout: Layout, length: int, read: ReadItem) -> None:
@@ -300,15 +319,21 @@ class _StockBuilder(_Builder):
 
     def _finish(self, read: ReadItem, tensor: torch.Tensor) -> None:
         # the sum of its item may not be complete yet
-        self._requests.at_end.append(functools.partial(self._planner.commit_tensor, read, tensor))
+        place = read.storage_index
+        item = self._index.find(place.fqn, place.offset, place.index)
+        self._requests.at_end.setdefault(item, []).append(functools.partial(self._planner.commit_tensor, read, tensor))
 
-    def _deliverer(self, where: int, reads: Sequence[ReadItem], is_long: bool) -> Callable[[memoryview], None]:
+    def _deliverer(self, item: int, where: int, reads: Sequence[ReadItem]) -> Callable[[memoryview], None]:
         planner, object_key = self._planner, self._index.prefix + self._index.objects[where].name
 
         def finish(memory: memoryview) -> None:
-            try:
-                if is_long:  # of the others the parts that were read have been verified
+            if self._index.is_long(item):  # of the others the parts that were read have been verified
+                try:
                     check_zip(memory, object_key)
+                except Corrupt as error:
+                    self._requests.failed[item] = error
+                    return
+            try:
                 value = decode_value(memory, reads[0].storage_index.fqn)
                 for read in reads:
                     _deliver(read, value, memory, planner)

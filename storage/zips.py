@@ -86,23 +86,23 @@ class RunningSum:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every byte has come, and was right."""
+        """Whether every byte has come."""
         return sum(size for size, _ in self._parts.values()) == self._stop - self._start
 
     def add(self, at: int, data: memoryview) -> None:
-        """The bytes of the zip from `at` on; the same ones once more take the place of the first.
-
-        Raises:
-            Corrupt: now all bytes have come, and they are not what was written.
-        """
+        """The bytes of the zip from `at` on; the same ones once more take the place of the first."""
         low, high = max(at, self._start), min(at + data.nbytes, self._stop)
         if low >= high:
             return
         crc = zlib.crc32(data[low - at : high - at])
         with self._lock:
             self._parts[low] = high - low, crc
-            if self._crc32 and self.is_complete and self._joined() != self._crc32:
-                raise Corrupt(f"{self._name} is damaged: checksum of its tensor does not match")
+
+    def check(self) -> None:
+        """When every byte has come. Raises Corrupt unless they are what was written."""
+        assert self.is_complete, "bytes were planned without their checksum"
+        if self._crc32 and self._joined() != self._crc32:
+            raise Corrupt(f"{self._name} is damaged: checksum of its tensor does not match")
 
     def _joined(self) -> int:
         crc = 0
