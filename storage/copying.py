@@ -144,15 +144,11 @@ def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Ou
         return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
     except (NotFound, NoCheckpoint):
         return _removed(errand)
-    try:
-        there = target.read(errand.target_prefix + layout.METADATA)
-        if catalog.is_set_aside(target, errand.target_prefix, there):
-            raise NotFound(f"{errand.target_prefix}{layout.METADATA} was set aside")
-    except NotFound:
-        listed = target.list(errand.target_prefix)
-        sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
-        return replace(found, sizes_there=sizes)
-    return _present(target, found, there)
+    if (outcome := _present_already(target, found)) is not None:
+        return outcome
+    listed = target.list(errand.target_prefix)
+    sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
+    return replace(found, sizes_there=sizes)
 
 
 def _find_twice(source: ObjectStore, errand: Errand) -> Found:
@@ -182,6 +178,16 @@ def _find(source: ObjectStore, errand: Errand) -> Found:
     if problems := list(inspect.gaps(found.manifest)):
         raise Corrupt(problems[0])
     return Found(errand, metadata, found.manifest, objects_of(found.manifest), {})
+
+
+def _present_already(target: ObjectStore, found: Found) -> Outcome | None:
+    """What there is to say if the target has a checkpoint there. Raises UsageError: it is another one."""
+    prefix = found.errand.target_prefix
+    try:
+        there = target.read(prefix + layout.METADATA)
+    except NotFound:
+        return None
+    return None if catalog.is_set_aside(target, prefix, there) else _present(target, found, there)
 
 
 def _present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
@@ -235,6 +241,9 @@ class Copier:
             Transient, Denied, Unconfirmed: by a store.
         """
         errand = found.errand
+        # another copy may have committed it since it was looked for: nothing is rewritten below its readers
+        if (outcome := _present_already(self._target, found)) is not None:
+            return outcome
         try:
             sent = self._copy_objects(found)
             if self._is_replaced(errand, found.metadata):

@@ -2,7 +2,8 @@
 
 fsspec promises less than our own back ends: no conditional puts (a put with `if_absent` looks first), no guard on
 ranged reads (the etag is compared before), and every read and put is copied once. It has its own settings and its own
-retries, below ours.
+retries, below ours. A file system whose names show what is half written (`fsspec+file://`, `sftp://`) is written under
+`.tmp`, and the file renamed: a reader never sees half of a rewrite.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +45,9 @@ _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 _NUM_REQUESTS = 32
 _STREAMED_SIZE_BYTES = 64 * 1024 * 1024
 _NUM_PARTS_AHEAD = 4
+_TMP = ".tmp"  # as in a folder that is opened without fsspec (see `storage.local`)
+_TMP_NAME = re.compile(r"/[0-9a-f]{32}/?$")
+_TMP_AGE_S = 24 * 3600.0
 
 
 class FsspecStore:
@@ -50,6 +57,9 @@ class FsspecStore:
         self._url = url
         self._fs = fs
         self._root = root.rstrip("/")
+        # object stores have no rename of their own, only fsspec's copy; with them an object appears whole
+        self._renames = type(fs).mv is not AbstractFileSystem.mv
+        self._is_swept = False
         self.retries = RetryLog()
 
     @property
@@ -79,10 +89,9 @@ class FsspecStore:
 
     def _write(self, path: str, views: Sequence[memoryview]) -> None:
         if sum(view.nbytes for view in views) < _STREAMED_SIZE_BYTES:
-            self._make_folder(path)
-            self._fs.pipe_file(path, b"".join(views))
+            self._place(path, lambda at: self._fs.pipe_file(at, b"".join(views)))
         else:
-            self._stream(path, views)
+            self._place(path, lambda at: self._stream(at, views))
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`. The parts are fetched ahead, but written one after the other."""
@@ -90,7 +99,7 @@ class FsspecStore:
             return self.put(key, list(self._ahead(size_bytes, fetch, pool)))
         path = self._path(key)
         with self._translated(key):
-            self._stream(path, self._ahead(size_bytes, fetch, pool))
+            self._place(path, lambda at: self._stream(at, self._ahead(size_bytes, fetch, pool)))
             return self.info(key)
 
     @staticmethod
@@ -140,7 +149,8 @@ class FsspecStore:
             except FileNotFoundError:
                 return []
             infos = [ObjectInfo(self._key(path), _size(info), _etag(info), _when(info)) for path, info in found.items()]
-        return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key)
+        found_keys = (info for info in infos if info.key.startswith(prefix) and not info.key.startswith(f"{_TMP}/"))
+        return sorted(found_keys, key=lambda info: info.key)
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See `ObjectStore.folders`. A folder without any object counts as none where the file system has such."""
@@ -153,7 +163,8 @@ class FsspecStore:
                 return []
             paths = [row["name"].rstrip("/") for row in rows if row["type"] == "directory"]
             paths = [path for path in paths if self._key(path) != prefix.rstrip("/") and self._fs.find(path)]
-        return sorted(self._key(path).removeprefix(prefix) for path in paths)
+        names = (self._key(path).removeprefix(prefix) for path in paths)
+        return sorted(name for name in names if prefix or name != _TMP)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
@@ -162,17 +173,64 @@ class FsspecStore:
             if not self._fs.isdir(path):
                 self._fs.rm_file(path)
 
+    def _place(self, path: str, write: Callable[[str], None]) -> None:
+        """Have the object written; where names show what is half written, under another name, and renamed."""
+        self._make_folder(path)
+        if not self._renames:
+            write(path)
+            return
+        if not self._is_swept:
+            self._is_swept = True
+            self._sweep(time.time() - _TMP_AGE_S)
+        temporary = f"{self._root}/{_TMP}/{uuid.uuid4().hex}"
+        self._make_folder(temporary)
+        try:
+            write(temporary)
+            self._rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error at hand says more
+                self._fs.rm_file(temporary)
+            raise
+
+    def _rename(self, temporary: str, path: str) -> None:
+        """Put a file in its place. Where a server renames to no name that is taken, what has that name goes first."""
+        try:
+            self._fs.mv(temporary, path)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            if not self._fs.exists(path):
+                raise
+        if self._fs.exists(temporary):  # some refuse by an error (SMB), and some by doing nothing (WebHDFS)
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+            self._fs.mv(temporary, path)
+
+    def _sweep(self, before_unix_s: float) -> None:
+        """Remove what processes that died have left half written."""
+        try:
+            rows = self._fs.ls(f"{self._root}/{_TMP}", detail=True)
+        except FileNotFoundError:
+            return
+        for row in rows:
+            when, is_ours = _when(row), _TMP_NAME.search(row["name"])
+            if is_ours and when is not None and when < before_unix_s:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(row["name"])
+
     def _stream(self, path: str, views: Iterable[memoryview]) -> None:
         """In blocks of the file system's own size, so that no second copy of a large object is made."""
-        self._make_folder(path)
         file = self._fs.open(path, "wb")
         try:
             for view in views:
                 file.write(view)
         except BaseException:
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                file.discard()
-                file.closed = True  # else it is flushed when it is collected
+            with contextlib.suppress(Exception):  # the error at hand says more
+                if self._renames:
+                    file.close()
+                else:
+                    file.discard()
+                    file.closed = True  # else it is flushed when it is collected
             raise
         file.close()
 

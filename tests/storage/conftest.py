@@ -69,6 +69,8 @@ def make_url(request: pytest.FixtureRequest, tmp_path: object, memory_url: str) 
                 return f"file://{tmp_path}/a%20run"
             case "memory":
                 return memory_url
+            case "fsspec-file":
+                return f"fsspec+file://{tmp_path}/run"
             case "fsspec-memory":
                 return f"fsspec+memory://{fresh}"
             case "fsspec-s3":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
-from storage import Checkpointer, commit, inspect, open_store, register_scheme
-from storage.errors import NotFound
+from storage import Checkpointer, commit, copying, fsspec_store, inspect, open_store, register_scheme
+from storage.errors import NotFound, StorageError
+from storage.fsspec_store import PatientFsspecStore
 from storage.memory import MemoryStore
 from storage.objects import Fetch, ObjectInfo, ObjectStore, Upload
 from storage.s3.store import S3Store
@@ -197,3 +200,102 @@ def test_only_uploads_of_long_ago_are_given_up(
     monkeypatch.setattr(transfer.time, "time", lambda: now_unix_s + 25 * 3600.0)
     assert main(["ckpt", "push", source, url, "--quiet"]) == 0
     assert ids() == []
+
+
+def test_a_copy_sends_nothing_below_a_checkpoint_that_another_has_committed_meanwhile(source: str) -> None:
+    store, ours = MemoryStore("x"), inspect.locate(source)
+    (errand,) = copying.errands(ours, inspect.Location(store, None))
+    found = copying.look(ours.store, store, errand)
+    assert isinstance(found, copying.Found)
+    assert push(source, store) == 0
+    before = store.list("")
+    assert copying.Copier(ours.store, store, 0.0).copy(found).state == "present"
+    assert store.list("") == before
+
+
+# file systems whose names show what is half written -------------------------------------------------------------
+
+
+class Refusing(LocalFileSystem):  # type: ignore[misc]
+    """Renames to no name that is taken, as HDFS and SMB do: by an error, or without a word."""
+
+    protocol = "refusing"
+    is_silent = False
+
+    def mv(self, path1: str, path2: str, recursive: bool = True, **kwargs: Any) -> None:
+        if not self.exists(path2):
+            super().mv(path1, path2, recursive, **kwargs)
+        elif not self.is_silent:
+            raise OSError("there is such a file")
+
+
+@pytest.mark.parametrize("size_bytes", [1000, 40 << 20])
+def test_a_rewrite_through_fsspec_shows_no_half_and_leaves_nothing(
+    size_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two copies at once write the same objects: the second must not tear what the first has committed."""
+    monkeypatch.setattr(fsspec_store, "_STREAMED_SIZE_BYTES", 1 << 20)
+    store = open_store(f"fsspec+file://{tmp_path}/run")
+    assert isinstance(store, PatientFsspecStore)
+    first, second = b"1" * size_bytes, b"2" * size_bytes
+    is_broken = [True]
+
+    def fetch(offset: int, length: int) -> memoryview:
+        assert store.read("a/b") == first
+        if is_broken[0] and offset + length == size_bytes:
+            raise StorageError("the source is away")
+        return memoryview(second)[offset : offset + length]
+
+    store.put("a/b", [first])
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(StorageError, match="the source is away"):
+            store.put_from("a/b", size_bytes, fetch, pool)
+        assert store.read("a/b") == first
+        is_broken[0] = False
+        store.put_from("a/b", size_bytes, fetch, pool)
+    assert store.read("a/b") == second
+    assert [info.key for info in store.list("")] == ["a/b"]
+    assert store.folders("") == ["a"]
+    assert list((tmp_path / "run/.tmp").iterdir()) == []
+
+
+def test_a_put_through_fsspec_that_dies_half_way_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"fsspec+file://{tmp_path}/run")
+    store.put("owner.json", [b"whole"])
+
+    def half(self: LocalFileSystem, path: str, value: bytes, **kwargs: Any) -> None:
+        Path(path).write_bytes(value[:2])
+        raise Killed
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", half)
+    with pytest.raises(Killed):
+        store.put("owner.json", [b"another"])
+    assert store.read("owner.json") == b"whole"
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_server_that_renames_to_no_taken_name(
+    is_silent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refusing, "is_silent", is_silent)
+    store = fsspec_store.FsspecStore("refusing://", Refusing(), str(tmp_path))
+    for content in (b"first", b"second"):
+        store.put("a/b", [content])
+        assert store.read("a/b") == content
+    assert [info.key for info in store.list("")] == ["a/b"]
+
+
+def test_what_dead_writers_have_left_is_swept_and_the_lock_stays(tmp_path: Path) -> None:
+    url = f"fsspec+file://{tmp_path}/run"
+    (tmp_path / "run/.tmp").mkdir(parents=True)
+    old, young, lock = ((tmp_path / "run/.tmp" / name) for name in ("0" * 32, "1" * 32, ".lock"))
+    for path in (old, young, lock):
+        path.write_bytes(b"half")
+    for path in (old, lock):
+        os.utime(path, (0.0, time.time() - 25 * 3600.0))
+    store = open_store(url)
+    store.put("a", [b"x"])
+    assert (old.exists(), young.exists(), lock.exists()) == (False, True, True)
+    assert [info.key for info in store.list("")] == ["a"]

@@ -31,7 +31,7 @@ def refuse(number: int) -> Callable[..., None]:
     return call
 
 
-EVERY = ("local", "file-url", "no-links", "memory", "fsspec-memory", "juicefs", "moto", "fsspec-s3")
+EVERY = ("local", "file-url", "no-links", "memory", "fsspec-file", "fsspec-memory", "juicefs", "moto", "fsspec-s3")
 CONDITIONAL = ("local", "file-url", "no-links", "memory", "moto")
 """Where of two puts with `if_absent` at once only one gets through."""
 VERSIONED = ("local", "file-url", "no-links", "memory")
