@@ -60,7 +60,7 @@ class Boxes:
     @classmethod
     def of(cls, rows: Sequence[Sequence[int] | None]) -> Boxes:
         """Those rows as columns. Raises ValueError for a number that is negative or too large."""
-        num_dims = np.fromiter((-1 if row is None else len(row) for row in rows), np.int64, len(rows))
+        num_dims = np.array([-1 if row is None else len(row) for row in rows], np.int64)
         num_dims.setflags(write=False)
         return cls(num_dims, _column(list(itertools.chain.from_iterable(filter(None, rows)))))
 

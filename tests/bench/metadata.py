@@ -56,7 +56,7 @@ from storage.describe import SafeLoadPlanner
 from storage.exchange import agree, learn_crcs
 from storage.index import Index, of_manifest
 from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
-from storage.owner import Claim, claim
+from storage.owner import Claim, Owner, claim
 from storage.reading import Places
 from storage.requests import requests_of
 from tests.ranks import Ranks
@@ -180,7 +180,7 @@ def put_receipts(folder: str) -> None:
 def commit(folder: str, contents: Contents) -> dict[str, float]:
     """Commit what lies in the folder; CPU seconds up to each stage, and the process's peak memory above its start."""
     store, attempt = open_store(folder), Attempt.of_step(1, ATTEMPT, NUM_WRITERS)
-    held = Claim(store, claim(store, "", 0, ATTEMPT)[0])
+    held = Claim(store, claim(store, Owner(lineage="", generation=0, epoch=0, token=ATTEMPT))[0])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, see proc(5)
     before_mib, began_s = memory_mib("VmRSS"), time.process_time()
