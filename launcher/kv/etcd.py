@@ -158,10 +158,13 @@ class EtcdKV:
     def _renew(self, lease_id: int, ttl_s: float) -> bool:
         request = etcdrpc.LeaseKeepAliveRequest(ID=lease_id)
         endpoints = self._renewals.endpoints
-        timeout_s = min(CALL_TIMEOUT_S, ttl_s / 2)
+        timeout_s, first_share = renewal_times(min(CALL_TIMEOUT_S, ttl_s), endpoints.num_endpoints)
         try:
             answer = self._renewals.call(
-                lambda p: p.renew_held_open if endpoints.holds_streams_open else p.renew, request, timeout_s=timeout_s
+                lambda p: p.renew_held_open if endpoints.holds_streams_open else p.renew,
+                request,
+                timeout_s=timeout_s,
+                first_share=first_share,
             )
         except LeaseEnded:
             return False
@@ -210,6 +213,18 @@ class EtcdKV:
             return ()
         compare = etcdrpc.Compare
         return (compare(result=compare.EQUAL, target=compare.MOD, key=self._key(key), mod_revision=revision),)
+
+
+def renewal_times(ttl_s: float, num_endpoints: int) -> tuple[float, float]:
+    """How long a renewal may take, in seconds, and the share of that for the first endpoint.
+
+    Followers of an etcd leader that was killed hold a renewal until they have elected another one. So that this is
+    found out before workers have to yield (0.6 TTL after the last answer; a renewal begins 0.25 TTL after it), the
+    first endpoint has a quarter of a TTL, and the next one only the time that an etcd takes that is well.
+    """
+    if num_endpoints == 1:
+        return ttl_s / 2, 1.0
+    return 0.3 * ttl_s, 0.25 / 0.3
 
 
 def _span(prefix: bytes) -> tuple[bytes, bytes]:

@@ -81,7 +81,7 @@ class Lease:
                 alive = self._renew()
             except Exception as error:  # noqa: BLE001 (a thread that ends here would leave a lease nobody knows lost)
                 alive = self._unanswered(sent_s, error)
-                period_s = min(self.ttl_s / _RENEWALS_PER_TTL, _RETRY_S)
+                period_s = max(0.0, min(self.ttl_s / _RENEWALS_PER_TTL, _RETRY_S) - (time.monotonic() - sent_s))
             else:
                 if alive:
                     self._deadline_s = sent_s + self.ttl_s

@@ -14,9 +14,11 @@ import pytest
 from elastic_moe.cli.run import _parse
 from elastic_moe.errors import UserError
 from launcher.errors import Compacted, KVUnavailable
-from launcher.kv.etcd import EtcdKV, _span
+from launcher.keeper import _YIELD_FRACTION
+from launcher.kv.etcd import EtcdKV, _span, renewal_times
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_transport import etcdrpc
+from launcher.kv.lease import _RENEWALS_PER_TTL
 from launcher.member import Member
 from launcher.membership import Rules
 from launcher.records import LEFT_AT_ONCE, Node
@@ -273,3 +275,12 @@ def test_a_conditional_write_is_not_sent_twice() -> None:
             assert sent == expected
     finally:
         kv.close()
+
+
+@pytest.mark.parametrize("ttl_s", [1.0, 2.0, 5.0])
+def test_an_election_is_told_from_an_outage_before_workers_yield(ttl_s: float) -> None:
+    """All endpoints hold the renewal that comes next after the last answered one."""
+    timeout_s, first_share = renewal_times(ttl_s, 3)
+    asked_s = ttl_s / _RENEWALS_PER_TTL + timeout_s
+    assert asked_s < (_YIELD_FRACTION - 0.04) * ttl_s
+    assert first_share * timeout_s == pytest.approx(ttl_s / 4)
