@@ -60,9 +60,11 @@ FORKS.set_forkserver_preload(["torch.distributed.elastic.rendezvous.registry", "
 class Handlers:
     """The handlers of some nodes, each in a thread of its own, as on a node of its own."""
 
-    def __init__(self, kind: str, endpoint: str, run_id: str, names: list[str], num_nodes: int) -> None:
+    def __init__(
+        self, kind: str, endpoint: str, run_id: str, names: list[str], num_nodes: int, lease_ttl_s: float
+    ) -> None:
         make = _ours if kind == "elastic-moe" else _torchs
-        self._made = [make(endpoint, run_id, name, num_nodes) for name in names]
+        self._made = [make(endpoint, run_id, name, num_nodes, lease_ttl_s) for name in names]
         self._lock = threading.Lock()
         self._returned: list[float] = []
         self._again: list[float] = []
@@ -99,12 +101,14 @@ class Handlers:
             }
 
 
-def lease_ttl_s(num_nodes: int) -> float:
-    """The TTL of the nodes' leases."""
+def default_lease_ttl_s(num_nodes: int) -> float:
+    """The TTL of the nodes' leases, where none is given."""
     return LARGE_LEASE_TTL_S if num_nodes >= LARGE else LEASE_TTL_S
 
 
-def _ours(endpoint: str, run_id: str, name: str, num_nodes: int) -> tuple[Callable[[], object], Callable[[], bool]]:
+def _ours(
+    endpoint: str, run_id: str, name: str, num_nodes: int, lease_ttl_s: float
+) -> tuple[Callable[[], object], Callable[[], bool]]:
     from launcher.kv.connect import connect
     from launcher.member import Member
     from launcher.membership import Rules
@@ -116,9 +120,8 @@ def _ours(endpoint: str, run_id: str, name: str, num_nodes: int) -> tuple[Callab
     bell = Doorbell("127.0.0.1")
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
     rules = Rules(min_nodes=num_nodes - 1, max_nodes=num_nodes, last_call_s=60.0)
-    ttl_s = lease_ttl_s(num_nodes)
     member = Member(
-        connection.kv, run_id, node, rules, lambda slots, mesh: None, lambda *a, **k: None, lease_ttl_s=ttl_s
+        connection.kv, run_id, node, rules, lambda slots, mesh: None, lambda *a, **k: None, lease_ttl_s=lease_ttl_s
     )
     handler = MemberRendezvous(member, backend="etcd3", run_id=run_id, address="127.0.0.1", timeout_s=DEADLINE_S)
     started = threading.Event()
@@ -139,7 +142,9 @@ def _ours(endpoint: str, run_id: str, name: str, num_nodes: int) -> tuple[Callab
     return join, ended
 
 
-def _torchs(endpoint: str, run_id: str, name: str, num_nodes: int) -> tuple[Callable[[], object], Callable[[], bool]]:
+def _torchs(
+    endpoint: str, run_id: str, name: str, num_nodes: int, _: float
+) -> tuple[Callable[[], object], Callable[[], bool]]:
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
@@ -214,7 +219,9 @@ class Measured:
 
 
 @contextlib.contextmanager
-def spread(kind: str, endpoint: str, num_nodes: int, num_processes: int) -> Iterator[tuple[list[Process], Process]]:
+def spread(
+    kind: str, endpoint: str, num_nodes: int, num_processes: int, lease_ttl_s: float
+) -> Iterator[tuple[list[Process], Process]]:
     """Handlers of `num_nodes`, ready to start: those that stay, and the one that will be lost."""
     names = [f"node-{i}" for i in range(num_nodes)]
     processes = [Process() for _ in range(min(num_processes, num_nodes - 1) + 1)]
@@ -223,7 +230,7 @@ def spread(kind: str, endpoint: str, num_nodes: int, num_processes: int) -> Iter
         stay = processes[:-1]
         shares = [names[i : num_nodes - 1 : len(stay)] for i in range(len(stay))] + [names[-1:]]
         for process, share in zip(processes, shares, strict=True):  # in turn: torch's host must be there first
-            process.ask("make", kind, endpoint, run_id, share, num_nodes)
+            process.ask("make", kind, endpoint, run_id, share, num_nodes, lease_ttl_s)
         yield stay, processes[-1]
     finally:
         for process in processes:
@@ -255,7 +262,7 @@ def requests_of(server: Server) -> float:
     return sum(float(value) for labels, value in rows if "LeaseKeepAlive" not in labels)
 
 
-def measure(kind: str, num_nodes: int, loss: str, num_processes: int) -> Measured:
+def measure(kind: str, num_nodes: int, loss: str, num_processes: int, lease_ttl_s: float) -> Measured:
     """One life of a job: it forms, loses a node, and forms again."""
     ours = kind == "elastic-moe"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -263,7 +270,7 @@ def measure(kind: str, num_nodes: int, loss: str, num_processes: int) -> Measure
         if server is not None:
             client(server.endpoint).close()
         endpoint = server.endpoint if server else f"127.0.0.1:{free_port()}"
-        stay, victim = stack.enter_context(spread(kind, endpoint, num_nodes, num_processes))
+        stay, victim = stack.enter_context(spread(kind, endpoint, num_nodes, num_processes, lease_ttl_s))
         everyone = [*stay, victim]
         cpu_s = sum(process.ask("tell")["cpu_s"] for process in everyone)
         requests = requests_of(server) if server else 0.0
@@ -277,7 +284,7 @@ def measure(kind: str, num_nodes: int, loss: str, num_processes: int) -> Measure
             kind,
             num_nodes,
             loss,
-            lease_ttl_s(num_nodes),
+            lease_ttl_s,
             formed_s - began_s,
             None,
             (formed_cpu_s - cpu_s) / num_nodes,
@@ -323,19 +330,23 @@ def main() -> None:
     parser.add_argument("--peer-sizes", type=int, nargs="*", default=list(PEER_SIZES))
     parser.add_argument("--repeats", type=int, default=4, help="odd ones lose a node by freezing, even ones by killing")
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument(
+        "--lease-ttl", type=float, help=f"seconds; default {LEASE_TTL_S:g}, from {LARGE} nodes on {LARGE_LEASE_TTL_S:g}"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench-rendezvous.json"))
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, {args.processes} processes, torch {torch.__version__}; ", end="")
-    print(f"lease {LEASE_TTL_S:g} s, from {LARGE} nodes on {LARGE_LEASE_TTL_S:g} s")
+    print(f"lease {args.lease_ttl or f'{LEASE_TTL_S:g} s, from {LARGE} nodes on {LARGE_LEASE_TTL_S:g}'} s")
     print(" " * 24 + "form s".rjust(10) + "min-max".rjust(12) + "requests".rjust(12) + "cpu ms".rjust(12), end="")
     print("frozen s".rjust(12) + "killed s".rjust(12) + "requests".rjust(12), flush=True)
     results: list[Measured] = []
     for num_nodes in args.sizes:
+        ttl_s = args.lease_ttl or default_lease_ttl_s(num_nodes)
         kinds = ["elastic-moe", *(["torch c10d"] if num_nodes in args.peer_sizes else [])]
         found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
         for repeat in range(args.repeats):
             for kind in kinds:
-                found[kind].append(measure(kind, num_nodes, ("frozen", "killed")[repeat % 2], args.processes))
+                found[kind].append(measure(kind, num_nodes, ("frozen", "killed")[repeat % 2], args.processes, ttl_s))
         for kind, measured in found.items():
             print(row(kind, measured), flush=True)
             results += measured
