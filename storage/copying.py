@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from storage import catalog, commit, garbage, inspect, layout
 from storage.commit import Attempt
-from storage.copyplan import DataObject, choose, objects_of
+from storage.copyplan import Checksums, DataObject, choose
 from storage.errors import AlreadyExists, Corrupt, NoCheckpoint, NotFound, StorageError, UsageError
 from storage.inspect import Location
 from storage.manifest import Manifest, ObjectEntry
@@ -30,6 +30,9 @@ from storage.passage import Advance, Passage
 from storage.registry import open_store
 
 log = logging.getLogger(__name__)
+
+_Open = Callable[..., Passage]
+"""Begins a pass over one object; takes `advance` and `stop`."""
 
 NUM_OBJECTS_AT_ONCE = 4
 NUM_PARTS_AT_ONCE = 16
@@ -55,11 +58,10 @@ class Errand:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint of the source that can be copied, with what commits it; `manifest` is None for stock DCP's."""
+    """A checkpoint of the source that can be copied, with its `.metadata`."""
 
     errand: Errand
     metadata: bytes
-    manifest: Manifest | None
     objects: Sequence[DataObject]
     sizes_there: Mapping[str, int]
     """What lies at the target, by name: a copy that was killed may have left some of the objects."""
@@ -68,6 +70,15 @@ class Found:
     def size_bytes(self) -> int:
         """Of all data objects."""
         return sum(entry.size_bytes for entry in self.objects)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """All that is known of a checkpoint while it is copied; nothing but `found` for stock DCP's."""
+
+    found: Found
+    manifest: Manifest | None = None
+    checksums: Checksums | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +149,10 @@ def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Ou
         UsageError: the target has another checkpoint there; or the source's format is another version's.
         Transient, Denied: by a store.
     """
-    try:
-        found = _find_twice(source, errand)
-    except Corrupt as error:
-        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
-    except (NotFound, NoCheckpoint):
-        return _removed(errand)
+    contents = _find_twice(source, errand)
+    if isinstance(contents, Outcome):
+        return contents
+    found = contents.found  # manifests of all steps at once would be large: they are read again
     if (outcome := _present_already(target, found)) is not None:
         return outcome
     listed = target.list(errand.target_prefix)
@@ -151,33 +160,40 @@ def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Ou
     return replace(found, sizes_there=sizes)
 
 
-def _find_twice(source: ObjectStore, errand: Errand) -> Found:
-    """Damage counts when it is read twice: the way to here may have done it."""
+def _find_twice(source: ObjectStore, errand: Errand) -> _Contents | Outcome:
+    """Damage counts when it is read twice: the way to here may have done it. Raises UsageError."""
     try:
-        return _find(source, errand)
+        try:
+            return _find(source, errand)
+        except Corrupt as error:
+            contents = _find(source, errand)
+            log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
+            return contents
     except Corrupt as error:
-        found = _find(source, errand)
-        log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
-        return found
+        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
+    except (NotFound, NoCheckpoint):
+        return _removed(errand)
 
 
-def _find(source: ObjectStore, errand: Errand) -> Found:
+def _find(source: ObjectStore, errand: Errand) -> _Contents:
     """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
     metadata = source.read(errand.source_prefix + layout.METADATA)
-    found = catalog.find_commit(source, errand.source_prefix)
-    if found.manifest is None:
-        if found.metadata != metadata:
+    committed = catalog.find_commit(source, errand.source_prefix)
+    manifest = committed.manifest
+    if manifest is None:
+        if committed.metadata != metadata:
             raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
-        index = catalog.open_commit(found)
+        index = catalog.open_commit(committed)
         plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return Found(errand, metadata, None, [DataObject(name, size, None) for name, size in plain], {})
-    if errand.step not in (None, found.manifest.step):
-        raise UsageError(f"the source is of step {found.manifest.step}, and the target is to be step {errand.step}")
-    if not catalog.commits(metadata, found.manifest):
+        return _Contents(Found(errand, metadata, [DataObject(name, size) for name, size in plain], {}))
+    if errand.step not in (None, manifest.step):
+        raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {errand.step}")
+    if not catalog.commits(metadata, manifest):
         raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
-    if problems := list(inspect.gaps(found.manifest)):
+    if problems := list(inspect.gaps(manifest)):
         raise Corrupt(problems[0])
-    return Found(errand, metadata, found.manifest, objects_of(found.manifest), {})
+    objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
+    return _Contents(Found(errand, metadata, objects, {}), manifest, Checksums(manifest))
 
 
 def _present_already(target: ObjectStore, found: Found) -> Outcome | None:
@@ -244,12 +260,18 @@ class Copier:
         # another copy may have committed it since it was looked for: nothing is rewritten below its readers
         if (outcome := _present_already(self._target, found)) is not None:
             return outcome
+        contents = _find_twice(self._source, errand)
+        if isinstance(contents, Outcome):
+            return contents
+        if contents.found.metadata != found.metadata:
+            return _removed(errand)
+        contents = replace(contents, found=found)
         try:
-            sent = self._copy_objects(found)
+            sent = self._copy_objects(contents)
             if self._is_replaced(errand, found.metadata):
                 return _removed(errand)
             try:
-                self._publish(found)
+                self._publish(contents)
             except AlreadyExists:
                 # by another copy that was faster, or it was set aside here, and its objects are whole again
                 outcome = _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
@@ -277,14 +299,14 @@ class Copier:
         except NotFound:
             return True
 
-    def _copy_objects(self, found: Found) -> list[bool]:
+    def _copy_objects(self, contents: _Contents) -> list[bool]:
         """For each object whether it was sent. The first failure ends all, and is raised."""
         self._stop.clear()
         failures: list[BaseException] = []
 
-        def ensure(entry: DataObject, parts: ThreadPoolExecutor) -> bool:
+        def ensure(number: int, parts: ThreadPoolExecutor) -> bool:
             try:
-                return self._ensure(found, entry, parts)
+                return self._ensure(contents, number, parts)
             except BaseException as error:
                 failures.append(error)
                 self._stop.set()
@@ -295,8 +317,9 @@ class Copier:
             ThreadPoolExecutor(NUM_OBJECTS_AT_ONCE, thread_name_prefix="storage-copy") as pool,
         ):
             try:
-                self._abort_uploads(found)
-                return run_all(pool, [functools.partial(ensure, entry, parts) for entry in found.objects])
+                self._abort_uploads(contents.found)
+                numbers = range(len(contents.found.objects))
+                return run_all(pool, [functools.partial(ensure, number, parts) for number in numbers])
             except StorageError:
                 if failures:
                     raise failures[0] from None  # the others failed because they were stopped
@@ -317,58 +340,62 @@ class Copier:
             garbage.remove(self._target, old)
             log.info("removed the parts of an upload of %s that was not finished", old.name)
 
-    def _ensure(self, found: Found, entry: DataObject, parts: ThreadPoolExecutor) -> bool:
+    def _ensure(self, contents: _Contents, number: int, parts: ThreadPoolExecutor) -> bool:
         """Have the object at the target; whether it had to be sent."""
-        errand = found.errand
+        errand, entry = contents.found.errand, contents.found.objects[number]
+        blocks = None if contents.checksums is None else contents.checksums.blocks(number)
         source_key, target_key = errand.source_prefix + entry.name, errand.target_prefix + entry.name
-        is_candidate = found.sizes_there.get(entry.name) == entry.size_bytes
-        if is_candidate and self._is_there(entry, source_key, target_key, parts):
+        ours = functools.partial(Passage, self._source, source_key, entry.size_bytes, blocks, is_owed=True)
+        theirs = functools.partial(Passage, self._target, target_key, entry.size_bytes, blocks, is_owed=False)
+        is_candidate = contents.found.sizes_there.get(entry.name) == entry.size_bytes
+        if is_candidate and self._is_there(entry, target_key, theirs, None if blocks else ours, parts):
             return False
         try:
-            self._send(entry, source_key, target_key, parts)
+            self._send(entry, target_key, ours, parts)
         except Corrupt as error:
             # the way to here may have damaged it: what is damaged in the store is so when it is read again
             log.warning("%s; read again", error)
-            self._send(entry, source_key, target_key, parts)
+            self._send(entry, target_key, ours, parts)
         return True
 
-    def _is_there(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> bool:
-        """Whether every byte of what lies at the target is right."""
+    def _is_there(
+        self, entry: DataObject, key: str, theirs: _Open, ours: _Open | None, parts: ThreadPoolExecutor
+    ) -> bool:
+        """Whether every byte of what lies at the target is right: by its checksums, or else compared with `ours`."""
         try:
-            theirs = Passage(self._target, target_key, entry, self._advance, self._stop, is_owed=False)
+            there = theirs(advance=self._advance, stop=self._stop)
         except NotFound:
             return False  # removed since it was listed
-        ours = None
-        if not entry.blocks:
-            ours = Passage(self._source, source_key, entry, lambda num_bytes: None, self._stop, is_owed=True)
+        original = None if ours is None else ours(advance=lambda num_bytes: None, stop=self._stop)
 
         def same(offset: int, length: int) -> bool:
-            memory = theirs.fetch(offset, length)
-            return ours is None or memory == ours.fetch(offset, length)
+            memory = there.fetch(offset, length)
+            return original is None or memory == original.fetch(offset, length)
 
         try:
             if all(run_all(parts, [functools.partial(same, *part) for part in parts_of_size(entry.size_bytes)])):
                 return True
         except (Corrupt, NotFound) as error:
-            log.warning("%s at the target is sent again: %s", target_key, error)
-        theirs.take_back()
+            log.warning("%s at the target is sent again: %s", key, error)
+        there.take_back()
         return False
 
-    def _send(self, entry: DataObject, source_key: str, target_key: str, parts: ThreadPoolExecutor) -> None:
+    def _send(self, entry: DataObject, key: str, ours: _Open, parts: ThreadPoolExecutor) -> None:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
-        passage = Passage(self._source, source_key, entry, self._advance, self._stop, is_owed=True)
+        passage = ours(advance=self._advance, stop=self._stop)
         try:
             if isinstance(self._target, StreamingStore):
-                self._target.put_from(target_key, entry.size_bytes, passage.fetch, parts)
+                self._target.put_from(key, entry.size_bytes, passage.fetch, parts)
             else:
-                self._target.put(target_key, [passage.fetch(0, entry.size_bytes)])
+                self._target.put(key, [passage.fetch(0, entry.size_bytes)])
         except BaseException:
             passage.take_back()
             raise
 
-    def _publish(self, found: Found) -> None:
+    def _publish(self, contents: _Contents) -> None:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
-        prefix, manifest = found.errand.target_prefix, found.manifest
+        found, manifest = contents.found, contents.manifest
+        prefix = found.errand.target_prefix
         listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
         entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
         catalog.check_objects(self._target, prefix, entries, listed)

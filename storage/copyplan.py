@@ -2,73 +2,75 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from storage.checksum import combine, crc32c
 from storage.errors import Corrupt, NoCheckpoint
-from storage.manifest import ItemEntry, Manifest
+from storage.manifest import Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks that make up an object without gaps: where each starts, and its CRC32C."""
+    """Blocks that make up an object without gaps: where each starts, ascending, and its CRC32C."""
 
     size_bytes: int
-    starts: Sequence[int]
-    crcs: Sequence[int]
+    starts: npt.NDArray[np.int64]
+    crcs: npt.NDArray[np.uint32]
 
     def span(self, index: int) -> tuple[int, int]:
         """Where a block starts and ends."""
         last = index + 1 == len(self.starts)
-        return self.starts[index], self.size_bytes if last else self.starts[index + 1]
+        return int(self.starts[index]), self.size_bytes if last else int(self.starts[index + 1])
 
 
 @dataclass(frozen=True)
 class DataObject:
-    """One object to copy; `name` is below the checkpoint's folder. Without `blocks` nothing says what it must hold."""
+    """One object to copy; `name` is below the checkpoint's folder."""
 
     name: str
     size_bytes: int
-    blocks: Blocks | None
 
 
-def objects_of(manifest: Manifest) -> list[DataObject]:
-    """The data objects with the checksums of every byte of them.
+class Checksums:
+    """What a manifest says of the bytes of each data object.
 
-    Raises:
-        Corrupt: the manifest does not cover a byte, or its checksums do not fit each other.
+    The blocks of an object are made when they are asked for: of small items they take 12 bytes for each 16 KiB.
     """
-    items: list[list[ItemEntry]] = [[] for _ in manifest.objects]
-    for item in manifest.items.rows():
-        items[item.object].append(item)
-    return [
-        DataObject(entry.name, entry.size_bytes, _blocks(entry.name, entry.size_bytes, own))
-        for entry, own in zip(manifest.objects, items, strict=True)
-    ]
 
+    def __init__(self, manifest: Manifest) -> None:
+        """Raises Corrupt: a byte of an object belongs to no item, or to several."""
+        table = self._items = manifest.items
+        self._objects = manifest.objects
+        order = np.lexsort((table.offset, table.object))
+        bounds = np.searchsorted(table.object[order], np.arange(len(manifest.objects) + 1))
+        self._rows = [order[low:high] for low, high in itertools.pairwise(bounds.tolist())]
+        for entry, rows in zip(manifest.objects, self._rows, strict=True):
+            ends = table.offset[rows] + table.length[rows]
+            starts = np.append(table.offset[rows], entry.size_bytes)
+            expected = np.insert(ends, 0, 0)
+            if (wrong := np.flatnonzero(starts != expected)).size:
+                end, start = int(expected[wrong[0]]), int(starts[wrong[0]])
+                raise Corrupt(f"{entry.name}: bytes {end} to {start} belong to no item")
 
-def _blocks(name: str, size_bytes: int, items: Sequence[ItemEntry]) -> Blocks:
-    starts: list[int] = []
-    crcs: list[int] = []
-    end = 0
-    for item in sorted(items, key=lambda item: item.offset):
-        if item.offset != end:
-            raise Corrupt(f"{name}: bytes {end} to {item.offset} belong to no item")
-        whole = 0
-        for number, crc in enumerate(item.blocks()):
-            start = number * item.block_size_bytes
-            starts.append(item.offset + start)
-            crcs.append(crc)
-            whole = combine(whole, crc, min(item.block_size_bytes, item.length - start))
-        if whole != item.crc32c:
-            raise Corrupt(f"{name}: the checksums of {item.key!r} do not fit each other")
-        end = item.offset + item.length
-    if end != size_bytes:
-        raise Corrupt(f"{name}: bytes {end} to {size_bytes} belong to no item")
-    return Blocks(size_bytes, starts, crcs)
+    def blocks(self, number: int) -> Blocks:
+        """Of the manifest's object of that number. Raises Corrupt: there are too many for an item, or too few."""
+        table, rows, entry = self._items, self._rows[number], self._objects[number]
+        sizes = table.block_size_bytes[rows]
+        counts = -(-table.length[rows] // sizes)
+        packed = [base64.b64decode(table.block_crcs[row]) for row in rows.tolist()]
+        if [len(crcs) for crcs in packed] != (4 * counts).tolist():
+            raise Corrupt(f"{entry.name}: the block checksums of an item do not fit its length")
+        firsts = np.cumsum(counts) - counts
+        numbers = np.arange(int(counts.sum())) - np.repeat(firsts, counts)
+        starts = np.repeat(table.offset[rows], counts) + numbers * np.repeat(sizes, counts)
+        return Blocks(entry.size_bytes, starts, np.frombuffer(b"".join(packed), "<u4"))
 
 
 def choose(steps: Sequence[int], where: str, step: int | None, last: int | None) -> list[int]:
@@ -98,12 +100,12 @@ class BlockCheck:
             start, stop = self._blocks.span(index)
             crc = crc32c(part[low - offset : high - offset])
             whole = crc if (low, high) == (start, stop) else self._joined(index, low, high, crc)
-            if whole not in (None, self._blocks.crcs[index]):
+            if whole not in (None, int(self._blocks.crcs[index])):
                 raise Corrupt(f"{self._key} is damaged: checksum at byte {start} does not match", self._key)
 
     def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Blocks that have bytes in [start, stop), each with which."""
-        index = bisect_right(self._blocks.starts, start) - 1
+        index = int(np.searchsorted(self._blocks.starts, start, side="right")) - 1
         while start < stop:
             end = min(self._blocks.span(index)[1], stop)
             yield index, start, end

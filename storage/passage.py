@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-from storage.copyplan import BlockCheck, DataObject
+from storage.copyplan import BlockCheck, Blocks
 from storage.errors import Corrupt, StorageError
 from storage.fetch import blaming, scratch
 from storage.objects import ObjectStore
@@ -17,14 +17,16 @@ Advance = Callable[[int], None]
 class Passage:
     """One pass over an object: what is read of it is checked and counted. Thread-safe.
 
-    `is_owed`: the object has to be there, as in the source of a copy, so its absence is damage.
+    Without `blocks` nothing says what its bytes must be. `is_owed`: the object has to be there, as in the source of a
+    copy, so its absence is damage.
     """
 
     def __init__(
         self,
         store: ObjectStore,
         key: str,
-        entry: DataObject,
+        size_bytes: int,
+        blocks: Blocks | None,
         advance: Advance,
         stop: threading.Event,
         is_owed: bool,
@@ -39,9 +41,9 @@ class Passage:
         self._key = key
         with self._judging():
             self._info = store.info(key)
-        if self._info.size_bytes != entry.size_bytes:
-            raise Corrupt(f"{key} has {self._info.size_bytes} bytes, and must have {entry.size_bytes}")
-        self._check = BlockCheck(key, entry.blocks) if entry.blocks else None
+        if self._info.size_bytes != size_bytes:
+            raise Corrupt(f"{key} has {self._info.size_bytes} bytes, and must have {size_bytes}")
+        self._check = BlockCheck(key, blocks) if blocks else None
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """Those bytes, in the version of the object that the pass began with.

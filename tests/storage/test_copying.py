@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -84,7 +85,8 @@ def test_combined_checksums(first: bytes, second: bytes) -> None:
 def test_blocks_are_checked_whatever_the_parts_and_their_order(data: st.DataObject) -> None:
     content = data.draw(st.binary(min_size=1, max_size=200))
     block, part = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
-    blocks = Blocks(len(content), range(0, len(content), block), item_crcs([content], block)[1])
+    crcs = np.array(item_crcs([content], block)[1], np.uint32)
+    blocks = Blocks(len(content), np.arange(0, len(content), block), crcs)
     parts = data.draw(st.permutations(range(0, len(content), part)))
     check = BlockCheck("it", blocks)
     for offset in [*parts, parts[0]]:
