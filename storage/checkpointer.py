@@ -75,7 +75,8 @@ class Checkpointer:
             fields hold at least step, and seconds and bytes where they mean something. Besides, checkpoint_retried says
             on any rank what a save or a restore had to try again, and checkpoint_unconditional, once on the
             coordinator, that the store does not honour conditional puts, and checkpoint_taken_over, there as well, that
-            the run was another job's, which had not let it go. Called from the background thread as well.
+            the run was another job's, which had not let it go, and checkpoint_fenced, that another job has taken it
+            meanwhile: the next save raises. Called from background threads as well.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
         run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
             TORCHELASTIC_RUN_ID.
@@ -144,7 +145,8 @@ class Checkpointer:
         A step that this Checkpointer has just committed is not saved again.
 
         Raises:
-            Fenced: an earlier save has found that a newer owner has the run; this process can never commit again.
+            Fenced: a newer owner has the run, as an earlier save or a look every 5 s has found; this process can never
+                commit again.
             UsageError: the state cannot be saved, the same on every rank.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
@@ -165,6 +167,14 @@ class Checkpointer:
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""
         return self._saver.wait()
+
+    def announce_end(self) -> None:
+        """Tell that this job is about to end, before a last save that may take long; `close` tells it by itself.
+
+        A job that wants the same URL then waits, up to 10 min, instead of being refused. No collective.
+        """
+        if self._heart is not None:
+            self._heart.announce_end()
 
     def close(self) -> None:
         """Wait for the last save and end the background thread. Closing twice is harmless."""
@@ -219,7 +229,7 @@ class Checkpointer:
         except Fenced:
             self._store.delete(layout.beat_name(wanted.token))
             raise
-        self._heart = alive.Heart(self._store, mine, None if before is None else before.token)
+        self._heart = alive.Heart(self._store, mine, None if before is None else before.token, self._report)
         # who forgets to close must not keep the run from others, and from itself; at exit the heart closes by itself
         weakref.finalize(self, self._heart.stop).atexit = False
         if other is not None:
@@ -272,8 +282,9 @@ class Checkpointer:
     def _decide(self, step: int, reports: list[bytes]) -> dict[str, Any]:
         """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
         layout.step_folder(step)
-        if self._saver.fenced is not None:
-            raise Fenced(self._saver.fenced)
+        fenced = self._saver.fenced or (self._heart and self._heart.fenced)
+        if fenced is not None:
+            raise Fenced(fenced)
         parsed = [json.loads(report) for report in reports]
         for rank, report in enumerate(parsed):
             problem = report["problem"]
@@ -312,6 +323,8 @@ class Checkpointer:
     def _close(self, *, abandon: bool) -> None:
         if not self._closed:
             self._closed = True
+            if self._saver.is_busy:
+                self.announce_end()
             self._saver.close(abandon=abandon)
             self._let_go()
 

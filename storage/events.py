@@ -21,6 +21,7 @@ _WARN = {
     "checkpoint_retried",
     "checkpoint_unconditional",
     "checkpoint_taken_over",
+    "checkpoint_fenced",
 }
 
 

@@ -35,7 +35,7 @@ from storage.objects import (
     parts_of_size,
 )
 from storage.parallel import windowed
-from storage.retries import Retrier, RetryLog
+from storage.retries import IMPATIENT_RULES, Retrier, RetryLog
 from storage.retrying import RetryingStore, views_of
 
 log = logging.getLogger(__name__)
@@ -270,6 +270,10 @@ class PatientFsspecStore(RetryingStore):
     def __init__(self, store: FsspecStore, retrier: Retrier) -> None:
         super().__init__(store, retrier)
         self._files = store
+
+    def impatient(self, timeout_s: float) -> RetryingStore:
+        """See `ImpatientStore.impatient`; time-outs are the file system's own."""
+        return RetryingStore(self._files, Retrier(Flight(1), RetryLog(), IMPATIENT_RULES))
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`. After a failure the object is begun anew."""

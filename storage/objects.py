@@ -166,6 +166,18 @@ def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tu
 
 
 @runtime_checkable
+class ImpatientStore(Protocol):
+    """A remote store, whose requests wait for each other and for an answer."""
+
+    def impatient(self, timeout_s: float) -> ObjectStore:
+        """The same objects, for small requests that must not wait.
+
+        None of them waits for a place among this store's, none is tried more than twice, and where the back end can set
+        it, a try has stalled after `timeout_s` without a byte.
+        """
+
+
+@runtime_checkable
 class HostCached(Protocol):
     """A store whose bytes, once a process has read them, the host keeps for its other processes: a folder."""
 

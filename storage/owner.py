@@ -43,6 +43,11 @@ class Owner(Document):
     rendezvous: str = ""
 
     @property
+    def is_recognisable(self) -> bool:
+        """Whether a later claim can be told to be the same job's, see `is_same_job`."""
+        return bool(self.lineage) or self.rendezvous not in ("", "none")
+
+    @property
     def who(self) -> str:
         """As people call it."""
         name = f"job {self.run_id!r}" if self.run_id else "another job"
@@ -69,7 +74,7 @@ def is_same_job(recorded: Owner, mine: Owner) -> bool:
     """
     if mine.lineage or recorded.lineage:
         return recorded.lineage == mine.lineage
-    return recorded.rendezvous == mine.rendezvous and mine.rendezvous not in ("", "none")
+    return mine.is_recognisable and recorded.rendezvous == mine.rendezvous
 
 
 def read_owner(store: ObjectStore) -> Owner | None:
@@ -106,7 +111,7 @@ def _record(store: ObjectStore, owner: Owner) -> Owner:
     store.put(OWNER, [seal(_KIND, owner)])
     recorded = read_owner(store)
     if recorded != owner:
-        raise _fenced(recorded, owner)
+        raise fenced(recorded, owner)
     return owner
 
 
@@ -125,12 +130,13 @@ class Claim:
             if recorded == self._owner:
                 return
             if recorded is None or not is_late(recorded, self._owner):
-                raise _fenced(recorded, self._owner)
+                raise fenced(recorded, self._owner)
             log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
             self._owner = _record(self._store, next_owner(recorded, self._owner))
 
 
-def _fenced(recorded: Owner | None, mine: Owner) -> Fenced:
+def fenced(recorded: Owner | None, mine: Owner) -> Fenced:
+    """What it means for `mine` that `recorded` is the run's claim. Pure."""
     if recorded is None:
         now = "nobody"
     else:

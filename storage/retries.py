@@ -54,6 +54,12 @@ RULES: Mapping[Cause, Rule] = {
 }
 
 
+IMPATIENT_RULES: Mapping[Cause, Rule] = {
+    cause: Rule(num_tries=2, wait_s=0.5, wait_s_max=0.5, deadline_s=15.0) for cause in RULES
+}
+"""For what is soon done anew anyway. A `Retry-After` that is longer than the deadline is not waited for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Retries:
     """How many tries failed by cause, and how long their requests waited for the next, all together."""

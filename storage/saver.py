@@ -61,6 +61,11 @@ class Saver:
         """Why this process can never commit again, once a job has found out (coordinator)."""
         return self._fenced
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the last job has not ended yet."""
+        return self._last is not None and not self._last[1].done()
+
     def new_attempt(self) -> str:
         """The id of a fresh attempt, which counts as live from now on (coordinator)."""
         attempt = str(uuid.uuid4())

@@ -105,6 +105,8 @@ def run_steps(
         reason = worker.should_stop()
         last = step == job.train.steps
         if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
+            if reason == "drain" or last:
+                checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
             with worker.untimed():
                 checkpointer.save(step, state, wait=bool(reason) or last)
                 if last and not on_all_ranks(checkpointer.wait()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import threading
@@ -41,6 +42,18 @@ class Bucket:
         self._connections = Connections(self._client.address, options.connect_timeout_s, options.stall_timeout_s)
         self._is_known = False
         self.retries = RetryLog()
+
+    def apart(self, timeout_s: float) -> Bucket:
+        """The same bucket over connections of its own, with shorter time-outs; credentials are shared.
+
+        Those of listings and of the control of uploads stay.
+        """
+        options, other = self._options, copy.copy(self)
+        other._connections = Connections(
+            self._client.address, min(timeout_s, options.connect_timeout_s), min(timeout_s, options.stall_timeout_s)
+        )
+        other.retries = RetryLog()
+        return other
 
     @property
     def url(self) -> str:

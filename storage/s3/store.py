@@ -13,7 +13,7 @@ from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transie
 from storage.flight import Flight
 from storage.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
 from storage.parallel import run_all
-from storage.retries import Retrier
+from storage.retries import IMPATIENT_RULES, Retrier
 from storage.retrying import RetryingStore, stored_equal, views_of
 from storage.s3.bucket import Bucket
 from storage.s3.client import Page
@@ -67,6 +67,11 @@ class S3Store(RetryingStore):
 
         cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
         return self._put_content(key, _Content([functools.partial(part, *place) for place in cut]), pool)
+
+    def impatient(self, timeout_s: float) -> RetryingStore:
+        """See `ImpatientStore.impatient`."""
+        bucket = self._bucket.apart(timeout_s)
+        return RetryingStore(bucket, Retrier(Flight(1), bucket.retries, IMPATIENT_RULES))
 
     def deletes_conditionally(self) -> bool:
         """See `ConditionalStore.deletes_conditionally`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,16 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, alive, open_store, owner
+from storage import Checkpointer, alive, layout, open_store, owner, register_scheme
 from storage.alive import SILENCE_S, Heart, Verdict, Watch
-from storage.errors import Fenced, InUse, NotFound, Transient
+from storage.errors import Cause, Fenced, InUse, NotFound, Transient
+from storage.events import Reporter
+from storage.flight import Flight
 from storage.memory import MemoryStore
 from storage.objects import ObjectStore
 from storage.owner import Owner
+from storage.retries import IMPATIENT_RULES, Retrier
+from storage.retrying import RetryingStore
 from storage.sealed import seal
 from tests.cluster import until
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+QUIET = Reporter(None)
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
 
 
@@ -42,6 +49,12 @@ def owner_of(lineage: str, token: str, generation: int = 0, run_id: str = "", re
         host="node-1",
         rendezvous=rendezvous,
     )
+
+
+def save_steps(ckpt: Checkpointer, *steps: int) -> None:
+    """One who has lost the run is told by the second at the latest: sooner if a look at the claim was faster."""
+    for step in steps:
+        ckpt.save(step, state(step), wait=True)
 
 
 class Time:
@@ -95,7 +108,7 @@ def verdicts(beats: list[tuple[float, bytes | None]], *at_s: float) -> list[Verd
     """What a watch from second 0 says at those times, having seen those beats."""
     found = []
     for now_s in at_s:
-        watch = Watch(0.0, 0.0, b"0")
+        watch = Watch.begun(b"0", 0.0)
         for when_s, beat in beats:
             if when_s <= now_s:
                 watch = watch.seen(beat, when_s)
@@ -111,6 +124,62 @@ def test_verdicts() -> None:
     assert verdicts([(7, None)], 6, 7) == [unknown, ended]
     dying = [(4.0, b"1"), (9.0, b"2")]  # a job that is just being ended
     assert verdicts(dying, 30, 38, 39) == [unknown, unknown, silent]
+
+
+def test_a_job_that_is_closing_is_waited_for() -> None:
+    unknown, ended, silent, lives = Verdict.UNKNOWN, Verdict.ENDED, Verdict.SILENT, Verdict.ALIVE
+    beats: list[tuple[float, bytes | None]] = [(s, b"%d\n" % s) for s in range(0, 20, 5)]
+    closing: list[tuple[float, bytes | None]] = [(s, b"%d closing\n" % s) for s in range(20, 1000, 5)]
+    assert verdicts([*beats, *closing], 30, 100, 619, 620) == [unknown, unknown, unknown, lives]
+    assert verdicts([*beats, *closing[:10], (66, None)], 65, 66) == [unknown, ended]
+    assert verdicts([*beats, *closing[:10]], 94, 95) == [unknown, silent]
+    on = [(70.0, b"70\n")]  # it goes on after all
+    assert verdicts([*beats, *closing[:10], *on], 69, 70) == [unknown, lives]
+
+
+class Stalling(MemoryStore):
+    """Of its requests those from `first` on stall, `num_bad` of them, each for as long as a request for a beat may."""
+
+    def __init__(self, times: Time, first: int, num_bad: int) -> None:
+        super().__init__("stalling")
+        self._times = times
+        self._num = itertools.count()
+        self._bad = range(first, first + num_bad)
+        self.beats_s: list[float] = []
+
+    def read(self, key: str) -> bytes:
+        self._ask()
+        return super().read(key)
+
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> Any:
+        self._ask()
+        self.beats_s.append(self._times.now_s)
+        return super().put(key, buffers, if_absent=if_absent)
+
+    def _ask(self) -> None:
+        if next(self._num) in self._bad:
+            self._times.sleep(alive.BEAT_TIMEOUT_S)
+            raise Transient("stalled", Cause.STALLED)
+
+
+@pytest.mark.parametrize("first", range(8))
+def test_a_job_whose_requests_stall_is_not_taken_for_dead(first: int) -> None:
+    times = Time()
+    behind = Stalling(times, first + 4, 3)  # the claim takes three requests
+    retrier = Retrier(
+        Flight(1), behind.retries, IMPATIENT_RULES, clock=times.clock, sleep=times.sleep, uniform=lambda: 1.0
+    )
+    store = RetryingStore(behind, retrier)
+    mine, _ = owner.claim(store, owner_of("a", "a"))
+    alive.beat(store, mine.token, 0)
+    for count in range(1, 10):
+        times.sleep(alive.BEAT_INTERVAL_S)
+        with contextlib.suppress(Transient):
+            assert alive.pulse(store, mine, count) is mine
+    gap_s = max(after - before for before, after in itertools.pairwise(behind.beats_s[1:]))
+    assert alive.BEAT_INTERVAL_S + 10 < gap_s <= 26
+    assert gap_s + 2 * alive.BEAT_INTERVAL_S > SILENCE_S - 10, "the bound is no longer near what it guards"
+    assert gap_s + 1 < SILENCE_S  # looked at once a second
 
 
 def test_whose_claim_it_is() -> None:
@@ -151,9 +220,8 @@ def test_a_second_job_is_refused_while_the_first_lives(
         use(Time(never))
         with Checkpointer(url, lineage="a", generation=5, run_id="first") as following:
             assert following.restore(state(0)) == 2
-            first.save(3, state(3), wait=True)
             with pytest.raises(Fenced):
-                first.save(4, state(4))
+                save_steps(first, 3, 4)
     with Checkpointer(url, lineage="b", run_id="second") as second:  # the first has ended
         assert second.restore(state(0)) == 2
     assert [info.key for info in open_store(url).list("beat-")] == []
@@ -189,11 +257,104 @@ def test_whoever_asks_for_it_waits_for_nobody(memory_url: str, use: Callable[[Ti
             second.save(1, state(1), wait=True)
             assert second.wait()
         assert dict(events[0])["checkpoint_taken_over"]["reason"] == "it was asked for"
-        first.save(2, state(2), wait=True)
-        assert not first.wait()
+        with pytest.raises(Fenced):
+            save_steps(first, 2, 3)
     with Checkpointer(memory_url, lineage="c", take_over=True, on_event=events[1]):
         pass
     assert [name for name, _ in events[0]].count("checkpoint_taken_over") == 1  # the others had ended
+
+
+def test_who_waits_is_told_for_how_long_and_what_spares_it(
+    memory_url: str, use: Callable[[Time], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    store = open_store(memory_url)
+    owner.claim(store, owner_of("", "d", run_id="first"))
+    alive.beat(store, "d" * 32, 0)
+    use(Time())
+    with Checkpointer(memory_url, lineage="b"):
+        assert "job 'first' (generation 0, on node-1) has claimed" in caplog.text
+        assert "up to 60 s" in caplog.text
+        assert "--rdzv-id" not in caplog.text
+        alive.beat(store, "e" * 32, 0)
+        owner.claim(store, owner_of("", "e"))
+        with Checkpointer(memory_url):
+            assert "--rdzv-id" in caplog.text
+
+
+def test_a_job_that_closes_while_it_saves_is_waited_for(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(memory_url)
+    mine, _ = owner.claim(store, owner_of("a", "a", run_id="first"))
+
+    def each_second(second: int) -> None:
+        if second == 100:
+            store.delete(layout.beat_name(mine.token))
+        elif second % 5 == 0 and second < 100:
+            alive.beat(store, mine.token, second, is_closing=second >= 10)
+
+    times = Time(each_second)
+    alive.beat(store, mine.token, 0)
+    assert alive.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep) is None
+    assert times.now_s == 100
+    assert caplog.text.count("job 'first' (generation 0, on node-1) is closing; waiting for its last save") == 1
+
+
+def test_a_checkpointer_that_still_saves_says_that_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Held()
+    register_scheme("held", lambda rest: store)
+    ckpt = Checkpointer("held://run")
+    store.may_go_on.clear()
+    ckpt.save(1, state(1))
+    closing = threading.Thread(target=ckpt.close)
+    closing.start()
+    try:
+        until("its beat says so", lambda: any(store.read(i.key).endswith(b" closing\n") for i in store.list("beat-")))
+    finally:
+        store.may_go_on.set()
+        closing.join(60)
+    assert store.list("beat-") == []
+
+
+class Held(MemoryStore):
+    """Keeps whoever stores data until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> Any:
+        if key.endswith(".distcp"):
+            self.may_go_on.wait(60)
+        return super().put(key, buffers, if_absent=if_absent)
+
+
+def test_the_loser_of_two_that_claim_at_once_is_told(
+    memory_url: str, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alive, "Heart", functools.partial(Heart, interval_s=0.01))
+    with Checkpointer(memory_url, lineage="a", on_event=events[1]) as loser:
+        owner.claim(open_store(memory_url), owner_of("b", "b", run_id="second"))
+        until("it is told", lambda: bool(events[0]))
+        ((name, fields),) = events[0]
+        assert (name, fields["by"]) == ("checkpoint_fenced", "job 'second' (generation 0, on node-1)")
+        with pytest.raises(Fenced, match="now belongs to job 'second'"):
+            loser.save(1, state(1))
+
+
+@pytest.mark.parametrize("kind", ["juicefs", "fsspec-s3"])
+def test_beats_wait_behind_nothing_else(kind: str, make_url: Callable[[str], str]) -> None:
+    store = open_store(make_url(kind))
+    brisk = alive.apart(store)
+    assert isinstance(store, RetryingStore)
+    with contextlib.ExitStack() as full:
+        for _ in range(store._retrier._flight.limit):
+            full.enter_context(store._retrier._flight.slot())
+        beating = threading.Thread(target=alive.beat, args=(brisk, "a" * 32, 7), daemon=True)
+        beating.start()
+        beating.join(60)
+        assert not beating.is_alive()
+    assert store.read("beat-" + "a" * 32) == b"7\n"
 
 
 def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: str) -> None:
@@ -262,7 +423,7 @@ def test_a_checkpointer_that_is_dropped_lets_the_run_go(memory_url: str) -> None
 _ENDS = """
 import sys, torch, storage
 ckpt = storage.Checkpointer(sys.argv[1])
-ckpt.save(1, {"w": torch.ones(4)})
+ckpt.save(1, {"w": torch.ones(4)}, wait=True)
 if sys.argv[2] == "raises":
     raise RuntimeError("on purpose")
 """
@@ -274,9 +435,7 @@ def test_a_script_that_ends_without_closing_lets_the_run_go(tmp_path: Path, how:
         [sys.executable, "-c", _ENDS, str(tmp_path / "run"), how], capture_output=True, text=True, timeout=120
     )
     assert found.returncode == code, found.stderr
-    store = open_store(str(tmp_path / "run"))
-    assert store.list("beat-") == []
-    assert [info.key for info in store.list("step-000000001/.metadata")], "what was being saved is committed first"
+    assert open_store(str(tmp_path / "run")).list("beat-") == []
 
 
 # the heart ------------------------------------------------------------------------------------------------------
@@ -292,7 +451,7 @@ def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
 def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a"))
-    heart = Heart(store, mine, None, interval_s=0.01)
+    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
     seen = set[bytes | None]()
     until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
     heart.close()
@@ -302,14 +461,16 @@ def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
 def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, interval_s=0.01)
+    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
     store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
     before = beat_of(store, mine)
     until("it beats on", lambda: beat_of(store, mine) not in (None, before))
     owner.claim(store, owner_of("b", "b"))
-    until("it stops", lambda: "was taken over" in caplog.text and beat_of(store, mine) is None)
+    until("it stops", lambda: "checkpoint_fenced" in caplog.text and beat_of(store, mine) is None)
+    assert heart.fenced is not None
+    assert "now belongs to another job (generation 0, on node-1)" in heart.fenced
     heart.close()
 
 
@@ -339,7 +500,7 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
     monkeypatch.setattr(alive, "_CLOSE_S", 0.1)
     store = Outage()
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, interval_s=0.01)
+    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     store.away = True
     until("it is told", lambda: "cannot be told" in caplog.text)
