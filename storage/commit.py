@@ -237,21 +237,22 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
         raise Corrupt(f"{manifest_key} is not what was written")
     # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
     store.put(attempt.prefix + layout.MANIFEST, [manifest_bytes])
-    put_metadata(store, attempt.prefix, metadata)
+    put_metadata(store, attempt.prefix, metadata, claim)
     _insist(lambda: _check_still_there(store, attempt, manifest.objects, metadata), metadata_key)
 
 
-def put_metadata(store: ObjectStore, prefix: str, metadata: bytes) -> None:
+def put_metadata(store: ObjectStore, prefix: str, metadata: bytes, claim: Claim | None = None) -> None:
     """Put the `.metadata` of `prefix`, and believe what is read back more than how the put was answered.
 
     What was set aside stays so as long as the copy that says it is there: a good copy puts the same bytes again.
 
-    Raises AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
+    Raises Fenced, AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
     """
     key = prefix + layout.METADATA
     if _lies_set_aside(store, prefix, metadata):
         return
-    replaces = _make_way(store, prefix)
+    aside = _make_way(store, prefix)
+    replaces = aside is not None and _may_replace(store, aside, claim)
     doubt: StorageError | None = None
     try:
         store.put(key, [metadata], if_absent=not replaces)
@@ -387,19 +388,37 @@ def _lies_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
     return _read_if_there(store, prefix + layout.METADATA) == metadata and catalog.is_set_aside(store, prefix, metadata)
 
 
-def _make_way(store: ObjectStore, prefix: str) -> bool:
-    """Whether a `.metadata` that was set aside has to be replaced: it is removed if it can be. Raises AlreadyExists."""
+def _make_way(store: ObjectStore, prefix: str) -> ObjectInfo | None:
+    """A `.metadata` that was set aside and has to be replaced: it is removed if it can be. Raises AlreadyExists."""
     try:
         info = store.info(prefix + layout.METADATA)
         metadata = store.read(info.key)
     except NotFound:
-        return False
+        return None
     if not catalog.is_set_aside(store, prefix, metadata):
         raise AlreadyExists(_taken(store, prefix))
     if not can_delete(store):
-        return True
+        return info
     store.delete_version(info.key, info.etag)
-    return False
+    return None
+
+
+def _may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> bool:
+    """Whether what was set aside is still there, asked right before a put that has no condition.
+
+    A process that was paused before this must not overwrite what a newer owner has committed meanwhile. One that is
+    paused after it still can, where the store has no conditional deletes.
+
+    Raises Fenced, AlreadyExists.
+    """
+    if claim is not None:
+        claim.check()
+    try:
+        if store.info(aside.key) == aside:
+            return True
+    except NotFound:
+        return False
+    raise AlreadyExists(_taken(store, aside.key.removesuffix(layout.METADATA)))
 
 
 def can_delete(store: ObjectStore) -> TypeGuard[ConditionalStore]:

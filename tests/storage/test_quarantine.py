@@ -14,7 +14,7 @@ from pausing import PausingStore
 
 from elastic_moe.cli.main import main
 from storage import Checkpointer, catalog, commit, inspect, open_store, owner, register_scheme, retention
-from storage.errors import StorageError
+from storage.errors import AlreadyExists, Fenced, StorageError
 from storage.memory import MemoryStore
 from storage.objects import ConditionalStore, ObjectInfo, ObjectStore
 from storage.retention import Removal
@@ -183,6 +183,53 @@ def test_a_good_copy_mends_what_was_set_aside(tmp_path: Path, plain: bool, capsy
     assert "step-000000020: copied" in capsys.readouterr().out
     assert states(url)[0] == (20, "committed")
     assert main(["ckpt", "verify", url]) == 0
+
+
+def owner_of(generation: int) -> owner.Owner:
+    return owner.Owner(lineage="a", generation=generation, epoch=0, token=f"token-{generation}")
+
+
+class Overtaken(MemoryStore):
+    """Somebody acts right after it was looked up what is set aside."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def info(self, key: str) -> ObjectInfo:
+        found = super().info(key)
+        if "quarantined-" in key and self.meanwhile is not None:
+            self.meanwhile()
+        return found
+
+
+@pytest.mark.parametrize("is_claimed_only", [False, True])
+def test_a_late_owner_replaces_nothing_that_a_newer_one_has_committed(is_claimed_only: bool) -> None:
+    """Where one version cannot be removed alone, a `.metadata` set aside is replaced by a put without condition."""
+    store = Overtaken("x")
+    plain: Any = Plain(store)
+    store.put(METADATA, [b"damaged"])
+    assert commit.quarantine(plain, store.info(METADATA))
+    mine = owner.Claim(plain, owner.claim(store, owner_of(0))[0])
+
+    def overtake() -> None:
+        owner.claim(store, owner_of(1))
+        if not is_claimed_only:
+            store.put(METADATA, [b"newer"])
+
+    store.meanwhile = overtake
+    with pytest.raises(Fenced):
+        commit.put_metadata(plain, "step-000000020/", b"older", mine)
+    assert store.read(METADATA) == (b"damaged" if is_claimed_only else b"newer")
+
+
+def test_a_late_copy_replaces_nothing_that_was_committed_meanwhile() -> None:
+    store = Overtaken("x")
+    plain: Any = Plain(store)
+    store.put(METADATA, [b"damaged"])
+    assert commit.quarantine(plain, store.info(METADATA))
+    store.meanwhile = lambda: store.put(METADATA, [b"newer"])
+    with pytest.raises(AlreadyExists):
+        commit.put_metadata(plain, "step-000000020/", b"a copy")
+    assert store.read(METADATA) == b"newer"
 
 
 # the stores -----------------------------------------------------------------------------------------------------
