@@ -244,12 +244,13 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
 def put_metadata(store: ObjectStore, prefix: str, metadata: bytes, claim: Claim | None = None) -> None:
     """Put the `.metadata` of `prefix`, and believe what is read back more than how the put was answered.
 
-    What was set aside stays so as long as the copy that says it is there: a good copy puts the same bytes again.
+    For a copy (no `claim`), what was set aside stays so as long as the marker that says it is there: a copy puts the
+    same bytes again. No save does, as its objects have names of their own.
 
     Raises Fenced, AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
     """
     key = prefix + layout.METADATA
-    if _lies_set_aside(store, prefix, metadata):
+    if claim is None and _lies_set_aside(store, prefix, metadata):
         return
     aside = _make_way(store, prefix)
     replaces = aside is not None and _may_replace(store, aside, claim)
