@@ -160,7 +160,7 @@ class Peer:
     @functools.cached_property
     def renew_held_open(self) -> Callable[..., Any]:
         """The same as a stream whose both directions stay open until the answer has come."""
-        keep_alive = etcdrpc.LeaseStub(self.channel).LeaseKeepAlive
+        keep_alive = self.lease.LeaseKeepAlive
 
         def call(request: Any, **options: Any) -> Any:
             answered = threading.Event()

@@ -25,8 +25,6 @@ from launcher.kv.etcd_transport import (
 log = logging.getLogger(__name__)
 
 _DELETE: Final = 1  # mvccpb.Event.DELETE
-
-
 _LOOK: Final = object()
 """In a stream's inbox: another endpoint is in use now."""
 

@@ -25,7 +25,7 @@ def three(job: Job) -> tuple[Node, Node, Node]:
 
 
 def members_known(*nodes: Node) -> None:
-    """Each has asked who etcd's members are, which it does when it is two seconds old."""
+    """Each has asked who etcd's members are, which it does as it connects."""
     for node in nodes:
         until(f"{node.name} knows etcd's members", lambda node=node: "members are known" in node.output)
 
