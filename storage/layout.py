@@ -32,7 +32,6 @@ _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
 _BEAT = re.compile(r"beat-[0-9a-f]{32}")
 _PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
-_QUARANTINED = re.compile(r"quarantined-[0-9a-f-]{8,64}\.metadata")
 
 
 def step_folder(step: int) -> str:
@@ -98,11 +97,6 @@ def aborted_name(attempt: str) -> str:
 def quarantined_name(metadata: bytes) -> str:
     """Name, below its step, under which `metadata` is set aside: it says of which `.metadata` it is a copy."""
     return f"{QUARANTINED_PREFIX}{hashlib.sha256(metadata).hexdigest()}{METADATA}"
-
-
-def is_quarantined_name(name: str) -> bool:
-    """Whether `quarantined_name` could have made `name`."""
-    return _QUARANTINED.fullmatch(name) is not None
 
 
 def beat_name(token: str) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -282,11 +281,3 @@ def dump_aborted(aborted: Aborted) -> bytes:
 def load_aborted(data: bytes, name: str) -> Aborted:
     """The note in `data`. Raises Corrupt."""
     return unseal(_ABORTED_KIND, Aborted, data, name)
-
-
-def tensor_size_bytes(item: ItemEntry, itemsize_bytes: int) -> int:
-    """Bytes of a tensor item's own data. Raises Corrupt when they do not fit into the item."""
-    size = math.prod(item.sizes or ()) * itemsize_bytes
-    if item.raw_offset + size > item.length:
-        raise Corrupt(f"item {item.key!r} is too short for its {size} bytes of data")
-    return size

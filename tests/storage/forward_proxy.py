@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
+from tests.storage.quiet import QuietServer
+
 _POLL_S = 0.05
 _CHUNK_SIZE_BYTES = 1 << 16
 _OWN_HEADERS = {"connection", "proxy-authorization", "host", "transfer-encoding", "content-length"}
@@ -60,16 +62,10 @@ class ForwardProxy:
         self._thread.join(30)
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
+class _Server(QuietServer):
     def __init__(self, proxy: ForwardProxy) -> None:
         self.proxy = proxy
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news here."""
+        super().__init__(_Handler)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

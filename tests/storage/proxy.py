@@ -47,6 +47,7 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from tests.s3 import BUCKET, S3Server
+from tests.storage.quiet import QuietServer
 
 KINDS = (
     *("throttle", "error", "refuse", "lose", "reset", "truncate", "stall", "slow"),
@@ -160,16 +161,10 @@ class FaultProxy:
         self._thread.join(30)
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
+class _Server(QuietServer):
     def __init__(self, proxy: FaultProxy) -> None:
         self.proxy = proxy
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news here."""
+        super().__init__(_Handler)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

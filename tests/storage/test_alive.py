@@ -18,37 +18,20 @@ import torch
 
 from storage import Checkpointer, alive, layout, open_store, owner, register_scheme
 from storage.alive import SILENCE_S, Heart, Verdict, Watch
-from storage.errors import Cause, Fenced, InUse, NotFound, Transient
-from storage.events import Reporter
+from storage.errors import Cause, Fenced, InUse, Transient
 from storage.flight import Flight
 from storage.memory import MemoryStore
-from storage.objects import ObjectStore
-from storage.owner import Owner
 from storage.retries import IMPATIENT_RULES, Retrier
 from storage.retrying import RetryingStore
-from storage.sealed import seal
 from tests.cluster import until
+from tests.storage.alive_cases import owner_of
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
-QUIET = Reporter(None)
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
 
 
 def state(number: int) -> dict[str, Any]:
     return {"w": torch.full((4,), float(number)), "n": number}
-
-
-def owner_of(lineage: str, token: str, generation: int = 0, run_id: str = "", rendezvous: str = "") -> Owner:
-    """Who wants to claim; the token is that letter, 32 times."""
-    return Owner(
-        lineage=lineage,
-        generation=generation,
-        epoch=0,
-        token=token * 32,
-        run_id=run_id,
-        host="node-1",
-        rendezvous=rendezvous,
-    )
 
 
 def save_steps(ckpt: Checkpointer, *steps: int) -> None:
@@ -436,82 +419,3 @@ def test_a_script_that_ends_without_closing_lets_the_run_go(tmp_path: Path, how:
     )
     assert found.returncode == code, found.stderr
     assert open_store(str(tmp_path / "run")).list("beat-") == []
-
-
-# the heart ------------------------------------------------------------------------------------------------------
-
-
-def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
-    try:
-        return store.read(f"beat-{mine.token}")
-    except NotFound:
-        return None
-
-
-def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
-    store = open_store(memory_url)
-    mine, _ = owner.claim(store, owner_of("a", "a"))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
-    seen = set[bytes | None]()
-    until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
-    heart.close()
-    assert beat_of(store, mine) is None
-
-
-def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store(memory_url)
-    mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
-    until("it beats", lambda: beat_of(store, mine) is not None)
-    late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
-    store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
-    before = beat_of(store, mine)
-    until("it beats on", lambda: beat_of(store, mine) not in (None, before))
-    owner.claim(store, owner_of("b", "b"))
-    until("it stops", lambda: "checkpoint_fenced" in caplog.text and beat_of(store, mine) is None)
-    assert heart.fenced is not None
-    assert "now belongs to another job (generation 0, on node-1)" in heart.fenced
-    heart.close()
-
-
-class Outage(MemoryStore):
-    """Cannot be written while `away`, and keeps whoever tries until `back`."""
-
-    away = False
-
-    def __init__(self) -> None:
-        super().__init__("outage")
-        self.back = threading.Event()
-
-    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> Any:
-        if self.away and key.startswith("beat-"):
-            raise Transient("away")
-        return super().put(key, buffers, if_absent=if_absent)
-
-    def delete(self, key: str) -> None:
-        if self.away:
-            self.back.wait(60)
-        super().delete(key)
-
-
-def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alive, "_CLOSE_S", 0.1)
-    store = Outage()
-    mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
-    until("it beats", lambda: beat_of(store, mine) is not None)
-    store.away = True
-    until("it is told", lambda: "cannot be told" in caplog.text)
-    store.away = False
-    before = beat_of(store, mine)
-    until("it beats again", lambda: beat_of(store, mine) != before)
-    assert caplog.text.count("cannot be told") == 1
-    store.away = True
-    try:
-        heart.close()
-        assert "another job will have to wait" in caplog.text
-    finally:
-        store.back.set()
-    until("the thread has ended", lambda: not any(t.name == "storage-beat" for t in threading.enumerate()))
