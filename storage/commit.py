@@ -23,11 +23,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
-from storage import catalog, layout
+from storage import catalog, layout, quarantine
 from storage.checksum import crc32c
 from storage.errors import AlreadyExists, Corrupt, Fenced, NotFound, StorageError, Transient, Unconfirmed
 from storage.index import of_manifest
@@ -46,7 +46,7 @@ from storage.manifest import (
     load_manifest,
     load_receipt,
 )
-from storage.objects import ConditionalStore, ObjectInfo, ObjectStore, exists, read_checked
+from storage.objects import ObjectStore, exists, read_checked, read_if_there
 from storage.owner import Claim
 
 _POLL_S_MIN = 0.02
@@ -223,7 +223,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
         claim.check()
     manifest_key, metadata_key = attempt.prefix + layout.manifest_name(attempt.id), attempt.prefix + layout.METADATA
     if catalog.is_checkpoint(store, attempt.prefix):
-        raise AlreadyExists(_taken(store, attempt.prefix))
+        raise quarantine.taken(store, attempt.prefix)
     manifest_bytes = dump_manifest(manifest)
     with contextlib.suppress(AlreadyExists):  # a copy that was killed has put it (see `storage.copying`)
         store.put(manifest_key, [manifest_bytes], if_absent=True)
@@ -250,10 +250,10 @@ def put_metadata(store: ObjectStore, prefix: str, metadata: bytes, claim: Claim 
     Raises Fenced, AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
     """
     key = prefix + layout.METADATA
-    if claim is None and _lies_set_aside(store, prefix, metadata):
+    if claim is None and quarantine.lies_set_aside(store, prefix, metadata):
         return
-    aside = _make_way(store, prefix)
-    replaces = aside is not None and _may_replace(store, aside, claim)
+    aside = quarantine.make_way(store, prefix)
+    replaces = aside is not None and quarantine.may_replace(store, aside, claim)
     doubt: StorageError | None = None
     try:
         store.put(key, [metadata], if_absent=not replaces)
@@ -266,25 +266,13 @@ def put_metadata(store: ObjectStore, prefix: str, metadata: bytes, claim: Claim 
         raise Corrupt(f"{key} was overwritten by another process while it was committed")
     if found is None:
         raise doubt
-    raise AlreadyExists(_taken(store, prefix))
-
-
-def _taken(store: ObjectStore, prefix: str) -> str:
-    where = layout.join_url(store.url, prefix)
-    return f"{where} is committed already; restore it, or save to another URL"
+    raise quarantine.taken(store, prefix)
 
 
 def _read_back(store: ObjectStore, key: str, expected: bytes) -> bytes | None:
     """The object, or None. What differs counts when it is read twice: the way to here may have damaged it."""
-    found = _read_if_there(store, key)
-    return found if found == expected else _read_if_there(store, key)
-
-
-def _read_if_there(store: ObjectStore, key: str) -> bytes | None:
-    try:
-        return store.read(key)
-    except NotFound:
-        return None
+    found = read_if_there(store, key)
+    return found if found == expected else read_if_there(store, key)
 
 
 def _insist(call: Callable[[], T], key: str) -> T:
@@ -314,7 +302,7 @@ def _check_still_there(store: ObjectStore, attempt: Attempt, objects: Sequence[O
     try:
         check_objects(store, attempt, objects)
     except Corrupt as error:
-        _withdraw(store, attempt.prefix, metadata)
+        quarantine.withdraw(store, attempt.prefix, metadata)
         raise Fenced(f"a newer owner of the run has cleaned this attempt up: {error}") from None
 
 
@@ -352,76 +340,3 @@ def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:
         return catalog.commits(metadata, read_checked(store, manifest_key, load_manifest))
     except NotFound:
         return False
-
-
-def quarantine(store: ObjectStore, judged: ObjectInfo) -> bool:
-    """Set a `.metadata` aside, so that nobody takes the damaged checkpoint for a good one; whether it was still there.
-
-    `judged` is what the store said of it before the damage was looked for. By now another may be there, of a newer
-    owner who was faster and has saved the step anew: that one stays. A copy whose name says which `.metadata` is
-    meant makes it count no more; it is also removed where the store can remove that very version and no other.
-    """
-    prefix = judged.key.removesuffix(layout.METADATA)
-    try:
-        metadata = store.read(judged.key)
-        if store.info(judged.key) != judged:
-            return False
-    except NotFound:
-        return False
-    store.put(prefix + layout.quarantined_name(metadata), [metadata])
-    return not can_delete(store) or store.delete_version(judged.key, judged.etag)
-
-
-def _withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
-    """Undo a commit, unless another has taken its place."""
-    with contextlib.suppress(NotFound):
-        info = store.info(prefix + layout.METADATA)
-        if store.read(info.key) != metadata:
-            return
-        if can_delete(store):
-            store.delete_version(info.key, info.etag)
-        else:
-            store.put(prefix + layout.quarantined_name(metadata), [metadata])
-
-
-def _lies_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
-    """Whether that very `.metadata` is there, and counts for nothing: to remove it would hit one that counts again."""
-    return _read_if_there(store, prefix + layout.METADATA) == metadata and catalog.is_set_aside(store, prefix, metadata)
-
-
-def _make_way(store: ObjectStore, prefix: str) -> ObjectInfo | None:
-    """A `.metadata` that was set aside and has to be replaced: it is removed if it can be. Raises AlreadyExists."""
-    try:
-        info = store.info(prefix + layout.METADATA)
-        metadata = store.read(info.key)
-    except NotFound:
-        return None
-    if not catalog.is_set_aside(store, prefix, metadata):
-        raise AlreadyExists(_taken(store, prefix))
-    if not can_delete(store):
-        return info
-    store.delete_version(info.key, info.etag)
-    return None
-
-
-def _may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> bool:
-    """Whether what was set aside is still there, asked right before a put that has no condition.
-
-    A process that was paused before this must not overwrite what a newer owner has committed meanwhile. One that is
-    paused after it still can, where the store has no conditional deletes.
-
-    Raises Fenced, AlreadyExists.
-    """
-    if claim is not None:
-        claim.check()
-    try:
-        if store.info(aside.key) == aside:
-            return True
-    except NotFound:
-        return False
-    raise AlreadyExists(_taken(store, aside.key.removesuffix(layout.METADATA)))
-
-
-def can_delete(store: ObjectStore) -> TypeGuard[ConditionalStore]:
-    """Whether the store can remove one version of an object and no other."""
-    return isinstance(store, ConditionalStore) and store.deletes_conditionally()

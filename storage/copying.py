@@ -14,20 +14,19 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from storage import catalog, commit, garbage, inspect, layout
+from storage import catalog, commit, errands, garbage, layout
 from storage.commit import Attempt
-from storage.copyplan import Checksums, DataObject, choose
-from storage.errors import AlreadyExists, Corrupt, NoCheckpoint, NotFound, StorageError, UsageError
-from storage.inspect import Location
-from storage.manifest import Manifest, ObjectEntry
+from storage.copyplan import DataObject
+from storage.errands import Contents, Errand, Found, Outcome
+from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError
+from storage.manifest import ObjectEntry
 from storage.objects import MultipartStore, ObjectStore, StreamingStore, parts_of_size
 from storage.parallel import run_all
 from storage.passage import Advance, Passage
-from storage.registry import open_store
 
 log = logging.getLogger(__name__)
 
@@ -42,199 +41,10 @@ ABANDONED_AGE_S = 24 * 3600.0
 """An unfinished upload of this age has nobody who works on it, as `ckpt gc` takes it."""
 
 
-@dataclass(frozen=True)
-class Errand:
-    """One checkpoint to copy: where it lies in the source, and where in the target."""
-
-    source_prefix: str
-    target_prefix: str
-    step: int | None
-
-    @property
-    def folder(self) -> str:
-        """As people call it."""
-        return self.target_prefix.rstrip("/")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint of the source that can be copied, with its `.metadata`."""
-
-    errand: Errand
-    metadata: bytes
-    objects: Sequence[DataObject]
-    sizes_there: Mapping[str, int]
-    """What lies at the target, by name: a copy that was killed may have left some of the objects."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all data objects."""
-        return sum(entry.size_bytes for entry in self.objects)
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """All that is known of a checkpoint while it is copied; nothing but `found` for stock DCP's."""
-
-    found: Found
-    manifest: Manifest | None = None
-    checksums: Checksums | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one checkpoint.
-
-    `state`: "copied"; "present" (the target had it already); "damaged" (in the source, or at the target; `reason` says
-    more); "removed" (from the source, while it was copied); "planned" (it would be copied).
-    """
-
-    folder: str
-    step: int | None
-    state: str
-    reason: str = ""
-    num_objects_sent: int = 0
-    num_objects_present: int = 0
-    sent_bytes: int = 0
-    present_bytes: int = 0
-
-
-def open_target(url: str) -> Location:
-    """The store to copy to; `prefix` is None unless the URL names one step's folder. Raises BadURL."""
-    run, prefix = layout.split_step_url(url)
-    return Location(open_store(run), prefix or None)
-
-
-def errands(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[Errand]:
-    """What to copy, newest first.
-
-    Raises:
-        NoCheckpoint: nothing is committed in the source, or not that step.
-        UsageError: the URLs do not fit each other.
-    """
-    if source.store.url == target.store.url:
-        raise UsageError(f"source and target are both {source.store.url}; give two different places")
-    if source.prefix is not None:
-        return [_single(source, target, step, last)]
-    if target.prefix is not None:
-        raise UsageError(
-            f"the source is a whole run, and {target.prefix.rstrip('/')} at the end of the target is one checkpoint; "
-            "give the folder above it"
-        )
-    if catalog.is_checkpoint(target.store, ""):
-        raise UsageError(f"{target.store.url} is one checkpoint and no run: steps cannot be copied into it")
-    steps = [layout.parse_step(prefix.rstrip("/")) or 0 for prefix in inspect.checkpoints(source)]
-    folders = [(number, layout.step_folder(number) + "/") for number in choose(steps, source.store.url, step, last)]
-    return [Errand(folder, folder, number) for number, folder in folders]
-
-
-def _single(source: Location, target: Location, step: int | None, last: int | None) -> Errand:
-    """The only checkpoint of the source."""
-    if step is not None or last is not None:
-        raise UsageError("the source is one checkpoint, so there are no steps to choose from; give the run's URL")
-    (prefix,) = inspect.checkpoints(source)
-    number = layout.parse_step(prefix.rstrip("/"))
-    wanted = target.prefix or prefix
-    if number is not None and wanted != prefix:
-        raise UsageError(f"the source is step {number} and the target {wanted.rstrip('/')}; give the same step")
-    if not wanted and catalog.steps(target.store):
-        raise UsageError(f"{target.store.url} has steps in it; give the one to make, such as .../step-000000120")
-    return Errand(prefix, wanted, layout.parse_step(wanted.rstrip("/")))
-
-
-def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Outcome:
-    """What there is to copy, or why there is nothing. Writes nothing.
-
-    Raises:
-        UsageError: the target has another checkpoint there; or the source's format is another version's.
-        Transient, Denied: by a store.
-    """
-    contents = _find_twice(source, errand)
-    if isinstance(contents, Outcome):
-        return contents
-    found = contents.found  # manifests of all steps at once would be large: they are read again
-    if (outcome := _present_already(target, found)) is not None:
-        return outcome
-    listed = target.list(errand.target_prefix)
-    sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
-    return replace(found, sizes_there=sizes)
-
-
-def _find_twice(source: ObjectStore, errand: Errand) -> _Contents | Outcome:
-    """Damage counts when it is read twice: the way to here may have done it. Raises UsageError."""
-    try:
-        try:
-            return _find(source, errand)
-        except Corrupt as error:
-            contents = _find(source, errand)
-            log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
-            return contents
-    except Corrupt as error:
-        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
-    except (NotFound, NoCheckpoint):
-        return _removed(errand)
-
-
-def _find(source: ObjectStore, errand: Errand) -> _Contents:
-    """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
-    metadata = source.read(errand.source_prefix + layout.METADATA)
-    committed = catalog.find_commit(source, errand.source_prefix)
-    manifest = committed.manifest
-    if manifest is None:
-        if committed.metadata != metadata:
-            raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
-        index = catalog.open_commit(committed)
-        plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return _Contents(Found(errand, metadata, [DataObject(name, size) for name, size in plain], {}))
-    if errand.step not in (None, manifest.step):
-        raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {errand.step}")
-    if not catalog.commits(metadata, manifest):
-        raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
-    if problems := list(inspect.gaps(manifest)):
-        raise Corrupt(problems[0])
-    objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
-    return _Contents(Found(errand, metadata, objects, {}), manifest, Checksums(manifest))
-
-
-def _present_already(target: ObjectStore, found: Found) -> Outcome | None:
-    """What there is to say if the target has a checkpoint there. Raises UsageError: it is another one."""
-    prefix = found.errand.target_prefix
-    try:
-        there = target.read(prefix + layout.METADATA)
-    except NotFound:
-        return None
-    return None if catalog.is_set_aside(target, prefix, there) else _present(target, found, there)
-
-
-def _present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
-    errand = found.errand
-    if there != found.metadata:
-        raise UsageError(
-            f"{layout.join_url(target.url, errand.target_prefix)} holds another checkpoint than the source; copy to "
-            "another URL, or remove that one first"
-        )
-    try:
-        commit_there = catalog.find_commit(target, errand.target_prefix)
-        if commit_there.manifest is None:
-            catalog.open_commit(commit_there)
-    except Corrupt as error:
-        return Outcome(errand.folder, errand.step, "damaged", f"in {target.url}, where it is committed: {error}")
-    return Outcome(
-        errand.folder,
-        errand.step,
-        "present",
-        num_objects_present=len(found.objects),
-        present_bytes=found.size_bytes,
-    )
-
-
-def _removed(errand: Errand) -> Outcome:
-    return Outcome(errand.folder, errand.step, "removed", "its job has removed or replaced it meanwhile")
-
-
 class Copier:
-    """Copies what `look` has found. `advance` is told of bytes, from any thread; fewer, where some must go again.
+    """Copies what `errands.look` has found.
 
+    `advance` is told of bytes, from any thread; fewer, where some must go again.
     `now_unix_s` is when it begins: what others have begun long before it is given up for dead.
     """
 
@@ -258,28 +68,30 @@ class Copier:
         """
         errand = found.errand
         # another copy may have committed it since it was looked for: nothing is rewritten below its readers
-        if (outcome := _present_already(self._target, found)) is not None:
+        if (outcome := errands.present_already(self._target, found)) is not None:
             return outcome
-        contents = _find_twice(self._source, errand)
+        contents = errands.find_twice(self._source, errand)
         if isinstance(contents, Outcome):
             return contents
         if contents.found.metadata != found.metadata:
-            return _removed(errand)
+            return errands.removed(errand)
         contents = replace(contents, found=found)
         try:
             sent = self._copy_objects(contents)
             if self._is_replaced(errand, found.metadata):
-                return _removed(errand)
+                return errands.removed(errand)
             try:
                 self._publish(contents)
             except AlreadyExists:
                 # by another copy that was faster, or it was set aside here, and its objects are whole again
-                outcome = _present(self._target, found, self._target.read(errand.target_prefix + layout.METADATA))
+                outcome = errands.present(
+                    self._target, found, self._target.read(errand.target_prefix + layout.METADATA)
+                )
                 if outcome.state != "present":
                     return outcome
         except Corrupt as error:
             if self._is_replaced(errand, found.metadata):
-                return _removed(errand)
+                return errands.removed(errand)
             return Outcome(errand.folder, errand.step, "damaged", str(error))
         except NotFound as error:  # what lacks in the source is Corrupt
             raise StorageError(
@@ -299,7 +111,7 @@ class Copier:
         except NotFound:
             return True
 
-    def _copy_objects(self, contents: _Contents) -> list[bool]:
+    def _copy_objects(self, contents: Contents) -> list[bool]:
         """For each object whether it was sent. The first failure ends all, and is raised."""
         self._stop.clear()
         failures: list[BaseException] = []
@@ -340,7 +152,7 @@ class Copier:
             garbage.remove(self._target, old)
             log.info("removed the parts of an upload of %s that was not finished", old.name)
 
-    def _ensure(self, contents: _Contents, number: int, parts: ThreadPoolExecutor) -> bool:
+    def _ensure(self, contents: Contents, number: int, parts: ThreadPoolExecutor) -> bool:
         """Have the object at the target; whether it had to be sent."""
         errand, entry = contents.found.errand, contents.found.objects[number]
         blocks = None if contents.checksums is None else contents.checksums.blocks(number)
@@ -392,7 +204,7 @@ class Copier:
             passage.take_back()
             raise
 
-    def _publish(self, contents: _Contents) -> None:
+    def _publish(self, contents: Contents) -> None:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
         found, manifest = contents.found, contents.manifest
         prefix = found.errand.target_prefix

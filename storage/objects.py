@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from storage.errors import Cause, Corrupt, Denied, NotFound
 from storage.retries import RetryLog
@@ -207,6 +207,19 @@ def exists(store: ObjectStore, key: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+def read_if_there(store: ObjectStore, key: str) -> bytes | None:
+    """The whole object, or None."""
+    try:
+        return store.read(key)
+    except NotFound:
+        return None
+
+
+def can_delete_version(store: ObjectStore) -> TypeGuard[ConditionalStore]:
+    """Whether the store can remove one version of an object and no other."""
+    return isinstance(store, ConditionalStore) and store.deletes_conditionally()
 
 
 def check_key(key: str) -> str:

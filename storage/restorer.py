@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage import catalog, commit, inspect, layout
+from storage import catalog, inspect, layout, quarantine
 from storage.agreement import AgreeingGroup
 from storage.dcp_metadata import metadata_of
 from storage.describe import SafeLoadPlanner, differences, needed_bytes, num_surplus
@@ -154,7 +154,7 @@ class Restorer:
     def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
         """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
         self._claim.check()
-        if commit.quarantine(self._store, version):
+        if quarantine.set_aside(self._store, version):
             self._report("checkpoint_quarantined", step=step, reason=reason)
 
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from storage import commit, layout
+from storage import layout
 from storage.catalog import find_manifest, steps
 from storage.errors import Corrupt, NotFound
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, can_delete_version
 from storage.owner import Claim
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _remove_commit(store: ObjectStore, key: str, seen: bytes | None) -> bool:
             return False
     except NotFound:
         return True
-    if commit.can_delete(store):
+    if can_delete_version(store):
         return store.delete_version(key, info.etag)
     store.delete(key)
     return True

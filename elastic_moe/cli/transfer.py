@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import copying, inspect
-from storage.copying import Copier, Found, Outcome
+from storage import errands, inspect
+from storage.copying import Copier
+from storage.errands import Found, Outcome
 from storage.passage import Advance
 from storage.retries import Retries
 
@@ -63,11 +64,11 @@ def register(actions: Subparsers) -> None:
 def _copy(args: argparse.Namespace) -> int:
     _check_direction(args)
     source_url, target_url = with_s3_options(args, args.source, args.target)
-    source, target = inspect.locate(source_url), copying.open_target(target_url)
+    source, target = inspect.locate(source_url), errands.open_target(target_url)
     started_s = time.monotonic()
     looked = [
-        copying.look(source.store, target.store, errand)
-        for errand in copying.errands(source, target, args.step, args.last)
+        errands.look(source.store, target.store, errand)
+        for errand in errands.plan(source, target, args.step, args.last)
     ]
     if args.dry_run:
         outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
-from storage import Checkpointer, commit, copying, fsspec_store, inspect, open_store, register_scheme
+from storage import Checkpointer, copying, errands, fsspec_store, inspect, open_store, quarantine, register_scheme
 from storage.errors import NotFound, StorageError
 from storage.fsspec_store import PatientFsspecStore
 from storage.memory import MemoryStore
@@ -101,7 +101,7 @@ def test_a_copy_that_dies_anywhere_over_what_is_set_aside_loses_nothing(source: 
         alive = Mortal(inner, -1, is_plain)
         assert push(source, alive) == 0
         damage(inner, ".distcp")
-        assert commit.quarantine(alive, inner.info(METADATA))  # type: ignore[arg-type]
+        assert quarantine.set_aside(alive, inner.info(METADATA))  # type: ignore[arg-type]
         assert state_of(alive) == "quarantined"
         mortal = Mortal(inner, die_at, is_plain)
         if not is_killed(source, mortal):
@@ -204,9 +204,9 @@ def test_only_uploads_of_long_ago_are_given_up(
 
 def test_a_copy_sends_nothing_below_a_checkpoint_that_another_has_committed_meanwhile(source: str) -> None:
     store, ours = MemoryStore("x"), inspect.locate(source)
-    (errand,) = copying.errands(ours, inspect.Location(store, None))
-    found = copying.look(ours.store, store, errand)
-    assert isinstance(found, copying.Found)
+    (errand,) = errands.plan(ours, inspect.Location(store, None))
+    found = errands.look(ours.store, store, errand)
+    assert isinstance(found, errands.Found)
     assert push(source, store) == 0
     before = store.list("")
     assert copying.Copier(ours.store, store, 0.0).copy(found).state == "present"

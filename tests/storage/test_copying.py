@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from elastic_moe.cli.transfer import ProgressLines
-from storage import Checkpointer, catalog, copying, inspect, memory, open_store, register_scheme, writing
+from storage import Checkpointer, catalog, copying, errands, inspect, memory, open_store, register_scheme, writing
 from storage.checksum import combine, crc32c, item_crcs
 from storage.copyplan import BlockCheck, Blocks, choose
 from storage.errors import Corrupt, NoCheckpoint
@@ -465,10 +465,10 @@ def test_no_object_is_read_whole(source: Path, monkeypatch: pytest.MonkeyPatch) 
     url = filled(store, source)
     monkeypatch.setattr(MemoryStore, "read_into", seen)
     monkeypatch.setattr(memory, "parts_of_size", functools.partial(parts_of_size, part_bytes=1 << 20))
-    target = copying.open_target(f"memory://parts-{next(_names)}")
-    (errand,) = copying.errands(inspect.locate(url), target)
-    found = copying.look(store, target.store, errand)
-    assert isinstance(found, copying.Found)
+    target = errands.open_target(f"memory://parts-{next(_names)}")
+    (errand,) = errands.plan(inspect.locate(url), target)
+    found = errands.look(store, target.store, errand)
+    assert isinstance(found, errands.Found)
     advanced: list[int] = []
     assert copying.Copier(store, target.store, 0.0, advanced.append).copy(found).state == "copied"
     assert max(lengths) == 1 << 20

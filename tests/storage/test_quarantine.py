@@ -13,7 +13,7 @@ import torch
 from pausing import PausingStore
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, catalog, commit, inspect, open_store, owner, register_scheme, retention
+from storage import Checkpointer, catalog, commit, inspect, open_store, owner, quarantine, register_scheme, retention
 from storage.errors import AlreadyExists, Fenced, StorageError
 from storage.memory import MemoryStore
 from storage.objects import ConditionalStore, ObjectInfo, ObjectStore
@@ -128,12 +128,12 @@ def test_a_judgement_of_an_older_version_sets_nothing_aside(kind: str, make_url:
     store = open_store(url)
     judged = store.info(METADATA)
     damage(store, 20)
-    assert commit.quarantine(store, judged)
+    assert quarantine.set_aside(store, judged)
     owner.claim(store, owner.Owner(lineage="a", generation=0, epoch=0, token="b" * 32))
     with Checkpointer(url, lineage="a") as ckpt:
         ckpt.save(20, state(21), wait=True)
         assert ckpt.wait()
-    assert not commit.quarantine(store, judged)
+    assert not quarantine.set_aside(store, judged)
     assert states(url) == [(20, "committed")]
 
 
@@ -207,7 +207,7 @@ def test_a_late_owner_replaces_nothing_that_a_newer_one_has_committed(is_claimed
     store = Overtaken("x")
     plain: Any = Plain(store)
     store.put(METADATA, [b"damaged"])
-    assert commit.quarantine(plain, store.info(METADATA))
+    assert quarantine.set_aside(plain, store.info(METADATA))
     mine = owner.Claim(plain, owner.claim(store, owner_of(0))[0])
 
     def overtake() -> None:
@@ -225,7 +225,7 @@ def test_a_late_copy_replaces_nothing_that_was_committed_meanwhile() -> None:
     store = Overtaken("x")
     plain: Any = Plain(store)
     store.put(METADATA, [b"damaged"])
-    assert commit.quarantine(plain, store.info(METADATA))
+    assert quarantine.set_aside(plain, store.info(METADATA))
     store.meanwhile = lambda: store.put(METADATA, [b"newer"])
     with pytest.raises(AlreadyExists):
         commit.put_metadata(plain, "step-000000020/", b"a copy")
