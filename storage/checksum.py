@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import google_crc32c
 import numpy as np
+from isal import isal_zlib
 
 from storage.errors import Corrupt
 from storage.objects import Buffer
@@ -32,6 +33,11 @@ def crc32c(buffer: Buffer, crc: int = 0) -> int:
     """CRC32C (Castagnoli) of `buffer`, continued from `crc`."""
     # google_crc32c takes bytes or arrays, but refuses writable memoryviews
     return int(google_crc32c.extend(crc, np.frombuffer(buffer, np.uint8))) if len(buffer) else crc
+
+
+def crc32(buffer: Buffer, crc: int = 0) -> int:
+    """zlib's CRC32 of `buffer`, the checksum of zips, continued from `crc`; several times as fast as zlib makes it."""
+    return int(isal_zlib.crc32(buffer, crc))
 
 
 def combine(first: int, second: int, second_length_bytes: int) -> int:

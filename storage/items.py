@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import logging
+import threading
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from storage.checksum import crc32
 from storage.errors import Corrupt, UnsupportedValue
+from storage.framing import Framing, framing_of, is_misread
 from storage.objects import Buffer
+from storage.staging import bytes_of
 from storage.zips import member_start
+
+log = logging.getLogger(__name__)
+
+NUM_FRAMINGS = 1024
+
+_Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""A tensor's dtype, shape and strides."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +46,109 @@ class _Collector:
 
     def __init__(self, raw_address: int, raw_size_bytes: int) -> None:
         self._raw = (raw_address, raw_size_bytes)
-        self.buffers: list[Buffer] = []
-        self.length = 0
-        self.raw_offset: int | None = None
+        self.raw: memoryview | None = None
+        self.before: list[bytes] = []
+        self.after: list[bytes] = []
 
     def write(self, data: memoryview) -> int:
         view = memoryview(data).cast("B")
-        if self.raw_offset is None and (_address(view), view.nbytes) == self._raw:
-            self.raw_offset = self.length
-            self.buffers.append(view)
+        if self.raw is None and (_address(view), view.nbytes) == self._raw:
+            self.raw = view
         else:
             # torch reuses this memory after the call
-            self.buffers.append(bytes(view))
-        self.length += view.nbytes
+            (self.before if self.raw is None else self.after).append(bytes(view))
         return view.nbytes
 
     def flush(self) -> None:
         """torch.save asks for it; there is nothing to flush."""
 
 
-def encode_tensor(tensor: torch.Tensor) -> EncodedItem:
-    """The item of a contiguous CPU tensor which is the whole of its storage."""
+class Framings:
+    """What torch.save puts around tensors, learnt from what it has put around others. Thread-safe.
+
+    A framing is found once a second tensor of its kind, with other content, went through torch.save and got the zip
+    that the first one's framing makes. Where it gets another (from a torch that is not known here), all are forgotten,
+    and nothing is learnt any more.
+    """
+
+    def __init__(self, num_max: int = NUM_FRAMINGS) -> None:
+        self._num_max = num_max
+        self._lock = threading.Lock()
+        self._known: OrderedDict[_Kind, tuple[Framing, bool]] = OrderedDict()
+        self._learns = True
+
+    def find(self, kind: _Kind) -> Framing | None:
+        """The framing of that kind of tensor, if it is known for sure."""
+        with self._lock:
+            framing, is_proven = self._known.get(kind, (None, False))
+            if is_proven:
+                self._known.move_to_end(kind)
+            return framing if is_proven else None
+
+    def learn(self, kind: _Kind, item: EncodedItem) -> None:
+        """From what torch.save has put around a tensor's bytes."""
+        head, data, tail = (bytes(item.buffers[0]), item.buffers[1], bytes(item.buffers[2]))
+        with self._lock:
+            if not self._learns:
+                return
+            framing, is_proven = self._known.get(kind, (None, False))
+            if framing is None:
+                framing = framing_of(head, data, tail)
+            elif (framing.head, framing.tail(crc32(data))) == (head, tail):
+                is_proven = is_proven or tail != framing.last  # of the same bytes again it says nothing
+            else:
+                framing = None
+            if framing is None:
+                self._forget()
+                return
+            self._known[kind] = framing, is_proven
+            if len(self._known) > self._num_max:
+                self._known.popitem(last=False)
+
+    def _forget(self) -> None:
+        self._learns = False
+        self._known.clear()
+        log.warning(
+            "torch %s stores tensors in a way that is not known here: all of them go through torch.save, which takes"
+            " longer",
+            torch.__version__,
+        )
+
+
+_framings = Framings()
+
+
+def encode_tensor(tensor: torch.Tensor, framings: Framings = _framings) -> EncodedItem:
+    """The item of a contiguous CPU tensor which is the whole of its storage: what `torch.save` makes of it."""
     assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert type(tensor) is torch.Tensor and not tensor.requires_grad
+    if not tensor.nbytes or not torch.serialization.get_crc32_options():
+        return _saved(tensor)
+    kind, data = (tensor.dtype, tuple(tensor.shape), tensor.stride()), bytes_of(tensor)
+    if is_misread(data):
+        return _saved(tensor)
+    framing = framings.find(kind)
+    if framing is None:
+        item = _saved(tensor)
+        framings.learn(kind, item)
+        return item
+    return _framed(framing.head, data, framing.tail(crc32(data)))
+
+
+def _saved(tensor: torch.Tensor) -> EncodedItem:
     collector = _Collector(tensor.data_ptr(), tensor.nbytes)
     torch.save(tensor, collector)  # type: ignore[arg-type]
+    before = b"".join(collector.before)
     if tensor.nbytes == 0:
-        return EncodedItem(tuple(collector.buffers), collector.length, collector.length)
-    if collector.raw_offset is None:  # a torch that copies first: correct all the same, only slower to find
-        data = b"".join(collector.buffers)
-        return EncodedItem((data,), _find_raw(data), len(data))
-    return EncodedItem(tuple(collector.buffers), collector.raw_offset, collector.length)
+        return _framed(before, b"", b"")
+    if collector.raw is None:  # a torch that copies first: correct all the same, only slower to find
+        start = _find_raw(before)
+        return _framed(before[:start], before[start : start + tensor.nbytes], before[start + tensor.nbytes :])
+    return _framed(before, collector.raw, b"".join(collector.after))
+
+
+def _framed(head: bytes, data: Buffer, tail: bytes) -> EncodedItem:
+    return EncodedItem((head, data, tail), len(head), len(head) + len(data) + len(tail))
 
 
 def encode_value(key: str, value: Any) -> EncodedItem:

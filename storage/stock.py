@@ -13,7 +13,6 @@ import io
 import itertools
 import pickle
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from storage.checksum import crc32
 from storage.zips import ZIP_ERRORS, OutOfSight, Window, member_start
 
 LONG_ITEM_BYTES = 16 * 1024 * 1024
@@ -90,7 +90,7 @@ def _layout(window: Window) -> Layout:
     for member in others:
         start = _start(window, member)
         body = window.view(start, member.file_size)
-        if body is None or (member.CRC and zlib.crc32(body) != member.CRC):
+        if body is None or (member.CRC and crc32(body) != member.CRC):
             raise _Other
         content[member.filename.partition("/")[2]] = body
     if "data.pkl" not in content or bytes(content.get("byteorder", b"little")) != b"little":

@@ -6,16 +6,15 @@ import io
 import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Sequence
 
 from typing_extensions import Buffer as Writable
 
-from storage.checksum import combine_crc32
+from storage.checksum import combine_crc32, crc32
 from storage.errors import Corrupt
 from storage.objects import Buffer
 
-ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, UnicodeDecodeError)
+ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError)
 """What reading a damaged one raises."""
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -94,7 +93,7 @@ class RunningSum:
         low, high = max(at, self._start), min(at + data.nbytes, self._stop)
         if low >= high:
             return
-        crc = zlib.crc32(data[low - at : high - at])
+        crc = crc32(data[low - at : high - at])
         with self._lock:
             self._parts[low] = high - low, crc
 
@@ -125,7 +124,7 @@ def check_zip(data: Buffer, name: str) -> None:
             for member in archive.infolist():
                 start = member_start(view, member.header_offset)
                 body = view[start : start + member.file_size]
-                if member.CRC and zlib.crc32(body) != member.CRC:
+                if member.CRC and crc32(body) != member.CRC:
                     raise Corrupt(f"{name} is damaged: checksum of {member.filename} does not match")
     except ZIP_ERRORS as error:
         raise Corrupt(f"{name} is damaged: {error}") from None

@@ -229,6 +229,14 @@ def test_zip_checksums_find_a_flip_in_the_data() -> None:
         check_zip(data[:100], "item")
 
 
+def test_a_damaged_zip_is_corrupt_and_no_other_error() -> None:
+    data = b"".join(encode_tensor(torch.rand(10)).buffers)
+    for at in range(len(data)):
+        for flip in (0x01, 0x80, 0xFF):
+            with contextlib.suppress(Corrupt):
+                check_zip(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :], "item")
+
+
 class Custom:
     """Nothing that a safe loader would make."""
 
