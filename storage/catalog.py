@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage import layout
@@ -55,18 +56,28 @@ def is_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
     return exists(store, prefix + layout.quarantined_name(metadata))
 
 
-def candidates(store: ObjectStore) -> list[tuple[int, ObjectInfo]]:
-    """Steps that have a `.metadata`, with the version of it, newest first. `find_commit` knows those set aside."""
-    found = []
+def candidates(store: ObjectStore) -> Iterator[tuple[int, ObjectInfo]]:
+    """Steps that have a `.metadata`, with the version of it, newest first. `find_commit` knows those set aside.
+
+    A step is looked at when it is asked for: who takes the newest one has asked for no other.
+    """
     for step in steps(store):
         with contextlib.suppress(NotFound):
-            found.append((step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")))
-    return found
+            yield step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")
 
 
 def committed_steps(store: ObjectStore) -> list[int]:
     """Steps that are committed, newest first."""
     return [step for step in steps(store) if is_checkpoint(store, layout.step_folder(step) + "/")]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies at a prefix: `.metadata`, objects by name below it, and the manifest at the top if it was read."""
+
+    metadata: bytes
+    listed: Mapping[str, ObjectInfo]
+    manifest: bytes | None = None
 
 
 def find_commit(store: ObjectStore, prefix: str) -> Commit:
@@ -77,16 +88,61 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
         Corrupt: the manifest or `.metadata` is damaged, missing or another's, or a data object is missing or has
             another size.
     """
+    metadata = _read_metadata(store, prefix)
+    return _fit(store, prefix, _Found(metadata, _listed(store, prefix)))
+
+
+def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
+    """What `find_commit` and `open_commit` find, with fewer waits for the store: the looks that they take go at once.
+
+    What does not fit together is looked at again, one after the other: somebody may have committed between the looks,
+    or the way to here may have flipped a bit.
+
+    Raises NoCheckpoint, Corrupt.
+    """
     try:
-        metadata = store.read(prefix + layout.METADATA)
+        return open_commit(_fit(store, prefix, _look_at_once(store, prefix)))
+    except Corrupt as error:
+        found = open_commit(find_commit(store, prefix))
+        log.warning("read again, %s is whole; the first time: %s", layout.join_url(store.url, prefix), error)
+        return found
+
+
+def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
+    with ThreadPoolExecutor(2, thread_name_prefix="storage-open") as pool:
+        manifest = pool.submit(_read_if_there, store, prefix + layout.MANIFEST)
+        # below the root lies perhaps a whole run; that is listed only if the root is a checkpoint itself
+        listing = pool.submit(_listed, store, prefix) if prefix else None
+        metadata = _read_metadata(store, prefix)
+        listed = listing.result() if listing is not None else _listed(store, prefix)
+        return _Found(metadata, listed, manifest.result())
+
+
+def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
+    try:
+        return store.read(prefix + layout.METADATA)
     except NotFound:
         where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
-    listed = {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+
+
+def _read_if_there(store: ObjectStore, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except NotFound:
+        return None
+
+
+def _listed(store: ObjectStore, prefix: str) -> dict[str, ObjectInfo]:
+    return {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+
+
+def _fit(store: ObjectStore, prefix: str, found: _Found) -> Commit:
+    metadata, listed = found.metadata, found.listed
     if layout.quarantined_name(metadata) in listed:
         where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: it was found damaged, and set aside")
-    manifest = find_manifest(store, prefix, metadata, listed)
+    manifest = find_manifest(store, prefix, metadata, listed, found.manifest)
     sizes_bytes = {name: info.size_bytes for name, info in listed.items()}
     if manifest is None:
         return Commit(prefix, metadata, None, sizes_bytes)
@@ -121,11 +177,14 @@ def check_objects(
             raise Corrupt(f"{prefix}{entry.name} has {info.size_bytes} bytes, the manifest says {entry.size_bytes}")
 
 
-def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str]) -> Manifest | None:
+def find_manifest(
+    store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str], top: bytes | None = None
+) -> Manifest | None:
     """The manifest that `metadata`, the `.metadata` at `prefix`, commits; None for a checkpoint of stock DCP.
 
     `.metadata` decides, and nothing else: whoever lost the race for it may still have put its own manifest at the top,
     which is a copy for people. `names` are the objects below `prefix`; an attempt's manifest is never overwritten.
+    `top`: the manifest at the top, if it was read already.
 
     Raises:
         Corrupt: there is an attempt, but no intact manifest that fits `metadata`.
@@ -134,7 +193,7 @@ def find_manifest(store: ObjectStore, prefix: str, metadata: bytes, names: Itera
     names = sorted(names)
     for name in (layout.MANIFEST, *filter(layout.is_manifest_name, names)):
         try:
-            data = store.read(prefix + name)
+            data = top if name == layout.MANIFEST and top is not None else store.read(prefix + name)
             manifest = load_manifest(data, prefix + name)
         except NotFound:
             continue

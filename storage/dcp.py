@@ -84,13 +84,14 @@ class ShardReader(StorageReader):
         return metadata_of(self._index)
 
     def _find(self) -> Index:
-        prefix = self._prefix
-        if not prefix and not catalog.is_checkpoint(self._store, prefix):
-            steps = catalog.committed_steps(self._store)
-            if not steps:
-                raise NoCheckpoint(f"no checkpoint at {self._store.url}: neither one itself nor a run with one")
-            prefix = layout.step_folder(steps[0]) + "/"
-        return catalog.open_commit(catalog.find_commit(self._store, prefix))
+        try:
+            return catalog.open_checkpoint(self._store, self._prefix)
+        except NoCheckpoint as error:
+            if self._prefix:
+                raise
+            if not (steps := catalog.committed_steps(self._store)):
+                raise NoCheckpoint(f"{error}, nor is it a run that has one") from None
+        return catalog.open_checkpoint(self._store, layout.step_folder(steps[0]) + "/")
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to set up once the metadata is read."""

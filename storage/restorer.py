@@ -68,7 +68,7 @@ class Restorer:
         for step, version in catalog.candidates(self._store):
             self._version = version
             try:
-                return self._open(layout.step_folder(step) + "/")
+                return catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
             except NoCheckpoint:
                 continue  # set aside, or removed since it was listed
             except Corrupt as error:
@@ -82,15 +82,6 @@ class Restorer:
                 f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
             )
         return None
-
-    def _open(self, prefix: str) -> Index:
-        """The checkpoint at `prefix`; damage counts when it is read twice. Raises NoCheckpoint, Corrupt."""
-        try:
-            return catalog.open_commit(catalog.find_commit(self._store, prefix))
-        except Corrupt as error:
-            found = catalog.open_commit(catalog.find_commit(self._store, prefix))
-            log.warning("read again, %s is whole; the first time: %s", prefix.rstrip("/"), error)
-            return found
 
     def _read(self, flat: dict[str, Any], index: Index) -> tuple[Traffic, int] | Corrupt:
         """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
