@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from storage.checksum import combine, crc32c
+from storage.checksum import combine_crc32c, crc32c
 from storage.errors import Corrupt, NoCheckpoint
 from storage.manifest import Manifest
 
@@ -120,6 +120,6 @@ class BlockCheck:
             whole = 0
             while at in pieces:
                 length, piece = pieces[at]
-                whole = combine(whole, piece, length)
+                whole = combine_crc32c(whole, piece, length)
                 at += length
             return whole if at == stop else None

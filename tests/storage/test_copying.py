@@ -26,7 +26,7 @@ from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from elastic_moe.cli.transfer import ProgressLines
 from storage import Checkpointer, catalog, copying, errands, inspect, memory, open_store, register_scheme, writing
-from storage.checksum import combine, crc32c, item_crcs
+from storage.checksum import combine_crc32c, crc32c, item_crcs
 from storage.copyplan import BlockCheck, Blocks, choose
 from storage.errors import Corrupt, NoCheckpoint
 from storage.memory import MemoryStore
@@ -78,7 +78,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[s
 
 @given(st.binary(), st.binary())
 def test_combined_checksums(first: bytes, second: bytes) -> None:
-    assert combine(crc32c(first), crc32c(second), len(second)) == crc32c(first + second)
+    assert combine_crc32c(crc32c(first), crc32c(second), len(second)) == crc32c(first + second)
 
 
 @given(st.data())

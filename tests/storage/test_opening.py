@@ -1,4 +1,4 @@
-"""Opening a checkpoint: the looks that it takes go at once, and are repeated in order where they do not fit together."""
+"""Opening a checkpoint: the looks that it takes go at once; those that do not fit together are repeated in order."""
 
 from __future__ import annotations
 
