@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import socket
+import sys
+import threading
 import time
 import uuid
 import weakref
@@ -127,6 +129,7 @@ class Checkpointer:
         self._buffer = StagingBuffer()
         self._plan: _Plan | None = None
         self._closed = False
+        _open.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -327,6 +330,20 @@ class Checkpointer:
                 self.announce_end()
             self._saver.close(abandon=abandon)
             self._let_go()
+
+
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+def _close_at_exit() -> None:
+    """Close what a script has left open. One that an exception has ended waits for no other rank."""
+    for checkpointer in list(_open):
+        checkpointer._close(abandon=getattr(sys, "last_value", None) is not None)
+
+
+# Once concurrent.futures has heard of the exit, no pool takes work any more, and a save would fail on its way. Its own
+# hook is of this kind, of which there is no public one; hooks run last in, first out, and `atexit` comes after them.
+threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]
 
 
 def _wanted_owner(env: Mapping[str, str], origin: Origin, run_id: str | None) -> Owner:
