@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from storage import Checkpointer
-from tests.storage.peak_cases import PLACEMENTS
+from storage import Checkpointer, register_scheme
+from storage.events import Listener
+from storage.local import LocalStore
+from tests.storage.peak_cases import MIB, PLACEMENTS
 
 
 def whole_state(sign: int) -> dict[str, torch.Tensor]:
@@ -31,7 +35,39 @@ def save(url: str) -> None:
     dcp.save({**whole_state(1), "n": 7}, checkpoint_id=f"{url}/step-000000007")
 
 
-def load(url: str, layout: str) -> list[str]:
+class FlipsOnce(LocalStore):
+    """Flips a bit of the first long read of every data object. Stands for a store that is far away."""
+
+    is_host_cached = False
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._flipped: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
+        with self._lock:
+            long = max(buffers, key=lambda buffer: buffer.nbytes)
+            if long.nbytes > MIB and key not in self._flipped:
+                self._flipped.add(key)
+                long[long.nbytes // 2] ^= 1
+        return etag
+
+
+def load_with_a_flip(url: str, layout: str) -> tuple[list[str], int]:
+    """As `load`, where every rank's first long read is damaged on the way; how much this rank had to read again."""
+    register_scheme("flips", FlipsOnce)
+    retried: list[int] = []
+
+    def note(name: str, fields: dict[str, Any]) -> None:
+        if name == "checkpoint_retried":
+            retried.append(fields["retries"]["damaged"])
+
+    return load(f"flips://{url}", layout, note), sum(retried)
+
+
+def load(url: str, layout: str, on_event: Listener | None = None) -> list[str]:
     """The names of those that came wrong; one of them goes into a tensor of another type."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
@@ -41,7 +77,7 @@ def load(url: str, layout: str) -> list[str]:
         }
 
     state = placed({**whole_state(-1), "rows": whole_state(-1)["rows"].double()})
-    with Checkpointer(url) as ckpt:
+    with Checkpointer(url, on_event=on_event) as ckpt:
         assert ckpt.restore(state) == 7
     wanted = placed(whole_state(1))
     assert all(isinstance(value, DTensor) for value in state.values())

@@ -165,6 +165,15 @@ def test_long_items_arrive_bit_for_bit(ranks: Ranks, tmp_path: Path, layout: str
         assert found == []
 
 
+@pytest.mark.parametrize("layout", ["columns", "replicated"])
+def test_a_bit_that_flips_on_its_way_to_several_ranks_is_read_again(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    ranks.run(cases.save, str(tmp_path), world_size=1)
+    found = ranks.run(cases.load_with_a_flip, str(tmp_path), layout, world_size=2)
+    assert [wrong for wrong, _ in found] == [[], []]
+    # what one fetched for both was damaged for both
+    assert all(num_retries >= 1 for _, num_retries in found), found
+
+
 class Flipping(MemoryStore):
     """Flips a bit of the next `num_bad` reads that touch byte `place` of a data object."""
 
