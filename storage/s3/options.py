@@ -39,6 +39,8 @@ class S3Options(BaseModel):
     """Objects larger than this go up in parts of this size."""
     num_connections: int = Field(default=32, ge=1, le=1024)
     """How many requests of this process may be under way at once; throttling lowers it for a while."""
+    num_connections_per_node: int = Field(default=256, ge=1, le=65536)
+    """The same for all processes of a node (LOCAL_WORLD_SIZE) together; each has an equal share of it."""
     connect_timeout_s: float = Field(default=10.0, gt=0)
     stall_timeout_s: float = Field(default=30.0, gt=0)
     """A request counts as stalled when no byte has moved for this long."""
@@ -52,6 +54,10 @@ class S3Options(BaseModel):
                 raise ValueError("must be http://host[:port] or https://host[:port]")
             return value.rstrip("/")
         return value
+
+    def flight_limit(self, num_processes: int) -> int:
+        """How many requests one of a node's processes may have under way: at least 1. Pure."""
+        return max(1, min(self.num_connections, self.num_connections_per_node // num_processes))
 
     @property
     def part_size_bytes(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -178,5 +179,11 @@ def open_s3(rest: str) -> S3Store:
     bucket = Bucket(location, options)
     with _flights_lock:
         # one flight for all stores of this process in a bucket: it is the bucket that throttles
-        flight = _flights.setdefault(bucket.name, Flight(options.num_connections))
+        flight = _flights.setdefault(bucket.name, Flight(options.flight_limit(_num_processes(os.environ))))
     return S3Store(bucket, Retrier(flight, bucket.retries), options.part_size_bytes)
+
+
+def _num_processes(env: Mapping[str, str]) -> int:
+    """The processes of this node that a launcher has started together, as it tells them."""
+    number = env.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(number)) if number.isdecimal() else 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from storage import layout
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
 from storage.registry import open_store, with_options
+from storage.s3 import store as s3_store
 from storage.s3.answers import Answer, Request, parse_body, to_error
 from storage.s3.options import S3Options, format_url, parse_url
 from storage.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes, parts_of
@@ -133,6 +134,27 @@ def test_urls() -> None:
     assert parse_url(url.removeprefix("s3://")) == (location, options)
     assert parse_url("bucket")[0].prefix == ""
     assert parse_url("bucket")[1] == S3Options()
+
+
+@pytest.mark.parametrize(
+    ("num_connections", "per_node", "num_processes", "limit"),
+    [(32, 256, 1, 32), (32, 256, 8, 32), (32, 256, 16, 16), (8, 256, 16, 8), (32, 4, 8, 1)],
+)
+def test_processes_of_a_node_share_its_connections(
+    num_connections: int, per_node: int, num_processes: int, limit: int
+) -> None:
+    options = S3Options(num_connections=num_connections, num_connections_per_node=per_node)
+    assert options.flight_limit(num_processes) == limit
+
+
+@pytest.mark.parametrize(("told", "limit"), [("16", 16), ("", 32), ("many", 32)])
+def test_the_launcher_tells_how_many_processes_a_node_has(
+    monkeypatch: pytest.MonkeyPatch, told: str, limit: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    monkeypatch.setattr(s3_store, "_flights", {})
+    open_store("s3://bucket/run?anonymous=true&endpoint_url=http://127.0.0.1:9")
+    assert [flight.limit for flight in s3_store._flights.values()] == [limit]
 
 
 @pytest.mark.parametrize(
