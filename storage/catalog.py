@@ -13,7 +13,7 @@ from storage.checksum import crc32c
 from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
 from storage.index import Index, of_manifest
 from storage.manifest import Manifest, ObjectEntry, load_manifest
-from storage.objects import ObjectInfo, ObjectStore, exists
+from storage.objects import ObjectInfo, ObjectStore, exists, read_if_there
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
 
 def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
     with ThreadPoolExecutor(2, thread_name_prefix="storage-open") as pool:
-        manifest = pool.submit(_read_if_there, store, prefix + layout.MANIFEST)
+        manifest = pool.submit(read_if_there, store, prefix + layout.MANIFEST)
         # below the root lies perhaps a whole run; that is listed only if the root is a checkpoint itself
         listing = pool.submit(_listed, store, prefix) if prefix else None
         metadata = _read_metadata(store, prefix)
@@ -124,13 +124,6 @@ def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
     except NotFound:
         where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
-
-
-def _read_if_there(store: ObjectStore, key: str) -> bytes | None:
-    try:
-        return store.read(key)
-    except NotFound:
-        return None
 
 
 def _listed(store: ObjectStore, prefix: str) -> dict[str, ObjectInfo]:

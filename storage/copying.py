@@ -208,10 +208,10 @@ class Copier:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
         found, manifest = contents.found, contents.manifest
         prefix = found.errand.target_prefix
-        listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
-        entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
-        catalog.check_objects(self._target, prefix, entries, listed)
         if manifest is None:
+            listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
+            entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]
+            catalog.check_objects(self._target, prefix, entries, listed)
             commit.put_metadata(self._target, prefix, found.metadata)
         else:
             attempt = Attempt(prefix, manifest.step, manifest.attempt, manifest.world_size)

@@ -205,7 +205,6 @@ class ShardWriter(StorageWriter):
         attempt = Attempt(self._prefix, step, self._attempt_id, self._world_size)
         receipts = [_receipt(attempt.id, of_rank) for of_rank in results if of_rank]
         manifest, data = commit.build_manifest(attempt, Origin(), _contents(metadata), receipts, time.time())
-        commit.check_objects(self._store, attempt, manifest.objects)
         commit.publish(self._store, attempt, manifest, data, claim=None)
 
     @classmethod

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from storage import layout
 from storage.checksum import unpack_crcs
@@ -34,7 +35,10 @@ from storage.errors import Corrupt, UsageError
 from storage.sealed import Document, check_seal, seal, unseal
 
 MANIFEST_VERSION = 1
+HEAD_SIZE_BYTES = 16 * 1024
+"""Enough of a manifest for `load_head`, unless its mesh or lineage are described at unusual length."""
 _KIND = "manifest"
+_FIRST_LIST = "objects"
 _RECEIPT_KIND = "receipt"
 _ABORTED_KIND = "aborted"
 
@@ -208,6 +212,21 @@ class Manifest(Document):
         return self
 
 
+class Head(BaseModel):
+    """What a manifest says before its long lists: which `.metadata` it goes with."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    version: int
+    metadata_size_bytes: int = Count
+    metadata_crc32c: int = Count
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Head:
+        """That of a whole manifest."""
+        return cls(**{name: getattr(manifest, name) for name in cls.model_fields})
+
+
 class _Version(BaseModel):
     """The one field that every version of the manifest has."""
 
@@ -254,6 +273,21 @@ def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
     if manifest is None or version != MANIFEST_VERSION:
         raise UsageError(f"{name} has version {version}, this program reads {MANIFEST_VERSION}; use the newer program")
     return manifest
+
+
+def load_head(data: bytes) -> Head | None:
+    """What the first bytes of a manifest say; None if they do not reach as far, or are not those of one of our version.
+
+    No checksum covers them alone, so they are good for being compared with an object's size and checksum, and for
+    nothing else: what a flipped bit makes of those fits no object.
+    """
+    try:
+        body = from_json(data, allow_partial=True)[_KIND]
+        head = Head.model_validate(body)
+    except (ValueError, TypeError, KeyError):
+        return None
+    # without the first list after them the last number may have been cut
+    return head if head.version == MANIFEST_VERSION and _FIRST_LIST in body else None
 
 
 def _version_of(body: bytes, name: str) -> int:

@@ -1,7 +1,9 @@
-"""Calls on a pool's threads, with their results in order."""
+"""Calls on threads, with their results in order."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -22,6 +24,30 @@ def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[
         wait(pending)
         raise next(error for future in done if (error := future.exception()))
     return [future.result() for future in futures]
+
+
+def run_abreast(calls: Sequence[Callable[[], R]]) -> list[R]:
+    """All results in order, of calls that go at once. Each has ended when this returns or raises.
+
+    Of several failures the first in the order of the calls is raised, whichever came first. Threads of its own rather
+    than a pool's: while the interpreter ends no pool takes calls any more, and a commit may be under way.
+    """
+    outcomes = [Future[R]() for _ in calls]
+    with contextlib.ExitStack() as started:
+        for call, outcome in list(zip(calls, outcomes, strict=True))[1:]:
+            thread = threading.Thread(target=_settle, args=(call, outcome), name="storage-abreast")
+            thread.start()
+            started.callback(thread.join)  # also after an interrupt of the wait below
+        _settle(calls[0], outcomes[0])
+        wait(outcomes)
+    return [outcome.result() for outcome in outcomes]
+
+
+def _settle(call: Callable[[], R], outcome: Future[R]) -> None:
+    try:
+        outcome.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - raised to the caller of `run_abreast`
+        outcome.set_exception(error)
 
 
 def windowed(pool: ThreadPoolExecutor, function: Callable[[T], R], arguments: Sequence[T], window: int) -> Iterator[R]:

@@ -8,11 +8,20 @@ here hits what another process has committed meanwhile.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 from storage import catalog, layout
 from storage.errors import AlreadyExists, NotFound
-from storage.objects import ObjectInfo, ObjectStore, can_delete_version, read_if_there
+from storage.objects import ObjectInfo, ObjectStore, can_delete_version
 from storage.owner import Claim
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A `.metadata` that was set aside and is still there."""
+
+    info: ObjectInfo
+    metadata: bytes
 
 
 def set_aside(store: ObjectStore, judged: ObjectInfo) -> bool:
@@ -45,13 +54,8 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
             store.put(prefix + layout.quarantined_name(metadata), [metadata])
 
 
-def lies_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
-    """Whether that very `.metadata` is there, and counts for nothing: to remove it would hit one that counts again."""
-    return read_if_there(store, prefix + layout.METADATA) == metadata and catalog.is_set_aside(store, prefix, metadata)
-
-
-def make_way(store: ObjectStore, prefix: str) -> ObjectInfo | None:
-    """A `.metadata` that was set aside and has to be replaced: it is removed if it can be. Raises AlreadyExists."""
+def find_aside(store: ObjectStore, prefix: str) -> Aside | None:
+    """What lies at `prefix` and counts for nothing; None where nothing lies. Raises AlreadyExists: what lies counts."""
     try:
         info = store.info(prefix + layout.METADATA)
         metadata = store.read(info.key)
@@ -59,14 +63,22 @@ def make_way(store: ObjectStore, prefix: str) -> ObjectInfo | None:
         return None
     if not catalog.is_set_aside(store, prefix, metadata):
         raise taken(store, prefix)
-    if not can_delete_version(store):
-        return info
-    store.delete_version(info.key, info.etag)
-    return None
+    return Aside(info, metadata)
 
 
-def may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> bool:
-    """Whether what was set aside is still there, asked right before a put that has no condition.
+def make_way(store: ObjectStore, aside: Aside, claim: Claim | None) -> bool:
+    """Remove what was set aside, to be called right after it was found; True where it has to be put over instead.
+
+    Raises Fenced, AlreadyExists.
+    """
+    if can_delete_version(store):
+        store.delete_version(aside.info.key, aside.info.etag)
+        return False
+    return _may_replace(store, aside.info, claim)
+
+
+def _may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> bool:
+    """Whether it is still there, asked right before a put that has no condition.
 
     A process that was paused before this must not overwrite what a newer owner has committed meanwhile. One that is
     paused after it still can, where the store has no conditional deletes.

@@ -9,13 +9,14 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from storage import commit, retention
-from storage.commit import Attempt, Contents, Origin, Patience
+from storage import commit, receipts, retention
+from storage.commit import Attempt, Contents, Origin
 from storage.errors import Fenced, StorageError, Unconfirmed
 from storage.events import Reporter
 from storage.manifest import ItemTable, Receipt
 from storage.objects import ObjectStore
 from storage.owner import Claim
+from storage.receipts import Patience
 from storage.writing import Payload, write_payloads
 
 log = logging.getLogger(__name__)
@@ -124,13 +125,13 @@ class Saver:
         stored.set()
         deadline_s = time.monotonic() + self._timeout_s
         if job.contents is None:
-            commit.put_receipt(self._store, job.attempt, receipt)
+            receipts.put_receipt(self._store, job.attempt, receipt)
             # the coordinator's own deadline comes first, so that its reason arrives
             patience = Patience(deadline_s + 0.1 * self._timeout_s, self._stop)
-            commit.await_outcome(self._store, job.attempt, patience)
+            receipts.await_outcome(self._store, job.attempt, patience)
             return sum(entry.size_bytes for entry in receipt.objects)
         try:
-            commit.put_receipt(self._store, job.attempt, receipt)
+            receipts.put_receipt(self._store, job.attempt, receipt)
             return self._commit(job, job.contents, Patience(deadline_s, self._stop))
         except Unconfirmed:
             raise  # the others see for themselves whether it is committed
@@ -141,7 +142,7 @@ class Saver:
     def _abort(self, attempt: Attempt, error: Exception) -> None:
         """Tell the other ranks at once; if that fails as well, they wait for their deadline."""
         try:
-            commit.put_aborted(self._store, attempt, str(error))
+            receipts.put_aborted(self._store, attempt, str(error))
         except Exception as failure:  # noqa: BLE001 - it must not hide the cause, which the caller reports
             log.warning("the other ranks cannot be told that step %d has failed: %s", attempt.step, failure)
 
@@ -158,9 +159,8 @@ class Saver:
         return Receipt(rank=job.rank, attempt=attempt.id, error=error)
 
     def _commit(self, job: Job, contents: Contents, patience: Patience) -> int:
-        receipts = commit.await_receipts(self._store, job.attempt, patience, self._claim)
-        manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, receipts, time.time())
-        commit.check_objects(self._store, job.attempt, manifest.objects)
+        found = receipts.await_receipts(self._store, job.attempt, patience, self._claim)
+        manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, found, time.time())
         commit.publish(self._store, job.attempt, manifest, metadata, self._claim)
         return manifest.size_bytes
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from storage.memory import MemoryStore
 from storage.objects import Capabilities, ObjectInfo
+from storage.parallel import run_abreast
 from storage.retries import RetryLog
+
+R = TypeVar("R")
+
+ORDERS = ("at once", "forwards", "backwards")
+"""Of the requests that a commit sends together, see `abreast`."""
 
 
 class PausingStore:
@@ -79,3 +86,23 @@ class PausingStore:
             if number == self._pause_at:
                 self.paused_before = call
                 self._meanwhile()
+
+
+def abreast(order: str) -> Callable[[Sequence[Callable[[], R]]], list[R]]:
+    """What stands in for `run_abreast`, so that a test knows which of its calls comes before which other.
+
+    "forwards" and "backwards" let them come one after the other: between them each call comes once before each other.
+    """
+    if order == "at once":
+        return run_abreast
+
+    def in_order(calls: Sequence[Callable[[], R]]) -> list[R]:
+        pairs = [(call, Future[R]()) for call in calls]
+        for call, outcome in pairs if order == "forwards" else pairs[::-1]:
+            try:
+                outcome.set_result(call())
+            except BaseException as error:
+                outcome.set_exception(error)
+        return [outcome.result() for _, outcome in pairs]
+
+    return in_order

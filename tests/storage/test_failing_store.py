@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, commit, owner, register_scheme
+from storage import Checkpointer, commit, owner, receipts, register_scheme
 from storage.errors import Transient
 from storage.manifest import Receipt
 from storage.memory import MemoryStore
@@ -169,14 +169,14 @@ def test_a_poll_outlasts_an_outage(failing: tuple[str, Failing], operation: str)
             return False
         left[0] -= 1
         if left[0] == 0:
-            commit.put_receipt(store, attempt, Receipt(rank=1, attempt=attempt.id))
+            receipts.put_receipt(store, attempt, Receipt(rank=1, attempt=attempt.id))
         return True
 
-    commit.put_receipt(store, attempt, Receipt(rank=0, attempt=attempt.id))
+    receipts.put_receipt(store, attempt, Receipt(rank=0, attempt=attempt.id))
     store.fails = fails
-    patience = commit.Patience(time.monotonic() + 60, threading.Event())
-    assert [receipt.rank for receipt in commit.await_receipts(store, attempt, patience, claim)] == [0, 1]
+    patience = receipts.Patience(time.monotonic() + 60, threading.Event())
+    assert [receipt.rank for receipt in receipts.await_receipts(store, attempt, patience, claim)] == [0, 1]
     store.fails = lambda called, key: called == operation
-    hurry = commit.Patience(time.monotonic() + 0.1, threading.Event())
+    hurry = receipts.Patience(time.monotonic() + 0.1, threading.Event())
     with pytest.raises(Transient, match="gave up waiting for the receipts of ranks 0, 1; the store: cannot"):
-        commit.await_receipts(store, attempt, hurry, claim)
+        receipts.await_receipts(store, attempt, hurry, claim)

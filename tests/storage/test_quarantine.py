@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pausing import PausingStore
+from pausing import ORDERS, PausingStore, abreast
 
 from elastic_moe.cli.main import main
 from storage import Checkpointer, catalog, commit, inspect, open_store, owner, quarantine, register_scheme, retention
@@ -88,8 +88,12 @@ def owned(url: str, generation: int, number: int) -> None:
             assert ckpt.wait()
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["conditional", "plain"])
-def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(kind: str, memory_url: str) -> None:
+def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(
+    kind: str, order: str, memory_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "run_abreast", abreast(order))
     wrap: Callable[[Any], Any] = Plain if kind == "plain" else lambda store: store
     seen = set()
     for pause_at in itertools.count():

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from pausing import PausingStore
+from pausing import ORDERS, PausingStore, abreast
 
-from storage import Checkpointer, inspect, register_scheme
+from storage import Checkpointer, commit, inspect, register_scheme
 from storage.errors import Fenced
 from storage.memory import MemoryStore
 
@@ -30,8 +30,12 @@ def restored(url: str, generation: int) -> tuple[int, int]:
     return step, found["n"]
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("newer_step", [STEP, STEP - 5])
-def test_a_paused_owner_never_tears_what_a_newer_one_commits(memory_url: str, newer_step: int) -> None:
+def test_a_paused_owner_never_tears_what_a_newer_one_commits(
+    memory_url: str, newer_step: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "run_abreast", abreast(order))
     seen = set()
     for pause_at in itertools.count():
         url = f"{memory_url}-{newer_step}-{pause_at}"
