@@ -153,5 +153,6 @@ def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:
     told = "; ".join(f"rank {rank} on {told['host']}: {told['text']}" for rank, told in complaints.items())
     return (
         f"the checkpoint of step {step} reads as damaged ({told}), but rank 0 has read the same data again and found it"
-        " whole; nothing was set aside: check the memory and the storage mount of the host named here"
+        " whole; nothing was set aside: either another program replaced data while it was read (see what else writes to"
+        " this run), or the memory or the storage mount of the host named here is at fault"
     )

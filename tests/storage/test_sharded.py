@@ -74,6 +74,7 @@ def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, 
     for message in ranks.run(cases.bad_reader, str(tmp_path), world_size=2):
         assert message.startswith("Disputed: the checkpoint of step 2 reads as damaged (rank 1 on ")
         assert "rank 0 on" not in message
+        assert "replaced data while it was read" in message and "the memory or the storage mount" in message
     states = [row.state for row in inspect.summaries(inspect.locate(str(tmp_path)))]
     assert states == ["committed", "committed"]
 
