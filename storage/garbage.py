@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from storage import layout, retention
 from storage.errors import NotFound
-from storage.objects import MultipartStore, ObjectInfo, ObjectStore, Upload
+from storage.objects import PROBE_PREFIX, MultipartStore, ObjectInfo, ObjectStore, Upload, is_probe_name
 from storage.retention import StepState
 
 AGE_S_MIN = 3600.0
@@ -41,7 +41,7 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
     states = retention.observe(store)
     listed = {state.step: store.list(layout.step_folder(state.step) + "/") for state in states}
     found = [garbage for state in states for garbage in of_step(state, listed[state.step], now_unix_s - age_s)]
-    found += of_names(store.list(layout.PROBE_PREFIX), "probe", layout.is_probe_name, now_unix_s - age_s)
+    found += of_names(store.list(PROBE_PREFIX), "probe", is_probe_name, now_unix_s - age_s)
     found += of_names(store.list(layout.BEAT_PREFIX), "beat", layout.is_beat_name, now_unix_s - age_s)
     if isinstance(store, MultipartStore):
         found += of_uploads(store.uploads(), now_unix_s - age_s)

@@ -17,7 +17,7 @@ from storage.checksum import crc32
 from storage.errors import Corrupt, UnsupportedValue
 from storage.framing import Framing, framing_of, is_misread
 from storage.objects import Buffer
-from storage.staging import bytes_of
+from storage.tensors import bytes_of
 from storage.zips import member_start
 
 log = logging.getLogger(__name__)

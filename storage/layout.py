@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import re
 
-PROBE_PREFIX = ".probe-"
 QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
 BEAT_PREFIX = "beat-"
@@ -31,7 +30,6 @@ _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
 _BEAT = re.compile(r"beat-[0-9a-f]{32}")
-_PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
 
 
 def step_folder(step: int) -> str:
@@ -107,11 +105,6 @@ def beat_name(token: str) -> str:
 def is_beat_name(name: str) -> bool:
     """Whether `beat_name` could have made `name`, of the token of a Checkpointer."""
     return _BEAT.fullmatch(name) is not None
-
-
-def is_probe_name(name: str) -> bool:
-    """Whether a store's probe (see `storage.s3.probe`) would have put `name`."""
-    return _PROBE.fullmatch(name) is not None
 
 
 def split_step_url(url: str) -> tuple[str, str]:

@@ -28,6 +28,10 @@ Fetch = Callable[[int, int], memoryview]
 PART_SIZE_BYTES = 16 * 1024 * 1024
 """Of what is streamed where the store does not want another size."""
 
+PROBE_PREFIX = ".probe-"
+"""Of names that a back end may put for a moment below its root, to find out what the server honours."""
+
+_PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
 _BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
 
 
@@ -198,6 +202,11 @@ def read_checked(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:
         store.retries.add(Cause.DAMAGED, 0.0)
         log.warning("read again, %s is whole; the first time: %s", key, error)
         return found
+
+
+def is_probe_name(name: str) -> bool:
+    """Whether a back end's probe would have put `name`."""
+    return _PROBE.fullmatch(name) is not None
 
 
 def exists(store: ObjectStore, key: str) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 from storage import catalog, inspect, layout, quarantine
 from storage.agreement import AgreeingGroup
 from storage.dcp_metadata import metadata_of
-from storage.describe import SafeLoadPlanner, differences, needed_bytes, num_surplus
 from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
 from storage.events import Reporter
 from storage.fetch import Traffic
 from storage.index import Index
+from storage.loadplan import SafeLoadPlanner, differences, needed_bytes, num_surplus
 from storage.objects import ObjectInfo, ObjectStore
 from storage.owner import Claim
 from storage.reading import read_items

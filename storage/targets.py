@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from storage.fetch import scratch
-from storage.staging import bytes_of
+from storage.tensors import bytes_of
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from storage.errors import AlreadyExists, Denied
-from storage.layout import PROBE_PREFIX
-from storage.objects import Buffer, ObjectInfo
+from storage.objects import PROBE_PREFIX, Buffer, ObjectInfo
 
 log = logging.getLogger(__name__)
 

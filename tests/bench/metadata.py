@@ -42,9 +42,9 @@ from storage.checksum import crc32c, pack_crcs
 from storage.commit import Attempt, Contents, Origin, build_manifest, publish
 from storage.dcp_metadata import metadata_of
 from storage.dcp_pickle import dump_metadata
-from storage.describe import SafeLoadPlanner
 from storage.exchange import agree, learn_crcs
 from storage.index import Index, of_manifest
+from storage.loadplan import SafeLoadPlanner
 from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
 from storage.owner import Claim, Owner, claim
 from storage.reading import Places

@@ -45,7 +45,8 @@ from storage.manifest import (
     dump_manifest,
     load_manifest,
 )
-from storage.staging import StagingBuffer, as_staged, bytes_of
+from storage.staging import StagingBuffer, as_staged
+from storage.tensors import bytes_of
 from storage.zips import check_zip
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")

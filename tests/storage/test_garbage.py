@@ -14,8 +14,8 @@ from elastic_moe.cli.main import main
 from storage import Checkpointer, commit, garbage, inspect, open_store
 from storage.errors import Transient
 from storage.garbage import of_names, of_step, of_uploads
-from storage.layout import is_beat_name, is_probe_name
-from storage.objects import ObjectInfo, Upload
+from storage.layout import is_beat_name
+from storage.objects import ObjectInfo, Upload, is_probe_name
 from storage.retention import StepState
 
 OLD, NEW, BEFORE = 100.0, 300.0, 200.0

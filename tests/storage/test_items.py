@@ -16,7 +16,8 @@ from storage import items
 from storage.checksum import crc32
 from storage.framing import DESCRIPTOR, framing_of
 from storage.items import EncodedItem, Framings, encode_tensor
-from storage.staging import StagingBuffer, bytes_of, tensor_over
+from storage.staging import StagingBuffer
+from storage.tensors import bytes_of, tensor_over
 
 DTYPES = (
     torch.float32,
