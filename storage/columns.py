@@ -18,6 +18,7 @@ from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import CoreSchema, core_schema
 
 Ints = npt.NDArray[np.int64]
+Array = npt.NDArray[np.uint8]
 
 _NUMBER = core_schema.int_schema()
 

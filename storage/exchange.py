@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.agreement import PeerFailed
-from storage.columns import Ints
+from storage.columns import Array, Ints
 from storage.fetch import Source, Traffic, scratch
-from storage.group import COORDINATOR, Array, Expected, Group, Message
+from storage.group import COORDINATOR, Expected, Group, Message
 from storage.index import Index, spans
-from storage.readplan import Part, Range, Stripes
+from storage.pieces import Held, Piece, joined, receiving, scatter
+from storage.readplan import Stripes
 from storage.requests import Requests, as_bytes, packed
 from storage.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares
 
@@ -64,40 +65,15 @@ def learn_crcs(group: Group, index: Index, requests: Requests) -> Index:
     wanted = np.array(sorted(requests.spans), np.int64)
     told = group.all_gather_long(merged(np.stack((wanted, wanted + 1), axis=1)).tobytes())
     if not group.is_coordinator:
-        size = index.num_crcs(wanted) * 4
-        expected = [Expected(COORDINATOR, group.rank, size)] if size else []
-        received = group.swap([], expected)
-        return index.with_crcs(wanted, np.frombuffer(received[0] if size else b"", np.uint32))
+        crcs = np.empty(index.num_crcs(wanted), np.uint32)
+        group.swap([], [Expected(COORDINATOR, crcs.view(np.uint8))] if len(crcs) else [])
+        return index.with_crcs(wanted, crcs)
     for peer, data in enumerate(told):
         ranges = np.frombuffer(data, np.int64).reshape(-1, 2)
         if peer != group.rank and len(ranges):
             crcs = index.crcs_of(spans(ranges[:, 0], ranges[:, 1]))
-            group.swap([Message(peer, peer, crcs.view(np.uint8))], [])
+            group.swap([Message(peer, crcs.view(np.uint8))], [])
     return index
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of the plan, as a part to fetch."""
-
-    number: int
-    part: Part
-
-    @property
-    def size_bytes(self) -> int:
-        """Its length."""
-        return self.part.stop - self.part.start
-
-    def only_item(self) -> tuple[int, Range] | None:
-        """The item and its bytes, if the piece has bytes of one item only."""
-        if len(self.part.segments) > 1:
-            return None
-        segment = self.part.segments[0]
-        return segment.item, (segment.item_start, segment.item_start + self.size_bytes)
-
-    def memories(self, memory: memoryview) -> list[memoryview]:
-        """The memory of each segment in the memory of the piece."""
-        return [memory[s.start - self.part.start : s.stop - self.part.start] for s in self.part.segments]
 
 
 def striped_range(shared: Shared, rank: int, piece: Piece) -> tuple[Stripes, int, int] | None:
@@ -109,20 +85,36 @@ def striped_range(shared: Shared, rank: int, piece: Piece) -> tuple[Stripes, int
     return stripes, stripes.before(only[1][0]), stripes.before(only[1][1])
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """A piece that another rank sends: all of it into `held`, or the stripes from number `first` of theirs on."""
+
+    piece: Piece
+    owner: int
+    parcels: list[list[Array]]
+    memories: list[Array]
+    held: Held | None = None
+    first: int = 0
+
+
 class Exchange:
-    """Carries the plan out, on the thread that calls `run`."""
+    """Carries the plan out, on the thread that calls `run`.
+
+    What a plain tensor takes as it is is fetched or received there, and sent from there. A target hears of it only when
+    the round is over: it may hand its tensor over, and then nobody sends from it any more.
+    """
 
     def __init__(
-        self, group: Group, source: Source, shared: Shared, part_of: Callable[[int], Part], requests: Requests
+        self, group: Group, source: Source, shared: Shared, piece_of: Callable[[int], Piece], requests: Requests
     ) -> None:
         self._group = group
         self._source = source
         self._shared = shared
-        self._part_of = part_of
+        self._piece_of = piece_of
         self._requests = requests
         self._traffic = Traffic()
         self._mine = deque(np.flatnonzero(shared.plan.owner == group.rank).tolist())
-        self._flying: deque[tuple[Piece, Future[memoryview]]] = deque()
+        self._flying: deque[tuple[Held, Future[None]]] = deque()
 
     def run(self, pool: ThreadPoolExecutor) -> Traffic:
         """Every piece that concerns this rank, delivered; a collective.
@@ -134,11 +126,12 @@ class Exchange:
         try:
             for numbers in self._rounds():
                 self._fetch_ahead()
-                owned: list[tuple[Piece, memoryview]] = []
+                owned: list[Held] = []
                 try:
                     while failure is None and self._next_is_of(numbers):
-                        piece, future = self._flying.popleft()
-                        owned.append((piece, future.result()))
+                        held, future = self._flying.popleft()
+                        future.result()
+                        owned.append(held)
                         self._fetch_ahead()
                 except Exception as error:  # noqa: BLE001 - raised below, by all ranks together
                     failure = error
@@ -154,14 +147,14 @@ class Exchange:
 
     def _fetch_ahead(self) -> None:
         """Start to fetch this rank's next pieces, as much as a round may hold."""
-        ahead_bytes = sum(piece.size_bytes for piece, _ in self._flying)
+        ahead_bytes = sum(held.piece.size_bytes for held, _ in self._flying)
         while self._mine and (not self._flying or ahead_bytes + self._size_bytes(self._mine[0]) <= ROUND_SIZE_BYTES):
-            piece = self._piece(self._mine.popleft())
-            self._flying.append((piece, self._pool.submit(self._fetch, piece)))
-            ahead_bytes += piece.size_bytes
+            held = self._held(self._piece_of(self._mine.popleft()))
+            self._flying.append((held, self._pool.submit(self._source.fetch, held.piece.part, held.memories)))
+            ahead_bytes += held.piece.size_bytes
 
     def _next_is_of(self, numbers: range) -> bool:
-        return bool(self._flying) and self._flying[0][0].number in numbers
+        return bool(self._flying) and self._flying[0][0].piece.number in numbers
 
     def _size_bytes(self, number: int) -> int:
         plan = self._shared.plan
@@ -176,60 +169,74 @@ class Exchange:
         edges = np.searchsorted(plan.round, np.arange(plan.num_rounds + 1)).tolist()
         return itertools.starmap(range, itertools.pairwise(edges))
 
-    def _piece(self, number: int) -> Piece:
-        return Piece(number, self._part_of(number))
+    def _held(self, piece: Piece) -> Held:
+        """The piece with memory for all of it: its targets' where they take it as it is."""
+        segments = piece.part.segments
+        views = list(map(self._requests.view, segments))
+        memories = (
+            scratch(s.stop - s.start) if view is None else view for s, view in zip(segments, views, strict=True)
+        )
+        return Held(piece, tuple(memories), tuple(view is not None for view in views))
 
-    def _fetch(self, piece: Piece) -> memoryview:
-        memory = scratch(piece.size_bytes)
-        self._source.fetch(piece.part, piece.memories(memory))
-        return memory
-
-    def _round(self, numbers: Sequence[int], owned: Sequence[tuple[Piece, memoryview]]) -> Exception | None:
+    def _round(self, numbers: Sequence[int], owned: Sequence[Held]) -> Exception | None:
         """Send and receive the pieces of one round, and deliver them; what went wrong with the delivery."""
         plan, rank = self._shared.plan, self._group.rank
-        sends = [
-            message for piece, memory in owned for message in self._messages(piece, np.frombuffer(memory, np.uint8))
+        sends = [message for held in owned for message in self._messages(held)]
+        incoming = [
+            self._incoming(number) for number in numbers if plan.owner[number] != rank and rank in plan.ranks[number]
         ]
-        expected: list[tuple[Piece, Expected]] = []
-        for number in numbers:
-            owner = int(plan.owner[number])
-            if owner != rank and rank in plan.ranks[number]:
-                piece = self._piece(number)
-                found = striped_range(self._shared, rank, piece)
-                size = piece.size_bytes if found is None else found[2] - found[1]
-                if size:
-                    expected.append((piece, Expected(owner, number, size)))
-        received = self._group.swap(sends, [entry for _, entry in expected])
-        fetched = sum(piece.size_bytes for piece, _ in owned)
-        self._traffic += Traffic(len(owned), fetched, sum(len(data) for data in received))
+        expected = [Expected(entry.owner, memory) for entry in incoming for memory in entry.memories]
+        self._group.swap(sends, expected)
+        fetched_bytes = sum(held.piece.size_bytes for held in owned)
+        self._traffic += Traffic(len(owned), fetched_bytes, sum(len(entry.into) for entry in expected))
         try:
-            for piece, memory in owned:
-                self._hand_on(piece, memory)
-            for (piece, _), data in zip(expected, received, strict=True):
-                self._take(piece, data)
+            for held in owned:
+                self._hand_on(held)
+            for entry in incoming:
+                self._take(entry)
         except Exception as error:  # noqa: BLE001 - raised by all ranks together
             return error
         return None
 
-    def _messages(self, piece: Piece, memory: Array) -> Iterator[Message]:
+    def _messages(self, held: Held) -> Iterator[Message]:
+        """All of the piece, or the stripes that a peer needs of it."""
+        piece, whole = held.piece, None
+        parcels: list[Array] | None = None
         for peer in self._shared.plan.ranks[piece.number]:
-            if peer != self._group.rank:
-                found = striped_range(self._shared, peer, piece)
-                origin = piece.part.segments[0].item_start
-                data = memory if found is None else packed(memory, origin, found[0])
-                if len(data):
-                    yield Message(peer, piece.number, data)
+            if peer == self._group.rank:
+                continue
+            found = striped_range(self._shared, peer, piece)
+            if found is None:
+                parcels = parcels or [joined(memories) for memories in held.parcels()]
+                yield from (Message(peer, data) for data in parcels)
+            elif found[1] < found[2]:
+                whole = held.joined() if whole is None else whole
+                yield Message(peer, packed(whole, piece.part.segments[0].item_start, found[0]))
 
-    def _take(self, piece: Piece, data: Array) -> None:
+    def _incoming(self, number: int) -> Incoming:
+        piece, owner = self._piece_of(number), int(self._shared.plan.owner[number])
         found = striped_range(self._shared, self._group.rank, piece)
         if found is not None:
-            # the owner has verified the blocks, of which this is only a part
-            self._requests.deliver_stripes(piece.part.segments[0], found[1], as_bytes(data))
-            return
-        memory = as_bytes(data)
-        self._source.verify(piece.part, piece.memories(memory))
-        self._hand_on(piece, memory)
+            _, low, high = found
+            return Incoming(piece, owner, [], [np.empty(high - low, np.uint8)] if low < high else [], first=low)
+        held = self._held(piece)
+        parcels = held.parcels()
+        return Incoming(piece, owner, parcels, [receiving(memories) for memories in parcels], held)
 
-    def _hand_on(self, piece: Piece, memory: memoryview) -> None:
-        for segment, part in zip(piece.part.segments, piece.memories(memory), strict=True):
-            self._requests.deliver(segment, part)
+    def _take(self, entry: Incoming) -> None:
+        if entry.held is None:
+            # the owner has verified the blocks, of which this is only a part
+            for memory in entry.memories:
+                self._requests.deliver_stripes(entry.piece.part.segments[0], entry.first, as_bytes(memory))
+            return
+        for content, memories in zip(entry.memories, entry.parcels, strict=True):
+            scatter(content, memories)
+        self._source.verify(entry.piece.part, entry.held.memories)
+        self._hand_on(entry.held)
+
+    def _hand_on(self, held: Held) -> None:
+        for segment, memory, in_place in zip(held.piece.part.segments, held.memories, held.in_place, strict=True):
+            if in_place:
+                self._requests.filled(segment)
+            else:
+                self._requests.deliver(segment, memory)

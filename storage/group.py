@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-COORDINATOR = 0
+from storage.columns import Array
 
-Array = npt.NDArray[np.uint8]
+COORDINATOR = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Bytes for rank `peer`; the tag tells them from the others of one swap."""
+    """Bytes for rank `peer`."""
 
     peer: int
-    tag: int
     data: Array
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Bytes that rank `peer` sends under that tag."""
+    """Bytes that rank `peer` sends, and the memory for them."""
 
     peer: int
-    tag: int
-    size_bytes: int
+    into: Array
 
 
 class Group:
@@ -47,7 +45,8 @@ class Group:
         self.world_size = dist.get_world_size(process_group) if self._active else 1
         if self._active:
             on_cpu = "gloo" in str(dist.get_backend(process_group)) or not torch.accelerator.is_available()
-            self._device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+            device = None if on_cpu else torch.accelerator.current_accelerator()
+            self._device = device or torch.device("cpu")
 
     @property
     def is_coordinator(self) -> bool:
@@ -114,25 +113,29 @@ class Group:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flags.item())
 
-    def swap(self, sends: Sequence[Message], receives: Sequence[Expected]) -> list[Array]:
-        """Carry every send to the receive with its tag; what was received, in order.
+    def swap(self, sends: Sequence[Message], receives: Sequence[Expected]) -> None:
+        """Carry every send into the memory that its peer has for it.
 
-        All ranks call it, with messages that fit together: of two ranks' messages, both list those from one to the
-        other in the same order. Peers are ranks of this group; nothing is empty.
+        Of two ranks' messages, both list those from one to the other in the same order and of the same sizes. Peers are
+        ranks of this group, messages are contiguous, and none is empty.
         """
         outbox = [torch.from_numpy(message.data).to(self._device) for message in sends]
-        inbox = [torch.empty(expected.size_bytes, dtype=torch.uint8, device=self._device) for expected in receives]
+        memories = [torch.from_numpy(expected.into) for expected in receives]
+        inbox = memories if self._device.type == "cpu" else [torch.empty_like(m, device=self._device) for m in memories]
+        tag_to, tag_from = _counters(), _counters()
         operations = [
-            dist.P2POp(dist.isend, tensor, group=self._group, tag=message.tag, group_peer=message.peer)
+            dist.P2POp(dist.isend, tensor, group=self._group, tag=next(tag_to[message.peer]), group_peer=message.peer)
             for message, tensor in zip(sends, outbox, strict=True)
         ]
         operations += [
-            dist.P2POp(dist.irecv, tensor, group=self._group, tag=expected.tag, group_peer=expected.peer)
-            for expected, tensor in zip(receives, inbox, strict=True)
+            dist.P2POp(dist.irecv, tensor, group=self._group, tag=next(tag_from[entry.peer]), group_peer=entry.peer)
+            for entry, tensor in zip(receives, inbox, strict=True)
         ]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
-        return [tensor.cpu().numpy() for tensor in inbox]
+        if inbox is not memories:
+            for memory, tensor in zip(memories, inbox, strict=True):
+                memory.copy_(tensor)
 
     def _sizes(self, data: bytes) -> Sequence[int]:
         sizes = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.world_size)]
@@ -144,6 +147,11 @@ class Group:
         padded = np.zeros(length, np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         return torch.from_numpy(padded).to(self._device)
+
+
+def _counters() -> defaultdict[int, Iterator[int]]:
+    """A counter for each peer."""
+    return defaultdict(itertools.count)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

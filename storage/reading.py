@@ -23,7 +23,8 @@ from storage.group import Group
 from storage.index import Index
 from storage.objects import HostCached, ObjectStore
 from storage.parallel import run_all, windowed_by_size
-from storage.readplan import Part, Range, Want, piece_part, plan_parts
+from storage.pieces import Piece, clipped, item_segments, long_runs
+from storage.readplan import Part, Range, Segment, Want, plan_parts
 from storage.requests import Requests, long_items, reads_of, requests_of
 from storage.shareplan import Blocks, holes_of, should_share
 from storage.stock import END_SIZE_BYTES, Layout, look
@@ -77,8 +78,8 @@ def read_items(
         if group is not None and together and _share(store, group, requests):
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
-            part_of = _PieceParts(places, shared, requests).part
-            traffic += Exchange(group, source, shared, part_of, requests).run(pool)
+            piece_of = _Pieces(places, shared, requests).piece
+            traffic += Exchange(group, source, shared, piece_of, requests).run(pool)
             holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
         if damaged := requests.damaged():
@@ -201,8 +202,8 @@ class Places:
         return found
 
 
-class _PieceParts:
-    """Pieces of the plan as parts with this rank's wants."""
+class _Pieces:
+    """Pieces of the plan with this rank's segments."""
 
     def __init__(self, places: Places, shared: Shared, requests: Requests) -> None:
         self._places = places
@@ -211,10 +212,22 @@ class _PieceParts:
         self._wants_of: dict[int, list[Want]] = defaultdict(list)
         for want in requests.wants:
             self._wants_of[want.item].append(want)
+        self._segments_of: dict[int, list[Segment]] = {}
 
-    def part(self, number: int) -> Part:
+    def piece(self, number: int) -> Piece:
         """Piece `number`, of which every block is wanted by this rank."""
         start, stop = int(self._plan.start[number]), int(self._plan.stop[number])
         items = self._places.items(start, stop)
         begin = self._places.in_object(items[0], start)
-        return piece_part(items, self._spans, self._wants_of, (begin, begin + stop - start))
+        span = (begin, begin + stop - start)
+        of = [self._spans[item] for item in items]
+        segments = itertools.chain.from_iterable(
+            clipped(self._segments(item), self._spans[item].block_size_bytes, span) for item in items
+        )
+        before, behind = self._plan.is_cut[number].tolist()
+        return Piece(number, Part(of[0].object, *span, tuple(segments)), long_runs(of, span, (before, behind)))
+
+    def _segments(self, item: int) -> list[Segment]:
+        if item not in self._segments_of:
+            self._segments_of[item] = item_segments(item, self._spans[item], self._wants_of[item])
+        return self._segments_of[item]

@@ -192,7 +192,7 @@ def plan_parts(
         wants_of[want.item].append(want)
     segments: dict[int, list[Segment]] = defaultdict(list)
     for index, item_wants in wants_of.items():
-        segments[items[index].object] += _segments(index, items[index], item_wants)
+        segments[items[index].object] += segments_of(index, items[index], item_wants)
     parts: list[Part] = []
     for index in sorted(segments):
         in_order = sorted(segments[index], key=lambda segment: segment.start)
@@ -205,7 +205,7 @@ def plan_parts(
     return parts
 
 
-def _segments(index: int, item: ItemSpan, wants: list[Want]) -> list[Segment]:
+def segments_of(index: int, item: ItemSpan, wants: Sequence[Want]) -> list[Segment]:
     """The blocks that `wants` touch, as few segments as can be, in order."""
     size = item.block_size_bytes
     wants = sorted(wants, key=lambda want: (want.start, want.stop))
@@ -279,26 +279,6 @@ def between(segment: Segment, block_size_bytes: int, start: int, stop: int) -> S
         start=start,
         stop=stop,
     )
-
-
-def piece_part(
-    items: Sequence[int], spans: Mapping[int, ItemSpan], wants_of: Mapping[int, Sequence[Want]], piece: Range
-) -> Part:
-    """The bytes `piece` of an object as one part which goes through scratch memory.
-
-    Args:
-        items: those that the piece touches, in order of their place, whether wanted or not.
-        wants_of: the wants by item.
-    """
-    segments = []
-    for item in items:
-        span = spans[item]
-        start, stop = max(piece[0], span.offset), min(piece[1], span.offset + span.length)
-        first, last = (start - span.offset) // span.block_size_bytes, -((span.offset - stop) // span.block_size_bytes)
-        segments.append(
-            Segment(item, start - span.offset, first, last, start, stop, None, tuple(wants_of.get(item, ())))
-        )
-    return Part(spans[items[0]].object, *piece, tuple(segments))
 
 
 def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Iterable[Segment]:

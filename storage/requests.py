@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from storage.columns import Ints
+from storage.columns import Array, Ints
 from storage.dcp_metadata import torch_dtype
 from storage.errors import Corrupt, UnsupportedValue
-from storage.group import Array
 from storage.index import Index
 from storage.items import decode_value
 from storage.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want, box_runs, box_stripes, run_length

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from storage.columns import Ints
 from storage.index import spans
@@ -45,7 +46,8 @@ class Blocks:
 @dataclass(frozen=True)
 class SharePlan:
     """Piece i is the bytes [start[i], stop[i]) of the axis. `ranks[i]` need it, ascending; `owner[i]`, one of them,
-    fetches it and sends it to the others in round `round[i]`. Pieces are in the order of their rounds.
+    fetches it and sends it to the others in round `round[i]`. Pieces are in the order of their rounds. `is_cut[i]`:
+    whether what some rank needs begins or ends at its start, and at its stop; else the cut is one for size.
     """
 
     start: Ints
@@ -53,6 +55,7 @@ class SharePlan:
     owner: Ints
     ranks: tuple[tuple[int, ...], ...]
     round: Ints
+    is_cut: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.start)
@@ -126,7 +129,9 @@ def plan_shares(
     ranks = [members[numbers[index]] for index in of_segment.tolist()]
     owner = _owners(stop - start, ranks, alone_bytes)
     order, rounds = _rounds(stop - start, owner, ranks, len(needs_of_rank), round_size_bytes)
-    return SharePlan(start[order], stop[order], owner[order], tuple(ranks[piece] for piece in order.tolist()), rounds)
+    start, stop, ranks = start[order], stop[order], [ranks[piece] for piece in order.tolist()]
+    is_cut = np.stack((np.isin(start, cuts), np.isin(stop, cuts)), axis=1)
+    return SharePlan(start, stop, owner[order], tuple(ranks), rounds, is_cut)
 
 
 def _pairs(needs_of_rank: Sequence[Ints], cuts: Ints) -> tuple[Ints, Ints]:

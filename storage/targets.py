@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,12 +84,14 @@ class ItemTarget(_Counted):
         self._size_bytes = size_bytes
         self._take = finish
         self._memory: memoryview | None = None
+        self._lock = threading.Lock()
 
     def view(self, at: int, size_bytes: int) -> memoryview:
         """A part of the item."""
-        if self._memory is None:
-            self._memory = scratch(self._size_bytes)
-        return self._memory[at : at + size_bytes]
+        with self._lock:
+            if self._memory is None:
+                self._memory = scratch(self._size_bytes)
+            return self._memory[at : at + size_bytes]
 
     def _hand_over(self) -> None:
         memory, self._memory = self._memory, None

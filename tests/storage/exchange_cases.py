@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, exchange, register_scheme
+from storage import Checkpointer, ShardReader, exchange, reading, register_scheme
 from storage.errors import StorageError, Transient
 from storage.local import LocalStore
+from storage.pieces import item_segments, long_runs
 from storage.shareplan import plan_shares
 
 # name -> (shape of the mesh, placements of a matrix)
@@ -93,14 +94,17 @@ def same(left: Any, right: Any) -> bool:
 
 @contextlib.contextmanager
 def small_pieces(piece_size_bytes: int, round_size_bytes: int) -> Iterator[None]:
-    """Pieces and rounds so small that a small state has many."""
+    """Pieces and rounds so small that a small state has many, and any block may be a run of its own."""
     exchange.plan_shares = functools.partial(  # type: ignore[assignment]
         plan_shares, piece_size_bytes=piece_size_bytes, round_size_bytes=round_size_bytes, small_size_bytes=0
     )
+    reading.long_runs = functools.partial(long_runs, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
+    reading.item_segments = functools.partial(item_segments, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
     try:
         yield
     finally:
         exchange.plan_shares = plan_shares
+        reading.long_runs, reading.item_segments = long_runs, item_segments  # type: ignore[attr-defined]
 
 
 def save(url: str, layout: str, stock: bool) -> None:

@@ -1,0 +1,117 @@
+"""Pieces that go from rank to rank: they arrive whatever either wants of them, and are not copied for nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.pieces import Held, Piece, clipped, item_segments, joined, long_runs, receiving, scatter
+from storage.readplan import ItemSpan, Part, Range, Want
+
+MIB = 1024 * 1024
+LONG = 8
+
+
+def piece_of(items: Sequence[ItemSpan], wants: Sequence[Want], span: Range, is_cut: tuple[bool, bool]) -> Piece:
+    segments = itertools.chain.from_iterable(
+        clipped(item_segments(index, item, [w for w in wants if w.item == index], LONG), item.block_size_bytes, span)
+        for index, item in enumerate(items)
+    )
+    touched = [item for item in items if item.offset < span[1] and span[0] < item.offset + item.length]
+    return Piece(0, Part(0, *span, tuple(segments)), long_runs(touched, span, is_cut, LONG))
+
+
+def held(piece: Piece) -> Held:
+    memories = [memoryview(bytearray(segment.stop - segment.start)) for segment in piece.part.segments]
+    return Held(piece, tuple(memories), tuple(segment.direct is not None for segment in piece.part.segments))
+
+
+@st.composite
+def items_and_piece(draw: st.DrawFn) -> tuple[list[ItemSpan], Range]:
+    items: list[ItemSpan] = []
+    end = 0
+    for _ in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(1, 90))
+        items.append(ItemSpan(0, end, length, draw(st.sampled_from([4, 8, 16]))))
+        end += length
+    edges = {item.offset + at for item in items for at in range(0, item.length, item.block_size_bytes)} | {end}
+    start, stop = sorted(draw(st.lists(st.sampled_from(sorted(edges)), min_size=2, max_size=2, unique=True)))
+    return items, (start, stop)
+
+
+def draw_wants(draw: st.DrawFn, items: Sequence[ItemSpan]) -> list[Want]:
+    """Any wants that touch every block: first some ranges, then a byte of each block that they leave out."""
+    wants: list[Want] = []
+    for index, item in enumerate(items):
+        for _ in range(draw(st.integers(0, 3))):
+            start = draw(st.integers(0, item.length - 1))
+            wants.append(Want(index, start, draw(st.integers(start + 1, item.length)), len(wants), 0))
+        for at in range(0, item.length, item.block_size_bytes):
+            block = range(at, min(at + item.block_size_bytes, item.length))
+            if not any(w.item == index and w.start < block.stop and block.start < w.stop for w in wants):
+                wants.append(Want(index, at, at + 1, len(wants), 0))
+    return wants
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_piece_arrives_whatever_both_ranks_want_of_it(data: st.DataObject) -> None:
+    items, span = data.draw(items_and_piece())
+    is_cut = data.draw(st.tuples(st.booleans(), st.booleans()))
+    sender, receiver = (held(piece_of(items, data.draw(st.composite(draw_wants)(items)), span, is_cut)) for _ in "ab")
+    content = np.arange(1, span[1] + 1, dtype=np.int64).astype(np.uint8)
+    for segment, memory in zip(sender.piece.part.segments, sender.memories, strict=True):
+        memory[:] = content[segment.start : segment.stop].tobytes()
+    assert sender.joined().tolist() == content[span[0] : span[1]].tolist()
+    messages, places = [joined(memories) for memories in sender.parcels()], receiver.parcels()
+    for message, memories in zip(messages, places, strict=True):
+        into = receiving(memories)
+        into[:] = message  # both have cut it into the same messages
+        scatter(into, memories)
+    assert receiver.joined().tolist() == content[span[0] : span[1]].tolist()
+
+
+def test_what_both_ranks_want_as_it_is_is_not_copied() -> None:
+    item = ItemSpan(0, 0, 8 * MIB + 1600, 16 * 1024)
+    piece = piece_of([item], [Want(0, 704, 704 + 8 * MIB, 0, 0)], (0, item.length), (True, True))
+    (run, rest) = held(piece).parcels()
+    assert len(run) == 1
+    assert len(run[0]) >= 8 * MIB - 3 * 16 * 1024
+    assert sum(map(len, rest)) == item.length - len(run[0])
+
+
+def test_a_rank_that_wants_half_of_an_item_loses_no_more_than_the_outer_blocks() -> None:
+    size = 16 * 1024
+    item = ItemSpan(0, 0, 8 * MIB + 1600, size)
+    half = Want(0, 704, 704 + 4 * MIB, 0, 0)
+    piece = piece_of([item], [half], (0, 4 * MIB + size), (True, True))  # the blocks that it touches
+    (run, rest) = held(piece).parcels()
+    assert len(run) == 1
+    assert sum(map(len, rest)) == 2 * size
+    whole = piece_of([item], [Want(0, 704, 704 + 8 * MIB, 0, 0)], (0, 4 * MIB + size), (True, True))
+    assert list(map(len, held(whole).parcels()[0])) == [len(run[0])]
+
+
+def test_a_cut_for_size_costs_no_copy() -> None:
+    item = ItemSpan(0, 0, 4096 * MIB, 8 * MIB)
+    want = Want(0, 704, 4095 * MIB, 0, 0)
+    assert long_runs([item], (80 * MIB, 96 * MIB), (False, False)) == ((80 * MIB, 96 * MIB),)
+    (segment,) = clipped(item_segments(0, item, [want]), item.block_size_bytes, (80 * MIB, 96 * MIB))
+    assert segment.direct == want
+    assert (segment.item_start, segment.first_block, segment.last_block) == (80 * MIB, 10, 12)
+
+
+def test_short_segments_go_through_scratch_together() -> None:
+    item = ItemSpan(0, 0, 64 * 16, 16)
+    wants = [Want(0, 64 * k, 64 * k + 32, k, 0) for k in range(16)]
+    (first, *others) = item_segments(0, item, wants, long_size_bytes=33)
+    assert (first.direct, first.start, first.stop) == (None, 0, 32)
+    assert len(others) == 15
+    (together,) = item_segments(0, item, [Want(0, 32 * k, 32 * k + 32, k, 0) for k in range(32)], long_size_bytes=33)
+    assert together.direct is None
+    assert len(together.wants) == 32
+    assert (together.first_block, together.last_block, together.stop) == (0, 64, 64 * 16)
