@@ -20,6 +20,7 @@ from storage.columns import Array, Ints
 from storage.fetch import Source, Traffic, scratch
 from storage.group import COORDINATOR, Expected, Group, Message
 from storage.index import Index, spans
+from storage.neighbours import Neighbours
 from storage.pieces import Held, Piece, joined, receiving, scatter
 from storage.readplan import Stripes
 from storage.requests import Requests, as_bytes, packed
@@ -105,9 +106,16 @@ class Exchange:
     """
 
     def __init__(
-        self, group: Group, source: Source, shared: Shared, piece_of: Callable[[int], Piece], requests: Requests
+        self,
+        group: Group,
+        neighbours: Neighbours,
+        source: Source,
+        shared: Shared,
+        piece_of: Callable[[int], Piece],
+        requests: Requests,
     ) -> None:
         self._group = group
+        self._neighbours = neighbours
         self._source = source
         self._shared = shared
         self._piece_of = piece_of
@@ -186,7 +194,7 @@ class Exchange:
             self._incoming(number) for number in numbers if plan.owner[number] != rank and rank in plan.ranks[number]
         ]
         expected = [Expected(entry.owner, memory) for entry in incoming for memory in entry.memories]
-        self._group.swap(sends, expected)
+        self._neighbours.swap(sends, expected)
         fetched_bytes = sum(held.piece.size_bytes for held in owned)
         self._traffic += Traffic(len(owned), fetched_bytes, sum(len(entry.into) for entry in expected))
         try:
@@ -231,7 +239,11 @@ class Exchange:
             return
         for content, memories in zip(entry.memories, entry.parcels, strict=True):
             scatter(content, memories)
-        self._source.verify(entry.piece.part, entry.held.memories)
+        if entry.owner in self._neighbours.readable:
+            # copied from memory that the owner has verified, as if it were this rank's own
+            self._source.add_to_sums(entry.piece.part, entry.held.memories)
+        else:
+            self._source.verify(entry.piece.part, entry.held.memories)
         self._hand_on(entry.held)
 
     def _hand_on(self, held: Held) -> None:

@@ -100,16 +100,21 @@ class Source:
         The sums are for the end, when all parts have come: which of them was damaged, nobody can tell.
         """
         key = self._key(part)
+        self.add_to_sums(part, memories)
         for segment, memory in zip(part.segments, memories, strict=True):
-            if segment.item in self.sums:
-                self.sums[segment.item].add(segment.item_start, memory)
-            elif self.index.is_long(segment.item):
-                continue  # verified as a whole, by what takes it
-            elif self.index.is_stock:
+            if self.index.is_long(segment.item):
+                continue  # verified as a whole, by its sum or by what takes it
+            if self.index.is_stock:
                 with blaming(key):
                     check_zip(memory, f"{key} at byte {segment.start}")
             else:
                 _verify(self.index.columns, segment, memory, key)
+
+    def add_to_sums(self, part: Part, memories: Sequence[memoryview]) -> None:
+        """Add the segments of long items of stock DCP to the sums of those."""
+        for segment, memory in zip(part.segments, memories, strict=True):
+            if segment.item in self.sums:
+                self.sums[segment.item].add(segment.item_start, memory)
 
     def read(self, item: int, start: int, size_bytes: int) -> memoryview:
         """Bytes of the item's object from `start` on, unverified. Raises Corrupt."""

@@ -10,7 +10,6 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -21,6 +20,7 @@ from storage.exchange import Exchange, Shared, agree, learn_crcs
 from storage.fetch import Source, Traffic, scratch
 from storage.group import Group
 from storage.index import Index
+from storage.neighbours import BOOT_ID, Neighbours
 from storage.objects import HostCached, ObjectStore
 from storage.parallel import run_all, windowed_by_size
 from storage.pieces import Piece, clipped, item_segments, long_runs
@@ -32,7 +32,6 @@ from storage.stock import END_SIZE_BYTES, Layout, look
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 16  # AWS gives a connection 85 to 90 MB/s
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a host
 _HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
 
 
@@ -79,7 +78,7 @@ def read_items(
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
             piece_of = _Pieces(places, shared, requests).piece
-            traffic += Exchange(group, source, shared, piece_of, requests).run(pool)
+            traffic += Exchange(group, Neighbours(group), source, shared, piece_of, requests).run(pool)
             holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
         if damaged := requests.damaged():
@@ -120,7 +119,7 @@ def _read_again(
 
 def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     """See `should_share`; a collective."""
-    host = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else socket.gethostname()
+    host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = isinstance(store, HostCached) and store.is_host_cached
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))

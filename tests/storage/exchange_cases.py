@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import logging
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,9 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, exchange, reading, register_scheme
+from storage import Checkpointer, ShardReader, exchange, neighbours, reading, register_scheme
 from storage.errors import StorageError, Transient
 from storage.local import LocalStore
+from storage.neighbours import read_memory
 from storage.pieces import item_segments, long_runs
 from storage.shareplan import plan_shares
 
@@ -34,6 +43,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
     "hsdp 2x2": ((2, 2), (Replicate(), Shard(0))),
     "hsdp 2x2 by columns": ((2, 2), (Replicate(), Shard(1))),
     "tiles 2x2": ((2, 2), (Shard(0), Shard(1))),
+    "replicated on 2": ((2,), (Replicate(),)),
     "replicated on 3": ((3,), (Replicate(),)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool, torch.complex64]
@@ -197,6 +207,92 @@ def count(url: str, layout: str, with_dcp: bool, is_near: bool = False) -> tuple
     for name, tensor in large_state(spread, 1).items():
         assert torch.equal(local(state[name]), local(tensor))
     return store.read_bytes, store.num_reads
+
+
+def neighbouring(url: str, layout: str, num_reads_max: int, damages: bool) -> tuple[int, list[str], str]:
+    """Load where no more than so many reads of another rank's memory succeed, and rank 0 may damage what it sends.
+
+    Bytes that were read of the memory of others, what was logged of it, and what the load raised.
+    """
+    found: list[int] = []
+
+    def limited(pid: int, address: int, into: Any) -> None:
+        if len(found) == num_reads_max:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        found.append(len(into))
+        read_memory(pid, address, into)
+
+    def damaged(memories: Any) -> Any:
+        data = np.concatenate(memories)
+        data[0] ^= 1
+        return data
+
+    register_scheme("neighbouring", lambda rest: Counting(url))
+    spread = Layout(layout)
+    state, error = large_state(spread, 0), ""
+    with pytest.MonkeyPatch.context() as patch, captured("storage.neighbours") as lines:
+        patch.setattr(neighbours, "read_memory", limited)
+        if damages and dist.get_rank() == 0:
+            patch.setattr(exchange, "joined", damaged)
+        try:
+            dcp.load(state, storage_reader=ShardReader("neighbouring://"))
+        except dcp.CheckpointException as raised:
+            error = str({rank: str(failure[0]) for rank, failure in raised.failures.items()})
+    if not error:
+        for name, tensor in large_state(spread, 1).items():
+            assert torch.equal(local(state[name]), local(tensor))
+    return sum(found), lines, error
+
+
+@contextlib.contextmanager
+def captured(name: str) -> Iterator[list[str]]:
+    """The lines that a logger writes from level INFO on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def lose(url: str, victim: int) -> str:
+    """Load where rank `victim` is killed at the moment when another reads its memory; the class of what is raised."""
+
+    def killing(pid: int, address: int, into: Any) -> None:
+        if len(into) > 1000:
+            os.kill(pid, signal.SIGKILL)
+            wait_until_dead(pid)
+        read_memory(pid, address, into)
+
+    register_scheme("losing", lambda rest: Counting(url))
+    state = large_state(Layout("replicated on 2"), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() != victim:
+            patch.setattr(neighbours, "read_memory", killing)
+        try:
+            dcp.load(state, storage_reader=ShardReader("losing://"))
+        except Exception as error:
+            return type(error).__name__
+    return "nothing"
+
+
+def wait_until_dead(pid: int) -> None:
+    """Until it has no memory any more; it stays a zombie until its parent looks."""
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        try:
+            if " Z " in Path(f"/proc/{pid}/stat").read_text():
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} is not dead")
 
 
 def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:
