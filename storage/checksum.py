@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from awscrt import checksums
 from isal import isal_zlib
@@ -22,6 +22,8 @@ from storage.objects import Buffer
 BLOCK_SIZE_BYTES_MIN = 16 * 1024
 BLOCK_SIZE_BYTES_MAX = 8 * 1024 * 1024
 _BLOCKS_PER_ITEM = 512
+CACHED_SIZE_BYTES = 256 * 1024
+"""Of what a processor's core still has in its cache when it is read again at once."""
 
 
 def crc32c(buffer: Buffer, crc: int = 0) -> int:
@@ -50,23 +52,45 @@ def block_size_bytes(item_length_bytes: int) -> int:
     return min(max(1 << (share - 1).bit_length(), BLOCK_SIZE_BYTES_MIN), BLOCK_SIZE_BYTES_MAX)
 
 
-def item_crcs(buffers: Sequence[Buffer], size_bytes: int) -> tuple[int, list[int]]:
-    """CRC32C of the concatenation of `buffers`, and of every block of `size_bytes` of it; the last may be shorter."""
-    crcs: list[int] = []
-    whole, crc, filled = 0, 0, 0
-    for buffer in buffers:
-        view = memoryview(buffer).cast("B")
+class BlockCrcs:
+    """CRC32C of bytes that are added one after the other, and of every block of `size_bytes` of them.
+
+    The last block may be shorter.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._ended: list[int] = []
+        self._ended_whole = 0
+        self._open, self._open_bytes = 0, 0
+
+    @property
+    def blocks(self) -> list[int]:
+        """Of every block so far."""
+        return [*self._ended, self._open] if self._open_bytes else list(self._ended)
+
+    @property
+    def whole(self) -> int:
+        """Of all bytes so far."""
+        return combine_crc32c(self._ended_whole, self._open, self._open_bytes)
+
+    def add(self, data: memoryview) -> None:
+        """What comes next, as bytes."""
         at = 0
-        while at < view.nbytes:
-            taken = view[at : at + size_bytes - filled]
-            crc = crc32c(taken, crc)
+        while at < data.nbytes:
+            taken = data[at : at + self.size_bytes - self._open_bytes]
+            self._open = crc32c(taken, self._open)
+            self._open_bytes += taken.nbytes
             at += taken.nbytes
-            filled += taken.nbytes
-            if filled == size_bytes:
-                crcs.append(crc)
-                whole = combine_crc32c(whole, crc, filled)
-                crc, filled = 0, 0
-    return (combine_crc32c(whole, crc, filled), [*crcs, crc]) if filled else (whole, crcs)
+            if self._open_bytes == self.size_bytes:
+                self._ended_whole = self.whole
+                self._ended.append(self._open)
+                self._open, self._open_bytes = 0, 0
+
+
+def bites(data: memoryview) -> Iterator[memoryview]:
+    """The data, in pieces that fit into a core's cache: who takes two checksums of them reads memory once."""
+    return (data[at : at + CACHED_SIZE_BYTES] for at in range(0, data.nbytes, CACHED_SIZE_BYTES))
 
 
 def pack_crcs(crcs: Sequence[int]) -> str:

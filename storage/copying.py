@@ -24,7 +24,7 @@ from storage.copyplan import DataObject
 from storage.errands import Contents, Errand, Found, Outcome
 from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError
 from storage.manifest import ObjectEntry
-from storage.objects import MultipartStore, ObjectStore, StreamingStore, parts_of_size
+from storage.objects import MultipartStore, ObjectStore, parts_of_size, put_fetched
 from storage.parallel import run_all
 from storage.passage import Advance, Passage
 
@@ -181,8 +181,8 @@ class Copier:
         original = None if ours is None else ours(advance=lambda num_bytes: None, stop=self._stop)
 
         def same(offset: int, length: int) -> bool:
-            memory = there.fetch(offset, length)
-            return original is None or memory == original.fetch(offset, length)
+            pieces = there.fetch(offset, length)
+            return original is None or pieces == original.fetch(offset, length)
 
         try:
             if all(run_all(parts, [functools.partial(same, *part) for part in parts_of_size(entry.size_bytes)])):
@@ -196,10 +196,7 @@ class Copier:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
         passage = ours(advance=self._advance, stop=self._stop)
         try:
-            if isinstance(self._target, StreamingStore):
-                self._target.put_from(key, entry.size_bytes, passage.fetch, parts)
-            else:
-                self._target.put(key, [passage.fetch(0, entry.size_bytes)])
+            put_fetched(self._target, key, entry.size_bytes, passage.fetch, parts)
         except BaseException:
             passage.take_back()
             raise

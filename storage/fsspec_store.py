@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 import re
 import time
@@ -104,7 +105,8 @@ class FsspecStore:
 
     @staticmethod
     def _ahead(size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
-        return windowed(pool, lambda part: fetch(*part), parts_of_size(size_bytes), _NUM_PARTS_AHEAD)
+        parts = windowed(pool, lambda part: fetch(*part), parts_of_size(size_bytes), _NUM_PARTS_AHEAD)
+        return itertools.chain.from_iterable(parts)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. Tells no etag: what is known of the object was asked for before it was read."""

@@ -41,6 +41,24 @@ class EncodedItem:
     length: int
 
 
+@dataclass(frozen=True)
+class FramedItem:
+    """A tensor's item of which all is known but the CRC32 of its bytes. These must not change before it is stored."""
+
+    framing: Framing
+    data: memoryview
+
+    @property
+    def raw_offset(self) -> int:
+        """Where the tensor's bytes begin."""
+        return len(self.framing.head)
+
+    @property
+    def length(self) -> int:
+        """Of the whole item, in bytes."""
+        return len(self.framing.head) + self.data.nbytes + len(self.framing.last)
+
+
 class _Collector:
     """A file for torch.save that keeps the tensor's memory as it is given and copies the small framing around it."""
 
@@ -118,7 +136,7 @@ class Framings:
 _framings = Framings()
 
 
-def encode_tensor(tensor: torch.Tensor, framings: Framings = _framings) -> EncodedItem:
+def item_of(tensor: torch.Tensor, framings: Framings = _framings) -> EncodedItem | FramedItem:
     """The item of a contiguous CPU tensor which is the whole of its storage: what `torch.save` makes of it."""
     assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     assert type(tensor) is torch.Tensor and not tensor.requires_grad
@@ -128,11 +146,11 @@ def encode_tensor(tensor: torch.Tensor, framings: Framings = _framings) -> Encod
     if is_misread(data):
         return _saved(tensor)
     framing = framings.find(kind)
-    if framing is None:
-        item = _saved(tensor)
-        framings.learn(kind, item)
-        return item
-    return _framed(framing.head, data, framing.tail(crc32(data)))
+    if framing is not None:
+        return FramedItem(framing, data)
+    item = _saved(tensor)
+    framings.learn(kind, item)
+    return item
 
 
 def _saved(tensor: torch.Tensor) -> EncodedItem:

@@ -24,7 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound, StorageError, Transient
-from storage.objects import Buffer, Capabilities, Fetch, ObjectInfo, check_key, check_prefix, parts_of_size
+from storage.objects import (
+    PART_SIZE_BYTES,
+    Buffer,
+    Capabilities,
+    Fetch,
+    ObjectInfo,
+    check_key,
+    check_prefix,
+    parts_of_size,
+)
 from storage.parallel import run_all
 from storage.retries import RetryLog
 
@@ -67,6 +76,8 @@ class LocalStore:
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`."""
+        if size_bytes <= PART_SIZE_BYTES:
+            return self.put(key, fetch(0, size_bytes))
 
         def write(fd: int) -> None:
             def copy(offset: int, length: int) -> None:
@@ -308,10 +319,11 @@ def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
         rest = _advance(rest, os.writev(fd, rest[:_IOV_MAX]))
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data.nbytes:
-        num_bytes = os.pwrite(fd, data, offset)
-        data, offset = data[num_bytes:], offset + num_bytes
+def _write_at(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    rest = _views(buffers)
+    while rest:
+        num_bytes = os.pwritev(fd, rest[:_IOV_MAX], offset)
+        rest, offset = _advance(rest, num_bytes), offset + num_bytes
 
 
 def _read_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> bool:

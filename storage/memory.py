@@ -59,7 +59,8 @@ class MemoryStore:
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`."""
-        return self.put(key, run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)]))
+        parts = run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)])
+        return self.put(key, list(itertools.chain.from_iterable(parts)))
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`."""

@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 
-Fetch = Callable[[int, int], memoryview]
-"""From an offset and a number of bytes to those bytes of some content. Asked from any thread, in any order."""
+Fetch = Callable[[int, int], Sequence[memoryview]]
+"""From an offset and a number of bytes to those bytes of some content, in pieces. Asked by any thread, in any order."""
 
 PART_SIZE_BYTES = 16 * 1024 * 1024
 """Of what is streamed where the store does not want another size."""
@@ -162,6 +162,13 @@ class StreamingStore(Protocol):
 
         Every byte is fetched at least once before the object is there. What `fetch` raises ends the put, and comes out.
         """
+
+
+def put_fetched(store: ObjectStore, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    """`StreamingStore.put_from`, or else a `put` of all at once."""
+    if isinstance(store, StreamingStore):
+        return store.put_from(key, size_bytes, fetch, pool)
+    return store.put(key, fetch(0, size_bytes))
 
 
 def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ class Passage:
             raise Corrupt(f"{key} has {self._info.size_bytes} bytes, and must have {size_bytes}")
         self._check = BlockCheck(key, blocks) if blocks else None
 
-    def fetch(self, offset: int, length: int) -> memoryview:
+    def fetch(self, offset: int, length: int) -> list[memoryview]:
         """Those bytes, in the version of the object that the pass began with.
 
         Raises Corrupt, and NotFound unless the object is owed.
@@ -61,7 +61,7 @@ class Passage:
         with self._lock:
             self._num_bytes += length
         self._advance(length)
-        return memory
+        return [memory]
 
     def take_back(self) -> None:
         """What has passed counts for nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from storage.errors import AlreadyExists, Interrupted, NotFound, Transient
 from storage.objects import Buffer, Capabilities, ObjectInfo, ObjectStore
@@ -48,7 +48,7 @@ class RetryingStore:
                 doubts.append(error)
                 raise
             except AlreadyExists:
-                if doubts and (info := stored_equal(self._store, key, buffers)) is not None:
+                if doubts and (info := stored_equal(self._store, key, views_of(buffers))) is not None:
                     return info
                 raise
 
@@ -122,21 +122,22 @@ def views_of(buffers: Sequence[Buffer]) -> list[memoryview]:
     return [view for view in views if view.nbytes]
 
 
-def stored_equal(store: ObjectStore, key: str, buffers: Sequence[Buffer]) -> ObjectInfo | None:
-    """The object's info if it holds exactly the bytes of `buffers`, else None."""
-    rest = views_of(buffers)
+def stored_equal(store: ObjectStore, key: str, views: Iterable[memoryview]) -> ObjectInfo | None:
+    """The object's info if it holds exactly the bytes of `views`, else None."""
     try:
         info = store.info(key)
-        if info.size_bytes != sum(view.nbytes for view in rest):
-            return None
-        memory, offset = memoryview(bytearray(min(_COMPARED_SIZE_BYTES, info.size_bytes))), 0
-        while rest:
-            part = memory[: min(memory.nbytes, rest[0].nbytes)]
-            store.read_into(key, offset, [part], if_match=info.etag)
-            if part != rest[0][: part.nbytes]:
-                return None
-            offset += part.nbytes
-            rest = skip(rest, part.nbytes)
+        memory, read_bytes = memoryview(bytearray(min(_COMPARED_SIZE_BYTES, info.size_bytes))), 0
+        found = memory[:0]
+        for expected in views:
+            while expected.nbytes:
+                if not found.nbytes:
+                    found = memory[: info.size_bytes - read_bytes]
+                    store.read_into(key, read_bytes, [found], if_match=info.etag)
+                    read_bytes += found.nbytes
+                size = min(expected.nbytes, found.nbytes)
+                if not size or expected[:size] != found[:size]:
+                    return None
+                expected, found = expected[size:], found[size:]
     except NotFound:
         return None
-    return info
+    return info if read_bytes == info.size_bytes and not found.nbytes else None

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from storage import layout
-from storage.checksum import block_size_bytes, item_crcs, pack_crcs
-from storage.items import EncodedItem, encode_tensor
+from storage.checksum import pack_crcs
+from storage.encoding import Encoding, ObjectContent
+from storage.items import EncodedItem, item_of
 from storage.manifest import ItemEntry, ObjectEntry
-from storage.objects import Buffer, ObjectStore
+from storage.objects import ObjectStore, put_fetched
 from storage.parallel import run_all
 from storage.saveplan import Piece
 
 NUM_THREADS = 4
+NUM_PART_THREADS = 16
 SMALL_ITEM_BYTES = 1024 * 1024
 OBJECT_SIZE_BYTES = 256 * 1024 * 1024
 
@@ -67,7 +69,10 @@ def write_payloads(
     Staged tensors must not change before this returns. Raises what the store raises.
     """
     groups = pack([payload.size_bytes for payload in payloads])
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage-write") as pool:
+    with (
+        ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage-write") as pool,
+        ThreadPoolExecutor(NUM_PART_THREADS, thread_name_prefix="storage-part") as parts,
+    ):
         calls = [
             functools.partial(
                 _write_object,
@@ -76,6 +81,7 @@ def write_payloads(
                 layout.data_name(attempt, rank, index),
                 index,
                 [payloads[position] for position in group],
+                parts,
             )
             for index, group in enumerate(groups)
         ]
@@ -83,35 +89,30 @@ def write_payloads(
     return tuple(entry for entry, _ in written), tuple(item for _, items in written for item in items)
 
 
-def _encode(payload: Payload) -> EncodedItem:
-    if isinstance(payload.content, torch.Tensor):
-        return encode_tensor(payload.content)
-    return payload.content
+def _encoding(payload: Payload) -> Encoding:
+    content = payload.content
+    return Encoding(item_of(content) if isinstance(content, torch.Tensor) else content)
 
 
 def _write_object(
-    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload]
+    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload], parts: ThreadPoolExecutor
 ) -> tuple[ObjectEntry, list[ItemEntry]]:
-    entries, buffers, offset = [], list[Buffer](), 0
-    for payload in payloads:
-        piece, item = payload.piece, _encode(payload)
-        size = block_size_bytes(item.length)
-        whole_crc, crcs = item_crcs(item.buffers, size)
-        entries.append(
-            ItemEntry(
-                key=piece.key,
-                offsets=piece.offsets,
-                sizes=piece.sizes,
-                object=index,
-                offset=offset,
-                length=item.length,
-                raw_offset=item.raw_offset,
-                crc32c=whole_crc,
-                block_size_bytes=size,
-                block_crcs=pack_crcs(crcs),
-            )
+    content = ObjectContent([_encoding(payload) for payload in payloads])
+    # nothing else has this name, since the attempt's is random: there is no need to look whether it is taken
+    info = put_fetched(store, prefix + name, content.size_bytes, content.fetch, parts)
+    entries = [
+        ItemEntry(
+            key=payload.piece.key,
+            offsets=payload.piece.offsets,
+            sizes=payload.piece.sizes,
+            object=index,
+            offset=offset,
+            length=item.length,
+            raw_offset=item.raw_offset,
+            crc32c=item.crcs.whole,
+            block_size_bytes=item.crcs.size_bytes,
+            block_crcs=pack_crcs(item.crcs.blocks),
         )
-        buffers += item.buffers
-        offset += item.length
-    info = store.put(prefix + name, buffers, if_absent=True)
+        for payload, item, offset in zip(payloads, content.items, content.offsets[:-1], strict=True)
+    ]
     return ObjectEntry(name=name, size_bytes=info.size_bytes, etag=info.etag), entries

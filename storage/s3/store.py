@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
@@ -31,11 +31,10 @@ _flights_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class _Content:
-    """What goes up in parts. `stored`: the object's info if it is certain to hold this content already."""
+    """What goes up in parts, each of which can be asked for more than once."""
 
     parts: Sequence[Callable[[], Sequence[memoryview]]]
     if_absent: bool = False
-    stored: Callable[[], ObjectInfo | None] = lambda: None
 
 
 class S3Store(RetryingStore):
@@ -53,21 +52,14 @@ class S3Store(RetryingStore):
         if sum(view.nbytes for view in views) <= self._part_bytes:
             return super().put(key, views, if_absent=if_absent)
         cut = parts_of(views, part_size_bytes(sum(view.nbytes for view in views), self._part_bytes))
-        content = _Content(
-            [functools.partial(list, part) for part in cut], if_absent, lambda: stored_equal(self, key, views)
-        )
-        return self._put_content(key, content, self._pool)
+        return self._put_content(key, _Content([functools.partial(list, part) for part in cut], if_absent), self._pool)
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`. A part that has to be sent again is not fetched again."""
         if size_bytes <= self._part_bytes:
-            return super().put(key, [fetch(0, size_bytes)])
-
-        def part(offset: int, length: int) -> list[memoryview]:
-            return [fetch(offset, length)]
-
+            return super().put(key, fetch(0, size_bytes))
         cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
-        return self._put_content(key, _Content([functools.partial(part, *place) for place in cut]), pool)
+        return self._put_content(key, _Content([functools.partial(fetch, *place) for place in cut]), pool)
 
     def impatient(self, timeout_s: float) -> RetryingStore:
         """See `ImpatientStore.impatient`."""
@@ -107,25 +99,31 @@ class S3Store(RetryingStore):
         return self._retrier.call(f"put {key}", upload, in_flight=False)
 
     def _put_parts(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
-        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, content.if_absent))
-        upload = self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
+        # parts wait for it on the same threads: a pool starts first what it was given first
+        begun = pool.submit(self._begin, key, content.if_absent)
         try:
             calls = [
-                functools.partial(self._put_part, key, upload, number, part)
+                functools.partial(self._put_part, key, begun, number, part)
                 for number, part in enumerate(content.parts, 1)
             ]
             sent = run_all(pool, calls)
-            return self._complete(key, upload, content, [etag for etag, _ in sent], sum(size for _, size in sent))
+            etags, size_bytes = [etag for etag, _ in sent], sum(size for _, size in sent)
+            return self._complete(key, begun.result(), content, etags, size_bytes)
         except BaseException:
-            self._abort(key, upload)
+            if begun.exception() is None:
+                self._abort(key, begun.result())
             raise
 
+    def _begin(self, key: str, if_absent: bool) -> str:
+        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, if_absent))
+        return self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
+
     def _put_part(
-        self, key: str, upload: str, number: int, part: Callable[[], Sequence[memoryview]]
+        self, key: str, begun: Future[str], number: int, part: Callable[[], Sequence[memoryview]]
     ) -> tuple[str, int]:
-        """The part's etag and size."""
+        """The part's etag and size. It is fetched while the upload is begun."""
         views = part()
-        send = functools.partial(self._bucket.put_part, key, upload, number, views)
+        send = functools.partial(self._bucket.put_part, key, begun.result(), number, views)
         return self._retrier.call(f"put part {number} of {key}", send), sum(view.nbytes for view in views)
 
     def _complete(self, key: str, upload: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo:
@@ -155,12 +153,12 @@ class S3Store(RetryingStore):
         return ObjectInfo(key, size_bytes, etag)
 
     def _settle(self, key: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo | None:
-        """The object's info if it is what the parts make: by its etag, or else as the content says."""
+        """The object's info if it is what the parts make: by its etag, or else byte by byte."""
         try:
             info = self.info(key)
             if f'"{info.etag}"' == multipart_etag(etags) and info.size_bytes == size_bytes:
                 return info
-            return content.stored()
+            return stored_equal(self, key, (view for part in content.parts for view in part()))
         except (NotFound, Transient):
             return None
 

@@ -14,8 +14,7 @@ from storage.local import LocalStore
 from storage.s3.bucket import Bucket
 
 WRITES: list[tuple[type, str]] = [
-    (LocalStore, "put"),
-    (LocalStore, "put_from"),
+    (LocalStore, "_put"),  # by which it puts, in parts or not
     (Bucket, "put_object"),
     (Bucket, "put_part"),
     (Bucket, "complete_upload"),
@@ -34,7 +33,7 @@ def die_before(number: int) -> None:
                 return method(self, key, *args, **kwargs)
             with lock:
                 if count == number:
-                    print(f"killed before {name} {key}", flush=True)
+                    print(f"killed before {name.lstrip('_')} {key}", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
                 count += 1
             return method(self, key, *args, **kwargs)

@@ -240,11 +240,11 @@ def test_a_rewrite_through_fsspec_shows_no_half_and_leaves_nothing(
     first, second = b"1" * size_bytes, b"2" * size_bytes
     is_broken = [True]
 
-    def fetch(offset: int, length: int) -> memoryview:
+    def fetch(offset: int, length: int) -> list[memoryview]:
         assert store.read("a/b") == first
         if is_broken[0] and offset + length == size_bytes:
             raise StorageError("the source is away")
-        return memoryview(second)[offset : offset + length]
+        return [memoryview(second)[offset : offset + length]]
 
     store.put("a/b", [first])
     with ThreadPoolExecutor(2) as pool:

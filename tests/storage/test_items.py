@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from storage import items
-from storage.checksum import crc32
+from storage.checksum import crc32, crc32c
+from storage.encoding import Encoding
 from storage.framing import DESCRIPTOR, framing_of
-from storage.items import EncodedItem, Framings, encode_tensor
+from storage.items import EncodedItem, FramedItem, Framings, item_of
 from storage.staging import StagingBuffer
 from storage.tensors import bytes_of, tensor_over
 
@@ -50,9 +51,11 @@ def stock(tensor: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-def joined(item: EncodedItem) -> bytes:
-    data = b"".join(item.buffers)
+def joined(item: EncodedItem | FramedItem) -> bytes:
+    encoding = Encoding(item)
+    data = b"".join(encoding.views(0, item.length))
     assert len(data) == item.length
+    assert encoding.crcs.whole == crc32c(data)
     return data
 
 
@@ -85,7 +88,7 @@ def test_an_item_is_what_torch_save_makes(dtype: torch.dtype, shape: tuple[int, 
     framings = Framings()
     for seed in range(4):
         tensor = some(dtype, shape, seed)
-        item = encode_tensor(tensor, framings)
+        item = item_of(tensor, framings)
         data = joined(item)
         assert data == stock(tensor), seed
         assert data[item.raw_offset : item.raw_offset + tensor.nbytes] == bytes_of(tensor)
@@ -100,28 +103,28 @@ def test_only_the_first_two_of_a_kind_go_through_torch_save(num_saved: Callable[
     framings = Framings()
     for seed in range(5):
         for shape in ((10, 3), (3, 10), (30,)):
-            encode_tensor(some(torch.float32, shape, seed), framings)
-        encode_tensor(some(torch.int32, (30,), seed), framings)
+            item_of(some(torch.float32, shape, seed), framings)
+        item_of(some(torch.int32, (30,), seed), framings)
     assert num_saved() == 2 * 4
 
 
 def test_the_same_bytes_twice_prove_nothing(num_saved: Callable[[], int]) -> None:
     framings, zeros = Framings(), torch.zeros(100)
     for _ in range(3):
-        encode_tensor(zeros, framings)
+        item_of(zeros, framings)
     assert num_saved() == 3
     for _ in range(2):
-        encode_tensor(torch.ones(100), framings)
+        item_of(torch.ones(100), framings)
     assert num_saved() == 4
 
 
 def test_what_was_not_used_for_long_is_forgotten(num_saved: Callable[[], int]) -> None:
     framings = Framings(num_max=2)
     for length in (1, 1, 2, 2, 1, 3, 3):
-        encode_tensor(torch.rand(length), framings)
+        item_of(torch.rand(length), framings)
     assert num_saved() == 6
     for length in (1, 3, 2):  # of these two are known
-        encode_tensor(torch.rand(length), framings)
+        item_of(torch.rand(length), framings)
     assert num_saved() == 7
 
 
@@ -129,10 +132,10 @@ def test_bytes_that_torch_takes_for_a_descriptor(num_saved: Callable[[], int]) -
     """They go into the serialization id, twice."""
     framings = Framings()
     for seed in range(3):
-        encode_tensor(some(torch.uint8, (64,), seed), framings)
+        item_of(some(torch.uint8, (64,), seed), framings)
     before = num_saved()
     tensor = torch.frombuffer(bytearray(DESCRIPTOR + bytes(60)), dtype=torch.uint8)
-    assert joined(encode_tensor(tensor, framings)) == stock(tensor)
+    assert joined(item_of(tensor, framings)) == stock(tensor)
     assert num_saved() == before + 2
     assert framings.find((torch.uint8, (64,), (1,))) is not None
 
@@ -140,11 +143,11 @@ def test_bytes_that_torch_takes_for_a_descriptor(num_saved: Callable[[], int]) -
 def test_without_checksums_all_is_left_to_torch(num_saved: Callable[[], int]) -> None:
     framings = Framings()
     for seed in range(3):
-        encode_tensor(some(torch.float32, (8,), seed), framings)
+        item_of(some(torch.float32, (8,), seed), framings)
     torch.serialization.set_crc32_options(False)
     try:
         tensor = torch.rand(8)
-        assert joined(encode_tensor(tensor, framings)) == stock(tensor)
+        assert joined(item_of(tensor, framings)) == stock(tensor)
     finally:
         torch.serialization.set_crc32_options(True)
 
@@ -172,7 +175,7 @@ def test_a_torch_that_is_not_known_keeps_the_work(
     monkeypatch.setattr(torch, "save", other)
     for seed in range(4):
         tensor = some(torch.float32, (50,), seed)
-        item = encode_tensor(tensor, framings)
+        item = item_of(tensor, framings)
         assert joined(item) == stock(tensor)
         assert joined(item)[item.raw_offset : item.raw_offset + tensor.nbytes] == bytes_of(tensor)
     assert framings.find((torch.float32, (50,), (1,))) is None
@@ -181,7 +184,9 @@ def test_a_torch_that_is_not_known_keeps_the_work(
 
 def test_a_framing_is_refused_unless_it_makes_the_same_zip_again() -> None:
     tensor = torch.rand(1000)
-    head, data, tail = (bytes(buffer) for buffer in encode_tensor(tensor, Framings()).buffers)
+    item = item_of(tensor, Framings())
+    assert isinstance(item, EncodedItem)
+    head, data, tail = (bytes(buffer) for buffer in item.buffers)
     framing = framing_of(head, data, tail)
     assert framing is not None
     assert framing.tail(crc32(data)) == tail
@@ -205,5 +210,5 @@ def test_staged_tensors_share_framings() -> None:
     framings, buffer = Framings(), StagingBuffer()
     tensors = [torch.rand(33, 5) for _ in range(5)]
     for tensor, staged in zip(tensors, buffer.stage(tensors), strict=True):
-        assert joined(encode_tensor(staged, framings)) == stock(tensor)
+        assert joined(item_of(staged, framings)) == stock(tensor)
     assert framings.find((torch.float32, (33, 5), (5, 1))) is not None

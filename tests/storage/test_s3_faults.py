@@ -10,17 +10,22 @@ import itertools
 import random
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from storage import Checkpointer, inspect, open_store, retries
-from storage.errors import AlreadyExists, StorageError, Transient
-from storage.objects import ObjectStore
+from storage.errors import AlreadyExists, NotFound, StorageError, Transient
+from storage.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
+from storage.s3 import store as s3_store
+from storage.s3.bucket import Bucket
+from tests.cluster import until
 from tests.s3 import S3Server
 from tests.storage.proxy import KINDS, Fault, FaultProxy
 
+PART_BYTES = 5 << 20  # the proxy's URLs say so
 DATA = memoryview(random.Random(3).randbytes(6 << 20))
 NOT_DAMAGING = tuple(kind for kind in KINDS if kind not in ("corrupt", "corrupt_put"))
 ALWAYS = 1_000_000
@@ -194,6 +199,95 @@ def test_a_failed_upload_leaves_no_parts_behind(proxy: FaultProxy, store: Object
         store.put(key, [DATA])
     assert ("DELETE", True) in [(method, "uploadId=" in target) for method, target in proxy.requests]
     assert store.list("half") == []
+
+
+class Fetched:
+    """Content of two parts. `hold`: called with a part's number before it is there."""
+
+    def __init__(self, hold: Callable[[int], None] = lambda number: None) -> None:
+        self.numbers: list[int] = []
+        self._hold = hold
+
+    def __call__(self, offset: int, length: int) -> list[memoryview]:
+        self.numbers.append(offset // PART_BYTES)
+        self._hold(offset // PART_BYTES)
+        return [DATA[offset : offset + 7], DATA[offset + 7 : offset + length]]
+
+
+def put_streamed(store: ObjectStore, key: str, fetch: Fetch) -> ObjectInfo:
+    assert isinstance(store, StreamingStore)
+    with ThreadPoolExecutor(2) as pool:
+        return store.put_from(key, DATA.nbytes, fetch, pool)
+
+
+def holds(store: ObjectStore, key: str) -> bool:
+    memory = memoryview(bytearray(DATA.nbytes))
+    store.read_into(key, 0, [memory])
+    return memory == DATA
+
+
+def test_the_first_part_is_sent_before_the_last_is_there(proxy: FaultProxy, store: ObjectStore) -> None:
+    key, first = fresh("new"), "partNumber=1&"
+
+    def hold(number: int) -> None:
+        if number == 1:
+            until("part sent", lambda: any(key in target and first in target for _, target in proxy.requests))
+
+    put_streamed(store, key, Fetched(hold))
+    assert holds(store, key)
+
+
+def test_a_part_is_fetched_while_the_upload_is_begun_and_the_name_is_not_looked_at(
+    proxy: FaultProxy, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, fetch, begin = fresh("new"), Fetched(), Bucket.create_upload
+
+    def create_upload(bucket: Bucket, key: str) -> str:
+        until("part fetched", lambda: fetch.numbers)
+        return begin(bucket, key)
+
+    monkeypatch.setattr(Bucket, "create_upload", create_upload)
+    proxy.requests.clear()
+    put_streamed(store, key, fetch)
+    assert [method for method, target in proxy.requests if key in target] == ["POST", "PUT", "PUT", "POST"]
+    assert holds(store, key)
+
+
+def test_an_upload_that_cannot_be_begun(proxy: FaultProxy, store: ObjectStore) -> None:
+    proxy.faults.append(Fault("error", "POST", "uploads", times=ALWAYS))
+    proxy.requests.clear()
+    key = fresh("half")
+    with pytest.raises(Transient, match="tried"):
+        put_streamed(store, key, Fetched())
+    assert {method for method, target in proxy.requests if key in target} == {"POST"}
+
+
+@pytest.mark.parametrize("kind", ["throttle", "reset", "corrupt_put"])
+def test_a_part_that_is_sent_again_is_not_fetched_again(proxy: FaultProxy, store: ObjectStore, kind: str) -> None:
+    key, fetch = fresh("new"), Fetched()
+    proxy.faults.append(Fault(kind, "PUT", "partNumber=", times=3))
+    put_streamed(store, key, fetch)
+    assert sorted(fetch.numbers) == [0, 1]
+    assert holds(store, key)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_where_etags_tell_nothing_an_upload_whose_end_is_in_doubt_is_compared(
+    proxy: FaultProxy, store: ObjectStore, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with encryption by a key of the account's: parts' etags are no MD5 then."""
+    key, fetch = fresh("new"), Fetched()
+    monkeypatch.setattr(s3_store, "multipart_etag", lambda etags: None)
+    proxy.faults.append(Fault("lose", "POST", "uploadId="))
+    if not is_ours:
+        other = open_store(store.url)
+        monkeypatch.setattr(store._retrier, "_sleep", lambda seconds: other.put(key, [bytes(DATA.nbytes)]))  # type: ignore[attr-defined]
+        with pytest.raises(NotFound):
+            put_streamed(store, key, fetch)
+        return
+    assert put_streamed(store, key, fetch).size_bytes == DATA.nbytes
+    assert sorted(fetch.numbers) == [0, 0, 1, 1]
+    assert holds(store, key)
 
 
 def make_state(number: int) -> dict[str, Any]:
