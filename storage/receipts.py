@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from storage import layout
@@ -29,13 +29,16 @@ from storage.manifest import (
     load_manifest,
     load_receipt,
 )
-from storage.objects import ObjectStore, parts_of_size, read_checked
+from storage.objects import ObjectInfo, ObjectStore, parts_of_size, read_checked
 from storage.owner import Claim
+from storage.parallel import run_abreast
 
 _POLL_S_MIN = 0.02
 _POLL_S_MAX = 2.0
 _NUM_RANKS_SHOWN = 8
+_NUM_AT_ONCE = 16
 _PART_SIZE_BYTES = 8 * 1024 * 1024
+"""Of `.metadata` in memory, and of receipts that are read at once: the training needs its memory for itself."""
 
 T = TypeVar("T")
 
@@ -107,22 +110,44 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
         return f"the receipts of ranks {', '.join(ranks[:_NUM_RANKS_SHOWN])}{more}"
 
     def look() -> list[Receipt] | None:
-        for info in store.list(folder + "receipt-"):
-            rank = layout.parse_receipt(info.key.removeprefix(folder))
-            if rank is None or rank in receipts:
-                continue
-            receipt = read_checked(store, info.key, functools.partial(load_receipt, name=info.key))
-            if receipt.error is not None:
-                raise StorageError(f"rank {rank} failed: {receipt.error}")
-            if (receipt.rank, receipt.attempt) != (rank, attempt.id):
-                raise Corrupt(f"{info.key} is the receipt of another rank or attempt")
-            receipts[rank] = receipt
+        listed = [
+            (layout.parse_receipt(info.key.removeprefix(folder)), info) for info in store.list(folder + "receipt-")
+        ]
+        fresh = {info.key: rank for rank, info in listed if rank is not None and rank not in receipts}
+        for batch in batches([info for _, info in listed if info.key in fresh]):
+            try:
+                found = run_abreast([functools.partial(_read_receipt, store, info.key) for info in batch])
+            except NotFound:
+                claim.check()
+                raise
+            for info, receipt in zip(batch, found, strict=True):
+                rank = fresh[info.key]
+                if receipt.error is not None:
+                    raise StorageError(f"rank {rank} failed: {receipt.error}")
+                if (receipt.rank, receipt.attempt) != (rank, attempt.id):
+                    raise Corrupt(f"{info.key} is the receipt of another rank or attempt")
+                receipts[rank] = receipt
         if len(receipts) == attempt.world_size:
             return [receipts[rank] for rank in range(attempt.world_size)]
         claim.check()
         return None
 
     return patience.until(missing, look)
+
+
+def batches(infos: Sequence[ObjectInfo]) -> list[Sequence[ObjectInfo]]:
+    """What is read at once of objects, in order: some of them, of some MiB in sum, or one that is larger. Pure."""
+    found, start, size_bytes = list[Sequence[ObjectInfo]](), 0, 0
+    for number, info in enumerate(infos):
+        if number - start == _NUM_AT_ONCE or (number > start and size_bytes + info.size_bytes > _PART_SIZE_BYTES):
+            found.append(infos[start:number])
+            start, size_bytes = number, 0
+        size_bytes += info.size_bytes
+    return [*found, infos[start:]] if infos else []
+
+
+def _read_receipt(store: ObjectStore, key: str) -> Receipt:
+    return read_checked(store, key, functools.partial(load_receipt, name=key))
 
 
 def put_aborted(store: ObjectStore, attempt: Attempt, reason: str) -> None:

@@ -1,70 +1,24 @@
-"""The commit's round trips, which of several failures it tells, and what the ranks that wait for it read."""
+"""The commit's round trips, and which of several failures it tells."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from pausing import abreast
+from commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
+from pausing import ORDERS, abreast
 
-from storage import catalog, commit, layout, open_store, owner, receipts
-from storage.checksum import pack_crcs
-from storage.commit import Attempt, Contents, Origin
+from storage import catalog, commit, layout, open_store, owner
 from storage.errors import AlreadyExists, Corrupt, Fenced, Transient
-from storage.manifest import (
-    HEAD_SIZE_BYTES,
-    Head,
-    ItemEntry,
-    ItemTable,
-    Manifest,
-    ObjectEntry,
-    Receipt,
-    TensorEntry,
-    dump_manifest,
-    load_head,
-)
 from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectInfo, ObjectStore
+from storage.objects import Buffer, ObjectInfo
 from storage.parallel import run_abreast
 
-ATTEMPT = Attempt.of_step(10, "a" * 8, 1)
-STEP, FOLDER = ATTEMPT.prefix, f"{ATTEMPT.prefix}attempt-{ATTEMPT.id}/"
-METADATA, DATA, MANIFEST = STEP + ".metadata", FOLDER + "__0_0.distcp", FOLDER + "manifest.json"
-SIZE_BYTES = 4096
-
-
-def built(mesh: dict[str, Any] | None = None, num_items: int = 1) -> tuple[Manifest, bytes]:
-    """Of one object that holds `num_items` items."""
-    size = SIZE_BYTES // num_items
-    entries = [
-        ItemEntry("w", (row,), (1,), 0, row * size, size, 0, 7, 1 << 14, pack_crcs(np.array([7], np.uint32)))
-        for row in range(num_items)
-    ]
-    objects = (ObjectEntry(name=DATA.removeprefix(STEP), size_bytes=size * num_items, etag=""),)
-    receipt = Receipt(rank=0, attempt=ATTEMPT.id, objects=objects, items=ItemTable.of(entries))
-    contents = Contents({"w": TensorEntry(dtype="float32", shape=(num_items,), path=("w",))}, {})
-    return commit.build_manifest(ATTEMPT, Origin(mesh=mesh), contents, [receipt], 0.0)
-
-
-def owner_of(generation: int) -> owner.Owner:
-    return owner.Owner(lineage="a", generation=generation, epoch=0, token=f"token-{generation}")
-
-
-def claimed(store: ObjectStore, generation: int = 0) -> owner.Claim:
-    return owner.Claim(store, owner.claim(store, owner_of(generation))[0])
-
-
-def ready(store: MemoryStore) -> owner.Claim:
-    """Everything is there but the commit."""
-    MemoryStore.put(store, DATA, [bytes(SIZE_BYTES)])
-    return claimed(store)
+in_any_order = pytest.mark.parametrize("order", ORDERS)
 
 
 # round trips ----------------------------------------------------------------------------------------------------
@@ -142,38 +96,11 @@ def test_a_commit_takes_few_round_trips(is_copy: bool, is_looking: bool, num_rou
 # which failure is told ------------------------------------------------------------------------------------------
 
 
-class Scripted(MemoryStore):
-    """Something happens right before a request."""
-
-    def __init__(self) -> None:
-        super().__init__("x")
-        self.before: dict[str, Callable[[], object]] = {}
-
-    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
-        self._act(f"put {key}")
-        return super().put(key, buffers, if_absent=if_absent)
-
-    def read(self, key: str) -> bytes:
-        self._act(f"read {key}")
-        return super().read(key)
-
-    def list(self, prefix: str) -> Sequence[ObjectInfo]:
-        self._act(f"list {prefix}")
-        return super().list(prefix)
-
-    def _act(self, request: str) -> None:
-        if (act := self.before.pop(request, None)) is not None:
-            act()
-
-
 def away() -> None:
     raise Transient("the store is away")
 
 
-ORDERS = pytest.mark.parametrize("order", ["at once", "forwards", "backwards"])
-
-
-@ORDERS
+@in_any_order
 def test_of_several_failures_the_gravest_is_told(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever comes first. And the copy at the top stays that of whoever has committed."""
     monkeypatch.setattr(commit, "run_abreast", abreast(order))
@@ -198,7 +125,7 @@ def test_of_several_failures_the_gravest_is_told(order: str, monkeypatch: pytest
     assert told == [Fenced, AlreadyExists, Corrupt, Transient]
 
 
-@ORDERS
+@in_any_order
 def test_who_is_superseded_in_the_first_round_commits_nothing(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by one who claims the run after the first look at the owner (forwards)."""
     monkeypatch.setattr(commit, "run_abreast", abreast(order))
@@ -226,7 +153,7 @@ class Late(Scripted):
         raise Transient("no answer")
 
 
-@ORDERS
+@in_any_order
 def test_a_commit_that_lands_late_over_what_is_gone_is_taken_back(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "run_abreast", abreast(order))
     store, (manifest, metadata) = Late(), built()
@@ -294,80 +221,3 @@ def test_a_save_whose_checkpointer_was_dropped_outlasts_the_script(tmp_path: Pat
     found = subprocess.run([sys.executable, "-c", _ENDS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout) == (0, "no pool takes calls any more\n"), found.stderr
     assert catalog.committed_steps(open_store(str(tmp_path))) == [1]
-
-
-# the ranks that wait --------------------------------------------------------------------------------------------
-
-
-class Counting(MemoryStore):
-    """Counts what is read of each object."""
-
-    def __init__(self) -> None:
-        super().__init__("x")
-        self.read_bytes: dict[str, int] = {}
-
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
-        self._count(key, sum(buffer.nbytes for buffer in buffers))
-        return super().read_into(key, offset, buffers, if_match=if_match)
-
-    def read(self, key: str) -> bytes:
-        data = super().read(key)
-        self._count(key, len(data))
-        return data
-
-    def _count(self, key: str, num_bytes: int) -> None:
-        self.read_bytes[key] = self.read_bytes.get(key, 0) + num_bytes
-
-
-class Never:
-    """A look that finds nothing is the last."""
-
-    def until(self, what: Callable[[], str], look: Callable[[], object]) -> object:
-        if look() is None:
-            raise Transient(f"no {what()}")
-        return None
-
-
-def committed_bytes(store: Counting) -> dict[str, int] | None:
-    """What a rank reads to find its attempt committed; None if it does not."""
-    store.read_bytes.clear()
-    try:
-        receipts.await_outcome(store, ATTEMPT, Never())  # type: ignore[arg-type]
-    except Transient:
-        return None
-    return store.read_bytes
-
-
-def test_a_waiting_rank_reads_the_head_of_a_long_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipts, "_PART_SIZE_BYTES", 1000)
-    store, (manifest, metadata) = Counting(), built(num_items=SIZE_BYTES // 2)
-    claim = ready(store)
-    assert len(dump_manifest(manifest)) > 2 * HEAD_SIZE_BYTES
-    assert committed_bytes(store) is None
-    commit.publish(store, ATTEMPT, manifest, metadata, claim)
-    assert committed_bytes(store) == {MANIFEST: HEAD_SIZE_BYTES, METADATA: len(metadata)}
-    for other in (metadata[:-1], metadata[:-1] + b"x", metadata + b"x", b""):
-        store.put(METADATA, [other])
-        assert committed_bytes(store) is None
-        assert (METADATA in store.read_bytes) == (len(other) == len(metadata))
-
-
-def test_a_head_that_is_too_long_is_read_whole() -> None:
-    mesh = {"objects": ["x" * HEAD_SIZE_BYTES]}
-    store, (manifest, metadata) = Counting(), built(mesh)
-    commit.publish(store, ATTEMPT, manifest, metadata, ready(store))
-    read_bytes = committed_bytes(store)
-    assert read_bytes is not None and read_bytes[MANIFEST] == HEAD_SIZE_BYTES + len(dump_manifest(manifest))
-
-
-def test_a_head_is_right_or_not_there_wherever_it_is_cut() -> None:
-    mesh = {"objects": [{"objects": 1}], 'a"': {"metadata_crc32c": 1, "metadata_size_bytes": 1}, "é": ",}"}
-    manifest, _ = built(mesh)
-    data, whole = dump_manifest(manifest), Head.of(manifest)
-    found = [load_head(data[:size]) for size in range(len(data) + 1)]
-    first = next(size for size, head in enumerate(found) if head is not None)
-    assert data[:first].endswith(b',"objects":[')
-    assert set(found[first:]) == {whole}
-    assert load_head(data.replace(b'"version":1', b'"version":2')) is None
-    for garbage in (b"", b"[1]", b"7", b'{"manifest":"objects"}', b'{"manifest":["objects"]}', os.urandom(64)):
-        assert load_head(garbage) is None
