@@ -26,6 +26,9 @@ from storage.readplan import Stripes
 from storage.requests import Requests, as_bytes, packed
 from storage.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares
 
+AHEAD_SIZE_BYTES = 128 * 1024 * 1024
+"""As many pieces as there are threads to fetch them."""
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -154,12 +157,17 @@ class Exchange:
         return self._traffic
 
     def _fetch_ahead(self) -> None:
-        """Start to fetch this rank's next pieces, as much as a round may hold."""
-        ahead_bytes = sum(held.piece.size_bytes for held, _ in self._flying)
-        while self._mine and (not self._flying or ahead_bytes + self._size_bytes(self._mine[0]) <= ROUND_SIZE_BYTES):
+        """Start to fetch this rank's next pieces."""
+        while self._mine and (not self._flying or self._has_room(self._mine[0])):
             held = self._held(self._piece_of(self._mine.popleft()))
             self._flying.append((held, self._pool.submit(self._source.fetch, held.piece.part, held.memories)))
-            ahead_bytes += held.piece.size_bytes
+
+    def _has_room(self, number: int) -> bool:
+        """Whether another piece may be fetched ahead: of scratch memory that may be as much as a round holds."""
+        size_bytes = self._size_bytes(number)
+        ahead_bytes = sum(held.piece.size_bytes for held, _ in self._flying)
+        scratch_bytes = sum(held.scratch_bytes for held, _ in self._flying)
+        return ahead_bytes + size_bytes <= AHEAD_SIZE_BYTES and scratch_bytes + size_bytes <= ROUND_SIZE_BYTES
 
     def _next_is_of(self, numbers: range) -> bool:
         return bool(self._flying) and self._flying[0][0].piece.number in numbers

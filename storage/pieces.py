@@ -57,6 +57,12 @@ class Held:
     memories: tuple[memoryview, ...]
     in_place: tuple[bool, ...]
 
+    @property
+    def scratch_bytes(self) -> int:
+        """How much of its memory is there for the exchange only."""
+        of = zip(self.memories, self.in_place, strict=True)
+        return sum(memory.nbytes for memory, in_place in of if not in_place)
+
     def parcels(self) -> list[list[Array]]:
         """The memories that each parcel of the piece lies in, in order."""
         return [[memory for span in parcel for memory in self._memories_of(span)] for parcel in self.piece.parcels()]
