@@ -20,7 +20,7 @@ from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
-from launcher.mesh import MeshSpec
+from launcher.rounds.mesh import MeshSpec
 
 ENV_PREFIX = "ELASTIC_MOE__"
 

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.channel import Channel, StopReason
 from launcher.events import append_event
-from launcher.mesh import MeshPlan
-from launcher.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
+from launcher.health.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
+from launcher.rounds.mesh import MeshPlan
+from launcher.workers.channel import Channel, StopReason
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def should_stop() -> str | None:
 
     A collective: every rank must call it at the same step, and every rank gets the same answer, because the agents'
     requests reach the ranks at different moments. One all-reduce of one number on the default process group; every 32nd
-    is longer by two numbers a rank, and tells which rank keeps the others waiting (`launcher.stragglers`).
+    is longer by two numbers a rank, and tells which rank keeps the others waiting (`launcher.health.stragglers`).
     """
     channel = _channel()
     reason = channel.stop_request() if channel else StopReason.NONE

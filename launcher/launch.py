@@ -24,31 +24,31 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
-from launcher.agent import ElasticAgent
-from launcher.backstop import Backstop
-from launcher.conf import RendezvousConf
-from launcher.draining import DrainRequest, DrainRequests
+from launcher.coordination.member import Member
+from launcher.coordination.reopen import reopen_failed
+from launcher.coordination.telling import last_words
+from launcher.drain.backstop import Backstop
+from launcher.drain.draining import DrainRequest, DrainRequests
+from launcher.drain.notices import Notice
+from launcher.drain.preemption import Lookout, OrderWatcher
+from launcher.drain.preemption import watchers as find_watchers
+from launcher.drain.signals import handle_signals, stop_at_once
+from launcher.elastic.agent import ElasticAgent
+from launcher.elastic.conf import RendezvousConf
+from launcher.elastic.hostname import ask_no_dns
+from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.yielding import Graces
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
-from launcher.forming import Planner
-from launcher.hangs import HangRules
-from launcher.hostname import ask_no_dns
+from launcher.health.hangs import HangRules
+from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
+from launcher.health.probe import Doorbell
+from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
-from launcher.member import Member
-from launcher.notices import Notice
-from launcher.preemption import Lookout, OrderWatcher
-from launcher.preemption import watchers as find_watchers
-from launcher.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
-from launcher.probe import Doorbell
-from launcher.records import Node
-from launcher.rendezvous import MemberRendezvous
-from launcher.reopen import reopen_failed
-from launcher.runtime import runtime_dir as private_folder
-from launcher.signals import handle_signals, stop_at_once
-from launcher.telling import last_words
-from launcher.warm import WarmStart
-from launcher.watchdog import Watchdog
-from launcher.yielding import Graces
+from launcher.rounds.forming import Planner
+from launcher.rounds.records import Node
+from launcher.workers.runtime import runtime_dir as private_folder
+from launcher.workers.warm import WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Extras:
     warm_workers: bool = True
     """Fork workers from a process that has imported torch, where that is safe."""
     preemption_notices: tuple[str, ...] = ()
-    """Watchers for the news that this machine goes, as `launcher.preemption` names them."""
+    """Watchers for the news that this machine goes, as `launcher.drain.preemption` names them."""
     drain_grace_s: float = 30.0
     """From a request that this node leave until nothing of it is left, where the request names no time of its own."""
     log_dir: Path | None = None

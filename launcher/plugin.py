@@ -19,6 +19,6 @@ def etcd3() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
 
 def _create(params: RendezvousParameters) -> RendezvousHandler:
-    from launcher.handlers import create_handler
+    from launcher.elastic.handlers import create_handler
 
     return create_handler(params)

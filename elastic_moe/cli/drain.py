@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from elastic_moe.cli.parser import positive_float
 from elastic_moe.cli.store_options import JobStore, add_store_options, open_store
 from elastic_moe.errors import UserError
-from launcher.draining import DrainOrder
+from launcher.coordination.lookup import look_up
+from launcher.coordination.orders import give_order
+from launcher.drain.draining import DrainOrder
 from launcher.errors import KVUnavailable
+from launcher.health.probe import is_refused
 from launcher.kv.connect import parse_endpoint
-from launcher.lookup import look_up
-from launcher.orders import give_order
-from launcher.probe import is_refused
-from launcher.records import Node
+from launcher.rounds.records import Node
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

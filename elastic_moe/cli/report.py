@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from elastic_moe.cli.parser import PROG
 from elastic_moe.cli.timeline import timeline
 from elastic_moe.errors import UserError
-from launcher.goodput import Cause, Goodput, Interruption, account
+from launcher.reports.goodput import Cause, Goodput, Interruption, account
 from launcher.wording import Event
 
 if TYPE_CHECKING:

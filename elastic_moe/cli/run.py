@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
-from launcher.hangs import Auto, HangRules, Setting
-from launcher.mesh import MeshPlan, plan
-from launcher.preflight import PreflightRules
+from launcher.health.hangs import Auto, HangRules, Setting
+from launcher.health.preflight import PreflightRules
+from launcher.rounds.mesh import MeshPlan, plan
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
-    from launcher.forming import Planner
+    from launcher.rounds.forming import Planner
 
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the

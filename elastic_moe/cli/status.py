@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.store_options import add_store_options, open_store
+from launcher.coordination.roster import Roster, run_prefix
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv import KV
-from launcher.roster import Roster, run_prefix
-from launcher.snapshot import Seat, Snapshot, snapshot
+from launcher.reports.snapshot import Seat, Snapshot, snapshot
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -50,7 +50,8 @@ def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
     Raises:
         UserError, launcher.errors.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
     """
-    from launcher.conf import RendezvousConf  # pydantic is slow to import, and every verb's help is built with this one
+    # pydantic is slow to import, and every verb's help is built with this one
+    from launcher.elastic.conf import RendezvousConf
     from launcher.kv.connect import connect, unknown_backend
 
     backend = "embedded" if args.rdzv_backend in _OURS else args.rdzv_backend

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from launcher import boot
+from launcher.workers import boot
 
 _STOP_GRACE_S = 10.0
 

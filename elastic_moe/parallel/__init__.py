@@ -1,4 +1,4 @@
-"""Expert parallelism, FSDP2 and HSDP for the decoder, from a `launcher.mesh.MeshPlan`.
+"""Expert parallelism, FSDP2 and HSDP for the decoder, from a `launcher.rounds.mesh.MeshPlan`.
 
     meshes = build_mesh(plan, device)
     with torch.device("meta"):

@@ -51,7 +51,7 @@ LARGE = 512
 DEADLINE_S = 120.0
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.elastic.rendezvous.registry", "launcher.rendezvous"])
+FORKS.set_forkserver_preload(["torch.distributed.elastic.rendezvous.registry", "launcher.elastic.rendezvous"])
 
 
 # --- a process with some of the handlers
@@ -109,12 +109,12 @@ def default_lease_ttl_s(num_nodes: int) -> float:
 def _ours(
     endpoint: str, run_id: str, name: str, num_nodes: int, lease_ttl_s: float
 ) -> tuple[Callable[[], object], Callable[[], bool]]:
+    from launcher.coordination.member import Member
+    from launcher.elastic.rendezvous import MemberRendezvous
+    from launcher.health.probe import Doorbell
     from launcher.kv.connect import connect
-    from launcher.member import Member
-    from launcher.membership import Rules
-    from launcher.probe import Doorbell
-    from launcher.records import Node, Status
-    from launcher.rendezvous import MemberRendezvous
+    from launcher.rounds.membership import Rules
+    from launcher.rounds.records import Node, Status
 
     connection = connect("etcd3", endpoint, {}, local_addr=None, timeout_s=60.0)
     bell = Doorbell("127.0.0.1")

@@ -3,8 +3,8 @@
 `python -m tests.chaos.template SOCKET_FD` takes one message a node: {"argv", "env", "host"} with the descriptors of a
 pipe that gets the exit status, the node's output, and perhaps a network namespace. The fork enters that namespace, is
 its own session, and runs `elastic-moe` from there on as a new process would; no thread and no gRPC exist before. The
-only difference is the first zygote: it is forked too, and enters `launcher.zygote.main` with its imports made. The
-nodes end with this process, and this process with the one that holds the other end of its socket.
+only difference is the first zygote: it is forked too, and enters `launcher.workers.zygote.main` with its imports made.
+The nodes end with this process, and this process with the one that holds the other end of its socket.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _reap(pipes: dict[int, int]) -> None:
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
     """In the fork: what a new process on that host would be."""
-    from launcher import zygote
+    from launcher.workers import zygote
 
     zygote.die_with(os.getppid())
     os.setsid()
@@ -226,7 +226,7 @@ class _FirstZygote:
 
 
 def _serve_workers(connection: socket.socket, agent_pid: int) -> None:
-    from launcher import zygote
+    from launcher.workers import zygote
 
     zygote.die_with(agent_pid)
     _, fds, _, _ = socket.recv_fds(connection, 16, 2)
@@ -236,13 +236,13 @@ def _serve_workers(connection: socket.socket, agent_pid: int) -> None:
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
     os.close(devnull)
-    zygote.main(["launcher.zygote", *(str(fd) for fd in fds), str(agent_pid)])
+    zygote.main(["launcher.workers.zygote", *(str(fd) for fd in fds), str(agent_pid)])
     sys.exit(0)
 
 
 def _lend_zygote() -> None:
     """Let this agent's first zygote be a fork; one that replaces it is started as ever."""
-    import launcher.warm
+    import launcher.workers.warm
 
     waiting = [_FirstZygote()]
 
@@ -253,7 +253,7 @@ def _lend_zygote() -> None:
         first.hand_over(int(command[-3]), int(command[-2]))
         return first
 
-    launcher.warm.subprocess = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore
+    launcher.workers.warm.subprocess = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore
 
 
 def main() -> int:
@@ -262,7 +262,7 @@ def main() -> int:
 
     import launcher.launch  # noqa: F401
     from elastic_moe.cli.main import main as elastic_moe
-    from launcher import zygote
+    from launcher.workers import zygote
 
     for name in zygote._MODULES:
         zygote._import(name)

@@ -7,11 +7,11 @@ import pytest
 from elastic_moe.cli.drain import choose
 from elastic_moe.cli.main import main
 from elastic_moe.errors import UserError
-from launcher.draining import DrainOrder
+from launcher.coordination.orders import give_order
+from launcher.coordination.roster import DRAIN, JOB, Board, run_prefix
+from launcher.drain.draining import DrainOrder
 from launcher.kv.memory import MemoryKV
-from launcher.orders import give_order
-from launcher.records import Node
-from launcher.roster import DRAIN, JOB, Board, run_prefix
+from launcher.rounds.records import Node
 
 
 def node(node_id: str, host: str) -> Node:

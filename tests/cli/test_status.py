@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from elastic_moe.cli.status import as_json, as_lines, follow
-from launcher.goodput import account
+from launcher.coordination.roster import run_prefix
 from launcher.kv.memory import MemoryKV
-from launcher.membership import View
-from launcher.mesh import MeshPlan
-from launcher.records import Node, Participant, Round, Status
-from launcher.roster import run_prefix
-from launcher.snapshot import Snapshot, snapshot
+from launcher.reports.goodput import account
+from launcher.reports.snapshot import Snapshot, snapshot
+from launcher.rounds.membership import View
+from launcher.rounds.mesh import MeshPlan
+from launcher.rounds.records import Node, Participant, Round, Status
 from tests.cluster import Cluster, cluster, until
 
 SCRIPT = str(Path(__file__).parents[1] / "launcher" / "scripts" / "cooperative.py")

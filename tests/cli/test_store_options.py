@@ -9,10 +9,10 @@ import pytest
 
 from elastic_moe.cli.parser import Parser
 from elastic_moe.cli.store_options import add_store_options, open_store
+from launcher.coordination.lookup import look_up
+from launcher.coordination.roster import NODES, run_prefix
 from launcher.kv.embedded_server import EmbeddedServer
-from launcher.lookup import look_up
-from launcher.records import Node
-from launcher.roster import NODES, run_prefix
+from launcher.rounds.records import Node
 from tests.cluster import free_port
 
 

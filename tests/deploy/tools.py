@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.cli import run
 from elastic_moe.cli.main import build_parser
-from launcher.conf import RendezvousConf
+from launcher.elastic.conf import RendezvousConf
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.conf import RendezvousConf
+from launcher.elastic.conf import RendezvousConf
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launcher.md").read_text()
@@ -22,7 +22,7 @@ def test_every_key_is_there_with_its_default(key: str) -> None:
 
 
 def test_every_event_is_there() -> None:
-    sources = "".join(p.read_text() for p in (ROOT / "launcher").glob("*.py"))
+    sources = "".join(p.read_text() for p in (ROOT / "launcher").rglob("*.py"))
     events = set(re.findall(r'emit\(\s*"(\w+)"', sources))
     assert {"node_joined", "workers_started", "finished"} <= events
     assert not [event for event in sorted(events) if f"`{event}`" not in PAGE]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
-from launcher.autopsy import Circumstances, Remains, examine, oom_kills, summarise
-from launcher.channel import Phase, Progress
-from launcher.failures import TRACEBACK_MAX_CHARS, FailureClass
-from launcher.history import Exclusion, History
-from launcher.program import record_error
-from launcher.records import Cause, Failure, Participant, Round, Verdict
-from launcher.telling import last_words, tell
+from launcher.coordination.telling import last_words, tell
+from launcher.health.autopsy import Circumstances, Remains, examine, oom_kills, summarise
+from launcher.rounds.failures import TRACEBACK_MAX_CHARS, FailureClass
+from launcher.rounds.history import Exclusion, History
+from launcher.rounds.records import Cause, Failure, Participant, Round, Verdict
+from launcher.workers.channel import Phase, Progress
+from launcher.workers.program import record_error
 
 NOW = Circumstances(lived_s=10.0)
 GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"

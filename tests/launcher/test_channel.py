@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe import worker
-from launcher.channel import Channel, Phase, StopReason
+from launcher.workers.channel import Channel, Phase, StopReason
 
 WORKER = """
 import sys, time

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.conf import RendezvousConf
+from launcher.elastic.conf import RendezvousConf
 from launcher.errors import UsageError
 from launcher.kv.connect import connect, parse_endpoint
 from tests.cluster import free_port

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from launcher.cuts import LISTEN_S, left_out
-from launcher.history import History, Mark, MarkKind
-from launcher.membership import Propose, Rules, View, Wait, decide
-from launcher.records import Breakage, Node, Participant, Round, Status
+from launcher.rounds.cuts import LISTEN_S, left_out
+from launcher.rounds.history import History, Mark, MarkKind
+from launcher.rounds.membership import Propose, Rules, View, Wait, decide
+from launcher.rounds.records import Breakage, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=1, max_nodes=8, join_cooldown_s=0, join_settle_s=0)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.backstop import Backstop
-from launcher.draining import DrainOrder, DrainRequest, DrainRequests, Source, settle, timetable
+from launcher.drain.backstop import Backstop
+from launcher.drain.draining import DrainOrder, DrainRequest, DrainRequests, Source, settle, timetable
 from launcher.errors import DRAINED_EXIT_CODE
 
 SECONDS = st.floats(0, 1000)

@@ -13,15 +13,15 @@ import pytest
 
 from elastic_moe.cli.run import _parse
 from elastic_moe.errors import UserError
+from launcher.coordination.keeper import _YIELD_FRACTION
+from launcher.coordination.member import Member
 from launcher.errors import Compacted, KVUnavailable
-from launcher.keeper import _YIELD_FRACTION
 from launcher.kv.etcd import EtcdKV, _span, renewal_times
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_transport import etcdrpc
 from launcher.kv.lease import _RENEWALS_PER_TTL
-from launcher.member import Member
-from launcher.membership import Rules
-from launcher.records import LEFT_AT_ONCE, Node
+from launcher.rounds.membership import Rules
+from launcher.rounds.records import LEFT_AT_ONCE, Node
 from tests.cluster import cluster, free_port, read_lines, until
 from tests.etcd import (
     Server,

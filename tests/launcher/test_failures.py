@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from launcher.channel import Phase
-from launcher.failures import (
+from launcher.rounds.failures import (
     TRACEBACK_MAX_CHARS,
     Death,
     FailureClass,
@@ -17,6 +16,7 @@ from launcher.failures import (
     place_of,
     shorten,
 )
+from launcher.workers.channel import Phase
 
 SEED = "Traceback (most recent call last):\n"
 GLOO = "/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp"

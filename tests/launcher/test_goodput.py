@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.goodput import Cause, Goodput, account, covered
+from launcher.reports.goodput import Cause, Goodput, account, covered
 from launcher.wording import Event
 
 A, B = "a-1", "b-2"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.channel import Phase, Progress
-from launcher.hangs import Auto, Evidence, Hang, HangRules, HangWatch, startup_limit_s, step_limit_s, suspects
+from launcher.health.hangs import Auto, Evidence, Hang, HangRules, HangWatch, startup_limit_s, step_limit_s, suspects
+from launcher.workers.channel import Phase, Progress
 
 LOOK_S = 0.5
 

@@ -7,8 +7,8 @@ import socket
 import pytest
 from torch.distributed.elastic.agent.server import api
 
-from launcher.hostname import ask_no_dns
-from launcher.rendezvous import MemberRendezvous
+from launcher.elastic.hostname import ask_no_dns
+from launcher.elastic.rendezvous import MemberRendezvous
 
 
 def test_torchs_events_ask_no_dns(monkeypatch: pytest.MonkeyPatch) -> None:

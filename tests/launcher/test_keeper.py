@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from launcher.coordination.keeper import RecordKeeper
 from launcher.errors import KVUnavailable
-from launcher.keeper import RecordKeeper
 from launcher.kv import Entry, Lease
 from launcher.kv.memory import MemoryKV
-from launcher.records import Node, Status
+from launcher.rounds.records import Node, Status
 
 KEY = "nodes/a"
 

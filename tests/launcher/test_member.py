@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from launcher.coordination.member import Member
+from launcher.coordination.roster import NODES, run_prefix
+from launcher.elastic.rendezvous import MemberRendezvous, stay_out_s
 from launcher.errors import JobClosed, KVError, KVUnavailable
-from launcher.failures import FailureClass
+from launcher.health.probe import Doorbell, connect
 from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
-from launcher.member import Member
-from launcher.membership import Rules
-from launcher.policy import Limits
-from launcher.probe import Doorbell, connect
-from launcher.records import SUCCEEDED, Failure, Node, Round, Status
-from launcher.rendezvous import MemberRendezvous, stay_out_s
-from launcher.roster import NODES, run_prefix
+from launcher.rounds.failures import FailureClass
+from launcher.rounds.membership import Rules
+from launcher.rounds.policy import Limits
+from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
 from tests.cluster import free_port, until
 
 LEASE_TTL_S = 1.0
@@ -253,7 +253,7 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next round is formed at once, and nobody is left to be told who was lost."""
-    monkeypatch.setattr("launcher.keeper._CHECK_PERIOD_S", 1000.0)
+    monkeypatch.setattr("launcher.coordination.keeper._CHECK_PERIOD_S", 1000.0)
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     for name in "ab":
         job.start(name)
@@ -404,8 +404,8 @@ def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
             raise TimeoutError("timed out")
         return connect(address, port, timeout_s)
 
-    monkeypatch.setattr("launcher.rendezvous.stay_out_s", stay_out)
-    monkeypatch.setattr("launcher.rendezvous.connect", unreachable)
+    monkeypatch.setattr("launcher.elastic.rendezvous.stay_out_s", stay_out)
+    monkeypatch.setattr("launcher.elastic.rendezvous.connect", unreachable)
     done = threading.Event()
     other = threading.Thread(target=live, args=(handlers["a"], done), daemon=True)
     other.start()
@@ -433,7 +433,7 @@ def test_a_node_that_cannot_host_the_worker_store_stays_out_and_says_why(
             handler._address = "127.0.0.1"
         return 0.1
 
-    monkeypatch.setattr("launcher.rendezvous.stay_out_s", stay_out)
+    monkeypatch.setattr("launcher.elastic.rendezvous.stay_out_s", stay_out)
     meets = threading.Thread(target=handler.next_rendezvous, daemon=True)
     meets.start()
     try:
@@ -483,7 +483,7 @@ def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> No
 
 
 def test_a_record_deleted_by_hand_is_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.keeper._CHECK_PERIOD_S", 0.2)
+    monkeypatch.setattr("launcher.coordination.keeper._CHECK_PERIOD_S", 0.2)
     member = job.start("a")
     job.join("a")
     job.start("b")

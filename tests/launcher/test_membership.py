@@ -8,12 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.failures import FailureClass
-from launcher.forming import form, rank_order
-from launcher.history import Exclusion, History, Mark, MarkKind
-from launcher.membership import Evict, Propose, Rules, View, Wait, breakage, decide
-from launcher.mesh import Infeasible, MeshPlan
-from launcher.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Participant, Round, Status, Verdict
+from launcher.rounds.failures import FailureClass
+from launcher.rounds.forming import form, rank_order
+from launcher.rounds.history import Exclusion, History, Mark, MarkKind
+from launcher.rounds.membership import Evict, Propose, Rules, View, Wait, breakage, decide
+from launcher.rounds.mesh import Infeasible, MeshPlan
+from launcher.rounds.records import (
+    LEFT,
+    LEFT_AT_ONCE,
+    SUCCEEDED,
+    Breakage,
+    Failure,
+    Node,
+    Participant,
+    Round,
+    Status,
+    Verdict,
+)
 
 RULES = Rules(min_nodes=2, max_nodes=3, last_call_s=2.0, join_cooldown_s=5.0, join_settle_s=0.5, max_restarts=1)
 LIMITS = {"min_nodes": RULES.min_nodes, "max_nodes": RULES.max_nodes}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.mesh import TIE, Infeasible, MeshPlan, MeshSpec, expert_padding, memory_bytes, plan, price, step_s
+from launcher.rounds.mesh import TIE, Infeasible, MeshPlan, MeshSpec, expert_padding, memory_bytes, plan, price, step_s
 
 # Makes nearly every layout equally fast, so that the order among equals decides.
 FREE_COMMUNICATION = {"intra_node_bytes_per_s": 1e30, "inter_node_bytes_per_s": 1e30, "latency_s": 1e-30}

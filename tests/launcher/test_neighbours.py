@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.neighbours import Neighbours, watched_by
-from launcher.probe import Doorbell, connect, is_refused
-from launcher.records import Participant, Round
+from launcher.health.neighbours import Neighbours, watched_by
+from launcher.health.probe import Doorbell, connect, is_refused
+from launcher.rounds.records import Participant, Round
 from tests.cluster import until
 
 BELL = """
 import sys, time
-from launcher.probe import Doorbell
+from launcher.health.probe import Doorbell
 print(Doorbell("127.0.0.1").port, flush=True)
 time.sleep(600)
 """
@@ -105,7 +105,7 @@ def test_a_neighbour_whose_first_link_fails_is_linked_anew(
             raise TimeoutError("timed out")
         return connect(address, port, timeout_s)
 
-    monkeypatch.setattr("launcher.neighbours.connect", slow_once)
+    monkeypatch.setattr("launcher.health.neighbours.connect", slow_once)
     bell = Doorbell("127.0.0.1")
     neighbours.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
     until("linked", lambda: tries[1:], 10)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from launcher.failures import FailureClass
-from launcher.forming import Formation
-from launcher.history import Exclusion, History, Mark, MarkKind
-from launcher.policy import (
+from launcher.rounds.failures import FailureClass
+from launcher.rounds.forming import Formation
+from launcher.rounds.history import Exclusion, History, Mark, MarkKind
+from launcher.rounds.policy import (
     Blame,
     Judgement,
     Limits,
@@ -25,8 +25,8 @@ from launcher.policy import (
     readmit,
     suspects,
 )
-from launcher.records import Cause, Failure, Node, Participant, Round, Verdict
-from launcher.standing import admit, needed, weigh
+from launcher.rounds.records import Cause, Failure, Node, Participant, Round, Verdict
+from launcher.rounds.standing import admit, needed, weigh
 
 LIMITS = Limits(crash_loop=4, strikes=3, strike_window_s=600.0, exclusion_s=100.0)
 

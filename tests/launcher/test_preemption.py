@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from launcher.clouds import AwsSpot, AzureScheduledEvents, GcpPreemption
-from launcher.draining import DrainOrder, Source
+from launcher.drain.clouds import AwsSpot, AzureScheduledEvents, GcpPreemption
+from launcher.drain.draining import DrainOrder, Source
+from launcher.drain.notices import Notice, seconds_left
+from launcher.drain.preemption import FileWatcher, Lookout, OrderWatcher, watchers
 from launcher.errors import UsageError
-from launcher.notices import Notice, seconds_left
-from launcher.preemption import FileWatcher, Lookout, OrderWatcher, watchers
 from tests.cluster import until
 
 ACTION, REBALANCE = "/latest/meta-data/spot/instance-action", "/latest/meta-data/events/recommendations/rebalance"
@@ -276,7 +276,7 @@ class TestNames:
         points = "[elastic_moe.preemption]\nours = ours_notices:OurWatcher\nbroken = ours_missing:Nothing\n"
         (info / "entry_points.txt").write_text(points)
         (tmp_path / "ours_notices.py").write_text(
-            "from launcher.notices import Notice\n"
+            "from launcher.drain.notices import Notice\n"
             "class OurWatcher:\n"
             "    poll_s = 1.0\n"
             "    def __init__(self, argument):\n"

@@ -13,9 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.devices import DeviceMemory, held, visible
-from launcher.launch import _end_at_once
-from launcher.preflight import (
+from launcher.health.devices import DeviceMemory, held, visible
+from launcher.health.preflight import (
     Check,
     Command,
     Finding,
@@ -26,6 +25,7 @@ from launcher.preflight import (
     examine,
     standard_checks,
 )
+from launcher.launch import _end_at_once
 from tests.cluster import Cluster, alive, cluster, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
@@ -91,7 +91,7 @@ def test_a_check_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
             given_up.wait(60)
             return ""
 
-    monkeypatch.setattr("launcher.preflight._OVERTIME_S", 0.0)
+    monkeypatch.setattr("launcher.health.preflight._OVERTIME_S", 0.0)
     try:
         assert examine([Hangs(timeout_s=0.1)]) == (Finding("scripted", "scripted did not end within 0.1 s"),)
     finally:
@@ -120,7 +120,7 @@ class Told:
 
 
 def test_a_node_that_fails_stays_out_with_growing_pauses_until_it_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.preflight._PAUSE_S", 0.01)
+    monkeypatch.setattr("launcher.health.preflight._PAUSE_S", 0.01)
     told = Told()
     preflight = Preflight([Scripted("full", "full", "full still", "")], told.emit)
     assert preflight.pass_or_wait(told.hold_back, time.sleep, lambda: False, 3)

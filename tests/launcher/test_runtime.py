@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runtime import remove_abandoned, runtime_dir
+from launcher.workers.runtime import remove_abandoned, runtime_dir
 
 HOLDER = """
 import pathlib, subprocess, sys, tempfile
-from launcher.runtime import runtime_dir
+from launcher.workers.runtime import runtime_dir
 tempfile.tempdir = sys.argv[1]
 with runtime_dir() as path:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # inherits no lock

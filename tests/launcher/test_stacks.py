@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import boot, program
-from launcher.program import STACKS_SIGNAL, STACKS_VARIABLE
-from launcher.stacks import Suspended, collect, innermost, write
+from launcher.health.stacks import Suspended, collect, innermost, write
+from launcher.workers import boot, program
+from launcher.workers.program import STACKS_SIGNAL, STACKS_VARIABLE
 from tests.cluster import until
 
 SLEEPS = "import time\ndef sleeps():\n    print('here', flush=True)\n    time.sleep(600)\nsleeps()\n"

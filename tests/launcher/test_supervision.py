@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.agent import ElasticAgent
-from launcher.channel import StopReason
-from launcher.yielding import Graces, Yielding
+from launcher.elastic.agent import ElasticAgent
+from launcher.elastic.yielding import Graces, Yielding
+from launcher.workers.channel import StopReason
 
 
 class Channels:
@@ -91,7 +91,7 @@ def test_a_store_that_is_silent_again_and_again_asks_workers_once(monkeypatch: p
         clock["now_s"] = next(now_s)
 
     agent._member.wait = wait  # type: ignore[method-assign]
-    monkeypatch.setattr("launcher.yielding.time.monotonic", lambda: clock["now_s"])
+    monkeypatch.setattr("launcher.elastic.yielding.time.monotonic", lambda: clock["now_s"])
     agent._supervise(1)
     assert agent.paused == [False, True, True, False]
     assert agent.events == [], "nothing timed out, and nobody waits for stacks while a lease runs out"

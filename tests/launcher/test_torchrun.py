@@ -17,10 +17,10 @@ import psutil
 import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
-from launcher.handlers import create_handler
+from launcher.coordination.reopen import reopen_failed
+from launcher.elastic.handlers import create_handler
 from launcher.kv.etcd import EtcdKV
-from launcher.records import Node, Participant, Round, Status
-from launcher.reopen import reopen_failed
+from launcher.rounds.records import Node, Participant, Round, Status
 from tests.cluster import Node as RunNode
 from tests.cluster import free_port, read_lines, until
 from tests.etcd import Server, client, etcd

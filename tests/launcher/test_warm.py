@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import boot
-from launcher.channel import Channel
-from launcher.program import STACKS_VARIABLE
-from launcher.warm import COLD, WarmStart
+from launcher.workers import boot
+from launcher.workers.channel import Channel
+from launcher.workers.program import STACKS_VARIABLE
+from launcher.workers.warm import COLD, WarmStart
 from tests.cluster import alive, until
 
 MIRROR = """

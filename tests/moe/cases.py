@@ -27,7 +27,7 @@ from elastic_moe.parallel import (
 from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import training_state
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 
 SMALL = ModelConfig(
     vocab_size=64,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.model.decoder import Decoder
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, gradients, layout
 from tests.ranks import Ranks
 

@@ -15,8 +15,8 @@ import pytest
 
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import UserError
-from launcher.channel import Channel, Phase, StopReason
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
+from launcher.workers.channel import Channel, Phase, StopReason
 from tests.moe.cases import SMALL, fitted
 
 _context = multiprocessing.get_context("forkserver")

@@ -22,7 +22,7 @@ from elastic_moe.trainer.schedule import learning_rate
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.world import check_exact, check_plan, choose_plan
 from elastic_moe.worker import WorkerContext
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 
 ALONE = WorkerContext(rank=0, local_rank=0, world_size=1, generation=0, lineage="", run_id="", mesh=None)
 

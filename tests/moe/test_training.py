@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from elastic_moe.config import JobConfig
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, Leg, fitted, train_leg
 from tests.ranks import Ranks
 

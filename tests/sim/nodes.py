@@ -14,12 +14,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from launcher.coordination.roster import JOB, LEADER, NODES, ROUND, Board, Roster
 from launcher.errors import Compacted
-from launcher.failures import FailureClass
 from launcher.kv.state import State
-from launcher.membership import Evict, Propose, Rules, decide
-from launcher.records import LEFT, Failure, Node, Round, Status, identity_of
-from launcher.roster import JOB, LEADER, NODES, ROUND, Board, Roster
+from launcher.rounds.failures import FailureClass
+from launcher.rounds.membership import Evict, Propose, Rules, decide
+from launcher.rounds.records import LEFT, Failure, Node, Round, Status, identity_of
 
 TTL_S = 2.0
 FENCE_S = 0.85 * TTL_S

@@ -7,11 +7,11 @@ import itertools
 import random
 from collections.abc import Callable
 
-from launcher.failures import FailureClass
-from launcher.membership import Rules
-from launcher.policy import Limits
-from launcher.records import SUCCEEDED, Round
-from launcher.roster import ROUND
+from launcher.coordination.roster import ROUND
+from launcher.rounds.failures import FailureClass
+from launcher.rounds.membership import Rules
+from launcher.rounds.policy import Limits
+from launcher.rounds.records import SUCCEEDED, Round
 from tests.sim.nodes import SimNode, Violation, World
 
 FAULTS_UNTIL_S = 60.0

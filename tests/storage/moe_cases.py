@@ -14,7 +14,7 @@ from elastic_moe.parallel.weights import gather_full, write_part
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState, training_state
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 from storage import Checkpointer, ShardReader
 from tests.moe.cases import SMALL, build
 

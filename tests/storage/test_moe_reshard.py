@@ -7,7 +7,7 @@ from pathlib import Path
 import moe_cases as cases
 import pytest
 
-from launcher.mesh import MeshPlan
+from launcher.rounds.mesh import MeshPlan
 from tests.ranks import Ranks
 
 

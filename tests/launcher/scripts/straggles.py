@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe import worker
-from launcher.stragglers import WINDOW
+from launcher.health.stragglers import WINDOW
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -1,0 +1,37 @@
+"""A store that outlives jobs remembers how the last job of a run id ended. May its name be used again?"""
+
+from __future__ import annotations
+
+import logging
+
+from launcher.coordination.roster import NODES, ROUND, run_prefix
+from launcher.kv import KV
+from launcher.rounds.records import SUCCEEDED, Round
+
+log = logging.getLogger(__name__)
+
+
+def reopen_failed(kv: KV, run_id: str) -> bool:
+    """Forget a job that failed and that no node is part of any more, so that it can be launched again as it was.
+
+    A scheduler that requeues a job starts it under the same id. A job that succeeded stays closed: a node that comes
+    late must not run it once more. Whether there was one to forget.
+
+    Raises:
+        KVUnavailable
+    """
+    prefix = run_prefix(run_id)
+    entries = {entry.key.removeprefix(prefix): entry for entry in kv.list(prefix).entries}
+    if ROUND not in entries or any(key.startswith(NODES) for key in entries):
+        return False
+    try:
+        outcome = Round.from_json(entries[ROUND].value).outcome
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("run %s: its round is not of this version and is replaced: %s", run_id, error)
+        outcome = "failed: unreadable"
+    if outcome in ("", SUCCEEDED):
+        return False
+    if not kv.delete(f"{prefix}{ROUND}", if_revision=entries[ROUND].revision):
+        return False  # another node of the new launch was first
+    log.warning("run %s ended before (%s); it starts anew", run_id, outcome)
+    return True

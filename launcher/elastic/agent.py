@@ -1,0 +1,380 @@
+"""The agent of one node: torch's `LocalElasticAgent`, with a run loop of our own.
+
+torch starts, redirects and reaps the worker processes; when to start and stop them is decided here, from the local
+view of the membership (`Member`) and from the workers' channels. The loop differs from torch's in four ways: it
+reacts to a lost peer and not to the collective's error that follows; a failure is announced before anything is
+killed; workers that know how are asked to stop at a step boundary; and an agent that may no longer hold its lease
+kills its workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+
+from launcher.coordination.member import Member
+from launcher.drain.draining import DrainRequests
+from launcher.drain.signals import handle_signals, stop_at_once
+from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.yielding import Graces, Yielding
+from launcher.errors import Drained, JobClosed, RendezvousTimeout
+from launcher.events import EventLog
+from launcher.health import autopsy
+from launcher.health.devices import DeviceMemory
+from launcher.health.probe import report_dead
+from launcher.health.watchdog import Watchdog, Watched
+from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
+from launcher.workers import boot
+from launcher.workers.channels import WorkerChannels
+from launcher.workers.program import STACKS_VARIABLE
+from launcher.workers.warm import COLD, WarmStart
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_LINGER_S = 30.0
+_DEVICE_MEMORY_S = 15.0
+_KILL_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """Why a generation ends on this node, and how long its workers have from SIGTERM to SIGKILL."""
+
+    reason: str
+    grace_s: float
+
+
+class ElasticAgent(LocalElasticAgent):
+    """One per node. `run` returns when the job is done, failed, or this node has left it."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: LogsSpecs,
+        *,
+        member: Member,
+        rendezvous: MemberRendezvous,
+        events: EventLog,
+        runtime_dir: Path,
+        graces: Graces,
+        drain: DrainRequests,
+        command: Sequence[str],
+        warm: WarmStart | None,
+        watchdog: Watchdog,
+        start_method: str,
+        log_line_prefix_template: str | None = None,
+    ) -> None:
+        super().__init__(
+            spec,
+            logs_specs,
+            start_method=start_method,
+            log_line_prefix_template=log_line_prefix_template,
+            shutdown_timeout=int(graces.stop_s),
+        )
+        self._member = member
+        self._rendezvous_handler = rendezvous
+        self._events = events
+        self._runtime_dir = runtime_dir
+        self._graces = graces
+        self._command = tuple(command)
+        self._warm = warm
+        self._watchdog = watchdog
+        self._device_memory = DeviceMemory()
+        self._pids: list[int] = []
+        self._channels = WorkerChannels(runtime_dir, 0, ())
+        self._started_s = 0.0
+        self._drain = drain
+        self._yielding = Yielding(member, drain, graces, self._emit, watchdog.dump_stacks)
+        self._supervising = False
+        self._oom_kills_before = 0
+        self._failures: list[Failure] = []
+
+    # --- torch's steps, with what ours know better
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        """Ranks follow from the round: no exchange through the store, and nodes may run different numbers."""
+        current = self._current_round()
+        slots = [participant.slots for participant in current.participants]
+        base_rank = sum(slots[:group_rank])
+        spec.local_world_size = slots[group_rank]
+        return [
+            Worker(
+                local_rank=local_rank,
+                global_rank=base_rank + local_rank,
+                role_rank=base_rank + local_rank,
+                world_size=current.world_size,
+                role_world_size=current.world_size,
+            )
+            for local_rank in range(slots[group_rank])
+        ]
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        current = self._current_round()
+        # Scripts and log folders see the same count on every node: the rounds that ran before this one.
+        self._remaining_restarts = worker_group.spec.max_restarts - (current.generation - 1)
+        self._channels.close()
+        local_ranks = [worker.local_rank for worker in worker_group.workers]
+        self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
+        self._failures = []
+        self._oom_kills_before = autopsy.oom_kills()
+        zygote = self._warm.socket_path() if self._warm else COLD
+        worker_group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        self.install_signal_handlers()  # torch has just installed its own
+        self._started_s = time.monotonic()
+        self._yielding.begin(self._channels, self._started_s)
+        self._pids = list(pids.values())
+        self._watch_workers(current)
+        self._emit(
+            "workers_started",
+            ranks=[worker.global_rank for worker in worker_group.workers],
+            pids=list(pids.values()),
+            world_size=current.world_size,
+            warm=zygote != COLD,
+        )
+        return pids
+
+    def _set_local_rank_env(self, worker_env: dict[str, str | None], local_rank: int, spec: WorkerSpec) -> None:
+        super()._set_local_rank_env(worker_env, local_rank, spec)
+        current = self._current_round()
+        worker_env["ELASTIC_MOE_GENERATION"] = str(current.generation)
+        worker_env["ELASTIC_MOE_LINEAGE"] = current.lineage
+        worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
+        worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
+        worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels.path(local_rank))
+        worker_env[STACKS_VARIABLE] = str(self._channels.stacks_path(local_rank))
+        if current.mesh is not None:
+            worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
+        if self._events.path is not None:
+            worker_env["ELASTIC_MOE_EVENTS"] = str(self._events.path)
+
+    def _current_round(self) -> Round:
+        current = self._rendezvous_handler.round
+        assert current is not None, "no round was joined"
+        return current
+
+    # --- the loop
+
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        while True:
+            try:
+                self._leave_if_asked()  # a signal that came while the last generation was ended is only noted down
+                self._initialize_workers(self._worker_group)
+            except RendezvousClosedError:
+                return self._closed()
+            except RendezvousTimeoutError as error:
+                raise RendezvousTimeout(str(error)) from error
+            except Drained:
+                self._leave_if_asked()
+                raise
+            self._supervising = True
+            try:
+                end = self._supervise(self._current_round().generation)
+                if isinstance(end, RunResult):
+                    return end
+                self._end_generation(end)
+            finally:
+                self._supervising = False
+
+    def _leave_if_asked(self) -> None:
+        """Leave where no workers run that would have to stop first."""
+        if request := self._drain.current:
+            self._yielding.tell_drain(request)
+            raise Drained(request.reason, request.exit_code)
+
+    def _closed(self) -> RunResult:
+        """The job ended without this node: it was a spare, or another node's failure was the last."""
+        outcome = self._member.outcome()
+        if outcome == SUCCEEDED:
+            self._worker_group.workers = []
+            return RunResult(WorkerState.SUCCEEDED)
+        raise JobClosed(outcome)
+
+    def _supervise(self, generation: int) -> RunResult | _End:
+        """Watch one generation to its end: the job's result, or why there has to be another round."""
+        while True:
+            self._member.wait(_POLL_S)
+            exit_codes = {remains.exit_code for remains in self._remains()}
+            if exit_codes - {0, None}:
+                self._report_failures()
+                return _End("worker failed", self._graces.stop_s)
+            if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=self._yielding.is_awaited()):
+                return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
+            reason = self._member.stop_requested(generation)
+            if reason and not self._yielding.ask(reason):
+                return _End(reason, self._graces.stop_s)
+            if self._member.store_silent() and self._channels.is_cooperative() and self._channels.asked_s is None:
+                reason = reason or "the store is silent"
+                self._yielding.ask(reason)  # saved now, no step is lost if this node has to stop its workers
+            broken = self._member.broken(generation)
+            if broken and not self._yielding.may_finish(broken):
+                if broken.hung and not self._member.fenced():
+                    self._watchdog.answer(broken.reason, self._member.announce)
+                # Workers of a node whose lease may have ended must be gone before others start in their place.
+                return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
+            request = self._drain.current
+            if request and (why := self._yielding.follow_drain(request)):
+                return _End(f"{request.reason}: {why}", self._graces.stop_s)
+            reason = reason or (request.reason if request else "drain of another node")
+            exited = exit_codes == {0}
+            if self._yielding.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
+                # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
+                return _End(reason, 0.0)
+            if exited and not self._yielding.done:
+                if not self._finish(generation):
+                    return _End("its workers are done, the job is not", self._graces.stop_s)
+                # Not asked before all have ended well: where one has failed it ends the others in its own way.
+                result: RunResult = self._monitor_workers(self._worker_group)
+                self._worker_group.state = result.state
+                return result
+
+    def _end_generation(self, end: _End) -> None:
+        """Stop what still runs and be ready for another round, or leave if this node drains."""
+        if not end.reason.startswith(HANG):  # what follows from another node's failure may have its cause here
+            self._report_failures()  # before SIGTERM blurs it
+        self._member.announce(Status.STOPPING, reason=end.reason)
+        began_s = time.monotonic()
+        self._shutdown(signal.SIGTERM, timeout=end.grace_s)  # type: ignore[arg-type]
+        # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
+        # stands for them): they would train, or hold memory, beside the new ones.
+        linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
+        if pids := self._channels.end_forked_workers(linger_s):
+            self._emit("workers_linger", pids=pids, seconds=round(linger_s, 3))
+        self._worker_group.state = WorkerState.STOPPED
+        step = self._channels.last_step()
+        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
+        if request := self._drain.current:
+            if not self._yielding.done:
+                self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
+            raise Drained(request.reason, request.exit_code)
+        # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
+        if held := self._device_memory.wait_free([*self._pids, *self._channels.claimed_pids()], _DEVICE_MEMORY_S):
+            self._emit("device_memory_held", reason=held, seconds=_DEVICE_MEMORY_S)
+
+    def _finish(self, generation: int) -> bool:
+        """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
+        self._member.announce(Status.DONE)
+        while True:
+            if self._member.outcome() == SUCCEEDED:
+                return True
+            if self._member.broken(generation):
+                return False
+            if self._yielding.overdue():
+                return False
+            self._member.wait(_POLL_S)
+
+    # --- failures
+
+    def _remains(self) -> list[autopsy.Remains]:
+        return autopsy.remains(self._pcontext, self._worker_group.workers, self._channels.progress())
+
+    def _report_failures(self) -> None:
+        """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
+        around = autopsy.Circumstances(
+            lived_s=time.monotonic() - self._started_s,
+            oom_kills=autopsy.oom_kills() - self._oom_kills_before,
+            draining=self._drain.current is not None,
+        )
+        failures = autopsy.examine(self._remains(), around)
+        known = {failure.rank for failure in self._failures}
+        news = [failure for failure in failures if failure.rank not in known]
+        if not news:
+            return
+        self._failures = failures
+        self._member.announce(Status.STOPPING, reason="worker failed", failure=autopsy.summarise(failures))
+        peers = [p for p in self._current_round().participants if p.node_id != self._member.node_id]
+        report_dead(peers, self._member.evict)
+        for failure in news:
+            self._emit(
+                "worker_failed",
+                rank=failure.rank,
+                exit_code=failure.exit_code,
+                pid=failure.pid,
+                step=failure.step,
+                message=failure.message,
+                failure_class=failure.kind.value,
+                place=failure.place,
+            )
+
+    # --- hangs
+
+    def _watch_workers(self, current: Round) -> None:
+        """Have the workers that were just started watched; their output too, on the node of rank 0."""
+        assert self._pcontext is not None
+        files = (*self._pcontext.stdouts.values(), *self._pcontext.stderrs.values())
+        silence = self._watchdog.rules.silence_s is not None and current.place_of(self._member.node_id) == 0
+        self._watchdog.begin(
+            Watched(
+                generation=current.generation,
+                ranks={worker.local_rank: worker.global_rank for worker in self._worker_group.workers},
+                pids=self._pcontext.pids(),
+                channels=self._channels,
+                outputs=[Path(file) for file in files if file not in ("", os.devnull)] if silence else (),
+            )
+        )
+
+    def _exited(self) -> set[int]:
+        """Local ranks of the workers that have ended."""
+        assert self._pcontext is not None
+        handlers = self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
+        return {local_rank for local_rank, handler in handlers.items() if handler.proc.poll() is not None}
+
+    # --- signals
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
+        handle_signals(self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        received = signal.Signals(signum)
+        gentle = received in (signal.SIGTERM, signal.SIGHUP)
+        if gentle and self._drain.ask_signal(received, time.monotonic()) and self._supervising:
+            return
+        stop_at_once(signum, frame)
+
+    # --- the rest
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """As torch's, but never for longer than a drain or the lease leaves, also if that is known only meanwhile."""
+        ends_s = time.monotonic() + timeout
+        processes = []
+        if self._pcontext is not None:
+            handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[attr-defined]
+            alive = [handler for handler in handlers if handler.proc.poll() is None]
+            for handler in alive:
+                handler.close(death_sig=death_sig)
+            processes = [handler.proc for handler in alive]
+        while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+            if self._member.fenced():
+                break
+            time.sleep(0.005)
+        super()._shutdown(signal.SIGKILL, timeout=_KILL_S)  # type: ignore[arg-type]
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._events(event, generation=self._rendezvous_handler.generation, **fields)
+
+    def close(self) -> None:
+        """Let go of the channels; the workers are gone."""
+        self._channels.close()

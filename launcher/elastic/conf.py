@@ -1,0 +1,119 @@
+"""What `--rdzv-conf` may say, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launcher.errors import UsageError
+from launcher.rounds.membership import Rules
+from launcher.rounds.policy import Limits
+
+
+class RendezvousConf(BaseModel):
+    """`--rdzv-conf key=value,key=value`. Times are in seconds; torchrun's own names stay valid."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lease_ttl: float = Field(2.0, ge=1.0, le=600)
+    """A node that is silent for this long is lost. Its own agent stops its workers before."""
+    last_call: float = Field(2.0, ge=0, alias="last_call_timeout")
+    """The first round, once it has min nodes, waits for so much quiet for more. Paid at the start only."""
+    join_cooldown: float = Field(5.0, ge=0)
+    """No round is interrupted for joiners before it is this old."""
+    join_settle: float = Field(0.5, ge=0)
+    """Joiners are taken in together once none has come for this long."""
+    drain_settle: float = Field(0.5, ge=0)
+    """After a node began to drain, the next round waits for so long for others that do."""
+    timeout: float = Field(900.0, gt=0, alias="join_timeout")
+    """A node waits this long for a round, a job this long for min nodes."""
+    connect_timeout: float | None = Field(None, gt=0)
+    """An endpoint that has not answered by then is reported (default: 10 embedded, 6 etcd3)."""
+    stop_timeout: float = Field(60.0, gt=0)
+    """A node whose workers have not stopped by then is left out of the next round."""
+    yield_timeout: float = Field(300.0, gt=0)
+    """Workers asked to stop at a step boundary have so long to reach one and save."""
+    crash_loop: int = Field(6, ge=1)
+    """So many failures in a row without progress end the job."""
+    strikes: int = Field(3, ge=1)
+    """So many failures that speak against a node, or departures of it, within `strike_window` exclude it."""
+    strike_window: float = Field(600.0, gt=0)
+    """See `strikes`."""
+    exclusion: float = Field(300.0, ge=0)
+    """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
+    zone: str = ""
+    """Nodes of one zone get adjacent ranks."""
+    token_file: str = ""
+    """File with the secret that the embedded store wants from its clients."""
+    is_host: str = ""
+    """true or false, where the endpoint's name does not tell whether this node hosts the embedded store."""
+    protocol: Literal["", "http", "https"] = ""
+    """etcd3: https for TLS; implied by certificates, and by https:// before an endpoint."""
+    cacert: str = ""
+    """etcd3: file with the certificates (PEM) of the authorities that etcd's certificate may come from."""
+    cert: str = ""
+    """etcd3: file with this client's certificate."""
+    key: str = ""
+    """etcd3: file with the private key of `cert`."""
+    user: str = ""
+    """etcd3: user name; the password comes from `password_file` or ELASTIC_MOE_ETCD_PASSWORD."""
+    password_file: str = ""
+    """etcd3: file with the password of `user`."""
+    prefix: str = ""
+    """etcd3: goes before every key, for a user who may not write others. Keys are `PREFIXelastic-moe/RUN_ID/...`."""
+
+    def store_options(self) -> dict[str, str]:
+        """What concerns the connection to the store, as `launcher.kv.connect` wants it: only what was given."""
+        names = ("token_file", "is_host", "protocol", "cacert", "cert", "key", "user", "password_file", "prefix")
+        return {name: value for name in names if (value := getattr(self, name))}
+
+    def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
+        """What a job of this configuration goes by."""
+        return Rules(
+            min_nodes=min_nodes,
+            max_nodes=max_nodes,
+            last_call_s=self.last_call,
+            join_cooldown_s=self.join_cooldown,
+            join_settle_s=self.join_settle,
+            drain_settle_s=self.drain_settle,
+            max_restarts=max_restarts,
+            limits=self.limits(),
+            quorum_timeout_s=self.timeout,
+            stop_timeout_s=self.stop_timeout,
+        )
+
+    def limits(self) -> Limits:
+        """What concerns the restart policy."""
+        return Limits(
+            crash_loop=self.crash_loop,
+            strikes=self.strikes,
+            strike_window_s=self.strike_window,
+            exclusion_s=self.exclusion,
+        )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> RendezvousConf:
+        """Check what the user gave.
+
+        Raises:
+            UsageError: an unknown key or a value out of range.
+        """
+        by_alias = {field.alias: name for name, field in cls.model_fields.items() if field.alias}
+        named = {by_alias.get(key, key): value for key, value in given.items()}
+        for key in named:
+            if key in ("password", "token"):
+                raise UsageError(
+                    f"--rdzv-conf {key}: every user of a machine can read its command lines; use {key}_file"
+                )
+            if key not in cls.model_fields:
+                close = get_close_matches(key, cls.model_fields, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
+                raise UsageError(f"--rdzv-conf {key}: no such key; {hint}")
+        try:
+            return cls.model_validate(named, by_name=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"--rdzv-conf {first['loc'][0]}={first['input']}: {first['msg'].lower()}") from error

@@ -1,0 +1,123 @@
+"""Stopping at a step boundary: asking the workers of this node for it, and finding that they have come to one.
+
+Workers agree on the boundary among themselves (`elastic_moe.worker.should_stop` is an all-reduce), so it makes no
+difference which node's are asked, or that one's are asked first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from launcher.coordination.member import Member
+from launcher.drain.draining import DrainRequest, DrainRequests, Timetable
+from launcher.events import Emit
+from launcher.rounds.records import Breakage, Status
+from launcher.workers.channel import Phase, StopReason
+from launcher.workers.channels import WorkerChannels
+
+
+@dataclasses.dataclass(frozen=True)
+class Graces:
+    """How long the agent waits for workers, in seconds."""
+
+    stop_s: float
+    """From SIGTERM to SIGKILL, when a generation ends otherwise than at a step boundary."""
+    yield_s: float = 300.0
+    """For workers that report progress to reach a step boundary and save, when asked to."""
+    attach_s: float = 15.0
+    """For a started worker to report progress at all; a script that never does is stopped without asking."""
+
+
+class Yielding:
+    """The agent's main thread only; `begin` for every generation."""
+
+    def __init__(
+        self,
+        member: Member,
+        drain: DrainRequests,
+        graces: Graces,
+        emit: Emit,
+        dump_stacks: Callable[[str], object],
+    ) -> None:
+        self._member = member
+        self._drain = drain
+        self._graces = graces
+        self._emit = emit
+        self._dump_stacks = dump_stacks
+        self._drain_told = False
+        self._channels: WorkerChannels
+        self._started_s = 0.0
+        self.done = False
+        """Whether all workers of this node have stopped at their step boundary."""
+
+    def begin(self, channels: WorkerChannels, started_s: float) -> None:
+        """Workers were started at the monotonic time `started_s`."""
+        self._channels = channels
+        self._started_s = started_s
+        self.done = False
+
+    def look(self, reason: str, *, exited: bool) -> bool:
+        """`done`, as of now; the other nodes are told once. `reason`: why they were asked; `exited`: all have ended."""
+        progress = self._channels.progress().values()
+        yielded = [p.phase is Phase.YIELDED for p in progress]
+        if not self.done and (any(yielded) if exited else all(yielded)):
+            self.done = True
+            self._emit("workers_yielded", step=max(p.step for p in progress))
+            self._member.announce(Status.STOPPING, reason=reason, yielded=True)
+        return self.done
+
+    def ask(self, reason: str) -> bool:
+        """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
+        if self._channels.asked_s is None:
+            code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
+            self._channels.request_stop(code)
+        assert self._channels.asked_s is not None
+        now_s = time.monotonic()
+        if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
+            return False
+        if now_s > self._channels.asked_s + self._graces.yield_s:
+            self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
+            self._dump_stacks("yield_timed_out")
+            return False
+        return True
+
+    def is_awaited(self) -> bool:
+        """Whether the workers were asked to stop and may still be about to; then nobody counts their time as a hang."""
+        asked_s = self._channels.asked_s
+        return asked_s is not None and time.monotonic() <= asked_s + self._graces.yield_s
+
+    def may_finish(self, broken: Breakage) -> bool:
+        """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
+        return broken.graceful and self.ask(broken.reason)
+
+    # --- a node that is to leave
+
+    def tell_drain(self, request: DrainRequest) -> Timetable:
+        """Tell the others, once, that this node is to leave."""
+        if not self._drain_told:
+            self._drain_told = True
+            self._emit("drain_started", source=request.source, detail=request.detail, seconds=request.grace_s)
+            self._member.drain(request.reason)
+        times = self._drain.timetable
+        assert times is not None
+        return times
+
+    def follow_drain(self, request: DrainRequest) -> str:
+        """Let the workers stop at a step boundary because this node is to leave; why not, once that is no more use.
+
+        They are asked at once, whatever the store does.
+        """
+        times = self.tell_drain(request)
+        self._channels.request_stop(StopReason.DRAIN)
+        if not self._channels.is_cooperative():
+            return "the script has not said that it can stop at a step boundary"
+        if time.monotonic() >= times.ask_until_s:
+            return "no step boundary was reached and saved in time"
+        return ""
+
+    def overdue(self) -> bool:
+        """Whether a node whose workers are done has waited for the others' for as long as its drain allows."""
+        request = self._drain.current
+        return request is not None and self.tell_drain(request).ask_until_s < time.monotonic()

@@ -1,0 +1,190 @@
+"""What workers that failed have left: error files, logs, exit codes, the kernel's count of kills for memory.
+
+Reads only. A worker's error is found in torch's error file (`torch.distributed.elastic.multiprocessing.errors.record`
+writes it, and `launcher.workers.program` for scripts that do not use `record`), else in its redirected stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import Worker
+
+from launcher.rounds.failures import (
+    MESSAGE_MAX_CHARS,
+    Death,
+    WorkerError,
+    classify,
+    error_in,
+    first_line,
+    place_of,
+    shorten,
+)
+from launcher.rounds.policy import severity
+from launcher.rounds.records import Failure
+from launcher.workers.channel import Progress
+
+log = logging.getLogger(__name__)
+
+_LOG_TAIL_BYTES = 16 * 1024
+_ERROR_FILE_MAX_BYTES = 1024 * 1024
+_MAX_VICTIMS = 8
+_VICTIM_MESSAGE_MAX_CHARS = 160
+
+
+@dataclass(frozen=True)
+class Remains:
+    """One worker as its agent sees it. `exit_code` None: it has not ended. Paths may name no file ("": none)."""
+
+    rank: int
+    pid: int
+    exit_code: int | None
+    error_file: str
+    stderr_log: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What holds for all workers of a node."""
+
+    lived_s: float
+    oom_kills: int = 0
+    draining: bool = False
+
+
+def remains(started: Any, workers: Sequence[Worker], progress: Mapping[int, Progress]) -> list[Remains]:
+    """The workers as they are, before torch stops the others because one has failed.
+
+    `started`: torch's `SubprocessContext`, None before the first start. `progress` is by local rank.
+    """
+    if started is None:
+        return []
+    found = []
+    for worker in workers:
+        process = started.subprocess_handlers[worker.local_rank].proc
+        found.append(
+            Remains(
+                rank=worker.global_rank,
+                pid=process.pid,
+                exit_code=process.poll(),
+                error_file=started.error_files[worker.local_rank],
+                stderr_log=started.stderrs[worker.local_rank],
+                progress=progress[worker.local_rank],
+            )
+        )
+    return found
+
+
+def examine(workers: Sequence[Remains], around: Circumstances) -> list[Failure]:
+    """The failures of a node's workers, those first that others follow from.
+
+    A worker counts once it has ended with an error, and even before if its error file is written: a program that
+    unwinds lets go of its peers long before its process ends, and they may be the first to be gone.
+    """
+    failures = []
+    for worker in workers:
+        written_ts = _written_ts(worker.error_file)
+        if worker.exit_code or (worker.exit_code is None and written_ts is not None):
+            failures.append(_failure(worker, around, written_ts))
+    return sorted(failures, key=lambda f: (severity(f.kind), f.ts, f.rank))
+
+
+def summarise(failures: Sequence[Failure]) -> Failure | None:
+    """The first of `failures` with the others as its victims, small enough for a record; None where there is none."""
+    if not failures:
+        return None
+    victims = tuple(
+        replace(f, traceback="", victims=(), message=f.message[:_VICTIM_MESSAGE_MAX_CHARS])
+        for f in failures[1 : _MAX_VICTIMS + 1]
+    )
+    return replace(failures[0], victims=victims)
+
+
+def _failure(worker: Remains, around: Circumstances, written_ts: float | None) -> Failure:
+    tail = _tail(worker.stderr_log)
+    error = _error_file(worker.error_file) if written_ts is not None else error_in(tail, worker.exit_code)
+    death = Death(
+        exit_code=worker.exit_code,
+        error=error,
+        phase=worker.progress.phase,
+        lived_s=around.lived_s,
+        oom_kills=around.oom_kills,
+        draining=around.draining,
+    )
+    last_words = [line for line in tail.splitlines() if line.strip()][-1:]
+    return Failure(
+        rank=worker.rank,
+        exit_code=1 if worker.exit_code is None else worker.exit_code,
+        message=first_line(error.message if error else "".join(last_words)),
+        ts=written_ts or time.time(),
+        kind=classify(death),
+        step=worker.progress.step,
+        place=place_of(death)[:MESSAGE_MAX_CHARS],
+        pid=worker.pid,
+        traceback=shorten(error.traceback) if error else "",
+    )
+
+
+def _written_ts(error_file: str) -> float | None:
+    with contextlib.suppress(OSError):
+        return os.stat(error_file).st_mtime
+    return None
+
+
+def _error_file(path: str) -> WorkerError | None:
+    """Read what torch's `record` wrote: {"message": {"message", "extraInfo": {"py_callstack"}}}, or a plain text."""
+    try:
+        with open(path, "rb") as file:
+            told: Any = json.loads(file.read(_ERROR_FILE_MAX_BYTES))["message"]
+        if not isinstance(told, Mapping):
+            return WorkerError(str(told))
+        return WorkerError(str(told["message"]), str(told.get("extraInfo", {}).get("py_callstack", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("error file %s cannot be read: %s", path, error)
+        return None
+
+
+def _tail(path: str) -> str:
+    if not path or path == os.devnull:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL_BYTES))
+            return file.read(_LOG_TAIL_BYTES).decode(errors="replace")
+    except OSError as error:
+        log.warning("log %s cannot be read: %s", path, error)
+        return ""
+
+
+def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processes the kernel has killed for memory: of this cgroup, or of the whole host where that is not told.
+
+    cgroup v2 `memory.events`, v1 `memory.oom_control`, `/proc/vmstat` (all: `oom_kill N`).
+    """
+    for path in (*_cgroup_files(proc, cgroups), proc / "vmstat"):
+        with contextlib.suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE):
+                return int(found[1])
+    return 0
+
+
+def _cgroup_files(proc: Path, cgroups: Path) -> list[Path]:
+    files = []
+    with contextlib.suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                files.append(cgroups / path.lstrip("/") / "memory.events")
+            elif "memory" in controllers.split(","):
+                files.append(cgroups / "memory" / path.lstrip("/") / "memory.oom_control")
+    return files

@@ -1,0 +1,104 @@
+"""Is a peer's agent alive? Each agent listens on a port that does nothing; a refused connection means that it died.
+
+Asked after a worker failed or a neighbour's connection closed, so that the lease of a node that is plainly dead need
+not be waited for. Silence proves nothing (a slow or cut-off network): such a peer is left to its lease.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
+
+from launcher.rounds.records import Participant
+
+_TIMEOUT_S = 1.0
+_PARALLEL = 32
+_PATIENCE_S = 0.5
+
+
+class Doorbell:
+    """A listening socket that says nothing: connections stay open for as long as this process lives."""
+
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._sock = socket.create_server((address, 0), family=family, backlog=128)
+        self._sock.setblocking(False)
+        self.port: int = self._sock.getsockname()[1]
+        self._closed = False
+        self._thread = threading.Thread(target=self._answer, name="doorbell", daemon=True)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        visitors: set[socket.socket] = set()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._sock, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in selector.select(_PATIENCE_S):
+                    if key.fileobj is self._sock:
+                        try:
+                            visitor, _ = self._sock.accept()
+                        except OSError:  # it went away again, or this process has no descriptor to spare
+                            time.sleep(0.05)
+                            continue
+                        visitors.add(visitor)
+                        selector.register(visitor, selectors.EVENT_READ)
+                    else:  # a visitor that leaves, or that talks: neither is wanted any more
+                        assert isinstance(key.fileobj, socket.socket)
+                        selector.unregister(key.fileobj)
+                        visitors.discard(key.fileobj)
+                        key.fileobj.close()
+        for sock in (self._sock, *visitors):
+            sock.close()
+
+    def close(self) -> None:
+        """Stop listening and hang up."""
+        self._closed = True
+        self._thread.join(timeout=5)
+
+
+def connect(address: str, port: int, timeout_s: float) -> socket.socket:
+    """A connection to a peer's doorbell. Raises OSError."""
+    return socket.create_connection((address, port), timeout=timeout_s)
+
+
+class Answer(Enum):
+    """What a doorbell answers."""
+
+    ALIVE = auto()
+    REFUSED = auto()  # the host answers, and nobody listens there
+    SILENT = auto()  # neither: a slow, cut-off or missing host
+
+
+def ask(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """Ring once."""
+    try:
+        connect(address, port, timeout_s).close()
+    except ConnectionRefusedError:
+        return Answer.REFUSED
+    except OSError:
+        return Answer.SILENT
+    return Answer.ALIVE
+
+
+def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
+    """Whether a connection is refused."""
+    return ask(address, port, timeout_s) is Answer.REFUSED
+
+
+def report_dead(peers: Iterable[Participant], report: Callable[[str, str], None]) -> None:
+    """Probe `peers` in parallel, in the background; `report(node_id, reason)` for each that refuses."""
+
+    def probe(peer: Participant) -> None:
+        if is_refused(peer.address, peer.port):
+            report(peer.node_id, f"its agent at {peer.address}:{peer.port} is gone (connection refused)")
+
+    def probe_all() -> None:
+        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="probe") as pool:
+            list(pool.map(probe, list(peers)))
+
+    threading.Thread(target=probe_all, name="probe", daemon=True).start()

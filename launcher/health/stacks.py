@@ -1,0 +1,182 @@
+"""The Python stacks of workers that hang: asked for by a signal, waited for in bounded time, put into files.
+
+A process is sent the signal only if it handles it (proc(5), SigCgt): it would end any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.health.hangs import Evidence
+from launcher.workers.program import STACKS_SIGNAL
+
+log = logging.getLogger(__name__)
+
+_WAIT_S = 3.0
+_SETTLED_S = 0.1
+_LOOK_S = 0.02
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>.+)$')
+_BLOCK = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
+# Between a collective and the frame that called it: says nothing of what is waited for.
+_PASSED_OVER = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/distributed/c10d_logger.py")
+_COLLECTIVES = "/torch/distributed/"
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """A worker to look at: `pid` is the process that runs the script, `path` is where it writes its stacks."""
+
+    rank: int
+    pid: int
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What was found out of one worker: a text for a person, and the evidence that it holds."""
+
+    text: str
+    evidence: Evidence
+
+
+def collect(workers: Mapping[int, Suspended], wait_s: float = _WAIT_S) -> dict[int, Stack]:
+    """Have all workers write their stacks, at once; those that do not within `wait_s` are described without.
+
+    A worker that is stopped (SIGSTOP) is let go on, as it cannot write otherwise: the caller is about to end it.
+
+    Returns:
+        By the keys of `workers`.
+    """
+    threads = {key: _threads(worker.pid) for key, worker in workers.items()}
+    written = {key: _size_bytes(worker.path) for key, worker in workers.items()}
+    asked = {key for key, worker in workers.items() if _ask(worker.pid, is_stopped=_is_stopped(threads[key]))}
+    settled_s = {key: time.monotonic() for key in asked}
+    sizes = dict(written)
+    ends_s = time.monotonic() + wait_s
+    waited_for = set(asked)
+    while waited_for and time.monotonic() < ends_s:
+        time.sleep(_LOOK_S)
+        for key in tuple(waited_for):
+            size_bytes = _size_bytes(workers[key].path)
+            if size_bytes != sizes[key]:
+                sizes[key], settled_s[key] = size_bytes, time.monotonic()
+            elif size_bytes > written[key] and time.monotonic() - settled_s[key] > _SETTLED_S:
+                waited_for.discard(key)
+    return {
+        key: _describe(worker, threads[key], _read(worker.path, written[key]), asked=key in asked)
+        for key, worker in workers.items()
+    }
+
+
+def write(stacks: Mapping[int, Stack], folder: Path) -> Path:
+    """Put each worker's text into `folder`/rank-R.txt (0600).
+
+    Raises:
+        OSError: the folder or a file cannot be written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for stack in stacks.values():
+        path = folder / f"rank-{stack.evidence.rank}.txt"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(stack.text)
+    return folder
+
+
+def innermost(text: str) -> tuple[str, bool]:
+    """The innermost frame of the main thread that says something ("file:line in function", "" if there is none), and
+    whether it is a collective's.
+
+    `faulthandler` writes the main thread last, and each thread's most recent call first.
+    """
+    frames: list[re.Match[str]] = []
+    for line in text.splitlines():
+        if _BLOCK.match(line):
+            frames = []
+        elif frame := _FRAME.match(line):
+            frames.append(frame)
+    for frame in frames:
+        if not frame["file"].endswith(_PASSED_OVER):
+            return f"{frame['file']}:{frame['line']} in {frame['name']}", _COLLECTIVES in frame["file"]
+    return "", False
+
+
+def _is_stopped(threads: list[tuple[int, str, str, str]]) -> bool:
+    return bool(threads) and threads[0][2] == "T"
+
+
+def _ask(pid: int, *, is_stopped: bool) -> bool:
+    """Ask for the stacks; False if this process cannot write them."""
+    if not _handles_signal(pid):
+        return False
+    try:
+        os.kill(pid, STACKS_SIGNAL)
+        if is_stopped:
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _handles_signal(pid: int) -> bool:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(caught >> (STACKS_SIGNAL - 1) & 1)
+    return False
+
+
+def _threads(pid: int) -> list[tuple[int, str, str, str]]:
+    """(thread id, name, state, kernel function it waits in) of each thread, as far as the kernel tells."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda t: int(t.name)):
+            with contextlib.suppress(OSError):
+                name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+                waits_in = (task / "wchan").read_text() or "0"
+                found.append((int(task.name), name, rest.split()[0], waits_in))
+    return found
+
+
+def _describe(worker: Suspended, threads: list[tuple[int, str, str, str]], stack: str, *, asked: bool) -> Stack:
+    frame, waits = innermost(stack)
+    stopped = _is_stopped(threads)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    lines = [f"rank {worker.rank}, pid {worker.pid}, step {worker.step}, {now}"]
+    lines += [f"thread {tid} ({name}): state {state}, in {waits_in}" for tid, name, state, waits_in in threads]
+    if stopped:
+        lines.append("the process was stopped by a signal (SIGSTOP or SIGTSTP)")
+    if stack:
+        lines.append(stack)
+    elif asked:
+        lines.append("it did not write its Python stacks in time")
+    else:
+        lines.append("it cannot write Python stacks: not a Python program, still starting, or already gone")
+    evidence = Evidence(worker.rank, worker.step, stopped=stopped, frame=frame, waits=waits)
+    return Stack("\n".join(lines) + "\n", evidence)
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read(path: Path, offset_bytes: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset_bytes)
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        log.warning("stacks in %s cannot be read: %s", path, error)
+        return ""

@@ -1,0 +1,85 @@
+"""The channels of one generation's workers on this node: what they say of their progress, and asking them to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.workers.channel import Channel, Phase, Progress, StopReason
+
+
+class WorkerChannels:
+    """One channel for each local rank. Times are the monotonic clock's; the agent's thread only."""
+
+    def __init__(self, folder: Path, generation: int, local_ranks: Sequence[int]) -> None:
+        self._channels = {rank: Channel.create(folder / f"worker-{generation}-{rank}") for rank in local_ranks}
+        for channel in self._channels.values():
+            self._stacks_path(channel).touch(0o600)
+        self.asked_s: float | None = None
+        """When the workers were asked to stop at a step boundary; None while they were not."""
+
+    def path(self, local_rank: int) -> Path:
+        """The file that a worker attaches."""
+        return self._channels[local_rank].path
+
+    def stacks_path(self, local_rank: int) -> Path:
+        """The file into which a worker writes its Python stacks when it is told to."""
+        return self._stacks_path(self._channels[local_rank])
+
+    @staticmethod
+    def _stacks_path(channel: Channel) -> Path:
+        return channel.path.with_name(f"{channel.path.name}.stacks")
+
+    def forked_pid(self, local_rank: int) -> int | None:
+        """The pid of a forked worker; None for one that is the agent's own child."""
+        return self._channels[local_rank].forked_pid()
+
+    def claimed_pids(self) -> list[int]:
+        """The pids of the workers that were forked, whether they still run or not."""
+        return [pid for channel in self._channels.values() if (pid := channel.claimed_pid())]
+
+    def progress(self) -> dict[int, Progress]:
+        """Each worker's last word, by local rank."""
+        return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
+
+    def last_step(self) -> int:
+        """The last step that any worker has said to be complete, -1 if none has."""
+        return max((progress.step for progress in self.progress().values()), default=-1)
+
+    def is_cooperative(self) -> bool:
+        """Whether the script reports its progress, and so can be asked to stop."""
+        return any(progress.phase is not Phase.STARTING for progress in self.progress().values())
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Ask all workers to stop at their next step boundary; the first time counts for `asked_s`."""
+        self.asked_s = time.monotonic() if self.asked_s is None else self.asked_s
+        for channel in self._channels.values():
+            channel.request_stop(reason)
+
+    def end_forked_workers(self, within_s: float) -> list[int]:
+        """Kill forked workers that outlive what stands for them, and wait until they are gone.
+
+        Returns:
+            The pids of those that are still there after `within_s`.
+        """
+        ends_s = time.monotonic() + within_s
+        while pids := [pid for channel in self._channels.values() if (pid := channel.forked_pid())]:
+            if time.monotonic() > ends_s:
+                return pids
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        return []
+
+    def close(self) -> None:
+        """Let go of the files; the workers are gone."""
+        for channel in self._channels.values():
+            channel.close()
+            channel.path.unlink(missing_ok=True)
+            self._stacks_path(channel).unlink(missing_ok=True)
+        self._channels = {}
