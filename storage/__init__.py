@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from storage.registry import open_store, register_scheme
+from storage.stores.registry import open_store, register_scheme
 
 if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer

@@ -19,20 +19,21 @@ from typing import Any, Self
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
-from storage import alive, layout, owner
-from storage.agreement import AgreeingGroup, error_class, to_message
-from storage.alive import Heart
-from storage.commit import Attempt, Contents, Origin
-from storage.describe import Holdings, contents_of, describe, state_dicts
 from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
-from storage.owner import Owner
-from storage.registry import open_store
-from storage.restorer import Restorer
-from storage.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
-from storage.saver import Job, Saver
-from storage.staging import StagingBuffer
-from storage.writing import Payload
+from storage.format import layout
+from storage.loading.restorer import Restorer
+from storage.ranks.agreement import AgreeingGroup, error_class, to_message
+from storage.run import alive, owner
+from storage.run.alive import Heart
+from storage.run.owner import Owner
+from storage.saving.commit import Attempt, Contents, Origin
+from storage.saving.describe import Holdings, contents_of, describe, state_dicts
+from storage.saving.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
+from storage.saving.saver import Job, Saver
+from storage.saving.staging import StagingBuffer
+from storage.saving.writing import Payload
+from storage.stores.registry import open_store
 
 log = logging.getLogger(__name__)
 

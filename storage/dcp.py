@@ -27,20 +27,22 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage import catalog, commit, layout
-from storage.agreement import AgreeingGroup
-from storage.commit import Attempt, Contents, Origin
-from storage.dcp_metadata import metadata_of
 from storage.errors import NoCheckpoint
-from storage.index import Index
-from storage.items import EncodedItem
-from storage.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
-from storage.objects import ObjectStore
-from storage.reading import read_items
-from storage.registry import open_store
-from storage.saveplan import Piece
-from storage.staging import StagingBuffer, as_staged
-from storage.writing import Payload, write_payloads
+from storage.format import layout
+from storage.format.dcp_metadata import metadata_of
+from storage.format.index import Index
+from storage.format.items import EncodedItem
+from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
+from storage.loading.reading import read_items
+from storage.ranks.agreement import AgreeingGroup
+from storage.run import catalog
+from storage.saving import commit
+from storage.saving.commit import Attempt, Contents, Origin
+from storage.saving.saveplan import Piece
+from storage.saving.staging import StagingBuffer, as_staged
+from storage.saving.writing import Payload, write_payloads
+from storage.stores.objects import ObjectStore
+from storage.stores.registry import open_store
 
 
 class ShardReader(StorageReader):

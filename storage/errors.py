@@ -24,7 +24,7 @@ import enum
 
 
 class Cause(enum.StrEnum):
-    """Why an operation has failed for now; `storage.retries` says what is done about each."""
+    """Why an operation has failed for now; `storage.stores.retries` says what is done about each."""
 
     THROTTLED = "throttled"
     SERVER_ERROR = "server_error"

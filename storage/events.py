@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from storage.objects import ObjectStore
+from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
 

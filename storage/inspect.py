@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from storage import catalog, layout
-from storage.checksum import crc32c
 from storage.errors import Cause, Corrupt, NoCheckpoint, NotFound, UsageError
-from storage.index import Index
-from storage.manifest import ItemEntry, Manifest
-from storage.objects import ObjectStore, exists
+from storage.format import layout
+from storage.format.checksum import crc32c
+from storage.format.index import Index
+from storage.format.manifest import ItemEntry, Manifest
+from storage.format.zips import RunningSum, check_zip
 from storage.parallel import windowed
-from storage.registry import open_store
-from storage.zips import RunningSum, check_zip
+from storage.run import catalog
+from storage.stores.objects import ObjectStore, exists
+from storage.stores.registry import open_store
 
 log = logging.getLogger(__name__)
 
@@ -315,8 +316,8 @@ def _check_stock_item_twice(store: ObjectStore, key: str, offset: int, length: i
 
 def _check_stock_item(store: ObjectStore, key: str, offset: int, length: int) -> None:
     """Read an item of stock DCP and compare it with its zip's checksums. Raises Corrupt, NotFound."""
-    from storage.items import decode_value
-    from storage.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES, look
+    from storage.format.items import decode_value
+    from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES, look
 
     def read(start: int, size_bytes: int) -> memoryview:
         memory = memoryview(bytearray(size_bytes))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli import transfer
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import garbage, inspect
+from storage import inspect
+from storage.run import garbage
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import errands, inspect
-from storage.copying import Copier
-from storage.errands import Found, Outcome
-from storage.passage import Advance
-from storage.retries import Retries
+from storage import inspect
+from storage.stores.retries import Retries
+from storage.transfer import errands
+from storage.transfer.copying import Copier
+from storage.transfer.errands import Found, Outcome
+from storage.transfer.passage import Advance
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

@@ -36,20 +36,22 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from storage import catalog, layout, open_store
-from storage.agreement import AgreeingGroup
-from storage.checksum import crc32c, pack_crcs
-from storage.commit import Attempt, Contents, Origin, build_manifest, publish
-from storage.dcp_metadata import metadata_of
-from storage.dcp_pickle import dump_metadata
-from storage.exchange import agree, learn_crcs
-from storage.index import Index, of_manifest
-from storage.loadplan import SafeLoadPlanner
-from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
-from storage.owner import Claim, Owner, claim
-from storage.reading import Places
-from storage.receipts import Patience, await_receipts, put_receipt
-from storage.requests import requests_of
+from storage import open_store
+from storage.format import layout
+from storage.format.checksum import crc32c, pack_crcs
+from storage.format.dcp_metadata import metadata_of
+from storage.format.dcp_pickle import dump_metadata
+from storage.format.index import Index, of_manifest
+from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
+from storage.loading.exchange import agree, learn_crcs
+from storage.loading.loadplan import SafeLoadPlanner
+from storage.loading.reading import Places
+from storage.loading.requests import requests_of
+from storage.ranks.agreement import AgreeingGroup
+from storage.run import catalog
+from storage.run.owner import Claim, Owner, claim
+from storage.saving.commit import Attempt, Contents, Origin, build_manifest, publish
+from storage.saving.receipts import Patience, await_receipts, put_receipt
 from tests.ranks import Ranks
 
 NUM_TENSORS, NUM_SHARDS = 1024, 256

@@ -74,7 +74,7 @@ def read_by_sockets(endpoint_url: str, spans: Sequence[Span], memory: memoryview
 
 
 def read_by_pool(endpoint_url: str, spans: Sequence[Span], memory: memoryview) -> None:
-    """`storage.s3`, without plan and checksums."""
+    """`storage.stores.s3`, without plan and checksums."""
     store = open_store(f"s3://{BUCKET}/?endpoint_url={endpoint_url}")
 
     def read(span: Span) -> Callable[[], None]:

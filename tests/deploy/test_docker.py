@@ -20,7 +20,7 @@ import yaml
 
 from elastic_moe.config import load
 from elastic_moe.errors import UserError
-from storage.registry import open_store
+from storage.stores.registry import open_store
 from tests.deploy.tools import DEPLOY, ROOT, fill_in, most_nodes, parse_run
 
 DOCKER = DEPLOY / "docker"

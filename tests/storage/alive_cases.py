@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from storage.events import Reporter
-from storage.owner import Owner
+from storage.run.owner import Owner
 
 QUIET = Reporter(None)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from storage import commit, owner
-from storage.checksum import pack_crcs
-from storage.commit import Attempt, Contents, Origin
-from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry
-from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectInfo, ObjectStore
+from storage.format.checksum import pack_crcs
+from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry
+from storage.run import owner
+from storage.saving import commit
+from storage.saving.commit import Attempt, Contents, Origin
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Buffer, ObjectInfo, ObjectStore
 
 ATTEMPT = Attempt.of_step(10, "a" * 8, 1)
 STEP, FOLDER = ATTEMPT.prefix, f"{ATTEMPT.prefix}attempt-{ATTEMPT.id}/"

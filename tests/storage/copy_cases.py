@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_moe.cli.main import main
-from storage.local import LocalStore
-from storage.s3.bucket import Bucket
+from storage.stores.local import LocalStore
+from storage.stores.s3.bucket import Bucket
 
 WRITES: list[tuple[type, str]] = [
     (LocalStore, "_put"),  # by which it puts, in parts or not

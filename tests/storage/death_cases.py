@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from storage import Checkpointer, retries
-from storage.s3 import bucket
+from storage import Checkpointer
+from storage.stores import retries
+from storage.stores.s3 import bucket
 
 LINEAGE = "deaths"
 """Of one launch: whoever comes next does not ask whether the dead are alive."""

@@ -25,12 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, exchange, neighbours, reading, register_scheme
+from storage import Checkpointer, ShardReader, register_scheme
 from storage.errors import StorageError, Transient
-from storage.local import LocalStore
-from storage.neighbours import read_memory
-from storage.pieces import item_segments, long_runs
-from storage.shareplan import plan_shares
+from storage.loading import exchange, neighbours, reading
+from storage.loading.neighbours import read_memory
+from storage.loading.pieces import item_segments, long_runs
+from storage.loading.shareplan import plan_shares
+from storage.stores.local import LocalStore
 
 # name -> (shape of the mesh, placements of a matrix)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
@@ -230,7 +231,7 @@ def neighbouring(url: str, layout: str, num_reads_max: int, damages: bool) -> tu
     register_scheme("neighbouring", lambda rest: Counting(url))
     spread = Layout(layout)
     state, error = large_state(spread, 0), ""
-    with pytest.MonkeyPatch.context() as patch, captured("storage.neighbours") as lines:
+    with pytest.MonkeyPatch.context() as patch, captured("storage.loading.neighbours") as lines:
         patch.setattr(neighbours, "read_memory", limited)
         if damages and dist.get_rank() == 0:
             patch.setattr(exchange, "joined", damaged)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from storage.memory import MemoryStore
-from storage.objects import Capabilities, ObjectInfo
 from storage.parallel import run_abreast
-from storage.retries import RetryLog
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Capabilities, ObjectInfo
+from storage.stores.retries import RetryLog
 
 R = TypeVar("R")
 

@@ -18,11 +18,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, ShardWriter, open_store, owner, register_scheme
+from storage import Checkpointer, ShardReader, ShardWriter, open_store, register_scheme
 from storage.errors import Fenced, StorageError, Transient
-from storage.layout import is_beat_name
-from storage.local import LocalStore
-from storage.objects import ObjectInfo
+from storage.format.layout import is_beat_name
+from storage.run import owner
+from storage.stores.local import LocalStore
+from storage.stores.objects import ObjectInfo
 
 # name -> (world size, shape of the mesh); "ep": dim 0 of the middle layer is sharded twice, as for experts
 LAYOUTS: dict[str, tuple[int, tuple[int, ...]]] = {

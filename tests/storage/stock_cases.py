@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from storage import Checkpointer, register_scheme
 from storage.events import Listener
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 from tests.storage.peak_cases import MIB, PLACEMENTS
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, alive, catalog, layout, open_store, owner, register_scheme
-from storage.alive import SILENCE_S, Heart, Verdict, Watch
+from storage import Checkpointer, open_store, register_scheme
 from storage.errors import Cause, Fenced, InUse, Transient
-from storage.flight import Flight
-from storage.memory import MemoryStore
-from storage.retries import IMPATIENT_RULES, Retrier
-from storage.retrying import RetryingStore
+from storage.format import layout
+from storage.run import alive, catalog, owner
+from storage.run.alive import SILENCE_S, Heart, Verdict, Watch
+from storage.stores.flight import Flight
+from storage.stores.memory import MemoryStore
+from storage.stores.retries import IMPATIENT_RULES, Retrier
+from storage.stores.retrying import RetryingStore
 from tests.cluster import until
 from tests.storage.alive_cases import owner_of
 
@@ -424,7 +426,7 @@ def test_a_script_that_ends_without_closing_lets_the_run_go(tmp_path: Path, how:
 _ENDS_WHILE_SAVING = """
 import sys, threading, torch, storage
 from concurrent.futures import ThreadPoolExecutor
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 
 main_has_ended = threading.Event()
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store, owner, retention
+from storage import Checkpointer, inspect, open_store
 from storage.errors import Corrupt, Fenced, StorageError, UnsupportedValue, UsageError, WrongModel
-from storage.sealed import seal
+from storage.format.sealed import seal
+from storage.run import owner, retention
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import layout
-from storage.checksum import pack_crcs
-from storage.columns import Boxes
-from storage.commit import Attempt, Contents, Origin, build_manifest
-from storage.index import of_manifest
-from storage.manifest import (
+from storage.format import layout
+from storage.format.checksum import pack_crcs
+from storage.format.columns import Boxes
+from storage.format.index import of_manifest
+from storage.format.manifest import (
     ItemEntry,
     ItemTable,
     ObjectEntry,
@@ -29,6 +28,7 @@ from storage.manifest import (
     load_manifest,
     load_receipt,
 )
+from storage.saving.commit import Attempt, Contents, Origin, build_manifest
 
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
 BLOCK_SIZE_BYTES = 16384

@@ -12,11 +12,14 @@ import pytest
 from commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
 from pausing import ORDERS, abreast
 
-from storage import catalog, commit, layout, open_store, owner
+from storage import open_store
 from storage.errors import AlreadyExists, Corrupt, Fenced, Transient
-from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectInfo
+from storage.format import layout
 from storage.parallel import run_abreast
+from storage.run import catalog, owner
+from storage.saving import commit
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Buffer, ObjectInfo
 
 in_any_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -193,7 +196,7 @@ _ENDS = """
 import concurrent.futures, gc, sys, threading, time
 import torch
 from storage import Checkpointer, register_scheme
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 
 stored = threading.Event()
 

@@ -17,12 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
-from storage import Checkpointer, copying, errands, fsspec_store, inspect, open_store, quarantine, register_scheme
+from storage import Checkpointer, inspect, open_store, register_scheme
 from storage.errors import NotFound, StorageError
-from storage.fsspec_store import PatientFsspecStore
-from storage.memory import MemoryStore
-from storage.objects import Fetch, ObjectInfo, ObjectStore, Upload
-from storage.s3.store import S3Store
+from storage.run import quarantine
+from storage.stores import fsspec_store
+from storage.stores.fsspec_store import PatientFsspecStore
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.s3.store import S3Store
+from storage.transfer import copying, errands
 
 METADATA = "step-000000020/.metadata"
 _names = itertools.count()

@@ -25,12 +25,16 @@ from hypothesis import strategies as st
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from elastic_moe.cli.transfer import ProgressLines
-from storage import Checkpointer, catalog, copying, errands, inspect, memory, open_store, register_scheme, writing
-from storage.checksum import combine_crc32c, crc32c
-from storage.copyplan import BlockCheck, Blocks, choose
+from storage import Checkpointer, inspect, open_store, register_scheme
 from storage.errors import Corrupt, NoCheckpoint
-from storage.memory import MemoryStore
-from storage.objects import ObjectInfo, parts_of_size
+from storage.format.checksum import combine_crc32c, crc32c
+from storage.run import catalog
+from storage.saving import writing
+from storage.stores import memory
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectInfo, parts_of_size
+from storage.transfer import copying, errands
+from storage.transfer.copyplan import BlockCheck, Blocks, choose
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from storage.checksum import block_size_bytes, pack_crcs
-from storage.copyplan import Checksums
 from storage.errors import Corrupt
-from storage.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, TensorEntry
+from storage.format.checksum import block_size_bytes, pack_crcs
+from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, TensorEntry
+from storage.transfer.copyplan import Checksums
 
 
 def manifest_of(lengths: list[list[int]], sizes_bytes: list[int] | None = None) -> Manifest:

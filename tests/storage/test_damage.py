@@ -15,8 +15,8 @@ import torch
 
 from storage import Checkpointer, inspect, open_store, register_scheme
 from storage.errors import Disputed, Fenced, Transient
-from storage.memory import MemoryStore
-from storage.objects import ObjectInfo
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectInfo
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 _names = itertools.count()

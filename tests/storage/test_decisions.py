@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import Fenced
-from storage.owner import Owner, next_owner
-from storage.retention import Removal, StepState, decide, newer_steps
-from storage.saveplan import Piece, assign, dump_pieces, load_pieces
-from storage.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
+from storage.run.owner import Owner, next_owner
+from storage.run.retention import Removal, StepState, decide, newer_steps
+from storage.saving.saveplan import Piece, assign, dump_pieces, load_pieces
+from storage.saving.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
 
 
 def shard(key: str, start: int, rows: int, of: int) -> Piece:

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.checksum import BlockCrcs, block_size_bytes, crc32c
-from storage.encoding import Encoding, ObjectContent
-from storage.items import EncodedItem, FramedItem, Framings, item_of
-from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectInfo, put_fetched
+from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c
+from storage.format.items import EncodedItem, FramedItem, Framings, item_of
 from storage.parallel import run_all
-from storage.retrying import stored_equal
-from storage.saveplan import Piece
-from storage.writing import Payload, write_payloads
+from storage.saving.encoding import Encoding, ObjectContent
+from storage.saving.saveplan import Piece
+from storage.saving.writing import Payload, write_payloads
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Buffer, ObjectInfo, put_fetched
+from storage.stores.retrying import stored_equal
 
 MIB = 1024 * 1024
 
@@ -144,7 +144,7 @@ def test_an_object_is_compared_byte_by_byte(data: bytes, cuts: list[int], flip: 
     store = MemoryStore("x")
     info = store.put("k", [data])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("storage.retrying._COMPARED_SIZE_BYTES", 7)
+        patch.setattr("storage.stores.retrying._COMPARED_SIZE_BYTES", 7)
         assert stored_equal(store, "k", views) == (info if sent == data else None)
     assert stored_equal(store, "other", views) is None
 

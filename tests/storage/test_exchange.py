@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.readplan import Stripes, box_runs, box_stripes
-from storage.requests import packed
+from storage.loading.readplan import Stripes, box_runs, box_stripes
+from storage.loading.requests import packed
 from tests.ranks import Ranks
 
 

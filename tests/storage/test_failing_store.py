@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, commit, owner, receipts, register_scheme
+from storage import Checkpointer, register_scheme
 from storage.errors import Transient
-from storage.manifest import Receipt
-from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectInfo
+from storage.format.manifest import Receipt
+from storage.run import owner
+from storage.saving import commit, receipts
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Buffer, ObjectInfo
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 

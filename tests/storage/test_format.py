@@ -25,17 +25,15 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.serialization import _get_layout
 
-from storage import dcp_pickle, layout
-from storage.checksum import BlockCrcs, block_size_bytes, crc32c, pack_crcs, unpack_crcs
-from storage.columns import Boxes
-from storage.commit import Attempt, Contents, Origin, build_manifest
-from storage.dcp_metadata import load_metadata, metadata_of
-from storage.dcp_pickle import dump_metadata
-from storage.encoding import Encoding
 from storage.errors import Corrupt, Denied, UnsupportedValue, UsageError
-from storage.index import Index, of_manifest
-from storage.items import decode_value, encode_value, item_of
-from storage.manifest import (
+from storage.format import dcp_pickle, layout
+from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c, pack_crcs, unpack_crcs
+from storage.format.columns import Boxes
+from storage.format.dcp_metadata import load_metadata, metadata_of
+from storage.format.dcp_pickle import dump_metadata
+from storage.format.index import Index, of_manifest
+from storage.format.items import decode_value, encode_value, item_of
+from storage.format.manifest import (
     ItemEntry,
     ItemTable,
     Manifest,
@@ -46,9 +44,11 @@ from storage.manifest import (
     dump_manifest,
     load_manifest,
 )
-from storage.staging import StagingBuffer, as_staged
-from storage.tensors import bytes_of
-from storage.zips import check_zip
+from storage.format.tensors import bytes_of
+from storage.format.zips import check_zip
+from storage.saving.commit import Attempt, Contents, Origin, build_manifest
+from storage.saving.encoding import Encoding
+from storage.saving.staging import StagingBuffer, as_staged
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
 ATTEMPT = "00000000-1111-2222-3333-444444444444"

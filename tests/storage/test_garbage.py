@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, commit, garbage, inspect, open_store
+from storage import Checkpointer, inspect, open_store
 from storage.errors import Transient
-from storage.garbage import of_names, of_step, of_uploads
-from storage.layout import is_beat_name
-from storage.objects import ObjectInfo, Upload, is_probe_name
-from storage.retention import StepState
+from storage.format.layout import is_beat_name
+from storage.run import garbage
+from storage.run.garbage import of_names, of_step, of_uploads
+from storage.run.retention import StepState
+from storage.saving import commit
+from storage.stores.objects import ObjectInfo, Upload, is_probe_name
 
 OLD, NEW, BEFORE = 100.0, 300.0, 200.0
 PREFIX = "step-000000007/attempt-"

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from storage import alive, open_store, owner
-from storage.alive import Heart
+from storage import open_store
 from storage.errors import NotFound, Transient
-from storage.memory import MemoryStore
-from storage.objects import ObjectStore
-from storage.owner import Owner
-from storage.sealed import seal
+from storage.format.sealed import seal
+from storage.run import alive, owner
+from storage.run.alive import Heart
+from storage.run.owner import Owner
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectStore
 from tests.cluster import until
 from tests.storage.alive_cases import QUIET, owner_of
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from storage import items
-from storage.checksum import crc32, crc32c
-from storage.encoding import Encoding
-from storage.framing import DESCRIPTOR, framing_of
-from storage.items import EncodedItem, FramedItem, Framings, item_of
-from storage.staging import StagingBuffer
-from storage.tensors import bytes_of, tensor_over
+from storage.format import items
+from storage.format.checksum import crc32, crc32c
+from storage.format.framing import DESCRIPTOR, framing_of
+from storage.format.items import EncodedItem, FramedItem, Framings, item_of
+from storage.format.tensors import bytes_of, tensor_over
+from storage.saving.encoding import Encoding
+from storage.saving.staging import StagingBuffer
 
 DTYPES = (
     torch.float32,

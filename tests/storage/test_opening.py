@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from storage import Checkpointer, ShardReader, ShardWriter, catalog, layout, register_scheme
+from storage import Checkpointer, ShardReader, ShardWriter, register_scheme
 from storage.errors import NoCheckpoint
-from storage.memory import MemoryStore
-from storage.objects import ObjectInfo
+from storage.format import layout
+from storage.run import catalog
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectInfo
 
 DEADLINE_S = 20.0
 _names = itertools.count()

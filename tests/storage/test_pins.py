@@ -19,15 +19,15 @@ from torch.distributed.checkpoint import CheckpointException
 from storage import Checkpointer, ShardReader, open_store
 from storage import dcp as our_dcp
 from storage.errors import Cause, Corrupt, Interrupted
-from storage.fetch import Pins, Source
-from storage.flight import Flight
-from storage.index import Index
-from storage.memory import MemoryStore
-from storage.objects import Buffer, ObjectStore
-from storage.reading import read_items
-from storage.retries import Retrier, RetryLog
-from storage.retrying import RetryingStore
-from storage.s3.bucket import Bucket
+from storage.format.index import Index
+from storage.loading.fetch import Pins, Source
+from storage.loading.reading import read_items
+from storage.stores.flight import Flight
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import Buffer, ObjectStore
+from storage.stores.retries import Retrier, RetryLog
+from storage.stores.retrying import RetryingStore
+from storage.stores.s3.bucket import Bucket
 from tests.s3 import BUCKET, S3Server
 
 NUM_ELEMENTS = 5 << 20

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from storage import open_store, retries
+from storage import open_store
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
-from storage.objects import ObjectStore
-from storage.s3.proxies import find_proxy, tunnel_refused
+from storage.stores import retries
+from storage.stores.objects import ObjectStore
+from storage.stores.s3.proxies import find_proxy, tunnel_refused
 from tests.certificates import Authority
 from tests.cluster import free_port
 from tests.s3 import BUCKET, S3Server

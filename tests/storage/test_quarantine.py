@@ -13,11 +13,13 @@ import torch
 from pausing import ORDERS, PausingStore, abreast
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, catalog, commit, inspect, open_store, owner, quarantine, register_scheme, retention
+from storage import Checkpointer, inspect, open_store, register_scheme
 from storage.errors import AlreadyExists, Fenced, StorageError
-from storage.memory import MemoryStore
-from storage.objects import ConditionalStore, ObjectInfo, ObjectStore
-from storage.retention import Removal
+from storage.run import catalog, owner, quarantine, retention
+from storage.run.retention import Removal
+from storage.saving import commit
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ConditionalStore, ObjectInfo, ObjectStore
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from pausing import ORDERS, PausingStore, abreast
 
-from storage import Checkpointer, commit, inspect, register_scheme
+from storage import Checkpointer, inspect, register_scheme
 from storage.errors import Fenced
-from storage.memory import MemoryStore
+from storage.saving import commit
+from storage.stores.memory import MemoryStore
 
 STEP = 10
 

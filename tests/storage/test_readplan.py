@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.checksum import block_size_bytes
-from storage.readplan import ItemSpan, Part, Want, box_runs, plan_parts
+from storage.format.checksum import block_size_bytes
+from storage.loading.readplan import ItemSpan, Part, Want, box_runs, plan_parts
 
 
 @st.composite

@@ -12,12 +12,13 @@ from commit_cases import ATTEMPT, FOLDER, MANIFEST, METADATA, SIZE_BYTES, Script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import commit, owner, receipts
-from storage.commit import Attempt
 from storage.errors import Fenced, Transient
-from storage.manifest import HEAD_SIZE_BYTES, Head, Receipt, dump_manifest, load_head
-from storage.memory import MemoryStore
-from storage.objects import ObjectInfo
+from storage.format.manifest import HEAD_SIZE_BYTES, Head, Receipt, dump_manifest, load_head
+from storage.run import owner
+from storage.saving import commit, receipts
+from storage.saving.commit import Attempt
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectInfo
 
 T = TypeVar("T")
 

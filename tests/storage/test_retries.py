@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, StorageError, Transient
-from storage.flight import Flight, Window
-from storage.memory import MemoryStore
-from storage.objects import ObjectInfo
-from storage.retries import RULES, Retrier, RetryLog, Rule
-from storage.retrying import RetryingStore, skip, stored_equal
+from storage.stores.flight import Flight, Window
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectInfo
+from storage.stores.retries import RULES, Retrier, RetryLog, Rule
+from storage.stores.retrying import RetryingStore, skip, stored_equal
 
 
 class Time:

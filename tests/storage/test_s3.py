@@ -12,7 +12,7 @@ import pytest
 from elastic_moe.cli.main import main
 from storage import inspect, open_store
 from storage.errors import Denied, StorageError, Transient
-from storage.s3.options import S3Options
+from storage.stores.s3.options import S3Options
 from tests.certificates import Authority
 from tests.ranks import Ranks
 from tests.s3 import BUCKET, S3Server
@@ -141,8 +141,8 @@ def _heads(server: S3Server, prefix: str) -> dict[str, tuple[str, str]]:
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch, juicefs: S3Server) -> None:
-    from storage import retries
     from storage.errors import Cause
+    from storage.stores import retries
     from tests.cluster import free_port
 
     for cause in Cause:
@@ -241,7 +241,7 @@ echo '{{"Version": 1, "AccessKeyId": "{juicefs.access_key}", "SecretAccessKey": 
 
 
 def test_many_pages(juicefs: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storage.s3 import client
+    from storage.stores.s3 import client
 
     store = open_store(juicefs.url(prefix))
     keys = sorted(f"step-{n % 3}/x{n}" for n in range(12))
@@ -264,7 +264,7 @@ def test_defaults_of_the_options_are_documented() -> None:
 
 
 def test_the_table_of_retries_is_documented() -> None:
-    from storage.retries import RULES
+    from storage.stores.retries import RULES
 
     page = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
     for cause, rule in RULES.items():

@@ -19,8 +19,9 @@ from urllib.parse import unquote
 import pytest
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspect, layout, open_store, register_scheme
-from storage.manifest import load_manifest
+from storage import Checkpointer, inspect, open_store, register_scheme
+from storage.format import layout
+from storage.format.manifest import load_manifest
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import death_cases as cases

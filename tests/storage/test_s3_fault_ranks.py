@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from storage import catalog, inspect, open_store
+from storage import inspect, open_store
+from storage.run import catalog
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import fault_cases as cases

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store, retries
+from storage import Checkpointer, inspect, open_store
 from storage.errors import AlreadyExists, NotFound, StorageError, Transient
-from storage.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
-from storage.s3 import store as s3_store
-from storage.s3.bucket import Bucket
+from storage.stores import retries
+from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
+from storage.stores.s3 import store as s3_store
+from storage.stores.s3.bucket import Bucket
 from tests.cluster import until
 from tests.s3 import S3Server
 from tests.storage.proxy import KINDS, Fault, FaultProxy

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import layout
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
-from storage.registry import open_store, with_options
-from storage.s3 import store as s3_store
-from storage.s3.answers import Answer, Request, parse_body, to_error
-from storage.s3.options import S3Options, format_url, parse_url
-from storage.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes, parts_of
+from storage.format import layout
+from storage.stores.registry import open_store, with_options
+from storage.stores.s3 import store as s3_store
+from storage.stores.s3.answers import Answer, Request, parse_body, to_error
+from storage.stores.s3.options import S3Options, format_url, parse_url
+from storage.stores.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes, parts_of
 
 REQUEST = Request("read", "s3://bucket/run/key", "bucket", "https://store.example")
 PUT = Request("put", "s3://bucket/run/key", "bucket", "https://store.example", is_put=True, if_absent=True)
@@ -185,7 +185,7 @@ def test_bad_urls_are_told_in_one_line_without_secrets(url: str, says: str) -> N
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    for name in ("storage.s3.store", "storage.s3.bucket", "storage.s3.client"):
+    for name in ("storage.stores.s3.store", "storage.stores.s3.bucket", "storage.stores.s3.client"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.setitem(sys.modules, "boto3.session", None)

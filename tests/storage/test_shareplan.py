@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.columns import Ints
-from storage.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares, should_share
+from storage.format.columns import Ints
+from storage.loading.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares, should_share
 
 
 @st.composite

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import ShardReader, inspect, open_store, register_scheme
-from storage.checksum import combine_crc32
 from storage.errors import Corrupt
-from storage.memory import MemoryStore
-from storage.stock import LONG_ITEM_BYTES, Layout, look
-from storage.zips import OutOfSight, RunningSum, Window
+from storage.format.checksum import combine_crc32
+from storage.format.stock import LONG_ITEM_BYTES, Layout, look
+from storage.format.zips import OutOfSight, RunningSum, Window
+from storage.stores.memory import MemoryStore
 from tests.ranks import Ranks
 from tests.storage import stock_cases as cases
 

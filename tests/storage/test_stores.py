@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from storage import fsspec_store
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound
-from storage.objects import MultipartStore, ObjectStore, StreamingStore
-from storage.registry import open_store
+from storage.stores import fsspec_store
+from storage.stores.objects import MultipartStore, ObjectStore, StreamingStore
+from storage.stores.registry import open_store
 
 
 def refuse(number: int) -> Callable[..., None]:

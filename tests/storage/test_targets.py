@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from storage.targets import DeviceCopies, FreshSlabs, ItemTarget, PinnedRing, SlabTarget, TensorTarget
-from storage.tensors import bytes_of
+from storage.format.tensors import bytes_of
+from storage.loading.targets import DeviceCopies, FreshSlabs, ItemTarget, PinnedRing, SlabTarget, TensorTarget
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 5, 2), (2, 64)]
 

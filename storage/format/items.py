@@ -1,0 +1,212 @@
+"""Stored items: one `torch.save` zip for each chunk or value, so that stock DCP reads them too."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from storage.errors import Corrupt, UnsupportedValue
+from storage.format.checksum import crc32
+from storage.format.framing import Framing, framing_of, is_misread
+from storage.format.tensors import bytes_of
+from storage.format.zips import member_start
+from storage.stores.objects import Buffer
+
+log = logging.getLogger(__name__)
+
+NUM_FRAMINGS = 1024
+
+_Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""A tensor's dtype, shape and strides."""
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item ready to be stored: the concatenation of `buffers`.
+
+    The tensor's own memory is among the buffers, uncopied, `raw_offset` bytes from the start; it must not change
+    before the item is stored.
+    """
+
+    buffers: tuple[Buffer, ...]
+    raw_offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class FramedItem:
+    """A tensor's item of which all is known but the CRC32 of its bytes. These must not change before it is stored."""
+
+    framing: Framing
+    data: memoryview
+
+    @property
+    def raw_offset(self) -> int:
+        """Where the tensor's bytes begin."""
+        return len(self.framing.head)
+
+    @property
+    def length(self) -> int:
+        """Of the whole item, in bytes."""
+        return len(self.framing.head) + self.data.nbytes + len(self.framing.last)
+
+
+class _Collector:
+    """A file for torch.save that keeps the tensor's memory as it is given and copies the small framing around it."""
+
+    def __init__(self, raw_address: int, raw_size_bytes: int) -> None:
+        self._raw = (raw_address, raw_size_bytes)
+        self.raw: memoryview | None = None
+        self.before: list[bytes] = []
+        self.after: list[bytes] = []
+
+    def write(self, data: memoryview) -> int:
+        view = memoryview(data).cast("B")
+        if self.raw is None and (_address(view), view.nbytes) == self._raw:
+            self.raw = view
+        else:
+            # torch reuses this memory after the call
+            (self.before if self.raw is None else self.after).append(bytes(view))
+        return view.nbytes
+
+    def flush(self) -> None:
+        """torch.save asks for it; there is nothing to flush."""
+
+
+class Framings:
+    """What torch.save puts around tensors, learnt from what it has put around others. Thread-safe.
+
+    A framing is found once a second tensor of its kind, with other content, went through torch.save and got the zip
+    that the first one's framing makes. Where it gets another (from a torch that is not known here), all are forgotten,
+    and nothing is learnt any more.
+    """
+
+    def __init__(self, num_max: int = NUM_FRAMINGS) -> None:
+        self._num_max = num_max
+        self._lock = threading.Lock()
+        self._known: OrderedDict[_Kind, tuple[Framing, bool]] = OrderedDict()
+        self._learns = True
+
+    def find(self, kind: _Kind) -> Framing | None:
+        """The framing of that kind of tensor, if it is known for sure."""
+        with self._lock:
+            framing, is_proven = self._known.get(kind, (None, False))
+            if is_proven:
+                self._known.move_to_end(kind)
+            return framing if is_proven else None
+
+    def learn(self, kind: _Kind, item: EncodedItem) -> None:
+        """From what torch.save has put around a tensor's bytes."""
+        head, data, tail = (bytes(item.buffers[0]), item.buffers[1], bytes(item.buffers[2]))
+        with self._lock:
+            if not self._learns:
+                return
+            framing, is_proven = self._known.get(kind, (None, False))
+            if framing is None:
+                framing = framing_of(head, data, tail)
+            elif (framing.head, framing.tail(crc32(data))) == (head, tail):
+                is_proven = is_proven or tail != framing.last  # of the same bytes again it says nothing
+            else:
+                framing = None
+            if framing is None:
+                self._forget()
+                return
+            self._known[kind] = framing, is_proven
+            if len(self._known) > self._num_max:
+                self._known.popitem(last=False)
+
+    def _forget(self) -> None:
+        self._learns = False
+        self._known.clear()
+        log.warning(
+            "torch %s stores tensors in a way that is not known here: all of them go through torch.save, which takes"
+            " longer",
+            torch.__version__,
+        )
+
+
+_framings = Framings()
+
+
+def item_of(tensor: torch.Tensor, framings: Framings = _framings) -> EncodedItem | FramedItem:
+    """The item of a contiguous CPU tensor which is the whole of its storage: what `torch.save` makes of it."""
+    assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert type(tensor) is torch.Tensor and not tensor.requires_grad
+    if not tensor.nbytes or not torch.serialization.get_crc32_options():
+        return _saved(tensor)
+    kind, data = (tensor.dtype, tuple(tensor.shape), tensor.stride()), bytes_of(tensor)
+    if is_misread(data):
+        return _saved(tensor)
+    framing = framings.find(kind)
+    if framing is not None:
+        return FramedItem(framing, data)
+    item = _saved(tensor)
+    framings.learn(kind, item)
+    return item
+
+
+def _saved(tensor: torch.Tensor) -> EncodedItem:
+    collector = _Collector(tensor.data_ptr(), tensor.nbytes)
+    torch.save(tensor, collector)  # type: ignore[arg-type]
+    before = b"".join(collector.before)
+    if tensor.nbytes == 0:
+        return _framed(before, b"", b"")
+    if collector.raw is None:  # a torch that copies first: correct all the same, only slower to find
+        start = _find_raw(before)
+        return _framed(before[:start], before[start : start + tensor.nbytes], before[start + tensor.nbytes :])
+    return _framed(before, collector.raw, b"".join(collector.after))
+
+
+def _framed(head: bytes, data: Buffer, tail: bytes) -> EncodedItem:
+    return EncodedItem((head, data, tail), len(head), len(head) + len(data) + len(tail))
+
+
+def encode_value(key: str, value: Any) -> EncodedItem:
+    """The item of anything that is no tensor.
+
+    Raises:
+        UnsupportedValue: `torch.load(weights_only=True)` could not load it, and nothing else ever will.
+    """
+    sink = io.BytesIO()
+    kind = type(value).__qualname__
+    try:
+        torch.save(value, sink)
+    except Exception as error:
+        raise UnsupportedValue(f"state {key!r} is a {kind} that cannot be saved: {error}") from error
+    data = sink.getvalue()
+    if not isinstance(value, (bool, int, float, str, bytes, type(None))):
+        try:
+            decode_value(data, key)
+        except Corrupt:
+            raise UnsupportedValue(
+                f"state {key!r} is a {kind} (or holds something) that no safe loader can read back; keep plain Python"
+                " values and tensors in the state, for example with numpy arrays turned into tensors"
+            ) from None
+    return EncodedItem((data,), 0, len(data))
+
+
+def decode_value(data: Buffer, key: str) -> Any:
+    """The value of an item, loaded without executing code. Raises Corrupt."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        first_line = str(error).split("\n", 1)[0]
+        raise Corrupt(f"item {key!r} cannot be loaded: {first_line}") from error
+
+
+def _find_raw(data: bytes) -> int:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
+    return member_start(memoryview(data), member.header_offset)
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0

@@ -1,0 +1,130 @@
+"""Names of a run's objects. Pure.
+
+RUN/owner.json                                  who may commit (see `storage.run.owner`)
+RUN/beat-<token>                                changes as long as the owner of that claim lives (see `run.alive`)
+RUN/step-000000120/.metadata                    stock DCP metadata: it is there <=> the checkpoint is committed
+RUN/step-000000120/manifest.json                index with checksums (see `manifest`), a copy of the attempt's
+RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never overwritten
+RUN/step-000000120/attempt-<uuid>/__<rank>_<i>.distcp    data of one attempt, never overwritten
+RUN/step-000000120/attempt-<uuid>/receipt-<rank>.json    what that rank wrote, or why it could not
+RUN/step-000000120/attempt-<uuid>/aborted.json           why the coordinator gave the attempt up
+RUN/step-000000120/quarantined-<sha256>.metadata  a `.metadata` that counts no more: its checkpoint was found corrupt
+RUN/.probe-<hex>                                what a process asked the store with, and would have removed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+QUARANTINED_PREFIX = "quarantined-"
+OWNER = "owner.json"
+BEAT_PREFIX = "beat-"
+METADATA = ".metadata"
+MANIFEST = "manifest.json"
+ABORTED = "aborted.json"
+
+_STEP = re.compile(r"step-(\d{9,})")
+_ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
+_ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
+_RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
+_DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
+_BEAT = re.compile(r"beat-[0-9a-f]{32}")
+
+
+def step_folder(step: int) -> str:
+    """Folder name of a step's checkpoint. Raises ValueError for a negative step."""
+    if step < 0:
+        raise ValueError(f"step is {step}; it must be >= 0")
+    return f"step-{step:09d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a folder name, None for other folders."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def attempt_folder(attempt: str) -> str:
+    """Folder name of an attempt, below its step."""
+    return f"attempt-{attempt}"
+
+
+def parse_attempt(name: str) -> str | None:
+    """The attempt's id, None for other folders."""
+    match = _ATTEMPT.fullmatch(name)
+    return match[1] if match else None
+
+
+def data_name(attempt: str, rank: int, index: int) -> str:
+    """A data object's name below its step; also `relative_path` in the stock metadata."""
+    return f"{attempt_folder(attempt)}/__{rank}_{index}.distcp"
+
+
+def is_data_name(name: str) -> bool:
+    """Whether `data_name` could have made `name`."""
+    return _DATA.fullmatch(name) is not None
+
+
+def manifest_name(attempt: str) -> str:
+    """Name, below its step, of the manifest of one attempt."""
+    return f"{attempt_folder(attempt)}/{MANIFEST}"
+
+
+def is_manifest_name(name: str) -> bool:
+    """Whether `manifest_name` could have made `name`."""
+    return _ATTEMPT_MANIFEST.fullmatch(name) is not None
+
+
+def receipt_name(attempt: str, rank: int) -> str:
+    """A receipt's name below its step."""
+    return f"{attempt_folder(attempt)}/receipt-{rank:06d}.json"
+
+
+def parse_receipt(name: str) -> int | None:
+    """The rank of a receipt, by the last part of its name; None for other objects."""
+    match = _RECEIPT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def aborted_name(attempt: str) -> str:
+    """Name, below its step, of the note that the coordinator leaves when it gives an attempt up."""
+    return f"{attempt_folder(attempt)}/{ABORTED}"
+
+
+def quarantined_name(metadata: bytes) -> str:
+    """Name, below its step, under which `metadata` is set aside: it says of which `.metadata` it is a copy."""
+    return f"{QUARANTINED_PREFIX}{hashlib.sha256(metadata).hexdigest()}{METADATA}"
+
+
+def beat_name(token: str) -> str:
+    """Name of what the owner with that claim writes as long as it lives."""
+    return BEAT_PREFIX + token
+
+
+def is_beat_name(name: str) -> bool:
+    """Whether `beat_name` could have made `name`, of the token of a Checkpointer."""
+    return _BEAT.fullmatch(name) is not None
+
+
+def split_step_url(url: str) -> tuple[str, str]:
+    """Split the URL of one step's folder into the run's URL and the key prefix; ("…", "") for any other URL.
+
+    What follows a `?` in a URL with a scheme are options of the store, and stays with the run.
+    """
+    path, query = _split_query(url)
+    run, slash, last = path.rstrip("/").rpartition("/")
+    if slash and parse_step(last) is not None:
+        return run + query, last + "/"
+    return url, ""
+
+
+def join_url(url: str, key: str) -> str:
+    """The URL of what is called `key` in the store at `url`."""
+    path, query = _split_query(url)
+    return f"{path.rstrip('/')}/{key}".rstrip("/") + query
+
+
+def _split_query(url: str) -> tuple[str, str]:
+    path, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    return path, mark + query

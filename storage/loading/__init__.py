@@ -1,0 +1,1 @@
+"""From a checkpoint to a state: exactly the bytes that each rank needs."""

@@ -1,0 +1,116 @@
+"""Whether a checkpoint fits a training state, and what to read for it, by DCP's planner."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.distributed.tensor import DTensor
+
+from storage.format.dcp_metadata import torch_dtype
+from storage.format.index import Entry, Index
+from storage.format.items import decode_value
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """DCP's planner, except that values are loaded without executing code, and that numpy compares the shards.
+
+    DCP compares every local shard with every stored one in Python; the plan is the same.
+    """
+
+    def __init__(self, index: Index) -> None:
+        super().__init__()
+        self._index = index
+
+    def create_local_plan(self) -> LoadPlan:
+        """What to read for each key of the state; the checkpoint must have been found to fit it (`differences`)."""
+        items: list[ReadItem] = []
+        for key, value in self.state_dict.items():
+            if not self._index.entries[key].is_tensor:
+                place, nothing = MetadataIndex(key), torch.Size((0,))
+                items.append(ReadItem(LoadItemType.BYTE_IO, place, nothing, place, nothing, nothing))
+            elif not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None:
+                for number, chunk in enumerate(_create_chunk_list(value)):
+                    items += read_items_of_box(self._index, key, number, chunk.offsets, chunk.sizes)
+        return LoadPlan(items)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put the value into the state. Raises Corrupt."""
+        key = read_item.dest_index.fqn
+        set_element(self.original_state_dict, self.mappings[key], decode_value(value.getvalue(), key))
+
+
+def read_items_of_box(
+    index: Index, key: str, number: int, offsets: Sequence[int], sizes: Sequence[int]
+) -> list[ReadItem]:
+    """What to read for local shard `number`, which is the box [offsets, offsets + sizes) of the tensor `key`."""
+    entry, num_dims = index.entries[key], len(offsets)
+    span = slice(entry.first, entry.last)
+    low, shape = np.array(offsets, np.int64), np.array(sizes, np.int64)
+    stored_low, stored_shape = index.columns.offsets[span, :num_dims], index.columns.sizes[span, :num_dims]
+    starts = np.maximum(stored_low, low)
+    lengths = np.minimum(stored_low + stored_shape, low + shape) - starts
+    hits = np.flatnonzero((lengths > 0).all(axis=1))
+    destination = MetadataIndex(key, torch.Size(offsets), number)
+    rows = zip(
+        hits.tolist(),
+        stored_low[hits].tolist(),
+        (starts - low)[hits].tolist(),
+        (starts - stored_low)[hits].tolist(),
+        lengths[hits].tolist(),
+        strict=True,
+    )
+    return [
+        ReadItem(
+            LoadItemType.TENSOR,
+            destination,
+            torch.Size(to),
+            MetadataIndex(key, torch.Size(stored), hit),
+            torch.Size(source),
+            torch.Size(length),
+        )
+        for hit, stored, to, source, length in rows
+    ]
+
+
+def differences(state: dict[str, Any], entries: Mapping[str, Entry]) -> list[str]:
+    """In what the checkpoint does not fit the flattened state, in the state's order; empty if it fits.
+
+    Keys that only the checkpoint has do not count: a state may be a part of what was saved.
+    """
+    found = []
+    for key, value in state.items():
+        saved = entries.get(key)
+        if saved is None:
+            found.append(f"{key!r} is not in the checkpoint")
+        elif not saved.is_tensor:
+            if isinstance(value, torch.Tensor):
+                found.append(f"{key!r} is a tensor, the checkpoint has a value")
+        elif not isinstance(value, torch.Tensor):
+            found.append(f"{key!r} is a {type(value).__name__}, the checkpoint has a tensor")
+        elif tuple(value.shape) != saved.shape:
+            found.append(f"{key!r} has shape {list(value.shape)}, the checkpoint {list(saved.shape)}")
+    return found
+
+
+def num_surplus(state: Collection[str], entries: Mapping[str, Entry]) -> int:
+    """How many keys only the checkpoint has."""
+    return len(entries.keys() - set(state))
+
+
+def needed_bytes(items: Collection[ReadItem], entries: Mapping[str, Entry]) -> int:
+    """Bytes of tensors that the read items ask for."""
+    total = 0
+    for item in items:
+        saved = entries[item.storage_index.fqn]
+        if saved.is_tensor:
+            total += item.lengths.numel() * torch_dtype(saved.dtype).itemsize
+    return total

@@ -1,0 +1,232 @@
+"""Fill a state from a checkpoint: read items -> requests -> what others need too, exchanged -> the rest, in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from storage.errors import Cause, Corrupt
+from storage.format.index import Index
+from storage.format.stock import END_SIZE_BYTES, Layout, look
+from storage.loading.exchange import Exchange, Shared, agree, learn_crcs
+from storage.loading.fetch import Source, Traffic, scratch
+from storage.loading.neighbours import BOOT_ID, Neighbours
+from storage.loading.pieces import Piece, clipped, item_segments, long_runs
+from storage.loading.readplan import Part, Range, Segment, Want, plan_parts
+from storage.loading.requests import Requests, long_items, reads_of, requests_of
+from storage.loading.shareplan import Blocks, holes_of, should_share
+from storage.parallel import run_all, windowed_by_size
+from storage.ranks.agreement import PeerFailed
+from storage.ranks.group import Group
+from storage.stores.objects import HostCached, ObjectStore
+
+log = logging.getLogger(__name__)
+
+NUM_THREADS = 16  # AWS gives a connection 85 to 90 MB/s
+_HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
+
+
+def read_items(
+    store: ObjectStore,
+    index: Index,
+    items: Sequence[ReadItem],
+    planner: LoadPlanner,
+    group: Group | None = None,
+    num_threads: int = NUM_THREADS,
+) -> Traffic:
+    """Read every item into what `planner` resolves for it.
+
+    With a `group` this is a collective: what several ranks need is fetched by one of them, unless `should_share` says
+    that each had better read it. Checksums are verified
+    before a value is handed over, but tensors are filled in place: after an error their content is undefined.
+
+    Raises:
+        Corrupt: a checksum, size or format does not hold.
+        UnsupportedValue: the checkpoint was written with DCP's stream transforms.
+        PeerFailed: another rank of the group has raised.
+        Transient, Denied, NotFound: by the store.
+    """
+    together = group is not None and group.world_size > 1
+    requests, failure = None, None
+    source, traffic = Source(store, index), Traffic()
+    holes: dict[int, list[Range]] = {}
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
+        try:
+            layouts, traffic = _look_at_long(source, long_items(index, items), pool)
+            requests = requests_of(index, items, planner, layouts)
+        except Exception as error:
+            if not together:
+                raise
+            failure = error
+        if group is not None and together:
+            if group.any(failure is not None):
+                raise failure or PeerFailed("nothing was read because another rank has failed to")
+            assert requests is not None
+            index = learn_crcs(group, index, requests)
+        assert requests is not None
+        source = dataclasses.replace(source, index=index, sums=requests.sums)
+        if group is not None and together and _share(store, group, requests):
+            places = Places(index)
+            shared = agree(group, requests, places.blocks, places.axis)
+            piece_of = _Pieces(places, shared, requests).piece
+            traffic += Exchange(group, Neighbours(group), source, shared, piece_of, requests).run(pool)
+            holes = places.by_object(holes_of(shared.plan, group.rank))
+        traffic += _read_rest(source, requests, holes, pool)
+        if damaged := requests.damaged():
+            traffic += _read_again(source, requests, damaged, items, planner, pool)
+    for call in itertools.chain.from_iterable(requests.at_end.values()):
+        call()
+    return traffic
+
+
+def _read_again(
+    source: Source,
+    requests: Requests,
+    damaged: Mapping[int, Corrupt],
+    items: Sequence[ReadItem],
+    planner: LoadPlanner,
+    pool: ThreadPoolExecutor,
+) -> Traffic:
+    """Read long items of stock DCP once more, by this rank for itself; the way to here may have flipped a bit.
+
+    Raises:
+        Corrupt: one of them is damaged again.
+    """
+    index = source.index
+    concerned = reads_of(index, items, damaged)
+    layouts, traffic = _look_at_long(source, long_items(index, concerned), pool)
+    again = requests_of(index, concerned, planner, layouts)
+    traffic += _read_rest(Source(source.store, index, again.sums), again, {}, pool)
+    still = again.damaged()
+    for item, first in damaged.items():
+        key = index.prefix + index.objects[int(index.columns.object[item])].name
+        if item in still:
+            raise Corrupt(str(still[item]), key)
+        source.store.retries.add(Cause.DAMAGED, 0.0)
+        log.warning("read again, %s is whole; the first time: %s", key, first)
+    requests.at_end = {item: calls for item, calls in requests.at_end.items() if item not in damaged} | again.at_end
+    return traffic
+
+
+def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
+    """See `should_share`; a collective."""
+    host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
+    told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
+    is_host_cached = isinstance(store, HostCached) and store.is_host_cached
+    return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
+
+
+def _look_at_long(source: Source, items: Sequence[int], pool: ThreadPoolExecutor) -> tuple[dict[int, Layout], Traffic]:
+    """How stock DCP's long items are laid out; without those that must be read into memory whole."""
+    columns = source.index.columns
+
+    def look_at(item: int) -> Layout | None:
+        offset = int(columns.offset[item])
+        return look(lambda start, size: source.read(item, offset + start, size), int(columns.length[item]))
+
+    found = dict(zip(items, run_all(pool, [functools.partial(look_at, item) for item in items]), strict=True))
+    for item in items:
+        if found[item] is None:
+            name = source.index.objects[int(columns.object[item])].name
+            log.warning("%s at byte %d is no plain tensor; all of it is read into memory", name, columns.offset[item])
+    layouts = {item: layout for item, layout in found.items() if layout is not None}
+    return layouts, Traffic(2 * len(items), 2 * END_SIZE_BYTES * len(items))
+
+
+def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: ThreadPoolExecutor) -> Traffic:
+    """What this rank fetches for nobody but itself."""
+
+    def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
+        views = [requests.view(segment) for segment in part.segments]
+        memories = [
+            scratch(segment.stop - segment.start) if view is None else view
+            for segment, view in zip(part.segments, views, strict=True)
+        ]
+        source.fetch(part, memories)
+        return part, [memory if view is None else None for memory, view in zip(memories, views, strict=True)]
+
+    traffic = Traffic()
+    parts = plan_parts(requests.spans, requests.wants, holes)
+    for part, memories in windowed_by_size(pool, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
+        traffic += Traffic(1, part.stop - part.start)
+        for segment, memory in zip(part.segments, memories, strict=True):
+            if memory is None:
+                requests.filled(segment)
+            else:
+                requests.deliver(segment, memory)
+    for ring in requests.rings.values():
+        ring.drain()
+    return traffic
+
+
+class Places:
+    """Between the axis, objects and items."""
+
+    def __init__(self, index: Index) -> None:
+        columns = index.columns
+        self.axis = index.axis()
+        self._order = np.argsort(self.axis, kind="stable")
+        self._start = self.axis[self._order]
+        self.blocks = Blocks(self._start, columns.length[self._order], columns.block_size_bytes[self._order])
+        self._object = columns.object
+        self._offset = columns.offset
+
+    def items(self, start: int, stop: int) -> list[int]:
+        """The items that have bytes in the range of the axis, in order; there are some."""
+        first = int(np.searchsorted(self._start, start, "right")) - 1
+        last = int(np.searchsorted(self._start, stop, "left"))
+        found: list[int] = self._order[first:last].tolist()
+        return found
+
+    def in_object(self, item: int, place: int) -> int:
+        """The byte of the item's object that is at `place` of the axis."""
+        return place - int(self.axis[item]) + int(self._offset[item])
+
+    def by_object(self, ranges: Iterable[Range]) -> dict[int, list[Range]]:
+        """Ranges of the axis as ranges of objects."""
+        found: dict[int, list[Range]] = defaultdict(list)
+        for start, stop in ranges:
+            item = self.items(start, stop)[0]
+            begin = self.in_object(item, start)
+            found[int(self._object[item])].append((begin, begin + stop - start))
+        return found
+
+
+class _Pieces:
+    """Pieces of the plan with this rank's segments."""
+
+    def __init__(self, places: Places, shared: Shared, requests: Requests) -> None:
+        self._places = places
+        self._plan = shared.plan
+        self._spans = requests.spans
+        self._wants_of: dict[int, list[Want]] = defaultdict(list)
+        for want in requests.wants:
+            self._wants_of[want.item].append(want)
+        self._segments_of: dict[int, list[Segment]] = {}
+
+    def piece(self, number: int) -> Piece:
+        """Piece `number`, of which every block is wanted by this rank."""
+        start, stop = int(self._plan.start[number]), int(self._plan.stop[number])
+        items = self._places.items(start, stop)
+        begin = self._places.in_object(items[0], start)
+        span = (begin, begin + stop - start)
+        of = [self._spans[item] for item in items]
+        segments = itertools.chain.from_iterable(
+            clipped(self._segments(item), self._spans[item].block_size_bytes, span) for item in items
+        )
+        before, behind = self._plan.is_cut[number].tolist()
+        return Piece(number, Part(of[0].object, *span, tuple(segments)), long_runs(of, span, (before, behind)))
+
+    def _segments(self, item: int) -> list[Segment]:
+        if item not in self._segments_of:
+            self._segments_of[item] = item_segments(item, self._spans[item], self._wants_of[item])
+        return self._segments_of[item]

@@ -1,0 +1,160 @@
+"""The way of a restore: the newest good checkpoint, the same on all ranks, and the judgement over damaged ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storage import inspect
+from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
+from storage.events import Reporter
+from storage.format import layout
+from storage.format.dcp_metadata import metadata_of
+from storage.format.index import Index
+from storage.loading.fetch import Traffic
+from storage.loading.loadplan import SafeLoadPlanner, differences, needed_bytes, num_surplus
+from storage.loading.reading import read_items
+from storage.ranks.agreement import AgreeingGroup
+from storage.run import catalog, quarantine
+from storage.run.owner import Claim
+from storage.stores.objects import ObjectInfo, ObjectStore
+
+log = logging.getLogger(__name__)
+
+_NUM_DIFFERENCES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was read: the checkpoint's step, bytes that the state needed, and what this rank fetched for them."""
+
+    step: int
+    needed_bytes: int
+    traffic: Traffic
+
+
+class Restorer:
+    """Reads for one group of ranks. Every method without underscore is a collective."""
+
+    def __init__(self, store: ObjectStore, claim: Claim, group: AgreeingGroup, report: Reporter) -> None:
+        self._store = store
+        self._claim = claim
+        self._group = group
+        self._report = report
+        self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
+
+    def restore(self, flat: dict[str, Any]) -> Restored | None:
+        """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
+
+        Returns None, with `flat` untouched, if there is none.
+
+        Raises:
+            WrongModel, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
+        """
+        damaged: list[str] = []
+        while (index := self._group.share(lambda: self._newest(damaged), Index.load)) is not None:
+            result = self._read(flat, index)
+            if not isinstance(result, Corrupt):
+                return Restored(index.step, result[1], result[0])
+            self._judge(index.step, result)
+            damaged.append(str(result))
+        return None
+
+    def _newest(self, damaged: Collection[str]) -> Index | None:
+        """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all."""
+        reasons = list(damaged)
+        for step, version in catalog.candidates(self._store):
+            self._version = version
+            try:
+                return catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
+            except NoCheckpoint:
+                continue  # set aside, or removed since it was listed
+            except Corrupt as error:
+                self._set_aside(step, version, str(error))
+                reasons.append(str(error))
+        if reasons:
+            raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
+        if aside := catalog.quarantined_steps(self._store):
+            raise Corrupt(
+                f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
+                f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
+            )
+        return None
+
+    def _read(self, flat: dict[str, Any], index: Index) -> tuple[Traffic, int] | Corrupt:
+        """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
+
+        A rank that found no damage itself returns a Corrupt without a message when another one did.
+        """
+        planner = SafeLoadPlanner(index)
+        planner.set_up_planner(flat, metadata_of(index), self._group.is_coordinator)
+        self._group.everywhere(lambda: self._check_fits(planner.state_dict, index))
+        items = self._group.everywhere(lambda: planner.create_local_plan().items)
+        found: list[Corrupt] = []
+
+        def read() -> tuple[Traffic, int]:
+            try:
+                traffic = read_items(self._store, index, items, planner, self._group)
+            except Corrupt as error:
+                found.append(error)
+                raise
+            return traffic, needed_bytes(items, index.entries)
+
+        try:
+            return self._group.everywhere(read)
+        except Corrupt:
+            return found[0] if found else Corrupt("")
+
+    def _check_fits(self, state: dict[str, Any], index: Index) -> None:
+        found, step = differences(state, index.entries), index.step
+        if found:
+            shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
+            more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
+            raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
+        if surplus := num_surplus(state, index.entries):
+            log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
+
+    def _judge(self, step: int, found: Corrupt) -> None:
+        """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do.
+
+        A single rank may be wrong, by its memory or by its mount, and would take every checkpoint for damaged.
+
+        Raises:
+            Disputed: what the ranks complain of is whole when it is read again.
+        """
+        complaint = {"text": str(found), "key": found.key, "host": socket.gethostname()}
+        gathered = self._group.gather(json.dumps(complaint).encode())
+
+        def judge() -> None:
+            complaints = {rank: json.loads(data) for rank, data in enumerate(gathered or [])}
+            complaints = {rank: told for rank, told in complaints.items() if told["text"]}
+            keys = {told["key"] for told in complaints.values()}
+            try:
+                verdict = inspect.verify(self._store, layout.step_folder(step) + "/", None if None in keys else keys)
+            except NoCheckpoint:
+                return  # somebody else was faster
+            if not verdict.problems:
+                raise Disputed(_dispute(step, complaints))
+            assert self._version is not None
+            self._set_aside(step, self._version, next(iter(complaints.values()))["text"])
+
+        self._group.on_coordinator(judge)
+
+    def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
+        """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
+        self._claim.check()
+        if quarantine.set_aside(self._store, version):
+            self._report("checkpoint_quarantined", step=step, reason=reason)
+
+
+def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:
+    told = "; ".join(f"rank {rank} on {told['host']}: {told['text']}" for rank, told in complaints.items())
+    return (
+        f"the checkpoint of step {step} reads as damaged ({told}), but rank 0 has read the same data again and found it"
+        " whole; nothing was set aside: either another program replaced data while it was read (see what else writes to"
+        " this run), or the memory or the storage mount of the host named here is at fault"
+    )

@@ -1,0 +1,1 @@
+"""The ranks that checkpoint together, and how they succeed or fail together."""

@@ -1,0 +1,230 @@
+"""Which checkpoints a run has, and opening one: everything up to its data objects."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
+from storage.format import layout
+from storage.format.checksum import crc32c
+from storage.format.index import Index, of_manifest
+from storage.format.manifest import Manifest, ObjectEntry, load_manifest
+from storage.stores.objects import ObjectInfo, ObjectStore, exists, read_if_there
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What was found of a committed checkpoint, before any data was read.
+
+    `manifest` is None for a checkpoint of stock DCP, of which `metadata` is the `.metadata` (else empty) and
+    `sizes_bytes` says what lies in its folder.
+    """
+
+    prefix: str
+    metadata: bytes
+    manifest: Manifest | None
+    sizes_bytes: Mapping[str, int]
+
+
+def steps(store: ObjectStore) -> list[int]:
+    """Every step that has a folder, committed or not, newest first."""
+    found = (layout.parse_step(name) for name in store.folders(""))
+    return sorted((step for step in found if step is not None), reverse=True)
+
+
+def is_checkpoint(store: ObjectStore, prefix: str) -> bool:
+    """Whether a checkpoint is committed at `prefix`, and not set aside."""
+    if not exists(store, prefix + layout.METADATA):
+        return False
+    if not (aside := store.list(prefix + layout.QUARANTINED_PREFIX)):
+        return True
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+    except NotFound:
+        return False
+    return prefix + layout.quarantined_name(metadata) not in {info.key for info in aside}
+
+
+def is_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
+    """Whether the checkpoint that `metadata` commits was found corrupt. It stays where it cannot be removed safely."""
+    return exists(store, prefix + layout.quarantined_name(metadata))
+
+
+def candidates(store: ObjectStore) -> Iterator[tuple[int, ObjectInfo]]:
+    """Steps that have a `.metadata`, with the version of it, newest first. `find_commit` knows those set aside.
+
+    A step is looked at when it is asked for: who takes the newest one has asked for no other.
+    """
+    for step in steps(store):
+        with contextlib.suppress(NotFound):
+            yield step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")
+
+
+def committed_steps(store: ObjectStore) -> list[int]:
+    """Steps that are committed, newest first."""
+    return [step for step in steps(store) if is_checkpoint(store, layout.step_folder(step) + "/")]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies at a prefix: `.metadata`, objects by name below it, and the manifest at the top if it was read."""
+
+    metadata: bytes
+    listed: Mapping[str, ObjectInfo]
+    manifest: bytes | None = None
+
+
+def find_commit(store: ObjectStore, prefix: str) -> Commit:
+    """Read what commits the checkpoint at `prefix` ("" or ending in a slash), and check that it fits together.
+
+    Raises:
+        NoCheckpoint: nothing is committed there, or it was set aside.
+        Corrupt: the manifest or `.metadata` is damaged, missing or another's, or a data object is missing or has
+            another size.
+    """
+    metadata = _read_metadata(store, prefix)
+    return _fit(store, prefix, _Found(metadata, _listed(store, prefix)))
+
+
+def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
+    """What `find_commit` and `open_commit` find, with fewer waits for the store: the looks that they take go at once.
+
+    What does not fit together is looked at again, one after the other: somebody may have committed between the looks,
+    or the way to here may have flipped a bit.
+
+    Raises NoCheckpoint, Corrupt.
+    """
+    try:
+        return open_commit(_fit(store, prefix, _look_at_once(store, prefix)))
+    except Corrupt as error:
+        found = open_commit(find_commit(store, prefix))
+        log.warning("read again, %s is whole; the first time: %s", layout.join_url(store.url, prefix), error)
+        return found
+
+
+def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
+    with ThreadPoolExecutor(2, thread_name_prefix="storage-open") as pool:
+        manifest = pool.submit(read_if_there, store, prefix + layout.MANIFEST)
+        # below the root lies perhaps a whole run; that is listed only if the root is a checkpoint itself
+        listing = pool.submit(_listed, store, prefix) if prefix else None
+        metadata = _read_metadata(store, prefix)
+        listed = listing.result() if listing is not None else _listed(store, prefix)
+        return _Found(metadata, listed, manifest.result())
+
+
+def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
+    try:
+        return store.read(prefix + layout.METADATA)
+    except NotFound:
+        where = layout.join_url(store.url, prefix)
+        raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
+
+
+def _listed(store: ObjectStore, prefix: str) -> dict[str, ObjectInfo]:
+    return {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+
+
+def _fit(store: ObjectStore, prefix: str, found: _Found) -> Commit:
+    metadata, listed = found.metadata, found.listed
+    if layout.quarantined_name(metadata) in listed:
+        where = layout.join_url(store.url, prefix)
+        raise NoCheckpoint(f"no checkpoint at {where}: it was found damaged, and set aside")
+    manifest = find_manifest(store, prefix, metadata, listed, found.manifest)
+    sizes_bytes = {name: info.size_bytes for name, info in listed.items()}
+    if manifest is None:
+        return Commit(prefix, metadata, None, sizes_bytes)
+    step = layout.parse_step(prefix.rstrip("/"))
+    if step is not None and step != manifest.step:
+        raise Corrupt(f"{prefix}{layout.MANIFEST} is of step {manifest.step}")
+    check_objects(store, prefix, manifest.objects, listed)
+    return Commit(prefix, b"", manifest, sizes_bytes)
+
+
+def check_objects(
+    store: ObjectStore, prefix: str, objects: Sequence[ObjectEntry], listed: Mapping[str, ObjectInfo]
+) -> None:
+    """Compare the data objects with the store's; `listed` is what a listing of `prefix` showed, by name below it.
+
+    By size, and not by etag: that may differ between two clients of one store (on a mounted file system it holds the
+    inode and the time of change, as this client sees them).
+
+    A listing may be older than the truth (caches of a mounted file system): what it lacks is asked for by name.
+
+    Raises:
+        Corrupt: one is missing or has another size.
+    """
+    for entry in objects:
+        info = listed.get(entry.name)
+        if info is None or info.size_bytes != entry.size_bytes:
+            try:
+                info = store.info(prefix + entry.name)
+            except NotFound:
+                raise Corrupt(f"{prefix}{entry.name} is missing") from None
+        if info.size_bytes != entry.size_bytes:
+            raise Corrupt(f"{prefix}{entry.name} has {info.size_bytes} bytes, the manifest says {entry.size_bytes}")
+
+
+def find_manifest(
+    store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str], top: bytes | None = None
+) -> Manifest | None:
+    """The manifest that `metadata`, the `.metadata` at `prefix`, commits; None for a checkpoint of stock DCP.
+
+    `.metadata` decides, and nothing else: whoever lost the race for it may still have put its own manifest at the top,
+    which is a copy for people. `names` are the objects below `prefix`; an attempt's manifest is never overwritten.
+    `top`: the manifest at the top, if it was read already.
+
+    Raises:
+        Corrupt: there is an attempt, but no intact manifest that fits `metadata`.
+    """
+    problems = []
+    names = sorted(names)
+    for name in (layout.MANIFEST, *filter(layout.is_manifest_name, names)):
+        try:
+            data = top if name == layout.MANIFEST and top is not None else store.read(prefix + name)
+            manifest = load_manifest(data, prefix + name)
+        except NotFound:
+            continue
+        except Corrupt as error:
+            problems.append(str(error))
+            continue
+        if commits(metadata, manifest):
+            if problems:
+                log.warning("%s; read %s%s instead", problems[0], prefix, name)
+            return manifest
+        problems.append(f"{prefix}{layout.METADATA} is damaged: its checksum is not that in {name}")
+    if problems:
+        raise Corrupt(problems[0])
+    if any(layout.parse_attempt(name.split("/")[0]) for name in names):
+        raise Corrupt(f"{prefix}{layout.MANIFEST} is missing")
+    return None
+
+
+def commits(metadata: bytes, manifest: Manifest) -> bool:
+    """Whether `metadata` is the `.metadata` of `manifest`. Pure."""
+    return (len(metadata), crc32c(metadata)) == (manifest.metadata_size_bytes, manifest.metadata_crc32c)
+
+
+def open_commit(commit: Commit) -> Index:
+    """Turn a commit into something that can be read from. Raises Corrupt."""
+    from storage.format.dcp_metadata import check_sizes, load_metadata
+
+    if commit.manifest is not None:
+        return check_sizes(of_manifest(commit.prefix, commit.manifest))
+    step = layout.parse_step(commit.prefix.rstrip("/")) or 0
+    name = commit.prefix + layout.METADATA
+    try:
+        return load_metadata(commit.metadata, commit.prefix, step, commit.sizes_bytes, name)
+    except Denied as error:
+        # what damage looks like from here: no store was asked, so nothing refused an access
+        raise Corrupt(str(error)) from None
+
+
+def quarantined_steps(store: ObjectStore) -> list[int]:
+    """Steps of which a damaged checkpoint was set aside, newest first."""
+    return [step for step in steps(store) if store.list(f"{layout.step_folder(step)}/{layout.QUARANTINED_PREFIX}")]

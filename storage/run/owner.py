@@ -1,0 +1,145 @@
+"""Fencing: who may commit checkpoints to a run.
+
+`RUN/owner.json` names the newest claimant. A process claims the run when it opens it, with an epoch one higher than
+the recorded one, and looks again right before it commits: if another claim has replaced its own, it is fenced off.
+Within one lineage (one rendezvous store) generations are comparable, so a claim by a lower generation than the
+recorded one is refused at once. Another lineage is another launch; its job is asked first whether it lives (see
+`storage.run.alive`), and of two that claim all the same the newer one wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from pydantic import ConfigDict, Field
+
+from storage.errors import Corrupt, Fenced, NotFound
+from storage.format.layout import OWNER
+from storage.format.sealed import Document, seal, unseal
+from storage.stores.objects import ObjectStore, read_checked
+
+log = logging.getLogger(__name__)
+
+_KIND = "owner"
+
+
+class Owner(Document):
+    """One claim; `token` tells two claims of the same epoch apart (the last one written stands).
+
+    `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none. `rendezvous` is torchrun's
+    `--rdzv-id`, "" if torchrun has not started the process.
+    """
+
+    # a later version may say more about an owner: what fences is here already
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    lineage: str
+    generation: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    token: str
+    run_id: str = ""
+    host: str = ""
+    rendezvous: str = ""
+
+    @property
+    def is_recognisable(self) -> bool:
+        """Whether a later claim can be told to be the same job's, see `is_same_job`."""
+        return bool(self.lineage) or self.rendezvous not in ("", "none")
+
+    @property
+    def who(self) -> str:
+        """As people call it."""
+        name = f"job {self.run_id!r}" if self.run_id else "another job"
+        return f"{name} (generation {self.generation}{f', on {self.host}' if self.host else ''})"
+
+
+def next_owner(recorded: Owner | None, wanted: Owner) -> Owner:
+    """`wanted` as the claim that follows `recorded`: with its epoch. Pure. Raises Fenced when it may not follow."""
+    if recorded is None:
+        return wanted.model_copy(update={"epoch": 1})
+    if recorded.lineage == wanted.lineage and recorded.generation > wanted.generation:
+        raise Fenced(
+            f"generation {wanted.generation} may not take over from generation {recorded.generation} of the same launch"
+        )
+    return wanted.model_copy(update={"epoch": recorded.epoch + 1})
+
+
+def is_same_job(recorded: Owner, mine: Owner) -> bool:
+    """Whether `recorded` is an earlier claim of the job that claims `mine`. Pure.
+
+    That is told by the lineage; without any, by torchrun's rendezvous, since torchrun ends its workers before it starts
+    others there. Never by `run_id`: whoever gives two jobs one name says nothing about whether the first has ended.
+    "none" is the rendezvous of every torchrun that was not given one.
+    """
+    if mine.lineage or recorded.lineage:
+        return recorded.lineage == mine.lineage
+    return mine.is_recognisable and recorded.rendezvous == mine.rendezvous
+
+
+def read_owner(store: ObjectStore) -> Owner | None:
+    """The recorded claim, None on a fresh run. Raises Corrupt."""
+    try:
+        return read_checked(store, OWNER, lambda data: unseal(_KIND, Owner, data, OWNER))
+    except NotFound:
+        return None
+
+
+def is_late(recorded: Owner, mine: Owner) -> bool:
+    """Whether `recorded` was written by a process that `mine` has superseded. Pure.
+
+    Claiming is a look and then a write, and the older process may have been paused between the two.
+    """
+    return recorded.lineage == mine.lineage and recorded.generation < mine.generation
+
+
+def claim(store: ObjectStore, wanted: Owner) -> tuple[Owner, Owner | None]:
+    """Record this process as the run's owner; the claim, and the one that it replaces. Raises Fenced.
+
+    The epoch of `wanted` counts for nothing: it becomes one more than the recorded one.
+    """
+    try:
+        recorded = read_owner(store)
+    except Corrupt as error:
+        # tokens still fence every living owner off; only the order of generations is lost
+        log.warning("taking the run over without knowing its last owner: %s", error)
+        recorded = None
+    return _record(store, next_owner(recorded, wanted)), recorded
+
+
+def _record(store: ObjectStore, owner: Owner) -> Owner:
+    store.put(OWNER, [seal(_KIND, owner)])
+    recorded = read_owner(store)
+    if recorded != owner:
+        raise fenced(recorded, owner)
+    return owner
+
+
+class Claim:
+    """This group's hold on a run; the coordinator asks it, from any thread."""
+
+    def __init__(self, store: ObjectStore, owner: Owner) -> None:
+        self._store = store
+        self._owner = owner
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Raise Fenced unless the run is still ours. A late claim of an older generation is claimed back."""
+        with self._lock:
+            recorded = read_owner(self._store)
+            if recorded == self._owner:
+                return
+            if recorded is None or not is_late(recorded, self._owner):
+                raise fenced(recorded, self._owner)
+            log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
+            self._owner = _record(self._store, next_owner(recorded, self._owner))
+
+
+def fenced(recorded: Owner | None, mine: Owner) -> Fenced:
+    """What it means for `mine` that `recorded` is the run's claim. Pure."""
+    if recorded is None:
+        now = "nobody"
+    else:
+        is_ours = recorded.lineage == mine.lineage
+        now = f"{f'generation {recorded.generation}' if is_ours else recorded.who}, epoch {recorded.epoch}"
+    return Fenced(f"the run now belongs to {now}; this process held epoch {mine.epoch}")

@@ -1,0 +1,102 @@
+"""Setting a `.metadata` aside: one that was found damaged, or commits nothing any more, and what then has to make way.
+
+A copy whose name says which `.metadata` is meant (`layout.quarantined_name`) makes it count no more. It is also removed
+where the store can remove that very version and no other; elsewhere it stays until the step is saved anew. So nothing
+here hits what another process has committed meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from storage.errors import AlreadyExists, NotFound
+from storage.format import layout
+from storage.run import catalog
+from storage.run.owner import Claim
+from storage.stores.objects import ObjectInfo, ObjectStore, can_delete_version
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A `.metadata` that was set aside and is still there."""
+
+    info: ObjectInfo
+    metadata: bytes
+
+
+def set_aside(store: ObjectStore, judged: ObjectInfo) -> bool:
+    """Set a `.metadata` aside, so that nobody takes the damaged checkpoint for a good one; whether it was still there.
+
+    `judged` is what the store said of it before the damage was looked for. By now another may be there, of a newer
+    owner who was faster and has saved the step anew: that one stays. A copy whose name says which `.metadata` is
+    meant makes it count no more; it is also removed where the store can remove that very version and no other.
+    """
+    prefix = judged.key.removesuffix(layout.METADATA)
+    try:
+        metadata = store.read(judged.key)
+        if store.info(judged.key) != judged:
+            return False
+    except NotFound:
+        return False
+    store.put(prefix + layout.quarantined_name(metadata), [metadata])
+    return not can_delete_version(store) or store.delete_version(judged.key, judged.etag)
+
+
+def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
+    """Undo a commit, unless another has taken its place."""
+    with contextlib.suppress(NotFound):
+        info = store.info(prefix + layout.METADATA)
+        if store.read(info.key) != metadata:
+            return
+        if can_delete_version(store):
+            store.delete_version(info.key, info.etag)
+        else:
+            store.put(prefix + layout.quarantined_name(metadata), [metadata])
+
+
+def find_aside(store: ObjectStore, prefix: str) -> Aside | None:
+    """What lies at `prefix` and counts for nothing; None where nothing lies. Raises AlreadyExists: what lies counts."""
+    try:
+        info = store.info(prefix + layout.METADATA)
+        metadata = store.read(info.key)
+    except NotFound:
+        return None
+    if not catalog.is_set_aside(store, prefix, metadata):
+        raise taken(store, prefix)
+    return Aside(info, metadata)
+
+
+def make_way(store: ObjectStore, aside: Aside, claim: Claim | None) -> bool:
+    """Remove what was set aside, to be called right after it was found; True where it has to be put over instead.
+
+    Raises Fenced, AlreadyExists.
+    """
+    if can_delete_version(store):
+        store.delete_version(aside.info.key, aside.info.etag)
+        return False
+    return _may_replace(store, aside.info, claim)
+
+
+def _may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> bool:
+    """Whether it is still there, asked right before a put that has no condition.
+
+    A process that was paused before this must not overwrite what a newer owner has committed meanwhile. One that is
+    paused after it still can, where the store has no conditional deletes.
+
+    Raises Fenced, AlreadyExists.
+    """
+    if claim is not None:
+        claim.check()
+    try:
+        if store.info(aside.key) == aside:
+            return True
+    except NotFound:
+        return False
+    raise taken(store, aside.key.removesuffix(layout.METADATA))
+
+
+def taken(store: ObjectStore, prefix: str) -> AlreadyExists:
+    """What it means for whoever would commit at `prefix` that another has."""
+    where = layout.join_url(store.url, prefix)
+    return AlreadyExists(f"{where} is committed already; restore it, or save to another URL")

@@ -1,0 +1,157 @@
+"""Which checkpoints and left-overs to remove. The decision is pure; `clean` carries it out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from storage.errors import Corrupt, NotFound
+from storage.format import layout
+from storage.run.catalog import find_manifest, steps
+from storage.run.owner import Claim
+from storage.stores.objects import ObjectStore, can_delete_version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What a step's folder holds.
+
+    `attempt`: the committed one; None without a commit, for stock DCP, and where the manifest is damaged.
+    """
+
+    step: int
+    committed: bool
+    quarantined: bool
+    attempt: str | None
+    attempts: frozenset[str]
+    metadata: bytes | None = field(default=None, repr=False)
+    """What commits it."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What to delete of a step: the named attempts, or everything (`attempts` is None)."""
+
+    step: int
+    attempts: frozenset[str] | None
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What was removed, and the committed steps beyond the one just saved: a restore takes the newest of them."""
+
+    removals: Sequence[Removal]
+    newer_steps: tuple[int, ...]
+
+
+def newer_steps(states: Iterable[StepState], saved_step: int) -> tuple[int, ...]:
+    """Committed steps beyond `saved_step`, in order. Pure."""
+    return tuple(sorted(state.step for state in states if state.committed and state.step > saved_step))
+
+
+def decide(
+    states: Iterable[StepState], keep: int, live_attempts: Collection[str], saved_step: int | None = None
+) -> list[Removal]:
+    """What may go, oldest step first.
+
+    The newest `keep` committed steps stay, and `saved_step`, the one that was just committed, wherever it is in the
+    order. Of other older steps everything goes, unless an attempt in it is live. Of the rest only attempts that are
+    neither committed nor live go: they belong to an owner of an older epoch, which can never commit them (see
+    `commit.publish`). A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
+    Without any commit nothing is removed.
+    """
+    ordered = sorted(states, key=lambda state: state.step)
+    committed = [state.step for state in ordered if state.committed]
+    if not committed:
+        return []
+    oldest_kept = committed[-keep:][0]
+    removals = []
+    for state in ordered:
+        dead = frozenset(state.attempts - set(live_attempts) - {state.attempt})
+        if state.step < oldest_kept and state.step != saved_step and not state.attempts & set(live_attempts):
+            removals.append(Removal(state.step, None))
+        elif dead and not state.quarantined and (state.attempt is not None or not state.committed):
+            removals.append(Removal(state.step, dead))
+    return removals
+
+
+def observe(store: ObjectStore) -> list[StepState]:
+    """The state of every step's folder."""
+    return [_observe_step(store, step) for step in steps(store)]
+
+
+def _observe_step(store: ObjectStore, step: int) -> StepState:
+    prefix = layout.step_folder(step) + "/"
+    attempts = frozenset(
+        attempt for name in store.folders(prefix) if (attempt := layout.parse_attempt(name)) is not None
+    )
+    committed, attempt, metadata = True, None, None
+    aside = {info.key for info in store.list(prefix + layout.QUARANTINED_PREFIX)}
+    try:
+        metadata = store.read(prefix + layout.METADATA)
+        committed = prefix + layout.quarantined_name(metadata) not in aside
+        names = [layout.manifest_name(attempt) for attempt in attempts]
+        found = find_manifest(store, prefix, metadata, names)
+        attempt = None if found is None else found.attempt
+    except NotFound:
+        committed = False
+    except Corrupt as error:
+        log.warning("nothing of step %d is cleaned up: %s", step, error)  # a restore finds out what is wrong with it
+    return StepState(step, committed, bool(aside), attempt if committed else None, attempts, metadata)
+
+
+def clean(
+    store: ObjectStore, claim: Claim, keep: int, live_attempts: Callable[[], Collection[str]], saved_step: int
+) -> Cleaned:
+    """Remove what `decide` says after a commit of `saved_step`.
+
+    The folders are looked at before `live_attempts` is asked and the claim is checked: an attempt that this or a
+    later owner starts meanwhile cannot be among what was seen and is not known as live.
+
+    Raises:
+        Fenced: the run has another owner; nothing was removed.
+    """
+    states = observe(store)
+    removals = decide(states, keep, live_attempts(), saved_step)
+    claim.check()
+    state_of = {state.step: state for state in states}
+    for removal in removals:
+        remove(store, removal, state_of[removal.step])
+    return Cleaned(removals, newer_steps(states, saved_step))
+
+
+def remove(store: ObjectStore, removal: Removal, seen: StepState) -> None:
+    """Delete; what makes a checkpoint visible goes first, so that nobody sees half of one.
+
+    Of what a newer owner has saved in the step since it was `seen` nothing goes: not its `.metadata`, nor its attempt.
+    """
+    prefix = layout.step_folder(removal.step) + "/"
+    gone = seen.attempts if removal.attempts is None else removal.attempts
+    if removal.attempts is None:
+        if not _remove_commit(store, prefix + layout.METADATA, seen.metadata):
+            return
+        store.delete(prefix + layout.MANIFEST)
+    for info in store.list(prefix):
+        attempt = layout.parse_attempt(info.key.removeprefix(prefix).split("/")[0])
+        if attempt in gone or (attempt is None and removal.attempts is None and info.key != prefix + layout.METADATA):
+            store.delete(info.key)
+
+
+def _remove_commit(store: ObjectStore, key: str, seen: bytes | None) -> bool:
+    """Remove the `.metadata` that was seen; False if there is another one by now, which stays.
+
+    Where the store cannot remove one version only, one that comes between the look and the delete goes as well.
+    """
+    try:
+        info = store.info(key)
+        if store.read(key) != seen:
+            return False
+    except NotFound:
+        return True
+    if can_delete_version(store):
+        return store.delete_version(key, info.etag)
+    store.delete(key)
+    return True

@@ -1,0 +1,1 @@
+"""From a state to data objects, and from those to a commit."""

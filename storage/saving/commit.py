@@ -1,0 +1,270 @@
+"""The commit protocol: from data objects that nobody sees to a checkpoint that everybody does, or to nothing.
+
+    every rank       data objects under a fresh attempt -> its receipt (or a receipt that says why not)
+    coordinator      all receipts
+                     -> at once: still the run's owner | no other `.metadata` there | every object has the size in its
+                        receipt | the attempt's manifest.json
+                     -> at once: still the run's owner | that manifest read back | a copy of it at the top
+                     -> .metadata, last, one conditional put
+                     -> at once: it is read back and compared | the objects are still there
+    other ranks      wait for `.metadata` of their attempt, or for the coordinator's `aborted.json`
+
+Whoever finds no `.metadata` finds no checkpoint, so a process may die at any point. `.metadata` also says which
+attempt it commits (by its checksum, see `catalog.find_manifest`), so a process that lost its run while it was paused
+between two of these steps cannot tear what a newer owner has committed meanwhile: everything else it writes is its
+own attempt's. The ranks meet only in the store (`storage.saving.receipts`).
+
+Who is fenced learns so before the copy at the top is put, and once more right before `.metadata`; an attempt's manifest
+that is put beside the first of these looks is nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import tenacity
+
+from storage.errors import AlreadyExists, Corrupt, Fenced, StorageError, Transient, Unconfirmed
+from storage.format import layout
+from storage.format.checksum import crc32c
+from storage.format.index import of_manifest
+from storage.format.manifest import (
+    ItemTable,
+    Manifest,
+    ObjectEntry,
+    Receipt,
+    TensorEntry,
+    ValueEntry,
+    dump_manifest,
+)
+from storage.parallel import run_abreast
+from storage.run import catalog, quarantine
+from storage.run.owner import Claim
+from storage.stores.objects import ObjectStore, read_if_there
+
+_NUM_TRIES = 8  # about 5 s
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try to save one step."""
+
+    prefix: str
+    step: int
+    id: str
+    world_size: int
+
+    @classmethod
+    def of_step(cls, step: int, id: str, world_size: int) -> Attempt:
+        """An attempt in a run's folder for `step`."""
+        return cls(layout.step_folder(step) + "/", step, id, world_size)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who saves: recorded in the manifest."""
+
+    generation: int = 0
+    lineage: str = ""
+    mesh: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the state holds, by flattened key."""
+
+    tensors: dict[str, TensorEntry]
+    values: dict[str, ValueEntry]
+
+
+def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
+    """Compare what the ranks say with what the store has. Raises Corrupt."""
+    folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
+    listed = {info.key.removeprefix(attempt.prefix): info for info in store.list(folder)}
+    catalog.check_objects(store, attempt.prefix, objects, listed)
+
+
+def build_manifest(
+    attempt: Attempt, origin: Origin, contents: Contents, receipts: Sequence[Receipt], created_unix_s: float
+) -> tuple[Manifest, bytes]:
+    """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
+    from storage.format.dcp_pickle import dump_metadata
+
+    objects = [entry for receipt in receipts for entry in receipt.objects]
+    ends = list(itertools.accumulate((len(receipt.objects) for receipt in receipts), initial=0))
+    draft = Manifest(
+        step=attempt.step,
+        attempt=attempt.id,
+        created_unix_s=created_unix_s,
+        world_size=attempt.world_size,
+        generation=origin.generation,
+        lineage=origin.lineage,
+        mesh=origin.mesh,
+        metadata_size_bytes=0,
+        metadata_crc32c=0,
+        objects=tuple(objects),
+        tensors=contents.tensors,
+        values=contents.values,
+        items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
+    )
+    metadata = dump_metadata(of_manifest(attempt.prefix, draft), attempt.id)
+    sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}
+    return draft.model_copy(update=sums), metadata
+
+
+def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: bytes, claim: Claim | None) -> None:
+    """Check what was stored, and make the checkpoint visible.
+
+    Requests that do not need each other's answers go at once, since a commit is small and waits for nothing but them.
+    What must not be overwritten by one who is fenced or too late is put a round after both were looked up.
+
+    Args:
+        claim: this process's claim on the run; None where nobody claims it.
+
+    Raises:
+        Fenced: another process owns the run now.
+        AlreadyExists: the step is committed already.
+        Corrupt: a data object, or what is read back, is not what was written.
+        Unconfirmed: `.metadata` was put, but the store does not answer any more.
+        Transient, Denied: by the store, before anything was visible.
+
+        Of several the first: an owner that is superseded learns that, and not what became of its objects since.
+    """
+    prefix, manifest_bytes = attempt.prefix, dump_manifest(manifest)
+    manifest_key, metadata_key = prefix + layout.manifest_name(attempt.id), prefix + layout.METADATA
+    check_claim: Callable[[], object] = claim.check if claim is not None else lambda: None
+    _, aside, *_ = run_abreast(
+        [
+            check_claim,
+            lambda: quarantine.find_aside(store, prefix),
+            lambda: _check_objects(store, attempt, manifest.objects),
+            lambda: _put_once(store, manifest_key, manifest_bytes),
+        ]
+    )
+    run_abreast(
+        [
+            check_claim,  # once more: it is the later look that counts, and the one before guards the copy below
+            lambda: _check_manifest(store, attempt, manifest_bytes, is_copy=claim is None),
+            # plain put: here may lie what a dead attempt left, and nobody relies on it (see `catalog.find_manifest`)
+            lambda: store.put(prefix + layout.MANIFEST, [manifest_bytes]),
+        ]
+    )
+    doubt = _try_to_put(store, prefix, metadata, claim, is_clear=aside is None)
+    if doubt is not None:
+        _confirm(store, prefix, metadata, doubt)  # it may land late, and the objects count from when it stands
+    _, lost = run_abreast(
+        [
+            lambda: _confirm(store, prefix, metadata, None),
+            lambda: _insist(lambda: _find_lost(store, attempt, manifest.objects), metadata_key),
+        ]
+    )
+    if lost is not None:
+        _insist(lambda: quarantine.withdraw(store, prefix, metadata), metadata_key)
+        raise Fenced(f"a newer owner of the run has cleaned this attempt up: {lost}")
+
+
+def put_metadata(store: ObjectStore, prefix: str, metadata: bytes, claim: Claim | None = None) -> None:
+    """Put the `.metadata` of `prefix`, and believe what is read back more than how the put was answered.
+
+    For a copy (no `claim`), what was set aside stays so as long as the marker that says it is there: a copy puts the
+    same bytes again. No save does, as its objects have names of their own.
+
+    Raises Fenced, AlreadyExists, Corrupt, Unconfirmed, Transient, Denied, as `publish`.
+    """
+    _confirm(store, prefix, metadata, _try_to_put(store, prefix, metadata, claim))
+
+
+def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
+    with contextlib.suppress(AlreadyExists):  # a copy that was killed has put it (see `storage.transfer.copying`)
+        store.put(key, [data], if_absent=True)
+
+
+def _check_manifest(store: ObjectStore, attempt: Attempt, expected: bytes, is_copy: bool) -> None:
+    """Read the attempt's manifest back. Raises Corrupt."""
+    key = attempt.prefix + layout.manifest_name(attempt.id)
+    found = _read_back(store, key, expected)
+    if found != expected and is_copy and not catalog.is_checkpoint(store, attempt.prefix):
+        # half of it, or damaged: nobody but copies of this very checkpoint puts it, and none has committed
+        log.warning("%s at %s is not what it must be; it is put again", key, store.url)
+        store.put(key, [expected])
+        found = _read_back(store, key, expected)
+    if found != expected:
+        raise Corrupt(f"{key} is not what was written")
+
+
+def _try_to_put(
+    store: ObjectStore, prefix: str, metadata: bytes, claim: Claim | None, *, is_clear: bool = False
+) -> StorageError | None:
+    """Put `.metadata` where nothing is in its way; why it is in doubt whether it stands, if it is.
+
+    `is_clear`: nothing lay there when it was looked for; the put's own condition sees to what has come since.
+    """
+    replaces = False
+    if not is_clear and (aside := quarantine.find_aside(store, prefix)) is not None:
+        if claim is None and aside.metadata == metadata:
+            return None  # that very one: to remove it would hit one that counts again once the marker is gone
+        replaces = quarantine.make_way(store, aside, claim)
+    try:
+        store.put(prefix + layout.METADATA, [metadata], if_absent=not replaces)
+    except (AlreadyExists, Transient) as error:
+        return error  # it may be there all the same: answered late, and tried again below us
+    return None
+
+
+def _confirm(store: ObjectStore, prefix: str, metadata: bytes, doubt: StorageError | None) -> None:
+    """Read `.metadata` back. Raises AlreadyExists, Corrupt, Unconfirmed, or the doubt."""
+    key = prefix + layout.METADATA
+    found = _insist(lambda: _read_back(store, key, metadata), key)
+    if found == metadata:
+        return
+    if doubt is None:
+        raise Corrupt(f"{key} was overwritten by another process while it was committed")
+    if found is None:
+        raise doubt
+    raise quarantine.taken(store, prefix)
+
+
+def _read_back(store: ObjectStore, key: str, expected: bytes) -> bytes | None:
+    """The object, or None. What differs counts when it is read twice: the way to here may have damaged it."""
+    found = read_if_there(store, key)
+    return found if found == expected else read_if_there(store, key)
+
+
+def _insist(call: Callable[[], T], key: str) -> T:
+    """What `call` returns, tried again for some seconds. Raises Unconfirmed.
+
+    After `.metadata` was put an outage must not turn a commit, which others see, into a failure.
+    """
+    wait = tenacity.wait_exponential(multiplier=0.05, max=2.0) + tenacity.wait_random(0.0, 0.05)
+    try:
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Transient) and not error.given_up),
+            stop=tenacity.stop_after_attempt(_NUM_TRIES),
+            wait=wait,
+            reraise=True,
+        )(call)
+    except Transient as error:
+        raise Unconfirmed(f"{key} was put, but whether it stands could not be read: {error}") from error
+
+
+def _find_lost(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> str | None:
+    """What is gone of what a `.metadata` commits that stands: it commits nothing any more, and has to go again.
+
+    A newer owner cleans up the attempts of its forerunners, and one of them may have been paused between its last look
+    at the owner and its `.metadata`. Its claim came before the cleaning and the cleaning before this look, or it has
+    seen the `.metadata` and spares the attempt.
+    """
+    try:
+        _check_objects(store, attempt, objects)
+    except Corrupt as error:
+        return str(error)
+    return None

@@ -1,0 +1,87 @@
+"""Items on their way into an object: encoded and checksummed while what is before them is sent already.
+
+How long an item is, is known before its bytes are, and so is where each lies in its object.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+
+from storage.format.checksum import BlockCrcs, bites, block_size_bytes, crc32
+from storage.format.items import EncodedItem, FramedItem
+
+
+class Encoding:
+    """The bytes of one item, made from front to back as they are asked for, each of them once. Thread-safe."""
+
+    def __init__(self, item: EncodedItem | FramedItem) -> None:
+        self.length = item.length
+        self.raw_offset = item.raw_offset
+        self.crcs = BlockCrcs(block_size_bytes(item.length))
+        """Of what has been asked for."""
+        self._lock = threading.Lock()
+        self._made: list[memoryview] = []
+        self._made_bytes = 0
+        self._course = self._framed(item) if isinstance(item, FramedItem) else self._encoded(item)
+
+    def views(self, start: int, stop: int) -> list[memoryview]:
+        """Bytes [start, stop) of the item; nothing is copied."""
+        with self._lock:
+            while self._made_bytes < stop:
+                self._made_bytes += next(self._course)
+            made = list(self._made)
+        found, at = [], 0
+        for view in made:
+            found.append(view[max(0, start - at) : max(0, stop - at)])
+            at += view.nbytes
+        return [view for view in found if view.nbytes]
+
+    def _encoded(self, item: EncodedItem) -> Iterator[int]:
+        """Take what comes next into the checksums; its length."""
+        for buffer in item.buffers:
+            self._made.append(memoryview(buffer).cast("B"))
+            for bite in bites(self._made[-1]):
+                self.crcs.add(bite)
+                yield bite.nbytes
+
+    def _framed(self, item: FramedItem) -> Iterator[int]:
+        self._made += [memoryview(item.framing.head), item.data]
+        self.crcs.add(self._made[0])
+        yield len(item.framing.head)
+        of_data = 0
+        for bite in bites(item.data):
+            of_data = crc32(bite, of_data)
+            self.crcs.add(bite)  # out of the cache, this time
+            yield bite.nbytes
+        tail = memoryview(item.framing.tail(of_data))
+        self._made.append(tail)
+        self.crcs.add(tail)
+        yield tail.nbytes
+
+
+class ObjectContent:
+    """Items that lie one after the other in an object."""
+
+    def __init__(self, items: Sequence[Encoding]) -> None:
+        self.items = items
+        self.offsets = list(itertools.accumulate((item.length for item in items), initial=0))
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole object."""
+        return self.offsets[-1]
+
+    def fetch(self, offset: int, length: int) -> list[memoryview]:
+        """See `storage.stores.objects.Fetch`."""
+        found: list[memoryview] = []
+        for number in range(bisect.bisect_right(self.offsets, offset) - 1, len(self.items)):
+            start = self.offsets[number]
+            if start >= offset + length:
+                break
+            found += self.items[number].views(
+                max(0, offset - start), min(self.items[number].length, offset + length - start)
+            )
+        return found

@@ -1,0 +1,122 @@
+"""Which rank writes which chunk of the state. Pure: no torch, no store.
+
+Every rank describes what it holds (`Piece`), the coordinator assigns each distinct piece to one of the ranks that
+hold it, and so gets the index of the whole state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from storage.format.manifest import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk of a tensor, or a value, that a rank holds.
+
+    For a value `offsets`, `sizes` and `shape` are None, `dtype` is "" and `size_bytes` 0 (not known yet).
+    """
+
+    key: str
+    path: Path
+    offsets: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+    dtype: str
+    size_bytes: int
+
+    @property
+    def identity(self) -> tuple[str, tuple[int, ...] | None]:
+        """Equal for the copies of one piece on several ranks."""
+        return self.key, self.offsets
+
+
+_pieces = TypeAdapter(tuple[Piece, ...])
+_picks = TypeAdapter(tuple[tuple[int, ...], ...])
+
+
+def dump_pieces(pieces: Sequence[Piece]) -> bytes:
+    """JSON for the way to the coordinator."""
+    return _pieces.dump_json(tuple(pieces))
+
+
+def load_pieces(data: bytes) -> tuple[Piece, ...]:
+    """What `dump_pieces` dumped."""
+    return _pieces.validate_json(data)
+
+
+def dump_picks(picks: Sequence[Sequence[int]]) -> bytes:
+    """JSON of `assign`'s answer."""
+    return _picks.dump_json(tuple(tuple(pick) for pick in picks))
+
+
+def load_picks(data: bytes) -> tuple[tuple[int, ...], ...]:
+    """What `dump_picks` dumped."""
+    return _picks.validate_json(data)
+
+
+def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
+    """For each rank, the positions (ascending) of its pieces that it must write.
+
+    Every distinct piece is written once. Tensor chunks go, largest first, to the holder with the fewest bytes so
+    far; values to the lowest rank that has them, so that which rank's value is kept does not depend on sizes. Chunks
+    without elements (an empty tensor's, or made by uneven sharding) are nobody's: there is nothing to store.
+
+    Raises:
+        ValueError: ranks disagree about a tensor, or their chunks do not make up the whole of it.
+    """
+    holders: dict[tuple[str, tuple[int, ...] | None], list[tuple[int, int]]] = defaultdict(list)
+    for rank, pieces in enumerate(pieces_of_rank):
+        for position, piece in enumerate(pieces):
+            if not _is_empty(piece):
+                holders[piece.identity].append((rank, position))
+    _check_whole(pieces_of_rank, holders)
+    picks: list[list[int]] = [[] for _ in pieces_of_rank]
+    load_bytes = [0] * len(pieces_of_rank)
+
+    def first(identity: tuple[str, tuple[int, ...] | None]) -> Piece:
+        rank, position = holders[identity][0]
+        return pieces_of_rank[rank][position]
+
+    for identity in sorted(holders, key=lambda identity: -first(identity).size_bytes):
+        piece = first(identity)
+        if piece.sizes is None:
+            rank, position = holders[identity][0]
+        else:
+            rank, position = min(holders[identity], key=lambda holder: (load_bytes[holder[0]], holder[0]))
+        load_bytes[rank] += piece.size_bytes
+        picks[rank].append(position)
+    return [sorted(pick) for pick in picks]
+
+
+def _is_empty(piece: Piece) -> bool:
+    return piece.sizes is not None and math.prod(piece.sizes) == 0
+
+
+def _check_whole(
+    pieces_of_rank: Sequence[Sequence[Piece]],
+    holders: dict[tuple[str, tuple[int, ...] | None], list[tuple[int, int]]],
+) -> None:
+    kinds: dict[str, tuple[tuple[int, ...] | None, str]] = {}
+    num_elements: dict[str, int] = defaultdict(int)
+    for places in holders.values():
+        chunks = {(piece.sizes, piece.shape, piece.dtype) for piece in (pieces_of_rank[r][p] for r, p in places)}
+        rank, position = places[0]
+        piece = pieces_of_rank[rank][position]
+        if len(chunks) > 1 or kinds.setdefault(piece.key, (piece.shape, piece.dtype)) != (piece.shape, piece.dtype):
+            raise ValueError(f"ranks hold different things under {piece.key!r}")
+        if piece.sizes is not None:
+            num_elements[piece.key] += math.prod(piece.sizes)
+    for key, num in num_elements.items():
+        shape = kinds[key][0] or ()
+        if num != math.prod(shape):
+            raise ValueError(
+                f"the ranks' shards of {key!r} have {num} elements, the tensor of shape {list(shape)} has"
+                f" {math.prod(shape)}: every rank of the mesh must take part in the save"
+            )

@@ -1,0 +1,118 @@
+"""One rank's part of a save: encode, pack into objects, store, and say what was stored."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from storage.format import layout
+from storage.format.checksum import pack_crcs
+from storage.format.items import EncodedItem, item_of
+from storage.format.manifest import ItemEntry, ObjectEntry
+from storage.parallel import run_all
+from storage.saving.encoding import Encoding, ObjectContent
+from storage.saving.saveplan import Piece
+from storage.stores.objects import ObjectStore, put_fetched
+
+NUM_THREADS = 4
+NUM_PART_THREADS = 16
+SMALL_ITEM_BYTES = 1024 * 1024
+OBJECT_SIZE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A piece with its content: a staged tensor (see `storage.saving.staging`), or a value that is encoded already."""
+
+    piece: Piece
+    content: torch.Tensor | EncodedItem
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the content; a tensor's item is longer by its framing."""
+        return self.content.nbytes if isinstance(self.content, torch.Tensor) else self.content.length
+
+
+def pack(sizes_bytes: Sequence[int]) -> list[list[int]]:
+    """Which items share an object. Pure.
+
+    All small items (below 1 MiB) sit together in the first objects, so that a reader of many of them opens few
+    objects; the others follow in order. No object is filled past 256 MiB of content, but an item is never divided.
+    """
+    small = [index for index, size in enumerate(sizes_bytes) if size < SMALL_ITEM_BYTES]
+    large = [index for index, size in enumerate(sizes_bytes) if size >= SMALL_ITEM_BYTES]
+    objects: list[list[int]] = []
+    for group in (small, large):
+        filled_bytes = OBJECT_SIZE_BYTES
+        for index in group:
+            if filled_bytes + sizes_bytes[index] > OBJECT_SIZE_BYTES:
+                objects.append([])
+                filled_bytes = 0
+            objects[-1].append(index)
+            filled_bytes += sizes_bytes[index]
+    return objects
+
+
+def write_payloads(
+    store: ObjectStore,
+    prefix: str,
+    attempt: str,
+    rank: int,
+    payloads: Sequence[Payload],
+) -> tuple[tuple[ObjectEntry, ...], tuple[ItemEntry, ...]]:
+    """Store the payloads as data objects of `attempt`; what was written, `ItemEntry.object` counting from 0.
+
+    Staged tensors must not change before this returns. Raises what the store raises.
+    """
+    groups = pack([payload.size_bytes for payload in payloads])
+    with (
+        ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage-write") as pool,
+        ThreadPoolExecutor(NUM_PART_THREADS, thread_name_prefix="storage-part") as parts,
+    ):
+        calls = [
+            functools.partial(
+                _write_object,
+                store,
+                prefix,
+                layout.data_name(attempt, rank, index),
+                index,
+                [payloads[position] for position in group],
+                parts,
+            )
+            for index, group in enumerate(groups)
+        ]
+        written = run_all(pool, calls)
+    return tuple(entry for entry, _ in written), tuple(item for _, items in written for item in items)
+
+
+def _encoding(payload: Payload) -> Encoding:
+    content = payload.content
+    return Encoding(item_of(content) if isinstance(content, torch.Tensor) else content)
+
+
+def _write_object(
+    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload], parts: ThreadPoolExecutor
+) -> tuple[ObjectEntry, list[ItemEntry]]:
+    content = ObjectContent([_encoding(payload) for payload in payloads])
+    # nothing else has this name, since the attempt's is random: there is no need to look whether it is taken
+    info = put_fetched(store, prefix + name, content.size_bytes, content.fetch, parts)
+    entries = [
+        ItemEntry(
+            key=payload.piece.key,
+            offsets=payload.piece.offsets,
+            sizes=payload.piece.sizes,
+            object=index,
+            offset=offset,
+            length=item.length,
+            raw_offset=item.raw_offset,
+            crc32c=item.crcs.whole,
+            block_size_bytes=item.crcs.size_bytes,
+            block_crcs=pack_crcs(item.crcs.blocks),
+        )
+        for payload, item, offset in zip(payloads, content.items, content.offsets[:-1], strict=True)
+    ]
+    return ObjectEntry(name=name, size_bytes=info.size_bytes, etag=info.etag), entries

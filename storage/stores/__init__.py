@@ -1,0 +1,1 @@
+"""Bytes with names: the contract of an object store, and every back end that keeps it."""

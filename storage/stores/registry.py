@@ -1,0 +1,90 @@
+"""From a URL to a store: one table of schemes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from urllib.parse import parse_qsl, unquote, urlencode
+
+from storage.errors import BadURL
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.objects import ObjectStore
+
+Opener = Callable[[str], ObjectStore]
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
+_openers: dict[str, Opener] = {}
+
+
+def register_scheme(scheme: str, opener: Opener) -> None:
+    """Let `opener` answer for `scheme://…`; it gets what follows the two slashes."""
+    _openers[scheme.lower()] = opener
+
+
+def open_store(url: str) -> ObjectStore:
+    """Open the store that `url` names.
+
+    A path or `file:///path`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec knows; and, to have
+    fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
+
+    Raises:
+        BadURL: no such scheme, a package for it is not installed, or the URL is not complete.
+        Denied: there are no credentials.
+    """
+    if not url:
+        raise BadURL("the checkpoint URL is empty; give a folder or a URL such as file:///data/run")
+    match = _SCHEME.match(url)
+    if match is None:
+        return LocalStore(url)
+    scheme, rest = match[1].lower(), match[2]
+    opener = _openers.get(scheme)
+    return _open_other(url, scheme, rest) if opener is None else opener(rest)
+
+
+def with_options(url: str, options: Mapping[str, str]) -> str:
+    """`url` with further options in its query; of one that is there already the new value counts."""
+    if not options:
+        return url
+    base, _, query = url.partition("?")
+    merged = dict(parse_qsl(query, keep_blank_values=True)) | dict(options)
+    return f"{base}?{urlencode(merged, safe=':/')}"
+
+
+def _open_other(url: str, scheme: str, rest: str) -> ObjectStore:
+    from storage.stores.fsspec_store import is_known, open_fsspec
+
+    protocol = scheme.removeprefix("fsspec+")
+    if not is_known(protocol):
+        known = ", ".join(f"{name}://" for name in sorted(_openers))
+        raise BadURL(f"no store for {scheme}:// in {url!r}; use a folder, {known}, or what fsspec knows (gs://, az://)")
+    return open_fsspec(url, f"{protocol}://{rest}")
+
+
+def _open_s3(rest: str) -> ObjectStore:
+    try:
+        from storage.stores.s3.store import open_s3
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("boto3", "botocore"):
+            raise
+        raise BadURL(f"s3:// needs {error.name}: pip install 'elastic-moe[s3]'") from None
+    return open_s3(rest)
+
+
+def _open_file(rest: str) -> ObjectStore:
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash or not path:
+        raise BadURL(f"file://{rest} must be file:///absolute/path")
+    return LocalStore("/" + unquote(path))
+
+
+def _open_memory(rest: str) -> ObjectStore:
+    name = rest.strip("/")
+    if not name:
+        raise BadURL("memory:// needs a name, such as memory://run")
+    return MemoryStore.named(name)
+
+
+register_scheme("file", _open_file)
+register_scheme("memory", _open_memory)
+register_scheme("s3", _open_s3)

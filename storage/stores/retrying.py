@@ -1,0 +1,143 @@
+"""A remote store made patient: every operation is tried again as the table in `storage.stores.retries` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from storage.errors import AlreadyExists, Interrupted, NotFound, Transient
+from storage.stores.objects import Buffer, Capabilities, ObjectInfo, ObjectStore
+from storage.stores.retries import Retrier, RetryLog
+
+_COMPARED_SIZE_BYTES = 8 * 1024 * 1024
+
+
+class RetryingStore:
+    """The store behind it, with its Transient errors tried again.
+
+    A put with `if_absent` whose answer was lost may have arrived: a later try that meets the object compares it with
+    what was sent, and counts it as its own where they are equal.
+    """
+
+    def __init__(self, store: ObjectStore, retrier: Retrier) -> None:
+        self._store = store
+        self._retrier = retrier
+
+    @property
+    def url(self) -> str:
+        """The URL of the store behind."""
+        return self._store.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `ObjectStore.capabilities`."""
+        return self._retrier.call(f"probe of {self.url}", lambda: self._store.capabilities)
+
+    @property
+    def retries(self) -> RetryLog:
+        """See `ObjectStore.retries`."""
+        return self._retrier.retries
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """See `ObjectStore.put`."""
+        doubts: list[Transient] = []
+
+        def attempt() -> ObjectInfo:
+            try:
+                return self._store.put(key, buffers, if_absent=if_absent)
+            except Transient as error:
+                doubts.append(error)
+                raise
+            except AlreadyExists:
+                if doubts and (info := stored_equal(self._store, key, views_of(buffers))) is not None:
+                    return info
+                raise
+
+        return self._retrier.call(f"put {key}", attempt)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        """See `ObjectStore.read_into`. What a broken read has brought is not fetched again."""
+        return read_resuming(self._store, self._retrier, key, offset, buffers, if_match)
+
+    def read(self, key: str) -> bytes:
+        """See `ObjectStore.read`."""
+        return self._retrier.call(f"read {key}", lambda: self._store.read(key))
+
+    def info(self, key: str) -> ObjectInfo:
+        """See `ObjectStore.info`."""
+        return self._retrier.call(f"info {key}", lambda: self._store.info(key))
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        return self._retrier.call(f"list {prefix}", lambda: self._store.list(prefix))
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See `ObjectStore.folders`."""
+        return self._retrier.call(f"folders {prefix}", lambda: self._store.folders(prefix))
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        self._retrier.call(f"delete {key}", lambda: self._store.delete(key))
+
+
+def read_resuming(
+    store: ObjectStore,
+    retrier: Retrier,
+    key: str,
+    offset: int,
+    buffers: Sequence[memoryview],
+    if_match: str | None,
+) -> str:
+    """`store.read_into`, going on where a broken read ended, in the same version of the object."""
+    rest, at, etag = list(buffers), offset, if_match
+
+    def attempt() -> str:
+        nonlocal rest, at, etag
+        try:
+            return store.read_into(key, at, rest, if_match=etag)
+        except Interrupted as error:
+            if error.received_bytes:
+                rest, at, etag = skip(rest, error.received_bytes), at + error.received_bytes, etag or error.etag or None
+            raise
+
+    def progressed(error: Transient) -> bool:
+        return isinstance(error, Interrupted) and error.received_bytes > 0
+
+    return retrier.call(f"read {key} from byte {offset}", attempt, progressed)
+
+
+def skip(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of `views` after that many bytes."""
+    index = 0
+    while index < len(views) and num_bytes >= views[index].nbytes:
+        num_bytes -= views[index].nbytes
+        index += 1
+    if num_bytes and index < len(views):
+        return [views[index][num_bytes:], *views[index + 1 :]]
+    return list(views[index:])
+
+
+def views_of(buffers: Sequence[Buffer]) -> list[memoryview]:
+    """The buffers as bytes, without the empty ones. Raises TypeError for one that is not contiguous."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    return [view for view in views if view.nbytes]
+
+
+def stored_equal(store: ObjectStore, key: str, views: Iterable[memoryview]) -> ObjectInfo | None:
+    """The object's info if it holds exactly the bytes of `views`, else None."""
+    try:
+        info = store.info(key)
+        memory, read_bytes = memoryview(bytearray(min(_COMPARED_SIZE_BYTES, info.size_bytes))), 0
+        found = memory[:0]
+        for expected in views:
+            while expected.nbytes:
+                if not found.nbytes:
+                    found = memory[: info.size_bytes - read_bytes]
+                    store.read_into(key, read_bytes, [found], if_match=info.etag)
+                    read_bytes += found.nbytes
+                size = min(expected.nbytes, found.nbytes)
+                if not size or expected[:size] != found[:size]:
+                    return None
+                expected, found = expected[size:], found[size:]
+    except NotFound:
+        return None
+    return info if read_bytes == info.size_bytes and not found.nbytes else None

@@ -1,0 +1,339 @@
+"""A bucket as an object store whose every operation is one request, tried once (a listing: one per page)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+from urllib.parse import quote
+
+from storage.errors import AlreadyExists, Corrupt, Denied, Interrupted, NotFound
+from storage.stores.objects import Buffer, Capabilities, ObjectInfo, Upload, check_key, check_prefix
+from storage.stores.retries import RetryLog
+from storage.stores.retrying import views_of
+from storage.stores.s3.answers import Request, parse_body, to_error
+from storage.stores.s3.client import Page, S3Client
+from storage.stores.s3.http import Answered, Connections, error_body
+from storage.stores.s3.options import S3Location, S3Options, format_url
+from storage.stores.s3.probe import honours_conditional_deletes, honours_conditions
+
+T = TypeVar("T")
+
+_OK = (200, 204, 206)
+_WEAK = "W/"
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+_verdicts: dict[tuple[str, str], bool] = {}
+_delete_verdicts: dict[tuple[str, str], bool] = {}
+_verdicts_lock = threading.Lock()
+
+
+class Bucket:
+    """See `ObjectStore`; `storage.stores.s3.store` makes it patient, and puts large objects in parts."""
+
+    def __init__(self, location: S3Location, options: S3Options) -> None:
+        self._location = location
+        self._options = options
+        self._client = S3Client(location, options)
+        self._connections = Connections(self._client.address, options.connect_timeout_s, options.stall_timeout_s)
+        self._is_known = False
+        self.retries = RetryLog()
+
+    def apart(self, timeout_s: float) -> Bucket:
+        """The same bucket over connections of its own, with shorter time-outs; credentials are shared.
+
+        Those of listings and of the control of uploads stay.
+        """
+        options, other = self._options, copy.copy(self)
+        other._connections = Connections(
+            self._client.address, min(timeout_s, options.connect_timeout_s), min(timeout_s, options.stall_timeout_s)
+        )
+        other.retries = RetryLog()
+        return other
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix?options`, without any credentials."""
+        return format_url(self._location, self._options)
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """What tells this bucket from all others."""
+        return self._client.endpoint, self._location.bucket
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the server honours, found out by the first who asks in this process."""
+        with _verdicts_lock:
+            if self.name not in _verdicts:
+                _verdicts[self.name] = honours_conditions(self)
+            return Capabilities(conditional_puts=_verdicts[self.name], guarded_reads=True)
+
+    # objects ----------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """See `ObjectStore.put`; one request, whatever the size."""
+        self.look_first(key, if_absent)
+        return self.put_object(key, buffers, if_absent and self.capabilities.conditional_puts)
+
+    def look_first(self, key: str, if_absent: bool) -> None:
+        """All that can be done about `if_absent` where the server does not honour it. Raises AlreadyExists."""
+        check_key(key)
+        if not if_absent or self.capabilities.conditional_puts:
+            return
+        try:
+            self.info(key)
+        except NotFound:
+            return
+        raise AlreadyExists(f"{self._what(key)} exists")
+
+    def put_object(self, key: str, buffers: Sequence[Buffer], with_condition: bool) -> ObjectInfo:
+        """One PUT; `with_condition` sends `If-None-Match: *`."""
+        views = views_of(buffers)
+        size_bytes = sum(view.nbytes for view in views)
+        headers = {**self._put_headers, **({"If-None-Match": "*"} if with_condition else {})}
+        etag = self._exchange("put", "PUT", key, "", headers, views, _etag_of, with_condition)
+        return ObjectInfo(key, size_bytes, etag)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        """See `ObjectStore.read_into`; a body that breaks off raises Interrupted."""
+        views = views_of(buffers)
+        size_bytes = sum(view.nbytes for view in views)
+        if not size_bytes:
+            info = self.info(key)
+            self._check_empty_read(info, offset, if_match)
+            return info.etag
+        headers = {"Range": f"bytes={offset}-{offset + size_bytes - 1}", "Accept-Encoding": "identity"}
+        if if_match and not if_match.startswith(_WEAK):  # servers let no weak one match; `_check_range` compares it
+            headers["If-Match"] = f'"{if_match}"'
+
+        def consume(answered: Answered) -> str:
+            self._check_range(key, answered, offset, size_bytes, if_match)
+            try:
+                answered.read_into(views)
+            except Interrupted as error:
+                error.args = (f"read {self._what(key)}: {error}",)
+                error.etag = _read_etag(error.etag)
+                raise
+            return _read_etag(answered.headers.get("ETag", ""))
+
+        return self._exchange("read", "GET", key, "", headers, (), consume)
+
+    def read(self, key: str) -> bytes:
+        """See `ObjectStore.read`."""
+        return self._exchange("read", "GET", key, "", {"Accept-Encoding": "identity"}, (), Answered.read)
+
+    def info(self, key: str) -> ObjectInfo:
+        """See `ObjectStore.info`."""
+
+        def consume(answered: Answered) -> ObjectInfo:
+            answered.read()
+            return ObjectInfo(key, int(answered.headers["Content-Length"]), _bare(answered.headers.get("ETag", "")))
+
+        return self._exchange("look at", "HEAD", key, "", {}, (), consume)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`. One request each: not every server has the one for many."""
+        try:
+            self._exchange("delete", "DELETE", key, "", {}, (), Answered.read)
+        except NotFound:
+            return
+
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`; found out by the first who asks in this process."""
+        with _verdicts_lock:
+            if self.name not in _delete_verdicts:
+                _delete_verdicts[self.name] = honours_conditional_deletes(self)
+            return _delete_verdicts[self.name]
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`."""
+        try:
+            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Answered.read)
+        except NotFound:
+            return True
+        except Corrupt:  # 412: another version is there
+            return False
+        return True
+
+    # listings ---------------------------------------------------------------------------------------------------
+
+    def page(self, prefix: str, token: str | None, delimiter: str = "") -> Page:
+        """One page of a listing, with keys as the server has them."""
+        check_prefix(prefix)
+        root = self._location.prefix + prefix
+        return self._client.page(root, token, delimiter, self._request("list", prefix))
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        return self.listed(self.pages(prefix))
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See `ObjectStore.folders`."""
+        return self.folded(prefix, self.pages(prefix, "/"))
+
+    def pages(
+        self, prefix: str, delimiter: str = "", fetch: Callable[[str, str | None, str], Page] | None = None
+    ) -> Sequence[Page]:
+        """All pages of a listing; `fetch` gets one of them, by default `page`."""
+        fetch = fetch or self.page
+        pages = [fetch(prefix, None, delimiter)]
+        while (token := pages[-1].token) is not None:
+            pages.append(fetch(prefix, token, delimiter))
+        return pages
+
+    def listed(self, pages: Sequence[Page]) -> Sequence[ObjectInfo]:
+        """The objects of a listing, by key below the root; without what no key of ours can name (folder markers)."""
+        found = []
+        for name, size_bytes, etag, when in (row for page in pages for row in page.objects):
+            key = name.removeprefix(self._location.prefix)
+            if _is_key(key):
+                found.append(ObjectInfo(key, size_bytes, _bare(etag), when))
+        return sorted(found, key=lambda info: info.key)
+
+    def folded(self, prefix: str, pages: Sequence[Page]) -> Sequence[str]:
+        """The folders of a listing with delimiter, as one part each."""
+        names = (name.removeprefix(self._location.prefix + prefix).rstrip("/") for p in pages for name in p.folders)
+        return sorted(name for name in names if _is_key(name))
+
+    # multipart --------------------------------------------------------------------------------------------------
+
+    def create_upload(self, key: str) -> str:
+        """Begin a multipart upload; its id."""
+        return self._client.create_upload(self._location.prefix + key, self._request("put", key))
+
+    def put_part(self, key: str, upload: str, number: int, views: Sequence[memoryview]) -> str:
+        """Send part `number` (from 1); its etag, as the server wrote it."""
+        query = f"partNumber={number}&uploadId={quote(upload, safe='-._~')}"
+        return self._exchange("put", "PUT", key, query, {}, views, _raw_etag_of)
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], with_condition: bool) -> str:
+        """Make the object of its parts; its etag. Raises NotFound when the upload is gone (or done)."""
+        request = self._request("put", key, with_condition)
+        return _bare(self._client.complete_upload(self._location.prefix + key, upload, etags, with_condition, request))
+
+    def uploads(self) -> Sequence[Upload]:
+        """See `MultipartStore.uploads`."""
+        rows = self._client.uploads(self._location.prefix, self._request("list the uploads of", ""))
+        named = [(name.removeprefix(self._location.prefix), upload, when) for name, upload, when in rows]
+        return [Upload(key, upload, when) for key, upload, when in named if _is_key(key)]
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        """Give an upload up. Raises NotFound when it is gone (or done)."""
+        self._client.abort_upload(self._location.prefix + key, upload, self._request("abort the upload of", key))
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _signs_payload(self) -> bool:
+        wanted = self._options.sign_payload
+        return wanted == "always" or (wanted == "auto" and not self._client.address.tls)
+
+    @property
+    def _put_headers(self) -> Mapping[str, str]:
+        headers = {
+            "x-amz-storage-class": self._options.storage_class,
+            "x-amz-server-side-encryption": self._options.sse,
+            "x-amz-server-side-encryption-aws-kms-key-id": self._options.sse_kms_key_id,
+        }
+        return {name: value for name, value in headers.items() if value is not None}
+
+    def _exchange(
+        self,
+        verb: str,
+        method: str,
+        key: str,
+        query: str,
+        headers: Mapping[str, str],
+        views: Sequence[memoryview],
+        consume: Callable[[Answered], T],
+        if_absent: bool = False,
+    ) -> T:
+        check_key(key)
+        target = quote(self._client.path + self._location.prefix + key, safe="/-._~") + (f"?{query}" if query else "")
+        sent = dict(headers)
+        digest = None
+        if method == "PUT":
+            sent["Content-Length"] = str(sum(view.nbytes for view in views))
+            digest = _sha256(views) if self._signs_payload else None
+        signed = self._client.sign(method, target, sent, digest)
+        request = self._request(verb, key, if_absent, is_put=method == "PUT")
+
+        def checked(answered: Answered) -> T:
+            if answered.status in _OK:
+                self._is_known = True
+                return consume(answered)
+            body = error_body(answered)
+            if method == "HEAD" and (answered.status != 404 or not self._is_known):
+                body = self._explain(target) or body
+            raise to_error(parse_body(answered.status, dict(answered.headers), body), request, time.time())
+
+        return self._connections.exchange(method, target, signed, views, checked)
+
+    def _explain(self, target: str) -> bytes:
+        """Why a HEAD was refused: its answer has no body, and a missing bucket looks like a missing object."""
+        headers = self._client.sign("GET", target, {"Range": "bytes=0-0"}, None)
+        return self._connections.exchange("GET", target, headers, (), error_body)
+
+    def _request(self, verb: str, key: str, if_absent: bool = False, is_put: bool = False) -> Request:
+        return Request(verb, self._what(key), self._location.bucket, self._client.endpoint, is_put, if_absent)
+
+    def _what(self, key: str) -> str:
+        return f"s3://{self._location.bucket}/{self._location.prefix}{key}"
+
+    def _check_empty_read(self, info: ObjectInfo, offset: int, if_match: str | None) -> None:
+        if if_match and info.etag != _bare(if_match):
+            raise Corrupt(f"{self._what(info.key)} changed while it was read")
+        if offset > info.size_bytes:
+            raise Corrupt(f"{self._what(info.key)} is shorter than it must be ({info.size_bytes} bytes)")
+
+    def _check_range(self, key: str, answered: Answered, offset: int, size_bytes: int, if_match: str | None) -> None:
+        """Whether this is the answer to what was asked: not every proxy and server keeps to ranges and conditions."""
+        etag = _bare(answered.headers.get("ETag", ""))
+        if if_match and etag != _bare(if_match):
+            raise Corrupt(f"{self._what(key)} changed while it was read")
+        match = _CONTENT_RANGE.fullmatch(answered.headers.get("Content-Range", ""))
+        if answered.status != 206 or match is None or int(match[1]) != offset:
+            raise Denied(
+                f"{self._client.endpoint} does not answer ranged reads; {self._what(key)} cannot be read from it"
+            )
+        if int(match[2]) + 1 < offset + size_bytes:
+            raise Corrupt(f"{self._what(key)} is shorter than it must be ({match[3]} bytes)")
+
+
+def _raw_etag_of(answered: Answered) -> str:
+    answered.read()
+    return answered.headers.get("ETag", "")
+
+
+def _etag_of(answered: Answered) -> str:
+    return _bare(_raw_etag_of(answered))
+
+
+def _bare(etag: str) -> str:
+    """Without its quotes: some servers leave them out in some places."""
+    return etag.removeprefix(_WEAK).strip('"')
+
+
+def _read_etag(etag: str) -> str:
+    """Of an answer to a read: it says whether it is weak."""
+    return (_WEAK if etag.startswith(_WEAK) else "") + _bare(etag)
+
+
+def _is_key(name: str) -> bool:
+    try:
+        check_key(name)
+    except Denied:
+        return False
+    return True
+
+
+def _sha256(views: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(view)
+    return digest.hexdigest()

@@ -1,0 +1,276 @@
+"""The only file that knows boto3: credentials, signatures, control requests, multipart uploads.
+
+boto3 tries nothing again here: `storage.stores.retries` does, from one table for everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import boto3.session
+import botocore.session
+from botocore import UNSIGNED
+from botocore.auth import UNSIGNED_PAYLOAD, S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.client import Config
+from botocore.credentials import Credentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    SSLError,
+    TokenRetrievalError,
+)
+from botocore.parsers import ResponseParserError
+
+from storage.errors import BadURL, Cause, Denied, StorageError, Transient
+from storage.stores.s3.answers import Answer, Request, to_error
+from storage.stores.s3.http import Address, connect_error
+from storage.stores.s3.options import S3Location, S3Options
+from storage.stores.s3.proxies import find_proxy
+
+T = TypeVar("T")
+
+PAGE_SIZE = 1000
+_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")
+_NO_CREDENTIALS = (
+    "no credentials for {}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile=NAME in the URL,"
+    " or anonymous=true for a public bucket"
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a listing: (key, size in bytes, etag, when) and common prefixes; `token` asks for the next one."""
+
+    objects: tuple[tuple[str, int, str, float], ...]
+    folders: tuple[str, ...]
+    token: str | None
+
+
+class S3Client:
+    """One bucket's control requests, and the signatures of all others. Thread-safe.
+
+    Raises:
+        BadURL: no such profile, an option that botocore refuses, or a proxy that cannot be used.
+        Denied: there are no credentials.
+    """
+
+    def __init__(self, location: S3Location, options: S3Options) -> None:
+        self._bucket = location.bucket
+        try:
+            session = _session(options.profile)
+            self._client = _make_client(session, options)
+            self._credentials = None if options.anonymous else session.get_credentials()
+            url = urlsplit(
+                self._client.generate_presigned_url("get_object", Params={"Bucket": self._bucket, "Key": "k"})
+            )
+        except ProfileNotFound:
+            raise BadURL(f"there is no profile {options.profile!r} in the AWS configuration") from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise Denied(_NO_CREDENTIALS.format(f"s3://{self._bucket}")) from None
+        except (BotoCoreError, ValueError) as error:
+            raise BadURL(f"s3://{self._bucket} cannot be opened: {error}") from None
+        self._anonymous = options.anonymous
+        self.endpoint = str(self._client.meta.endpoint_url)
+        self.path = unquote(url.path).removesuffix("k")
+        self.host = url.netloc
+        ca_bundle = options.ca_bundle or session.get_config_variable("ca_bundle")
+        tls = url.scheme == "https"
+        # a host of the form that urllib's rules for NO_PROXY are about: with its port
+        proxy = find_proxy(url.scheme, url.netloc, urllib.request.getproxies(), urllib.request.proxy_bypass)
+        self.address = Address(url.hostname or "", url.port or (443 if tls else 80), tls, ca_bundle, proxy)
+        self._region = self._client.meta.region_name or "us-east-1"
+        self._uploads: Mapping[str, str] = _upload_arguments(options)
+
+    def sign(self, method: str, target: str, headers: Mapping[str, str], payload_sha256: str | None) -> dict[str, str]:
+        """`headers` and those that sign a request to `target`, which is quoted already. Raises Denied, Transient."""
+        scheme = "https" if self.address.tls else "http"
+        request = AWSRequest(method, f"{scheme}://{self.host}{target}", {**headers, "Host": self.host})
+        if not self._anonymous:
+            credentials = self._guarded(
+                Request("sign for", f"s3://{self._bucket}", self._bucket, self.endpoint), self._frozen
+            )
+            _Signer(credentials, self._region, payload_sha256 or UNSIGNED_PAYLOAD).add_auth(request)
+        return dict(request.headers.items())
+
+    def page(self, prefix: str, token: str | None, delimiter: str, request: Request) -> Page:
+        """One page of the objects (and folders, with a delimiter) below `prefix`."""
+        arguments: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Prefix": prefix,
+            "Delimiter": delimiter,
+            "ContinuationToken": token,
+        }
+        given = {name: value for name, value in arguments.items() if value}
+        given["MaxKeys"] = PAGE_SIZE
+        answer = self._guarded(request, lambda: self._client.list_objects_v2(**given))
+        return Page(
+            tuple(
+                (row["Key"], int(row["Size"]), str(row["ETag"]), row["LastModified"].timestamp())
+                for row in answer.get("Contents", [])
+            ),
+            tuple(row["Prefix"] for row in answer.get("CommonPrefixes", [])),
+            answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
+        )
+
+    def create_upload(self, key: str, request: Request) -> str:
+        """Begin a multipart upload; its id."""
+        arguments = {"Bucket": self._bucket, "Key": key, **self._uploads}
+        answer = self._guarded(request, lambda: self._client.create_multipart_upload(**arguments))
+        return str(answer["UploadId"])
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], if_absent: bool, request: Request) -> str:
+        """Make one object of the parts; its etag. An error inside a 200 is an error all the same."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
+        arguments["MultipartUpload"] = {"Parts": parts}
+        if if_absent:
+            arguments["IfNoneMatch"] = "*"
+        answer = self._guarded(request, lambda: self._client.complete_multipart_upload(**arguments))
+        return str(answer["ETag"])
+
+    def uploads(self, prefix: str, request: Request) -> list[tuple[str, str, float]]:
+        """All unfinished uploads below `prefix`: (key, id, when begun)."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+        rows = self._guarded(request, lambda: [row for page in pages for row in page.get("Uploads", [])])
+        return [(row["Key"], row["UploadId"], row["Initiated"].timestamp()) for row in rows]
+
+    def abort_upload(self, key: str, upload: str, request: Request) -> None:
+        """Free what the parts of an upload hold. Raises NotFound if there is no such upload any more."""
+        arguments = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
+        self._guarded(request, lambda: self._client.abort_multipart_upload(**arguments))
+
+    def _frozen(self) -> Credentials:
+        if self._credentials is None:
+            raise NoCredentialsError
+        frozen = self._credentials.get_frozen_credentials()
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    def _guarded(self, request: Request, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except ProxyConnectionError as error:
+            why = connect_error(self.address, _behind(error))
+            why.args = (f"{request.verb} {request.what}: {why}",)
+            raise why from None
+        except (ClientError, BotoCoreError) as error:
+            raise _translated(error, request) from None
+        except (ResponseParserError, ValueError) as error:
+            # botocore takes a body that breaks off for a whole one, and parses what was damaged as far as it can
+            text = f"{request.verb} {request.what}: the answer cannot be understood ({type(error).__name__})"
+            raise Transient(text, Cause.TRUNCATED) from None
+
+
+class _Signer(S3SigV4Auth):
+    """Signs with a digest of the payload that the caller knows: botocore would need the body in its hands."""
+
+    def __init__(self, credentials: Credentials, region: str, payload_sha256: str) -> None:
+        super().__init__(credentials, "s3", region)
+        self._payload_sha256 = payload_sha256
+
+    def payload(self, request: AWSRequest) -> str:
+        return self._payload_sha256
+
+
+@functools.cache
+def _loader() -> Any:
+    """botocore's service models: parsing them anew for each client takes most of the time to make it."""
+    return botocore.session.Session().get_component("data_loader")
+
+
+def _session(profile: str | None) -> botocore.session.Session:
+    session = botocore.session.Session(profile=profile)
+    session.register_component("data_loader", _loader())
+    return session
+
+
+def _make_client(session: botocore.session.Session, options: S3Options) -> Any:
+    high = boto3.session.Session(botocore_session=session)  # once: it adds handlers to the session below
+
+    def make(style: str) -> Any:
+        config = Config(
+            signature_version=UNSIGNED if options.anonymous else "s3v4",
+            s3={"addressing_style": style},
+            retries={"total_max_attempts": 1},
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.stall_timeout_s,
+            max_pool_connections=options.num_connections,
+            # vendors refuse trailers that they do not know; our own checksums are in the manifest
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        return high.client(
+            "s3",
+            region_name=options.region,
+            endpoint_url=options.endpoint_url,
+            verify=options.ca_bundle,
+            config=config,
+        )
+
+    if options.addressing_style != "auto":
+        return make(options.addressing_style)
+    if options.endpoint_url is not None:
+        return make("path")
+    client = make("auto")
+    # the endpoint may come from the environment or from the profile: only botocore knows
+    host = urlsplit(client.meta.endpoint_url).hostname or ""
+    return client if host.endswith(_AWS) else make("path")
+
+
+def _upload_arguments(options: S3Options) -> dict[str, str]:
+    arguments = {
+        "StorageClass": options.storage_class,
+        "ServerSideEncryption": options.sse,
+        "SSEKMSKeyId": options.sse_kms_key_id,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _translated(error: ClientError | BotoCoreError, request: Request) -> StorageError:
+    asked = f"{request.verb} {request.what}"
+    if isinstance(error, ClientError):
+        return to_error(_answer(error), request, time.time())
+    if isinstance(error, SSLError):
+        return Denied(f"{asked}: {error}; name the server's authority in ca_bundle")
+    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError)):
+        return Transient(f"{asked}: {error}", Cause.UNREACHABLE)
+    if isinstance(error, ReadTimeoutError):
+        return Transient(f"{asked}: {error}", Cause.STALLED)
+    if isinstance(error, HTTPClientError):
+        return Transient(f"{asked}: {error}", Cause.RESET)
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return Denied(_NO_CREDENTIALS.format(request.what))
+    if isinstance(error, (CredentialRetrievalError, TokenRetrievalError)):
+        return Denied(f"{asked}: the credentials cannot be refreshed: {error}")
+    return Denied(f"{asked}: {error}")
+
+
+def _behind(error: ProxyConnectionError) -> Exception:
+    """What the socket said. botocore's text holds the proxy's URL, and may hide too little of the password in it."""
+    found: BaseException | None = error.kwargs["error"]
+    while found is not None and not isinstance(found, OSError):
+        found = getattr(found, "original_error", None) or found.__cause__
+    return found or ConnectionError("no connection")
+
+
+def _answer(error: ClientError) -> Answer:
+    said, meta = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
+    code, headers = str(said.get("Code", "")), meta.get("HTTPHeaders", {})
+    region = said.get("Region") or headers.get("x-amz-bucket-region", "")
+    status = int(meta.get("HTTPStatusCode", 0))
+    return Answer(status, "" if code.isdecimal() else code, str(said.get("Message", "")), region, headers)

@@ -1,0 +1,187 @@
+"""`s3://`: a bucket with retries, and large objects put in parts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
+from storage.parallel import run_all
+from storage.stores.flight import Flight
+from storage.stores.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
+from storage.stores.retries import IMPATIENT_RULES, Retrier
+from storage.stores.retrying import RetryingStore, stored_equal, views_of
+from storage.stores.s3.bucket import Bucket
+from storage.stores.s3.client import Page
+from storage.stores.s3.options import parse_url
+from storage.stores.s3.uploads import multipart_etag, part_size_bytes, parts_of
+
+log = logging.getLogger(__name__)
+
+_NUM_PART_THREADS = 16
+
+_flights: dict[tuple[str, str], Flight] = {}
+_flights_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What goes up in parts, each of which can be asked for more than once."""
+
+    parts: Sequence[Callable[[], Sequence[memoryview]]]
+    if_absent: bool = False
+
+
+class S3Store(RetryingStore):
+    """The object store of a bucket. Every part of a large object is a request of its own, with its own retries."""
+
+    def __init__(self, bucket: Bucket, retrier: Retrier, part_bytes: int) -> None:
+        super().__init__(bucket, retrier)
+        self._bucket = bucket
+        self._part_bytes = part_bytes
+        self._pool = ThreadPoolExecutor(_NUM_PART_THREADS, thread_name_prefix="storage-part")
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+        """See `ObjectStore.put`."""
+        views = views_of(buffers)
+        if sum(view.nbytes for view in views) <= self._part_bytes:
+            return super().put(key, views, if_absent=if_absent)
+        cut = parts_of(views, part_size_bytes(sum(view.nbytes for view in views), self._part_bytes))
+        return self._put_content(key, _Content([functools.partial(list, part) for part in cut], if_absent), self._pool)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+        """See `StreamingStore.put_from`. A part that has to be sent again is not fetched again."""
+        if size_bytes <= self._part_bytes:
+            return super().put(key, fetch(0, size_bytes))
+        cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
+        return self._put_content(key, _Content([functools.partial(fetch, *place) for place in cut]), pool)
+
+    def impatient(self, timeout_s: float) -> RetryingStore:
+        """See `ImpatientStore.impatient`."""
+        bucket = self._bucket.apart(timeout_s)
+        return RetryingStore(bucket, Retrier(Flight(1), bucket.retries, IMPATIENT_RULES))
+
+    def deletes_conditionally(self) -> bool:
+        """See `ConditionalStore.deletes_conditionally`."""
+        return self._retrier.call(f"probe of {self.url}", self._bucket.deletes_conditionally)
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ConditionalStore.delete_version`."""
+        return self._retrier.call(f"delete {key}", lambda: self._bucket.delete_version(key, etag))
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        return self._bucket.listed(self._bucket.pages(prefix, "", self._page))
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See `ObjectStore.folders`."""
+        return self._bucket.folded(prefix, self._bucket.pages(prefix, "/", self._page))
+
+    def uploads(self) -> Sequence[Upload]:
+        """See `MultipartStore.uploads`."""
+        return self._retrier.call("list uploads", self._bucket.uploads)
+
+    def abort(self, upload: Upload) -> None:
+        """See `MultipartStore.abort`."""
+        self._retrier.call(f"abort {upload.key}", lambda: self._bucket.abort_upload(upload.key, upload.id))
+
+    def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
+        return self._retrier.call(f"list {prefix}", lambda: self._bucket.page(prefix, token, delimiter))
+
+    def _put_content(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+        # AWS wants the whole upload begun anew after a conflict, see CompleteMultipartUpload
+        upload = functools.partial(self._put_parts, key, content, pool)
+        return self._retrier.call(f"put {key}", upload, in_flight=False)
+
+    def _put_parts(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+        # parts wait for it on the same threads: a pool starts first what it was given first
+        begun = pool.submit(self._begin, key, content.if_absent)
+        try:
+            calls = [
+                functools.partial(self._put_part, key, begun, number, part)
+                for number, part in enumerate(content.parts, 1)
+            ]
+            sent = run_all(pool, calls)
+            etags, size_bytes = [etag for etag, _ in sent], sum(size for _, size in sent)
+            return self._complete(key, begun.result(), content, etags, size_bytes)
+        except BaseException:
+            if begun.exception() is None:
+                self._abort(key, begun.result())
+            raise
+
+    def _begin(self, key: str, if_absent: bool) -> str:
+        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, if_absent))
+        return self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
+
+    def _put_part(
+        self, key: str, begun: Future[str], number: int, part: Callable[[], Sequence[memoryview]]
+    ) -> tuple[str, int]:
+        """The part's etag and size. It is fetched while the upload is begun."""
+        views = part()
+        send = functools.partial(self._bucket.put_part, key, begun.result(), number, views)
+        return self._retrier.call(f"put part {number} of {key}", send), sum(view.nbytes for view in views)
+
+    def _complete(self, key: str, upload: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo:
+        """Join the parts. Where the answers leave doubt, the object itself says whether it has happened."""
+        condition = content.if_absent and self.capabilities.conditional_puts
+        doubts: list[Transient] = []
+
+        def attempt() -> str:
+            try:
+                return self._bucket.complete_upload(key, upload, etags, condition)
+            except Transient as error:
+                error.given_up = error.cause is Cause.CONFLICT
+                doubts.append(error)
+                raise
+
+        try:
+            etag = self._retrier.call(f"complete {key}", attempt)
+        except (NotFound, AlreadyExists, Transient) as error:
+            # an upload that is gone may be done: somebody on the way can have sent the request twice
+            found = self._settle(key, content, etags, size_bytes) if doubts or isinstance(error, NotFound) else None
+            if found is not None:
+                log.info("%s was put, though the store said: %s", key, error)
+                return found
+            if isinstance(error, Transient) and error.cause is Cause.CONFLICT:
+                error.given_up = False  # the whole upload is begun anew
+            raise
+        return ObjectInfo(key, size_bytes, etag)
+
+    def _settle(self, key: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo | None:
+        """The object's info if it is what the parts make: by its etag, or else byte by byte."""
+        try:
+            info = self.info(key)
+            if f'"{info.etag}"' == multipart_etag(etags) and info.size_bytes == size_bytes:
+                return info
+            return stored_equal(self, key, (view for part in content.parts for view in part()))
+        except (NotFound, Transient):
+            return None
+
+    def _abort(self, key: str, upload: str) -> None:
+        try:
+            self._retrier.call(f"abort {key}", lambda: self._bucket.abort_upload(key, upload))
+        except NotFound:
+            return
+        except StorageError as error:
+            log.warning("parts of an upload of %s are left behind in %s: %s", key, self.url, error)
+
+
+def open_s3(rest: str) -> S3Store:
+    """Open what follows `s3://`. Raises BadURL, Denied."""
+    location, options = parse_url(rest)
+    bucket = Bucket(location, options)
+    with _flights_lock:
+        # one flight for all stores of this process in a bucket: it is the bucket that throttles
+        flight = _flights.setdefault(bucket.name, Flight(options.flight_limit(_num_processes(os.environ))))
+    return S3Store(bucket, Retrier(flight, bucket.retries), options.part_size_bytes)
+
+
+def _num_processes(env: Mapping[str, str]) -> int:
+    """The processes of this node that a launcher has started together, as it tells them."""
+    number = env.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(number)) if number.isdecimal() else 1

@@ -1,0 +1,1 @@
+"""From one store to another: `ckpt push` and `ckpt pull`."""

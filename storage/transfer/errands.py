@@ -1,0 +1,211 @@
+"""Which checkpoints are to be copied from store to store, and what there is of them at either end. Writes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from storage import inspect
+from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
+from storage.format import layout
+from storage.format.manifest import Manifest
+from storage.inspect import Location
+from storage.run import catalog
+from storage.stores.objects import ObjectStore
+from storage.stores.registry import open_store
+from storage.transfer.copyplan import Checksums, DataObject, choose
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One checkpoint to copy: where it lies in the source, and where in the target."""
+
+    source_prefix: str
+    target_prefix: str
+    step: int | None
+
+    @property
+    def folder(self) -> str:
+        """As people call it."""
+        return self.target_prefix.rstrip("/")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint of the source that can be copied, with its `.metadata`."""
+
+    errand: Errand
+    metadata: bytes
+    objects: Sequence[DataObject]
+    sizes_there: Mapping[str, int]
+    """What lies at the target, by name: a copy that was killed may have left some of the objects."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all data objects."""
+        return sum(entry.size_bytes for entry in self.objects)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that is known of a checkpoint while it is copied; nothing but `found` for stock DCP's."""
+
+    found: Found
+    manifest: Manifest | None = None
+    checksums: Checksums | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one checkpoint.
+
+    `state`: "copied"; "present" (the target had it already); "damaged" (in the source, or at the target; `reason` says
+    more); "removed" (from the source, while it was copied); "planned" (it would be copied).
+    """
+
+    folder: str
+    step: int | None
+    state: str
+    reason: str = ""
+    num_objects_sent: int = 0
+    num_objects_present: int = 0
+    sent_bytes: int = 0
+    present_bytes: int = 0
+
+
+def open_target(url: str) -> Location:
+    """The store to copy to; `prefix` is None unless the URL names one step's folder. Raises BadURL."""
+    run, prefix = layout.split_step_url(url)
+    return Location(open_store(run), prefix or None)
+
+
+def plan(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[Errand]:
+    """What to copy, newest first.
+
+    Raises:
+        NoCheckpoint: nothing is committed in the source, or not that step.
+        UsageError: the URLs do not fit each other.
+    """
+    if source.store.url == target.store.url:
+        raise UsageError(f"source and target are both {source.store.url}; give two different places")
+    if source.prefix is not None:
+        return [_single(source, target, step, last)]
+    if target.prefix is not None:
+        raise UsageError(
+            f"the source is a whole run, and {target.prefix.rstrip('/')} at the end of the target is one checkpoint; "
+            "give the folder above it"
+        )
+    if catalog.is_checkpoint(target.store, ""):
+        raise UsageError(f"{target.store.url} is one checkpoint and no run: steps cannot be copied into it")
+    steps = [layout.parse_step(prefix.rstrip("/")) or 0 for prefix in inspect.checkpoints(source)]
+    folders = [(number, layout.step_folder(number) + "/") for number in choose(steps, source.store.url, step, last)]
+    return [Errand(folder, folder, number) for number, folder in folders]
+
+
+def _single(source: Location, target: Location, step: int | None, last: int | None) -> Errand:
+    """The only checkpoint of the source."""
+    if step is not None or last is not None:
+        raise UsageError("the source is one checkpoint, so there are no steps to choose from; give the run's URL")
+    (prefix,) = inspect.checkpoints(source)
+    number = layout.parse_step(prefix.rstrip("/"))
+    wanted = target.prefix or prefix
+    if number is not None and wanted != prefix:
+        raise UsageError(f"the source is step {number} and the target {wanted.rstrip('/')}; give the same step")
+    if not wanted and catalog.steps(target.store):
+        raise UsageError(f"{target.store.url} has steps in it; give the one to make, such as .../step-000000120")
+    return Errand(prefix, wanted, layout.parse_step(wanted.rstrip("/")))
+
+
+def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Outcome:
+    """What there is to copy, or why there is nothing. Writes nothing.
+
+    Raises:
+        UsageError: the target has another checkpoint there; or the source's format is another version's.
+        Transient, Denied: by a store.
+    """
+    contents = find_twice(source, errand)
+    if isinstance(contents, Outcome):
+        return contents
+    found = contents.found  # manifests of all steps at once would be large: they are read again
+    if (outcome := present_already(target, found)) is not None:
+        return outcome
+    listed = target.list(errand.target_prefix)
+    sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
+    return replace(found, sizes_there=sizes)
+
+
+def find_twice(source: ObjectStore, errand: Errand) -> Contents | Outcome:
+    """Damage counts when it is read twice: the way to here may have done it. Raises UsageError."""
+    try:
+        try:
+            return _find(source, errand)
+        except Corrupt as error:
+            contents = _find(source, errand)
+            log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
+            return contents
+    except Corrupt as error:
+        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
+    except (NotFound, NoCheckpoint):
+        return removed(errand)
+
+
+def _find(source: ObjectStore, errand: Errand) -> Contents:
+    """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
+    metadata = source.read(errand.source_prefix + layout.METADATA)
+    committed = catalog.find_commit(source, errand.source_prefix)
+    manifest = committed.manifest
+    if manifest is None:
+        if committed.metadata != metadata:
+            raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
+        index = catalog.open_commit(committed)
+        plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
+        return Contents(Found(errand, metadata, [DataObject(name, size) for name, size in plain], {}))
+    if errand.step not in (None, manifest.step):
+        raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {errand.step}")
+    if not catalog.commits(metadata, manifest):
+        raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
+    if problems := list(inspect.gaps(manifest)):
+        raise Corrupt(problems[0])
+    objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
+    return Contents(Found(errand, metadata, objects, {}), manifest, Checksums(manifest))
+
+
+def present_already(target: ObjectStore, found: Found) -> Outcome | None:
+    """What there is to say if the target has a checkpoint there. Raises UsageError: it is another one."""
+    prefix = found.errand.target_prefix
+    try:
+        there = target.read(prefix + layout.METADATA)
+    except NotFound:
+        return None
+    return None if catalog.is_set_aside(target, prefix, there) else present(target, found, there)
+
+
+def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
+    """What there is to say of `there`, a `.metadata` that counts at the target. Raises UsageError: it is another's."""
+    errand = found.errand
+    if there != found.metadata:
+        raise UsageError(
+            f"{layout.join_url(target.url, errand.target_prefix)} holds another checkpoint than the source; copy to "
+            "another URL, or remove that one first"
+        )
+    try:
+        commit_there = catalog.find_commit(target, errand.target_prefix)
+        if commit_there.manifest is None:
+            catalog.open_commit(commit_there)
+    except Corrupt as error:
+        return Outcome(errand.folder, errand.step, "damaged", f"in {target.url}, where it is committed: {error}")
+    return Outcome(
+        errand.folder,
+        errand.step,
+        "present",
+        num_objects_present=len(found.objects),
+        present_bytes=found.size_bytes,
+    )
+
+
+def removed(errand: Errand) -> Outcome:
+    """It is not in the source any more."""
+    return Outcome(errand.folder, errand.step, "removed", "its job has removed or replaced it meanwhile")
