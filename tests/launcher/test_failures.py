@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +17,7 @@ from launcher.rounds.failures import (
     place_of,
     shorten,
 )
+from launcher.workers import boot, program, zygote
 from launcher.workers.channel import Phase
 
 SEED = "Traceback (most recent call last):\n"
@@ -157,6 +159,12 @@ class TestPlace:
         assert place_of(death(exit_code=3)) == "exit code 3"
         assert place_of(death(exit_code=-9)) == place_of(death(exit_code=137)) == "SIGKILL"
         assert self.place("torch.OutOfMemoryError: CUDA", "") == "OutOfMemoryError"
+
+    @pytest.mark.parametrize("module", [boot, program, zygote])
+    def test_what_runs_the_program_is_not_the_place(self, module: ModuleType) -> None:
+        ours = f'  File "{module.__file__}", line 3, in run\n    call()\n'
+        text = f'Traceback (most recent call last):\n  File "/job/train.py", line 5, in main\n    go()\n{ours}'
+        assert self.place("KeyError: 1", text) == "KeyError at /job/train.py:5 in main"
 
 
 class TestLog:
