@@ -339,7 +339,10 @@ _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 def _close_at_exit() -> None:
     """Close what a script has left open. One that an exception has ended waits for no other rank."""
     for checkpointer in list(_open):
-        checkpointer._close(abandon=getattr(sys, "last_value", None) is not None)
+        try:
+            checkpointer._close(abandon=getattr(sys, "last_value", None) is not None)
+        except Exception:
+            log.exception("a checkpointer that was left open cannot be closed")
 
 
 # Once concurrent.futures has heard of the exit, no pool takes work any more, and a save would fail on its way. Its own

@@ -22,7 +22,7 @@ def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[
             future.cancel()
         # buffers belong to the caller again once this returns: nothing may still be writing into them
         wait(pending)
-        raise next(error for future in done if (error := future.exception()))
+        raise next(error for future in futures if future in done and (error := future.exception()))
     return [future.result() for future in futures]
 
 

@@ -33,6 +33,8 @@ _LOOK_S = 0.1
 _OUTPUT_MAX_CHARS = 300
 _MIB = 1024 * 1024
 _running: set[int] = set()  # process groups of commands that run now
+_starting = threading.Lock()
+_START_S = 1.0  # how long whoever ends all commands waits for one that is being started
 
 
 class Check(Protocol):
@@ -134,14 +136,15 @@ class Command:
 
     def run(self) -> str:
         """How it failed, with the last line that it wrote."""
-        process = subprocess.Popen(
-            ["sh", "-c", self.command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        _running.add(process.pid)
+        with _starting:  # it runs already while Popen returns: nobody may miss it meanwhile
+            process = subprocess.Popen(
+                ["sh", "-c", self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            _running.add(process.pid)
         try:
             output, _ = process.communicate(timeout=self.timeout_s)
         except subprocess.TimeoutExpired:
@@ -201,9 +204,14 @@ def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[
 
 
 def end_commands() -> None:
-    """Kill every command that runs, with its children. From any thread."""
-    for pid in tuple(_running):
-        _end(pid)
+    """Kill every command that runs, with its children. From any thread but those that run commands."""
+    held = _starting.acquire(timeout=_START_S)
+    try:
+        for pid in tuple(_running):
+            _end(pid)
+    finally:
+        if held:
+            _starting.release()
 
 
 def _run(check: Check) -> Finding:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -101,6 +101,15 @@ class Incoming:
     first: int = 0
 
 
+@dataclass
+class _Round:
+    """What a rank has for others in one round, and what it is to receive."""
+
+    owned: list[Held] = field(default_factory=list)
+    sends: list[Message] = field(default_factory=list)
+    incoming: list[Incoming] = field(default_factory=list)
+
+
 class Exchange:
     """Carries the plan out, on the thread that calls `run`.
 
@@ -136,18 +145,14 @@ class Exchange:
         failure: Exception | None = None
         try:
             for numbers in self._rounds():
-                self._fetch_ahead()
-                owned: list[Held] = []
-                try:
-                    while failure is None and self._next_is_of(numbers):
-                        held, future = self._flying.popleft()
-                        future.result()
-                        owned.append(held)
-                        self._fetch_ahead()
-                except Exception as error:  # noqa: BLE001 - raised below, by all ranks together
-                    failure = error
+                batch = _Round()
+                if failure is None:
+                    try:
+                        self._prepare(batch, numbers)
+                    except Exception as error:  # noqa: BLE001 - raised below, by all ranks together
+                        failure = error
                 self._leave_if_any(failure)
-                failure = self._round(numbers, owned)
+                failure = self._carry_out(batch)
             self._leave_if_any(failure)
         finally:
             futures = [future for _, future in self._flying]
@@ -155,6 +160,20 @@ class Exchange:
                 future.cancel()
             wait(futures)
         return self._traffic
+
+    def _prepare(self, batch: _Round, numbers: range) -> None:
+        """What can fail on one rank only: what it fetches for others, and memory for what it receives."""
+        plan, rank = self._shared.plan, self._group.rank
+        self._fetch_ahead()
+        while self._next_is_of(numbers):
+            held, future = self._flying.popleft()
+            future.result()
+            batch.owned.append(held)
+            self._fetch_ahead()
+        batch.sends += [message for held in batch.owned for message in self._messages(held)]
+        batch.incoming += [
+            self._incoming(number) for number in numbers if plan.owner[number] != rank and rank in plan.ranks[number]
+        ]
 
     def _fetch_ahead(self) -> None:
         """Start to fetch this rank's next pieces."""
@@ -194,21 +213,16 @@ class Exchange:
         )
         return Held(piece, tuple(memories), tuple(view is not None for view in views))
 
-    def _round(self, numbers: Sequence[int], owned: Sequence[Held]) -> Exception | None:
+    def _carry_out(self, batch: _Round) -> Exception | None:
         """Send and receive the pieces of one round, and deliver them; what went wrong with the delivery."""
-        plan, rank = self._shared.plan, self._group.rank
-        sends = [message for held in owned for message in self._messages(held)]
-        incoming = [
-            self._incoming(number) for number in numbers if plan.owner[number] != rank and rank in plan.ranks[number]
-        ]
-        expected = [Expected(entry.owner, memory) for entry in incoming for memory in entry.memories]
-        self._neighbours.swap(sends, expected)
-        fetched_bytes = sum(held.piece.size_bytes for held in owned)
-        self._traffic += Traffic(len(owned), fetched_bytes, sum(len(entry.into) for entry in expected))
+        expected = [Expected(entry.owner, memory) for entry in batch.incoming for memory in entry.memories]
+        self._neighbours.swap(batch.sends, expected)
+        fetched_bytes = sum(held.piece.size_bytes for held in batch.owned)
+        self._traffic += Traffic(len(batch.owned), fetched_bytes, sum(len(entry.into) for entry in expected))
         try:
-            for held in owned:
+            for held in batch.owned:
                 self._hand_on(held)
-            for entry in incoming:
+            for entry in batch.incoming:
                 self._take(entry)
         except Exception as error:  # noqa: BLE001 - raised by all ranks together
             return error

@@ -148,4 +148,7 @@ def _host() -> str:
     """The same for processes that know each other by the same numbers; "" where nobody can read another's memory."""
     if _readv is None:
         return ""
-    return f"{BOOT_ID.read_text().strip()} {_PROCESSES.stat().st_ino}"
+    try:
+        return f"{BOOT_ID.read_text().strip()} {_PROCESSES.stat().st_ino}"
+    except OSError:  # a sandbox that hides them
+        return ""

@@ -25,19 +25,32 @@ class Encoding:
         self._lock = threading.Lock()
         self._made: list[memoryview] = []
         self._made_bytes = 0
+        self._failure: Exception | None = None
         self._course = self._framed(item) if isinstance(item, FramedItem) else self._encoded(item)
 
     def views(self, start: int, stop: int) -> list[memoryview]:
         """Bytes [start, stop) of the item; nothing is copied."""
-        with self._lock:
-            while self._made_bytes < stop:
-                self._made_bytes += next(self._course)
-            made = list(self._made)
-        found, at = [], 0
+        while self._make_some(stop):
+            pass  # a bite at a time, so that who wants less has it as soon as it is made
+        found, at, made = [], 0, list(self._made)
         for view in made:
             found.append(view[max(0, start - at) : max(0, stop - at)])
             at += view.nbytes
         return [view for view in found if view.nbytes]
+
+    def _make_some(self, stop: int) -> bool:
+        """Make what comes next, unless all bytes before `stop` are there."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._made_bytes >= stop:
+                return False
+            try:
+                self._made_bytes += next(self._course)
+            except Exception as error:
+                self._failure = error
+                raise
+            return True
 
     def _encoded(self, item: EncodedItem) -> Iterator[int]:
         """Take what comes next into the checksums; its length."""

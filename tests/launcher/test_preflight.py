@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from launcher.health.preflight import (
     Gpus,
     Preflight,
     PreflightRules,
+    end_commands,
     examine,
     standard_checks,
 )
@@ -315,6 +317,28 @@ def test_an_agent_that_is_ended_at_once_takes_its_commands_with_it(
     _end_at_once(75)
     runs.join(20)
     assert exit_codes == [75]
+    assert not runs.is_alive()
+
+
+def test_a_command_that_is_just_being_started_is_ended_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, started, released = subprocess.Popen, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(*args, **options)
+        started.set()
+        assert released.wait(20)
+        return process
+
+    monkeypatch.setattr("launcher.health.preflight.subprocess.Popen", slow)
+    runs = threading.Thread(target=Command("sleep 600", timeout_s=60).run)
+    runs.start()
+    assert started.wait(20)
+    ends = threading.Thread(target=end_commands)
+    ends.start()
+    ends.join(0.2)  # it has to wait for the start, and so it does
+    released.set()
+    ends.join(20)
+    runs.join(20)
     assert not runs.is_alive()
 
 

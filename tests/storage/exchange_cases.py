@@ -308,6 +308,23 @@ def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:
     return "nothing", store.num_reads
 
 
+def lack_memory(url: str, layout: str, victim: int, lacking: str) -> str:
+    """Load where rank `victim` has no memory for what method `lacking` of the exchange makes; what is raised."""
+
+    def lack(self: exchange.Exchange, *args: object) -> None:
+        raise MemoryError("none is left")
+
+    register_scheme("far", Counting)
+    with pytest.MonkeyPatch.context() as patch, Checkpointer(f"far://{url}") as ckpt, small_pieces(16 << 10, 64 << 10):
+        if dist.get_rank() == victim:
+            patch.setattr(exchange.Exchange, lacking, lack)
+        try:
+            ckpt.restore(odd_state(Layout(layout), 0))
+        except (StorageError, MemoryError) as error:
+            return str(error)
+    return "nothing"
+
+
 def fail_dcp(url: str, layout: str, victim: int) -> str:
     """The same through `dcp.load`."""
     store = Counting(url, 2 if dist.get_rank() == victim else None)

@@ -77,6 +77,13 @@ def test_a_rank_that_fails_at_any_read_fails_all_and_none_hangs(
     assert set(others) == {message}
 
 
+@pytest.mark.parametrize("lacking", ["_held", "_messages", "_incoming"])
+def test_a_rank_that_lacks_memory_fails_all_and_none_hangs(ranks: Ranks, tmp_path: Path, lacking: str) -> None:
+    ranks.run(cases.save, str(tmp_path), "rows of 2", False, world_size=2)
+    for message in ranks.run(cases.lack_memory, str(tmp_path), "hsdp 2x2", 1, lacking, world_size=4, timeout_s=60.0):
+        assert "none is left" in message
+
+
 @st.composite
 def stripes(draw: st.DrawFn) -> Stripes:
     length = draw(st.integers(1, 6))

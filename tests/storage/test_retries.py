@@ -16,7 +16,7 @@ from storage.stores.flight import Flight, Window
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from storage.stores.retries import RULES, Retrier, RetryLog, Rule
-from storage.stores.retrying import RetryingStore, skip, stored_equal
+from storage.stores.retrying import RetryingStore, skip, stored_equal, views_of
 
 
 class Time:
@@ -273,8 +273,8 @@ class TestRetryingStore:
 
     def test_stored_equal(self, breaking: tuple[Breaking, RetryingStore]) -> None:
         below, _ = breaking
-        assert stored_equal(below, "k", [b""]) is None
+        assert stored_equal(below, "k", views_of([b""])) is None
         info = below.put("k", [b"abcdef"])
-        assert stored_equal(below, "k", [b"abc", b"", b"def"]) == info
-        assert stored_equal(below, "k", [b"abc", b"deg"]) is None
-        assert stored_equal(below, "k", [b"abc"]) is None
+        assert stored_equal(below, "k", views_of([b"abc", b"", b"def"])) == info
+        assert stored_equal(below, "k", views_of([b"abc", b"deg"])) is None
+        assert stored_equal(below, "k", views_of([b"abc"])) is None
