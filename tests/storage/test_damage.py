@@ -11,37 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspect, open_store
 from storage.errors import Disputed, Fenced, Transient
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
+from tests.storage.small_runs import opened, save, state
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 _names = itertools.count()
 
 
-def state(number: int) -> dict[str, Any]:
-    return {"w": torch.full((300,), float(number)), "n": number}
-
-
-def save(url: str, *steps: int) -> None:
-    with Checkpointer(url) as ckpt:
-        for step in steps:
-            ckpt.save(step, state(step), wait=True)
-            assert ckpt.wait()
-
-
 def states(url: str) -> list[tuple[int | None, str]]:
     return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
-
-
-def opened(store: MemoryStore) -> str:
-    """The URL of that very store."""
-    scheme = f"damage-{next(_names)}"
-    register_scheme(scheme, lambda rest: store)
-    return f"{scheme}://run"
 
 
 class BadMemory(MemoryStore):

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 
-from storage import Checkpointer, ShardReader, ShardWriter, register_scheme
+from storage import ShardReader, ShardWriter
 from storage.errors import NoCheckpoint
 from storage.format import layout
 from storage.run import catalog
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
+from tests.storage.small_runs import opened, save, state
 
 DEADLINE_S = 20.0
-_names = itertools.count()
-
-
-def state(number: int) -> dict[str, Any]:
-    return {"w": torch.full((300,), float(number)), "n": number}
-
-
-def save(url: str, *steps: int) -> None:
-    with Checkpointer(url) as ckpt:
-        for step in steps:
-            ckpt.save(step, state(step), wait=True)
-            assert ckpt.wait()
-
-
-def opened(store: MemoryStore) -> str:
-    """The URL of that very store."""
-    scheme = f"opening-{next(_names)}"
-    register_scheme(scheme, lambda rest: store)
-    return f"{scheme}://run"
 
 
 class Asked(MemoryStore):

@@ -1,0 +1,33 @@
+"""Small runs, and stores of the tests' own to keep them in."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from storage import Checkpointer, register_scheme
+from storage.stores.memory import MemoryStore
+
+_names = itertools.count()
+
+
+def state(number: int) -> dict[str, Any]:
+    """A tensor and a value."""
+    return {"w": torch.full((300,), float(number)), "n": number}
+
+
+def save(url: str, *steps: int) -> None:
+    """Commit those steps."""
+    with Checkpointer(url) as ckpt:
+        for step in steps:
+            ckpt.save(step, state(step), wait=True)
+            assert ckpt.wait()
+
+
+def opened(store: MemoryStore) -> str:
+    """The URL of that very store."""
+    scheme = f"test-{next(_names)}"
+    register_scheme(scheme, lambda rest: store)
+    return f"{scheme}://run"
