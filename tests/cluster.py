@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,13 +19,21 @@ import psutil
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
+FIRST_PORT = 12_000  # of the servers of tests
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port nobody listens on now.
+
+    None of those that the kernel gives to outgoing connections: who listens on it, ends and starts anew, would find it
+    taken by anybody's client once in a while.
+    """
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(FIRST_PORT, max(first_of_clients, FIRST_PORT + 4096))
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def until(what: str, condition: Callable[[], T | None], within_s: float = DEADLINE_S) -> T:

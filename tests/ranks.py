@@ -53,9 +53,6 @@ class _Worker(NamedTuple):
     pipe: Connection
 
 
-_GRACE_S = 10.0  # ranks that wait for each other in vain tell where, before they are ended
-
-
 class Ranks:
     """A pool of processes; grows to the largest world asked for."""
 
@@ -104,7 +101,7 @@ class Ranks:
             for rank, worker in enumerate(self._workers[:world_size]):
                 worker.pipe.send(_Job(function, args, rank, world_size, store, timeout_s, bool(dying)))
             try:
-                return self._collect(world_size, dying, time.monotonic() + timeout_s + _GRACE_S)
+                return self._collect(world_size, dying, time.monotonic() + timeout_s)
             except BaseException:
                 self.close()
                 raise
