@@ -108,11 +108,6 @@ class Runs:
     starts: tuple[int, ...]
     length: int
 
-    @property
-    def extent(self) -> tuple[int, int]:
-        """The least [start, stop) that holds every run."""
-        return self.starts[0], self.starts[-1] + self.length
-
 
 def box_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides, in elements, of an array of those sizes."""

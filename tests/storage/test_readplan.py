@@ -32,7 +32,6 @@ def test_box_runs_cover_the_box_in_its_own_order(box: tuple[list[int], list[int]
         element for start in runs.starts for element in range(start // itemsize, (start + runs.length) // itemsize)
     ]
     assert found == wanted.tolist()
-    assert runs.extent == (found[0] * itemsize, (found[-1] + 1) * itemsize)
     # as few runs as can be: no two of them touch, unless the box leaves a dimension that is whole in between
     if len(runs.starts) > 1 and all(n < s for s, n in zip(sizes, lengths, strict=True)):
         assert all(a + runs.length < b for a, b in itertools.pairwise(runs.starts))
