@@ -47,16 +47,33 @@ class WorkerContext:
     mesh: MeshPlan | None
 
 
-def context() -> WorkerContext:
+def context(*, set_device: bool = True) -> WorkerContext:
     """Read the environment that the agent (or torchrun, or nobody) gave this process.
 
-    Call it early: the agent learns from it that this script reports its progress, and will not be stopped in the
-    middle of a long start.
+    Call it early, before `init_process_group`: the agent learns from it that this script reports its progress, and will
+    not be stopped in the middle of a long start. The first call also makes the accelerator of this local rank torch's
+    current device (as `torch.accelerator.set_device_index(local_rank)` does), where there is one and the script has not
+    chosen another before; `set_device=False` leaves that to the script. Without an accelerator, also where torch is
+    built for one, it touches none.
 
     Raises:
         ValueError: a variable does not hold what it must.
     """
     _channel()
+    here = _context()
+    if set_device and "LOCAL_RANK" in os.environ:
+        _set_device(here.local_rank)
+    return here
+
+
+@functools.cache
+def _set_device(local_rank: int) -> None:
+    from storage.ranks.devices import use_own_device
+
+    use_own_device(local_rank)
+
+
+def _context() -> WorkerContext:
     env = os.environ
     mesh = env.get("ELASTIC_MOE_MESH")
     return WorkerContext(
@@ -142,13 +159,13 @@ def _agree(reason: StopReason) -> StopReason:
     import torch
     import torch.distributed as dist
 
+    from storage.ranks.devices import collective_device
+
     if not dist.is_initialized():
         return reason
     figures = _pace().arrive(time.perf_counter(), time.thread_time())
     told = [float(reason)] + (pack(figures, dist.get_rank(), dist.get_world_size()) if figures else [])
-    on_cpu = "gloo" in dist.get_backend()
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    agreed = torch.tensor(told, dtype=torch.float64, device=device)
+    agreed = torch.tensor(told, dtype=torch.float64, device=collective_device())
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     everybody: list[float] = agreed.tolist()
     _pace().leave(time.perf_counter(), time.thread_time())
@@ -198,7 +215,7 @@ def event(name: str, **fields: Any) -> None:
     """Append an event to the agent's `events.jsonl`; a no-op without an agent."""
     path = os.environ.get("ELASTIC_MOE_EVENTS")
     if path:
-        here = context()
+        here = _context()
         append_event(
             Path(path),
             run_id=here.run_id,

@@ -35,7 +35,7 @@ def train(job: JobConfig) -> None:
         UserError: the job does not fit the world, the data or the checkpoint.
         NotSaved: the last step could not be saved.
     """
-    here = worker.context()
+    here = worker.context(set_device=False)  # the job says which
     if job.train.exact:
         # A CPU kernel that splits a sum over threads rounds it by their number.
         torch.set_num_threads(1)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from storage.format.columns import Array
+from storage.ranks.devices import collective_device
 
 COORDINATOR = 0
 
@@ -44,9 +45,7 @@ class Group:
         self.rank = dist.get_rank(process_group) if self._active else 0
         self.world_size = dist.get_world_size(process_group) if self._active else 1
         if self._active:
-            on_cpu = "gloo" in str(dist.get_backend(process_group)) or not torch.accelerator.is_available()
-            device = None if on_cpu else torch.accelerator.current_accelerator()
-            self._device = device or torch.device("cpu")
+            self._device = collective_device(process_group)
 
     @property
     def is_coordinator(self) -> bool:

@@ -53,6 +53,14 @@ def test_a_killed_node_is_replaced_and_taken_in_without_losing_a_step(nodes: Clu
     assert nodes.events("node_lost"), "the loss is told"
 
 
+def test_a_torch_that_is_built_for_an_accelerator_needs_none(nodes: Cluster, tmp_path: Path) -> None:
+    script = str(SCRIPTS / "accelerator_absent.py")
+    node = nodes.start("only", script, str(tmp_path / "checkpoints"), nnodes="1:1", nproc=2)
+    assert node.wait() == 0, node.output
+    assert "rank 0: step 3" in node.output
+    assert "rank 1: step 3" in node.output
+
+
 @pytest.mark.parametrize("start", [(), ("--cold-workers",)], ids=["warm", "cold"])
 def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path, start: tuple[str, ...]) -> None:
     node = nodes.start("only", *start, STOCK, str(tmp_path), nnodes="1:1", nproc=2)
