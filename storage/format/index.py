@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from storage.errors import Corrupt
 from storage.format.columns import Ints
-from storage.format.manifest import Manifest, Path
+from storage.format.containers import Container, Path
+from storage.format.manifest import Manifest
 
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 
@@ -80,7 +81,7 @@ class Index:
     """A checkpoint at `prefix`; see the module's docstring.
 
     `is_stock`: written by stock DCP. `transforms`: the stream transforms that it was written through, which nothing
-    here can undo.
+    here can undo. `containers`: of the nested state, where the entries' paths do not tell all about them.
     """
 
     prefix: str
@@ -90,6 +91,7 @@ class Index:
     entries: Mapping[str, Entry]
     columns: Columns
     transforms: tuple[str, ...] = ()
+    containers: tuple[Container, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns.object)
@@ -162,6 +164,7 @@ class Index:
             "objects": [(entry.name, entry.size_bytes) for entry in self.objects],
             "entries": [(key, e.dtype, e.shape, e.path, e.first, e.last) for key, e in self.entries.items()],
             "transforms": self.transforms,
+            "containers": [container.model_dump() for container in self.containers],
             "columns": [(name, column.dtype.str, column.shape) for name, column in columns.items()],
         }
         text = json.dumps(head, separators=(",", ":")).encode()
@@ -188,6 +191,7 @@ class Index:
             },
             Columns(**columns),
             tuple(head["transforms"]),
+            tuple(Container.model_validate(fields) for fields in head["containers"]),
         )
 
 
@@ -222,7 +226,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         crcs=np.frombuffer(b"".join(crcs_of), "<u4"),
     )
     dims = np.maximum(table.sizes.num_dims, 0)[order]
-    return build(
+    index = build(
         prefix,
         manifest.step,
         False,
@@ -231,6 +235,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         columns,
         dims,
     )
+    return dataclasses.replace(index, containers=manifest.containers)
 
 
 def build(

@@ -1,11 +1,12 @@
 """`manifest.json`: the index of one checkpoint, and the receipts it is made of.
 
-A sealed document (`sealed`), version 1. It answers without a pickle where every byte of every tensor is, and
+A sealed document (`sealed`), version 2. It answers without a pickle where every byte of every tensor is, and
 what its checksum must be:
 
 - `objects`: the data objects with their sizes, and the etags that the store gave when they were written (an etag
   means something only in the store of that time; a copied checkpoint has others).
 - `tensors`, `values`: what the state held by flattened key, with the path of the key in the nested state.
+- `containers`: those dicts and lists of the nested state that the paths do not tell in full (since version 2).
 - `items`: one stored chunk each, as columns (item i is the i-th entry of every column). An item lies at `offset` of
   its object, `length` bytes, and is a complete `torch.save` zip; the tensor's own bytes, row-major and contiguous,
   start `raw_offset` after the item's start (for a value `raw_offset` is 0 and the item as a whole is the value).
@@ -32,9 +33,11 @@ from storage.errors import Corrupt, UsageError
 from storage.format import layout
 from storage.format.checksum import unpack_crcs
 from storage.format.columns import Boxes, IntColumn
+from storage.format.containers import Container, Path
 from storage.format.sealed import Document, check_seal, seal, unseal
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+_VERSIONS_READ = (1, 2)
 HEAD_SIZE_BYTES = 16 * 1024
 """Enough of a manifest for `load_head`, unless its mesh or lineage are described at unusual length."""
 _KIND = "manifest"
@@ -42,7 +45,6 @@ _FIRST_LIST = "objects"
 _RECEIPT_KIND = "receipt"
 _ABORTED_KIND = "aborted"
 
-Path = tuple[str | int, ...]
 Count = Field(ge=0, lt=1 << 63)
 
 
@@ -185,6 +187,7 @@ class Manifest(Document):
     objects: tuple[ObjectEntry, ...]
     tensors: dict[str, TensorEntry]
     values: dict[str, ValueEntry]
+    containers: tuple[Container, ...] = ()
     items: ItemTable
 
     @property
@@ -268,15 +271,17 @@ def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
     except Corrupt:
         # perhaps what this program does not know; most are of this version, and parsed once
         manifest, version = None, _version_of(check_seal(_KIND, data, name), name)
-        if version == MANIFEST_VERSION:
+        if version in _VERSIONS_READ:
             raise
-    if manifest is None or version != MANIFEST_VERSION:
-        raise UsageError(f"{name} has version {version}, this program reads {MANIFEST_VERSION}; use the newer program")
+    if manifest is None or version not in _VERSIONS_READ:
+        raise UsageError(
+            f"{name} has version {version}, this program reads up to {MANIFEST_VERSION}; use the newer program"
+        )
     return manifest
 
 
 def load_head(data: bytes) -> Head | None:
-    """What the first bytes of a manifest say; None if they do not reach as far, or are not those of one of our version.
+    """What the first bytes of a manifest say; None if they do not reach as far, or are not those of a known version.
 
     No checksum covers them alone, so they are good for being compared with an object's size and checksum, and for
     nothing else: what a flipped bit makes of those fits no object.
@@ -287,7 +292,7 @@ def load_head(data: bytes) -> Head | None:
     except (ValueError, TypeError, KeyError):
         return None
     # without the first list after them the last number may have been cut
-    return head if head.version == MANIFEST_VERSION and _FIRST_LIST in body else None
+    return head if head.version in _VERSIONS_READ and _FIRST_LIST in body else None
 
 
 def _version_of(body: bytes, name: str) -> int:

@@ -32,6 +32,7 @@ import tenacity
 from storage.errors import AlreadyExists, Corrupt, Fenced, StorageError, Transient, Unconfirmed
 from storage.format import layout
 from storage.format.checksum import crc32c
+from storage.format.containers import Container
 from storage.format.index import of_manifest
 from storage.format.manifest import (
     ItemTable,
@@ -84,6 +85,7 @@ class Contents:
 
     tensors: dict[str, TensorEntry]
     values: dict[str, ValueEntry]
+    containers: tuple[Container, ...] = ()
 
 
 def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
@@ -114,6 +116,7 @@ def build_manifest(
         objects=tuple(objects),
         tensors=contents.tensors,
         values=contents.values,
+        containers=contents.containers,
         items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
     )
     metadata = dump_metadata(of_manifest(attempt.prefix, draft), attempt.id)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from storage.format.manifest import Path
+from storage.format.containers import Path
 
 
 @dataclass(frozen=True, slots=True)

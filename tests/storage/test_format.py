@@ -29,6 +29,7 @@ from storage.errors import Corrupt, Denied, UnsupportedValue, UsageError
 from storage.format import dcp_pickle, layout
 from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c, pack_crcs, unpack_crcs
 from storage.format.columns import Boxes
+from storage.format.containers import Container, decode_key, encode_key
 from storage.format.dcp_metadata import load_metadata, metadata_of
 from storage.format.dcp_pickle import dump_metadata
 from storage.format.index import Index, of_manifest
@@ -42,6 +43,7 @@ from storage.format.manifest import (
     TensorEntry,
     ValueEntry,
     dump_manifest,
+    load_head,
     load_manifest,
 )
 from storage.format.tensors import bytes_of
@@ -86,6 +88,10 @@ def golden_manifest() -> Manifest:
     contents = Contents(
         tensors={"model.weight": TensorEntry(dtype="float32", shape=(4, 3), path=("model", "weight"))},
         values={"step": ValueEntry(path=("step",))},
+        containers=(
+            Container(path=("seen",), kind="Counter", keys=(("int", "3"), "3"), names=("3(int)", "3")),
+            Container(path=("rows",), kind="defaultdict", factory="int"),
+        ),
     )
     origin = Origin(generation=7, lineage="launch-a", mesh={"replicate": 1, "shard": 2, "expert": 1})
     manifest, _ = build_manifest(Attempt.of_step(120, ATTEMPT, 2), origin, contents, receipts, 1700000000.5)
@@ -107,6 +113,29 @@ def test_manifest_is_the_golden_one() -> None:
     assert json.loads(data)["manifest"]["items"]["object"] == [0, 0, 1]
 
 
+def test_manifests_of_version_1_are_still_read() -> None:
+    old = GOLDEN.with_name("golden_manifest_v1.json").read_bytes()
+    assert load_manifest(old) == golden_manifest().model_copy(update={"version": 1, "containers": ()})
+    assert load_head(old) is not None
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a.b", 0, -7, 1 << 70, True, False, None, 1.0, float("inf"), b"\x00\xff", (), (1, "1", (None, 2.5))]
+)
+def test_a_key_of_a_dict_comes_back_as_it_was(key: Any) -> None:
+    encoded = json.loads(json.dumps(encode_key(key)))
+    decoded = decode_key(encoded if isinstance(encoded, str) else tuple(encoded))
+    assert decoded == key and type(decoded) is type(key)
+
+
+@pytest.mark.parametrize(
+    "encoded", [("int", "x"), ("bool", "yes"), ("float", "z"), ("bytes", "0"), ("tuple", "[" * 5000), ("set", "")]
+)
+def test_what_is_no_key_is_damage(encoded: Any) -> None:
+    with pytest.raises(Corrupt):
+        decode_key(encoded)
+
+
 def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
     data = dump_manifest(golden_manifest())
     for position in range(len(data)):
@@ -120,8 +149,8 @@ def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
 
 
 def test_a_newer_manifest_is_no_damage() -> None:
-    newer = dump_manifest(golden_manifest().model_copy(update={"version": 2}))
-    with pytest.raises(UsageError, match="version 2"):
+    newer = dump_manifest(golden_manifest().model_copy(update={"version": 3}))
+    with pytest.raises(UsageError, match="version 3"):
         load_manifest(newer)
 
 
