@@ -16,6 +16,7 @@ import yaml
 
 from elastic_moe.cli.main import build_parser
 from elastic_moe.config import JobConfig
+from launcher.rounds.records import identity_of
 from tests.deploy.test_docker import etcd_knows, instructions
 from tests.deploy.tools import DEPLOY, documented_exit_codes, most_nodes, parse_run
 
@@ -51,15 +52,29 @@ POD = JOB["spec"]["template"]["spec"]
 ETCD = of("StatefulSet", "etcd")
 
 
-def called() -> Any:
-    """The agent's command line and environment, with the variables that Kubernetes fills in."""
-    given = {"metadata.name": "moe-0", "status.podIP": "10.0.0.1"}
-    environment = {
-        variable["name"]: variable.get("value") or given.get(variable["valueFrom"]["fieldRef"]["fieldPath"], "f00d")
-        for variable in AGENT["env"]
+def environment(pod: str = "moe-2-x7k2p", index: str = "2") -> dict[str, str]:
+    """The agent's environment, with what Kubernetes fills in for a pod of that name; values use those before."""
+    given = {
+        "metadata.name": pod,
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']": index,
+        "metadata.labels['batch.kubernetes.io/controller-uid']": "f00d",
+        "status.podIP": "10.0.0.1",
     }
-    words = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word) for word in AGENT["args"]]
-    return parse_run(words, environment)
+    made: dict[str, str] = {}
+    for variable in AGENT["env"]:
+        text = variable["value"] if "value" in variable else given[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        made[variable["name"]] = expanded(text, made)
+    return made
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
+
+
+def called(**pod: str) -> Any:
+    """The agent's command line and environment, as a pod gets them."""
+    variables = environment(**pod)
+    return parse_run([expanded(word, variables) for word in AGENT["args"]], variables)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -121,7 +136,6 @@ def test_the_agent_is_started_as_it_should_be() -> None:
     assert most_nodes(given) == JOB["spec"]["parallelism"] == JOB["spec"]["completions"]
     assert given.drain_grace < POD["terminationGracePeriodSeconds"]
     assert given.rdzv_backend == "etcd3"
-    assert given.node_name == "moe-0"
     assert given.local_addr == "10.0.0.1"
     assert given.rdzv_id == "f00d"
     (user,) = [i.words.split(":")[0] for i in instructions() if i.name == "USER"]
@@ -129,6 +143,32 @@ def test_the_agent_is_started_as_it_should_be() -> None:
     shm = next(volume for volume in POD["volumes"] if volume["name"] == "shm")
     assert shm["emptyDir"]["medium"] == "Memory"
     assert {"name": "shm", "mountPath": "/dev/shm"} in AGENT["volumeMounts"]
+
+
+def test_a_replaced_pod_is_the_same_node() -> None:
+    """Strikes, departures and exclusion go by the node's name, and `drain` too: no part of it may be a pod's own."""
+    names = {called(pod=f"moe-2-{suffix}", index="2").node_name for suffix in ("x7k2p", "q9w4z")}
+    assert names == {"moe-2"}, "the name that Kubernetes gives the pod as a hostname, too"
+    assert called(index="3").node_name == "moe-3"
+    assert identity_of("moe-2-0123abcd") == "moe-2", "what remains when an agent's own suffix goes"
+
+
+def test_what_pods_need_is_made_before_them() -> None:
+    """A pod's environment is made when it starts: a secret that comes later would never reach it."""
+    page = (FOLDER / "README.md").read_text()
+    commands = re.findall(r"^\$ kubectl (.*?)\s*(?:#.*)?$", page.split("```console")[1].split("```")[0], re.MULTILINE)
+    job = commands.index("apply --filename job.yaml")
+    assert commands.index("apply --filename etcd.yaml") < job
+    for source in AGENT["envFrom"]:
+        (made,) = [
+            i for i, c in enumerate(commands) if c.startswith(f"create secret generic {source['secretRef']['name']} ")
+        ]
+        assert made < job
+    of_job = [(d["kind"], d["metadata"]["name"]) for d in documents(FOLDER / "job.yaml")]
+    for volume in POD["volumes"]:
+        if "configMap" in volume:
+            assert of_job.index(("ConfigMap", volume["configMap"]["name"])) < of_job.index(("Job", "moe"))
+    assert of_job.index(("Service", POD["subdomain"])) < of_job.index(("Job", "moe"))
 
 
 def test_the_jobs_file_is_one() -> None:
@@ -141,7 +181,7 @@ def test_the_jobs_file_is_one() -> None:
 def test_the_hook_drains_its_own_node() -> None:
     shell, option, script = AGENT["lifecycle"]["preStop"]["exec"]["command"]
     assert (shell, option) == ("sh", "-c")
-    words = shlex.split(script.replace("$POD_NAME", called().node_name))
+    words = shlex.split(re.sub(r"\$(\w+)", lambda match: environment()[match[1]], script))
     assert words[:2] == ["exec", "elastic-moe"]
     hook = build_parser().parse_args(words[2:])
     assert (hook.verb, hook.nodes) == ("drain", [called().node_name])

@@ -113,3 +113,13 @@ def test_secrets_are_for_root_alone() -> None:
 def test_every_variable_of_the_example_is_used(name: str) -> None:
     known_to_the_launcher = {"ELASTIC_MOE_ETCD_PASSWORD"}
     assert name in known_to_the_launcher or re.search(rf"\$\{{?{name}\b", settings()["ExecStart"])
+
+
+def test_what_the_unit_reads_is_installed_before_it_starts() -> None:
+    commands = re.findall(r"^# (.*)$", (DEPLOY / "systemd" / "README.md").read_text(), re.MULTILINE)[1:]
+    (start,) = [i for i, c in enumerate(commands) if c.startswith("systemctl enable --now")]
+    installed = " ".join(commands[:start])
+    named = set(re.findall(r"/etc/elastic-moe/([\w.-]+)", " ".join(environment().values())))
+    assert named == {"ca.pem", "job.toml"}
+    for name in named:
+        assert re.search(rf"\b{re.escape(name)}\b[^#]* /etc/elastic-moe/", installed), name
