@@ -67,14 +67,15 @@ class Checkpointer:
 
     Args:
         url: the run's folder, see `storage.open_store`.
-        keep: how many committed checkpoints to keep; at least 1.
+        keep: how many committed checkpoints to keep; at least 1. Unhealthy ones (see `save`) do not count for it.
         generation, lineage: who this is to be fenced by; default ELASTIC_MOE_GENERATION and ELASTIC_MOE_LINEAGE, else
             0 and "". Generations are compared within one lineage.
         mesh: recorded in the manifest; default the JSON of ELASTIC_MOE_MESH.
         process_group: the ranks that take part; default the whole world.
         on_event: called with (name, fields) for checkpoint_staged, checkpoint_failed and restored on every rank, for
-            checkpoint_committed, checkpoint_quarantined, checkpoint_cleanup_failed and checkpoint_not_newest (steps
-            beyond the saved one are there already, and a restore takes the newest) on the coordinator (rank 0);
+            checkpoint_committed, checkpoint_quarantined, checkpoint_passed_over, checkpoint_cleanup_failed and
+            checkpoint_not_newest (steps beyond the saved one are there already, and a restore takes the newest) on the
+            coordinator (rank 0);
             fields hold at least step, and seconds and bytes where they mean something. Besides, checkpoint_retried says
             on any rank what a save or a restore had to try again, and checkpoint_unconditional, once on the
             coordinator, that the store does not honour conditional puts, and checkpoint_taken_over, there as well, that
@@ -140,13 +141,17 @@ class Checkpointer:
     ) -> None:
         self._close(abandon=error is not None)
 
-    def save(self, step: int, state: Mapping[str, Any], wait: bool = False) -> None:
+    def save(self, step: int, state: Mapping[str, Any], wait: bool = False, *, healthy: bool = True) -> None:
         """Save `state` as the checkpoint of `step`.
 
         Returns once the state is copied; storing and committing go on in the background, and the state may change
         meanwhile. Waits first until the earlier save has stored its copy. With `wait` it returns only when the save
         has committed or failed. A failed save is an event and a warning, not an exception: the training goes on.
         A step that this Checkpointer has just committed is not saved again.
+
+        `healthy=False`, on any rank, says that the state is not to go on from (a loss or a parameter that is not
+        finite): it is kept to look into, restores pass it over, it makes no healthy checkpoint go, and makes way itself
+        when its step is saved anew.
 
         Raises:
             Fenced: a newer owner has the run, as an earlier save or a look every 5 s has found; this process can never
@@ -157,14 +162,16 @@ class Checkpointer:
         started_s = time.monotonic()
         self._saver.wait_stored()
         holdings, values, problem = self._describe(state)
-        attempt_id, plan = self._agree(step, holdings, problem)
+        attempt_id, plan, healthy = self._agree(step, holdings, problem, healthy)
         if attempt_id is not None and plan is not None and holdings is not None:
             payloads, staging_error = self._stage(holdings, plan, values)
             attempt = Attempt.of_step(step, attempt_id, self._group.world_size)
             staged_bytes = sum(payload.piece.size_bytes for payload in payloads)
             seconds = round(time.monotonic() - started_s, 4)
             self._report("checkpoint_staged", step=step, seconds=seconds, bytes=staged_bytes)
-            self._saver.submit(Job(attempt, self._group.rank, payloads, plan.contents, started_s, staging_error))
+            self._saver.submit(
+                Job(attempt, self._group.rank, payloads, plan.contents, started_s, staging_error, healthy)
+            )
         if wait:
             self.wait()
 
@@ -184,16 +191,18 @@ class Checkpointer:
         """Wait for the last save and end the background thread. Closing twice is harmless."""
         self._close(abandon=False)
 
-    def restore(self, state: MutableMapping[str, Any]) -> int:
+    def restore(self, state: MutableMapping[str, Any], *, unhealthy: bool = False) -> int:
         """Fill `state` from the newest good checkpoint and return its step.
 
         Returns 0, with `state` untouched, if there is none.
 
         Works for any world size and mesh, whatever the ones that saved. A checkpoint that turns out to be damaged is
         quarantined once the coordinator has seen the damage as well, and the one before it is taken; all ranks take the
-        same.
+        same. One that was saved with `healthy=False` is passed over, which an event `checkpoint_passed_over` tells;
+        `unhealthy=True` takes it as any other.
 
         Raises:
+            OnlyUnhealthy: there are checkpoints, but each was saved as unhealthy.
             WrongModel: the checkpoint has other keys or shapes than the state.
             Corrupt: there are checkpoints, but none is good; the content of `state` is undefined.
             Disputed: a rank read damage that is not there when it is looked for again; the message names the rank and
@@ -205,7 +214,7 @@ class Checkpointer:
         self._saver.forget()
         flat = self._group.everywhere(lambda: state_dicts(state))
         with self._report.retries(self._store, "restore"):
-            restored = self._restorer.restore(flat)
+            restored = self._restorer.restore(flat, unhealthy)
         if restored is None:
             return 0
         for key, value in state.items():
@@ -273,15 +282,19 @@ class Checkpointer:
                 log.exception("the state cannot be described")
             return None, {}, to_message(error)
 
-    def _agree(self, step: int, holdings: Holdings | None, problem: dict[str, Any]) -> tuple[str | None, _Plan | None]:
-        """One attempt for all ranks, and this rank's plan; no attempt if the step is committed already."""
+    def _agree(
+        self, step: int, holdings: Holdings | None, problem: dict[str, Any], healthy: bool
+    ) -> tuple[str | None, _Plan | None, bool]:
+        """One attempt for all ranks, this rank's plan, and whether all are healthy; no attempt if it is committed."""
         planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
-        reports = self._group.gather(json.dumps({"planned": planned, "problem": problem}).encode())
+        reports = self._group.gather(
+            json.dumps({"planned": planned, "problem": problem, "healthy": bool(healthy)}).encode()
+        )
         answer = self._group.on_coordinator(lambda: self._decide(step, reports or []))
         if answer["attempt"] is not None and not answer["planned"]:
             assert holdings is not None  # else there had been a problem
             self._plan = self._replan(holdings)
-        return answer["attempt"], self._plan
+        return answer["attempt"], self._plan, answer["healthy"]
 
     def _decide(self, step: int, reports: list[bytes]) -> dict[str, Any]:
         """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
@@ -296,10 +309,12 @@ class Checkpointer:
                 where = f"rank {rank}: " if len(parsed) > 1 else ""
                 kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
                 raise kind(where + problem["text"])
-        if self._saver.has_committed(step):
+        healthy = all(report["healthy"] for report in parsed)
+        if self._saver.has_committed(step, healthy):
             log.info("step %d is committed already; not saved again", step)
-            return {"attempt": None, "planned": True}
-        return {"attempt": self._saver.new_attempt(), "planned": all(report["planned"] for report in parsed)}
+            return {"attempt": None, "planned": True, "healthy": healthy}
+        planned = all(report["planned"] for report in parsed)
+        return {"attempt": self._saver.new_attempt(), "planned": planned, "healthy": healthy}
 
     def _replan(self, holdings: Holdings) -> _Plan:
         gathered = self._group.gather(dump_pieces(holdings.pieces))

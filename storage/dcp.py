@@ -7,6 +7,7 @@ with checksums, the commit by one put, and the verified read. Nobody claims the 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import time
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.errors import NoCheckpoint
+from storage.errors import NoCheckpoint, OnlyUnhealthy
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
@@ -43,6 +44,8 @@ from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import open_store
+
+log = logging.getLogger(__name__)
 
 
 class ShardReader(StorageReader):
@@ -93,7 +96,15 @@ class ShardReader(StorageReader):
                 raise
             if not (steps := catalog.committed_steps(self._store)):
                 raise NoCheckpoint(f"{error}, nor is it a run that has one") from None
-        return catalog.open_checkpoint(self._store, layout.step_folder(steps[0]) + "/")
+        for step in steps:
+            index = catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
+            if index.healthy:
+                return index
+            log.warning("step %d in %s was saved as unhealthy: passed over", step, self._store.url)
+        raise OnlyUnhealthy(
+            f"no healthy checkpoint is left in {self._store.url}; to read an unhealthy one, give its folder, such as"
+            f" {layout.step_folder(steps[0])}"
+        )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to set up once the metadata is read."""

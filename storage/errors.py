@@ -14,6 +14,7 @@ StorageError
     ├── BadURL             no store by that URL
     ├── InUse              another job, which is alive, saves to that URL
     ├── NoCheckpoint       nothing committed at that URL
+    ├── OnlyUnhealthy      there are checkpoints, but each was saved as unhealthy
     ├── WrongModel         the checkpoint belongs to another model
     └── UnsupportedValue   a value that no safe loader could read back
 """
@@ -120,6 +121,10 @@ class InUse(UsageError):
 
 class NoCheckpoint(UsageError):
     """There is no committed checkpoint at the URL."""
+
+
+class OnlyUnhealthy(UsageError):
+    """Every checkpoint at the URL was saved with `healthy=False`."""
 
 
 class WrongModel(UsageError):

@@ -18,6 +18,7 @@ _WARN = {
     "checkpoint_quarantined",
     "checkpoint_cleanup_failed",
     "checkpoint_not_newest",
+    "checkpoint_passed_over",
     "checkpoint_retried",
     "checkpoint_unconditional",
     "checkpoint_taken_over",

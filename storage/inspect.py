@@ -31,8 +31,9 @@ _PART_SIZE_BYTES = 8 * 1024 * 1024
 class Summary:
     """One step of a run.
 
-    `state`: "committed", "stock" (written by stock DCP), "damaged", "quarantined" or "uncommitted"; `reason` says more
-    about the damaged. What only our manifest knows is None for the others; `size_bytes` counts data objects.
+    `state`: "committed", "unhealthy" (committed, but its writer said that it is not to be gone on from), "stock"
+    (written by stock DCP), "damaged", "quarantined" or "uncommitted"; `reason` says more about the damaged. What only
+    our manifest knows is None for the others; `size_bytes` counts data objects.
     """
 
     folder: str
@@ -137,7 +138,7 @@ def summarize(store: ObjectStore, prefix: str) -> Summary:
     return Summary(
         folder,
         manifest.step,
-        "committed",
+        "committed" if manifest.healthy else "unhealthy",
         size_bytes=manifest.size_bytes,
         created_unix_s=manifest.created_unix_s,
         world_size=manifest.world_size,

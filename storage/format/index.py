@@ -81,7 +81,8 @@ class Index:
     """A checkpoint at `prefix`; see the module's docstring.
 
     `is_stock`: written by stock DCP. `transforms`: the stream transforms that it was written through, which nothing
-    here can undo. `containers`: of the nested state, where the entries' paths do not tell all about them.
+    here can undo. `containers`: of the nested state, where the entries' paths do not tell all about them. `healthy`:
+    what whoever saved it said of the state.
     """
 
     prefix: str
@@ -92,6 +93,7 @@ class Index:
     columns: Columns
     transforms: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
+    healthy: bool = True
 
     def __len__(self) -> int:
         return len(self.columns.object)
@@ -165,6 +167,7 @@ class Index:
             "entries": [(key, e.dtype, e.shape, e.path, e.first, e.last) for key, e in self.entries.items()],
             "transforms": self.transforms,
             "containers": [container.model_dump() for container in self.containers],
+            "healthy": self.healthy,
             "columns": [(name, column.dtype.str, column.shape) for name, column in columns.items()],
         }
         text = json.dumps(head, separators=(",", ":")).encode()
@@ -192,6 +195,7 @@ class Index:
             Columns(**columns),
             tuple(head["transforms"]),
             tuple(Container.model_validate(fields) for fields in head["containers"]),
+            head["healthy"],
         )
 
 
@@ -235,7 +239,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         columns,
         dims,
     )
-    return dataclasses.replace(index, containers=manifest.containers)
+    return dataclasses.replace(index, containers=manifest.containers, healthy=manifest.healthy)
 
 
 def build(

@@ -12,6 +12,7 @@ what its checksum must be:
   start `raw_offset` after the item's start (for a value `raw_offset` is 0 and the item as a whole is the value).
   Items tile their object without gaps. A tensor without elements has no item.
 - checksums: `crc32c` over the item, `block_crcs` over each of its blocks (see `checksum` for why blocks).
+- `healthy`: false where whoever saved it said that the state is not to be gone on from (since version 2).
 - `metadata_*`: size and checksum of the `.metadata` that commits this manifest, so that neither can be taken for
   another checkpoint's.
 """
@@ -182,6 +183,7 @@ class Manifest(Document):
     generation: int
     lineage: str
     mesh: dict[str, Any] | None
+    healthy: bool = True
     metadata_size_bytes: int = Count
     metadata_crc32c: int = Count
     objects: tuple[ObjectEntry, ...]

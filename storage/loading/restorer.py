@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage import inspect
-from storage.errors import Corrupt, Disputed, NoCheckpoint, WrongModel
+from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, WrongModel
 from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
@@ -47,7 +47,7 @@ class Restorer:
         self._report = report
         self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
 
-    def restore(self, flat: dict[str, Any]) -> Restored | None:
+    def restore(self, flat: dict[str, Any], unhealthy: bool = False) -> Restored | None:
         """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
 
         Returns None, with `flat` untouched, if there is none.
@@ -56,7 +56,7 @@ class Restorer:
             WrongModel, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
         """
         damaged: list[str] = []
-        while (index := self._group.share(lambda: self._newest(damaged), Index.load)) is not None:
+        while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
             result = self._read(flat, index)
             if not isinstance(result, Corrupt):
                 return Restored(index.step, result[1], result[0])
@@ -64,18 +64,34 @@ class Restorer:
             damaged.append(str(result))
         return None
 
-    def _newest(self, damaged: Collection[str]) -> Index | None:
-        """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all."""
+    def _newest(self, damaged: Collection[str], unhealthy: bool) -> Index | None:
+        """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all.
+
+        Those that were saved as unhealthy are passed over, unless `unhealthy` takes them as well.
+        """
         reasons = list(damaged)
+        passed_over: list[int] = []
         for step, version in catalog.candidates(self._store):
             self._version = version
             try:
-                return catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
+                index = catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
+                if not index.healthy and not unhealthy:
+                    passed_over.append(step)
+                    continue
+                if passed_over:
+                    self._report("checkpoint_passed_over", step=step, passed_over=passed_over, reason="unhealthy")
+                return index
             except NoCheckpoint:
                 continue  # set aside, or removed since it was listed
             except Corrupt as error:
                 self._set_aside(step, version, str(error))
                 reasons.append(str(error))
+        if passed_over:
+            raise OnlyUnhealthy(
+                f"no healthy checkpoint is left in {self._store.url}: those of steps {', '.join(map(str, passed_over))}"
+                " were saved as unhealthy; restore(..., unhealthy=True) takes the newest of them, or start anew at"
+                " another URL" + (f" ({reasons[0]})" if reasons else "")
+            )
         if reasons:
             raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
         if aside := catalog.quarantined_steps(self._store):

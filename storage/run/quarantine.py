@@ -1,4 +1,5 @@
-"""Setting a `.metadata` aside: one that was found damaged, or commits nothing any more, and what then has to make way.
+"""Setting a `.metadata` aside, and what then has to make way: one that was found damaged, commits nothing any more, or
+was saved as unhealthy and is in the way of a new one.
 
 A copy whose name says which `.metadata` is meant (`layout.quarantined_name`) makes it count no more. It is also removed
 where the store can remove that very version and no other; elsewhere it stays until the step is saved anew. So nothing
@@ -8,13 +9,16 @@ here hits what another process has committed meanwhile.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 
-from storage.errors import AlreadyExists, NotFound
+from storage.errors import AlreadyExists, Corrupt, NotFound, UsageError
 from storage.format import layout
 from storage.run import catalog
 from storage.run.owner import Claim
 from storage.stores.objects import ObjectInfo, ObjectStore, can_delete_version
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,37 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
             store.put(prefix + layout.quarantined_name(metadata), [metadata])
 
 
-def find_aside(store: ObjectStore, prefix: str) -> Aside | None:
-    """What lies at `prefix` and counts for nothing; None where nothing lies. Raises AlreadyExists: what lies counts."""
+def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> Aside | None:
+    """What lies at `prefix` and counts for nothing; None where nothing lies.
+
+    A checkpoint that was saved as unhealthy is set aside for the owner of the run, who has `claim`: the step is saved
+    anew. Its data stays as that of a damaged one does.
+
+    Raises:
+        AlreadyExists: what lies counts.
+        Fenced: an unhealthy one lies there, and the run has another owner.
+    """
     try:
         info = store.info(prefix + layout.METADATA)
         metadata = store.read(info.key)
     except NotFound:
         return None
-    if not catalog.is_set_aside(store, prefix, metadata):
+    if catalog.is_set_aside(store, prefix, metadata):
+        return Aside(info, metadata)
+    if claim is None or not _is_unhealthy(store, prefix):
         raise taken(store, prefix)
-    return Aside(info, metadata)
+    claim.check()
+    log.info("the unhealthy checkpoint at %s makes way", layout.join_url(store.url, prefix))
+    set_aside(store, info)
+    return find_aside(store, prefix)
+
+
+def _is_unhealthy(store: ObjectStore, prefix: str) -> bool:
+    try:
+        commit = catalog.find_commit(store, prefix)
+    except (Corrupt, UsageError):
+        return False  # a restore finds out what is wrong with it
+    return commit.manifest is not None and not commit.manifest.healthy
 
 
 def make_way(store: ObjectStore, aside: Aside, claim: Claim | None) -> bool:

@@ -29,6 +29,8 @@ class StepState:
     attempts: frozenset[str]
     metadata: bytes | None = field(default=None, repr=False)
     """What commits it."""
+    healthy: bool = True
+    """Whether a restore may take it: neither saved as unhealthy, nor with a damaged manifest."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,19 @@ class Cleaned:
 
 
 def newer_steps(states: Iterable[StepState], saved_step: int) -> tuple[int, ...]:
-    """Committed steps beyond `saved_step`, in order. Pure."""
-    return tuple(sorted(state.step for state in states if state.committed and state.step > saved_step))
+    """Committed steps beyond `saved_step` that a restore may take, in order. Pure."""
+    found = (state.step for state in states if state.committed and state.healthy and state.step > saved_step)
+    return tuple(sorted(found))
+
+
+def choose_kept(states: Iterable[StepState], keep: int) -> set[int]:
+    """The committed steps that stay: the newest `keep`, and the newest `keep` of the healthy ones. Pure.
+
+    So unhealthy ones push out no healthy one, and there are never more of both than twice `keep`.
+    """
+    committed = sorted((state.step, state.healthy) for state in states if state.committed)
+    healthy = [step for step, is_healthy in committed if is_healthy]
+    return {step for step, _ in committed[-keep:]} | set(healthy[-keep:])
 
 
 def decide(
@@ -57,21 +70,23 @@ def decide(
 ) -> list[Removal]:
     """What may go, oldest step first.
 
-    The newest `keep` committed steps stay, and `saved_step`, the one that was just committed, wherever it is in the
-    order. Of other older steps everything goes, unless an attempt in it is live. Of the rest only attempts that are
+    The committed steps of `choose_kept` stay, and `saved_step`, the one that was just committed, wherever it is in the
+    order. Of other committed steps and of all that are older than those kept everything goes, unless an attempt in it
+    is live. Of the rest only attempts that are
     neither committed nor live go: they belong to an owner of an older epoch, which can never commit them (see
     `commit.publish`). A quarantined checkpoint keeps its data for inquiry until it is older than what is kept.
     Without any commit nothing is removed.
     """
     ordered = sorted(states, key=lambda state: state.step)
-    committed = [state.step for state in ordered if state.committed]
-    if not committed:
+    kept = choose_kept(ordered, keep)
+    if not kept:
         return []
-    oldest_kept = committed[-keep:][0]
+    oldest_kept = min(kept)
     removals = []
     for state in ordered:
         dead = frozenset(state.attempts - set(live_attempts) - {state.attempt})
-        if state.step < oldest_kept and state.step != saved_step and not state.attempts & set(live_attempts):
+        is_old = state.step < oldest_kept or (state.committed and state.step not in kept)
+        if is_old and state.step != saved_step and not state.attempts & set(live_attempts):
             removals.append(Removal(state.step, None))
         elif dead and not state.quarantined and (state.attempt is not None or not state.committed):
             removals.append(Removal(state.step, dead))
@@ -88,7 +103,7 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
     attempts = frozenset(
         attempt for name in store.folders(prefix) if (attempt := layout.parse_attempt(name)) is not None
     )
-    committed, attempt, metadata = True, None, None
+    committed, healthy, attempt, metadata = True, True, None, None
     aside = {info.key for info in store.list(prefix + layout.QUARANTINED_PREFIX)}
     try:
         metadata = store.read(prefix + layout.METADATA)
@@ -96,11 +111,13 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
         names = [layout.manifest_name(attempt) for attempt in attempts]
         found = find_manifest(store, prefix, metadata, names)
         attempt = None if found is None else found.attempt
+        healthy = found is None or found.healthy
     except NotFound:
         committed = False
     except Corrupt as error:
+        healthy = False
         log.warning("nothing of step %d is cleaned up: %s", step, error)  # a restore finds out what is wrong with it
-    return StepState(step, committed, bool(aside), attempt if committed else None, attempts, metadata)
+    return StepState(step, committed, bool(aside), attempt if committed else None, attempts, metadata, healthy)
 
 
 def clean(

@@ -96,7 +96,12 @@ def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[Objec
 
 
 def build_manifest(
-    attempt: Attempt, origin: Origin, contents: Contents, receipts: Sequence[Receipt], created_unix_s: float
+    attempt: Attempt,
+    origin: Origin,
+    contents: Contents,
+    receipts: Sequence[Receipt],
+    created_unix_s: float,
+    healthy: bool = True,
 ) -> tuple[Manifest, bytes]:
     """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
     from storage.format.dcp_pickle import dump_metadata
@@ -111,6 +116,7 @@ def build_manifest(
         generation=origin.generation,
         lineage=origin.lineage,
         mesh=origin.mesh,
+        healthy=healthy,
         metadata_size_bytes=0,
         metadata_crc32c=0,
         objects=tuple(objects),
@@ -148,7 +154,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     _, aside, *_ = run_abreast(
         [
             check_claim,
-            lambda: quarantine.find_aside(store, prefix),
+            lambda: quarantine.find_aside(store, prefix, claim),
             lambda: _check_objects(store, attempt, manifest.objects),
             lambda: _put_once(store, manifest_key, manifest_bytes),
         ]
@@ -212,7 +218,7 @@ def _try_to_put(
     `is_clear`: nothing lay there when it was looked for; the put's own condition sees to what has come since.
     """
     replaces = False
-    if not is_clear and (aside := quarantine.find_aside(store, prefix)) is not None:
+    if not is_clear and (aside := quarantine.find_aside(store, prefix, claim)) is not None:
         if claim is None and aside.metadata == metadata:
             return None  # that very one: to remove it would hit one that counts again once the marker is gone
         replaces = quarantine.make_way(store, aside, claim)

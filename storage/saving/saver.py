@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class Job:
     """One save of one rank. `contents` is known to the coordinator only.
 
-    Each entry of `payloads` is staged already, unless `staging_error` says why there are none.
+    Each entry of `payloads` is staged already, unless `staging_error` says why there are none. `healthy`: whether all
+    ranks say so of the state.
     """
 
     attempt: Attempt
@@ -36,6 +37,7 @@ class Job:
     contents: Contents | None
     started_s: float
     staging_error: str | None = None
+    healthy: bool = True
 
 
 class Saver:
@@ -53,7 +55,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="storage-save")
         self._stop = threading.Event()
         self._live: set[str] = set()
-        self._last: tuple[int, Future[bool]] | None = None
+        self._last: tuple[Job, Future[bool]] | None = None
         self._stored = threading.Event()
         self._stored.set()
         self._fenced: str | None = None
@@ -77,7 +79,7 @@ class Saver:
     def submit(self, job: Job) -> None:
         """Take the job over. The payloads' memory is in use until `wait_stored` returns."""
         self._stored = threading.Event()
-        self._last = (job.attempt.step, self._pool.submit(self._run, job, self._stored))
+        self._last = (job, self._pool.submit(self._run, job, self._stored))
 
     def wait_stored(self) -> None:
         """Block until the last job's payloads are stored (or have failed): their memory is free again."""
@@ -87,9 +89,14 @@ class Saver:
         """Block until the last job has ended; whether it committed (True if there was none)."""
         return self._last is None or self._last[1].result()
 
-    def has_committed(self, step: int) -> bool:
-        """Whether the last job was for this step and committed; waits for it only if it was for this step."""
-        return self._last is not None and self._last[0] == step and self._last[1].result()
+    def has_committed(self, step: int, healthy: bool = True) -> bool:
+        """Whether the last job was for this step and committed; waits for it only if it was for this step.
+
+        What was saved as unhealthy has not been if the step is healthy now.
+        """
+        if self._last is None or self._last[0].attempt.step != step:
+            return False
+        return self._last[1].result() and (self._last[0].healthy or not healthy)
 
     def forget(self) -> None:
         """Wait for the last job, and let its step be saved again: what it committed may turn out to be damaged."""
@@ -116,7 +123,8 @@ class Saver:
             stored.set()
             self._live.discard(job.attempt.id)
         if job.contents is not None:
-            self._report("checkpoint_committed", step=step, seconds=_since(job), bytes=size_bytes)
+            unhealthy = {} if job.healthy else {"healthy": False}
+            self._report("checkpoint_committed", step=step, seconds=_since(job), bytes=size_bytes, **unhealthy)
             self._clean(step)
         return True
 
@@ -161,7 +169,7 @@ class Saver:
 
     def _commit(self, job: Job, contents: Contents, patience: Patience) -> int:
         found = receipts.await_receipts(self._store, job.attempt, patience, self._claim)
-        manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, found, time.time())
+        manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, found, time.time(), job.healthy)
         commit.publish(self._store, job.attempt, manifest, metadata, self._claim)
         return manifest.size_bytes
 

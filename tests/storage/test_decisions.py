@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import Fenced
 from storage.run.owner import Owner, next_owner
-from storage.run.retention import Removal, StepState, decide, newer_steps
+from storage.run.retention import Removal, StepState, choose_kept, decide, newer_steps
 from storage.saving.saveplan import Piece, assign, dump_pieces, load_pieces
 from storage.saving.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
 
@@ -73,8 +73,11 @@ def test_pack_keeps_small_items_together_and_objects_bounded(lengths: list[int])
     assert len(touched) == math.ceil(sum(small) / OBJECT_SIZE_BYTES)
 
 
-def state(step: int, committed: str | None = None, attempts: str = "", quarantined: bool = False) -> StepState:
-    return StepState(step, committed is not None, quarantined, committed, frozenset(attempts + (committed or "")))
+def state(
+    step: int, committed: str | None = None, attempts: str = "", quarantined: bool = False, healthy: bool = True
+) -> StepState:
+    seen = frozenset(attempts + (committed or ""))
+    return StepState(step, committed is not None, quarantined, committed, seen, healthy=healthy)
 
 
 def test_the_newest_commits_stay() -> None:
@@ -88,6 +91,13 @@ def test_the_step_just_saved_stays_wherever_it_is() -> None:
     assert decide(states, 1, (), 2) == [Removal(1, None), Removal(3, None)]
     assert decide(states, 1, (), 4) == decide(states, 1, ())
     assert (newer_steps(states, 2), newer_steps(states, 4)) == ((3, 4), ())
+
+
+def test_unhealthy_steps_push_out_no_healthy_one() -> None:
+    states = [state(1, "a"), state(2, "a"), *(state(step, "a", healthy=False) for step in (3, 4, 5, 6))]
+    assert [removal.step for removal in decide(states, 1, (), 6)] == [1, 3, 4, 5]
+    assert [removal.step for removal in decide(states, 2, (), 6)] == [3, 4]
+    assert (newer_steps(states, 1), newer_steps(states, 2)) == ((2,), ())
 
 
 def test_nothing_goes_before_something_is_committed() -> None:
@@ -122,6 +132,7 @@ def test_stock_checkpoints_keep_all_their_folders() -> None:
             st.one_of(st.none(), st.sampled_from("abc")),
             st.text("defgh", max_size=3),
             st.booleans(),
+            st.booleans(),
         ),
         max_size=8,
         unique_by=lambda s: s.step,
@@ -132,13 +143,16 @@ def test_stock_checkpoints_keep_all_their_folders() -> None:
 )
 @settings(deadline=None)
 def test_retention_never_touches_what_counts(states: list[StepState], keep: int, live: set[str], saved: int) -> None:
-    kept = sorted((s.step for s in states if s.committed), reverse=True)[:keep]
+    newest = sorted((s.step for s in states if s.committed), reverse=True)[:keep]
+    healthy = sorted((s.step for s in states if s.committed and s.healthy), reverse=True)[:keep]
+    kept = {*newest, *healthy}
+    assert choose_kept(states, keep) == kept
     by_step = {s.step: s for s in states}
     for removal in decide(states, keep, live, saved):
         if removal.attempts is None:
             assert removal.step != saved
             assert removal.step not in kept
-            assert removal.step < min(kept)
+            assert removal.step < min(kept) or by_step[removal.step].committed
             assert not by_step[removal.step].attempts & live
         else:
             assert not removal.attempts & live
