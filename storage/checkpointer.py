@@ -85,6 +85,8 @@ class Checkpointer:
         run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
             TORCHELASTIC_RUN_ID.
         take_over: take the run from another job without asking whether it lives.
+        read_only: only restore: claim nothing and write nothing, whoever owns the run and saves into it. A damaged
+            checkpoint is passed over (an event, checkpoint_damaged) and stays where it is; `save` raises.
 
     A run that another job has claimed and not closed is watched for 30 to 60 s; the next generation of the same job, by
     its lineage or torchrun's `--rdzv-id`, takes it at once.
@@ -109,23 +111,21 @@ class Checkpointer:
         timeout_s: float = 1800.0,
         run_id: str | None = None,
         take_over: bool = False,
+        read_only: bool = False,
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        if read_only and take_over:
+            raise UsageError("take_over is for jobs that save; with read_only nothing is taken from another job")
+        if read_only and layout.split_step_url(url)[1]:
+            raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
         self._group = AgreeingGroup(process_group)
         self._report = Reporter(on_event)
         self._store = open_store(url)
         origin = _origin(os.environ, generation, lineage, mesh)
         self._heart: Heart | None = None
-        wanted = _wanted_owner(os.environ, origin, run_id)
-        try:
-            claim = self._group.on_coordinator(lambda: self._claim(wanted, take_over).model_dump())
-            mine = owner.Claim(self._store, Owner(**claim))
-            self._group.everywhere(self._check_shared)
-            self._group.on_coordinator(self._check_conditions)
-        except BaseException:
-            self._let_go()
-            raise
+        self._read_only = read_only
+        mine = None if read_only else self._become_owner(_wanted_owner(os.environ, origin, run_id), take_over)
         self._restorer = Restorer(self._store, mine, self._group, self._report)
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
@@ -156,9 +156,11 @@ class Checkpointer:
         Raises:
             Fenced: a newer owner has the run, as an earlier save or a look every 5 s has found; this process can never
                 commit again.
-            UsageError: the state cannot be saved, the same on every rank.
+            UsageError: the state cannot be saved, the same on every rank; or the run was opened with `read_only`.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
+        if self._read_only:
+            raise UsageError(f"{self._store.url} was opened with read_only, so nothing can be saved to it")
         started_s = time.monotonic()
         self._saver.wait_stored()
         holdings, values, problem = self._describe(state)
@@ -231,6 +233,18 @@ class Checkpointer:
             received_bytes=restored.traffic.received_bytes,
         )
         return restored.step
+
+    def _become_owner(self, wanted: Owner, take_over: bool) -> owner.Claim:
+        """Claim the run for all ranks. Raises InUse, Fenced, UsageError."""
+        try:
+            claim = self._group.on_coordinator(lambda: self._claim(wanted, take_over).model_dump())
+            mine = owner.Claim(self._store, Owner(**claim))
+            self._group.everywhere(self._check_shared)
+            self._group.on_coordinator(self._check_conditions)
+        except BaseException:
+            self._let_go()
+            raise
+        return mine
 
     def _claim(self, wanted: Owner, take_over: bool) -> Owner:
         """Claim the run for this process (coordinator). Raises InUse, Fenced."""

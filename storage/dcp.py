@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.errors import NoCheckpoint, OnlyUnhealthy
+from storage.errors import Forbidden, NoCheckpoint, OnlyUnhealthy
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
@@ -91,7 +91,7 @@ class ShardReader(StorageReader):
     def _find(self) -> Index:
         try:
             return catalog.open_checkpoint(self._store, self._prefix)
-        except NoCheckpoint as error:
+        except (NoCheckpoint, Forbidden) as error:
             if self._prefix:
                 raise
             if not (steps := catalog.committed_steps(self._store)):

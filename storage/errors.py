@@ -9,6 +9,7 @@ StorageError
 │   ├── Interrupted        a read that broke off: so many bytes have arrived
 │   └── Unconfirmed        a commit was sent, but the store could not be asked whether it stands
 ├── Denied             the store, or our own rules, refuse the access
+│   └── Forbidden          these credentials may not do this, or (where they may not list) there is no such object
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
 └── UsageError         the caller's mistake; the message is one line that says what to do
     ├── BadURL             no store by that URL
@@ -99,6 +100,10 @@ class Unconfirmed(Transient):
 
 class Denied(StorageError):
     """Access refused, by the store or by a rule of this package."""
+
+
+class Forbidden(Denied):
+    """These credentials may not do what was asked. Who may not list is told the same of what is not there."""
 
 
 class Fenced(StorageError):

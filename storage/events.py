@@ -16,6 +16,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 _WARN = {
     "checkpoint_failed",
     "checkpoint_quarantined",
+    "checkpoint_damaged",
     "checkpoint_cleanup_failed",
     "checkpoint_not_newest",
     "checkpoint_passed_over",

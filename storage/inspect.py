@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import Cause, Corrupt, NoCheckpoint, NotFound, UsageError
+from storage.errors import Cause, Corrupt, Forbidden, NoCheckpoint, NotFound, UsageError
 from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.format.index import Index
@@ -104,13 +105,22 @@ def locate(url: str) -> Location:
     """
     run, prefix = layout.split_step_url(url)
     store = open_store(run)
-    if prefix or catalog.is_checkpoint(store, ""):
-        if not store.list(prefix):
-            raise NoCheckpoint(f"no checkpoint at {url}: the folder does not exist or is empty")
+    if prefix or _is_checkpoint(store):
+        with contextlib.suppress(Forbidden):  # it can be read all the same
+            if not store.list(prefix):
+                raise NoCheckpoint(f"no checkpoint at {url}: the folder does not exist or is empty")
         return Location(store, prefix)
     if not catalog.steps(store):
         raise NoCheckpoint(f"no checkpoint at {url}: there are no step folders (step-000000120) in it")
     return Location(store, None)
+
+
+def _is_checkpoint(store: ObjectStore) -> bool:
+    """Whether the store's root is one. Who may not list is told the same of what is not there as of what is denied."""
+    try:
+        return catalog.is_checkpoint(store, "")
+    except Forbidden:
+        return False
 
 
 def summaries(location: Location) -> list[Summary]:
@@ -125,14 +135,18 @@ def summarize(store: ObjectStore, prefix: str) -> Summary:
     folder = prefix.rstrip("/")
     step = layout.parse_step(folder)
     if not catalog.is_checkpoint(store, prefix):
-        aside = store.list(prefix + layout.QUARANTINED_PREFIX)
-        return Summary(folder, step, "quarantined" if aside else "uncommitted")
+        try:
+            is_aside = bool(store.list(prefix + layout.QUARANTINED_PREFIX))
+        except Forbidden:
+            is_aside = True  # asked for by name: else what is there counted
+        return Summary(folder, step, "quarantined" if is_aside else "uncommitted")
     try:
         commit = catalog.find_commit(store, prefix)
     except (Corrupt, UsageError) as error:
         return Summary(folder, step, "damaged", reason=str(error))
     if commit.manifest is None:
-        size = sum(size for name, size in commit.sizes_bytes.items() if name.endswith(".distcp"))
+        sizes = [size for name, size in commit.sizes_bytes.items() if name.endswith(".distcp")]
+        size = sum(sizes) if commit.sizes_bytes else None  # of what cannot be listed nobody knows it yet
         return Summary(folder, step, "stock", size_bytes=size)
     manifest = commit.manifest
     return Summary(

@@ -26,6 +26,7 @@ ABORTED = "aborted.json"
 
 _STEP = re.compile(r"step-(\d{9,})")
 _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
+_ATTEMPT_NAMED = re.compile(rb"attempt-([0-9a-f-]{8,64})/__")
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
@@ -54,6 +55,11 @@ def parse_attempt(name: str) -> str | None:
     """The attempt's id, None for other folders."""
     match = _ATTEMPT.fullmatch(name)
     return match[1] if match else None
+
+
+def attempts_in(metadata: bytes) -> list[str]:
+    """The attempts whose data objects `metadata`, a `.metadata`, names; sorted."""
+    return sorted({found.decode() for found in _ATTEMPT_NAMED.findall(metadata)})
 
 
 def data_name(attempt: str, rank: int, index: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from storage.stores.objects import ObjectInfo, ObjectStore
 log = logging.getLogger(__name__)
 
 _NUM_DIFFERENCES_SHOWN = 5
+_NUM_TRIES = 100
+"""Of checkpoints that turn out to be no good: another job may save, and remove, faster than this one can read."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,18 @@ class Restored:
 
 
 class Restorer:
-    """Reads for one group of ranks. Every method without underscore is a collective."""
+    """Reads for one group of ranks. Every method without underscore is a collective.
 
-    def __init__(self, store: ObjectStore, claim: Claim, group: AgreeingGroup, report: Reporter) -> None:
+    Without a `claim` nothing is written: a damaged checkpoint is passed over, and stays as it is.
+    """
+
+    def __init__(self, store: ObjectStore, claim: Claim | None, group: AgreeingGroup, report: Reporter) -> None:
         self._store = store
         self._claim = claim
         self._group = group
         self._report = report
         self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
+        self._told: set[ObjectInfo] = set()  # damaged, and left where they are
 
     def restore(self, flat: dict[str, Any], unhealthy: bool = False) -> Restored | None:
         """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
@@ -55,23 +61,28 @@ class Restorer:
         Raises:
             WrongModel, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
         """
-        damaged: list[str] = []
+        damaged: dict[int, str] = {}
         while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
             result = self._read(flat, index)
             if not isinstance(result, Corrupt):
                 return Restored(index.step, result[1], result[0])
             self._judge(index.step, result)
-            damaged.append(str(result))
+            damaged[index.step] = str(result)
+            if len(damaged) >= _NUM_TRIES:
+                raise Corrupt(f"{len(damaged)} checkpoints in {self._store.url} are no good: {damaged[index.step]}")
         return None
 
-    def _newest(self, damaged: Collection[str], unhealthy: bool) -> Index | None:
+    def _newest(self, damaged: Mapping[int, str], unhealthy: bool) -> Index | None:
         """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all.
 
-        Those that were saved as unhealthy are passed over, unless `unhealthy` takes them as well.
+        `damaged`: the steps that were tried, and why they are no good. Those that were saved as unhealthy are passed
+        over, unless `unhealthy` takes them as well.
         """
-        reasons = list(damaged)
+        reasons = list(damaged.values())
         passed_over: list[int] = []
         for step, version in catalog.candidates(self._store):
+            if step in damaged:
+                continue
             self._version = version
             try:
                 index = catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
@@ -162,6 +173,11 @@ class Restorer:
 
     def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
         """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
+        if self._claim is None:
+            if version not in self._told:
+                self._told.add(version)
+                self._report("checkpoint_damaged", step=step, reason=reason)
+            return
         self._claim.check()
         if quarantine.set_aside(self._store, version):
             self._report("checkpoint_quarantined", step=step, reason=reason)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from storage.errors import Corrupt, Denied, NoCheckpoint, NotFound
+from storage.errors import Corrupt, Denied, Forbidden, NoCheckpoint, NotFound
 from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.format.index import Index, of_manifest
@@ -16,6 +16,8 @@ from storage.format.manifest import Manifest, ObjectEntry, load_manifest
 from storage.stores.objects import ObjectInfo, ObjectStore, exists, read_if_there
 
 log = logging.getLogger(__name__)
+
+_NUM_ASKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,15 @@ class Commit:
 
 
 def steps(store: ObjectStore) -> list[int]:
-    """Every step that has a folder, committed or not, newest first."""
-    found = (layout.parse_step(name) for name in store.folders(""))
+    """Every step that has a folder, committed or not, newest first. Raises Forbidden where nothing may be listed."""
+    try:
+        found = [layout.parse_step(name) for name in store.folders("")]
+    except Forbidden as error:
+        example = layout.join_url(store.url, layout.step_folder(120))
+        raise Forbidden(
+            f"the steps of {store.url} cannot be found without permission to list it ({error}); give ShardReader or"
+            f" `elastic-moe ckpt` the URL of one step, such as {example}"
+        ) from None
     return sorted((step for step in found if step is not None), reverse=True)
 
 
@@ -42,8 +51,11 @@ def is_checkpoint(store: ObjectStore, prefix: str) -> bool:
     """Whether a checkpoint is committed at `prefix`, and not set aside."""
     if not exists(store, prefix + layout.METADATA):
         return False
-    if not (aside := store.list(prefix + layout.QUARANTINED_PREFIX)):
-        return True
+    try:
+        if not (aside := store.list(prefix + layout.QUARANTINED_PREFIX)):
+            return True
+    except Forbidden:
+        return layout.quarantined_name(store.read(prefix + layout.METADATA)) not in _AskedByName(store, prefix)
     try:
         metadata = store.read(prefix + layout.METADATA)
     except NotFound:
@@ -78,6 +90,59 @@ class _Found:
     metadata: bytes
     listed: Mapping[str, ObjectInfo]
     manifest: bytes | None = None
+
+
+class _AskedByName(Mapping[str, ObjectInfo]):
+    """What lies below a prefix that may not be listed: nothing is known of it but what is asked for by its name.
+
+    What the store refuses counts as not there: it tells those who may not list the same of both.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._known: dict[str, ObjectInfo | None] = {}
+
+    def __getitem__(self, name: str) -> ObjectInfo:
+        if name not in self._known:
+            self._known[name] = self._ask(name)
+        found = self._known[name]
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def ask(self, names: Collection[str]) -> None:
+        """Ask for many at once: each is a request."""
+        with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE, thread_name_prefix="storage-look") as pool:
+            self._known.update(zip(names, pool.map(self._ask, names), strict=True))
+
+    def _ask(self, name: str) -> ObjectInfo | None:
+        try:
+            return self._store.info(self._prefix + name)
+        except (NotFound, Forbidden):
+            return None
+
+
+class _Sizes(Mapping[str, int]):
+    """The sizes of what lies below a prefix."""
+
+    def __init__(self, infos: Mapping[str, ObjectInfo]) -> None:
+        self._infos = infos
+
+    def __getitem__(self, name: str) -> int:
+        return self._infos[name].size_bytes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
 
 
 def find_commit(store: ObjectStore, prefix: str) -> Commit:
@@ -115,7 +180,12 @@ def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
         listing = pool.submit(_listed, store, prefix) if prefix else None
         metadata = _read_metadata(store, prefix)
         listed = listing.result() if listing is not None else _listed(store, prefix)
-        return _Found(metadata, listed, manifest.result())
+        try:
+            return _Found(metadata, listed, manifest.result())
+        except Forbidden:
+            if not isinstance(listed, _AskedByName):
+                raise
+            return _Found(metadata, listed)
 
 
 def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
@@ -126,8 +196,12 @@ def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
         raise NoCheckpoint(f"no checkpoint at {where}: there is no {layout.METADATA}") from None
 
 
-def _listed(store: ObjectStore, prefix: str) -> dict[str, ObjectInfo]:
-    return {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+def _listed(store: ObjectStore, prefix: str) -> Mapping[str, ObjectInfo]:
+    try:
+        return {info.key.removeprefix(prefix): info for info in store.list(prefix)}
+    except Forbidden as error:
+        log.info("what belongs to the checkpoint is asked for by name, since it cannot be listed: %s", error)
+        return _AskedByName(store, prefix)
 
 
 def _fit(store: ObjectStore, prefix: str, found: _Found) -> Commit:
@@ -136,7 +210,7 @@ def _fit(store: ObjectStore, prefix: str, found: _Found) -> Commit:
         where = layout.join_url(store.url, prefix)
         raise NoCheckpoint(f"no checkpoint at {where}: it was found damaged, and set aside")
     manifest = find_manifest(store, prefix, metadata, listed, found.manifest)
-    sizes_bytes = {name: info.size_bytes for name, info in listed.items()}
+    sizes_bytes = _Sizes(listed)
     if manifest is None:
         return Commit(prefix, metadata, None, sizes_bytes)
     step = layout.parse_step(prefix.rstrip("/"))
@@ -159,6 +233,8 @@ def check_objects(
     Raises:
         Corrupt: one is missing or has another size.
     """
+    if isinstance(listed, _AskedByName):
+        listed.ask([entry.name for entry in objects])
     for entry in objects:
         info = listed.get(entry.name)
         if info is None or info.size_bytes != entry.size_bytes:
@@ -171,7 +247,7 @@ def check_objects(
 
 
 def find_manifest(
-    store: ObjectStore, prefix: str, metadata: bytes, names: Iterable[str], top: bytes | None = None
+    store: ObjectStore, prefix: str, metadata: bytes, names: Collection[str], top: bytes | None = None
 ) -> Manifest | None:
     """The manifest that `metadata`, the `.metadata` at `prefix`, commits; None for a checkpoint of stock DCP.
 
@@ -183,13 +259,19 @@ def find_manifest(
         Corrupt: there is an attempt, but no intact manifest that fits `metadata`.
     """
     problems = []
-    names = sorted(names)
+    may_list = not isinstance(names, _AskedByName)
+    # stock DCP's pickle holds the names of the data objects as they are
+    names = sorted(names) if may_list else [layout.manifest_name(attempt) for attempt in layout.attempts_in(metadata)]
     for name in (layout.MANIFEST, *filter(layout.is_manifest_name, names)):
         try:
             data = top if name == layout.MANIFEST and top is not None else store.read(prefix + name)
             manifest = load_manifest(data, prefix + name)
         except NotFound:
             continue
+        except Forbidden:
+            if may_list:
+                raise
+            continue  # what it says of an object that is not there
         except Corrupt as error:
             problems.append(str(error))
             continue

@@ -44,7 +44,7 @@ class Saver:
     """Runs jobs in the background. `submit`, `wait` and `close` belong to the training's thread."""
 
     def __init__(
-        self, store: ObjectStore, claim: Claim, origin: Origin, keep: int, report: Reporter, timeout_s: float
+        self, store: ObjectStore, claim: Claim | None, origin: Origin, keep: int, report: Reporter, timeout_s: float
     ) -> None:
         self._store = store
         self._claim = claim
@@ -168,12 +168,14 @@ class Saver:
         return Receipt(rank=job.rank, attempt=attempt.id, error=error)
 
     def _commit(self, job: Job, contents: Contents, patience: Patience) -> int:
+        assert self._claim is not None  # who only reads submits no job
         found = receipts.await_receipts(self._store, job.attempt, patience, self._claim)
         manifest, metadata = commit.build_manifest(job.attempt, self._origin, contents, found, time.time(), job.healthy)
         commit.publish(self._store, job.attempt, manifest, metadata, self._claim)
         return manifest.size_bytes
 
     def _clean(self, step: int) -> None:
+        assert self._claim is not None
         try:
             cleaned = retention.clean(self._store, self._claim, self._keep, self._live.copy, step)
         except Exception as error:  # noqa: BLE001 - left-overs cost space, not safety

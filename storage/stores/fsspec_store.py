@@ -23,7 +23,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.registry import known_implementations, registry
 
-from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import windowed
 from storage.stores.flight import Flight
 from storage.stores.objects import (
@@ -257,7 +257,7 @@ class FsspecStore:
         except FileExistsError:
             raise AlreadyExists(f"{where} exists") from None
         except PermissionError as error:
-            raise Denied(f"{where}: {error}") from error
+            raise Forbidden(f"{where}: {error}") from error
         except NotImplementedError:
             raise Denied(f"{where}: {type(self._fs).__name__} cannot do this; the store can only be read") from None
         except OSError as error:

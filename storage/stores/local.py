@@ -2,7 +2,7 @@
 
 An object is one file of mode 0600, in folders of mode 0700. A put writes a file under `ROOT/.tmp`, syncs it, and
 then links it (if_absent) or renames it into place: both are atomic on POSIX file systems, and the folder is synced
-after. What a killed process leaves under `.tmp` is swept a day later by whoever opens the store.
+after. What a killed process leaves under `.tmp` is swept a day later, with the first put of another.
 
 Where there are no hard links (many FUSE and SMB mounts, FAT), a put with if_absent looks and renames while it holds a
 lock on `ROOT/.tmp/.lock`, which the kernel frees when its holder dies. That is as good among the processes of one
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import run_all
 from storage.stores.objects import (
     PART_SIZE_BYTES,
@@ -57,7 +57,7 @@ class LocalStore:
         self._root = Path(os.path.abspath(root))
         if self._root.exists() and not self._root.is_dir():
             raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
-        self._sweep()
+        self._is_swept = False
         self.retries = RetryLog()
 
     @property
@@ -92,6 +92,9 @@ class LocalStore:
         path = self._path(key)
         with self._translated(key):
             self._make_folder(self._root / _TMP)
+            if not self._is_swept:  # not when it is opened: a reader writes nothing
+                self._is_swept = True
+                self._sweep()
             temporary = self._root / _TMP / uuid.uuid4().hex
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -281,7 +284,7 @@ class LocalStore:
         except _NOT_A_FILE:
             raise NotFound(f"{key} is not in {self.url}") from None
         except PermissionError as error:
-            raise Denied(f"{key} in {self.url}: {error.strerror}") from error
+            raise Forbidden(f"{key or 'the folder'} in {self.url}: {error.strerror}") from error
         except OSError as error:
             raise Transient(f"{key} in {self.url}: {error.strerror or error}") from error
 

@@ -21,6 +21,9 @@ Faults, each for `times` requests that match:
     twice        passed on, and answered twice
     repeat       passed on twice, and answered once
 
+And permissions, as a policy of the bucket would deny them: `denies` says of a method and a target (unquoted) whether it
+is refused, and `hides_missing` answers 403 where there is nothing, as S3 does to those who may not list.
+
 And a `Death`, which kills processes at a moment of a request, and lets it go no further:
 
     before       nothing is passed on
@@ -40,7 +43,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -61,6 +64,7 @@ _REFUSALS = {
     "refuse": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
     "error": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"),
 }
+_DENIED = (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 _ON_BODIES = ("reset", "truncate", "stall", "slow", "corrupt")
 
 
@@ -113,6 +117,10 @@ class FaultProxy:
         self._scheme = "http" if tls is None else "https"
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.headers: list[dict[str, str]] = []
+        """Of each request, with names in lower case."""
+        self.denies: Callable[[str, str], bool] = lambda method, target: False
+        self.hides_missing = False
         self.lock = threading.Lock()
         self.released = threading.Event()
         self._http = _Server(self)
@@ -135,10 +143,11 @@ class FaultProxy:
         given = {"endpoint_url": self.endpoint_url, "stall_timeout_s": 30.0, "part_size_mib": 5, **options}
         return f"s3://{BUCKET}/{prefix}?" + "&".join(f"{name}={value}" for name, value in given.items())
 
-    def pick(self, method: str, target: str) -> Fault | None:
+    def pick(self, method: str, target: str, headers: Mapping[str, str]) -> Fault | None:
         """The fault for a request, if there is one."""
         with self.lock:
             self.requests.append((method, target))
+            self.headers.append({name.lower(): value for name, value in headers.items()})
             found = next((fault for fault in self.faults if fault.matches(method, target)), None)
             if isinstance(found, Death):
                 found.done()  # at once: of requests side by side only the first is it
@@ -177,7 +186,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         proxy = self.server.proxy
-        fault = proxy.pick(self.command, self.path)
+        fault = proxy.pick(self.command, self.path, self.headers)
+        if proxy.denies(self.command, unquote(self.path)):
+            self._body()
+            self._refuse(*_DENIED)
+            return
         kind = fault.kind if fault is not None else ""
         if fault is not None and kind in _REFUSALS:
             proxy.did(fault)
@@ -201,6 +214,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault is not None and kind != "corrupt_put" and (answer or kind not in _ON_BODIES):
             proxy.did(fault)
             self._spoil(kind, status, headers, answer)
+        elif status == 404 and proxy.hides_missing:
+            self._refuse(*_DENIED)
         else:
             self._answer(status, headers, answer)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.format import layout
 from storage.stores.registry import open_store, with_options
 from storage.stores.s3 import store as s3_store
@@ -52,7 +52,8 @@ def test_what_may_work_later(status: int, code: str, cause: Cause) -> None:
         (404, "NoSuchBucket", Denied, "no bucket 'bucket' at https://store.example"),
         (412, "PreconditionFailed", Corrupt, "changed"),
         (416, "InvalidRange", Corrupt, "shorter"),
-        (403, "AccessDenied", Denied, "refused .AccessDenied: told"),
+        (403, "AccessDenied", Forbidden, "refused .AccessDenied: told"),
+        (403, "", Forbidden, "refused .HTTP 403"),
         (403, "InvalidAccessKeyId", Denied, "does not know the access key"),
         (403, "SignatureDoesNotMatch", Denied, "secret key"),
         (400, "ExpiredToken", Denied, "expired"),

@@ -341,7 +341,7 @@ def test_local_does_without_hard_links(tmp_path: Path, monkeypatch: pytest.Monke
     assert [info.key for info in open_store(url).list("")] == ["k"]
     assert [path.name for path in (tmp_path / "run/.tmp").iterdir()] == [".lock"]
     os.utime(tmp_path / "run/.tmp/.lock", (0, 0))
-    open_store(url)  # sweeps
+    open_store(url).put("other", [b"x"])  # sweeps
     assert (tmp_path / "run/.tmp/.lock").exists()
 
 
@@ -359,7 +359,10 @@ def test_local_sweeps_what_killed_processes_left(tmp_path: Path) -> None:
     for name, age_s in (("old", 2 * 24 * 3600), ("new", 60)):
         (tmp_path / ".tmp" / name).write_bytes(b"half a file")
         os.utime(tmp_path / ".tmp" / name, (time.time() - age_s,) * 2)
-    assert open_store(str(tmp_path)).list("") == []
+    store = open_store(str(tmp_path))
+    assert store.list("") == []
+    assert {path.name for path in (tmp_path / ".tmp").iterdir()} == {"old", "new"}  # who reads removes nothing
+    store.put("a", [b"x"])
     assert [path.name for path in (tmp_path / ".tmp").iterdir()] == ["new"]
 
 

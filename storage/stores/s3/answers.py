@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
-from storage.errors import AlreadyExists, Cause, Corrupt, Denied, NotFound, StorageError, Transient
+from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 
 _THROTTLED = {
     "SlowDown",
@@ -37,6 +37,8 @@ _REDIRECT = {
     "IllegalLocationConstraintException",
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_FORBIDDEN = {"", "AccessDenied", "AllAccessDisabled"}
+"""Of a 403; with other codes it is the credentials themselves that are wrong. A HEAD's refusal has none."""
 _BODY_MAX_CHARS = 200
 
 
@@ -115,7 +117,8 @@ def to_error(answer: Answer, request: Request, now_s: float) -> StorageError:
         return Denied(f"{asked}: the store does not implement what was asked ({said}); check storage_class and sse")
     if status >= 500:
         return Transient(f"{asked}: {said}", Cause.SERVER_ERROR, _retry_after_s(answer))
-    return Denied(_refusal(answer, request, asked, said, now_s))
+    kind = Forbidden if status == 403 and code in _FORBIDDEN else Denied
+    return kind(_refusal(answer, request, asked, said, now_s))
 
 
 def _refusal(answer: Answer, request: Request, asked: str, said: str, now_s: float) -> str:
