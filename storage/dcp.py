@@ -34,6 +34,7 @@ from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
 from storage.format.items import EncodedItem
 from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
+from storage.format.values import check_value
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
@@ -57,7 +58,7 @@ class ShardReader(StorageReader):
         process_group, no_dist: as given to `dcp.load`, which does not tell its reader. With `no_dist` this process
             reads alone, whatever other ranks there are.
 
-    Raises (from `dcp.load`): NoCheckpoint, Corrupt, Denied, Transient; see `storage.errors`.
+    Raises (from `dcp.load`): NoCheckpoint, UnloadableValue, Corrupt, Denied, Transient; see `storage.errors`.
     """
 
     def __init__(self, url: str, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False) -> None:
@@ -139,7 +140,7 @@ class ShardWriter(StorageWriter):
         url: the folder to write to; a name such as `…/step-000000120` makes it a step of a run. It must not hold a
             committed checkpoint.
 
-    Raises (from `dcp.save`): AlreadyExists, Corrupt, Denied, Transient; see `storage.errors`.
+    Raises (from `dcp.save`): AlreadyExists, UnsupportedValue, Corrupt, Denied, Transient; see `storage.errors`.
     """
 
     def __init__(self, url: str) -> None:
@@ -190,6 +191,7 @@ class ShardWriter(StorageWriter):
                     tensors.append((item, content))
             else:
                 data = content.getvalue()
+                check_value(data, item.index.fqn)
                 payloads.append(Payload(_piece(item), EncodedItem((data,), 0, len(data))))
         # DCP keeps the state as it is until this returns (`async_save` has made a copy of its own), so that only what
         # lies in another way, or on another device, has to be copied

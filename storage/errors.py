@@ -17,12 +17,17 @@ StorageError
     ├── NoCheckpoint       nothing committed at that URL
     ├── OnlyUnhealthy      there are checkpoints, but each was saved as unhealthy
     ├── WrongModel         the checkpoint belongs to another model
-    └── UnsupportedValue   a value that no safe loader could read back
+    ├── UnsupportedValue   a value that no safe loader could read back
+    └── UnloadableValue    intact, but it cannot be loaded safely, or not by this torch
 """
 
 from __future__ import annotations
 
 import enum
+import re
+
+_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*")
+_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Cause(enum.StrEnum):
@@ -45,10 +50,18 @@ class Cause(enum.StrEnum):
     OTHER = "other"
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks and terminal control codes, both of which torch has in its messages."""
+    return _CONTROLS.sub("", _BREAKS.sub(" ", text)).strip()
+
+
 class StorageError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. `str(error)` is one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class NotFound(StorageError):
@@ -138,3 +151,10 @@ class WrongModel(UsageError):
 
 class UnsupportedValue(UsageError):
     """A value of the state cannot be stored so that it can be loaded without executing code."""
+
+
+class UnloadableValue(UsageError):
+    """What is stored is intact, but this process cannot, or for safety will not, make a value of it.
+
+    No damage: nothing is set aside for it, and no older checkpoint taken.
+    """

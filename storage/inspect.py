@@ -331,8 +331,8 @@ def _check_stock_item_twice(store: ObjectStore, key: str, offset: int, length: i
 
 def _check_stock_item(store: ObjectStore, key: str, offset: int, length: int) -> None:
     """Read an item of stock DCP and compare it with its zip's checksums. Raises Corrupt, NotFound."""
-    from storage.format.items import decode_value
     from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES, look
+    from storage.format.values import check_sense
 
     def read(start: int, size_bytes: int) -> memoryview:
         memory = memoryview(bytearray(size_bytes))
@@ -344,7 +344,7 @@ def _check_stock_item(store: ObjectStore, key: str, offset: int, length: int) ->
     if layout is None:
         memory = read(0, length)
         check_zip(memory, name)
-        decode_value(memory, name)
+        check_sense(memory, name)
         return
     total = RunningSum(layout.start, layout.stop, layout.crc32, name)
     for start in range(0, length, PART_SIZE_BYTES):

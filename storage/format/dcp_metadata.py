@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
-from storage.errors import Corrupt, Denied
+from storage.errors import Corrupt, Denied, UnloadableValue
 from storage.format.columns import Boxes
 from storage.format.index import Columns, Entry, Index, IndexedObject, build
 from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
@@ -226,15 +226,18 @@ def _column(numbers: Sequence[int]) -> Any:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of an entry's `dtype`. Raises Corrupt."""
+    """The dtype of an entry's `dtype`. Raises UnloadableValue."""
     try:
         return _DTYPES[name]
     except KeyError:
-        raise Corrupt(f"unknown dtype {name!r}") from None
+        raise UnloadableValue(
+            f"the checkpoint has tensors of dtype {name!r}, which torch {torch.__version__} does not know; read it with"
+            " a newer torch"
+        ) from None
 
 
 def check_sizes(index: Index) -> Index:
-    """`index`, if every tensor's bytes lie inside its items. Raises Corrupt."""
+    """`index`, if every tensor's bytes lie inside its items. Raises Corrupt, UnloadableValue."""
     itemsize = np.zeros(len(index), np.int64)
     for entry in index.entries.values():
         if entry.is_tensor:

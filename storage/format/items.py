@@ -1,4 +1,4 @@
-"""Stored items: one `torch.save` zip for each chunk or value, so that stock DCP reads them too."""
+"""Stored items of tensors: one `torch.save` zip for each chunk, so that stock DCP reads them too."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import threading
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from storage.errors import Corrupt, UnsupportedValue
 from storage.format.checksum import crc32
 from storage.format.framing import Framing, framing_of, is_misread
 from storage.format.tensors import bytes_of
@@ -167,39 +165,6 @@ def _saved(tensor: torch.Tensor) -> EncodedItem:
 
 def _framed(head: bytes, data: Buffer, tail: bytes) -> EncodedItem:
     return EncodedItem((head, data, tail), len(head), len(head) + len(data) + len(tail))
-
-
-def encode_value(key: str, value: Any) -> EncodedItem:
-    """The item of anything that is no tensor.
-
-    Raises:
-        UnsupportedValue: `torch.load(weights_only=True)` could not load it, and nothing else ever will.
-    """
-    sink = io.BytesIO()
-    kind = type(value).__qualname__
-    try:
-        torch.save(value, sink)
-    except Exception as error:
-        raise UnsupportedValue(f"state {key!r} is a {kind} that cannot be saved: {error}") from error
-    data = sink.getvalue()
-    if not isinstance(value, (bool, int, float, str, bytes, type(None))):
-        try:
-            decode_value(data, key)
-        except Corrupt:
-            raise UnsupportedValue(
-                f"state {key!r} is a {kind} (or holds something) that no safe loader can read back; keep plain Python"
-                " values and tensors in the state, for example with numpy arrays turned into tensors"
-            ) from None
-    return EncodedItem((data,), 0, len(data))
-
-
-def decode_value(data: Buffer, key: str) -> Any:
-    """The value of an item, loaded without executing code. Raises Corrupt."""
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = str(error).split("\n", 1)[0]
-        raise Corrupt(f"item {key!r} cannot be loaded: {first_line}") from error
 
 
 def _find_raw(data: bytes) -> int:

@@ -8,21 +8,31 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from storage.errors import Corrupt, UnsupportedValue
+from storage.errors import Corrupt, UnloadableValue, UnsupportedValue
 from storage.format.columns import Array, Ints
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Index
-from storage.format.items import decode_value
 from storage.format.stock import Layout
+from storage.format.values import decode_value
 from storage.format.zips import RunningSum, check_zip
 from storage.loading.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want, box_runs, box_stripes, run_length
 from storage.loading.shareplan import merged
 from storage.loading.targets import FreshSlabs, ItemTarget, PinnedRing, SlabTarget, Target, TensorTarget, cuda_copies
+
+
+@runtime_checkable
+class TakesValues(Protocol):
+    """A planner that takes a value as such, and not as the bytes of its pickle."""
+
+    def load_value(self, read_item: ReadItem, value: object) -> None:
+        """Put it where the item belongs."""
+
 
 Box = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Sizes of a tensor, and offsets and lengths of a part of it."""
@@ -212,8 +222,7 @@ class _Builder:
             key, planner = read.storage_index.fqn, self._planner
 
             def finish(memory: memoryview) -> None:
-                decode_value(memory, key)  # a planner may load with pickle: it only gets what a safe loader takes
-                planner.load_bytes(read, io.BytesIO(memory))
+                _put_value(planner, read, decode_value(memory, key))
 
             self._want(Want(item, 0, length, self._target(ItemTarget(length, finish)), 0))
         else:
@@ -333,21 +342,33 @@ class _StockBuilder(_Builder):
                     self._requests.failed[item] = error
                     return
             try:
-                value = decode_value(memory, reads[0].storage_index.fqn)
-                for read in reads:
-                    _deliver(read, value, memory, planner)
+                value = decode_value(memory, reads[0].storage_index.fqn, is_checked=False)
             except Corrupt as error:
                 raise Corrupt(str(error), object_key) from error
+            for read in reads:
+                _deliver(read, value, planner)
 
         return finish
 
 
-def _deliver(read: ReadItem, value: object, memory: memoryview, planner: LoadPlanner) -> None:
+def _put_value(planner: LoadPlanner, read: ReadItem, value: object) -> None:
+    if isinstance(planner, TakesValues):
+        planner.load_value(read, value)
+        return
+    # other planners load with pickle: what they get was not read from anywhere, but is written here
+    again = io.BytesIO()
+    torch.save(value, again)
+    again.seek(0)
+    planner.load_bytes(read, again)
+
+
+def _deliver(read: ReadItem, value: object, planner: LoadPlanner) -> None:
     if read.type is LoadItemType.BYTE_IO:
-        planner.load_bytes(read, io.BytesIO(memory))
+        _put_value(planner, read, value)
         return
     if not isinstance(value, torch.Tensor):
-        raise Corrupt(f"item {read.storage_index.fqn!r} holds a {type(value).__name__}, not a tensor")
+        key, kind = read.storage_index.fqn, type(value).__name__
+        raise UnloadableValue(f"{key!r} is a {kind} where the checkpoint says that it is a tensor; leave the key out")
     box = tuple(slice(o, o + n) for o, n in zip(read.storage_offsets, read.lengths, strict=True))
     destination = planner.resolve_tensor(read).detach()
     destination.copy_(value[box])

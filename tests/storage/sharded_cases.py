@@ -316,6 +316,29 @@ def bad_reader(folder: str) -> str:
     return "nothing"
 
 
+class Unregistered:
+    """A class that no safe loader knows."""
+
+
+def unloadable(folder: str) -> tuple[str, str, list[str]]:
+    """Restore a value of a class that was registered for the save only; what is raised by both ways, and events."""
+    seen: list[str] = []
+    with torch.serialization.safe_globals([Unregistered]), Checkpointer(folder) as ckpt:
+        ckpt.save(1, _rows(1), wait=True)
+        ckpt.save(2, {**_rows(2), "value": Unregistered()}, wait=True)
+    found = []
+    with Checkpointer(folder, on_event=lambda name, fields: seen.append(name)) as ckpt:
+        for read in (
+            lambda: ckpt.restore({**_rows(0), "value": None}),
+            lambda: dcp.load({"value": None}, storage_reader=ShardReader(f"{folder}/step-000000002")),
+        ):
+            try:
+                read()
+            except (StorageError, dcp.CheckpointException) as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found[0], found[1], seen
+
+
 class Unreachable(LocalStore):
     """Data objects cannot be read."""
 

@@ -33,7 +33,7 @@ from storage.format.containers import Container, decode_key, encode_key
 from storage.format.dcp_metadata import load_metadata, metadata_of
 from storage.format.dcp_pickle import dump_metadata
 from storage.format.index import Index, of_manifest
-from storage.format.items import decode_value, encode_value, item_of
+from storage.format.items import item_of
 from storage.format.manifest import (
     ItemEntry,
     ItemTable,
@@ -47,6 +47,7 @@ from storage.format.manifest import (
     load_manifest,
 )
 from storage.format.tensors import bytes_of
+from storage.format.values import decode_value, encode_value
 from storage.format.zips import check_zip
 from storage.saving.commit import Attempt, Contents, Origin, build_manifest
 from storage.saving.encoding import Encoding

@@ -53,9 +53,9 @@ def test_a_mistake_that_one_rank_sees_is_raised_by_all(ranks: Ranks, tmp_path: P
     for messages in ranks.run(cases.mistake_on_one_rank, str(tmp_path), world_size=2):
         assert len(messages) == 3
         assert "UnsupportedValue: rank 1: state 'extra'" in messages[0]
-        assert "UsageError: state 'only' differs between rank 0 and rank 1" in messages[1]
+        assert "UsageError: ranks hold different things under 'only'" in messages[1]
         assert "WrongModel" in messages[2]
-        assert "it has no 'other'" in messages[2]
+        assert "'other' is not in the checkpoint" in messages[2]
 
 
 def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: Path) -> None:
@@ -67,6 +67,15 @@ def test_damage_that_one_rank_sees_makes_all_fall_back(ranks: Ranks, tmp_path: P
     results = ranks.run(cases.fall_back, str(tmp_path), world_size=2)
     assert [(step, number) for step, number, _ in results] == [(1, 1), (1, 1)]
     assert results[0][2] == ["checkpoint_quarantined", "restored"]
+
+
+def test_a_value_that_is_not_loaded_is_no_damage_on_any_rank(ranks: Ranks, tmp_path: Path) -> None:
+    for restored, loaded, events in ranks.run(cases.unloadable, str(tmp_path), world_size=2):
+        assert restored.startswith("UnloadableValue: the checkpoint of step 2") and "'value' holds" in restored
+        assert "UnloadableValue" in loaded and "Unregistered" in loaded
+        assert not {"checkpoint_quarantined", "restored"} & set(events)
+    states = [row.state for row in inspect.summaries(inspect.locate(str(tmp_path)))]
+    assert states == ["committed", "committed"]
 
 
 def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""From a training script's own objects to tensors and values with names, and back."""
