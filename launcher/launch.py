@@ -47,6 +47,8 @@ from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
 from launcher.rounds.records import Node
+from launcher.workers.guardian import KEEP_VARIABLE
+from launcher.workers.leftovers import Leftovers
 from launcher.workers.runtime import runtime_dir as private_folder
 from launcher.workers.warm import WarmStart
 
@@ -70,6 +72,8 @@ class Extras:
     """At most so many restarts after failures; None: as many as the policy allows."""
     warm_workers: bool = True
     """Fork workers from a process that has imported torch, where that is safe."""
+    keep_children: bool = False
+    """Let processes that workers have started outlive them."""
     preemption_notices: tuple[str, ...] = ()
     """Watchers for the news that this machine goes, as `launcher.drain.preemption` names them."""
     drain_grace_s: float = 30.0
@@ -147,6 +151,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         runtime_dir = stack.enter_context(private_folder())
         # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
         can_fork = command[0] == sys.executable and config.numa_options is None
+        keep = extras.keep_children or bool(os.environ.get(KEEP_VARIABLE))
+        if keep:
+            os.environ[KEEP_VARIABLE] = "1"  # for the guardians of workers and zygote
         warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
         if warm is not None:
             stack.callback(warm.close)
@@ -175,7 +182,10 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         lookout.start()
         stack.callback(lookout.stop)
         watchdog = Watchdog(extras.hangs, extras.log_dir, events)
-        return _run(config, conf, command, connection, member, events, runtime_dir, warm, drain, watchdog, preflight)
+        leftovers = Leftovers(runtime_dir, warm, keep=keep)
+        return _run(
+            config, conf, command, connection, member, events, runtime_dir, warm, leftovers, drain, watchdog, preflight
+        )
 
 
 def _preflight(extras: Extras, events: EventLog) -> Preflight:
@@ -192,6 +202,7 @@ def _run(
     events: EventLog,
     runtime_dir: Path,
     warm: WarmStart | None,
+    leftovers: Leftovers,
     drain: DrainRequests,
     watchdog: Watchdog,
     preflight: Preflight,
@@ -230,6 +241,7 @@ def _run(
         drain=drain,
         command=command,
         warm=warm,
+        leftovers=leftovers,
         watchdog=watchdog,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template or _LOG_LINE_PREFIX,

@@ -73,6 +73,7 @@ def handle(args: argparse.Namespace) -> int:
         max_restarts=given.max_restarts_given,
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
+        keep_children=given.keep_children,
         drain_grace_s=given.drain_grace,
         preemption_notices=tuple(given.preemption_notice),
         log_dir=Path(given.log_dir) if given.log_dir else None,
@@ -108,6 +109,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--cold-workers",
         action="store_true",
         help="start every worker as a new process (default: fork them from one that has imported torch)",
+    )
+    ours.add_argument(
+        "--keep-children",
+        action="store_true",
+        help="let processes that workers have started outlive them (default: they are ended with their worker)",
     )
     _add_leaving(ours)
     _add_watching(ours)

@@ -45,6 +45,8 @@ from launcher.health.watchdog import Watchdog, Watched
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.workers import boot
 from launcher.workers.channels import WorkerChannels
+from launcher.workers.family import GRACE_AFTER_SUCCESS_S, GRACE_S
+from launcher.workers.leftovers import Leftovers
 from launcher.workers.program import STACKS_VARIABLE
 from launcher.workers.warm import COLD, WarmStart
 
@@ -80,6 +82,7 @@ class ElasticAgent(LocalElasticAgent):
         drain: DrainRequests,
         command: Sequence[str],
         warm: WarmStart | None,
+        leftovers: Leftovers,
         watchdog: Watchdog,
         start_method: str,
         log_line_prefix_template: str | None = None,
@@ -98,6 +101,7 @@ class ElasticAgent(LocalElasticAgent):
         self._graces = graces
         self._command = tuple(command)
         self._warm = warm
+        self._leftovers = leftovers
         self._watchdog = watchdog
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
@@ -262,6 +266,7 @@ class ElasticAgent(LocalElasticAgent):
         linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
         if pids := self._channels.end_forked_workers(linger_s):
             self._emit("workers_linger", pids=pids, seconds=round(linger_s, 3))
+        ended = self._end_leftovers(GRACE_S if end.grace_s else 0.0)
         self._worker_group.state = WorkerState.STOPPED
         step = self._channels.last_step()
         self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
@@ -270,7 +275,9 @@ class ElasticAgent(LocalElasticAgent):
                 self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
-        if held := self._device_memory.wait_free([*self._pids, *self._channels.claimed_pids()], _DEVICE_MEMORY_S):
+        if held := self._device_memory.wait_free(
+            [*self._pids, *self._channels.claimed_pids(), *ended], _DEVICE_MEMORY_S
+        ):
             self._emit("device_memory_held", reason=held, seconds=_DEVICE_MEMORY_S)
 
     def _finish(self, generation: int) -> bool:
@@ -370,11 +377,31 @@ class ElasticAgent(LocalElasticAgent):
             if self._member.fenced():
                 break
             time.sleep(0.005)
+        if self._channels.kill():  # then what stands for them ends by itself, and takes along what they have started
+            ends_s = time.monotonic() + _KILL_S
+            while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+                time.sleep(0.005)
         super()._shutdown(signal.SIGKILL, timeout=_KILL_S)  # type: ignore[arg-type]
+
+    def _end_leftovers(self, grace_s: float) -> list[int]:
+        """End what the workers have left running; the pids of all that was there."""
+        now_s = time.monotonic()
+        found, left = self._leftovers.end(
+            self._pids, max(0.0, min(grace_s, self._drain.kill_by(now_s + grace_s) - now_s))
+        )
+        if found:
+            seconds = round(time.monotonic() - now_s, 3)
+            self._emit(
+                "children_ended", processes=[str(p) for p in found], left=[str(p) for p in left], seconds=seconds
+            )
+        return [process.pid for process in found]
 
     def _emit(self, event: str, **fields: Any) -> None:
         self._events(event, generation=self._rendezvous_handler.generation, **fields)
 
     def close(self) -> None:
-        """Let go of the channels; the workers are gone."""
+        """Let go of the channels; the workers are gone, and so is then what they have left."""
+        succeeded = self._worker_group.state is WorkerState.SUCCEEDED
+        self._end_leftovers(GRACE_AFTER_SUCCESS_S if succeeded else GRACE_S)
+        self._leftovers.close()
         self._channels.close()

@@ -131,7 +131,7 @@ def _handles_signal(pid: int) -> bool:
     with contextlib.suppress(OSError, ValueError, IndexError):
         status = Path(f"/proc/{pid}/status").read_text()
         caught = int(status.split("SigCgt:")[1].split()[0], 16)
-        return bool(caught >> (STACKS_SIGNAL - 1) & 1)
+        return bool(caught >> (STACKS_SIGNAL - 1) & 1) and "\nState:\tZ" not in status
     return False
 
 

@@ -1,33 +1,30 @@
 """Between the agent and a worker's program.
 
-`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 25 ms; imports nothing of ours) asks the zygote to
-fork the worker and stands for it: passes signals on, ends as it ends. Without a zygote ("-", or one that refuses) it
-becomes the program itself. Either way the kernel kills it when the agent dies: PR_SET_PDEATHSIG outlives exec
-(prctl(2)), and the zygote kills a worker whose boot is gone. So even `kill -9` of an agent leaves nobody training.
+`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 25 ms) asks the zygote to fork the worker and
+stands for it: passes signals on, ends as it ends. Without a zygote ("-", or one that refuses) it starts the program
+itself and stands over it (`guardian`). Either way the worker dies when this process does, and that when the agent dies.
+So even `kill -9` of an agent leaves nobody training.
 """
 
-import ctypes
 import json
 import os
-import resource
 import signal
 import socket
 import struct
 import sys
 
-_PR_SET_PDEATHSIG = 1
+if __name__ == "__main__":  # started by path, without site packages; ours come last
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from launcher.workers import family, guardian
+
 _ZYGOTE_TIMEOUT_S = 120.0
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(argv: "list[str]") -> None:
     """Tie this process to its agent, then run the program warm if that can be, else cold."""
     agent_pid, zygote, program = int(argv[1]), argv[2], argv[3:]
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != agent_pid:
-        os.kill(os.getpid(), signal.SIGKILL)
+    family.die_with(agent_pid)
     if zygote != "-":
         try:
             connection = _ask(zygote, program[1:])
@@ -39,10 +36,20 @@ def main(argv: "list[str]") -> None:
         # A program that can write its stacks when it hangs; it runs the script as the interpreter would.
         after = 2 if program[1] == "-u" else 1
         program[after:after] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "program.py")]
-    try:
-        os.execvp(program[0], program)
-    except OSError as error:
-        sys.exit(f"cannot run {program[0]}: {error.strerror}")
+    guardian.run(program, agent_pid, _claim)
+
+
+def _claim() -> None:
+    """Say which process the worker is: it keeps its pid when it becomes its program."""
+    if path := os.environ.get("ELASTIC_MOE_HEARTBEAT"):
+        from pathlib import Path
+
+        from launcher.workers.channel import Channel
+
+        try:
+            Channel.attach(Path(path), announce=False).claim()
+        except (OSError, ValueError) as error:
+            print(f"the agent is not told of pid {os.getpid()}: {error}", file=sys.stderr)
 
 
 def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
@@ -52,29 +59,30 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
     body = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()
     socket.send_fds(connection, [struct.pack(">I", len(body))], [0, 1, 2])
     connection.sendall(body)
+    heard: list[int] = []
+
+    def pass_on(signum: int, _frame: object) -> None:
+        heard.append(signum)
+        body = json.dumps({"signal": signum}).encode()
+        connection.sendall(struct.pack(">I", len(body)) + body)
+
+    # From here on: the worker may run before its pid is told. What comes too early for it waits for it in the socket.
+    before = {handled: signal.signal(handled, pass_on) for handled in guardian.PASSED_ON}
     answer = _receive(connection)
     if "pid" not in answer:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
+        for signum in heard:
+            os.kill(os.getpid(), signum)
         raise OSError(answer.get("cold", "the zygote does not answer"))
     connection.settimeout(None)
     return connection
 
 
 def _stand_for_worker(connection: "socket.socket") -> None:
-    """Pass signals on until the worker ends, then end in the same way."""
-
-    def pass_on(signum: int, _frame: object) -> None:
-        body = json.dumps({"signal": signum}).encode()
-        connection.sendall(struct.pack(">I", len(body)) + body)
-
-    for handled in _PASSED_ON:
-        signal.signal(handled, pass_on)
-    status = int(_receive(connection).get("status", "9"))  # a zygote that is gone took its workers along
-    if os.WIFEXITED(status):
-        os._exit(os.WEXITSTATUS(status))
-    signum = os.WTERMSIG(status)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left its own core, if any
-    signal.signal(signum, signal.SIG_DFL) if signum != signal.SIGKILL else None
-    os.kill(os.getpid(), signum)
+    """Until the worker ends; then end in the same way."""
+    # A zygote that is gone took its workers along.
+    family.end_as(int(_receive(connection).get("status", str(int(signal.SIGKILL)))))
 
 
 def _receive(connection: "socket.socket") -> "dict[str, str]":

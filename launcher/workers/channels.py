@@ -60,6 +60,14 @@ class WorkerChannels:
         for channel in self._channels.values():
             channel.request_stop(reason)
 
+    def kill(self) -> bool:
+        """Kill the workers with all in their process groups; whether all of them had said which process they are."""
+        pids = [channel.forked_pid() for channel in self._channels.values()]
+        for pid in filter(None, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        return all(pids)
+
     def end_forked_workers(self, within_s: float) -> list[int]:
         """Kill forked workers that outlive what stands for them, and wait until they are gone.
 

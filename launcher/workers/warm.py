@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 
 from launcher.events import Emit
+from launcher.workers import guardian
+from launcher.workers.family import Found, below
 
 log = logging.getLogger(__name__)
 
 COLD = "-"
 _PROGRAM = (sys.executable, "-m", "launcher.workers.zygote")
+_GUARDIAN = (sys.executable, "-I", "-S", guardian.__file__)
 
 
 class WarmStart:
@@ -29,6 +32,7 @@ class WarmStart:
         self._emit = emit
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: int | None = None
+        self._zygote_pid: int | None = None
 
     def socket_path(self) -> str:
         """Where to ask for a worker; `COLD` if there is no zygote to be had."""
@@ -43,6 +47,7 @@ class WarmStart:
         """Start the zygote; workers may ask it at once and are forked when its imports are done."""
         self._path.unlink(missing_ok=True)
         self._close_ready()
+        self._zygote_pid = None
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(str(self._path))
@@ -51,7 +56,7 @@ class WarmStart:
                 self._ready, ready_w = os.pipe()
                 try:
                     self._process = subprocess.Popen(
-                        [*_PROGRAM, str(listener.fileno()), str(ready_w), str(os.getpid())],
+                        [*_GUARDIAN, str(os.getpid()), *_PROGRAM, str(listener.fileno()), str(ready_w)],
                         stdin=subprocess.DEVNULL,
                         pass_fds=[listener.fileno(), ready_w],
                     )
@@ -67,7 +72,19 @@ class WarmStart:
         if self._ready is None:
             return False
         readable, _, _ = select.select([self._ready], [], [], timeout_s)
+        if readable and self._zygote_pid is None:
+            self._zygote_pid = int(os.read(self._ready, 32) or b"0")
         return bool(readable)
+
+    def orphans(self) -> Found:
+        """What workers have started whose parents have ended: it is below the zygote's guardian, beside the zygote."""
+        if self._process is None or not self.wait_ready(0) or not self._zygote_pid:
+            return {}
+        return below([self._process.pid], without=[self._zygote_pid]) if self._zygote_pid != self._process.pid else {}
+
+    def zygote_pid(self) -> int | None:
+        """The process that forks workers; None before it can."""
+        return self._zygote_pid if self.wait_ready(0) else None
 
     def _close_ready(self) -> None:
         if self._ready is not None:

@@ -1,6 +1,6 @@
 """A process that has imported torch and forks workers: a restart costs a tenth of a second, not an import of torch.
 
-`python -m launcher.workers.zygote LISTENER_FD READY_FD AGENT_PID` serves `boot.py` on a Unix socket, one
+`python -m launcher.workers.zygote LISTENER_FD READY_FD`, below a guardian, serves `boot.py` on a Unix socket, one
 connection a worker:
 
     boot -> zygote   frame {"argv", "env", "cwd"} with boot's stdin, stdout and stderr (SCM_RIGHTS)
@@ -16,7 +16,6 @@ far as a script can tell.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -33,6 +32,7 @@ from pathlib import Path
 
 from launcher.frames import HEADER_BYTES, receive, send
 from launcher.workers.channel import Channel
+from launcher.workers.family import die_with
 from launcher.workers.program import run, write_stacks_on_signal
 
 _MODULES = (
@@ -49,7 +49,6 @@ _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
 _END = b"\0"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -275,15 +274,6 @@ def _receive_request(connection: socket.socket) -> Request:
         raise
 
 
-def die_with(parent_pid: int) -> None:
-    """Ask the kernel for SIGKILL when the parent dies, and make sure that it did not before (prctl(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _become(request: Request, zygote_pid: int, boot: socket.socket) -> None:
     """In the child: be what `python ARGV...` would be, up to the point where it runs the program."""
     os.setsid()
@@ -314,14 +304,13 @@ def _become(request: Request, zygote_pid: int, boot: socket.socket) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve on the listener that the agent opened: workers started meanwhile wait for these imports in its queue."""
-    listener, ready_fd, agent_pid = socket.socket(fileno=int(argv[1])), int(argv[2]), int(argv[3])
-    die_with(agent_pid)
-    os.setsid()
+    listener, ready_fd = socket.socket(fileno=int(argv[1])), int(argv[2])
     for name in _MODULES:
         _import(name)
     _settle_threads()
-    os.close(ready_fd)  # whoever reads the other end knows
     zygote_pid = os.getpid()
+    os.write(ready_fd, str(zygote_pid).encode())
+    os.close(ready_fd)
     zygote = _Zygote(listener)
     request = zygote.serve()
     assert zygote.connection is not None

@@ -229,6 +229,7 @@ def _serve_workers(connection: socket.socket, agent_pid: int) -> None:
     from launcher.workers import zygote
 
     zygote.die_with(agent_pid)
+    os.setsid()
     _, fds, _, _ = socket.recv_fds(connection, 16, 2)
     connection.close()
     if len(fds) < 2:
@@ -236,7 +237,7 @@ def _serve_workers(connection: socket.socket, agent_pid: int) -> None:
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
     os.close(devnull)
-    zygote.main(["launcher.workers.zygote", *(str(fd) for fd in fds), str(agent_pid)])
+    zygote.main(["launcher.workers.zygote", *(str(fd) for fd in fds)])
     sys.exit(0)
 
 
@@ -250,7 +251,7 @@ def _lend_zygote() -> None:
         if not waiting:
             return subprocess.Popen(command, **options)  # type: ignore[call-overload]
         first = waiting.pop()
-        first.hand_over(int(command[-3]), int(command[-2]))
+        first.hand_over(int(command[-2]), int(command[-1]))
         return first
 
     launcher.workers.warm.subprocess = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore

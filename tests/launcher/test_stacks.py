@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launcher.health.stacks import Suspended, collect, innermost, write
-from launcher.workers import boot, program
+from launcher.workers import boot, family, program
 from launcher.workers.program import STACKS_SIGNAL, STACKS_VARIABLE
 from tests.cluster import until
 
@@ -33,7 +33,7 @@ USES_THE_SIGNAL = (
 
 @contextlib.contextmanager
 def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tuple[subprocess.Popen[str], Suspended]]:
-    """A cold worker that has printed `here`."""
+    """What stands over a cold worker that has printed `here`, and the worker."""
     (folder / "script.py").write_text(script)
     stacks = folder / "stacks"
     stacks.touch(0o600)
@@ -43,7 +43,8 @@ def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tupl
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "here\n"
-            yield process, Suspended(3, process.pid, stacks, 7)
+            (worker,) = psutil.Process(process.pid).children()
+            yield process, Suspended(3, worker.pid, stacks, 7)
         finally:
             process.kill()
 
@@ -65,9 +66,9 @@ def test_a_process_that_sleeps_or_holds_the_gil_tells_where(tmp_path: Path, scri
 
 
 def test_a_stopped_process_is_told_as_stopped_and_made_to_tell_where(tmp_path: Path) -> None:
-    with running(tmp_path, SLEEPS) as (process, worker):
-        process.send_signal(signal.SIGSTOP)
-        until("it is stopped", lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    with running(tmp_path, SLEEPS) as (_, worker):
+        os.kill(worker.pid, signal.SIGSTOP)
+        until("it is stopped", lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
         found = collect({0: worker})[0]
     assert found.evidence.stopped
     assert "stopped by a signal" in found.text
@@ -79,7 +80,7 @@ def test_a_process_that_cannot_write_stacks_is_not_signalled(tmp_path: Path, wat
     with running(tmp_path, SLEEPS, watched=watched) as (process, worker):
         if watched:
             process.kill()
-            process.wait(20)
+            until("it is gone", lambda: family.seen(worker.pid) is None)
         found = collect({0: worker})[0]
         assert watched or process.poll() is None, "the signal would have ended it"
     assert found.evidence.frame == ""

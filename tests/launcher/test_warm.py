@@ -151,8 +151,10 @@ def test_the_agent_can_find_and_end_a_worker_whose_boot_is_gone(warm: WarmStart,
 
 def warm_pid(warm: WarmStart) -> int:
     warm.socket_path()
-    assert warm._process is not None
-    return warm._process.pid
+    warm.wait_ready(60)
+    pid = warm.zygote_pid()
+    assert pid
+    return pid
 
 
 def test_a_zygote_that_died_is_replaced_and_the_loss_is_told(tmp_path: Path) -> None:

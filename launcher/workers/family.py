@@ -1,0 +1,201 @@
+"""Processes by descent: what a worker has started, however it did that, and how to end it in bounded time.
+
+A process whose parent ends becomes a child of the nearest ancestor that has asked for orphans (PR_SET_CHILD_SUBREAPER,
+prctl(2)). So nothing below such an ancestor gets out of its reach: no session of its own, no double fork, no empty
+environment leads past it. Standard library only, and little of it: `boot.py` imports this before every cold worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+    from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_S = 0.01
+_MAX_PASSES = 32
+GRACE_S = 1.0
+"""From SIGTERM to SIGKILL, for what a worker leaves that failed or was stopped."""
+GRACE_AFTER_SUCCESS_S = 5.0
+"""The same after an exit with 0: it may still be writing what the worker left it to write."""
+KILL_S = 5.0
+"""For SIGKILL to have its effect: a process may wait in the kernel for a device or a file server."""
+
+
+class Process:
+    """A process that was seen: its pid is another's once that started at another time."""
+
+    __slots__ = ("name", "pid", "started_ticks")
+
+    def __init__(self, pid: int, name: str, started_ticks: int) -> None:
+        self.pid, self.name, self.started_ticks = pid, name, started_ticks
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+    def send(self, signum: int) -> None:
+        """Send it a signal, if it is still there and still this one."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError as error:
+            if error.errno == errno.ENOSYS and self._is_there():  # before Linux 5.3
+                os.kill(self.pid, signum)
+            return
+        try:
+            if self._is_there():  # looked at while the descriptor holds the pid
+                signal.pidfd_send_signal(fd, signum)
+        except OSError:
+            pass  # gone meanwhile, or another user's
+        finally:
+            os.close(fd)
+
+    def _is_there(self) -> bool:
+        now = seen(self.pid)
+        return now is not None and now.started_ticks == self.started_ticks
+
+
+Found = dict[int, Process]
+
+
+def seen(pid: int) -> Process | None:
+    """A process; None if there is none, or only its zombie (proc(5))."""
+    head, _, tail = _read(f"/proc/{pid}/stat").rpartition(")")
+    fields = tail.split()
+    if len(fields) < 20 or fields[0] in "ZX":
+        return None
+    return Process(pid, head.partition("(")[2], int(fields[19]))
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def below(roots: Iterable[int], without: Collection[int] = ()) -> Found:
+    """All living descendants of `roots`, but none of `without` nor what is below those."""
+    children = children_by_parent()
+    found: Found = {}
+    queue = [child for root in roots for child in children(root)]
+    while queue:
+        pid = queue.pop()
+        if pid in found or pid in without:
+            continue
+        queue += children(pid)
+        if process := seen(pid):
+            found[pid] = process
+    return found
+
+
+def children_by_parent() -> Callable[[int], list[int]]:
+    """What tells a process's children, zombies too: the kernel, or a look at all processes where it does not."""
+    if os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        return _told_children
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        fields = _read(f"/proc/{name}/stat").rpartition(")")[2].split() if name.isdigit() else []
+        if len(fields) > 1:
+            found.setdefault(int(fields[1]), []).append(int(name))
+    return lambda pid: found.get(pid, [])
+
+
+def _told_children(pid: int) -> list[int]:
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    return [int(child) for thread in threads for child in _read(f"/proc/{pid}/task/{thread}/children").split()]
+
+
+def end(find: Callable[[], Found], grace_s: float, within_s: float = KILL_S) -> tuple[list[Process], list[Process]]:
+    """End all that `find` finds, and what those start meanwhile: SIGTERM first, SIGKILL after `grace_s`.
+
+    Returns:
+        What there was, and what is still there `within_s` after the first SIGKILL.
+    """
+    known: Found = {}
+    asked: set[int] = set()
+    found = find()
+    grace_ends_s = time.monotonic() + grace_s
+    while found and time.monotonic() < grace_ends_s:
+        known.update(found)
+        for pid in found.keys() - asked:
+            found[pid].send(signal.SIGTERM)
+            found[pid].send(signal.SIGCONT)
+        asked |= found.keys()
+        time.sleep(_LOOK_S)
+        found = find()
+    ends_s = time.monotonic() + within_s
+    while found:
+        _stop(find)  # what is stopped starts nothing while the others are killed
+        found = find()
+        known.update(found)
+        for process in found.values():
+            process.send(signal.SIGKILL)
+        time.sleep(_LOOK_S / 5)
+        found = find()
+        if time.monotonic() >= ends_s:
+            break
+    return list(known.values()), list(found.values())
+
+
+def _stop(find: Callable[[], Found]) -> None:
+    stopped: set[int] = set()
+    for _ in range(_MAX_PASSES):
+        found = find()
+        if found.keys() <= stopped:
+            return
+        for pid in found.keys() - stopped:
+            found[pid].send(signal.SIGSTOP)
+        stopped |= found.keys()
+
+
+def grace_after(status: int) -> float:
+    """How long what a worker left has between SIGTERM and SIGKILL, by the wait status with which the worker ended.
+
+    One that was killed was to be gone at once: its node may no longer hold its lease.
+    """
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return 0.0
+    return GRACE_S if status else GRACE_AFTER_SUCCESS_S
+
+
+def adopt_orphans(adopt: bool = True) -> None:
+    """Become the parent of every descendant whose parent ends."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
+
+
+def die_with(parent_pid: int, signum: int = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal when the parent dies, and make sure that it did not before (prctl(2))."""
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signum)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
+def end_as(status: int) -> NoReturn:
+    """End this process as another one ended, by its wait status."""
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    signum = os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own core, if any
+    if signum != signal.SIGKILL:
+        signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+    os._exit(128 + signum)  # a signal that is blocked

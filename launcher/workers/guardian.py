@@ -1,0 +1,125 @@
+"""Stands over one program: passes signals on, ends as it ends, and leaves nothing that it started.
+
+`boot.py` runs a cold worker so, and `python -I -S guardian.py PARENT_PID PROGRAM ARGS...` is how the agent starts the
+zygote. Orphans of the program become this process's children (`family`). When the program has ended, what it left is
+ended; when the parent dies, so does all of it, at once: a process that is killed with SIGKILL can clean up nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # started by path, without site packages
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from launcher.workers import family
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import NoReturn
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+PARENT_DIED = signal.SIGRTMIN + 8
+KEEP_VARIABLE = "ELASTIC_MOE_KEEP_CHILDREN"
+
+
+def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambda: None) -> NoReturn:
+    """Run `program` in a session of its own below this process, and end as it ends.
+
+    `prepare` is called in the process that becomes the program.
+    """
+    keep = bool(os.environ.get(KEEP_VARIABLE))
+    if not keep:
+        family.adopt_orphans()
+    family.die_with(parent_pid)
+    own_pid = os.getpid()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
+    pid = os.fork()  # before any handler: what is ignored here is ignored there
+    if pid == 0:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        family.die_with(own_pid)
+        prepare()
+        become(program)
+    os.closerange(3, 1024)  # the program's, whose ends somebody may wait for
+    _stand_over(pid, parent_pid, mask, keep=keep)
+
+
+def become(program: list[str]) -> NoReturn:
+    """Be `program` from here on."""
+    try:
+        os.execvp(program[0], program)
+    except OSError as error:
+        sys.exit(f"cannot run {program[0]}: {error.strerror}")
+
+
+def _stand_over(pid: int, parent_pid: int, mask: set[int | signal.Signals], *, keep: bool) -> NoReturn:
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        try:
+            os.killpg(pid, signum)
+        except ProcessLookupError:  # it has no group of its own yet; nobody has waited for it, so the pid is its
+            os.kill(pid, signum)
+
+    def parent_died(_signum: int, _frame: FrameType | None) -> None:
+        if os.getppid() == parent_pid:
+            return  # somebody's stray signal
+        if keep:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            family.end(_own, 0.0)
+        os._exit(1)
+
+    for handled in PASSED_ON:
+        signal.signal(handled, pass_on)
+    signal.signal(PARENT_DIED, parent_died)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    family.die_with(parent_pid, PARENT_DIED)
+    while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) is None or ended.si_pid != pid:
+        if ended:
+            os.waitpid(ended.si_pid, 0)  # an orphan
+    for handled in PASSED_ON:  # before its pid can be another's
+        signal.signal(handled, signal.SIG_IGN)
+    _, status = os.waitpid(pid, 0)
+    if not keep:
+        found, left = family.end(_own, family.grace_after(status))
+        if found:
+            _tell(found, left)
+    family.end_as(status)
+
+
+def _own() -> family.Found:
+    """What is below this process; the dead are taken from the table first."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return {}  # neither a child nor, since orphans come here, a descendant
+    return family.below([os.getpid()])
+
+
+def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
+    """To the worker's stderr, and to the agent's events where this is a worker's."""
+    rank = os.environ.get("RANK", "")
+    who = f"rank {rank}" if rank else "the program"
+    sys.stderr.write(f"{who} left processes behind, which are ended: {', '.join(map(str, ended))}\n")
+    if path := os.environ.get("ELASTIC_MOE_EVENTS"):
+        from pathlib import Path
+
+        from launcher.events import append_event
+
+        append_event(
+            Path(path),
+            run_id=os.environ.get("ELASTIC_MOE_RUN_ID", ""),
+            node=os.environ.get("ELASTIC_MOE_NODE", ""),
+            generation=int(os.environ.get("ELASTIC_MOE_GENERATION", "0")),
+            event="children_ended",
+            fields={"rank": int(rank or -1), "processes": [str(p) for p in ended], "left": [str(p) for p in left]},
+        )
+
+
+if __name__ == "__main__":
+    run(sys.argv[2:], int(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""What this node's workers have left running, as their agent finds and ends it before it starts new ones.
+
+A cold worker's guardian does that when its worker ends. Here is what it cannot reach: orphans of forked workers, which
+come to the zygote's guardian, and of workers whose guardian was killed itself, which come to the agent. Among the
+agent's own children those are known by their environment, which names a channel in this agent's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from launcher.workers import family
+from launcher.workers.warm import WarmStart
+
+
+class Leftovers:
+    """For the agent's main thread only."""
+
+    def __init__(self, runtime_dir: Path, warm: WarmStart | None, *, keep: bool) -> None:
+        """`keep`: nothing is ended."""
+        self._mark = f"ELASTIC_MOE_HEARTBEAT={runtime_dir}{os.sep}".encode()
+        self._warm = warm
+        self._keep = keep
+        if not keep:
+            family.adopt_orphans()
+
+    def end(self, boots: Collection[int], grace_s: float) -> tuple[list[family.Process], list[family.Process]]:
+        """End it; `boots` are the processes that stand for workers, which may still be there.
+
+        Returns:
+            What there was, and what is still there.
+        """
+        return ([], []) if self._keep else family.end(lambda: self._find(boots), grace_s)
+
+    def _find(self, boots: Collection[int]) -> family.Found:
+        own = [pid for pid in family.children_by_parent()(os.getpid()) if pid not in boots and self._is_marked(pid)]
+        found = family.below(own)
+        for process in (family.seen(pid) for pid in own):
+            if process is not None:
+                found[process.pid] = process
+        return found | (self._warm.orphans() if self._warm else {})
+
+    def _is_marked(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return any(variable.startswith(self._mark) for variable in environment.split(b"\0"))
+
+    def close(self) -> None:
+        """Take no more orphans."""
+        if not self._keep:
+            with contextlib.suppress(OSError):
+                family.adopt_orphans(False)
