@@ -4,6 +4,7 @@
 
     UserError        the user's mistake: one line that names the field, the value and the mend; exit code 2
     NotSaved         the training is done, and its last state could not be saved; exit code 1
+    NotFinite        the training has gone wrong: loss, gradient or parameters are not finite; exit code 70
 
 Errors of the other packages carry an `exit_code` as well (`launcher.errors`, `storage.errors`), so that the
 command line needs no table of them.
@@ -16,6 +17,12 @@ class UserError(Exception):
     """The user's mistake, told in one line without a traceback."""
 
     exit_code = 2
+
+
+class NotFinite(Exception):
+    """The training has gone wrong, and would go wrong again; told in one line, as a mistake is."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits(3), as `elastic-moe run` says "do not requeue"
 
 
 class NotSaved(Exception):

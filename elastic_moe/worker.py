@@ -211,6 +211,14 @@ def yielded(step: int) -> None:
         channel.yielded()
 
 
+def gave_up() -> None:
+    """Say that this worker is about to end with an error that would come again: the agent ends the job (exit code 70)
+    instead of restarting it. Every rank that fails so should say it.
+    """
+    if channel := _channel():
+        channel.gave_up()
+
+
 def event(name: str, **fields: Any) -> None:
     """Append an event to the agent's `events.jsonl`; a no-op without an agent."""
     path = os.environ.get("ELASTIC_MOE_EVENTS")

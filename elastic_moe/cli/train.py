@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
+from elastic_moe.errors import NotFinite
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -44,11 +45,12 @@ def handle(args: argparse.Namespace) -> int:
     try:
         return _train(args)
     except Exception as error:
-        is_mistake = getattr(error, "exit_code", None) == USAGE_EXIT_CODE
-        message = one_line(str(error)) if is_mistake else f"{type(error).__name__}: {error}"
-        told = _tell_agent(message, message if is_mistake else traceback.format_exc())
-        if is_mistake and told and os.environ.get("RANK", "0") != "0":
-            return USAGE_EXIT_CODE  # all ranks see the same job and make the same mistake: rank 0 prints it
+        exit_code = getattr(error, "exit_code", None)
+        is_clear = exit_code in (USAGE_EXIT_CODE, NotFinite.exit_code)
+        message = one_line(str(error)) if is_clear else f"{type(error).__name__}: {error}"
+        told = _tell_agent(message, message if is_clear else traceback.format_exc())
+        if exit_code is not None and is_clear and told and os.environ.get("RANK", "0") != "0":
+            return int(exit_code)  # all ranks see the same job and the same numbers, and say the same: rank 0 prints it
         raise
 
 

@@ -55,6 +55,9 @@ class TrainConfig(BaseModel):
     as far as the kernels are deterministic."""
     keep_gathered: bool = False
     """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
+    max_skipped: int = Field(3, ge=1)
+    """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
+    code 70, to be looked into before it is started again."""
     metrics: str | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)
@@ -84,6 +87,6 @@ class CheckpointConfig(BaseModel):
     every: int = Field(50, ge=1)
     """Steps between two checkpoints; the last step is always kept."""
     keep: int = Field(3, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; unhealthy ones (with a NaN) do not count, and push out no healthy one."""
     take_over: bool = False
     """Take the URL from another job that saves there, without asking whether it is alive: it can save no more then."""

@@ -20,8 +20,8 @@ class StepMetrics:
 
     Attributes:
         step: completed steps, this one included.
-        loss: mean cross entropy over the tokens of the global batch, nats.
-        grad_norm: global L2 norm before clipping.
+        loss: mean cross entropy over the tokens of the global batch, nats; None where it is not finite.
+        grad_norm: global L2 norm before clipping; None where it is not finite.
         lr: learning rate of the step.
         tokens: tokens trained on since the start of the job.
         load_max: rows of the busiest expert of any layer over the mean; 1 is level.
@@ -30,11 +30,12 @@ class StepMetrics:
         world_size: ranks that trained the step.
         mesh: its replicate, shard and expert degrees.
         ts: when the step was complete, epoch seconds.
+        skipped: why the step has changed nothing; "" for one that has.
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     lr: float
     tokens: int
     load_max: float
@@ -43,6 +44,7 @@ class StepMetrics:
     world_size: int
     mesh: dict[str, int]
     ts: float
+    skipped: str = ""
 
 
 class MetricsFile:
@@ -61,7 +63,7 @@ class MetricsFile:
             raise UserError(f"train.metrics {str(path)!r} cannot be written: {error.strerror}") from error
 
     def append(self, metrics: StepMetrics) -> None:
-        os.write(self._fd, (json.dumps(asdict(metrics)) + "\n").encode())
+        os.write(self._fd, (json.dumps(asdict(metrics), allow_nan=False) + "\n").encode())
 
     def __enter__(self) -> Self:
         return self

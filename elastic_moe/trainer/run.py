@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
-from elastic_moe.errors import NotSaved
+from elastic_moe.errors import NotFinite, NotSaved
 from elastic_moe.parallel import build_mesh
+from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
-from elastic_moe.trainer.world import choose_device, choose_plan, on_all_ranks, process_group
-from storage import Checkpointer
+from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, on_all_ranks, process_group
+from storage import Checkpointer, inspect
+from storage.errors import NoCheckpoint, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def train(job: JobConfig) -> None:
     Raises:
         UserError: the job does not fit the world, the data or the checkpoint.
         NotSaved: the last step could not be saved.
+        NotFinite: too many steps in a row were skipped, or the last one, or the model holds what is not finite.
     """
     here = worker.context(set_device=False)  # the job says which
     if job.train.exact:
@@ -76,7 +80,7 @@ def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper,
     if progress.loaded is not None:
         progress.data.check(progress.loaded)
     progress.step = step
-    set_step(stepper.optimizer, step)
+    set_step(stepper.optimizer, progress.updates)
 
 
 def run_steps(
@@ -88,14 +92,19 @@ def run_steps(
     checkpointer: Checkpointer | None,
     metrics: MetricsFile | None,
 ) -> None:
-    """Steps from `progress.step` to the last, or to a stop."""
+    """Steps from `progress.step` to the last, or to a stop.
+
+    At the boundary after a skipped step nothing is saved, and nobody stops: whether its state is any good shows in the
+    next one. The last step has no next one, so its state counts as unhealthy then.
+    """
     if progress.step >= job.train.steps:
         log.info("the checkpoint is of step %d and train.steps is %d: nothing is left", progress.step, job.train.steps)
-    first = progress.step + 1
+    first, is_due = progress.step + 1, False
     while progress.step < job.train.steps:
         began_s = time.perf_counter()
         result = stepper.step(progress.step)
-        progress.step = step = progress.step + 1
+        progress.count(skipped=bool(result.skipped))
+        step = progress.step
         step_s = time.perf_counter() - began_s
         worker.heartbeat(step)
         if here.rank == 0:
@@ -104,13 +113,31 @@ def run_steps(
             _report(job, here, stepper, step, result, step_s, metrics)
         reason = worker.should_stop()
         last = step == job.train.steps
-        if checkpointer is not None and (reason or last or step % job.checkpoint.every == 0):
+        is_due = is_due or step % job.checkpoint.every == 0
+        if result.skipped:
+            _tell_skipped(job, here, progress, result)
+            if progress.skipped_in_row >= job.train.max_skipped:
+                why = f"{progress.skipped_in_row} steps in a row were skipped up to step {step}, since {result.skipped}"
+                raise _give_up(job, progress, checkpointer, why)
+            if not last:
+                if reason:
+                    worker.event("stop_postponed", step=step, reason=reason)
+                continue
+        if checkpointer is not None and (reason or last or is_due):
+            is_due = False
             if reason == "drain" or last:
                 checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
             with worker.untimed():
-                checkpointer.save(step, state, wait=bool(reason) or last)
+                bad = first_not_finite(state)
+                healthy = on_all_ranks(not bad and not result.skipped)
+                checkpointer.save(step, state, wait=bool(reason) or last, healthy=healthy)
                 if last and not on_all_ranks(checkpointer.wait()):
                     raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
+                if not healthy and not result.skipped:
+                    raise _give_up(job, progress, checkpointer, _tell_bad(step, bad))
+        if result.skipped:
+            why = f"step {step}, the last, was skipped, since {result.skipped}"
+            raise _give_up(job, progress, checkpointer, why)
         if reason and not last and _may_stop(checkpointer, reason, step):
             if checkpointer is not None and reason == "drain":
                 checkpointer.close()  # if all nodes drain, the job's next launch need not ask whether this one lives
@@ -134,6 +161,55 @@ def _may_stop(checkpointer: Checkpointer | None, reason: str, step: int) -> bool
     return False
 
 
+def _tell_skipped(job: JobConfig, here: worker.WorkerContext, progress: DataProgress, result: StepResult) -> None:
+    """An event from rank 0, and one from each rank in whose own sequences it began: its data, or its hardware."""
+    in_row = progress.skipped_in_row
+    if not math.isfinite(result.own_loss):
+        log.warning("step %d: the loss of this rank's sequences is %s", progress.step, result.own_loss)
+        worker.event("loss_not_finite", step=progress.step, loss=str(result.own_loss))
+    if here.rank == 0:
+        limit = job.train.max_skipped
+        log.warning(
+            "step %d is skipped (%d in a row; %d end the job): %s", progress.step, in_row, limit, result.skipped
+        )
+        worker.event("step_skipped", step=progress.step, reason=result.skipped, in_row=in_row, limit=limit)
+
+
+def _tell_bad(step: int, bad: str) -> str:
+    """`bad`: this rank's first tensor with what is not finite, "" where it has none but another rank does."""
+    if bad:
+        log.warning("step %d: %s is not finite on this rank", step, bad)
+        worker.event("state_not_finite", step=step, tensor=bad)
+    return f"the state after step {step} is not finite" + (f" ({bad})" if bad else "")
+
+
+def _give_up(job: JobConfig, progress: DataProgress, checkpointer: Checkpointer | None, why: str) -> NotFinite:
+    """The error that ends the job, and names the checkpoint to go back to. A collective."""
+    worker.gave_up()
+    url = job.checkpoint.url
+    if checkpointer is None or url is None:
+        return NotFinite(f"{why}; there is no checkpoint, since checkpoint.url is not set")
+    checkpointer.wait()
+    newest, good = from_rank_0(lambda: go_back_to(_healthy_steps(url), progress.step, progress.skipped_in_row))
+    if newest < 0:
+        return NotFinite(f"{why}; there is no healthy checkpoint in {url}")
+    told = f"{why}; the newest healthy checkpoint in {url} is of step {newest}"
+    if good != newest:
+        told += f", the very state that fails: to go on from that of step {good}, remove it"
+    return NotFinite(told)
+
+
+def _healthy_steps(url: str) -> list[int]:
+    try:
+        rows = inspect.summaries(inspect.locate(url))
+    except NoCheckpoint:
+        return []
+    except StorageError as error:
+        log.warning("the checkpoints in %s cannot be listed: %s", url, error)
+        return []
+    return [row.step for row in rows if row.step is not None and row.state in ("committed", "stock")]
+
+
 def _report(
     job: JobConfig,
     here: worker.WorkerContext,
@@ -148,8 +224,8 @@ def _report(
         metrics.append(
             StepMetrics(
                 step=step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
+                loss=result.loss if math.isfinite(result.loss) else None,
+                grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
                 lr=result.lr,
                 tokens=step * job.train.global_batch * job.train.seq_len,
                 load_max=float((result.load_LE.amax(dim=1) / result.load_LE.mean(dim=1)).max()),
@@ -158,6 +234,7 @@ def _report(
                 world_size=here.world_size,
                 mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
                 ts=time.time(),
+                skipped=result.skipped,
             )
         )
     if step % job.train.log_every == 0 or step == job.train.steps:

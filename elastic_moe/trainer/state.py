@@ -46,19 +46,41 @@ class DataState:
 
 
 class DataProgress:
-    """`DataState` and the step as a part of a checkpoint (DCP's Stateful protocol); a load keeps what was saved."""
+    """`DataState` and the step as a part of a checkpoint (DCP's Stateful protocol); a load keeps what was saved.
+
+    Attributes:
+        step: completed steps, skipped ones among them.
+        skipped: how many of them have changed nothing.
+        skipped_in_row: how many of those were the last ones.
+    """
 
     def __init__(self, data: DataState) -> None:
         self.data = data
         self.step = 0
+        self.skipped = 0
+        self.skipped_in_row = 0
         self.loaded: DataState | None = None
 
+    @property
+    def updates(self) -> int:
+        """Steps that have changed the model: as many as the moments have seen."""
+        return self.step - self.skipped
+
+    def count(self, *, skipped: bool) -> None:
+        """One step more."""
+        self.step += 1
+        self.skipped += skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, **asdict(self.data)}
+        told = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        return {**told, **asdict(self.data)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         fields = dict(state_dict)
         self.step = fields.pop("step")
+        self.skipped = fields.pop("skipped", 0)
+        self.skipped_in_row = fields.pop("skipped_in_row", 0)
         self.loaded = DataState(**fields)
 
 

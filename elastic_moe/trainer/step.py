@@ -21,6 +21,7 @@ from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
 from elastic_moe.model.moe import move_bias
 from elastic_moe.parallel import Meshes, begin_round, clip_gradients
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
+from elastic_moe.trainer.health import why_to_skip
 from elastic_moe.trainer.optimizer import set_learning_rate
 from elastic_moe.trainer.schedule import learning_rate
 
@@ -41,6 +42,10 @@ class StepResult(NamedTuple):
     lr: float
     load_LE: Tensor
     """float64 (L, E), on the CPU: rows that each expert got."""
+    skipped: str = ""
+    """Why the step has changed nothing; "" for one that has."""
+    own_loss: float = 0.0
+    """Of a skipped step, what this rank's sequences added to the sum of losses."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +118,25 @@ class Stepper:
         self.optim = optim
 
     def step(self, step: int) -> StepResult:
-        """Do the step that follows `step` completed ones. A collective."""
-        loss, load_LE = self._accumulate(self.batches.of_step(step))
-        loss, load_LE = self._add_over_ranks(loss, load_LE)
+        """Do the step that follows `step` completed ones. A collective.
+
+        One whose loss or gradient is not finite leaves parameters, moments and biases as they are, on all ranks.
+        """
+        own_loss, load_LE = self._accumulate(self.batches.of_step(step))
+        loss_sum, load_LE = self._add_over_ranks(own_loss, load_LE)
         grad_norm = clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm)
         lr = learning_rate(step, self.train.steps, self.optim)
+        loss = float(loss_sum.item()) / (self.train.global_batch * self.train.seq_len)
+        if skipped := why_to_skip(loss, grad_norm):
+            self.optimizer.zero_grad()
+            return StepResult(loss, grad_norm, lr, load_LE.cpu(), skipped, float(own_loss.item()))
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.model.config.balance == "bias":
             for block, load_E in zip(self.model.blocks, load_LE, strict=True):
                 move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
-        num_tokens = self.train.global_batch * self.train.seq_len
-        return StepResult(float(loss.item()) / num_tokens, grad_norm, lr, load_LE.cpu())
+        return StepResult(loss, grad_norm, lr, load_LE.cpu())
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,13 @@ def on_all_ranks(value: bool) -> bool:
     held = torch.tensor([int(value)])
     dist.all_reduce(held, op=dist.ReduceOp.MIN)
     return bool(held.item())
+
+
+def from_rank_0(numbers: Callable[[], Sequence[int]]) -> list[int]:
+    """What rank 0 makes of it, two numbers; a collective over CPU tensors."""
+    told = torch.tensor(numbers() if dist.get_rank() == 0 else [0, 0])
+    dist.broadcast(told, 0)
+    return [int(number) for number in told]
 
 
 def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> MeshPlan:

@@ -10,6 +10,7 @@ from launcher.rounds.failures import FailureClass, signal_of
 from launcher.rounds.records import Cause, Round, Verdict
 
 _WHAT = {
+    FailureClass.GAVE_UP: "the program gave up",
     FailureClass.USAGE: "the program refused what it was given",
     FailureClass.START_UP: "an error at start",
     FailureClass.PROGRAM: "a program error",

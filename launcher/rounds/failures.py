@@ -24,6 +24,7 @@ MESSAGE_MAX_CHARS = 500
 class FailureClass(StrEnum):
     """Why a worker failed, as far as that decides what follows."""
 
+    GAVE_UP = "gave_up"  # the program says that it would fail again
     USAGE = "usage"  # the program was given something that it cannot work with, and says so
     START_UP = "start_up"  # an exception before the first step that the same start would raise again
     PROGRAM = "program"  # an exception of the program, or an exit code of its own
@@ -101,6 +102,8 @@ _MAY_PASS = {
 
 def classify(death: Death) -> FailureClass:
     """The class of a failure."""
+    if death.phase is Phase.GAVE_UP:
+        return FailureClass.GAVE_UP
     text = f"{death.error.message}\n{death.error.traceback}" if death.error else ""
     signum = signal_of(death.exit_code)
     if _DEVICE.search(text):

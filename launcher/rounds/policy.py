@@ -24,6 +24,7 @@ _MAX_CAUSES = 32
 _MAX_BRIEF_CAUSES = 8
 
 _SEVERITY = {
+    FailureClass.GAVE_UP: -1,  # it knows best
     FailureClass.PREEMPTION: 2,
     FailureClass.HANG: 1,  # every rank waits for the one that failed
     FailureClass.LOST_PEER: 3,
@@ -144,6 +145,8 @@ def judge(
 
 def _hopeless(history: History, root: Failure) -> Judgement | None:
     """The end of the job where nothing else need be known than how it failed."""
+    if root.kind is FailureClass.GAVE_UP:
+        return Judgement(history, verdict=Verdict.FAILS_AGAIN, why="it gave up")
     if root.kind is FailureClass.USAGE and not history.worked:
         return Judgement(history, verdict=Verdict.USAGE)
     if root.kind is FailureClass.START_UP and not history.worked:

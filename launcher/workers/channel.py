@@ -46,6 +46,7 @@ class Phase(IntEnum):
     ATTACHED = 1
     RUNNING = 2
     YIELDED = 3
+    GAVE_UP = 4  # fails, and would fail again
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class Channel:
     def yielded(self) -> None:
         """Record that this worker stopped at a step boundary and wants to be run again."""
         struct.pack_into("<I", self._memory, _PHASE, Phase.YIELDED)
+
+    def gave_up(self) -> None:
+        """Record that this worker fails in a way that a restart would only repeat."""
+        struct.pack_into("<I", self._memory, _PHASE, Phase.GAVE_UP)
 
     def set_untimed(self, untimed: bool) -> None:
         """Record that what begins now may take much longer than a step, or that it has ended."""

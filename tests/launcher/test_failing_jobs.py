@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster import Cluster, cluster, read_lines, until
 
+GIVES_UP = str(Path(__file__).parent / "scripts" / "gives_up.py")
 BREAKS = str(Path(__file__).parent / "scripts" / "breaks.py")
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,17 @@ def test_an_error_at_import_stops_at_once(nodes: Cluster, tmp_path: Path) -> Non
     assert "root cause: rank 0 on only-" in last
     assert 'breaks.py", line' in last
     assert "ModuleNotFoundError: No module named 'there_is_no_such_module'" in last
+
+
+def test_a_script_that_gives_up_is_not_restarted(nodes: Cluster, tmp_path: Path) -> None:
+    node = nodes.start("only", GIVES_UP, str(tmp_path), nnodes="1:1", nproc=2)
+    assert node.wait() == 70, node.output
+    assert len(read_lines(tmp_path / "started.jsonl")) == 2, "a start of each rank"
+    (cause,) = nodes.events("root_cause")
+    assert (cause["failure_class"], cause["step"]) == ("gave_up", 3)
+    last = node.output[node.output.rindex("root cause:") :]
+    assert "the program gave up after step 3 (exit code 1" in last
+    assert "ValueError: the loss is nan" in last
 
 
 def test_a_script_that_fails_at_the_same_step_is_tried_twice_and_told_on_every_node(

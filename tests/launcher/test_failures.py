@@ -96,6 +96,8 @@ def test_the_program_is_at_fault(message: str) -> None:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
+        (death("ValueError: x", phase=Phase.GAVE_UP), FailureClass.GAVE_UP),
+        (death(exit_code=-signal.SIGTERM, phase=Phase.GAVE_UP), FailureClass.GAVE_UP),
         (death(exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),
         (death(exit_code=2, phase=Phase.STARTING), FailureClass.USAGE),
         (death("--width: no such option", exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),

@@ -55,6 +55,19 @@ class TestWhatStopsAtOnce:
     def test_a_refused_argument(self) -> None:
         assert lives(cause(FailureClass.USAGE)).verdict is Verdict.USAGE
 
+    def test_a_program_that_gave_up_whatever_else_happened(self) -> None:
+        worked = lives(cause(FailureClass.SIGNAL, step=3)).history
+        gave_up = cause(FailureClass.GAVE_UP, step=9)
+        for judged in (
+            after(worked, gave_up),
+            after(worked, gave_up, lost=True),
+            after(worked, gave_up, stopping=True),
+        ):
+            assert judged.verdict is Verdict.FAILS_AGAIN
+            assert judged.why == "it gave up"
+        ordered = order_causes([(0, cause(FailureClass.PROGRAM)), (1, gave_up)])
+        assert ordered[0] == gave_up
+
     def test_an_error_at_start(self) -> None:
         judged = lives(cause(FailureClass.START_UP))
         assert judged.verdict is Verdict.FAILS_AGAIN

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.config import JobConfig
-from elastic_moe.errors import UserError
+from elastic_moe.errors import NotFinite, UserError
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, Phase, StopReason
 from tests.moe.cases import SMALL, fitted
@@ -40,7 +41,11 @@ def job(folder: Path, **train: Any) -> JobConfig:
     )
 
 
-def run_rank(what: JobConfig, environ: dict[str, str], error_path: Path) -> None:
+def as_it_is() -> None:
+    """What most worker processes do before they train."""
+
+
+def run_rank(what: JobConfig, environ: dict[str, str], error_path: Path, prepare: Callable[[], None]) -> None:
     """One worker process, from a job to its exit code."""
     import torch
 
@@ -49,9 +54,10 @@ def run_rank(what: JobConfig, environ: dict[str, str], error_path: Path) -> None
     torch.set_num_threads(1 if not what.train.exact else 2)  # exact mode minds it by itself
     os.environ.update(environ)
     try:
+        prepare()
         train(what)
         assert torch.get_num_threads() == 1
-    except UserError as error:
+    except (UserError, NotFinite) as error:
         error_path.write_text(str(error))
         raise SystemExit(error.exit_code) from None
 
@@ -60,7 +66,13 @@ class World:
     """The workers of one generation, with the channels and the event file that an agent would give them."""
 
     def __init__(
-        self, folder: Path, what: JobConfig, plan: MeshPlan, generation: int, world_size: int | None = None
+        self,
+        folder: Path,
+        what: JobConfig,
+        plan: MeshPlan,
+        generation: int,
+        world_size: int | None = None,
+        prepare: Callable[[], None] = as_it_is,
     ) -> None:
         world_size = world_size or plan.world_size
         with socket.socket() as probe:
@@ -86,7 +98,7 @@ class World:
                 "ELASTIC_MOE_HEARTBEAT": str(path),
                 "ELASTIC_MOE_EVENTS": str(folder / "events.jsonl"),
             }
-            self.processes.append(_context.Process(target=run_rank, args=(what, environ, self.errors[rank])))
+            self.processes.append(_context.Process(target=run_rank, args=(what, environ, self.errors[rank], prepare)))
 
     def __enter__(self) -> World:
         for process in self.processes:

@@ -56,7 +56,8 @@ def simulate(seed: int) -> World:
 
 def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Callable[[], None]:
     kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash", "crash"])
-    failure = chance.choice([c for c in FailureClass if c not in (FailureClass.USAGE, FailureClass.START_UP)])
+    ends_the_job = (FailureClass.GAVE_UP, FailureClass.USAGE, FailureClass.START_UP)
+    failure = chance.choice([c for c in FailureClass if c not in ends_the_job])
     pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
     how = chance.choice(["paused", "killed", "frozen"])  # the store
 
