@@ -80,7 +80,8 @@ class Checkpointer:
             on any rank what a save or a restore had to try again, and checkpoint_unconditional, once on the
             coordinator, that the store does not honour conditional puts, and checkpoint_taken_over, there as well, that
             the run was another job's, which had not let it go, and checkpoint_fenced, that another job has taken it
-            meanwhile: the next save raises. Called from background threads as well.
+            meanwhile: the next save raises. checkpoint_cast tells on every rank of tensors that were restored into
+            such of another dtype. Called from background threads as well.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
         run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
             TORCHELASTIC_RUN_ID.
@@ -193,7 +194,7 @@ class Checkpointer:
         """Wait for the last save and end the background thread. Closing twice is harmless."""
         self._close(abandon=False)
 
-    def restore(self, state: MutableMapping[str, Any], *, unhealthy: bool = False) -> int:
+    def restore(self, state: MutableMapping[str, Any], *, unhealthy: bool = False, allow_casts: bool = False) -> int:
         """Fill `state` from the newest good checkpoint and return its step.
 
         Returns 0, with `state` untouched, if there is none.
@@ -203,9 +204,14 @@ class Checkpointer:
         same. One that was saved with `healthy=False` is passed over, which an event `checkpoint_passed_over` tells;
         `unhealthy=True` takes it as any other.
 
+        A tensor may go into one of another dtype if that holds all its values, or if the two are float32 and bfloat16;
+        an event `checkpoint_cast` tells which did. `allow_casts=True` allows all changes, as of float32 to float16, and
+        the event then also tells of finite numbers that have become infinite.
+
         Raises:
             OnlyUnhealthy: there are checkpoints, but each was saved as unhealthy.
-            WrongModel: the checkpoint has other keys or shapes than the state.
+            WrongModel: the checkpoint has other keys or shapes than the state, or dtypes that would lose (see
+                `allow_casts`).
             UnloadableValue: it has a value that is not damaged, but cannot be loaded safely; nothing was set aside, and
                 the content of `state` is undefined.
             Corrupt: there are checkpoints, but none is good; the content of `state` is undefined.
@@ -218,7 +224,7 @@ class Checkpointer:
         self._saver.forget()
         flat = self._group.everywhere(lambda: state_dicts(state))
         with self._report.retries(self._store, "restore"):
-            restored = self._restorer.restore(flat, unhealthy)
+            restored = self._restorer.restore(flat, unhealthy, allow_casts)
         if restored is None:
             return 0
         for key, value in state.items():

@@ -29,12 +29,14 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from storage.errors import Forbidden, NoCheckpoint, OnlyUnhealthy
+from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
 from storage.format.items import EncodedItem
 from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
 from storage.format.values import check_value
+from storage.loading.casts import Casts
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
@@ -57,11 +59,23 @@ class ShardReader(StorageReader):
             committed step. Rank 0 reads the index and chooses that step for all ranks.
         process_group, no_dist: as given to `dcp.load`, which does not tell its reader. With `no_dist` this process
             reads alone, whatever other ranks there are.
+        allow_casts: also load tensors into such of another dtype that cannot hold all their values, as float32 into
+            float16 or int64 into bool; else that raises WrongModel. Allowed anyway, and logged, are those that can, and
+            float32 into bfloat16.
 
-    Raises (from `dcp.load`): NoCheckpoint, UnloadableValue, Corrupt, Denied, Transient; see `storage.errors`.
+    Raises (from `dcp.load`): NoCheckpoint, WrongModel, UnloadableValue, Corrupt, Denied, Transient; see
+    `storage.errors`.
     """
 
-    def __init__(self, url: str, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        allow_casts: bool = False,
+    ) -> None:
+        self._allow_casts = allow_casts
         self._process_group = process_group
         self._no_dist = no_dist
         self._open(url)
@@ -122,7 +136,10 @@ class ShardReader(StorageReader):
         """Read and verify what `plan` asks for; a collective unless `no_dist`, for DCP calls it on all ranks alike."""
         assert self._index is not None, "read_metadata comes first"
         group = None if self._no_dist else AgreeingGroup(self._process_group)
-        read_items(self._store, self._index, plan.items, planner, group)
+        casts = Casts(self._allow_casts)
+        read_items(self._store, self._index, plan.items, planner, group, casts=casts)
+        if told := casts.told():
+            Reporter(None)("checkpoint_cast", url=self._url, **told)
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -24,6 +24,7 @@ _WARN = {
     "checkpoint_unconditional",
     "checkpoint_taken_over",
     "checkpoint_fenced",
+    "checkpoint_cast",
 }
 
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from storage.errors import Cause, Corrupt
 from storage.format.index import Index
 from storage.format.stock import END_SIZE_BYTES, Layout, look
+from storage.loading.casts import Casts
 from storage.loading.exchange import Exchange, Shared, agree, learn_crcs
 from storage.loading.fetch import Source, Traffic, scratch
 from storage.loading.neighbours import BOOT_ID, Neighbours
@@ -42,19 +43,24 @@ def read_items(
     planner: LoadPlanner,
     group: Group | None = None,
     num_threads: int = NUM_THREADS,
+    casts: Casts | None = None,
 ) -> Traffic:
     """Read every item into what `planner` resolves for it.
 
     With a `group` this is a collective: what several ranks need is fetched by one of them, unless `should_share` says
     that each had better read it. Checksums are verified
     before a value is handed over, but tensors are filled in place: after an error their content is undefined.
+    `casts` says which changes of dtype are allowed, and learns which there are.
 
     Raises:
         Corrupt: a checksum, size or format does not hold.
         UnsupportedValue: the checkpoint was written with DCP's stream transforms.
+        WrongModel: a tensor would lose by a change of its dtype; nothing was read.
+        UnloadableValue: a value is not loaded for safety.
         PeerFailed: another rank of the group has raised.
         Transient, Denied, NotFound: by the store.
     """
+    casts = Casts() if casts is None else casts
     together = group is not None and group.world_size > 1
     requests, failure = None, None
     source, traffic = Source(store, index), Traffic()
@@ -62,7 +68,7 @@ def read_items(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
         try:
             layouts, traffic = _look_at_long(source, long_items(index, items), pool)
-            requests = requests_of(index, items, planner, layouts)
+            requests = requests_of(index, items, planner, layouts, casts)
         except Exception as error:
             if not together:
                 raise
@@ -82,7 +88,7 @@ def read_items(
             holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
         if damaged := requests.damaged():
-            traffic += _read_again(source, requests, damaged, items, planner, pool)
+            traffic += _read_again(source, requests, damaged, items, planner, pool, casts)
     for call in itertools.chain.from_iterable(requests.at_end.values()):
         call()
     return traffic
@@ -95,6 +101,7 @@ def _read_again(
     items: Sequence[ReadItem],
     planner: LoadPlanner,
     pool: ThreadPoolExecutor,
+    casts: Casts,
 ) -> Traffic:
     """Read long items of stock DCP once more, by this rank for itself; the way to here may have flipped a bit.
 
@@ -104,7 +111,7 @@ def _read_again(
     index = source.index
     concerned = reads_of(index, items, damaged)
     layouts, traffic = _look_at_long(source, long_items(index, concerned), pool)
-    again = requests_of(index, concerned, planner, layouts)
+    again = requests_of(index, concerned, planner, layouts, casts)
     traffic += _read_rest(Source(source.store, index, again.sums), again, {}, pool)
     still = again.damaged()
     for item, first in damaged.items():

@@ -21,9 +21,19 @@ from storage.format.index import Index
 from storage.format.stock import Layout
 from storage.format.values import decode_value
 from storage.format.zips import RunningSum, check_zip
+from storage.loading.casts import Casts, may_overflow
 from storage.loading.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want, box_runs, box_stripes, run_length
 from storage.loading.shareplan import merged
-from storage.loading.targets import FreshSlabs, ItemTarget, PinnedRing, SlabTarget, Target, TensorTarget, cuda_copies
+from storage.loading.targets import (
+    FreshSlabs,
+    ItemTarget,
+    PinnedRing,
+    SlabTarget,
+    Target,
+    TensorTarget,
+    cuda_copies,
+    fill,
+)
 
 
 @runtime_checkable
@@ -148,13 +158,20 @@ def reads_of(index: Index, items: Sequence[ReadItem], among: Collection[int]) ->
 
 
 def requests_of(
-    index: Index, items: Sequence[ReadItem], planner: LoadPlanner, layouts: Mapping[int, Layout] = MappingProxyType({})
+    index: Index,
+    items: Sequence[ReadItem],
+    planner: LoadPlanner,
+    layouts: Mapping[int, Layout] = MappingProxyType({}),
+    casts: Casts | None = None,
 ) -> Requests:
     """Resolve every read item to a target in what `planner` fills.
 
-    `layouts`: of the long items of stock DCP, where they are known; others of them are read into memory whole.
+    Args:
+        layouts: of the long items of stock DCP, where they are known; others of them are read into memory whole.
+        casts: learns which tensors go into others of another dtype, and is asked whether they may.
 
     Raises:
+        WrongModel: a tensor would lose by a change of its dtype.
         UnsupportedValue: the checkpoint was written with DCP's stream transforms.
         Corrupt: it does not have what an item asks for.
         ValueError: the planner resolves an item to a tensor of another shape.
@@ -162,11 +179,13 @@ def requests_of(
     if index.transforms:
         through = ", ".join(index.transforms)
         raise UnsupportedValue(f"{index.prefix} was stored through {through}; save it without transforms to load it")
-    builder = _StockBuilder(index, planner, layouts) if index.is_stock else _Builder(index, planner)
+    casts = Casts() if casts is None else casts
+    builder = _StockBuilder(index, planner, casts, layouts) if index.is_stock else _Builder(index, planner, casts)
     for read in items:
         if read.type is LoadItemType.BYTE_IO or read.lengths.numel():
             place = read.storage_index
             builder.add(index.find(place.fqn, place.offset, place.index), read)
+    casts.check()
     return builder.found()
 
 
@@ -202,9 +221,10 @@ def packed(memory: Array, origin: int, stripes: Stripes) -> Array:
 class _Builder:
     """Requests of a checkpoint of ours: bytes of items, by their raw offsets."""
 
-    def __init__(self, index: Index, planner: LoadPlanner) -> None:
+    def __init__(self, index: Index, planner: LoadPlanner, casts: Casts) -> None:
         self._index = index
         self._planner = planner
+        self._casts = casts
         self._requests = Requests()
 
     def found(self) -> Requests:
@@ -258,6 +278,7 @@ class _Builder:
     def _tensor_target(self, read: ReadItem, dtype: torch.dtype, order: Sequence[int] = ()) -> Target:
         """What takes the tensor's bytes, row-major after its dimensions were put into `order`."""
         tensor = self._planner.resolve_tensor(read).detach()
+        overflowed = noted(self._casts, read.storage_index.fqn, dtype, tensor.dtype)
         if tensor.shape != read.lengths:
             name = read.storage_index.fqn
             raise ValueError(f"{name!r}: planned {tuple(read.lengths)}, resolved {tuple(tensor.shape)}")
@@ -266,11 +287,11 @@ class _Builder:
         if _is_plain(turned, dtype):
             return TensorTarget(turned, finish)
         if not tensor.is_cuda:
-            return SlabTarget(turned, dtype, FreshSlabs(), finish)
+            return SlabTarget(turned, dtype, FreshSlabs(), finish, overflowed=overflowed)
         rings = self._requests.rings
         if tensor.device not in rings:
             rings[tensor.device] = PinnedRing(cuda_copies(tensor.device))
-        return SlabTarget(turned, dtype, rings[tensor.device], finish)
+        return SlabTarget(turned, dtype, rings[tensor.device], finish, overflowed=overflowed)
 
     def _finish(self, read: ReadItem, tensor: torch.Tensor) -> None:
         """All that `read` asks for is in `tensor`, and verified."""
@@ -287,8 +308,8 @@ class _Builder:
 class _StockBuilder(_Builder):
     """Requests of a checkpoint of stock DCP, whose items have one checksum each: they are read whole."""
 
-    def __init__(self, index: Index, planner: LoadPlanner, layouts: Mapping[int, Layout]) -> None:
-        super().__init__(index, planner)
+    def __init__(self, index: Index, planner: LoadPlanner, casts: Casts, layouts: Mapping[int, Layout]) -> None:
+        super().__init__(index, planner, casts)
         self._layouts = layouts
         self._reads_of: dict[int, list[ReadItem]] = {}
 
@@ -304,7 +325,11 @@ class _StockBuilder(_Builder):
         layout = self._layouts.get(item)
         if layout is not None and layout.sizes == self._index.box(read.storage_index.fqn, item)[1]:
             self._add_long(item, layout, length, read)
-        elif len(reads) == 1:
+            return
+        if read.type is not LoadItemType.BYTE_IO:
+            dtype = torch_dtype(self._index.entries[read.storage_index.fqn].dtype)
+            noted(self._casts, read.storage_index.fqn, dtype, self._planner.resolve_tensor(read).dtype)
+        if len(reads) == 1:
             target = self._target(ItemTarget(length, self._deliverer(item, where, reads)))
             self._want(Want(item, 0, length, target, 0))
 
@@ -346,9 +371,22 @@ class _StockBuilder(_Builder):
             except Corrupt as error:
                 raise Corrupt(str(error), object_key) from error
             for read in reads:
-                _deliver(read, value, planner)
+                if read.type is LoadItemType.BYTE_IO:
+                    _put_value(planner, read, value)
+                else:
+                    self._deliver(item, read, value)
 
         return finish
+
+    def _deliver(self, item: int, read: ReadItem, value: object) -> None:
+        key = read.storage_index.fqn
+        dtype, sizes = torch_dtype(self._index.entries[key].dtype), self._index.box(key, item)[1]
+        if not isinstance(value, torch.Tensor) or (value.dtype, value.shape) != (dtype, sizes):
+            raise UnloadableValue(f"{key!r} is stored as another thing than the checkpoint's index says; leave it out")
+        box = tuple(slice(o, o + n) for o, n in zip(read.storage_offsets, read.lengths, strict=True))
+        destination = self._planner.resolve_tensor(read).detach()
+        fill(destination, value[box], noted(self._casts, key, dtype, destination.dtype))
+        self._planner.commit_tensor(read, destination)
 
 
 def _put_value(planner: LoadPlanner, read: ReadItem, value: object) -> None:
@@ -362,17 +400,11 @@ def _put_value(planner: LoadPlanner, read: ReadItem, value: object) -> None:
     planner.load_bytes(read, again)
 
 
-def _deliver(read: ReadItem, value: object, planner: LoadPlanner) -> None:
-    if read.type is LoadItemType.BYTE_IO:
-        _put_value(planner, read, value)
-        return
-    if not isinstance(value, torch.Tensor):
-        key, kind = read.storage_index.fqn, type(value).__name__
-        raise UnloadableValue(f"{key!r} is a {kind} where the checkpoint says that it is a tensor; leave the key out")
-    box = tuple(slice(o, o + n) for o, n in zip(read.storage_offsets, read.lengths, strict=True))
-    destination = planner.resolve_tensor(read).detach()
-    destination.copy_(value[box])
-    planner.commit_tensor(read, destination)
+def noted(casts: Casts, key: str, stored: torch.dtype, wanted: torch.dtype) -> Callable[[int], None] | None:
+    """Note what is to be read; who is to be told of overflows, if there may be any."""
+    names = str(stored).removeprefix("torch."), str(wanted).removeprefix("torch.")
+    casts.note(key, *names)
+    return functools.partial(casts.overflowed, key) if may_overflow(*names) else None
 
 
 def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

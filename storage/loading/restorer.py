@@ -15,6 +15,7 @@ from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
+from storage.loading.casts import Casts
 from storage.loading.fetch import Traffic
 from storage.loading.loadplan import SafeLoadPlanner, differences, needed_bytes, num_surplus
 from storage.loading.reading import read_items
@@ -53,7 +54,7 @@ class Restorer:
         self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
         self._told: set[ObjectInfo] = set()  # damaged, and left where they are
 
-    def restore(self, flat: dict[str, Any], unhealthy: bool = False) -> Restored | None:
+    def restore(self, flat: dict[str, Any], unhealthy: bool = False, allow_casts: bool = False) -> Restored | None:
         """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
 
         Returns None, with `flat` untouched, if there is none.
@@ -63,7 +64,7 @@ class Restorer:
         """
         damaged: dict[int, str] = {}
         while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
-            result = self._read(flat, index)
+            result = self._read(flat, index, allow_casts)
             if not isinstance(result, Corrupt):
                 return Restored(index.step, result[1], result[0])
             self._judge(index.step, result)
@@ -112,7 +113,7 @@ class Restorer:
             )
         return None
 
-    def _read(self, flat: dict[str, Any], index: Index) -> tuple[Traffic, int] | Corrupt:
+    def _read(self, flat: dict[str, Any], index: Index, allow_casts: bool) -> tuple[Traffic, int] | Corrupt:
         """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
 
         A rank that found no damage itself returns a Corrupt without a message when another one did.
@@ -122,22 +123,26 @@ class Restorer:
         self._group.everywhere(lambda: self._check_fits(planner.state_dict, index))
         items = self._group.everywhere(lambda: planner.create_local_plan().items)
         found: list[Corrupt] = []
+        casts = Casts(allow_casts)
 
         def read() -> tuple[Traffic, int]:
             try:
-                traffic = read_items(self._store, index, items, planner, self._group)
+                traffic = read_items(self._store, index, items, planner, self._group, casts=casts)
             except Corrupt as error:
                 found.append(error)
                 raise
-            except UnloadableValue as error:
+            except (UnloadableValue, WrongModel) as error:
                 where = f"the checkpoint of step {index.step} in {self._store.url}"
-                raise UnloadableValue(f"{where}: {error}") from None
+                raise type(error)(f"{where}: {error}") from None
             return traffic, needed_bytes(items, index.entries)
 
         try:
-            return self._group.everywhere(read)
+            result = self._group.everywhere(read)
         except Corrupt:
             return found[0] if found else Corrupt("")
+        if told := casts.told():
+            self._report("checkpoint_cast", step=index.step, **told)
+        return result
 
     def _check_fits(self, state: dict[str, Any], index: Index) -> None:
         found, step = differences(state, index.entries), index.step

@@ -190,6 +190,20 @@ class PinnedRing:
             log.debug("%d slabs were copied to the device from ordinary memory", self.num_unpinned)
 
 
+def fill(place: torch.Tensor, content: torch.Tensor, overflowed: Callable[[int], None] | None = None) -> None:
+    """Copy numbers into a tensor of the same shape, of any dtype and device; see `SlabTarget`."""
+    if content.is_complex() and not place.is_complex():
+        content = content.real  # as copy_ does, with a warning
+    if overflowed is not None:
+        overflowed(int((_finite(content) & ~_finite(content.to(place.dtype))).sum()))
+    place.copy_(content, non_blocking=content.is_pinned())
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    # of the small types torch knows none that is not finite
+    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite()
+
+
 @dataclass
 class _Slab:
     memory: torch.Tensor
@@ -204,6 +218,7 @@ class SlabTarget:
         dtype: of the bytes that come, which are the tensor's elements in row-major order.
         slabs: where slabs come from.
         finish: called when the tensor is full.
+        overflowed: told how many finite numbers of each slab have become infinite or nan, where that may be.
     """
 
     is_direct = False
@@ -215,7 +230,9 @@ class SlabTarget:
         slabs: Slabs,
         finish: Callable[[], None],
         slab_size_bytes: int = SLAB_SIZE_BYTES,
+        overflowed: Callable[[int], None] | None = None,
     ) -> None:
+        self._overflowed = overflowed
         self._tensor = tensor
         self._dtype = dtype
         self._slabs = slabs
@@ -266,7 +283,7 @@ class SlabTarget:
         content = slab.memory.view(self._dtype).reshape(shape)
         place = self._tensor[tuple(int(i) for i in np.unravel_index(lead, self._lead))] if self._lead else self._tensor
         place = place[first : first + rows] if self._has_rows else place
-        place.copy_(content, non_blocking=content.is_pinned())
+        fill(place, content, self._overflowed)
         self._slabs.give_back(slab.memory)
         self._missing_bytes -= rows * self._row_bytes
         if not self._missing_bytes:
