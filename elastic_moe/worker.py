@@ -20,12 +20,14 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.steps import StepTeller, claim
 from launcher.events import append_event
 from launcher.health.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
 from launcher.rounds.mesh import MeshPlan
@@ -101,16 +103,32 @@ def _channel() -> Channel | None:
     return channel
 
 
-def heartbeat(step: int, *, busy_s: float | None = None) -> None:
-    """Tell the agent that `step` steps are complete. Costs a few stores to memory.
+def heartbeat(step: int, *, busy_s: float | None = None, step_s: float | None = None) -> None:
+    """Tell the agent that `step` steps are complete, counted over the whole job. Costs a few stores to memory.
+
+    A number that comes again is a step that is done again: `elastic-moe report` counts it as such. Now and then how far
+    this node is goes to `events.jsonl` as well.
 
     `busy_s`: the seconds of this step in which this rank did not wait for others, where the script knows them (on a GPU
     from events around its own kernels); `should_stop` finds stragglers by it. Without it they are found by CPU time.
+    `step_s`: how long this step took, if the script knows; of the first one nobody else can.
     """
     if channel := _channel():
         channel.beat(step)
+        _tell_step(step, step_s)
     if busy_s is not None:
         _pace().tell_busy(busy_s)
+
+
+@functools.cache
+def _teller() -> StepTeller | None:
+    told = "ELASTIC_MOE_EVENTS" in os.environ and claim(os.environ["ELASTIC_MOE_HEARTBEAT"], context().generation)
+    return StepTeller() if told else None
+
+
+def _tell_step(step: int, step_s: float | None) -> None:
+    if (teller := _teller()) and (told := teller.beat(step, time.monotonic(), step_s)):
+        event(told[0], **told[1])
 
 
 @functools.cache
@@ -232,3 +250,5 @@ def event(name: str, **fields: Any) -> None:
             event=name,
             fields={"rank": here.rank, **fields},
         )
+        if reporter := sys.modules.get("storage.events"):
+            reporter.note_written(name)  # a Checkpointer's listener, perhaps: it writes the same event itself else

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -131,6 +132,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         host = socket.gethostname()
         node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:8]}"
         events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
+        stack.push(functools.partial(_tell_end, events))  # comes last, after the node has left
         node = Node(
             node_id=node_id,
             host=host,
@@ -257,6 +259,19 @@ def _run(
     finally:
         agent.close()
     return 0
+
+
+def _tell_end(
+    events: EventLog, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """A node that gives up, say because the store is gone, is the only one that can tell it."""
+    if isinstance(error, SignalException):
+        events("node_ended", exit_code=128 + error.sigval, reason=f"stopped by {signal.Signals(error.sigval).name}")
+    elif error is not None:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        events("node_ended", exit_code=getattr(error, "exit_code", 1), reason=reason)
+    else:
+        events("node_ended", reason="the job is over")
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,15 +15,29 @@ Event = Mapping[str, Any]
 
 def describe_failure(event: Event) -> str:
     """A `worker_failed` event in one line."""
-    code = event.get("exit_code")
-    how = f"signal {-code}" if isinstance(code, int) and code < 0 else f"exit code {code}"
     message = f": {event['message']}" if event.get("message") else ""
-    return f"rank {event.get('rank')} on {event.get('node')} failed with {how}{message}"
+    return f"rank {event.get('rank')} on {event.get('node')} {_end(event.get('exit_code'))}{message}"
+
+
+def _end(code: object) -> str:
+    """How a process ended, in words; `code` as Popen has it."""
+    if not isinstance(code, int) or code >= 0:
+        return f"failed with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"was killed by signal {-code}"
+
+
+def _spot(place: str) -> str:
+    """The line of the program in what `failures.place_of` says; "" where that only repeats how the process ended."""
+    return place.partition(" at ")[2] or (place if ":" in place else "")
 
 
 def describe_root_cause(event: Event) -> str:
     """A `root_cause` event in one line."""
-    place = f" at {event['place']}" if event.get("place") else ""
+    spot = _spot(str(event.get("place") or ""))
+    place = f" at {spot}" if spot else ""
     failed = describe_failure({**event, "node": event.get("node_failed")})
     return f"{failed}{place} ({event.get('failure_class')}, host {event.get('host')})"
 

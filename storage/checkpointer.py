@@ -37,6 +37,8 @@ from storage.stores.registry import open_store
 
 log = logging.getLogger(__name__)
 
+_WAIT_TOLD_S = 0.01  # a shorter one holds nobody up
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -81,7 +83,9 @@ class Checkpointer:
             coordinator, that the store does not honour conditional puts, and checkpoint_taken_over, there as well, that
             the run was another job's, which had not let it go, and checkpoint_fenced, that another job has taken it
             meanwhile: the next save raises. checkpoint_cast tells on every rank of tensors that were restored into
-            such of another dtype. Called from background threads as well.
+            such of another dtype, checkpoint_store_away and checkpoint_store_back that the store has not answered for
+            seconds, and does again. Called from background threads as well. Under `elastic-moe run` all of these go to
+            its events.jsonl too, with or without a listener.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
         run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
             TORCHELASTIC_RUN_ID.
@@ -123,6 +127,7 @@ class Checkpointer:
         self._group = AgreeingGroup(process_group)
         self._report = Reporter(on_event)
         self._store = open_store(url)
+        self._report.watch(self._store)
         origin = _origin(os.environ, generation, lineage, mesh)
         self._heart: Heart | None = None
         self._read_only = read_only
@@ -180,7 +185,11 @@ class Checkpointer:
 
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""
-        return self._saver.wait()
+        began_s = time.monotonic()
+        committed = self._saver.wait()
+        if (waited_s := time.monotonic() - began_s) >= _WAIT_TOLD_S:
+            self._report.tell_agent("checkpoint_waited", seconds=round(waited_s, 3))
+        return committed
 
     def announce_end(self) -> None:
         """Tell that this job is about to end, before a last save that may take long; `close` tells it by itself.

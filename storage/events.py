@@ -1,12 +1,22 @@
-"""What a Checkpointer tells about itself: an event to its listener and a line to the log."""
+"""What a Checkpointer tells about itself: a line to the log, an event to its listener and to the agent's file.
+
+Under an agent (ELASTIC_MOE_EVENTS names its `events.jsonl`) events are in the same form as those of the launcher: one
+JSON object a line, written by one append, with `ts`, `run_id`, `node`, `generation`, `event`, `rank`, and its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from storage.stores.health import Away, Back
 from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -25,25 +35,65 @@ _WARN = {
     "checkpoint_taken_over",
     "checkpoint_fenced",
     "checkpoint_cast",
+    "checkpoint_store_away",
+    "checkpoint_store_back",
 }
+
+_hearing = threading.local()
+
+
+def note_written(event: str) -> None:
+    """A listener calls this, by way of `elastic_moe.worker.event`, that has itself written `event` to the agent's file.
+
+    It may have added fields, and two lines would be two events.
+    """
+    if getattr(_hearing, "event", None) == event:
+        _hearing.event = None
 
 
 class Reporter:
-    """Passes events on. A listener that fails is logged: telling about a checkpoint must not harm it."""
+    """Passes events on. What fails on the way is logged: telling about a checkpoint must not harm it."""
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Report one event; may be called from any thread."""
+        ts = time.time()
         text = ", ".join(f"{name} {value}" for name, value in fields.items())
         log.log(logging.WARNING if event in _WARN else logging.INFO, "%s: %s", event, text)
-        if self._listener is None:
-            return
+        before, _hearing.event = getattr(_hearing, "event", None), event
         try:
-            self._listener(event, fields)
+            if self._listener is not None:
+                self._listener(event, fields)
         except Exception:
             log.exception("the listener of checkpoint events failed on %s", event)
+        finally:
+            is_written, _hearing.event = _hearing.event is None, before
+        if not is_written:
+            append_for_agent(os.environ, ts, event, fields)
+
+    def tell_agent(self, event: str, **fields: Any) -> None:
+        """Report what only the account of the job's time needs."""
+        append_for_agent(os.environ, time.time(), event, fields)
+
+    def watch(self, store: ObjectStore) -> None:
+        """Report from now on when the store has been away for a while, and when it is back.
+
+        What asks the store (a heart's thread) must keep neither this nor, by it, the listener alive.
+        """
+        mine, url = weakref.ref(self), store.url
+
+        def tell(what: Away | Back) -> None:
+            if (report := mine()) is None:
+                return
+            if isinstance(what, Away):
+                away = {"seconds": what.seconds, "cause": what.cause.value, "reason": what.reason}
+                report("checkpoint_store_away", url=url, **away)
+            else:
+                report("checkpoint_store_back", url=url, seconds=what.seconds)
+
+        store.retries.health.tell = tell
 
     @contextlib.contextmanager
     def retries(self, store: ObjectStore, during: str, **fields: Any) -> Iterator[None]:
@@ -56,3 +106,23 @@ class Reporter:
             if new.num_by_cause:
                 waited_s = round(new.waited_s, 3)
                 self("checkpoint_retried", during=during, retries=dict(new.num_by_cause), waited_s=waited_s, **fields)
+
+
+def append_for_agent(env: Mapping[str, str], ts: float, event: str, fields: Mapping[str, Any]) -> None:
+    """Append one event to the file of the agent that runs this worker, if there is one; a full disk costs the event."""
+    path = env.get("ELASTIC_MOE_EVENTS")
+    if not path:
+        return
+    numbers = {name: env.get(name, "") for name in ("ELASTIC_MOE_GENERATION", "RANK")}
+    generation, rank = (int(text) if text.isdecimal() else 0 for text in numbers.values())
+    record = {"ts": round(ts, 6), "run_id": env.get("ELASTIC_MOE_RUN_ID", ""), "node": env.get("ELASTIC_MOE_NODE", "")}
+    record |= {"generation": generation, "event": event, "rank": rank, **fields}
+    line = json.dumps(record, default=str, separators=(",", ":")) + "\n"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.warning("event %s lost: cannot append to %s: %s", event, path, error)

@@ -7,15 +7,18 @@ import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from elastic_moe.cli.parser import PROG
-from elastic_moe.cli.timeline import timeline
+from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
-from launcher.reports.goodput import Cause, Goodput, Interruption, account
-from launcher.wording import Event
+from launcher.reports.clocks import offsets, set_right
+from launcher.reports.files import find_files, read_events
+from launcher.reports.goodput import Cause, Goodput, Interruption, Outage, account
+from launcher.reports.jobs import jobs_of
+from launcher.wording import Event, name_some
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -25,14 +28,17 @@ T = TypeVar("T")
 _EPILOG = """\
 LOG_DIR is what `run` was given as --log-dir, or an events.jsonl. Give those of
 all nodes where each has its own: together they tell the whole story. In folders
-every events.jsonl below is read.
+every events.jsonl below is read, and what a log rotation made of it.
 
 The seconds of all causes add up to the wall time, from the first event to the
 last. Goodput is the part of it in which the job made progress that it kept.
+Times are those of this machine's time zone. Where the clocks of nodes differ so
+much that effects come before causes, they are set right, and that is told.
 
---json writes one object: "runs", one for each run id, with "outcome", "wall_s",
-"goodput", "seconds" by cause, "interruptions" (cause, root, victims, times,
-steps_redone) and "events" (how many of each); and "unreadable_lines".
+--json writes one object: "runs", one for each job, with "outcome" or "end",
+"began" and "ended", "wall_s", "goodput", "steps_redone", "seconds" by cause,
+"interruptions" (cause, root, nodes, victims, times, steps_redone), "outages" of
+stores, "clock_offsets" and "events" (how many of each); "unreadable_lines".
 
 Exit codes: 0 done; 2 wrong usage, or there are no events.
 """
@@ -53,17 +59,17 @@ def register(verbs: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> int:
     """Print the report of every run in the files."""
-    events, num_unreadable = read_events(find_files(args.paths))
+    try:
+        events, num_unreadable = read_events(find_files(args.paths))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from error
     if not events:
         raise UserError(f"no events in {', '.join(map(str, args.paths))}; did `run` get --log-dir?")
-    runs: dict[str, list[Event]] = collections.defaultdict(list)
-    for event in sorted(events, key=lambda event: float(event["ts"])):
-        runs[str(event.get("run_id", ""))].append(event)
     if args.json:
-        reports = [_told(as_json, run_id, of_run) for run_id, of_run in runs.items()]
+        reports = [_told(as_json, run_id, of_run) for run_id, of_run in jobs_of(events)]
         print(json.dumps({"runs": reports, "unreadable_lines": num_unreadable}, indent=2))
         return 0
-    print("\n\n".join("\n".join(_told(as_lines, run_id, of_run)) for run_id, of_run in runs.items()))
+    print("\n\n".join("\n".join(_told(as_lines, run_id, of_run)) for run_id, of_run in jobs_of(events)))
     if num_unreadable:
         print(f"{num_unreadable} lines are no events and were left out", file=sys.stderr)
     return 0
@@ -78,70 +84,40 @@ def _told(tell: Callable[[str, Sequence[Event]], T], run_id: str, events: Sequen
         raise UserError(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})") from error
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The event files that the paths name, each once.
-
-    Raises:
-        UserError: a path does not exist.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        files = sorted(path.rglob("events.jsonl")) if path.is_dir() else [path]
-        found.update((file.resolve(), file) for file in files)
-    return list(found.values())
-
-
-def read_events(files: Iterable[Path]) -> tuple[list[Event], int]:
-    """All events of the files, and how many lines were none (the last line of a job that writes may be half)."""
-    events: list[Event] = []
-    num_unreadable = 0
-    for file in files:
-        try:
-            lines = file.read_bytes().split(b"\n")
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}") from error
-        for line in filter(None, lines):
-            event = _event(line)
-            if event is None:
-                num_unreadable += 1
-            else:
-                events.append(event)
-    return events, num_unreadable
-
-
-def _event(line: bytes) -> Event | None:
-    try:
-        found = json.loads(line)
-        float(found["ts"])
-        return found if isinstance(found["event"], str) else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
 def as_json(run_id: str, events: Sequence[Event]) -> dict[str, Any]:
     """What `--json` prints of one run."""
+    clocks = offsets(events)
+    events = set_right(events, clocks)
     result = account(events)
     return {
         "run_id": run_id,
         "outcome": result.outcome,
+        "end": result.end,
+        "began": moment(result.began_ts),
+        "ended": moment(result.ended_ts),
         "began_ts": result.began_ts,
         "ended_ts": result.ended_ts,
         "wall_s": result.wall_s,
         "goodput": result.fraction,
         "last_step": result.last_step,
+        "steps_redone": result.steps_redone,
         "seconds": dict(result.seconds),
-        "interruptions": [dataclasses.asdict(one) for one in result.interruptions],
+        "interruptions": [{**dataclasses.asdict(one), "seconds": one.seconds} for one in result.interruptions],
+        "outages": [dataclasses.asdict(one) for one in result.outages],
+        "clock_offsets": clocks,
         "events": dict(collections.Counter(event["event"] for event in events)),
     }
 
 
 def as_lines(run_id: str, events: Sequence[Event]) -> list[str]:
     """The report of one run for a person."""
+    clocks = offsets(events)
+    events = set_right(events, clocks)
     result = account(events)
     return [
-        f"job {run_id}: {result.outcome or 'no end in these events'}",
+        f"job {run_id}: {result.outcome or result.end or 'no end in these events'}",
+        f"from {moment(result.began_ts)} to {moment(result.ended_ts)}",
+        *(f"the clock of {node} was {-seconds:+.1f} s off, and is set right here" for node, seconds in clocks.items()),
         *_failures(result),
         "",
         "what happened",
@@ -149,6 +125,7 @@ def as_lines(run_id: str, events: Sequence[Event]) -> list[str]:
         "",
         *_table(result),
         *_checkpoints(events),
+        *map(_outage, result.outages),
     ]
 
 
@@ -156,8 +133,8 @@ def _failures(result: Goodput) -> list[str]:
     """What failed, each root cause before what it took with it."""
     lines = []
     for one in result.interruptions:
-        if one.cause in (Cause.FAILURE, Cause.NODE_LOSS, Cause.HANG):
-            lines.append(f"  root cause at {one.began_ts - result.began_ts:.1f} s: {one.root}")
+        if one.cause in (Cause.FAILURE, Cause.NODE_LOSS, Cause.HANG, Cause.STORE):
+            lines.append(f"  root cause at {moment(one.began_ts)}, {one.began_ts - result.began_ts:.1f} s: {one.root}")
             lines += [f"    then: {victim}" for victim in one.victims]
     return ["", "what failed", *lines] if lines else []
 
@@ -171,25 +148,48 @@ def _table(result: Goodput) -> list[str]:
             line = f"  {cause.value:<26} {seconds:9.1f}  {share:6.1%}  {len(stops) or '':>5}{_detail(stops)}"
             lines.append(line.rstrip())
     lines.append(f"  {'all':<26} {sum(result.seconds.values()):9.1f}")
-    lines.append(f"goodput {result.fraction:.1%}" + (f", step {result.last_step}" if result.last_step else ""))
+    step = f", step {result.last_step}" if result.last_step else ""
+    again = f", {result.steps_redone} steps done again" if result.steps_redone else ""
+    lines.append(f"goodput {result.fraction:.1%}{step}{again}")
     return lines
 
 
-def _checkpoints(events: Iterable[Event]) -> list[str]:
-    committed = [event for event in events if event["event"] == "checkpoint_committed"]
-    if not committed:
-        return []
-    size_gib = sum(int(event.get("bytes", 0)) for event in committed) / (1 << 30)
-    return [
-        f"checkpoints: {len(committed)} committed, {size_gib:.2f} GiB, the last of step {committed[-1].get('step')}"
-    ]
+def _checkpoints(events: Sequence[Event]) -> list[str]:
+    committed = {(e.get("generation"), e.get("step")): e for e in events if e["event"] == "checkpoint_committed"}
+    failed = {(e.get("generation"), e.get("step")): e for e in events if e["event"] == "checkpoint_failed"}
+    told = []
+    if committed:
+        size_gib = sum(int(event.get("bytes", 0)) for event in committed.values()) / (1 << 30)
+        last = list(committed.values())[-1]
+        told = [f"{len(committed)} committed, {size_gib:.2f} GiB, the last of step {last.get('step')}"]
+    if failed:
+        last = list(failed.values())[-1]
+        told.append(f"{len(failed)} failed, the last of step {last.get('step')}: {last.get('reason')}")
+    return [f"checkpoints: {'; '.join(told)}"] if told else []
+
+
+def _outage(outage: Outage) -> str:
+    """A store that was away, whether or not that interrupted anything."""
+    name = f"{outage.store} {outage.where}".rstrip()
+    lasted = (
+        f"for {outage.ended_ts - outage.began_ts:.1f} s" if outage.ended_ts else "and nobody told that it came back"
+    )
+    since, tellers = moment(outage.began_ts), name_some(outage.nodes)
+    return f"{name} was away from {since} on, {lasted} (told by {tellers}): {outage.reason}"
 
 
 def _detail(stops: Sequence[Interruption]) -> str:
     """How long each took until training went on, and the steps it cost."""
     if not stops:
         return ""
-    took = [one.resumed_ts - one.began_ts for one in stops if one.resumed_ts is not None]
-    mean = f"  {sum(took) / len(took):.1f} s each" if took else "  never resumed"
-    told = [one.steps_redone for one in stops if one.steps_redone is not None]
-    return mean + (f", {sum(told)} steps done again" if told else "")
+    told = []
+    if took := [one.resumed_ts - one.began_ts for one in stops if one.resumed_ts is not None]:
+        told.append(f"{sum(took) / len(took):.1f} s each")
+    if cut_short := sum(1 for one in stops if one.followed_by):
+        told.append("something else came before it trained" if len(stops) == 1 else f"{cut_short} before they trained")
+    if ended := len(stops) - len(took) - cut_short:
+        told.append("never resumed" if len(stops) == 1 else f"{ended} never resumed")
+    known = [one.steps_redone for one in stops if one.steps_redone is not None]
+    if known:
+        told.append(f"{sum(known)} steps done again")
+    return "  " + ", ".join(told)

@@ -84,7 +84,7 @@ def handle(args: argparse.Namespace) -> int:
             commands=tuple(given.preflight),
             timeout_s=given.preflight_timeout,
         ),
-        events_path=Path(given.log_dir) / "events.jsonl" if given.log_dir else None,
+        events_path=Path(given.log_dir).absolute() / "events.jsonl" if given.log_dir else None,
     )
     gc.freeze()  # what the imports made is no garbage; looking through it again and again stops the agent for 50 ms
     return launch_agent(config, [command, *command_args], extras)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,31 +15,45 @@ _ROUTINE = {
     "checkpoint_staged",
     "checkpoint_committed",
     "checkpoint_not_newest",
+    "checkpoint_waited",
     "restored",
+    "progress",
 }
 """Happens at every round or every few steps and is told by the rounds; `report --json` counts them."""
 
 
 def timeline(events: Iterable[Event], began_ts: float) -> list[str]:
-    """Lines with the seconds since `began_ts`. What several nodes tell alike is told once, repeats are counted."""
+    """Lines with date and time, and the seconds since `began_ts`.
+
+    What several nodes tell alike is told once, repeats are counted.
+    """
     lines: list[str] = []
     last, repeats = "", 0
-    seen: set[str] = set()
+    seen: set[object] = set()
     for event in events:
         if event["event"] in _ROUTINE:
             continue
-        if gone := event.get("node_lost") or event.get("node_left"):
-            if gone in seen:
+        if event["event"] == "round_formed":
+            seen = {once for once in seen if not isinstance(once, int)}  # numbers begin anew in a store that is new
+        once = event.get("node_lost") or event.get("node_left") or event.get("peer")
+        once = event.get("generation") if event["event"] == "first_step" else once
+        if once is not None:
+            if once in seen:
                 continue
-            seen.add(gone)
+            seen.add(once)
         told = _tell(event)
         if told == last:
             repeats += 1
             lines[-1] = f"{lines[-1].removesuffix(f' (x{repeats - 1})')} (x{repeats})"
             continue
         last, repeats = told, 1
-        lines.append(f"{float(event['ts']) - began_ts:9.1f} s  {told}")
+        lines.append(f"{moment(float(event['ts']))} {float(event['ts']) - began_ts:9.1f} s  {told}")
     return lines
+
+
+def moment(ts: float) -> str:
+    """Date and time in the reader's time zone, with its offset."""
+    return datetime.datetime.fromtimestamp(ts).astimezone().isoformat(timespec="seconds")
 
 
 def _tell(event: Event) -> str:
@@ -59,6 +74,24 @@ def _tell(event: Event) -> str:
             return f"workers are asked to stop at a step boundary: {event.get('reason')}"
         case "worker_failed":
             return describe_failure(event)
+        case "node_ended":
+            code = event.get("exit_code")
+            return f"{node} ends: {event.get('reason')}" + ("" if code is None else f" (exit code {code})")
+        case "peer_lost":
+            return f"{node} finds node {event.get('peer')} lost: {event.get('reason')}"
+        case "steps_restarted":
+            return f"{node}: goes back from step {event.get('reached')} to step {event.get('step')}"
+        case "store_unreachable":
+            return f"{node}: the store does not answer: {event.get('reason')}"
+        case "store_back":
+            return f"{node}: the store answers again, after {event.get('seconds')} s"
+        case "checkpoint_store_away":
+            away = f"{event.get('url')} has not answered for {event.get('seconds')} s: {event.get('reason')}"
+            return f"rank {event.get('rank')} on {node}: {away}"
+        case "checkpoint_store_back":
+            return (
+                f"rank {event.get('rank')} on {node}: {event.get('url')} answers again, after {event.get('seconds')} s"
+            )
         case "root_cause":
             return f"root cause: {describe_root_cause(event)}"
         case "finished":

@@ -60,7 +60,6 @@ def train(job: JobConfig) -> None:
                         job.checkpoint.url,
                         keep=job.checkpoint.keep,
                         mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
-                        on_event=_forward_event,
                         take_over=job.checkpoint.take_over,
                     )
                 )
@@ -99,17 +98,15 @@ def run_steps(
     """
     if progress.step >= job.train.steps:
         log.info("the checkpoint is of step %d and train.steps is %d: nothing is left", progress.step, job.train.steps)
-    first, is_due = progress.step + 1, False
+    is_due = False
     while progress.step < job.train.steps:
         began_s = time.perf_counter()
         result = stepper.step(progress.step)
         progress.count(skipped=bool(result.skipped))
         step = progress.step
         step_s = time.perf_counter() - began_s
-        worker.heartbeat(step)
+        worker.heartbeat(step, step_s=step_s)
         if here.rank == 0:
-            if step == first:
-                worker.event("first_step", step=step, step_s=step_s)
             _report(job, here, stepper, step, result, step_s, metrics)
         reason = worker.should_stop()
         last = step == job.train.steps
@@ -246,7 +243,3 @@ def _report(
             result.grad_norm,
             job.train.global_batch * job.train.seq_len / step_s,
         )
-
-
-def _forward_event(name: str, fields: dict[str, Any]) -> None:
-    worker.event(name, **fields)

@@ -217,7 +217,9 @@ class RecordKeeper:
         generation = self._record.generation
         if silence is not None and self._silent_since_s is None:
             self._silent_since_s = silence.since_s
-            self._emit("store_unreachable", generation=generation, reason=silence.reason, leases_stand=silence.stands)
+            told = {"reason": silence.reason, "leases_stand": silence.stands}
+            seconds = round(time.monotonic() - silence.since_s, 3)
+            self._emit("store_unreachable", generation=generation, seconds=seconds, **told)
         elif silence is None and self._silent_since_s is not None:
             seconds = round(time.monotonic() - self._silent_since_s, 3)
             self._silent_since_s = None

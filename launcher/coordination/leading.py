@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher.coordination.roster import NODES, ROUND, Departure, Roster
+from launcher.coordination.roster import LEASE_ENDED, NODES, ROUND, Departure, Roster
 from launcher.coordination.telling import tell
 from launcher.errors import Compacted, KVUnavailable
 from launcher.events import Emit
@@ -55,6 +55,7 @@ class Leadership:
     def __init__(self, office: Office, *, grace_s: float, predecessor: Departure | None) -> None:
         """`grace_s`: how long participants that are not there at first are awaited; `predecessor` is not."""
         self._office = office
+        self._grace_s = grace_s  # a lease's length
         departed = {predecessor.node_id: predecessor.how} if predecessor else {}
         self._roster = Roster(uuid.uuid4().hex, time.monotonic(), grace_s=grace_s, departed=departed)
         self._lock = threading.RLock()
@@ -161,7 +162,8 @@ class Leadership:
             elif gone.how in (LEFT, LEFT_AT_ONCE):
                 emit("node_left", generation=generation, node_left=gone.node_id)
             else:
-                emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how)
+                silent = {"silent_s": self._grace_s} if gone.how == LEASE_ENDED else {}
+                emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how, **silent)
 
     def _act(self) -> float:
         """Carry out what `decide` says; seconds until it has to be asked again."""

@@ -250,6 +250,7 @@ class Member:
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         log.warning("[%s] node %s is lost: %s", self.node_id, node_id, reason)
+        self._emit("peer_lost", generation=self._own.record.generation, peer=node_id, reason=reason)
         try:
             self._candidacy.evict(node_id, reason)
         except KVError as error:

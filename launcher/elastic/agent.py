@@ -241,7 +241,7 @@ class ElasticAgent(LocalElasticAgent):
             request = self._drain.current
             if request and (why := self._yielding.follow_drain(request)):
                 return _End(f"{request.reason}: {why}", self._graces.stop_s)
-            reason = reason or (request.reason if request else "drain of another node")
+            reason = reason or (request.reason if request else self._yielding.why())
             exited = exit_codes == {0}
             if self._yielding.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
@@ -268,11 +268,11 @@ class ElasticAgent(LocalElasticAgent):
             self._emit("workers_linger", pids=pids, seconds=round(linger_s, 3))
         ended = self._end_leftovers(GRACE_S if end.grace_s else 0.0)
         self._worker_group.state = WorkerState.STOPPED
-        step = self._channels.last_step()
-        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), step=step)
+        last = self._channels.last_step_fields()
+        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
         if request := self._drain.current:
             if not self._yielding.done:
-                self._emit("drain_cut_short", reason=end.reason, step=step, seconds=request.grace_s)
+                self._emit("drain_cut_short", reason=end.reason, step=last["step"], seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
         if held := self._device_memory.wait_free(

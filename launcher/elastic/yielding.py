@@ -49,6 +49,7 @@ class Yielding:
         self._drain_told = False
         self._channels: WorkerChannels
         self._started_s = 0.0
+        self._asked_for = ""
         self.done = False
         """Whether all workers of this node have stopped at their step boundary."""
 
@@ -56,7 +57,12 @@ class Yielding:
         """Workers were started at the monotonic time `started_s`."""
         self._channels = channels
         self._started_s = started_s
+        self._asked_for = ""
         self.done = False
+
+    def why(self) -> str:
+        """Why this node's workers stop at a step boundary, as far as it knows: others' may have been asked."""
+        return self._asked_for or "workers of another node were asked to stop"
 
     def look(self, reason: str, *, exited: bool) -> bool:
         """`done`, as of now; the other nodes are told once. `reason`: why they were asked; `exited`: all have ended."""
@@ -64,7 +70,7 @@ class Yielding:
         yielded = [p.phase is Phase.YIELDED for p in progress]
         if not self.done and (any(yielded) if exited else all(yielded)):
             self.done = True
-            self._emit("workers_yielded", step=max(p.step for p in progress))
+            self._emit("workers_yielded", reason=reason, **self._channels.last_step_fields())
             self._member.announce(Status.STOPPING, reason=reason, yielded=True)
         return self.done
 
@@ -73,6 +79,7 @@ class Yielding:
         if self._channels.asked_s is None:
             code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
             self._channels.request_stop(code)
+            self._asked_for = reason
         assert self._channels.asked_s is not None
         now_s = time.monotonic()
         if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:

@@ -50,6 +50,13 @@ class WorkerChannels:
         """The last step that any worker has said to be complete, -1 if none has."""
         return max((progress.step for progress in self.progress().values()), default=-1)
 
+    def last_step_fields(self) -> dict[str, float]:
+        """That step for an event, with the time (epoch seconds) at which the first worker was done with it."""
+        step = self.last_step()
+        beats = [progress.beat_s for progress in self.progress().values() if progress.step == step and progress.beat_s]
+        ts = {"step_ts": round(time.time() - time.monotonic() + min(beats), 3)} if beats else {}
+        return {"step": step, **ts}
+
     def is_cooperative(self) -> bool:
         """Whether the script reports its progress, and so can be asked to stop."""
         return any(progress.phase is not Phase.STARTING for progress in self.progress().values())

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 5.0
 BEAT_TIMEOUT_S = 5.0
+_RETRY_INTERVAL_S = 1.0  # while the store is away, so that its return is soon known
 """A request for a beat that has not moved a byte for so long has stalled."""
 SILENCE_S = 30.0
 """A beat that stands still for this long is a dead job's; a job is alive that still beats after as long a look.
@@ -254,7 +255,7 @@ class Heart:
             self._remove(forerunner_token)
         count, is_told = 0, False
         while True:
-            self._wake.wait(self._interval_s)
+            self._wake.wait(min(self._interval_s, _RETRY_INTERVAL_S) if is_told else self._interval_s)
             self._wake.clear()
             if self._stop.is_set():
                 break

@@ -275,7 +275,7 @@ class PatientFsspecStore(RetryingStore):
 
     def impatient(self, timeout_s: float) -> RetryingStore:
         """See `ImpatientStore.impatient`; time-outs are the file system's own."""
-        return RetryingStore(self._files, Retrier(Flight(1), RetryLog(), IMPATIENT_RULES))
+        return RetryingStore(self._files, Retrier(Flight(1), RetryLog(self.retries.health), IMPATIENT_RULES))
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
         """See `StreamingStore.put_from`. After a failure the object is begun anew."""

@@ -15,6 +15,7 @@ import tenacity
 
 from storage.errors import Cause, Transient
 from storage.stores.flight import Flight
+from storage.stores.health import Health
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,13 @@ class Retries:
 
 
 class RetryLog:
-    """Counts what was tried again. Thread-safe."""
+    """Counts what was tried again, and sees whether the store answers at all. Thread-safe.
 
-    def __init__(self) -> None:
+    `health`: that of another log for the same store, whose requests are counted apart.
+    """
+
+    def __init__(self, health: Health | None = None) -> None:
+        self.health = health or Health()
         self._lock = threading.Lock()
         self._num_by_cause: Counter[str] = Counter()
         self._waited_s = 0.0
@@ -147,7 +152,7 @@ class Retrier:
                 sleep=self._sleep,
                 before_sleep=before_sleep,
                 reraise=True,
-            )(self._fly if in_flight else _call, request)
+            )(self._fly if in_flight else self._walk, request)
             return result
         except Transient as error:
             if not error.given_up:
@@ -159,7 +164,7 @@ class Retrier:
     def _fly(self, request: Callable[[], T]) -> T:
         with self._flight.slot() as started_s:
             try:
-                result = request()
+                result = self._walk(request)
             except Transient as error:
                 if error.cause is Cause.THROTTLED and not error.given_up:
                     self._flight.throttled(started_s)
@@ -167,9 +172,9 @@ class Retrier:
             self._flight.succeeded()
             return result
 
-
-def _call(request: Callable[[], T]) -> T:
-    return request()
+    def _walk(self, request: Callable[[], T]) -> T:
+        with self.retries.health.watched():
+            return request()
 
 
 class _Course:

@@ -49,6 +49,11 @@ class History:
         """Those that did a step, by number."""
         return sorted({s.generation for s in self.steps})
 
+    def pause(self, generation: int) -> tuple[float, float]:
+        """When the last step of a generation ended that was in time, and when the first one of the next began."""
+        later_s = min(s.begin_s for s in self.steps if s.generation > generation)
+        return max(s.end_s for s in self.steps if s.generation == generation and s.end_s <= later_s), later_s
+
     def done(self, generation: int | None = None) -> list[int]:
         """The steps that a generation (or any) has done, by number."""
         return sorted({s.step for s in self.steps if generation in (None, s.generation)})

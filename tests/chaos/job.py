@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
+from launcher.reports.goodput import Cause, Goodput, Interruption, account
 from tests.certificates import Authority
 from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
@@ -121,11 +123,11 @@ class Job(Cluster):
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.told()}") from None
 
-    def told(self) -> str:
+    def told(self, *more: object) -> str:
         """All that is known, for a person who looks for what went wrong."""
         events = "\n".join(json.dumps(event) for event in self.events())
         logs = "\n".join(f"--- {node.name}\n{node.output}" for node in self._nodes)
-        return f"{events}\n{logs}"
+        return "\n".join([*map(str, more), events, logs])
 
     def finish(self, *nodes: Node, thawed: tuple[str, ...] = (), redone: int = 1) -> None:
         """Let the job end: these nodes exit with 0, and the history shows nothing that must not be."""
@@ -134,6 +136,24 @@ class Job(Cluster):
             code = node.wait()
             assert code == 0, f"{node.name} ended with {code}\n{self.told()}"
         self.check(thawed=thawed, redone=redone)
+
+    def account(self) -> Goodput:
+        """What `report` makes of the events so far."""
+        return account(self.events())
+
+    def told_as(self, cause: Cause, *names: str, generation: int = 1, within_s: float = 0.1) -> Interruption:
+        """The report's account of what ended this generation: this cause, these nodes, and the seconds that the steps'
+        own times show, give or take a tenth (`within_s` at least: what two cores take to wake a process).
+        """
+        found = [i for i in self.account().interruptions if i.generation == generation]
+        assert [i.cause for i in found] == [cause], self.told(found)
+        assert sorted(n.rpartition("-")[0] for n in found[0].nodes) == sorted(names), self.told(found)
+        ended_s, began_s = self.history().pause(generation)
+        assert found[0].seconds == pytest.approx(began_s - ended_s, rel=0.1, abs=within_s), self.told(found)
+        if found[0].steps_redone is not None:
+            again = self.history().done(generation)[-1] - self.history().done(generation + 1)[0] + 1
+            assert abs(found[0].steps_redone - again) <= 1, self.told(found)  # the node that is gone may be one ahead
+        return found[0]
 
     def check(self, thawed: tuple[str, ...] = (), redone: int = 1) -> None:
         """Nothing happened that must not, whatever the fault."""

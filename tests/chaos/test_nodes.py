@@ -1,15 +1,18 @@
 """Nodes and workers die, freeze, leave and come, at bad moments too.
 
 Of every job the history must show: no step skipped, at most one done again after a loss, and no worker of an older
-generation alive once a newer one works (`history.violations`). What else must hold is said by each test.
+generation alive once a newer one works (`history.violations`). And `report` must tell what happened (`Job.told_as`):
+the cause, the node, and the seconds without a step. What else must hold is said by each test.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
+from launcher.reports.goodput import Cause
 from tests.chaos.job import Job, freeze, thaw
 from tests.cluster import Node, alive, until
 
@@ -37,6 +40,7 @@ def test_a_killed_worker(job: Job) -> None:
     assert failed["rank"] == 1
     assert [r["restarts"] for r in job.events("round_formed")] == [0, 1]
     job.finish(*nodes)
+    assert job.told_as(Cause.FAILURE, "b").root.startswith(f"rank 1 on {failed['node']} was killed by SIGKILL")
 
 
 @pytest.mark.also_secure
@@ -50,6 +54,8 @@ def test_a_killed_node_that_comes_back(job: Job) -> None:
     assert job.history().done(together)[0] == job.history().done(alone)[-1] + 1
     job.finish(a, back, c)
     assert [r["restarts"] for r in job.events("round_formed")] == [0, 0, 0], "a loss is not charged"
+    job.told_as(Cause.NODE_LOSS, "b")
+    job.told_as(Cause.JOIN, "b", generation=alone)
 
 
 def test_a_killed_agent(job: Job) -> None:
@@ -60,6 +66,7 @@ def test_a_killed_agent(job: Job) -> None:
     until("nothing of the node left", lambda: not any(alive(p) for p in tree), within_s=2)
     job.steps(2, after=1)
     job.finish(a, c)
+    job.told_as(Cause.NODE_LOSS, "b")
 
 
 def test_a_frozen_node_that_thaws(job: Job) -> None:
@@ -70,6 +77,8 @@ def test_a_frozen_node_that_thaws(job: Job) -> None:
     thaw(b)
     job.steps(3, after=alone)
     job.finish(a, b, c, thawed=("b",))
+    job.told_as(Cause.NODE_LOSS, "b")
+    job.told_as(Cause.JOIN, "b", generation=alone)
 
 
 def test_a_frozen_node_of_a_stock_script(job: Job) -> None:
@@ -80,6 +89,7 @@ def test_a_frozen_node_of_a_stock_script(job: Job) -> None:
     thaw(b)
     until("b has joined again", lambda: len([e for e in job.events("node_joined") if e["node"][0] == "b"]) == 2)
     job.finish(a, b, c, thawed=("b",))
+    job.told_as(Cause.NODE_LOSS, "b")
 
 
 def test_two_nodes_lost_at_once(job: Job) -> None:
@@ -90,7 +100,14 @@ def test_two_nodes_lost_at_once(job: Job) -> None:
         node.kill()
     job.steps(2, after=1)
     job.finish(a, d)
-    assert len(job.events("round_formed")) <= 3, "at most one round for each of the two"
+    rounds = job.events("round_formed")
+    assert len(rounds) <= 3, "at most one round for each of the two"
+    if len(rounds) == 2:
+        job.told_as(Cause.NODE_LOSS, "b", "c")
+    told = job.account()
+    assert {i.cause for i in told.interruptions} == {Cause.NODE_LOSS}
+    ended_s, began_s = job.history().pause(1)
+    assert told.seconds[Cause.NODE_LOSS] == pytest.approx(began_s - ended_s, rel=0.1, abs=0.1)
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "leader"])
@@ -106,6 +123,8 @@ def test_the_node_that_matters(job: Job, victim: str) -> None:
     nodes.pop((rank_0 if victim == "rank 0" else leader)[0]).kill()
     job.steps(1, after=second)
     job.finish(*nodes.values())
+    job.told_as(Cause.NODE_LOSS, "a")
+    job.told_as(Cause.NODE_LOSS, (rank_0 if victim == "rank 0" else leader)[0], generation=second)
 
 
 @pytest.mark.parametrize(("name", "fault"), [("a", Node.kill), ("c", freeze)], ids=["rank 0 killed", "rank 2 frozen"])
@@ -117,12 +136,17 @@ def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> 
     victim = nodes.pop(name)
     job.wait_event("round_formed")
     fault(victim)
+    struck_s = time.monotonic()
     job.steps(2)
+    first_s = min(step.begin_s for step in job.history().steps)
     if fault is freeze:
         thaw(victim)
         job.steps(3)
         nodes[name] = victim
     job.finish(*nodes.values(), thawed=("c",))
+    lost = job.account().interruptions[0]
+    assert (lost.cause, [n[0] for n in lost.nodes]) == (Cause.NODE_LOSS, [name]), job.told(lost)
+    assert lost.seconds == pytest.approx(first_s - struck_s, rel=0.1, abs=0.1), job.told(lost)
 
 
 def test_a_node_that_flaps(job: Job) -> None:
@@ -132,13 +156,16 @@ def test_a_node_that_flaps(job: Job) -> None:
     conf = f"{ALL},exclusion=3"
     a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=conf)
     job.steps(3)
-    last = 1
-    for leave in (Node.kill, Node.terminate, Node.kill):
+    last, told = 1, []
+    for leave, cause in ((Node.kill, Cause.NODE_LOSS), (Node.terminate, Cause.DRAIN), (Node.kill, Cause.NODE_LOSS)):
         leave(b)
-        last = job.steps(2, after=last)
+        alone = job.steps(2, after=last)
         (b,) = job.nodes("b", nnodes="2:3", conf=conf)
-        last = job.steps(3, after=last)
+        told += [(cause, last), (Cause.JOIN, alone)]
+        last = job.steps(3, after=alone)
     job.finish(a, b, c)
+    for cause, generation in told:
+        job.told_as(cause, "b", generation=generation)
     assert [e["node_excluded"] for e in job.events("node_excluded")] == ["b"]
     assert [e["node_readmitted"] for e in job.events("node_readmitted")] == ["b"]
 
@@ -151,6 +178,10 @@ def test_eight_nodes_join_together(job: Job) -> None:
     job.steps(9)
     job.finish(a, *more, redone=0)
     assert len(job.events("round_formed")) <= 4
+    joined = [i for i in job.account().interruptions if i.cause is Cause.JOIN]
+    assert {node.rpartition("-")[0] for i in joined for node in i.nodes} == {node.name for node in more}
+    ended_s, began_s = job.history().pause(1)
+    assert joined[0].seconds == pytest.approx(began_s - ended_s, rel=0.1, abs=0.1)
 
 
 @pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["cooperative", "stock"])
@@ -166,3 +197,6 @@ def test_a_worker_that_ignores_sigterm(job: Job, stock: tuple[str, ...]) -> None
     job.steps(1, after=drained)
     job.finish(a)
     assert not job.events("workers_linger")
+    # A stock script tells no steps: the account ends where the last of its workers has started.
+    job.told_as(Cause.DRAIN, "b", within_s=0.3 if stock else 0.1)
+    job.told_as(Cause.NODE_LOSS, "c", generation=drained, within_s=0.3 if stock else 0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.reports.goodput import Cause
 from tests.chaos.job import Job
 from tests.chaos.network import Network
 from tests.cluster import Node
@@ -38,6 +39,8 @@ def test_a_node_cut_from_etcd(job: Job) -> None:
     network_of(job).heal()
     job.steps(3, after=alone)
     job.finish(*nodes)
+    job.told_as(Cause.NODE_LOSS, "b")
+    job.told_as(Cause.JOIN, "b", generation=alone)
 
 
 def test_the_leaders_node_cut_from_etcd(job: Job) -> None:
@@ -50,6 +53,7 @@ def test_the_leaders_node_cut_from_etcd(job: Job) -> None:
     network_of(job).heal()
     job.steps(3, after=alone)
     job.finish(*nodes)
+    job.told_as(Cause.NODE_LOSS, "a")
 
 
 def test_a_node_cut_from_etcd_and_its_peers(job: Job) -> None:
@@ -60,6 +64,7 @@ def test_a_node_cut_from_etcd_and_its_peers(job: Job) -> None:
     network_of(job).heal()
     job.steps(3, after=alone)
     job.finish(*nodes)
+    job.told_as(Cause.NODE_LOSS, "b")
 
 
 def test_a_host_that_vanishes(job: Job) -> None:
@@ -69,6 +74,7 @@ def test_a_host_that_vanishes(job: Job) -> None:
     b.kill()
     job.steps(2, after=1)
     job.finish(a, c)
+    job.told_as(Cause.NODE_LOSS, "b")
 
 
 @pytest.mark.parametrize("way", ["to etcd", "from etcd"])
@@ -82,6 +88,7 @@ def test_a_node_cut_from_etcd_one_way(job: Job, way: str) -> None:
     network_of(job).heal()
     job.steps(3, after=alone)
     job.finish(*nodes)
+    job.told_as(Cause.NODE_LOSS, "b")
 
 
 @pytest.mark.parametrize("one_way", [False, True], ids=["both ways", "one way"])
@@ -95,3 +102,4 @@ def test_a_node_cut_from_its_peers(job: Job, one_way: bool) -> None:
     network_of(job).heal()
     job.steps(3, after=alone)
     job.finish(*nodes)
+    job.told_as(Cause.NODE_LOSS, "b")

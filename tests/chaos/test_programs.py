@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.reports.goodput import Cause
 from tests.chaos.job import Job
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,10 @@ def test_a_script_with_an_error_at_import(job: Job) -> None:
     assert len(job.events("round_formed")) == 1, "not tried again"
     (finished,) = job.events("finished")
     assert finished["outcome"].startswith("failed: worker of rank")
+    told = job.account()
+    assert [(i.cause, i.resumed_ts) for i in told.interruptions] == [(Cause.FAILURE, None)]
+    assert "there_is_no_such_package" in told.interruptions[0].root
+    assert (told.seconds[Cause.TRAINING], told.outcome, told.last_step) == (0.0, finished["outcome"], None)
 
 
 def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
@@ -34,6 +39,10 @@ def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
     job.check()
     assert job.history().done() == [1, 2, 3, 4, 5, 6]
     assert len(job.events("round_formed")) == 2, "once more, in case it passes"
+    told = job.account()
+    assert [i.cause for i in told.interruptions] == [Cause.FAILURE, Cause.FAILURE]
+    assert all("step 7 cannot be computed" in i.root and i.nodes[0][0] == "b" for i in told.interruptions), told
+    assert [i.resumed_ts for i in told.interruptions] == [None, None], "no step was done again or anew"
 
 
 def test_a_worker_that_hangs_in_a_collective(job: Job) -> None:
@@ -47,3 +56,4 @@ def test_a_worker_that_hangs_in_a_collective(job: Job) -> None:
     stacks = (job.folder / "stacks" / "generation-1" / "rank-2.txt").read_text()
     assert "job.py" in stacks, "where it hangs"
     assert job.history().done(1)[-1] == 29
+    job.told_as(Cause.HANG, "c")

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from launcher.reports.goodput import Cause
 from tests.chaos.conftest import Starter
 from tests.chaos.job import Job
 from tests.cluster import Node, until
@@ -55,6 +56,7 @@ def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) 
     job.finish(*nodes, redone=0)
     if fault == "killed":
         assert job.history().generations() == [1], job.told()
+    only_the_store(job)
 
 
 @pytest.mark.also_secure
@@ -66,6 +68,7 @@ def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
     more(job)
     job.finish(*nodes, redone=0)
     assert job.history().generations() == [1], job.told()
+    assert not job.account().interruptions, job.told()
 
 
 def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
@@ -75,15 +78,35 @@ def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
     jobs = {fault: start_job(folder=fault) for fault in ("killed", "frozen")}
     nodes = {fault: three(job) for fault, job in jobs.items()}
     members_known(*nodes["killed"])
+    since_s = time.monotonic()
     for fault, job in jobs.items():
         leave(job, fault)
     time.sleep(30)
+    away_s = {}
     for fault, job in jobs.items():
         come_back(job, fault)
+        away_s[fault] = time.monotonic() - since_s
     for fault, job in jobs.items():
         more(job)
         job.finish(*nodes[fault])
+        told = job.account()
+        (outage,) = told.outages
+        assert outage.ended_ts is not None
+        assert outage.ended_ts - outage.began_ts == pytest.approx(away_s[fault], rel=0.1), job.told(outage)
+        assert {node[0] for node in outage.nodes} == set("abc")
     assert jobs["killed"].history().generations() == [1], jobs["killed"].told()
+    assert not jobs["killed"].account().interruptions
+    only_the_store(jobs["frozen"])
+    ended_s, began_s = jobs["frozen"].history().pause(1)
+    assert jobs["frozen"].account().seconds[Cause.STORE] == pytest.approx(began_s - ended_s, rel=0.1)
+
+
+def only_the_store(job: Job) -> None:
+    """Nothing that happened is said to be anything else, and what is said to have taken time did."""
+    for told in job.account().interruptions:
+        assert (told.cause, told.nodes) == (Cause.STORE, ()), job.told(told)
+        assert "drain" not in told.root
+        job.told_as(Cause.STORE, generation=told.generation)
 
 
 def away(job: Job, fault: str, seconds: float) -> None:

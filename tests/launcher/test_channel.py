@@ -97,7 +97,8 @@ def test_a_worker_process_keeps_the_contract(path: Path, tmp_path: Path) -> None
             worker.kill()
     assert agent.progress().phase is Phase.YIELDED
     assert agent.progress().step == 8
-    event = json.loads((tmp_path / "events.jsonl").read_text())
+    first, event = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (first["event"], first["step"], first["node"]) == ("first_step", 7, "n")
     assert (event["event"], event["why"], event["generation"]) == ("stopping", "membership", 3)
 
 

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.reports.goodput import Cause, Goodput, account, covered
@@ -59,7 +59,7 @@ def test_a_job_without_an_interruption(job: Job) -> None:
     job.say(40, "finished", outcome="succeeded")
     job.say(42, "node_left", B, node_left=A)
     result = account(job.events)
-    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 20, Cause.CHECKPOINT: 10, Cause.IDLE: 2}
+    assert spent(result) == {Cause.WAITING: 3, Cause.START: 7, Cause.TRAINING: 20, Cause.CHECKPOINT: 10, Cause.IDLE: 2}
     assert (result.wall_s, result.outcome, result.interruptions) == (42, "succeeded", ())
 
 
@@ -71,7 +71,13 @@ def test_a_lost_node_explains_the_workers_that_failed_with_it_and_costs_what_was
     job.train(40, step=21, step_s=2)
     job.say(50, "finished", outcome="succeeded")
     result = account(job.events)
-    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 32, Cause.LOST_WORK: 5, Cause.NODE_LOSS: 3}
+    assert spent(result) == {
+        Cause.WAITING: 3,
+        Cause.START: 7,
+        Cause.TRAINING: 32,
+        Cause.LOST_WORK: 5,
+        Cause.NODE_LOSS: 3,
+    }
     (stop,) = result.interruptions
     assert (stop.cause, stop.root) == (Cause.NODE_LOSS, "node b-2 lost: its lease ended")
     assert stop.victims == ("rank 0 on a-1 failed with exit code 1: Connection reset by peer",)
@@ -84,8 +90,8 @@ def test_a_job_that_begins_anew_has_lost_all_of_its_work(job: Job) -> None:
     job.train(40, step=1)
     job.say(45, "finished", outcome="failed: x")
     result = account(job.events)
-    assert spent(result) == {Cause.START: 10, Cause.LOST_WORK: 25, Cause.FAILURE: 5, Cause.TRAINING: 5}
-    assert result.interruptions[0].root == "rank 1 on b-2 failed with signal 9"
+    assert spent(result) == {Cause.WAITING: 3, Cause.START: 7, Cause.LOST_WORK: 25, Cause.FAILURE: 5, Cause.TRAINING: 5}
+    assert result.interruptions[0].root == "rank 1 on b-2 was killed by SIGKILL"
     assert result.interruptions[0].steps_redone == 24
 
 
@@ -102,7 +108,7 @@ def test_a_stop_at_a_step_boundary_loses_no_step(job: Job, reason: str, cause: C
     job.train(38, step=26)
     job.say(40, "finished", outcome="succeeded")
     result = account(job.events)
-    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 26.5, Cause.CHECKPOINT: 1.5, cause: 2}
+    assert spent(result) == {Cause.WAITING: 3, Cause.START: 7, Cause.TRAINING: 26.5, Cause.CHECKPOINT: 1.5, cause: 2}
     assert [(s.cause, s.steps_redone) for s in result.interruptions] == [(cause, 0)]
 
 
@@ -127,7 +133,7 @@ def test_the_leader_knows_which_failure_was_the_first(job: Job) -> None:
 
 def test_a_hang_explains_the_workers_that_were_killed_for_it(job: Job) -> None:
     job.say(35, "hang_detected", B, rank=1, seconds=3)
-    job.say(36, "worker_failed", rank=0, exit_code=-9, step=20, message="")
+    job.say(36, "worker_failed", rank=0, exit_code=-9, step=22, message="")
     result = account(job.events)
     assert result.seconds[Cause.HANG] == pytest.approx(3 + 1), "from the last progress on"
     (stop,) = result.interruptions
@@ -143,7 +149,8 @@ def test_a_round_that_breaks_before_it_trains_is_an_interruption_of_its_own(job:
     job.train(42, step=21)
     result = account(job.events)
     assert [(s.cause, s.resumed_ts) for s in result.interruptions] == [(Cause.FAILURE, None), (Cause.NODE_LOSS, 42)]
-    assert spent(result) == {Cause.START: 10, Cause.TRAINING: 25, Cause.FAILURE: 3, Cause.NODE_LOSS: 4}
+    told = {Cause.WAITING: 3, Cause.START: 7, Cause.TRAINING: 21, Cause.FAILURE: 7, Cause.NODE_LOSS: 4}
+    assert spent(result) == told, "step 20 was done at second 30, and steps take one"
 
 
 def test_what_happens_to_spares_is_no_interruption(job: Job) -> None:
@@ -159,7 +166,7 @@ def test_a_script_that_tells_no_step_trains_once_all_its_workers_have_started() 
     job.say(2, "workers_started", A)
     job.say(4, "workers_started", B)
     job.say(9, "finished", outcome="succeeded")
-    assert spent(account(job.events)) == {Cause.START: 4, Cause.TRAINING: 5}
+    assert spent(account(job.events)) == {Cause.WAITING: 1, Cause.START: 3, Cause.TRAINING: 5}
 
 
 def test_the_time_between_two_runs_of_a_job_is_idle(job: Job) -> None:
@@ -170,7 +177,8 @@ def test_the_time_between_two_runs_of_a_job_is_idle(job: Job) -> None:
     job.train(65, step=21)
     job.say(70, "finished", outcome="succeeded")
     result = account(job.events)
-    assert (result.seconds[Cause.IDLE], result.seconds[Cause.START], result.outcome) == (20, 15, "succeeded")
+    assert (result.seconds[Cause.IDLE], result.seconds[Cause.START], result.outcome) == (20, 7 + 4, "succeeded")
+    assert result.seconds[Cause.WAITING] == 3 + 1
 
 
 def test_nothing_is_no_account() -> None:
@@ -181,10 +189,12 @@ def test_nothing_is_no_account() -> None:
 NAMES = [
     *("node_joined", "node_lost", "node_left", "node_fenced", "round_formed", "stop_requested", "workers_started"),
     *("first_step", "worker_failed", "workers_yielded", "workers_stopped", "hang_detected", "checkpoint_staged"),
-    *("finished", "root_cause", "round_broken", "something_new"),
+    *("finished", "root_cause", "round_broken", "something_new", "peer_lost", "node_ended", "drain_started"),
+    *("progress", "steps_restarted", "restored", "store_unreachable", "store_back", "checkpoint_waited"),
 ]
 
 
+@settings(max_examples=300)
 @given(st.integers(0, 2**32))
 def test_the_causes_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
@@ -195,6 +205,8 @@ def test_the_causes_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
             job.form(ts, *rng.sample([A, B, "c-3"], rng.randrange(1, 4)))
             continue
         told = {"node_lost": node, "node_left": node, "step": rng.randrange(-1, 40), "seconds": rng.random() * 5}
+        told |= {"peer": node, "reached": rng.randrange(40), "silent_s": rng.choice([0, rng.random() * 9])}
+        told |= {"step_ts": ts - rng.random()} if rng.random() < 0.5 else {}
         job.say(
             ts, name, rng.choice([A, B]), **told, step_s=rng.random(), reason=rng.choice(["drain: x", "join: y", ""])
         )
@@ -202,7 +214,7 @@ def test_the_causes_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
     assert sum(result.seconds.values()) == pytest.approx(result.wall_s), f"seed {seed}"
     assert min(result.seconds.values()) > -1e-9, f"seed {seed}"
     for stop in result.interruptions:
-        times = [t for t in (stop.began_ts, stop.formed_ts, stop.resumed_ts) if t is not None]
+        times = [t for t in (stop.began_ts, stop.formed_ts, stop.resumed_ts, stop.ended_ts) if t is not None]
         assert times == sorted(times), f"seed {seed}"
 
 

@@ -52,7 +52,7 @@ class Bucket:
         other._connections = Connections(
             self._client.address, min(timeout_s, options.connect_timeout_s), min(timeout_s, options.stall_timeout_s)
         )
-        other.retries = RetryLog()
+        other.retries = RetryLog(self.retries.health)
         return other
 
     @property

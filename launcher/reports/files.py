@@ -1,0 +1,72 @@
+"""From log folders to events: whatever a full disk, a kill or a log rotation has made of the files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from launcher.wording import Event
+
+_NAME = "events.jsonl"
+_BEGIN = b'{"ts":'  # of every line as it is written
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """The event files that the paths name, each once; in folders also those that were rotated away.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        files = sorted(p for p in path.rglob(f"{_NAME}*") if p.is_file()) if path.is_dir() else [path]
+        found.update((file.resolve(), file) for file in files)
+    return list(found.values())
+
+
+def read_events(files: Iterable[Path]) -> tuple[list[Event], int]:
+    """All events of the files, each once, and how many lines were none (the last of a job that writes may be half).
+
+    A line that was cut short, on a full disk say, has the next one in it: that is found again.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    events: dict[bytes, Event] = {}  # copies of a file, and what rotation copied, count once
+    num_unreadable = 0
+    for file in files:
+        for line in filter(bytes.strip, _content(file).split(b"\n")):
+            event = _event(line)
+            if event is None:
+                num_unreadable += 1
+                line = line[max(line.rfind(_BEGIN), 0) :]
+                event = _event(line)
+            if event is not None:
+                events[line] = event
+    return list(events.values()), num_unreadable
+
+
+def _content(file: Path) -> bytes:
+    data = file.read_bytes()
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"not whole as gzip: {error}") from error
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        found = json.loads(line)
+        ts = found["ts"]
+        is_event = isinstance(found["event"], str) and isinstance(ts, int | float) and math.isfinite(ts)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found if is_event else None

@@ -1,0 +1,348 @@
+"""A job as one state machine, which hears the events of all nodes and books each second to a cause. Pure.
+
+The events, in the order of their time stamps, drive it::
+
+    FORMING ──round_formed──► STARTING ──first step──► TRAINING ──loss, failure, yield──► STOPPING ──┐
+                                 ▲   └──loss, failure──► STOPPING                                    │
+                                 └───────────────────────round_formed────────────────────────────────┘
+    any ──finished, or no node left──► CLOSED ──node_joined──► FORMING
+
+What is learnt later reaches back: an interruption begins where the last step was done, not where it was noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from launcher.reports.causes import EXPLAINS, Cause, Interruption
+from launcher.reports.outages import JOB_STORE, Silence
+from launcher.reports.reasons import UNSPECIFIC, Why, why_of, why_of_event
+from launcher.reports.rounds import RoundSteps
+from launcher.rounds.records import identity_of
+from launcher.wording import Event, describe_failure
+
+
+class Phase(StrEnum):
+    """What the job does."""
+
+    FORMING = "forming"
+    STARTING = "starting"
+    TRAINING = "training"
+    STOPPING = "stopping"
+    CLOSED = "closed"
+
+
+@dataclass
+class Stretch:
+    """One stretch of training."""
+
+    steps: RoundSteps
+    began_ts: float
+    ended_ts: float
+    yielded: bool = False
+    """Whether it stopped at a step boundary, with its state saved."""
+    ended_by: int | None = None
+    """Index of the interruption that ended it."""
+
+
+@dataclass
+class _Open:
+    """An interruption that is not over."""
+
+    cause: Cause
+    root: str
+    nodes: tuple[str, ...]
+    steps: RoundSteps
+    began_ts: float
+    formed_ts: float | None = None
+    booked_s: float = 0.0
+    """How much of it is spent so far, the job not being closed meanwhile."""
+    failures: list[Event] = field(default_factory=list)
+    refused: bool = False
+    """Whether a peer is known to be gone, and not just not heard of."""
+    root_rank: int | None = None
+    """Whose failure it began with, where the leader has told."""
+
+    def explain(self, why: Why) -> None:
+        """Take a cause that explains what was known so far."""
+        if EXPLAINS.index(why.cause) > EXPLAINS.index(self.cause):
+            self.cause, self.root, self.nodes = why.cause, why.root, why.nodes
+        elif why.cause is self.cause is Cause.NODE_LOSS and not set(why.nodes) <= set(self.nodes):
+            self.root, self.nodes = f"{self.root}; {why.root}", (*self.nodes, *why.nodes)
+        elif why.cause is self.cause and not self.nodes:
+            self.root, self.nodes = why.root, why.nodes
+
+    def name_all(self, before: frozenset[str], after: frozenset[str]) -> None:
+        """A reason names the first few nodes that join or drain; the next round shows all."""
+        changed = {Cause.JOIN: after - before, Cause.DRAIN: before - after}.get(self.cause)
+        self.nodes = tuple(sorted(changed)) if changed else self.nodes
+
+    def end(self, ended_ts: float, *, resumed: bool, followed_by: str = "") -> Interruption:
+        return Interruption(
+            cause=self.cause,
+            root=self.root,
+            nodes=self.nodes,
+            victims=tuple(
+                told
+                for failure in self.failures
+                if (told := describe_failure(failure)) != self.root and failure.get("rank") != self.root_rank
+            ),
+            generation=self.steps.generation,
+            began_ts=self.began_ts,
+            formed_ts=self.formed_ts,
+            resumed_ts=ended_ts if resumed else None,
+            ended_ts=ended_ts,
+            followed_by=followed_by,
+            steps_redone=None,
+        )
+
+
+class Ledger:
+    """Hears events in order; `close` comes last. `seconds` lacks what was spent in `stretches`."""
+
+    def __init__(self, ordered: Sequence[Event], rounds: Sequence[RoundSteps], silent: Sequence[Silence]) -> None:
+        self._began_ts = self._since_ts = float(ordered[0]["ts"])
+        self._rounds: Iterator[RoundSteps] = iter(rounds)
+        self._tells_steps = any(steps.first for steps in rounds)
+        self._silent = [silence for silence in silent if silence.store == JOB_STORE]
+        self._last_word: Mapping[str, float] = {str(e.get("node", "")): float(e["ts"]) for e in ordered}
+        self._live: set[str] = set()
+        self._endings: dict[str, str] = {}
+        self._phase = Phase.FORMING
+        self._steps = RoundSteps(0, frozenset(), self._since_ts)
+        self._started: set[str] = set()
+        self._why_asked: Why | None = None
+        self._open: _Open | None = None
+        self.seconds = dict.fromkeys(Cause, 0.0)
+        self.stretches: list[Stretch] = []
+        self.ended: list[Interruption] = []
+        self.outcome = ""
+
+    def hear(self, event: Event) -> None:
+        """Take one event; those without a meaning for the account change nothing."""
+        ts, node = float(event["ts"]), str(event.get("node", ""))
+        match event["event"]:
+            case "node_joined":
+                self._joined(node, ts)
+            case "round_formed":
+                self._round_formed(event)
+            case "workers_started" if self._is_of_round(event):
+                self._workers_started(node, ts)
+            case "first_step" if event is self._steps.first:
+                self._train(max(self._steps.first_began_ts or ts, self._since_ts))
+            case "stop_requested" if event.get("generation") == self._steps.generation:
+                self._why_asked = why_of(str(event.get("reason", "")))
+            case "drain_started" if node in self._steps.participants and self._why_asked is None:
+                told = f"node {node} drains: {event.get('detail') or event.get('source')}"
+                self._why_asked = Why(Cause.DRAIN, told, (node,))
+            case "root_cause" if self._is_open_for(event):
+                self._root_cause(event)
+            case "workers_yielded" if self.stretches and self._is_of_round(event):
+                self.stretches[-1].yielded = True
+            case "finished":
+                self.outcome = str(event.get("outcome", ""))
+                self._close(ts)
+        if why := self._ending(event):
+            self._interrupt(event, why)
+        self._departed(event, ts)
+
+    # --- who is there
+
+    def _joined(self, node: str, ts: float) -> None:
+        same = {n for n in self._live if n != node and identity_of(n) == identity_of(node)}
+        if dead := {n for n in same if self._last_word.get(n, ts) < ts}:
+            self._gone_unheard(dead, ts)
+        if self._phase is Phase.CLOSED:
+            self._pass_to(Phase.FORMING, ts)
+            self.outcome = ""
+        self._live.add(node)
+
+    def _gone_unheard(self, dead: set[str], ts: float) -> None:
+        """These nodes are started again, and the last that was heard of them is that they worked."""
+        self._live -= dead
+        if self._live or self._phase is Phase.CLOSED:
+            return
+        words = [self._last_word[node] for node in self._steps.participants | dead if node in self._last_word]
+        last_ts = max([self._since_ts, *(word for word in words if word < ts)])
+        nodes = tuple(sorted(dead))
+        if self._phase in (Phase.TRAINING, Phase.STARTING):
+            why = Why(Cause.NODE_LOSS, f"node {', '.join(nodes)} ended without a word", nodes)
+            self._interrupt({"event": "", "ts": last_ts}, why)
+        self._pass_to(Phase.CLOSED, max(last_ts, self._since_ts))
+
+    def _departed(self, event: Event, ts: float) -> None:
+        match event["event"]:
+            case "node_ended":
+                node = str(event.get("node", ""))
+                self._endings[node] = f"{node}: {event.get('reason')}"
+            case "node_lost" | "node_left" as name:
+                node = str(event.get(name, ""))
+            case _:
+                return
+        self._live.discard(node)
+        if not self._live and self._phase is not Phase.CLOSED and self._steps.participants:
+            self._close(ts)
+
+    @property
+    def end(self) -> str:
+        """How the nodes of the last round ended, if none may still be there and no outcome is told."""
+        told = [told for node, told in self._endings.items() if node in self._steps.participants or not self._live]
+        return "" if self._live or self.outcome else "; ".join(told)
+
+    # --- the machine
+
+    def _is_of_round(self, event: Event) -> bool:
+        return event.get("generation") == self._steps.generation and event.get("node") in self._steps.participants
+
+    def _is_open_for(self, event: Event) -> bool:
+        return event.get("generation") == self._steps.generation and self._open is not None
+
+    def _round_formed(self, event: Event) -> None:
+        ts = float(event["ts"])
+        if self._phase is Phase.TRAINING:  # what ended it was not told
+            self._interrupt(event, why_of(str(event.get("reason", ""))))
+        before, self._steps = self._steps, next(self._rounds)
+        self._live |= self._steps.participants
+        self._started = set()
+        self._why_asked = None
+        self._pass_to(Phase.STARTING, ts)
+        if self._open is not None:
+            self._open.formed_ts = self._since_ts
+            self._open.name_all(before.participants, self._steps.participants)
+
+    def _workers_started(self, node: str, ts: float) -> None:
+        """A script that never tells its steps trains once its last worker has started."""
+        self._started.add(node)
+        if not self._tells_steps and self._started >= self._steps.participants:
+            self._train(ts)
+
+    def _train(self, ts: float) -> None:
+        if self._phase is not Phase.STARTING:
+            return
+        self._pass_to(Phase.TRAINING, ts)
+        ts = self._since_ts
+        if self._open is not None:
+            self._end(self._open, ts, resumed=True)
+            self._open = None
+        self.stretches.append(Stretch(self._steps, ts, ts))
+
+    def _root_cause(self, event: Event) -> None:
+        assert self._open is not None
+        why = why_of_event(event, self._steps.participants)
+        if why is None:
+            return
+        self._open.root_rank = event.get("rank")
+        if EXPLAINS.index(why.cause) >= EXPLAINS.index(self._open.cause):
+            self._open.cause, self._open.root, self._open.nodes = why.cause, why.root, why.nodes
+
+    def _close(self, ts: float) -> None:
+        self._pass_to(Phase.CLOSED, ts)
+        if self._open is not None:
+            self._end(self._open, self._since_ts)
+            self._open = None
+
+    def _ending(self, event: Event) -> Why | None:
+        """Why this event ends the current round's work, as far as it does."""
+        if event["event"] in ("round_formed", "node_joined", "root_cause"):
+            return None
+        why = why_of_event(event, self._steps.participants)
+        of_other_round = event["event"] in _OF_ROUND and not self._is_of_round(event)
+        if why is None or of_other_round:
+            return None
+        if event["event"] in ("workers_yielded", "workers_stopped") and self._why_asked is not None:
+            return self._why_asked
+        if why.root in UNSPECIFIC and (silence := self._silence_at(float(event["ts"]))):
+            return Why(Cause.STORE, f"the store did not answer: {silence.reason}", ())
+        return why
+
+    def _silence_at(self, ts: float) -> Silence | None:
+        return next((s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
+
+    def _interrupt(self, event: Event, why: Why) -> None:
+        ts = float(event["ts"])
+        if self._phase in (Phase.TRAINING, Phase.STARTING):
+            was_training = self._phase is Phase.TRAINING
+            stood_ts = max(self._since_ts, ts - why.silent_s)
+            began_ts = self._began_to_stand(event, why) if was_training else stood_ts
+            self._pass_to(Phase.STOPPING, began_ts)
+            began_ts = self._since_ts
+            if self._open is not None:  # it broke before it trained
+                self._end(self._open, began_ts, followed_by=why.root)
+            self._open = _Open(why.cause, why.root, why.nodes, self._steps, began_ts)
+            if was_training:
+                self.stretches[-1].ended_by = len(self.ended)
+        elif self._phase is not Phase.STOPPING or self._open is None:
+            return
+        elif self._may_have_begun_earlier(why):
+            began_ts = min(self._began_to_stand(event, why), self._open.began_ts)
+            self._open.began_ts = self._since_ts = self.stretches[-1].ended_ts = began_ts
+        self._open.explain(why)
+        self._open.refused |= event["event"] == "peer_lost"
+        if event["event"] == "worker_failed":
+            self._open.failures.append(event)
+
+    def _may_have_begun_earlier(self, why: Why) -> bool:
+        """Whether training stood before that was first noticed; of nodes that are known, no more is learnt."""
+        assert self._open is not None
+        ended_training = bool(self.stretches) and self.stretches[-1].ended_by == len(self.ended)
+        return ended_training and not (why.nodes and set(why.nodes) <= set(self._open.nodes))
+
+    def _began_to_stand(self, event: Event, why: Why) -> float:
+        """When training was over that this event shows to be over: steps tell, or else how long there was silence.
+
+        A step under way when it happened took at most as long as others; what is between is lost with it.
+        """
+        ts, stretch = float(event["ts"]), self.stretches[-1]
+        silent_ts = ts - why.silent_s
+        done_ts = self._steps.last_done_ts()
+        if done_ts is None or done_ts > ts:
+            orderly = why.cause in (Cause.DRAIN, Cause.JOIN, Cause.OTHER)  # workers may train on until they are ended
+            return max(stretch.began_ts, silent_ts, (orderly and self._steps.first_gone_ts) or silent_ts)
+        if stretch.yielded:
+            done_ts = ts if self._is_saved_since(done_ts) else done_ts
+            return max(stretch.began_ts, done_ts)
+        return max(stretch.began_ts, done_ts, min(silent_ts, done_ts + self._steps.step_s))
+
+    def _is_saved_since(self, done_ts: float) -> bool:
+        """Whether the state at the boundary was saved before the workers ended: that is a stall of its own."""
+        return self._steps.saved_ts is not None and self._steps.saved_ts >= done_ts
+
+    def _end(self, over: _Open, ts: float, *, resumed: bool = False, followed_by: str = "") -> None:
+        """Close an interruption. Where all nodes had lost the store, that is why nodes counted as lost."""
+        unheard = [s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or s.ended_ts >= over.began_ts)]
+        if over.steps.participants <= {silence.node for silence in unheard} and not over.refused:
+            root = f"the store did not answer: {unheard[0].reason}"
+            over.explain(Why(Cause.STORE, root))
+            if over.cause is Cause.NODE_LOSS:
+                over.cause, over.root, over.nodes = Cause.STORE, root, ()
+        self.seconds[over.cause] += over.booked_s
+        self.ended.append(over.end(ts, resumed=resumed, followed_by=followed_by))
+
+    def _pass_to(self, phase: Phase, ts: float) -> None:
+        """Book the time since the last change, and go on in another phase."""
+        ts = max(ts, self._since_ts)
+        span_s = ts - self._since_ts
+        match self._phase:
+            case Phase.TRAINING:
+                self.stretches[-1].ended_ts = ts
+            case Phase.CLOSED:
+                self.seconds[Cause.IDLE] += span_s
+            case Phase.FORMING if self._open is None:
+                self.seconds[Cause.WAITING] += span_s
+            case _ if self._open is None:
+                self.seconds[Cause.START] += span_s
+            case _:
+                assert self._open is not None
+                self._open.booked_s += span_s
+        self._phase, self._since_ts = phase, ts
+
+    def close(self, ended_ts: float) -> None:
+        """Book what is open."""
+        self._pass_to(Phase.CLOSED, ended_ts)
+        if self._open is not None:
+            self._end(self._open, ended_ts)
+
+
+_OF_ROUND = {"round_broken", "hang_detected", "worker_failed", "workers_yielded", "workers_stopped"}

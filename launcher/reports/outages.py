@@ -1,0 +1,92 @@
+"""When nodes or workers had no answer from a store. Pure: events in, outages out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from launcher.reports.causes import Outage
+from launcher.wording import Event
+
+JOB_STORE, CHECKPOINT_STORE = "job store", "checkpoint store"
+_AWAY = {"store_unreachable": JOB_STORE, "checkpoint_store_away": CHECKPOINT_STORE}
+_UNKNOWN_S = 60.0
+_BACK = {"store_back": JOB_STORE, "checkpoint_store_back": CHECKPOINT_STORE}
+
+
+@dataclass(frozen=True)
+class Silence:
+    """As one node or worker tells it."""
+
+    store: str
+    where: str
+    node: str
+    reason: str
+    began_ts: float
+    ended_ts: float | None
+
+
+def silences(ordered: Iterable[Event]) -> list[Silence]:
+    """What each node and worker tells, in the order in which they began to."""
+    found: list[Silence] = []
+    under_way: dict[tuple[object, ...], int] = {}
+    for event in ordered:
+        name, ts, seconds = event["event"], float(event["ts"]), float(event.get("seconds", 0.0))
+        store = _AWAY.get(name) or _BACK.get(name)
+        if store is None:
+            continue
+        who: tuple[object, ...] = (
+            store,
+            event.get("node"),
+            event.get("rank"),
+            event.get("url"),
+            event.get("generation"),
+        )
+        who = who if store == CHECKPOINT_STORE else who[:2]  # a worker that was started anew is another one
+        if name in _AWAY:
+            under_way[who] = len(found)
+            told = str(event.get("reason", "")), ts - seconds, None
+            found.append(Silence(store, str(event.get("url", "")), str(event.get("node", "")), *told))
+        elif (index := under_way.pop(who, None)) is not None:
+            before = found[index]
+            began_ts = min(before.began_ts, ts - seconds) if seconds else before.began_ts
+            found[index] = Silence(before.store, before.where, before.node, before.reason, began_ts, ts)
+    return sorted(found, key=lambda silence: silence.began_ts)
+
+
+def outages(found: Sequence[Silence]) -> tuple[Outage, ...]:
+    """Those of one store that overlap are one; one that nobody saw the end of has none."""
+    made: list[Outage] = []
+    for (store, where), of_store in itertools.groupby(
+        sorted(found, key=lambda s: (s.store, s.where)), key=lambda s: (s.store, s.where)
+    ):
+        for together in _overlapping(of_store):
+            ends = [s.ended_ts for s in together if s.ended_ts is not None]
+            made.append(
+                Outage(
+                    store=store,
+                    where=where,
+                    nodes=tuple(dict.fromkeys(s.node for s in together)),
+                    reason=together[0].reason,
+                    began_ts=together[0].began_ts,
+                    ended_ts=max(ends, default=None),
+                )
+            )
+    return tuple(sorted(made, key=lambda outage: outage.began_ts))
+
+
+def _overlapping(of_store: Iterable[Silence]) -> Iterator[list[Silence]]:
+    together: list[Silence] = []
+    for silence in of_store:
+        if together and silence.began_ts > max(map(_over_by, together)):
+            yield together
+            together = []
+        together.append(silence)
+    if together:
+        yield together
+
+
+def _over_by(silence: Silence) -> float:
+    """Where its teller died, and did not say when it was over, others are likely to have told the rest."""
+    return silence.began_ts + _UNKNOWN_S if silence.ended_ts is None else silence.ended_ts

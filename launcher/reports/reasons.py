@@ -1,0 +1,84 @@
+"""What an event says of why workers stopped: cause, root, nodes. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from launcher.reports.causes import Cause
+from launcher.wording import Event, describe_failure, describe_fields, describe_root_cause
+
+UNSPECIFIC = ("", "workers of another node were asked to stop", "drain of another node")
+"""Reasons of nodes that do not know why others asked their workers to stop."""
+
+_CAUSE_OF_CLASS = {"hang": Cause.HANG, "preemption": Cause.DRAIN}
+"""The classes of failures that are something else than a failure of the workers."""
+
+
+@dataclass(frozen=True)
+class Why:
+    """`silent_s`: for how long nothing had been heard before it was noticed."""
+
+    cause: Cause
+    root: str
+    nodes: tuple[str, ...] = ()
+    silent_s: float = 0.0
+
+
+def why_of_event(event: Event, participants: Collection[str]) -> Why | None:
+    """What an event says of the end of a round's work; None if nothing."""
+    name, node = event["event"], str(event.get("node", ""))
+    reason = str(event.get("reason", ""))
+    match name:
+        case "node_lost" if event.get("node_lost") in participants:
+            lost = str(event["node_lost"])
+            return Why(Cause.NODE_LOSS, f"node {lost} {reason}", (lost,), float(event.get("silent_s", 0.0)))
+        case "peer_lost" if event.get("peer") in participants:
+            peer = str(event["peer"])
+            return Why(Cause.NODE_LOSS, f"node {peer} lost: {reason}", (peer,))
+        case "node_left" if event.get("node_left") in participants:
+            left = str(event["node_left"])
+            return Why(Cause.DRAIN, f"node {left} left", (left,))
+        case "node_fenced" if node in participants:
+            return Why(Cause.NODE_LOSS, f"node {node} fenced itself: {reason}", (node,))
+        case "node_ended" if node in participants:
+            return Why(Cause.OTHER, f"node {node} ended: {reason}", (node,))
+        case "round_broken" | "workers_stopped":
+            return why_of(reason)
+        case "workers_yielded":
+            return why_of(reason)
+        case "hang_detected":
+            return Why(Cause.HANG, f"hang on {node}: {describe_fields(event)}", (node,), float(event.get("seconds", 0)))
+        case "worker_failed":
+            return Why(Cause.FAILURE, describe_failure(event), (node,))
+        case "root_cause":
+            cause = _CAUSE_OF_CLASS.get(str(event.get("failure_class")), Cause.FAILURE)
+            return Why(cause, describe_root_cause(event), (str(event.get("node_failed", "")),))
+    return None
+
+
+def why_of(reason: str) -> Why:
+    """What a round's stop, or a node's reason to stop its workers, says of the cause."""
+    for start, cause in (("drain", Cause.DRAIN), ("join", Cause.JOIN)):
+        if reason.startswith(f"{start}: "):
+            return Why(cause, reason, tuple(re.findall(r"[^\s,;]*-[0-9a-f]{8}\b", reason)) or _names(reason))
+    if reason in UNSPECIFIC:
+        return Why(Cause.OTHER, reason)
+    if reason.startswith("drain"):
+        return Why(Cause.DRAIN, reason)
+    if reason.startswith("worker"):
+        return Why(Cause.FAILURE, reason)
+    if reason.startswith(("the store is silent", "this node's lease ended")):
+        return Why(Cause.STORE, reason)
+    if reason.startswith("hang: "):
+        return Why(Cause.HANG, reason)
+    if lost := re.findall(r"\bnode (\S+) (?:lost\b|cut off)", reason):
+        return Why(Cause.NODE_LOSS, reason, tuple(lost))
+    if reason.startswith("cut off from its peers: "):
+        return Why(Cause.NODE_LOSS, reason, _names(reason))
+    return Why(Cause.OTHER, reason)
+
+
+def _names(reason: str) -> tuple[str, ...]:
+    return tuple(filter(None, re.split(r"[,;]?\s+", reason.partition(": ")[2])))

@@ -1,0 +1,146 @@
+"""What all events together tell of each round's steps: when the first began, how far it came, and when. Pure."""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from launcher.wording import Event
+
+_EXACT = {"workers_stopped", "workers_yielded", "worker_failed"}
+"""The agents' last word on how far their workers came."""
+
+_NUM_LATE = 8  # rounds that may be formed before the last event of one has been written
+
+
+@dataclass
+class RoundSteps:
+    """One round. Times are epoch seconds."""
+
+    generation: int
+    participants: frozenset[str]
+    formed_ts: float
+    first: Event | None = None
+    """The first `first_step`."""
+    reached: int | None = None
+    """The last step that events tell of."""
+    restored: tuple[float, int] | None = None
+    """When the last of its workers had a checkpoint in memory before the first step, and of which step it is."""
+    saved_ts: float | None = None
+    """When the state after the last step that was saved had been copied aside."""
+    restarts: list[tuple[float, int, int]] = field(default_factory=list)
+    """Returns to an earlier step in the middle of it: when that step was done, which one, and how far it had come."""
+    first_gone_ts: float | None = None
+    """When the first of its workers had ended, as far as agents tell."""
+    _exact: int = -1
+    _done: dict[int, float] = field(default_factory=dict)
+    _told_step_s: list[float] = field(default_factory=list)
+
+    def hear(self, event: Event) -> None:
+        """Learn from one event of this round."""
+        ts, step = float(event["ts"]), event.get("step")
+        if event["event"] in ("workers_stopped", "worker_failed"):
+            self.first_gone_ts = min(ts, self.first_gone_ts or ts)
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            return
+        match event["event"]:
+            case "first_step":
+                self.first = self.first or event
+                self._mark(step, ts)
+            case "progress":
+                self._mark(step, ts)
+                self._told_step_s.append(float(event.get("step_s", 0.0)))
+            case "steps_restarted":
+                self.restarts.append((ts, step, int(event.get("reached", step))))
+                self._mark(self.restarts[-1][2], ts)
+            case "checkpoint_staged":
+                self._mark(step, ts - float(event.get("seconds", 0.0)))
+                if self.reached == step:
+                    self.saved_ts = ts
+            case "hang_detected":
+                self._mark(step, ts - float(event.get("seconds", 0.0)))
+                self._exact = max(step, self._exact)
+            case "restored" if self.first is None:
+                self.restored = (ts, step)
+            case name if name in _EXACT:
+                self._mark(step, float(event["step_ts"]) if "step_ts" in event else None)
+                self._exact = max(step, self._exact)
+
+    def _mark(self, step: int, ts: float | None) -> None:
+        self.reached = step if self.reached is None else max(step, self.reached)
+        if ts is not None:
+            self._done[step] = min(ts, self._done.get(step, ts))
+
+    @property
+    def resumed_after(self) -> int | None:
+        """The step whose state this round began with; None where it tells no steps."""
+        if self.first is None:
+            return None
+        first = int(self.first["step"])
+        return self.restored[1] if self.restored and self.restored[1] <= first else max(0, first - 1)
+
+    @property
+    def step_s(self) -> float:
+        """How long a step usually takes; 0 where that is not known."""
+        if self._told_step_s:
+            return statistics.median(self._told_step_s)
+        marks = sorted(self._done.items())
+        if len(marks) > 1 and marks[-1][1] > marks[0][1]:
+            return (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
+        return float(self.first.get("step_s", 0.0)) if self.first else 0.0
+
+    @property
+    def first_began_ts(self) -> float | None:
+        """When the first step began; None where no step is told."""
+        if self.first is None:
+            return None
+        began_ts = float(self.first["ts"]) - float(self.first.get("step_s", self.step_s))
+        return max(began_ts, self.formed_ts, self.restored[0] if self.restored else began_ts)
+
+    def last_done_ts(self) -> float | None:
+        """When its last step was done; None where no agent told it."""
+        return self._done.get(self.reached) if self.reached is not None and self.is_exact else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether an agent told how far it came: workers do not tell every step."""
+        return self.reached is not None and self._exact >= self.reached
+
+    def done_ts(self, step: int) -> float | None:
+        """When `step` was done, as near as events tell; None if that was not in this round."""
+        marks = sorted(self._done.items())
+        if not marks or not marks[0][0] <= step <= marks[-1][0]:
+            return None
+        at = bisect.bisect_left(marks, (step,))
+        if marks[at][0] == step:
+            return marks[at][1]
+        (before, before_ts), (after, after_ts) = marks[at - 1], marks[at]
+        return before_ts + (after_ts - before_ts) * (step - before) / (after - before)
+
+
+def rounds_of(ordered: Sequence[Event]) -> list[RoundSteps]:
+    """The rounds in the order in which they were formed.
+
+    A generation's number may come again (a store that was made anew counts from 1), and events of a round may come
+    after the next one was formed: they belong to the last round of that number which their node took part in.
+    """
+    rounds = [
+        RoundSteps(
+            generation=int(event["generation"]),
+            participants=frozenset(p["node_id"] for p in event.get("participants", ())),
+            formed_ts=float(event["ts"]),
+        )
+        for event in ordered
+        if event["event"] == "round_formed"
+    ]
+    formed = [found.formed_ts for found in rounds]
+    for event in ordered:
+        num_before = bisect.bisect_right(formed, float(event["ts"]))
+        for index in range(num_before - 1, max(num_before - _NUM_LATE, 0) - 1, -1):
+            found = rounds[index]
+            if found.generation == event.get("generation") and event.get("node") in found.participants:
+                found.hear(event)
+                break
+    return rounds
