@@ -17,10 +17,15 @@ import numpy.typing as npt
 from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import CoreSchema, core_schema
 
+from storage.errors import Corrupt
+
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[np.uint8]
 
 _NUMBER = core_schema.int_schema()
+# a single long row must not make gigabytes of many short ones
+_WIDTH_MAX_OF_MANY = 16
+_NUM_PADDED_MAX = 1 << 24
 
 
 def _column(numbers: Sequence[int] | Ints) -> Ints:
@@ -89,9 +94,11 @@ class Boxes:
         numbers = iter(self.numbers.tolist())
         return (None if num < 0 else tuple(itertools.islice(numbers, num)) for num in self.num_dims.tolist())
 
-    def padded(self, fill: int) -> Ints:
-        """One array, as wide as the longest row; shorter rows and None are filled up."""
-        width = int(self.num_dims.max(initial=0))
+    def padded(self, fill: int, width: int | None = None) -> Ints:
+        """One array, `width` or as wide as the longest row; shorter rows and None are filled up. Raises Corrupt."""
+        width = int(self.num_dims.max(initial=0)) if width is None else width
+        if width > _WIDTH_MAX_OF_MANY and len(self) * width > _NUM_PADDED_MAX:
+            raise Corrupt(f"{len(self)} shards, and one of {width} dimensions among them")
         array = np.full((len(self), width), fill, np.int64)
         array[np.arange(width) < self.num_dims[:, None]] = self.numbers
         return array
