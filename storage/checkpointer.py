@@ -11,13 +11,12 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.stateful import Stateful
 
 from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
@@ -28,11 +27,13 @@ from storage.run import alive, owner
 from storage.run.alive import Heart
 from storage.run.owner import Owner
 from storage.saving.commit import Attempt, Contents, Origin
-from storage.saving.describe import Holdings, contents_of, describe, state_dicts
-from storage.saving.saveplan import assign, dump_picks, dump_pieces, load_picks, load_pieces
+from storage.saving.describe import Holdings, contents_of, describe
+from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
 from storage.saving.saver import Job, Saver
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
+from storage.state.fingerprint import combined, differing
+from storage.state.fit import Ignored
 from storage.stores.registry import open_store
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,10 @@ class Checkpointer:
                 ...
                 ckpt.save(step, state)
 
-    `state` is a mapping as `torch.distributed.checkpoint` takes it: tensors, DTensors, Stateful objects (modules and
-    optimizers wrapped as such), nested dicts and lists, plain Python values. Every rank of `process_group` makes the
+    `state` is a dict of what the training needs to go on: modules, optimizers, schedulers and whatever else has a
+    `state_dict` and a `load_state_dict`, as they are; tensors, DTensors, nested dicts and lists, plain Python values;
+    and what each rank has of its own in a `PerRank`. Parameters go by their names, without those of wrappers (DDP,
+    `torch.compile`), and so does an optimizer's state. Every rank of `process_group` makes the
     same calls in the same order, from one thread; without torch.distributed the process is alone.
 
     Opening claims the run for this process group: whoever claimed it before can no longer commit. Open it after
@@ -92,6 +95,9 @@ class Checkpointer:
         take_over: take the run from another job without asking whether it lives.
         read_only: only restore: claim nothing and write nothing, whoever owns the run and saves into it. A damaged
             checkpoint is passed over (an event, checkpoint_damaged) and stays where it is; `save` raises.
+        compare_ranks: refuse to save what ranks hold differently under one name. Looked at are values and tensors
+            outside of modules, by their first MiB, and in the first save the first 4 KiB of the modules' parameters.
+            Without it, the lowest rank's wins.
 
     A run that another job has claimed and not closed is watched for 30 to 60 s; the next generation of the same job, by
     its lineage or torchrun's `--rdzv-id`, takes it at once.
@@ -117,6 +123,7 @@ class Checkpointer:
         run_id: str | None = None,
         take_over: bool = False,
         read_only: bool = False,
+        compare_ranks: bool = True,
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
@@ -136,6 +143,7 @@ class Checkpointer:
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
         self._plan: _Plan | None = None
+        self._compares_ranks = compare_ranks
         self._closed = False
         _open.add(self)
 
@@ -203,12 +211,31 @@ class Checkpointer:
         """Wait for the last save and end the background thread. Closing twice is harmless."""
         self._close(abandon=False)
 
-    def restore(self, state: MutableMapping[str, Any], *, unhealthy: bool = False, allow_casts: bool = False) -> int:
+    def restore(
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        strict: bool = True,
+        ignore: str | Collection[str] = (),
+        unhealthy: bool = False,
+        allow_casts: bool = False,
+    ) -> int:
         """Fill `state` from the newest good checkpoint and return its step.
 
         Returns 0, with `state` untouched, if there is none.
 
-        Works for any world size and mesh, whatever the ones that saved. A checkpoint that turns out to be damaged is
+        Works for any world size and mesh, whatever the ones that saved. Objects and tensors are filled in place, an
+        optimizer also if it has made no step yet; values are replaced. What the state has and the checkpoint does not,
+        or the other way round, is an error: at the top of the state, in modules and optimizers by name of parameter, of
+        tensors in dicts that hold some on both sides. Other dicts and lists become what was saved, however long.
+
+        Args:
+            strict: False lets the state keep what the checkpoint does not have, leaves what the state does not ask for,
+                and says so in the event `restored_in_part`.
+            ignore: names, or patterns as of a shell, of what to leave alone on either side: `"optimizer"`,
+                `"model.head.*"`.
+
+        A checkpoint that turns out to be damaged is
         quarantined once the coordinator has seen the damage as well, and the one before it is taken; all ranks take the
         same. One that was saved with `healthy=False` is passed over, which an event `checkpoint_passed_over` tells;
         `unhealthy=True` takes it as any other.
@@ -219,10 +246,11 @@ class Checkpointer:
 
         Raises:
             OnlyUnhealthy: there are checkpoints, but each was saved as unhealthy.
-            WrongModel: the checkpoint has other keys or shapes than the state, or dtypes that would lose (see
+            WrongModel: the checkpoint has other names or shapes than the state, or dtypes that would lose (see
                 `allow_casts`).
             UnloadableValue: it has a value that is not damaged, but cannot be loaded safely; nothing was set aside, and
                 the content of `state` is undefined.
+            UsageError: an object of the state refuses what was saved.
             Corrupt: there are checkpoints, but none is good; the content of `state` is undefined.
             Disputed: a rank read damage that is not there when it is looked for again; the message names the rank and
                 its host. The content of `state` is undefined.
@@ -231,16 +259,14 @@ class Checkpointer:
         """
         started_s = time.monotonic()
         self._saver.forget()
-        flat = self._group.everywhere(lambda: state_dicts(state))
+        ignored = Ignored([ignore] if isinstance(ignore, str) else ignore)
         with self._report.retries(self._store, "restore"):
-            restored = self._restorer.restore(flat, unhealthy, allow_casts)
+            restored = self._restorer.restore(
+                state, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
+            )
         if restored is None:
             return 0
-        for key, value in state.items():
-            if isinstance(value, Stateful):
-                value.load_state_dict(flat[key])
-            else:
-                state[key] = flat[key]
+        self._group.everywhere(lambda: state.update(restored.values))
         self._report(
             "restored",
             step=restored.step,
@@ -304,7 +330,13 @@ class Checkpointer:
     def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, Any], dict[str, Any]]:
         """What this rank holds, its values encoded, and what is wrong with it."""
         try:
-            holdings = describe(state_dicts(state), is_coordinator=self._group.is_coordinator)
+            if not isinstance(state, Mapping):
+                raise UsageError(
+                    f"the state is a {type(state).__qualname__}; it must be a dict, such as {{'model': model}}"
+                )
+            holdings = describe(
+                state, self._group.rank, compares_parameters=self._plan is None and self._compares_ranks
+            )
             planned = self._plan is not None and self._plan.digest == holdings.digest
             wanted = self._plan.picks if planned and self._plan else range(len(holdings.pieces))
             return holdings, holdings.encode_values(wanted), to_message(None)
@@ -318,47 +350,72 @@ class Checkpointer:
     ) -> tuple[str | None, _Plan | None, bool]:
         """One attempt for all ranks, this rank's plan, and whether all are healthy; no attempt if it is committed."""
         planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
-        reports = self._group.gather(
-            json.dumps({"planned": planned, "problem": problem, "healthy": bool(healthy)}).encode()
-        )
-        answer = self._group.on_coordinator(lambda: self._decide(step, reports or []))
-        if answer["attempt"] is not None and not answer["planned"]:
+        sums = holdings.sums if holdings is not None and self._compares_ranks else {}
+        report = {"planned": planned, "problem": problem, "healthy": bool(healthy), "sums": combined(sums)}
+        reports = [json.loads(data) for data in self._group.gather(json.dumps(report).encode()) or []]
+        answer = self._group.on_coordinator(lambda: self._decide(step, reports))
+        attempt: str | None = answer["attempt"]
+        if answer["differ"]:
+            attempt = self._compare(sums)
+        if attempt is not None and not answer["planned"]:
             assert holdings is not None  # else there had been a problem
             self._plan = self._replan(holdings)
-        return answer["attempt"], self._plan, answer["healthy"]
+        return attempt, self._plan, answer["healthy"]
 
-    def _decide(self, step: int, reports: list[bytes]) -> dict[str, Any]:
+    def _decide(self, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
         layout.step_folder(step)
         fenced = self._saver.fenced or (self._heart.fenced if self._heart else None)
         if fenced is not None:
             raise Fenced(fenced)
-        parsed = [json.loads(report) for report in reports]
-        for rank, report in enumerate(parsed):
+        for rank, report in enumerate(reports):
             problem = report["problem"]
             if problem["error"] is not None:
-                where = f"rank {rank}: " if len(parsed) > 1 else ""
+                where = f"rank {rank}: " if len(reports) > 1 else ""
                 kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
                 raise kind(where + problem["text"])
-        healthy = all(report["healthy"] for report in parsed)
+        healthy = all(report["healthy"] for report in reports)
         if self._saver.has_committed(step, healthy):
             log.info("step %d is committed already; not saved again", step)
-            return {"attempt": None, "planned": True, "healthy": healthy}
-        planned = all(report["planned"] for report in parsed)
-        return {"attempt": self._saver.new_attempt(), "planned": planned, "healthy": healthy}
+            return {"attempt": None, "differ": False, "planned": True, "healthy": healthy}
+        differ = len({report["sums"] for report in reports}) > 1
+        planned = all(report["planned"] for report in reports)
+        attempt = None if differ else self._saver.new_attempt()
+        return {"attempt": attempt, "differ": differ, "planned": planned, "healthy": healthy}
+
+    def _compare(self, sums: Mapping[str, str]) -> str:
+        """An attempt, if ranks have different names and not different things under one. A collective.
+
+        Raises UsageError, on all ranks.
+        """
+        gathered = self._group.gather(json.dumps(dict(sums)).encode())
+
+        def compare() -> str:
+            found = differing([json.loads(data) for data in gathered or []])
+            if found:
+                name, rank, other = found[0]
+                more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
+                raise UsageError(
+                    f"state {name!r} differs between rank {rank} and rank {other}{more}: wrap in PerRank(...) what each"
+                    " rank has of its own, and make the rest the same on all ranks"
+                )
+            return self._saver.new_attempt()
+
+        attempt: str = self._group.on_coordinator(compare)
+        return attempt
 
     def _replan(self, holdings: Holdings) -> _Plan:
-        gathered = self._group.gather(dump_pieces(holdings.pieces))
+        gathered = self._group.gather(dump_share(holdings.share))
         contents: Contents | None = None
 
         def plan() -> str:
             nonlocal contents
-            pieces_of_rank = [load_pieces(data) for data in gathered or []]
+            shares = [load_share(data) for data in gathered or []]
             try:
-                picks = assign(pieces_of_rank)
+                picks = assign([share.pieces for share in shares])
+                contents = contents_of(shares)
             except ValueError as error:
                 raise UsageError(str(error)) from None
-            contents = contents_of(pieces_of_rank)
             return dump_picks(picks).decode()
 
         picks = load_picks(self._group.on_coordinator(plan).encode())

@@ -1,13 +1,11 @@
-"""Whether a checkpoint fits a training state, and what to read for it, by DCP's planner."""
+"""What to read of a checkpoint for a training state, by DCP's planner."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
@@ -25,11 +23,11 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     """
 
     def __init__(self, index: Index) -> None:
-        super().__init__()
+        super().__init__(flatten_state_dict=False)
         self._index = index
 
     def create_local_plan(self) -> LoadPlan:
-        """What to read for each key of the state; the checkpoint must have been found to fit it (`differences`)."""
+        """What to read for each name of the state; the checkpoint must have been found to fit it."""
         items: list[ReadItem] = []
         for key, value in self.state_dict.items():
             if not self._index.entries[key].is_tensor:
@@ -42,7 +40,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Put the value into the state."""
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
+        self.original_state_dict[read_item.dest_index.fqn] = value
 
 
 def read_items_of_box(
@@ -76,31 +74,6 @@ def read_items_of_box(
         )
         for hit, stored, to, source, length in rows
     ]
-
-
-def differences(state: dict[str, Any], entries: Mapping[str, Entry]) -> list[str]:
-    """In what the checkpoint does not fit the flattened state, in the state's order; empty if it fits.
-
-    Keys that only the checkpoint has do not count: a state may be a part of what was saved.
-    """
-    found = []
-    for key, value in state.items():
-        saved = entries.get(key)
-        if saved is None:
-            found.append(f"{key!r} is not in the checkpoint")
-        elif not saved.is_tensor:
-            if isinstance(value, torch.Tensor):
-                found.append(f"{key!r} is a tensor, the checkpoint has a value")
-        elif not isinstance(value, torch.Tensor):
-            found.append(f"{key!r} is a {type(value).__name__}, the checkpoint has a tensor")
-        elif tuple(value.shape) != saved.shape:
-            found.append(f"{key!r} has shape {list(value.shape)}, the checkpoint {list(saved.shape)}")
-    return found
-
-
-def num_surplus(state: Collection[str], entries: Mapping[str, Entry]) -> int:
-    """How many keys only the checkpoint has."""
-    return len(entries.keys() - set(state))
 
 
 def needed_bytes(items: Collection[ReadItem], entries: Mapping[str, Entry]) -> int:

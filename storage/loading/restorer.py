@@ -17,25 +17,29 @@ from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
 from storage.loading.casts import Casts
 from storage.loading.fetch import Traffic
-from storage.loading.loadplan import SafeLoadPlanner, differences, needed_bytes, num_surplus
+from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog, quarantine
 from storage.run.owner import Claim
+from storage.state.fingerprint import fingerprint
+from storage.state.fit import Fit, Ignored, finish, fit
+from storage.state.misfit import NUM_SHOWN, misfit
 from storage.stores.objects import ObjectInfo, ObjectStore
 
 log = logging.getLogger(__name__)
 
-_NUM_DIFFERENCES_SHOWN = 5
 _NUM_TRIES = 100
 """Of checkpoints that turn out to be no good: another job may save, and remove, faster than this one can read."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was read: the checkpoint's step, bytes that the state needed, and what this rank fetched for them."""
+    """What was read: the checkpoint's step, the state's values by key, bytes that the state needed, and what this rank
+    fetched for them."""
 
     step: int
+    values: dict[Any, Any]
     needed_bytes: int
     traffic: Traffic
 
@@ -54,19 +58,31 @@ class Restorer:
         self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
         self._told: set[ObjectInfo] = set()  # damaged, and left where they are
 
-    def restore(self, flat: dict[str, Any], unhealthy: bool = False, allow_casts: bool = False) -> Restored | None:
-        """Fill `flat` (a state whose Stateful objects are replaced by their state) from the newest good checkpoint.
+    def restore(
+        self,
+        state: Mapping[Any, Any],
+        *,
+        strict: bool,
+        ignored: Ignored,
+        unhealthy: bool = False,
+        allow_casts: bool = False,
+    ) -> Restored | None:
+        """Fill the objects and tensors of `state` from the newest good checkpoint; its values are returned.
 
-        Returns None, with `flat` untouched, if there is none.
+        Returns None, with `state` untouched, if there is none.
 
         Raises:
-            WrongModel, UnloadableValue, Corrupt, Disputed, Fenced, Transient, Denied: as `Checkpointer.restore` says.
+            WrongModel, UnloadableValue, UsageError, Corrupt, Disputed, Fenced, Transient, Denied: as
+            `Checkpointer.restore` says.
         """
         damaged: dict[int, str] = {}
         while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
-            result = self._read(flat, index, allow_casts)
+            found = self._group.everywhere(lambda index=index: fit(state, index, self._group.rank, ignored))  # type: ignore[misc]
+            self._settle(found, index, strict=strict)
+            result = self._read(found.wants, index, allow_casts)
             if not isinstance(result, Corrupt):
-                return Restored(index.step, result[1], result[0])
+                values = self._group.everywhere(lambda found=found: finish(found, state, found.wants))  # type: ignore[misc]
+                return Restored(index.step, values, result[1], result[0])
             self._judge(index.step, result)
             damaged[index.step] = str(result)
             if len(damaged) >= _NUM_TRIES:
@@ -113,14 +129,14 @@ class Restorer:
             )
         return None
 
-    def _read(self, flat: dict[str, Any], index: Index, allow_casts: bool) -> tuple[Traffic, int] | Corrupt:
-        """Check that the state fits, then fill it. All ranks succeed or raise alike, or return this rank's Corrupt.
+    def _read(self, wants: dict[str, Any], index: Index, allow_casts: bool) -> tuple[Traffic, int] | Corrupt:
+        """Read into the tensors of `wants`, and put values there. All ranks succeed or raise alike, or return this
+        rank's Corrupt.
 
         A rank that found no damage itself returns a Corrupt without a message when another one did.
         """
         planner = SafeLoadPlanner(index)
-        planner.set_up_planner(flat, metadata_of(index), self._group.is_coordinator)
-        self._group.everywhere(lambda: self._check_fits(planner.state_dict, index))
+        planner.set_up_planner(wants, metadata_of(index), self._group.is_coordinator)
         items = self._group.everywhere(lambda: planner.create_local_plan().items)
         found: list[Corrupt] = []
         casts = Casts(allow_casts)
@@ -144,14 +160,44 @@ class Restorer:
             self._report("checkpoint_cast", step=index.step, **told)
         return result
 
-    def _check_fits(self, state: dict[str, Any], index: Index) -> None:
-        found, step = differences(state, index.entries), index.step
-        if found:
-            shown = "; ".join(found[:_NUM_DIFFERENCES_SHOWN])
-            more = f"; and {len(found) - _NUM_DIFFERENCES_SHOWN} more" if len(found) > _NUM_DIFFERENCES_SHOWN else ""
-            raise WrongModel(f"the checkpoint of step {step} in {self._store.url} is of another model: {shown}{more}")
-        if surplus := num_surplus(state, index.entries):
-            log.warning("the checkpoint of step %d has %d entries that the state does not ask for", step, surplus)
+    def _settle(self, found: Fit, index: Index, *, strict: bool) -> None:
+        """Raise WrongModel on all ranks if the checkpoint does not fit the state of any. A collective.
+
+        Ranks may ask for different things; surplus is what none of them asks for.
+        """
+        told = {"odd": found.odd, "vain": found.vain, "surplus": fingerprint(found.surplus)}
+        reports = [json.loads(data) for data in self._group.all_gather(json.dumps(told).encode())]
+        surplus = found.surplus
+        if len({report["surplus"] for report in reports}) > 1:
+            gathered = self._group.gather(json.dumps(surplus).encode())
+
+            def common() -> list[str]:
+                lists = [json.loads(data) for data in gathered or []]
+                others = [set(names) for names in lists[1:]]
+                return [name for name in lists[0] if all(name in names for names in others)]
+
+            surplus = self._group.on_coordinator(common)
+        odd = list(dict.fromkeys(text for report in reports for text in report["odd"]))
+        vain = list(dict.fromkeys(name for report in reports for name in report["vain"]))
+        where = f"the checkpoint of step {index.step} in {self._store.url}"
+        if odd or (strict and (vain or surplus)):
+            raise WrongModel(misfit(where, odd, vain, surplus))
+        if vain or surplus:
+            shown = {"missing": vain[:NUM_SHOWN], "left_out": surplus[:NUM_SHOWN]}
+            counts = {"num_missing": len(vain), "num_left_out": len(surplus)}
+            log.warning("%s", misfit(f"not strict: {where}", [], vain, surplus))
+            self._report("restored_in_part", step=index.step, **counts, **shown)
+        world_size = self._group.world_size
+        resized = {name: num for name, num in found.resized.items() if num != world_size}
+        if resized and self._group.is_coordinator:
+            names, nums = list(resized), sorted(set(resized.values()))
+            log.warning(
+                "%s was saved by %s ranks for each of them, and there are %d now: the others keep what they have",
+                ", ".join(names[:NUM_SHOWN]),
+                " and ".join(map(str, nums)),
+                world_size,
+            )
+            self._report("per_rank_resized", step=index.step, names=names, saved=max(nums), now=world_size)
 
     def _judge(self, step: int, found: Corrupt) -> None:
         """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do.

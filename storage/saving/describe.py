@@ -11,34 +11,41 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
-from torch.distributed.checkpoint.stateful import Stateful
 
 from storage.errors import UnsupportedValue
+from storage.format.containers import Container, Path
 from storage.format.items import EncodedItem
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.values import encode_value
 from storage.saving.commit import Contents
-from storage.saving.saveplan import Piece, dump_pieces
+from storage.saving.saveplan import Piece, Share, dump_share
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
+from storage.state.fingerprint import fingerprint
+from storage.state.objects import Objects, open_state
+from storage.state.tree import Flat, join_containers
 
-
-def state_dicts(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with `state_dict()` in the place of every Stateful object, in sorted order of keys.
-
-    The order matters: a `state_dict()` may hold collectives, so all ranks must call them alike.
-    """
-    return {key: state[key].state_dict() if isinstance(state[key], Stateful) else state[key] for key in sorted(state)}
+_PARAMETER_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What this rank could write of the state: one piece for each write item of the planner."""
+    """What this rank could write of the state: one piece for each write item of the planner.
+
+    `sums`: by name, fingerprints of what every rank must hold alike.
+    """
 
     planner: DefaultSavePlanner
     items: tuple[WriteItem, ...]
     pieces: tuple[Piece, ...]
+    containers: tuple[Container, ...]
+    sums: Mapping[str, str]
     digest: str
+
+    @property
+    def share(self) -> Share:
+        """What the coordinator has to know of it."""
+        return Share(self.pieces, self.containers)
 
     def encode_values(self, positions: Collection[int]) -> dict[int, EncodedItem]:
         """The values among `positions`, encoded. Raises UnsupportedValue."""
@@ -68,24 +75,51 @@ class Holdings:
         return tensor
 
 
-def describe(state: dict[str, Any], *, is_coordinator: bool) -> Holdings:
-    """Flatten `state` the way DCP does and list what this rank holds of it.
+def describe(state: Mapping[Any, Any], rank: int, *, compares_parameters: bool = False) -> Holdings:
+    """Take `state` apart as DCP does, and list what this rank holds of it.
+
+    With `compares_parameters` the modules' parameters are among the `sums`.
 
     Raises:
-        UnsupportedValue: a tensor that is sparse or has no data.
-        ValueError: two keys of the state flatten to the same name.
+        UnsupportedValue: a tensor that is sparse or has no data; see also `storage.state.tree.flatten`.
     """
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(state, is_coordinator=is_coordinator)
+    flat, objects = open_state(state, rank)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
     items = tuple(planner.create_local_plan().items)
-    pieces = tuple(_piece(item, planner) for item in items)
-    digest = hashlib.blake2b(dump_pieces(pieces), digest_size=16).hexdigest()
-    return Holdings(planner, items, pieces, digest)
+    pieces = tuple(_piece(item, planner, flat.paths) for item in items)
+    share = Share(pieces, tuple(flat.containers))
+    digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
+    sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)}
+    if compares_parameters:
+        sums |= {name: fingerprint(p, _PARAMETER_SAMPLE_BYTES) for name, p in objects.unsynchronised()}
+    return Holdings(planner, items, pieces, share.containers, sums, digest)
 
 
-def _piece(item: WriteItem, planner: DefaultSavePlanner) -> Piece:
+def _shared(flat: Flat, objects: Objects) -> list[str]:
+    """The names of what is to be the same on every rank that has it.
+
+    That is neither in a PerRank nor sharded. What a module holds is its own matter (DDP lets buffers differ, and has
+    those of rank 0 win), and so are an optimizer's tensors, which follow from the parameters.
+    """
+    apart = {container.path for container in flat.containers if container.kind == "per_rank"}
+    modules = {path for path, value in objects.given.items() if isinstance(value, torch.nn.Module)}
+    optimizers = {path for path, value in objects.given.items() if isinstance(value, torch.optim.Optimizer)}
+    found = []
+    for name, path in flat.paths.items():
+        above = {path[:length] for length in range(len(path) + 1)}
+        leaf = flat.leaves[name]
+        is_tensor = isinstance(leaf, torch.Tensor)
+        if above & apart or above & modules or (is_tensor and (above & optimizers or type(leaf) is not torch.Tensor)):
+            continue
+        if is_tensor or not hasattr(leaf, "local_shards"):  # of a ShardedTensor, which is no Tensor
+            found.append(name)
+    return found
+
+
+def _piece(item: WriteItem, planner: DefaultSavePlanner, paths: Mapping[str, Path]) -> Piece:
     key = item.index.fqn
-    path = planner.mappings[key]
+    path = paths[key]
     if item.type is WriteItemType.BYTE_IO:
         return Piece(key, path, None, None, None, "", 0)
     data = item.tensor_data
@@ -107,14 +141,14 @@ def _piece(item: WriteItem, planner: DefaultSavePlanner) -> Piece:
     )
 
 
-def contents_of(pieces_of_rank: Collection[Collection[Piece]]) -> Contents:
-    """The state as a whole, from what all ranks hold."""
+def contents_of(shares: Collection[Share]) -> Contents:
+    """The state as a whole, from what all ranks hold. Raises ValueError where they contradict each other."""
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
-    for pieces in pieces_of_rank:
-        for piece in pieces:
+    for share in shares:
+        for piece in share.pieces:
             if piece.shape is None:
                 values.setdefault(piece.key, ValueEntry(path=piece.path))
             else:
                 tensors.setdefault(piece.key, TensorEntry(dtype=piece.dtype, shape=piece.shape, path=piece.path))
-    return Contents(tensors, values)
+    return Contents(tensors, values, join_containers([share.containers for share in shares]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from storage.format.containers import Path
+from storage.format.containers import Container, Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,26 @@ class Piece:
         return self.key, self.offsets
 
 
-_pieces = TypeAdapter(tuple[Piece, ...])
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank holds of the state."""
+
+    pieces: tuple[Piece, ...]
+    containers: tuple[Container, ...] = ()
+
+
+_share = TypeAdapter(Share)
 _picks = TypeAdapter(tuple[tuple[int, ...], ...])
 
 
-def dump_pieces(pieces: Sequence[Piece]) -> bytes:
+def dump_share(share: Share) -> bytes:
     """JSON for the way to the coordinator."""
-    return _pieces.dump_json(tuple(pieces))
+    return _share.dump_json(share)
 
 
-def load_pieces(data: bytes) -> tuple[Piece, ...]:
-    """What `dump_pieces` dumped."""
-    return _pieces.validate_json(data)
+def load_share(data: bytes) -> Share:
+    """What `dump_share` dumped."""
+    return _share.validate_json(data)
 
 
 def dump_picks(picks: Sequence[Sequence[int]]) -> bytes:

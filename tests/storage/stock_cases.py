@@ -78,7 +78,7 @@ def load(url: str, layout: str, on_event: Listener | None = None) -> list[str]:
 
     state = placed({**whole_state(-1), "rows": whole_state(-1)["rows"].double()})
     with Checkpointer(url, on_event=on_event) as ckpt:
-        assert ckpt.restore(state) == 7
+        assert ckpt.restore(state, strict=False) == 7  # a part of what was saved
     wanted = placed(whole_state(1))
     assert all(isinstance(value, DTensor) for value in state.values())
     return [name for name, t in wanted.items() if not torch.equal(state[name].to_local().to(t.dtype), t.to_local())]

@@ -364,10 +364,10 @@ def test_another_model_is_told_by_its_differences(tmp_path: Path) -> None:
         state: dict[str, Any] = {"w": torch.ones(3, 2), "x": torch.ones(1), "v": torch.ones(1), "t": 5}
         with pytest.raises(WrongModel) as caught:
             ckpt.restore(state)
-        for part in ("'w' has shape [3, 2], the checkpoint [2, 3]", "'x' is not in", "'v' is a tensor", "'t' is a int"):
+        for part in ("'w' has shape [3, 2], the checkpoint [2, 3]", "it has no 'x'", "'v' is a tensor", "'t' is a int"):
             assert part in str(caught.value)
         assert caught.value.exit_code == 2
-        assert ckpt.restore({"w": torch.ones(2, 3)}) == 1  # a part of the state is fine
+        assert ckpt.restore({"w": torch.ones(2, 3)}, strict=False) == 1
 
 
 class Broken:

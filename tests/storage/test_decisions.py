@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from storage.errors import Fenced
 from storage.run.owner import Owner, next_owner
 from storage.run.retention import Removal, StepState, choose_kept, decide, newer_steps
-from storage.saving.saveplan import Piece, assign, dump_pieces, load_pieces
+from storage.saving.saveplan import Piece, Share, assign, dump_share, load_share
 from storage.saving.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
 
 
@@ -58,7 +58,7 @@ def test_a_state_that_does_not_fit_together_is_refused(held: list[list[Piece]]) 
 
 def test_pieces_survive_the_wire() -> None:
     pieces = (shard("w", 0, 2, 4), value("v"))
-    assert load_pieces(dump_pieces(pieces)) == pieces
+    assert load_share(dump_share(Share(pieces))) == Share(pieces)
 
 
 @given(st.lists(st.one_of(st.integers(1, 3 * SMALL_ITEM_BYTES), st.integers(1, 2 * OBJECT_SIZE_BYTES)), max_size=40))

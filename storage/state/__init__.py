@@ -1,0 +1,1 @@
+"""From a training script's own objects to tensors and values with names, and back."""

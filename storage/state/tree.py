@@ -1,0 +1,277 @@
+"""A nested state as leaves with names, and names as a nested state again.
+
+Names and what counts as a leaf are DCP's (`flatten_state_dict`), so that stock DCP reads what is saved: dicts are
+entered, lists are if a tensor or a dict is in them, anything else is a leaf. What DCP forgets, the types and the order
+of keys, kinds of dicts, and empty ones, goes into `Container`s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from storage.errors import Corrupt, UnsupportedValue
+from storage.format.containers import Container, Kind, Path, check_key, decode_key, encode_key
+from storage.state.per_rank import PerRank
+
+_KINDS: dict[type, Kind] = {
+    dict: "dict",
+    OrderedDict: "OrderedDict",
+    Counter: "Counter",
+    defaultdict: "defaultdict",
+    list: "list",
+}
+_TYPES: dict[str, type] = {name: kind for kind, name in _KINDS.items()}
+_FACTORIES = {kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)}
+_DEPTH_MAX = 64
+_NUM_MISSING_MAX = 1024
+
+
+class Unordered(dict[str, Any]):
+    """A dict of names whose order nobody asks for, so that it need not be stored."""
+
+
+@dataclass
+class Flat:
+    """A state taken apart. `leaves` and `paths` have the same names, in the order of the state."""
+
+    leaves: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+    containers: list[Container] = field(default_factory=list)
+
+
+def name_of(path: Path) -> str:
+    """The name of what is at `path`, as in DCP."""
+    return ".".join(map(str, path))
+
+
+def is_object(value: Any) -> bool:
+    """Whether it has a state of its own that it gives and takes."""
+    return isinstance(value, (Stateful, PerRank, torch.optim.Optimizer)) and not isinstance(value, type)
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether it is neither taken apart by DCP nor an object in a place where DCP would not look for one."""
+    if isinstance(value, Mapping) or is_object(value):
+        return False
+    if isinstance(value, list):
+        return all(not isinstance(entry, torch.Tensor) and is_leaf(entry) for entry in value)
+    return True
+
+
+def names_of_keys(keys: Collection[Hashable]) -> list[str]:
+    """What stands for each key of one dict in paths: `str(key)`, unless another key of the dict has the same."""
+    taken = {key for key in keys if isinstance(key, str)}
+    names = []
+    for key in keys:
+        name = str(key)
+        if not isinstance(key, str):
+            while name in taken:
+                name += f"({type(key).__name__})"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def flatten(state: Any, expand: Callable[[Path, Any], Any], rank: int) -> Flat:
+    """Take `state` apart.
+
+    Args:
+        expand: called with the path and the value of everything that is met; what it returns is taken instead. Of an
+            object it returns a plain state.
+        rank: this process's; a `PerRank` has its value under it.
+
+    Raises:
+        UnsupportedValue: a dict of a kind or with a key that could not be built again; one that holds itself.
+    """
+    flat = Flat()
+    _Flattener(flat, expand, rank).visit((), state)
+    return flat
+
+
+class _Flattener:
+    def __init__(self, flat: Flat, expand: Callable[[Path, Any], Any], rank: int) -> None:
+        self._flat = flat
+        self._expand = expand
+        self._rank = rank
+
+    def visit(self, path: Path, original: Any) -> bool:
+        """Take apart what is at `path`; whether there is a tensor in it."""
+        value = self._expand(path, original)
+        is_given = value is not original  # by an object, whose business the kind of dict is
+        if len(path) > _DEPTH_MAX:
+            raise UnsupportedValue(f"state {name_of(path[:3])!r} is nested {_DEPTH_MAX} deep, or holds itself")
+        if isinstance(value, PerRank):
+            number = str(self._rank)
+            keys = (encode_key(self._rank),)
+            self._flat.containers.append(Container(path=path, kind="per_rank", keys=keys, names=(number,)))
+            return self.visit((*path, number), value.value)
+        if isinstance(value, Mapping):
+            return self._visit_mapping(path, value, is_given or not path)
+        if is_leaf(value):
+            self._add(path, value)
+            return isinstance(value, torch.Tensor)
+        if type(value) is not list:
+            raise UnsupportedValue(
+                f"state {name_of(path)!r} is a {type(value).__qualname__} with tensors or dicts; keep a plain list"
+            )
+        # a list without its dicts would be shorter
+        found = [self.visit((*path, number), entry) for number, entry in enumerate(value)]
+        return any(found)
+
+    def _visit_mapping(self, path: Path, value: Mapping[Any, Any], is_given: bool) -> bool:
+        kind = _KINDS.get(type(value)) or ("dict" if is_given else None)
+        if kind is None:
+            raise UnsupportedValue(
+                f"state {name_of(path)!r} is a {type(value).__qualname__}, a dict that could not be built again; keep a"
+                " plain dict"
+            )
+        factory = getattr(value, "default_factory", None) if kind == "defaultdict" else None
+        if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
+            raise UnsupportedValue(
+                f"state {name_of(path)!r} is a defaultdict with a factory that cannot be stored; keep a plain dict,"
+                f" or one of {', '.join(_FACTORIES)} as factory"
+            )
+        try:
+            for key in value:
+                check_key(key)
+        except UnsupportedValue as error:
+            raise UnsupportedValue(
+                f"state {name_of(path)!r} is a dict with {error}; keys may be str, int, float, bool, None, bytes, and"
+                " tuples of these"
+            ) from None
+        names = names_of_keys(value)
+        place = len(self._flat.containers)
+        tensors = [self.visit((*path, name), child) for name, child in zip(names, value.values(), strict=True)]
+        # paths of tensors come before those of values
+        is_in_order = sorted(range(len(tensors)), key=lambda number: not tensors[number]) == list(range(len(tensors)))
+        is_in_order = is_in_order or isinstance(value, Unordered)
+        is_plain = kind == "dict" and is_in_order and all(type(key) is str for key in value)
+        if not value or not is_plain:
+            container = Container(
+                path=path,
+                kind=kind,
+                keys=tuple(map(encode_key, value)),
+                names=tuple(names),
+                factory=None if factory is None else factory.__name__,
+            )
+            self._flat.containers.insert(place, container)
+        return any(tensors)
+
+    def _add(self, path: Path, value: Any) -> None:
+        name = name_of(path)
+        if name in self._flat.leaves:
+            raise UnsupportedValue(f"two entries of the state have the name {name!r}; rename a key with a dot in it")
+        self._flat.leaves[name] = value
+        self._flat.paths[name] = path
+
+
+def join_containers(of_rank: Collection[Collection[Container]]) -> tuple[Container, ...]:
+    """Those of all ranks as one: the keys of a dict are all that any rank has.
+
+    Raises:
+        ValueError: ranks have different kinds of dicts at one place.
+    """
+    joined: dict[Path, Container] = {}
+    for container in (container for containers in of_rank for container in containers):
+        known = joined.setdefault(container.path, container)
+        if known is container or known == container:
+            continue
+        if (known.kind, known.factory) != (container.kind, container.factory):
+            raise ValueError(f"ranks hold different things under {name_of(container.path)!r}")
+        pairs = dict(zip(known.names, known.keys, strict=True)) | dict(
+            zip(container.names, container.keys, strict=True)
+        )
+        joined[container.path] = known.model_copy(update={"keys": tuple(pairs.values()), "names": tuple(pairs)})
+    return tuple(joined.values())
+
+
+@dataclass
+class Node:
+    """A dict or list of a saved state. `children` are by the name (dict) or number (list) that paths have.
+
+    A child is a Node, or the name of a leaf.
+    """
+
+    kind: Kind = "dict"
+    children: dict[str | int, Node | str] = field(default_factory=dict)
+    keys: dict[str | int, Hashable] = field(default_factory=dict)
+    factory: str | None = None
+
+    def items(self) -> Iterator[tuple[Any, Node | str]]:
+        """The children by key."""
+        for name, child in self.children.items():
+            yield self.keys.get(name, name), child
+
+    def leaves(self) -> Iterator[str]:
+        """The names of all leaves below."""
+        for child in self.children.values():
+            if isinstance(child, Node):
+                yield from child.leaves()
+            else:
+                yield child
+
+
+def tree_of(paths: Mapping[str, Path], containers: Collection[Container]) -> Node:
+    """The nested state that a checkpoint holds. Raises Corrupt where paths contradict each other."""
+    root = Node()
+    for name, path in paths.items():
+        if not path:
+            raise Corrupt(f"{name!r} has no path")
+        node = _enter(root, path[:-1])
+        _settle(node, path[-1])
+        if node.children.setdefault(path[-1], name) != name:
+            raise Corrupt(f"two entries are at the path of {name!r}")
+    for container in containers:
+        node = _enter(root, container.path)
+        node.kind, node.factory = container.kind, container.factory
+        if len(container.keys) != len(container.names):
+            raise Corrupt(f"{name_of(container.path)!r} has not as many names as keys")
+        if container.kind == "list" or not container.names:
+            continue
+        node.keys = dict(zip(container.names, map(decode_key, container.keys), strict=True))
+        order: dict[str | int, Node | str] = {}
+        for child in container.names:
+            # an empty dict in it is a container of its own, which may come later
+            order[child] = node.children.get(child) or Node()
+        node.children = order | {name: child for name, child in node.children.items() if name not in order}
+    return root
+
+
+def _enter(node: Node, path: Path) -> Node:
+    if len(path) > _DEPTH_MAX + 1:
+        raise Corrupt("a path is too long")
+    for part in path:
+        _settle(node, part)
+        child = node.children.setdefault(part, Node())
+        if not isinstance(child, Node):
+            raise Corrupt(f"{child!r} is an entry, and others are below it")
+        node = child
+    return node
+
+
+def _settle(node: Node, part: str | int) -> None:
+    """A node is a list if its children have numbers."""
+    if not node.children and not isinstance(part, str):
+        node.kind = "list"
+    if isinstance(part, str) == (node.kind == "list"):
+        raise Corrupt(f"{part!r} is both in a list and in a dict")
+
+
+def build(node: Node, children: list[tuple[Any, Any]]) -> Any:
+    """The dict or list of `node`'s kind with these children. Raises Corrupt for a list with large holes."""
+    if node.kind == "list":
+        places = dict(children)
+        length = max(places, default=-1) + 1
+        if length > len(places) + _NUM_MISSING_MAX or min(places, default=0) < 0:
+            raise Corrupt(f"a list of {length} has only {len(places)} entries")
+        # stock DCP stores no empty dicts
+        return [places.get(number, {}) for number in range(length)]
+    if node.kind == "defaultdict":
+        return defaultdict(_FACTORIES.get(node.factory or ""), children)
+    return _TYPES.get(node.kind, dict)(dict(children)) if node.kind == "Counter" else _TYPES[node.kind](children)
