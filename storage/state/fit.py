@@ -359,10 +359,13 @@ def _children(current: Any, node: Node) -> dict[Any, Any]:
 
 
 def _is_like(value: Any, child: Node | str, entries: Mapping[str, Entry]) -> bool:
-    """Whether what is in a list can stay where it is; lists grow and shrink, and another tensor may be there."""
-    if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
-        return isinstance(child, str) and tuple(value.shape) == entries[child].shape
-    return not (isinstance(child, str) and is_leaf(value))
+    """Whether what is in a list can take what was saved there; lists grow and shrink, and it may be something else."""
+    if isinstance(child, Node):
+        return not is_leaf(value)
+    if entries[child].is_tensor:
+        is_tensor = isinstance(value, torch.Tensor)
+        return is_tensor and (isinstance(value, DTensor) or tuple(value.shape) == entries[child].shape)
+    return not isinstance(value, torch.Tensor)
 
 
 def _is_void(value: Any, objects: Objects) -> bool:

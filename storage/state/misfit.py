@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 NUM_SHOWN = 5
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPED = re.compile(rf"(^|\\.)({'|'.join(_WRAPPERS)})(?=\\.|$)")
+_WRAPPED = re.compile(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)")
 
 
 def misfit(where: str, odd: Sequence[str], vain: Sequence[str], surplus: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ _KINDS: dict[type, Kind] = {
 _TYPES: dict[str, type] = {name: kind for kind, name in _KINDS.items()}
 _FACTORIES = {kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)}
 _DEPTH_MAX = 64
+_TENSOR, _VALUE, _NOTHING = range(3)
+"""The order in which a checkpoint lists a state: its tensors, its values, then what has neither."""
 _NUM_MISSING_MAX = 1024
 
 
@@ -100,8 +102,8 @@ class _Flattener:
         self._expand = expand
         self._rank = rank
 
-    def visit(self, path: Path, original: Any) -> bool:
-        """Take apart what is at `path`; whether there is a tensor in it."""
+    def visit(self, path: Path, original: Any) -> int:
+        """Take apart what is at `path`; what of it comes first in a checkpoint, see `_TENSOR`."""
         value = self._expand(path, original)
         is_given = value is not original  # by an object, whose business the kind of dict is
         if len(path) > _DEPTH_MAX:
@@ -115,16 +117,15 @@ class _Flattener:
             return self._visit_mapping(path, value, is_given or not path)
         if is_leaf(value):
             self._add(path, value)
-            return isinstance(value, torch.Tensor)
+            return _TENSOR if isinstance(value, torch.Tensor) else _VALUE
         if type(value) is not list:
             raise UnsupportedValue(
                 f"state {name_of(path)!r} is a {type(value).__qualname__} with tensors or dicts; keep a plain list"
             )
         # a list without its dicts would be shorter
-        found = [self.visit((*path, number), entry) for number, entry in enumerate(value)]
-        return any(found)
+        return min([self.visit((*path, number), entry) for number, entry in enumerate(value)])
 
-    def _visit_mapping(self, path: Path, value: Mapping[Any, Any], is_given: bool) -> bool:
+    def _visit_mapping(self, path: Path, value: Mapping[Any, Any], is_given: bool) -> int:
         kind = _KINDS.get(type(value)) or ("dict" if is_given else None)
         if kind is None:
             raise UnsupportedValue(
@@ -147,10 +148,8 @@ class _Flattener:
             ) from None
         names = names_of_keys(value)
         place = len(self._flat.containers)
-        tensors = [self.visit((*path, name), child) for name, child in zip(names, value.values(), strict=True)]
-        # paths of tensors come before those of values
-        is_in_order = sorted(range(len(tensors)), key=lambda number: not tensors[number]) == list(range(len(tensors)))
-        is_in_order = is_in_order or isinstance(value, Unordered)
+        firsts = [self.visit((*path, name), child) for name, child in zip(names, value.values(), strict=True)]
+        is_in_order = isinstance(value, Unordered) or firsts == sorted(firsts)
         is_plain = kind == "dict" and is_in_order and all(type(key) is str for key in value)
         if not value or not is_plain:
             container = Container(
@@ -161,7 +160,7 @@ class _Flattener:
                 factory=None if factory is None else factory.__name__,
             )
             self._flat.containers.insert(place, container)
-        return any(tensors)
+        return min(firsts, default=_NOTHING)
 
     def _add(self, path: Path, value: Any) -> None:
         name = name_of(path)
