@@ -48,6 +48,8 @@ def read_items_of_box(
 ) -> list[ReadItem]:
     """What to read for local shard `number`, which is the box [offsets, offsets + sizes) of the tensor `key`."""
     entry, num_dims = index.entries[key], len(offsets)
+    if entry.first == entry.last:  # without elements; the columns may not have as many dimensions
+        return []
     span = slice(entry.first, entry.last)
     low, shape = np.array(offsets, np.int64), np.array(sizes, np.int64)
     stored_low, stored_shape = index.columns.offsets[span, :num_dims], index.columns.sizes[span, :num_dims]
