@@ -27,11 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.errors import UserError
 from elastic_moe.steps import StepTeller, claim
 from launcher.events import append_event
 from launcher.health.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, StopReason
+from storage.errors import UsageError
+from storage.format.layout import as_step
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +115,23 @@ def heartbeat(step: int, *, busy_s: float | None = None, step_s: float | None = 
     `busy_s`: the seconds of this step in which this rank did not wait for others, where the script knows them (on a GPU
     from events around its own kernels); `should_stop` finds stragglers by it. Without it they are found by CPU time.
     `step_s`: how long this step took, if the script knows; of the first one nobody else can.
+
+    Raises:
+        UserError: `step` is no whole number from 0 to 2**63 - 1; without an agent, too.
     """
+    step = _checked(step)
     if channel := _channel():
         channel.beat(step)
         _tell_step(step, step_s)
     if busy_s is not None:
         _pace().tell_busy(busy_s)
+
+
+def _checked(step: object) -> int:
+    try:
+        return as_step(step)
+    except UsageError as error:
+        raise UserError(str(error)) from None
 
 
 @functools.cache
@@ -222,8 +236,9 @@ def _tell_straggling(figures: list[tuple[float, float]], rank: int) -> None:
 def yielded(step: int) -> None:
     """Say that this worker saved its state after `step` steps and exits with 0 in order to be run again.
 
-    Without it an exit with 0 means that the job is done.
+    Without it an exit with 0 means that the job is done. Raises UserError as `heartbeat`.
     """
+    step = _checked(step)
     if channel := _channel():
         channel.beat(step)
         channel.yielded()

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
 import weakref
@@ -22,7 +21,9 @@ from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
 from storage.loading.restorer import Restorer
+from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup, error_class, to_message
+from storage.ranks.steps import agreed_step
 from storage.run import alive, owner
 from storage.run.alive import Heart
 from storage.run.owner import Owner
@@ -34,7 +35,7 @@ from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import combined, differing
 from storage.state.fit import Ignored
-from storage.stores.registry import open_store
+from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str,
+        url: str | os.PathLike[str],
         *,
         keep: int = 3,
         generation: int | None = None,
@@ -129,7 +130,7 @@ class Checkpointer:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
         if read_only and take_over:
             raise UsageError("take_over is for jobs that save; with read_only nothing is taken from another job")
-        if read_only and layout.split_step_url(url)[1]:
+        if read_only and layout.split_step_url(as_url(url))[1]:
             raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
         self._group = AgreeingGroup(process_group)
         self._report = Reporter(on_event)
@@ -170,12 +171,14 @@ class Checkpointer:
         Raises:
             Fenced: a newer owner has the run, as an earlier save or a look every 5 s has found; this process can never
                 commit again.
-            UsageError: the state cannot be saved, the same on every rank; or the run was opened with `read_only`.
+            UsageError: the state cannot be saved, or `step` is no whole number from 0 to 2**63 - 1, or not the same
+                number on every rank; raised on every rank. Or the run was opened with `read_only`.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
         if self._read_only:
             raise UsageError(f"{self._store.url} was opened with read_only, so nothing can be saved to it")
         started_s = time.monotonic()
+        step = agreed_step(self._group, step)
         self._saver.wait_stored()
         holdings, values, problem = self._describe(state)
         attempt_id, plan, healthy = self._agree(step, holdings, problem, healthy)
@@ -448,9 +451,7 @@ def _close_at_exit() -> None:
             log.exception("a checkpointer that was left open cannot be closed")
 
 
-# Once concurrent.futures has heard of the exit, no pool takes work any more, and a save would fail on its way. Its own
-# hook is of this kind, of which there is no public one; hooks run last in, first out, and `atexit` comes after them.
-threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]
+before_pools_close(_close_at_exit)
 
 
 def _wanted_owner(env: Mapping[str, str], origin: Origin, run_id: str | None) -> Owner:

@@ -10,9 +10,11 @@ import dataclasses
 import logging
 import math
 import os
+import threading
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.errors import Forbidden, NoCheckpoint, OnlyUnhealthy
+from storage.errors import AlreadyExists, BadURL, Forbidden, NoCheckpoint, OnlyUnhealthy, UsageError
 from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
@@ -38,38 +40,100 @@ from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, 
 from storage.format.values import check_value
 from storage.loading.casts import Casts
 from storage.loading.reading import read_items
+from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
-from storage.run import catalog
+from storage.ranks.callers import find_caller
+from storage.run import catalog, replacing
 from storage.saving import commit
 from storage.saving.commit import Attempt, Contents, Origin
 from storage.saving.saveplan import Piece
 from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
+from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
-from storage.stores.registry import open_store
+from storage.stores.registry import as_url, open_store
+
+Url = str | os.PathLike[str]
 
 log = logging.getLogger(__name__)
 
 
-class ShardReader(StorageReader):
+class _Place:
+    """A URL opened as a folder of a checkpoint; what readers and writers have in common.
+
+    Pickled, it is its URL and its options: `AsyncCheckpointerType.PROCESS` sends its writer to another process.
+    """
+
+    _opened: ClassVar[tuple[str, ...]] = ("_store", "_prefix")
+
+    def _open(self, url: object) -> None:
+        self._url = as_url(url)
+        run, self._prefix = layout.split_step_url(self._url)
+        self._store: ObjectStore = open_store(run)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL."""
+        return self._url
+
+    def reset(self, checkpoint_id: Url | None = None) -> None:
+        """Take another URL from now on; None for the same one anew. Raises BadURL."""
+        self._open(self._url if checkpoint_id is None else checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Url) -> bool:
+        """Any URL will do."""
+        try:
+            return bool(as_url(checkpoint_id))
+        except BadURL:
+            return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self._store, MemoryStore):
+            raise UsageError(f"{self._url} is the memory of this process; another one can neither read nor write it")
+        return {name: value for name, value in self.__dict__.items() if name not in self._opened}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open(self._url)
+
+
+def _finish_saves() -> None:
+    """Wait for `dcp.async_save`'s threads, which are waited for anyway, before pools of other packages close.
+
+    A store's client may need one of those (asyncio's name lookup does). Without this hook, `storage.parallel.Pool`
+    alone lets a save end that is under way when the script does.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith("AsyncCheckpointExecutor"):
+            thread.join()
+
+
+before_pools_close(_finish_saves)
+
+
+class ShardReader(_Place, StorageReader):
     """Reads one checkpoint, ours or stock DCP's, for `dcp.load(state, storage_reader=ShardReader(url))`.
 
     Args:
         url: a step's folder (`…/step-000000120`), any folder with a stock checkpoint, or a run: then its newest
             committed step. Rank 0 reads the index and chooses that step for all ranks.
-        process_group, no_dist: as given to `dcp.load`, which does not tell its reader. With `no_dist` this process
-            reads alone, whatever other ranks there are.
+        process_group, no_dist: `dcp.load` need not be told twice: which ranks take part is found out. `no_dist` lets
+            each rank read for itself all the same; `process_group` is for callers that are not DCP's, whose ranks
+            read alone without it.
         allow_casts: also load tensors into such of another dtype that cannot hold all their values, as float32 into
             float16 or int64 into bool; else that raises WrongModel. Allowed anyway, and logged, are those that can, and
             float32 into bfloat16.
 
-    Raises (from `dcp.load`): NoCheckpoint, WrongModel, UnloadableValue, Corrupt, Denied, Transient; see
-    `storage.errors`.
+    Raises (from `dcp.load`, as the cause in its CheckpointException): NoCheckpoint, WrongModel, UnloadableValue,
+        Corrupt, Denied, Transient; see `storage.errors`.
     """
+
+    _opened: ClassVar = (*_Place._opened, "_index")
 
     def __init__(
         self,
-        url: str,
+        url: Url,
         *,
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
@@ -80,26 +144,28 @@ class ShardReader(StorageReader):
         self._no_dist = no_dist
         self._open(url)
 
-    def _open(self, url: str) -> None:
-        self._url = url
-        run, self._prefix = layout.split_step_url(url)
-        self._store: ObjectStore = open_store(run)
+    def _open(self, url: object) -> None:
+        super()._open(url)
         self._index: Index | None = None
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The URL."""
-        return self._url
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            raise UsageError("a ShardReader with a process_group belongs to this process; make one in the other")
+        return super().__getstate__()
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Read from another URL from now on; None for the same one anew."""
-        self._open(self._url if checkpoint_id is None else os.fspath(checkpoint_id))
+    def _ranks(self) -> AgreeingGroup | None:
+        """Those that read together; None where this one reads for itself."""
+        caller = find_caller()
+        if self._no_dist or (caller is None and self._process_group is None) or (caller is not None and caller.alone):
+            return None
+        return AgreeingGroup(self._process_group if caller is None else caller.group)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Open the checkpoint and return DCP's view of it; a collective unless `no_dist`."""
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """Open the checkpoint and return DCP's view of it; a collective of the ranks that `dcp.load` runs on."""
+        # `options`, since whoever calls it `kwargs` is asked once more after an error, for metadata of this rank alone
+        ranks = self._ranks()
         # each rank's own look could find another newest step, while a save goes on
-        shared = not self._no_dist
-        self._index = AgreeingGroup(self._process_group).share(self._find, Index.load) if shared else self._find()
+        self._index = self._find() if ranks is None else ranks.share(self._find, Index.load)
         assert self._index is not None  # it raises instead
         return metadata_of(self._index)
 
@@ -133,57 +199,75 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read and verify what `plan` asks for; a collective unless `no_dist`, for DCP calls it on all ranks alike."""
+        """Read and verify what `plan` asks for; a collective as `read_metadata`: DCP calls it on all ranks alike."""
         assert self._index is not None, "read_metadata comes first"
-        group = None if self._no_dist else AgreeingGroup(self._process_group)
         casts = Casts(self._allow_casts)
-        read_items(self._store, self._index, plan.items, planner, group, casts=casts)
+        read_items(self._store, self._index, plan.items, planner, self._ranks(), casts=casts)
         if told := casts.told():
             Reporter(None)("checkpoint_cast", url=self._url, **told)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any URL that can be opened will do."""
-        return bool(os.fspath(checkpoint_id))
+
+@dataclasses.dataclass(frozen=True)
+class _Ticket:
+    """What the coordinator tells a rank: the attempt of this save, and the rank's number in it.
+
+    It goes with the rank's plan, but where DCP keeps plans from save to save (`enable_plan_caching`) the planner puts
+    an earlier one, with an earlier ticket, in its place. So a rank goes by the last that has reached it.
+    """
+
+    attempt_id: str
+    rank: int
+
+    def __reduce__(self) -> tuple[Callable[..., _Ticket], tuple[str, int]]:
+        return _received, (self.attempt_id, self.rank)
 
 
-class ShardWriter(StorageWriter):
+_last = threading.local()
+"""`ticket`: of the save that this thread is in. DCP plans and writes in one thread."""
+
+
+def _received(attempt_id: str, rank: int) -> _Ticket:
+    ticket = _Ticket(attempt_id, rank)
+    _last.ticket = ticket
+    return ticket
+
+
+class ShardWriter(_Place, StorageWriter):
     """Writes one checkpoint for `dcp.save(state, storage_writer=ShardWriter(url))`, and for `dcp.async_save`.
 
     Args:
-        url: the folder to write to; a name such as `…/step-000000120` makes it a step of a run. It must not hold a
-            committed checkpoint.
+        url: the folder to write to; a name such as `…/step-000000120` makes it a step of a run.
+        overwrite: replace a checkpoint that is committed there, ours or stock DCP's. It stays whole until the new one
+            is committed by one put, and its data is removed after that: who is reading it then gets an error that
+            names what is missing.
 
-    Raises (from `dcp.save`): AlreadyExists, UnsupportedValue, Corrupt, Denied, Transient; see `storage.errors`.
+    Raises (from `dcp.save`, as the cause in its CheckpointException): AlreadyExists without `overwrite`, before
+        anything is written; UnsupportedValue, Corrupt, Denied, Transient; see `storage.errors`.
     """
 
-    def __init__(self, url: str) -> None:
-        self._open(url)
-        self._buffer = StagingBuffer()
-        self._rank = 0
+    _opened: ClassVar = (*_Place._opened, "_buffer")
 
-    def _open(self, url: str) -> None:
-        self._url = url
-        run, self._prefix = layout.split_step_url(url)
-        self._store: ObjectStore = open_store(run)
+    def __init__(self, url: Url, *, overwrite: bool = False) -> None:
+        self._overwrite = overwrite
+        self._open(url)
+
+    def _open(self, url: object) -> None:
+        super()._open(url)
+        self._buffer = StagingBuffer()
         self._attempt_id = ""
         self._world_size = 1
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The URL."""
-        return self._url
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Write to another URL from now on; None for the same one."""
-        self._open(self._url if checkpoint_id is None else os.fspath(checkpoint_id))
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn this process's rank."""
-        self._rank = int(kwargs.get("rank") or 0)
+        """Find out whether anything is in the way (coordinator). Raises AlreadyExists, UsageError."""
+        if not kwargs.get("use_collectives", True) and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UsageError("use_collectives=False would commit each rank's part as if it were all; leave it out")
+        if is_coordinator and not self._overwrite and catalog.is_checkpoint(self._store, self._prefix):
+            raise AlreadyExists(
+                f"Checkpoint already exists at {self._url}; save to another URL, or give ShardWriter overwrite=True"
+            )
 
     def storage_meta(self) -> StorageMeta:
         """What DCP may note about the checkpoint."""
@@ -196,7 +280,10 @@ class ShardWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Hand one fresh attempt to every rank (coordinator)."""
         self._attempt_id, self._world_size = str(uuid.uuid4()), len(plans)
-        return [dataclasses.replace(plan, storage_data=self._attempt_id) for plan in plans]
+        _received(self._attempt_id, 0)  # a process by itself sends nothing; among several it gets its own as well
+        return [
+            dataclasses.replace(plan, storage_data=_Ticket(self._attempt_id, rank)) for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Store this rank's items; DCP carries the receipt to the coordinator."""
@@ -216,14 +303,14 @@ class ShardWriter(StorageWriter):
         for item, tensor in tensors:
             plain = as_staged(tensor)
             payloads.append(Payload(_piece(item), next(copied) if plain is None else plain))
-        attempt = str(plan.storage_data)
-        objects, entries = write_payloads(self._store, self._prefix, attempt, self._rank, payloads)
+        ticket: _Ticket = _last.__dict__.pop("ticket", plan.storage_data)
+        objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
         index_of = {_piece(item).identity: item.index for item in plan.items}
         results = [
             WriteResult(
                 index=index_of[entry.key, entry.offsets],
                 size_in_bytes=entry.length,
-                storage_data=(dataclasses.asdict(entry), [o.model_dump() for o in objects], self._rank),
+                storage_data=(dataclasses.asdict(entry), [o.model_dump() for o in objects], ticket.rank),
             )
             for entry in entries
         ]
@@ -237,12 +324,11 @@ class ShardWriter(StorageWriter):
         attempt = Attempt(self._prefix, step, self._attempt_id, self._world_size)
         receipts = [_receipt(attempt.id, of_rank) for of_rank in results if of_rank]
         manifest, data = commit.build_manifest(attempt, Origin(), _contents(metadata), receipts, time.time())
-        commit.publish(self._store, attempt, manifest, data, claim=None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any URL that can be opened will do."""
-        return bool(os.fspath(checkpoint_id))
+        replaced = replacing.find(self._store, self._prefix) if self._overwrite else None
+        over = None if replaced is None else replaced.metadata
+        commit.publish(self._store, attempt, manifest, data, claim=None, replaces=over)
+        if replaced is not None:
+            replacing.remove(self._store, self._prefix, replaced)
 
 
 def _piece(item: WriteItem) -> Piece:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from storage.format.checksum import crc32c
 from storage.format.index import Index
 from storage.format.manifest import ItemEntry, Manifest
 from storage.format.zips import RunningSum, check_zip
-from storage.parallel import windowed
+from storage.parallel import Pool, windowed
 from storage.run import catalog
 from storage.stores.objects import ObjectStore, exists
-from storage.stores.registry import open_store
+from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +96,14 @@ class Location:
     prefix: str | None
 
 
-def locate(url: str) -> Location:
+def locate(url: str | os.PathLike[str]) -> Location:
     """Open `url`: a run, a step's folder, or a folder with a stock checkpoint.
 
     Raises:
         BadURL: it cannot be opened.
         NoCheckpoint: there is nothing of a checkpoint.
     """
+    url = as_url(url)
     run, prefix = layout.split_step_url(url)
     store = open_store(run)
     if prefix or _is_checkpoint(store):
@@ -234,7 +235,7 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
 
     problems = list(gaps(manifest))
     chosen = [index for index, entry in enumerate(manifest.objects) if only is None or prefix + entry.name in only]
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with Pool(_NUM_THREADS) as pool:
         for found in windowed(pool, check, chosen, 2 * _NUM_THREADS):
             problems += found
     size_bytes = sum(manifest.objects[index].size_bytes for index in chosen)
@@ -314,7 +315,7 @@ def _verify_stock(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with Pool(_NUM_THREADS) as pool:
         problems = tuple(p for p in windowed(pool, check, places, 2 * _NUM_THREADS) if p is not None)
     return Verdict(folder, step, len(names), sum(length for _, _, length in places), problems)
 

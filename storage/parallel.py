@@ -3,17 +3,121 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], R]]) -> list[R]:
+def before_pools_close(call: Callable[[], object]) -> None:
+    """Let `call` be made when the interpreter ends, while the pools of concurrent.futures still take work.
+
+    Their own hook is of this kind, of which there is no public one; hooks run last in, first out, and `atexit` comes
+    after them. Nothing if the interpreter is ending already, when nobody opens what would have to be closed before.
+    """
+    with contextlib.suppress(RuntimeError):
+        threading._register_atexit(call)  # type: ignore[attr-defined]
+
+
+class Pool(Executor):
+    """Threads as `ThreadPoolExecutor` has them, which take calls while the interpreter ends, too.
+
+    That one refuses every call from then on, though a thread of the script (`dcp.async_save` has one) may be in the
+    middle of a save. Where not even a thread can be started any more, calls are made by whoever hands them in.
+    """
+
+    def __init__(self, num_threads: int, thread_name_prefix: str = "storage-pool") -> None:
+        self._num_threads = num_threads
+        self._name = thread_name_prefix
+        self._todo = _Todo()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        # threads know what is to do, and not the pool: those of one that nobody has any more end
+        weakref.finalize(self, self._todo.end).atexit = False
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """See `Executor.submit`."""
+        future: Future[R] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the pool is shut down")
+            num_unfinished = self._todo.add(future, lambda: fn(*args, **kwargs))
+            if num_unfinished <= len(self._threads) or len(self._threads) == self._num_threads or self._start():
+                return future
+        self._todo.work(is_patient=False)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See `Executor.shutdown`."""
+        with self._lock:
+            self._is_closed = True
+        if cancel_futures:
+            self._todo.cancel()
+        self._todo.end()
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _start(self) -> bool:
+        """Start one more thread; whether there is any."""
+        name = f"{self._name}_{len(self._threads)}"
+        # daemons, since the interpreter waits for all others, and an idle one ends with its pool only
+        thread = threading.Thread(target=self._todo.work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return bool(self._threads)
+        self._threads.append(thread)
+        return True
+
+
+class _Todo:
+    """The calls of a pool, and how many of them have not ended."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._num_unfinished = 0
+        self._lock = threading.Lock()
+
+    def add(self, future: Future[R], call: Callable[[], R]) -> int:
+        """How many there are now."""
+        with self._lock:
+            self._num_unfinished += 1
+            self._calls.put((future, call))
+            return self._num_unfinished
+
+    def work(self, *, is_patient: bool = True) -> None:
+        """Make calls until the end; unless patient, until there are none."""
+        with contextlib.suppress(queue.Empty):
+            while (row := self._calls.get(block=is_patient)) is not None:
+                future, call = row
+                if future.set_running_or_notify_cancel():
+                    _settle(call, future)
+                del row, future, call  # what they hold is not kept until the next one comes
+                with self._lock:
+                    self._num_unfinished -= 1
+            self.end()  # the next thread's as well
+
+    def cancel(self) -> None:
+        """Cancel what nobody has begun."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (row := self._calls.get(block=False)) is not None:
+                    row[0].cancel()
+
+    def end(self) -> None:
+        """Let the threads end once all calls are made."""
+        self._calls.put(None)
+
+
+def run_all(pool: Executor, calls: Iterable[Callable[[], R]]) -> list[R]:
     """All results in order. The first failure cancels what has not started, waits for the rest, and is raised."""
     futures: list[Future[R]] = [pool.submit(call) for call in calls]
     done, pending = wait(futures, return_when=FIRST_EXCEPTION)
@@ -46,17 +150,18 @@ def run_abreast(calls: Sequence[Callable[[], R]]) -> list[R]:
 def _settle(call: Callable[[], R], outcome: Future[R]) -> None:
     try:
         outcome.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - raised to the caller of `run_abreast`
+    except BaseException as error:  # noqa: BLE001 - raised to whoever asks for the result
         outcome.set_exception(error)
+        del outcome  # the error's traceback holds this frame: no circle that keeps what it holds
 
 
-def windowed(pool: ThreadPoolExecutor, function: Callable[[T], R], arguments: Sequence[T], window: int) -> Iterator[R]:
+def windowed(pool: Executor, function: Callable[[T], R], arguments: Sequence[T], window: int) -> Iterator[R]:
     """Results in order, with at most `window` of them under way or waiting to be taken."""
     return windowed_by_size(pool, function, arguments, lambda argument: 1, window)
 
 
 def windowed_by_size(
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     function: Callable[[T], R],
     arguments: Iterable[T],
     size_of: Callable[[T], int],

@@ -6,13 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from elastic_moe.urls import PathOrUrl
+
 
 class DataConfig(BaseModel):
     """A corpus. All its files are read in the order of their names, which must not change while a job runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    url: str = "stdlib"
+    url: PathOrUrl = "stdlib"
     """A path or any fsspec URL, with `*` for several files. `stdlib` is the source text of the running Python's own
     standard library: real text on every machine, without a download."""
     format: Literal["auto", "text", "jsonl", "tokens"] = "auto"

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from elastic_moe.urls import PathOrUrl
+
 
 class OptimConfig(BaseModel):
     """AdamW (arXiv:1711.05101), with a linear warm-up and a cosine decay that are pure functions of the step."""
@@ -58,7 +60,7 @@ class TrainConfig(BaseModel):
     max_skipped: int = Field(3, ge=1)
     """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
     code 70, to be looked into before it is started again."""
-    metrics: str | None = "metrics.jsonl"
+    metrics: PathOrUrl | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)
     """Steps between two lines of progress on the log."""
@@ -82,7 +84,7 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    url: str | None = None
+    url: PathOrUrl | None = None
     """Folder or store URL that the run's checkpoints are kept in; none keeps no checkpoint."""
     every: int = Field(50, ge=1)
     """Steps between two checkpoints; the last step is always kept."""

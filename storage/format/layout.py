@@ -15,7 +15,10 @@ RUN/.probe-<hex>                                what a process asked the store w
 from __future__ import annotations
 
 import hashlib
+import numbers
 import re
+
+from storage.errors import UsageError
 
 QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
@@ -24,7 +27,10 @@ METADATA = ".metadata"
 MANIFEST = "manifest.json"
 ABORTED = "aborted.json"
 
-_STEP = re.compile(r"step-(\d{9,})")
+STEP_LIMIT = 1 << 63
+"""Steps are below it, for they travel as 64 bits with a sign."""
+
+_STEP = re.compile(r"step-(\d{9,19})")
 _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
 _ATTEMPT_NAMED = re.compile(rb"attempt-([0-9a-f-]{8,64})/__")
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
@@ -33,17 +39,25 @@ _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
 _BEAT = re.compile(r"beat-[0-9a-f]{32}")
 
 
+def as_step(step: object) -> int:
+    """`step` as a plain int; numpy's integers count as whole numbers, and bools do not. Raises UsageError."""
+    if not isinstance(step, bool) and isinstance(step, numbers.Integral) and 0 <= int(step) < STEP_LIMIT:
+        return int(step)
+    shown = " ".join(repr(step).split())
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise UsageError(f"step is {shown} ({type(step).__name__}); it must be a whole number from 0 to 2**63 - 1")
+
+
 def step_folder(step: int) -> str:
-    """Folder name of a step's checkpoint. Raises ValueError for a negative step."""
-    if step < 0:
-        raise ValueError(f"step is {step}; it must be >= 0")
-    return f"step-{step:09d}"
+    """Folder name of a step's checkpoint. Raises UsageError."""
+    return f"step-{as_step(step):09d}"
 
 
 def parse_step(name: str) -> int | None:
     """The step of a folder name, None for other folders."""
     match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else STEP_LIMIT
+    return step if step < STEP_LIMIT else None
 
 
 def attempt_folder(attempt: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -136,7 +136,7 @@ class Exchange:
         self._mine = deque(np.flatnonzero(shared.plan.owner == group.rank).tolist())
         self._flying: deque[tuple[Held, Future[None]]] = deque()
 
-    def run(self, pool: ThreadPoolExecutor) -> Traffic:
+    def run(self, pool: Executor) -> Traffic:
         """Every piece that concerns this rank, delivered; a collective.
 
         Raises (on every rank, after the same round): what this rank failed with; PeerFailed where another did.

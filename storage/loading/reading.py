@@ -9,7 +9,7 @@ import logging
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -25,7 +25,7 @@ from storage.loading.pieces import Piece, clipped, item_segments, long_runs
 from storage.loading.readplan import Part, Range, Segment, Want, plan_parts
 from storage.loading.requests import Requests, long_items, reads_of, requests_of
 from storage.loading.shareplan import Blocks, holes_of, should_share
-from storage.parallel import run_all, windowed_by_size
+from storage.parallel import Pool, run_all, windowed_by_size
 from storage.ranks.agreement import PeerFailed
 from storage.ranks.group import Group
 from storage.stores.objects import HostCached, ObjectStore
@@ -65,7 +65,7 @@ def read_items(
     requests, failure = None, None
     source, traffic = Source(store, index), Traffic()
     holes: dict[int, list[Range]] = {}
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="storage-read") as pool:
+    with Pool(num_threads, thread_name_prefix="storage-read") as pool:
         try:
             layouts, traffic = _look_at_long(source, long_items(index, items), pool)
             requests = requests_of(index, items, planner, layouts, casts)
@@ -100,7 +100,7 @@ def _read_again(
     damaged: Mapping[int, Corrupt],
     items: Sequence[ReadItem],
     planner: LoadPlanner,
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     casts: Casts,
 ) -> Traffic:
     """Read long items of stock DCP once more, by this rank for itself; the way to here may have flipped a bit.
@@ -132,7 +132,7 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
 
 
-def _look_at_long(source: Source, items: Sequence[int], pool: ThreadPoolExecutor) -> tuple[dict[int, Layout], Traffic]:
+def _look_at_long(source: Source, items: Sequence[int], pool: Executor) -> tuple[dict[int, Layout], Traffic]:
     """How stock DCP's long items are laid out; without those that must be read into memory whole."""
     columns = source.index.columns
 
@@ -149,7 +149,7 @@ def _look_at_long(source: Source, items: Sequence[int], pool: ThreadPoolExecutor
     return layouts, Traffic(2 * len(items), 2 * END_SIZE_BYTES * len(items))
 
 
-def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: ThreadPoolExecutor) -> Traffic:
+def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: Executor) -> Traffic:
     """What this rank fetches for nobody but itself."""
 
     def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:

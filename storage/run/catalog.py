@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage.errors import Corrupt, Denied, Forbidden, NoCheckpoint, NotFound
@@ -13,6 +12,7 @@ from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.format.index import Index, of_manifest
 from storage.format.manifest import Manifest, ObjectEntry, load_manifest
+from storage.parallel import Pool
 from storage.stores.objects import ObjectInfo, ObjectStore, exists, read_if_there
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class _AskedByName(Mapping[str, ObjectInfo]):
 
     def ask(self, names: Collection[str]) -> None:
         """Ask for many at once: each is a request."""
-        with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE, thread_name_prefix="storage-look") as pool:
+        with Pool(_NUM_ASKED_AT_ONCE, thread_name_prefix="storage-look") as pool:
             self._known.update(zip(names, pool.map(self._ask, names), strict=True))
 
     def _ask(self, name: str) -> ObjectInfo | None:
@@ -174,7 +174,7 @@ def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
 
 
 def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
-    with ThreadPoolExecutor(2, thread_name_prefix="storage-open") as pool:
+    with Pool(2, thread_name_prefix="storage-open") as pool:
         manifest = pool.submit(read_if_there, store, prefix + layout.MANIFEST)
         # below the root lies perhaps a whole run; that is listed only if the root is a checkpoint itself
         listing = pool.submit(_listed, store, prefix) if prefix else None
@@ -280,11 +280,18 @@ def find_manifest(
                 log.warning("%s; read %s%s instead", problems[0], prefix, name)
             return manifest
         problems.append(f"{prefix}{layout.METADATA} is damaged: its checksum is not that in {name}")
+    if _is_of_stock(metadata):
+        return None
     if problems:
         raise Corrupt(problems[0])
     if any(layout.parse_attempt(name.split("/")[0]) for name in names):
         raise Corrupt(f"{prefix}{layout.MANIFEST} is missing")
     return None
+
+
+def _is_of_stock(metadata: bytes) -> bool:
+    """Whether it names data objects, and none of an attempt: then an attempt beside it has not committed. Pure."""
+    return b".distcp" in metadata and not layout.attempts_in(metadata)
 
 
 def commits(metadata: bytes, manifest: Manifest) -> bool:

@@ -66,8 +66,8 @@ class Attempt:
 
     @classmethod
     def of_step(cls, step: int, id: str, world_size: int) -> Attempt:
-        """An attempt in a run's folder for `step`."""
-        return cls(layout.step_folder(step) + "/", step, id, world_size)
+        """An attempt in a run's folder for `step`. Raises UsageError."""
+        return cls(layout.step_folder(step) + "/", layout.as_step(step), id, world_size)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,14 @@ def build_manifest(
     return draft.model_copy(update=sums), metadata
 
 
-def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: bytes, claim: Claim | None) -> None:
+def publish(
+    store: ObjectStore,
+    attempt: Attempt,
+    manifest: Manifest,
+    metadata: bytes,
+    claim: Claim | None,
+    replaces: bytes | None = None,
+) -> None:
     """Check what was stored, and make the checkpoint visible.
 
     Requests that do not need each other's answers go at once, since a commit is small and waits for nothing but them.
@@ -138,10 +145,12 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
 
     Args:
         claim: this process's claim on the run; None where nobody claims it.
+        replaces: a `.metadata` that stands there and is to be put over, in one put: until then it counts, and all that
+            it commits stays as it is.
 
     Raises:
         Fenced: another process owns the run now.
-        AlreadyExists: the step is committed already.
+        AlreadyExists: the step is committed already, or what stands there is not what was to be replaced.
         Corrupt: a data object, or what is read back, is not what was written.
         Unconfirmed: `.metadata` was put, but the store does not answer any more.
         Transient, Denied: by the store, before anything was visible.
@@ -154,7 +163,7 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
     _, aside, *_ = run_abreast(
         [
             check_claim,
-            lambda: quarantine.find_aside(store, prefix, claim),
+            lambda: quarantine.find_aside(store, prefix, claim) if replaces is None else None,
             lambda: _check_objects(store, attempt, manifest.objects),
             lambda: _put_once(store, manifest_key, manifest_bytes),
         ]
@@ -167,9 +176,13 @@ def publish(store: ObjectStore, attempt: Attempt, manifest: Manifest, metadata: 
             lambda: store.put(prefix + layout.MANIFEST, [manifest_bytes]),
         ]
     )
-    doubt = _try_to_put(store, prefix, metadata, claim, is_clear=aside is None)
+    if replaces is None:
+        doubt = _try_to_put(store, prefix, metadata, claim, is_clear=aside is None)
+    else:
+        doubt = _put_over(store, prefix, metadata, replaces)
     if doubt is not None:
-        _confirm(store, prefix, metadata, doubt)  # it may land late, and the objects count from when it stands
+        # it may land late, and the objects count from when it stands
+        _confirm(store, prefix, metadata, doubt, replaces)
     _, lost = run_abreast(
         [
             lambda: _confirm(store, prefix, metadata, None),
@@ -229,7 +242,20 @@ def _try_to_put(
     return None
 
 
-def _confirm(store: ObjectStore, prefix: str, metadata: bytes, doubt: StorageError | None) -> None:
+def _put_over(store: ObjectStore, prefix: str, metadata: bytes, replaces: bytes) -> StorageError | None:
+    """Put `.metadata` over that one; why it is in doubt whether it stands, if it is. Raises AlreadyExists."""
+    if read_if_there(store, prefix + layout.METADATA) != replaces:
+        raise quarantine.taken(store, prefix)
+    try:
+        store.put(prefix + layout.METADATA, [metadata])
+    except Transient as error:
+        return error
+    return None
+
+
+def _confirm(
+    store: ObjectStore, prefix: str, metadata: bytes, doubt: StorageError | None, replaces: bytes | None = None
+) -> None:
     """Read `.metadata` back. Raises AlreadyExists, Corrupt, Unconfirmed, or the doubt."""
     key = prefix + layout.METADATA
     found = _insist(lambda: _read_back(store, key, metadata), key)
@@ -237,7 +263,7 @@ def _confirm(store: ObjectStore, prefix: str, metadata: bytes, doubt: StorageErr
         return
     if doubt is None:
         raise Corrupt(f"{key} was overwritten by another process while it was committed")
-    if found is None:
+    if found is None or found == replaces:
         raise doubt
     raise quarantine.taken(store, prefix)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from storage.format import layout
 from storage.format.checksum import pack_crcs
 from storage.format.items import EncodedItem, item_of
 from storage.format.manifest import ItemEntry, ObjectEntry
-from storage.parallel import run_all
+from storage.parallel import Pool, run_all
 from storage.saving.encoding import Encoding, ObjectContent
 from storage.saving.saveplan import Piece
 from storage.stores.objects import ObjectStore, put_fetched
@@ -70,8 +70,8 @@ def write_payloads(
     """
     groups = pack([payload.size_bytes for payload in payloads])
     with (
-        ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage-write") as pool,
-        ThreadPoolExecutor(NUM_PART_THREADS, thread_name_prefix="storage-part") as parts,
+        Pool(NUM_THREADS, thread_name_prefix="storage-write") as pool,
+        Pool(NUM_PART_THREADS, thread_name_prefix="storage-part") as parts,
     ):
         calls = [
             functools.partial(
@@ -95,7 +95,7 @@ def _encoding(payload: Payload) -> Encoding:
 
 
 def _write_object(
-    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload], parts: ThreadPoolExecutor
+    store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload], parts: Executor
 ) -> tuple[ObjectEntry, list[ItemEntry]]:
     content = ObjectContent([_encoding(payload) for payload in payloads])
     # nothing else has this name, since the attempt's is random: there is no need to look whether it is taken

@@ -16,7 +16,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 import fsspec
@@ -94,7 +94,7 @@ class FsspecStore:
         else:
             self._place(path, lambda at: self._stream(at, views))
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`. The parts are fetched ahead, but written one after the other."""
         if size_bytes < _STREAMED_SIZE_BYTES:
             return self.put(key, list(self._ahead(size_bytes, fetch, pool)))
@@ -104,7 +104,7 @@ class FsspecStore:
             return self.info(key)
 
     @staticmethod
-    def _ahead(size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+    def _ahead(size_bytes: int, fetch: Fetch, pool: Executor) -> Iterator[memoryview]:
         parts = windowed(pool, lambda part: fetch(*part), parts_of_size(size_bytes), _NUM_PARTS_AHEAD)
         return itertools.chain.from_iterable(parts)
 
@@ -277,7 +277,7 @@ class PatientFsspecStore(RetryingStore):
         """See `ImpatientStore.impatient`; time-outs are the file system's own."""
         return RetryingStore(self._files, Retrier(Flight(1), RetryLog(self.retries.health), IMPATIENT_RULES))
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`. After a failure the object is begun anew."""
         # the content may come from a store that shares this flight: whoever waits for it must hold no place
         return self._retrier.call(

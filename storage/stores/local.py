@@ -20,7 +20,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
@@ -74,7 +74,7 @@ class LocalStore:
         """See `ObjectStore.put`."""
         return self._put(key, lambda fd: _write_all(fd, buffers), if_absent)
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`."""
         if size_bytes <= PART_SIZE_BYTES:
             return self.put(key, fetch(0, size_bytes))

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
 from storage.parallel import run_all
@@ -57,7 +57,7 @@ class MemoryStore:
             self._written[key] = time.time()
         return ObjectInfo(key, len(data), etag)
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`."""
         parts = run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)])
         return self.put(key, list(itertools.chain.from_iterable(parts)))

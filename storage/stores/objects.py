@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
@@ -157,14 +157,14 @@ class ConditionalStore(Protocol):
 class StreamingStore(Protocol):
     """A store that takes an object which is larger than memory."""
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """Like `put`, of content that is fetched in parts of some MiB, and those on the pool's threads.
 
         Every byte is fetched at least once before the object is there. What `fetch` raises ends the put, and comes out.
         """
 
 
-def put_fetched(store: ObjectStore, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+def put_fetched(store: ObjectStore, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
     """`StreamingStore.put_from`, or else a `put` of all at once."""
     if isinstance(store, StreamingStore):
         return store.put_from(key, size_bytes, fetch, pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from urllib.parse import parse_qsl, unquote, urlencode
@@ -14,6 +15,7 @@ from storage.stores.objects import ObjectStore
 Opener = Callable[[str], ObjectStore]
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
+_ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):/(?!/)(.*)$", re.DOTALL)
 _openers: dict[str, Opener] = {}
 
 
@@ -22,18 +24,48 @@ def register_scheme(scheme: str, opener: Opener) -> None:
     _openers[scheme.lower()] = opener
 
 
-def open_store(url: str) -> ObjectStore:
+def as_url(url: object) -> str:
+    """What a script gave for a URL, as text: a str, or a path object.
+
+    Raises:
+        BadURL: it is neither, it is empty, or a path object has made `s3:/bucket` of `s3://bucket`.
+    """
+    text: object = url
+    if isinstance(url, os.PathLike):
+        # one that stands for a remote object says so; to ask it for a path of the file system could fetch that object
+        text = str(url) if "://" in str(url) else os.fspath(url)
+    if not isinstance(text, str):
+        raise BadURL(
+            f"the checkpoint URL is {' '.join(repr(url).split())[:60]} ({type(url).__name__}); give a folder as str or"
+            " Path, or a URL such as s3://bucket/run"
+        )
+    if not text.strip():
+        raise BadURL("the checkpoint URL is empty; give a folder or a URL such as file:///data/run")
+    if "\0" in text:
+        raise BadURL(f"the checkpoint URL {text!r} holds a NUL character")
+    if (match := _ONE_SLASH.match(text)) and _is_scheme(match[1].lower()):
+        meant = f"{match[1]}:{'///' if match[1].lower() == 'file' else '//'}{match[2]}"
+        raise BadURL(f"{text!r} has one slash too few, as Path leaves it; give {meant!r} as str")
+    return text
+
+
+def _is_scheme(scheme: str) -> bool:
+    from storage.stores.fsspec_store import is_known
+
+    return scheme in _openers or is_known(scheme.removeprefix("fsspec+"))
+
+
+def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     """Open the store that `url` names.
 
-    A path or `file:///path`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec knows; and, to have
-    fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
+    A path, a `Path`, or `file:///path`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec knows;
+    and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
 
     Raises:
         BadURL: no such scheme, a package for it is not installed, or the URL is not complete.
         Denied: there are no credentials.
     """
-    if not url:
-        raise BadURL("the checkpoint URL is empty; give a folder or a URL such as file:///data/run")
+    url = as_url(url)
     match = _SCHEME.match(url)
     if match is None:
         return LocalStore(url)

@@ -15,13 +15,13 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
 
 from storage.errors import AlreadyExists, Corrupt, NotFound, StorageError
 from storage.format import layout
 from storage.format.manifest import ObjectEntry
-from storage.parallel import run_all
+from storage.parallel import Pool, run_all
 from storage.run import catalog, garbage
 from storage.saving import commit
 from storage.saving.commit import Attempt
@@ -119,7 +119,7 @@ class Copier:
         self._stop.clear()
         failures: list[BaseException] = []
 
-        def ensure(number: int, parts: ThreadPoolExecutor) -> bool:
+        def ensure(number: int, parts: Executor) -> bool:
             try:
                 return self._ensure(contents, number, parts)
             except BaseException as error:
@@ -128,8 +128,8 @@ class Copier:
                 raise
 
         with (
-            ThreadPoolExecutor(NUM_PARTS_AT_ONCE, thread_name_prefix="storage-copy-part") as parts,
-            ThreadPoolExecutor(NUM_OBJECTS_AT_ONCE, thread_name_prefix="storage-copy") as pool,
+            Pool(NUM_PARTS_AT_ONCE, thread_name_prefix="storage-copy-part") as parts,
+            Pool(NUM_OBJECTS_AT_ONCE, thread_name_prefix="storage-copy") as pool,
         ):
             try:
                 self._abort_uploads(contents.found)
@@ -155,7 +155,7 @@ class Copier:
             garbage.remove(self._target, old)
             log.info("removed the parts of an upload of %s that was not finished", old.name)
 
-    def _ensure(self, contents: Contents, number: int, parts: ThreadPoolExecutor) -> bool:
+    def _ensure(self, contents: Contents, number: int, parts: Executor) -> bool:
         """Have the object at the target; whether it had to be sent."""
         errand, entry = contents.found.errand, contents.found.objects[number]
         blocks = None if contents.checksums is None else contents.checksums.blocks(number)
@@ -173,9 +173,7 @@ class Copier:
             self._send(entry, target_key, ours, parts)
         return True
 
-    def _is_there(
-        self, entry: DataObject, key: str, theirs: _Open, ours: _Open | None, parts: ThreadPoolExecutor
-    ) -> bool:
+    def _is_there(self, entry: DataObject, key: str, theirs: _Open, ours: _Open | None, parts: Executor) -> bool:
         """Whether every byte of what lies at the target is right: by its checksums, or else compared with `ours`."""
         try:
             there = theirs(advance=self._advance, stop=self._stop)
@@ -195,7 +193,7 @@ class Copier:
         there.take_back()
         return False
 
-    def _send(self, entry: DataObject, key: str, ours: _Open, parts: ThreadPoolExecutor) -> None:
+    def _send(self, entry: DataObject, key: str, ours: _Open, parts: Executor) -> None:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
         passage = ours(advance=self._advance, stop=self._stop)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from storage.format.manifest import Manifest
 from storage.inspect import Location
 from storage.run import catalog
 from storage.stores.objects import ObjectStore
-from storage.stores.registry import open_store
+from storage.stores.registry import as_url, open_store
 from storage.transfer.copyplan import Checksums, DataObject, choose
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ class Outcome:
     present_bytes: int = 0
 
 
-def open_target(url: str) -> Location:
+def open_target(url: str | os.PathLike[str]) -> Location:
     """The store to copy to; `prefix` is None unless the URL names one step's folder. Raises BadURL."""
-    run, prefix = layout.split_step_url(url)
+    run, prefix = layout.split_step_url(as_url(url))
     return Location(open_store(run), prefix or None)
 
 

@@ -395,7 +395,7 @@ def test_mistakes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             ckpt.save(1, {"w": torch.empty(2, device="meta")})
         with pytest.raises(UsageError, match="sparse"):
             ckpt.save(1, {"w": torch.ones(2, 2).to_sparse()})
-        with pytest.raises(ValueError, match="step is -1"):
+        with pytest.raises(UsageError, match="step is -1"):
             ckpt.save(-1, {"w": torch.ones(2)})
         ckpt.save(2, {"w": torch.ones(2)}, wait=True)
         assert ckpt.wait()

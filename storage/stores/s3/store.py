@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
-from storage.parallel import run_all
+from storage.parallel import Pool, run_all
 from storage.stores.flight import Flight
 from storage.stores.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
 from storage.stores.retries import IMPATIENT_RULES, Retrier
@@ -44,7 +44,7 @@ class S3Store(RetryingStore):
         super().__init__(bucket, retrier)
         self._bucket = bucket
         self._part_bytes = part_bytes
-        self._pool = ThreadPoolExecutor(_NUM_PART_THREADS, thread_name_prefix="storage-part")
+        self._pool = Pool(_NUM_PART_THREADS, thread_name_prefix="storage-part")
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
@@ -54,7 +54,7 @@ class S3Store(RetryingStore):
         cut = parts_of(views, part_size_bytes(sum(view.nbytes for view in views), self._part_bytes))
         return self._put_content(key, _Content([functools.partial(list, part) for part in cut], if_absent), self._pool)
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`. A part that has to be sent again is not fetched again."""
         if size_bytes <= self._part_bytes:
             return super().put(key, fetch(0, size_bytes))
@@ -93,12 +93,12 @@ class S3Store(RetryingStore):
     def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
         return self._retrier.call(f"list {prefix}", lambda: self._bucket.page(prefix, token, delimiter))
 
-    def _put_content(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def _put_content(self, key: str, content: _Content, pool: Executor) -> ObjectInfo:
         # AWS wants the whole upload begun anew after a conflict, see CompleteMultipartUpload
         upload = functools.partial(self._put_parts, key, content, pool)
         return self._retrier.call(f"put {key}", upload, in_flight=False)
 
-    def _put_parts(self, key: str, content: _Content, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def _put_parts(self, key: str, content: _Content, pool: Executor) -> ObjectInfo:
         # parts wait for it on the same threads: a pool starts first what it was given first
         begun = pool.submit(self._begin, key, content.if_absent)
         try:

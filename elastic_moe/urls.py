@@ -1,0 +1,16 @@
+"""Paths in a configuration that a program makes: text, or any path object."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Strict
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+PathOrUrl = Annotated[str, BeforeValidator(_text), Strict()]
+"""A str; a `Path` becomes one."""
