@@ -34,6 +34,7 @@ from storage.stores.objects import (
     ObjectStore,
     check_key,
     check_prefix,
+    check_read_size,
     parts_of_size,
 )
 from storage.stores.retries import IMPATIENT_RULES, Retrier, RetryLog
@@ -129,6 +130,7 @@ class FsspecStore:
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
         path = self._path(key)
+        check_read_size(f"{key} in {self.url}", self.info(key).size_bytes)
         with self._translated(key):
             return bytes(self._fs.cat_file(path))
 
@@ -137,9 +139,14 @@ class FsspecStore:
         path = self._path(key)
         with self._translated(key):
             found = self._fs.info(path)
-        if found.get("type") == "directory":
-            raise NotFound(f"{key} is not in {self.url}")
-        return ObjectInfo(key, _size(found), _etag(found))
+            if found.get("type") == "directory":
+                raise NotFound(f"{key} is not in {self.url}")
+            size_bytes = _size(found)
+            if size_bytes is None:
+                raise Denied(
+                    f"{key} in {self.url}: the server does not tell how long it is, so it cannot be read safely"
+                )
+            return ObjectInfo(key, size_bytes, _etag(found))
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -150,9 +157,14 @@ class FsspecStore:
                 found = self._fs.find(folder, detail=True)
             except FileNotFoundError:
                 return []
-            infos = [ObjectInfo(self._key(path), _size(info), _etag(info), _when(info)) for path, info in found.items()]
+            infos = [self._listed(self._key(path), info) for path, info in found.items()]
         found_keys = (info for info in infos if info.key.startswith(prefix) and not info.key.startswith(f"{_TMP}/"))
         return sorted(found_keys, key=lambda info: info.key)
+
+    def _listed(self, key: str, info: Mapping[str, Any]) -> ObjectInfo:
+        """One row of a listing; what tells no sizes (pages of a web server) is asked for each."""
+        size_bytes = _size(info)
+        return self.info(key) if size_bytes is None else ObjectInfo(key, size_bytes, _etag(info), _when(info))
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See `ObjectStore.folders`. A folder without any object counts as none where the file system has such."""
@@ -304,8 +316,14 @@ def is_known(protocol: str) -> bool:
     return protocol in known_implementations or protocol in registry
 
 
-def _size(info: Mapping[str, Any]) -> int:
-    return int(info.get("size") or 0)
+def _size(info: Mapping[str, Any]) -> int | None:
+    """None where it is not told. Raises ValueError for what is no size."""
+    size = info.get("size")
+    if size is None:
+        return None
+    if int(size) < 0:
+        raise ValueError(f"a size of {size}")
+    return int(size)
 
 
 def _when(info: Mapping[str, Any]) -> float | None:

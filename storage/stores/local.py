@@ -1,8 +1,9 @@
 """A folder as an object store: `file:///path` or a plain path.
 
-An object is one file of mode 0600, in folders of mode 0700. A put writes a file under `ROOT/.tmp`, syncs it, and
-then links it (if_absent) or renames it into place: both are atomic on POSIX file systems, and the folder is synced
-after. What a killed process leaves under `.tmp` is swept a day later, with the first put of another.
+An object is one file of mode 0600, in folders of mode 0700; `file:///path?mode=0640` lets the group read, as far as the
+umask does. Folders that exist stay as they are. A put writes a file under `ROOT/.tmp`, syncs it, and then links it
+(if_absent) or renames it into place: both are atomic on POSIX file systems, and the folder is synced after. What a
+killed process leaves under `.tmp` is swept a day later, with the first put of another.
 
 Where there are no hard links (many FUSE and SMB mounts, FAT), a put with if_absent looks and renames while it holds a
 lock on `ROOT/.tmp/.lock`, which the kernel frees when its holder dies. That is as good among the processes of one
@@ -16,12 +17,15 @@ import contextlib
 import errno
 import fcntl
 import functools
+import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from urllib.parse import quote
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import run_all
@@ -33,10 +37,16 @@ from storage.stores.objects import (
     ObjectInfo,
     check_key,
     check_prefix,
+    check_read_size,
     parts_of_size,
 )
 from storage.stores.retries import RetryLog
 
+log = logging.getLogger(__name__)
+
+MODE = 0o600
+MODES = (MODE, 0o640, 0o644, 0o660, 0o664)
+"""That files may have: nobody but the owner and the group ever writes."""
 _TMP = ".tmp"
 _TMP_AGE_S = 24 * 3600.0
 _PLACE_TRIES = 100
@@ -53,17 +63,19 @@ class LocalStore:
 
     is_host_cached = True  # the page cache does
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], mode: int = MODE) -> None:
         self._root = Path(os.path.abspath(root))
+        self._mode = mode
         if self._root.exists() and not self._root.is_dir():
             raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
         self._is_swept = False
+        self._is_mode_told = False
         self.retries = RetryLog()
 
     @property
     def url(self) -> str:
-        """The folder's absolute path."""
-        return str(self._root)
+        """The folder's absolute path; as a URL where it has options."""
+        return str(self._root) if self._mode == MODE else f"file://{quote(str(self._root))}?mode={self._mode:04o}"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,10 +107,12 @@ class LocalStore:
             if not self._is_swept:  # not when it is opened: a reader writes nothing
                 self._is_swept = True
                 self._sweep()
+                self._check_folder()
             temporary = self._root / _TMP / uuid.uuid4().hex
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
             try:
                 try:
+                    self._check_mode(fd)
                     write(fd)
                     os.fsync(fd)
                 finally:
@@ -114,7 +128,7 @@ class LocalStore:
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. Tells no etag: on some mounts (FUSE) a file has another inode each time."""
         with self._translated(key):
-            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._open(key)
             try:
                 if if_match is not None and _info(key, os.fstat(fd)).etag != if_match:
                     raise Corrupt(f"{key} in {self.url} changed while it was read")
@@ -126,8 +140,10 @@ class LocalStore:
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
-        with self._translated(key):
-            return self._path(key).read_bytes()
+        with self._translated(key), os.fdopen(self._open(key), "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            check_read_size(f"{key} in {self.url}", size_bytes)
+            return file.read(size_bytes)
 
     def info(self, key: str) -> ObjectInfo:
         """See `ObjectStore.info`."""
@@ -201,6 +217,37 @@ class LocalStore:
             self.delete(key)
             return True
 
+    def _open(self, key: str) -> int:
+        """To read. Raises Corrupt for what is no file: a pipe's end would never come."""
+        fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode):
+            return fd
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        raise Corrupt(f"{key} in {self.url} is not a file")
+
+    def _check_mode(self, fd: int) -> None:
+        """Tell once if files do not get the mode that was asked for."""
+        found = stat.S_IMODE(os.fstat(fd).st_mode)
+        if self._mode & ~found and not self._is_mode_told:
+            self._is_mode_told = True
+            log.warning("%s: files get the mode %04o: the umask, or the mount, takes the rest away", self.url, found)
+
+    def _check_folder(self) -> None:
+        """Tell it if a folder that was there keeps the group from what it may read."""
+        found = stat.S_IMODE(os.stat(self._root).st_mode)
+        if self._folder_mode & ~found:
+            log.warning(
+                "%s: the folder has the mode %04o and keeps it (chmod %04o)", self.url, found, self._folder_mode
+            )
+
+    @property
+    def _folder_mode(self) -> int:
+        """Who may read files may enter and list folders."""
+        return self._mode | 0o100 | (self._mode & 0o044) >> 2
+
     def _path(self, key: str) -> Path:
         """The file of `key`. A link inside the store must not lead out of it either."""
         path = self._root / check_key(key)
@@ -244,7 +291,7 @@ class LocalStore:
     def _locked(self) -> Iterator[None]:
         """Among all threads and processes that put into this store. Raises BadURL where that is impossible."""
         self._make_folder(self._root / _TMP)
-        fd = os.open(self._root / _TMP / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._root / _TMP / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
@@ -265,7 +312,7 @@ class LocalStore:
         if not folder.parent.is_dir():
             self._make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
+            os.mkdir(folder, self._folder_mode)
             _sync_folder(folder.parent)
 
     def _sweep(self) -> None:

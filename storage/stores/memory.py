@@ -11,7 +11,16 @@ from concurrent.futures import Executor
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
 from storage.parallel import run_all
-from storage.stores.objects import Buffer, Capabilities, Fetch, ObjectInfo, check_key, check_prefix, parts_of_size
+from storage.stores.objects import (
+    Buffer,
+    Capabilities,
+    Fetch,
+    ObjectInfo,
+    check_key,
+    check_prefix,
+    check_read_size,
+    parts_of_size,
+)
 from storage.stores.retries import RetryLog
 
 _instances: dict[str, MemoryStore] = {}
@@ -78,7 +87,9 @@ class MemoryStore:
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
-        return self._get(key)[0]
+        data, _ = self._get(key)
+        check_read_size(f"{key} in {self.url}", len(data))
+        return data
 
     def info(self, key: str) -> ObjectInfo:
         """See `ObjectStore.info`."""

@@ -28,6 +28,9 @@ Fetch = Callable[[int, int], Sequence[memoryview]]
 PART_SIZE_BYTES = 16 * 1024 * 1024
 """Of what is streamed where the store does not want another size."""
 
+READ_SIZE_BYTES_MAX = 256 * 1024 * 1024
+"""The largest object that is read as a whole, an index: a larger one is something else, by mistake or on purpose."""
+
 PROBE_PREFIX = ".probe-"
 """Of names that a back end may put for a moment below its root, to find out what the server honours."""
 
@@ -112,7 +115,12 @@ class ObjectStore(Protocol):
         """
 
     def read(self, key: str) -> bytes:
-        """The whole object; meant for small ones. Raises NotFound."""
+        """The whole object; meant for small ones.
+
+        Raises:
+            NotFound: no such object.
+            Corrupt: it is larger than READ_SIZE_BYTES_MAX.
+        """
 
     def info(self, key: str) -> ObjectInfo:
         """Size and etag of one object. Raises NotFound."""
@@ -209,6 +217,12 @@ def read_checked(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:
         store.retries.add(Cause.DAMAGED, 0.0)
         log.warning("read again, %s is whole; the first time: %s", key, error)
         return found
+
+
+def check_read_size(what: str, size_bytes: int) -> None:
+    """Raise Corrupt unless an object of that size is read as a whole."""
+    if size_bytes > READ_SIZE_BYTES_MAX:
+        raise Corrupt(f"{what} has {size_bytes} bytes; what is read as a whole has {READ_SIZE_BYTES_MAX} at most")
 
 
 def is_probe_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import parse_qsl, unquote, urlencode
 
 from storage.errors import BadURL
-from storage.stores.local import LocalStore
+from storage.stores.local import MODE, MODES, LocalStore
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
 
@@ -16,6 +16,7 @@ Opener = Callable[[str], ObjectStore]
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
 _ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):/(?!/)(.*)$", re.DOTALL)
+_MODE = re.compile(r"\?mode=[^/]*$")
 _openers: dict[str, Opener] = {}
 
 
@@ -58,8 +59,8 @@ def _is_scheme(scheme: str) -> bool:
 def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     """Open the store that `url` names.
 
-    A path, a `Path`, or `file:///path`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec knows;
-    and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
+    A path, a `Path`, or `file:///path[?mode=0640]`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec
+    knows; and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
 
     Raises:
         BadURL: no such scheme, a package for it is not installed, or the URL is not complete.
@@ -68,6 +69,10 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     url = as_url(url)
     match = _SCHEME.match(url)
     if match is None:
+        if path := _MODE.search(url):
+            raise BadURL(
+                f"options need a URL: file://{os.path.abspath(url[: path.start()])}{path[0]} instead of {url!r}"
+            )
         return LocalStore(url)
     scheme, rest = match[1].lower(), match[2]
     opener = _openers.get(scheme)
@@ -104,10 +109,24 @@ def _open_s3(rest: str) -> ObjectStore:
 
 
 def _open_file(rest: str) -> ObjectStore:
-    host, slash, path = rest.partition("/")
+    whole, mark, query = rest.partition("?")
+    host, slash, path = whole.partition("/")
     if host not in ("", "localhost") or not slash or not path:
         raise BadURL(f"file://{rest} must be file:///absolute/path")
-    return LocalStore("/" + unquote(path))
+    return LocalStore("/" + unquote(path), _parse_mode(query) if mark else MODE)
+
+
+def _parse_mode(query: str) -> int:
+    """The one option of a folder. Raises BadURL."""
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    text = options.pop("mode", "")
+    if options or not text:
+        raise BadURL(f"a file:// URL has the option mode, and not {query!r}; a ? of a folder's name is written as %3F")
+    mode = int(text, 8) if re.fullmatch(r"0?[0-7]{3}", text) else -1
+    if mode not in MODES:
+        allowed = ", ".join(f"{mode:04o}" for mode in MODES)
+        raise BadURL(f"the option mode={text} of a file:// URL is wrong: it is the mode of files, one of {allowed}")
+    return mode
 
 
 def _open_memory(rest: str) -> ObjectStore:

@@ -119,6 +119,8 @@ class FaultProxy:
         self.requests: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         """Of each request, with names in lower case."""
+        self.posted: list[bytes] = []
+        """The bodies of POST requests."""
         self.denies: Callable[[str, str], bool] = lambda method, target: False
         self.hides_missing = False
         self.lock = threading.Lock()
@@ -199,6 +201,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(*_REFUSALS[kind])
             return
         body = self._body()
+        if self.command == "POST":
+            proxy.posted.append(body)
         if isinstance(fault, Death):
             self._kill(fault, body)
             return

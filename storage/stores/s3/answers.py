@@ -130,6 +130,8 @@ def _refusal(answer: Answer, request: Request, asked: str, said: str, now_s: flo
         return f"{asked}: the secret key does not fit the access key; check AWS_SECRET_ACCESS_KEY or the profile"
     if answer.code in _EXPIRED:
         return f"{asked}: the session's credentials have expired or are not valid ({said}); get new ones"
+    if "ObjectLock" in answer.code or "Content-MD5" in answer.message:
+        return f"{asked}: refused ({said}); add checksum=md5 or checksum=crc32c to the URL"
     return f"{asked}: refused ({said})"
 
 

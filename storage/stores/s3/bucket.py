@@ -11,13 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
-from storage.errors import AlreadyExists, Corrupt, Denied, Interrupted, NotFound
-from storage.stores.objects import Buffer, Capabilities, ObjectInfo, Upload, check_key, check_prefix
+from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, NotFound, Transient
+from storage.stores import objects
+from storage.stores.objects import (
+    Buffer,
+    Capabilities,
+    ObjectInfo,
+    Upload,
+    check_key,
+    check_prefix,
+    check_read_size,
+)
 from storage.stores.retries import RetryLog
 from storage.stores.retrying import views_of
 from storage.stores.s3.answers import Request, parse_body, to_error
-from storage.stores.s3.client import Page, S3Client
-from storage.stores.s3.http import Answered, Connections, error_body
+from storage.stores.s3.client import S3Client
+from storage.stores.s3.digests import Sent, digest, headers_of
+from storage.stores.s3.http import Answered, Connections, TooLong, error_body
+from storage.stores.s3.listing import Page, all_pages
 from storage.stores.s3.options import S3Location, S3Options, format_url
 from storage.stores.s3.probe import honours_conditional_deletes, honours_conditions
 
@@ -25,6 +36,7 @@ T = TypeVar("T")
 
 _OK = (200, 204, 206)
 _WEAK = "W/"
+_NUMBER = re.compile(r"[0-9]{1,19}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 _verdicts: dict[tuple[str, str], bool] = {}
@@ -95,7 +107,11 @@ class Bucket:
         """One PUT; `with_condition` sends `If-None-Match: *`."""
         views = views_of(buffers)
         size_bytes = sum(view.nbytes for view in views)
-        headers = {**self._put_headers, **({"If-None-Match": "*"} if with_condition else {})}
+        headers = {
+            **self._put_headers,
+            **({"If-None-Match": "*"} if with_condition else {}),
+            **self._checksum(views)[0],
+        }
         etag = self._exchange("put", "PUT", key, "", headers, views, _etag_of, with_condition)
         return ObjectInfo(key, size_bytes, etag)
 
@@ -125,21 +141,33 @@ class Bucket:
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
-        return self._exchange("read", "GET", key, "", {"Accept-Encoding": "identity"}, (), Answered.read)
+
+        def consume(answered: Answered) -> bytes:
+            try:
+                return answered.read(objects.READ_SIZE_BYTES_MAX)
+            except TooLong as error:
+                check_read_size(self._what(key), error.size_bytes)
+                raise
+
+        return self._exchange("read", "GET", key, "", {"Accept-Encoding": "identity"}, (), consume)
 
     def info(self, key: str) -> ObjectInfo:
         """See `ObjectStore.info`."""
 
         def consume(answered: Answered) -> ObjectInfo:
-            answered.read()
-            return ObjectInfo(key, int(answered.headers["Content-Length"]), _bare(answered.headers.get("ETag", "")))
+            answered.read_start()
+            size = answered.headers.get("Content-Length", "")
+            if _NUMBER.fullmatch(size) is None:
+                told = f"{size!r} as its Content-Length" if size else "no Content-Length"
+                raise Transient(f"look at {self._what(key)}: the answer has {told}", Cause.TRUNCATED)
+            return ObjectInfo(key, int(size), _bare(answered.headers.get("ETag", "")))
 
         return self._exchange("look at", "HEAD", key, "", {}, (), consume)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`. One request each: not every server has the one for many."""
         try:
-            self._exchange("delete", "DELETE", key, "", {}, (), Answered.read)
+            self._exchange("delete", "DELETE", key, "", {}, (), Answered.read_start)
         except NotFound:
             return
 
@@ -153,7 +181,7 @@ class Bucket:
     def delete_version(self, key: str, etag: str) -> bool:
         """See `ConditionalStore.delete_version`."""
         try:
-            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Answered.read)
+            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Answered.read_start)
         except NotFound:
             return True
         except Corrupt:  # 412: another version is there
@@ -179,12 +207,12 @@ class Bucket:
     def pages(
         self, prefix: str, delimiter: str = "", fetch: Callable[[str, str | None, str], Page] | None = None
     ) -> Sequence[Page]:
-        """All pages of a listing; `fetch` gets one of them, by default `page`."""
-        fetch = fetch or self.page
-        pages = [fetch(prefix, None, delimiter)]
-        while (token := pages[-1].token) is not None:
-            pages.append(fetch(prefix, token, delimiter))
-        return pages
+        """All pages of a listing; `fetch` gets one of them, by default `page`. Raises Denied where there is no end."""
+        fetch_page = fetch or self.page
+        return all_pages(
+            f"list {self._what(prefix)}",
+            lambda token: fetch_page(prefix, None if token is None else str(token), delimiter),
+        )
 
     def listed(self, pages: Sequence[Page]) -> Sequence[ObjectInfo]:
         """The objects of a listing, by key below the root; without what no key of ours can name (folder markers)."""
@@ -206,15 +234,20 @@ class Bucket:
         """Begin a multipart upload; its id."""
         return self._client.create_upload(self._location.prefix + key, self._request("put", key))
 
-    def put_part(self, key: str, upload: str, number: int, views: Sequence[memoryview]) -> str:
-        """Send part `number` (from 1); its etag, as the server wrote it."""
+    def put_part(self, key: str, upload: str, number: int, views: Sequence[memoryview]) -> Sent:
+        """Send part `number` (from 1)."""
         query = f"partNumber={number}&uploadId={quote(upload, safe='-._~')}"
-        return self._exchange("put", "PUT", key, query, {}, views, _raw_etag_of)
+        headers, digest = self._checksum(views)
+        etag = self._exchange("put", "PUT", key, query, headers, views, _raw_etag_of)
+        if not etag:
+            text = f"put part {number} of {self._what(key)}: the answer has no ETag, so the parts cannot be joined"
+            raise Transient(text, Cause.TRUNCATED)
+        return Sent(etag, digest)
 
-    def complete_upload(self, key: str, upload: str, etags: Sequence[str], with_condition: bool) -> str:
+    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], with_condition: bool) -> str:
         """Make the object of its parts; its etag. Raises NotFound when the upload is gone (or done)."""
         request = self._request("put", key, with_condition)
-        return _bare(self._client.complete_upload(self._location.prefix + key, upload, etags, with_condition, request))
+        return _bare(self._client.complete_upload(self._location.prefix + key, upload, parts, with_condition, request))
 
     def uploads(self) -> Sequence[Upload]:
         """See `MultipartStore.uploads`."""
@@ -235,12 +268,25 @@ class Bucket:
 
     @property
     def _put_headers(self) -> Mapping[str, str]:
-        headers = {
+        headers: dict[str, str | None] = {
             "x-amz-storage-class": self._options.storage_class,
             "x-amz-server-side-encryption": self._options.sse,
             "x-amz-server-side-encryption-aws-kms-key-id": self._options.sse_kms_key_id,
         }
         return {name: value for name, value in headers.items() if value is not None}
+
+    def _checksum(self, views: Sequence[memoryview]) -> tuple[Mapping[str, str], str]:
+        """The headers with the body's checksum, and the checksum; nothing where none is wanted."""
+        algorithm = self._options.checksum
+        if algorithm is None:
+            return {}, ""
+        found = digest(algorithm, views)
+        return headers_of(algorithm, found), found
+
+    @property
+    def _payer(self) -> Mapping[str, str]:
+        payer = self._options.request_payer
+        return {} if payer is None else {"x-amz-request-payer": payer}
 
     def _exchange(
         self,
@@ -255,12 +301,12 @@ class Bucket:
     ) -> T:
         check_key(key)
         target = quote(self._client.path + self._location.prefix + key, safe="/-._~") + (f"?{query}" if query else "")
-        sent = dict(headers)
-        digest = None
+        sent = {**headers, **self._payer}
+        payload_sha256 = None
         if method == "PUT":
             sent["Content-Length"] = str(sum(view.nbytes for view in views))
-            digest = _sha256(views) if self._signs_payload else None
-        signed = self._client.sign(method, target, sent, digest)
+            payload_sha256 = _sha256(views) if self._signs_payload else None
+        signed = self._client.sign(method, target, sent, payload_sha256)
         request = self._request(verb, key, if_absent, is_put=method == "PUT")
 
         def checked(answered: Answered) -> T:
@@ -276,7 +322,7 @@ class Bucket:
 
     def _explain(self, target: str) -> bytes:
         """Why a HEAD was refused: its answer has no body, and a missing bucket looks like a missing object."""
-        headers = self._client.sign("GET", target, {"Range": "bytes=0-0"}, None)
+        headers = self._client.sign("GET", target, {"Range": "bytes=0-0", **self._payer}, None)
         return self._connections.exchange("GET", target, headers, (), error_body)
 
     def _request(self, verb: str, key: str, if_absent: bool = False, is_put: bool = False) -> Request:
@@ -306,7 +352,7 @@ class Bucket:
 
 
 def _raw_etag_of(answered: Answered) -> str:
-    answered.read()
+    answered.read_start()
     return answered.headers.get("ETag", "")
 
 

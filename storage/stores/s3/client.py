@@ -1,15 +1,17 @@
 """The only file that knows boto3: credentials, signatures, control requests, multipart uploads.
 
-boto3 tries nothing again here: `storage.stores.retries` does, from one table for everything.
+boto3 tries nothing again here: `storage.stores.retries` does, from one table for everything. Nor does it send anything:
+it makes the requests and reads the answers, and between the two they go over the connections of
+`storage.stores.s3.http`, with an end to each answer.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -17,7 +19,7 @@ import boto3.session
 import botocore.session
 from botocore import UNSIGNED
 from botocore.auth import UNSIGNED_PAYLOAD, S3SigV4Auth
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.client import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import (
@@ -39,27 +41,24 @@ from botocore.parsers import ResponseParserError
 
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
 from storage.stores.s3.answers import Answer, Request, to_error
-from storage.stores.s3.http import Address, connect_error
+from storage.stores.s3.digests import Sent, part_arguments, upload_arguments
+from storage.stores.s3.http import Address, Answered, Connections, TooLong, connect_error
+from storage.stores.s3.listing import Page, UploadsPage, all_pages, needed, page_of, uploads_of
 from storage.stores.s3.options import S3Location, S3Options
 from storage.stores.s3.proxies import find_proxy
 
 T = TypeVar("T")
 
 PAGE_SIZE = 1000
+ANSWER_SIZE_BYTES_MAX = 4 * 1024 * 1024
+"""Of a control request. A page of a thousand names of 1024 bytes, each of them as %XX, has 3.5 MB."""
+_FLAG = re.compile(rb"<IsTruncated(?!>\s*(true|false)\s*</IsTruncated>)")
+"""botocore takes everything but "true" for false, and a listing would be cut short."""
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")
 _NO_CREDENTIALS = (
     "no credentials for {}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile=NAME in the URL,"
     " or anonymous=true for a public bucket"
 )
-
-
-@dataclass(frozen=True)
-class Page:
-    """One page of a listing: (key, size in bytes, etag, when) and common prefixes; `token` asks for the next one."""
-
-    objects: tuple[tuple[str, int, str, float], ...]
-    folders: tuple[str, ...]
-    token: str | None
 
 
 class S3Client:
@@ -95,7 +94,13 @@ class S3Client:
         proxy = find_proxy(url.scheme, url.netloc, urllib.request.getproxies(), urllib.request.proxy_bypass)
         self.address = Address(url.hostname or "", url.port or (443 if tls else 80), tls, ca_bundle, proxy)
         self._region = self._client.meta.region_name or "us-east-1"
+        self._checksum = options.checksum
+        self._arguments: Mapping[str, str] = {"Bucket": self._bucket}
+        if options.request_payer is not None:
+            self._arguments = {**self._arguments, "RequestPayer": options.request_payer}
         self._uploads: Mapping[str, str] = _upload_arguments(options)
+        self._connections = Connections(self.address, options.connect_timeout_s, options.stall_timeout_s)
+        self._client.meta.events.register("before-send.s3", self._send)
 
     def sign(self, method: str, target: str, headers: Mapping[str, str], payload_sha256: str | None) -> dict[str, str]:
         """`headers` and those that sign a request to `target`, which is quoted already. Raises Denied, Transient."""
@@ -110,50 +115,68 @@ class S3Client:
 
     def page(self, prefix: str, token: str | None, delimiter: str, request: Request) -> Page:
         """One page of the objects (and folders, with a delimiter) below `prefix`."""
-        arguments: dict[str, Any] = {
-            "Bucket": self._bucket,
-            "Prefix": prefix,
-            "Delimiter": delimiter,
-            "ContinuationToken": token,
-        }
+        arguments: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": token}
         given = {name: value for name, value in arguments.items() if value}
-        given["MaxKeys"] = PAGE_SIZE
-        answer = self._guarded(request, lambda: self._client.list_objects_v2(**given))
-        return Page(
-            tuple(
-                (row["Key"], int(row["Size"]), str(row["ETag"]), row["LastModified"].timestamp())
-                for row in answer.get("Contents", [])
-            ),
-            tuple(row["Prefix"] for row in answer.get("CommonPrefixes", [])),
-            answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
-        )
+
+        def ask() -> Page:
+            return page_of(self._client.list_objects_v2(**self._arguments, **given, MaxKeys=PAGE_SIZE), prefix)
+
+        return self._guarded(request, ask)
 
     def create_upload(self, key: str, request: Request) -> str:
         """Begin a multipart upload; its id."""
-        arguments = {"Bucket": self._bucket, "Key": key, **self._uploads}
-        answer = self._guarded(request, lambda: self._client.create_multipart_upload(**arguments))
-        return str(answer["UploadId"])
+        arguments = {**self._arguments, "Key": key, **self._uploads}
+        return self._guarded(
+            request, lambda: needed(self._client.create_multipart_upload(**arguments), "UploadId", str)
+        )
 
-    def complete_upload(self, key: str, upload: str, etags: Sequence[str], if_absent: bool, request: Request) -> str:
+    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], if_absent: bool, request: Request) -> str:
         """Make one object of the parts; its etag. An error inside a 200 is an error all the same."""
-        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
-        arguments: dict[str, Any] = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
-        arguments["MultipartUpload"] = {"Parts": parts}
+        rows = [
+            {"PartNumber": number, "ETag": part.etag, **part_arguments(self._checksum, part)}
+            for number, part in enumerate(parts, 1)
+        ]
+        arguments: dict[str, Any] = {**self._arguments, "Key": key, "UploadId": upload}
+        arguments["MultipartUpload"] = {"Parts": rows}
         if if_absent:
             arguments["IfNoneMatch"] = "*"
-        answer = self._guarded(request, lambda: self._client.complete_multipart_upload(**arguments))
-        return str(answer["ETag"])
+        return self._guarded(request, lambda: needed(self._client.complete_multipart_upload(**arguments), "ETag", str))
 
     def uploads(self, prefix: str, request: Request) -> list[tuple[str, str, float]]:
-        """All unfinished uploads below `prefix`: (key, id, when begun)."""
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
-        rows = self._guarded(request, lambda: [row for page in pages for row in page.get("Uploads", [])])
-        return [(row["Key"], row["UploadId"], row["Initiated"].timestamp()) for row in rows]
+        """All unfinished uploads below `prefix`: (key, id, when begun). Raises Denied where there is no end."""
+
+        def ask(token: object | None) -> UploadsPage:
+            given = dict(zip(("KeyMarker", "UploadIdMarker"), token, strict=True)) if isinstance(token, tuple) else {}
+            given = {name: value for name, value in given.items() if value}
+            return uploads_of(self._client.list_multipart_uploads(**self._arguments, Prefix=prefix, **given), prefix)
+
+        pages = all_pages(f"{request.verb} {request.what}", lambda token: self._guarded(request, lambda: ask(token)))
+        return [row for page in pages for row in page.rows]
 
     def abort_upload(self, key: str, upload: str, request: Request) -> None:
         """Free what the parts of an upload hold. Raises NotFound if there is no such upload any more."""
-        arguments = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
+        arguments = {**self._arguments, "Key": key, "UploadId": upload}
         self._guarded(request, lambda: self._client.abort_multipart_upload(**arguments))
+
+    def _send(self, request: AWSPreparedRequest, **kwargs: Any) -> AWSResponse:
+        """botocore's `before-send`: whoever answers it has sent the request."""
+        url = urlsplit(request.url)
+        if url.netloc != self.host:  # where botocore follows a redirect to; the other requests do not
+            raise Denied(f"bucket {self._bucket!r} is somewhere else, at {url.netloc}; add ?region=... to the URL")
+        headers = {name: _header(value) for name, value in request.headers.items() if name.lower() != "host"}
+        body = request.body.encode() if isinstance(request.body, str) else bytes(request.body or b"")
+
+        def consume(answered: Answered) -> AWSResponse:
+            data = answered.read(ANSWER_SIZE_BYTES_MAX)
+            if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+                raise ValueError("it defines entities")
+            if _FLAG.search(data):
+                raise ValueError("its IsTruncated is neither true nor false")
+            return AWSResponse(request.url, answered.status, dict(answered.headers), _Body(data))
+
+        target = url.path + (f"?{url.query}" if url.query else "")
+        given = {**headers, "Host": self.host}
+        return self._connections.exchange(request.method, target, given, [memoryview(body)] if body else [], consume)
 
     def _frozen(self) -> Credentials:
         if self._credentials is None:
@@ -170,10 +193,25 @@ class S3Client:
             raise why from None
         except (ClientError, BotoCoreError) as error:
             raise _translated(error, request) from None
-        except (ResponseParserError, ValueError) as error:
-            # botocore takes a body that breaks off for a whole one, and parses what was damaged as far as it can
-            text = f"{request.verb} {request.what}: the answer cannot be understood ({type(error).__name__})"
+        except (ResponseParserError, TooLong, ValueError, TypeError, LookupError, AttributeError) as error:
+            # botocore parses what was damaged on the way as far as it can
+            said = type(error).__name__ if isinstance(error, ResponseParserError) else str(error).splitlines()[0]
+            text = f"{request.verb} {request.what}: the answer cannot be understood ({said})"
             raise Transient(text, Cause.TRUNCATED) from None
+
+
+class _Body:
+    """A body that has come, as botocore asks for it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def stream(self) -> Iterator[bytes]:
+        yield self._data
+
+
+def _header(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 class _Signer(S3SigV4Auth):
@@ -233,7 +271,8 @@ def _make_client(session: botocore.session.Session, options: S3Options) -> Any:
 
 
 def _upload_arguments(options: S3Options) -> dict[str, str]:
-    arguments = {
+    arguments: dict[str, str | None] = {
+        **upload_arguments(options.checksum),
         "StorageClass": options.storage_class,
         "ServerSideEncryption": options.sse,
         "SSEKMSKeyId": options.sse_kms_key_id,

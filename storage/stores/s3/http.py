@@ -26,7 +26,10 @@ from storage.stores.s3.proxies import Proxy, tunnel_refused
 T = TypeVar("T")
 
 _SLICE_SIZE_BYTES = 4 * 1024 * 1024
-_ERROR_BODY_SIZE_BYTES = 64 * 1024
+_UNREAD_SIZE_BYTES = 64 * 1024
+"""Of a body that nobody asked for, or that explains a refusal: what goes on for longer costs the connection."""
+_NUM_INTERIM_MAX = 10
+_NUM_TRAILERS_MAX = 100
 _EARLY_ANSWER_S = 1.0
 _TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # as http.client says it
 
@@ -47,6 +50,32 @@ class Address:
     def __str__(self) -> str:
         """`https://host:port`, for messages."""
         return f"http{'s' if self.tls else ''}://{self.host}:{self.port}"
+
+
+class TooLong(Exception):
+    """A body is longer than anything that was asked for; `size_bytes` is what is known of its length."""
+
+    def __init__(self, message: str, size_bytes: int) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+
+
+class _Response(http.client.HTTPResponse):
+    """One whose head and tail have an end: `http.client` reads over any number of interim answers and of trailers."""
+
+    _num_heads = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self._num_heads += 1
+        if self._num_heads > _NUM_INTERIM_MAX:
+            raise http.client.HTTPException("no answer after so many interim ones")
+        return super()._read_status()  # type: ignore[misc, no-any-return]
+
+    def _read_and_discard_trailer(self) -> None:
+        for _ in range(_NUM_TRAILERS_MAX):
+            if self.fp.readline(_UNREAD_SIZE_BYTES) in (b"\r\n", b"\n", b""):
+                return
+        raise http.client.HTTPException("no end of what follows the body")
 
 
 class Answered:
@@ -91,14 +120,25 @@ class Answered:
                 self.received_bytes += num_bytes
         self.is_whole = self.received_bytes == self._length
 
-    def read(self, size_bytes_max: int | None = None) -> bytes:
-        """The body, or the start of it. Raises Interrupted."""
+    def read(self, size_bytes_max: int) -> bytes:
+        """The whole body. Raises Interrupted, and TooLong for one that goes on beyond that."""
+        if self._length is not None and self._length > size_bytes_max:
+            raise TooLong(f"it has {self._length} bytes", self._length)
+        body = self.read_start(size_bytes_max + 1)
+        if len(body) > size_bytes_max:
+            raise TooLong(f"it has no end after {size_bytes_max} bytes", len(body))
+        return body
+
+    def read_start(self, size_bytes: int = _UNREAD_SIZE_BYTES) -> bytes:
+        """So much of the body, or all of it. Raises Interrupted."""
         try:
-            body = self._response.read() if size_bytes_max is None else self._response.read(size_bytes_max)
+            body = self._response.read(size_bytes)
         except http.client.IncompleteRead as error:
             raise self._broken(f"the body ended after {len(error.partial)} bytes", Cause.TRUNCATED) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(str(error), _cause(error)) from error
+        if self._length is not None and len(body) < min(self._length, size_bytes):
+            raise self._broken(f"the body ended after {len(body)} bytes", Cause.TRUNCATED)
         self.is_whole = self._response.isclosed()
         return body
 
@@ -219,6 +259,7 @@ class Connections:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise connect_error(self._address, error) from error
+        connection.response_class = _Response
         connection.sock.settimeout(self._stall_timeout_s)
         if self._context is None:
             seconds, fraction = divmod(self._stall_timeout_s, 1)
@@ -279,7 +320,7 @@ def connect_error(address: Address, error: Exception) -> StorageError:
 def error_body(answered: Answered) -> bytes:
     """The start of a refusal's body; empty where it breaks off."""
     with contextlib.suppress(Transient):
-        return answered.read(_ERROR_BODY_SIZE_BYTES)
+        return answered.read_start()
     return b""
 
 

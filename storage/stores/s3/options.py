@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from storage.errors import BadURL, Denied
 from storage.stores.objects import check_key
+from storage.stores.s3.digests import Algorithm
 
 _MIB = 1024 * 1024
 _SECRETS = ("access_key", "secret", "token", "password", "key_id", "credential")
@@ -33,6 +34,10 @@ class S3Options(BaseModel):
     sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
     """Server-side encryption of what is put."""
     sse_kms_key_id: str | None = None
+    request_payer: Literal["requester"] | None = None
+    """Who asks pays for requests and traffic, as such buckets want it said with every request."""
+    checksum: Algorithm | None = None
+    """Send a checksum of every body that is put, as Object Lock wants it: Content-MD5, or x-amz-checksum-..."""
     sign_payload: Literal["auto", "always", "never"] = "auto"
     """Sign a SHA-256 of every body that is put, so that the server refuses damage on the way. auto: without TLS."""
     part_size_mib: int = Field(default=16, ge=5, le=5 * 1024)

@@ -17,7 +17,8 @@ from storage.stores.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_s
 from storage.stores.retries import IMPATIENT_RULES, Retrier
 from storage.stores.retrying import RetryingStore, stored_equal, views_of
 from storage.stores.s3.bucket import Bucket
-from storage.stores.s3.client import Page
+from storage.stores.s3.digests import Sent
+from storage.stores.s3.listing import Page
 from storage.stores.s3.options import parse_url
 from storage.stores.s3.uploads import multipart_etag, part_size_bytes, parts_of
 
@@ -107,8 +108,8 @@ class S3Store(RetryingStore):
                 for number, part in enumerate(content.parts, 1)
             ]
             sent = run_all(pool, calls)
-            etags, size_bytes = [etag for etag, _ in sent], sum(size for _, size in sent)
-            return self._complete(key, begun.result(), content, etags, size_bytes)
+            parts, size_bytes = [part for part, _ in sent], sum(size for _, size in sent)
+            return self._complete(key, begun.result(), content, parts, size_bytes)
         except BaseException:
             if begun.exception() is None:
                 self._abort(key, begun.result())
@@ -120,20 +121,20 @@ class S3Store(RetryingStore):
 
     def _put_part(
         self, key: str, begun: Future[str], number: int, part: Callable[[], Sequence[memoryview]]
-    ) -> tuple[str, int]:
-        """The part's etag and size. It is fetched while the upload is begun."""
+    ) -> tuple[Sent, int]:
+        """The part as it was sent, and its size. It is fetched while the upload is begun."""
         views = part()
         send = functools.partial(self._bucket.put_part, key, begun.result(), number, views)
         return self._retrier.call(f"put part {number} of {key}", send), sum(view.nbytes for view in views)
 
-    def _complete(self, key: str, upload: str, content: _Content, etags: Sequence[str], size_bytes: int) -> ObjectInfo:
+    def _complete(self, key: str, upload: str, content: _Content, parts: Sequence[Sent], size_bytes: int) -> ObjectInfo:
         """Join the parts. Where the answers leave doubt, the object itself says whether it has happened."""
         condition = content.if_absent and self.capabilities.conditional_puts
         doubts: list[Transient] = []
 
         def attempt() -> str:
             try:
-                return self._bucket.complete_upload(key, upload, etags, condition)
+                return self._bucket.complete_upload(key, upload, parts, condition)
             except Transient as error:
                 error.given_up = error.cause is Cause.CONFLICT
                 doubts.append(error)
@@ -143,7 +144,8 @@ class S3Store(RetryingStore):
             etag = self._retrier.call(f"complete {key}", attempt)
         except (NotFound, AlreadyExists, Transient) as error:
             # an upload that is gone may be done: somebody on the way can have sent the request twice
-            found = self._settle(key, content, etags, size_bytes) if doubts or isinstance(error, NotFound) else None
+            in_doubt = doubts or isinstance(error, NotFound)
+            found = self._settle(key, content, [part.etag for part in parts], size_bytes) if in_doubt else None
             if found is not None:
                 log.info("%s was put, though the store said: %s", key, error)
                 return found
