@@ -34,6 +34,7 @@ from launcher.drain.notices import Notice
 from launcher.drain.preemption import Lookout, OrderWatcher
 from launcher.drain.preemption import watchers as find_watchers
 from launcher.drain.signals import handle_signals, stop_at_once
+from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.conf import RendezvousConf
 from launcher.elastic.hostname import ask_no_dns
@@ -48,6 +49,7 @@ from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
 from launcher.rounds.records import Node
+from launcher.workers.console import Console
 from launcher.workers.guardian import KEEP_VARIABLE
 from launcher.workers.leftovers import Leftovers
 from launcher.workers.runtime import runtime_dir as private_folder
@@ -79,6 +81,8 @@ class Extras:
     """Watchers for the news that this machine goes, as `launcher.drain.preemption` names them."""
     drain_grace_s: float = 30.0
     """From a request that this node leave until nothing of it is left, where the request names no time of its own."""
+    console: Console | None = None
+    """By which output reaches its reader; None: directly."""
     log_dir: Path | None = None
     """Where the stacks of hung workers go; None: where temporary files go."""
     hangs: HangRules = HangRules()  # noqa: RUF009 (frozen)
@@ -106,10 +110,15 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         return _launch_agent(config, command, extras)
     except SignalException as stopped:
         log.warning("left the job: %s", stopped)
+        error_file.tell_raised(stopped, 128 + stopped.sigval)
         return 128 + stopped.sigval
     except Drained as drained:
         log.warning("left the job: %s", drained)
+        error_file.tell_raised(drained, drained.exit_code)
         return drained.exit_code
+    except Exception as error:
+        error_file.tell_raised(error, getattr(error, "exit_code", 1))
+        raise
 
 
 def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -133,6 +142,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:8]}"
         events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
         stack.push(functools.partial(_tell_end, events))  # comes last, after the node has left
+        if extras.console is not None:
+            extras.console.tell(events)
         node = Node(
             node_id=node_id,
             host=host,
@@ -255,6 +266,9 @@ def _run(
         ended = member.round()
         assert ended is not None, "a closed job has a last round"
         log.error("[%s] the job %s", member.node_id, last_words(ended))
+        root = ended.causes[0] if ended.causes else None
+        local = root is not None and root.node_id == member.node_id
+        error_file.tell_failed(ended, agent.error_file_of(root.failure.rank) if root and local else "")
         return ended.verdict.exit_code
     finally:
         agent.close()

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from elastic_moe.cli import ckpt, demo, drain, plan, report, run, status, train
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, one_line
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -46,10 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `argv` defaults to the process's own arguments, and only then a verb may end the process itself.
     """
-    args = build_parser().parse_args(argv)
+    _open_what_is_closed()
+    parsed: list[argparse.Namespace] = []
+
+    def parse() -> int:
+        try:
+            parsed.append(build_parser().parse_args(argv))
+        except SystemExit:
+            sys.stdout.flush()  # the help, say
+            raise
+        return 0
+
+    code = _call(parse)
+    if not parsed:
+        return code
+    (args,) = parsed
     ends_at_once = argv is None and getattr(args, "ends_at_once", False)
     try:
-        code = _call(args)
+        code = _call(lambda: int(args.handler(args)))
     except Exception:
         if not ends_at_once:
             raise
@@ -60,24 +76,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _call(args: argparse.Namespace) -> int:
-    """The verb's exit code, with errors that carry one told in one line."""
+def _call(act: Callable[[], int]) -> int:
+    """The exit code of `act`, with errors that carry one told in one line."""
     try:
-        code: int = args.handler(args)
+        code = act()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()  # the reader (`| head`) has seen enough
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            _write_no_more()
+            _complain(f"cannot write: {error.strerror}")
+            return 1
         exit_code = getattr(error, "exit_code", None)
         if not isinstance(exit_code, int):
             raise
-        print(f"{PROG}: error: {one_line(str(error))}", file=sys.stderr)
+        _flush()
+        _complain(one_line(str(error)))
         return exit_code
     return code
+
+
+def _complain(what: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"{PROG}: error: {what}", file=sys.stderr)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _write_no_more()
+
+
+def _write_no_more() -> None:
+    """What stdout still holds goes nowhere: Python would complain once more when it flushes it at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_what_is_closed() -> None:
+    """stdin, stdout and stderr that were closed (`>&-`) lead nowhere: else the next file or socket has their number,
+    and what was meant for nobody is written into it.
+    """
+    for fd, mode in enumerate(("r", "w", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode, closefd=False))  # noqa: SIM115
 
 
 def _end_at_once(code: int) -> NoReturn:

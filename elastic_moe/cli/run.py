@@ -11,6 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -51,6 +52,7 @@ def handle(args: argparse.Namespace) -> int:
     from torch.distributed.run import config_from_args
 
     from launcher.launch import Extras, launch_agent
+    from launcher.workers.console import Console
 
     given = _parse(args.arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -87,7 +89,8 @@ def handle(args: argparse.Namespace) -> int:
         events_path=Path(given.log_dir).absolute() / "events.jsonl" if given.log_dir else None,
     )
     gc.freeze()  # what the imports made is no garbage; looking through it again and again stops the agent for 50 ms
-    return launch_agent(config, [command, *command_args], extras)
+    with Console() as console:
+        return launch_agent(config, [command, *command_args], replace(extras, console=console))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -243,13 +246,17 @@ def _choose_backend(given: argparse.Namespace) -> None:
     """One node needs no store to meet at; several meet at an embedded one."""
     from launcher.kv.connect import BACKENDS, unknown_backend
 
+    alone = given.standalone or given.nnodes in ("1", "1:1")
     if given.rdzv_backend in ("static", "c10d"):
-        alone = given.standalone or given.nnodes in ("1", "1:1")
         given.rdzv_backend = "memory" if alone and not given.rdzv_endpoint else "embedded"
     if given.rdzv_backend not in BACKENDS:
         raise UserError(f"--rdzv-backend {given.rdzv_backend}: {unknown_backend(given.rdzv_backend)}")
     if given.rdzv_backend == "embedded" and not given.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: several nodes need HOST:PORT of the first one to meet at")
+    if given.rdzv_backend == "embedded" and given.rdzv_endpoint.strip().endswith(":0") and not alone:
+        raise UserError(
+            f"--rdzv-endpoint {given.rdzv_endpoint}: port 0 is any free one, which other nodes could not know; give one"
+        )
     if given.rdzv_backend == "etcd3" and not given.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: etcd3 needs HOST:PORT of the etcd, or several, separated by commas")
     if given.rdzv_id in (None, "none"):

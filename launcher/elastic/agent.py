@@ -325,6 +325,10 @@ class ElasticAgent(LocalElasticAgent):
                 place=failure.place,
             )
 
+    def error_file_of(self, rank: int) -> str:
+        """Where a worker of the last generation wrote the error that ended it, "" if it was not this node's."""
+        return next((remains.error_file for remains in self._remains() if remains.rank == rank), "")
+
     # --- hangs
 
     def _watch_workers(self, current: Round) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,17 @@ def test_a_script_that_fails_at_the_same_step_is_tried_twice_and_told_on_every_n
 ) -> None:
     """Two nodes, a script that fails on the second at the same step always: two tries, and one story."""
     work = ("--tee", "3", BREAKS, str(tmp_path), "step", "1")
+    files = {name: tmp_path / f"{name}.json" for name in ("first", "second")}
+    nodes.environment["TORCHELASTIC_ERROR_FILE"] = str(files["first"])
     first = nodes.start("first", *work, conf="last_call=60")
     nodes.wait_event("node_joined")
+    nodes.environment["TORCHELASTIC_ERROR_FILE"] = str(files["second"])
     second = nodes.start("second", *work, conf="last_call=60")
     assert (first.wait(), second.wait()) == (70, 70), first.output + second.output
+    for file in files.values():  # for whoever started the launcher, in torch's form
+        told = json.loads(file.read_text())["message"]
+        assert (told["message"], told["errorCode"]) == ("ValueError: no batch for step 4", 1)
+        assert 'breaks.py", line' in told["extraInfo"]["py_callstack"]
     assert len(starts(tmp_path, 1)) == 2, "tried twice"
     causes = nodes.events("root_cause")
     assert [(c["rank"], c["failure_class"], c["step"]) for c in causes] == [(1, "program", 3)] * 2

@@ -1,0 +1,43 @@
+"""A console that goes, is full or was never there: no traceback, and an exit code that says what there is to say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:300"
+NOTHING_THERE = "ckpt ls nowhere"
+
+
+def call(redirected: str, *arguments: str) -> tuple[int, str]:
+    """The exit code and stderr of the command, its streams as a shell would redirect them."""
+    command = f'"{sys.executable}" -m elastic_moe "$@" {redirected}'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", command, "bash", *arguments], env=environment, capture_output=True, timeout=60)
+    return done.returncode, done.stderr.decode()
+
+
+GONE = "| true; exit ${PIPESTATUS[0]}"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "command", "code", "told"),
+    [
+        (GONE, PLAN, 0, ""),
+        (f"2>&1 {GONE}", PLAN, 0, ""),
+        (GONE, "--help", 0, ""),
+        (GONE, "--print-completion bash", 0, ""),
+        (f"2>&1 {GONE}", NOTHING_THERE, 2, ""),
+        ("> /dev/full", PLAN, 1, "elastic-moe: error: cannot write: No space left on device\n"),
+        ("> /dev/full 2>&1", PLAN, 1, ""),
+        ("> /dev/full", "--print-completion zsh", 1, "elastic-moe: error: cannot write: No space left on device\n"),
+        (">&-", PLAN, 0, ""),
+        (">&- 2>&- <&-", PLAN, 0, ""),
+        (">&- 2>&- <&-", NOTHING_THERE, 2, ""),
+    ],
+)
+def test_a_command_ends_quietly(redirected: str, command: str, code: int, told: str) -> None:
+    assert call(redirected, *command.split()) == (code, told)
