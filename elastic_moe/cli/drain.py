@@ -19,7 +19,7 @@ from launcher.coordination.orders import give_order
 from launcher.drain.draining import DrainOrder
 from launcher.errors import KVUnavailable
 from launcher.health.probe import is_refused
-from launcher.kv.connect import parse_endpoint
+from launcher.kv.endpoint import parse_endpoint
 from launcher.rounds.records import Node
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,17 @@ from launcher.errors import UsageError
 from launcher.kv.base import KV
 from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.endpoint import addresses_of, is_local, is_loopback, parse_endpoint, spelled
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.memory import MemoryKV
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 29400
 BACKENDS = ("embedded", "etcd3", "memory")
 TOKEN_VARIABLE = "ELASTIC_MOE_TOKEN"
 _EMBEDDED_TIMEOUT_S = 10.0
 _ETCD_TIMEOUT_S = 6.0
+_LEAST_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None
     except ImportError as error:
         raise UsageError(f"--rdzv-backend etcd3: {error}; install it with pip install 'elastic-moe[etcd]'") from error
     kv = EtcdKV(config)
-    if local_addr and not _is_loopback(local_addr) and any(_is_local(host) for host, _ in config.endpoints):
+    if local_addr and not is_loopback(local_addr) and any(is_local(host) for host, _ in config.endpoints):
         kv.distrust_refusals()
     try:
         kv.wait_ready(timeout_s)
@@ -92,16 +94,23 @@ def _resolvable(config: EtcdConfig) -> str:
     """The address of the first endpoint that has one; one of them has just answered."""
     for host, _ in config.endpoints[:-1]:
         with contextlib.suppress(UsageError):
-            return _resolve(host)
-    return _resolve(config.endpoints[-1][0])
+            return addresses_of(host)[0]
+    return addresses_of(config.endpoints[-1][0])[0]
 
 
 def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
-    host, port = parse_endpoint(endpoint)
-    address = _resolve(host)
-    token = _token(conf, required=not _is_loopback(address))
-    server = _try_host(address, port, token, conf)
-    kv = EmbeddedKV(address, server.port if server else port, token=token)
+    may_host = conf.get("is_host", "true").lower() not in ("0", "false", "no")
+    host, port = parse_endpoint(endpoint, free_port=may_host)
+    ends_s = time.monotonic() + timeout_s
+    addresses = addresses_of(host, timeout_s)
+    token = _token(conf, required=not all(map(is_loopback, addresses)))
+    # A name of several addresses is hosted on one that all nodes agree on; whoever comes tries all of them.
+    server = _try_host(addresses[0], port, token, conf) if may_host else None
+    if not port and not server:
+        raise UsageError(f"--rdzv-endpoint {endpoint!r}: a free port can be found on this machine only")
+    if not port and server:
+        log.warning("the store listens at %s", spelled(host, server.port))
+    kv = EmbeddedKV(addresses[:1] if server else addresses, server.port if server else port, token=token)
 
     def close() -> None:
         kv.close()
@@ -109,47 +118,11 @@ def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | 
             server.close()
 
     try:
-        kv.wait_ready(timeout_s)
+        kv.wait_ready(max(ends_s - time.monotonic(), _LEAST_TIMEOUT_S))
     except BaseException:
         close()
         raise
-    return Connection(kv, local_addr or _address_towards(address), hosts_store=server is not None, close=close)
-
-
-def parse_endpoint(endpoint: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
-    """`HOST`, `HOST:PORT` or `[V6]:PORT`.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    host, colon, port_text = endpoint.strip().rpartition(":")
-    if not colon or endpoint.endswith("]"):
-        host, port_text = endpoint.strip(), str(default_port)
-    host = host.strip("[]")
-    if not host or not port_text.isdigit() or not 0 < int(port_text) < 65536:
-        raise UsageError(f"--rdzv-endpoint {endpoint!r}: expected HOST:PORT, such as node-1.example:{default_port}")
-    return host, int(port_text)
-
-
-def _resolve(host: str) -> str:
-    try:
-        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise UsageError(f"--rdzv-endpoint: host {host!r} is unknown: {error.strerror}") from error
-    if _is_loopback(address) and not (_is_loopback(host) or host == "localhost"):
-        # Debian's /etc/hosts names a machine's own address 127.0.1.1, which is another for every machine.
-        raise UsageError(
-            f"--rdzv-endpoint: {host!r} is {address} here, which no other node can reach; give its address"
-        )
-    return address
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _is_local(host: str) -> bool:
-    return host == "localhost" or _is_loopback(host)
+    return Connection(kv, local_addr or _address_towards(kv.address), hosts_store=server is not None, close=close)
 
 
 def _token(conf: Mapping[str, str], *, required: bool) -> str:
@@ -170,8 +143,6 @@ def _token(conf: Mapping[str, str], *, required: bool) -> str:
 def _try_host(address: str, port: int, token: str, conf: Mapping[str, str]) -> EmbeddedServer | None:
     """Host the store if the endpoint is this machine's and nobody does yet."""
     is_host = conf.get("is_host")
-    if is_host is not None and is_host.lower() in ("0", "false", "no"):
-        return None
     try:
         return EmbeddedServer(address, port, token=token)
     except OSError as error:
@@ -179,7 +150,7 @@ def _try_host(address: str, port: int, token: str, conf: Mapping[str, str]) -> E
             return None  # another node of this machine was first
         if error.errno == errno.EADDRNOTAVAIL and is_host is None:
             return None  # another machine's address
-        raise UsageError(f"--rdzv-endpoint {address}:{port} cannot be bound: {error.strerror}") from error
+        raise UsageError(f"--rdzv-endpoint {spelled(address, port)} cannot be bound: {error.strerror}") from error
 
 
 def _address_towards(address: str) -> str:

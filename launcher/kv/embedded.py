@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
@@ -18,6 +19,7 @@ from launcher.frames import ProtocolError, receive, send
 from launcher.kv import wire
 from launcher.kv.base import Entry, Listing, WatchEvent
 from launcher.kv.embedded_server import MAX_WAIT_S
+from launcher.kv.endpoint import spelled
 from launcher.kv.lease import Lease
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,45 @@ log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 3.0
 
 
+class _Addresses:
+    """Where the store may be; the one that has answered last is tried first. Shared by a client's connections."""
+
+    def __init__(self, hosts: Sequence[str], port: int) -> None:
+        self._hosts = tuple(hosts)
+        self.port = port
+
+    def __str__(self) -> str:
+        return ", ".join(spelled(host, self.port) for host in self._hosts)
+
+    @property
+    def first(self) -> str:
+        """The one to use."""
+        return self._hosts[0]
+
+    def connect(self, timeout_s: float) -> socket.socket:
+        """A connection to the first that takes one.
+
+        Raises:
+            OSError: none does; what the last one said.
+        """
+        hosts = self._hosts
+        for host in hosts:
+            try:
+                sock = socket.create_connection((host, self.port), timeout=timeout_s / len(hosts))
+            except OSError:
+                if host == hosts[-1]:
+                    raise
+            else:
+                self._hosts = (host, *(other for other in hosts if other != host))
+                return sock
+        raise AssertionError("a store has an address")
+
+
 class _Connection:
     """One authenticated connection, opened when needed; calls take turns."""
 
-    def __init__(self, host: str, port: int, token: str) -> None:
-        self._address = (host, port)
+    def __init__(self, addresses: _Addresses, token: str) -> None:
+        self._addresses = addresses
         self._token = token
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -55,12 +91,10 @@ class _Connection:
                 answer = receive(self._sock, wire.MAX_FRAME_BYTES)
             except ProtocolError as error:
                 self._drop()
-                host, port = self._address
-                raise UsageError(f"rendezvous endpoint {host}:{port}: {error}") from error
+                raise UsageError(f"rendezvous endpoint {self._addresses}: {error}") from error
             except (OSError, EOFError) as error:
                 self._drop()
-                host, port = self._address
-                raise KVUnavailable(f"the store at {host}:{port} does not answer: {error}") from error
+                raise KVUnavailable(f"the store at {self._addresses} does not answer: {error}") from error
         if "compacted" in answer:
             raise Compacted(answer["compacted"])
         if "error" in answer:
@@ -68,8 +102,9 @@ class _Connection:
         return answer
 
     def _open(self, timeout_s: float) -> socket.socket:
-        sock = socket.create_connection(self._address, timeout=timeout_s)
+        sock = self._addresses.connect(timeout_s)
         try:
+            sock.settimeout(timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.store_id = wire.greet_as_client(sock, self._token)
         except BaseException:
@@ -136,17 +171,22 @@ class _EmbeddedWatch:
 
 
 class EmbeddedKV:
-    """The store that listens on `host:port`; made by `connect` or directly (the first call connects)."""
+    """The store that listens on `port` of `host`, or of one of several; the first call connects."""
 
-    def __init__(self, host: str, port: int, *, token: str) -> None:
-        self._address = (host, port)
+    def __init__(self, host: str | Sequence[str], port: int, *, token: str) -> None:
+        self._addresses = _Addresses([host] if isinstance(host, str) else host, port)
         self._token = token
         self._calls = self._connection()
         self._leases: list[Lease] = []
         self._open: list[_Connection] = [self._calls]
 
     def _connection(self) -> _Connection:
-        return _Connection(*self._address, self._token)
+        return _Connection(self._addresses, self._token)
+
+    @property
+    def address(self) -> str:
+        """The host that has answered last, or the first one."""
+        return self._addresses.first
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the store answers.
@@ -161,9 +201,8 @@ class EmbeddedKV:
                 return
             except KVUnavailable as error:
                 if time.monotonic() >= ends_s:
-                    host, port = self._address
                     raise UsageError(
-                        f"--rdzv-endpoint {host}:{port} cannot be reached ({error.__cause__}); "
+                        f"--rdzv-endpoint {self._addresses} cannot be reached ({error.__cause__}); "
                         "is the first node up, and the address right?"
                     ) from error
             time.sleep(0.1)

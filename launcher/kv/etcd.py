@@ -59,6 +59,7 @@ class EtcdKV:
             UsageError: it does not within `timeout_s`, or it is plain before then why it never will.
         """
         ends_s = time.monotonic() + timeout_s
+        told = False
         probe = self._range(count_only=True)
         while True:
             try:
@@ -73,6 +74,9 @@ class EtcdKV:
                 flaw = self._diagnose(str(error))
                 if flaw.permanent or time.monotonic() >= ends_s - _DIAGNOSIS_TIMEOUT_S:
                     raise self._unusable(flaw.what) from error
+                if not told:
+                    log.warning("etcd cannot be used yet: %s; asked again for %g s", flaw.what, timeout_s)
+                    told = True
             except KVError as error:
                 if "user name is empty" in str(error):
                     raise UsageError(
