@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim fuzz chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -35,6 +35,9 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
+
+fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the older checkpoint, or an error of our own
+	$(BIN)/python -W ignore -m tests.fuzz
 
 chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
 	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; done

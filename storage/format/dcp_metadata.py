@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from storage.errors import Corrupt, Denied, UnloadableValue
 from storage.format.columns import Boxes, Ints
-from storage.format.index import Columns, Entry, Index, IndexedObject, build
+from storage.format.index import Columns, Entry, Index, IndexedObject, build, check_apart, check_whole
 from storage.format.opcodes import Record, harmless
 from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
 from storage.stores.objects import check_key
@@ -182,8 +182,10 @@ class _Parts:
             raise _Odd("objects without a name")
         names = sorted(set(where))
         number_of = {check_key(name): number for number, name in enumerate(names)}
-        item_object = np.fromiter(map(number_of.__getitem__, where), np.int64, len(where))[order]
-        offset, length = _whole_numbers(info["offset"])[order], _whole_numbers(info["length"])[order]
+        item_object = np.fromiter(map(number_of.__getitem__, where), np.int64, len(where))
+        offset, length = _whole_numbers(info["offset"]), _whole_numbers(info["length"])
+        check_apart(item_object, offset, length)
+        item_object, offset, length = (column[order] for column in (item_object, offset, length))
         ends = np.fromiter((sizes_bytes.get(name, _INT64_MAX) for name in names), np.int64, len(names))
         if bool((length > ends[item_object] - offset).any()):
             raise _Odd("an item reaches past the end of its object")
@@ -201,7 +203,7 @@ class _Parts:
         objects = [IndexedObject(name, sizes_bytes.get(name, 0)) for name in names]
         spans = [(*row, *span) for row, span in zip(rows, ranges, strict=True)]
         index = build(prefix, step, True, objects, spans, columns, chunks.num_dims[chunk_of])
-        return dataclasses.replace(index, transforms=tuple(transforms))
+        return dataclasses.replace(check_whole(index), transforms=tuple(transforms))
 
     def _entries(self) -> tuple[list[tuple[str, str, tuple[int, ...], tuple[str | int, ...]]], _Chunks]:
         """Key, dtype, shape and path of each entry, and the chunks of all."""

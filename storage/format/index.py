@@ -202,6 +202,7 @@ class Index:
 def of_manifest(prefix: str, manifest: Manifest) -> Index:
     """The index of a checkpoint of ours. Raises Corrupt when the manifest's numbers do not fit together."""
     table = manifest.items
+    check_apart(table.object, table.offset, table.length)
     kinds: list[tuple[str, str, tuple[int, ...], Path]] = [
         *((key, entry.dtype, entry.shape, entry.path) for key, entry in manifest.tensors.items()),
         *((key, "", (), entry.path) for key, entry in manifest.values.items()),
@@ -269,6 +270,55 @@ def build(
         ):
             raise Corrupt(f"a shard of {key!r} does not fit into shape {list(entry.shape)}")
     return index
+
+
+def check_whole(index: Index) -> Index:
+    """`index`, if the shards of every tensor make up the whole of it, each element once. Raises Corrupt.
+
+    Seen in the volumes: where every coordinate has a weight at random, the weighted volumes of boxes add up to the
+    whole's only if they fill it, but for one chance in 2^50 or so.
+    """
+    offsets, sizes = index.columns.offsets, index.columns.sizes
+    tensors = [(key, entry) for key, entry in index.entries.items() if entry.is_tensor]
+    shapes = np.ones((len(tensors), sizes.shape[1]), np.int64)
+    for row, (_, entry) in zip(shapes, tensors, strict=True):
+        row[: len(entry.shape)] = entry.shape[: len(row)]  # a tensor without a shard may have more dimensions
+    found = np.concatenate((np.zeros(1, np.uint64), np.cumsum(_weights(offsets, offsets + sizes))))
+    first, last = (np.array([getattr(entry, name) for _, entry in tensors], np.int64) for name in ("first", "last"))
+    is_whole = found[last] - found[first] == _weights(np.zeros_like(shapes), shapes)
+    for number in np.flatnonzero(~is_whole).tolist():
+        key, entry = tensors[number]
+        if math.prod(entry.shape) or entry.last > entry.first:
+            raise Corrupt(f"the shards of {key!r} do not make up its shape {list(entry.shape)}")
+    return index
+
+
+def _weights(starts: Ints, stops: Ints) -> npt.NDArray[np.uint64]:
+    """Of the boxes from starts to stops, in a space of weighted coordinates; modulo 2^64, as sums and products are."""
+    weights = np.ones(len(starts), np.uint64)
+    for dim in range(starts.shape[1]):
+        weights *= _mixed(stops[:, dim], dim) - _mixed(starts[:, dim], dim)
+    return weights
+
+
+def _mixed(numbers: Ints, seed: int) -> npt.NDArray[np.uint64]:
+    """Numbers as if at random (the finalizer of splitmix64)."""
+    mixed = (numbers.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)), np.uint64)
+
+
+def check_apart(where: Ints, offset: Ints, length: Ints) -> None:
+    """That no two items, given by object, offset and length, lie upon each other in an object. Raises Corrupt."""
+    rows = (where, offset, length)
+    is_next = where[1:] == where[:-1]
+    if not bool(((where[1:] > where[:-1]) | (is_next & (offset[1:] >= offset[:-1]))).all()):  # mostly they are in order
+        order = np.lexsort((length, offset, where))
+        where, offset, length = (column[order] for column in rows)
+        is_next = where[1:] == where[:-1]
+    if bool((is_next & (offset[1:] - offset[:-1] < length[:-1])).any()):
+        raise Corrupt("two items lie upon each other")
 
 
 def spans(first: Ints, last: Ints) -> Ints:

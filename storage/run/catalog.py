@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from storage.errors import Corrupt, Denied, Forbidden, NoCheckpoint, NotFound
 from storage.format import layout
 from storage.format.checksum import crc32c
-from storage.format.index import Index, of_manifest
+from storage.format.index import Index, check_whole, of_manifest
 from storage.format.manifest import Manifest, ObjectEntry, load_manifest
 from storage.parallel import Pool
 from storage.stores.objects import ObjectInfo, ObjectStore, exists, read_if_there
@@ -304,7 +304,7 @@ def open_commit(commit: Commit) -> Index:
     from storage.format.dcp_metadata import check_sizes, load_metadata
 
     if commit.manifest is not None:
-        return check_sizes(of_manifest(commit.prefix, commit.manifest))
+        return check_whole(check_sizes(of_manifest(commit.prefix, commit.manifest)))
     step = layout.parse_step(commit.prefix.rstrip("/")) or 0
     name = commit.prefix + layout.METADATA
     try:
