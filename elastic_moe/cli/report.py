@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SHOWN_S = 0.05
+
 _EPILOG = """\
 LOG_DIR is what `run` was given as --log-dir, or an events.jsonl. Give those of
 all nodes where each has its own: together they tell the whole story. In folders
@@ -143,7 +145,7 @@ def _table(result: Goodput) -> list[str]:
     lines = [f"where {result.wall_s:.1f} s went{'':14}seconds   share  times"]
     for cause, seconds in result.seconds.items():
         stops = [one for one in result.interruptions if one.cause is cause]
-        if seconds > 0 or stops:
+        if seconds >= _SHOWN_S or stops:
             share = seconds / result.wall_s if result.wall_s else 0.0
             line = f"  {cause.value:<26} {seconds:9.1f}  {share:6.1%}  {len(stops) or '':>5}{_detail(stops)}"
             lines.append(line.rstrip())

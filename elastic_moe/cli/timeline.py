@@ -11,6 +11,7 @@ from launcher.wording import Event, describe_failure, describe_fields, describe_
 _ROUTINE = {
     "workers_started",
     "workers_stopped",
+    "workers_done",
     "workers_yielded",
     "checkpoint_staged",
     "checkpoint_committed",
@@ -82,9 +83,9 @@ def _tell(event: Event) -> str:
         case "steps_restarted":
             return f"{node}: goes back from step {event.get('reached')} to step {event.get('step')}"
         case "store_unreachable":
-            return f"{node}: the store does not answer: {event.get('reason')}"
+            return f"{node} has lost the store: {event.get('reason')}"
         case "store_back":
-            return f"{node}: the store answers again, after {event.get('seconds')} s"
+            return f"{node} has the store again, after {event.get('seconds')} s"
         case "checkpoint_store_away":
             away = f"{event.get('url')} has not answered for {event.get('seconds')} s: {event.get('reason')}"
             return f"rank {event.get('rank')} on {node}: {away}"

@@ -189,6 +189,7 @@ class RecordKeeper:
         with contextlib.suppress(KVUnavailable):
             left = dataclasses.replace(self._record, status=Status.EXCLUDED, reason=LEFT)
             self._kv.put(self._key, left.to_json(), lease=self._lease)
+            self._tell_back()  # the lease's next renewal would have shown it
         self._lease.revoke()
 
     def _keep(self) -> None:
@@ -220,10 +221,14 @@ class RecordKeeper:
             told = {"reason": silence.reason, "leases_stand": silence.stands}
             seconds = round(time.monotonic() - silence.since_s, 3)
             self._emit("store_unreachable", generation=generation, seconds=seconds, **told)
-        elif silence is None and self._silent_since_s is not None:
+        elif silence is None:
+            self._tell_back()
+
+    def _tell_back(self) -> None:
+        if self._silent_since_s is not None:
             seconds = round(time.monotonic() - self._silent_since_s, 3)
             self._silent_since_s = None
-            self._emit("store_back", generation=generation, seconds=seconds)
+            self._emit("store_back", generation=self._record.generation, seconds=seconds)
             log.warning("[%s] the store answers again, after %.1f s", self._record.node_id, seconds)
 
     def _check(self) -> bool:

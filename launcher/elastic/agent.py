@@ -247,6 +247,7 @@ class ElasticAgent(LocalElasticAgent):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
                 return _End(reason, 0.0)
             if exited and not self._yielding.done:
+                self._emit("workers_done", **self._channels.last_step_fields())
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
                 # Not asked before all have ended well: where one has failed it ends the others in its own way.

@@ -23,9 +23,11 @@ from launcher.wording import Event
 
 __all__ = ["Cause", "Goodput", "Interruption", "Outage", "account", "covered"]
 
+_AT_ONCE_S = 0.05
+
 Span = tuple[float, float]
 Staged = Mapping[object, Sequence[float]]
-"""Step -> when a rank had copied its state aside, in order of time."""
+"""Step -> when ranks had copied their states aside and went on."""
 
 
 def account(events: Iterable[Event]) -> Goodput:
@@ -134,10 +136,18 @@ def _state_ts(stretches: Sequence[Stretch], staged: Staged, step: int, *, before
 
 
 def _staged(ordered: Iterable[Event]) -> Staged:
+    """With the wait for the commit, where the training waited for it at once: it goes on from there."""
     found: dict[object, list[float]] = collections.defaultdict(list)
+    last: dict[object, tuple[object, float]] = {}
     for event in ordered:
+        ts, worker = float(event["ts"]), (event.get("node"), event.get("rank"))
         if event["event"] == "checkpoint_staged":
-            found[event.get("step")].append(float(event["ts"]))
+            found[event.get("step")].append(ts)
+            last[worker] = event.get("step"), ts
+        elif event["event"] == "checkpoint_waited" and worker in last:
+            step, staged_ts = last[worker]
+            if ts - float(event.get("seconds", 0.0)) <= staged_ts + _AT_ONCE_S:
+                found[step].append(ts)
     return found
 
 

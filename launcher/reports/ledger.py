@@ -109,6 +109,7 @@ class Ledger:
         self._silent = [silence for silence in silent if silence.store == JOB_STORE]
         self._last_word: Mapping[str, float] = {str(e.get("node", "")): float(e["ts"]) for e in ordered}
         self._live: set[str] = set()
+        self._refused: set[str] = set()  # whose agents refuse connections, and have not been heard of since
         self._endings: dict[str, str] = {}
         self._phase = Phase.FORMING
         self._steps = RoundSteps(0, frozenset(), self._since_ts)
@@ -123,7 +124,10 @@ class Ledger:
     def hear(self, event: Event) -> None:
         """Take one event; those without a meaning for the account change nothing."""
         ts, node = float(event["ts"]), str(event.get("node", ""))
+        self._refused.discard(node)
         match event["event"]:
+            case "peer_lost":
+                self._refused.add(str(event.get("peer", "")))
             case "node_joined":
                 self._joined(node, ts)
             case "round_formed":
@@ -156,7 +160,7 @@ class Ledger:
             self._gone_unheard(dead, ts)
         if self._phase is Phase.CLOSED:
             self._pass_to(Phase.FORMING, ts)
-            self.outcome = ""
+            self.outcome, self._endings = "", {}
         self._live.add(node)
 
     def _gone_unheard(self, dead: set[str], ts: float) -> None:
@@ -182,14 +186,17 @@ class Ledger:
             case _:
                 return
         self._live.discard(node)
-        if not self._live and self._phase is not Phase.CLOSED and self._steps.participants:
+        if not self._there and self._phase is not Phase.CLOSED and self._steps.participants:
             self._close(ts)
 
     @property
     def end(self) -> str:
         """How the nodes of the last round ended, if none may still be there and no outcome is told."""
-        told = [told for node, told in self._endings.items() if node in self._steps.participants or not self._live]
-        return "" if self._live or self.outcome else "; ".join(told)
+        return "" if self._there or self.outcome else "; ".join(self._endings.values())
+
+    @property
+    def _there(self) -> set[str]:
+        return self._live - self._refused
 
     # --- the machine
 
@@ -215,7 +222,7 @@ class Ledger:
     def _workers_started(self, node: str, ts: float) -> None:
         """A script that never tells its steps trains once its last worker has started."""
         self._started.add(node)
-        if not self._tells_steps and self._started >= self._steps.participants:
+        if not self._tells_steps and not self._steps.failed_at_start and self._started >= self._steps.participants:
             self._train(ts)
 
     def _train(self, ts: float) -> None:

@@ -7,11 +7,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from launcher.rounds.failures import FailureClass
 from launcher.wording import Event
 
-_EXACT = {"workers_stopped", "workers_yielded", "worker_failed"}
+_EXACT = {"workers_stopped", "workers_yielded", "worker_failed", "workers_done"}
 """The agents' last word on how far their workers came."""
 
+_AT_START = (FailureClass.START_UP, FailureClass.USAGE)
 _NUM_LATE = 8  # rounds that may be formed before the last event of one has been written
 
 
@@ -34,6 +36,8 @@ class RoundSteps:
     """Returns to an earlier step in the middle of it: when that step was done, which one, and how far it had come."""
     first_gone_ts: float | None = None
     """When the first of its workers had ended, as far as agents tell."""
+    failed_at_start: bool = False
+    """Whether its program did not get to work at all."""
     _exact: int = -1
     _done: dict[int, float] = field(default_factory=dict)
     _told_step_s: list[float] = field(default_factory=list)
@@ -43,6 +47,7 @@ class RoundSteps:
         ts, step = float(event["ts"]), event.get("step")
         if event["event"] in ("workers_stopped", "worker_failed"):
             self.first_gone_ts = min(ts, self.first_gone_ts or ts)
+            self.failed_at_start |= event.get("failure_class") in _AT_START
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             return
         match event["event"]:

@@ -204,7 +204,7 @@ def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, ag
             until(
                 "it is told", lambda: "checkpoint_store_away" in agents_file.read_text() if agents_file.exists() else 0
             )
-            until("six seconds are over", lambda: time.monotonic() > began_s + 6)
+            until("five seconds are over", lambda: time.monotonic() > began_s + 5)
             away.times = 0
             seconds = time.monotonic() - began_s
             until("its end is told", lambda: "checkpoint_store_back" in agents_file.read_text())

@@ -1,0 +1,73 @@
+"""What `report` says of real jobs, against what their scripts wrote down themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cli import main as cli
+from launcher.reports.goodput import Cause, account
+from tests.cluster import cluster, read_lines, until
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+pytestmark = pytest.mark.slow
+
+
+def steps(folder: Path, generation: int) -> list[dict[str, float]]:
+    return [line for line in read_lines(folder / "steps.jsonl") if line["generation"] == str(generation)]
+
+
+@pytest.mark.parametrize("mode", ["checkpointer", "own"])
+def test_a_script_as_readme_shows_it(mode: str, tmp_path: Path) -> None:
+    """18 of its 60 steps are done again. Neither its Checkpointer nor its heartbeats are wired to anything by hand."""
+    with cluster(tmp_path) as job:
+        node = job.start("a", str(SCRIPTS / "like_readme.py"), str(tmp_path), mode, nnodes="1:1", nproc=2)
+        assert node.wait() == 0, node.output
+        events = job.events()
+    told = account(events)
+    first, second = steps(tmp_path, 1), steps(tmp_path, 2)
+    assert ([s["step"] for s in first], [s["step"] for s in second]) == ([*range(1, 31)], [*range(13, 61)])
+
+    (stop,) = told.interruptions
+    assert (stop.cause, stop.steps_redone, told.steps_redone, told.last_step) == (Cause.FAILURE, 18, 18, 60)
+    assert stop.seconds == pytest.approx(second[0]["b"] - first[-1]["e"], rel=0.1)
+    assert told.seconds[Cause.LOST_WORK] == pytest.approx(first[-1]["e"] - first[12]["b"], rel=0.1)
+    kept_s = sum(s["e"] - s["b"] for s in [*first[:12], *second])
+    assert told.seconds[Cause.TRAINING] + told.seconds[Cause.CHECKPOINT] == pytest.approx(
+        first[11]["e"] - first[0]["b"] + told.ended_ts - second[0]["b"], rel=0.1
+    )
+    assert told.seconds[Cause.TRAINING] >= 0.9 * kept_s
+    if mode != "own":
+        names = [e["event"] for e in events]
+        assert [(e["generation"], e["step"]) for e in events if e["event"] == "restored"] == [(2, 12)] * 2
+        assert names.count("checkpoint_committed") == 2, "nothing twice"
+        assert names.count("checkpoint_staged") == 2 * 2
+
+
+def test_the_store_went_with_its_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own node is the root cause, not the survivor whose workers fail next; and the survivor's end is told."""
+    with cluster(tmp_path) as job:
+        script = (str(SCRIPTS / "cooperative.py"), str(tmp_path))
+        host = job.start("host", *script, nnodes="2:2")
+        until("the host", lambda: "waiting: 1 of at least 2" in host.output)
+        survivor = job.start("survivor", *script, nnodes="2:2")
+        until("steps", lambda: read_lines(tmp_path / "steps.jsonl")[5:])
+        host.kill()
+        job.wait_event("workers_stopped")
+        job.wait_event("store_unreachable")
+        survivor.signal(signal.SIGTERM)
+        assert survivor.wait() == 128 + signal.SIGTERM, survivor.output
+        told = account(job.events())
+    (stop,) = told.interruptions
+    assert (stop.cause, [n.rpartition("-")[0] for n in stop.nodes]) == (Cause.NODE_LOSS, ["host"])
+    assert "is gone (connection refused)" in stop.root
+    assert (stop.resumed_ts, told.outcome) == (None, "")
+    assert re.fullmatch(r"survivor-\w{8}: stopped by SIGTERM", told.end)
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["outages"][0]["store"] == "job store"
