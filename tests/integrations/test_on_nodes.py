@@ -1,0 +1,49 @@
+"""Scripts of the frameworks on two nodes, of which one is killed: they go on from the last checkpoint, and end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage import inspect
+from tests.cluster import Cluster, cluster, read_lines, until
+
+SCRIPTS = Path(__file__).parent / "scripts"
+STEPS = 60
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path / "nodes") as made:
+        yield made
+
+
+@pytest.mark.parametrize("framework", ["transformers", "accelerate", "lightning"])
+def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str) -> None:
+    pytest.importorskip(framework)
+
+    def reached(step: int, world_size: int) -> bool:
+        told = read_lines(tmp_path / "steps.jsonl")
+        return any(line["step"] >= step and line["world_size"] == world_size for line in told)
+
+    nodes.environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    work = (str(SCRIPTS / f"with_{framework}.py"), str(tmp_path), str(STEPS))
+    first = nodes.start("first", *work, conf="last_call=60")
+    nodes.wait_event("node_joined")
+    second = nodes.start("second", *work, conf="last_call=60")
+    until("both have saved", lambda: reached(12, 2))
+    second.kill()
+    until("the survivor goes on", lambda: reached(13, 1))
+    (tmp_path / "hurry").touch()
+    assert first.wait() == 0, first.output
+    assert read_lines(tmp_path / "done.jsonl") == [{"rank": 0, "world_size": 1, "step": STEPS, "updates": STEPS}]
+    restored = nodes.events("restored", generation=2)[-1]
+    assert restored["step"] >= 10
+    told = [line["step"] for line in read_lines(tmp_path / "steps.jsonl") if line["world_size"] == 1]
+    assert told == list(range(restored["step"] + 1, STEPS + 1)), "no step twice, none left out"
+    (newest, *_) = inspect.summaries(inspect.locate(str(tmp_path / "checkpoints")))
+    assert (newest.step, newest.state) == (STEPS, "committed")
