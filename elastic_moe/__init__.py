@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import os
+import sys
 
 _SIBLINGS = ("launcher", "storage")
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def _shadowed(sibling: str, home: Path) -> Path | None:
-    """Where `sibling` would be imported from, unless that is beside this package in `home`."""
+def _is_command() -> bool:
+    """Whether this process is the command `elastic-moe`, by that name or by `python -m`, and no script of a user's."""
+    if os.path.basename(sys.argv[0]) == "elastic-moe":
+        return True
+    # While `python -m` looks for what it is to run, argv[0] says no more than that.
+    told = " ".join(sys.orig_argv[1:])
+    return sys.argv[0] == "-m" and ("-melastic_moe" in told or "-m elastic_moe" in told)
+
+
+def _keep_to_own() -> None:
+    """See `launcher.workers.paths`, which has to be found first."""
+    found, sys.path[:] = sys.path[:], [_HOME]
+    try:
+        from launcher.workers.paths import keep_to_own
+    finally:
+        sys.path[:] = found
+    keep_to_own()
+
+
+def _shadowed(sibling: str) -> str:
+    """Why a script that has a `sibling` of its own cannot use ours as well; "" if it has none."""
+    own = os.path.join(_HOME, sibling)
     spec = importlib.util.find_spec(sibling)
-    if spec is None or spec.origin is None:
-        return Path(sibling)
-    found = Path(spec.origin).resolve().parent
-    return None if found == home / sibling else found
+    origin = spec.origin if spec is not None else None
+    if origin is None:
+        return f"elastic_moe needs its package {sibling!r}, and {own} is not found: install elastic-moe again"
+    if os.path.realpath(origin) == os.path.realpath(os.path.join(own, "__init__.py")):
+        return ""
+    theirs = os.path.dirname(origin) if os.path.basename(origin) == "__init__.py" else origin
+    folder = os.path.dirname(theirs)
+    how = "PYTHONPATH" if folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) else "sys.path"
+    return (
+        f"elastic_moe needs its own package {sibling!r} ({own}), but {theirs} hides it here: {folder} comes first in "
+        f"{how}. A process can hold one {sibling!r} only: rename {theirs}, or move it into a package of your own "
+        f"(`from yourpackage import {sibling}`)"
+    )
 
 
-# `launcher` and `storage` are common names: with a folder so called in the working directory, `python -m` would
-# import that one and fail much later, far from the cause.
-for _sibling in _SIBLINGS:
-    if _found := _shadowed(_sibling, Path(__file__).resolve().parent.parent):
-        raise ImportError(
-            f"elastic_moe needs its own package {_sibling!r}, but Python finds {_found}: "
-            "start from another directory, or rename that folder"
-        )
+# `launcher` and `storage` are common names. Our own commands never look beside a script; a script's own modules are its
+# own, and where it wants both, the first import says so: it would fail much later, far from the cause.
+if _is_command():
+    _keep_to_own()
+else:
+    for _sibling in _SIBLINGS:
+        if _why := _shadowed(_sibling):
+            raise ImportError(_why)

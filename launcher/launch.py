@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
 from launcher.coordination.member import Member
-from launcher.coordination.reopen import reopen_failed
+from launcher.coordination.reopen import is_running, reopen_failed
 from launcher.coordination.telling import last_words
 from launcher.drain.backstop import Backstop
 from launcher.drain.draining import DrainRequest, DrainRequests
@@ -53,7 +53,7 @@ from launcher.workers.console import Console
 from launcher.workers.guardian import KEEP_VARIABLE
 from launcher.workers.leftovers import Leftovers
 from launcher.workers.runtime import runtime_dir as private_folder
-from launcher.workers.warm import WarmStart
+from launcher.workers.warm import ForkedZygote, WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Extras:
     """Fork workers from a process that has imported torch, where that is safe."""
     keep_children: bool = False
     """Let processes that workers have started outlive them."""
+    zygote: ForkedZygote | None = None
+    """That process, if this one has forked it already."""
     preemption_notices: tuple[str, ...] = ()
     """Watchers for the news that this machine goes, as `launcher.drain.preemption` names them."""
     drain_grace_s: float = 30.0
@@ -162,19 +164,19 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             lease_ttl_s=conf.lease_ttl,
         )
         runtime_dir = stack.enter_context(private_folder())
-        # NUMA binding wraps a worker's program, which a fork has not; and only a Python program can be forked.
-        can_fork = command[0] == sys.executable and config.numa_options is None
         keep = extras.keep_children or bool(os.environ.get(KEEP_VARIABLE))
         if keep:
             os.environ[KEEP_VARIABLE] = "1"  # for the guardians of workers and zygote
-        warm = WarmStart(runtime_dir, events) if extras.warm_workers and can_fork else None
+        # NUMA binding wraps a worker's program, which a fork has not; and only Python can be forked, without options.
+        can_fork = tuple(command[:2]) == (sys.executable, "-u") and config.numa_options is None
+        warm = WarmStart(runtime_dir, events, extras.zygote) if extras.warm_workers and can_fork else None
         if warm is not None:
             stack.callback(warm.close)
             warm.start()
+        elif extras.zygote is not None:
+            extras.zygote.kill()
         preflight = _preflight(extras, events)
         unfit = preflight.first()
-        if warm is not None:
-            warm.wait_ready(_ZYGOTE_TIMEOUT_S)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
         backstop = Backstop(drain, functools.partial(_tell_overrun, events), _end_at_once)
 
@@ -184,6 +186,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
 
         try:
             reopen_failed(connection.kv, config.run_id)
+            if warm is not None and is_running(connection.kv, config.run_id):
+                warm.wait_ready(_ZYGOTE_TIMEOUT_S)
             member.start(unfit)
         except KVUnavailable as error:
             raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error

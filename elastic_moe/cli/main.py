@@ -9,28 +9,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib.metadata
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from elastic_moe.cli import ckpt, demo, drain, plan, report, run, status, train
-from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, one_line
+from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, PrintVersion, one_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VERBS = ("run", "train", "demo", "plan", "ckpt", "status", "drain", "report")
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
-def build_parser() -> Parser:
-    """The whole parser. Imports no torch: only the handlers of verbs that train do."""
+def build_parser(verb: str = "") -> Parser:
+    """The whole parser, or one of a single `verb`: what others import is not waited for. Imports no torch: only the
+    handlers of verbs that train do.
+    """
     parser = Parser(
         prog=PROG,
         description="Launch PyTorch jobs on machines that come and go, keep them training,\n"
         "and keep their state safe in object storage.",
     )
-    parser.add_argument("--version", action="version", version=importlib.metadata.version(PROG))
+    parser.add_argument("--version", action=PrintVersion, help="show program's version number and exit")
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
@@ -38,8 +40,8 @@ def build_parser() -> Parser:
         help="write the completion script for a shell and exit",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    for module in (run, train, demo, plan, ckpt, status, drain, report):
-        module.register(verbs)
+    for name in (verb,) if verb in _VERBS else _VERBS:
+        importlib.import_module(f"elastic_moe.cli.{name}").register(verbs)
     return parser
 
 
@@ -49,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     `argv` defaults to the process's own arguments, and only then a verb may end the process itself.
     """
     _open_what_is_closed()
+    given = sys.argv[1:] if argv is None else argv
     parsed: list[argparse.Namespace] = []
 
     def parse() -> int:
         try:
-            parsed.append(build_parser().parse_args(argv))
+            parsed.append(build_parser(given[0] if given else "").parse_args(argv))
         except SystemExit:
             sys.stdout.flush()  # the help, say
             raise
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not parsed:
         return code
     (args,) = parsed
+    if argv is None and hasattr(args, "prepare"):
+        args.prepare(args)  # outside of all that catches errors: it may return in another process
     ends_at_once = argv is None and getattr(args, "ends_at_once", False)
     try:
         code = _call(lambda: int(args.handler(args)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 PROG = "elastic-moe"
@@ -32,6 +33,19 @@ class PrintCompletion(argparse.Action):
         import shtab  # needed by this option alone
 
         print(shtab.complete(parser, values))
+        parser.exit()
+
+
+class PrintVersion(argparse.Action):
+    """Writes the installed version to stdout and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        import importlib.metadata  # 60 ms, needed by this option alone
+
+        print(importlib.metadata.version(PROG))
         parser.exit()
 
 

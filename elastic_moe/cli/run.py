@@ -44,7 +44,23 @@ def register(verbs: Subparsers) -> None:
         add_help=False,
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(handler=handle)
+    parser.set_defaults(handler=handle, prepare=prepare, zygote=None, ends_at_once=True)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Import torch, and fork what will fork the workers while this process has done nothing else: what it has imported
+    is not imported again. In a worker this ends with its script.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning; read with torch
+    if {"--cold-workers", "--keep-children", "--help"} & set(args.arguments):
+        return
+    from launcher.workers.warm import fork_zygote
+    from launcher.workers.zygote import Imports
+
+    imports = Imports()
+    imports.make("torch")
+    imports.make("torch.distributed.run")
+    args.zygote = fork_zygote(imports)
 
 
 def handle(args: argparse.Namespace) -> int:
@@ -59,7 +75,7 @@ def handle(args: argparse.Namespace) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)  # our events say it
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it warns of options that do not concern us
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         config, command, command_args = config_from_args(given)
     except (ValueError, AssertionError, RuntimeError) as error:
@@ -76,6 +92,7 @@ def handle(args: argparse.Namespace) -> int:
         planner=_planner(given.mesh) if given.mesh else None,
         warm_workers=not given.cold_workers,
         keep_children=given.keep_children,
+        zygote=args.zygote,
         drain_grace_s=given.drain_grace,
         preemption_notices=tuple(given.preemption_notice),
         log_dir=Path(given.log_dir) if given.log_dir else None,

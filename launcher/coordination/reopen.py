@@ -1,4 +1,4 @@
-"""A store that outlives jobs remembers how the last job of a run id ended. May its name be used again?"""
+"""What a store knows of a run id: that a job of that name ended, and whether it may be used again; or that one runs."""
 
 from __future__ import annotations
 
@@ -35,3 +35,19 @@ def reopen_failed(kv: KV, run_id: str) -> bool:
         return False  # another node of the new launch was first
     log.warning("run %s ended before (%s); it starts anew", run_id, outcome)
     return True
+
+
+def is_running(kv: KV, run_id: str) -> bool:
+    """Whether nodes are at work in this run: a node that joins them has them stop their workers.
+
+    Raises:
+        KVUnavailable
+    """
+    prefix = run_prefix(run_id)
+    entries = {entry.key.removeprefix(prefix): entry for entry in kv.list(prefix).entries}
+    if ROUND not in entries or not any(key.startswith(NODES) for key in entries):
+        return False
+    try:
+        return not Round.from_json(entries[ROUND].value).outcome
+    except (ValueError, TypeError, KeyError):
+        return False

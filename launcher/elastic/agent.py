@@ -220,6 +220,8 @@ class ElasticAgent(LocalElasticAgent):
         """Watch one generation to its end: the job's result, or why there has to be another round."""
         while True:
             self._member.wait(_POLL_S)
+            if self._warm is not None:
+                self._warm.listen()
             exit_codes = {remains.exit_code for remains in self._remains()}
             if exit_codes - {0, None}:
                 self._report_failures()

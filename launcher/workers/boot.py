@@ -8,6 +8,7 @@ So even `kill -9` of an agent leaves nobody training.
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -32,10 +33,10 @@ def main(argv: "list[str]") -> None:
             print(f"started cold: {error}", file=sys.stderr)
         else:
             _stand_for_worker(connection)
-    if program[0] == sys.executable and "ELASTIC_MOE_STACKS" in os.environ:
+    if program[:2] == [sys.executable, "-u"] and "ELASTIC_MOE_STACKS" in os.environ:
         # A program that can write its stacks when it hangs; it runs the script as the interpreter would.
-        after = 2 if program[1] == "-u" else 1
-        program[after:after] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "program.py")]
+        here = os.path.dirname(os.path.abspath(__file__))
+        program = [*program[:2], os.path.join(here, "program.py"), *program[1:]]
     guardian.run(program, agent_pid, _claim)
 
 
@@ -55,8 +56,24 @@ def _claim() -> None:
 def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(_ZYGOTE_TIMEOUT_S)
-    connection.connect(zygote)
-    body = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()
+    # A socket's address holds 107 bytes, and TMPDIR may be longer: the kernel looks from its folder on.
+    folder = os.open(os.path.dirname(zygote), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(f"/proc/self/fd/{folder}/{os.path.basename(zygote)}")
+    finally:
+        os.close(folder)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    limits = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+    request = {
+        "argv": argv,
+        "env": dict(os.environ),
+        "cwd": os.getcwd(),
+        "umask": umask,
+        "limits": [[which, *resource.getrlimit(which)] for which in sorted(limits)],
+        "ignored": [int(s) for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN],
+    }
+    body = json.dumps(request).encode()
     socket.send_fds(connection, [struct.pack(">I", len(body))], [0, 1, 2])
     connection.sendall(body)
     heard: list[int] = []

@@ -32,6 +32,16 @@ def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambd
 
     `prepare` is called in the process that becomes the program.
     """
+
+    def start() -> NoReturn:
+        prepare()
+        become(program)
+
+    run_here(start, parent_pid)
+
+
+def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
+    """The same for a program that is a fork of this process: `start`, and then SystemExit."""
     keep = bool(os.environ.get(KEEP_VARIABLE))
     if not keep:
         family.adopt_orphans()
@@ -43,8 +53,8 @@ def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambd
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         family.die_with(own_pid)
-        prepare()
-        become(program)
+        start()
+        sys.exit(0)
     os.closerange(3, 1024)  # the program's, whose ends somebody may wait for
     _stand_over(pid, parent_pid, mask, keep=keep)
 

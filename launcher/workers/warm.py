@@ -2,40 +2,143 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from launcher.events import Emit
-from launcher.workers import guardian
+from launcher.workers import guardian, paths, zygote
 from launcher.workers.family import Found, below
 
 log = logging.getLogger(__name__)
 
 COLD = "-"
-_PROGRAM = (sys.executable, "-m", "launcher.workers.zygote")
 _GUARDIAN = (sys.executable, "-I", "-S", guardian.__file__)
+_MESSAGE_MAX_BYTES = 64 * 1024
+_LOOK_S = 0.005
+_START = (sys.executable, "-u", "-c")
+# A new process has to find our packages before it may look for anything.
+_PROGRAM = """
+import sys
+home, sys.path[:], found = sys.argv[1], [sys.argv[1]], sys.path[:]
+from launcher.workers.paths import keep_to_own
+sys.path[:] = found
+keep_to_own()
+from launcher.workers.zygote import start
+start(int(sys.argv[2]), int(sys.argv[3]))
+"""
+
+
+class ForkedZygote:
+    """A fork of this process that stands over another one, the zygote; as `subprocess.Popen` to whoever keeps it.
+
+    It waits for what `hand_over` gives it, and ends if this process ends before that.
+    """
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._connection = connection
+
+    def hand_over(self, listener: socket.socket, news: socket.socket) -> None:
+        """Let it serve."""
+        with contextlib.suppress(OSError):  # it is dead, which is found soon
+            socket.send_fds(self._connection, [b"serve"], [listener.fileno(), news.fileno(), 1, 2])
+        self._connection.close()
+
+    def poll(self) -> int | None:
+        """As Popen's."""
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        """As Popen's."""
+        while self.poll() is None:
+            time.sleep(_LOOK_S)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        """As Popen's."""
+        self._connection.close()
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def fork_zygote(imports: zygote.Imports) -> ForkedZygote | None:
+    """Fork a zygote off this process, which has just imported torch and has done nothing else; None if it is not fit.
+
+    Returns in a worker as well, with SystemExit or what else ends its script.
+    """
+    options = sys.orig_argv[1:2]
+    if options and options[0].startswith("-") and not options[0].startswith("-m"):
+        return None  # `python -X ...`: a worker's interpreter is not given these
+    zygote.settle_threads()
+    if zygote.unfit_to_fork():
+        return None
+    agent_pid = os.getpid()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return ForkedZygote(pid, ours)
+    ours.close()
+    return guardian.run_here(lambda: _wait_and_serve(theirs, imports), agent_pid)
+
+
+def _wait_and_serve(connection: socket.socket, imports: zygote.Imports) -> None:
+    _, fds, _, _ = socket.recv_fds(connection, 16, 4)
+    connection.close()
+    if len(fds) < 4:
+        os._exit(0)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    for fd, stream in ((devnull, 0), (fds[2], 1), (fds[3], 2)):  # where the agent's own output goes by now
+        os.dup2(fd, stream)
+        os.close(fd)
+    zygote.main(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]), imports)
 
 
 class WarmStart:
-    """A zygote that is started when workers are first wanted and replaced if it is found dead.
+    """A zygote that is started when workers are first wanted and replaced if it is found dead, or out of date.
 
     For the agent's main thread only: the kernel ties the zygote to the thread that started it.
     """
 
-    def __init__(self, runtime_dir: Path, emit: Emit) -> None:
+    def __init__(self, runtime_dir: Path, emit: Emit, first: ForkedZygote | None = None) -> None:
         self._path = runtime_dir / "zygote.sock"
         self._emit = emit
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ready: int | None = None
+        self._first = first
+        self._process: subprocess.Popen[bytes] | ForkedZygote | None = None
+        self._news: socket.socket | None = None
+        self._ready = False
         self._zygote_pid: int | None = None
+        self._cold = ""
+        self._stale = ""
 
     def socket_path(self) -> str:
-        """Where to ask for a worker; `COLD` if there is no zygote to be had."""
+        """Where to ask for a worker; `COLD` if there is no zygote to be had, or the script is not one for it."""
+        self.listen()
+        if self._cold:
+            self.close()
+            return COLD
+        if self._process is not None and self._stale:
+            self._emit("warm_start_renewed", reason=self._stale)
+            self.close()
         if self._process is not None and self._process.poll() is not None:
             self._emit("warm_start_lost", exit_code=self._process.returncode)
             self._process = None
@@ -44,57 +147,93 @@ class WarmStart:
         return str(self._path) if self._process is not None else COLD
 
     def start(self) -> None:
-        """Start the zygote; workers may ask it at once and are forked when its imports are done."""
+        """Start the zygote; workers may ask it at once and are forked when it has imported torch."""
         self._path.unlink(missing_ok=True)
-        self._close_ready()
-        self._zygote_pid = None
+        self._forget()
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-                listener.bind(str(self._path))
-                os.chmod(self._path, 0o600)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                self._news = ours
+                _bind(listener, self._path)
                 listener.listen(256)
-                self._ready, ready_w = os.pipe()
-                try:
+                first, self._first = self._first, None
+                if first is not None and first.poll() is None:
+                    first.hand_over(listener, theirs)
+                    self._process = first
+                else:
+                    fds = (listener.fileno(), theirs.fileno())
                     self._process = subprocess.Popen(
-                        [*_GUARDIAN, str(os.getpid()), *_PROGRAM, str(listener.fileno()), str(ready_w)],
+                        [*_GUARDIAN, str(os.getpid()), *_START, _PROGRAM, paths.HOME, *map(str, fds)],
                         stdin=subprocess.DEVNULL,
-                        pass_fds=[listener.fileno(), ready_w],
+                        pass_fds=fds,
                     )
-                finally:
-                    os.close(ready_w)
         except OSError as error:
             log.warning("workers start cold: %s", error)
+
+    def listen(self) -> None:
+        """Hear what the zygote and its workers tell, and tell of it."""
+        while self._news is not None:
+            try:
+                data = self._news.recv(_MESSAGE_MAX_BYTES, socket.MSG_DONTWAIT)
+                message = json.loads(data) if data else {}
+            except (OSError, ValueError):
+                return
+            if not data:
+                return
+            self._zygote_pid = self._zygote_pid or message.get("pid")
+            self._ready = self._ready or bool(message.get("ready"))
+            self._stale = self._stale or str(message.get("stale", ""))
+            cold = str(message.get("cold", ""))
+            if cold and not self._cold:
+                self._cold = cold
+                self._emit("warm_start_off", reason=cold)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the zygote has made its imports (or died of them). A node that joins before that only makes the
         others wait for it with their workers stopped.
         """
-        if self._ready is None:
-            return False
-        readable, _, _ = select.select([self._ready], [], [], timeout_s)
-        if readable and self._zygote_pid is None:
-            self._zygote_pid = int(os.read(self._ready, 32) or b"0")
-        return bool(readable)
+        ends_s = time.monotonic() + timeout_s
+        if self._news is not None:
+            with contextlib.suppress(OSError):
+                self._news.send(b"!", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        while self._process is not None and self._news is not None:
+            self.listen()
+            left_s = ends_s - time.monotonic()
+            if self._ready or left_s <= 0 or self._process.poll() is not None:
+                break
+            select.select([self._news], [], [], min(left_s, 1.0))
+        return self._ready
 
     def orphans(self) -> Found:
         """What workers have started whose parents have ended: it is below the zygote's guardian, beside the zygote."""
-        if self._process is None or not self.wait_ready(0) or not self._zygote_pid:
-            return {}
-        return below([self._process.pid], without=[self._zygote_pid]) if self._zygote_pid != self._process.pid else {}
+        zygote_pid = self.zygote_pid()
+        return below([self._process.pid], without=[zygote_pid]) if self._process is not None and zygote_pid else {}
 
     def zygote_pid(self) -> int | None:
         """The process that forks workers; None before it can."""
-        return self._zygote_pid if self.wait_ready(0) else None
+        self.listen()
+        return self._zygote_pid
 
-    def _close_ready(self) -> None:
-        if self._ready is not None:
-            os.close(self._ready)
-            self._ready = None
+    def _forget(self) -> None:
+        if self._news is not None:
+            self._news.close()
+        self._news, self._ready, self._stale, self._zygote_pid = None, False, "", None
 
     def close(self) -> None:
         """End the zygote, and with it every worker that it forked."""
-        self._close_ready()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._forget()
+        for process in (self._process, self._first):
+            if process is not None:
+                process.kill()
+                process.wait()
+        self._process = self._first = None
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    """A socket's address holds 107 bytes, and TMPDIR may be longer: the kernel looks from its folder on."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
+    os.chmod(path, 0o600)

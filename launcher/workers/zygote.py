@@ -1,16 +1,18 @@
 """A process that has imported torch and forks workers: a restart costs a tenth of a second, not an import of torch.
 
-`python -m launcher.workers.zygote LISTENER_FD READY_FD`, below a guardian, serves `boot.py` on a Unix socket, one
-connection a worker:
+It is a fork of an agent that has just imported torch itself (`launcher.workers.warm`), or a new process; either way
+below a guardian. It serves `boot.py` on a Unix socket, one connection a worker:
 
-    boot -> zygote   frame {"argv", "env", "cwd"} with boot's stdin, stdout and stderr (SCM_RIGHTS)
-    zygote -> boot   frame {"pid"}, or {"cold": why} if forking is not safe here; at the end frame {"status"}
+    boot -> zygote   frame {"argv", "env", "cwd", ...} with boot's stdin, stdout and stderr (SCM_RIGHTS)
+    zygote -> boot   frame {"pid"}, or {"cold": why} if a fork would not be what a new process is; at the end {"status"}
     boot -> zygote   frame {"signal"}; a closed connection means SIGKILL
+
+Its agent hears by another socket when all is imported, and why workers start cold. It serves before that, between one
+import and the next: the first workers of a job need not wait for what they may not use.
 
 It stays fit to fork by what it does not do: no thread, no CUDA, no gRPC, nothing but imports. What the workers
 imported from installed packages is learnt from the first one and imported here too, after a probe in a fork of its
-own has shown that this starts no thread and touches no CUDA. The child becomes `python SCRIPT` or `python -m MODULE` as
-far as a script can tell.
+own has shown that this starts no thread, touches no CUDA and reads no variable that workers have set otherwise.
 """
 
 from __future__ import annotations
@@ -23,45 +25,67 @@ import selectors
 import signal
 import socket
 import sys
-import sysconfig
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.frames import HEADER_BYTES, receive, send
-from launcher.workers.channel import Channel
-from launcher.workers.family import die_with
-from launcher.workers.program import run, write_stacks_on_signal
+from launcher.workers import freshness, paths, program, variables
+from launcher.workers.forked import Request, Zygote, become, tell
 
-_MODULES = (
+MODULES = (
     "torch",
     "torch.distributed",
-    "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     "torch._dynamo",  # FSDP2 imports it when it first shards a module
 )
-_OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
+_SET_BY_AGENTS = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "ELASTIC_MOE_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)
+_FIRST_S = 5.0  # the first request is served with what is there, if it comes within this time
+_QUIET_S = 0.25  # between one request and an import: a node's workers start together
 _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
-_END = b"\0"
 
 
-@dataclass(frozen=True)
-class Request:
-    """A worker to become: what `python ARGV...` would be, in this environment and folder."""
+class Imports:
+    """What this process has imported ahead, and what that has read. A fork of the agent goes on with the agent's."""
 
-    argv: list[str]
-    env: dict[str, str]
-    cwd: str
-    fds: tuple[int, ...]
+    def __init__(self) -> None:
+        self.recorder = variables.Recorder()
+        self.environment = dict(os.environ)
+        self.with_torch: set[str] = set()
+
+    def make(self, name: str) -> None:
+        """Import `name`, if that can be done."""
+        before = _packages()
+        try:
+            with self.recorder:
+                importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
+            print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
+        if name.partition(".")[0] == "torch":
+            self.with_torch |= _packages() - before - set(paths.OWN_PACKAGES)
 
 
-def _settle_threads() -> None:
+def _packages() -> set[str]:
+    return {name.partition(".")[0] for name in sys.modules}
+
+
+def settle_threads() -> None:
     """Fork once for nothing: libraries that are prepared for forks (OpenBLAS) end their idle threads at the first.
 
     They start them again when they next compute, which the zygote never does.
@@ -83,15 +107,24 @@ def unfit_to_fork() -> str:
     return ""
 
 
-class _Zygote:
-    def __init__(self, listener: socket.socket) -> None:
+class _Server:
+    def __init__(self, listener: socket.socket, news: socket.socket, imports: Imports) -> None:
         self.connection: socket.socket | None = None  # in a child: to the boot that stands for it
+        self.learner: socket.socket | None = None  # in a child: where it tells what it imports
         self._listener = listener
+        self._news = news
+        self._imports = imports
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(news, selectors.EVENT_READ)
         self._workers: dict[int, socket.socket] = {}
-        self._to_import: deque[str] = deque()
-        self._learning: int | None = None  # read end of the pipe on which a worker will tell what it imported
+        self._to_import: deque[str] = deque(name for name in MODULES if name not in sys.modules)
+        self._ready = False
+        self._import_at_s = time.monotonic() + _FIRST_S
+        self._files = freshness.Files()
+        self._files.note()
+        self._learning: socket.socket | None = None
+        self._learn_at_s = float("inf")
         self._told = bytearray()
         self._learnt = False
         self._probe: tuple[int, list[str]] | None = None  # the process that tries these imports first
@@ -105,34 +138,59 @@ class _Zygote:
     def serve(self) -> Request:
         """Serve until this process is a forked child; what it is to become."""
         while True:
-            timeout_s = 0.0 if self._to_import and self._workers else None
-            ready = self._selector.select(timeout_s)
-            if not ready and self._to_import:
-                _import(self._to_import.popleft())
-                if not self._to_import:
-                    _settle_threads()
-            for key, _ in ready:
+            for key, _ in self._selector.select(self._idle_s()):
                 if key.fileobj is self._listener:
                     request = self._accept()
                     if request is not None:
                         return request
+                elif key.fileobj is self._news:
+                    self._hear_agent()
                 elif key.fd == self._wake_r:
                     self._reap()
-                elif key.fd == self._learning:
-                    self._learn()
+                elif key.fileobj is self._learning:
+                    self._hear_imports()
                 else:
                     self._hear(key.data)
+            self._go_on()
+
+    def _idle_s(self) -> float | None:
+        """How long to wait for something to happen before there is something to do."""
+        now_s = time.monotonic()
+        if not self._ready or self._to_import:
+            return max(0.0, self._import_at_s - now_s)
+        return max(0.0, self._learn_at_s - now_s) if self._learning is not None else None
+
+    def _go_on(self) -> None:
+        """Make the next import, unless workers are being started."""
+        now_s = time.monotonic()
+        if now_s >= self._import_at_s:
+            if self._to_import:
+                self._imports.make(self._to_import.popleft())
+                settle_threads()
+                self._files.note()
+            if not self._to_import and not self._ready:
+                self._ready = True
+                tell(self._news, ready=True)
+        if self._learning is not None and now_s >= self._learn_at_s:
+            self._learn()
+
+    def _hear_agent(self) -> None:
+        """It waits for all that is imported here, or has gone."""
+        self._import_at_s = float("-inf")
+        if not self._news.recv(1):
+            self._selector.unregister(self._news)
 
     def _accept(self) -> Request | None:
         connection, _ = self._listener.accept()
         connection.settimeout(_FRAME_TIMEOUT_S)
+        self._import_at_s = time.monotonic() + _QUIET_S
         try:
             request = _receive_request(connection)
         except (OSError, EOFError, ValueError) as error:
             print(f"zygote: dropped a request: {error}", file=sys.stderr)
             connection.close()
             return None
-        if unfit := unfit_to_fork():
+        if unfit := unfit_to_fork() or self._differs(request):
             self._answer(connection, {"cold": unfit})
             connection.close()
         elif self._fork(connection):
@@ -141,37 +199,59 @@ class _Zygote:
             os.close(fd)
         return None
 
+    def _differs(self, request: Request) -> str:
+        """Why a fork would not be to its script what a new process is, "" if it is; the agent is told as well."""
+        if stale := self._files.changed():
+            tell(self._news, stale=stale)
+            return stale
+        if lasting := self._hidden(request) or self._set_too_late(request):
+            tell(self._news, cold=lasting)
+        return lasting
+
+    def _hidden(self, request: Request) -> str:
+        script = _script(request)
+        folders = [request.cwd if script is None else os.path.dirname(os.path.realpath(script))]
+        return paths.hidden_by([*folders, *paths.folders_before_installed()], freshness.files_of_packages())
+
+    def _set_too_late(self, request: Request) -> str:
+        read = self._imports.recorder.read
+        now, before = _inherited(request.env), _inherited(self._imports.environment)
+        if names := variables.changed_early(now, before, read):
+            return f"{', '.join(names)} is not what it was when torch was imported ahead"
+        script = _script(request) or _module_file(request)
+        names = variables.set_in_source(Path(script), request.env, read) if script else []
+        return f"the script sets {', '.join(names)} before it imports torch" if names else ""
+
     def _fork(self, connection: socket.socket) -> bool:
         """Fork a worker for `connection`; True in the child."""
-        learn_r, learn_w = (-1, -1) if self._learnt else os.pipe()
+        ours, theirs = (None, None) if self._learnt else socket.socketpair()
         gc.freeze()  # a worker's collector need not go through (and so copy) what all share: its end takes a third
         pid = os.fork()
         if pid == 0:
-            self._leave_parent(learn_r)
-            self.connection = connection
-            if learn_w >= 0:
-                _tell_imports_later(learn_w)
+            self._leave_parent(ours)
+            self.connection, self.learner = connection, theirs
             return True
-        if learn_w >= 0:
-            os.close(learn_w)
+        if ours is not None and theirs is not None:
+            theirs.close()
             self._learnt = True
-            self._learning = learn_r
-            self._selector.register(learn_r, selectors.EVENT_READ)
+            self._learning = ours
+            self._learn_at_s = time.monotonic() + _LEARN_AFTER_S
+            self._selector.register(ours, selectors.EVENT_READ)
         self._workers[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, data=pid)
         self._answer(connection, {"pid": str(pid)})
         return False
 
-    def _leave_parent(self, learn_r: int) -> None:
+    def _leave_parent(self, learning: socket.socket | None) -> None:
         """In the child: let go of everything that is the zygote's."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
-        for other in (*self._workers.values(), self._listener):
-            other.close()
-        for fd in (self._wake_r, self._wake_w, learn_r, self._learning or -1):
-            if fd >= 0:
-                os.close(fd)
+        for other in (*self._workers.values(), self._listener, learning, self._learning):
+            if other is not None:
+                other.close()
+        for fd in (self._wake_r, self._wake_w):
+            os.close(fd)
 
     def _answer(self, connection: socket.socket, message: dict[str, str]) -> None:
         with contextlib.suppress(OSError):  # boot is gone: its closed connection is heard next
@@ -209,114 +289,91 @@ class _Zygote:
         except ProcessLookupError:  # it has no group of its own yet; it is ours to reap, so the pid is its
             os.kill(pid, signum)
 
-    def _learn(self) -> None:
-        """Hear what the first worker imported, and try it in a process that is thrown away."""
+    def _hear_imports(self) -> None:
         assert self._learning is not None
-        part = os.read(self._learning, 65536)
-        self._told += part
-        if part and not self._told.endswith(_END):
-            return
+        part = self._learning.recv(65536)
+        self._told += part[: _MAX_FRAME_BYTES - len(self._told)]
+        if not part:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Try what the first worker imported in a process that is thrown away."""
+        assert self._learning is not None
         self._selector.unregister(self._learning)
-        os.close(self._learning)
+        self._learning.close()
         self._learning = None
-        told = self._told.removesuffix(_END).decode().split("\n")
-        names = [name for name in told if name and name not in sys.modules]
+        lines = self._told.decode(errors="replace").split("\n")[:-1]
+        set_otherwise = {line[1:] for line in lines if line.startswith("=")}
+        names = [name for name in lines if name and not name.startswith("=") and name not in sys.modules]
         if not names:
             return
         pid = os.fork()
         if pid == 0:
+            tried = Imports()
             for name in (*self._to_import, *names):
-                _import(name)
-            _settle_threads()
-            os._exit(1 if unfit_to_fork() else 0)
+                tried.make(name)
+            settle_threads()
+            depends = sorted(set_otherwise & tried.recorder.read)
+            if depends:
+                print(f"zygote: imports nothing more: that reads {', '.join(depends)}", file=sys.stderr)
+            os._exit(1 if depends or unfit_to_fork() else 0)
         self._probe = (pid, names)
 
 
-def _import(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
-        print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
+def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """What agents do not set for each worker."""
+    return {name: value for name, value in environment.items() if not name.startswith(_SET_BY_AGENTS)}
 
 
-def _tell_imports_later(learn_w: int) -> None:
-    """In a worker: tell once which installed modules it uses. A short-lived thread of the worker, not of the zygote."""
-    roots = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+def _script(request: Request) -> str | None:
+    """The script that is to run, None for a module."""
+    first = request.argv[1] if request.argv[:1] == ["-u"] else request.argv[0]
+    return None if first == "-m" else os.path.join(request.cwd, first)
 
-    def tell() -> None:
-        names = []
-        for name, module in list(sys.modules.items()):
-            origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
-            # Not the script's own modules: what they do on import is theirs to do, once, in a worker.
-            if name != "__main__" and (origin.startswith(roots) or name.partition(".")[0] in _OWN_PACKAGES):
-                names.append(name)
-        with contextlib.suppress(OSError):
-            os.write(learn_w, "\n".join(names).encode() + _END)
-        os.close(learn_w)
 
-    timer = threading.Timer(_LEARN_AFTER_S, tell)
-    timer.daemon = True
-    timer.start()
+def _module_file(request: Request) -> str | None:
+    """Where the module that is to run is, if that is below the current folder."""
+    module = request.argv[request.argv.index("-m") + 1].replace(".", os.sep)
+    candidates = (os.path.join(request.cwd, f"{module}.py"), os.path.join(request.cwd, module, "__main__.py"))
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def _receive_request(connection: socket.socket) -> Request:
     header, fds, _, _ = socket.recv_fds(connection, HEADER_BYTES, 3)
     if not header:
         raise EOFError("closed")
-    if len(fds) != 3:
-        raise ValueError(f"{len(fds)} file descriptors, not 3")
     try:
+        if len(fds) != 3:
+            raise ValueError(f"{len(fds)} file descriptors, not 3")
         told = receive(connection, _MAX_FRAME_BYTES, header)
-        return Request(list(told["argv"]), dict(told["env"]), str(told["cwd"]), tuple(fds))
+        limits = [(int(which), int(soft), int(hard)) for which, soft, hard in told["limits"]]
+        argv, env, cwd = list(told["argv"]), dict(told["env"]), str(told["cwd"])
+        return Request(argv, env, cwd, int(told["umask"]), limits, list(told["ignored"]), tuple(fds))
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
 
 
-def _become(request: Request, zygote_pid: int, boot: socket.socket) -> None:
-    """In the child: be what `python ARGV...` would be, up to the point where it runs the program."""
-    os.setsid()
-    die_with(zygote_pid)
-    if path := request.env.get("ELASTIC_MOE_HEARTBEAT"):
-        with contextlib.suppress(OSError, ValueError):
-            Channel.attach(Path(path), announce=False).claim()
-    # An agent that ends the boot looks for our claim afterwards: either it finds it, or we see here that boot is gone.
-    boot.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        if not boot.recv(1, socket.MSG_PEEK):
-            os._exit(1)
-    boot.close()
-    for target, fd in enumerate(request.fds):
-        os.dup2(fd, target)
-        os.close(fd)
-    os.environ.clear()
-    os.environ.update(request.env)
-    time.tzset()
-    os.chdir(request.cwd)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()  # a fork would repeat the zygote's sequence
-    write_stacks_on_signal()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
-
-
-def main(argv: list[str]) -> None:
-    """Serve on the listener that the agent opened: workers started meanwhile wait for these imports in its queue."""
-    listener, ready_fd = socket.socket(fileno=int(argv[1])), int(argv[2])
-    for name in _MODULES:
-        _import(name)
-    _settle_threads()
+def main(listener: socket.socket, news: socket.socket, imports: Imports | None = None) -> None:
+    """Serve on the listener that the agent opened; returns only in a worker, when its script has ended."""
+    tell(news, pid=os.getpid())
+    imports = imports or Imports()
+    if "torch" not in sys.modules:  # nobody can be served without
+        imports.make("torch")
+    settle_threads()
+    server = _Server(listener, news, imports)
     zygote_pid = os.getpid()
-    os.write(ready_fd, str(zygote_pid).encode())
-    os.close(ready_fd)
-    zygote = _Zygote(listener)
-    request = zygote.serve()
-    assert zygote.connection is not None
-    _become(request, zygote_pid, zygote.connection)
-    run(request.argv)
+    request = server.serve()
+    assert server.connection is not None
+    read, with_torch = frozenset(imports.recorder.read), frozenset(imports.with_torch)
+    zygote = Zygote(zygote_pid, imports.environment, read, with_torch, news)
+    become(request, zygote, server.connection, server.learner)
+    program.run(request.argv)
 
 
-if __name__ == "__main__":
-    main(sys.argv)
+def start(listener_fd: int, news_fd: int) -> None:
+    """`main` in a new process."""
+    for fd in (listener_fd, news_fd):
+        os.set_inheritable(fd, False)
+    main(socket.socket(fileno=listener_fd), socket.socket(fileno=news_fd))

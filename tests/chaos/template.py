@@ -2,8 +2,8 @@
 
 `python -m tests.chaos.template SOCKET_FD` takes one message a node: {"argv", "env", "host"} with the descriptors of a
 pipe that gets the exit status, the node's output, and perhaps a network namespace. The fork enters that namespace, is
-its own session, and runs `elastic-moe` from there on as a new process would; no thread and no gRPC exist before. The
-only difference is the first zygote: it is forked too, and enters `launcher.workers.zygote.main` with its imports made.
+its own session, and runs `elastic-moe` from there on as a new process would; no thread and no gRPC exist before. Its
+zygote is a fork of it, as ever, with nothing more to import.
 The nodes end with this process, and this process with the one that holds the other end of its socket.
 """
 
@@ -19,8 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import types
 from typing import Any
 
 from tests.chaos.network import CLONE_NEWNET, Host
@@ -155,9 +153,9 @@ def _reap(pipes: dict[int, int]) -> None:
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
     """In the fork: what a new process on that host would be."""
-    from launcher.workers import zygote
+    from launcher.workers import family
 
-    zygote.die_with(os.getppid())
+    family.die_with(os.getppid())
     os.setsid()
     if len(fds) > 1:
         _move_to(fds[1], request["host"], request["files"])
@@ -186,77 +184,6 @@ def _move_to(namespace: int, name: str, files: dict[str, str]) -> None:
         check(libc.mount(source.encode(), path.encode(), None, _MS_BIND, None), f"mount --bind {source} {path}")
 
 
-class _FirstZygote:
-    """A zygote that waits, forked, for the listener that the agent will open for it; as Popen would have started it."""
-
-    def __init__(self) -> None:
-        agent_pid = os.getpid()
-        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._connection.close()
-            _serve_workers(theirs, agent_pid)  # raises SystemExit where a zygote or a worker would end
-        theirs.close()
-
-    def hand_over(self, listener_fd: int, ready_fd: int) -> None:
-        """What `pass_fds` does."""
-        socket.send_fds(self._connection, [b"serve"], [listener_fd, ready_fd])
-        self._connection.close()
-
-    def poll(self) -> int | None:
-        """As Popen's."""
-        if self.returncode is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self) -> int:
-        """As Popen's."""
-        while self.poll() is None:
-            time.sleep(0.005)
-        assert self.returncode is not None
-        return self.returncode
-
-    def kill(self) -> None:
-        """As Popen's."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-
-def _serve_workers(connection: socket.socket, agent_pid: int) -> None:
-    from launcher.workers import zygote
-
-    zygote.die_with(agent_pid)
-    os.setsid()
-    _, fds, _, _ = socket.recv_fds(connection, 16, 2)
-    connection.close()
-    if len(fds) < 2:
-        os._exit(0)
-    devnull = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(devnull, 0)
-    os.close(devnull)
-    zygote.main(["launcher.workers.zygote", *(str(fd) for fd in fds)])
-    sys.exit(0)
-
-
-def _lend_zygote() -> None:
-    """Let this agent's first zygote be a fork; one that replaces it is started as ever."""
-    import launcher.workers.warm
-
-    waiting = [_FirstZygote()]
-
-    def start(command: list[str], **options: object) -> object:
-        if not waiting:
-            return subprocess.Popen(command, **options)  # type: ignore[call-overload]
-        first = waiting.pop()
-        first.hand_over(int(command[-2]), int(command[-1]))
-        return first
-
-    launcher.workers.warm.subprocess = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore
-
-
 def main() -> int:
     """Serve; in each fork, run one node."""
     import torch.distributed.run  # noqa: F401
@@ -265,14 +192,13 @@ def main() -> int:
     from elastic_moe.cli.main import main as elastic_moe
     from launcher.workers import zygote
 
-    for name in zygote._MODULES:
-        zygote._import(name)
-    zygote._settle_threads()
+    imports = zygote.Imports()
+    for name in zygote.MODULES:
+        imports.make(name)
+    zygote.settle_threads()
     assert not zygote.unfit_to_fork(), zygote.unfit_to_fork()
     request, fds = _serve(socket.socket(fileno=int(sys.argv[1])))
     _become(request, fds)
-    if "--cold-workers" not in sys.argv:
-        _lend_zygote()
     return elastic_moe()
 
 

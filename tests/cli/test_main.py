@@ -213,16 +213,6 @@ def test_a_closed_pipe_is_quiet() -> None:
         assert process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("sibling", ["launcher", "storage"])
-def test_a_shadowed_package_is_named(sibling: str, tmp_path: Path) -> None:
-    (tmp_path / sibling).mkdir()
-    (tmp_path / sibling / "__init__.py").touch()
-    command = [sys.executable, "-m", "elastic_moe", "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode != 0
-    assert f"ImportError: elastic_moe needs its own package '{sibling}', but Python finds {tmp_path}" in done.stderr
-
-
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])
 def test_a_mistake_is_told_once_and_to_the_agent(
     rank: str, printed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -32,7 +32,11 @@ print(json.dumps({
 print("to stderr", file=sys.stderr)
 sys.exit(int(os.environ.get("MIRROR_EXIT", "0")))
 """
-WAITS = "import os, sys, time\nprint(os.getpid(), 'torch' in sys.modules, flush=True)\ntime.sleep(600)\n"
+WAITS = """
+import os, sys, time
+print(os.getpid(), type(sys.meta_path[0]).__name__ == 'Stash', flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +106,8 @@ def started_worker(zygote: str, folder: Path, **env: str) -> Iterator[tuple[subp
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            pid, has_torch = process.stdout.readline().split()
-            assert has_torch == "True", "it was forked, not started"
+            pid, has_stash = process.stdout.readline().split()
+            assert has_stash == "True", "it was forked, not started"
             yield process, psutil.Process(int(pid))
         finally:
             process.kill()

@@ -1,0 +1,200 @@
+"""In a fork of the zygote: become what `python ARGV...` would be, up to the point where it runs the script."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launcher.workers import paths, program, stash, variables
+from launcher.workers.channel import Channel
+from launcher.workers.family import die_with
+
+_LEARN_S, _LOOK_S = 10.0, 0.1
+_NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A worker to become: what `python ARGV...` would be, in this environment and folder, started by that process."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    umask: int
+    limits: list[tuple[int, int, int]]
+    """Of each resource: which, soft, hard."""
+    ignored: list[int]
+    """Signals that are ignored."""
+    fds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Zygote:
+    """What a fork needs of it."""
+
+    pid: int
+    environment: Mapping[str, str]
+    """While it imported."""
+    variables_read: frozenset[str]
+    with_torch: frozenset[str]
+    """The packages that `import torch` imports."""
+    news: socket.socket
+    """To the agent."""
+
+
+def tell(news: socket.socket, **message: object) -> None:
+    """Send the agent a message: at once, or not at all, and never with a SIGPIPE."""
+    with contextlib.suppress(OSError):
+        news.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socket.socket | None) -> None:
+    """All but to run the program."""
+    os.setsid()
+    die_with(zygote.pid)
+    if path := request.env.get("ELASTIC_MOE_HEARTBEAT"):
+        with contextlib.suppress(OSError, ValueError):
+            Channel.attach(Path(path), announce=False).claim()
+    # An agent that ends the boot looks for our claim afterwards: either it finds it, or we see here that boot is gone.
+    boot.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        if not boot.recv(1, socket.MSG_PEEK):
+            os._exit(1)
+    boot.close()
+    for target, fd in enumerate(request.fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(request.env)
+    _settle_process(request)
+    paths.be_a_scripts()
+    program.write_stacks_on_signal()
+    _open_streams()
+    seen = _Learner(learner, zygote.environment).look if learner is not None else _look_at_nothing
+
+    worker_pid = os.getpid()
+
+    def before(package: str) -> None:
+        if os.getpid() != worker_pid:
+            return  # a fork of the script's own: it is not the script that would begin anew
+        names = variables.changed_early(variables.current(), request.env, zygote.variables_read)
+        if names:
+            _start_cold(names, package, request, zygote.news)
+
+    sys.meta_path.insert(0, stash.Stash(zygote.with_torch, before, seen))
+
+
+def _settle_process(request: Request) -> None:
+    """What a new process takes over from the one that starts it, and what it has of its own."""
+    time.tzset()
+    os.umask(request.umask)
+    for which, soft, hard in request.limits:
+        with contextlib.suppress(ValueError, OSError):
+            if resource.getrlimit(which) != (soft, hard):
+                resource.setrlimit(which, (soft, hard))
+    for signum in signal.valid_signals() - set(_NEVER_IGNORED):
+        if signum in request.ignored:
+            signal.signal(signum, signal.SIG_IGN)
+        elif signal.getsignal(signum) is signal.SIG_IGN and signum not in _IGNORED_BY_PYTHON:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.chdir(request.cwd)
+    tempfile.tempdir = None
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # a fork would repeat the zygote's sequence
+    gc.enable()
+
+
+def _open_streams() -> None:
+    """As `python -u` does (pylifecycle.c, create_stdio)."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        old = getattr(sys, f"__{name}__")
+        errors = old.errors if old is not None else "backslashreplace" if fd == 2 else "strict"
+        encoding = old.encoding if old is not None else "utf-8"
+        mode = "w" if fd else "r"
+        raw = io.FileIO(fd, mode, closefd=False)
+        if fd:
+            new: Any = io.TextIOWrapper(raw, encoding, errors, newline="\n", write_through=True)
+        else:
+            new = io.TextIOWrapper(io.BufferedReader(raw), encoding, errors, write_through=True)
+        raw.name = f"<{name}>"
+        new.mode = mode
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+    stash.rebind_log_handlers()
+
+
+def _start_cold(names: list[str], package: str, request: Request, news: socket.socket) -> NoReturn:
+    """Be a new process that has imported nothing, by the same pid: what the script did until now, it does again."""
+    why = f"the script sets {', '.join(names)} before it imports {package}"
+    tell(news, cold=why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(2, f"started again, cold: {why}, which this process had imported ahead\n".encode())
+    os.chdir(request.cwd)
+    command = [sys.executable, *request.argv]
+    if program.STACKS_VARIABLE in request.env:
+        command[2:2] = [program.__file__]
+    os.execve(sys.executable, command, request.env)
+
+
+def _look_at_nothing() -> None:
+    pass
+
+
+class _Learner:
+    """Tells the zygote, for a while, which installed modules the script imports, and which variables it has set.
+
+    From the script's own thread, whenever it imports something: a thread of ours would show.
+    """
+
+    def __init__(self, zygote: socket.socket, environment: Mapping[str, str]) -> None:
+        self._zygote = zygote
+        self._environment = environment
+        self._told = set(sys.modules)
+        self._variables: set[str] = set()
+        self._next_s = time.monotonic()
+        self._ends_s = self._next_s + _LEARN_S
+        self._roots = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+    def look(self) -> None:
+        """Tell what is new."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + _LOOK_S
+        if now_s > self._ends_s:
+            self._next_s = float("inf")
+            self._zygote.close()
+            return
+        names = [name for name in list(sys.modules) if name not in self._told]
+        self._told.update(names)
+        new = {n for n, v in os.environ.items() if self._environment.get(n) != v} - self._variables
+        self._variables |= new
+        lines = [*(f"={name}" for name in new), *(name for name in names if self._is_installed(name))]
+        for start in range(0, len(lines), 100):
+            with contextlib.suppress(OSError):
+                text = "\n".join(lines[start : start + 100]) + "\n"
+                self._zygote.send(text.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def _is_installed(self, name: str) -> bool:
+        """Not the script's own modules: what they do on import is theirs to do, once, in a worker."""
+        origin = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None) or ""
+        own = name.partition(".")[0] in paths.OWN_PACKAGES and origin.startswith(paths.HOME)
+        return name != "__main__" and (origin.startswith(self._roots) or own)
