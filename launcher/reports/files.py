@@ -66,7 +66,8 @@ def _event(line: bytes) -> Event | None:
     try:
         found = json.loads(line)
         ts = found["ts"]
-        is_event = isinstance(found["event"], str) and isinstance(ts, int | float) and math.isfinite(ts)
+        is_time = isinstance(ts, int | float) and not isinstance(ts, bool) and math.isfinite(ts)
+        is_event = is_time and isinstance(found["event"], str)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return found if is_event else None

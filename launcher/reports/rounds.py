@@ -75,7 +75,7 @@ class RoundSteps:
 
     def _mark(self, step: int, ts: float | None) -> None:
         self.reached = step if self.reached is None else max(step, self.reached)
-        if ts is not None:
+        if ts is not None and ts >= self.formed_ts:
             self._done[step] = min(ts, self._done.get(step, ts))
 
     @property
