@@ -39,14 +39,20 @@ class Job:
             self.say(ts, "checkpoint_staged", node, step=step, seconds=seconds)
 
 
-@pytest.fixture
-def job() -> Job:
-    """Two nodes that train from second 10 on, and saved the state after step 20 at second 30."""
+def training() -> Job:
+    """Two nodes that train from second 10 on, a step a second."""
     job = Job()
     job.say(0, "node_joined")
     job.say(1, "node_joined", B)
     job.form(3, A, B)
     job.train(11, step=1, step_s=1)
+    return job
+
+
+@pytest.fixture
+def job() -> Job:
+    """They saved the state after step 20 at second 30."""
+    job = training()
     job.save(30, step=20)
     return job
 

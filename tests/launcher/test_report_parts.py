@@ -14,18 +14,12 @@ from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, account
 from launcher.reports.jobs import jobs_of
 from launcher.wording import Event, describe_failure, describe_root_cause
-from tests.launcher.test_goodput import A, B, Job
+from tests.launcher.test_goodput import A, B, Job, training
 
 
 @pytest.fixture
 def job() -> Job:
-    """Two nodes that train from second 10 on, a step a second."""
-    job = Job()
-    job.say(0, "node_joined")
-    job.say(1, "node_joined", B)
-    job.form(3, A, B)
-    job.train(11, step=1, step_s=1)
-    return job
+    return training()
 
 
 def stop(job: Job, ts: float, reason: str, *nodes: str, step: int, done_ts: float, yielded: bool = False) -> None:
