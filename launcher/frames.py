@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from typing import Any
 
 HEADER_BYTES = 4
@@ -20,28 +21,38 @@ def send(sock: socket.socket, message: dict[str, Any]) -> None:
     sock.sendall(struct.pack(">I", len(body)) + body)
 
 
-def receive(sock: socket.socket, limit_bytes: int, header: bytes = b"") -> dict[str, Any]:
+def receive(
+    sock: socket.socket, limit_bytes: int, header: bytes = b"", *, ends_s: float | None = None
+) -> dict[str, Any]:
     """Receive one message; `header` is what has come of it, at most its length.
+
+    `ends_s`: when it must be there, by the monotonic clock, however the other side feeds it; else the socket's own
+    time-out counts, for each piece of it.
 
     Raises:
         EOFError: the other side closed the connection.
+        TimeoutError: it did not come in time.
         ProtocolError: the frame is too large or is not a JSON object.
     """
-    (size_bytes,) = struct.unpack(">I", header + _exactly(sock, HEADER_BYTES - len(header)))
+    (size_bytes,) = struct.unpack(">I", header + _exactly(sock, HEADER_BYTES - len(header), ends_s))
     if size_bytes > limit_bytes:
         raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
     try:
-        message = json.loads(_exactly(sock, size_bytes))
-    except ValueError as error:
+        message = json.loads(_exactly(sock, size_bytes, ends_s))
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("a frame that is not JSON") from error
     if not isinstance(message, dict):
         raise ProtocolError("a frame that is not a JSON object")
     return message
 
 
-def _exactly(sock: socket.socket, size_bytes: int) -> bytes:
+def _exactly(sock: socket.socket, size_bytes: int, ends_s: float | None) -> bytes:
     data = bytearray()
     while len(data) < size_bytes:
+        if ends_s is not None:
+            if (left_s := ends_s - time.monotonic()) <= 0:
+                raise TimeoutError("a message that did not come in time")
+            sock.settimeout(left_s)
         chunk = sock.recv(size_bytes - len(data))
         if not chunk:
             raise EOFError("connection closed")

@@ -7,6 +7,7 @@ so that the loss of a node never takes the store's address with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from datetime import timedelta
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _JOIN_MARGIN_S = 30.0  # the leader leaves out who does not join within the job's `stop_timeout`
 _STORE_TIMEOUT_S = 60.0
 _STORE_CONNECT_TIMEOUT_S = 5.0
+_SILENT_S = 600  # until the kernel shows a connection that says nothing, tcp(7)
 _FIRST_STAY_OUT_S = 5.0
 _LONGEST_STAY_OUT_S = 300.0
 
@@ -152,6 +154,8 @@ class MemberRendezvous(RendezvousHandler):
         """Listen on this node's own address only: a TCPStore left to itself listens on every interface."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.create_server((self._address, 0), family=family, backlog=1024)
+        with contextlib.suppress(OSError):  # whoever says nothing costs no descriptor: workers speak at once
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _SILENT_S)
         port: int = listener.getsockname()[1]
         store = TCPStore(
             self._address,

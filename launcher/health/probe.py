@@ -15,16 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
 
 from launcher.rounds.records import Participant
+from launcher.visitors import Visitors, num_max
 
+_NUM_VISITORS_MAX = 128  # two neighbours stay, and others ring for a moment
 _TIMEOUT_S = 1.0
 _PARALLEL = 32
 _PATIENCE_S = 0.5
 
 
 class Doorbell:
-    """A listening socket that says nothing: connections stay open for as long as this process lives."""
+    """A listening socket that says nothing: connections stay open for as long as this process lives.
+
+    A bounded number of them, since anybody may connect. A neighbour whose link has to go for another's opens it anew.
+    """
 
     def __init__(self, address: str) -> None:
+        self._visitors = Visitors(num_max(_NUM_VISITORS_MAX))
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._sock = socket.create_server((address, 0), family=family, backlog=128)
         self._sock.setblocking(False)
@@ -34,26 +40,29 @@ class Doorbell:
         self._thread.start()
 
     def _answer(self) -> None:
-        visitors: set[socket.socket] = set()
+        visitors = self._visitors
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             while not self._closed:
                 for key, _ in selector.select(_PATIENCE_S):
                     if key.fileobj is self._sock:
                         try:
-                            visitor, _ = self._sock.accept()
+                            visitor, where = self._sock.accept()
                         except OSError:  # it went away again, or this process has no descriptor to spare
                             time.sleep(0.05)
                             continue
-                        visitors.add(visitor)
                         selector.register(visitor, selectors.EVENT_READ)
+                        if (gone := visitors.admit(visitor, where[0], time.monotonic())) is not None:
+                            selector.unregister(gone)
+                            gone.close()
                     else:  # a visitor that leaves, or that talks: neither is wanted any more
                         assert isinstance(key.fileobj, socket.socket)
-                        selector.unregister(key.fileobj)
-                        visitors.discard(key.fileobj)
-                        key.fileobj.close()
-        for sock in (self._sock, *visitors):
-            sock.close()
+                        if visitors.leave(key.fileobj):  # else it had to go a moment ago
+                            selector.unregister(key.fileobj)
+                            key.fileobj.close()
+            for registered in list(selector.get_map().values()):
+                assert isinstance(registered.fileobj, socket.socket)
+                registered.fileobj.close()
 
     def close(self) -> None:
         """Stop listening and hang up."""

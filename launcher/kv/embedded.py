@@ -106,7 +106,7 @@ class _Connection:
         try:
             sock.settimeout(timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.store_id = wire.greet_as_client(sock, self._token)
+            self.store_id = wire.greet_as_client(sock, self._token, timeout_s)
         except BaseException:
             sock.close()
             raise

@@ -8,11 +8,13 @@ failure, which is what etcd is for.
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import secrets
 import socket
 import socketserver
 import threading
+import time
 from typing import Any, cast
 
 from launcher.errors import Compacted
@@ -20,11 +22,14 @@ from launcher.frames import ProtocolError, receive, send
 from launcher.kv import wire
 from launcher.kv.base import Entry
 from launcher.kv.memory import Hub
+from launcher.visitors import Visitors, num_max
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 5.0
 _HANDSHAKE_TIMEOUT_S = 5.0
+_GRACE_S = 0.1
+"""A handshake is left so much time, two ways there and back, before it may have to go for another."""
 _IDLE_TIMEOUT_S = 60.0
 
 
@@ -47,8 +52,9 @@ class _Handler(socketserver.BaseRequestHandler):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.connections.add(sock)
         try:
-            sock.settimeout(_HANDSHAKE_TIMEOUT_S)
-            wire.greet_as_server(sock, server.token, server.store_id)
+            wire.greet_as_server(sock, server.token, server.store_id, _HANDSHAKE_TIMEOUT_S)
+            if not server.strangers.leave(sock):
+                return  # it had to go for another
             sock.settimeout(_IDLE_TIMEOUT_S)
             while True:
                 request = receive(sock, wire.MAX_FRAME_BYTES)
@@ -59,6 +65,7 @@ class _Handler(socketserver.BaseRequestHandler):
             if not server.stopped.is_set():
                 log.warning("refused %s: %s", self.client_address, error)
         finally:
+            server.strangers.leave(sock)
             server.connections.discard(sock)
 
     def _answer(self, hub: Hub, request: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +73,7 @@ class _Handler(socketserver.BaseRequestHandler):
             return _serve(hub, request)
         except Compacted as error:
             return {"compacted": str(error)}
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             return {"error": f"bad request: {error}"}
 
 
@@ -112,10 +119,19 @@ class _Server(socketserver.ThreadingTCPServer):
         self.token = token
         self.store_id = secrets.token_hex(8)
         self.connections: set[socket.socket] = set()
+        self.strangers = Visitors(num_max())  # whoever has not shown yet that it knows the token
         self.stopped = threading.Event()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection, and the place of a stranger that has had the time to greet, where there are too many."""
+        self.strangers.wait_for_room(_GRACE_S, time.monotonic())
+        if (gone := self.strangers.admit(request, client_address[0], time.monotonic())) is not None:
+            with contextlib.suppress(OSError):
+                gone.shutdown(socket.SHUT_RDWR)  # its thread closes it
+        super().process_request(request, client_address)
 
 
 class EmbeddedServer:

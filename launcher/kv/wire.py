@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import secrets
 import socket
+import time
 
 from launcher.frames import ProtocolError, receive, send
 
@@ -18,15 +19,18 @@ MAX_HANDSHAKE_BYTES = 1024
 PROTOCOL = "elastic-moe-kv/1"
 
 
-def greet_as_server(sock: socket.socket, token: str, store_id: str) -> None:
-    """The server's half of the handshake.
+def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: float) -> None:
+    """The server's half of the handshake; it sets the socket's time-out.
 
     Raises:
         ProtocolError: a client without the token, or of another protocol.
+        TimeoutError: it took longer than `within_s`, however the client fed it.
     """
+    ends_s = time.monotonic() + within_s
+    sock.settimeout(within_s)
     nonce = secrets.token_hex(16)
     send(sock, {"protocol": PROTOCOL, "nonce": nonce, "store": store_id})
-    answer = receive(sock, MAX_HANDSHAKE_BYTES)
+    answer = receive(sock, MAX_HANDSHAKE_BYTES, ends_s=ends_s)
     theirs = str(answer.get("nonce", ""))
     if not _same(answer.get("proof"), _proof(token, "client", nonce, theirs)):
         send(sock, {"refused": "wrong token"})
@@ -34,27 +38,30 @@ def greet_as_server(sock: socket.socket, token: str, store_id: str) -> None:
     send(sock, {"proof": _proof(token, "server", theirs, nonce)})
 
 
-def greet_as_client(sock: socket.socket, token: str) -> str:
+def greet_as_client(sock: socket.socket, token: str, within_s: float) -> str:
     """The client's half of the handshake; the store's id, which is another where the store was lost and made anew.
 
     Raises:
         ProtocolError: not this protocol, or the token is not the server's.
+        TimeoutError: it took longer than `within_s`, however the server fed it.
     """
-    hello = receive(sock, MAX_HANDSHAKE_BYTES)
+    ends_s = time.monotonic() + within_s
+    hello = receive(sock, MAX_HANDSHAKE_BYTES, ends_s=ends_s)
     if hello.get("protocol") != PROTOCOL:
         raise ProtocolError("not an elastic-moe store")
     nonce, theirs = secrets.token_hex(16), str(hello.get("nonce", ""))
     send(sock, {"nonce": nonce, "proof": _proof(token, "client", theirs, nonce)})
-    answer = receive(sock, MAX_HANDSHAKE_BYTES)
+    answer = receive(sock, MAX_HANDSHAKE_BYTES, ends_s=ends_s)
     if not _same(answer.get("proof"), _proof(token, "server", nonce, theirs)):
         raise ProtocolError("the token is not the server's")
     return str(hello.get("store", ""))
 
 
 def _same(given: object, proof: str) -> bool:
-    return hmac.compare_digest(str(given).encode(), proof.encode())
+    return hmac.compare_digest(str(given).encode(errors="backslashreplace"), proof.encode())
 
 
 def _proof(token: str, side: str, challenge: str, nonce: str) -> str:
     text = f"{PROTOCOL}:{side}:{challenge}:{nonce}"
-    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+    # a nonce comes from a stranger, and JSON knows halves of characters
+    return hmac.new(token.encode(), text.encode(errors="backslashreplace"), hashlib.sha256).hexdigest()

@@ -1,0 +1,79 @@
+"""Connections of strangers: a bounded number is kept, so that they cost a listener's process few of its descriptors.
+
+Whoever connects may be anybody, and may stay without a word. When there are too many, the oldest one has to go, of the
+host that has the most: a host that opens a thousand loses its own, and others' stay.
+"""
+
+from __future__ import annotations
+
+import collections
+import resource
+import socket
+import threading
+from dataclasses import dataclass
+
+NUM_MAX = 256
+_NUM_MIN = 8
+_PART = 8
+"""Of its descriptors a process gives every eighth to the strangers at one listener."""
+
+
+def num_max(wanted: int = NUM_MAX) -> int:
+    """How many a listener of this process may keep."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(_NUM_MIN, min(wanted, soft // _PART))
+
+
+@dataclass(frozen=True)
+class _Visit:
+    host: str
+    since_s: float
+
+
+class Visitors:
+    """Who is there, oldest first. Thread-safe; it closes nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._visits: dict[socket.socket, _Visit] = {}
+        self._num_of: collections.Counter[str] = collections.Counter()
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def admit(self, visitor: socket.socket, host: str, now_s: float) -> socket.socket | None:
+        """Take one in; the one that has to go for it, if one has."""
+        with self._changed:
+            gone = self._next_to_go() if len(self._visits) >= self._limit else None
+            if gone is not None:
+                self._remove(gone)
+            self._visits[visitor] = _Visit(host, now_s)
+            self._num_of[host] += 1
+            return gone
+
+    def leave(self, visitor: socket.socket) -> bool:
+        """One has gone, or is a stranger no more; whether it was still there."""
+        with self._changed:
+            was_there = visitor in self._visits
+            if was_there:
+                self._remove(visitor)
+            return was_there
+
+    def wait_for_room(self, grace_s: float, now_s: float) -> None:
+        """Until there is room, or the one that has to go next has been there for `grace_s`."""
+        with self._changed:
+            if len(self._visits) >= self._limit:
+                left_s = self._visits[self._next_to_go()].since_s + grace_s - now_s
+                self._changed.wait_for(lambda: len(self._visits) < self._limit, max(left_s, 0))
+
+    def _next_to_go(self) -> socket.socket:
+        ((host, _),) = self._num_of.most_common(1)
+        return next(visitor for visitor, visit in self._visits.items() if visit.host == host)
+
+    def _remove(self, visitor: socket.socket) -> None:
+        host = self._visits.pop(visitor).host
+        self._num_of[host] -= 1
+        if not self._num_of[host]:
+            del self._num_of[host]
+        self._changed.notify_all()
