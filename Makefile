@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim fuzz chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -46,6 +46,9 @@ check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by syste
 	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \
 		{ apt-get update && apt-get install --yes --no-install-recommends $(DEPLOY_TOOLS); }
 	ELASTIC_MOE_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/deploy
+
+test-upstream: $(VENV)/.dev ## torch's own tests of DCP on our storage: make test-upstream TORCH_SOURCES=/path/to/pytorch
+	TORCH_SOURCES="$(TORCH_SOURCES)" $(BIN)/python -m tests.upstream
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.errors import AlreadyExists, BadURL, Forbidden, NoCheckpoint, OnlyUnhealthy, UsageError
+from storage.errors import AlreadyExists, Forbidden, NoCheckpoint, OnlyUnhealthy, UsageError
 from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
@@ -51,7 +51,7 @@ from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
-from storage.stores.registry import as_url, open_store
+from storage.stores.registry import as_url, has_store, open_store
 
 Url = str | os.PathLike[str]
 
@@ -82,11 +82,8 @@ class _Place:
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Url) -> bool:
-        """Any URL will do."""
-        try:
-            return bool(as_url(checkpoint_id))
-        except BadURL:
-            return False
+        """Whether there is a store for that URL."""
+        return has_store(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
         if isinstance(self._store, MemoryStore):
@@ -147,6 +144,8 @@ class ShardReader(_Place, StorageReader):
     def _open(self, url: object) -> None:
         super()._open(url)
         self._index: Index | None = None
+        self.load_id = str(uuid.uuid4())
+        """Of all reads until the next `reset`, for DCP's notes."""
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
@@ -167,7 +166,8 @@ class ShardReader(_Place, StorageReader):
         # each rank's own look could find another newest step, while a save goes on
         self._index = self._find() if ranks is None else ranks.share(self._find, Index.load)
         assert self._index is not None  # it raises instead
-        return metadata_of(self._index)
+        noted = StorageMeta(checkpoint_id=self._url, save_id=self._index.save_id or None, load_id=self.load_id)
+        return dataclasses.replace(metadata_of(self._index), storage_meta=noted)
 
     def _find(self) -> Index:
         try:
@@ -269,9 +269,14 @@ class ShardWriter(_Place, StorageWriter):
                 f"Checkpoint already exists at {self._url}; save to another URL, or give ShardWriter overwrite=True"
             )
 
+    @property
+    def save_id(self) -> str:
+        """Of the last save of this writer, as a reader's metadata has it; empty before the first."""
+        return self._attempt_id
+
     def storage_meta(self) -> StorageMeta:
         """What DCP may note about the checkpoint."""
-        return StorageMeta(checkpoint_id=self._url)
+        return StorageMeta(checkpoint_id=self._url, save_id=self.save_id or None)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The plan as it is."""
@@ -304,6 +309,7 @@ class ShardWriter(_Place, StorageWriter):
             plain = as_staged(tensor)
             payloads.append(Payload(_piece(item), next(copied) if plain is None else plain))
         ticket: _Ticket = _last.__dict__.pop("ticket", plan.storage_data)
+        self._attempt_id = ticket.attempt_id
         objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
         index_of = {_piece(item).identity: item.index for item in plan.items}
         results = [
@@ -327,6 +333,7 @@ class ShardWriter(_Place, StorageWriter):
         replaced = replacing.find(self._store, self._prefix) if self._overwrite else None
         over = None if replaced is None else replaced.metadata
         commit.publish(self._store, attempt, manifest, data, claim=None, replaces=over)
+        metadata.storage_meta = self.storage_meta()
         if replaced is not None:
             replacing.remove(self._store, self._prefix, replaced)
 

@@ -52,6 +52,7 @@ class _Names:
         self.tensor = _record("TensorStorageMetadata")
         self.value = _record("BytesStorageMetadata")
         self.chunk = _record("ChunkStorageMetadata")
+        self.storage_meta = _record("StorageMeta")
         self.info = _record("_StorageInfo")
         self.properties = _record("TensorProperties")
         self.known: dict[tuple[str, str], Any] = {
@@ -61,7 +62,7 @@ class _Names:
             (_DCP, "BytesStorageMetadata"): self.value,
             (_DCP, "ChunkStorageMetadata"): self.chunk,
             (_DCP, "TensorProperties"): self.properties,
-            (_DCP, "StorageMeta"): _record("StorageMeta"),
+            (_DCP, "StorageMeta"): self.storage_meta,
             (_DCP, "_MEM_FORMAT_ENCODING"): _noted("_MEM_FORMAT_ENCODING"),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): self.info,
             ("torch", "Size"): ().__add__,  # takes a tuple and nothing else, and copies none
@@ -158,6 +159,7 @@ class _Parts:
         self._number_of = {key: number for number, key in enumerate(self._keys)}
         self._paths = self._paths_of(fields.get("planner_data"))
         self._indices, self._infos = _items(fields["storage_data"])
+        self._save_id = self._save_id_of(fields.get("storage_meta"))
 
     def _paths_of(self, planner_data: Any) -> dict[str, tuple[str | int, ...]]:
         if planner_data is None or type(planner_data) is not list:
@@ -166,6 +168,11 @@ class _Parts:
         if _types(keys) - {str}:
             return {}
         return {key: path for key, path in zip(keys, paths, strict=True) if _is_path(path)}
+
+    def _save_id_of(self, storage_meta: Any) -> str:
+        is_noted = type(storage_meta) is self._names.storage_meta
+        noted = _fields(storage_meta).get("save_id") if is_noted else None
+        return noted if type(noted) is str else ""
 
     def index(self, prefix: str, step: int, sizes_bytes: Mapping[str, int]) -> Index:
         """All of it as columns."""
@@ -203,7 +210,7 @@ class _Parts:
         objects = [IndexedObject(name, sizes_bytes.get(name, 0)) for name in names]
         spans = [(*row, *span) for row, span in zip(rows, ranges, strict=True)]
         index = build(prefix, step, True, objects, spans, columns, chunks.num_dims[chunk_of])
-        return dataclasses.replace(check_whole(index), transforms=tuple(transforms))
+        return dataclasses.replace(check_whole(index), transforms=tuple(transforms), save_id=self._save_id)
 
     def _entries(self) -> tuple[list[tuple[str, str, tuple[int, ...], tuple[str | int, ...]]], _Chunks]:
         """Key, dtype, shape and path of each entry, and the chunks of all."""

@@ -82,7 +82,7 @@ class Index:
 
     `is_stock`: written by stock DCP. `transforms`: the stream transforms that it was written through, which nothing
     here can undo. `containers`: of the nested state, where the entries' paths do not tell all about them. `healthy`:
-    what whoever saved it said of the state.
+    what whoever saved it said of the state. `save_id`: of that very save, its attempt or what stock DCP noted.
     """
 
     prefix: str
@@ -94,6 +94,7 @@ class Index:
     transforms: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
     healthy: bool = True
+    save_id: str = ""
 
     def __len__(self) -> int:
         return len(self.columns.object)
@@ -168,6 +169,7 @@ class Index:
             "transforms": self.transforms,
             "containers": [container.model_dump() for container in self.containers],
             "healthy": self.healthy,
+            "save_id": self.save_id,
             "columns": [(name, column.dtype.str, column.shape) for name, column in columns.items()],
         }
         text = json.dumps(head, separators=(",", ":")).encode()
@@ -196,6 +198,7 @@ class Index:
             tuple(head["transforms"]),
             tuple(Container.model_validate(fields) for fields in head["containers"]),
             head["healthy"],
+            head["save_id"],
         )
 
 
@@ -240,7 +243,9 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         columns,
         dims,
     )
-    return dataclasses.replace(index, containers=manifest.containers, healthy=manifest.healthy)
+    return dataclasses.replace(
+        index, containers=manifest.containers, healthy=manifest.healthy, save_id=manifest.attempt
+    )
 
 
 def build(

@@ -50,6 +50,15 @@ def as_url(url: object) -> str:
     return text
 
 
+def has_store(url: str | os.PathLike[str]) -> bool:
+    """Whether somebody answers for that URL; nothing is opened, and no package is looked for."""
+    try:
+        match = _SCHEME.match(as_url(url))
+    except BadURL:
+        return False
+    return match is None or _is_scheme(match[1].lower())
+
+
 def _is_scheme(scheme: str) -> bool:
     from storage.stores.fsspec_store import is_known
 

@@ -222,6 +222,36 @@ def test_what_is_no_url_is_refused_in_one_line(
     assert not ShardReader.validate_checkpoint_id(url)
 
 
+def test_a_url_is_told_from_one_that_nobody_answers_for(tmp_path: Path) -> None:
+    for url in (
+        tmp_path,
+        "relative/folder",
+        "s3://bucket/run",
+        "gs://bucket/run",
+        "memory://x",
+        "fsspec+s3://bucket/run",
+    ):
+        assert ShardWriter.validate_checkpoint_id(url)
+    assert not ShardWriter.validate_checkpoint_id("abc://abc.abc")
+
+
+def test_a_reader_tells_which_save_it_reads(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "ours")
+    noted = dcp.save(state(1), storage_writer=writer, no_dist=True).storage_meta
+    assert noted is not None
+    stock = dcp.FileSystemWriter(tmp_path / "stock")
+    dcp.save(state(1), storage_writer=stock, no_dist=True)
+    for folder, save_id in ((tmp_path / "ours", writer.save_id), (tmp_path / "stock", stock.save_id)):
+        reader = ShardReader(folder)
+        meta = reader.read_metadata().storage_meta
+        assert meta is not None
+        assert (meta.checkpoint_id, meta.save_id, meta.load_id) == (str(folder), save_id, reader.load_id)
+        assert meta.save_id in (noted.save_id, stock.save_id)
+    first = reader.load_id
+    reader.reset()
+    assert reader.load_id != first
+
+
 @pytest.mark.parametrize(
     "step", [True, 1.0, "1", None, torch.tensor(1), np.array(1), np.True_, -1, 2**63, np.uint64(2**63)], ids=repr
 )
