@@ -25,6 +25,7 @@ class StepTeller:
         self._step: int | None = None
         self._began_s = self._told_s = 0.0
         self._told_step = 0
+        self._every: int | None = None
 
     def beat(self, step: int, now_s: float, step_s: float | None = None) -> Told | None:
         """What to tell of `step`, done at the monotonic time `now_s` in `step_s` seconds, where they are known."""
@@ -37,10 +38,12 @@ class StepTeller:
         if step < before:
             self._mark(step, now_s)
             return "steps_restarted", {"step": step, "reached": before}
+        if step > before:
+            self._every = min(step - before, self._every or step - before)
         since_s = now_s - self._told_s
         if step == self._told_step or since_s < min(max(_SHARE * (now_s - self._began_s), _SHORTEST_S), _LONGEST_S):
             return None
-        told = {"step": step, "step_s": round(since_s / (step - self._told_step), 6)}
+        told = {"step": step, "step_s": round(since_s / (step - self._told_step), 6), "every": self._every}
         self._mark(step, now_s)
         return "progress", told
 

@@ -178,9 +178,9 @@ class Ledger:
 
     def _departed(self, event: Event, ts: float) -> None:
         match event["event"]:
-            case "node_ended":
+            case "node_ended" | "drain_overran":
                 node = str(event.get("node", ""))
-                self._endings[node] = f"{node}: {event.get('reason')}"
+                self._endings[node] = f"{node}: {event.get('reason') or event.get('detail')}"
             case "node_lost" | "node_left" as name:
                 node = str(event.get(name, ""))
             case _:
@@ -310,7 +310,7 @@ class Ledger:
         if stretch.yielded:
             done_ts = ts if self._is_saved_since(done_ts) else done_ts
             return max(stretch.began_ts, done_ts)
-        return max(stretch.began_ts, done_ts, min(silent_ts, done_ts + self._steps.step_s))
+        return max(stretch.began_ts, done_ts, min(silent_ts, done_ts + self._steps.beat_s))
 
     def _is_saved_since(self, done_ts: float) -> bool:
         """Whether the state at the boundary was saved before the workers ended: that is a stall of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,10 @@ class RoundSteps:
     """The last step that events tell of."""
     restored: tuple[float, int] | None = None
     """When the last of its workers had a checkpoint in memory before the first step, and of which step it is."""
+    every: int | None = None
+    """How many steps lie between two heartbeats; None where that is not told."""
+    usual_step_s: float = 0.0
+    """As other rounds tell it."""
     saved_ts: float | None = None
     """When the state after the last step that was saved had been copied aside."""
     restarts: list[tuple[float, int, int]] = field(default_factory=list)
@@ -57,6 +62,7 @@ class RoundSteps:
             case "progress":
                 self._mark(step, ts)
                 self._told_step_s.append(float(event.get("step_s", 0.0)))
+                self.every = min(int(event.get("every") or 1), self.every or sys.maxsize)
             case "steps_restarted":
                 self.restarts.append((ts, step, int(event.get("reached", step))))
                 self._mark(self.restarts[-1][2], ts)
@@ -84,7 +90,7 @@ class RoundSteps:
         if self.first is None:
             return None
         first = int(self.first["step"])
-        return self.restored[1] if self.restored and self.restored[1] <= first else max(0, first - 1)
+        return self.restored[1] if self.restored and self.restored[1] <= first else max(0, first - (self.every or 1))
 
     @property
     def step_s(self) -> float:
@@ -94,14 +100,20 @@ class RoundSteps:
         marks = sorted(self._done.items())
         if len(marks) > 1 and marks[-1][1] > marks[0][1]:
             return (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
-        return float(self.first.get("step_s", 0.0)) if self.first else 0.0
+        return float(self.first.get("step_s", self.usual_step_s)) if self.first else 0.0
+
+    @property
+    def beat_s(self) -> float:
+        """How long it usually is from one heartbeat to the next; 0 where that is not known."""
+        return self.step_s * (self.every or 1)
 
     @property
     def first_began_ts(self) -> float | None:
         """When the first step began; None where no step is told."""
         if self.first is None:
             return None
-        began_ts = float(self.first["ts"]) - float(self.first.get("step_s", self.step_s))
+        num_done = int(self.first["step"]) - (self.resumed_after or 0)  # more than one if it does not beat for each
+        began_ts = float(self.first["ts"]) - float(self.first.get("step_s", self.step_s)) * max(1, num_done)
         return max(began_ts, self.formed_ts, self.restored[0] if self.restored else began_ts)
 
     def last_done_ts(self) -> float | None:
@@ -148,4 +160,8 @@ def rounds_of(ordered: Sequence[Event]) -> list[RoundSteps]:
             if found.generation == event.get("generation") and event.get("node") in found.participants:
                 found.hear(event)
                 break
+    usual_s = statistics.median([found.step_s for found in rounds if found.step_s] or [0.0])
+    every = min((found.every for found in rounds if found.every), default=None)
+    for found in rounds:
+        found.every, found.usual_step_s = found.every or every, usual_s
     return rounds

@@ -240,6 +240,20 @@ class TestAccount:
         assert told.steps_redone == 5
         assert told.seconds[Cause.LOST_WORK] == 20 - 15
 
+    def test_a_script_that_beats_every_ten_steps_only(self) -> None:
+        job = Job()
+        job.form(0, A)
+        job.say(20, "first_step", step=10)
+        job.say(30, "progress", step=20, step_s=1, every=10)
+        stop(job, 45, "worker failed", A, step=30, done_ts=40)
+        job.form(46, A, reason="worker failed")
+        job.say(60, "first_step", step=30)  # its own file had the state after 20
+        job.say(70, "finished", outcome="succeeded")
+        told = account(job.events)
+        (one,) = told.interruptions
+        assert (told.seconds[Cause.START], one.began_ts, one.resumed_ts, told.steps_redone) == (10, 45, 50, 10)
+        assert told.seconds[Cause.LOST_WORK] == 15, "what came after the last heartbeat, too"
+
     def test_a_commit_that_is_waited_for_is_a_stall(self, job: Job) -> None:
         job.save(20, step=10, seconds=0.5)
         job.say(23, "checkpoint_waited", seconds=3)
