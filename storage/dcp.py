@@ -6,6 +6,7 @@ with checksums, the commit by one put, and the verified read. Nobody claims the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -13,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -235,6 +236,17 @@ def _received(attempt_id: str, rank: int) -> _Ticket:
     return ticket
 
 
+@contextlib.contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Log why a save has failed that goes on behind the script, which may never ask its future for the result."""
+    try:
+        yield
+    except Exception as error:
+        if threading.current_thread() is not threading.main_thread():
+            log.error("nothing is saved to %s: %s: %s", url, type(error).__name__, error)
+        raise
+
+
 class ShardWriter(_Place, StorageWriter):
     """Writes one checkpoint for `dcp.save(state, storage_writer=ShardWriter(url))`, and for `dcp.async_save`.
 
@@ -262,7 +274,11 @@ class ShardWriter(_Place, StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Find out whether anything is in the way (coordinator). Raises AlreadyExists, UsageError."""
-        if not kwargs.get("use_collectives", True) and dist.is_initialized() and dist.get_world_size() > 1:
+        with _told(self._url):
+            self._look_first(is_coordinator, bool(kwargs.get("use_collectives", True)))
+
+    def _look_first(self, is_coordinator: bool, use_collectives: bool) -> None:
+        if not use_collectives and dist.is_initialized() and dist.get_world_size() > 1:
             raise UsageError("use_collectives=False would commit each rank's part as if it were all; leave it out")
         if is_coordinator and not self._overwrite and catalog.is_checkpoint(self._store, self._prefix):
             raise AlreadyExists(
@@ -292,6 +308,12 @@ class ShardWriter(_Place, StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Store this rank's items; DCP carries the receipt to the coordinator."""
+        done: Future[list[WriteResult]] = Future()
+        with _told(self._url):
+            done.set_result(self._write(plan, planner))
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         payloads, tensors = [], []
         for item in plan.items:
             content = planner.resolve_data(item)
@@ -312,7 +334,7 @@ class ShardWriter(_Place, StorageWriter):
         self._attempt_id = ticket.attempt_id
         objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
         index_of = {_piece(item).identity: item.index for item in plan.items}
-        results = [
+        return [
             WriteResult(
                 index=index_of[entry.key, entry.offsets],
                 size_in_bytes=entry.length,
@@ -320,12 +342,13 @@ class ShardWriter(_Place, StorageWriter):
             )
             for entry in entries
         ]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Verify and commit (coordinator)."""
+        with _told(self._url):
+            self._commit(metadata, results)
+
+    def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         step = layout.parse_step(self._prefix.rstrip("/")) or 0
         attempt = Attempt(self._prefix, step, self._attempt_id, self._world_size)
         receipts = [_receipt(attempt.id, of_rank) for of_rank in results if of_rank]

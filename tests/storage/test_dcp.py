@@ -159,6 +159,19 @@ def test_an_attempt_beside_a_stock_checkpoint_does_not_damage_it(tmp_path: Path)
     assert inspect.verify(store, "step-000000001/").problems == ()
 
 
+def test_a_save_behind_the_script_that_fails_is_told_though_nobody_asks(caplog: pytest.LogCaptureFixture) -> None:
+    store = Breaking("x")
+    url = opened(store)
+    save(1, url)
+    dcp.async_save(state(2), storage_writer=ShardWriter(url)).exception(timeout=60)
+    store.num_good = 1
+    dcp.async_save(state(2), storage_writer=ShardWriter(url, overwrite=True)).exception(timeout=60)
+    told = [record.message for record in caplog.records if record.levelname == "ERROR" and record.name == "storage.dcp"]
+    assert [line.startswith(f"nothing is saved to {url}: ") for line in told] == [True, True]
+    assert "AlreadyExists: Checkpoint already exists at" in told[0]
+    assert "Transient: the store is away" in told[1]
+
+
 # --- what they are given
 
 

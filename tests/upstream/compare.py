@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+
+_ERROR = re.compile(r"(E\s+)?[\w.]*(Error|Exception|Exists|Corrupt|Value|URL|Exit)\b.*: ")
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 
@@ -37,9 +40,14 @@ def outcomes(junit: str) -> dict[str, Outcome]:
             if child.tag == "skipped":
                 found[name] = Outcome(SKIPPED, child.get("message") or "")
             elif child.tag in ("failure", "error"):
-                lines = [line for line in (child.get("message") or "").splitlines() if line.strip()]
-                found[name] = Outcome(FAILED, lines[-1].strip() if lines else "")
+                found[name] = Outcome(FAILED, _why(f"{child.get('message') or ''}\n{child.text or ''}"))
     return found
+
+
+def _why(text: str) -> str:
+    """The last line that names an error."""
+    lines = [line.removeprefix("E ").strip() for line in text.splitlines() if _ERROR.match(line)]
+    return lines[-1][:300] if lines else text.strip().partition("\n")[0]
 
 
 def differences(
