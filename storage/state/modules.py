@@ -90,6 +90,8 @@ def shared_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters that every rank has whole, which are to be the same on all."""
     from torch.distributed.tensor import DTensor
 
+    if is_fsdp1(module):
+        return
     names = ModuleNames(module)
     for name, parameter in module.named_parameters():
         if not isinstance(parameter, DTensor):
