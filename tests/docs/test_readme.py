@@ -34,7 +34,7 @@ torch.accelerator.is_available = lambda: False
 torch.accelerator.device_count = lambda: 0
 torch.accelerator.current_device_index = torch.accelerator.set_device_index = torch.cuda._lazy_init = absent
 """
-NUM_KILLS = int(os.environ.get("README_KILLS", "3"))
+NUM_KILLS = int(os.environ.get("README_KILLS", "2"))
 KILL_SEED = int(os.environ.get("README_SEED", "0"))
 
 
@@ -64,7 +64,9 @@ def test_the_script_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> None
         worker.heartbeat(step)
 """
     script = SCRIPT.replace("        worker.heartbeat(step)\n", told)
-    assert script.count("losses.jsonl") == 1
+    # the job before is known to be dead, so that nobody has to look at its beat for 30 s
+    script = script.replace("keep=3)", "keep=3, take_over=True)")
+    assert script.count("losses.jsonl") == script.count("take_over") == 1
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         folder.mkdir()
@@ -74,12 +76,10 @@ def test_the_script_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> None
     print(f"README_SEED={KILL_SEED} README_KILLS={NUM_KILLS}")
     pick = random.Random(KILL_SEED)
     for number in range(NUM_KILLS):
-        with started(
-            killed, "run", "--rdzv-id", "linear", "--nproc-per-node", str(2 - number % 2), "train.py"
-        ) as process:
+        with started(killed, "run", "--nproc-per-node", str(2 - number % 2), "train.py") as process:
             target = len(losses(killed)) + pick.randint(1, 30)
             until(f"{target} steps", lambda: len(losses(killed)) >= target or process.poll() is not None, within_s=90)  # noqa: B023
-    done = elastic_moe(killed, "run", "--rdzv-id", "linear", "--nproc-per-node", str(2 - NUM_KILLS % 2), "train.py")
+    done = elastic_moe(killed, "run", "--nproc-per-node", str(2 - NUM_KILLS % 2), "train.py")
     assert ANSWER.search(done.stdout)
     found = losses(killed)
     assert {step for step, _ in found} == set(expected)
