@@ -81,7 +81,7 @@ def _told(tell: Callable[[str, Sequence[Event]], T], run_id: str, events: Sequen
     """What `tell` makes of one run, if these are events as this version writes them."""
     try:
         return tell(run_id, events)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})") from error
 

@@ -115,7 +115,7 @@ def _aws_notice(body: str) -> Notice:
         fields = json.loads(body)
         action, at = str(fields["action"]), str(fields["time"])
         within_s = seconds_left(datetime.datetime.fromisoformat(at), time.time())
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Notice("AWS takes this instance")
     return Notice(f"AWS spot: {action[:_TEXT_CHARS_MAX]} at {at[:_TEXT_CHARS_MAX]}", within_s)
 

@@ -107,9 +107,13 @@ class DrainOrder:
         """Read an order.
 
         Raises:
-            ValueError, TypeError: it is not one of this version.
+            ValueError: it is not one of this version.
         """
-        match json.loads(data):
+        try:
+            found = json.loads(data)
+        except RecursionError:
+            found = None
+        match found:
             case {"node_ids": [*node_ids], "by": str(by), "grace_s": None | int() | float() as grace_s}:
                 if grace_s is None or grace_s > 0:
                     return cls(tuple(map(str, node_ids)), by, grace_s)

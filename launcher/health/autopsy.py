@@ -149,7 +149,7 @@ def _error_file(path: str) -> WorkerError | None:
         if not isinstance(told, Mapping):
             return WorkerError(str(told))
         return WorkerError(str(told["message"]), str(told.get("extraInfo", {}).get("py_callstack", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("error file %s cannot be read: %s", path, error)
         return None
 

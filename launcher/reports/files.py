@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from launcher.wording import Event
 
 _NAME = "events.jsonl"
+_CONTENT_BYTES_MAX = 1 << 30  # of a packed file, a thousandth of which it may be
 _BEGIN = b'{"ts":'  # of every line as it is written
 
 
@@ -57,9 +59,13 @@ def _content(file: Path) -> bytes:
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
-        return gzip.decompress(data)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            content = packed.read(_CONTENT_BYTES_MAX + 1)
     except (EOFError, zlib.error) as error:
         raise OSError(f"not whole as gzip: {error}") from error
+    if len(content) > _CONTENT_BYTES_MAX:
+        raise OSError(f"more than {_CONTENT_BYTES_MAX >> 20} MiB once it is unpacked")
+    return content
 
 
 def _event(line: bytes) -> Event | None:
@@ -68,6 +74,6 @@ def _event(line: bytes) -> Event | None:
         ts = found["ts"]
         is_time = isinstance(ts, int | float) and not isinstance(ts, bool) and math.isfinite(ts)
         is_event = is_time and isinstance(found["event"], str)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
     return found if is_event else None

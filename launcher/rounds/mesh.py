@@ -68,7 +68,7 @@ class MeshPlan:
         """The plan that `to_json` wrote. Raises ValueError when the text is not one."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a mesh plan: {error}") from None
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or sorted(fields) != sorted(names):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from launcher.rounds.failures import FailureClass, signal_of
 from launcher.rounds.history import History
 from launcher.rounds.mesh import MeshPlan
+
+R = TypeVar("R")
 
 SUCCEEDED = "succeeded"
 """The outcome of a job whose every worker finished; any other outcome starts with "failed: "."""
@@ -66,6 +71,57 @@ class Status(StrEnum):
     EXCLUDED = "excluded"  # alive, but may not take part
 
 
+def parsed(data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, and nothing else, for whatever else it is."""
+    try:
+        fields = json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON that nests too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    return fields
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int)}
+
+
+def checked(record: R) -> R:
+    """The record, if its plain fields are of the types that they say. Raises ValueError.
+
+    JSON may have anything in their place, which would be found out where it is used: in the agent's main loop.
+    """
+    of: Any = type(record)
+    for name, kinds in _plain_fields(of):
+        value = getattr(record, name)
+        if not isinstance(value, kinds) or (type(value) is bool and bool not in kinds):
+            raise ValueError(f"{type(record).__name__}.{name} is a {type(value).__name__}")
+    return record
+
+
+@functools.cache
+def _plain_fields(kind: Any) -> tuple[tuple[str, tuple[type, ...]], ...]:
+    if dataclasses.is_dataclass(kind):
+        named = [(field.name, str(field.type)) for field in dataclasses.fields(kind)]
+    else:
+        named = [(name, getattr(of, "__forward_arg__", str(of))) for name, of in kind.__annotations__.items()]
+    return tuple((name, _PLAIN[of]) for name, of in named if of in _PLAIN)
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("no list of names")
+    return tuple(values)
+
+
+@contextlib.contextmanager
+def odd_record() -> Iterator[None]:
+    """Raises ValueError, and nothing else, in the place of what a record of another shape raises."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Failure:
     """A worker's failure as its agent reports it; `ts` is epoch seconds and orders failures of one host only."""
@@ -90,7 +146,7 @@ class Failure:
     def from_fields(cls, fields: dict[str, Any]) -> Failure:
         """Read what `dataclasses.asdict` made of one."""
         victims = tuple(cls.from_fields(victim) for victim in fields["victims"])
-        return cls(**{**fields, "kind": FailureClass(fields["kind"]), "victims": victims})
+        return checked(cls(**{**fields, "kind": FailureClass(fields["kind"]), "victims": victims}))
 
 
 @dataclass(frozen=True)
@@ -125,13 +181,15 @@ class Node:
         """Read a record.
 
         Raises:
-            ValueError, TypeError, KeyError: it is not one of this version.
+            ValueError: it is not one of this version.
         """
-        fields: dict[str, Any] = json.loads(data)
-        failure = fields.pop("failure")
-        fields["status"] = Status(fields["status"])
-        fields["cannot_reach"] = tuple(fields["cannot_reach"])
-        return cls(**fields, failure=Failure.from_fields(failure) if failure else None, seniority=seniority)
+        with odd_record():
+            fields = parsed(data)
+            failure = fields.pop("failure")
+            fields["status"] = Status(fields["status"])
+            fields["cannot_reach"] = _texts(fields["cannot_reach"])
+            read = Failure.from_fields(failure) if failure else None
+            return checked(cls(**fields, failure=read, seniority=seniority))
 
 
 class Participant(NamedTuple):
@@ -157,7 +215,7 @@ class Cause:
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Cause:
         """Read what `dataclasses.asdict` made of one."""
-        return cls(fields["node_id"], fields["host"], Failure.from_fields(fields["failure"]))
+        return checked(cls(fields["node_id"], fields["host"], Failure.from_fields(fields["failure"])))
 
 
 @dataclass(frozen=True)
@@ -227,21 +285,31 @@ class Round:
         most of what reading a large round takes.
 
         Raises:
-            ValueError, TypeError, KeyError: it is not one of this version.
+            ValueError: it is not one of this version.
         """
-        fields: dict[str, Any] = json.loads(data)
+        with odd_record():
+            return cls._read(parsed(data), before)
+
+    @classmethod
+    def _read(cls, fields: dict[str, Any], before: Round | None) -> Round:
         if before and (before.lineage, before.generation) == (fields["lineage"], fields["generation"]):
             fields["participants"] = before.participants
         else:
-            fields["participants"] = tuple(map(Participant._make, fields["participants"]))
-        fields["spares"] = tuple(fields["spares"])
+            fields["participants"] = tuple(checked(Participant(*row)) for row in fields["participants"])
+        fields["spares"] = _texts(fields["spares"])
         fields["mesh"] = MeshPlan(**fields["mesh"]) if fields["mesh"] else None
         if broken := fields["broken"]:
-            fields["broken"] = Breakage(**{**broken, "lost": tuple(broken["lost"])})
+            fields["broken"] = checked(Breakage(**{**broken, "lost": _texts(broken["lost"])}))
         fields["verdict"] = Verdict(fields["verdict"])
         fields["causes"] = tuple(Cause.from_fields(cause) for cause in fields["causes"])
-        fields["history"] = History.from_fields(fields["history"])
-        return cls(**fields)
+        fields["history"] = _checked_history(History.from_fields(fields["history"]))
+        return checked(cls(**fields))
+
+
+def _checked_history(history: History) -> History:
+    for part in (history, *history.marks, *history.exclusions):
+        checked(part)
+    return history
 
 
 def describe(failure: Failure) -> str:

@@ -140,7 +140,7 @@ class Channel:
 
     def stop_request(self) -> StopReason:
         """The agent's standing request."""
-        return StopReason(struct.unpack_from("<I", self._memory, _STOP)[0])
+        return StopReason(min(struct.unpack_from("<I", self._memory, _STOP)[0], max(StopReason)))
 
     # --- the agent's side
 
@@ -162,7 +162,9 @@ class Channel:
         phase = struct.unpack_from("<I", self._memory, _PHASE)[0]
         step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
         (untimed,) = struct.unpack_from("<I", self._memory, _UNTIMED)
-        return Progress(Phase(phase), step, beat_ns / 1e9, bool(untimed))
+        # the file is the script's to write: what it has there by mistake is no end of the agent
+        known = Phase(phase) if phase <= max(Phase) else Phase.RUNNING
+        return Progress(known, step, beat_ns / 1e9, bool(untimed))
 
     def close(self) -> None:
         """Unmap; the file stays until the agent removes its folder."""

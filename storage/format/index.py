@@ -214,7 +214,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
     num_blocks = -(-length // block_size)
     try:
         packed = list(map(binascii.a2b_base64, table.block_crcs))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's own, and what a text of other characters raises
         raise Corrupt(f"not a list of checksums: {error}") from None
     odd = np.flatnonzero(np.fromiter(map(len, packed), np.int64, len(packed)) != 4 * num_blocks)
     if len(odd):
