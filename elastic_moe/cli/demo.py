@@ -38,7 +38,7 @@ def register(verbs: Subparsers) -> None:
         "--steps", type=positive_int, default=140, metavar="N", help=f"default 140, at least {_STEPS_LEAST}"
     )
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="default 0")
-    parser.set_defaults(handler=handle)
+    parser.set_defaults(handler=handle, ends_with_reader=True)
 
 
 def handle(args: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib
 import logging
 import os
@@ -16,9 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from elastic_moe.cli import streams
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, PrintVersion, one_line
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERBS = ("run", "train", "demo", "plan", "ckpt", "status", "drain", "report")
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `argv` defaults to the process's own arguments, and only then a verb may end the process itself.
     """
-    _open_what_is_closed()
+    streams.open_closed()
     given = sys.argv[1:] if argv is None else argv
     parsed: list[argparse.Namespace] = []
 
@@ -68,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args,) = parsed
     if argv is None and hasattr(args, "prepare"):
         args.prepare(args)  # outside of all that catches errors: it may return in another process
+    if argv is None and not getattr(args, "ends_with_reader", False):
+        streams.outlive_reader()
     ends_at_once = argv is None and getattr(args, "ends_at_once", False)
     try:
         code = _call(lambda: int(args.handler(args)))
@@ -89,54 +90,27 @@ def _call(act: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        _write_no_more()  # the reader (`| head`) has seen enough
+        streams.drop_rest()  # the reader (`| head`) has seen enough
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
-            _write_no_more()
+        if isinstance(error, OSError) and error.errno in streams.FULL and error.filename is None:
+            streams.drop_rest()
             _complain(f"cannot write: {error.strerror}")
             return 1
         exit_code = getattr(error, "exit_code", None)
         if not isinstance(exit_code, int):
             raise
-        _flush()
+        streams.flush()
         _complain(one_line(str(error)))
         return exit_code
     return code
 
 
 def _complain(what: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"{PROG}: error: {what}", file=sys.stderr)
-
-
-def _flush() -> None:
     try:
-        sys.stdout.flush()
+        print(f"{PROG}: error: {what}", file=sys.stderr, flush=True)
     except OSError:
-        _write_no_more()
-
-
-def _write_no_more() -> None:
-    """What stdout still holds goes nowhere: Python would complain once more when it flushes it at exit."""
-    with contextlib.suppress(OSError, ValueError):  # a stream of a test's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _open_what_is_closed() -> None:
-    """stdin, stdout and stderr that were closed (`>&-`) lead nowhere: else the next file or socket has their number,
-    and what was meant for nobody is written into it.
-    """
-    for fd, mode in enumerate(("r", "w", "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != fd:
-                os.dup2(opened, fd)
-                os.close(opened)
-            os.set_inheritable(fd, True)
-            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode, closefd=False))  # noqa: SIM115
+        streams.drop_rest(2)
 
 
 def _end_at_once(code: int) -> NoReturn:

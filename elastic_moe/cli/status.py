@@ -47,7 +47,7 @@ def register(verbs: Subparsers) -> None:
     add_store_options(parser)
     parser.add_argument("--watch", action="store_true", help="show every change until the job ends")
     parser.add_argument("--json", action="store_true", help="write JSON")
-    parser.set_defaults(handler=handle)
+    parser.set_defaults(handler=handle, ends_with_reader=True)
 
 
 def handle(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ ended; when the parent dies, so does all of it, at once: a process that is kille
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -47,6 +48,8 @@ def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
         family.adopt_orphans()
     family.die_with(parent_pid)
     own_pid = os.getpid()
+    if os.getsid(0) != own_pid:
+        os.setsid()  # neither Ctrl-C nor a signal to the agent's process group is for it
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
     pid = os.fork()  # before any handler: what is ignored here is ignored there
     if pid == 0:
@@ -115,7 +118,8 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
     """To the worker's stderr, and to the agent's events where this is a worker's."""
     rank = os.environ.get("RANK", "")
     who = f"rank {rank}" if rank else "the program"
-    sys.stderr.write(f"{who} left processes behind, which are ended: {', '.join(map(str, ended))}\n")
+    with contextlib.suppress(OSError):  # the console is gone
+        os.write(2, f"{who} left processes behind, which are ended: {', '.join(map(str, ended))}\n".encode())
     if path := os.environ.get("ELASTIC_MOE_EVENTS"):
         from pathlib import Path
 

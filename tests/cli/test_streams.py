@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:300"
 NOTHING_THERE = "ckpt ls nowhere"
+
+
+GONE = "| true; exit ${PIPESTATUS[0]}"
 
 
 def call(redirected: str, *arguments: str) -> tuple[int, str]:
@@ -20,7 +24,12 @@ def call(redirected: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr.decode()
 
 
-GONE = "| true; exit ${PIPESTATUS[0]}"
+def test_a_command_does_to_its_end_what_nobody_reads_of(tmp_path: Path) -> None:
+    """Its exit code is that of all it was to do, not of what was read."""
+    step = tmp_path / "run" / "step-000000001"
+    step.mkdir(parents=True)
+    (step / ".metadata").write_bytes(b"no metadata")
+    assert call(f"2>&1 {GONE}", "ckpt", "verify", str(tmp_path / "run")) == (1, "")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +46,7 @@ GONE = "| true; exit ${PIPESTATUS[0]}"
         (">&-", PLAN, 0, ""),
         (">&- 2>&- <&-", PLAN, 0, ""),
         (">&- 2>&- <&-", NOTHING_THERE, 2, ""),
+        (f"2>&1 {GONE}", "status --rdzv-endpoint 127.0.0.1:9 --rdzv-conf connect_timeout=0.1", 2, ""),
     ],
 )
 def test_a_command_ends_quietly(redirected: str, command: str, code: int, told: str) -> None:

@@ -55,7 +55,7 @@ def test_nothing_that_a_worker_started_outlives_it(
     left = started(tmp_path, 2)
     assert left.keys() >= KINDS
     if end == "kill":
-        node.kill_agent()
+        os.killpg(node.process.pid, signal.SIGKILL)  # all of its process group, as a shell does
     else:
         node.terminate()
     until("all of it is gone", lambda: not [kind for kind, process in left.items() if alive(process)], 10)
