@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from launcher.coordination.member import Member
 from launcher.coordination.reopen import is_running, reopen_failed
 from launcher.coordination.telling import last_words
+from launcher.coordination.vitals import VitalsTeller
 from launcher.drain.backstop import Backstop
 from launcher.drain.draining import DrainRequest, DrainRequests
 from launcher.drain.notices import Notice
@@ -38,7 +39,9 @@ from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.conf import RendezvousConf
 from launcher.elastic.hostname import ask_no_dns
+from launcher.elastic.logs import name_node
 from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.signs import VitalSigns
 from launcher.elastic.yielding import Graces
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
@@ -195,13 +198,28 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             stack.callback(_linger, member)
             stack.callback(backstop.stop)
         stack.callback(member.leave)
+        teller = VitalsTeller(connection.kv, config.run_id, node_id, member.lease)
+        stack.callback(teller.stop)
+        signs = VitalSigns(teller, runtime_dir)
         lookout = Lookout({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
         lookout.start()
         stack.callback(lookout.stop)
         watchdog = Watchdog(extras.hangs, extras.log_dir, events)
         leftovers = Leftovers(runtime_dir, warm, keep=keep)
         return _run(
-            config, conf, command, connection, member, events, runtime_dir, warm, leftovers, drain, watchdog, preflight
+            config,
+            conf,
+            command,
+            connection,
+            member,
+            events,
+            runtime_dir,
+            warm,
+            leftovers,
+            drain,
+            watchdog,
+            preflight,
+            signs,
         )
 
 
@@ -223,6 +241,7 @@ def _run(
     drain: DrainRequests,
     watchdog: Watchdog,
     preflight: Preflight,
+    signs: VitalSigns,
 ) -> int:
     rendezvous = MemberRendezvous(
         member,
@@ -247,9 +266,10 @@ def _run(
         virtual_local_rank=config.virtual_local_rank,
     )
     assert config.logs_specs is not None
+    logs_specs = name_node(config.logs_specs, member.node_id)
     agent = ElasticAgent(
         spec,
-        config.logs_specs,
+        logs_specs,
         member=member,
         rendezvous=rendezvous,
         events=events,
@@ -260,6 +280,7 @@ def _run(
         warm=warm,
         leftovers=leftovers,
         watchdog=watchdog,
+        signs=signs,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template or _LOG_LINE_PREFIX,
     )

@@ -16,10 +16,10 @@ Event = Mapping[str, Any]
 def describe_failure(event: Event) -> str:
     """A `worker_failed` event in one line."""
     message = f": {event['message']}" if event.get("message") else ""
-    return f"rank {event.get('rank')} on {event.get('node')} {_end(event.get('exit_code'))}{message}"
+    return f"rank {event.get('rank')} on {event.get('node')} {describe_end(event.get('exit_code'))}{message}"
 
 
-def _end(code: object) -> str:
+def describe_end(code: object) -> str:
     """How a process ended, in words; `code` as Popen has it."""
     if not isinstance(code, int) or code >= 0:
         return f"failed with exit code {code}"

@@ -72,6 +72,8 @@ class Reporter:
             is_written, _hearing.event = _hearing.event is None, before
         if not is_written:
             append_for_agent(os.environ, ts, event, fields)
+        if event == "checkpoint_committed":
+            note_for_agent(os.environ, ts, fields)
 
     def tell_agent(self, event: str, **fields: Any) -> None:
         """Report what only the account of the job's time needs."""
@@ -106,6 +108,23 @@ class Reporter:
             if new.num_by_cause:
                 waited_s = round(new.waited_s, 3)
                 self("checkpoint_retried", during=during, retries=dict(new.num_by_cause), waited_s=waited_s, **fields)
+
+
+def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any]) -> None:
+    """Say which checkpoint is the last in the file that the agent names for it (ELASTIC_MOE_CHECKPOINT), if it does."""
+    path = env.get("ELASTIC_MOE_CHECKPOINT")
+    if not path:
+        return
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, json.dumps({"step": fields.get("step"), "ts": round(ts, 3)}).encode())
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)  # the agent never reads half of it
+    except OSError as error:
+        log.debug("the agent cannot be told of the checkpoint: %s", error)
 
 
 def append_for_agent(env: Mapping[str, str], ts: float, event: str, fields: Mapping[str, Any]) -> None:

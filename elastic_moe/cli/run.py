@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
 from launcher.health.hangs import Auto, HangRules, Setting
@@ -71,7 +72,7 @@ def handle(args: argparse.Namespace) -> int:
     from launcher.workers.console import Console
 
     given = _parse(args.arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_console()
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)  # our events say it
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it warns of options that do not concern us

@@ -5,34 +5,52 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.store_options import add_store_options, open_store
+from elastic_moe.cli.timeline import moment
+from elastic_moe.errors import UserError
 from launcher.coordination.roster import Roster, run_prefix
+from launcher.coordination.vitals import vitals_prefix
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv import KV
 from launcher.reports.snapshot import Seat, Snapshot, snapshot
+from launcher.rounds.vitals import Vitals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from elastic_moe.cli.parser import Subparsers
 
+_Show = Callable[[Snapshot, str], None]
+
+_HEADINGS = ("NODE", "HOST", "ADDRESS", "SLOTS", "STATUS", "GENERATION", "RANKS", "STEP", "HEARTBEAT", "REASON")
 _WAIT_S = 1.0
+_VITALS_S = 5.0
+_NOBODY_S = 60.0
+_SILENT_S = 120.0
 _EPILOG = """\
 The first node of the table leads: it decides on rounds. A node without ranks is
 a spare, or waits for a round.
 
---json writes one object: "run_id", "state", "leader", "nodes", and "round"
-(null before the first); with --watch one a line for each change. --watch ends
-when the job does.
+Ages are those of what nodes tell every few seconds, by their clocks. A heartbeat
+is the last one of the worker that has been silent for the longest.
 
-Exit codes: 0 done; 1 the store knows no such job; 2 wrong usage, or there is no
-store at the endpoint.
+--json writes one object: "run_id", "ts", "state", "leader", "step",
+"heartbeat_ts", "failure", "checkpoint", "nodes", and "round" (null before the
+first); with --watch one a line for each change. Times are epoch seconds, null
+where there is none. --watch ends when the job does, when it has had no node
+for a minute, or when its store has not answered for two.
+
+Exit codes: 0 done; 1 the store knows no such job, or --watch found nobody left;
+2 wrong usage, or there is no store at the endpoint. --watch ends as the job
+does: 0 if it has succeeded, else with what `run` ends with on its nodes.
 """
 
 
@@ -57,60 +75,104 @@ def handle(args: argparse.Namespace) -> int:
         first, _ = next(states)
         if args.watch:
             with _json_lines() if args.json else _live() as show:
-                show(first, "")
-                for found, trouble in states:
-                    show(found, trouble)
-                    if found.round is not None and found.round.outcome:
-                        break
-        elif args.json:
-            print(json.dumps(as_json(first), indent=2))
+                return _watch(itertools.chain([(first, "")], states), show)
+        if args.json:
+            print(json.dumps(as_json(first, time.time()), indent=2))
         else:
-            print("\n".join(as_lines(first)))
-    return 0 if first.seats or first.round or args.watch else 1
+            print("\n".join(as_lines(first, time.time())))
+    return 0 if first.seats or first.round else 1
+
+
+def _watch(states: Iterator[tuple[Snapshot, str]], show: _Show) -> int:
+    """Show every state to the end of the job; what to exit with."""
+    some_s = heard_s = time.monotonic()  # when there was last somebody, and when the store last answered
+    for found, trouble in states:
+        now_s = time.monotonic()
+        show(found, trouble)
+        if found.round is not None and found.round.outcome:
+            return found.round.verdict.exit_code
+        some_s = now_s if found.seats or trouble else some_s
+        heard_s = heard_s if trouble else now_s
+        if now_s - some_s > _NOBODY_S:
+            print(f"no node of the job has been there for {_NOBODY_S:.0f} s", file=sys.stderr)
+            return 1
+        if now_s - heard_s > _SILENT_S:
+            raise UserError(
+                f"the store has not answered for {_SILENT_S:.0f} s, so the job's end is not known: {trouble}"
+            )
+    raise AssertionError("states have no end")
+
+
+class _VitalsReader:
+    """What the nodes have told of their workers, asked for now and then: nobody needs to hear each of it."""
+
+    def __init__(self, kv: KV, run_id: str) -> None:
+        self._kv = kv
+        self._prefix = vitals_prefix(run_id)
+        self._known: dict[str, Vitals] = {}
+        self._read_s = -math.inf
+
+    def read(self, now_s: float) -> Mapping[str, Vitals]:
+        """By node. Raises KVUnavailable."""
+        if now_s >= self._read_s + _VITALS_S:
+            self._known = {}
+            for entry in self._kv.list(self._prefix).entries:
+                with contextlib.suppress(ValueError, TypeError):  # of a version that tells it in another way
+                    self._known[entry.key.removeprefix(self._prefix)] = Vitals.from_json(entry.value)
+            self._read_s = now_s
+        return self._known
 
 
 def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
-    """The job's state now, and then whenever something changed; with it why the store does not answer, or "".
+    """The job's state now, then whenever something changed and each second; and why the store does not answer, or "".
 
     Raises:
         KVUnavailable: the store does not answer the first question. Later it is waited for.
     """
     prefix = run_prefix(run_id)
     roster = Roster("", time.monotonic())
-    told = False
+    vitals = _VitalsReader(kv, run_id)
+    found: Snapshot | None = None
     while True:
         try:
             listing = kv.list(prefix)
             entries = [(entry.key.removeprefix(prefix), entry) for entry in listing.entries]
             roster.replace(entries, time.monotonic())
-            yield snapshot(run_id, roster.view()), ""
-            told = True
+            found = snapshot(run_id, roster.view(), vitals.read(time.monotonic()))
+            yield found, ""
             watch = kv.watch(prefix, listing.revision + 1)
             try:
                 while True:
-                    if events := watch.next(_WAIT_S):
-                        changes = [(event.key.removeprefix(prefix), event.entry) for event in events]
-                        roster.apply(changes, time.monotonic())
-                        yield snapshot(run_id, roster.view()), ""
+                    events = watch.next(_WAIT_S)
+                    changes = [(event.key.removeprefix(prefix), event.entry) for event in events]
+                    roster.apply(changes, time.monotonic())
+                    found = snapshot(run_id, roster.view(), vitals.read(time.monotonic()))
+                    yield found, ""
             finally:
                 watch.cancel()
         except Compacted:
             continue
         except KVUnavailable as error:
-            if not told:
+            if found is None:
                 raise
-            yield snapshot(run_id, roster.view()), str(error)
+            yield found, str(error)
             time.sleep(_WAIT_S)
 
 
-def as_json(found: Snapshot) -> dict[str, Any]:
+def as_json(found: Snapshot, now_ts: float) -> dict[str, Any]:
     """What `--json` prints."""
     current = found.round
+    failure, checkpoint = found.failure, found.checkpoint
     return {
         "run_id": found.run_id,
+        "ts": round(now_ts, 3),
         "state": found.state,
         "leader": next((seat.node_id for seat in found.seats if seat.leads), None),
-        "nodes": [{**dataclasses.asdict(seat), "ranks": list(seat.ranks)} for seat in found.seats],
+        "step": found.step,
+        "heartbeat_ts": found.beat_ts or None,
+        "failure": {"ts": failure.ts, "message": failure.text} if failure else None,
+        "checkpoint": {"ts": checkpoint.ts, "step": checkpoint.step} if checkpoint else None,
+        "nodes": [_node_json(seat) for seat in found.seats],
         "round": {
             **dataclasses.asdict(current),
             "world_size": current.world_size,
@@ -122,43 +184,93 @@ def as_json(found: Snapshot) -> dict[str, Any]:
     }
 
 
-def as_lines(found: Snapshot) -> list[str]:
+def _node_json(seat: Seat) -> dict[str, Any]:
+    fields = dataclasses.asdict(seat)
+    beat_ts = fields.pop("beat_ts")
+    return {**fields, "ranks": list(seat.ranks), "heartbeat_ts": beat_ts or None}
+
+
+def as_lines(found: Snapshot, now_ts: float) -> list[str]:
     """The same for a person."""
-    lines = [f"job {found.run_id}: {found.state}"]
+    lines = [f"job {found.run_id}: {found.state}, at {moment(now_ts)}"]
     if current := found.round:
         mesh = f", mesh {current.mesh}" if current.mesh else ""
         nodes = f"{len(current.participants)} node{'s' if len(current.participants) != 1 else ''}"
         lines.append(f"generation {current.generation}: {current.world_size} ranks on {nodes}{mesh}")
-        lines.append(f"  formed because: {current.reason}; restarts used: {current.restarts}")
+        formed = f" {_ago(current.formed_ts, now_ts)}" if current.formed_ts else ""
+        lines.append(f"  formed{formed} because: {current.reason}; restarts used: {current.restarts}")
         if current.spares:
             lines.append(f"  spares: {', '.join(current.spares)}")
         if found.missing:
             lines.append(f"  no longer there: {', '.join(found.missing)}")
+    lines += _signs(found, now_ts)
     if found.seats:
-        rows: list[tuple[str, ...]] = [("NODE", "HOST", "ADDRESS", "SLOTS", "STATUS", "GENERATION", "RANKS", "REASON")]
-        rows += [_row(seat) for seat in found.seats]
+        rows: list[tuple[str, ...]] = [_HEADINGS]
+        rows += [_row(seat, now_ts) for seat in found.seats]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines
 
 
-def _row(seat: Seat) -> tuple[str, ...]:
+def _signs(found: Snapshot, now_ts: float) -> list[str]:
+    """How the workers are, as far as anybody tells."""
+    told = []
+    if found.step >= 0:
+        told.append(f"step {found.step}")
+    if found.beat_ts:
+        told.append(f"last heartbeat {_ago(found.beat_ts, now_ts)}")
+    if checkpoint := found.checkpoint:
+        told.append(f"last checkpoint of step {checkpoint.step}, {_ago(checkpoint.ts, now_ts)}")
+    lines = [f"  {'; '.join(told)}"] if told else []
+    if failure := found.failure:
+        lines.append(f"  last failure {_ago(failure.ts, now_ts)}: {failure.text}")
+    return lines
+
+
+def _ago(ts: float, now_ts: float) -> str:
+    """How long ago, in words. Clocks differ: what is to come was just now."""
+    seconds = max(0.0, now_ts - ts)
+    for unit, length_s, up_to_s in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800), ("d", 86400, math.inf)):
+        if seconds < up_to_s:
+            return f"{seconds / length_s:.0f} {unit} ago"
+    raise AssertionError
+
+
+def _row(seat: Seat, now_ts: float) -> tuple[str, ...]:
     status = f"{seat.status}, draining" if seat.draining else seat.status
     ranks = f"{seat.ranks[0]}-{seat.ranks[-1]}" if len(seat.ranks) > 1 else "".join(map(str, seat.ranks)) or "-"
     generation = str(seat.generation) if seat.generation else "-"
-    return seat.node_id, seat.host, seat.address, str(seat.slots), status, generation, ranks, seat.reason
+    step = str(seat.step) if seat.step >= 0 else "-"
+    beat = _ago(seat.beat_ts, now_ts) if seat.beat_ts else "-"
+    place = seat.node_id, seat.host, seat.address, str(seat.slots)
+    return *place, status, generation, ranks, step, beat, seat.reason
 
 
-_Show = Callable[[Snapshot, str], None]
+class _Changes:
+    """Which states are news: neither an age that grows nor a step that is done is any."""
+
+    def __init__(self) -> None:
+        self._last: tuple[object, str] | None = None
+
+    def has(self, found: Snapshot, trouble: str) -> bool:
+        """Whether this state differs from the one before."""
+        seats = tuple(dataclasses.replace(seat, step=-1, beat_ts=0.0) for seat in found.seats)
+        state = dataclasses.replace(found, seats=seats), trouble
+        is_news, self._last = state != self._last, state
+        return is_news
 
 
 @contextlib.contextmanager
 def _json_lines() -> Iterator[_Show]:
+    changes = _Changes()
+
     def show(found: Snapshot, trouble: str) -> None:
+        if not changes.has(found, trouble):
+            return
         if trouble:
             print(f"the store does not answer: {trouble}", file=sys.stderr, flush=True)
         else:
-            print(json.dumps(as_json(found)), flush=True)
+            print(json.dumps(as_json(found, time.time())), flush=True)
 
     yield show
 
@@ -173,11 +285,17 @@ def _live() -> Iterator[_Show]:
     console = Console(highlight=False)
 
     def drawn(found: Snapshot, trouble: str) -> RenderableType:
-        lines = [*as_lines(found), *([f"the store does not answer: {trouble}"] if trouble else [])]
+        lines = [*as_lines(found, time.time()), *([f"the store does not answer: {trouble}"] if trouble else [])]
         return Text("\n".join(lines), no_wrap=console.is_terminal, overflow="ellipsis")
 
     if not console.is_terminal:
-        yield lambda found, trouble: print(drawn(found, trouble), "\n", sep="", flush=True)
+        changes = _Changes()
+
+        def printed(found: Snapshot, trouble: str) -> None:
+            if changes.has(found, trouble):
+                print(drawn(found, trouble), "\n", sep="", flush=True)
+
+        yield printed
         return
     with Live(console=console, auto_refresh=False) as live:
         yield lambda found, trouble: live.update(drawn(found, trouble), refresh=True)

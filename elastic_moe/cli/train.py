@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
 from elastic_moe.errors import NotFinite
 
@@ -41,7 +42,7 @@ def register(verbs: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> int:
     """Train to the end, or to a stop that the launcher asked for."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_console()
     try:
         return _train(args)
     except Exception as error:

@@ -6,6 +6,7 @@ yet heard that its lease ended; every decision is a compare-and-swap on the roun
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -186,6 +187,8 @@ class Leadership:
     def _propose(self, proposed: Round, current: Round | None, revision: int) -> None:
         if not self._office.may_act():  # deciding may have taken long: a frozen node's view is of before
             return
+        if current is None or current.generation != proposed.generation:
+            proposed = dataclasses.replace(proposed, formed_ts=round(time.time(), 3))
         written = self._office.kv.put(f"{self._office.prefix}{ROUND}", proposed.to_json(), if_revision=revision)
         if written is None:
             log.info("[%s] another node was first to change the round", self._office.node_id)

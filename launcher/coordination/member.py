@@ -20,7 +20,7 @@ from launcher.errors import Compacted, Drained, JobClosed, KVError, KVUnavailabl
 from launcher.events import Emit
 from launcher.health.neighbours import Neighbours, watched_by
 from launcher.health.probe import Answer, ask
-from launcher.kv import KV, Watch, WatchEvent
+from launcher.kv import KV, Lease, Watch, WatchEvent
 from launcher.rounds.forming import Planner
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import LEFT, LEFT_AT_ONCE, SUCCEEDED, Breakage, Failure, Node, Round, Status, identity_of
@@ -82,6 +82,10 @@ class Member:
     def node_id(self) -> str:
         """This node's id."""
         return self._own.record.node_id
+
+    def lease(self) -> Lease | None:
+        """The lease that this node's record lives under; what must go with this node is put under it too."""
+        return self._own.lease
 
     def round(self) -> Round | None:
         """The current round."""

@@ -35,6 +35,7 @@ from launcher.coordination.member import Member
 from launcher.drain.draining import DrainRequests
 from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.signs import CHECKPOINT_VARIABLE, VitalSigns
 from launcher.elastic.yielding import Graces, Yielding
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
@@ -84,6 +85,7 @@ class ElasticAgent(LocalElasticAgent):
         warm: WarmStart | None,
         leftovers: Leftovers,
         watchdog: Watchdog,
+        signs: VitalSigns,
         start_method: str,
         log_line_prefix_template: str | None = None,
     ) -> None:
@@ -103,6 +105,7 @@ class ElasticAgent(LocalElasticAgent):
         self._warm = warm
         self._leftovers = leftovers
         self._watchdog = watchdog
+        self._signs = signs
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
         self._channels = WorkerChannels(runtime_dir, 0, ())
@@ -149,6 +152,7 @@ class ElasticAgent(LocalElasticAgent):
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
         self._yielding.begin(self._channels, self._started_s)
+        self._signs.begin(current)
         self._pids = list(pids.values())
         self._watch_workers(current)
         self._emit(
@@ -168,6 +172,7 @@ class ElasticAgent(LocalElasticAgent):
         worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
         worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
         worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels.path(local_rank))
+        worker_env[CHECKPOINT_VARIABLE] = str(self._signs.checkpoint_path)
         worker_env[STACKS_VARIABLE] = str(self._channels.stacks_path(local_rank))
         if current.mesh is not None:
             worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
@@ -222,6 +227,7 @@ class ElasticAgent(LocalElasticAgent):
             self._member.wait(_POLL_S)
             if self._warm is not None:
                 self._warm.listen()
+            self._signs.look(self._channels)
             exit_codes = {remains.exit_code for remains in self._remains()}
             if exit_codes - {0, None}:
                 self._report_failures()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.rounds.membership import View, breakage
-from launcher.rounds.records import Round
+from launcher.rounds.records import Failure, Round, describe
+from launcher.rounds.vitals import Vitals
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,19 @@ class Seat:
     ranks: tuple[int, ...]
     """Of the round's workers, those on this node; empty for a spare and for a node that has yet to get a place."""
     reason: str
+    step: int = -1
+    """The last one that a worker has told to be complete; -1 where none has."""
+    beat_ts: float = 0.0
+    """Epoch seconds of the last heartbeat of the worker that has been silent for the longest; 0 where none has told."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something that happened last, and when (epoch seconds)."""
+
+    ts: float
+    text: str = ""
+    step: int = -1
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,20 @@ class Snapshot:
     """Why the round cannot go on; "" while it can."""
     missing: tuple[str, ...]
     """Participants of the round without a live record."""
+    failure: Told | None = None
+    """The last failure of a worker, as far as the live nodes and the round know of one."""
+    checkpoint: Told | None = None
+    """The last checkpoint that live nodes' workers have committed."""
+
+    @property
+    def step(self) -> int:
+        """How far the job is, -1 where nobody tells."""
+        return max((seat.step for seat in self.seats), default=-1)
+
+    @property
+    def beat_ts(self) -> float:
+        """The oldest of the participants' last heartbeats, 0 where nobody tells: all wait for the slowest."""
+        return min((seat.beat_ts for seat in self.seats if seat.ranks and seat.beat_ts), default=0.0)
 
     @property
     def state(self) -> str:
@@ -56,9 +85,9 @@ class Snapshot:
         return "running" if len(joined) == len(self.round.participants) else "starting"
 
 
-def snapshot(run_id: str, view: View) -> Snapshot:
-    """What a view of a job says to a person."""
-    current = view.round
+def snapshot(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = None) -> Snapshot:
+    """What a view of a job says to a person, with what nodes have told of their workers, by node."""
+    current, told = view.round, vitals or {}
     broken = breakage(view) if current and not current.outcome else None
     seats = tuple(
         Seat(
@@ -73,11 +102,29 @@ def snapshot(run_id: str, view: View) -> Snapshot:
             draining=node.draining,
             ranks=_ranks(current, node.node_id),
             reason=node.reason,
+            step=told[node.node_id].step if node.node_id in told else -1,
+            beat_ts=told[node.node_id].beat_ts if node.node_id in told else 0.0,
         )
         for node in sorted(view.nodes, key=lambda node: node.seniority)
     )
     missing = [p.node_id for p in current.participants if view.node(p.node_id) is None] if current else []
-    return Snapshot(run_id, seats, current, broken.reason if broken else "", tuple(missing))
+    failures = [_told_of(node.failure, node.node_id) for node in view.nodes if node.failure]
+    failures += [_told_of(cause.failure, cause.node_id) for cause in current.causes[:1]] if current else []
+    failures += [Told(one.failure_ts, one.failure) for one in told.values() if one.failure_ts]
+    checkpoints = [Told(one.checkpoint_ts, "", one.checkpoint_step) for one in told.values() if one.checkpoint_ts]
+    return Snapshot(
+        run_id,
+        seats,
+        current,
+        broken.reason if broken else "",
+        tuple(missing),
+        max(failures, key=lambda one: one.ts, default=None),
+        max(checkpoints, key=lambda one: one.ts, default=None),
+    )
+
+
+def _told_of(failure: Failure, node_id: str) -> Told:
+    return Told(failure.ts, f"{describe(failure)} (on {node_id})", failure.step)
 
 
 def _ranks(current: Round | None, node_id: str) -> tuple[int, ...]:

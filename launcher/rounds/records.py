@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
-from launcher.rounds.failures import FailureClass, signal_of
+from launcher.rounds.failures import FailureClass
 from launcher.rounds.history import History
 from launcher.rounds.mesh import MeshPlan
+from launcher.wording import describe_end
 
 R = TypeVar("R")
 
@@ -258,6 +259,8 @@ class Round:
     verdict: Verdict = Verdict.NONE
     causes: tuple[Cause, ...] = ()
     history: History = field(default_factory=History)
+    formed_ts: float = 0.0
+    """Epoch seconds by the leader's clock, for people; 0 is not known."""
 
     @property
     def world_size(self) -> int:
@@ -317,9 +320,7 @@ def describe(failure: Failure) -> str:
     message = f": {failure.message}" if failure.message else ""
     if failure.kind is FailureClass.HANG:
         return f"worker of rank {failure.rank} hung{message}"
-    signum = signal_of(failure.exit_code) if failure.exit_code < 0 else None
-    how = f"signal {signum.value} ({signum.name})" if signum else f"exit code {failure.exit_code}"
-    return f"worker of rank {failure.rank} failed with {how}{message}"
+    return f"worker of rank {failure.rank} {describe_end(failure.exit_code)}{message}"
 
 
 def identity_of(node_id: str) -> str:

@@ -244,10 +244,7 @@ class TestFailure:
     def test_beyond_the_budget_ends_the_job(self) -> None:
         action = act(view(self.fallen(exit_code=-9), round_of("a", "b", restarts=1)))
         assert isinstance(action, Propose)
-        assert (
-            action.round.outcome
-            == "failed: worker of rank 1 failed with signal 9 (SIGKILL): boom; restarts used: 1 of 1"
-        )
+        assert action.round.outcome == "failed: worker of rank 1 was killed by SIGKILL: boom; restarts used: 1 of 1"
 
     def test_that_will_happen_again_ends_the_job_at_once(self) -> None:
         nodes = self.fallen(restartable=False, exit_code=2)

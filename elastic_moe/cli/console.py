@@ -1,0 +1,22 @@
+"""The log on the console: a time that says of which zone it is, since the lines of nodes are read side by side."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+
+
+class ZonedFormatter(logging.Formatter):
+    """Date, time and offset from UTC: `2026-11-29 02:17:55.123+00:00`."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Of the record, in this machine's time zone."""
+        moment = datetime.datetime.fromtimestamp(record.created).astimezone()
+        return moment.isoformat(sep=" ", timespec="milliseconds")
+
+
+def log_to_console() -> None:
+    """Have the log written to stderr from INFO on, unless somebody has arranged for it already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(ZonedFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,0 +1,62 @@
+"""How this node's workers are, gathered for `elastic-moe status` while the agent watches them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from launcher.coordination.vitals import VitalsTeller
+from launcher.rounds.records import Round, describe
+from launcher.rounds.vitals import Vitals
+from launcher.workers.channels import WorkerChannels
+
+CHECKPOINT_VARIABLE = "ELASTIC_MOE_CHECKPOINT"
+"""Names the file in which a Checkpointer says what it has committed last."""
+
+
+class VitalSigns:
+    """The agent's thread only."""
+
+    def __init__(self, teller: VitalsTeller, folder: Path) -> None:
+        self.checkpoint_path = folder / "checkpoint"
+        self._teller = teller
+        self._failure: tuple[float, str] = (0.0, "")
+        self._generation = 0
+        self._num_nodes = 1
+
+    def begin(self, current: Round) -> None:
+        """Workers of another round were started. Why it had to be formed, it says itself."""
+        self._generation, self._num_nodes = current.generation, len(current.participants)
+        if current.causes:
+            root = current.causes[0]
+            self._failure = root.failure.ts, f"{describe(root.failure)} (on {root.node_id})"
+
+    def look(self, channels: WorkerChannels) -> None:
+        """Gather and tell, where it is time for that: cheap enough for each turn of the agent's loop."""
+        now_s = time.monotonic()
+        if not self._teller.due(now_s):
+            return
+        beats = [progress.beat_s for progress in channels.progress().values() if progress.beat_s]
+        step, ts = _committed(self.checkpoint_path)
+        self._teller.tell(
+            Vitals(
+                generation=self._generation,
+                step=channels.last_step(),
+                beat_ts=round(time.time() - now_s + min(beats), 3) if beats else 0.0,
+                failure_ts=self._failure[0],
+                failure=self._failure[1],
+                checkpoint_step=step,
+                checkpoint_ts=ts,
+            ),
+            self._num_nodes,
+        )
+
+
+def _committed(path: Path) -> tuple[int, float]:
+    """Step and time of the last checkpoint that a worker has told of; -1 and 0 where none has."""
+    try:
+        told = json.loads(path.read_bytes())
+        return int(told["step"]), float(told["ts"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return -1, 0.0
