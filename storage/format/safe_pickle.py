@@ -43,6 +43,10 @@ class Function:
     name: str
 
 
+class Stranger:
+    """What another loader would make of something that is not known here; it takes whatever it is given."""
+
+
 @dataclass
 class Pending:
     """An object that the pickle has created, and whose state it is about to give.
@@ -200,6 +204,8 @@ class _Reader:
 
     def _extend(self, values: list[Any]) -> None:
         target = self._stack[-1]
+        if type(target) is Stranger:
+            return
         if type(target) is not list and type(target) is not deque:
             raise Refused(f"elements for a {type(target).__name__}")
         target.extend(values)
@@ -213,11 +219,12 @@ class _Reader:
 
     def _update(self, flat: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) not in _MAPPINGS:
+        if type(target) not in _MAPPINGS and type(target) is not Stranger:
             raise Refused(f"items for a {type(target).__name__}")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             self._check_key(key)
-            target[key] = value
+            if not isinstance(target, Stranger):
+                target[key] = value
 
     def put1(self) -> None:
         self._put(self._take(1)[0])
@@ -278,7 +285,7 @@ class _Reader:
             self._stack[-1] = value = target.build(state)
             for slot in target.memo:
                 self._memo[slot] = value
-        else:
+        elif not isinstance(target, Stranger):
             raise Refused(f"a state for a {type(target).__name__}")
 
     def persistent(self) -> None:

@@ -150,6 +150,7 @@ def _decode(data: Buffer) -> Any:
     except UnknownName as error:
         if not _is_known_to_torch(str(error)) or b"bytearray\n" in text:  # torch makes one of any size
             raise
+        safe_pickle.read(text, safe_names.outline_names_of(load))  # torch bounds neither keys nor sizes
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as second:  # noqa: BLE001 - whatever torch cannot load, for whatever reason

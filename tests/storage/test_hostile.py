@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import io
+import json
 import pickle
 import pickletools
+import random
 import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -22,11 +29,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from storage.errors import Corrupt
+from storage.errors import Corrupt, UnloadableValue
 from storage.format import opcodes
+from storage.format.checksum import crc32c
 from storage.format.columns import Boxes
 from storage.format.dcp_metadata import check_sizes, load_metadata
 from storage.format.opcodes import Record, harmless
+from storage.format.values import decode_value
+from storage.format.zips import check_zip
+from tests.fuzz import runs
+from tests.fuzz.__main__ import peak_mib
+from tests.launcher.test_odd_records import mutated
 from tests.storage import hostile_cases
 
 TIME_MAX_S = 2.0
@@ -132,3 +145,93 @@ def test_sizes_whose_product_is_too_large_are_not_small() -> None:
         columns = dataclasses.replace(index.columns, sizes=odd)
         with pytest.raises(Corrupt, match="too short"):
             check_sizes(dataclasses.replace(index, columns=columns))
+
+
+def zipped(pickled: bytes, **members: bytes) -> bytes:
+    """An item as `torch.save` writes one, of that pickle and those storages."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, content in {"data.pkl": pickled, "byteorder": b"little", "version": b"3", **members}.items():
+            archive.writestr(f"archive/{name}", content)
+    return sink.getvalue()
+
+
+_DOUBLED = b")q\xc8" + b"h\xc8h\xc8\x86q\xc8" * 60
+_SPARSE = b"ctorch._utils\n_rebuild_sparse_tensor\n)R"
+"""A name that torch knows and this package does not: its loader is asked."""
+_FLOATS = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpu"
+)
+
+
+def tensor_of(num_stored: int, size: int, stride: int = 1) -> bytes:
+    """A tensor of one dimension; the storage is said to have so many elements."""
+    stored, sizes, strides = (b"J" + number.to_bytes(4, "little") for number in (num_stored, size, stride))
+    return _FLOATS + stored + b"tQK\0" + sizes + b"\x85" + strides + b"\x85\x89}tR"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}(" + _DOUBLED + b"Nu.",
+        b"\x80\x02](" + _DOUBLED + _SPARSE + b"}h\xc8Nse.",
+        b"\x80\x02](" + _SPARSE + tensor_of(4, 1 << 30) + b"e.",
+        b"\x80\x02](" + _SPARSE + tensor_of(1 << 30, 4) + b"e.",
+        b"\x80\x02" + tensor_of(4, 1 << 30) + b".",
+        b"\x80\x02" + tensor_of(4, 2, 1 << 30) + b".",
+        b"\x80\x02" + tensor_of(1 << 30, 4) + b".",
+        b"\x80\x02" + b"](" * 100_000 + b"e" * 100_000 + b".",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",
+        b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+        b"\x80\x02ctorch\nzeros\nJ\xff\xff\xff\x7f\x85R.",
+    ],
+)
+def test_a_value_that_was_made_to_cost_costs_nothing(pickled: bytes) -> None:
+    before_mib, began_s = peak_mib(), time.process_time()
+    with contextlib.suppress(Corrupt, UnloadableValue):
+        decode_value(zipped(pickled, **{"data/0": bytes(16)}), "key")
+    assert time.process_time() - began_s < TIME_MAX_S
+    assert peak_mib() - before_mib < 300
+
+
+def test_the_tensors_of_those_are_loaded_where_they_say_the_truth() -> None:
+    found = decode_value(zipped(b"\x80\x02" + tensor_of(4, 4) + b".", **{"data/0": bytes(16)}), "key")
+    assert torch.equal(found, torch.zeros(4))
+    sink = io.BytesIO()
+    torch.save({("a", (1, 2)): torch.eye(3).to_sparse(), "b": torch.ones(2), "c": torch.ones(2) * 1j}, sink)
+    assert torch.equal(decode_value(sink.getvalue(), "key")["a", (1, 2)].to_dense(), torch.eye(3))
+
+
+def test_zips_that_unpack_to_more_than_they_are_are_refused() -> None:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02N.")
+        archive.writestr("archive/data/0", bytes(100 << 20))
+    for data in (sink.getvalue(), sink.getvalue()[:-30], zipped(b"\x80\x02N.")[:-1]):
+        with contextlib.suppress(Corrupt):
+            check_zip(data, "item")
+        with pytest.raises((Corrupt, UnloadableValue)):
+            decode_value(data, "key")
+
+
+def resealed(data: bytes, rng: random.Random) -> bytes:
+    """The sealed document with something else somewhere, and the right checksum."""
+    document = json.loads(data)
+    (kind,) = document.keys() - {"crc32c"}
+    body = json.dumps(mutated(document[kind], rng)).encode()
+    return b'{"crc32c":"%08x","%s":%s}\n' % (crc32c(body), kind.encode(), body)
+
+
+def test_documents_that_are_sealed_may_hold_anything() -> None:
+    (restored, _, verified), seed = [one for one in runs.specimens() if one.name == "ours"], 3
+    names = [name for name in restored.objects if name.endswith(".json")]
+    outcomes: collections.Counter[str] = collections.Counter()
+    for number in range(150):
+        rng = random.Random(f"{seed}/{number}")
+        name = rng.choice(names)
+        new = resealed(restored.objects[name], rng)
+        alike = [other for other in names if other.split("/")[0] == name.split("/")[0] and other[-13:] == name[-13:]]
+        found = {**restored.objects, **dict.fromkeys([name, *alike], new)}
+        outcomes[runs.outcome(verified if number % 3 == 0 else restored, found)] += 1
+    assert outcomes[runs.OLD] > 5, outcomes
