@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy check-gpu bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -49,6 +49,9 @@ check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by syste
 
 test-upstream: $(VENV)/.dev ## torch's own tests of DCP on our storage: make test-upstream TORCH_SOURCES=/path/to/pytorch
 	TORCH_SOURCES="$(TORCH_SOURCES)" $(BIN)/python -m tests.upstream
+
+check-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## what needs a GPU to be seen, in at most 6 minutes without a network; GPU_PYTHON=python3 takes that one as it is
+	$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery

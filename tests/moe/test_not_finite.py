@@ -187,7 +187,7 @@ class Script:
         self.state: dict[str, Any] = {"model": {"w": torch.ones(2)}}
         self.yielded_at = 0
         for name, replaced in {
-            "heartbeat": lambda step: None,
+            "heartbeat": lambda step, **_: None,
             "should_stop": lambda: "drain" if 0 < self.asked_at <= self.progress.step else None,
             "event": lambda name, **fields: self.events.append((name, fields)),
             "yielded": lambda step: setattr(self, "yielded_at", step),
