@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +19,9 @@ from typing import Any
 
 import torch
 
+from storage.format import safe_pickle
 from storage.format.checksum import crc32
+from storage.format.safe_pickle import Function, Malformed, Names, Refused, UnknownName
 from storage.format.zips import ZIP_ERRORS, OutOfSight, Window, member_start
 
 LONG_ITEM_BYTES = 16 * 1024 * 1024
@@ -115,10 +116,8 @@ def _start(window: Window, member: zipfile.ZipInfo) -> int:
 
 def _layout_of(data: bytes, start: int, size_bytes: int, crc32: int) -> Layout:
     try:
-        tensor = _Unpickler(data).load()
-    except _Other:
-        raise
-    except Exception:  # noqa: BLE001 - a pickle may be anything; `torch.load` says what is wrong with this one
+        tensor = safe_pickle.read(data, _NAMES)
+    except (Refused, Malformed):  # `values` says what is wrong with this one
         raise _Other from None
     if not isinstance(tensor, _Tensor) or not _is_sound(tensor):
         raise _Other
@@ -153,42 +152,43 @@ def _is_sound(tensor: _Tensor) -> bool:
     )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves the names in the pickle of a plain tensor to what notes them down, made anew for each, and no others."""
+_V2, _V3 = Function("_rebuild_tensor_v2"), Function("_rebuild_tensor_v3")
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _V2,
+    ("torch._utils", "_rebuild_tensor_v3"): _V3,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{(module, name): Function(name) for module in ("torch", "torch.storage") for name in _DTYPES},
+}
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
 
-        def rebuild_v2(
-            storage: str, offset: int, sizes: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
-        ) -> _Tensor:
-            return rebuild_v3(storage, offset, sizes, strides, grad, hooks, _DTYPES[storage], metadata)
+def _find(module: str, name: str) -> Any:
+    found = getattr(torch, name, None) if module == "torch" else None
+    if isinstance(found, torch.dtype):
+        return found
+    if (module, name) not in _KNOWN:
+        raise UnknownName(name)
+    return _KNOWN[module, name]
 
-        def rebuild_v3(
-            storage: str, offset: int, sizes: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-        ) -> _Tensor:
-            if metadata:  # conjugated or negated
-                raise _Other
-            return _Tensor(dtype, offset, tuple(sizes), tuple(strides))
 
-        self._known: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): rebuild_v2,
-            ("torch._utils", "_rebuild_tensor_v3"): rebuild_v3,
-            ("collections", "OrderedDict"): OrderedDict,
-            **{(module, name): name for module in ("torch", "torch.storage") for name in _DTYPES},
-        }
+def _storage(pid: Any) -> Function:
+    kind, storage, *_ = pid
+    if kind != "storage" or not isinstance(storage, Function) or storage.name not in _DTYPES:
+        raise Refused("no storage")
+    return storage
 
-    def find_class(self, module: str, name: str) -> Any:
-        found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype):
-            return found
-        try:
-            return self._known[module, name]
-        except KeyError:
-            raise _Other from None
 
-    def persistent_load(self, pid: Any) -> Any:
-        kind, storage, *_ = pid
-        if kind != "storage" or storage not in _DTYPES:
-            raise _Other
-        return storage
+def _rebuild_v2(storage: Function, *args: Any) -> _Tensor:
+    offset, sizes, strides, grad, hooks, *metadata = args
+    return _rebuild_v3(storage, offset, sizes, strides, grad, hooks, _DTYPES[storage.name], *metadata)
+
+
+def _rebuild_v3(
+    storage: Function, offset: Any, sizes: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> _Tensor:
+    if metadata:
+        raise Refused("a tensor that is conjugated or negated")
+    return _Tensor(dtype, offset, tuple(sizes), tuple(strides))
+
+
+_NAMES = Names(_find, {_V2: _rebuild_v2, _V3: _rebuild_v3, OrderedDict: lambda: OrderedDict()}, {}, _storage)
+"""What the pickle of a plain tensor names: what notes it down, and nothing else."""

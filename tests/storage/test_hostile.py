@@ -35,6 +35,7 @@ from storage.format.checksum import crc32c
 from storage.format.columns import Boxes
 from storage.format.dcp_metadata import check_sizes, load_metadata
 from storage.format.opcodes import Record, harmless
+from storage.format.stock import look
 from storage.format.values import decode_value
 from storage.format.zips import check_zip
 from tests.fuzz import runs
@@ -235,3 +236,21 @@ def test_documents_that_are_sealed_may_hold_anything() -> None:
         found = {**restored.objects, **dict.fromkeys([name, *alike], new)}
         outcomes[runs.outcome(verified if number % 3 == 0 else restored, found)] += 1
     assert outcomes[runs.OLD] > 5, outcomes
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}(" + _DOUBLED + b"Nu.",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x02" + b")\x85" * 3000 + b".",
+        b"",
+        b"\x80",
+    ],
+)
+def test_a_long_items_pickle_costs_nothing_either(pickled: bytes) -> None:
+    item = zipped(pickled, **{"data/0": bytes(40_000)})
+    before_mib, began_s = peak_mib(), time.process_time()
+    assert look(lambda start, size: memoryview(item)[start : start + size], len(item)) is None
+    assert time.process_time() - began_s < TIME_MAX_S
+    assert peak_mib() - before_mib < 300

@@ -382,7 +382,7 @@ def test_values_of_stock_checkpoints(tmp_path: pathlib.Path, events: Events) -> 
         found = {**state(0), "rng": None, "n": None, "path": None}
         assert ckpt.restore(found, strict=False) == 7
     assert same({key: found[key] for key in kept}, kept)
-    assert [name for name, _ in events[0]] == ["restored"]
+    assert {name for name, _ in events[0]} <= {"restored", "restored_in_part"}
     found = dict.fromkeys(kept)
     dcp.load(found, storage_reader=ShardReader(url), no_dist=True)
     assert same(found, kept)
