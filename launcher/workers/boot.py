@@ -6,9 +6,11 @@ itself and stands over it (`guardian`). Either way the worker dies when this pro
 So even `kill -9` of an agent leaves nobody training.
 """
 
+import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -77,8 +79,12 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
     socket.send_fds(connection, [struct.pack(">I", len(body))], [0, 1, 2])
     connection.sendall(body)
     heard: list[int] = []
+    worker: list[int] = []  # its pid and a descriptor of it, once they are known
 
     def pass_on(signum: int, _frame: object) -> None:
+        if worker and not select.select([worker[1]], [], [], 0)[0] and os.getpgid(worker[0]) == worker[0]:
+            os.killpg(worker[0], signum)  # the zygote may be busy for a second
+            return
         heard.append(signum)
         body = json.dumps({"signal": signum}).encode()
         connection.sendall(struct.pack(">I", len(body)) + body)
@@ -93,6 +99,8 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
             os.kill(os.getpid(), signum)
         raise OSError(answer.get("cold", "the zygote does not answer"))
     connection.settimeout(None)
+    with contextlib.suppress(OSError):  # it has ended, or this kernel has no such descriptors: the zygote knows
+        worker += [int(answer["pid"]), os.pidfd_open(int(answer["pid"]))]
     return connection
 
 

@@ -132,7 +132,8 @@ class _Server:
         for fd in (self._wake_r, self._wake_w):
             os.set_blocking(fd, False)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._importing = False
+        signal.signal(signal.SIGCHLD, self._child_ended)
         signal.set_wakeup_fd(self._wake_w)
 
     def serve(self) -> Request:
@@ -165,8 +166,11 @@ class _Server:
         now_s = time.monotonic()
         if now_s >= self._import_at_s:
             if self._to_import:
+                self._importing = True
+                self._child_ended()
                 self._imports.make(self._to_import.popleft())
                 settle_threads()
+                self._importing = False
                 self._files.note()
             if not self._to_import and not self._ready:
                 self._ready = True
@@ -257,11 +261,20 @@ class _Server:
         with contextlib.suppress(OSError):  # boot is gone: its closed connection is heard next
             send(connection, message)
 
+    def _child_ended(self, *_: object) -> None:
+        """While an import takes its second: who stands for a worker that ends meanwhile does not wait for that."""
+        if self._importing:
+            with contextlib.suppress(ChildProcessError):  # it has come in the middle of itself
+                self._reap()
+
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_r, 4096)
         for pid in list(self._workers):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            try:
+                done, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # a signal has come in between, whose handler is this
+                continue
             if done:
                 connection = self._workers.pop(pid)
                 with contextlib.suppress(KeyError):  # its boot is gone

@@ -137,6 +137,17 @@ def test_a_worker_does_not_outlive_its_boot(warm: WarmStart, tmp_path: Path) -> 
         until("the worker is gone", lambda: not alive(worker))
 
 
+def test_a_signal_waits_for_no_zygote_that_is_busy(warm: WarmStart, tmp_path: Path) -> None:
+    with started_worker(warm.socket_path(), tmp_path) as (process, worker):
+        os.kill(warm_pid(warm), signal.SIGSTOP)
+        try:
+            process.send_signal(signal.SIGTERM)
+            until("the worker is gone", lambda: not alive(worker))
+        finally:
+            os.kill(warm_pid(warm), signal.SIGCONT)
+        assert process.wait(20) == -signal.SIGTERM
+
+
 def test_the_agent_can_find_and_end_a_worker_whose_boot_is_gone(warm: WarmStart, tmp_path: Path) -> None:
     channel = Channel.create(tmp_path / "channel")
     try:
