@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy check-gpu bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -52,6 +52,8 @@ test-upstream: $(VENV)/.dev ## torch's own tests of DCP on our storage: make tes
 
 check-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## what needs a GPU to be seen, in at most 6 minutes without a network; GPU_PYTHON=python3 takes that one as it is
 	$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu
+bench-start: $(VENV)/.dev ## from the command to the end of a job that does nothing, ours and torchrun in turn
+	$(BIN)/python -m tests.bench.start
 
 bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
 	$(BIN)/python -m tests.bench.recovery

@@ -55,7 +55,7 @@ _SET_BY_AGENTS = (
     "TORCH_NCCL_",
 )
 _FIRST_S = 5.0  # the first request is served with what is there, if it comes within this time
-_QUIET_S = 0.25  # between one request and an import: a node's workers start together
+_QUIET_S = 2.0  # between a request and further imports: workers that start have the processors to themselves
 _LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
