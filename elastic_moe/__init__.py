@@ -32,7 +32,8 @@ def _keep_to_own() -> None:
 def _shadowed(sibling: str) -> str:
     """Why a script that has a `sibling` of its own cannot use ours as well; "" if it has none."""
     own = os.path.join(_HOME, sibling)
-    spec = importlib.util.find_spec(sibling)
+    loaded = sys.modules.get(sibling)
+    spec = importlib.util.find_spec(sibling) if loaded is None else loaded.__spec__
     origin = spec.origin if spec is not None else None
     if origin is None:
         return f"elastic_moe needs its package {sibling!r}, and {own} is not found: install elastic-moe again"

@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 
 from launcher.workers import paths
 
@@ -55,11 +55,19 @@ class Stash:
         module = self._packages.get(name.partition(".")[0], {}).get(name)
         if module is None:
             return None
+        if "." not in name and self._is_hidden(name, module):
+            self._packages.pop(name)
+            return None
         spec = ModuleSpec(name, _Loader(self))  # type: ignore[arg-type]
         if (known := getattr(module, "__spec__", None)) is not None:
             spec.origin, spec.submodule_search_locations = known.origin, known.submodule_search_locations
             spec.has_location, spec.cached, spec.loader_state = known.has_location, known.cached, known.loader_state
         return spec
+
+    def _is_hidden(self, name: str, module: types.ModuleType) -> bool:
+        """Whether the script, which may have changed `sys.path`, would find another module by that name."""
+        found, known = PathFinder.find_spec(name), getattr(module, "__spec__", None)
+        return found is not None and known is not None and found.origin not in (None, known.origin)
 
     def take_out(self, name: str) -> types.ModuleType:
         """Put a module's whole package into `sys.modules`."""

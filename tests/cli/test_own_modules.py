@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.workers import program
 from tests.cluster import read_lines
 
 COMMAND = str(Path(sys.executable).parent / "elastic-moe")
@@ -42,7 +43,7 @@ def events(folder: Path, name: str) -> list[dict[str, str]]:
 def test_a_command_imports_nothing_of_the_current_folder(command: tuple[str, ...], tmp_path: Path) -> None:
     packages(tmp_path, "launcher", "storage", "pydantic", "numpy")
     (tmp_path / "random.py").write_text("raise SystemExit('not ours')\n")
-    done = call(tmp_path, *command, "plan", "--nodes", "1:2")
+    done = call(tmp_path, *command, "--help")  # of all verbs, and so of all that these import
     assert (done.returncode, done.stderr) == (0, "")
     assert "THEIRS" not in done.stdout
 
@@ -81,6 +82,24 @@ def test_a_script_without_such_names_starts_warm(tmp_path: Path) -> None:
     assert not events(tmp_path, "warm_start_off")
 
 
+def test_a_script_may_look_elsewhere_as_it_runs(tmp_path: Path) -> None:
+    packages(tmp_path / "libraries", "launcher", "sympy")
+    (tmp_path / "libraries" / "launcher" / "kv.py").write_text("print('THEIRS launcher.kv')\n")
+    (tmp_path / "train.py").write_text(
+        "import sys\nsys.path.insert(0, 'libraries')\nimport launcher.kv, sympy\n"
+        "print(type(sys.meta_path[0]).__name__)\n"
+    )
+    done = run(tmp_path, "train.py")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("THEIRS", "Stash"))]
+    assert [line.split()[:2] for line in lines] == [
+        ["THEIRS", "launcher"],
+        ["THEIRS", "launcher.kv"],
+        ["THEIRS", "sympy"],
+        ["Stash"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("wants", "message"),
     [
@@ -97,8 +116,12 @@ def test_a_script_without_such_names_starts_warm(tmp_path: Path) -> None:
 def test_a_script_that_wants_both_is_told_which_hides_which(wants: str, message: str, tmp_path: Path) -> None:
     packages(tmp_path, "storage")
     (tmp_path / "train.py").write_text(wants)
-    done = run(tmp_path, "train.py")
-    assert done.returncode == 70
+    if wants.startswith("from"):
+        done = run(tmp_path, "train.py")
+        assert done.returncode == 70
+    else:  # what a cold worker runs, without an agent around it
+        done = call(tmp_path, sys.executable, "-u", program.__file__, "train.py")
+        assert done.returncode == 1
     theirs, ours = tmp_path / "storage" / "__init__.py", Path(__file__).parents[2] / "storage"
     assert message.format(theirs=theirs, ours=ours) in done.stderr
     assert str(ours) in done.stderr
