@@ -31,13 +31,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.errors import AlreadyExists, Forbidden, NoCheckpoint, OnlyUnhealthy, UsageError
+from storage.errors import AlreadyExists, Forbidden, NoCheckpoint, OnlyUnhealthy, UnsupportedValue, UsageError
 from storage.events import Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
 from storage.format.items import EncodedItem
 from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
+from storage.format.tensors import oddity
 from storage.format.values import check_value
 from storage.loading.casts import Casts
 from storage.loading.reading import read_items
@@ -318,6 +319,8 @@ class ShardWriter(_Place, StorageWriter):
         for item in plan.items:
             content = planner.resolve_data(item)
             if isinstance(content, torch.Tensor):
+                if (why := oddity(content)) is not None:
+                    raise UnsupportedValue(f"state {item.index.fqn!r} is a tensor {why}")
                 if content.numel():  # of the others the manifest knows all there is to know
                     tensors.append((item, content))
             else:

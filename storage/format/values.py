@@ -72,7 +72,7 @@ def decode_value(data: Buffer, key: str, *, is_checked: bool = True) -> Any:
     except Refused as error:
         raise UnloadableValue(
             f"{key!r} holds {error}, which is not loaded, as loading it could run code. Nothing is damaged. Leave the"
-            " key out of the state; or, if it is a class that you trust, call"
+            f" key out of the state, with ignore=[{key!r}]; or, if it is a class that you trust, call"
             " torch.serialization.add_safe_globals([...]) with it on every rank before; or save the checkpoint anew"
             " without it"
         ) from None

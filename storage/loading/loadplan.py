@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor
 
+from storage.errors import UnsupportedValue
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Entry, Index
+from storage.format.tensors import oddity
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
@@ -25,6 +29,14 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def __init__(self, index: Index) -> None:
         super().__init__(flatten_state_dict=False)
         self._index = index
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        """As DCP's, which gives memory to tensors on the meta device. Raises UnsupportedValue where it cannot."""
+        if not dist.is_initialized():
+            for key, value in state_dict.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    raise UnsupportedValue(f"{key!r} cannot be restored into a tensor {oddity(value)}")
+        super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def create_local_plan(self) -> LoadPlan:
         """What to read for each name of the state; the checkpoint must have been found to fit it."""

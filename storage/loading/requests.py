@@ -19,6 +19,7 @@ from storage.format.columns import Array, Ints
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Index
 from storage.format.stock import Layout
+from storage.format.tensors import oddity, overlaps
 from storage.format.values import decode_value
 from storage.format.zips import RunningSum, check_zip
 from storage.loading.casts import Casts, may_overflow
@@ -172,7 +173,7 @@ def requests_of(
 
     Raises:
         WrongModel: a tensor would lose by a change of its dtype.
-        UnsupportedValue: the checkpoint was written with DCP's stream transforms.
+        UnsupportedValue: the checkpoint was written with DCP's stream transforms, or a tensor cannot be filled.
         Corrupt: it does not have what an item asks for.
         ValueError: the planner resolves an item to a tensor of another shape.
     """
@@ -277,7 +278,7 @@ class _Builder:
 
     def _tensor_target(self, read: ReadItem, dtype: torch.dtype, order: Sequence[int] = ()) -> Target:
         """What takes the tensor's bytes, row-major after its dimensions were put into `order`."""
-        tensor = self._planner.resolve_tensor(read).detach()
+        tensor = destination_of(self._planner, read)
         overflowed = noted(self._casts, read.storage_index.fqn, dtype, tensor.dtype)
         if tensor.shape != read.lengths:
             name = read.storage_index.fqn
@@ -328,7 +329,7 @@ class _StockBuilder(_Builder):
             return
         if read.type is not LoadItemType.BYTE_IO:
             dtype = torch_dtype(self._index.entries[read.storage_index.fqn].dtype)
-            noted(self._casts, read.storage_index.fqn, dtype, self._planner.resolve_tensor(read).dtype)
+            noted(self._casts, read.storage_index.fqn, dtype, destination_of(self._planner, read).dtype)
         if len(reads) == 1:
             target = self._target(ItemTarget(length, self._deliverer(item, where, reads)))
             self._want(Want(item, 0, length, target, 0))
@@ -398,6 +399,19 @@ def _put_value(planner: LoadPlanner, read: ReadItem, value: object) -> None:
     torch.save(value, again)
     again.seek(0)
     planner.load_bytes(read, again)
+
+
+def destination_of(planner: LoadPlanner, read: ReadItem) -> torch.Tensor:
+    """The tensor that `read` fills. Raises UnsupportedValue for one that cannot be filled."""
+    tensor = planner.resolve_tensor(read)
+    why = oddity(tensor)
+    if why is None and tensor._is_zerotensor():
+        why = "of zeros that have no memory; clone() it"
+    if why is None and overlaps(tensor):
+        why = "whose elements share memory, as of one that is expanded; clone() it"
+    if why is not None:
+        raise UnsupportedValue(f"{read.dest_index.fqn!r} cannot be restored into a tensor {why}")
+    return tensor.detach()
 
 
 def noted(casts: Casts, key: str, stored: torch.dtype, wanted: torch.dtype) -> Callable[[int], None] | None:

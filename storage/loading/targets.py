@@ -196,7 +196,8 @@ def fill(place: torch.Tensor, content: torch.Tensor, overflowed: Callable[[int],
         content = content.real  # as copy_ does, with a warning
     if overflowed is not None:
         overflowed(int((_finite(content) & ~_finite(content.to(place.dtype))).sum()))
-    place.copy_(content, non_blocking=content.is_pinned())
+    with torch.inference_mode(place.is_inference()):  # one such cannot be changed outside
+        place.copy_(content, non_blocking=content.is_pinned())
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

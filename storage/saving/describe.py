@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from storage.errors import UnsupportedValue
 from storage.format.containers import Container, Path
 from storage.format.items import EncodedItem
 from storage.format.manifest import TensorEntry, ValueEntry
+from storage.format.tensors import oddity
 from storage.format.values import encode_value
 from storage.saving.commit import Contents
 from storage.saving.saveplan import Piece, Share, dump_share
@@ -81,13 +84,14 @@ def describe(state: Mapping[Any, Any], rank: int, *, compares_parameters: bool =
     With `compares_parameters` the modules' parameters are among the `sums`.
 
     Raises:
-        UnsupportedValue: a tensor that is sparse or has no data; see also `storage.state.tree.flatten`.
+        UnsupportedValue: a tensor that is more than its numbers (`oddity`); see also `storage.state.tree.flatten`.
     """
     flat, objects = open_state(state, rank)
+    check_tensors(flat.leaves)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
     items = tuple(planner.create_local_plan().items)
-    pieces = tuple(_piece(item, planner, flat.paths) for item in items)
+    pieces = tuple(_piece(item, flat.paths) for item in items)
     share = Share(pieces, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
     sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)}
@@ -117,17 +121,30 @@ def _shared(flat: Flat, objects: Objects) -> list[str]:
     return found
 
 
-def _piece(item: WriteItem, planner: DefaultSavePlanner, paths: Mapping[str, Path]) -> Piece:
+def check_tensors(flat: Mapping[str, Any]) -> None:
+    """Raises UnsupportedValue for a tensor of a flattened state of which the numbers alone are not all."""
+    for key, value in flat.items():
+        for tensor in _local(value):
+            if (why := oddity(tensor)) is not None:
+                raise UnsupportedValue(f"state {key!r} is a tensor {why}")
+
+
+def _local(value: Any) -> list[torch.Tensor]:
+    """The tensors that this rank has of an entry of the state."""
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    if isinstance(value, DTensor):
+        return [value._local_tensor]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _piece(item: WriteItem, paths: Mapping[str, Path]) -> Piece:
     key = item.index.fqn
     path = paths[key]
     if item.type is WriteItemType.BYTE_IO:
         return Piece(key, path, None, None, None, "", 0)
     data = item.tensor_data
     assert data is not None
-    value = planner.lookup_object(item.index)
-    if data.properties.layout is not torch.strided or value.device.type == "meta":
-        what = "on the meta device" if value.device.type == "meta" else f"of layout {data.properties.layout}"
-        raise UnsupportedValue(f"state {key!r} is a tensor {what}; only dense tensors with data can be saved")
     dtype = data.properties.dtype
     sizes = tuple(data.chunk.sizes)
     return Piece(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
+import pathlib
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +17,11 @@ from storage.format.checksum import crc32c
 from storage.format.tensors import bytes_of
 
 SAMPLE_SIZE_BYTES = 1024 * 1024
+_IN_WORDS = (
+    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal, uuid.UUID, pathlib.PurePath),
+    *(slice, type, torch.dtype, torch.device, torch.layout, np.dtype),
+)
+"""Their `repr` is the same in every process."""
 
 
 def fingerprint(value: Any, sample_size_bytes: int = SAMPLE_SIZE_BYTES) -> str:
@@ -62,6 +71,8 @@ def _told(value: Any, sample_size_bytes: int) -> bytes:
         return b"%b %b" % (kind, b"".join(sorted(map(_sum, all_of(value)))))
     if isinstance(value, Sequence):
         return b"%b %b" % (kind, b"".join(map(_sum, all_of(value))))
+    if isinstance(value, _IN_WORDS):
+        return b"%b %b" % (kind, repr(value).encode())
     return kind
 
 

@@ -82,7 +82,7 @@ def test_what_is_allowed_loses_nothing() -> None:
 
 def restored(url: str, state: dict[str, Any], on_event: Any = None, **options: Any) -> dict[str, Any]:
     with Checkpointer(url, on_event=on_event) as ckpt:
-        assert ckpt.restore(state, **options) == 1
+        assert ckpt.restore(state, strict=False, **options) == 1
     return state
 
 
@@ -127,7 +127,7 @@ def test_what_would_lose_is_refused_and_leaves_the_state_as_it_is(tmp_path: Path
         dcp.load(state, storage_reader=ShardReader(url, allow_casts=True), no_dist=True)
         assert torch.equal(state[key], expected)
         assert torch.equal(restored(url, {key: torch.zeros_like(expected)}, allow_casts=True)[key], expected)
-    assert events[0] == []
+    assert {name for name, _ in events[0]} == {"restored_in_part"}  # of which it is one key that is asked for
     all_of_them = {f"t{number}": torch.zeros(t.shape, dtype=dtype) for number, (t, dtype) in enumerate(LOSSY)}
     with pytest.raises(WrongModel, match="and 5 more"):
         restored(url, all_of_them)
