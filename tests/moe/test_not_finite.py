@@ -25,7 +25,7 @@ from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import StepResult
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Phase, StopReason
-from storage import inspect
+from storage import Checkpointer, inspect
 from tests.moe.cases import fitted
 from tests.moe.test_train import World, job, lines
 from tests.moe.test_training import job as step_job
@@ -275,6 +275,20 @@ def test_a_state_that_is_not_finite_is_saved_as_such_and_ends_the_job(monkeypatc
         script.run(20)
     assert script.saved == [(4, True), (8, False)]
     assert ("state_not_finite", {"step": 8, "tensor": "model.w"}) in script.events
+
+
+def test_a_checkpoint_from_before_steps_were_skipped_is_gone_on_from(tmp_path: Path) -> None:
+    class Before(DataProgress):
+        def state_dict(self) -> dict[str, Any]:
+            return {name: value for name, value in super().state_dict().items() if not name.startswith("skipped")}
+
+    before, now = Before(DATA), DataProgress(DATA)
+    before.step, now.skipped = 8, 3
+    with Checkpointer(str(tmp_path)) as checkpointer:
+        checkpointer.save(8, {"data": before, "model": {"w": torch.ones(2)}}, wait=True)
+        assert checkpointer.restore({"data": now, "model": {"w": torch.zeros(2)}}) == 8
+    assert (now.step, now.skipped, now.skipped_in_row, now.updates) == (8, 0, 0, 8)
+    assert now.loaded == DATA
 
 
 # --- whole jobs
