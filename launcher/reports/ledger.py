@@ -271,7 +271,7 @@ class Ledger:
         ts = float(event["ts"])
         if self._phase in (Phase.TRAINING, Phase.STARTING):
             was_training = self._phase is Phase.TRAINING
-            stood_ts = max(self._since_ts, ts - why.silent_s)
+            stood_ts = max(self._since_ts, ts - _LONGER_SILENT * why.silent_s)
             began_ts = self._began_to_stand(event, why) if was_training else stood_ts
             self._pass_to(Phase.STOPPING, began_ts)
             began_ts = self._since_ts
@@ -352,4 +352,5 @@ class Ledger:
             self._end(self._open, ended_ts)
 
 
+_LONGER_SILENT = 1.25  # a lease is renewed four times; a round waits for a node that is silent from its beginning on
 _OF_ROUND = {"round_broken", "hang_detected", "worker_failed", "workers_yielded", "workers_stopped"}

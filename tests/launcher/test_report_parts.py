@@ -169,6 +169,16 @@ class TestAccount:
         (one,) = account(job.events).interruptions
         assert (one.began_ts, one.seconds) == (20.5, 6.5), "half of a step was done when it froze"
 
+    def test_a_round_waits_for_a_silent_node_from_its_beginning_on(self) -> None:
+        job = Job()
+        job.form(10, A, B)
+        job.say(12.4, "node_lost", node_lost=B, reason="lost: its lease ended", silent_s=2)
+        job.form(12.5, A, reason="node b-2 lost: its lease ended")
+        job.train(14, step=1, step_s=1)
+        told = account(job.events)
+        assert [(one.cause, one.nodes, one.seconds) for one in told.interruptions] == [(Cause.NODE_LOSS, (B,), 3)]
+        assert told.seconds[Cause.START] == 0
+
     def test_what_a_script_does_after_sigterm_is_training_where_it_tells_no_steps(self) -> None:
         job = Job()
         job.form(1, A, B)

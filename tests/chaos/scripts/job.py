@@ -86,7 +86,7 @@ with (folder / f"steps-{generation}-{rank}-{os.getpid()}.jsonl").open("a", buffe
             save(step)
         if args.stock:
             continue
-        worker.heartbeat(step)
+        worker.heartbeat(step, step_s=time.monotonic() - begin_s)
         if worker.should_stop():
             dist.barrier()
             worker.yielded(step)
