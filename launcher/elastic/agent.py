@@ -44,6 +44,7 @@ from launcher.health.devices import DeviceMemory
 from launcher.health.probe import report_dead
 from launcher.health.watchdog import Watchdog, Watched
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
+from launcher.wording import name_some
 from launcher.workers import boot
 from launcher.workers.channels import WorkerChannels
 from launcher.workers.family import GRACE_AFTER_SUCCESS_S, GRACE_S
@@ -405,7 +406,10 @@ class ElasticAgent(LocalElasticAgent):
         if found:
             seconds = round(time.monotonic() - now_s, 3)
             self._emit(
-                "children_ended", processes=[str(p) for p in found], left=[str(p) for p in left], seconds=seconds
+                "children_ended",
+                processes=name_some([str(p) for p in found]),
+                left=name_some([str(p) for p in left]),
+                seconds=seconds,
             )
         return [process.pid for process in found]
 

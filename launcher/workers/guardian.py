@@ -124,6 +124,7 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
         from pathlib import Path
 
         from launcher.events import append_event
+        from launcher.wording import name_some
 
         append_event(
             Path(path),
@@ -131,7 +132,11 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
             node=os.environ.get("ELASTIC_MOE_NODE", ""),
             generation=int(os.environ.get("ELASTIC_MOE_GENERATION", "0")),
             event="children_ended",
-            fields={"rank": int(rank or -1), "processes": [str(p) for p in ended], "left": [str(p) for p in left]},
+            fields={
+                "rank": int(rank or -1),
+                "processes": name_some([*map(str, ended)]),
+                "left": name_some([*map(str, left)]),
+            },
         )
 
 
