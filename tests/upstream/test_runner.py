@@ -35,13 +35,20 @@ class TestSmall(unittest.TestCase):
 """
 
 
-def test_what_passes_with_stock_only_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_passes_with_stock_only_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "test" / "distributed" / "checkpoint"
     folder.mkdir(parents=True)
     (folder / "test_small.py").write_text(_STAND_IN)
     (folder / "test_other.py").write_text("# nothing of storage")
     found, files = runner.find(str(tmp_path), ())
     assert (found, files) == (folder, [folder / "test_small.py"])
+    names = ("with_both", "with_stock_only", "with_none")
+    stock = {f"TestSmall::test_that_passes_{name}": Outcome("passed") for name in names[:2]}
+    stock[f"TestSmall::test_that_passes_{names[2]}"] = Outcome("failed")
+    run = runner.run  # to ask stock as well takes as long again
+    monkeypatch.setattr(runner, "run", lambda path, storage: stock if storage == "stock" else run(path, storage))
     assert runner.report(folder, files, {}) == 1
     told = capsys.readouterr().out
     assert "stock: 2 passed, 1 failed, 0 skipped" in told
