@@ -11,7 +11,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,33 +21,21 @@ from storage.events import Listener, Reporter
 from storage.format import layout
 from storage.loading.restorer import Restorer
 from storage.parallel import before_pools_close
-from storage.ranks.agreement import AgreeingGroup, error_class, to_message
+from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.steps import agreed_step
 from storage.run import alive, owner
 from storage.run.alive import Heart
 from storage.run.owner import Owner
-from storage.saving.commit import Attempt, Contents, Origin
-from storage.saving.describe import Holdings, contents_of, describe
-from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
+from storage.saving.commit import Attempt, Origin
+from storage.saving.consensus import Consensus
 from storage.saving.saver import Job, Saver
 from storage.saving.staging import StagingBuffer
-from storage.saving.writing import Payload
-from storage.state.fingerprint import combined, differing
 from storage.state.fit import Ignored
 from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)
 
 _WAIT_TOLD_S = 0.01  # a shorter one holds nobody up
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Who writes what, valid while every rank's holdings keep their digest. `contents`: coordinator only."""
-
-    digest: str
-    picks: tuple[int, ...]
-    contents: Contents | None
 
 
 class Checkpointer:
@@ -143,8 +130,7 @@ class Checkpointer:
         self._restorer = Restorer(self._store, mine, self._group, self._report)
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
-        self._plan: _Plan | None = None
-        self._compares_ranks = compare_ranks
+        self._consensus = Consensus(self._group, self._saver, self._fenced, compare_ranks)
         self._closed = False
         _open.add(self)
 
@@ -180,16 +166,15 @@ class Checkpointer:
         started_s = time.monotonic()
         step = agreed_step(self._group, step)
         self._saver.wait_stored()
-        holdings, values, problem = self._describe(state)
-        attempt_id, plan, healthy = self._agree(step, holdings, problem, healthy)
-        if attempt_id is not None and plan is not None and holdings is not None:
-            payloads, staging_error = self._stage(holdings, plan, values)
-            attempt = Attempt.of_step(step, attempt_id, self._group.world_size)
+        agreed = self._consensus.reach(step, state, healthy)
+        if agreed is not None:
+            payloads, staging_error = agreed.stage(self._buffer)
+            attempt = Attempt.of_step(step, agreed.attempt, self._group.world_size)
             staged_bytes = sum(payload.piece.size_bytes for payload in payloads)
             seconds = round(time.monotonic() - started_s, 4)
             self._report("checkpoint_staged", step=step, seconds=seconds, bytes=staged_bytes)
             self._saver.submit(
-                Job(attempt, self._group.rank, payloads, plan.contents, started_s, staging_error, healthy)
+                Job(attempt, self._group.rank, payloads, agreed.contents, started_s, staging_error, agreed.healthy)
             )
         if wait:
             self.wait()
@@ -315,6 +300,10 @@ class Checkpointer:
         if self._heart is not None:
             self._heart.close()
 
+    def _fenced(self) -> str | None:
+        """Why this process can never commit again, as its looks at the run's owner have found (coordinator)."""
+        return None if self._heart is None else self._heart.fenced
+
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""
         if owner.read_owner(self._store) is None:
@@ -327,108 +316,6 @@ class Checkpointer:
         """A degraded store is told at once: a race between two owners is found by reading back only."""
         if not self._store.capabilities.conditional_puts:
             self._report("checkpoint_unconditional", url=self._store.url)
-
-    # saving -----------------------------------------------------------------------------------------------------
-
-    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, Any], dict[str, Any]]:
-        """What this rank holds, its values encoded, and what is wrong with it."""
-        try:
-            if not isinstance(state, Mapping):
-                raise UsageError(
-                    f"the state is a {type(state).__qualname__}; it must be a dict, such as {{'model': model}}"
-                )
-            holdings = describe(
-                state, self._group.rank, compares_parameters=self._plan is None and self._compares_ranks
-            )
-            planned = self._plan is not None and self._plan.digest == holdings.digest
-            wanted = self._plan.picks if planned and self._plan else range(len(holdings.pieces))
-            return holdings, holdings.encode_values(wanted), to_message(None)
-        except Exception as error:
-            if not isinstance(error, (UsageError, ValueError)):
-                log.exception("the state cannot be described")
-            return None, {}, to_message(error)
-
-    def _agree(
-        self, step: int, holdings: Holdings | None, problem: dict[str, Any], healthy: bool
-    ) -> tuple[str | None, _Plan | None, bool]:
-        """One attempt for all ranks, this rank's plan, and whether all are healthy; no attempt if it is committed."""
-        planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
-        sums = holdings.sums if holdings is not None and self._compares_ranks else {}
-        report = {"planned": planned, "problem": problem, "healthy": bool(healthy), "sums": combined(sums)}
-        reports = [json.loads(data) for data in self._group.gather(json.dumps(report).encode()) or []]
-        answer = self._group.on_coordinator(lambda: self._decide(step, reports))
-        attempt: str | None = answer["attempt"]
-        if answer["differ"]:
-            attempt = self._compare(sums)
-        if attempt is not None and not answer["planned"]:
-            assert holdings is not None  # else there had been a problem
-            self._plan = self._replan(holdings)
-        return attempt, self._plan, answer["healthy"]
-
-    def _decide(self, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
-        layout.step_folder(step)
-        fenced = self._saver.fenced or (self._heart.fenced if self._heart else None)
-        if fenced is not None:
-            raise Fenced(fenced)
-        for rank, report in enumerate(reports):
-            problem = report["problem"]
-            if problem["error"] is not None:
-                where = f"rank {rank}: " if len(reports) > 1 else ""
-                kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
-                raise kind(where + problem["text"])
-        healthy = all(report["healthy"] for report in reports)
-        if self._saver.has_committed(step, healthy):
-            log.info("step %d is committed already; not saved again", step)
-            return {"attempt": None, "differ": False, "planned": True, "healthy": healthy}
-        differ = len({report["sums"] for report in reports}) > 1
-        planned = all(report["planned"] for report in reports)
-        attempt = None if differ else self._saver.new_attempt()
-        return {"attempt": attempt, "differ": differ, "planned": planned, "healthy": healthy}
-
-    def _compare(self, sums: Mapping[str, str]) -> str:
-        """An attempt, if ranks have different names and not different things under one. A collective.
-
-        Raises UsageError, on all ranks.
-        """
-        gathered = self._group.gather(json.dumps(dict(sums)).encode())
-
-        def compare() -> str:
-            found = differing([json.loads(data) for data in gathered or []])
-            if found:
-                name, rank, other = found[0]
-                more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
-                raise UsageError(
-                    f"state {name!r} differs between rank {rank} and rank {other}{more}: wrap in PerRank(...) what each"
-                    " rank has of its own, and make the rest the same on all ranks"
-                )
-            return self._saver.new_attempt()
-
-        attempt: str = self._group.on_coordinator(compare)
-        return attempt
-
-    def _replan(self, holdings: Holdings) -> _Plan:
-        gathered = self._group.gather(dump_share(holdings.share))
-        contents: Contents | None = None
-
-        def plan() -> str:
-            nonlocal contents
-            shares = [load_share(data) for data in gathered or []]
-            try:
-                picks = assign([share.pieces for share in shares])
-                contents = contents_of(shares)
-            except ValueError as error:
-                raise UsageError(str(error)) from None
-            return dump_picks(picks).decode()
-
-        picks = load_picks(self._group.on_coordinator(plan).encode())
-        return _Plan(holdings.digest, picks[self._group.rank], contents)
-
-    def _stage(self, holdings: Holdings, plan: _Plan, values: dict[int, Any]) -> tuple[list[Payload], str | None]:
-        try:
-            return holdings.stage(plan.picks, values, self._buffer), None
-        except Exception as error:  # noqa: BLE001 - this rank must still tell the others that the save has failed
-            return [], f"{type(error).__name__}: {error}"
 
     def _close(self, *, abandon: bool) -> None:
         if not self._closed:

@@ -1,0 +1,161 @@
+"""What the ranks agree on before each save: that all of them can, that they hold the same, and who writes what."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storage.errors import Fenced, UsageError
+from storage.format import layout
+from storage.format.items import EncodedItem
+from storage.ranks.agreement import AgreeingGroup, error_class, to_message
+from storage.saving.commit import Contents
+from storage.saving.describe import Holdings, contents_of, describe
+from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
+from storage.saving.saver import Saver
+from storage.saving.staging import StagingBuffer
+from storage.saving.writing import Payload
+from storage.state.fingerprint import combined, differing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who writes what, valid while every rank's holdings keep their digest. `contents`: coordinator only."""
+
+    digest: str
+    picks: tuple[int, ...]
+    contents: Contents | None
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """One save: the attempt of all ranks, and what this rank writes. `contents`: coordinator only."""
+
+    attempt: str
+    healthy: bool
+    contents: Contents | None
+    holdings: Holdings
+    picks: tuple[int, ...]
+    values: dict[int, EncodedItem]
+
+    def stage(self, buffer: StagingBuffer) -> tuple[list[Payload], str | None]:
+        """A copy of what this rank writes, or why there is none: it must still tell the others."""
+        try:
+            return self.holdings.stage(self.picks, self.values, buffer), None
+        except Exception as error:  # noqa: BLE001 - told by the receipt
+            return [], f"{type(error).__name__}: {error}"
+
+
+class Consensus:
+    """Of one group of ranks over its saves. Every method without underscore is a collective.
+
+    Args:
+        fenced: why this process can never commit again, where something but the saver has found out (coordinator).
+        compares_ranks: whether to refuse what ranks hold differently under one name.
+    """
+
+    def __init__(
+        self, group: AgreeingGroup, saver: Saver, fenced: Callable[[], str | None], compares_ranks: bool
+    ) -> None:
+        self._group = group
+        self._saver = saver
+        self._fenced = fenced
+        self._compares_ranks = compares_ranks
+        self._plan: _Plan | None = None
+
+    def reach(self, step: int, state: Mapping[str, Any], healthy: bool) -> Agreed | None:
+        """What is to be saved; None if the step is committed already. On all ranks the same, or the same error.
+
+        Raises:
+            Fenced, UsageError, StorageError: as `Checkpointer.save` says.
+        """
+        holdings, values, problem = self._describe(state)
+        is_planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
+        sums = holdings.sums if holdings is not None and self._compares_ranks else {}
+        report = {"planned": is_planned, "problem": problem, "healthy": bool(healthy), "sums": combined(sums)}
+        reports = [json.loads(data) for data in self._group.gather(json.dumps(report).encode()) or []]
+        answer = self._group.on_coordinator(lambda: self._decide(step, reports))
+        attempt: str | None = self._compare(sums) if answer["differ"] else answer["attempt"]
+        if attempt is None:
+            return None
+        assert holdings is not None  # else there had been a problem
+        if not answer["planned"] or self._plan is None:
+            self._plan = self._replan(holdings)
+        return Agreed(attempt, answer["healthy"], self._plan.contents, holdings, self._plan.picks, values)
+
+    def _describe(self, state: Any) -> tuple[Holdings | None, dict[int, EncodedItem], dict[str, Any]]:
+        """What this rank holds, its values encoded, and what is wrong with it."""
+        try:
+            if not isinstance(state, Mapping):
+                kind = type(state).__qualname__
+                raise UsageError(f"the state is a {kind}; it must be a dict, such as {{'model': model}}")
+            is_first = self._plan is None
+            holdings = describe(state, self._group.rank, compares_parameters=is_first and self._compares_ranks)
+            is_planned = self._plan is not None and self._plan.digest == holdings.digest
+            wanted = self._plan.picks if is_planned and self._plan else range(len(holdings.pieces))
+            return holdings, holdings.encode_values(wanted), to_message(None)
+        except Exception as error:
+            if not isinstance(error, (UsageError, ValueError)):
+                log.exception("the state cannot be described")
+            return None, {}, to_message(error)
+
+    def _decide(self, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
+        layout.step_folder(step)
+        fenced = self._saver.fenced or self._fenced()
+        if fenced is not None:
+            raise Fenced(fenced)
+        for rank, report in enumerate(reports):
+            problem = report["problem"]
+            if problem["error"] is not None:
+                where = f"rank {rank}: " if len(reports) > 1 else ""
+                kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
+                raise kind(where + problem["text"])
+        healthy = all(report["healthy"] for report in reports)
+        if self._saver.has_committed(step, healthy):
+            log.info("step %d is committed already; not saved again", step)
+            return {"attempt": None, "differ": False, "planned": True, "healthy": healthy}
+        differ = len({report["sums"] for report in reports}) > 1
+        planned = all(report["planned"] for report in reports)
+        attempt = None if differ else self._saver.new_attempt()
+        return {"attempt": attempt, "differ": differ, "planned": planned, "healthy": healthy}
+
+    def _compare(self, sums: Mapping[str, str]) -> str:
+        """An attempt, if ranks have different names and not different things under one. Raises UsageError."""
+        gathered = self._group.gather(json.dumps(dict(sums)).encode())
+
+        def compare() -> str:
+            found = differing([json.loads(data) for data in gathered or []])
+            if found:
+                name, rank, other = found[0]
+                more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
+                raise UsageError(
+                    f"state {name!r} differs between rank {rank} and rank {other}{more}: wrap in PerRank(...) what each"
+                    " rank has of its own, and make the rest the same on all ranks"
+                )
+            return self._saver.new_attempt()
+
+        attempt: str = self._group.on_coordinator(compare)
+        return attempt
+
+    def _replan(self, holdings: Holdings) -> _Plan:
+        gathered = self._group.gather(dump_share(holdings.share))
+        contents: Contents | None = None
+
+        def plan() -> str:
+            nonlocal contents
+            shares = [load_share(data) for data in gathered or []]
+            try:
+                picks = assign([share.pieces for share in shares])
+                contents = contents_of(shares)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            return dump_picks(picks).decode()
+
+        picks = load_picks(self._group.on_coordinator(plan).encode())
+        return _Plan(holdings.digest, picks[self._group.rank], contents)
