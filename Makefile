@@ -52,6 +52,7 @@ test-upstream: $(VENV)/.dev ## torch's own tests of DCP on our storage: make tes
 
 check-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## what needs a GPU to be seen, in at most 6 minutes without a network; GPU_PYTHON=python3 takes that one as it is
 	$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu
+
 bench-start: $(VENV)/.dev ## from the command to the end of a job that does nothing, ours and torchrun in turn
 	$(BIN)/python -m tests.bench.start
 

@@ -103,6 +103,10 @@ def test_nodes_leave_on_command_one_and_then_all(nodes: Cluster, tmp_path: Path)
     assert re.search(r" second-\w+: left\n", one.stdout)
     assert second.wait() == DRAINED
     nodes.wait_event("round_formed", generation=2, world_size=1)
+    so_far = len(steps_of(tmp_path))
+    until(
+        "the first one trains on: before that there is no boundary to stop at", lambda: len(steps_of(tmp_path)) > so_far
+    )
     rest = drain(nodes, "--all")
     assert rest.returncode == 0, rest.stderr
     assert first.wait() == DRAINED
