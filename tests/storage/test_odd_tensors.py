@@ -17,6 +17,7 @@ from torch import nn
 from storage import Checkpointer, ShardReader, ShardWriter
 from storage.errors import UnsupportedValue, WrongModel
 from storage.format.tensors import bytes_of, oddity, overlaps
+from storage.loading.targets import fill
 from storage.saving.staging import as_staged
 
 pytestmark = [
@@ -246,6 +247,12 @@ def test_what_is_just_numbers_is_none_of_these() -> None:
         state = {"w": torch.zeros_like(tensor)}
         load("ours", where, state)
         assert bits(state["w"]) == bits(tensor) and type(state["w"]) is type(torch.zeros_like(tensor))
+    with torch.inference_mode():
+        turned = torch.zeros(4, 3).t()
+    load("ours", where, {"w": turned})
+    assert bits(turned) == bits(tensor)
+    fill(turned.detach()[1:], torch.ones(2, 4))  # as the rows of a large one
+    assert bits(turned[1:]) == bits(torch.ones(2, 4))
     zeros = torch._efficientzerotensor(3, 4)
     assert as_staged(zeros) is None
     save("dcp", where := url(), {"w": zeros})

@@ -259,9 +259,8 @@ HOSTILE: dict[str, bytes] = {
     "numpy's files": b"\x80\x02" + named("numpy.fromfile") + b"X\x04\x00\x00\x00evil\x85R.",
     "a large bytearray": pickled(Call(bytearray, 10**10)),
     "large bytes": pickled(Call(bytes, 10**10)),
-    "a large bytearray beside a sparse tensor": pickled([torch.sparse_coo, Call(bytearray, 10**10)]).replace(
-        b"ctorch\nsparse_coo", b"ctorch._utils\n_rebuild_sparse_tensor"
-    ),
+    # the name is one that torch knows, and we do not
+    "a large bytearray beside a sparse tensor": pickled([torch._utils._rebuild_sparse_tensor, Call(bytearray, 10**8)]),
     "a large array": pickled(Call(np.ndarray, (10**10,))),
     "a large array of a template": pickled(Call(MAKE_ARRAY, np.ndarray, (10**10,), b"b")),
     "an array that says too much": pickled(
@@ -277,7 +276,7 @@ HOSTILE: dict[str, bytes] = {
     + named("torch._utils._rebuild_tensor_v2")
     + b"((X\x07\x00\x00\x00storage"
     + named("torch.FloatStorage")
-    + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00\x8a\x05\x00\xe4\x0b\x54\x02\x85K\x01\x85\x89"
+    + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00J\x00\xe1\xf5\x05\x85K\x01\x85\x89"
     + named("collections.OrderedDict")
     + b")RtR.",
     "a class's attributes": b"\x80\x02" + named("collections.deque") + b"}X\x01\x00\x00\x00aK\x01sb.",
