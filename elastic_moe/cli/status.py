@@ -39,7 +39,7 @@ _EPILOG = """\
 The first node of the table leads: it decides on rounds. A node without ranks is
 a spare, or waits for a round.
 
-Ages are those of what nodes tell every few seconds, by their clocks. A heartbeat
+Ages are of what nodes tell every few seconds, by their clocks. A heartbeat
 is the last one of the worker that has been silent for the longest.
 
 --json writes one object: "run_id", "ts", "state", "leader", "step",
