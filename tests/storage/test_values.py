@@ -122,7 +122,7 @@ def test_what_is_kept_comes_back_as_what_it_was(value: Any) -> None:
     assert torch.serialization.get_safe_globals() == before
 
 
-@pytest.mark.parametrize(("value", "told"), REFUSED, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("value", "told"), REFUSED, ids=[type(value).__name__ for value, _ in REFUSED])
 def test_what_is_not_kept_is_refused_when_it_is_saved(value: Any, told: str) -> None:
     with pytest.raises(UnsupportedValue, match=told) as caught:
         encode_value("the.key", value)
