@@ -48,7 +48,9 @@ def handle(args: argparse.Namespace) -> int:
             f"--steps {args.steps}: too few for the killed node to come back in, use {_STEPS_LEAST} or more"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the demo draws a picture with matplotlib: pip install 'elastic-moe[demo]'")
+        raise UserError(
+            "the demo draws with matplotlib: pip install matplotlib, or install elastic-moe with its extra demo"
+        )
     from elastic_moe.demo.console import Console
     from elastic_moe.demo.driver import Demo
 

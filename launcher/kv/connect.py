@@ -77,7 +77,10 @@ def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None
         # Only here: gRPC and its threads come into a process that asked for them, and into no worker.
         from launcher.kv.etcd import EtcdKV
     except ImportError as error:
-        raise UsageError(f"--rdzv-backend etcd3: {error}; install it with pip install 'elastic-moe[etcd]'") from error
+        raise UsageError(
+            f"--rdzv-backend etcd3: {error};"
+            " pip install python3-etcd3 grpcio, or install elastic-moe with its extra etcd"
+        ) from error
     kv = EtcdKV(config)
     if local_addr and not is_loopback(local_addr) and any(is_local(host) for host, _ in config.endpoints):
         kv.distrust_refusals()

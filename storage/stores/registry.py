@@ -113,7 +113,9 @@ def _open_s3(rest: str) -> ObjectStore:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("boto3", "botocore"):
             raise
-        raise BadURL(f"s3:// needs {error.name}: pip install 'elastic-moe[s3]'") from None
+        raise BadURL(
+            f"s3:// needs {error.name}: pip install boto3 s3fs, or install elastic-moe with its extra s3"
+        ) from None
     return open_s3(rest)
 
 
