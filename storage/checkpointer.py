@@ -27,7 +27,7 @@ from storage.run import alive, owner
 from storage.run.alive import Heart
 from storage.run.owner import Owner
 from storage.saving.commit import Attempt, Origin
-from storage.saving.consensus import Consensus
+from storage.saving.consensus import Consensus, check_state
 from storage.saving.saver import Job, Saver
 from storage.saving.staging import StagingBuffer
 from storage.state.fit import Ignored
@@ -247,7 +247,11 @@ class Checkpointer:
         """
         started_s = time.monotonic()
         self._saver.forget()
-        ignored = Ignored([ignore] if isinstance(ignore, str) else ignore)
+        check_state(state)
+        patterns = [ignore] if isinstance(ignore, str) else ignore
+        if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise UsageError(f"ignore is {ignore!r}; it must be a name or pattern, or a list of them")
+        ignored = Ignored(patterns)
         with self._report.retries(self._store, "restore"):
             restored = self._restorer.restore(
                 state, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts

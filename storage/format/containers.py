@@ -19,6 +19,7 @@ Path = tuple[str | int, ...]
 
 Kind = Literal["dict", "OrderedDict", "Counter", "defaultdict", "list", "per_rank"]
 EncodedKey = str | tuple[str, str]
+_KEY_BITS_MAX = 4096  # Python writes no number of more than 4300 digits
 
 
 class Container(Document):
@@ -82,6 +83,8 @@ def decode_key(encoded: EncodedKey) -> Hashable:
 
 def check_key(key: Hashable) -> None:
     """Raise UnsupportedValue for what cannot be a key in a checkpoint."""
+    if isinstance(key, int) and key.bit_length() > _KEY_BITS_MAX:
+        raise UnsupportedValue(f"a number of more than {_KEY_BITS_MAX} bits as key")
     encoded = encode_key(key)
     try:
         str(encoded).encode()

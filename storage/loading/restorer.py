@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import socket
@@ -77,11 +78,13 @@ class Restorer:
         """
         damaged: dict[int, str] = {}
         while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
-            found = self._group.everywhere(lambda index=index: fit(state, index, self._group.rank, ignored))  # type: ignore[misc]
+            found = self._group.everywhere(
+                functools.partial(fit, state, index, self._group.rank, ignored, strict=strict)
+            )
             self._settle(found, index, strict=strict)
             result = self._read(found.wants, index, allow_casts)
             if not isinstance(result, Corrupt):
-                values = self._group.everywhere(lambda found=found: finish(found, state, found.wants))  # type: ignore[misc]
+                values = self._group.everywhere(functools.partial(finish, found, state, found.wants))
                 return Restored(index.step, values, result[1], result[0])
             self._judge(index.step, result)
             damaged[index.step] = str(result)

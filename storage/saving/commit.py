@@ -32,7 +32,7 @@ import tenacity
 from storage.errors import AlreadyExists, Corrupt, Fenced, StorageError, Transient, Unconfirmed
 from storage.format import layout
 from storage.format.checksum import crc32c
-from storage.format.containers import Container
+from storage.format.containers import Container, Path
 from storage.format.index import of_manifest
 from storage.format.manifest import (
     ItemTable,
@@ -86,6 +86,12 @@ class Contents:
     tensors: dict[str, TensorEntry]
     values: dict[str, ValueEntry]
     containers: tuple[Container, ...] = ()
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Of all keys."""
+        tensors = {key: entry.path for key, entry in self.tensors.items()}
+        return tensors | {key: entry.path for key, entry in self.values.items()}
 
 
 def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:

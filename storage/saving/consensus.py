@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import Fenced, UsageError
+from storage.errors import Corrupt, Fenced, UsageError
 from storage.format import layout
 from storage.format.items import EncodedItem
 from storage.ranks.agreement import AgreeingGroup, error_class, to_message
@@ -19,8 +19,16 @@ from storage.saving.saver import Saver
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import combined, differing
+from storage.state.tree import tree_of
 
 log = logging.getLogger(__name__)
+
+
+def check_state(state: object) -> None:
+    """Raise UsageError unless it is a dict."""
+    if not isinstance(state, Mapping):
+        kind = type(state).__qualname__
+        raise UsageError(f"the state is a {kind}; it must be a dict, such as {{'model': model}}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Consensus:
         """
         holdings, values, problem = self._describe(state)
         is_planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
-        sums = holdings.sums if holdings is not None and self._compares_ranks else {}
+        sums = holdings.sums if holdings is not None else {}
         report = {"planned": is_planned, "problem": problem, "healthy": bool(healthy), "sums": combined(sums)}
         reports = [json.loads(data) for data in self._group.gather(json.dumps(report).encode()) or []]
         answer = self._group.on_coordinator(lambda: self._decide(step, reports))
@@ -88,14 +96,13 @@ class Consensus:
             self._plan = self._replan(holdings)
         return Agreed(attempt, answer["healthy"], self._plan.contents, holdings, self._plan.picks, values)
 
-    def _describe(self, state: Any) -> tuple[Holdings | None, dict[int, EncodedItem], dict[str, Any]]:
+    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, EncodedItem], dict[str, Any]]:
         """What this rank holds, its values encoded, and what is wrong with it."""
         try:
-            if not isinstance(state, Mapping):
-                kind = type(state).__qualname__
-                raise UsageError(f"the state is a {kind}; it must be a dict, such as {{'model': model}}")
+            check_state(state)
+            compares = self._compares_ranks and self._group.world_size > 1
             is_first = self._plan is None
-            holdings = describe(state, self._group.rank, compares_parameters=is_first and self._compares_ranks)
+            holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
             is_planned = self._plan is not None and self._plan.digest == holdings.digest
             wanted = self._plan.picks if is_planned and self._plan else range(len(holdings.pieces))
             return holdings, holdings.encode_values(wanted), to_message(None)
@@ -153,8 +160,12 @@ class Consensus:
             try:
                 picks = assign([share.pieces for share in shares])
                 contents = contents_of(shares)
+                if len(shares) > 1:  # each rank's alone is a tree
+                    tree_of(contents.paths, contents.containers)
             except ValueError as error:
                 raise UsageError(str(error)) from None
+            except Corrupt as error:
+                raise UsageError(f"ranks hold different things: {error}") from None
             return dump_picks(picks).decode()
 
         picks = load_picks(self._group.on_coordinator(plan).encode())

@@ -78,10 +78,12 @@ class Holdings:
         return tensor
 
 
-def describe(state: Mapping[Any, Any], rank: int, *, compares_parameters: bool = False) -> Holdings:
+def describe(
+    state: Mapping[Any, Any], rank: int, *, compares: bool = True, compares_parameters: bool = False
+) -> Holdings:
     """Take `state` apart as DCP does, and list what this rank holds of it.
 
-    With `compares_parameters` the modules' parameters are among the `sums`.
+    Without `compares` there are no `sums`; with `compares_parameters` the modules' parameters are among them.
 
     Raises:
         UnsupportedValue: a tensor that is more than its numbers (`oddity`); see also `storage.state.tree.flatten`.
@@ -94,7 +96,9 @@ def describe(state: Mapping[Any, Any], rank: int, *, compares_parameters: bool =
     pieces = tuple(_piece(item, flat.paths) for item in items)
     share = Share(pieces, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
-    sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)}
+    sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)} if compares else {}
+    if compares:
+        sums |= {name: fingerprint(length) for name, length in flat.lengths.items()}
     if compares_parameters:
         sums |= {name: fingerprint(p, _PARAMETER_SAMPLE_BYTES) for name, p in objects.unsynchronised()}
     return Holdings(planner, items, pieces, share.containers, sums, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import hashlib
@@ -15,8 +16,10 @@ import torch
 
 from storage.format.checksum import crc32c
 from storage.format.tensors import bytes_of
+from storage.state.tree import PLAIN_TYPES
 
 SAMPLE_SIZE_BYTES = 1024 * 1024
+_DEPTH_MAX = 64
 _IN_WORDS = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal, uuid.UUID, pathlib.PurePath),
     *(slice, type, torch.dtype, torch.device, torch.layout, np.dtype),
@@ -50,11 +53,13 @@ def differing(sums_of_rank: Sequence[Mapping[str, str]]) -> list[tuple[str, int,
     return [(name, *found[name]) for name in first if name in found]
 
 
-def _told(value: Any, sample_size_bytes: int) -> bytes:
+def _told(value: Any, sample_size_bytes: int, depth: int = 0) -> bytes:
     kind = type(value).__qualname__.encode()
+    if depth > _DEPTH_MAX:
+        return kind
 
     def all_of(values: Any) -> list[bytes]:
-        return [_told(part, sample_size_bytes) for part in values]
+        return [_told(part, sample_size_bytes, depth + 1) for part in values]
 
     if value is None or isinstance(value, (bool, int, str, bytes, bytearray, complex)):
         return b"%b %b" % (kind, _text(value))
@@ -69,6 +74,9 @@ def _told(value: Any, sample_size_bytes: int) -> bytes:
         return b"%b %b" % (kind, b"".join(sorted(pairs)))
     if isinstance(value, (set, frozenset)):
         return b"%b %b" % (kind, b"".join(sorted(map(_sum, all_of(value)))))
+    if isinstance(value, (list, tuple)) and all(type(part) in PLAIN_TYPES for part in value):
+        with contextlib.suppress(ValueError):  # of numbers with thousands of digits
+            return b"%b %b" % (kind, _sum(repr(value).encode("utf-8", "surrogatepass")))  # a sampler's may be long
     if isinstance(value, Sequence):
         return b"%b %b" % (kind, b"".join(map(_sum, all_of(value))))
     if isinstance(value, _IN_WORDS):

@@ -4,7 +4,7 @@
     an optimizer      its parameters' names likewise; their state is what was saved, made where there is none yet
     the top of a state likewise
     a dict            where both hold tensors, every tensor of either must be in the other; else as saved
-    a list, and what another object's `state_dict` gives for a value: becomes what was saved
+    a list, and what any other object gives: becomes what was saved
     PerRank           what the rank of this number saved
 
 A tensor is read into the state's own memory where it is of the saved shape, else into new memory.
@@ -22,15 +22,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from storage.errors import UsageError
-from storage.format.containers import Path
+from storage.errors import UsageError, WrongModel
+from storage.format.containers import Container, Path
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Entry, Index
 from storage.state.modules import EXTRA_STATE, module_state
 from storage.state.objects import Objects, take
 from storage.state.optimizers import NamedOptimizer, is_sharded, like_parameter
 from storage.state.per_rank import PerRank, is_per_rank
-from storage.state.tree import Node, build, is_leaf, is_object, name_of, names_of_keys, tree_of
+from storage.state.tree import Node, build, is_leaf, is_object, kind_of, name_of, names_of_keys, tree_of
 
 Builder = Callable[[Mapping[str, Any]], Any]
 """Makes a part of the state of the leaves that were read, by name."""
@@ -72,13 +72,20 @@ class Ignored:
         )
 
 
-def fit(state: Mapping[Any, Any], index: Index, rank: int, ignored: Ignored) -> Fit:
-    """Compare; nothing is changed yet. Raises Corrupt where the checkpoint's paths contradict each other."""
+def fit(state: Mapping[Any, Any], index: Index, rank: int, ignored: Ignored, *, strict: bool = True) -> Fit:
+    """Compare; nothing is changed yet. What is amiss is told by the result, `strict` or not.
+
+    Raises:
+        Corrupt: the checkpoint's paths contradict each other.
+    """
     names = [name for name in index.entries if not ignored(name)]
-    containers = [container for container in index.containers if not ignored(name_of(container.path))]
+    containers = [
+        _without(container, ignored) for container in index.containers if not ignored(name_of(container.path))
+    ]
     tree = tree_of({name: index.entries[name].path for name in names}, containers)
     objects = Objects(state)
-    fitter = _Fitter(index.entries, objects, rank, ignored)
+    is_plain = not index.containers  # of stock DCP, or of ours before it had them: keys are known as text only
+    fitter = _Fitter(index.entries, objects, rank, ignored, strict, is_plain)
     children = fitter.strictly(tree, dict(sorted(state.items(), key=lambda item: str(item[0]))), ())
     fitter.found.build = lambda read: {key: made(read) for key, made in children}
     return fitter.found
@@ -91,25 +98,39 @@ def finish(found: Fit, state: Mapping[Any, Any], read: Mapping[str, Any]) -> dic
         UsageError: an object refuses what was saved.
     """
     objects = Objects(state)
-    for _, path, value, made in sorted(found.loads, key=lambda load: load[0]):
+    # whatever is amiss with any is found before one is changed
+    ready = [(path, value, made(read)) for _, path, value, made in sorted(found.loads, key=lambda load: load[0])]
+    failure: UsageError | None = None
+    for path, value, given in ready:
         try:
-            take(value, objects, made(read))
-        except Exception as error:
-            kind = type(value).__qualname__
-            reason = f"{type(error).__name__}: {error}"
-            raise UsageError(
-                f"state {name_of(path)!r}: {kind}.load_state_dict refuses what was saved: {reason}"
-            ) from error
+            take(value, objects, given)
+        except Exception as error:  # noqa: BLE001 - raised below: a `load_state_dict` may hold collectives
+            kind, reason = type(value).__qualname__, f"{type(error).__name__}: {error}"
+            text = f"state {name_of(path)!r}: {kind}.load_state_dict refuses what was saved: {reason}"
+            failure = failure or UsageError(text)
+            failure.__cause__ = failure.__cause__ or error
+    if failure is not None:
+        raise failure
     return dict(found.build(read))
 
 
 class _Fitter:
-    def __init__(self, entries: Mapping[str, Entry], objects: Objects, rank: int, ignored: Ignored) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        objects: Objects,
+        rank: int,
+        ignored: Ignored,
+        strict: bool,
+        is_plain: bool,
+    ) -> None:
         self.found = Fit()
         self._entries = entries
         self._objects = objects
         self._rank = rank
         self._ignored = ignored
+        self._strict = strict
+        self._is_plain = is_plain
 
     # containers ---------------------------------------------------------------------------------------------------
 
@@ -118,6 +139,7 @@ class _Fitter:
     ) -> list[tuple[Any, Builder]]:
         """Children of a dict of which every key must be on both sides; a key that is not keeps what it has."""
         fit_child = inner or self._fit
+        self._learn_keys(node, current)
         saved = dict(node.items())
         children: list[tuple[Any, Builder]] = []
         for key, name in zip(current, names_of_keys(current), strict=True):
@@ -134,6 +156,8 @@ class _Fitter:
 
     def _fit(self, node: Node | str, current: Any, path: Path, opaque: bool = False) -> Builder:
         """How to make of `current` what was saved; `opaque` within what an object gave, whatever that may be."""
+        if current is _MISSING and isinstance(node, Node) and node.kind == "per_rank":
+            current = PerRank(None)  # of a list that was longer
         if is_per_rank(current):
             return self._fit_per_rank(node, current, path)
         if isinstance(node, Node) and node.kind == "per_rank":
@@ -147,9 +171,10 @@ class _Fitter:
         return self._fit_container(node, current, path, opaque)
 
     def _fit_container(self, node: Node, current: Any, path: Path, opaque: bool) -> Builder:
+        self._learn_keys(node, current)
         now = _children(current, node)
         saved = dict(node.items())
-        counts = isinstance(current, Mapping) and _has_tensors(current) and self._holds_tensors(node)
+        counts = not opaque and isinstance(current, Mapping) and _has_tensors(current) and self._holds_tensors(node)
         children: list[tuple[Any, Builder]] = []
         for key, child in saved.items():
             if counts and key not in now and self._holds_tensors(child):
@@ -170,6 +195,15 @@ class _Fitter:
                 children.append((key, _keep(value)))
         # what an object gave may be its own, and is for it to change
         return _maker(node, children, None if opaque else current)
+
+    def _learn_keys(self, node: Node, current: Any) -> None:
+        """Take keys and kind from the state, by name as stock DCP does, where the checkpoint does not have them."""
+        if self._is_plain and node.kind == "dict" and not node.keys and isinstance(current, Mapping):
+            names = names_of_keys(current)
+            node.keys = {name: key for name, key in zip(names, current, strict=True) if name in node.children}
+            node.kind = kind_of(current) or "dict"
+            factory = getattr(current, "default_factory", None)
+            node.factory = None if factory is None else getattr(factory, "__name__", None)
 
     def _fit_per_rank(self, node: Node | str, current: Any, path: Path) -> Builder:
         holder = current if isinstance(current, PerRank) else None
@@ -241,7 +275,8 @@ class _Fitter:
 
     def _fit_optimizer(self, node: Node | str, optimizer: NamedOptimizer, path: Path) -> Builder:
         saved = dict(node.items()) if isinstance(node, Node) else {}
-        states, groups = saved.pop("state", Node()), saved.pop("param_groups", None)
+        no_groups = Node("list") if self._ignored(name_of((*path, "param_groups"))) else None
+        states, groups = saved.pop("state", Node()), saved.pop("param_groups", no_groups)
         if not isinstance(states, Node) or not isinstance(groups, Node):
             self.found.odd.append(f"{name_of(path)!r} is an optimizer, the checkpoint has none under that name")
             return _keep({})
@@ -249,7 +284,8 @@ class _Fitter:
             return self._fit(node, optimizer.state(), path)
         rest = [(key, self._fit(child, _MISSING, (*path, key), True)) for key, child in saved.items()]
         of_parameter = self._fit_states(states, optimizer, (*path, "state"))
-        of_group = self._fit_groups(groups, optimizer, (*path, "param_groups"))
+        are_named = not _by_number(states, optimizer)
+        of_group = self._fit_groups(groups, optimizer, (*path, "param_groups"), are_named)
 
         def made(read: Mapping[str, Any]) -> dict[str, Any]:
             by_number = [group(read) for group in of_group]
@@ -260,7 +296,7 @@ class _Fitter:
 
     def _fit_states(self, node: Node, optimizer: NamedOptimizer, path: Path) -> list[tuple[Any, Builder]]:
         """What each parameter's state becomes. In a fresh optimizer it is laid out as the parameter is."""
-        renamed = _by_number(node, optimizer.names)
+        renamed = _by_number(node, optimizer)
         children: list[tuple[Any, Builder]] = []
         for key, child in node.items():
             name = renamed.get(key, key)
@@ -297,7 +333,7 @@ class _Fitter:
         children = [(key, self._fit(leaf, current[key], (*path, str(key)), True)) for key, leaf in saved.items()]
         return _maker(node, children, None)
 
-    def _fit_groups(self, node: Node, optimizer: NamedOptimizer, path: Path) -> list[Builder]:
+    def _fit_groups(self, node: Node, optimizer: NamedOptimizer, path: Path, are_named: bool) -> list[Builder]:
         """Each group's settings as saved, by the names of its parameters, which are known once they are read."""
         saved = [self._fit(child, _MISSING, (*path, number), True) for number, child in node.items()]
         now, number = [], 0
@@ -305,15 +341,28 @@ class _Fitter:
             names = optimizer.names[number : number + len(group["params"])]
             number += len(names)
             now.append(({key: value for key, value in group.items() if key != "params"}, names))
-
-        def settings(number: int) -> Builder:
-            own, names = now[number]
-            return lambda read: {**own, **_group_of([made(read) for made in saved], number, names), "params": names}
-
-        if len(saved) != len(now):
+        if saved and len(saved) != len(now):
             self.found.odd.append(
                 f"{name_of(path)!r}: the optimizer has {len(now)} groups of parameters, the checkpoint {len(saved)}"
             )
+
+        def settings(number: int) -> Builder:
+            own, names = now[number]
+
+            def made(read: Mapping[str, Any]) -> dict[str, Any]:
+                found = _group_of([made(read) for made in saved], number, names)
+                saved_names = found.get("params", names)
+                is_told = self._strict and are_named and all(isinstance(name, str) for name in saved_names)
+                if is_told and (other := set(names) ^ set(saved_names)):
+                    raise WrongModel(
+                        f"{name_of((*path, number))!r}: parameter {min(other)!r} is in this group of the optimizer, and"
+                        " in another or none in the checkpoint, or the other way round (restore(..., strict=False)"
+                        " takes each group's settings by its first parameter)"
+                    )
+                return {**own, **found, "params": names}
+
+            return made
+
         return [settings(number) for number in range(len(now))]
 
     def _holds_tensors(self, node: Node | str) -> bool:
@@ -342,9 +391,11 @@ def _group_of(saved: list[Any], number: int, names: list[str]) -> dict[str, Any]
     return dict(saved[number]) if number < len(saved) else {}
 
 
-def _by_number(node: Node, names: list[str]) -> dict[Any, str]:
+def _by_number(node: Node, optimizer: NamedOptimizer) -> dict[Any, str]:
     """Names for the numbers under which an optimizer's own `state_dict` has its parameters' states."""
-    keys = [key for key, _ in node.items()]
+    names, keys = optimizer.names, [key for key, _ in node.items()]
+    if optimizer.by_name.keys() >= set(keys):
+        return {}
     numbers = [int(key) for key in keys if type(key) is int or (isinstance(key, str) and key.isdecimal())]
     if not keys or len(numbers) != len(keys) or max(numbers) >= len(names):
         return {}
@@ -382,6 +433,18 @@ def _has_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_has_tensors, value.values()))
     return isinstance(value, list) and any(map(_has_tensors, value))
+
+
+def _without(container: Container, ignored: Ignored) -> Container:
+    """The container without the keys of what is ignored."""
+    pairs = [
+        (name, key)
+        for name, key in zip(container.names, container.keys, strict=False)
+        if not ignored(name_of((*container.path, name)))
+    ]
+    if len(pairs) == len(container.names):
+        return container
+    return container.model_copy(update={"names": tuple(n for n, _ in pairs), "keys": tuple(k for _, k in pairs)})
 
 
 def _names(child: Node | str) -> Iterator[str]:

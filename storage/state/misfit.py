@@ -54,7 +54,7 @@ def _hint(vain: Sequence[str], surplus: Sequence[str]) -> str:
     for name in vain:
         for other in surplus:
             longer, shorter = (other, name) if len(other) > len(name) else (name, other)
-            if longer.endswith("." + shorter.partition(".")[2]) and shorter.count("."):
+            if name != other and longer.endswith("." + shorter.partition(".")[2]) and shorter.count("."):
                 return f" ({name!r} in the state may be {other!r} in the checkpoint: nest the state as it was saved)"
         break
     return ""

@@ -15,7 +15,9 @@ from storage.format.containers import Path
 from storage.state.modules import load_module_state, module_state, shared_parameters
 from storage.state.optimizers import NamedOptimizer
 from storage.state.per_rank import PerRank, is_per_rank
-from storage.state.tree import Flat, Unordered, flatten, is_object, name_of
+from storage.state.tree import Flat, Unordered, flatten, is_leaf, is_object, name_of, names_of_keys
+
+_DEPTH_MAX = 8
 
 
 class Objects:
@@ -25,8 +27,27 @@ class Objects:
     """
 
     def __init__(self, state: Mapping[Any, Any]) -> None:
-        self.modules = dict(_modules((), state))
+        found = list(_modules((), state, False))
+        self.modules = {name: module for name, module, _ in found}
+        self._shared = {name for name, _, is_own in found if not is_own}
         self.given: dict[Path, Any] = {}
+        self._states: dict[Path, Any] = {}
+
+    def collect(self, state: Mapping[Any, Any]) -> None:
+        """Ask every object for its state, in the order of the state, before anything is made of any.
+
+        A `state_dict` may hold collectives: what goes wrong on this rank must not keep it from those of the others.
+
+        Raises the first error, once all were asked.
+        """
+        failure: Exception | None = None
+        for path, value in _objects((), state):
+            try:
+                self._states[path] = self.give(path, value)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def named(self, optimizer: Optimizer) -> NamedOptimizer:
         """The optimizer with its parameters' names."""
@@ -38,6 +59,8 @@ class Objects:
         Raises:
             UnsupportedValue: an object that looks as if it had a state and has none.
         """
+        if path in self._states:
+            return self._states[path]
         if is_per_rank(value):
             return value if isinstance(value, PerRank) else PerRank(value.state_dict())
         if not is_object(value):
@@ -56,7 +79,8 @@ class Objects:
 
     def unsynchronised(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The modules' parameters that every rank has whole."""
-        for prefix, module in self.modules.items():
+        for prefix in self._shared:
+            module = self.modules[prefix]
             for name, parameter in shared_parameters(module):
                 yield f"{prefix}.{name}", parameter
 
@@ -79,15 +103,36 @@ def open_state(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
 
     Raises UnsupportedValue.
     """
-    objects = Objects(state)
-    return flatten({key: state[key] for key in sorted(state, key=str)}, objects.give, rank), objects
+    ordered = {key: state[key] for key in sorted(state, key=str)}
+    objects = Objects(ordered)
+    objects.collect(ordered)
+    return flatten(ordered, objects.give, rank), objects
 
 
-def _modules(path: Path, value: Any) -> Iterator[tuple[str, nn.Module]]:
+def _modules(path: Path, value: Any, is_own: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Name, module, and whether each rank has one of its own."""
     if isinstance(value, nn.Module):
-        yield name_of(path), value
+        yield name_of(path), value, is_own
     elif isinstance(value, PerRank):
-        yield from _modules(path, value.value)
-    elif isinstance(value, Mapping) and len(path) < 8:
-        for key, child in value.items():
-            yield from _modules((*path, str(key)), child)
+        yield from _modules(path, value.value, True)
+    else:
+        for name, child in _children(path, value):
+            yield from _modules((*path, name), child, is_own)
+
+
+def _objects(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
+    """What has a state of its own, but for what each rank has: nobody else calls that."""
+    if is_object(value) and not isinstance(value, PerRank):
+        yield path, value
+    else:
+        for name, child in _children(path, value):
+            yield from _objects((*path, name), child)
+
+
+def _children(path: Path, value: Any) -> Iterator[tuple[str | int, Any]]:
+    if len(path) >= _DEPTH_MAX:
+        return
+    if isinstance(value, Mapping):
+        yield from zip(names_of_keys(value), value.values(), strict=True)
+    elif isinstance(value, list) and not is_leaf(value):
+        yield from enumerate(value)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from storage.errors import UnsupportedValue
 from storage.state.modules import is_fsdp1, parameter_names
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ class NamedOptimizer:
             ),
             None,
         )
+        if self._sharded is None and any(getattr(parameter, "_fsdp_flattened", False) for parameter in self.parameters):
+            raise UnsupportedValue(
+                "an optimizer has parameters that FullyShardedDataParallel has flattened, and the module they are of is"
+                " not in the state; keep it there, in a dict or a list"
+            )
         known = parameter_names(modules, self.parameters)
         own = [
             name

@@ -28,6 +28,8 @@ _KINDS: dict[type, Kind] = {
 }
 _TYPES: dict[str, type] = {name: kind for kind, name in _KINDS.items()}
 _FACTORIES = {kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)}
+PLAIN_TYPES = frozenset({int, float, str, bool, bytes, type(None)})
+"""Of what long lists are made of, so that nobody has to look twice at each entry."""
 _DEPTH_MAX = 64
 _TENSOR, _VALUE, _NOTHING = range(3)
 """The order in which a checkpoint lists a state: its tensors, its values, then what has neither."""
@@ -40,11 +42,20 @@ class Unordered(dict[str, Any]):
 
 @dataclass
 class Flat:
-    """A state taken apart. `leaves` and `paths` have the same names, in the order of the state."""
+    """A state taken apart. `leaves` and `paths` have the same names, in the order of the state.
+
+    `lengths`: of the lists that every rank has, by name.
+    """
 
     leaves: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     containers: list[Container] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
+
+
+def kind_of(value: Any) -> Kind | None:
+    """What a dict or list is called in a checkpoint, if it could be built again."""
+    return _KINDS.get(type(value))
 
 
 def name_of(path: Path) -> str:
@@ -57,12 +68,22 @@ def is_object(value: Any) -> bool:
     return isinstance(value, (Stateful, PerRank, torch.optim.Optimizer)) and not isinstance(value, type)
 
 
-def is_leaf(value: Any) -> bool:
-    """Whether it is neither taken apart by DCP nor an object in a place where DCP would not look for one."""
+def is_leaf(value: Any, depth: int = 0) -> bool:
+    """Whether it is neither taken apart by DCP nor an object in a place where DCP would not look for one.
+
+    Raises UnsupportedValue for lists without an end.
+    """
+    if type(value) in PLAIN_TYPES:
+        return True
     if isinstance(value, Mapping) or is_object(value):
         return False
     if isinstance(value, list):
-        return all(not isinstance(entry, torch.Tensor) and is_leaf(entry) for entry in value)
+        if depth > _DEPTH_MAX:
+            raise UnsupportedValue(f"a list in the state is nested {_DEPTH_MAX} deep, or holds itself")
+        return all(
+            type(entry) in PLAIN_TYPES or (not isinstance(entry, torch.Tensor) and is_leaf(entry, depth + 1))
+            for entry in value
+        )
     return True
 
 
@@ -71,7 +92,7 @@ def names_of_keys(keys: Collection[Hashable]) -> list[str]:
     taken = {key for key in keys if isinstance(key, str)}
     names = []
     for key in keys:
-        name = str(key)
+        name = str(key) if not isinstance(key, int) or key.bit_length() < 4096 else hex(key)  # is refused
         if not isinstance(key, str):
             while name in taken:
                 name += f"({type(key).__name__})"
@@ -101,6 +122,7 @@ class _Flattener:
         self._flat = flat
         self._expand = expand
         self._rank = rank
+        self._is_own = False
 
     def visit(self, path: Path, original: Any) -> int:
         """Take apart what is at `path`; what of it comes first in a checkpoint, see `_TENSOR`."""
@@ -112,7 +134,11 @@ class _Flattener:
             number = str(self._rank)
             keys = (encode_key(self._rank),)
             self._flat.containers.append(Container(path=path, kind="per_rank", keys=keys, names=(number,)))
-            return self.visit((*path, number), value.value)
+            was_own, self._is_own = self._is_own, True
+            try:
+                return self.visit((*path, number), value.value)
+            finally:
+                self._is_own = was_own
         if isinstance(value, Mapping):
             return self._visit_mapping(path, value, is_given or not path)
         if is_leaf(value):
@@ -122,11 +148,12 @@ class _Flattener:
             raise UnsupportedValue(
                 f"state {name_of(path)!r} is a {type(value).__qualname__} with tensors or dicts; keep a plain list"
             )
-        # a list without its dicts would be shorter
+        if not self._is_own:
+            self._flat.lengths[f"{name_of(path)}[]"] = len(value)
         return min([self.visit((*path, number), entry) for number, entry in enumerate(value)])
 
     def _visit_mapping(self, path: Path, value: Mapping[Any, Any], is_given: bool) -> int:
-        kind = _KINDS.get(type(value)) or ("dict" if is_given else None)
+        kind = kind_of(value) or ("dict" if is_given else None)
         if kind is None:
             raise UnsupportedValue(
                 f"state {name_of(path)!r} is a {type(value).__qualname__}, a dict that could not be built again; keep a"
@@ -151,7 +178,8 @@ class _Flattener:
         firsts = [self.visit((*path, name), child) for name, child in zip(names, value.values(), strict=True)]
         is_in_order = isinstance(value, Unordered) or firsts == sorted(firsts)
         is_plain = kind == "dict" and is_in_order and all(type(key) is str for key in value)
-        if not value or not is_plain:
+        # that of the root says that this checkpoint has them, as ours of version 1 and stock DCP's have not
+        if not value or not is_plain or not path:
             container = Container(
                 path=path,
                 kind=kind,
@@ -226,18 +254,21 @@ def tree_of(paths: Mapping[str, Path], containers: Collection[Container]) -> Nod
         _settle(node, path[-1])
         if node.children.setdefault(path[-1], name) != name:
             raise Corrupt(f"two entries are at the path of {name!r}")
+    if len({container.path for container in containers}) != len(containers):
+        raise Corrupt("a dict is described twice")
     for container in containers:
         node = _enter(root, container.path)
+        has_numbers = any(not isinstance(child, str) for child in node.children)
+        if node.children and has_numbers != (container.kind == "list"):
+            raise Corrupt(f"{name_of(container.path)!r} is described as a {container.kind}, which it is not")
         node.kind, node.factory = container.kind, container.factory
-        if len(container.keys) != len(container.names):
-            raise Corrupt(f"{name_of(container.path)!r} has not as many names as keys")
-        if container.kind == "list" or not container.names:
-            continue
-        node.keys = dict(zip(container.names, map(decode_key, container.keys), strict=True))
+        node.keys = dict(zip(container.names, map(decode_key, container.keys), strict=False))
+        if not len(container.keys) == len(container.names) == len(node.keys) == len(set(node.keys.values())):
+            raise Corrupt(f"{name_of(container.path)!r} has not a name for each key")
         order: dict[str | int, Node | str] = {}
         for child in container.names:
             # an empty dict in it is a container of its own, which may come later
-            order[child] = node.children.get(child) or Node()
+            order[child] = node.children.get(child, Node())
         node.children = order | {name: child for name, child in node.children.items() if name not in order}
     return root
 
@@ -271,6 +302,8 @@ def build(node: Node, children: list[tuple[Any, Any]]) -> Any:
             raise Corrupt(f"a list of {length} has only {len(places)} entries")
         # stock DCP stores no empty dicts
         return [places.get(number, {}) for number in range(length)]
+    if node.kind == "per_rank":
+        raise Corrupt("what each rank has of its own is in the place of something else")
     if node.kind == "defaultdict":
         return defaultdict(_FACTORIES.get(node.factory or ""), children)
     return _TYPES.get(node.kind, dict)(dict(children)) if node.kind == "Counter" else _TYPES[node.kind](children)

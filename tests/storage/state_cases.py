@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from storage import Checkpointer, PerRank
-from storage.errors import UsageError
+from storage.errors import StorageError, UsageError
 from tests.storage.states import Draw, fresh, plain, same
 
 
@@ -167,6 +167,9 @@ def different(folder: str) -> list[str]:
         {f"of-{rank}": rank, "w": torch.ones(2)},
         {"own": PerRank(rank)},
         {"o": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1 * (rank + 1))},
+        {"kind": PerRank(5) if rank else 5},
+        {"hist": [{"loss": 1.0}] * (1 + rank)},
+        {"own": PerRank(odd)},
     ]
     found = []
     for number, state in enumerate(cases):
@@ -193,3 +196,46 @@ def later_difference(folder: str) -> str:
         except UsageError as error:
             return str(error)
     return ""
+
+
+def failure_beside_collectives(folder: str) -> list[str]:
+    """One rank fails where the state of another object is a collective; what every rank hears."""
+    rank, found = dist.get_rank(), []
+
+    class Broken:
+        def state_dict(self) -> Any:
+            if rank == 0:
+                raise RuntimeError("broken on purpose")
+            return {"x": 1}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state_dict()
+
+    class Meets:
+        def state_dict(self) -> Any:
+            dist.barrier()
+            return {"y": 1}
+
+        def load_state_dict(self, state: Any) -> None:
+            dist.barrier()
+
+    class Fine(Broken):
+        def state_dict(self) -> Any:
+            return {"x": 1}
+
+        def load_state_dict(self, state: Any) -> None:
+            super().state_dict()
+
+    loader = torch.utils.data.DataLoader([1]) if rank == 0 else 5
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, {"a": Fine(), "m": Meets()}, wait=True)
+        for call in (
+            lambda: checkpointer.save(2, {"a": Broken(), "m": Meets()}),
+            lambda: checkpointer.save(2, {"a": loader, "m": Meets()}),
+            lambda: checkpointer.restore({"a": Fine(), "m": Meets()}),
+        ):
+            try:
+                call()
+            except StorageError as error:
+                found.append(str(error))
+    return found

@@ -61,8 +61,18 @@ def test_what_differs_between_ranks_is_found_and_refused(ranks: Ranks, tmp_path:
         assert "state 'model.weight' differs" in found[3]
         assert found[4:7] == ["", "", ""]
         assert "state 'o.param_groups.0." in found[7]
+        assert "ranks hold different things" in found[8] and "'kind'" in found[8]
+        assert "state 'hist[]' differs" in found[9]
+        assert found[10] == ""
 
 
 def test_what_comes_to_differ_later_is_found_too(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks.run(cases.later_difference, str(tmp_path), world_size=2):
         assert "state 'y' differs between rank 0 and rank 1" in message
+
+
+def test_a_rank_that_fails_keeps_none_in_a_collective(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks.run(cases.failure_beside_collectives, str(tmp_path), world_size=2):
+        assert "broken on purpose" in found[0]
+        assert "StatefulDataLoader" in found[1]
+        assert "Fine.load_state_dict refuses what was saved: RuntimeError: broken on purpose" in found[2]
