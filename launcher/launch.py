@@ -52,6 +52,7 @@ from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
 from launcher.rounds.records import Node
+from launcher.wording import JOB_IS_OVER
 from launcher.workers.console import Console
 from launcher.workers.guardian import KEEP_VARIABLE
 from launcher.workers.leftovers import Leftovers
@@ -310,7 +311,7 @@ def _tell_end(
         reason = str(error).partition("\n")[0] or type(error).__name__
         events("node_ended", exit_code=getattr(error, "exit_code", 1), reason=reason)
     else:
-        events("node_ended", reason="the job is over")
+        events("node_ended", reason=JOB_IS_OVER)
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:

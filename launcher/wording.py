@@ -6,6 +6,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+JOB_IS_OVER = "the job is over"
+"""Why a node ends that has nothing to tell of its own end."""
 _MAX_NAMED = 4
 _MAX_CHARS = 300
 

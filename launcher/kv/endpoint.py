@@ -26,30 +26,30 @@ def parse_endpoint(endpoint: str, default_port: int = DEFAULT_PORT, *, free_port
     """
     text = endpoint.strip()
     if "://" in text:
-        raise _bad(endpoint, f"leave {text.partition('://')[0]}:// out")
+        raise _bad(endpoint, f"leave {text.partition('://')[0]}:// out", default_port)
     bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", text)
     if bracketed:
         host, port_text = bracketed[1], bracketed[2]
         if not _is_ipv6(host):
-            raise _bad(endpoint, f"{host!r} is no IPv6 address")
+            raise _bad(endpoint, f"{host!r} is no IPv6 address", default_port)
     elif _is_ipv6(text) or text.count(":") > 1:
-        raise _bad(endpoint, "an IPv6 address goes into brackets, as in [::1]:29400")
+        raise _bad(endpoint, "an IPv6 address goes into brackets, as in [::1]:29400", default_port)
     else:
         host, colon, told = text.partition(":")
         port_text = told if colon else None
         if "," in text:
-            raise _bad(endpoint, "only etcd3 takes several")
+            raise _bad(endpoint, "only etcd3 takes several", default_port)
         if not host or _NO_NAME.search(host):
-            raise _bad(endpoint, f"{host!r} is no host name" if host else "the host is missing")
+            raise _bad(endpoint, f"{host!r} is no host name" if host else "the host is missing", default_port)
     if port_text is None:
         return host, default_port
     if not re.fullmatch("[0-9]{1,5}", port_text) or not int(not free_port) <= int(port_text) < 65536:
-        raise _bad(endpoint, f"{port_text!r} is no port from 1 to 65535")
+        raise _bad(endpoint, f"{port_text!r} is no port from 1 to 65535", default_port)
     return host, int(port_text)
 
 
-def _bad(endpoint: str, why: str) -> UsageError:
-    return UsageError(f"--rdzv-endpoint {endpoint!r}: {why}; expected HOST:PORT, such as node-1.example:{DEFAULT_PORT}")
+def _bad(endpoint: str, why: str, port: int) -> UsageError:
+    return UsageError(f"--rdzv-endpoint {endpoint!r}: {why}; expected HOST:PORT, such as node-1.example:{port}")
 
 
 def _is_ipv6(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from launcher.reports.causes import Cause
-from launcher.wording import Event, describe_failure, describe_fields, describe_root_cause
+from launcher.wording import JOB_IS_OVER, Event, describe_failure, describe_fields, describe_root_cause
 
 UNSPECIFIC = ("", "workers of another node were asked to stop", "drain of another node")
 """Reasons of nodes that do not know why others asked their workers to stop."""
@@ -42,7 +42,7 @@ def why_of_event(event: Event, participants: Collection[str]) -> Why | None:
             return Why(Cause.DRAIN, f"node {left} left", (left,))
         case "node_fenced" if node in participants:
             return Why(Cause.NODE_LOSS, f"node {node} fenced itself: {reason}", (node,))
-        case "node_ended" if node in participants:
+        case "node_ended" if node in participants and reason != JOB_IS_OVER:  # its outcome is told by the leader
             return Why(Cause.OTHER, f"node {node} ended: {reason}", (node,))
         case "round_broken" | "workers_stopped":
             return why_of(reason)

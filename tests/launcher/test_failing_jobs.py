@@ -45,7 +45,8 @@ def test_an_error_at_import_stops_at_once(nodes: Cluster, tmp_path: Path) -> Non
 def test_a_script_that_gives_up_is_not_restarted(nodes: Cluster, tmp_path: Path) -> None:
     node = nodes.start("only", GIVES_UP, str(tmp_path), nnodes="1:1", nproc=2)
     assert node.wait() == 70, node.output
-    assert len(read_lines(tmp_path / "started.jsonl")) == 2, "a start of each rank"
+    # one rank may have given up before the other has begun
+    assert 1 <= len(read_lines(tmp_path / "started.jsonl")) <= 2, "at most a start of each rank"
     (cause,) = nodes.events("root_cause")
     assert (cause["failure_class"], cause["step"]) == ("gave_up", 3)
     last = node.output[node.output.rindex("root cause:") :]

@@ -242,6 +242,14 @@ class TestAccount:
         assert (told.seconds[Cause.IDLE], told.end) == (78, "")
         assert [(one.cause, one.seconds) for one in told.interruptions] == [(Cause.DRAIN, 2)]
 
+    def test_a_node_that_ends_with_the_job_interrupts_nothing(self, job: Job) -> None:
+        """It may end a moment before the leader writes what became of the job."""
+        job.say(20, "workers_done", B, step=10)
+        job.say(20.1, "node_ended", B, reason="the job is over")
+        job.say(20.2, "finished", A, outcome="succeeded")
+        told = account(job.events)
+        assert (told.interruptions, told.outcome) == ((), "succeeded")
+
     def test_steps_done_again_in_one_process_are_lost(self, job: Job) -> None:
         job.say(20, "progress", step=10, step_s=1)
         job.say(21, "steps_restarted", step=6, reached=10)

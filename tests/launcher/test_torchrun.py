@@ -234,7 +234,8 @@ def test_a_mistake_is_told_in_one_line(tmp_path: Path) -> None:
     node = StockNode(tmp_path, "n", [*arguments, FAILS, "0"])
     try:
         assert node.wait() == 2
-        (line,) = node.output.splitlines()
+        asked_again, line = node.output.splitlines()
+        assert "cannot be used yet: connection refused; asked again for 1.2 s" in asked_again
         assert line.startswith("torchrun: error: --rdzv-endpoint 127.0.0.1:")
         assert line.endswith("cannot be used: connection refused")
     finally:
