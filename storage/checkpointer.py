@@ -30,7 +30,7 @@ from storage.saving.commit import Attempt, Origin
 from storage.saving.consensus import Consensus, check_state
 from storage.saving.saver import Job, Saver
 from storage.saving.staging import StagingBuffer
-from storage.state.fit import Ignored
+from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)

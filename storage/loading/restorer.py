@@ -24,8 +24,9 @@ from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog, quarantine
 from storage.run.owner import Claim
 from storage.state.fingerprint import fingerprint
-from storage.state.fit import Fit, Ignored, finish, fit
+from storage.state.fit import finish, fit
 from storage.state.misfit import NUM_SHOWN, misfit
+from storage.state.wants import Fit, Ignored
 from storage.stores.objects import ObjectInfo, ObjectStore
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
-from storage import PerRank
+from storage import Checkpointer, PerRank
 
 DTYPES = [
     torch.float32,
@@ -297,3 +298,21 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and left != left:
         return right != right
     return bool(left == right)
+
+
+class Net(nn.Module):
+    """Linear layers of these names."""
+
+    def __init__(self, *layers: str) -> None:
+        super().__init__()
+        for name in layers:
+            self.add_module(name, nn.Linear(2, 2))
+
+
+def saved_then_restored(folder: Path, saved: dict[Any, Any], fresh: dict[Any, Any], **options: Any) -> dict[Any, Any]:
+    """`fresh` after a restore of what was `saved`."""
+    with Checkpointer(str(folder)) as checkpointer:
+        checkpointer.save(1, saved, wait=True)
+    with Checkpointer(str(folder)) as checkpointer:
+        assert checkpointer.restore(fresh, **options) == 1
+    return fresh
