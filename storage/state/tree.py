@@ -65,7 +65,11 @@ def name_of(path: Path) -> str:
 
 def is_object(value: Any) -> bool:
     """Whether it has a state of its own that it gives and takes."""
-    return isinstance(value, (Stateful, PerRank, torch.optim.Optimizer)) and not isinstance(value, type)
+    if (
+        isinstance(value, (torch.Tensor, type)) or type(value) in PLAIN_TYPES
+    ):  # most there is; a protocol is slow to ask
+        return False
+    return isinstance(value, (Stateful, PerRank, torch.optim.Optimizer))
 
 
 def is_leaf(value: Any, depth: int = 0) -> bool:
