@@ -21,6 +21,7 @@ import torch
 
 from storage.format import safe_arrays
 from storage.format.safe_pickle import Function, Malformed, Names, Pending, Refused, Stranger, UnknownName
+from storage.format.tensors import STORAGE_DTYPES
 
 _NUM_DIGITS_MAX = 1000  # of a Decimal: its hash takes long
 
@@ -39,21 +40,6 @@ _CLASSES: dict[str, tuple[type, ...]] = {
 _ENCODE, _ARRAY, _SCALAR = (Function(name) for name in ("encode", "array", "scalar"))
 _TENSOR_V2, _TENSOR_V3, _PARAMETER, _LAYOUT = (Function(name) for name in ("v2", "v3", "parameter", "layout"))
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
 
 
 def _known() -> dict[tuple[str, str], Any]:
@@ -84,7 +70,7 @@ def _known() -> dict[tuple[str, str], Any]:
         if isinstance(value, (torch.dtype, torch.qscheme)):
             known["torch", name] = value
     for module in ("torch", "torch.storage"):
-        known |= {(module, name): Function(name) for name in _STORAGES}
+        known |= {(module, name): Function(name) for name in STORAGE_DTYPES}
     return known
 
 
@@ -163,9 +149,9 @@ def _path(kind: type[pathlib.PurePath]) -> Callable[..., pathlib.PurePath]:
 
 def _storage(pid: Any, load: Callable[[str, int], torch.UntypedStorage]) -> tuple[torch.UntypedStorage, torch.dtype]:
     tag, kind, key, _, num = pid
-    if tag != "storage" or not isinstance(kind, Function) or kind.name not in _STORAGES:
+    if tag != "storage" or not isinstance(kind, Function) or kind.name not in STORAGE_DTYPES:
         raise Malformed("no storage")
-    dtype = _STORAGES[kind.name]
+    dtype = STORAGE_DTYPES[kind.name]
     return load(_all((key,), str)[0], _all((num,), int)[0] * dtype.itemsize), dtype
 
 

@@ -22,6 +22,7 @@ import torch
 from storage.format import safe_pickle
 from storage.format.checksum import crc32
 from storage.format.safe_pickle import Function, Malformed, Names, Refused, UnknownName
+from storage.format.tensors import STORAGE_DTYPES
 from storage.format.zips import ZIP_ERRORS, OutOfSight, Window, member_start
 
 LONG_ITEM_BYTES = 16 * 1024 * 1024
@@ -30,21 +31,7 @@ PART_SIZE_BYTES = 8 * 1024 * 1024
 END_SIZE_BYTES = 16 * 1024
 """How much of either end is looked at."""
 
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": None,
-}
+_DTYPES: dict[str, torch.dtype | None] = {**STORAGE_DTYPES, "UntypedStorage": None}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,24 @@ from typing_extensions import Buffer
 _LOOKED_AT_MAX = 1 << 22
 
 
+STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+"""What torch's pickles call a storage, and what its elements are."""
+
+
 def tensor_over(memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """A contiguous tensor whose storage is the first bytes of `memory`, exactly as many as it needs."""
     size_bytes = math.prod(shape) * dtype.itemsize

@@ -52,6 +52,10 @@ class NamedOptimizer:
             for number, (parameter, name) in enumerate(zip(self.parameters, own, strict=True))
         ]
         self.by_name = dict(zip(self.names, self.parameters, strict=True))
+        if len(self.by_name) < len({id(parameter) for parameter in self.parameters}):
+            raise UnsupportedValue(
+                "an optimizer has two parameters of one name; keep all modules they are of in the state"
+            )
 
     @property
     def is_fsdp1(self) -> bool:

@@ -247,3 +247,14 @@ def test_what_an_object_gives_may_hold_other_tensors_by_then(tmp_path: Path) -> 
         {"e": Box({"shadow": {"a": torch.zeros(1), "c": torch.zeros(1)}})},
     )
     assert same(plain(found["e"]), plain({"shadow": {"a": torch.ones(1), "b": torch.ones(2)}}))
+
+
+def test_two_parameters_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A loose one goes by its number, and another may be called so by its module."""
+    listed, loose = nn.ParameterList([nn.Parameter(torch.zeros(1))]), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([loose, listed[0]], lr=0.1, momentum=0.9)
+    with (
+        Checkpointer(str(tmp_path)) as checkpointer,
+        pytest.raises(UnsupportedValue, match="two parameters of one name"),
+    ):
+        checkpointer.save(1, {"m": listed, "o": optimizer})
