@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,104 +11,17 @@ import pytest
 
 from launcher.coordination.member import Member
 from launcher.coordination.roster import NODES, run_prefix
-from launcher.elastic.rendezvous import MemberRendezvous, stay_out_s
-from launcher.errors import JobClosed, KVError, KVUnavailable
-from launcher.health.probe import Doorbell, connect
+from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.errors import JobClosed, KVUnavailable
+from launcher.health.probe import Doorbell
 from launcher.kv.embedded import EmbeddedKV
 from launcher.kv.embedded_server import EmbeddedServer
-from launcher.kv.memory import Hub, MemoryKV
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits
-from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
+from launcher.rounds.records import SUCCEEDED, Failure, Node, Status
 from tests.cluster import free_port, until
-
-LEASE_TTL_S = 1.0
-WAIT_S = 20.0
-
-
-class Told:
-    """Collects events."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        self.events.append((event, fields))
-
-    def names(self) -> list[str]:
-        return [name for name, _ in self.events]
-
-
-class CuttableKV(MemoryKV):
-    """A client whose way to the store can be cut."""
-
-    cut = False
-    broken = False
-    num_refused = 0
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("put", "list") and self.broken:
-            self.num_refused += 1
-            raise KVError("user name is empty")
-        if name in ("get", "put", "list", "delete", "watch", "lease") and self.cut:
-            raise KVUnavailable("cut off")
-        return super().__getattribute__(name)
-
-
-class Job:
-    def __init__(self, rules: Rules) -> None:
-        self.hub = Hub()
-        self.rules = rules
-        self.members: dict[str, Member] = {}
-        self.clients: dict[str, CuttableKV] = {}
-        self.told = Told()
-        self.bells: list[Doorbell] = []
-
-    def start(self, name: str) -> Member:
-        kv = CuttableKV(self.hub)
-        self.bells.append(Doorbell("127.0.0.1"))
-        node = Node(node_id=name, host=name, address="127.0.0.1", port=self.bells[-1].port, slots=1)
-        planner = lambda slots, previous: None  # noqa: E731
-        member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)
-        member.start()
-        self.clients[name], self.members[name] = kv, member
-        return member
-
-    def join(self, *names: str) -> Round:
-        """The named nodes join the next round, which is the same for all."""
-        with ThreadPoolExecutor(len(names)) as pool:
-            rounds = list(pool.map(self._join, names))
-        assert len(set(rounds)) == 1
-        return rounds[0]
-
-    def _join(self, name: str) -> Round:
-        member = self.members[name]
-        return member.join(member.wait_round(WAIT_S).generation, WAIT_S)
-
-    def nodes(self) -> dict[str, Node]:
-        """The records in the store."""
-        entries = self.hub.list(f"{run_prefix('test')}{NODES}").entries
-        return {n.node_id: n for n in (Node.from_json(e.value, e.create_revision) for e in entries)}
-
-    def stop_workers(self, *names: str) -> None:
-        for name in names:
-            self.members[name].announce(Status.READY, reason="stopped")
-
-
-@pytest.fixture
-def job() -> Iterator[Job]:
-    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1, max_restarts=0))
-    yield made
-    for member in made.members.values():
-        member.leave()
-    for bell in made.bells:
-        bell.close()
-    made.hub.close()
-
-
-def broken(member: Member, generation: int) -> str:
-    return until("the round is broken", lambda: member.broken(generation), WAIT_S).reason
+from tests.launcher.members import WAIT_S, Job, Told, broken
 
 
 def test_nodes_that_come_together_form_one_round(job: Job) -> None:
@@ -345,118 +257,6 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
         kv.close()
         server.close()
         bell.close()
-
-
-def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
-    handlers = {
-        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
-        for name, member in job.members.items()
-    }
-    first = meet(handlers)
-    assert {info.rank for info in first.values()} == {0, 1}
-    first["a"].store.set("who", "first generation")
-    assert first["b"].store.get("who") == b"first generation"
-    assert handlers["a"].num_nodes_waiting() == 0
-
-    job.members["a"].announce(Status.READY, reason="stopped")
-    until("b hears of it", lambda: handlers["b"].num_nodes_waiting() == 1, WAIT_S)
-    second = meet(handlers)
-    assert not second["b"].store.check(["who"])
-    assert second["a"].bootstrap_store_info != first["a"].bootstrap_store_info
-    assert second["a"].bootstrap_store_info == second["b"].bootstrap_store_info
-
-
-def meet(handlers: dict[str, MemberRendezvous]) -> dict[str, Any]:
-    """Every handler's next rendezvous, each in a thread as on a node of its own."""
-    found: dict[str, Any] = {}
-
-    def one(name: str) -> None:
-        found[name] = handlers[name].next_rendezvous()
-
-    threads = [threading.Thread(target=one, args=(name,)) for name in handlers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert set(found) == set(handlers)
-    return found
-
-
-def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in "ab":
-        job.start(name)
-    handlers = {
-        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
-        for name, member in job.members.items()
-    }
-    stays_out_s: list[float] = []
-
-    def stay_out(num_failures: int) -> float:
-        stays_out_s.append(stay_out_s(num_failures))
-        return 0.3
-
-    def unreachable(address: str, port: int, timeout_s: float) -> Any:
-        if len(stays_out_s) < 2:
-            raise TimeoutError("timed out")
-        return connect(address, port, timeout_s)
-
-    monkeypatch.setattr("launcher.elastic.rendezvous.stay_out_s", stay_out)
-    monkeypatch.setattr("launcher.elastic.rendezvous.connect", unreachable)
-    done = threading.Event()
-    other = threading.Thread(target=live, args=(handlers["a"], done), daemon=True)
-    other.start()
-    handlers["b"].next_rendezvous()
-    done.set()
-    other.join(WAIT_S)
-    assert stays_out_s == [5.0, 10.0]
-    excluded = [fields for name, fields in job.told.events if name == "workers_store_unreachable"]
-    assert len(excluded) == 2
-    assert "cannot reach the workers' store at 127.0.0.1:" in excluded[0]["reason"]
-    reasons = [fields["reason"] for name, fields in job.told.events if name == "round_formed"]
-    assert any("cannot reach the workers' store" in reason for reason in reasons)
-
-
-def test_a_node_that_cannot_host_the_worker_store_stays_out_and_says_why(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    member = job.start("a")
-    handler = MemberRendezvous(member, backend="memory", run_id="test", address="192.0.2.1", timeout_s=WAIT_S)
-    stays_out_s: list[float] = []
-
-    def stay_out(num_failures: int) -> float:
-        stays_out_s.append(stay_out_s(num_failures))
-        if num_failures == 2:
-            handler._address = "127.0.0.1"
-        return 0.1
-
-    monkeypatch.setattr("launcher.elastic.rendezvous.stay_out_s", stay_out)
-    meets = threading.Thread(target=handler.next_rendezvous, daemon=True)
-    meets.start()
-    try:
-        until("it stays out twice", lambda: stays_out_s[1:], WAIT_S)
-    finally:
-        handler._address = "127.0.0.1"
-        meets.join(WAIT_S)
-    assert not meets.is_alive()
-    assert stays_out_s == [5.0, 10.0]
-    told = [fields["reason"] for name, fields in job.told.events if name == "workers_store_unreachable"]
-    assert told[0].startswith("cannot host the workers' store at 192.0.2.1: ")
-
-
-def live(handler: MemberRendezvous, done: threading.Event) -> None:
-    """As an agent: round after round."""
-    while not done.is_set():
-        handler.next_rendezvous()
-        while not handler.num_nodes_waiting() and not done.is_set():
-            handler._member.wait(0.05)
-
-
-def test_a_node_stays_out_longer_each_time() -> None:
-    assert [stay_out_s(n) for n in (1, 2, 3, 7, 500)] == [5.0, 10.0, 20.0, 300.0, 300.0]
 
 
 def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> None:

@@ -1,0 +1,21 @@
+"""What the launcher's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.rounds.membership import Rules
+from tests.launcher.members import Job
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1, max_restarts=0))
+    yield made
+    for member in made.members.values():
+        member.leave()
+    for bell in made.bells:
+        bell.close()
+    made.hub.close()

@@ -1,0 +1,91 @@
+"""A job of members in one process, each with a way to the store that can be cut."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from launcher.coordination.member import Member
+from launcher.coordination.roster import NODES, run_prefix
+from launcher.errors import KVError, KVUnavailable
+from launcher.health.probe import Doorbell
+from launcher.kv.memory import Hub, MemoryKV
+from launcher.rounds.membership import Rules
+from launcher.rounds.records import Node, Round, Status
+from tests.cluster import until
+
+LEASE_TTL_S = 1.0
+WAIT_S = 20.0
+
+
+class Told:
+    """Collects events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+
+class CuttableKV(MemoryKV):
+    """A client whose way to the store can be cut."""
+
+    cut = False
+    broken = False
+    num_refused = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("put", "list") and self.broken:
+            self.num_refused += 1
+            raise KVError("user name is empty")
+        if name in ("get", "put", "list", "delete", "watch", "lease") and self.cut:
+            raise KVUnavailable("cut off")
+        return super().__getattribute__(name)
+
+
+class Job:
+    def __init__(self, rules: Rules) -> None:
+        self.hub = Hub()
+        self.rules = rules
+        self.members: dict[str, Member] = {}
+        self.clients: dict[str, CuttableKV] = {}
+        self.told = Told()
+        self.bells: list[Doorbell] = []
+
+    def start(self, name: str) -> Member:
+        kv = CuttableKV(self.hub)
+        self.bells.append(Doorbell("127.0.0.1"))
+        node = Node(node_id=name, host=name, address="127.0.0.1", port=self.bells[-1].port, slots=1)
+        planner = lambda slots, previous: None  # noqa: E731
+        member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)
+        member.start()
+        self.clients[name], self.members[name] = kv, member
+        return member
+
+    def join(self, *names: str) -> Round:
+        """The named nodes join the next round, which is the same for all."""
+        with ThreadPoolExecutor(len(names)) as pool:
+            rounds = list(pool.map(self._join, names))
+        assert len(set(rounds)) == 1
+        return rounds[0]
+
+    def _join(self, name: str) -> Round:
+        member = self.members[name]
+        return member.join(member.wait_round(WAIT_S).generation, WAIT_S)
+
+    def nodes(self) -> dict[str, Node]:
+        """The records in the store."""
+        entries = self.hub.list(f"{run_prefix('test')}{NODES}").entries
+        return {n.node_id: n for n in (Node.from_json(e.value, e.create_revision) for e in entries)}
+
+    def stop_workers(self, *names: str) -> None:
+        for name in names:
+            self.members[name].announce(Status.READY, reason="stopped")
+
+
+def broken(member: Member, generation: int) -> str:
+    return until("the round is broken", lambda: member.broken(generation), WAIT_S).reason
