@@ -23,8 +23,8 @@ from storage.loading.restorer import Restorer
 from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.steps import agreed_step
-from storage.run import alive, owner
-from storage.run.alive import Heart
+from storage.run import heartbeat, owner
+from storage.run.heartbeat import Heartbeat
 from storage.run.owner import Owner
 from storage.saving.commit import Attempt, Origin
 from storage.saving.consensus import Consensus, check_state
@@ -124,7 +124,7 @@ class Checkpointer:
         self._store = open_store(url)
         self._report.watch(self._store)
         origin = _origin(os.environ, generation, lineage, mesh)
-        self._heart: Heart | None = None
+        self._heartbeat: Heartbeat | None = None
         self._read_only = read_only
         mine = None if read_only else self._become_owner(_wanted_owner(os.environ, origin, run_id), take_over)
         self._restorer = Restorer(self._store, mine, self._group, self._report)
@@ -192,8 +192,8 @@ class Checkpointer:
 
         A job that wants the same URL then waits, up to 10 min, instead of being refused. No collective.
         """
-        if self._heart is not None:
-            self._heart.announce_end()
+        if self._heartbeat is not None:
+            self._heartbeat.announce_end()
 
     def close(self) -> None:
         """Wait for the last save and end the background thread. Closing twice is harmless."""
@@ -283,17 +283,17 @@ class Checkpointer:
 
     def _claim(self, wanted: Owner, take_over: bool) -> Owner:
         """Claim the run for this process (coordinator). Raises InUse, Fenced."""
-        find = alive.find_other if take_over else alive.await_free
+        find = heartbeat.find_other if take_over else heartbeat.await_free
         other = find(self._store, wanted)
-        alive.beat(self._store, wanted.token, 0)  # before the claim: a claim without a beat is free to take
+        heartbeat.write(self._store, wanted.token, 0)  # before the claim: a claim without a beat is free to take
         try:
             mine, before = owner.claim(self._store, wanted)
         except Fenced:
-            self._store.delete(layout.beat_name(wanted.token))
+            self._store.delete(layout.heartbeat_name(wanted.token))
             raise
-        self._heart = alive.Heart(self._store, mine, None if before is None else before.token, self._report)
+        self._heartbeat = heartbeat.Heartbeat(self._store, mine, None if before is None else before.token, self._report)
         # who forgets to close must not keep the run from others, and from itself; at exit the heart closes by itself
-        weakref.finalize(self, self._heart.stop).atexit = False
+        weakref.finalize(self, self._heartbeat.stop).atexit = False
         if other is not None:
             self._report(
                 "checkpoint_taken_over", url=self._store.url, by=mine.who, of=other.owner.who, reason=other.reason
@@ -301,12 +301,12 @@ class Checkpointer:
         return mine
 
     def _let_go(self) -> None:
-        if self._heart is not None:
-            self._heart.close()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
     def _fenced(self) -> str | None:
         """Why this process can never commit again, as its looks at the run's owner have found (coordinator)."""
-        return None if self._heart is None else self._heart.fenced
+        return None if self._heartbeat is None else self._heartbeat.fenced
 
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""

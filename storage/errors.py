@@ -31,7 +31,7 @@ _CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f\u202a-\u202
 
 
 class Cause(enum.StrEnum):
-    """Why an operation has failed for now; `storage.stores.retries` says what is done about each."""
+    """Why an operation has failed for now; `storage.stores.retry_policy` says what is done about each."""
 
     THROTTLED = "throttled"
     SERVER_ERROR = "server_error"

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from storage.stores.health import Away, Back
+from storage.stores.health import StoreAway, StoreBack
 from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -82,14 +82,14 @@ class Reporter:
     def watch(self, store: ObjectStore) -> None:
         """Report from now on when the store has been away for a while, and when it is back.
 
-        What asks the store (a heart's thread) must keep neither this nor, by it, the listener alive.
+        What asks the store (a heartbeat's thread) must keep neither this nor, by it, the listener alive.
         """
         mine, url = weakref.ref(self), store.url
 
-        def tell(what: Away | Back) -> None:
+        def tell(what: StoreAway | StoreBack) -> None:
             if (report := mine()) is None:
                 return
-            if isinstance(what, Away):
+            if isinstance(what, StoreAway):
                 away = {"seconds": what.seconds, "cause": what.cause.value, "reason": what.reason}
                 report("checkpoint_store_away", url=url, **away)
             else:

@@ -36,12 +36,12 @@ class Pool(Executor):
     def __init__(self, num_threads: int, thread_name_prefix: str = "storage-pool") -> None:
         self._num_threads = num_threads
         self._name = thread_name_prefix
-        self._todo = _Todo()
+        self._work = _WorkQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._is_closed = False
         # threads know what is to do, and not the pool: those of one that nobody has any more end
-        weakref.finalize(self, self._todo.end).atexit = False
+        weakref.finalize(self, self._work.end).atexit = False
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """See `Executor.submit`."""
@@ -49,10 +49,10 @@ class Pool(Executor):
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the pool is shut down")
-            num_unfinished = self._todo.add(future, lambda: fn(*args, **kwargs))
+            num_unfinished = self._work.add(future, lambda: fn(*args, **kwargs))
             if num_unfinished <= len(self._threads) or len(self._threads) == self._num_threads or self._start():
                 return future
-        self._todo.work(is_patient=False)
+        self._work.work(is_patient=False)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -60,8 +60,8 @@ class Pool(Executor):
         with self._lock:
             self._is_closed = True
         if cancel_futures:
-            self._todo.cancel()
-        self._todo.end()
+            self._work.cancel()
+        self._work.end()
         for thread in self._threads if wait else ():
             thread.join()
 
@@ -69,7 +69,7 @@ class Pool(Executor):
         """Start one more thread; whether there is any."""
         name = f"{self._name}_{len(self._threads)}"
         # daemons, since the interpreter waits for all others, and an idle one ends with its pool only
-        thread = threading.Thread(target=self._todo.work, name=name, daemon=True)
+        thread = threading.Thread(target=self._work.work, name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError:
@@ -78,7 +78,7 @@ class Pool(Executor):
         return True
 
 
-class _Todo:
+class _WorkQueue:
     """The calls of a pool, and how many of them have not ended."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def run_all(pool: Executor, calls: Iterable[Callable[[], R]]) -> list[R]:
     return [future.result() for future in futures]
 
 
-def run_abreast(calls: Sequence[Callable[[], R]]) -> list[R]:
+def run_concurrently(calls: Sequence[Callable[[], R]]) -> list[R]:
     """All results in order, of calls that go at once. Each has ended when this returns or raises.
 
     Of several failures the first in the order of the calls is raised, whichever came first. Threads of its own rather
@@ -139,7 +139,7 @@ def run_abreast(calls: Sequence[Callable[[], R]]) -> list[R]:
     outcomes = [Future[R]() for _ in calls]
     with contextlib.ExitStack() as started:
         for call, outcome in list(zip(calls, outcomes, strict=True))[1:]:
-            thread = threading.Thread(target=_settle, args=(call, outcome), name="storage-abreast")
+            thread = threading.Thread(target=_settle, args=(call, outcome), name="storage-concurrent")
             thread.start()
             started.callback(thread.join)  # also after an interrupt of the wait below
         _settle(calls[0], outcomes[0])

@@ -17,7 +17,7 @@ from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import inspect
-from storage.stores.retries import Retries
+from storage.stores.retry_policy import RetryCounts
 from storage.transfer import errands
 from storage.transfer.copying import Copier
 from storage.transfer.errands import Found, Outcome
@@ -110,7 +110,7 @@ def _planned(found: Found) -> Outcome:
     )
 
 
-def as_json(outcomes: Sequence[Outcome], seconds: float, retries: Retries, dry_run: bool) -> dict[str, Any]:
+def as_json(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts, dry_run: bool) -> dict[str, Any]:
     """The result for programs. Pure."""
     sent_bytes = sum(row.sent_bytes for row in outcomes)
     return {
@@ -126,7 +126,7 @@ def as_json(outcomes: Sequence[Outcome], seconds: float, retries: Retries, dry_r
     }
 
 
-def _print(outcomes: Sequence[Outcome], seconds: float, retries: Retries) -> None:
+def _print(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts) -> None:
     for row in outcomes:
         print(told(row))
     copied = [row for row in outcomes if row.state == "copied"]
@@ -157,10 +157,10 @@ def told(row: Outcome) -> str:
             return f"{name}: not copied: {row.reason}"
 
 
-def _sum(one: Retries, other: Retries) -> Retries:
+def _sum(one: RetryCounts, other: RetryCounts) -> RetryCounts:
     """What both stores had to try again; a store that is both counts once for each of its two openings."""
     counts = Counter(one.num_by_cause) + Counter(other.num_by_cause)
-    return Retries(dict(sorted(counts.items())), one.waited_s + other.waited_s)
+    return RetryCounts(dict(sorted(counts.items())), one.waited_s + other.waited_s)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Names of a run's objects. Pure.
 
 RUN/owner.json                                  who may commit (see `storage.run.owner`)
-RUN/beat-<token>                                changes as long as the owner of that claim lives (see `run.alive`)
+RUN/beat-<token>                                changes as long as the owner of that claim lives (see `run.heartbeat`)
 RUN/step-000000120/.metadata                    stock DCP metadata: it is there <=> the checkpoint is committed
 RUN/step-000000120/manifest.json                index with checksums (see `manifest`), a copy of the attempt's
 RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never overwritten
@@ -22,7 +22,7 @@ from storage.errors import UsageError
 
 QUARANTINED_PREFIX = "quarantined-"
 OWNER = "owner.json"
-BEAT_PREFIX = "beat-"
+HEARTBEAT_PREFIX = "beat-"
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 ABORTED = "aborted.json"
@@ -117,13 +117,13 @@ def quarantined_name(metadata: bytes) -> str:
     return f"{QUARANTINED_PREFIX}{hashlib.sha256(metadata).hexdigest()}{METADATA}"
 
 
-def beat_name(token: str) -> str:
+def heartbeat_name(token: str) -> str:
     """Name of what the owner with that claim writes as long as it lives."""
-    return BEAT_PREFIX + token
+    return HEARTBEAT_PREFIX + token
 
 
-def is_beat_name(name: str) -> bool:
-    """Whether `beat_name` could have made `name`, of the token of a Checkpointer."""
+def is_heartbeat_name(name: str) -> bool:
+    """Whether `heartbeat_name` could have made `name`, of the token of a Checkpointer."""
     return _BEAT.fullmatch(name) is not None
 
 

@@ -84,7 +84,7 @@ def committed_steps(store: ObjectStore) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _CommitFiles:
     """What lies at a prefix: `.metadata`, objects by name below it, and the manifest at the top if it was read."""
 
     metadata: bytes
@@ -154,7 +154,7 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
             another size.
     """
     metadata = _read_metadata(store, prefix)
-    return _fit(store, prefix, _Found(metadata, _listed(store, prefix)))
+    return _fit(store, prefix, _CommitFiles(metadata, _listed(store, prefix)))
 
 
 def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
@@ -173,7 +173,7 @@ def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
         return found
 
 
-def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
+def _look_at_once(store: ObjectStore, prefix: str) -> _CommitFiles:
     with Pool(2, thread_name_prefix="storage-open") as pool:
         manifest = pool.submit(read_if_there, store, prefix + layout.MANIFEST)
         # below the root lies perhaps a whole run; that is listed only if the root is a checkpoint itself
@@ -181,11 +181,11 @@ def _look_at_once(store: ObjectStore, prefix: str) -> _Found:
         metadata = _read_metadata(store, prefix)
         listed = listing.result() if listing is not None else _listed(store, prefix)
         try:
-            return _Found(metadata, listed, manifest.result())
+            return _CommitFiles(metadata, listed, manifest.result())
         except Forbidden:
             if not isinstance(listed, _AskedByName):
                 raise
-            return _Found(metadata, listed)
+            return _CommitFiles(metadata, listed)
 
 
 def _read_metadata(store: ObjectStore, prefix: str) -> bytes:
@@ -204,7 +204,7 @@ def _listed(store: ObjectStore, prefix: str) -> Mapping[str, ObjectInfo]:
         return _AskedByName(store, prefix)
 
 
-def _fit(store: ObjectStore, prefix: str, found: _Found) -> Commit:
+def _fit(store: ObjectStore, prefix: str, found: _CommitFiles) -> Commit:
     metadata, listed = found.metadata, found.listed
     if layout.quarantined_name(metadata) in listed:
         where = layout.join_url(store.url, prefix)

@@ -43,7 +43,7 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
     listed = {state.step: store.list(layout.step_folder(state.step) + "/") for state in states}
     found = [garbage for state in states for garbage in of_step(state, listed[state.step], now_unix_s - age_s)]
     found += of_names(store.list(PROBE_PREFIX), "probe", is_probe_name, now_unix_s - age_s)
-    found += of_names(store.list(layout.BEAT_PREFIX), "beat", layout.is_beat_name, now_unix_s - age_s)
+    found += of_names(store.list(layout.HEARTBEAT_PREFIX), "beat", layout.is_heartbeat_name, now_unix_s - age_s)
     if isinstance(store, MultipartStore):
         found += of_uploads(store.uploads(), now_unix_s - age_s)
     return sorted(found, key=lambda garbage: (garbage.name, garbage.kind))
@@ -76,7 +76,7 @@ def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float
 def of_names(
     listed: Iterable[ObjectInfo], kind: str, is_one: Callable[[str], bool], before_unix_s: float
 ) -> list[Garbage]:
-    """Probes (see `storage.stores.s3.probe`) and beats (see `storage.run.alive`) whose process died. Pure."""
+    """Probes (see `storage.stores.s3.probe`) and beats (see `storage.run.heartbeat`) whose process died. Pure."""
     rows = [(info, _newest([info])) for info in listed if is_one(info.key)]
     return [_of_objects(i.key, kind, [i], when) for i, when in rows if when is not None and when < before_unix_s]
 

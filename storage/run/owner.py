@@ -4,7 +4,7 @@
 the recorded one, and looks again right before it commits: if another claim has replaced its own, it is fenced off.
 Within one lineage (one rendezvous store) generations are comparable, so a claim by a lower generation than the
 recorded one is refused at once. Another lineage is another launch; its job is asked first whether it lives (see
-`storage.run.alive`), and of two that claim all the same the newer one wins.
+`storage.run.heartbeat`), and of two that claim all the same the newer one wins.
 """
 
 from __future__ import annotations

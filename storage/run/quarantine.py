@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Aside:
+class QuarantinedMetadata:
     """A `.metadata` that was set aside and is still there."""
 
     info: ObjectInfo
@@ -59,7 +59,7 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
             store.put(prefix + layout.quarantined_name(metadata), [metadata])
 
 
-def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> Aside | None:
+def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> QuarantinedMetadata | None:
     """What lies at `prefix` and counts for nothing; None where nothing lies.
 
     A checkpoint that was saved as unhealthy is set aside for the owner of the run, who has `claim`: the step is saved
@@ -75,7 +75,7 @@ def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> A
     except NotFound:
         return None
     if catalog.is_set_aside(store, prefix, metadata):
-        return Aside(info, metadata)
+        return QuarantinedMetadata(info, metadata)
     if claim is None or not _is_unhealthy(store, prefix):
         raise taken(store, prefix)
     claim.check()
@@ -92,7 +92,7 @@ def _is_unhealthy(store: ObjectStore, prefix: str) -> bool:
     return commit.manifest is not None and not commit.manifest.healthy
 
 
-def make_way(store: ObjectStore, aside: Aside, claim: Claim | None) -> bool:
+def make_way(store: ObjectStore, aside: QuarantinedMetadata, claim: Claim | None) -> bool:
     """Remove what was set aside, to be called right after it was found; True where it has to be put over instead.
 
     Raises Fenced, AlreadyExists.

@@ -43,7 +43,7 @@ from storage.format.manifest import (
     ValueEntry,
     dump_manifest,
 )
-from storage.parallel import run_abreast
+from storage.parallel import run_concurrently
 from storage.run import catalog, quarantine
 from storage.run.owner import Claim
 from storage.stores.objects import ObjectStore, read_if_there
@@ -166,7 +166,7 @@ def publish(
     prefix, manifest_bytes = attempt.prefix, dump_manifest(manifest)
     manifest_key, metadata_key = prefix + layout.manifest_name(attempt.id), prefix + layout.METADATA
     check_claim: Callable[[], object] = claim.check if claim is not None else lambda: None
-    _, aside, *_ = run_abreast(
+    _, aside, *_ = run_concurrently(
         [
             check_claim,
             lambda: quarantine.find_aside(store, prefix, claim) if replaces is None else None,
@@ -174,7 +174,7 @@ def publish(
             lambda: _put_once(store, manifest_key, manifest_bytes),
         ]
     )
-    run_abreast(
+    run_concurrently(
         [
             check_claim,  # once more: it is the later look that counts, and the one before guards the copy below
             lambda: _check_manifest(store, attempt, manifest_bytes, is_copy=claim is None),
@@ -189,7 +189,7 @@ def publish(
     if doubt is not None:
         # it may land late, and the objects count from when it stands
         _confirm(store, prefix, metadata, doubt, replaces)
-    _, lost = run_abreast(
+    _, lost = run_concurrently(
         [
             lambda: _confirm(store, prefix, metadata, None),
             lambda: _insist(lambda: _find_lost(store, attempt, manifest.objects), metadata_key),
@@ -300,9 +300,9 @@ def _insist(call: Callable[[], T], key: str) -> T:
 def _find_lost(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> str | None:
     """What is gone of what a `.metadata` commits that stands: it commits nothing any more, and has to go again.
 
-    A newer owner cleans up the attempts of its forerunners, and one of them may have been paused between its last look
-    at the owner and its `.metadata`. Its claim came before the cleaning and the cleaning before this look, or it has
-    seen the `.metadata` and spares the attempt.
+    A newer owner cleans up the attempts of the owners before it, and one of them may have been paused between its
+    last look at the owner and its `.metadata`. Its claim came before the cleaning and the cleaning before this look, or
+    it has seen the `.metadata` and spares the attempt.
     """
     try:
         _check_objects(store, attempt, objects)

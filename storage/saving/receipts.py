@@ -28,7 +28,7 @@ from storage.format.manifest import (
     load_manifest,
     load_receipt,
 )
-from storage.parallel import run_abreast
+from storage.parallel import run_concurrently
 from storage.run.owner import Claim
 from storage.saving.commit import Attempt
 from storage.stores.objects import ObjectInfo, ObjectStore, parts_of_size, read_checked
@@ -116,7 +116,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
         fresh = {info.key: rank for rank, info in listed if rank is not None and rank not in receipts}
         for batch in batches([info for _, info in listed if info.key in fresh]):
             try:
-                found = run_abreast([functools.partial(_read_receipt, store, info.key) for info in batch])
+                found = run_concurrently([functools.partial(_read_receipt, store, info.key) for info in batch])
             except NotFound:
                 claim.check()
                 raise

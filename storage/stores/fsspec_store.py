@@ -25,7 +25,7 @@ from fsspec.registry import known_implementations, registry
 
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import windowed
-from storage.stores.flight import Flight
+from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.objects import (
     Buffer,
     Capabilities,
@@ -37,8 +37,8 @@ from storage.stores.objects import (
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retries import IMPATIENT_RULES, Retrier, RetryLog
-from storage.stores.retrying import RetryingStore, views_of
+from storage.stores.retry_policy import IMPATIENT_RULES, Retrier, RetryLog
+from storage.stores.retrying_store import RetryingStore, views_of
 
 log = logging.getLogger(__name__)
 
@@ -287,13 +287,13 @@ class PatientFsspecStore(RetryingStore):
 
     def impatient(self, timeout_s: float) -> RetryingStore:
         """See `ImpatientStore.impatient`; time-outs are the file system's own."""
-        return RetryingStore(self._files, Retrier(Flight(1), RetryLog(self.retries.health), IMPATIENT_RULES))
+        return RetryingStore(self._files, Retrier(AdaptiveLimit(1), RetryLog(self.retries.health), IMPATIENT_RULES))
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `StreamingStore.put_from`. After a failure the object is begun anew."""
-        # the content may come from a store that shares this flight: whoever waits for it must hold no place
+        # the content may come from a store that shares this limit: whoever waits for it must hold no slot
         return self._retrier.call(
-            f"put {key}", lambda: self._files.put_from(key, size_bytes, fetch, pool), in_flight=False
+            f"put {key}", lambda: self._files.put_from(key, size_bytes, fetch, pool), takes_slot=False
         )
 
 
@@ -308,7 +308,7 @@ def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
         raise BadURL(f"{url!r} cannot be opened: {type(error).__name__}: {error}") from None
     store = FsspecStore(url, fs, root)
-    return PatientFsspecStore(store, Retrier(Flight(_NUM_REQUESTS), store.retries))
+    return PatientFsspecStore(store, Retrier(AdaptiveLimit(_NUM_REQUESTS), store.retries))
 
 
 def is_known(protocol: str) -> bool:

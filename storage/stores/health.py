@@ -24,7 +24,7 @@ _ANSWERS = (Cause.CONFLICT, Cause.DAMAGED, Cause.STALE)
 
 
 @dataclass(frozen=True, slots=True)
-class Away:
+class StoreAway:
     """The store has not answered for `seconds`."""
 
     seconds: float
@@ -33,16 +33,16 @@ class Away:
 
 
 @dataclass(frozen=True, slots=True)
-class Back:
+class StoreBack:
     """It answers again, after `seconds`."""
 
     seconds: float
 
 
-Tell = Callable[[Away | Back], None]
+Tell = Callable[[StoreAway | StoreBack], None]
 
 
-class Health:
+class StoreHealth:
     """Of one store, by all of its requests. Thread-safe; `tell` is called on the thread that has found it out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +82,7 @@ class Health:
             if self._is_told or seconds < TOLD_AFTER_S:
                 return
             self._is_told = True
-        self._say(Away(round(seconds, 3), error.cause, str(error)))
+        self._say(StoreAway(round(seconds, 3), error.cause, str(error)))
 
     def _succeeded(self) -> None:
         with self._lock:
@@ -90,8 +90,8 @@ class Health:
             since_s, is_told = self._since_s, self._is_told
             self._since_s, self._is_told = None, False
         if is_told and since_s is not None:
-            self._say(Back(round(now_s - since_s, 3)))
+            self._say(StoreBack(round(now_s - since_s, 3)))
 
-    def _say(self, what: Away | Back) -> None:
+    def _say(self, what: StoreAway | StoreBack) -> None:
         if self.tell is not None:
             self.tell(what)

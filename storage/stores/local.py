@@ -40,7 +40,7 @@ from storage.stores.objects import (
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retries import RetryLog
+from storage.stores.retry_policy import RetryLog
 
 log = logging.getLogger(__name__)
 

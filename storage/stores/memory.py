@@ -21,7 +21,7 @@ from storage.stores.objects import (
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retries import RetryLog
+from storage.stores.retry_policy import RetryLog
 
 _instances: dict[str, MemoryStore] = {}
 _instances_lock = threading.Lock()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from storage.errors import Cause, Corrupt, Denied, NotFound
-from storage.stores.retries import RetryLog
+from storage.stores.retry_policy import RetryLog
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from storage.parallel import run_abreast
+from storage.parallel import run_concurrently
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Capabilities, ObjectInfo
-from storage.stores.retries import RetryLog
+from storage.stores.retry_policy import RetryLog
 
 R = TypeVar("R")
 
@@ -89,12 +89,12 @@ class PausingStore:
 
 
 def abreast(order: str) -> Callable[[Sequence[Callable[[], R]]], list[R]]:
-    """What stands in for `run_abreast`, so that a test knows which of its calls comes before which other.
+    """What stands in for `run_concurrently`, so that a test knows which of its calls comes before which other.
 
     "forwards" and "backwards" let them come one after the other: between them each call comes once before each other.
     """
     if order == "at once":
-        return run_abreast
+        return run_concurrently
 
     def in_order(calls: Sequence[Callable[[], R]]) -> list[R]:
         pairs = [(call, Future[R]()) for call in calls]

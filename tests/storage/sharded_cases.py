@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from storage import Checkpointer, ShardReader, ShardWriter, open_store, register_scheme
 from storage.errors import Fenced, StorageError, Transient
-from storage.format.layout import is_beat_name
+from storage.format.layout import is_heartbeat_name
 from storage.run import owner
 from storage.stores.local import LocalStore
 from storage.stores.objects import ObjectInfo
@@ -382,7 +382,7 @@ class Deadly(LocalStore):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def put(self, key: str, buffers: Sequence[Any], *, if_absent: bool = False) -> ObjectInfo:
-        if is_beat_name(key):
+        if is_heartbeat_name(key):
             return super().put(key, buffers, if_absent=if_absent)
         self._die("before")
         info = super().put(key, buffers, if_absent=if_absent)
@@ -391,7 +391,7 @@ class Deadly(LocalStore):
         return info
 
     def delete(self, key: str) -> None:
-        if is_beat_name(key):
+        if is_heartbeat_name(key):
             super().delete(key)
             return
         self._die("before")
@@ -400,7 +400,7 @@ class Deadly(LocalStore):
         self.num_changes += 1
 
     def _place(self, temporary: Path, path: Path, if_absent: bool) -> None:
-        if not is_beat_name(path.name):
+        if not is_heartbeat_name(path.name):
             self._die("middle")
         super()._place(temporary, path, if_absent)
 

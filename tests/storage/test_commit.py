@@ -15,7 +15,7 @@ from pausing import ORDERS, abreast
 from storage import open_store
 from storage.errors import AlreadyExists, Corrupt, Fenced, Transient
 from storage.format import layout
-from storage.parallel import run_abreast
+from storage.parallel import run_concurrently
 from storage.run import catalog, owner
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
@@ -106,7 +106,7 @@ def away() -> None:
 @in_any_order
 def test_of_several_failures_the_gravest_is_told(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever comes first. And the copy at the top stays that of whoever has committed."""
-    monkeypatch.setattr(commit, "run_abreast", abreast(order))
+    monkeypatch.setattr(commit, "run_concurrently", abreast(order))
     manifest, metadata = built()
     told: list[type[Exception]] = []
     for num_mended in range(4):
@@ -131,7 +131,7 @@ def test_of_several_failures_the_gravest_is_told(order: str, monkeypatch: pytest
 @in_any_order
 def test_who_is_superseded_in_the_first_round_commits_nothing(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by one who claims the run after the first look at the owner (forwards)."""
-    monkeypatch.setattr(commit, "run_abreast", abreast(order))
+    monkeypatch.setattr(commit, "run_concurrently", abreast(order))
     store, (manifest, metadata) = Scripted(), built()
     claim = ready(store)
     store.before[f"put {MANIFEST}"] = lambda: owner.claim(store, owner_of(1))
@@ -158,7 +158,7 @@ class Late(Scripted):
 
 @in_any_order
 def test_a_commit_that_lands_late_over_what_is_gone_is_taken_back(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit, "run_abreast", abreast(order))
+    monkeypatch.setattr(commit, "run_concurrently", abreast(order))
     store, (manifest, metadata) = Late(), built()
     with pytest.raises(Fenced, match=r"has cleaned this attempt up: .* is missing"):
         commit.publish(store, ATTEMPT, manifest, metadata, ready(store))
@@ -181,13 +181,13 @@ def test_calls_abreast_have_all_ended_and_the_first_in_order_is_told() -> None:
             raise error
         return name
 
-    assert run_abreast([lambda: call("slow", None), lambda: call("b", None), lambda: call("c", None)]) == [
+    assert run_concurrently([lambda: call("slow", None), lambda: call("b", None), lambda: call("c", None)]) == [
         *("slow", "b", "c")
     ]
     ended.clear()
     num_threads = threading.active_count()
     with pytest.raises(KeyError):
-        run_abreast([lambda: call("slow", KeyError()), lambda: call("b", ValueError()), lambda: call("c", None)])
+        run_concurrently([lambda: call("slow", KeyError()), lambda: call("b", ValueError()), lambda: call("c", None)])
     assert sorted(ended) == ["b", "c", "slow"]
     assert threading.active_count() == num_threads
 

@@ -20,7 +20,7 @@ from storage.saving.saveplan import Piece
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Buffer, ObjectInfo, put_fetched
-from storage.stores.retrying import stored_equal
+from storage.stores.retrying_store import stored_equal
 
 MIB = 1024 * 1024
 
@@ -144,7 +144,7 @@ def test_an_object_is_compared_byte_by_byte(data: bytes, cuts: list[int], flip: 
     store = MemoryStore("x")
     info = store.put("k", [data])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("storage.stores.retrying._COMPARED_SIZE_BYTES", 7)
+        patch.setattr("storage.stores.retrying_store._COMPARED_SIZE_BYTES", 7)
         assert stored_equal(store, "k", views) == (info if sent == data else None)
     assert stored_equal(store, "other", views) is None
 

@@ -17,11 +17,11 @@ from storage import Checkpointer, open_store
 from storage.errors import Cause, Denied, Transient
 from storage.events import Reporter
 from storage.run import owner
-from storage.run.alive import Heart
-from storage.stores.health import Away, Back, Health
+from storage.run.heartbeat import Heartbeat
+from storage.stores.health import StoreAway, StoreBack, StoreHealth
 from tests.cluster import read_lines, until
 from tests.s3 import S3Server
-from tests.storage.alive_cases import owner_of
+from tests.storage.heartbeat_cases import owner_of
 from tests.storage.proxy import Fault, FaultProxy
 
 
@@ -123,14 +123,14 @@ class Time:
 
 
 @pytest.fixture
-def told() -> tuple[Health, Time, list[Away | Back]]:
-    clock, heard = Time(), list[Away | Back]()
-    health = Health(lambda: clock.now_s)
+def told() -> tuple[StoreHealth, Time, list[StoreAway | StoreBack]]:
+    clock, heard = Time(), list[StoreAway | StoreBack]()
+    health = StoreHealth(lambda: clock.now_s)
     health.tell = heard.append
     return health, clock, heard
 
 
-def ask(health: Health, clock: Time, seconds: float, error: Exception | None = None) -> None:
+def ask(health: StoreHealth, clock: Time, seconds: float, error: Exception | None = None) -> None:
     """A request that takes so long."""
     try:
         with health.watched():
@@ -148,7 +148,7 @@ class TestHealth:
         for _ in range(20):
             ask(health, clock, 1.0, Transient("away", Cause.UNREACHABLE))
         ask(health, clock, 1.0)
-        assert heard == [Away(pytest.approx(3.0), Cause.UNREACHABLE, "away"), Back(pytest.approx(21.0))]
+        assert heard == [StoreAway(pytest.approx(3.0), Cause.UNREACHABLE, "away"), StoreBack(pytest.approx(21.0))]
 
     def test_one_success_among_failures_is_no_outage(self, told: Any) -> None:
         health, clock, heard = told
@@ -160,14 +160,14 @@ class TestHealth:
     def test_a_request_that_hangs_counts_from_its_start(self, told: Any) -> None:
         health, clock, heard = told
         ask(health, clock, 30.0, Transient("nothing came", Cause.STALLED))
-        assert heard == [Away(30.0, Cause.STALLED, "nothing came")]
+        assert heard == [StoreAway(30.0, Cause.STALLED, "nothing came")]
 
     def test_what_an_owner_sees_between_two_beats_began_halfway(self, told: Any) -> None:
         health, clock, heard = told
         ask(health, clock, 0.0)
         clock.now_s += 5.0
         ask(health, clock, 1.0, Transient("away"))
-        assert heard == [Away(3.5, Cause.OTHER, "away")]
+        assert heard == [StoreAway(3.5, Cause.OTHER, "away")]
 
     @pytest.mark.parametrize("error", [Denied("no"), Transient("another was first", Cause.CONFLICT)])
     def test_a_refusal_is_an_answer(self, told: Any, error: Exception) -> None:
@@ -186,7 +186,7 @@ def test_a_listener_is_not_kept_by_the_store_that_is_watched(memory_url: str) ->
     gc.collect()
     assert gone() is None
     assert store.retries.health.tell is not None
-    store.retries.health.tell(Back(1.0))
+    store.retries.health.tell(StoreBack(1.0))
 
 
 def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, agents_file: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, ag
         report = Reporter(None)
         report.watch(store)
         mine, _ = owner.claim(store, owner_of("a", "a", 1))
-        heart = Heart(store, mine, None, report, interval_s=0.2)
+        beats = Heartbeat(store, mine, None, report, interval_s=0.2)
         try:
             away = Fault("lose", times=1_000_000)
             began_s = time.monotonic()
@@ -209,7 +209,7 @@ def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, ag
             seconds = time.monotonic() - began_s
             until("its end is told", lambda: "checkpoint_store_back" in agents_file.read_text())
         finally:
-            heart.close()
+            beats.close()
     gone, back = read_lines(agents_file)
     assert (gone["event"], gone["cause"], back["event"]) == ("checkpoint_store_away", "reset", "checkpoint_store_back")
     assert back["seconds"] == pytest.approx(seconds, rel=0.1, abs=0.2)

@@ -13,7 +13,7 @@ import torch
 from elastic_moe.cli.main import main
 from storage import Checkpointer, inspect, open_store
 from storage.errors import Transient
-from storage.format.layout import is_beat_name
+from storage.format.layout import is_heartbeat_name
 from storage.run import garbage
 from storage.run.garbage import of_names, of_step, of_uploads
 from storage.run.retention import StepState
@@ -68,7 +68,7 @@ def test_probes_and_uploads() -> None:
     assert [row.name for row in of_names(listed, "probe", is_probe_name, BEFORE)] == [probe]
     assert of_names([ObjectInfo(probe, 5, "e", NEW)], "probe", is_probe_name, BEFORE) == []
     beats = [ObjectInfo("beat-" + "b" * 32, 2, "e", OLD), ObjectInfo("beat-" + "c" * 32, 2, "e", NEW)]
-    assert [row.name for row in of_names(beats, "beat", is_beat_name, BEFORE)] == [beats[0].key]
+    assert [row.name for row in of_names(beats, "beat", is_heartbeat_name, BEFORE)] == [beats[0].key]
     uploads = [Upload("x", "1", OLD), Upload("y", "2", NEW)]
     assert [row.name for row in of_uploads(uploads, BEFORE)] == ["x"]
 

@@ -22,11 +22,11 @@ from storage.errors import Cause, Corrupt, Interrupted
 from storage.format.index import Index
 from storage.loading.fetch import Pins, Source
 from storage.loading.reading import read_items
-from storage.stores.flight import Flight
+from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Buffer, ObjectStore
-from storage.stores.retries import Retrier, RetryLog
-from storage.stores.retrying import RetryingStore
+from storage.stores.retry_policy import Retrier, RetryLog
+from storage.stores.retrying_store import RetryingStore
 from storage.stores.s3.bucket import Bucket
 from tests.s3 import BUCKET, S3Server
 
@@ -86,7 +86,7 @@ def watched(memory_url: str) -> Watched:
 
 def reader(store: ObjectStore) -> Callable[[], memoryview]:
     """Reads ten bytes of the object, with one reader's pins."""
-    patient = RetryingStore(store, Retrier(Flight(8), RetryLog(), sleep=lambda seconds: None))
+    patient = RetryingStore(store, Retrier(AdaptiveLimit(8), RetryLog(), sleep=lambda seconds: None))
     pins = Pins()
 
     def read() -> memoryview:

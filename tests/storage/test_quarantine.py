@@ -95,7 +95,7 @@ def owned(url: str, generation: int, number: int) -> None:
 def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(
     kind: str, order: str, memory_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit, "run_abreast", abreast(order))
+    monkeypatch.setattr(commit, "run_concurrently", abreast(order))
     wrap: Callable[[Any], Any] = Plain if kind == "plain" else lambda store: store
     seen = set()
     for pause_at in itertools.count():

@@ -36,7 +36,7 @@ def restored(url: str, generation: int) -> tuple[int, int]:
 def test_a_paused_owner_never_tears_what_a_newer_one_commits(
     memory_url: str, newer_step: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit, "run_abreast", abreast(order))
+    monkeypatch.setattr(commit, "run_concurrently", abreast(order))
     seen = set()
     for pause_at in itertools.count():
         url = f"{memory_url}-{newer_step}-{pause_at}"

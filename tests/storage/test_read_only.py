@@ -85,7 +85,7 @@ def test_a_reader_restores_while_another_job_owns_the_run(run: str, proxy: Fault
         with Checkpointer(through(proxy, run), read_only=True, on_event=events[1]) as reader:
             found = state(0)
             assert (reader.restore(found), found["n"]) == (10, 10)
-            beats = {key for key in before if key.startswith(layout.BEAT_PREFIX)}
+            beats = {key for key in before if key.startswith(layout.HEARTBEAT_PREFIX)}
             assert {key: tag for key, tag in contents(store).items() if key not in beats} == {
                 key: tag for key, tag in before.items() if key not in beats
             }

@@ -1,4 +1,4 @@
-"""Trying again: the table, the flight, and what a retried store keeps or settles."""
+"""Trying again: the table, the adaptive limit, and what a retried store keeps or settles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, StorageError, Transient
-from storage.stores.flight import Flight, Window
+from storage.stores.adaptive_limit import AdaptiveLimit, CongestionWindow
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
-from storage.stores.retries import RULES, Retrier, RetryLog, Rule
-from storage.stores.retrying import RetryingStore, skip, stored_equal, views_of
+from storage.stores.retry_policy import RULES, Retrier, RetryLog, Rule
+from storage.stores.retrying_store import RetryingStore, skip, stored_equal, views_of
 
 
 class Time:
@@ -32,8 +32,8 @@ class Time:
 
 
 def make_retrier(time: Time, limit_max: int = 8) -> Retrier:
-    flight = Flight(limit_max, clock=lambda: time.now_s)
-    return Retrier(flight, RetryLog(), clock=lambda: time.now_s, sleep=time.sleep, uniform=random.Random(1).random)
+    limit = AdaptiveLimit(limit_max, clock=lambda: time.now_s)
+    return Retrier(limit, RetryLog(), clock=lambda: time.now_s, sleep=time.sleep, uniform=random.Random(1).random)
 
 
 def failing(errors: Sequence[StorageError]) -> Callable[[], str]:
@@ -122,19 +122,19 @@ class TestRules:
 class TestFlight:
     @given(st.lists(st.booleans(), max_size=300))
     def test_the_limit_stays_within_its_bounds(self, outcomes: list[bool]) -> None:
-        window = Window(32.0, 32)
+        window = CongestionWindow(32.0, 32)
         for index, throttled in enumerate(outcomes):
             window = window.throttled(float(index), float(index)) if throttled else window.succeeded()
             assert 1 <= window.limit <= 32
 
     def test_throttling_halves_once_for_all_that_flew_then(self) -> None:
-        window = Window(32.0, 32)
+        window = CongestionWindow(32.0, 32)
         for _ in range(32):
             window = window.throttled(now_s=10.0, started_s=9.0)
         assert window.limit == 16
 
     def test_it_recovers_by_one_for_each_round_of_successes(self) -> None:
-        window = Window(8.0, 32)
+        window = CongestionWindow(8.0, 32)
         for _ in range(8):
             window = window.succeeded()
         assert 8.5 < window.limit <= 9
@@ -144,24 +144,24 @@ class TestFlight:
 
     def test_a_throttled_retrier_lets_fewer_through(self) -> None:
         time = Time()
-        flight = Flight(4, clock=lambda: time.now_s)
-        retrier = Retrier(flight, RetryLog(), clock=lambda: time.now_s, sleep=time.sleep)
+        limit = AdaptiveLimit(4, clock=lambda: time.now_s)
+        retrier = Retrier(limit, RetryLog(), clock=lambda: time.now_s, sleep=time.sleep)
         retrier.call("x", failing([Transient("no", Cause.THROTTLED)] * 2))
-        assert flight.limit == 2  # 4, halved twice: 1, and one up for the success
+        assert limit.limit == 2  # 4, halved twice: 1, and one up for the success
 
     def test_no_more_fly_than_the_limit_and_none_waits_for_ever(self) -> None:
-        flight, lock, num_flying, most = Flight(3), threading.Lock(), 0, 0
+        limit, lock, num_under_way, most = AdaptiveLimit(3), threading.Lock(), 0, 0
 
         def work() -> None:
-            nonlocal num_flying, most
+            nonlocal num_under_way, most
             for _ in range(50):
-                with flight.slot():
+                with limit.slot():
                     with lock:
-                        num_flying += 1
-                        most = max(most, num_flying)
+                        num_under_way += 1
+                        most = max(most, num_under_way)
                     with lock:
-                        num_flying -= 1
-                flight.succeeded()
+                        num_under_way -= 1
+                limit.succeeded()
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
         for thread in threads:

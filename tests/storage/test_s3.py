@@ -264,7 +264,7 @@ def test_defaults_of_the_options_are_documented() -> None:
 
 
 def test_the_table_of_retries_is_documented() -> None:
-    from storage.stores.retries import RULES
+    from storage.stores.retry_policy import RULES
 
     page = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
     for cause, rule in RULES.items():

@@ -12,8 +12,8 @@ from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbid
 from storage.format import layout
 from storage.stores.registry import open_store, with_options
 from storage.stores.s3 import store as s3_store
-from storage.stores.s3.answers import Answer, Request, parse_body, to_error
 from storage.stores.s3.options import S3Options, format_url, parse_url
+from storage.stores.s3.refusals import Refusal, Request, parse_body, to_error
 from storage.stores.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes, parts_of
 
 REQUEST = Request("read", "s3://bucket/run/key", "bucket", "https://store.example")
@@ -72,7 +72,7 @@ def test_what_will_not(status: int, code: str, kind: type[StorageError], says: s
 def test_a_wrong_region_names_the_right_one() -> None:
     for error in (
         refusal(301, "PermanentRedirect", **{"X-Amz-Bucket-Region": "eu-west-1"}),
-        to_error(Answer(400, "AuthorizationHeaderMalformed", "", "eu-west-1"), REQUEST, 0.0),
+        to_error(Refusal(400, "AuthorizationHeaderMalformed", "", "eu-west-1"), REQUEST, 0.0),
     ):
         assert isinstance(error, Denied)
         assert "region=eu-west-1" in str(error)
@@ -145,7 +145,7 @@ def test_processes_of_a_node_share_its_connections(
     num_connections: int, per_node: int, num_processes: int, limit: int
 ) -> None:
     options = S3Options(num_connections=num_connections, num_connections_per_node=per_node)
-    assert options.flight_limit(num_processes) == limit
+    assert options.num_requests_max(num_processes) == limit
 
 
 @pytest.mark.parametrize(("told", "limit"), [("16", 16), ("", 32), ("many", 32)])
@@ -153,9 +153,9 @@ def test_the_launcher_tells_how_many_processes_a_node_has(
     monkeypatch: pytest.MonkeyPatch, told: str, limit: int
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
-    monkeypatch.setattr(s3_store, "_flights", {})
+    monkeypatch.setattr(s3_store, "_limits", {})
     open_store("s3://bucket/run?anonymous=true&endpoint_url=http://127.0.0.1:9")
-    assert [flight.limit for flight in s3_store._flights.values()] == [limit]
+    assert [limit.limit for limit in s3_store._limits.values()] == [limit]
 
 
 @pytest.mark.parametrize(

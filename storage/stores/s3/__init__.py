@@ -3,7 +3,7 @@
 options.py   what a URL may say
 client.py    the only file that knows boto3: credentials, signatures, control requests, multipart
 http.py      pooled connections; bodies straight from and into memory
-answers.py   pure: from a server's refusal to an error that says what to do
+refusals.py  pure: from a server's refusal to an error that says what to do
 listing.py   pure: what listings answer, checked, and where they end
 digests.py   pure: checksums that go along with what is put
 uploads.py   pure: how an object is divided into parts

@@ -22,15 +22,15 @@ from storage.stores.objects import (
     check_prefix,
     check_read_size,
 )
-from storage.stores.retries import RetryLog
-from storage.stores.retrying import views_of
-from storage.stores.s3.answers import Request, parse_body, to_error
+from storage.stores.retry_policy import RetryLog
+from storage.stores.retrying_store import views_of
 from storage.stores.s3.client import S3Client
 from storage.stores.s3.digests import Sent, digest, headers_of
-from storage.stores.s3.http import Answered, Connections, TooLong, error_body
+from storage.stores.s3.http import Connections, Response, TooLong, error_body
 from storage.stores.s3.listing import Page, all_pages
 from storage.stores.s3.options import S3Location, S3Options, format_url
 from storage.stores.s3.probe import honours_conditional_deletes, honours_conditions
+from storage.stores.s3.refusals import Request, parse_body, to_error
 
 T = TypeVar("T")
 
@@ -127,24 +127,24 @@ class Bucket:
         if if_match and not if_match.startswith(_WEAK):  # servers let no weak one match; `_check_range` compares it
             headers["If-Match"] = f'"{if_match}"'
 
-        def consume(answered: Answered) -> str:
-            self._check_range(key, answered, offset, size_bytes, if_match)
+        def consume(response: Response) -> str:
+            self._check_range(key, response, offset, size_bytes, if_match)
             try:
-                answered.read_into(views)
+                response.read_into(views)
             except Interrupted as error:
                 error.args = (f"read {self._what(key)}: {error}",)
                 error.etag = _read_etag(error.etag)
                 raise
-            return _read_etag(answered.headers.get("ETag", ""))
+            return _read_etag(response.headers.get("ETag", ""))
 
         return self._exchange("read", "GET", key, "", headers, (), consume)
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
 
-        def consume(answered: Answered) -> bytes:
+        def consume(response: Response) -> bytes:
             try:
-                return answered.read(objects.READ_SIZE_BYTES_MAX)
+                return response.read(objects.READ_SIZE_BYTES_MAX)
             except TooLong as error:
                 check_read_size(self._what(key), error.size_bytes)
                 raise
@@ -154,20 +154,20 @@ class Bucket:
     def info(self, key: str) -> ObjectInfo:
         """See `ObjectStore.info`."""
 
-        def consume(answered: Answered) -> ObjectInfo:
-            answered.read_start()
-            size = answered.headers.get("Content-Length", "")
+        def consume(response: Response) -> ObjectInfo:
+            response.read_start()
+            size = response.headers.get("Content-Length", "")
             if _NUMBER.fullmatch(size) is None:
                 told = f"{size!r} as its Content-Length" if size else "no Content-Length"
                 raise Transient(f"look at {self._what(key)}: the answer has {told}", Cause.TRUNCATED)
-            return ObjectInfo(key, int(size), _bare(answered.headers.get("ETag", "")))
+            return ObjectInfo(key, int(size), _bare(response.headers.get("ETag", "")))
 
         return self._exchange("look at", "HEAD", key, "", {}, (), consume)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`. One request each: not every server has the one for many."""
         try:
-            self._exchange("delete", "DELETE", key, "", {}, (), Answered.read_start)
+            self._exchange("delete", "DELETE", key, "", {}, (), Response.read_start)
         except NotFound:
             return
 
@@ -181,7 +181,7 @@ class Bucket:
     def delete_version(self, key: str, etag: str) -> bool:
         """See `ConditionalStore.delete_version`."""
         try:
-            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Answered.read_start)
+            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Response.read_start)
         except NotFound:
             return True
         except Corrupt:  # 412: another version is there
@@ -296,7 +296,7 @@ class Bucket:
         query: str,
         headers: Mapping[str, str],
         views: Sequence[memoryview],
-        consume: Callable[[Answered], T],
+        consume: Callable[[Response], T],
         if_absent: bool = False,
     ) -> T:
         check_key(key)
@@ -309,14 +309,14 @@ class Bucket:
         signed = self._client.sign(method, target, sent, payload_sha256)
         request = self._request(verb, key, if_absent, is_put=method == "PUT")
 
-        def checked(answered: Answered) -> T:
-            if answered.status in _OK:
+        def checked(response: Response) -> T:
+            if response.status in _OK:
                 self._is_known = True
-                return consume(answered)
-            body = error_body(answered)
-            if method == "HEAD" and (answered.status != 404 or not self._is_known):
+                return consume(response)
+            body = error_body(response)
+            if method == "HEAD" and (response.status != 404 or not self._is_known):
                 body = self._explain(target) or body
-            raise to_error(parse_body(answered.status, dict(answered.headers), body), request, time.time())
+            raise to_error(parse_body(response.status, dict(response.headers), body), request, time.time())
 
         return self._connections.exchange(method, target, signed, views, checked)
 
@@ -337,13 +337,13 @@ class Bucket:
         if offset > info.size_bytes:
             raise Corrupt(f"{self._what(info.key)} is shorter than it must be ({info.size_bytes} bytes)")
 
-    def _check_range(self, key: str, answered: Answered, offset: int, size_bytes: int, if_match: str | None) -> None:
+    def _check_range(self, key: str, response: Response, offset: int, size_bytes: int, if_match: str | None) -> None:
         """Whether this is the answer to what was asked: not every proxy and server keeps to ranges and conditions."""
-        etag = _bare(answered.headers.get("ETag", ""))
+        etag = _bare(response.headers.get("ETag", ""))
         if if_match and etag != _bare(if_match):
             raise Corrupt(f"{self._what(key)} changed while it was read")
-        match = _CONTENT_RANGE.fullmatch(answered.headers.get("Content-Range", ""))
-        if answered.status != 206 or match is None or int(match[1]) != offset:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status != 206 or match is None or int(match[1]) != offset:
             raise Denied(
                 f"{self._client.endpoint} does not answer ranged reads; {self._what(key)} cannot be read from it"
             )
@@ -351,13 +351,13 @@ class Bucket:
             raise Corrupt(f"{self._what(key)} is shorter than it must be ({match[3]} bytes)")
 
 
-def _raw_etag_of(answered: Answered) -> str:
-    answered.read_start()
-    return answered.headers.get("ETag", "")
+def _raw_etag_of(response: Response) -> str:
+    response.read_start()
+    return response.headers.get("ETag", "")
 
 
-def _etag_of(answered: Answered) -> str:
-    return _bare(_raw_etag_of(answered))
+def _etag_of(response: Response) -> str:
+    return _bare(_raw_etag_of(response))
 
 
 def _bare(etag: str) -> str:

@@ -1,7 +1,7 @@
 """The only file that knows boto3: credentials, signatures, control requests, multipart uploads.
 
-boto3 tries nothing again here: `storage.stores.retries` does, from one table for everything. Nor does it send anything:
-it makes the requests and reads the answers, and between the two they go over the connections of
+boto3 tries nothing again here: `storage.stores.retry_policy` does, from one table for everything. Nor does it send
+anything: it makes the requests and reads the answers, and between the two they go over the connections of
 `storage.stores.s3.http`, with an end to each answer.
 """
 
@@ -40,12 +40,12 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
-from storage.stores.s3.answers import Answer, Request, to_error
 from storage.stores.s3.digests import Sent, part_arguments, upload_arguments
-from storage.stores.s3.http import Address, Answered, Connections, TooLong, connect_error
+from storage.stores.s3.http import Address, Connections, Response, TooLong, connect_error
 from storage.stores.s3.listing import Page, UploadsPage, all_pages, needed, page_of, uploads_of
 from storage.stores.s3.options import S3Location, S3Options
 from storage.stores.s3.proxies import find_proxy
+from storage.stores.s3.refusals import Refusal, Request, to_error
 
 T = TypeVar("T")
 
@@ -166,13 +166,13 @@ class S3Client:
         headers = {name: _header(value) for name, value in request.headers.items() if name.lower() != "host"}
         body = request.body.encode() if isinstance(request.body, str) else bytes(request.body or b"")
 
-        def consume(answered: Answered) -> AWSResponse:
-            data = answered.read(ANSWER_SIZE_BYTES_MAX)
+        def consume(response: Response) -> AWSResponse:
+            data = response.read(ANSWER_SIZE_BYTES_MAX)
             if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
                 raise ValueError("it defines entities")
             if _FLAG.search(data):
                 raise ValueError("its IsTruncated is neither true nor false")
-            return AWSResponse(request.url, answered.status, dict(answered.headers), _Body(data))
+            return AWSResponse(request.url, response.status, dict(response.headers), _Body(data))
 
         target = url.path + (f"?{url.query}" if url.query else "")
         given = {**headers, "Host": self.host}
@@ -307,9 +307,9 @@ def _behind(error: ProxyConnectionError) -> Exception:
     return found or ConnectionError("no connection")
 
 
-def _answer(error: ClientError) -> Answer:
+def _answer(error: ClientError) -> Refusal:
     said, meta = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
     code, headers = str(said.get("Code", "")), meta.get("HTTPHeaders", {})
     region = said.get("Region") or headers.get("x-amz-bucket-region", "")
     status = int(meta.get("HTTPStatusCode", 0))
-    return Answer(status, "" if code.isdecimal() else code, str(said.get("Message", "")), region, headers)
+    return Refusal(status, "" if code.isdecimal() else code, str(said.get("Message", "")), region, headers)

@@ -60,7 +60,7 @@ class TooLong(Exception):
         self.size_bytes = size_bytes
 
 
-class _Response(http.client.HTTPResponse):
+class _BoundedResponse(http.client.HTTPResponse):
     """One whose head and tail have an end: `http.client` reads over any number of interim answers and of trailers."""
 
     _num_heads = 0
@@ -78,7 +78,7 @@ class _Response(http.client.HTTPResponse):
         raise http.client.HTTPException("no end of what follows the body")
 
 
-class Answered:
+class Response:
     """A response whose head has come; the body is read by one of the methods.
 
     `plain`: the socket that the body comes from, if that is one without TLS.
@@ -184,7 +184,7 @@ class Connections:
         target: str,
         headers: Mapping[str, str],
         body: Sequence[memoryview],
-        consume: Callable[[Answered], T],
+        consume: Callable[[Response], T],
     ) -> T:
         """Send one request and return what `consume` makes of its answer.
 
@@ -198,12 +198,12 @@ class Connections:
             connection, is_fresh = self._connect(), True
         may_stay_open = False
         try:
-            answered = self._ask(connection, is_fresh, method, target, headers, body)
+            response = self._ask(connection, is_fresh, method, target, headers, body)
             try:
-                return consume(answered)
+                return consume(response)
             finally:
-                may_stay_open = answered.may_stay_open
-                answered.close()
+                may_stay_open = response.may_stay_open
+                response.close()
         finally:
             if may_stay_open:
                 self._idle.put(connection)
@@ -218,7 +218,7 @@ class Connections:
         target: str,
         headers: Mapping[str, str],
         body: Sequence[memoryview],
-    ) -> Answered:
+    ) -> Response:
         try:
             connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
@@ -232,7 +232,7 @@ class Connections:
             return early
         try:
             plain = None if self._address.tls else connection.sock
-            return Answered(connection.getresponse(), plain=plain)
+            return Response(connection.getresponse(), plain=plain)
         except (OSError, http.client.HTTPException) as error:
             raise self._lost(error, is_fresh) from error
 
@@ -259,7 +259,7 @@ class Connections:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise connect_error(self._address, error) from error
-        connection.response_class = _Response
+        connection.response_class = _BoundedResponse
         connection.sock.settimeout(self._stall_timeout_s)
         if self._context is None:
             seconds, fraction = divmod(self._stall_timeout_s, 1)
@@ -317,10 +317,10 @@ def connect_error(address: Address, error: Exception) -> StorageError:
     return Transient(f"{what} cannot be reached ({why}){advice}", Cause.UNREACHABLE)
 
 
-def error_body(answered: Answered) -> bytes:
+def error_body(response: Response) -> bytes:
     """The start of a refusal's body; empty where it breaks off."""
     with contextlib.suppress(Transient):
-        return answered.read_start()
+        return response.read_start()
     return b""
 
 
@@ -354,11 +354,11 @@ def _receive(sock: socket.socket, view: memoryview) -> int:
         sock.settimeout(timeout_s)
 
 
-def _early_answer(connection: http.client.HTTPConnection) -> Answered | None:
+def _early_answer(connection: http.client.HTTPConnection) -> Response | None:
     """A server that refuses a body answers and closes before it has all of it."""
     try:
         connection.sock.settimeout(_EARLY_ANSWER_S)
-        return Answered(connection.getresponse(), is_early=True)
+        return Response(connection.getresponse(), is_early=True)
     except (OSError, http.client.HTTPException, AttributeError):
         return None
 

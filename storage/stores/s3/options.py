@@ -60,7 +60,7 @@ class S3Options(BaseModel):
             return value.rstrip("/")
         return value
 
-    def flight_limit(self, num_processes: int) -> int:
+    def num_requests_max(self, num_processes: int) -> int:
         """How many requests one of a node's processes may have under way: at least 1. Pure."""
         return max(1, min(self.num_connections, self.num_connections_per_node // num_processes))
 

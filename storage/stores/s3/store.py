@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
 from storage.parallel import Pool, run_all
-from storage.stores.flight import Flight
+from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
-from storage.stores.retries import IMPATIENT_RULES, Retrier
-from storage.stores.retrying import RetryingStore, stored_equal, views_of
+from storage.stores.retry_policy import IMPATIENT_RULES, Retrier
+from storage.stores.retrying_store import RetryingStore, stored_equal, views_of
 from storage.stores.s3.bucket import Bucket
 from storage.stores.s3.digests import Sent
 from storage.stores.s3.listing import Page
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 _NUM_PART_THREADS = 16
 
-_flights: dict[tuple[str, str], Flight] = {}
-_flights_lock = threading.Lock()
+_limits: dict[tuple[str, str], AdaptiveLimit] = {}
+_limits_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class S3Store(RetryingStore):
     def impatient(self, timeout_s: float) -> RetryingStore:
         """See `ImpatientStore.impatient`."""
         bucket = self._bucket.apart(timeout_s)
-        return RetryingStore(bucket, Retrier(Flight(1), bucket.retries, IMPATIENT_RULES))
+        return RetryingStore(bucket, Retrier(AdaptiveLimit(1), bucket.retries, IMPATIENT_RULES))
 
     def deletes_conditionally(self) -> bool:
         """See `ConditionalStore.deletes_conditionally`."""
@@ -97,7 +97,7 @@ class S3Store(RetryingStore):
     def _put_content(self, key: str, content: _Content, pool: Executor) -> ObjectInfo:
         # AWS wants the whole upload begun anew after a conflict, see CompleteMultipartUpload
         upload = functools.partial(self._put_parts, key, content, pool)
-        return self._retrier.call(f"put {key}", upload, in_flight=False)
+        return self._retrier.call(f"put {key}", upload, takes_slot=False)
 
     def _put_parts(self, key: str, content: _Content, pool: Executor) -> ObjectInfo:
         # parts wait for it on the same threads: a pool starts first what it was given first
@@ -177,10 +177,10 @@ def open_s3(rest: str) -> S3Store:
     """Open what follows `s3://`. Raises BadURL, Denied."""
     location, options = parse_url(rest)
     bucket = Bucket(location, options)
-    with _flights_lock:
-        # one flight for all stores of this process in a bucket: it is the bucket that throttles
-        flight = _flights.setdefault(bucket.name, Flight(options.flight_limit(_num_processes(os.environ))))
-    return S3Store(bucket, Retrier(flight, bucket.retries), options.part_size_bytes)
+    with _limits_lock:
+        # one limit for all stores of this process in a bucket: it is the bucket that throttles
+        limit = _limits.setdefault(bucket.name, AdaptiveLimit(options.num_requests_max(_num_processes(os.environ))))
+    return S3Store(bucket, Retrier(limit, bucket.retries), options.part_size_bytes)
 
 
 def _num_processes(env: Mapping[str, str]) -> int:

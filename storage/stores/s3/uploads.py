@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 
-from storage.stores.retrying import skip
+from storage.stores.retrying_store import skip
 
 NUM_PARTS_MAX = 10_000  # S3's limit; R2 wants all parts but the last to be equal as well
 _MIB = 1024 * 1024

@@ -29,8 +29,8 @@ from storage.stores.objects import ImpatientStore, ObjectStore
 
 log = logging.getLogger(__name__)
 
-BEAT_INTERVAL_S = 5.0
-BEAT_TIMEOUT_S = 5.0
+INTERVAL_S = 5.0
+TIMEOUT_S = 5.0
 _RETRY_INTERVAL_S = 1.0  # while the store is away, so that its return is soon known
 """A request for a beat that has not moved a byte for so long has stalled."""
 SILENCE_S = 30.0
@@ -45,7 +45,7 @@ _CLOSE_S = 15.0
 _CLOSING = b" closing\n"
 
 
-class Verdict(enum.Enum):
+class Liveness(enum.Enum):
     """What a watch has found."""
 
     UNKNOWN = "look on"
@@ -79,22 +79,22 @@ class Watch:
         since_s = now_s if self.closing_s is None else self.closing_s
         return replace(self, beat=beat, changed_s=now_s, closing_s=since_s if is_closing else None)
 
-    def verdict(self, now_s: float) -> Verdict:
+    def liveness(self, now_s: float) -> Liveness:
         """What follows, if the beat was that at `now_s` or later. Pure."""
         silent_s = now_s - self.changed_s
         if self.beat is None:
-            return Verdict.ENDED
+            return Liveness.ENDED
         if silent_s >= SILENCE_S:
-            return Verdict.SILENT
+            return Liveness.SILENT
         if self.closing_s is not None and now_s - self.closing_s < CLOSING_S_MAX:
-            return Verdict.UNKNOWN
+            return Liveness.UNKNOWN
         # a job that is just being ended may beat once or twice more
-        is_steady = self.changed_s > self.started_s and silent_s <= 2 * BEAT_INTERVAL_S
-        return Verdict.ALIVE if is_steady and now_s - self.started_s >= SILENCE_S else Verdict.UNKNOWN
+        is_steady = self.changed_s > self.started_s and silent_s <= 2 * INTERVAL_S
+        return Liveness.ALIVE if is_steady and now_s - self.started_s >= SILENCE_S else Liveness.UNKNOWN
 
 
 @dataclass(frozen=True)
-class Forerunner:
+class PreviousOwner:
     """Another job's claim that may be replaced, and why."""
 
     owner: Owner
@@ -107,7 +107,7 @@ def await_free(
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Forerunner | None:
+) -> PreviousOwner | None:
     """Return once no other job works on the run; the other job, if one has claimed it and not ended properly.
 
     Takes no time where the run is nobody's or this job's own, or the other job has ended.
@@ -117,23 +117,23 @@ def await_free(
         Transient, Denied: by the store.
     """
     while (recorded := _other(store, mine)) is not None:
-        verdict = _watch(store, recorded, mine, clock, sleep)
-        if verdict is Verdict.ALIVE:
+        liveness = _watch(store, recorded, mine, clock, sleep)
+        if liveness is Liveness.ALIVE:
             raise InUse(
                 f"{store.url} is in use: {recorded.who} saves there and is alive; end that job, give this one"
                 " another URL, or take the run over (take_over, after which the other job can save no more)"
             )
         if _other(store, mine) == recorded:
-            return Forerunner(recorded, verdict.value) if verdict is Verdict.SILENT else None
+            return PreviousOwner(recorded, liveness.value) if liveness is Liveness.SILENT else None
     return None
 
 
-def find_other(store: ObjectStore, mine: Owner) -> Forerunner | None:
+def find_other(store: ObjectStore, mine: Owner) -> PreviousOwner | None:
     """The other job that has the run, alive or not, for those who take it over without asking."""
     recorded = _other(store, mine)
     if recorded is None or _beat_of(store, recorded) is None:
         return None
-    return Forerunner(recorded, "it was asked for")
+    return PreviousOwner(recorded, "it was asked for")
 
 
 def _other(store: ObjectStore, mine: Owner) -> Owner | None:
@@ -147,10 +147,10 @@ def _other(store: ObjectStore, mine: Owner) -> Owner | None:
 
 def _watch(
     store: ObjectStore, recorded: Owner, mine: Owner, clock: Callable[[], float], sleep: Callable[[float], None]
-) -> Verdict:
+) -> Liveness:
     looked_s = clock()  # before the look: a read that stalls must not make the beat seem older than it is
     watch = Watch.begun(_beat_of(store, recorded), looked_s)
-    if watch.verdict(looked_s) is Verdict.UNKNOWN:
+    if watch.liveness(looked_s) is Liveness.UNKNOWN:
         log.warning(
             "%s has claimed %s; waiting for up to %.0f s to see whether it lives%s",
             *(recorded.who, store.url, 2 * SILENCE_S),
@@ -159,51 +159,51 @@ def _watch(
             else " (if both are one job: with --rdzv-id, torchrun's restarts wait for nobody)",
         )
     is_told = False
-    while (verdict := watch.verdict(looked_s)) is Verdict.UNKNOWN:
+    while (liveness := watch.liveness(looked_s)) is Liveness.UNKNOWN:
         if watch.closing_s is not None and not is_told:
             is_told = True
             log.warning("%s is closing; waiting for its last save, for up to %.0f s", recorded.who, CLOSING_S_MAX)
         sleep(_LOOK_INTERVAL_S)
         looked_s = clock()
         watch = watch.seen(_beat_of(store, recorded), clock())
-    return verdict
+    return liveness
 
 
 def _beat_of(store: ObjectStore, recorded: Owner) -> bytes | None:
     try:
-        return store.read(layout.beat_name(recorded.token))
+        return store.read(layout.heartbeat_name(recorded.token))
     except NotFound:
         return None
 
 
-def beat(store: ObjectStore, token: str, count: int, is_closing: bool = False) -> None:
+def write(store: ObjectStore, token: str, count: int, is_closing: bool = False) -> None:
     """Tell that the process which claims by `token` is alive, and whether it will soon let the run go."""
-    store.put(layout.beat_name(token), [b"%d" % count + (_CLOSING if is_closing else b"\n")])
+    store.put(layout.heartbeat_name(token), [b"%d" % count + (_CLOSING if is_closing else b"\n")])
 
 
-def pulse(store: ObjectStore, mine: Owner, count: int, is_closing: bool = False) -> Owner | None:
+def renew(store: ObjectStore, mine: Owner, count: int, is_closing: bool = False) -> Owner | None:
     """Beat, unless the claim was superseded; the claim that now holds, None if there is none.
 
     Raises Transient, Denied, Corrupt.
     """
     recorded = owner.read_owner(store)
     if recorded is not None and (recorded.token == mine.token or owner.is_late(recorded, mine)):
-        beat(store, mine.token, count, is_closing)
+        write(store, mine.token, count, is_closing)
         return mine
     return recorded
 
 
 def apart(store: ObjectStore) -> ObjectStore:
     """The store for the beats: they must not wait behind the parts of a checkpoint, nor for long."""
-    return store.impatient(BEAT_TIMEOUT_S) if isinstance(store, ImpatientStore) else store
+    return store.impatient(TIMEOUT_S) if isinstance(store, ImpatientStore) else store
 
 
-class Heart:
+class Heartbeat:
     """Beats for a claim, on a thread of its own, until it is closed or the claim is superseded, which it reports.
 
     It keeps neither `report` nor, by it, the listener alive.
 
-    Before that it removes the last beat of the claim that was superseded, by `forerunner_token`. A process that ends
+    Before that it removes the last beat of the claim that was superseded, by `previous_token`. A process that ends
     without `close`, but not by a signal, lets the run go all the same.
     """
 
@@ -211,9 +211,9 @@ class Heart:
         self,
         store: ObjectStore,
         mine: Owner,
-        forerunner_token: str | None,
+        previous_token: str | None,
         report: Reporter,
-        interval_s: float = BEAT_INTERVAL_S,
+        interval_s: float = INTERVAL_S,
     ) -> None:
         self._store = apart(store)
         self._mine = mine
@@ -223,7 +223,7 @@ class Heart:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, args=(forerunner_token,), name="storage-beat", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(previous_token,), name="storage-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -250,9 +250,9 @@ class Heart:
         if self._thread.is_alive():
             log.warning("%s: the store does not answer, so another job will have to wait for it", self._store.url)
 
-    def _run(self, forerunner_token: str | None) -> None:
-        if forerunner_token is not None:
-            self._remove(forerunner_token)
+    def _run(self, previous_token: str | None) -> None:
+        if previous_token is not None:
+            self._remove(previous_token)
         count, is_told = 0, False
         while True:
             self._wake.wait(min(self._interval_s, _RETRY_INTERVAL_S) if is_told else self._interval_s)
@@ -261,7 +261,7 @@ class Heart:
                 break
             count += 1
             try:
-                recorded = pulse(self._store, self._mine, count, self._is_closing)
+                recorded = renew(self._store, self._mine, count, self._is_closing)
                 if recorded is not self._mine:
                     self._lose(recorded)
                     break
@@ -280,6 +280,6 @@ class Heart:
 
     def _remove(self, token: str) -> None:
         try:
-            self._store.delete(layout.beat_name(token))
+            self._store.delete(layout.heartbeat_name(token))
         except StorageError as error:
             log.warning("a beat is left behind in %s: %s", self._store.url, error)

@@ -14,8 +14,8 @@ from typing import TypeVar
 import tenacity
 
 from storage.errors import Cause, Transient
-from storage.stores.flight import Flight
-from storage.stores.health import Health
+from storage.stores.adaptive_limit import AdaptiveLimit
+from storage.stores.health import StoreHealth
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +62,16 @@ IMPATIENT_RULES: Mapping[Cause, Rule] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Retries:
+class RetryCounts:
     """How many tries failed by cause, and how long their requests waited for the next, all together."""
 
     num_by_cause: Mapping[str, int] = field(default_factory=dict)
     waited_s: float = 0.0
 
-    def since(self, earlier: Retries) -> Retries:
+    def since(self, earlier: RetryCounts) -> RetryCounts:
         """What came after `earlier`. Pure."""
         counts = {c: n - earlier.num_by_cause.get(c, 0) for c, n in sorted(self.num_by_cause.items())}
-        return Retries({c: n for c, n in counts.items() if n}, self.waited_s - earlier.waited_s)
+        return RetryCounts({c: n for c, n in counts.items() if n}, self.waited_s - earlier.waited_s)
 
     def __str__(self) -> str:
         """Such as `3 throttled, 1 reset; waited 2.4 s`."""
@@ -85,8 +85,8 @@ class RetryLog:
     `health`: that of another log for the same store, whose requests are counted apart.
     """
 
-    def __init__(self, health: Health | None = None) -> None:
-        self.health = health or Health()
+    def __init__(self, health: StoreHealth | None = None) -> None:
+        self.health = health or StoreHealth()
         self._lock = threading.Lock()
         self._num_by_cause: Counter[str] = Counter()
         self._waited_s = 0.0
@@ -97,18 +97,18 @@ class RetryLog:
             self._num_by_cause[cause.value] += 1
             self._waited_s += wait_s
 
-    def snapshot(self) -> Retries:
+    def snapshot(self) -> RetryCounts:
         """The counts so far."""
         with self._lock:
-            return Retries(dict(self._num_by_cause), self._waited_s)
+            return RetryCounts(dict(self._num_by_cause), self._waited_s)
 
 
 class Retrier:
-    """Carries requests out, within `flight`, and again while the table says so. Thread-safe."""
+    """Carries requests out, within `limit`, and again while the table says so. Thread-safe."""
 
     def __init__(
         self,
-        flight: Flight,
+        limit: AdaptiveLimit,
         retries: RetryLog,
         rules: Mapping[Cause, Rule] = RULES,
         *,
@@ -116,7 +116,7 @@ class Retrier:
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[], float] = random.random,
     ) -> None:
-        self._flight = flight
+        self._limit = limit
         self.retries = retries
         self._rules = rules
         self._clock = clock
@@ -129,12 +129,12 @@ class Retrier:
         request: Callable[[], T],
         progressed: Callable[[Transient], bool] | None = None,
         *,
-        in_flight: bool = True,
+        takes_slot: bool = True,
     ) -> T:
         """What `request` returns at last; `what` names it in the log.
 
         `progressed(error)` may tell that the failed try got something done: the failures before it count no more.
-        With `in_flight` False it takes no place in the flight: for work that sends its requests through this retrier.
+        With `takes_slot` False it takes no slot of the limit: for work that sends its requests through this retrier.
 
         Raises the last Transient, marked as given up, and at once any other error.
         """
@@ -152,7 +152,7 @@ class Retrier:
                 sleep=self._sleep,
                 before_sleep=before_sleep,
                 reraise=True,
-            )(self._fly if in_flight else self._walk, request)
+            )(self._call_in_slot if takes_slot else self._call_watched, request)
             return result
         except Transient as error:
             if not error.given_up:
@@ -161,18 +161,18 @@ class Retrier:
                     error.args = (f"{error} (tried {course.num_tries} times)",)
             raise
 
-    def _fly(self, request: Callable[[], T]) -> T:
-        with self._flight.slot() as started_s:
+    def _call_in_slot(self, request: Callable[[], T]) -> T:
+        with self._limit.slot() as started_s:
             try:
-                result = self._walk(request)
+                result = self._call_watched(request)
             except Transient as error:
                 if error.cause is Cause.THROTTLED and not error.given_up:
-                    self._flight.throttled(started_s)
+                    self._limit.throttled(started_s)
                 raise
-            self._flight.succeeded()
+            self._limit.succeeded()
             return result
 
-    def _walk(self, request: Callable[[], T]) -> T:
+    def _call_watched(self, request: Callable[[], T]) -> T:
         with self.retries.health.watched():
             return request()
 

@@ -43,7 +43,7 @@ _BODY_MAX_CHARS = 200
 
 
 @dataclass(frozen=True)
-class Answer:
+class Refusal:
     """A server's refusal. `headers` have lower-case names."""
 
     status: int
@@ -65,7 +65,7 @@ class Request:
     if_absent: bool = False
 
 
-def parse_body(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
+def parse_body(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     """An error response, in whatever shape it comes: S3's XML, another's text, or nothing (HEAD)."""
     lower = {name.lower(): value for name, value in headers.items()}
     code = message = region = ""
@@ -77,10 +77,10 @@ def parse_body(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
             pass
     if not message:
         message = " ".join(re.sub(r"<[^>]*>", " ", body.decode("utf-8", "replace")).split())[:_BODY_MAX_CHARS]
-    return Answer(status, code, message, region or lower.get("x-amz-bucket-region", ""), lower)
+    return Refusal(status, code, message, region or lower.get("x-amz-bucket-region", ""), lower)
 
 
-def to_error(answer: Answer, request: Request, now_s: float) -> StorageError:
+def to_error(answer: Refusal, request: Request, now_s: float) -> StorageError:
     """The error of a refusal. Its text holds no credentials and no signatures."""
     status, code = answer.status, answer.code
     asked = f"{request.verb} {request.what}"
@@ -121,7 +121,7 @@ def to_error(answer: Answer, request: Request, now_s: float) -> StorageError:
     return kind(_refusal(answer, request, asked, said, now_s))
 
 
-def _refusal(answer: Answer, request: Request, asked: str, said: str, now_s: float) -> str:
+def _refusal(answer: Refusal, request: Request, asked: str, said: str, now_s: float) -> str:
     if answer.code == "RequestTimeTooSkewed":
         return f"{asked}: {_skew(answer, now_s)}; set this host's clock (NTP)"
     if answer.code == "InvalidAccessKeyId":
@@ -135,7 +135,7 @@ def _refusal(answer: Answer, request: Request, asked: str, said: str, now_s: flo
     return f"{asked}: refused ({said})"
 
 
-def _skew(answer: Answer, now_s: float) -> str:
+def _skew(answer: Refusal, now_s: float) -> str:
     try:
         skew_s = now_s - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
     except (KeyError, ValueError, TypeError):
@@ -143,7 +143,7 @@ def _skew(answer: Answer, now_s: float) -> str:
     return f"this host's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the store's"
 
 
-def _retry_after_s(answer: Answer) -> float | None:
+def _retry_after_s(answer: Refusal) -> float | None:
     text = answer.headers.get("retry-after", "")
     return min(float(text), 60.0) if text.isdecimal() else None
 

@@ -16,14 +16,14 @@ import torch
 from storage import Checkpointer, open_store, register_scheme
 from storage.errors import Cause, Fenced, InUse, Transient
 from storage.format import layout
-from storage.run import alive, owner
-from storage.run.alive import SILENCE_S, Heart, Verdict, Watch
-from storage.stores.flight import Flight
+from storage.run import heartbeat, owner
+from storage.run.heartbeat import SILENCE_S, Heartbeat, Liveness, Watch
+from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.memory import MemoryStore
-from storage.stores.retries import IMPATIENT_RULES, Retrier
-from storage.stores.retrying import RetryingStore
+from storage.stores.retry_policy import IMPATIENT_RULES, Retrier
+from storage.stores.retrying_store import RetryingStore
 from tests.cluster import until
-from tests.storage.alive_cases import owner_of
+from tests.storage.heartbeat_cases import owner_of
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
@@ -62,7 +62,7 @@ def beating(url: str, until_s: int = 1000) -> Time:
         if second % 5 == 0 and second <= until_s:
             recorded = owner.read_owner(store)
             assert recorded is not None
-            alive.beat(store, recorded.token, 1000 + second)
+            heartbeat.write(store, recorded.token, 1000 + second)
 
     return Time(each_second)
 
@@ -70,11 +70,11 @@ def beating(url: str, until_s: int = 1000) -> Time:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Time], None]:
     """Has Checkpointers wait by that time."""
-    await_free = alive.await_free
+    await_free = heartbeat.await_free
 
     def use(times: Time) -> None:
         patched = functools.partial(await_free, clock=times.clock, sleep=times.sleep)
-        monkeypatch.setattr(alive, "await_free", patched)
+        monkeypatch.setattr(heartbeat, "await_free", patched)
 
     return use
 
@@ -86,7 +86,7 @@ def never(second: int) -> None:
 # decisions ------------------------------------------------------------------------------------------------------
 
 
-def verdicts(beats: list[tuple[float, bytes | None]], *at_s: float) -> list[Verdict]:
+def verdicts(beats: list[tuple[float, bytes | None]], *at_s: float) -> list[Liveness]:
     """What a watch from second 0 says at those times, having seen those beats."""
     found = []
     for now_s in at_s:
@@ -94,12 +94,12 @@ def verdicts(beats: list[tuple[float, bytes | None]], *at_s: float) -> list[Verd
         for when_s, beat in beats:
             if when_s <= now_s:
                 watch = watch.seen(beat, when_s)
-        found.append(watch.verdict(now_s))
+        found.append(watch.liveness(now_s))
     return found
 
 
 def test_verdicts() -> None:
-    unknown, ended, silent, lives = Verdict.UNKNOWN, Verdict.ENDED, Verdict.SILENT, Verdict.ALIVE
+    unknown, ended, silent, lives = Liveness.UNKNOWN, Liveness.ENDED, Liveness.SILENT, Liveness.ALIVE
     assert verdicts([], 0, 29, 30) == [unknown, unknown, silent]
     assert verdicts([(s, b"%d" % s) for s in range(0, 100, 5)], 10, 29, 30) == [unknown, unknown, lives]
     assert verdicts([(0, b"0")], 29, 30) == [unknown, silent]  # the beat it had when the watch began is no change
@@ -109,7 +109,7 @@ def test_verdicts() -> None:
 
 
 def test_a_job_that_is_closing_is_waited_for() -> None:
-    unknown, ended, silent, lives = Verdict.UNKNOWN, Verdict.ENDED, Verdict.SILENT, Verdict.ALIVE
+    unknown, ended, silent, lives = Liveness.UNKNOWN, Liveness.ENDED, Liveness.SILENT, Liveness.ALIVE
     beats: list[tuple[float, bytes | None]] = [(s, b"%d\n" % s) for s in range(0, 20, 5)]
     closing: list[tuple[float, bytes | None]] = [(s, b"%d closing\n" % s) for s in range(20, 1000, 5)]
     assert verdicts([*beats, *closing], 30, 100, 619, 620) == [unknown, unknown, unknown, lives]
@@ -140,7 +140,7 @@ class Stalling(MemoryStore):
 
     def _ask(self) -> None:
         if next(self._num) in self._bad:
-            self._times.sleep(alive.BEAT_TIMEOUT_S)
+            self._times.sleep(heartbeat.TIMEOUT_S)
             raise Transient("stalled", Cause.STALLED)
 
 
@@ -149,18 +149,18 @@ def test_a_job_whose_requests_stall_is_not_taken_for_dead(first: int) -> None:
     times = Time()
     behind = Stalling(times, first + 4, 3)  # the claim takes three requests
     retrier = Retrier(
-        Flight(1), behind.retries, IMPATIENT_RULES, clock=times.clock, sleep=times.sleep, uniform=lambda: 1.0
+        AdaptiveLimit(1), behind.retries, IMPATIENT_RULES, clock=times.clock, sleep=times.sleep, uniform=lambda: 1.0
     )
     store = RetryingStore(behind, retrier)
     mine, _ = owner.claim(store, owner_of("a", "a"))
-    alive.beat(store, mine.token, 0)
+    heartbeat.write(store, mine.token, 0)
     for count in range(1, 10):
-        times.sleep(alive.BEAT_INTERVAL_S)
+        times.sleep(heartbeat.INTERVAL_S)
         with contextlib.suppress(Transient):
-            assert alive.pulse(store, mine, count) is mine
+            assert heartbeat.renew(store, mine, count) is mine
     gap_s = max(after - before for before, after in itertools.pairwise(behind.beats_s[1:]))
-    assert alive.BEAT_INTERVAL_S + 10 < gap_s <= 26
-    assert gap_s + 2 * alive.BEAT_INTERVAL_S > SILENCE_S - 10, "the bound is no longer near what it guards"
+    assert heartbeat.INTERVAL_S + 10 < gap_s <= 26
+    assert gap_s + 2 * heartbeat.INTERVAL_S > SILENCE_S - 10, "the bound is no longer near what it guards"
     assert gap_s + 1 < SILENCE_S  # looked at once a second
 
 
@@ -216,7 +216,7 @@ def test_a_dead_job_is_superseded(
 ) -> None:
     url = make_url(kind)
     dead, _ = owner.claim(open_store(url), owner_of("a", "d", 3, "first"))
-    alive.beat(open_store(url), dead.token, 0)
+    heartbeat.write(open_store(url), dead.token, 0)
     times = beating(url, until_s=dies_at_s)
     use(times)
     with Checkpointer(url, lineage="b", run_id="second", on_event=events[1]) as second:
@@ -252,13 +252,13 @@ def test_who_waits_is_told_for_how_long_and_what_spares_it(
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     store = open_store(memory_url)
     owner.claim(store, owner_of("", "d", run_id="first"))
-    alive.beat(store, "d" * 32, 0)
+    heartbeat.write(store, "d" * 32, 0)
     use(Time())
     with Checkpointer(memory_url, lineage="b"):
         assert "job 'first' (generation 0, on node-1) has claimed" in caplog.text
         assert "up to 60 s" in caplog.text
         assert "--rdzv-id" not in caplog.text
-        alive.beat(store, "e" * 32, 0)
+        heartbeat.write(store, "e" * 32, 0)
         owner.claim(store, owner_of("", "e"))
         with Checkpointer(memory_url):
             assert "--rdzv-id" in caplog.text
@@ -270,13 +270,13 @@ def test_a_job_that_closes_while_it_saves_is_waited_for(memory_url: str, caplog:
 
     def each_second(second: int) -> None:
         if second == 100:
-            store.delete(layout.beat_name(mine.token))
+            store.delete(layout.heartbeat_name(mine.token))
         elif second % 5 == 0 and second < 100:
-            alive.beat(store, mine.token, second, is_closing=second >= 10)
+            heartbeat.write(store, mine.token, second, is_closing=second >= 10)
 
     times = Time(each_second)
-    alive.beat(store, mine.token, 0)
-    assert alive.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep) is None
+    heartbeat.write(store, mine.token, 0)
+    assert heartbeat.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep) is None
     assert times.now_s == 100
     assert caplog.text.count("job 'first' (generation 0, on node-1) is closing; waiting for its last save") == 1
 
@@ -314,7 +314,7 @@ class Held(MemoryStore):
 def test_the_loser_of_two_that_claim_at_once_is_told(
     memory_url: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alive, "Heart", functools.partial(Heart, interval_s=0.01))
+    monkeypatch.setattr(heartbeat, "Heartbeat", functools.partial(Heartbeat, interval_s=0.01))
     with Checkpointer(memory_url, lineage="a", on_event=events[1]) as loser:
         owner.claim(open_store(memory_url), owner_of("b", "b", run_id="second"))
         until("it is told", lambda: bool(events[0]))
@@ -327,12 +327,12 @@ def test_the_loser_of_two_that_claim_at_once_is_told(
 @pytest.mark.parametrize("kind", ["juicefs", "fsspec-s3"])
 def test_beats_wait_behind_nothing_else(kind: str, make_url: Callable[[str], str]) -> None:
     store = open_store(make_url(kind))
-    brisk = alive.apart(store)
+    brisk = heartbeat.apart(store)
     assert isinstance(store, RetryingStore)
     with contextlib.ExitStack() as full:
-        for _ in range(store._retrier._flight.limit):
-            full.enter_context(store._retrier._flight.slot())
-        beating = threading.Thread(target=alive.beat, args=(brisk, "a" * 32, 7), daemon=True)
+        for _ in range(store._retrier._limit.limit):
+            full.enter_context(store._retrier._limit.slot())
+        beating = threading.Thread(target=heartbeat.write, args=(brisk, "a" * 32, 7), daemon=True)
         beating.start()
         beating.join(60)
         assert not beating.is_alive()
@@ -342,18 +342,18 @@ def test_beats_wait_behind_nothing_else(kind: str, make_url: Callable[[str], str
 def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: str) -> None:
     store = open_store(memory_url)
     owner.claim(store, owner_of("a", "a", run_id="first"))
-    alive.beat(store, "a" * 32, 0)
+    heartbeat.write(store, "a" * 32, 0)
 
     def each_second(second: int) -> None:
         if second == SILENCE_S:
-            alive.beat(store, "c" * 32, 0)
+            heartbeat.write(store, "c" * 32, 0)
             owner.claim(store, owner_of("c", "c", run_id="third"))
         if second > SILENCE_S:
-            alive.beat(store, "c" * 32, second)
+            heartbeat.write(store, "c" * 32, second)
 
     times = Time(each_second)
     with pytest.raises(InUse, match="job 'third'"):
-        alive.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep)
+        heartbeat.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep)
 
 
 def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

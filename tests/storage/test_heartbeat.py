@@ -10,13 +10,13 @@ import pytest
 from storage import open_store
 from storage.errors import NotFound, Transient
 from storage.format.sealed import seal
-from storage.run import alive, owner
-from storage.run.alive import Heart
+from storage.run import heartbeat, owner
+from storage.run.heartbeat import Heartbeat
 from storage.run.owner import Owner
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
 from tests.cluster import until
-from tests.storage.alive_cases import QUIET, owner_of
+from tests.storage.heartbeat_cases import QUIET, owner_of
 
 
 def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
@@ -29,17 +29,17 @@ def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
 def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a"))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
     seen = set[bytes | None]()
     until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
-    heart.close()
+    beats.close()
     assert beat_of(store, mine) is None
 
 
 def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
     store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
@@ -47,9 +47,9 @@ def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCap
     until("it beats on", lambda: beat_of(store, mine) not in (None, before))
     owner.claim(store, owner_of("b", "b"))
     until("it stops", lambda: "checkpoint_fenced" in caplog.text and beat_of(store, mine) is None)
-    assert heart.fenced is not None
-    assert "now belongs to another job (generation 0, on node-1)" in heart.fenced
-    heart.close()
+    assert beats.fenced is not None
+    assert "now belongs to another job (generation 0, on node-1)" in beats.fenced
+    beats.close()
 
 
 class Outage(MemoryStore):
@@ -75,10 +75,10 @@ class Outage(MemoryStore):
 def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alive, "_CLOSE_S", 0.1)
+    monkeypatch.setattr(heartbeat, "_CLOSE_S", 0.1)
     store = Outage()
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    heart = Heart(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
     until("it beats", lambda: beat_of(store, mine) is not None)
     store.away = True
     until("it is told", lambda: "cannot be told" in caplog.text)
@@ -88,8 +88,8 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
     assert caplog.text.count("cannot be told") == 1
     store.away = True
     try:
-        heart.close()
+        beats.close()
         assert "another job will have to wait" in caplog.text
     finally:
         store.back.set()
-    until("the thread has ended", lambda: not any(t.name == "storage-beat" for t in threading.enumerate()))
+    until("the thread has ended", lambda: not any(t.name == "storage-heartbeat" for t in threading.enumerate()))

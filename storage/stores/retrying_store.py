@@ -1,4 +1,4 @@
-"""A remote store made patient: every operation is tried again as the table in `storage.stores.retries` says."""
+"""A remote store made patient: every operation is tried again as the table in `storage.stores.retry_policy` says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from storage.errors import AlreadyExists, Interrupted, NotFound, Transient
 from storage.stores.objects import Buffer, Capabilities, ObjectInfo, ObjectStore
-from storage.stores.retries import Retrier, RetryLog
+from storage.stores.retry_policy import Retrier, RetryLog
 
 _COMPARED_SIZE_BYTES = 8 * 1024 * 1024
 

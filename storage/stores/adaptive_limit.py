@@ -16,31 +16,31 @@ _DECREASE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class CongestionWindow:
     """The limit now, and when it last went down. `limit` is between 1 and `limit_max`."""
 
     limit: float
     limit_max: int
     decreased_s: float = float("-inf")
 
-    def succeeded(self) -> Window:
+    def succeeded(self) -> CongestionWindow:
         """After a request that was not throttled."""
         return replace(self, limit=min(self.limit + 1.0 / self.limit, float(self.limit_max)))
 
-    def throttled(self, now_s: float, started_s: float) -> Window:
+    def throttled(self, now_s: float, started_s: float) -> CongestionWindow:
         """After a request that was. Those that were sent before the limit last went down say nothing new."""
         if started_s < self.decreased_s:
             return self
         return replace(self, limit=max(1.0, self.limit * _DECREASE), decreased_s=now_s)
 
 
-class Flight:
+class AdaptiveLimit:
     """Lets as many threads of this process through as the window says. Thread-safe."""
 
     def __init__(self, limit_max: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._window = Window(float(limit_max), limit_max)
+        self._window = CongestionWindow(float(limit_max), limit_max)
         self._clock = clock
-        self._num_flying = 0
+        self._num_under_way = 0
         self._changed = threading.Condition()
 
     @property
@@ -52,13 +52,13 @@ class Flight:
     def slot(self) -> Iterator[float]:
         """Wait for a place and hold it; yields when it was got, for `throttled`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_flying < self.limit)
-            self._num_flying += 1
+            self._changed.wait_for(lambda: self._num_under_way < self.limit)
+            self._num_under_way += 1
         try:
             yield self._clock()
         finally:
             with self._changed:
-                self._num_flying -= 1
+                self._num_under_way -= 1
                 self._changed.notify_all()
 
     def succeeded(self) -> None:
