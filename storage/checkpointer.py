@@ -170,7 +170,7 @@ class Checkpointer:
         if agreed is not None:
             payloads, staging_error = agreed.stage(self._buffer)
             attempt = Attempt.of_step(step, agreed.attempt, self._group.world_size)
-            staged_bytes = sum(payload.piece.size_bytes for payload in payloads)
+            staged_bytes = sum(payload.chunk.size_bytes for payload in payloads)
             seconds = round(time.monotonic() - started_s, 4)
             self._report("checkpoint_staged", step=step, seconds=seconds, bytes=staged_bytes)
             self._saver.submit(

@@ -48,7 +48,7 @@ from storage.ranks.callers import find_caller
 from storage.run import catalog, replacing
 from storage.saving import commit
 from storage.saving.commit import Attempt, Contents, Origin
-from storage.saving.saveplan import Piece
+from storage.saving.saveplan import Chunk
 from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
@@ -326,17 +326,17 @@ class ShardWriter(_Place, StorageWriter):
             else:
                 data = content.getvalue()
                 check_value(data, item.index.fqn)
-                payloads.append(Payload(_piece(item), EncodedItem((data,), 0, len(data))))
+                payloads.append(Payload(_chunk(item), EncodedItem((data,), 0, len(data))))
         # DCP keeps the state as it is until this returns (`async_save` has made a copy of its own), so that only what
         # lies in another way, or on another device, has to be copied
         copied = iter(self._buffer.stage([tensor for _, tensor in tensors if as_staged(tensor) is None]))
         for item, tensor in tensors:
             plain = as_staged(tensor)
-            payloads.append(Payload(_piece(item), next(copied) if plain is None else plain))
+            payloads.append(Payload(_chunk(item), next(copied) if plain is None else plain))
         ticket: _Ticket = _last.__dict__.pop("ticket", plan.storage_data)
         self._attempt_id = ticket.attempt_id
         objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
-        index_of = {_piece(item).identity: item.index for item in plan.items}
+        index_of = {_chunk(item).identity: item.index for item in plan.items}
         return [
             WriteResult(
                 index=index_of[entry.key, entry.offsets],
@@ -364,15 +364,15 @@ class ShardWriter(_Place, StorageWriter):
             replacing.remove(self._store, self._prefix, replaced)
 
 
-def _piece(item: WriteItem) -> Piece:
+def _chunk(item: WriteItem) -> Chunk:
     """The planner's item in this package's words; the path is the coordinator's to know."""
     data = item.tensor_data
     if data is None or item.type is WriteItemType.BYTE_IO:
-        return Piece(item.index.fqn, (), None, None, None, "", 0)
+        return Chunk(item.index.fqn, (), None, None, None, "", 0)
     sizes, dtype = tuple(data.chunk.sizes), data.properties.dtype
     name = str(dtype).removeprefix("torch.")
     size_bytes = math.prod(sizes) * dtype.itemsize
-    return Piece(item.index.fqn, (), tuple(data.chunk.offsets), sizes, tuple(data.size), name, size_bytes)
+    return Chunk(item.index.fqn, (), tuple(data.chunk.offsets), sizes, tuple(data.size), name, size_bytes)
 
 
 def _receipt(attempt: str, results: list[WriteResult]) -> Receipt:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli import transfer
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import inspect
+from storage import inspection
 from storage.run import garbage
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def register(verbs: Subparsers) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     location = _locate(args)
-    rows = inspect.summaries(location)
+    rows = inspection.summaries(location)
     _tell_retries(location)
     if args.json:
         _print_json([dataclasses.asdict(row) for row in rows])
@@ -90,7 +90,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     location = _locate(args)
-    found = inspect.details(location.store, inspect.checkpoints(location)[0])
+    found = inspection.details(location.store, inspection.checkpoints(location)[0])
     _tell_retries(location)
     if args.json:
         _print_json(dataclasses.asdict(found))
@@ -118,8 +118,8 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     location = _locate(args)
     verdicts = []
-    for prefix in inspect.checkpoints(location):
-        verdict = inspect.verify(location.store, prefix)
+    for prefix in inspection.checkpoints(location):
+        verdict = inspection.verify(location.store, prefix)
         verdicts.append(verdict)
         if not args.json:
             _print_verdict(verdict)
@@ -163,20 +163,20 @@ def _hours(text: str) -> float:
     return hours
 
 
-def _locate(args: argparse.Namespace) -> inspect.Location:
+def _locate(args: argparse.Namespace) -> inspection.Location:
     """Open the URL with what the options add to it. Raises UserError for options that it cannot have."""
     (url,) = with_s3_options(args, args.url)
-    return inspect.locate(url)
+    return inspection.locate(url)
 
 
-def _tell_retries(location: inspect.Location) -> None:
+def _tell_retries(location: inspection.Location) -> None:
     """On stderr, what was not smooth."""
     retries = location.store.retries.snapshot()
     if retries.num_by_cause:
         print(f"the store had to be asked again: {retries}", file=sys.stderr)
 
 
-def _print_verdict(verdict: inspect.Verdict) -> None:
+def _print_verdict(verdict: inspection.Verdict) -> None:
     name = verdict.folder or "checkpoint"
     if not verdict.problems:
         print(f"{name}: good, {size_text(verdict.size_bytes)} in {verdict.num_objects} objects")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import inspect
+from storage import inspection
 from storage.stores.retry_policy import RetryCounts
-from storage.transfer import errands
+from storage.transfer import copy_jobs
+from storage.transfer.copy_jobs import Found, Outcome
 from storage.transfer.copying import Copier
-from storage.transfer.errands import Found, Outcome
 from storage.transfer.passage import Advance
 
 if TYPE_CHECKING:
@@ -65,11 +65,10 @@ def register(actions: Subparsers) -> None:
 def _copy(args: argparse.Namespace) -> int:
     _check_direction(args)
     source_url, target_url = with_s3_options(args, args.source, args.target)
-    source, target = inspect.locate(source_url), errands.open_target(target_url)
+    source, target = inspection.locate(source_url), copy_jobs.open_target(target_url)
     started_s = time.monotonic()
     looked = [
-        errands.look(source.store, target.store, errand)
-        for errand in errands.plan(source, target, args.step, args.last)
+        copy_jobs.look(source.store, target.store, job) for job in copy_jobs.plan(source, target, args.step, args.last)
     ]
     if args.dry_run:
         outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]
@@ -100,8 +99,8 @@ def _planned(found: Found) -> Outcome:
     there = [entry for entry in found.objects if found.sizes_there.get(entry.name) == entry.size_bytes]
     there_bytes = sum(entry.size_bytes for entry in there)
     return Outcome(
-        found.errand.folder,
-        found.errand.step,
+        found.job.folder,
+        found.job.step,
         "planned",
         num_objects_sent=len(found.objects) - len(there),
         num_objects_present=len(there),

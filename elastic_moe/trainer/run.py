@@ -22,7 +22,7 @@ from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
 from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, on_all_ranks, process_group
-from storage import Checkpointer, inspect
+from storage import Checkpointer, inspection
 from storage.errors import NoCheckpoint, StorageError
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _give_up(job: JobConfig, progress: DataProgress, checkpointer: Checkpointer 
 
 def _healthy_steps(url: str) -> list[int]:
     try:
-        rows = inspect.summaries(inspect.locate(url))
+        rows = inspection.summaries(inspection.locate(url))
     except NoCheckpoint:
         return []
     except StorageError as error:

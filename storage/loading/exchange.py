@@ -18,7 +18,7 @@ import numpy as np
 from storage.format.columns import Array, Ints
 from storage.format.index import Index, spans
 from storage.loading.fetch import Source, Traffic, scratch
-from storage.loading.neighbours import Neighbours
+from storage.loading.host_memory import HostMemory
 from storage.loading.pieces import Held, Piece, joined, receiving, scatter
 from storage.loading.readplan import Stripes
 from storage.loading.requests import Requests, as_bytes, packed
@@ -120,14 +120,14 @@ class Exchange:
     def __init__(
         self,
         group: Group,
-        neighbours: Neighbours,
+        host_memory: HostMemory,
         source: Source,
         shared: Shared,
         piece_of: Callable[[int], Piece],
         requests: Requests,
     ) -> None:
         self._group = group
-        self._neighbours = neighbours
+        self._host_memory = host_memory
         self._source = source
         self._shared = shared
         self._piece_of = piece_of
@@ -216,7 +216,7 @@ class Exchange:
     def _carry_out(self, batch: _Round) -> Exception | None:
         """Send and receive the pieces of one round, and deliver them; what went wrong with the delivery."""
         expected = [Expected(entry.owner, memory) for entry in batch.incoming for memory in entry.memories]
-        self._neighbours.swap(batch.sends, expected)
+        self._host_memory.swap(batch.sends, expected)
         fetched_bytes = sum(held.piece.size_bytes for held in batch.owned)
         self._traffic += Traffic(len(batch.owned), fetched_bytes, sum(len(entry.into) for entry in expected))
         try:
@@ -261,7 +261,7 @@ class Exchange:
             return
         for content, memories in zip(entry.memories, entry.parcels, strict=True):
             scatter(content, memories)
-        if entry.owner in self._neighbours.readable:
+        if entry.owner in self._host_memory.readable:
             # copied from memory that the owner has verified, as if it were this rank's own
             self._source.add_to_sums(entry.piece.part, entry.held.memories)
         else:

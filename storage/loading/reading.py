@@ -20,7 +20,7 @@ from storage.format.stock import END_SIZE_BYTES, Layout, look
 from storage.loading.casts import Casts
 from storage.loading.exchange import Exchange, Shared, agree, learn_crcs
 from storage.loading.fetch import Source, Traffic, scratch
-from storage.loading.neighbours import BOOT_ID, Neighbours
+from storage.loading.host_memory import BOOT_ID, HostMemory
 from storage.loading.pieces import Piece, clipped, item_segments, long_runs
 from storage.loading.readplan import Part, Range, Segment, Want, plan_parts
 from storage.loading.requests import Requests, long_items, reads_of, requests_of
@@ -84,7 +84,7 @@ def read_items(
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
             piece_of = _Pieces(places, shared, requests).piece
-            traffic += Exchange(group, Neighbours(group), source, shared, piece_of, requests).run(pool)
+            traffic += Exchange(group, HostMemory(group), source, shared, piece_of, requests).run(pool)
             holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
         if damaged := requests.damaged():

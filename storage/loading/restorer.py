@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage import inspect
+from storage import inspection
 from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, UnloadableValue, WrongModel
 from storage.events import Reporter
 from storage.format import layout
@@ -219,7 +219,7 @@ class Restorer:
             complaints = {rank: told for rank, told in complaints.items() if told["text"]}
             keys = {told["key"] for told in complaints.values()}
             try:
-                verdict = inspect.verify(self._store, layout.step_folder(step) + "/", None if None in keys else keys)
+                verdict = inspection.verify(self._store, layout.step_folder(step) + "/", None if None in keys else keys)
             except NoCheckpoint:
                 return  # somebody else was faster
             if not verdict.problems:

@@ -104,7 +104,7 @@ class Consensus:
             is_first = self._plan is None
             holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
             is_planned = self._plan is not None and self._plan.digest == holdings.digest
-            wanted = self._plan.picks if is_planned and self._plan else range(len(holdings.pieces))
+            wanted = self._plan.picks if is_planned and self._plan else range(len(holdings.chunks))
             return holdings, holdings.encode_values(wanted), to_message(None)
         except Exception as error:
             if not isinstance(error, (UsageError, ValueError)):
@@ -158,7 +158,7 @@ class Consensus:
             nonlocal contents
             shares = [load_share(data) for data in gathered or []]
             try:
-                picks = assign([share.pieces for share in shares])
+                picks = assign([share.chunks for share in shares])
                 contents = contents_of(shares)
                 if len(shares) > 1:  # each rank's alone is a tree
                     tree_of(contents.paths, contents.containers)

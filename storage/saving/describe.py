@@ -21,7 +21,7 @@ from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.tensors import oddity
 from storage.format.values import encode_value
 from storage.saving.commit import Contents
-from storage.saving.saveplan import Piece, Share, dump_share
+from storage.saving.saveplan import Chunk, Share, dump_share
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import fingerprint
@@ -33,14 +33,14 @@ _PARAMETER_SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Holdings:
-    """What this rank could write of the state: one piece for each write item of the planner.
+    """What this rank could write of the state: one chunk for each write item of the planner.
 
     `sums`: by name, fingerprints of what every rank must hold alike.
     """
 
     planner: DefaultSavePlanner
     items: tuple[WriteItem, ...]
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     containers: tuple[Container, ...]
     sums: Mapping[str, str]
     digest: str
@@ -48,18 +48,18 @@ class Holdings:
     @property
     def share(self) -> Share:
         """What the coordinator has to know of it."""
-        return Share(self.pieces, self.containers)
+        return Share(self.chunks, self.containers)
 
     def encode_values(self, positions: Collection[int]) -> dict[int, EncodedItem]:
         """The values among `positions`, encoded. Raises UnsupportedValue."""
         return {
-            position: encode_value(self.pieces[position].key, self.planner.lookup_object(self.items[position].index))
+            position: encode_value(self.chunks[position].key, self.planner.lookup_object(self.items[position].index))
             for position in positions
-            if self.pieces[position].sizes is None
+            if self.chunks[position].sizes is None
         }
 
     def stage(self, picks: Collection[int], values: dict[int, EncodedItem], buffer: StagingBuffer) -> list[Payload]:
-        """The content of the picked pieces, copied: the state may change from here on.
+        """The content of the picked chunks, copied: the state may change from here on.
 
         `values` are those that are encoded already. Raises UnsupportedValue.
         """
@@ -68,8 +68,8 @@ class Holdings:
         tensors = [position for position in missing if position not in values]
         staged = buffer.stage([self._tensor(position) for position in tensors])
         return [
-            *(Payload(self.pieces[position], item) for position, item in values.items() if position in picks),
-            *(Payload(self.pieces[p], tensor) for p, tensor in zip(tensors, staged, strict=True)),
+            *(Payload(self.chunks[position], item) for position, item in values.items() if position in picks),
+            *(Payload(self.chunks[p], tensor) for p, tensor in zip(tensors, staged, strict=True)),
         ]
 
     def _tensor(self, position: int) -> torch.Tensor:
@@ -93,15 +93,15 @@ def describe(
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
     items = tuple(planner.create_local_plan().items)
-    pieces = tuple(_piece(item, flat.paths) for item in items)
-    share = Share(pieces, tuple(flat.containers))
+    chunks = tuple(_chunk(item, flat.paths) for item in items)
+    share = Share(chunks, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
     sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)} if compares else {}
     if compares:
         sums |= {name: fingerprint(length) for name, length in flat.lengths.items()}
     if compares_parameters:
         sums |= {name: fingerprint(p, _PARAMETER_SAMPLE_BYTES) for name, p in objects.unsynchronised()}
-    return Holdings(planner, items, pieces, share.containers, sums, digest)
+    return Holdings(planner, items, chunks, share.containers, sums, digest)
 
 
 def _shared(flat: Flat, objects: Objects) -> list[str]:
@@ -142,16 +142,16 @@ def _local(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _piece(item: WriteItem, paths: Mapping[str, Path]) -> Piece:
+def _chunk(item: WriteItem, paths: Mapping[str, Path]) -> Chunk:
     key = item.index.fqn
     path = paths[key]
     if item.type is WriteItemType.BYTE_IO:
-        return Piece(key, path, None, None, None, "", 0)
+        return Chunk(key, path, None, None, None, "", 0)
     data = item.tensor_data
     assert data is not None
     dtype = data.properties.dtype
     sizes = tuple(data.chunk.sizes)
-    return Piece(
+    return Chunk(
         key,
         path,
         tuple(data.chunk.offsets),
@@ -167,9 +167,9 @@ def contents_of(shares: Collection[Share]) -> Contents:
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     for share in shares:
-        for piece in share.pieces:
-            if piece.shape is None:
-                values.setdefault(piece.key, ValueEntry(path=piece.path))
+        for chunk in share.chunks:
+            if chunk.shape is None:
+                values.setdefault(chunk.key, ValueEntry(path=chunk.path))
             else:
-                tensors.setdefault(piece.key, TensorEntry(dtype=piece.dtype, shape=piece.shape, path=piece.path))
+                tensors.setdefault(chunk.key, TensorEntry(dtype=chunk.dtype, shape=chunk.shape, path=chunk.path))
     return Contents(tensors, values, join_containers([share.containers for share in shares]))

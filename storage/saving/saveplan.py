@@ -1,6 +1,6 @@
 """Which rank writes which chunk of the state. Pure: no torch, no store.
 
-Every rank describes what it holds (`Piece`), the coordinator assigns each distinct piece to one of the ranks that
+Every rank describes what it holds (`Chunk`), the coordinator assigns each distinct chunk to one of the ranks that
 hold it, and so gets the index of the whole state.
 """
 
@@ -17,7 +17,7 @@ from storage.format.containers import Container, Path
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A chunk of a tensor, or a value, that a rank holds.
 
     For a value `offsets`, `sizes` and `shape` are None, `dtype` is "" and `size_bytes` 0 (not known yet).
@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def identity(self) -> tuple[str, tuple[int, ...] | None]:
-        """Equal for the copies of one piece on several ranks."""
+        """Equal for the copies of one chunk on several ranks."""
         return self.key, self.offsets
 
 
@@ -41,7 +41,7 @@ class Piece:
 class Share:
     """What a rank holds of the state."""
 
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     containers: tuple[Container, ...] = ()
 
 
@@ -69,10 +69,10 @@ def load_picks(data: bytes) -> tuple[tuple[int, ...], ...]:
     return _picks.validate_json(data)
 
 
-def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
-    """For each rank, the positions (ascending) of its pieces that it must write.
+def assign(chunks_of_rank: Sequence[Sequence[Chunk]]) -> list[list[int]]:
+    """For each rank, the positions (ascending) of its chunks that it must write.
 
-    Every distinct piece is written once. Tensor chunks go, largest first, to the holder with the fewest bytes so
+    Every distinct chunk is written once. Tensor chunks go, largest first, to the holder with the fewest bytes so
     far; values to the lowest rank that has them, so that which rank's value is kept does not depend on sizes. Chunks
     without elements (an empty tensor's, or made by uneven sharding) are nobody's: there is nothing to store.
 
@@ -80,47 +80,50 @@ def assign(pieces_of_rank: Sequence[Sequence[Piece]]) -> list[list[int]]:
         ValueError: ranks disagree about a tensor, or their chunks do not make up the whole of it.
     """
     holders: dict[tuple[str, tuple[int, ...] | None], list[tuple[int, int]]] = defaultdict(list)
-    for rank, pieces in enumerate(pieces_of_rank):
-        for position, piece in enumerate(pieces):
-            if not _is_empty(piece):
-                holders[piece.identity].append((rank, position))
-    _check_whole(pieces_of_rank, holders)
-    picks: list[list[int]] = [[] for _ in pieces_of_rank]
-    load_bytes = [0] * len(pieces_of_rank)
+    for rank, chunks in enumerate(chunks_of_rank):
+        for position, chunk in enumerate(chunks):
+            if not _is_empty(chunk):
+                holders[chunk.identity].append((rank, position))
+    _check_whole(chunks_of_rank, holders)
+    picks: list[list[int]] = [[] for _ in chunks_of_rank]
+    load_bytes = [0] * len(chunks_of_rank)
 
-    def first(identity: tuple[str, tuple[int, ...] | None]) -> Piece:
+    def first(identity: tuple[str, tuple[int, ...] | None]) -> Chunk:
         rank, position = holders[identity][0]
-        return pieces_of_rank[rank][position]
+        return chunks_of_rank[rank][position]
 
     for identity in sorted(holders, key=lambda identity: -first(identity).size_bytes):
-        piece = first(identity)
-        if piece.sizes is None:
+        chunk = first(identity)
+        if chunk.sizes is None:
             rank, position = holders[identity][0]
         else:
             rank, position = min(holders[identity], key=lambda holder: (load_bytes[holder[0]], holder[0]))
-        load_bytes[rank] += piece.size_bytes
+        load_bytes[rank] += chunk.size_bytes
         picks[rank].append(position)
     return [sorted(pick) for pick in picks]
 
 
-def _is_empty(piece: Piece) -> bool:
-    return piece.sizes is not None and math.prod(piece.sizes) == 0
+def _is_empty(chunk: Chunk) -> bool:
+    return chunk.sizes is not None and math.prod(chunk.sizes) == 0
 
 
 def _check_whole(
-    pieces_of_rank: Sequence[Sequence[Piece]],
+    chunks_of_rank: Sequence[Sequence[Chunk]],
     holders: dict[tuple[str, tuple[int, ...] | None], list[tuple[int, int]]],
 ) -> None:
     kinds: dict[str, tuple[tuple[int, ...] | None, str]] = {}
     num_elements: dict[str, int] = defaultdict(int)
     for places in holders.values():
-        chunks = {(piece.sizes, piece.shape, piece.dtype) for piece in (pieces_of_rank[r][p] for r, p in places)}
+        descriptions = {(chunk.sizes, chunk.shape, chunk.dtype) for chunk in (chunks_of_rank[r][p] for r, p in places)}
         rank, position = places[0]
-        piece = pieces_of_rank[rank][position]
-        if len(chunks) > 1 or kinds.setdefault(piece.key, (piece.shape, piece.dtype)) != (piece.shape, piece.dtype):
-            raise ValueError(f"ranks hold different things under {piece.key!r}")
-        if piece.sizes is not None:
-            num_elements[piece.key] += math.prod(piece.sizes)
+        chunk = chunks_of_rank[rank][position]
+        if len(descriptions) > 1 or kinds.setdefault(chunk.key, (chunk.shape, chunk.dtype)) != (
+            chunk.shape,
+            chunk.dtype,
+        ):
+            raise ValueError(f"ranks hold different things under {chunk.key!r}")
+        if chunk.sizes is not None:
+            num_elements[chunk.key] += math.prod(chunk.sizes)
     for key, num in num_elements.items():
         shape = kinds[key][0] or ()
         if num != math.prod(shape):

@@ -15,7 +15,7 @@ from storage.format.items import EncodedItem, item_of
 from storage.format.manifest import ItemEntry, ObjectEntry
 from storage.parallel import Pool, run_all
 from storage.saving.encoding import Encoding, ObjectContent
-from storage.saving.saveplan import Piece
+from storage.saving.saveplan import Chunk
 from storage.stores.objects import ObjectStore, put_fetched
 
 NUM_THREADS = 4
@@ -26,9 +26,9 @@ OBJECT_SIZE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Payload:
-    """A piece with its content: a staged tensor (see `storage.saving.staging`), or a value that is encoded already."""
+    """A chunk with its content: a staged tensor (see `storage.saving.staging`), or a value that is encoded already."""
 
-    piece: Piece
+    chunk: Chunk
     content: torch.Tensor | EncodedItem
 
     @property
@@ -102,9 +102,9 @@ def _write_object(
     info = put_fetched(store, prefix + name, content.size_bytes, content.fetch, parts)
     entries = [
         ItemEntry(
-            key=payload.piece.key,
-            offsets=payload.piece.offsets,
-            sizes=payload.piece.sizes,
+            key=payload.chunk.key,
+            offsets=payload.chunk.offsets,
+            sizes=payload.chunk.sizes,
             object=index,
             offset=offset,
             length=item.length,

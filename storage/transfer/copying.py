@@ -26,9 +26,9 @@ from storage.run import catalog, garbage
 from storage.saving import commit
 from storage.saving.commit import Attempt
 from storage.stores.objects import MultipartStore, ObjectStore, parts_of_size, put_fetched
-from storage.transfer import errands
+from storage.transfer import copy_jobs
+from storage.transfer.copy_jobs import Contents, CopyJob, Found, Outcome
 from storage.transfer.copyplan import DataObject
-from storage.transfer.errands import Contents, Errand, Found, Outcome
 from storage.transfer.passage import Advance, Passage
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ ABANDONED_AGE_S = 24 * 3600.0
 
 
 class Copier:
-    """Copies what `errands.look` has found.
+    """Copies what `copy_jobs.look` has found.
 
     `advance` is told of bytes, from any thread; fewer, where some must go again.
     `now_unix_s` is when it begins: what others have begun long before it is given up for dead.
@@ -69,48 +69,44 @@ class Copier:
             Fenced: a job at the target has removed what was copied, before it was committed.
             Transient, Denied, Unconfirmed: by a store.
         """
-        errand = found.errand
+        job = found.job
         # another copy may have committed it since it was looked for: nothing is rewritten below its readers
-        if (outcome := errands.present_already(self._target, found)) is not None:
+        if (outcome := copy_jobs.present_already(self._target, found)) is not None:
             return outcome
-        contents = errands.find_twice(self._source, errand)
+        contents = copy_jobs.find_twice(self._source, job)
         if isinstance(contents, Outcome):
             return contents
         if contents.found.metadata != found.metadata:
-            return errands.removed(errand)
+            return copy_jobs.removed(job)
         contents = replace(contents, found=found)
         try:
             sent = self._copy_objects(contents)
-            if self._is_replaced(errand, found.metadata):
-                return errands.removed(errand)
+            if self._is_replaced(job, found.metadata):
+                return copy_jobs.removed(job)
             try:
                 self._publish(contents)
             except AlreadyExists:
                 # by another copy that was faster, or it was set aside here, and its objects are whole again
-                outcome = errands.present(
-                    self._target, found, self._target.read(errand.target_prefix + layout.METADATA)
-                )
+                outcome = copy_jobs.present(self._target, found, self._target.read(job.target_prefix + layout.METADATA))
                 if outcome.state != "present":
                     return outcome
         except Corrupt as error:
-            if self._is_replaced(errand, found.metadata):
-                return errands.removed(errand)
-            return Outcome(errand.folder, errand.step, "damaged", str(error))
+            if self._is_replaced(job, found.metadata):
+                return copy_jobs.removed(job)
+            return Outcome(job.folder, job.step, "damaged", str(error))
         except NotFound as error:  # what lacks in the source is Corrupt
             raise StorageError(
-                f"{errand.folder or 'the checkpoint'} cannot be written to {self._target.url}: {error}; nothing can be "
+                f"{job.folder or 'the checkpoint'} cannot be written to {self._target.url}: {error}; nothing can be "
                 "created there, or another program works on it at the same time"
             ) from error
         sizes = [entry.size_bytes for entry in found.objects]
         sent_bytes = sum(size for size, was_sent in zip(sizes, sent, strict=True) if was_sent)
         num_sent, present_bytes = sum(sent), sum(sizes) - sent_bytes
-        return Outcome(
-            errand.folder, errand.step, "copied", "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes
-        )
+        return Outcome(job.folder, job.step, "copied", "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes)
 
-    def _is_replaced(self, errand: Errand, metadata: bytes) -> bool:
+    def _is_replaced(self, job: CopyJob, metadata: bytes) -> bool:
         try:
-            return self._source.read(errand.source_prefix + layout.METADATA) != metadata
+            return self._source.read(job.source_prefix + layout.METADATA) != metadata
         except NotFound:
             return True
 
@@ -149,7 +145,7 @@ class Copier:
         """
         if not isinstance(self._target, MultipartStore):
             return
-        keys = {found.errand.target_prefix + entry.name for entry in found.objects}
+        keys = {found.job.target_prefix + entry.name for entry in found.objects}
         uploads = [upload for upload in self._target.uploads() if upload.key in keys]
         for old in garbage.of_uploads(uploads, self._now_unix_s - ABANDONED_AGE_S):
             garbage.remove(self._target, old)
@@ -157,9 +153,9 @@ class Copier:
 
     def _ensure(self, contents: Contents, number: int, parts: Executor) -> bool:
         """Have the object at the target; whether it had to be sent."""
-        errand, entry = contents.found.errand, contents.found.objects[number]
+        job, entry = contents.found.job, contents.found.objects[number]
         blocks = None if contents.checksums is None else contents.checksums.blocks(number)
-        source_key, target_key = errand.source_prefix + entry.name, errand.target_prefix + entry.name
+        source_key, target_key = job.source_prefix + entry.name, job.target_prefix + entry.name
         ours = functools.partial(Passage, self._source, source_key, entry.size_bytes, blocks, is_owed=True)
         theirs = functools.partial(Passage, self._target, target_key, entry.size_bytes, blocks, is_owed=False)
         is_candidate = contents.found.sizes_there.get(entry.name) == entry.size_bytes
@@ -205,7 +201,7 @@ class Copier:
     def _publish(self, contents: Contents) -> None:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
         found, manifest = contents.found, contents.manifest
-        prefix = found.errand.target_prefix
+        prefix = found.job.target_prefix
         if manifest is None:
             listed = {info.key.removeprefix(prefix): info for info in self._target.list(prefix)}
             entries = [ObjectEntry(name=entry.name, size_bytes=entry.size_bytes, etag="") for entry in found.objects]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from storage import Checkpointer, ShardReader, inspect, register_scheme
+from storage import Checkpointer, ShardReader, inspection, register_scheme
 from storage.errors import StorageError
 from storage.stores.memory import MemoryStore
 from tests.fuzz.faults import Objects
@@ -114,9 +114,9 @@ def _read_stock() -> str:
 
 def _verify() -> str:
     """Says nothing of the content: a problem is found, or the run is read next."""
-    location = inspect.locate(URL)
-    for prefix in inspect.checkpoints(location):
-        inspect.verify(location.store, prefix)
+    location = inspection.locate(URL)
+    for prefix in inspection.checkpoints(location):
+        inspection.verify(location.store, prefix)
     return VERIFIED
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import inspect
+from storage import inspection
 from tests.cluster import Cluster, cluster, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -45,5 +45,5 @@ def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str) -> None:
     assert restored["step"] >= 10
     told = [line["step"] for line in read_lines(tmp_path / "steps.jsonl") if line["world_size"] == 1]
     assert told == list(range(restored["step"] + 1, STEPS + 1)), "no step twice, none left out"
-    (newest, *_) = inspect.summaries(inspect.locate(str(tmp_path / "checkpoints")))
+    (newest, *_) = inspection.summaries(inspection.locate(str(tmp_path / "checkpoints")))
     assert (newest.step, newest.state) == (STEPS, "committed")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from elastic_moe import worker
-from storage import inspect
+from storage import inspection
 from tests.integrations.small import Net, Rows, build, updates
 
 STEPS = 12
@@ -155,7 +155,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     unbroken, *_ = run(tmp_path / "unbroken")
     for name, parameter in unbroken.state_dict().items():
         assert torch.equal(parameter, net.state_dict()[name]), name
-    steps = [(row.step, row.state) for row in inspect.summaries(inspect.locate(str(tmp_path / "broken/checkpoints")))]
+    steps = [
+        (row.step, row.state) for row in inspection.summaries(inspection.locate(str(tmp_path / "broken/checkpoints")))
+    ]
     assert steps == [(STEPS, "committed"), (10, "committed"), (7, "committed")]
 
 
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_is_not_gone_on_from(
     forward = Net.forward
     monkeypatch.setattr(Net, "forward", lambda self, x, labels: {"loss": forward(self, x, labels)["loss"] * torch.nan})
     run(tmp_path)
-    rows = [(row.step, row.state) for row in inspect.summaries(inspect.locate(str(tmp_path / "checkpoints")))]
+    rows = [(row.step, row.state) for row in inspection.summaries(inspection.locate(str(tmp_path / "checkpoints")))]
     assert rows[0] == (9, "unhealthy")
     assert rows[-1][1] == "committed"
 

@@ -25,7 +25,7 @@ from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import StepResult
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Phase, StopReason
-from storage import Checkpointer, inspect
+from storage import Checkpointer, inspection
 from tests.moe.cases import fitted
 from tests.moe.test_train import World, job, lines
 from tests.moe.test_training import job as step_job
@@ -326,7 +326,7 @@ def poison(at: int, rank: int) -> None:
 
 
 def states(folder: Path) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(str(folder / "checkpoints")))]
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(str(folder / "checkpoints")))]
 
 
 def test_a_run_through_skipped_steps_and_a_kill_equals_an_unbroken_one(tmp_path: Path) -> None:

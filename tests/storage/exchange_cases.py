@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from storage import Checkpointer, ShardReader, register_scheme
 from storage.errors import StorageError, Transient
-from storage.loading import exchange, neighbours, reading
-from storage.loading.neighbours import read_memory
+from storage.loading import exchange, host_memory, reading
+from storage.loading.host_memory import read_memory
 from storage.loading.pieces import item_segments, long_runs
 from storage.loading.shareplan import plan_shares
 from storage.stores.local import LocalStore
@@ -231,8 +231,8 @@ def neighbouring(url: str, layout: str, num_reads_max: int, damages: bool) -> tu
     register_scheme("neighbouring", lambda rest: Counting(url))
     spread = Layout(layout)
     state, error = large_state(spread, 0), ""
-    with pytest.MonkeyPatch.context() as patch, captured("storage.loading.neighbours") as lines:
-        patch.setattr(neighbours, "read_memory", limited)
+    with pytest.MonkeyPatch.context() as patch, captured("storage.loading.host_memory") as lines:
+        patch.setattr(host_memory, "read_memory", limited)
         if damages and dist.get_rank() == 0:
             patch.setattr(exchange, "joined", damaged)
         try:
@@ -275,7 +275,7 @@ def lose(url: str, victim: int) -> str:
     state = large_state(Layout("replicated on 2"), 0)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() != victim:
-            patch.setattr(neighbours, "read_memory", killing)
+            patch.setattr(host_memory, "read_memory", killing)
         try:
             dcp.load(state, storage_reader=ShardReader("losing://"))
         except Exception as error:

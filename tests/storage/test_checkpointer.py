@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store
+from storage import Checkpointer, inspection, open_store
 from storage.errors import Corrupt, Fenced, StorageError, UnsupportedValue, UsageError, WrongModel
 from storage.format.sealed import seal
 from storage.run import owner, retention
@@ -122,7 +122,7 @@ def test_newest_wins_and_old_ones_go(tmp_path: Path, events: Events) -> None:
         state = make_state(0)
         assert ckpt.restore(state) == 40
     assert same(state, make_state(40))
-    assert [row.step for row in inspect.summaries(inspect.locate(url))] == [40, 30]
+    assert [row.step for row in inspection.summaries(inspection.locate(url))] == [40, 30]
     assert "checkpoint_failed" not in names(events)
 
 
@@ -189,7 +189,7 @@ def test_a_flipped_byte_anywhere_is_detected_or_harmless(tmp_path: Path, events:
                 data = bytearray(path.read_bytes())
                 data[position] ^= 0x10
                 path.write_bytes(data)
-            verdict = inspect.verify(open_store(str(run)), "step-000000020/")
+            verdict = inspection.verify(open_store(str(run)), "step-000000020/")
             events[0].clear()
             state = make_state(0)
             with Checkpointer(str(run), on_event=events[1]) as ckpt:
@@ -227,7 +227,7 @@ def test_one_damaged_manifest_of_two_is_told_and_harmless(
         path.unlink()
     else:
         path.write_bytes(other.read_bytes() if how != "flipped" else path.read_bytes().replace(b"step", b"steP"))
-    assert not inspect.verify(open_store(str(tmp_path)), "step-000000020/").problems
+    assert not inspection.verify(open_store(str(tmp_path)), "step-000000020/").problems
     with Checkpointer(str(tmp_path)) as ckpt:
         assert ckpt.restore(make_state(0)) == 20
     assert ("checksum" in caplog.text) == (victim == "manifest.json" and how != "missing")
@@ -244,7 +244,7 @@ def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
     else:
         for path in (tmp_path / "step-000000020").rglob(name):
             path.unlink()
-    assert inspect.verify(open_store(str(tmp_path)), "step-000000020/").problems
+    assert inspection.verify(open_store(str(tmp_path)), "step-000000020/").problems
     with Checkpointer(str(tmp_path)) as ckpt:
         assert ckpt.restore(make_state(0)) == 10
 
@@ -325,7 +325,7 @@ def test_attempts_that_no_live_job_owns_are_removed(tmp_path: Path) -> None:
         ckpt.save(20, make_state(20), wait=True)
         ckpt.wait()
     assert not [name for name in every_object(tmp_path) if "dead" in name]
-    assert inspect.checkpoints(inspect.locate(str(tmp_path))) == ["step-000000020/"]
+    assert inspection.checkpoints(inspection.locate(str(tmp_path))) == ["step-000000020/"]
 
 
 def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
@@ -410,7 +410,7 @@ def test_who_saved_comes_from_the_environment(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("ELASTIC_MOE_MESH", '{"replicate":1,"shard":1,"expert":1}')
     with Checkpointer(str(tmp_path)) as ckpt:
         ckpt.save(1, make_state(1), wait=True)
-    (row,) = inspect.summaries(inspect.locate(str(tmp_path)))
+    (row,) = inspection.summaries(inspection.locate(str(tmp_path)))
     assert (row.generation, row.lineage, row.mesh) == (4, "launch-a", {"replicate": 1, "shard": 1, "expert": 1})
     assert row.state == "committed"
 

@@ -100,7 +100,7 @@ def test_verify_reads_no_torch_for_our_own_format(url: str) -> None:
     import sys
 
     code = (
-        "import sys; from storage import inspect as i; l = i.locate(sys.argv[1]);"
+        "import sys; from storage import inspection as i; l = i.locate(sys.argv[1]);"
         "assert not i.verify(l.store, l.prefix).problems; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, f"{url}/step-000000020"], check=True)

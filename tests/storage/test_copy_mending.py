@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.errors import NotFound, StorageError
 from storage.run import quarantine
 from storage.stores import fsspec_store
@@ -25,7 +25,7 @@ from storage.stores.fsspec_store import PatientFsspecStore
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, Upload
 from storage.stores.s3.store import S3Store
-from storage.transfer import copying, errands
+from storage.transfer import copy_jobs, copying
 
 METADATA = "step-000000020/.metadata"
 _names = itertools.count()
@@ -52,7 +52,7 @@ def push(source: str, store: Any) -> int:
 
 
 def state_of(store: Any) -> str:
-    (row,) = inspect.summaries(inspect.locate(url_of(store)))
+    (row,) = inspection.summaries(inspection.locate(url_of(store)))
     return row.state
 
 
@@ -113,8 +113,8 @@ def test_a_copy_that_dies_anywhere_over_what_is_set_aside_loses_nothing(source: 
         assert state_of(alive) == "quarantined", mortal.died_before
         assert push(source, alive) == 0
         assert state_of(alive) == "committed", mortal.died_before
-        assert not inspect.verify(inner, "step-000000020/").problems
-    assert not inspect.verify(inner, "step-000000020/").problems
+        assert not inspection.verify(inner, "step-000000020/").problems
+    assert not inspection.verify(inner, "step-000000020/").problems
     assert seen[-1].startswith("delete step-000000020/quarantined-")
     assert (f"put {METADATA}" in seen) == (not is_plain)  # else it is there, and counts once the marker is gone
 
@@ -139,7 +139,7 @@ def test_a_manifest_of_a_dead_copy_that_is_damaged_is_put_again(source: str, is_
         damage(store, "manifest.json")
     assert push(source, store) == 0
     assert state_of(store) == "committed"
-    assert not inspect.verify(store, "step-000000020/").problems
+    assert not inspection.verify(store, "step-000000020/").problems
 
 
 # beside other copies --------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def test_only_uploads_of_long_ago_are_given_up(
 
 
 def test_a_copy_sends_nothing_below_a_checkpoint_that_another_has_committed_meanwhile(source: str) -> None:
-    store, ours = MemoryStore("x"), inspect.locate(source)
-    (errand,) = errands.plan(ours, inspect.Location(store, None))
-    found = errands.look(ours.store, store, errand)
-    assert isinstance(found, errands.Found)
+    store, ours = MemoryStore("x"), inspection.locate(source)
+    (job,) = copy_jobs.plan(ours, inspection.Location(store, None))
+    found = copy_jobs.look(ours.store, store, job)
+    assert isinstance(found, copy_jobs.Found)
     assert push(source, store) == 0
     before = store.list("")
     assert copying.Copier(ours.store, store, 0.0).copy(found).state == "present"

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from elastic_moe.cli.transfer import ProgressLines
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.errors import Corrupt, NoCheckpoint
 from storage.format.checksum import combine_crc32c, crc32c
 from storage.run import catalog
@@ -33,7 +33,7 @@ from storage.saving import writing
 from storage.stores import memory
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo, parts_of_size
-from storage.transfer import copying, errands
+from storage.transfer import copy_jobs, copying
 from storage.transfer.copyplan import BlockCheck, Blocks, choose
 from tests.s3 import S3Server
 
@@ -199,7 +199,7 @@ def test_a_damaged_source_is_refused_and_what_is_good_is_copied(
     result = run(capsys, "pull", url, target, code=1)
     assert [(row["step"], row["state"]) for row in result["steps"]] == [(20, "damaged"), (10, "copied")]
     assert "damaged" in result["steps"][0]["reason"] or "checksum" in result["steps"][0]["reason"]
-    assert [row.state for row in inspect.summaries(inspect.locate(target))][-1] == "committed"
+    assert [row.state for row in inspection.summaries(inspection.locate(target))][-1] == "committed"
     assert catalog.committed_steps(open_store(target)) == [10]
     assert main(["ckpt", "pull", url, target, "--step", "20", "--quiet"]) == 1
     assert "step-000000020: DAMAGED, not copied" in capsys.readouterr().out
@@ -283,7 +283,7 @@ class Watcher:
     def _watch(self) -> None:
         while not self._stop.wait(0.02) and not self.problems:
             for step in catalog.committed_steps(self._store):
-                self.problems += inspect.verify(self._store, f"step-{step:09d}/").problems
+                self.problems += inspection.verify(self._store, f"step-{step:09d}/").problems
 
 
 def kill_copy(number: int, source: Path, url: str, environment: Mapping[str, str]) -> str:
@@ -377,7 +377,7 @@ def test_two_copies_at_once(source: Path, capsys: pytest.CaptureFixture[str], be
     register_scheme(scheme, lambda rest: store)
     result = run(capsys, "push", str(source), f"{scheme}://run", "--step", "20")
     assert result["steps"][0]["state"] == "copied"
-    assert not inspect.verify(store, "step-000000020/").problems
+    assert not inspection.verify(store, "step-000000020/").problems
 
 
 # the user's side ------------------------------------------------------------------------------------------------
@@ -469,10 +469,10 @@ def test_no_object_is_read_whole(source: Path, monkeypatch: pytest.MonkeyPatch) 
     url = filled(store, source)
     monkeypatch.setattr(MemoryStore, "read_into", seen)
     monkeypatch.setattr(memory, "parts_of_size", functools.partial(parts_of_size, part_bytes=1 << 20))
-    target = errands.open_target(f"memory://parts-{next(_names)}")
-    (errand,) = errands.plan(inspect.locate(url), target)
-    found = errands.look(store, target.store, errand)
-    assert isinstance(found, errands.Found)
+    target = copy_jobs.open_target(f"memory://parts-{next(_names)}")
+    (job,) = copy_jobs.plan(inspection.locate(url), target)
+    found = copy_jobs.look(store, target.store, job)
+    assert isinstance(found, copy_jobs.Found)
     advanced: list[int] = []
     assert copying.Copier(store, target.store, 0.0, advanced.append).copy(found).state == "copied"
     assert max(lengths) == 1 << 20

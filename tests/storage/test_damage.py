@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from storage import Checkpointer, inspect, open_store
+from storage import Checkpointer, inspection, open_store
 from storage.errors import Disputed, Fenced, Transient
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
@@ -23,7 +23,7 @@ _names = itertools.count()
 
 
 def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 class BadMemory(MemoryStore):

@@ -16,13 +16,13 @@ import torch.distributed.checkpoint as dcp
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import UserError
-from storage import Checkpointer, ShardReader, ShardWriter, errors, inspect, open_store
+from storage import Checkpointer, ShardReader, ShardWriter, errors, inspection, open_store
 from storage.errors import BadURL, StorageError, Transient, UsageError
 from storage.format import layout
 from storage.run import catalog
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Buffer, ObjectInfo
-from storage.transfer import errands
+from storage.transfer import copy_jobs
 from tests.ranks import Ranks
 from tests.storage import dcp_cases as cases
 from tests.storage.small_runs import opened, state
@@ -156,7 +156,7 @@ def test_an_attempt_beside_a_stock_checkpoint_does_not_damage_it(tmp_path: Path)
         found = state(0)
         assert ckpt.restore(found) == 1
     assert found["n"] == 1
-    assert inspect.verify(store, "step-000000001/").problems == ()
+    assert inspection.verify(store, "step-000000001/").problems == ()
 
 
 def test_a_save_behind_the_script_that_fails_is_told_though_nobody_asks(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,8 +184,8 @@ def openers(url: Any) -> list[Callable[[], object]]:
         lambda: ShardReader("memory://x").reset(url),
         lambda: dcp.save(state(1), storage_writer=ShardWriter("memory://x"), checkpoint_id=url, no_dist=True),
         lambda: Checkpointer(url),
-        lambda: inspect.locate(url),
-        lambda: errands.open_target(url),
+        lambda: inspection.locate(url),
+        lambda: copy_jobs.open_target(url),
     ]
 
 
@@ -199,8 +199,8 @@ def test_a_path_is_taken_wherever_a_url_is(tmp_path: Path) -> None:
     assert found["n"] == 4
     with Checkpointer(tmp_path / "a") as ckpt:
         assert ckpt.restore(found) == 3
-    assert inspect.locate(folder).prefix == "step-000000003/"
-    assert errands.open_target(tmp_path / "a").store.url == str(tmp_path / "a")
+    assert inspection.locate(folder).prefix == "step-000000003/"
+    assert copy_jobs.open_target(tmp_path / "a").store.url == str(tmp_path / "a")
     job = JobConfig.model_validate({"checkpoint": {"url": tmp_path}, "train": {"metrics": tmp_path / "m"}})
     assert (job.checkpoint.url, job.train.metrics) == (str(tmp_path), str(tmp_path / "m"))
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from storage.errors import Fenced
 from storage.run.owner import Owner, next_owner
 from storage.run.retention import Removal, StepState, choose_kept, decide, newer_steps
-from storage.saving.saveplan import Piece, Share, assign, dump_share, load_share
+from storage.saving.saveplan import Chunk, Share, assign, dump_share, load_share
 from storage.saving.writing import OBJECT_SIZE_BYTES, SMALL_ITEM_BYTES, pack
 
 
-def shard(key: str, start: int, rows: int, of: int) -> Piece:
-    return Piece(key, (key,), (start, 0), (rows, 2), (of, 2), "float32", rows * 8)
+def shard(key: str, start: int, rows: int, of: int) -> Chunk:
+    return Chunk(key, (key,), (start, 0), (rows, 2), (of, 2), "float32", rows * 8)
 
 
-def value(key: str) -> Piece:
-    return Piece(key, (key, 0), None, None, None, "", 0)
+def value(key: str) -> Chunk:
+    return Chunk(key, (key, 0), None, None, None, "", 0)
 
 
 def test_every_piece_is_written_once_and_the_load_is_even() -> None:
@@ -48,10 +48,10 @@ def test_chunks_without_elements_are_not_written() -> None:
         [[shard("w", 0, 2, 4)], []],
         [[shard("w", 0, 2, 4)], [shard("w", 2, 2, 5)]],
         [[shard("w", 0, 4, 4)], [value("w")]],
-        [[shard("w", 0, 4, 4)], [Piece("w", ("w",), (0, 0), (4, 2), (4, 2), "bfloat16", 16)]],
+        [[shard("w", 0, 4, 4)], [Chunk("w", ("w",), (0, 0), (4, 2), (4, 2), "bfloat16", 16)]],
     ],
 )
-def test_a_state_that_does_not_fit_together_is_refused(held: list[list[Piece]]) -> None:
+def test_a_state_that_does_not_fit_together_is_refused(held: list[list[Chunk]]) -> None:
     with pytest.raises(ValueError, match="'w'"):
         assign(held)
 

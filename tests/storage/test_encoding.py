@@ -16,7 +16,7 @@ from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c
 from storage.format.items import EncodedItem, FramedItem, Framings, item_of
 from storage.parallel import run_all
 from storage.saving.encoding import Encoding, ObjectContent
-from storage.saving.saveplan import Piece
+from storage.saving.saveplan import Chunk
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Buffer, ObjectInfo, put_fetched
@@ -120,21 +120,21 @@ def test_a_store_that_takes_no_parts_gets_all_at_once() -> None:
 
 def test_a_save_tells_of_what_was_encoded_on_the_way() -> None:
     store, tensors = MemoryStore("x"), [torch.rand(70_000) for _ in range(6)]
-    pieces = [Piece(f"t{number}", (), (0,), (70_000,), (70_000,), "float32", 280_000) for number in range(6)]
-    payloads = [Payload(piece, tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+    chunks = [Chunk(f"t{number}", (), (0,), (70_000,), (70_000,), "float32", 280_000) for number in range(6)]
+    payloads = [Payload(chunk, tensor) for chunk, tensor in zip(chunks, tensors, strict=True)]
     (entry,), items = write_payloads(store, "", "a", 0, payloads)
     data = store.read(entry.name)
     assert (entry.size_bytes, sum(item.length for item in items)) == (len(data), len(data))
-    for item, piece, tensor in zip(items, pieces, tensors, strict=True):
+    for item, chunk, tensor in zip(items, chunks, tensors, strict=True):
         stored = data[item.offset : item.offset + item.length]
-        assert (item.key, item.crc32c) == (piece.key, crc32c(stored))
+        assert (item.key, item.crc32c) == (chunk.key, crc32c(stored))
         assert stored[item.raw_offset :][: tensor.nbytes] == tensor.numpy().tobytes()
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=5), st.integers(-1, 59), st.integers(-3, 3))
 def test_an_object_is_compared_byte_by_byte(data: bytes, cuts: list[int], flip: int, more: int) -> None:
-    """Whatever the pieces are, and whether it is longer or shorter."""
+    """Whatever the chunks are, and whether it is longer or shorter."""
     sent = bytearray(data)
     if 0 <= flip < len(sent):
         sent[flip] ^= 1

@@ -421,7 +421,7 @@ def test_metadata_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> No
 
 
 def test_listing_needs_no_torch() -> None:
-    code = "import sys, storage, storage.inspect; assert 'torch' not in sys.modules, 'torch was imported'"
+    code = "import sys, storage, storage.inspection; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspect, open_store
+from storage import Checkpointer, inspection, open_store
 from storage.errors import Transient
 from storage.format.layout import is_heartbeat_name
 from storage.run import garbage
@@ -110,7 +110,7 @@ def test_orphans_go_and_checkpoints_stay(
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["kind"], row["removed"], row["num_objects"]) == ("attempt", True, len(orphans))
     assert {row.key for row in store.list("")} == before - orphans
-    assert not inspect.verify(store, "step-000000010/").problems
+    assert not inspection.verify(store, "step-000000010/").problems
 
 
 def test_unfinished_uploads_go(make_url: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:

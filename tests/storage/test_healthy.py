@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, ShardReader, inspect, open_store
+from storage import Checkpointer, ShardReader, inspection, open_store
 from storage.errors import AlreadyExists, Fenced, OnlyUnhealthy
 from storage.run import catalog
 from storage.run.owner import Claim, Owner
@@ -24,7 +24,7 @@ Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]],
 
 
 def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 def told(events: Events, name: str) -> list[dict[str, Any]]:

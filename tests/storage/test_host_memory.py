@@ -6,7 +6,7 @@ import exchange_cases as cases
 import numpy as np
 import pytest
 
-from storage.loading.neighbours import read_memory
+from storage.loading.host_memory import read_memory
 from tests.ranks import Ranks
 
 TOKEN_SIZE_BYTES = 16

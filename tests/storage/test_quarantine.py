@@ -13,7 +13,7 @@ import torch
 from pausing import ORDERS, PausingStore, abreast
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.errors import AlreadyExists, Fenced, StorageError
 from storage.run import catalog, owner, quarantine, retention
 from storage.run.retention import Removal
@@ -58,7 +58,7 @@ def damage(store: ObjectStore, step: int) -> None:
 
 
 def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pausing import ORDERS, PausingStore, abreast
 
-from storage import Checkpointer, inspect, register_scheme
+from storage import Checkpointer, inspection, register_scheme
 from storage.errors import Fenced
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
@@ -57,8 +57,8 @@ def test_a_paused_owner_never_tears_what_a_newer_one_commits(
             break
         seen.add(store.paused_before.replace(" ", "/").rpartition("/")[2])
         assert committed in ([], [True])
-        location = inspect.locate(url)
-        problems = [inspect.verify(location.store, prefix).problems for prefix in inspect.checkpoints(location)]
+        location = inspection.locate(url)
+        problems = [inspection.verify(location.store, prefix).problems for prefix in inspection.checkpoints(location)]
         assert not any(problems)
         # of another step the older one may have one more commit, if its claim came in last
         whole = {(newer_step, 2)} if newer_step == STEP else {(newer_step, 2), (STEP, 1)}

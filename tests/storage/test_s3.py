@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cli.main import main
-from storage import inspect, open_store
+from storage import inspection, open_store
 from storage.errors import Denied, StorageError, Transient
 from storage.stores.s3.options import S3Options
 from tests.certificates import Authority
@@ -39,9 +39,9 @@ def test_saved_by_three_ranks_restored_by_two(server: S3Server, prefix: str, ran
     assert ("checkpoint_unconditional" in names) == (server.kind == "juicefs")
     assert not [fields for rank in events for name, fields in rank if name == "checkpoint_failed"]
     assert ranks.run(s3_cases.restore, url, server.environment, world_size=2) == [(30, True)] * 2
-    location = inspect.locate(server.url(prefix))
-    assert [row.step for row in inspect.summaries(location)] == [30, 20]
-    assert not inspect.verify(location.store, "step-000000030/").problems
+    location = inspection.locate(server.url(prefix))
+    assert [row.step for row in inspection.summaries(location)] == [30, 20]
+    assert not inspection.verify(location.store, "step-000000030/").problems
 
 
 def test_stock_dcp_on_s3fs_reads_ours(juicefs: S3Server, prefix: str, ranks: Ranks) -> None:

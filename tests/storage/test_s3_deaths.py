@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspect, open_store, register_scheme
+from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.format import layout
 from storage.format.manifest import load_manifest
 from tests.ranks import Ranks
@@ -183,11 +183,11 @@ class Run:
             patch.setattr(time, "time", lambda: later_s)
             assert main(["ckpt", "gc", self.url]) == 0
         store = self.store
-        prefixes = inspect.checkpoints(inspect.locate(self.url))
+        prefixes = inspection.checkpoints(inspection.locate(self.url))
         assert layout.step_folder(expected) + "/" == prefixes[0]
         wanted = {layout.OWNER}
         for prefix in prefixes:
-            assert inspect.verify(store, prefix).problems == ()
+            assert inspection.verify(store, prefix).problems == ()
             wanted |= {prefix + layout.METADATA, prefix + layout.MANIFEST}
             attempt = load_manifest(store.read(prefix + layout.MANIFEST), prefix).attempt
             wanted |= {info.key for info in store.list(prefix + layout.attempt_folder(attempt) + "/")}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from storage import inspect, open_store
+from storage import inspection, open_store
 from storage.run import catalog
 from tests.ranks import Ranks
 from tests.s3 import S3Server
@@ -102,7 +102,7 @@ def test_a_save_of_several_ranks_commits_in_spite_of_it(run: Run, kind: str) -> 
     committed = ["checkpoint_committed" in {name for name, _ in of_rank} for of_rank in events]
     assert committed == [True, False, False], events
     assert not [fields for of_rank in events for name, fields in of_rank if name == "checkpoint_failed"]
-    assert inspect.verify(run.store, f"step-{step:09d}/").problems == ()
+    assert inspection.verify(run.store, f"step-{step:09d}/").problems == ()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspect, open_store
+from storage import Checkpointer, inspection, open_store
 from storage.errors import AlreadyExists, NotFound, StorageError, Transient
 from storage.stores import retries
 from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
@@ -329,7 +329,7 @@ def test_a_save_commits_what_verifies_or_the_one_before_is_restored(proxy: Fault
             assert restored in (before, step) and is_state(state, restored), where
             assert restored == (step if committed else before), where
             before = restored
-    assert not inspect.verify(open_store(url), f"step-{before:09d}/").problems
+    assert not inspection.verify(open_store(url), f"step-{before:09d}/").problems
 
 
 @pytest.mark.parametrize("kind", ["error", "lose", "truncate", "corrupt", "corrupt_put"])
@@ -350,7 +350,7 @@ def test_an_outage_fails_the_save_and_the_one_before_is_restored(proxy: FaultPro
         last = len(PLACES) + 2
         ckpt.save(last, make_state(last), wait=True)
         assert ckpt.wait()
-    assert not inspect.verify(open_store(url), f"step-{last:09d}/").problems
+    assert not inspection.verify(open_store(url), f"step-{last:09d}/").problems
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("refuse", "corrupt_put", "repeat")])
@@ -375,4 +375,4 @@ def test_a_restore_gets_every_byte_right_or_says_no(proxy: FaultProxy, kind: str
             continue
         assert is_state(state, step)
         assert step == 2
-    assert inspect.verify(open_store(url), "step-000000002/").problems == ()
+    assert inspection.verify(open_store(url), "step-000000002/").problems == ()

@@ -9,7 +9,7 @@ import pytest
 import sharded_cases as cases
 import torch
 
-from storage import Checkpointer, inspect, open_store
+from storage import Checkpointer, inspection, open_store
 from tests.ranks import RankFailure, Ranks
 
 
@@ -28,7 +28,9 @@ def test_every_layout_loads_on_every_other_bitwise(ranks: Ranks, tmp_path: Path)
                 for key, tensor in expected.items():
                     assert torch.equal(tensors[key], tensor), (source, target, key)
     for url in urls.values():
-        verdicts = [inspect.verify(open_store(url), prefix) for prefix in inspect.checkpoints(inspect.locate(url))]
+        verdicts = [
+            inspection.verify(open_store(url), prefix) for prefix in inspection.checkpoints(inspection.locate(url))
+        ]
         assert [verdict.problems for verdict in verdicts] == [(), ()]
 
 
@@ -74,7 +76,7 @@ def test_a_value_that_is_not_loaded_is_no_damage_on_any_rank(ranks: Ranks, tmp_p
         assert restored.startswith("UnloadableValue: the checkpoint of step 2") and "'value' holds" in restored
         assert "UnloadableValue" in loaded and "Unregistered" in loaded
         assert not {"checkpoint_quarantined", "restored"} & set(events)
-    states = [row.state for row in inspect.summaries(inspect.locate(str(tmp_path)))]
+    states = [row.state for row in inspection.summaries(inspection.locate(str(tmp_path)))]
     assert states == ["committed", "committed"]
 
 
@@ -84,7 +86,7 @@ def test_a_rank_with_bad_memory_is_named_and_nothing_is_set_aside(ranks: Ranks, 
         assert message.startswith("Disputed: the checkpoint of step 2 reads as damaged (rank 1 on ")
         assert "rank 0 on" not in message
         assert "replaced data while it was read" in message and "the memory or the storage mount" in message
-    states = [row.state for row in inspect.summaries(inspect.locate(str(tmp_path)))]
+    states = [row.state for row in inspection.summaries(inspection.locate(str(tmp_path)))]
     assert states == ["committed", "committed"]
 
 
@@ -146,10 +148,10 @@ def check_after_death(run: Path) -> int:
     """`verify` and `restore` agree about every checkpoint, and the run goes on; the step that is restored."""
     good = [
         int(prefix.removeprefix("step-").rstrip("/"))
-        for prefix in inspect.checkpoints(inspect.locate(str(run)))
-        if not inspect.verify(open_store(str(run)), prefix).problems
+        for prefix in inspection.checkpoints(inspection.locate(str(run)))
+        if not inspection.verify(open_store(str(run)), prefix).problems
     ]
-    assert good == [row.step for row in inspect.summaries(inspect.locate(str(run))) if row.state == "committed"]
+    assert good == [row.step for row in inspection.summaries(inspection.locate(str(run))) if row.state == "committed"]
     events: list[str] = []
     state = {"w": torch.zeros(8, 5000), "n": 0}
     with Checkpointer(str(run), keep=1, lineage="a", on_event=lambda name, fields: events.append(name)) as ckpt:
@@ -160,6 +162,6 @@ def check_after_death(run: Path) -> int:
         assert events == ["restored"]
         ckpt.save(30, state, wait=True)
         assert ckpt.wait()
-    assert [row.step for row in inspect.summaries(inspect.locate(str(run)))] == [30]
+    assert [row.step for row in inspection.summaries(inspection.locate(str(run)))] == [30]
     assert len(list(run.glob("step-000000030/attempt-*"))) == 1
     return step

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import ShardReader, inspect, open_store, register_scheme
+from storage import ShardReader, inspection, open_store, register_scheme
 from storage.errors import Corrupt
 from storage.format.checksum import combine_crc32
 from storage.format.stock import LONG_ITEM_BYTES, Layout, look
@@ -218,7 +218,7 @@ def test_a_bit_of_a_long_item_that_flipped_on_the_way_is_read_again(
     store.place = 11_000_001  # in the first of several parts
 
     store.num_bad = num_bad
-    problems = inspect.verify(store, "step-000000007/").problems
+    problems = inspection.verify(store, "step-000000007/").problems
     assert len(problems) == num_bad - 1
 
     store.num_bad = num_bad
@@ -243,7 +243,7 @@ def test_damage_in_the_middle_of_a_long_item_is_found(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(11_000_001)
         file.write(b"\xff")
-    verdict = inspect.verify(open_store(str(tmp_path)), "step-000000007/")
+    verdict = inspection.verify(open_store(str(tmp_path)), "step-000000007/")
     assert len(verdict.problems) == 1
     assert "checksum of its tensor" in verdict.problems[0]
     with pytest.raises(dcp.CheckpointException, match="checksum of its tensor"):

@@ -32,12 +32,12 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import Checkpointer, ShardReader, ShardWriter, inspect, open_store
+from storage import Checkpointer, ShardReader, ShardWriter, inspection, open_store
 from storage.errors import Corrupt, UnloadableValue, UnsupportedValue, UsageError, one_line
 from storage.format.equality import is_plain, same
 from storage.format.values import check_value, decode_value, encode_value
 from storage.state.fingerprint import fingerprint
-from storage.transfer import errands
+from storage.transfer import copy_jobs
 from storage.transfer.copying import Copier
 from tests.storage.small_runs import state
 
@@ -363,7 +363,7 @@ def test_messages_are_one_line_without_codes() -> None:
 
 
 def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspect.summaries(inspect.locate(url))]
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -403,12 +403,12 @@ def test_values_of_stock_checkpoints(tmp_path: pathlib.Path, events: Events) -> 
     found = dict.fromkeys(kept)
     dcp.load(found, storage_reader=ShardReader(url), no_dist=True)
     assert same(found, kept)
-    assert inspect.verify(open_store(url), "step-000000007/").problems == ()
-    target = errands.open_target(f"{tmp_path}/pushed")
-    source = inspect.locate(url)
-    for errand in errands.plan(source, target):
-        job = errands.look(source.store, target.store, errand)
-        assert isinstance(job, errands.Found)
+    assert inspection.verify(open_store(url), "step-000000007/").problems == ()
+    target = copy_jobs.open_target(f"{tmp_path}/pushed")
+    source = inspection.locate(url)
+    for wanted in copy_jobs.plan(source, target):
+        job = copy_jobs.look(source.store, target.store, wanted)
+        assert isinstance(job, copy_jobs.Found)
         assert Copier(source.store, target.store, 0.0).copy(job).state == "copied"
     assert states(url) == states(f"{tmp_path}/pushed") == [(7, "stock")]
 

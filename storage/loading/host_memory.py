@@ -58,7 +58,7 @@ def read_memory(pid: int, address: int, into: Array) -> None:
         at += num_bytes
 
 
-class Neighbours:
+class HostMemory:
     """Carries messages like `Group.swap`, those between ranks of one host by memory where the kernel lets them."""
 
     def __init__(self, group: Group) -> None:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from storage import inspect
+from storage import inspection
 from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
 from storage.format import layout
 from storage.format.manifest import Manifest
-from storage.inspect import Location
+from storage.inspection import Location
 from storage.run import catalog
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import as_url, open_store
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Errand:
+class CopyJob:
     """One checkpoint to copy: where it lies in the source, and where in the target."""
 
     source_prefix: str
@@ -38,7 +38,7 @@ class Errand:
 class Found:
     """A checkpoint of the source that can be copied, with its `.metadata`."""
 
-    errand: Errand
+    job: CopyJob
     metadata: bytes
     objects: Sequence[DataObject]
     sizes_there: Mapping[str, int]
@@ -83,7 +83,7 @@ def open_target(url: str | os.PathLike[str]) -> Location:
     return Location(open_store(run), prefix or None)
 
 
-def plan(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[Errand]:
+def plan(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[CopyJob]:
     """What to copy, newest first.
 
     Raises:
@@ -101,82 +101,82 @@ def plan(source: Location, target: Location, step: int | None = None, last: int 
         )
     if catalog.is_checkpoint(target.store, ""):
         raise UsageError(f"{target.store.url} is one checkpoint and no run: steps cannot be copied into it")
-    steps = [layout.parse_step(prefix.rstrip("/")) or 0 for prefix in inspect.checkpoints(source)]
+    steps = [layout.parse_step(prefix.rstrip("/")) or 0 for prefix in inspection.checkpoints(source)]
     folders = [(number, layout.step_folder(number) + "/") for number in choose(steps, source.store.url, step, last)]
-    return [Errand(folder, folder, number) for number, folder in folders]
+    return [CopyJob(folder, folder, number) for number, folder in folders]
 
 
-def _single(source: Location, target: Location, step: int | None, last: int | None) -> Errand:
+def _single(source: Location, target: Location, step: int | None, last: int | None) -> CopyJob:
     """The only checkpoint of the source."""
     if step is not None or last is not None:
         raise UsageError("the source is one checkpoint, so there are no steps to choose from; give the run's URL")
-    (prefix,) = inspect.checkpoints(source)
+    (prefix,) = inspection.checkpoints(source)
     number = layout.parse_step(prefix.rstrip("/"))
     wanted = target.prefix or prefix
     if number is not None and wanted != prefix:
         raise UsageError(f"the source is step {number} and the target {wanted.rstrip('/')}; give the same step")
     if not wanted and catalog.steps(target.store):
         raise UsageError(f"{target.store.url} has steps in it; give the one to make, such as .../step-000000120")
-    return Errand(prefix, wanted, layout.parse_step(wanted.rstrip("/")))
+    return CopyJob(prefix, wanted, layout.parse_step(wanted.rstrip("/")))
 
 
-def look(source: ObjectStore, target: ObjectStore, errand: Errand) -> Found | Outcome:
+def look(source: ObjectStore, target: ObjectStore, job: CopyJob) -> Found | Outcome:
     """What there is to copy, or why there is nothing. Writes nothing.
 
     Raises:
         UsageError: the target has another checkpoint there; or the source's format is another version's.
         Transient, Denied: by a store.
     """
-    contents = find_twice(source, errand)
+    contents = find_twice(source, job)
     if isinstance(contents, Outcome):
         return contents
     found = contents.found  # manifests of all steps at once would be large: they are read again
     if (outcome := present_already(target, found)) is not None:
         return outcome
-    listed = target.list(errand.target_prefix)
-    sizes = {info.key.removeprefix(errand.target_prefix): info.size_bytes for info in listed}
+    listed = target.list(job.target_prefix)
+    sizes = {info.key.removeprefix(job.target_prefix): info.size_bytes for info in listed}
     return replace(found, sizes_there=sizes)
 
 
-def find_twice(source: ObjectStore, errand: Errand) -> Contents | Outcome:
+def find_twice(source: ObjectStore, job: CopyJob) -> Contents | Outcome:
     """Damage counts when it is read twice: the way to here may have done it. Raises UsageError."""
     try:
         try:
-            return _find(source, errand)
+            return _find(source, job)
         except Corrupt as error:
-            contents = _find(source, errand)
-            log.warning("read again, %s is whole; the first time: %s", errand.source_prefix.rstrip("/"), error)
+            contents = _find(source, job)
+            log.warning("read again, %s is whole; the first time: %s", job.source_prefix.rstrip("/"), error)
             return contents
     except Corrupt as error:
-        return Outcome(errand.folder, errand.step, "damaged", f"in {source.url}: {error}")
+        return Outcome(job.folder, job.step, "damaged", f"in {source.url}: {error}")
     except (NotFound, NoCheckpoint):
-        return removed(errand)
+        return removed(job)
 
 
-def _find(source: ObjectStore, errand: Errand) -> Contents:
+def _find(source: ObjectStore, job: CopyJob) -> Contents:
     """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
-    metadata = source.read(errand.source_prefix + layout.METADATA)
-    committed = catalog.find_commit(source, errand.source_prefix)
+    metadata = source.read(job.source_prefix + layout.METADATA)
+    committed = catalog.find_commit(source, job.source_prefix)
     manifest = committed.manifest
     if manifest is None:
         if committed.metadata != metadata:
-            raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
+            raise NotFound(f"{job.source_prefix}{layout.METADATA} was replaced")
         index = catalog.open_commit(committed)
         plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return Contents(Found(errand, metadata, [DataObject(name, size) for name, size in plain], {}))
-    if errand.step not in (None, manifest.step):
-        raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {errand.step}")
+        return Contents(Found(job, metadata, [DataObject(name, size) for name, size in plain], {}))
+    if job.step not in (None, manifest.step):
+        raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {job.step}")
     if not catalog.commits(metadata, manifest):
-        raise NotFound(f"{errand.source_prefix}{layout.METADATA} was replaced")
-    if problems := list(inspect.gaps(manifest)):
+        raise NotFound(f"{job.source_prefix}{layout.METADATA} was replaced")
+    if problems := list(inspection.gaps(manifest)):
         raise Corrupt(problems[0])
     objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
-    return Contents(Found(errand, metadata, objects, {}), manifest, Checksums(manifest))
+    return Contents(Found(job, metadata, objects, {}), manifest, Checksums(manifest))
 
 
 def present_already(target: ObjectStore, found: Found) -> Outcome | None:
     """What there is to say if the target has a checkpoint there. Raises UsageError: it is another one."""
-    prefix = found.errand.target_prefix
+    prefix = found.job.target_prefix
     try:
         there = target.read(prefix + layout.METADATA)
     except NotFound:
@@ -186,27 +186,27 @@ def present_already(target: ObjectStore, found: Found) -> Outcome | None:
 
 def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
     """What there is to say of `there`, a `.metadata` that counts at the target. Raises UsageError: it is another's."""
-    errand = found.errand
+    job = found.job
     if there != found.metadata:
         raise UsageError(
-            f"{layout.join_url(target.url, errand.target_prefix)} holds another checkpoint than the source; copy to "
+            f"{layout.join_url(target.url, job.target_prefix)} holds another checkpoint than the source; copy to "
             "another URL, or remove that one first"
         )
     try:
-        commit_there = catalog.find_commit(target, errand.target_prefix)
+        commit_there = catalog.find_commit(target, job.target_prefix)
         if commit_there.manifest is None:
             catalog.open_commit(commit_there)
     except Corrupt as error:
-        return Outcome(errand.folder, errand.step, "damaged", f"in {target.url}, where it is committed: {error}")
+        return Outcome(job.folder, job.step, "damaged", f"in {target.url}, where it is committed: {error}")
     return Outcome(
-        errand.folder,
-        errand.step,
+        job.folder,
+        job.step,
         "present",
         num_objects_present=len(found.objects),
         present_bytes=found.size_bytes,
     )
 
 
-def removed(errand: Errand) -> Outcome:
+def removed(job: CopyJob) -> Outcome:
     """It is not in the source any more."""
-    return Outcome(errand.folder, errand.step, "removed", "its job has removed or replaced it meanwhile")
+    return Outcome(job.folder, job.step, "removed", "its job has removed or replaced it meanwhile")
