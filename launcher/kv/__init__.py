@@ -4,7 +4,21 @@
 install) and `etcd` (a cluster that outlives any node). Every back end passes one contract suite.
 """
 
-from launcher.kv.base import KV, Entry, Listing, Watch, WatchEvent
+from launcher.kv.base import KV, Entry, Snapshot, Watch, WatchEvent
+from launcher.kv.election import Election
+from launcher.kv.follow import Changes, Follower
 from launcher.kv.lease import Lease
+from launcher.kv.prefixed import Prefixed
 
-__all__ = ["KV", "Entry", "Lease", "Listing", "Watch", "WatchEvent"]
+__all__ = [
+    "KV",
+    "Changes",
+    "Election",
+    "Entry",
+    "Follower",
+    "Lease",
+    "Prefixed",
+    "Snapshot",
+    "Watch",
+    "WatchEvent",
+]

@@ -23,7 +23,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Listing:
+class Snapshot:
     """All entries under a prefix, in the order of their keys, as of one `revision` of the store."""
 
     entries: tuple[Entry, ...]
@@ -77,7 +77,7 @@ class KV(Protocol):
         """
         ...
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         """Every entry whose key starts with `prefix`."""
         ...
 

@@ -17,7 +17,7 @@ from typing import Any
 from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
 from launcher.frames import ProtocolError, receive, send
 from launcher.kv import wire
-from launcher.kv.base import Entry, Listing, WatchEvent
+from launcher.kv.base import Entry, Snapshot, WatchEvent
 from launcher.kv.embedded_server import MAX_WAIT_S
 from launcher.kv.endpoint import spelled
 from launcher.kv.lease import Lease
@@ -222,10 +222,10 @@ class EmbeddedKV:
         )
         return _entry(answer["entry"])
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         answer = self._calls.call("list", prefix=prefix)
         entries = (_entry(told) for told in answer["entries"])
-        return Listing(tuple(entry for entry in entries if entry), answer["revision"])
+        return Snapshot(tuple(entry for entry in entries if entry), answer["revision"])
 
     def delete(self, key: str, *, if_revision: int | None = None) -> bool:
         return bool(self._calls.call("delete", key=key, if_revision=if_revision)["deleted"])

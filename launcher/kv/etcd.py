@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from launcher.errors import KVError, KVUnavailable, UsageError
-from launcher.kv.base import Entry, Listing
+from launcher.kv.base import Entry, Snapshot
 from launcher.kv.etcd_config import EtcdConfig
 from launcher.kv.etcd_diagnosis import Flaw, diagnose
 from launcher.kv.etcd_outage import LONGEST_TTL_S, Outage
@@ -122,9 +122,9 @@ class EtcdKV:
             return None
         return self._entry(answer.responses[1].response_range.kvs[0]) if answer.succeeded else None
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         answer = self._calls.call(lambda p: p.kv.Range, self._range(prefix))
-        return Listing(tuple(self._entry(kv) for kv in answer.kvs), answer.header.revision)
+        return Snapshot(tuple(self._entry(kv) for kv in answer.kvs), answer.header.revision)
 
     def delete(self, key: str, *, if_revision: int | None = None) -> bool:
         delete = etcdrpc.DeleteRangeRequest(key=self._key(key))

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 
-from launcher.kv.base import Entry, Listing, WatchEvent
+from launcher.kv.base import Entry, Snapshot, WatchEvent
 from launcher.kv.lease import Lease
 from launcher.kv.state import State
 
@@ -50,7 +50,7 @@ class Hub:
         with self._changed:
             return self._state.get(key)
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         with self._changed:
             return self._state.list(prefix)
 
@@ -136,7 +136,7 @@ class MemoryKV:
     ) -> Entry | None:
         return self.hub.put(key, value, if_revision, lease.lease_id if lease else None)
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         return self.hub.list(prefix)
 
     def delete(self, key: str, *, if_revision: int | None = None) -> bool:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from launcher.errors import Compacted
-from launcher.kv.base import Entry, Listing, WatchEvent
+from launcher.kv.base import Entry, Snapshot, WatchEvent
 
 HISTORY_EVENTS = 10_000
 
@@ -37,10 +37,10 @@ class State:
         """The entry of `key`, or None."""
         return self._entries.get(key)
 
-    def list(self, prefix: str) -> Listing:
+    def list(self, prefix: str) -> Snapshot:
         """Entries under `prefix`, by key."""
         found = (self._entries[key] for key in sorted(self._entries) if key.startswith(prefix))
-        return Listing(tuple(found), self.revision)
+        return Snapshot(tuple(found), self.revision)
 
     def put(self, key: str, value: bytes, if_revision: int | None, lease_id: int | None) -> Entry | None:
         """Write `key`; None on a lost race or an unknown lease."""

@@ -8,6 +8,9 @@ import pytest
 
 from launcher.rounds.membership import Rules
 from tests.launcher.members import Job
+from tests.launcher.stores import connect, etcd_server
+
+__all__ = ["connect", "etcd_server", "job"]
 
 
 @pytest.fixture
