@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.ranks import ranks
 from tests.s3 import BUCKET, S3Server, juicefs_gateway, moto_server
+from tests.storage import copied_runs
+from tests.storage.small_runs import fresh_memory_url
 
 __all__ = ["ranks"]
 
@@ -18,7 +21,22 @@ _names = itertools.count()
 @pytest.fixture
 def memory_url() -> str:
     """The URL of a fresh in-memory store."""
-    return f"memory://test-{next(_names)}"
+    return fresh_memory_url()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 10 and 20, each of five objects; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("source")
+    copied_runs.save(str(folder), 10, 20)
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """A run that has another step 20."""
+    copied_runs.save(f"{tmp_path}/other", 20)
+    return f"{tmp_path}/other"
 
 
 @pytest.fixture

@@ -26,6 +26,11 @@ def save(url: str, *steps: int) -> None:
             assert ckpt.wait()
 
 
+def fresh_memory_url() -> str:
+    """The URL of an in-memory store that nobody has used."""
+    return f"memory://test-{next(_names)}"
+
+
 def opened(store: MemoryStore) -> str:
     """The URL of that very store."""
     scheme = f"test-{next(_names)}"

@@ -1,9 +1,7 @@
-"""The Checkpointer in one process: round trips, damage, fencing, retention, failing stores, users' mistakes."""
+"""The Checkpointer in one process: round trips, fencing, retention, cleaning, and users' mistakes."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +9,10 @@ import pytest
 import torch
 
 from storage import Checkpointer, inspection, open_store
-from storage.errors import Corrupt, Fenced, StorageError, UnsupportedValue, UsageError, WrongModel
+from storage.errors import Fenced, StorageError, UnsupportedValue, UsageError, WrongModel
 from storage.format.sealed import seal
 from storage.run import owner, retention
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
-
-
-def make_state(number: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(number)
-    return {
-        "model": {
-            "weight": torch.randn(300, 70, generator=generator),
-            "bias": torch.randn(7, generator=generator).bfloat16(),
-            "scale": torch.randn((), generator=generator),
-            "turned": torch.randn(5, 9, generator=generator).t(),
-            "empty": torch.empty(0, 4),
-        },
-        "blocks": [torch.randn(40000, generator=generator), {"count": number}],
-        "step": number,
-        "names": ["a", str(number)],
-        "nothing": None,
-    }
-
-
-def flat(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for key in sorted(value) for leaf in flat(value[key])]
-    if isinstance(value, list):
-        return [leaf for entry in value for leaf in flat(entry)]
-    return [value]
-
-
-def same(left: Any, right: Any) -> bool:
-    return all(
-        torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(flat(left), flat(right), strict=True)
-    )
-
-
-def names(events: Events) -> list[str]:
-    return [name for name, _ in events[0]]
+from tests.storage.mixed_runs import Events, every_object, make_state, names, same
 
 
 def test_round_trip(tmp_path: Path, events: Events) -> None:
@@ -157,130 +118,6 @@ def test_a_step_of_somebody_else_is_not_overwritten(tmp_path: Path, events: Even
         ckpt.restore(state)
     assert same(state, make_state(1))
     assert "committed already" in dict(events[0])["checkpoint_failed"]["reason"]
-
-
-def every_object(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def kind(name: str) -> str:
-    return name.rpartition("/")[2].split("_0.")[0].split("-0")[0]
-
-
-def test_a_flipped_byte_anywhere_is_detected_or_harmless(tmp_path: Path, events: Events) -> None:
-    """Every kind of object, at its first, middle and last byte and some between; `verify` and `restore` agree.
-
-    The manifest is there twice: one copy may be damaged, here both are.
-    """
-    good = tmp_path / "good"
-    with Checkpointer(str(good)) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-        ckpt.save(20, make_state(20), wait=True)
-    victims = [name for name in every_object(good / "step-000000020") if not name.endswith("/manifest.json")]
-    assert {kind(name) for name in victims} == {"__0", ".metadata", "manifest.json", "receipt"}
-    fell_back = set()
-    for name in victims:
-        size = (good / "step-000000020" / name).stat().st_size
-        for position in sorted({0, 1, size // 7, size // 3, size // 2, size - 900, size - 100, size - 1}):
-            run = tmp_path / "run"
-            shutil.copytree(good, run)
-            folder = run / "step-000000020"
-            for path in folder.rglob(name) if name == "manifest.json" else [folder / name]:
-                data = bytearray(path.read_bytes())
-                data[position] ^= 0x10
-                path.write_bytes(data)
-            verdict = inspection.verify(open_store(str(run)), "step-000000020/")
-            events[0].clear()
-            state = make_state(0)
-            with Checkpointer(str(run), on_event=events[1]) as ckpt:
-                step = ckpt.restore(state)
-            assert same(state, make_state(step)), (name, position)
-            assert (step == 20) == (not verdict.problems), (name, position, verdict)
-            if step == 10:
-                fell_back.add(kind(name))
-                assert names(events) == ["checkpoint_quarantined", "restored"]
-                assert events[0][0][1]["reason"]
-            shutil.rmtree(run)
-    assert fell_back == {"__0", ".metadata", "manifest.json"}
-
-
-def test_a_flipped_byte_of_the_owner_does_not_stop_the_next_job(tmp_path: Path) -> None:
-    with Checkpointer(str(tmp_path)) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-    path = tmp_path / "owner.json"
-    path.write_bytes(path.read_bytes().replace(b"epoch", b"epocH"))
-    with Checkpointer(str(tmp_path)) as ckpt:
-        assert ckpt.restore(make_state(0)) == 10
-
-
-@pytest.mark.parametrize("victim", ["manifest.json", "attempt-*/manifest.json"])
-@pytest.mark.parametrize("how", ["flipped", "missing", "of another attempt"])
-def test_one_damaged_manifest_of_two_is_told_and_harmless(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, victim: str, how: str
-) -> None:
-    with Checkpointer(str(tmp_path)) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-        ckpt.save(20, make_state(20), wait=True)
-    (path,) = (tmp_path / "step-000000020").glob(victim)
-    other = tmp_path / "step-000000010/manifest.json"
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(other.read_bytes() if how != "flipped" else path.read_bytes().replace(b"step", b"steP"))
-    assert not inspection.verify(open_store(str(tmp_path)), "step-000000020/").problems
-    with Checkpointer(str(tmp_path)) as ckpt:
-        assert ckpt.restore(make_state(0)) == 20
-    assert ("checksum" in caplog.text) == (victim == "manifest.json" and how != "missing")
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "attempt-"])
-def test_missing_objects_are_damage(tmp_path: Path, name: str) -> None:
-    with Checkpointer(str(tmp_path)) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-        ckpt.save(20, make_state(20), wait=True)
-    victim = next((tmp_path / "step-000000020").glob(f"{name}*"))
-    if victim.is_dir():
-        next(victim.glob("*.distcp")).unlink()
-    else:
-        for path in (tmp_path / "step-000000020").rglob(name):
-            path.unlink()
-    assert inspection.verify(open_store(str(tmp_path)), "step-000000020/").problems
-    with Checkpointer(str(tmp_path)) as ckpt:
-        assert ckpt.restore(make_state(0)) == 10
-
-
-def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
-    with Checkpointer(str(tmp_path)) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-    for path in tmp_path.rglob("manifest.json"):
-        path.write_bytes(b"{}")
-    for says in ("no good checkpoint is left", "set aside"):  # the second time nothing is committed any more
-        with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(Corrupt, match=says):
-            ckpt.restore(make_state(0))
-
-
-@pytest.mark.parametrize("reopen", [False, True])
-def test_a_quarantined_step_can_be_saved_anew(tmp_path: Path, events: Events, reopen: bool) -> None:
-    def damage() -> None:
-        data = next(tmp_path.glob("step-000000020/attempt-*/*.distcp"))
-        data.write_bytes(data.read_bytes()[:-1])
-
-    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
-        ckpt.save(10, make_state(10), wait=True)
-        ckpt.save(20, make_state(20), wait=True)
-        if not reopen:
-            damage()
-            assert ckpt.restore(make_state(0)) == 10
-            ckpt.save(20, make_state(21), wait=True)
-    if reopen:
-        damage()
-    with Checkpointer(str(tmp_path), on_event=events[1]) as ckpt:
-        if reopen:
-            assert ckpt.restore(make_state(0)) == 10
-            ckpt.save(20, make_state(21), wait=True)
-        state = make_state(0)
-        assert ckpt.restore(state) == 20
-    assert same(state, make_state(21))
 
 
 def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
