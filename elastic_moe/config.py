@@ -1,6 +1,6 @@
 """A job: its sections, and how a TOML file, the environment and `--set` make one.
 
-Later wins: the sections' defaults, the file, ``ELASTIC_MOE__SECTION__FIELD`` in the environment, ``--set
+Later wins: the sections' defaults, the file, ``{ENV_PREFIX}SECTION__FIELD`` in the environment, ``--set
 section.field=value``. The values of the last two are read as TOML, and what is no TOML value is a string, so
 ``--set checkpoint.url=s3://bucket/run`` needs no quotes. Imports no torch.
 """
@@ -20,9 +20,10 @@ from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
+from launcher.environment import PREFIX
 from launcher.rounds.mesh import MeshSpec
 
-ENV_PREFIX = "ELASTIC_MOE__"
+ENV_PREFIX = f"{PREFIX}_"
 
 _GIB = 1 << 30
 

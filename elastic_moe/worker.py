@@ -24,11 +24,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import UserError
 from elastic_moe.steps import StepTeller, claim
+from launcher.environment import Environment
 from launcher.events import append_event
 from launcher.health.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
 from launcher.rounds.mesh import MeshPlan
@@ -79,26 +79,25 @@ def _set_device(local_rank: int) -> None:
 
 
 def _context() -> WorkerContext:
-    env = os.environ
-    mesh = env.get("ELASTIC_MOE_MESH")
+    env, told = os.environ, Environment.from_env(os.environ)
     return WorkerContext(
         rank=int(env.get("RANK", "0")),
         local_rank=int(env.get("LOCAL_RANK", "0")),
         world_size=int(env.get("WORLD_SIZE", "1")),
-        generation=int(env.get("ELASTIC_MOE_GENERATION", "0")),
-        lineage=env.get("ELASTIC_MOE_LINEAGE", ""),
-        run_id=env.get("ELASTIC_MOE_RUN_ID", env.get("TORCHELASTIC_RUN_ID", "")),
-        mesh=MeshPlan.from_json(mesh) if mesh else None,
+        generation=told.generation,
+        lineage=told.lineage,
+        run_id=told.run_id or env.get("TORCHELASTIC_RUN_ID", ""),
+        mesh=MeshPlan.from_json(told.mesh) if told.mesh else None,
     )
 
 
 @functools.cache
 def _channel() -> Channel | None:
-    path = os.environ.get("ELASTIC_MOE_HEARTBEAT")
+    path = Environment.from_env(os.environ).channel
     if not path:
         return None
     try:
-        channel = Channel.attach(Path(path))
+        channel = Channel.attach(path)
     except (OSError, ValueError) as error:
         log.warning("no heartbeat to the agent: %s", error)
         return None
@@ -136,8 +135,8 @@ def _checked(step: object) -> int:
 
 @functools.cache
 def _teller() -> StepTeller | None:
-    told = "ELASTIC_MOE_EVENTS" in os.environ and claim(os.environ["ELASTIC_MOE_HEARTBEAT"], context().generation)
-    return StepTeller() if told else None
+    told = Environment.from_env(os.environ)
+    return StepTeller() if told.events and told.channel and claim(str(told.channel), told.generation) else None
 
 
 def _tell_step(step: int, step_s: float | None) -> None:
@@ -182,7 +181,7 @@ def should_stop() -> str | None:
     """
     channel = _channel()
     reason = channel.stop_request() if channel else StopReason.NONE
-    if "ELASTIC_MOE_HEARTBEAT" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Environment.from_env(os.environ).channel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         reason = _agree(reason)
     return None if reason is StopReason.NONE else reason.name.lower()
 
@@ -254,14 +253,14 @@ def gave_up() -> None:
 
 def event(name: str, **fields: Any) -> None:
     """Append an event to the agent's `events.jsonl`; a no-op without an agent."""
-    path = os.environ.get("ELASTIC_MOE_EVENTS")
-    if path:
+    told = Environment.from_env(os.environ)
+    if told.events:
         here = _context()
         append_event(
-            Path(path),
+            told.events,
             run_id=here.run_id,
-            node=os.environ.get("ELASTIC_MOE_NODE", ""),
-            generation=here.generation,
+            node=told.node,
+            generation=told.generation,
             event=name,
             fields={"rank": here.rank, **fields},
         )

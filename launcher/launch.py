@@ -43,6 +43,7 @@ from launcher.elastic.logs import name_node
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
 from launcher.elastic.yielding import Graces
+from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.health.hangs import HangRules
@@ -54,7 +55,6 @@ from launcher.rounds.forming import Planner
 from launcher.rounds.records import Node
 from launcher.wording import JOB_IS_OVER
 from launcher.workers.console import Console
-from launcher.workers.guardian import KEEP_VARIABLE
 from launcher.workers.leftovers import Leftovers
 from launcher.workers.runtime import runtime_dir as private_folder
 from launcher.workers.warm import ForkedZygote, WarmStart
@@ -168,9 +168,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             lease_ttl_s=conf.lease_ttl,
         )
         runtime_dir = stack.enter_context(private_folder())
-        keep = extras.keep_children or bool(os.environ.get(KEEP_VARIABLE))
+        keep = extras.keep_children or Environment.from_env(os.environ).keep_children
         if keep:
-            os.environ[KEEP_VARIABLE] = "1"  # for the guardians of workers and zygote
+            os.environ[Environment.variable("keep_children")] = "1"  # for the guardians of workers and zygote
         # NUMA binding wraps a worker's program, which a fork has not; and only Python can be forked, without options.
         can_fork = tuple(command[:2]) == (sys.executable, "-u") and config.numa_options is None
         warm = WarmStart(runtime_dir, events, extras.zygote) if extras.warm_workers and can_fork else None

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from storage.agent import AgentEnvironment
 from storage.errors import Fenced, UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
@@ -61,9 +62,9 @@ class Checkpointer:
     Args:
         url: the run's folder, see `storage.open_store`.
         keep: how many committed checkpoints to keep; at least 1. Unhealthy ones (see `save`) do not count for it.
-        generation, lineage: who this is to be fenced by; default ELASTIC_MOE_GENERATION and ELASTIC_MOE_LINEAGE, else
+        generation, lineage: who this is to be fenced by; default what an agent tells (`storage.agent`), else
             0 and "". Generations are compared within one lineage.
-        mesh: recorded in the manifest; default the JSON of ELASTIC_MOE_MESH.
+        mesh: recorded in the manifest; default what an agent tells.
         process_group: the ranks that take part; default the whole world.
         on_event: called with (name, fields) for checkpoint_staged, checkpoint_failed and restored on every rank, for
             checkpoint_committed, checkpoint_quarantined, checkpoint_passed_over, checkpoint_cleanup_failed and
@@ -78,7 +79,7 @@ class Checkpointer:
             seconds, and does again. Called from background threads as well. Under `elastic-moe run` all of these go to
             its events.jsonl too, with or without a listener.
         timeout_s: how long a save waits for the other ranks before it counts as failed.
-        run_id: the job's name, for the message to another job that wants the same URL; default ELASTIC_MOE_RUN_ID or
+        run_id: the job's name, for the message to another job that wants the same URL; default what an agent tells, or
             TORCHELASTIC_RUN_ID.
         take_over: take the run from another job without asking whether it lives.
         read_only: only restore: claim nothing and write nothing, whoever owns the run and saves into it. A damaged
@@ -353,7 +354,7 @@ def _wanted_owner(env: Mapping[str, str], origin: Origin, run_id: str | None) ->
         generation=origin.generation,
         epoch=0,
         token=uuid.uuid4().hex,
-        run_id=env.get("ELASTIC_MOE_RUN_ID", rendezvous) if run_id is None else run_id,
+        run_id=AgentEnvironment.from_env(env).run_id or rendezvous if run_id is None else run_id,
         host=socket.gethostname(),
         rendezvous=rendezvous,
     )
@@ -363,18 +364,19 @@ def _origin(
     env: Mapping[str, str], generation: int | None, lineage: str | None, mesh: Mapping[str, Any] | None
 ) -> Origin:
     """Who saves: the arguments, else the environment that the launcher gives its workers. Raises UsageError."""
-    number = env.get("ELASTIC_MOE_GENERATION", "0") if generation is None else str(generation)
+    told = AgentEnvironment.from_env(env)
+    number = told.generation or "0" if generation is None else str(generation)
     if not number.isdecimal():
         raise UsageError(f"the generation is {number!r}; it must be a whole number >= 0")
-    if mesh is None and env.get("ELASTIC_MOE_MESH"):
+    if mesh is None and told.mesh:
         try:
-            mesh = json.loads(env["ELASTIC_MOE_MESH"])
+            mesh = json.loads(told.mesh)
         except json.JSONDecodeError:
-            raise UsageError(f"ELASTIC_MOE_MESH is not JSON: {env['ELASTIC_MOE_MESH']!r}") from None
+            raise UsageError(f"{AgentEnvironment.variable('mesh')} is not JSON: {told.mesh!r}") from None
     if mesh is not None and not isinstance(mesh, Mapping):
         raise UsageError(f"the mesh is {mesh!r}; it must be an object with the mesh's fields")
     return Origin(
         generation=int(number),
-        lineage=env.get("ELASTIC_MOE_LINEAGE", "") if lineage is None else lineage,
+        lineage=told.lineage if lineage is None else lineage,
         mesh=None if mesh is None else dict(mesh),
     )

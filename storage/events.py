@@ -1,7 +1,7 @@
 """What a Checkpointer tells about itself: a line to the log, an event to its listener and to the agent's file.
 
-Under an agent (ELASTIC_MOE_EVENTS names its `events.jsonl`) events are in the same form as those of the launcher: one
-JSON object a line, written by one append, with `ts`, `run_id`, `node`, `generation`, `event`, `rank`, and its own.
+Under an agent, which names its `events.jsonl` in the environment, events are in the same form as those of the launcher:
+one JSON object a line, written by one append, with `ts`, `run_id`, `node`, `generation`, `event`, `rank`, and its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from storage.agent import AgentEnvironment
 from storage.stores.health import StoreAway, StoreBack
 from storage.stores.objects import ObjectStore
 
@@ -111,8 +112,8 @@ class Reporter:
 
 
 def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any]) -> None:
-    """Say which checkpoint is the last in the file that the agent names for it (ELASTIC_MOE_CHECKPOINT), if it does."""
-    path = env.get("ELASTIC_MOE_CHECKPOINT")
+    """Say which checkpoint is the last in the file that the agent names for it, if there is one."""
+    path = AgentEnvironment.from_env(env).checkpoint
     if not path:
         return
     temporary = f"{path}.{os.getpid()}"
@@ -129,19 +130,18 @@ def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any])
 
 def append_for_agent(env: Mapping[str, str], ts: float, event: str, fields: Mapping[str, Any]) -> None:
     """Append one event to the file of the agent that runs this worker, if there is one; a full disk costs the event."""
-    path = env.get("ELASTIC_MOE_EVENTS")
-    if not path:
+    agent = AgentEnvironment.from_env(env)
+    if not agent.events:
         return
-    numbers = {name: env.get(name, "") for name in ("ELASTIC_MOE_GENERATION", "RANK")}
-    generation, rank = (int(text) if text.isdecimal() else 0 for text in numbers.values())
-    record = {"ts": round(ts, 6), "run_id": env.get("ELASTIC_MOE_RUN_ID", ""), "node": env.get("ELASTIC_MOE_NODE", "")}
+    generation, rank = (int(text) if text.isdecimal() else 0 for text in (agent.generation, env.get("RANK", "")))
+    record = {"ts": round(ts, 6), "run_id": agent.run_id, "node": agent.node}
     record |= {"generation": generation, "event": event, "rank": rank, **fields}
     line = json.dumps(record, default=str, separators=(",", ":")) + "\n"
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = os.open(agent.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, line.encode())
         finally:
             os.close(fd)
     except OSError as error:
-        log.warning("event %s lost: cannot append to %s: %s", event, path, error)
+        log.warning("event %s lost: cannot append to %s: %s", event, agent.events, error)

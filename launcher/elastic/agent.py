@@ -35,8 +35,9 @@ from launcher.coordination.member import Member
 from launcher.drain.draining import DrainRequests
 from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic.rendezvous import MemberRendezvous
-from launcher.elastic.signs import CHECKPOINT_VARIABLE, VitalSigns
+from launcher.elastic.signs import VitalSigns
 from launcher.elastic.yielding import Graces, Yielding
+from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog
 from launcher.health import autopsy
@@ -49,7 +50,6 @@ from launcher.workers import boot
 from launcher.workers.channels import WorkerChannels
 from launcher.workers.family import GRACE_AFTER_SUCCESS_S, GRACE_S
 from launcher.workers.leftovers import Leftovers
-from launcher.workers.program import STACKS_VARIABLE
 from launcher.workers.warm import COLD, WarmStart
 
 log = logging.getLogger(__name__)
@@ -168,17 +168,18 @@ class ElasticAgent(LocalElasticAgent):
     def _set_local_rank_env(self, worker_env: dict[str, str | None], local_rank: int, spec: WorkerSpec) -> None:
         super()._set_local_rank_env(worker_env, local_rank, spec)
         current = self._current_round()
-        worker_env["ELASTIC_MOE_GENERATION"] = str(current.generation)
-        worker_env["ELASTIC_MOE_LINEAGE"] = current.lineage
-        worker_env["ELASTIC_MOE_RUN_ID"] = self._rendezvous_handler.get_run_id()
-        worker_env["ELASTIC_MOE_NODE"] = self._member.node_id
-        worker_env["ELASTIC_MOE_HEARTBEAT"] = str(self._channels.path(local_rank))
-        worker_env[CHECKPOINT_VARIABLE] = str(self._signs.checkpoint_path)
-        worker_env[STACKS_VARIABLE] = str(self._channels.stacks_path(local_rank))
-        if current.mesh is not None:
-            worker_env["ELASTIC_MOE_MESH"] = current.mesh.to_json()
-        if self._events.path is not None:
-            worker_env["ELASTIC_MOE_EVENTS"] = str(self._events.path)
+        told = Environment(
+            generation=current.generation,
+            lineage=current.lineage,
+            run_id=self._rendezvous_handler.get_run_id(),
+            node=self._member.node_id,
+            mesh=current.mesh.to_json() if current.mesh else None,
+            channel=self._channels.path(local_rank),
+            stacks=self._channels.stacks_path(local_rank),
+            events=self._events.path,
+            checkpoint=self._signs.checkpoint_path,
+        )
+        worker_env.update(told.to_env())
 
     def _current_round(self) -> Round:
         current = self._rendezvous_handler.round

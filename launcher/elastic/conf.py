@@ -59,7 +59,7 @@ class RendezvousConf(BaseModel):
     key: str = ""
     """etcd3: file with the private key of `cert`."""
     user: str = ""
-    """etcd3: user name; the password comes from `password_file` or ELASTIC_MOE_ETCD_PASSWORD."""
+    """etcd3: user name; the password comes from `password_file` or the environment."""
     password_file: str = ""
     """etcd3: file with the password of `user`."""
     prefix: str = ""

@@ -42,6 +42,7 @@ from launcher.coordination.member import Member
 from launcher.coordination.reopen import reopen_failed
 from launcher.elastic.conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous, open_store
+from launcher.environment import Environment
 from launcher.errors import KVUnavailable, UsageError
 from launcher.events import EventLog
 from launcher.health.probe import Doorbell
@@ -167,12 +168,9 @@ class TorchrunRendezvous(MemberRendezvous):
 
     def _worker_environment(self, current: Round) -> dict[str, str]:
         """Workers inherit the agent's environment; a checkpointer in them fences by the generation."""
-        return {
-            "ELASTIC_MOE_GENERATION": str(current.generation),
-            "ELASTIC_MOE_LINEAGE": current.lineage,
-            "ELASTIC_MOE_RUN_ID": self._run_id,
-            "ELASTIC_MOE_NODE": self._member.node_id,
-        }
+        return Environment(
+            generation=current.generation, lineage=current.lineage, run_id=self._run_id, node=self._member.node_id
+        ).to_env()
 
     # --- the end
 

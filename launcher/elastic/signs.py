@@ -11,9 +11,6 @@ from launcher.rounds.records import Round, describe
 from launcher.rounds.vitals import Vitals
 from launcher.workers.channels import WorkerChannels
 
-CHECKPOINT_VARIABLE = "ELASTIC_MOE_CHECKPOINT"
-"""Names the file in which a Checkpointer says what it has committed last."""
-
 
 class VitalSigns:
     """The agent's thread only."""

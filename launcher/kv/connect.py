@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.environment import Environment
 from launcher.errors import UsageError
 from launcher.kv.base import KV
 from launcher.kv.embedded import EmbeddedKV
@@ -24,7 +25,6 @@ from launcher.kv.memory import MemoryKV
 log = logging.getLogger(__name__)
 
 BACKENDS = ("embedded", "etcd3", "memory")
-TOKEN_VARIABLE = "ELASTIC_MOE_TOKEN"
 _EMBEDDED_TIMEOUT_S = 10.0
 _ETCD_TIMEOUT_S = 6.0
 _LEAST_TIMEOUT_S = 3.0
@@ -134,10 +134,11 @@ def _token(conf: Mapping[str, str], *, required: bool) -> str:
             return Path(path).read_text().strip()
         except OSError as error:
             raise UsageError(f"--rdzv-conf token_file={path}: {error.strerror}") from error
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    token = Environment.from_env(os.environ).token or ""
     if required and not token:
         raise UsageError(
-            f"the embedded store listens beyond loopback only with a token: set {TOKEN_VARIABLE} "
+            f"the embedded store listens beyond loopback only with a token: "
+            f"set {Environment.variable('token')} "
             "to the same secret on every node, or --rdzv-conf token_file=PATH"
         )
     return token

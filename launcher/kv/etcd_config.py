@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.environment import Environment
 from launcher.errors import UsageError
 
 DEFAULT_PORT = 2379
-PASSWORD_VARIABLE = "ELASTIC_MOE_ETCD_PASSWORD"
 
 ParseEndpoint = Callable[[str, int], tuple[str, int]]
 
@@ -122,8 +122,9 @@ def _read(name: str, path: str) -> bytes:
 def _password(conf: Mapping[str, str]) -> str:
     if path := conf.get("password_file"):
         return _read("password_file", path).decode(errors="replace").strip()
-    if password := os.environ.get(PASSWORD_VARIABLE):
+    if password := Environment.from_env(os.environ).etcd_password:
         return password
     raise UsageError(
-        f"--rdzv-conf user={conf['user']}: its password is missing; set {PASSWORD_VARIABLE}, or password_file=PATH"
+        f"--rdzv-conf user={conf['user']}: its password is missing; set {Environment.variable('etcd_password')}, "
+        "or password_file=PATH"
     )

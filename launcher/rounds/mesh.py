@@ -60,7 +60,7 @@ class MeshPlan:
         return self.replicate * self.shard * self.expert
 
     def to_json(self) -> str:
-        """One line of JSON with every field: what ``ELASTIC_MOE_MESH`` carries."""
+        """One line of JSON with every field: what an agent gives its workers (`Environment.mesh`)."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @classmethod

@@ -21,6 +21,10 @@ if __name__ == "__main__":  # started by path, without site packages; ours come 
 
 from launcher.workers import family, guardian
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from launcher.environment import Environment
+
 _ZYGOTE_TIMEOUT_S = 120.0
 
 
@@ -35,22 +39,27 @@ def main(argv: "list[str]") -> None:
             print(f"started cold: {error}", file=sys.stderr)
         else:
             _stand_for_worker(connection)
-    if program[:2] == [sys.executable, "-u"] and "ELASTIC_MOE_STACKS" in os.environ:
+    stacks = _environment().stacks
+    if program[:2] == [sys.executable, "-u"] and stacks:
         # A program that can write its stacks when it hangs; it runs the script as the interpreter would.
         here = os.path.dirname(os.path.abspath(__file__))
-        program = [*program[:2], os.path.join(here, "program.py"), *program[1:]]
+        program = [*program[:2], os.path.join(here, "program.py"), str(stacks), *program[1:]]
     guardian.run(program, agent_pid, _claim)
+
+
+def _environment() -> "Environment":
+    from launcher.environment import Environment  # by cold workers only: it imports much
+
+    return Environment.from_env(os.environ)
 
 
 def _claim() -> None:
     """Say which process the worker is: it keeps its pid when it becomes its program."""
-    if path := os.environ.get("ELASTIC_MOE_HEARTBEAT"):
-        from pathlib import Path
-
+    if path := _environment().channel:
         from launcher.workers.channel import Channel
 
         try:
-            Channel.attach(Path(path), announce=False).claim()
+            Channel.attach(path, announce=False).claim()
         except (OSError, ValueError) as error:
             print(f"the agent is not told of pid {os.getpid()}: {error}", file=sys.stderr)
 

@@ -16,9 +16,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.environment import Environment
 from launcher.workers import paths, program, stash, variables
 from launcher.workers.channel import Channel
 from launcher.workers.family import die_with
@@ -67,9 +67,10 @@ def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socke
     """All but to run the program."""
     os.setsid()
     die_with(zygote.pid)
-    if path := request.env.get("ELASTIC_MOE_HEARTBEAT"):
+    told = Environment.from_env(request.env)
+    if told.channel:
         with contextlib.suppress(OSError, ValueError):
-            Channel.attach(Path(path), announce=False).claim()
+            Channel.attach(told.channel, announce=False).claim()
     # An agent that ends the boot looks for our claim afterwards: either it finds it, or we see here that boot is gone.
     boot.setblocking(False)
     with contextlib.suppress(BlockingIOError):
@@ -83,7 +84,8 @@ def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socke
     os.environ.update(request.env)
     _settle_process(request)
     paths.be_a_scripts()
-    program.write_stacks_on_signal()
+    if told.stacks:
+        program.write_stacks_on_signal(str(told.stacks))
     _open_streams()
     seen = _Learner(learner, zygote.environment).look if learner is not None else _look_at_nothing
 
@@ -149,8 +151,8 @@ def _start_cold(names: list[str], package: str, request: Request, news: socket.s
     os.write(2, f"started again, cold: {why}, which this process had imported ahead\n".encode())
     os.chdir(request.cwd)
     command = [sys.executable, *request.argv]
-    if program.STACKS_VARIABLE in request.env:
-        command[2:2] = [program.__file__]
+    if stacks := Environment.from_env(request.env).stacks:
+        command[2:2] = [program.__file__, str(stacks)]
     os.execve(sys.executable, command, request.env)
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT_DIED = signal.SIGRTMIN + 8
-KEEP_VARIABLE = "ELASTIC_MOE_KEEP_CHILDREN"
 
 
 def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambda: None) -> NoReturn:
@@ -43,7 +42,9 @@ def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambd
 
 def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
     """The same for a program that is a fork of this process: `start`, and then SystemExit."""
-    keep = bool(os.environ.get(KEEP_VARIABLE))
+    from launcher.environment import Environment  # not before it is needed: `boot` imports this for warm workers too
+
+    keep = Environment.from_env(os.environ).keep_children
     if not keep:
         family.adopt_orphans()
     family.die_with(parent_pid)
@@ -120,17 +121,18 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
     who = f"rank {rank}" if rank else "the program"
     with contextlib.suppress(OSError):  # the console is gone
         os.write(2, f"{who} left processes behind, which are ended: {', '.join(map(str, ended))}\n".encode())
-    if path := os.environ.get("ELASTIC_MOE_EVENTS"):
-        from pathlib import Path
+    from launcher.environment import Environment
 
+    told = Environment.from_env(os.environ)
+    if told.events:
         from launcher.events import append_event
         from launcher.wording import name_some
 
         append_event(
-            Path(path),
-            run_id=os.environ.get("ELASTIC_MOE_RUN_ID", ""),
-            node=os.environ.get("ELASTIC_MOE_NODE", ""),
-            generation=int(os.environ.get("ELASTIC_MOE_GENERATION", "0")),
+            told.events,
+            run_id=told.run_id,
+            node=told.node,
+            generation=told.generation,
             event="children_ended",
             fields={
                 "rank": int(rank or -1),

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from launcher.environment import Environment
 from launcher.workers import family
 from launcher.workers.warm import WarmStart
 
@@ -21,7 +22,7 @@ class Leftovers:
 
     def __init__(self, runtime_dir: Path, warm: WarmStart | None, *, keep: bool) -> None:
         """`keep`: nothing is ended."""
-        self._mark = f"ELASTIC_MOE_HEARTBEAT={runtime_dir}{os.sep}".encode()
+        self._mark = f"{Environment.variable('channel')}={runtime_dir}{os.sep}".encode()
         self._warm = warm
         self._keep = keep
         if not keep:

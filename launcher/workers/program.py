@@ -1,9 +1,9 @@
 """Be the program that `python ARGV...` would be, with two things added: a signal on which it writes its Python stacks,
 and a file for the exception that ends it.
 
-The zygote runs a forked worker through `run`; a worker that starts cold is `python program.py ARGV...`, which imports
-nothing but what every interpreter has loaded, so that a script's own modules come first, be they called `types` or
-`json`. Either way the script cannot tell (`sys.argv`, `sys.orig_argv`, `__main__`, `sys.path`, tracebacks).
+The zygote runs a forked worker through `run`; a worker that starts cold is `python program.py STACKS ARGV...`, which
+imports nothing but what every interpreter has loaded, so that a script's own modules come first, be they called `types`
+or `json`. Either way the script cannot tell (`sys.argv`, `sys.orig_argv`, `__main__`, `sys.path`, tracebacks).
 
 The signal is a real-time one, which scripts hardly use. `faulthandler` answers it from C, without the GIL: also when
 the main thread waits in a collective, or spins in an extension. A script that installs a handler of its own for it
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import types
 
 STACKS_SIGNAL = _signal.SIGRTMIN + 7
-STACKS_VARIABLE = "ELASTIC_MOE_STACKS"
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _ERROR_MAX_CHARS = 64 * 1024
 _OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
@@ -34,14 +33,11 @@ _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 _STDLIB = os.path.dirname(os.__file__)
 
 
-def write_stacks_on_signal() -> None:
-    """Write the stacks of all threads to the file that the agent made, at every `STACKS_SIGNAL`; no file, no stacks.
+def write_stacks_on_signal(path: str) -> None:
+    """Write the stacks of all threads to the file `path`, which the agent made, at every `STACKS_SIGNAL`.
 
     The file is opened now: a process that hangs may be unable to open one.
     """
-    path = os.environ.get(STACKS_VARIABLE)
-    if not path:
-        return
     try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True, chain=False)
@@ -192,5 +188,5 @@ def _import_from_stdlib(name: str) -> "types.ModuleType":
 
 
 if __name__ == "__main__":
-    write_stacks_on_signal()
-    run(sys.argv[1:])
+    write_stacks_on_signal(sys.argv[1])
+    run(sys.argv[2:])

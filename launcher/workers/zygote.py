@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from launcher.environment import PREFIX
 from launcher.frames import HEADER_BYTES, receive, send
 from launcher.workers import freshness, paths, program, variables
 from launcher.workers.forked import Request, Zygote, become, tell
@@ -50,7 +51,7 @@ _SET_BY_AGENTS = (
     "GROUP_",
     "ROLE_",
     "MASTER_",
-    "ELASTIC_MOE_",
+    PREFIX,
     "TORCHELASTIC_",
     "TORCH_NCCL_",
 )

@@ -78,7 +78,7 @@ def test_a_worker_process_keeps_the_contract(path: Path, tmp_path: Path) -> None
     agent = Channel.create(path)
     environment = {
         **os.environ,
-        "ELASTIC_MOE_HEARTBEAT": str(path),
+        "ELASTIC_MOE_CHANNEL": str(path),
         "ELASTIC_MOE_EVENTS": str(tmp_path / "events.jsonl"),
         "ELASTIC_MOE_GENERATION": "3",
         "ELASTIC_MOE_NODE": "n",

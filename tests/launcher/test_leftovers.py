@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.environment import Environment
 from launcher.workers import family, guardian
 from tests.cluster import Cluster, alive, cluster, read_lines, until
 
@@ -110,7 +111,9 @@ def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile() -
 
 
 def test_a_guardian_keeps_what_it_is_told_to_keep() -> None:
-    with guard("sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!", **{guardian.KEEP_VARIABLE: "1"}) as process:
+    with guard(
+        "sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!", **Environment(keep_children=True).to_env()
+    ) as process:
         assert process.wait(20) == 0
         assert process.stdout is not None
         child = int(process.stdout.readline())

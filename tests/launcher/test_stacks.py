@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.environment import Environment
 from launcher.health.stacks import Suspended, collect, innermost, write
 from launcher.workers import boot, family, program
-from launcher.workers.program import STACKS_SIGNAL, STACKS_VARIABLE
+from launcher.workers.program import STACKS_SIGNAL
 from tests.cluster import until
 
 SLEEPS = "import time\ndef sleeps():\n    print('here', flush=True)\n    time.sleep(600)\nsleeps()\n"
@@ -38,7 +39,7 @@ def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tupl
     stacks = folder / "stacks"
     stacks.touch(0o600)
     command = [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), "-", sys.executable, "-u", "script.py"]
-    env = {**os.environ, **({STACKS_VARIABLE: str(stacks)} if watched else {})}
+    env = {**os.environ, **(Environment(stacks=stacks).to_env() if watched else {})}
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

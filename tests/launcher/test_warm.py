@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.environment import Environment
 from launcher.workers import boot
 from launcher.workers.channel import Channel
-from launcher.workers.program import STACKS_VARIABLE
 from launcher.workers.warm import COLD, WarmStart
 from tests.cluster import alive, until
 
@@ -71,7 +71,7 @@ def outcome(zygote: str, *arguments: str, cwd: Path, **env: str) -> tuple[int, s
 def stacks_of(folder: Path) -> dict[str, str]:
     """What makes a cold worker one that can write its stacks."""
     (folder / "stacks").touch()
-    return {STACKS_VARIABLE: str(folder / "stacks")}
+    return Environment(stacks=folder / "stacks").to_env()
 
 
 @pytest.mark.parametrize("exit_code", ["0", "7"])
@@ -151,7 +151,7 @@ def test_a_signal_waits_for_no_zygote_that_is_busy(warm: WarmStart, tmp_path: Pa
 def test_the_agent_can_find_and_end_a_worker_whose_boot_is_gone(warm: WarmStart, tmp_path: Path) -> None:
     channel = Channel.create(tmp_path / "channel")
     try:
-        with started_worker(warm.socket_path(), tmp_path, ELASTIC_MOE_HEARTBEAT=str(channel.path)) as (boot, worker):
+        with started_worker(warm.socket_path(), tmp_path, ELASTIC_MOE_CHANNEL=str(channel.path)) as (boot, worker):
             os.kill(warm_pid(warm), signal.SIGSTOP)  # a zygote that is busy
             boot.kill()
             boot.wait(20)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from launcher.environment import Environment
 from launcher.workers import boot
-from launcher.workers.program import STACKS_VARIABLE
 from launcher.workers.warm import COLD, WarmStart
 
 MIRROR = Path(__file__).parent / "scripts" / "mirror.py"
@@ -96,7 +96,7 @@ def seen(command: list[str], folder: Path) -> dict[str, Any]:
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, STACKS_VARIABLE: str(folder / "stacks")},
+        env={**os.environ, **Environment(stacks=folder / "stacks").to_env()},
         input=b"typed",
         capture_output=True,
         timeout=120,

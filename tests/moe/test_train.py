@@ -95,7 +95,7 @@ class World:
                 "ELASTIC_MOE_LINEAGE": "test",
                 "ELASTIC_MOE_RUN_ID": "test",
                 "ELASTIC_MOE_MESH": plan.to_json(),
-                "ELASTIC_MOE_HEARTBEAT": str(path),
+                "ELASTIC_MOE_CHANNEL": str(path),
                 "ELASTIC_MOE_EVENTS": str(folder / "events.jsonl"),
             }
             self.processes.append(_context.Process(target=run_rank, args=(what, environ, self.errors[rank], prepare)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-cooperates = "ELASTIC_MOE_HEARTBEAT" in os.environ
+cooperates = "ELASTIC_MOE_CHANNEL" in os.environ
 if cooperates:
     from elastic_moe import worker
 

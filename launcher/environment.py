@@ -1,0 +1,88 @@
+"""The environment variables that are the project's own. Nothing else in launcher or elastic_moe spells their names.
+
+storage, which knows no launcher, reads those that concern checkpoints by itself: `storage/agent.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.errors import UsageError
+
+PREFIX = "ELASTIC_MOE_"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the variables hold; the field `run_id` is that of ELASTIC_MOE_RUN_ID, and so on.
+
+    The agent sets all of them for its workers but the last two, which a user sets for agents and the command line.
+    """
+
+    generation: int = 0
+    """The number of the round, strictly growing within its lineage; 0 without an agent."""
+    lineage: str = ""
+    """The store in which generations are counted."""
+    run_id: str = ""
+    """The job's name, `--rdzv-id`."""
+    node: str = ""
+    """The id of the worker's node, as in events."""
+    mesh: str | None = None
+    """The round's `MeshPlan` as JSON, where the job has a planner."""
+    channel: Path | None = None
+    """The file by which this worker tells its progress (`launcher.workers.channel`)."""
+    stacks: Path | None = None
+    """The file into which this worker writes its Python stacks when the agent signals for them."""
+    events: Path | None = None
+    """The node's `events.jsonl`."""
+    checkpoint: Path | None = None
+    """The file in which a Checkpointer says what it has committed last."""
+    keep_children: bool = False
+    """Whether processes that workers have started may outlive them; a user may set it for an agent as well."""
+    token: str | None = field(default=None, repr=False)
+    """The secret that nodes share who meet at an embedded store."""
+    etcd_password: str | None = field(default=None, repr=False)
+    """The password of the etcd user whom `--rdzv-conf user=` names."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Environment:
+        """Read the variables; one that is not there, or empty, leaves its field at the default.
+
+        Raises:
+            UsageError: the generation is no whole number.
+        """
+        held = {f.name: text for f in dataclasses.fields(cls) if (text := env.get(cls.variable(f.name)))}
+        return cls(
+            generation=_whole_number(held.get("generation", "0"), cls.variable("generation")),
+            lineage=held.get("lineage", ""),
+            run_id=held.get("run_id", ""),
+            node=held.get("node", ""),
+            mesh=held.get("mesh"),
+            **{name: Path(held[name]) for name in ("channel", "stacks", "events", "checkpoint") if name in held},
+            keep_children="keep_children" in held,
+            token=held.get("token"),
+            etcd_password=held.get("etcd_password"),
+        )
+
+    def to_env(self) -> dict[str, str]:
+        """The variables that hold this; none for what is None or False."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            self.variable(name): "1" if value is True else str(value)
+            for name, value in fields.items()
+            if value is not None and value is not False
+        }
+
+    @staticmethod
+    def variable(name: str) -> str:
+        """The name of the variable that a field stands for."""
+        return f"{PREFIX}{name.upper()}"
+
+
+def _whole_number(text: str, variable: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{variable} is {text!r}; it must be a whole number >= 0")
+    return int(text)

@@ -1,0 +1,39 @@
+"""What the agent that runs a worker tells the Checkpointers in it, by environment variables.
+
+It is the launcher's contract with its workers (`launcher.environment`), as far as it concerns checkpoints. Storage
+imports no launcher and works under anything that sets these variables, so their names are spelled here once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PREFIX = "ELASTIC_MOE_"
+
+
+@dataclass(frozen=True)
+class AgentEnvironment:
+    """The texts of the variables, each named by its field; "" for one that is not set."""
+
+    generation: str = ""
+    lineage: str = ""
+    run_id: str = ""
+    node: str = ""
+    mesh: str = ""
+    """A JSON object."""
+    events: str = ""
+    """Path of the file to which events are appended."""
+    checkpoint: str = ""
+    """Path of the file that says which checkpoint was committed last."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> AgentEnvironment:
+        """Read the variables."""
+        return cls(**{f.name: env.get(cls.variable(f.name), "") for f in dataclasses.fields(cls)})
+
+    @staticmethod
+    def variable(name: str) -> str:
+        """The name of the variable that a field stands for."""
+        return f"{PREFIX}{name.upper()}"
