@@ -1,34 +1,72 @@
 """Checkpoints: bytes with names, committed whole or not at all.
 
-`Checkpointer` is the one class that a training script needs, and `PerRank` marks what each rank has of its own;
-`ShardReader` and `ShardWriter` plug into `torch.distributed.checkpoint.load` and `save`; `open_store` opens the object
-store behind a URL. Errors are in `storage.errors`. torch is imported only by the names that need it.
+For training    Checkpointer saves and restores a state, PerRank marks what each rank has of its own; ShardReader and
+                ShardWriter are the same format and checks under `torch.distributed.checkpoint.load` and `save`;
+                CheckpointEvent names what a Listener hears.
+Stores          open_store opens the ObjectStore behind a URL, register_scheme adds stores of your own.
+Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
+                finds what dead jobs have left, and remove_garbage removes it.
+
+Names are imported when they are first used, and torch only by those that need it.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from storage.stores.registry import open_store, register_scheme
+from storage import errors
+from storage.errors import *  # noqa: F403 - the tree, by its own __all__
 
 if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer
     from storage.dcp import ShardReader, ShardWriter
+    from storage.events import CheckpointEvent, Listener
+    from storage.inspection import Details, Location, Summary, Verdict, checkpoints, details, locate, summaries, verify
+    from storage.run.garbage import Garbage
+    from storage.run.garbage import find as find_garbage
+    from storage.run.garbage import remove as remove_garbage
     from storage.state.per_rank import PerRank
+    from storage.stores.objects import Capabilities, ObjectInfo, ObjectStore
+    from storage.stores.registry import open_store, register_scheme, with_options
+    from storage.stores.retry_policy import RetryCounts, RetryLog
 
-__all__ = ["Checkpointer", "PerRank", "ShardReader", "ShardWriter", "open_store", "register_scheme"]
+__all__ = ["Checkpointer", "PerRank", "ShardReader", "ShardWriter"]
+__all__ += ["CheckpointEvent", "Listener"]
+__all__ += ["Capabilities", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog"]
+__all__ += ["open_store", "register_scheme", "with_options"]
+__all__ += ["Details", "Location", "Summary", "Verdict", "checkpoints", "details", "locate", "summaries", "verify"]
+__all__ += ["Garbage", "find_garbage", "remove_garbage"]
+__all__ += errors.__all__
 
-_LAZY = {
-    "Checkpointer": "storage.checkpointer",
-    "PerRank": "storage.state.per_rank",
-    "ShardReader": "storage.dcp",
-    "ShardWriter": "storage.dcp",
+_ROOMS = {
+    "storage.checkpointer": "Checkpointer",
+    "storage.dcp": "ShardReader ShardWriter",
+    "storage.events": "CheckpointEvent Listener",
+    "storage.inspection": "Details Location Summary Verdict checkpoints details locate summaries verify",
+    "storage.run.garbage": "Garbage find_garbage=find remove_garbage=remove",
+    "storage.state.per_rank": "PerRank",
+    "storage.stores.objects": "Capabilities ObjectInfo ObjectStore",
+    "storage.stores.registry": "open_store register_scheme with_options",
+    "storage.stores.retry_policy": "RetryCounts RetryLog",
 }
+_PLACES = {
+    name: (room, original or name)
+    for room, names in _ROOMS.items()
+    for name, _, original in (text.partition("=") for text in names.split())
+}
+"""By public name: the room that has it, and what it is called there."""
+
+__doc__ = f"{__doc__}\n{errors.__doc__}"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    if name not in _PLACES:
+        raise AttributeError(f"module 'storage' has no attribute {name!r}")
+    room, original = _PLACES[name]
+    value = globals()[name] = getattr(importlib.import_module(room), original)
+    return value
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'storage' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

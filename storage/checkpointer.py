@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from storage.agent import AgentEnvironment
 from storage.errors import Fenced, UsageError
-from storage.events import Listener, Reporter
+from storage.events import CheckpointEvent, Listener, Reporter
 from storage.format import layout
 from storage.loading.restorer import Restorer
 from storage.parallel import before_pools_close
@@ -173,7 +173,7 @@ class Checkpointer:
             attempt = Attempt.of_step(step, agreed.attempt, self._group.world_size)
             staged_bytes = sum(payload.chunk.size_bytes for payload in payloads)
             seconds = round(time.monotonic() - started_s, 4)
-            self._report("checkpoint_staged", step=step, seconds=seconds, bytes=staged_bytes)
+            self._report(CheckpointEvent.STAGED, step=step, seconds=seconds, bytes=staged_bytes)
             self._saver.submit(
                 Job(attempt, self._group.rank, payloads, agreed.contents, started_s, staging_error, agreed.healthy)
             )
@@ -185,7 +185,7 @@ class Checkpointer:
         began_s = time.monotonic()
         committed = self._saver.wait()
         if (waited_s := time.monotonic() - began_s) >= _WAIT_TOLD_S:
-            self._report.tell_agent("checkpoint_waited", seconds=round(waited_s, 3))
+            self._report.tell_agent(CheckpointEvent.WAITED, seconds=round(waited_s, 3))
         return committed
 
     def announce_end(self) -> None:
@@ -261,7 +261,7 @@ class Checkpointer:
             return 0
         self._group.everywhere(lambda: state.update(restored.values))
         self._report(
-            "restored",
+            CheckpointEvent.RESTORED,
             step=restored.step,
             seconds=round(time.monotonic() - started_s, 3),
             bytes=restored.needed_bytes,
@@ -297,7 +297,7 @@ class Checkpointer:
         weakref.finalize(self, self._heartbeat.stop).atexit = False
         if other is not None:
             self._report(
-                "checkpoint_taken_over", url=self._store.url, by=mine.who, of=other.owner.who, reason=other.reason
+                CheckpointEvent.TAKEN_OVER, url=self._store.url, by=mine.who, of=other.owner.who, reason=other.reason
             )
         return mine
 
@@ -320,7 +320,7 @@ class Checkpointer:
     def _check_conditions(self) -> None:
         """A degraded store is told at once: a race between two owners is found by reading back only."""
         if not self._store.capabilities.conditional_puts:
-            self._report("checkpoint_unconditional", url=self._store.url)
+            self._report(CheckpointEvent.UNCONDITIONAL, url=self._store.url)
 
     def _close(self, *, abandon: bool) -> None:
         if not self._closed:

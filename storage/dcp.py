@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from storage.errors import AlreadyExists, Forbidden, NoCheckpoint, OnlyUnhealthy, UnsupportedValue, UsageError
-from storage.events import Reporter
+from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
@@ -206,7 +206,7 @@ class ShardReader(_Place, StorageReader):
         casts = Casts(self._allow_casts)
         read_items(self._store, self._index, plan.items, planner, self._ranks(), casts=casts)
         if told := casts.told():
-            Reporter(None)("checkpoint_cast", url=self._url, **told)
+            Reporter(None)(CheckpointEvent.CAST, url=self._url, **told)
         done: Future[None] = Future()
         done.set_result(None)
         return done

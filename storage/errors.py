@@ -26,6 +26,29 @@ from __future__ import annotations
 import enum
 import re
 
+__all__ = [
+    "AlreadyExists",
+    "BadURL",
+    "Cause",
+    "Corrupt",
+    "Denied",
+    "Disputed",
+    "Fenced",
+    "Forbidden",
+    "InUse",
+    "Interrupted",
+    "NoCheckpoint",
+    "NotFound",
+    "OnlyUnhealthy",
+    "StorageError",
+    "Transient",
+    "Unconfirmed",
+    "UnloadableValue",
+    "UnsupportedValue",
+    "UsageError",
+    "WrongModel",
+]
+
 _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*")
 _CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -7,6 +7,7 @@ one JSON object a line, written by one append, with `ts`, `run_id`, `node`, `gen
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import logging
 import os
@@ -22,23 +23,62 @@ from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
 
-Listener = Callable[[str, dict[str, Any]], None]
 
-_WARN = {
-    "checkpoint_failed",
-    "checkpoint_quarantined",
-    "checkpoint_damaged",
-    "checkpoint_cleanup_failed",
-    "checkpoint_not_newest",
-    "checkpoint_passed_over",
-    "checkpoint_retried",
-    "checkpoint_unconditional",
-    "checkpoint_taken_over",
-    "checkpoint_fenced",
-    "checkpoint_cast",
-    "checkpoint_store_away",
-    "checkpoint_store_back",
+class CheckpointEvent(enum.StrEnum):
+    """The name of an event, as listeners and `events.jsonl` have it; under each, its fields beside `rank`."""
+
+    RESTORED = "restored"
+    """`step`, `seconds`, `bytes` of the state, `fetched_bytes` and `received_bytes` by this rank."""
+    RESTORED_IN_PART = "restored_in_part"
+    """With `strict=False`: `step`, `num_missing`, `missing` and `num_left_out`, `left_out` (some of the names)."""
+    PER_RANK_RESIZED = "per_rank_resized"
+    """`step`, `names` of the `PerRank` parts, the number of ranks that `saved` them, and how many there are `now`."""
+    CAST = "checkpoint_cast"
+    """Tensors went into others of another dtype: `step` or `url`, and what became of how many."""
+    PASSED_OVER = "checkpoint_passed_over"
+    """`step` that is read instead of the newer ones `passed_over`, and the `reason`."""
+    DAMAGED = "checkpoint_damaged"
+    """With `read_only`: `step`, `reason`; it stays where it is."""
+    QUARANTINED = "checkpoint_quarantined"
+    """`step`, `reason`: it counts no more."""
+    STAGED = "checkpoint_staged"
+    """The training goes on: `step`, `seconds`, `bytes` copied by this rank."""
+    COMMITTED = "checkpoint_committed"
+    """`step`, `seconds` since `save` was called, `bytes` of the whole checkpoint; `healthy`, where it is not."""
+    FAILED = "checkpoint_failed"
+    """`step`, `seconds`, `reason`: nothing of it can be seen."""
+    NOT_NEWEST = "checkpoint_not_newest"
+    """`step` was committed, and there is a newer one, `newest`, that a restore would take."""
+    CLEANUP_FAILED = "checkpoint_cleanup_failed"
+    """After the commit of `step` old ones could not be removed: `reason`."""
+    WAITED = "checkpoint_waited"
+    """For the account of the job's time alone: `seconds` for which the training waited for a commit."""
+    RETRIED = "checkpoint_retried"
+    """`during` ("save", "restore"), `retries` by cause, `waited_s`, and a save's `step`."""
+    STORE_AWAY = "checkpoint_store_away"
+    """`url`, `seconds` since a request has succeeded, `cause`, `reason`."""
+    STORE_BACK = "checkpoint_store_back"
+    """`url`, `seconds` for which it was away."""
+    UNCONDITIONAL = "checkpoint_unconditional"
+    """`url` of a store that does not honour conditional puts."""
+    TAKEN_OVER = "checkpoint_taken_over"
+    """`url`, `by` this job, `of` another, which had not let it go; the `reason` why that does not count."""
+    FENCED = "checkpoint_fenced"
+    """`url`, `by` the job that has the run now, `reason`: the next save raises."""
+
+
+_USUAL = {
+    CheckpointEvent.RESTORED,
+    CheckpointEvent.RESTORED_IN_PART,
+    CheckpointEvent.PER_RANK_RESIZED,
+    CheckpointEvent.STAGED,
+    CheckpointEvent.COMMITTED,
+    CheckpointEvent.WAITED,
 }
+"""Those that the log has as information; all others are warnings."""
+
+Listener = Callable[[CheckpointEvent, dict[str, Any]], None]
+"""What `Checkpointer(..., on_event=...)` is given; it is called from any thread."""
 
 _hearing = threading.local()
 
@@ -58,11 +98,11 @@ class Reporter:
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
 
-    def __call__(self, event: str, **fields: Any) -> None:
+    def __call__(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report one event; may be called from any thread."""
         ts = time.time()
         text = ", ".join(f"{name} {value}" for name, value in fields.items())
-        log.log(logging.WARNING if event in _WARN else logging.INFO, "%s: %s", event, text)
+        log.log(logging.INFO if event in _USUAL else logging.WARNING, "%s: %s", event, text)
         before, _hearing.event = getattr(_hearing, "event", None), event
         try:
             if self._listener is not None:
@@ -73,10 +113,10 @@ class Reporter:
             is_written, _hearing.event = _hearing.event is None, before
         if not is_written:
             append_for_agent(os.environ, ts, event, fields)
-        if event == "checkpoint_committed":
+        if event == CheckpointEvent.COMMITTED:
             note_for_agent(os.environ, ts, fields)
 
-    def tell_agent(self, event: str, **fields: Any) -> None:
+    def tell_agent(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report what only the account of the job's time needs."""
         append_for_agent(os.environ, time.time(), event, fields)
 
@@ -92,9 +132,9 @@ class Reporter:
                 return
             if isinstance(what, StoreAway):
                 away = {"seconds": what.seconds, "cause": what.cause.value, "reason": what.reason}
-                report("checkpoint_store_away", url=url, **away)
+                report(CheckpointEvent.STORE_AWAY, url=url, **away)
             else:
-                report("checkpoint_store_back", url=url, seconds=what.seconds)
+                report(CheckpointEvent.STORE_BACK, url=url, seconds=what.seconds)
 
         store.retries.health.tell = tell
 
@@ -108,7 +148,9 @@ class Reporter:
             new = store.retries.snapshot().since(before)
             if new.num_by_cause:
                 waited_s = round(new.waited_s, 3)
-                self("checkpoint_retried", during=during, retries=dict(new.num_by_cause), waited_s=waited_s, **fields)
+                self(
+                    CheckpointEvent.RETRIED, during=during, retries=dict(new.num_by_cause), waited_s=waited_s, **fields
+                )
 
 
 def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any]) -> None:
@@ -128,7 +170,7 @@ def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any])
         log.debug("the agent cannot be told of the checkpoint: %s", error)
 
 
-def append_for_agent(env: Mapping[str, str], ts: float, event: str, fields: Mapping[str, Any]) -> None:
+def append_for_agent(env: Mapping[str, str], ts: float, event: CheckpointEvent, fields: Mapping[str, Any]) -> None:
     """Append one event to the file of the agent that runs this worker, if there is one; a full disk costs the event."""
     agent = AgentEnvironment.from_env(env)
     if not agent.events:

@@ -12,7 +12,7 @@ from typing import Any
 
 from storage import inspection
 from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, UnloadableValue, WrongModel
-from storage.events import Reporter
+from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
@@ -111,7 +111,7 @@ class Restorer:
                     passed_over.append(step)
                     continue
                 if passed_over:
-                    self._report("checkpoint_passed_over", step=step, passed_over=passed_over, reason="unhealthy")
+                    self._report(CheckpointEvent.PASSED_OVER, step=step, passed_over=passed_over, reason="unhealthy")
                 return index
             except NoCheckpoint:
                 continue  # set aside, or removed since it was listed
@@ -161,7 +161,7 @@ class Restorer:
         except Corrupt:
             return found[0] if found else Corrupt("")
         if told := casts.told():
-            self._report("checkpoint_cast", step=index.step, **told)
+            self._report(CheckpointEvent.CAST, step=index.step, **told)
         return result
 
     def _settle(self, found: Fit, index: Index, *, strict: bool) -> None:
@@ -190,7 +190,7 @@ class Restorer:
             shown = {"missing": vain[:NUM_SHOWN], "left_out": surplus[:NUM_SHOWN]}
             counts = {"num_missing": len(vain), "num_left_out": len(surplus)}
             log.warning("%s", misfit(f"not strict: {where}", [], vain, surplus))
-            self._report("restored_in_part", step=index.step, **counts, **shown)
+            self._report(CheckpointEvent.RESTORED_IN_PART, step=index.step, **counts, **shown)
         world_size = self._group.world_size
         resized = {name: num for name, num in found.resized.items() if num != world_size}
         if resized and self._group.is_coordinator:
@@ -201,7 +201,9 @@ class Restorer:
                 " and ".join(map(str, nums)),
                 world_size,
             )
-            self._report("per_rank_resized", step=index.step, names=names, saved=max(nums), now=world_size)
+            self._report(
+                CheckpointEvent.PER_RANK_RESIZED, step=index.step, names=names, saved=max(nums), now=world_size
+            )
 
     def _judge(self, step: int, found: Corrupt) -> None:
         """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do.
@@ -234,11 +236,11 @@ class Restorer:
         if self._claim is None:
             if version not in self._told:
                 self._told.add(version)
-                self._report("checkpoint_damaged", step=step, reason=reason)
+                self._report(CheckpointEvent.DAMAGED, step=step, reason=reason)
             return
         self._claim.check()
         if quarantine.set_aside(self._store, version):
-            self._report("checkpoint_quarantined", step=step, reason=reason)
+            self._report(CheckpointEvent.QUARANTINED, step=step, reason=reason)
 
 
 def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from storage.errors import Corrupt, InUse, NotFound, StorageError
-from storage.events import Reporter
+from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.run import owner
 from storage.run.owner import Owner
@@ -276,7 +276,7 @@ class Heartbeat:
         self._fenced = str(owner.fenced(recorded, self._mine))
         if (report := self._report()) is not None:
             by = "nobody" if recorded is None else recorded.who
-            report("checkpoint_fenced", url=self._store.url, by=by, reason=self._fenced)
+            report(CheckpointEvent.FENCED, url=self._store.url, by=by, reason=self._fenced)
 
     def _remove(self, token: str) -> None:
         try:

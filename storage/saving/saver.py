@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage.errors import Fenced, StorageError, Unconfirmed
-from storage.events import Reporter
+from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import ItemTable, Receipt
 from storage.run import retention
 from storage.run.owner import Claim
@@ -117,14 +117,14 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - a save may fail in any way; the training goes on
             self._note(error)
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-            self._report("checkpoint_failed", step=step, seconds=_since(job), bytes=0, reason=reason)
+            self._report(CheckpointEvent.FAILED, step=step, seconds=_since(job), bytes=0, reason=reason)
             return False
         finally:
             stored.set()
             self._live.discard(job.attempt.id)
         if job.contents is not None:
             unhealthy = {} if job.healthy else {"healthy": False}
-            self._report("checkpoint_committed", step=step, seconds=_since(job), bytes=size_bytes, **unhealthy)
+            self._report(CheckpointEvent.COMMITTED, step=step, seconds=_since(job), bytes=size_bytes, **unhealthy)
             self._clean(step)
         return True
 
@@ -180,10 +180,10 @@ class Saver:
             cleaned = retention.clean(self._store, self._claim, self._keep, self._live.copy, step)
         except Exception as error:  # noqa: BLE001 - left-overs cost space, not safety
             self._note(error)
-            self._report("checkpoint_cleanup_failed", step=step, reason=f"{type(error).__name__}: {error}")
+            self._report(CheckpointEvent.CLEANUP_FAILED, step=step, reason=f"{type(error).__name__}: {error}")
             return
         if cleaned.newer_steps:
-            self._report("checkpoint_not_newest", step=step, newest=cleaned.newer_steps[-1])
+            self._report(CheckpointEvent.NOT_NEWEST, step=step, newest=cleaned.newer_steps[-1])
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, Fenced):
