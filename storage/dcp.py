@@ -44,7 +44,7 @@ from storage.loading.casts import Casts
 from storage.loading.reading import read_items
 from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
-from storage.ranks.callers import find_caller
+from storage.ranks.callers import Caller, find_caller
 from storage.run import catalog, replacing
 from storage.saving import commit
 from storage.saving.commit import Attempt, Contents, Origin
@@ -154,19 +154,16 @@ class ShardReader(_Place, StorageReader):
             raise UsageError("a ShardReader with a process_group belongs to this process; make one in the other")
         return super().__getstate__()
 
-    def _ranks(self) -> AgreeingGroup | None:
-        """Those that read together; None where this one reads for itself."""
-        caller = find_caller()
-        if self._no_dist or (caller is None and self._process_group is None) or (caller is not None and caller.alone):
-            return None
-        return AgreeingGroup(self._process_group if caller is None else caller.group)
+    def _ranks(self) -> AgreeingGroup:
+        """Those that read together."""
+        caller = find_caller() or Caller(self._process_group is None, self._process_group)
+        return AgreeingGroup(caller.group, alone=self._no_dist or caller.alone)
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """Open the checkpoint and return DCP's view of it; a collective of the ranks that `dcp.load` runs on."""
         # `options`, since whoever calls it `kwargs` is asked once more after an error, for metadata of this rank alone
-        ranks = self._ranks()
         # each rank's own look could find another newest step, while a save goes on
-        self._index = self._find() if ranks is None else ranks.share(self._find, Index.load)
+        self._index = self._ranks().share(self._find, Index.load)
         assert self._index is not None  # it raises instead
         noted = StorageMeta(checkpoint_id=self._url, save_id=self._index.save_id or None, load_id=self.load_id)
         return dataclasses.replace(metadata_of(self._index), storage_meta=noted)

@@ -41,16 +41,15 @@ def read_items(
     index: Index,
     items: Sequence[ReadItem],
     planner: LoadPlanner,
-    group: Group | None = None,
+    group: Group,
     num_threads: int = NUM_THREADS,
     casts: Casts | None = None,
 ) -> Traffic:
-    """Read every item into what `planner` resolves for it.
+    """Read every item into what `planner` resolves for it. A collective of the group.
 
-    With a `group` this is a collective: what several ranks need is fetched by one of them, unless `should_share` says
-    that each had better read it. Checksums are verified
-    before a value is handed over, but tensors are filled in place: after an error their content is undefined.
-    `casts` says which changes of dtype are allowed, and learns which there are.
+    What several ranks need is fetched by one of them, unless `should_share` says that each had better read it.
+    Checksums are verified before a value is handed over, but tensors are filled in place: after an error their content
+    is undefined. `casts` says which changes of dtype are allowed, and learns which there are.
 
     Raises:
         Corrupt: a checksum, size or format does not hold.
@@ -61,7 +60,6 @@ def read_items(
         Transient, Denied, NotFound: by the store.
     """
     casts = Casts() if casts is None else casts
-    together = group is not None and group.world_size > 1
     requests, failure = None, None
     source, traffic = Source(store, index), Traffic()
     holes: dict[int, list[Range]] = {}
@@ -69,18 +67,14 @@ def read_items(
         try:
             layouts, traffic = _look_at_long(source, long_items(index, items), pool)
             requests = requests_of(index, items, planner, layouts, casts)
-        except Exception as error:
-            if not together:
-                raise
+        except Exception as error:  # noqa: BLE001 - raised below, by all ranks together
             failure = error
-        if group is not None and together:
-            if group.any(failure is not None):
-                raise failure or PeerFailed("nothing was read because another rank has failed to")
-            assert requests is not None
-            index = learn_crcs(group, index, requests)
+        if group.any(failure is not None):
+            raise failure or PeerFailed("nothing was read because another rank has failed to")
         assert requests is not None
+        index = learn_crcs(group, index, requests)
         source = dataclasses.replace(source, index=index, sums=requests.sums)
-        if group is not None and together and _share(store, group, requests):
+        if _share(store, group, requests):
             places = Places(index)
             shared = agree(group, requests, places.blocks, places.axis)
             piece_of = _Pieces(places, shared, requests).piece

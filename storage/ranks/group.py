@@ -34,13 +34,14 @@ class Expected:
 
 
 class Group:
-    """Collectives over bytes on a process group; the trivial group where torch.distributed is not initialised.
+    """Collectives over bytes on a process group. `alone`, and where torch.distributed is not initialised, the group has
+    one rank, this process, and needs no process group.
 
     Every method is a collective: all ranks call it, in the same order. Call them from one thread only.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._active = dist.is_available() and dist.is_initialized()
+    def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+        self._active = not alone and dist.is_available() and dist.is_initialized()
         self._group = process_group
         self.rank = dist.get_rank(process_group) if self._active else 0
         self.world_size = dist.get_world_size(process_group) if self._active else 1
