@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from storage import Checkpointer
-from storage.stores import retries
+from storage.stores import retry_policy
 from storage.stores.s3 import bucket
 
 LINEAGE = "deaths"
@@ -44,8 +44,8 @@ def shards(step: int) -> dict[str, Any]:
 
 def impatient() -> None:
     """Failures that stay are given up soon, in this process from now on."""
-    for cause, rule in retries.RULES.items():
-        retries.RULES[cause] = retries.Rule(min(rule.num_tries, 3), 0.001, 0.01, 60.0)  # type: ignore[index]
+    for cause, rule in retry_policy.RULES.items():
+        retry_policy.RULES[cause] = retry_policy.Rule(min(rule.num_tries, 3), 0.001, 0.01, 60.0)  # type: ignore[index]
 
 
 def save(url: str, environment: Mapping[str, str], step: int, timeouts_s: list[float]) -> bool | None:

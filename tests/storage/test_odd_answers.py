@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from storage.errors import Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
-from storage.stores import objects, retries
+from storage.stores import objects, retry_policy
 from storage.stores.fsspec_store import FsspecStore
 from storage.stores.local import LocalStore
 from storage.stores.objects import ObjectStore
@@ -30,7 +30,7 @@ SENT_BYTES_MAX = 24 * MIB
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for cause in Cause:
-        monkeypatch.setitem(retries.RULES, cause, retries.Rule(2, 0.0, 0.0, 20.0))  # type: ignore[arg-type]
+        monkeypatch.setitem(retry_policy.RULES, cause, retry_policy.Rule(2, 0.0, 0.0, 20.0))  # type: ignore[arg-type]
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

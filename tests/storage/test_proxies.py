@@ -12,7 +12,7 @@ import pytest
 
 from storage import open_store
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
-from storage.stores import retries
+from storage.stores import retry_policy
 from storage.stores.objects import ObjectStore
 from storage.stores.s3.proxies import find_proxy, tunnel_refused
 from tests.certificates import Authority
@@ -40,7 +40,7 @@ def prefix() -> str:
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tried again."""
     for cause in Cause:
-        monkeypatch.setitem(retries.RULES, cause, retries.Rule(1, 0.0, 0.0, 1.0))  # type: ignore[arg-type]
+        monkeypatch.setitem(retry_policy.RULES, cause, retry_policy.Rule(1, 0.0, 0.0, 1.0))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -142,11 +142,11 @@ def _heads(server: S3Server, prefix: str) -> dict[str, tuple[str, str]]:
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch, juicefs: S3Server) -> None:
     from storage.errors import Cause
-    from storage.stores import retries
+    from storage.stores import retry_policy
     from tests.cluster import free_port
 
     for cause in Cause:
-        monkeypatch.setitem(retries.RULES, cause, retries.Rule(2, 0.0, 0.0, 1.0))  # type: ignore[arg-type]
+        monkeypatch.setitem(retry_policy.RULES, cause, retry_policy.Rule(2, 0.0, 0.0, 1.0))  # type: ignore[arg-type]
     for host, says in ((f"127.0.0.1:{free_port()}", "cannot be reached"), ("no.such.host.invalid", "does not resolve")):
         store = open_store(f"s3://{BUCKET}/run?endpoint_url=http://{host}")
         with pytest.raises(Transient, match=says) as caught:

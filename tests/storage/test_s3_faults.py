@@ -18,7 +18,7 @@ import torch
 
 from storage import Checkpointer, inspection, open_store
 from storage.errors import AlreadyExists, NotFound, StorageError, Transient
-from storage.stores import retries
+from storage.stores import retry_policy
 from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
 from storage.stores.s3 import store as s3_store
 from storage.stores.s3.bucket import Bucket
@@ -50,9 +50,9 @@ def proxy(_juicefs: S3Server) -> Iterator[FaultProxy]:
     with pytest.MonkeyPatch.context() as patch, FaultProxy(_juicefs) as proxy:
         for name, value in _juicefs.environment.items():
             patch.setenv(name, value)
-        for cause, rule in retries.RULES.items():
-            short = retries.Rule(min(rule.num_tries, 5), 0.001, 0.01, 60.0)
-            patch.setitem(retries.RULES, cause, short)  # type: ignore[arg-type]
+        for cause, rule in retry_policy.RULES.items():
+            short = retry_policy.Rule(min(rule.num_tries, 5), 0.001, 0.01, 60.0)
+            patch.setitem(retry_policy.RULES, cause, short)  # type: ignore[arg-type]
         yield proxy
 
 

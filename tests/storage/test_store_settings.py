@@ -17,7 +17,7 @@ from storage import Checkpointer
 from storage.errors import BadURL, Cause, Denied
 from storage.format import layout
 from storage.format.checksum import crc32c
-from storage.stores import retries
+from storage.stores import retry_policy
 from storage.stores.objects import exists
 from storage.stores.registry import open_store
 from tests.s3 import BUCKET, S3Server
@@ -92,7 +92,7 @@ def test_a_checksum_goes_along_with_every_body(kind: str, checksum: str, request
 def test_what_was_damaged_on_the_way_is_refused_by_its_checksum_and_sent_again(
     juicefs: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(retries.RULES, Cause.DAMAGED, retries.Rule(3, 0.0, 0.0, 20.0))  # type: ignore[arg-type]
+    monkeypatch.setitem(retry_policy.RULES, Cause.DAMAGED, retry_policy.Rule(3, 0.0, 0.0, 20.0))  # type: ignore[arg-type]
     for size_bytes, where in ((100, "k-100"), (6 * MIB, "partNumber=1")):
         with FaultProxy(juicefs) as proxy:
             store = open_store(through(proxy, "damaged", checksum="md5", sign_payload="never"))
