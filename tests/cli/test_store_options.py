@@ -11,7 +11,7 @@ from elastic_moe.cli.parser import Parser
 from elastic_moe.cli.store_options import add_store_options, open_store
 from launcher.coordination.lookup import look_up
 from launcher.coordination.roster import NODES, run_prefix
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.rounds.records import Node
 from tests.cluster import free_port
 

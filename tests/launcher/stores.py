@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 from launcher.kv import KV, Prefixed
-from launcher.kv.embedded import EmbeddedKV
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.client import EmbeddedKV
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from tests.etcd import Server, etcd
 from tests.etcd import client as etcd_client

@@ -13,7 +13,7 @@ import launcher.kv.endpoint
 from launcher.elastic.conf import RendezvousConf
 from launcher.errors import UsageError
 from launcher.kv.connect import connect
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.endpoint import addresses_of, in_order, parse_endpoint
 from tests.cluster import free_port
 

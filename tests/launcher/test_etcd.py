@@ -16,9 +16,9 @@ from elastic_moe.errors import UserError
 from launcher.coordination.keeper import _YIELD_FRACTION
 from launcher.coordination.member import Member
 from launcher.errors import Compacted, KVUnavailable
-from launcher.kv.etcd import EtcdKV, _span, renewal_times
-from launcher.kv.etcd_config import EtcdConfig
-from launcher.kv.etcd_transport import etcdrpc
+from launcher.kv.etcd.client import EtcdKV, _span, renewal_times
+from launcher.kv.etcd.config import EtcdConfig
+from launcher.kv.etcd.transport import etcdrpc
 from launcher.kv.lease import _RENEWALS_PER_TTL
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import LEFT_AT_ONCE, Node

@@ -227,7 +227,7 @@ class TestEndpoints:
 
     def test_loading_grpc_leaves_the_environment_as_it_was(self) -> None:
         probe = (
-            "import os; before = dict(os.environ); import launcher.kv.etcd; "
+            "import os; before = dict(os.environ); import launcher.kv.etcd.client; "
             "assert dict(os.environ) == before, set(os.environ) ^ set(before)"
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

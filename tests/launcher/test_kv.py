@@ -9,8 +9,8 @@ import pytest
 
 from launcher.errors import Compacted, KVUnavailable, UsageError
 from launcher.kv import WatchEvent
-from launcher.kv.embedded import EmbeddedKV
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.client import EmbeddedKV
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.state import State
 from tests.etcd import gather
 from tests.launcher.stores import Connect

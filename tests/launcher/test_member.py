@@ -14,8 +14,8 @@ from launcher.coordination.roster import NODES, run_prefix
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.health.probe import Doorbell
-from launcher.kv.embedded import EmbeddedKV
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded.client import EmbeddedKV
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from launcher.errors import KVUnavailable
-from launcher.kv import etcd_outage
-from launcher.kv.etcd_outage import Answer, Outage, Told, none_leads, own_endpoints
+from launcher.kv.etcd import outage
+from launcher.kv.etcd.outage import Answer, Outage, Told, none_leads, own_endpoints
 from launcher.kv.lease import Lease
 from tests.cluster import Cluster, cluster, read_lines, until
 from tests.etcd import client, connected, etcd, etcd_cluster
@@ -64,8 +64,8 @@ class Members(Outage):
         super().__init__(None, (("etcd-0", 2379),))
         self.names = {"etcd-0": frozenset({("10.0.0.1", 2379)})}
         self.answers = True
-        monkeypatch.setattr(etcd_outage, "_resolve", lambda host, port: self.names.get(host, frozenset()))
-        monkeypatch.setattr(etcd_outage, "_refuses", lambda address: False)
+        monkeypatch.setattr(outage, "_resolve", lambda host, port: self.names.get(host, frozenset()))
+        monkeypatch.setattr(outage, "_refuses", lambda address: False)
         self._transport = SimpleNamespace(name=lambda index: "etcd-0")
 
     def learn(self) -> None:
@@ -95,7 +95,7 @@ def test_the_old_address_of_a_member_refuses_for_nobody(
 ) -> None:
     members = Members(monkeypatch)
     members.learn()
-    monkeypatch.setattr(etcd_outage, "_refuses", lambda address: True)
+    monkeypatch.setattr(outage, "_refuses", lambda address: True)
     assert members.no_lease_ends()
     members.names["etcd-0"] = now
     assert not members.no_lease_ends(), "it may lead at another address"

@@ -19,9 +19,9 @@ import pytest
 
 from launcher.frames import ProtocolError, receive
 from launcher.health.probe import Doorbell
-from launcher.kv import wire
-from launcher.kv.embedded import EmbeddedKV
-from launcher.kv.embedded_server import EmbeddedServer
+from launcher.kv.embedded import wire
+from launcher.kv.embedded.client import EmbeddedKV
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.visitors import Visitors, num_max
 from tests.cluster import Cluster, read_lines, until
 

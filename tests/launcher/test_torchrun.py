@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
 from launcher.coordination.reopen import reopen_failed
 from launcher.elastic.handlers import create_handler
-from launcher.kv.etcd import EtcdKV
+from launcher.kv.etcd.client import EtcdKV
 from launcher.rounds.records import Node, Participant, Round, Status
 from tests.cluster import Node as RunNode
 from tests.cluster import free_port, read_lines, until

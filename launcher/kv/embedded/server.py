@@ -19,8 +19,8 @@ from typing import Any, cast
 
 from launcher.errors import Compacted
 from launcher.frames import ProtocolError, receive, send
-from launcher.kv import wire
 from launcher.kv.base import Entry
+from launcher.kv.embedded import wire
 from launcher.kv.memory import Hub
 from launcher.visitors import Visitors, num_max
 

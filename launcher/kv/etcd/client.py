@@ -9,10 +9,10 @@ from typing import Any
 
 from launcher.errors import KVError, KVUnavailable, UsageError
 from launcher.kv.base import Entry, Snapshot
-from launcher.kv.etcd_config import EtcdConfig
-from launcher.kv.etcd_diagnosis import Flaw, diagnose
-from launcher.kv.etcd_outage import LONGEST_TTL_S, Outage
-from launcher.kv.etcd_transport import (
+from launcher.kv.etcd.config import EtcdConfig
+from launcher.kv.etcd.diagnosis import Flaw, diagnose
+from launcher.kv.etcd.outage import LONGEST_TTL_S, Outage
+from launcher.kv.etcd.transport import (
     CALL_TIMEOUT_S,
     Endpoints,
     LeaseEnded,
@@ -22,7 +22,7 @@ from launcher.kv.etcd_transport import (
     etcdrpc,
     is_half_close_refused,
 )
-from launcher.kv.etcd_watch import EtcdWatch
+from launcher.kv.etcd.watch import EtcdWatch
 from launcher.kv.lease import Lease
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 
-from launcher.kv.etcd_config import Tls
+from launcher.kv.etcd.config import Tls
 
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # preface, empty SETTINGS
 _SETTINGS_FRAME = 4

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, WatchEvent
-from launcher.kv.etcd_transport import (
+from launcher.kv.etcd.transport import (
     CALL_TIMEOUT_S,
     Peer,
     Transport,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from launcher.errors import KVError, KVUnavailable
-from launcher.kv.etcd_config import EtcdConfig
+from launcher.kv.etcd.config import EtcdConfig
 
 
 def _import_quietly() -> tuple[Any, Any]:

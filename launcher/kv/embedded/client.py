@@ -16,9 +16,9 @@ from typing import Any
 
 from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
 from launcher.frames import ProtocolError, receive, send
-from launcher.kv import wire
 from launcher.kv.base import Entry, Snapshot, WatchEvent
-from launcher.kv.embedded_server import MAX_WAIT_S
+from launcher.kv.embedded import wire
+from launcher.kv.embedded.server import MAX_WAIT_S
 from launcher.kv.endpoint import spelled
 from launcher.kv.lease import Lease
 

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.errors import KVError
-from launcher.kv.etcd_transport import Peer, Rpc, Transport, etcdrpc, grpc, metadata_of
+from launcher.kv.etcd.transport import Peer, Rpc, Transport, etcdrpc, grpc, metadata_of
 
 log = logging.getLogger(__name__)
 
