@@ -11,10 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launcher.events import EventName
+
 _SHARE = 0.05
 _SHORTEST_S, _LONGEST_S = 0.2, 60.0
 
-Told = tuple[str, dict[str, Any]]
+Told = tuple[EventName, dict[str, Any]]
 """An event's name and fields."""
 
 
@@ -34,10 +36,10 @@ class StepTeller:
             self._began_s = now_s
             told: dict[str, Any] = {"step": step} | ({} if step_s is None else {"step_s": round(step_s, 6)})
             self._mark(step, now_s)
-            return "first_step", told
+            return EventName.FIRST_STEP, told
         if step < before:
             self._mark(step, now_s)
-            return "steps_restarted", {"step": step, "reached": before}
+            return EventName.STEPS_RESTARTED, {"step": step, "reached": before}
         if step > before:
             self._every = min(step - before, self._every or step - before)
         since_s = now_s - self._told_s
@@ -45,7 +47,7 @@ class StepTeller:
             return None
         told = {"step": step, "step_s": round(since_s / (step - self._told_step), 6), "every": self._every}
         self._mark(step, now_s)
-        return "progress", told
+        return EventName.PROGRESS, told
 
     def _mark(self, step: int, now_s: float) -> None:
         self._told_step, self._told_s = step, now_s

@@ -29,7 +29,7 @@ from typing import Any
 from elastic_moe.errors import UserError
 from elastic_moe.steps import StepTeller, claim
 from launcher.environment import Environment
-from launcher.events import append_event
+from launcher.events import EventName, append_event
 from launcher.health.stragglers import WINDOW, Pace, Straggler, find, pack, unpack
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, StopReason
@@ -220,7 +220,7 @@ def _tell_straggling(figures: list[tuple[float, float]], rank: int) -> None:
             _straggling.others_s,
         )
         event(
-            "straggler",
+            EventName.STRAGGLER,
             by=_straggling.by,
             factor=round(_straggling.factor, 2),
             own_s=round(_straggling.own_s, 6),
@@ -229,7 +229,7 @@ def _tell_straggling(figures: list[tuple[float, float]], rank: int) -> None:
             num_steps=WINDOW,
         )
     elif before and not _straggling:
-        event("straggler_recovered", by=before.by, num_steps=WINDOW)
+        event(EventName.STRAGGLER_RECOVERED, by=before.by, num_steps=WINDOW)
 
 
 def yielded(step: int) -> None:

@@ -10,14 +10,86 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
-Emit = Callable[..., None]
-"""How the parts of the launcher report: `emit(event, generation=3, **fields)`."""
+EventRecord = Mapping[str, Any]
+"""One line of `events.jsonl`."""
+
+
+class EventName(StrEnum):
+    """What `event` says in a line of `events.jsonl`. docs/launcher.md has each one's fields, and who tells it."""
+
+    # Nodes
+    NODE_JOINED = "node_joined"
+    NODE_LOST = "node_lost"
+    NODE_LEFT = "node_left"
+    NODE_ENDED = "node_ended"
+    NODE_FENCED = "node_fenced"
+    NODE_EXCLUDED = "node_excluded"
+    NODE_READMITTED = "node_readmitted"
+    EXCLUSION_WAIVED = "exclusion_waived"
+    PEER_UNREACHABLE = "peer_unreachable"
+    PEER_LOST = "peer_lost"
+    STORE_UNREACHABLE = "store_unreachable"
+    STORE_BACK = "store_back"
+    WORKERS_STORE_UNREACHABLE = "workers_store_unreachable"
+    PREFLIGHT_FAILED = "preflight_failed"
+    PREFLIGHT_SLOW = "preflight_slow"
+    PREFLIGHT_PASSED = "preflight_passed"
+    DRAIN_STARTED = "drain_started"
+    DRAIN_CUT_SHORT = "drain_cut_short"
+    DRAIN_OVERRAN = "drain_overran"
+    PREEMPTION_HINT = "preemption_hint"
+    PREEMPTION_WATCH_FAILED = "preemption_watch_failed"
+    CONSOLE_LOST = "console_lost"
+    # Rounds
+    ROUND_FORMED = "round_formed"
+    ROUND_BROKEN = "round_broken"
+    STOP_REQUESTED = "stop_requested"
+    ROOT_CAUSE = "root_cause"
+    FINISHED = "finished"
+    # A node's workers, as their agent tells it
+    WORKERS_STARTED = "workers_started"
+    WORKERS_YIELDED = "workers_yielded"
+    WORKERS_STOPPED = "workers_stopped"
+    WORKERS_DONE = "workers_done"
+    WORKERS_LINGER = "workers_linger"
+    WORKER_FAILED = "worker_failed"
+    YIELD_TIMED_OUT = "yield_timed_out"
+    HANG_DETECTED = "hang_detected"
+    STACKS_DUMPED = "stacks_dumped"
+    CHILDREN_ENDED = "children_ended"
+    DEVICE_MEMORY_HELD = "device_memory_held"
+    WARM_START_LOST = "warm_start_lost"
+    WARM_START_OFF = "warm_start_off"
+    WARM_START_RENEWED = "warm_start_renewed"
+    # A worker's own
+    FIRST_STEP = "first_step"
+    PROGRESS = "progress"
+    STEPS_RESTARTED = "steps_restarted"
+    STRAGGLER = "straggler"
+    STRAGGLER_RECOVERED = "straggler_recovered"
+    # Those of a Checkpointer that are counted here; it appends them to the same file (`storage.CheckpointEvent`)
+    RESTORED = "restored"
+    CHECKPOINT_STAGED = "checkpoint_staged"
+    CHECKPOINT_COMMITTED = "checkpoint_committed"
+    CHECKPOINT_FAILED = "checkpoint_failed"
+    CHECKPOINT_NOT_NEWEST = "checkpoint_not_newest"
+    CHECKPOINT_WAITED = "checkpoint_waited"
+    CHECKPOINT_STORE_AWAY = "checkpoint_store_away"
+    CHECKPOINT_STORE_BACK = "checkpoint_store_back"
+
+
+class Emit(Protocol):
+    """How the parts of the launcher report: `emit(EventName.NODE_LOST, generation=3, **fields)`."""
+
+    def __call__(self, event: EventName, /, **fields: Any) -> None:
+        """Record `event`; the field `generation` is 0 where it is not given."""
 
 
 def append_event(path: Path, *, run_id: str, node: str, generation: int, event: str, fields: Mapping[str, Any]) -> None:
@@ -49,7 +121,7 @@ class EventLog:
         self._run_id = run_id
         self._node = node
 
-    def __call__(self, event: str, *, generation: int = 0, **fields: Any) -> None:
+    def __call__(self, event: EventName, /, *, generation: int = 0, **fields: Any) -> None:
         """Record `event`."""
         told = " ".join(f"{key}={value}" for key, value in fields.items() if not isinstance(value, dict | list))
         log.info("[%s] generation %d: %s %s", self._node, generation, event, told)

@@ -45,7 +45,7 @@ from launcher.elastic.signs import VitalSigns
 from launcher.elastic.yielding import Graces
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
-from launcher.events import EventLog
+from launcher.events import EventLog, EventName
 from launcher.health.hangs import HangRules
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.probe import Doorbell
@@ -306,17 +306,19 @@ def _tell_end(
 ) -> None:
     """A node that gives up, say because the store is gone, is the only one that can tell it."""
     if isinstance(error, SignalException):
-        events("node_ended", exit_code=128 + error.sigval, reason=f"stopped by {signal.Signals(error.sigval).name}")
+        events(
+            EventName.NODE_ENDED, exit_code=128 + error.sigval, reason=f"stopped by {signal.Signals(error.sigval).name}"
+        )
     elif error is not None:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        events("node_ended", exit_code=getattr(error, "exit_code", 1), reason=reason)
+        events(EventName.NODE_ENDED, exit_code=getattr(error, "exit_code", 1), reason=reason)
     else:
-        events("node_ended", reason=JOB_IS_OVER)
+        events(EventName.NODE_ENDED, reason=JOB_IS_OVER)
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:
     """The last word of an agent that is ended at once: its workers die with it, its lease ends by itself."""
-    events("drain_overran", source=request.source, detail=request.detail, seconds=request.grace_s)
+    events(EventName.DRAIN_OVERRAN, source=request.source, detail=request.detail, seconds=request.grace_s)
 
 
 def _end_at_once(exit_code: int) -> None:

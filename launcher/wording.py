@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from launcher.events import EventRecord
 
 JOB_IS_OVER = "the job is over"
 """Why a node ends that has nothing to tell of its own end."""
 _MAX_NAMED = 4
 _MAX_CHARS = 300
 
-Event = Mapping[str, Any]
-"""One line of `events.jsonl`."""
 
-
-def describe_failure(event: Event) -> str:
+def describe_failure(event: EventRecord) -> str:
     """A `worker_failed` event in one line."""
     message = f": {event['message']}" if event.get("message") else ""
     return f"rank {event.get('rank')} on {event.get('node')} {describe_end(event.get('exit_code'))}{message}"
@@ -36,7 +34,7 @@ def _spot(place: str) -> str:
     return place.partition(" at ")[2] or (place if ":" in place else "")
 
 
-def describe_root_cause(event: Event) -> str:
+def describe_root_cause(event: EventRecord) -> str:
     """A `root_cause` event in one line."""
     spot = _spot(str(event.get("place") or ""))
     place = f" at {spot}" if spot else ""
@@ -44,7 +42,7 @@ def describe_root_cause(event: Event) -> str:
     return f"{failed}{place} ({event.get('failure_class')}, host {event.get('host')})"
 
 
-def describe_fields(event: Event) -> str:
+def describe_fields(event: EventRecord) -> str:
     """An event's own fields in one line, the long ones left out."""
     common = ("ts", "run_id", "node", "generation", "event")
     return " ".join(f"{k}={v}" for k, v in event.items() if k not in common and not isinstance(v, dict | list))

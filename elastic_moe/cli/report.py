@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from elastic_moe.cli.parser import PROG
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
+from launcher.events import EventName, EventRecord
 from launcher.reports.clocks import offsets, set_right
 from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, Goodput, Interruption, Outage, account
 from launcher.reports.jobs import jobs_of
-from launcher.wording import Event, name_some
+from launcher.wording import name_some
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -77,7 +78,7 @@ def handle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(tell: Callable[[str, Sequence[Event]], T], run_id: str, events: Sequence[Event]) -> T:
+def _told(tell: Callable[[str, Sequence[EventRecord]], T], run_id: str, events: Sequence[EventRecord]) -> T:
     """What `tell` makes of one run, if these are events as this version writes them."""
     try:
         return tell(run_id, events)
@@ -86,7 +87,7 @@ def _told(tell: Callable[[str, Sequence[Event]], T], run_id: str, events: Sequen
         raise UserError(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})") from error
 
 
-def as_json(run_id: str, events: Sequence[Event]) -> dict[str, Any]:
+def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:
     """What `--json` prints of one run."""
     clocks = offsets(events)
     events = set_right(events, clocks)
@@ -111,7 +112,7 @@ def as_json(run_id: str, events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-def as_lines(run_id: str, events: Sequence[Event]) -> list[str]:
+def as_lines(run_id: str, events: Sequence[EventRecord]) -> list[str]:
     """The report of one run for a person."""
     clocks = offsets(events)
     events = set_right(events, clocks)
@@ -156,9 +157,11 @@ def _table(result: Goodput) -> list[str]:
     return lines
 
 
-def _checkpoints(events: Sequence[Event]) -> list[str]:
-    committed = {(e.get("generation"), e.get("step")): e for e in events if e["event"] == "checkpoint_committed"}
-    failed = {(e.get("generation"), e.get("step")): e for e in events if e["event"] == "checkpoint_failed"}
+def _checkpoints(events: Sequence[EventRecord]) -> list[str]:
+    committed = {
+        (e.get("generation"), e.get("step")): e for e in events if e["event"] == EventName.CHECKPOINT_COMMITTED
+    }
+    failed = {(e.get("generation"), e.get("step")): e for e in events if e["event"] == EventName.CHECKPOINT_FAILED}
     told = []
     if committed:
         size_gib = sum(int(event.get("bytes", 0)) for event in committed.values()) / (1 << 30)

@@ -6,24 +6,25 @@ import datetime
 from collections.abc import Iterable
 from typing import Any
 
-from launcher.wording import Event, describe_failure, describe_fields, describe_root_cause
+from launcher.events import EventName, EventRecord
+from launcher.wording import describe_failure, describe_fields, describe_root_cause
 
 _ROUTINE = {
-    "workers_started",
-    "workers_stopped",
-    "workers_done",
-    "workers_yielded",
-    "checkpoint_staged",
-    "checkpoint_committed",
-    "checkpoint_not_newest",
-    "checkpoint_waited",
-    "restored",
-    "progress",
+    EventName.WORKERS_STARTED,
+    EventName.WORKERS_STOPPED,
+    EventName.WORKERS_DONE,
+    EventName.WORKERS_YIELDED,
+    EventName.CHECKPOINT_STAGED,
+    EventName.CHECKPOINT_COMMITTED,
+    EventName.CHECKPOINT_NOT_NEWEST,
+    EventName.CHECKPOINT_WAITED,
+    EventName.RESTORED,
+    EventName.PROGRESS,
 }
 """Happens at every round or every few steps and is told by the rounds; `report --json` counts them."""
 
 
-def timeline(events: Iterable[Event], began_ts: float) -> list[str]:
+def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
     """Lines with date and time, and the seconds since `began_ts`.
 
     What several nodes tell alike is told once, repeats are counted.
@@ -34,10 +35,10 @@ def timeline(events: Iterable[Event], began_ts: float) -> list[str]:
     for event in events:
         if event["event"] in _ROUTINE:
             continue
-        if event["event"] == "round_formed":
+        if event["event"] == EventName.ROUND_FORMED:
             seen = {once for once in seen if not isinstance(once, int)}  # numbers begin anew in a store that is new
         once = event.get("node_lost") or event.get("node_left") or event.get("peer")
-        once = event.get("generation") if event["event"] == "first_step" else once
+        once = event.get("generation") if event["event"] == EventName.FIRST_STEP else once
         if once is not None:
             if once in seen:
                 continue
@@ -57,51 +58,51 @@ def moment(ts: float) -> str:
     return datetime.datetime.fromtimestamp(ts).astimezone().isoformat(timespec="seconds")
 
 
-def _tell(event: Event) -> str:
+def _tell(event: EventRecord) -> str:
     """One event; an unknown one is told with its fields."""
     node = event.get("node", "")
     match event["event"]:
-        case "node_joined":
+        case EventName.NODE_JOINED:
             return f"{node} joins with {event.get('slots')} slots"
-        case "node_lost":
+        case EventName.NODE_LOST:
             return f"node {event.get('node_lost')} {event.get('reason')}"
-        case "node_left":
+        case EventName.NODE_LEFT:
             return f"node {event.get('node_left')} left"
-        case "round_formed":
+        case EventName.ROUND_FORMED:
             return _round(event)
-        case "first_step":
+        case EventName.FIRST_STEP:
             return f"generation {event.get('generation')} trains: step {event.get('step')}"
-        case "stop_requested":
+        case EventName.STOP_REQUESTED:
             return f"workers are asked to stop at a step boundary: {event.get('reason')}"
-        case "worker_failed":
+        case EventName.WORKER_FAILED:
             return describe_failure(event)
-        case "node_ended":
+        case EventName.NODE_ENDED:
             code = event.get("exit_code")
             return f"{node} ends: {event.get('reason')}" + ("" if code is None else f" (exit code {code})")
-        case "peer_lost":
+        case EventName.PEER_LOST:
             return f"{node} finds node {event.get('peer')} lost: {event.get('reason')}"
-        case "steps_restarted":
+        case EventName.STEPS_RESTARTED:
             return f"{node}: goes back from step {event.get('reached')} to step {event.get('step')}"
-        case "store_unreachable":
+        case EventName.STORE_UNREACHABLE:
             return f"{node} has lost the store: {event.get('reason')}"
-        case "store_back":
+        case EventName.STORE_BACK:
             return f"{node} has the store again, after {event.get('seconds')} s"
-        case "checkpoint_store_away":
+        case EventName.CHECKPOINT_STORE_AWAY:
             away = f"{event.get('url')} has not answered for {event.get('seconds')} s: {event.get('reason')}"
             return f"rank {event.get('rank')} on {node}: {away}"
-        case "checkpoint_store_back":
+        case EventName.CHECKPOINT_STORE_BACK:
             return (
                 f"rank {event.get('rank')} on {node}: {event.get('url')} answers again, after {event.get('seconds')} s"
             )
-        case "root_cause":
+        case EventName.ROOT_CAUSE:
             return f"root cause: {describe_root_cause(event)}"
-        case "finished":
+        case EventName.FINISHED:
             return f"the job is over: {event.get('outcome')}"
     fields = describe_fields(event)
     return f"{node}: {event['event']}{' ' if fields else ''}{fields}"
 
 
-def _round(event: Event) -> str:
+def _round(event: EventRecord) -> str:
     participants: list[dict[str, Any]] = list(event.get("participants") or ())
     nodes = ", ".join(str(p.get("node_id")) for p in participants)
     mesh = event.get("mesh") or {}

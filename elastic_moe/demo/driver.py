@@ -20,6 +20,7 @@ from elastic_moe.demo.records import Record, Tail, merge
 from elastic_moe.demo.story import Story
 from elastic_moe.demo.summary import Summary, summarize
 from elastic_moe.errors import UserError
+from launcher.events import EventName
 
 SLOTS_PER_NODE = 2
 # Node 2 is killed after this part of the steps, and starts again after a few steps without it: on a busy machine half
@@ -110,7 +111,7 @@ class Demo:
                 probe.bind(("127.0.0.1", 0))
                 self._endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
             self._start_node("node-1")
-            self._wait(lambda: self._heard("node_joined", "node-1"), "node 1 to join", _START_DEADLINE_S)
+            self._wait(lambda: self._heard(EventName.NODE_JOINED, "node-1"), "node 1 to join", _START_DEADLINE_S)
             self._start_node("node-2")
             self._wait(lambda: bool(self._metrics), "the first step", _START_DEADLINE_S)
             self._wait_for_step(max(2, round(KILL_AT * self._steps)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from elastic_moe.demo.records import Record
+from launcher.events import EventName
 
 _AXES = ("replicate", "shard", "expert")
 
@@ -26,16 +27,16 @@ class Story:
         self._mesh: dict[str, int] | None = None
         self._last: Record | None = None
         self._tellers: dict[str, Callable[[Record], str | None]] = {
-            "node_joined": self._joined,
+            EventName.NODE_JOINED: self._joined,
             "demo_node_killed": self._killed,
             "demo_node_started": self._started,
-            "node_lost": self._node_lost,
-            "round_formed": self._formed,
-            "restored": self._restored,
-            "stop_requested": self._stop_requested,
-            "worker_failed": self._worker_failed,
-            "checkpoint_failed": self._checkpoint_failed,
-            "finished": self._finished,
+            EventName.NODE_LOST: self._node_lost,
+            EventName.ROUND_FORMED: self._formed,
+            EventName.RESTORED: self._restored,
+            EventName.STOP_REQUESTED: self._stop_requested,
+            EventName.WORKER_FAILED: self._worker_failed,
+            EventName.CHECKPOINT_FAILED: self._checkpoint_failed,
+            EventName.FINISHED: self._finished,
         }
 
     def hear(self, event: Record) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elastic_moe.demo.records import Record, by_generation, last_by_step
+from launcher.events import EventName
 
 # fp32 sums in another order: the project's bar for "the same loss".
 LOSS_REL_DIFF_LIMIT = 1e-5
@@ -113,7 +114,7 @@ def _rounds(events: Sequence[Record], metrics: Sequence[Record]) -> list[Generat
     done = dict(by_generation(metrics))
     rounds: dict[int, Generation] = {}
     for event in events:
-        if event["event"] == "round_formed":
+        if event["event"] == EventName.ROUND_FORMED:
             generation = event["generation"]
             trained = [record["step"] for record in done.get(generation, [])]
             rounds[generation] = Generation(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe import worker
+from elastic_moe.events import TrainerEvent
 
 if TYPE_CHECKING:
     from storage import Checkpointer
@@ -80,7 +81,7 @@ class Session:
                 return False
             if not _on_all_ranks(self.checkpointer.wait()):
                 log.warning("step %d could not be saved: the stop (%s) waits for the next step", step, reason)
-                worker.event("stop_postponed", step=step, reason=reason)
+                worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
                 return False
             if reason == "drain":
                 self.close()  # the job's next launch need not ask whether this one lives

@@ -14,6 +14,7 @@ import torch
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
+from elastic_moe.events import TrainerEvent
 from elastic_moe.parallel import build_mesh
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
@@ -118,7 +119,7 @@ def run_steps(
                 raise _give_up(job, progress, checkpointer, why)
             if not last:
                 if reason:
-                    worker.event("stop_postponed", step=step, reason=reason)
+                    worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
                 continue
         if checkpointer is not None and (reason or last or is_due):
             is_due = False
@@ -154,7 +155,7 @@ def _may_stop(checkpointer: Checkpointer | None, reason: str, step: int) -> bool
         if on_all_ranks(checkpointer.wait()):
             return True
     log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
-    worker.event("stop_postponed", step=step, reason=reason)
+    worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
     return False
 
 
@@ -163,20 +164,20 @@ def _tell_skipped(job: JobConfig, here: worker.WorkerContext, progress: DataProg
     in_row = progress.skipped_in_row
     if not math.isfinite(result.own_loss):
         log.warning("step %d: the loss of this rank's sequences is %s", progress.step, result.own_loss)
-        worker.event("loss_not_finite", step=progress.step, loss=str(result.own_loss))
+        worker.event(TrainerEvent.LOSS_NOT_FINITE, step=progress.step, loss=str(result.own_loss))
     if here.rank == 0:
         limit = job.train.max_skipped
         log.warning(
             "step %d is skipped (%d in a row; %d end the job): %s", progress.step, in_row, limit, result.skipped
         )
-        worker.event("step_skipped", step=progress.step, reason=result.skipped, in_row=in_row, limit=limit)
+        worker.event(TrainerEvent.STEP_SKIPPED, step=progress.step, reason=result.skipped, in_row=in_row, limit=limit)
 
 
 def _tell_bad(step: int, bad: str) -> str:
     """`bad`: this rank's first tensor with what is not finite, "" where it has none but another rank does."""
     if bad:
         log.warning("step %d: %s is not finite on this rank", step, bad)
-        worker.event("state_not_finite", step=step, tensor=bad)
+        worker.event(TrainerEvent.STATE_NOT_FINITE, step=step, tensor=bad)
     return f"the state after step {step} is not finite" + (f" ({bad})" if bad else "")
 
 

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from launcher.errors import KVUnavailable
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.kv import KV, Entry, Lease
 from launcher.rounds.history import Exclusion
 from launcher.rounds.records import LEFT, Node, Status
@@ -220,7 +220,7 @@ class RecordKeeper:
             self._silent_since_s = silence.since_s
             told = {"reason": silence.reason, "leases_stand": silence.stands}
             seconds = round(time.monotonic() - silence.since_s, 3)
-            self._emit("store_unreachable", generation=generation, seconds=seconds, **told)
+            self._emit(EventName.STORE_UNREACHABLE, generation=generation, seconds=seconds, **told)
         elif silence is None:
             self._tell_back()
 
@@ -228,7 +228,7 @@ class RecordKeeper:
         if self._silent_since_s is not None:
             seconds = round(time.monotonic() - self._silent_since_s, 3)
             self._silent_since_s = None
-            self._emit("store_back", generation=self._record.generation, seconds=seconds)
+            self._emit(EventName.STORE_BACK, generation=self._record.generation, seconds=seconds)
             log.warning("[%s] the store answers again, after %.1f s", self._record.node_id, seconds)
 
     def _check(self) -> bool:

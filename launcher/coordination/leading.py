@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from launcher.coordination.roster import LEASE_ENDED, NODES, ROUND, Departure, Roster
 from launcher.coordination.telling import tell
 from launcher.errors import Compacted, KVUnavailable
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.health.probe import report_dead
 from launcher.kv import KV, Watch, WatchEvent
 from launcher.rounds.forming import Planner
@@ -159,12 +159,12 @@ class Leadership:
         for gone in departures:
             if gone.node_id == self._office.node_id:
                 self._office.evicted()
-                emit("node_fenced", generation=generation, reason=gone.how)
+                emit(EventName.NODE_FENCED, generation=generation, reason=gone.how)
             elif gone.how in (LEFT, LEFT_AT_ONCE):
-                emit("node_left", generation=generation, node_left=gone.node_id)
+                emit(EventName.NODE_LEFT, generation=generation, node_left=gone.node_id)
             else:
                 silent = {"silent_s": self._grace_s} if gone.how == LEASE_ENDED else {}
-                emit("node_lost", generation=generation, node_lost=gone.node_id, reason=gone.how, **silent)
+                emit(EventName.NODE_LOST, generation=generation, node_lost=gone.node_id, reason=gone.how, **silent)
 
     def _act(self) -> float:
         """Carry out what `decide` says; seconds until it has to be asked again."""

@@ -17,7 +17,7 @@ from launcher.coordination.leading import Office
 from launcher.coordination.roster import JOB, NODES, Board, run_prefix
 from launcher.drain.draining import DrainOrder
 from launcher.errors import Compacted, Drained, JobClosed, KVError, KVUnavailable
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.health.neighbours import Neighbours, watched_by
 from launcher.health.probe import Answer, ask
 from launcher.kv import KV, Lease, Watch, WatchEvent
@@ -227,7 +227,9 @@ class Member:
     def stay_out(self, reason: str, seconds: float) -> None:
         """Say why this node cannot take part, and wait; the others go on without it. Ends early if the job does."""
         log.warning("[%s] stays out for %g s: %s", self.node_id, seconds, reason)
-        self._emit("workers_store_unreachable", generation=self._own.record.generation, reason=reason, seconds=seconds)
+        self._emit(
+            EventName.WORKERS_STORE_UNREACHABLE, generation=self._own.record.generation, reason=reason, seconds=seconds
+        )
         self.hold_back(reason)  # which also stands if this node is fenced meanwhile and registers anew
         ends_s = time.monotonic() + seconds
         while (left_s := ends_s - time.monotonic()) > 0 and not self.outcome() and not self._own.record.draining:
@@ -254,7 +256,7 @@ class Member:
     def evict(self, node_id: str, reason: str) -> None:
         """Delete another node's record ahead of its lease: it is known to be dead."""
         log.warning("[%s] node %s is lost: %s", self.node_id, node_id, reason)
-        self._emit("peer_lost", generation=self._own.record.generation, peer=node_id, reason=reason)
+        self._emit(EventName.PEER_LOST, generation=self._own.record.generation, peer=node_id, reason=reason)
         try:
             self._candidacy.evict(node_id, reason)
         except KVError as error:
@@ -267,7 +269,7 @@ class Member:
             if node_id in record.cannot_reach or current is None or current.place_of(node_id) is None:
                 return
             self._own.change(cannot_reach=(*record.cannot_reach, node_id))
-        self._emit("peer_unreachable", generation=current.generation, peer=node_id)
+        self._emit(EventName.PEER_UNREACHABLE, generation=current.generation, peer=node_id)
 
     def _ask_again(self) -> None:
         """Take back what was told of participants that answer by now, and of nodes that are none any more."""
@@ -342,7 +344,7 @@ class Member:
     def _register(self, *, first: bool = False) -> None:
         record = self._own.register(first=first)
         self._stale = True
-        self._emit("node_joined", generation=record.generation, slots=record.slots)
+        self._emit(EventName.NODE_JOINED, generation=record.generation, slots=record.slots)
 
     def _follow(self) -> None:
         """Turn after turn, whatever happens in one: a node whose thread ended would look alive and hear nothing."""
@@ -414,7 +416,7 @@ class Member:
         if lost and not self.fenced():
             self._own.fence()
             current = self._board.round
-            self._emit("node_fenced", generation=current.generation if current else 0, reason="taken for lost")
+            self._emit(EventName.NODE_FENCED, generation=current.generation if current else 0, reason="taken for lost")
         self._changed.notify_all()
 
     def _is_superseded(self) -> bool:

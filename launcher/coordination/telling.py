@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.rounds.failures import FailureClass, signal_of
 from launcher.rounds.records import Cause, Round, Verdict
 
@@ -38,10 +38,10 @@ def tell(emit: Emit, proposed: Round, before: Round | None) -> None:
     is_new = before is None or generation != before.generation
     _tell_standing(emit, proposed, before)
     if proposed.causes and (is_new or proposed.outcome):
-        emit("root_cause", generation=before.generation if before else generation, **_cause_fields(proposed))
+        emit(EventName.ROOT_CAUSE, generation=before.generation if before else generation, **_cause_fields(proposed))
     if proposed.outcome:
         emit(
-            "finished",
+            EventName.FINISHED,
             generation=generation,
             outcome=proposed.outcome,
             verdict=proposed.verdict.value,
@@ -49,7 +49,7 @@ def tell(emit: Emit, proposed: Round, before: Round | None) -> None:
         )
     elif is_new:
         emit(
-            "round_formed",
+            EventName.ROUND_FORMED,
             generation=generation,
             reason=proposed.reason,
             world_size=proposed.world_size,
@@ -59,9 +59,9 @@ def tell(emit: Emit, proposed: Round, before: Round | None) -> None:
             mesh=dataclasses.asdict(proposed.mesh) if proposed.mesh else None,
         )
     elif before is not None and proposed.stop != before.stop:
-        emit("stop_requested", generation=generation, reason=proposed.stop)
+        emit(EventName.STOP_REQUESTED, generation=generation, reason=proposed.stop)
     elif before is not None and proposed.broken and not before.broken:
-        emit("round_broken", generation=generation, reason=proposed.broken.reason)
+        emit(EventName.ROUND_BROKEN, generation=generation, reason=proposed.broken.reason)
 
 
 def _tell_standing(emit: Emit, proposed: Round, before: Round | None) -> None:
@@ -69,13 +69,17 @@ def _tell_standing(emit: Emit, proposed: Round, before: Round | None) -> None:
     for e in proposed.history.exclusions:
         if e.active and e.node not in old:
             emit(
-                "node_excluded", generation=proposed.generation, node_excluded=e.node, reason=e.reason, seconds=e.for_s
+                EventName.NODE_EXCLUDED,
+                generation=proposed.generation,
+                node_excluded=e.node,
+                reason=e.reason,
+                seconds=e.for_s,
             )
         elif not e.active and e.node in old:
-            emit("node_readmitted", generation=proposed.generation, node_readmitted=e.node, times=e.times)
+            emit(EventName.NODE_READMITTED, generation=proposed.generation, node_readmitted=e.node, times=e.times)
     if proposed.history.waived and (before is None or proposed.generation != before.generation):
         emit(
-            "exclusion_waived",
+            EventName.EXCLUSION_WAIVED,
             generation=proposed.generation,
             nodes=", ".join(proposed.history.waived),
             reason="the job cannot do without them",

@@ -21,7 +21,7 @@ from launcher.drain import clouds
 from launcher.drain.draining import DrainOrder, Source
 from launcher.drain.notices import Notice, believed, seconds_left
 from launcher.errors import UsageError
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 
 log = logging.getLogger(__name__)
 
@@ -162,14 +162,16 @@ class Lookout:
                 is_troubled = False
             except Exception as error:  # noqa: BLE001 (others' code; without this thread no notice would be heard)
                 if not is_troubled:
-                    self._emit("preemption_watch_failed", watcher=name, reason=f"{type(error).__name__}: {error}")
+                    self._emit(
+                        EventName.PREEMPTION_WATCH_FAILED, watcher=name, reason=f"{type(error).__name__}: {error}"
+                    )
                 is_troubled = True
             if notice is not None and notice.is_final:
                 self._heed(notice)
                 return
             if notice is not None and notice.detail not in hints:
                 hints.add(notice.detail)
-                self._emit("preemption_hint", watcher=name, detail=notice.detail)
+                self._emit(EventName.PREEMPTION_HINT, watcher=name, detail=notice.detail)
             self._stopped.wait(watcher.poll_s)
 
     def stop(self) -> None:

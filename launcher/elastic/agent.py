@@ -39,7 +39,7 @@ from launcher.elastic.signs import VitalSigns
 from launcher.elastic.yielding import Graces, Yielding
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
-from launcher.events import EventLog
+from launcher.events import EventLog, EventName
 from launcher.health import autopsy
 from launcher.health.devices import DeviceMemory
 from launcher.health.probe import report_dead
@@ -157,7 +157,7 @@ class ElasticAgent(LocalElasticAgent):
         self._pids = list(pids.values())
         self._watch_workers(current)
         self._emit(
-            "workers_started",
+            EventName.WORKERS_STARTED,
             ranks=[worker.global_rank for worker in worker_group.workers],
             pids=list(pids.values()),
             world_size=current.world_size,
@@ -257,7 +257,7 @@ class ElasticAgent(LocalElasticAgent):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
                 return _End(reason, 0.0)
             if exited and not self._yielding.done:
-                self._emit("workers_done", **self._channels.last_step_fields())
+                self._emit(EventName.WORKERS_DONE, **self._channels.last_step_fields())
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
                 # Not asked before all have ended well: where one has failed it ends the others in its own way.
@@ -276,20 +276,20 @@ class ElasticAgent(LocalElasticAgent):
         # stands for them): they would train, or hold memory, beside the new ones.
         linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
         if pids := self._channels.end_forked_workers(linger_s):
-            self._emit("workers_linger", pids=pids, seconds=round(linger_s, 3))
+            self._emit(EventName.WORKERS_LINGER, pids=pids, seconds=round(linger_s, 3))
         ended = self._end_leftovers(GRACE_S if end.grace_s else 0.0)
         self._worker_group.state = WorkerState.STOPPED
         last = self._channels.last_step_fields()
-        self._emit("workers_stopped", reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
+        self._emit(EventName.WORKERS_STOPPED, reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
         if request := self._drain.current:
             if not self._yielding.done:
-                self._emit("drain_cut_short", reason=end.reason, step=last["step"], seconds=request.grace_s)
+                self._emit(EventName.DRAIN_CUT_SHORT, reason=end.reason, step=last["step"], seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
         if held := self._device_memory.wait_free(
             [*self._pids, *self._channels.claimed_pids(), *ended], _DEVICE_MEMORY_S
         ):
-            self._emit("device_memory_held", reason=held, seconds=_DEVICE_MEMORY_S)
+            self._emit(EventName.DEVICE_MEMORY_HELD, reason=held, seconds=_DEVICE_MEMORY_S)
 
     def _finish(self, generation: int) -> bool:
         """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
@@ -326,7 +326,7 @@ class ElasticAgent(LocalElasticAgent):
         report_dead(peers, self._member.evict)
         for failure in news:
             self._emit(
-                "worker_failed",
+                EventName.WORKER_FAILED,
                 rank=failure.rank,
                 exit_code=failure.exit_code,
                 pid=failure.pid,
@@ -407,14 +407,14 @@ class ElasticAgent(LocalElasticAgent):
         if found:
             seconds = round(time.monotonic() - now_s, 3)
             self._emit(
-                "children_ended",
+                EventName.CHILDREN_ENDED,
                 processes=name_some([str(p) for p in found]),
                 left=name_some([str(p) for p in left]),
                 seconds=seconds,
             )
         return [process.pid for process in found]
 
-    def _emit(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: EventName, /, **fields: Any) -> None:
         self._events(event, generation=self._rendezvous_handler.generation, **fields)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from launcher.coordination.member import Member
 from launcher.drain.draining import DrainRequest, DrainRequests, Timetable
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.rounds.records import Breakage, Status
 from launcher.workers.channel import Phase, StopReason
 from launcher.workers.channels import WorkerChannels
@@ -70,7 +70,7 @@ class Yielding:
         yielded = [p.phase is Phase.YIELDED for p in progress]
         if not self.done and (any(yielded) if exited else all(yielded)):
             self.done = True
-            self._emit("workers_yielded", reason=reason, **self._channels.last_step_fields())
+            self._emit(EventName.WORKERS_YIELDED, reason=reason, **self._channels.last_step_fields())
             self._member.announce(Status.STOPPING, reason=reason, yielded=True)
         return self.done
 
@@ -85,8 +85,8 @@ class Yielding:
         if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
             return False
         if now_s > self._channels.asked_s + self._graces.yield_s:
-            self._emit("yield_timed_out", reason=reason, seconds=self._graces.yield_s)
-            self._dump_stacks("yield_timed_out")
+            self._emit(EventName.YIELD_TIMED_OUT, reason=reason, seconds=self._graces.yield_s)
+            self._dump_stacks(EventName.YIELD_TIMED_OUT)
             return False
         return True
 
@@ -105,7 +105,7 @@ class Yielding:
         """Tell the others, once, that this node is to leave."""
         if not self._drain_told:
             self._drain_told = True
-            self._emit("drain_started", source=request.source, detail=request.detail, seconds=request.grace_s)
+            self._emit(EventName.DRAIN_STARTED, source=request.source, detail=request.detail, seconds=request.grace_s)
             self._member.drain(request.reason)
         times = self._drain.timetable
         assert times is not None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.health import devices
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class Preflight:
             if not held_back and time.monotonic() >= began_s + patience_s:
                 held_back = True
                 hold_back(_RUNS)
-                self._emit("preflight_slow", generation=generation, seconds=patience_s)
+                self._emit(EventName.PREFLIGHT_SLOW, generation=generation, seconds=patience_s)
             return is_over()
 
         while True:
@@ -295,13 +295,13 @@ class Preflight:
         if held_back:
             seconds = round(time.monotonic() - began_s, 3)
             hold_back("")
-            self._emit("preflight_passed", generation=generation, attempt=attempt, seconds=seconds)
+            self._emit(EventName.PREFLIGHT_PASSED, generation=generation, attempt=attempt, seconds=seconds)
         return True
 
     def _tell(self, findings: Sequence[Finding], generation: int, attempt: int, retry_s: float) -> str:
         for finding in findings:
             self._emit(
-                "preflight_failed",
+                EventName.PREFLIGHT_FAILED,
                 generation=generation,
                 check=finding.check,
                 reason=finding.reason,

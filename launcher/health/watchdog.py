@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.health import stacks
 from launcher.health.hangs import Evidence, Hang, HangRules, HangWatch, suspects
 from launcher.rounds.failures import FailureClass
@@ -101,7 +101,7 @@ class Watchdog:
             failed = str(error)
             log.error("stacks are not kept: %s\n%s", error, "\n".join(stack.text for stack in found.values()))
         self._emit(
-            "stacks_dumped",
+            EventName.STACKS_DUMPED,
             generation=watched.generation,
             reason=reason,
             ranks=[e.rank for e in evidence],
@@ -126,7 +126,7 @@ class Watchdog:
         failure, behind = _blame(evidence, str(hang)) or _failure(late[0], hang.step, str(hang)), suspects(evidence)
         announce(Status.STOPPING, reason=reason, failure=failure)
         self._emit(
-            "hang_detected",
+            EventName.HANG_DETECTED,
             generation=self._watched.generation,
             kind=hang.kind,
             ranks=late,

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from launcher.wording import Event
+from launcher.events import EventName, EventRecord
 
 _TOLERANCE_S = 0.05
 """Of what is told by threads beside one another, the order of writing proves nothing."""
@@ -20,10 +20,10 @@ Bounds = tuple[float, float]
 """What has to be added to one node's time stamps to have another's: at least and at most."""
 
 
-def offsets(events: Sequence[Event]) -> dict[str, float]:
+def offsets(events: Sequence[EventRecord]) -> dict[str, float]:
     """Node -> the seconds to add to its time stamps; nodes whose clocks agree with the first leader's are left out."""
     bounds = _bounds(events)
-    first = next((str(e.get("node", "")) for e in events if e["event"] == "round_formed"), "")
+    first = next((str(e.get("node", "")) for e in events if e["event"] == EventName.ROUND_FORMED), "")
     known = {first: 0.0}
     reached = [first]
     for leader in reached:  # grows meanwhile
@@ -34,19 +34,19 @@ def offsets(events: Sequence[Event]) -> dict[str, float]:
     return {node: offset for node, offset in known.items() if abs(offset) > _TOLERANCE_S}
 
 
-def set_right(events: Sequence[Event], by_node: Mapping[str, float]) -> list[Event]:
+def set_right(events: Sequence[EventRecord], by_node: Mapping[str, float]) -> list[EventRecord]:
     """The events with these seconds added to the times of each node, in order."""
     moved = [_moved(event, by_node.get(str(event.get("node", "")), 0.0)) for event in events]
     return sorted(moved, key=lambda event: float(event["ts"]))
 
 
-def _moved(event: Event, seconds: float) -> Event:
+def _moved(event: EventRecord, seconds: float) -> EventRecord:
     if not seconds:
         return event
     return {**event, **{key: float(event[key]) + seconds for key in ("ts", "step_ts") if key in event}}
 
 
-def _bounds(events: Sequence[Event]) -> dict[str, dict[str, Bounds]]:
+def _bounds(events: Sequence[EventRecord]) -> dict[str, dict[str, Bounds]]:
     """Of each pair of nodes in both directions, as far as rounds tell."""
     found: dict[str, dict[str, Bounds]] = defaultdict(dict)
     for leader, node, least, most in _told(events):
@@ -56,7 +56,7 @@ def _bounds(events: Sequence[Event]) -> dict[str, dict[str, Bounds]]:
     return found
 
 
-def _told(events: Sequence[Event]) -> Iterator[tuple[str, str, float, float]]:
+def _told(events: Sequence[EventRecord]) -> Iterator[tuple[str, str, float, float]]:
     """Leader, node, and bounds of what is to be added to the node's time stamps."""
     joined: dict[str, float] = {}
     started: dict[tuple[object, str], float] = {}
@@ -64,14 +64,16 @@ def _told(events: Sequence[Event]) -> Iterator[tuple[str, str, float, float]]:
     for event in events:
         node, ts = str(event.get("node", "")), float(event["ts"])
         match event["event"]:
-            case "node_joined":
+            case EventName.NODE_JOINED:
                 joined.setdefault(node, ts)
-            case "workers_started":
+            case EventName.WORKERS_STARTED:
                 started[event.get("generation"), node] = ts
-            case "workers_stopped":
+            case EventName.WORKERS_STOPPED:
                 stopped[event.get("generation"), node] = ts
     before: dict[str, object] = {}
-    for event in sorted((e for e in events if e["event"] == "round_formed"), key=lambda e: int(e["generation"])):
+    for event in sorted(
+        (e for e in events if e["event"] == EventName.ROUND_FORMED), key=lambda e: int(e["generation"])
+    ):
         leader, formed_ts = str(event.get("node", "")), float(event["ts"])
         for participant in event.get("participants", ()):
             node, generation = participant["node_id"], event["generation"]

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from launcher.wording import Event
+from launcher.events import EventRecord
 
 _NAME = "events.jsonl"
 _CONTENT_BYTES_MAX = 1 << 30  # of a packed file, a thousandth of which it may be
@@ -32,7 +32,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_events(files: Iterable[Path]) -> tuple[list[Event], int]:
+def read_events(files: Iterable[Path]) -> tuple[list[EventRecord], int]:
     """All events of the files, each once, and how many lines were none (the last of a job that writes may be half).
 
     A line that was cut short, on a full disk say, has the next one in it: that is found again.
@@ -40,7 +40,7 @@ def read_events(files: Iterable[Path]) -> tuple[list[Event], int]:
     Raises:
         OSError: a file cannot be read.
     """
-    events: dict[bytes, Event] = {}  # copies of a file, and what rotation copied, count once
+    events: dict[bytes, EventRecord] = {}  # copies of a file, and what rotation copied, count once
     num_unreadable = 0
     for file in files:
         for line in filter(bytes.strip, _content(file).split(b"\n")):
@@ -68,7 +68,7 @@ def _content(file: Path) -> bytes:
     return content
 
 
-def _event(line: bytes) -> Event | None:
+def _event(line: bytes) -> EventRecord | None:
     try:
         found = json.loads(line)
         ts = found["ts"]

@@ -14,12 +14,12 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from launcher.events import EventName, EventRecord
 from launcher.reports.causes import Cause, Goodput, Interruption, Outage, covered
 from launcher.reports.ledger import Ledger, Stretch
 from launcher.reports.outages import outages, silences
 from launcher.reports.rounds import rounds_of
 from launcher.rounds.records import SUCCEEDED
-from launcher.wording import Event
 
 __all__ = ["Cause", "Goodput", "Interruption", "Outage", "account", "covered"]
 
@@ -30,7 +30,7 @@ Staged = Mapping[object, Sequence[float]]
 """Step -> when ranks had copied their states aside and went on."""
 
 
-def account(events: Iterable[Event]) -> Goodput:
+def account(events: Iterable[EventRecord]) -> Goodput:
     """The account of one run's events, in any order.
 
     Raises:
@@ -70,10 +70,10 @@ def account(events: Iterable[Event]) -> Goodput:
     )
 
 
-def _stalls(ordered: Sequence[Event]) -> Iterator[Span]:
+def _stalls(ordered: Sequence[EventRecord]) -> Iterator[Span]:
     """When a rank copied its state aside, waited for a commit or read a state: the slowest holds all others up."""
     for event in ordered:
-        if event["event"] in ("checkpoint_staged", "checkpoint_waited", "restored"):
+        if event["event"] in (EventName.CHECKPOINT_STAGED, EventName.CHECKPOINT_WAITED, EventName.RESTORED):
             ts = float(event["ts"])
             yield ts - float(event.get("seconds", 0.0)), ts
 
@@ -135,16 +135,16 @@ def _state_ts(stretches: Sequence[Stretch], staged: Staged, step: int, *, before
     return max(last.began_ts, last.ended_ts - ((last.steps.reached or step) - step) * last.steps.step_s)
 
 
-def _staged(ordered: Iterable[Event]) -> Staged:
+def _staged(ordered: Iterable[EventRecord]) -> Staged:
     """With the wait for the commit, where the training waited for it at once: it goes on from there."""
     found: dict[object, list[float]] = collections.defaultdict(list)
     last: dict[object, tuple[object, float]] = {}
     for event in ordered:
         ts, worker = float(event["ts"]), (event.get("node"), event.get("rank"))
-        if event["event"] == "checkpoint_staged":
+        if event["event"] == EventName.CHECKPOINT_STAGED:
             found[event.get("step")].append(ts)
             last[worker] = event.get("step"), ts
-        elif event["event"] == "checkpoint_waited" and worker in last:
+        elif event["event"] == EventName.CHECKPOINT_WAITED and worker in last:
             step, staged_ts = last[worker]
             if ts - float(event.get("seconds", 0.0)) <= staged_ts + _AT_ONCE_S:
                 found[step].append(ts)

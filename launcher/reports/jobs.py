@@ -11,11 +11,18 @@ import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from launcher.wording import Event
+from launcher.events import EventName, EventRecord
 
 _AT_WORK = {
-    *("round_formed", "workers_started", "first_step", "progress", "checkpoint_staged", "worker_failed"),
-    *("workers_yielded", "workers_stopped", "finished"),
+    *(
+        EventName.ROUND_FORMED,
+        EventName.WORKERS_STARTED,
+        EventName.FIRST_STEP,
+        EventName.PROGRESS,
+        EventName.CHECKPOINT_STAGED,
+        EventName.WORKER_FAILED,
+    ),
+    *(EventName.WORKERS_YIELDED, EventName.WORKERS_STOPPED, EventName.FINISHED),
 }
 
 
@@ -28,7 +35,7 @@ class _Life:
     ended_ts: float = 0.0
     generations: set[object] = field(default_factory=set)
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: EventRecord) -> None:
         self.ended_ts = max(self.ended_ts, float(event["ts"]))
         self.generations.add(event.get("generation"))
 
@@ -42,9 +49,9 @@ class _Life:
         self.generations |= later.generations
 
 
-def jobs_of(events: Sequence[Event]) -> list[tuple[str, list[Event]]]:
+def jobs_of(events: Sequence[EventRecord]) -> list[tuple[str, list[EventRecord]]]:
     """Run id and events of each job, in the order in which they began; `run (2)` is another job of the same id."""
-    of_run: dict[str, list[Event]] = collections.defaultdict(list)
+    of_run: dict[str, list[EventRecord]] = collections.defaultdict(list)
     for event in sorted(events, key=lambda event: float(event["ts"])):
         of_run[str(event.get("run_id", ""))].append(event)
     found = []
@@ -54,7 +61,7 @@ def jobs_of(events: Sequence[Event]) -> list[tuple[str, list[Event]]]:
     return sorted(found, key=lambda job: float(job[1][0]["ts"]))
 
 
-def _apart(events: list[Event]) -> list[list[Event]]:
+def _apart(events: list[EventRecord]) -> list[list[EventRecord]]:
     """The events of nodes that met, apart from those of others that trained at the same time."""
     group: dict[str, str] = {}
 
@@ -64,7 +71,7 @@ def _apart(events: list[Event]) -> list[list[Event]]:
         return node
 
     for event in events:
-        if event["event"] == "round_formed":
+        if event["event"] == EventName.ROUND_FORMED:
             together = [str(event.get("node", "")), *event.get("spares", ())]
             for other in [*together[1:], *(p["node_id"] for p in event.get("participants", ()))]:
                 group[root(str(other))] = root(together[0])
@@ -80,7 +87,7 @@ def _apart(events: list[Event]) -> list[list[Event]]:
             jobs.append(life)
     if len(jobs) < 2:
         return [events]
-    parts: list[list[Event]] = [[] for _ in jobs]
+    parts: list[list[EventRecord]] = [[] for _ in jobs]
     for event in events:
         node = str(event.get("node", ""))
         mine = [i for i, job in enumerate(jobs) if node in group and root(node) in job.roots]

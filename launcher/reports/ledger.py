@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from launcher.events import EventName, EventRecord
 from launcher.reports.causes import EXPLAINS, Cause, Interruption
 from launcher.reports.outages import JOB_STORE, Silence
 from launcher.reports.reasons import UNSPECIFIC, Why, why_of, why_of_event
 from launcher.reports.rounds import RoundSteps
 from launcher.rounds.records import identity_of
-from launcher.wording import Event, describe_failure
+from launcher.wording import describe_failure
 
 
 class Phase(StrEnum):
@@ -59,7 +60,7 @@ class _Open:
     formed_ts: float | None = None
     booked_s: float = 0.0
     """How much of it is spent so far, the job not being closed meanwhile."""
-    failures: list[Event] = field(default_factory=list)
+    failures: list[EventRecord] = field(default_factory=list)
     refused: bool = False
     """Whether a peer is known to be gone, and not just not heard of."""
     root_rank: int | None = None
@@ -102,7 +103,7 @@ class _Open:
 class Ledger:
     """Hears events in order; `close` comes last. `seconds` lacks what was spent in `stretches`."""
 
-    def __init__(self, ordered: Sequence[Event], rounds: Sequence[RoundSteps], silent: Sequence[Silence]) -> None:
+    def __init__(self, ordered: Sequence[EventRecord], rounds: Sequence[RoundSteps], silent: Sequence[Silence]) -> None:
         self._began_ts = self._since_ts = float(ordered[0]["ts"])
         self._rounds: Iterator[RoundSteps] = iter(rounds)
         self._tells_steps = any(steps.first for steps in rounds)
@@ -121,31 +122,31 @@ class Ledger:
         self.ended: list[Interruption] = []
         self.outcome = ""
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: EventRecord) -> None:
         """Take one event; those without a meaning for the account change nothing."""
         ts, node = float(event["ts"]), str(event.get("node", ""))
         self._refused.discard(node)
         match event["event"]:
-            case "peer_lost":
+            case EventName.PEER_LOST:
                 self._refused.add(str(event.get("peer", "")))
-            case "node_joined":
+            case EventName.NODE_JOINED:
                 self._joined(node, ts)
-            case "round_formed":
+            case EventName.ROUND_FORMED:
                 self._round_formed(event)
-            case "workers_started" if self._is_of_round(event):
+            case EventName.WORKERS_STARTED if self._is_of_round(event):
                 self._workers_started(node, ts)
-            case "first_step" if event is self._steps.first:
+            case EventName.FIRST_STEP if event is self._steps.first:
                 self._train(max(self._steps.first_began_ts or ts, self._since_ts))
-            case "stop_requested" if event.get("generation") == self._steps.generation:
+            case EventName.STOP_REQUESTED if event.get("generation") == self._steps.generation:
                 self._why_asked = why_of(str(event.get("reason", "")))
-            case "drain_started" if node in self._steps.participants and self._why_asked is None:
+            case EventName.DRAIN_STARTED if node in self._steps.participants and self._why_asked is None:
                 told = f"node {node} drains: {event.get('detail') or event.get('source')}"
                 self._why_asked = Why(Cause.DRAIN, told, (node,))
-            case "root_cause" if self._is_open_for(event):
+            case EventName.ROOT_CAUSE if self._is_open_for(event):
                 self._root_cause(event)
-            case "workers_yielded" if self.stretches and self._is_of_round(event):
+            case EventName.WORKERS_YIELDED if self.stretches and self._is_of_round(event):
                 self.stretches[-1].yielded = True
-            case "finished":
+            case EventName.FINISHED:
                 self.outcome = str(event.get("outcome", ""))
                 self._close(ts)
         if why := self._ending(event):
@@ -176,12 +177,12 @@ class Ledger:
             self._interrupt({"event": "", "ts": last_ts}, why)
         self._pass_to(Phase.CLOSED, max(last_ts, self._since_ts))
 
-    def _departed(self, event: Event, ts: float) -> None:
+    def _departed(self, event: EventRecord, ts: float) -> None:
         match event["event"]:
-            case "node_ended" | "drain_overran":
+            case EventName.NODE_ENDED | EventName.DRAIN_OVERRAN:
                 node = str(event.get("node", ""))
                 self._endings[node] = f"{node}: {event.get('reason') or event.get('detail')}"
-            case "node_lost" | "node_left" as name:
+            case EventName.NODE_LOST | EventName.NODE_LEFT as name:
                 node = str(event.get(name, ""))
             case _:
                 return
@@ -200,13 +201,13 @@ class Ledger:
 
     # --- the machine
 
-    def _is_of_round(self, event: Event) -> bool:
+    def _is_of_round(self, event: EventRecord) -> bool:
         return event.get("generation") == self._steps.generation and event.get("node") in self._steps.participants
 
-    def _is_open_for(self, event: Event) -> bool:
+    def _is_open_for(self, event: EventRecord) -> bool:
         return event.get("generation") == self._steps.generation and self._open is not None
 
-    def _round_formed(self, event: Event) -> None:
+    def _round_formed(self, event: EventRecord) -> None:
         ts = float(event["ts"])
         if self._phase is Phase.TRAINING:  # what ended it was not told
             self._interrupt(event, why_of(str(event.get("reason", ""))))
@@ -235,7 +236,7 @@ class Ledger:
             self._open = None
         self.stretches.append(Stretch(self._steps, ts, ts))
 
-    def _root_cause(self, event: Event) -> None:
+    def _root_cause(self, event: EventRecord) -> None:
         assert self._open is not None
         why = why_of_event(event, self._steps.participants)
         if why is None:
@@ -250,15 +251,15 @@ class Ledger:
             self._end(self._open, self._since_ts)
             self._open = None
 
-    def _ending(self, event: Event) -> Why | None:
+    def _ending(self, event: EventRecord) -> Why | None:
         """Why this event ends the current round's work, as far as it does."""
-        if event["event"] in ("round_formed", "node_joined", "root_cause"):
+        if event["event"] in (EventName.ROUND_FORMED, EventName.NODE_JOINED, EventName.ROOT_CAUSE):
             return None
         why = why_of_event(event, self._steps.participants)
         of_other_round = event["event"] in _OF_ROUND and not self._is_of_round(event)
         if why is None or of_other_round:
             return None
-        if event["event"] in ("workers_yielded", "workers_stopped") and self._why_asked is not None:
+        if event["event"] in (EventName.WORKERS_YIELDED, EventName.WORKERS_STOPPED) and self._why_asked is not None:
             return self._why_asked
         if why.root in UNSPECIFIC and (silence := self._silence_at(float(event["ts"]))):
             return Why(Cause.STORE, f"the store did not answer: {silence.reason}", ())
@@ -267,7 +268,7 @@ class Ledger:
     def _silence_at(self, ts: float) -> Silence | None:
         return next((s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
 
-    def _interrupt(self, event: Event, why: Why) -> None:
+    def _interrupt(self, event: EventRecord, why: Why) -> None:
         ts = float(event["ts"])
         if self._phase in (Phase.TRAINING, Phase.STARTING):
             was_training = self._phase is Phase.TRAINING
@@ -286,8 +287,8 @@ class Ledger:
             began_ts = min(self._began_to_stand(event, why), self._open.began_ts)
             self._open.began_ts = self._since_ts = self.stretches[-1].ended_ts = began_ts
         self._open.explain(why)
-        self._open.refused |= event["event"] == "peer_lost"
-        if event["event"] == "worker_failed":
+        self._open.refused |= event["event"] == EventName.PEER_LOST
+        if event["event"] == EventName.WORKER_FAILED:
             self._open.failures.append(event)
 
     def _may_have_begun_earlier(self, why: Why) -> bool:
@@ -296,7 +297,7 @@ class Ledger:
         ended_training = bool(self.stretches) and self.stretches[-1].ended_by == len(self.ended)
         return ended_training and not (why.nodes and set(why.nodes) <= set(self._open.nodes))
 
-    def _began_to_stand(self, event: Event, why: Why) -> float:
+    def _began_to_stand(self, event: EventRecord, why: Why) -> float:
         """When training was over that this event shows to be over: steps tell, or else how long there was silence.
 
         A step under way when it happened took at most as long as others; what is between is lost with it.
@@ -353,4 +354,10 @@ class Ledger:
 
 
 _LONGER_SILENT = 1.25  # a lease is renewed four times; a round waits for a node that is silent from its beginning on
-_OF_ROUND = {"round_broken", "hang_detected", "worker_failed", "workers_yielded", "workers_stopped"}
+_OF_ROUND = {
+    EventName.ROUND_BROKEN,
+    EventName.HANG_DETECTED,
+    EventName.WORKER_FAILED,
+    EventName.WORKERS_YIELDED,
+    EventName.WORKERS_STOPPED,
+}

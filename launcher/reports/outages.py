@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from launcher.events import EventName, EventRecord
 from launcher.reports.causes import Outage
-from launcher.wording import Event
 
 JOB_STORE, CHECKPOINT_STORE = "job store", "checkpoint store"
-_AWAY = {"store_unreachable": JOB_STORE, "checkpoint_store_away": CHECKPOINT_STORE}
+_AWAY = {EventName.STORE_UNREACHABLE: JOB_STORE, EventName.CHECKPOINT_STORE_AWAY: CHECKPOINT_STORE}
 _UNKNOWN_S = 60.0
-_BACK = {"store_back": JOB_STORE, "checkpoint_store_back": CHECKPOINT_STORE}
+_BACK = {EventName.STORE_BACK: JOB_STORE, EventName.CHECKPOINT_STORE_BACK: CHECKPOINT_STORE}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Silence:
     ended_ts: float | None
 
 
-def silences(ordered: Iterable[Event]) -> list[Silence]:
+def silences(ordered: Iterable[EventRecord]) -> list[Silence]:
     """What each node and worker tells, in the order in which they began to."""
     found: list[Silence] = []
     under_way: dict[tuple[object, ...], int] = {}

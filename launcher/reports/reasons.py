@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from launcher.events import EventName, EventRecord
 from launcher.reports.causes import Cause
-from launcher.wording import JOB_IS_OVER, Event, describe_failure, describe_fields, describe_root_cause
+from launcher.wording import JOB_IS_OVER, describe_failure, describe_fields, describe_root_cause
 
 UNSPECIFIC = ("", "workers of another node were asked to stop", "drain of another node")
 """Reasons of nodes that do not know why others asked their workers to stop."""
@@ -26,33 +27,35 @@ class Why:
     silent_s: float = 0.0
 
 
-def why_of_event(event: Event, participants: Collection[str]) -> Why | None:
+def why_of_event(event: EventRecord, participants: Collection[str]) -> Why | None:
     """What an event says of the end of a round's work; None if nothing."""
     name, node = event["event"], str(event.get("node", ""))
     reason = str(event.get("reason", ""))
     match name:
-        case "node_lost" if event.get("node_lost") in participants:
+        case EventName.NODE_LOST if event.get("node_lost") in participants:
             lost = str(event["node_lost"])
             return Why(Cause.NODE_LOSS, f"node {lost} {reason}", (lost,), float(event.get("silent_s", 0.0)))
-        case "peer_lost" if event.get("peer") in participants:
+        case EventName.PEER_LOST if event.get("peer") in participants:
             peer = str(event["peer"])
             return Why(Cause.NODE_LOSS, f"node {peer} lost: {reason}", (peer,))
-        case "node_left" if event.get("node_left") in participants:
+        case EventName.NODE_LEFT if event.get("node_left") in participants:
             left = str(event["node_left"])
             return Why(Cause.DRAIN, f"node {left} left", (left,))
-        case "node_fenced" if node in participants:
+        case EventName.NODE_FENCED if node in participants:
             return Why(Cause.NODE_LOSS, f"node {node} fenced itself: {reason}", (node,))
-        case "node_ended" if node in participants and reason != JOB_IS_OVER:  # its outcome is told by the leader
+        case EventName.NODE_ENDED if (
+            node in participants and reason != JOB_IS_OVER
+        ):  # its outcome is told by the leader
             return Why(Cause.OTHER, f"node {node} ended: {reason}", (node,))
-        case "round_broken" | "workers_stopped":
+        case EventName.ROUND_BROKEN | EventName.WORKERS_STOPPED:
             return why_of(reason)
-        case "workers_yielded":
+        case EventName.WORKERS_YIELDED:
             return why_of(reason)
-        case "hang_detected":
+        case EventName.HANG_DETECTED:
             return Why(Cause.HANG, f"hang on {node}: {describe_fields(event)}", (node,), float(event.get("seconds", 0)))
-        case "worker_failed":
+        case EventName.WORKER_FAILED:
             return Why(Cause.FAILURE, describe_failure(event), (node,))
-        case "root_cause":
+        case EventName.ROOT_CAUSE:
             cause = _CAUSE_OF_CLASS.get(str(event.get("failure_class")), Cause.FAILURE)
             return Why(cause, describe_root_cause(event), (str(event.get("node_failed", "")),))
     return None

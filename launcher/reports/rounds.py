@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from launcher.events import EventName, EventRecord
 from launcher.rounds.failures import FailureClass
-from launcher.wording import Event
 
-_EXACT = {"workers_stopped", "workers_yielded", "worker_failed", "workers_done"}
+_EXACT = {EventName.WORKERS_STOPPED, EventName.WORKERS_YIELDED, EventName.WORKER_FAILED, EventName.WORKERS_DONE}
 """The agents' last word on how far their workers came."""
 
 _AT_START = (FailureClass.START_UP, FailureClass.USAGE)
@@ -25,7 +25,7 @@ class RoundSteps:
     generation: int
     participants: frozenset[str]
     formed_ts: float
-    first: Event | None = None
+    first: EventRecord | None = None
     """The first `first_step`."""
     reached: int | None = None
     """The last step that events tell of."""
@@ -47,33 +47,33 @@ class RoundSteps:
     _done: dict[int, float] = field(default_factory=dict)
     _told_step_s: list[float] = field(default_factory=list)
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: EventRecord) -> None:
         """Learn from one event of this round."""
         ts, step = float(event["ts"]), event.get("step")
-        if event["event"] in ("workers_stopped", "worker_failed"):
+        if event["event"] in (EventName.WORKERS_STOPPED, EventName.WORKER_FAILED):
             self.first_gone_ts = min(ts, self.first_gone_ts or ts)
             self.failed_at_start |= event.get("failure_class") in _AT_START
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             return
         match event["event"]:
-            case "first_step":
+            case EventName.FIRST_STEP:
                 self.first = self.first or event
                 self._mark(step, ts)
-            case "progress":
+            case EventName.PROGRESS:
                 self._mark(step, ts)
                 self._told_step_s.append(float(event.get("step_s", 0.0)))
                 self.every = min(int(event.get("every") or 1), self.every or sys.maxsize)
-            case "steps_restarted":
+            case EventName.STEPS_RESTARTED:
                 self.restarts.append((ts, step, int(event.get("reached", step))))
                 self._mark(self.restarts[-1][2], ts)
-            case "checkpoint_staged":
+            case EventName.CHECKPOINT_STAGED:
                 self._mark(step, ts - float(event.get("seconds", 0.0)))
                 if self.reached == step:
                     self.saved_ts = ts
-            case "hang_detected":
+            case EventName.HANG_DETECTED:
                 self._mark(step, ts - float(event.get("seconds", 0.0)))
                 self._exact = max(step, self._exact)
-            case "restored" if self.first is None:
+            case EventName.RESTORED if self.first is None:
                 self.restored = (ts, step)
             case name if name in _EXACT:
                 self._mark(step, float(event["step_ts"]) if "step_ts" in event else None)
@@ -137,7 +137,7 @@ class RoundSteps:
         return before_ts + (after_ts - before_ts) * (step - before) / (after - before)
 
 
-def rounds_of(ordered: Sequence[Event]) -> list[RoundSteps]:
+def rounds_of(ordered: Sequence[EventRecord]) -> list[RoundSteps]:
     """The rounds in the order in which they were formed.
 
     A generation's number may come again (a store that was made anew counts from 1), and events of a round may come
@@ -150,7 +150,7 @@ def rounds_of(ordered: Sequence[Event]) -> list[RoundSteps]:
             formed_ts=float(event["ts"]),
         )
         for event in ordered
-        if event["event"] == "round_formed"
+        if event["event"] == EventName.ROUND_FORMED
     ]
     formed = [found.formed_ts for found in rounds]
     for event in ordered:

@@ -16,7 +16,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.workers import pump
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Console:
         with os.fdopen(os.dup(self._notices)) as notices:
             for line in notices:
                 stream, _, reason = line.rstrip().partition(": ")
-                emit("console_lost", stream=stream, reason=reason)
+                emit(EventName.CONSOLE_LOST, stream=stream, reason=reason)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

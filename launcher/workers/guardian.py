@@ -125,7 +125,7 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
 
     told = Environment.from_env(os.environ)
     if told.events:
-        from launcher.events import append_event
+        from launcher.events import EventName, append_event
         from launcher.wording import name_some
 
         append_event(
@@ -133,7 +133,7 @@ def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
             run_id=told.run_id,
             node=told.node,
             generation=told.generation,
-            event="children_ended",
+            event=EventName.CHILDREN_ENDED,
             fields={
                 "rank": int(rank or -1),
                 "processes": name_some([*map(str, ended)]),

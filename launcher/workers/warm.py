@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.events import Emit
+from launcher.events import Emit, EventName
 from launcher.workers import guardian, paths, zygote
 from launcher.workers.family import Found, below
 
@@ -137,10 +137,10 @@ class WarmStart:
             self.close()
             return COLD
         if self._process is not None and self._stale:
-            self._emit("warm_start_renewed", reason=self._stale)
+            self._emit(EventName.WARM_START_RENEWED, reason=self._stale)
             self.close()
         if self._process is not None and self._process.poll() is not None:
-            self._emit("warm_start_lost", exit_code=self._process.returncode)
+            self._emit(EventName.WARM_START_LOST, exit_code=self._process.returncode)
             self._process = None
         if self._process is None:
             self.start()
@@ -186,7 +186,7 @@ class WarmStart:
             cold = str(message.get("cold", ""))
             if cold and not self._cold:
                 self._cold = cold
-                self._emit("warm_start_off", reason=cold)
+                self._emit(EventName.WARM_START_OFF, reason=cold)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the zygote has made its imports (or died of them). A node that joins before that only makes the

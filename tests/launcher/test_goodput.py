@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.events import EventRecord
 from launcher.reports.goodput import Cause, Goodput, account, covered
-from launcher.wording import Event
 
 A, B = "a-1", "b-2"
 
@@ -19,7 +19,7 @@ class Job:
     """Writes the events of a job of two nodes."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[EventRecord] = []
         self.generation = 0
 
     def say(self, ts: float, event: str, node: str = A, **fields: Any) -> None:

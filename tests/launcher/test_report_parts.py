@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from elastic_moe.steps import StepTeller, claim
+from launcher.events import EventRecord
 from launcher.reports.clocks import offsets, set_right
 from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, account
 from launcher.reports.jobs import jobs_of
-from launcher.wording import Event, describe_failure, describe_root_cause
+from launcher.wording import describe_failure, describe_root_cause
 from tests.launcher.test_goodput import A, B, Job, training
 
 
@@ -90,7 +91,7 @@ class TestJobs:
 
 
 class TestClocks:
-    def skewed(self, job: Job, seconds: float) -> list[Event]:
+    def skewed(self, job: Job, seconds: float) -> list[EventRecord]:
         """A whole story; b's clock is ahead by that."""
         for node_, ts in ((A, 3.1), (B, 3.2)):
             job.say(ts, "workers_started", node_)
