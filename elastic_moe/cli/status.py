@@ -20,7 +20,7 @@ from launcher.coordination.roster import Roster, run_prefix
 from launcher.coordination.vitals import vitals_prefix
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv import KV
-from launcher.reports.snapshot import Seat, Snapshot, snapshot
+from launcher.reports.job_status import JobStatus, Seat, job_status
 from launcher.rounds.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from elastic_moe.cli.parser import Subparsers
 
-_Show = Callable[[Snapshot, str], None]
+_Show = Callable[[JobStatus, str], None]
 
 _HEADINGS = ("NODE", "HOST", "ADDRESS", "SLOTS", "STATUS", "GENERATION", "RANKS", "STEP", "HEARTBEAT", "REASON")
 _WAIT_S = 1.0
@@ -83,7 +83,7 @@ def handle(args: argparse.Namespace) -> int:
     return 0 if first.seats or first.round else 1
 
 
-def _watch(states: Iterator[tuple[Snapshot, str]], show: _Show) -> int:
+def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
     """Show every state to the end of the job; what to exit with."""
     some_s = heard_s = time.monotonic()  # when there was last somebody, and when the store last answered
     for found, trouble in states:
@@ -123,7 +123,7 @@ class _VitalsReader:
         return self._known
 
 
-def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
+def follow(kv: KV, run_id: str) -> Iterator[tuple[JobStatus, str]]:
     """The job's state now, then whenever something changed and each second; and why the store does not answer, or "".
 
     Raises:
@@ -132,13 +132,13 @@ def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
     prefix = run_prefix(run_id)
     roster = Roster("", time.monotonic())
     vitals = _VitalsReader(kv, run_id)
-    found: Snapshot | None = None
+    found: JobStatus | None = None
     while True:
         try:
             listing = kv.list(prefix)
             entries = [(entry.key.removeprefix(prefix), entry) for entry in listing.entries]
             roster.replace(entries, time.monotonic())
-            found = snapshot(run_id, roster.view(), vitals.read(time.monotonic()))
+            found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
             yield found, ""
             watch = kv.watch(prefix, listing.revision + 1)
             try:
@@ -146,7 +146,7 @@ def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
                     events = watch.next(_WAIT_S)
                     changes = [(event.key.removeprefix(prefix), event.entry) for event in events]
                     roster.apply(changes, time.monotonic())
-                    found = snapshot(run_id, roster.view(), vitals.read(time.monotonic()))
+                    found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
                     yield found, ""
             finally:
                 watch.cancel()
@@ -159,7 +159,7 @@ def follow(kv: KV, run_id: str) -> Iterator[tuple[Snapshot, str]]:
             time.sleep(_WAIT_S)
 
 
-def as_json(found: Snapshot, now_ts: float) -> dict[str, Any]:
+def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:
     """What `--json` prints."""
     current = found.round
     failure, checkpoint = found.failure, found.checkpoint
@@ -190,7 +190,7 @@ def _node_json(seat: Seat) -> dict[str, Any]:
     return {**fields, "ranks": list(seat.ranks), "heartbeat_ts": beat_ts or None}
 
 
-def as_lines(found: Snapshot, now_ts: float) -> list[str]:
+def as_lines(found: JobStatus, now_ts: float) -> list[str]:
     """The same for a person."""
     lines = [f"job {found.run_id}: {found.state}, at {moment(now_ts)}"]
     if current := found.round:
@@ -212,7 +212,7 @@ def as_lines(found: Snapshot, now_ts: float) -> list[str]:
     return lines
 
 
-def _signs(found: Snapshot, now_ts: float) -> list[str]:
+def _signs(found: JobStatus, now_ts: float) -> list[str]:
     """How the workers are, as far as anybody tells."""
     told = []
     if found.step >= 0:
@@ -252,7 +252,7 @@ class _Changes:
     def __init__(self) -> None:
         self._last: tuple[object, str] | None = None
 
-    def has(self, found: Snapshot, trouble: str) -> bool:
+    def has(self, found: JobStatus, trouble: str) -> bool:
         """Whether this state differs from the one before."""
         seats = tuple(dataclasses.replace(seat, step=-1, beat_ts=0.0) for seat in found.seats)
         state = dataclasses.replace(found, seats=seats), trouble
@@ -264,7 +264,7 @@ class _Changes:
 def _json_lines() -> Iterator[_Show]:
     changes = _Changes()
 
-    def show(found: Snapshot, trouble: str) -> None:
+    def show(found: JobStatus, trouble: str) -> None:
         if not changes.has(found, trouble):
             return
         if trouble:
@@ -284,14 +284,14 @@ def _live() -> Iterator[_Show]:
 
     console = Console(highlight=False)
 
-    def drawn(found: Snapshot, trouble: str) -> RenderableType:
+    def drawn(found: JobStatus, trouble: str) -> RenderableType:
         lines = [*as_lines(found, time.time()), *([f"the store does not answer: {trouble}"] if trouble else [])]
         return Text("\n".join(lines), no_wrap=console.is_terminal, overflow="ellipsis")
 
     if not console.is_terminal:
         changes = _Changes()
 
-        def printed(found: Snapshot, trouble: str) -> None:
+        def printed(found: JobStatus, trouble: str) -> None:
             if changes.has(found, trouble):
                 print(drawn(found, trouble), "\n", sep="", flush=True)
 

@@ -17,7 +17,7 @@ _RETRY_S = 0.2
 
 
 @dataclass(frozen=True)
-class Silence:
+class StoreSilence:
     """Renewals are not answered. `since_s`: monotonic; `stands`: although the store is known to end no lease."""
 
     since_s: float
@@ -57,7 +57,7 @@ class Lease:
         self._revoke = revoke
         self._close = close
         self._stands = stands
-        self.silence: Silence | None = None
+        self.silence: StoreSilence | None = None
         """While renewals are not answered: since when, and how."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name=f"lease-{lease_id}", daemon=True)
@@ -107,7 +107,7 @@ class Lease:
             how = "but the store ends no lease now" if stands else "it may end"
             log.warning("lease %x not renewed, %s: %s", self.lease_id, how, error)
             since_s = self.silence.since_s if self.silence else sent_s
-            self.silence = Silence(since_s, str(error), stands)
+            self.silence = StoreSilence(since_s, str(error), stands)
         return time.monotonic() < self._deadline_s
 
     def stop(self) -> None:

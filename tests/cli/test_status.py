@@ -19,7 +19,7 @@ from launcher.coordination.roster import run_prefix
 from launcher.coordination.vitals import interval_s, vitals_prefix
 from launcher.kv.memory import MemoryKV
 from launcher.reports.goodput import account
-from launcher.reports.snapshot import Snapshot, snapshot
+from launcher.reports.job_status import JobStatus, job_status
 from launcher.rounds.membership import View
 from launcher.rounds.mesh import MeshPlan
 from launcher.rounds.records import Cause, Failure, Node, Participant, Round, Status, Verdict
@@ -50,8 +50,8 @@ NODES = (
 )
 
 
-def state_of(current: Round | None, *nodes: Node, vitals: dict[str, Vitals] | None = None) -> Snapshot:
-    return snapshot("job", View(nodes, current, 0, 0, 0, "", leader="a-1"), vitals)
+def state_of(current: Round | None, *nodes: Node, vitals: dict[str, Vitals] | None = None) -> JobStatus:
+    return job_status("job", View(nodes, current, 0, 0, 0, "", leader="a-1"), vitals)
 
 
 @pytest.mark.parametrize(

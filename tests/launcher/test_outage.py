@@ -14,13 +14,13 @@ import pytest
 
 from launcher.errors import KVUnavailable
 from launcher.kv.etcd import outage
-from launcher.kv.etcd.outage import Answer, Outage, Told, none_leads, own_endpoints
+from launcher.kv.etcd.outage import EtcdMembers, MemberList, MemberState, none_leads, own_endpoints
 from launcher.kv.lease import Lease
 from tests.cluster import Cluster, cluster, read_lines, until
 from tests.etcd import client, connected, etcd, etcd_cluster
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
-REFUSED, FOLLOWS, UNKNOWN = Answer.REFUSED, Answer.FOLLOWS, Answer.UNKNOWN
+REFUSED, FOLLOWS, UNKNOWN = MemberState.REFUSED, MemberState.FOLLOWS, MemberState.UNKNOWN
 MEMBERS = {1: frozenset({("10.0.0.1", 2379)}), 2: frozenset({("10.0.0.2", 2379)}), 3: frozenset({("10.0.0.3", 2379)})}
 ENDPOINTS = {0: MEMBERS[1], 1: MEMBERS[2], 2: MEMBERS[3]}
 
@@ -37,27 +37,27 @@ class TestProof:
             ([], False),
         ],
     )
-    def test_every_member_must_be_away_or_follow(self, answers: list[Answer], proven: bool) -> None:
+    def test_every_member_must_be_away_or_follow(self, answers: list[MemberState], proven: bool) -> None:
         assert none_leads(answers) is proven
 
     def test_every_member_must_be_known_by_an_address_of_its_own(self) -> None:
-        told = {index: Told(index + 1, MEMBERS) for index in ENDPOINTS}
+        told = {index: MemberList(index + 1, MEMBERS) for index in ENDPOINTS}
         assert own_endpoints(ENDPOINTS, told) == {1: 0, 2: 1, 3: 2}
         assert own_endpoints(ENDPOINTS, {0: told[0], 1: told[1]}) == {}, "a member that is not known may lead"
 
     def test_a_load_balancer_is_no_member(self) -> None:
         balancer = frozenset({("10.0.0.9", 2379)})
-        assert own_endpoints({0: balancer}, {0: Told(1, {1: MEMBERS[1]})}) == {}
+        assert own_endpoints({0: balancer}, {0: MemberList(1, {1: MEMBERS[1]})}) == {}
         shared = {member: addresses | balancer for member, addresses in MEMBERS.items()}
-        assert own_endpoints({0: balancer}, {0: Told(1, shared)}) == {}
+        assert own_endpoints({0: balancer}, {0: MemberList(1, shared)}) == {}
 
     def test_members_that_disagree_prove_nothing(self) -> None:
-        told = {index: Told(index + 1, MEMBERS) for index in ENDPOINTS}
-        told[2] = Told(3, {3: MEMBERS[3]})
+        told = {index: MemberList(index + 1, MEMBERS) for index in ENDPOINTS}
+        told[2] = MemberList(3, {3: MEMBERS[3]})
         assert own_endpoints(ENDPOINTS, told) == {}
 
 
-class Members(Outage):
+class Members(EtcdMembers):
     """One member, as it answers; `names`: what the name servers know."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ class TestRealEtcd:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv:
             lease = kv.lease(2)
             kv.put("k", b"1", lease=lease)
-            until("its members are known", lambda: kv._outage._own, 20)
+            until("its members are known", lambda: kv._members._own, 20)
             server.kill()
             began_s = time.monotonic()
             until("three TTLs have passed", lambda: time.monotonic() > began_s + 6.0, 20)
@@ -154,7 +154,7 @@ class TestRealEtcd:
             with connected(",".join(m.endpoint for m in members)) as kv:
                 lease = kv.lease(5)
                 kv.put("k", b"1", lease=lease)
-                until("its members are known", lambda: len(kv._outage._own) == 3, 20)
+                until("its members are known", lambda: len(kv._members._own) == 3, 20)
                 for member in members[:2]:
                     member.kill()
                 until("known to stand", lambda: lease.silence and lease.silence.stands, 20)

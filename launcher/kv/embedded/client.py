@@ -61,7 +61,7 @@ class _Addresses:
         raise AssertionError("a store has an address")
 
 
-class _Connection:
+class _Session:
     """One authenticated connection, opened when needed; calls take turns."""
 
     def __init__(self, addresses: _Addresses, token: str) -> None:
@@ -137,7 +137,7 @@ def _entry(told: dict[str, Any] | None) -> Entry | None:
 
 
 class _EmbeddedWatch:
-    def __init__(self, connection: _Connection, prefix: str, from_revision: int, store_id: str) -> None:
+    def __init__(self, connection: _Session, prefix: str, from_revision: int, store_id: str) -> None:
         self._connection = connection
         self._store_id = store_id
         self._prefix = prefix
@@ -178,10 +178,10 @@ class EmbeddedKV:
         self._token = token
         self._calls = self._connection()
         self._leases: list[Lease] = []
-        self._open: list[_Connection] = [self._calls]
+        self._open: list[_Session] = [self._calls]
 
-    def _connection(self) -> _Connection:
-        return _Connection(self._addresses, self._token)
+    def _connection(self) -> _Session:
+        return _Session(self._addresses, self._token)
 
     @property
     def address(self) -> str:

@@ -47,7 +47,7 @@ def encode_entry(entry: Entry | None) -> dict[str, Any] | None:
 
 class _Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
-        server = cast("_Server", self.server)
+        server = cast("_TCPServer", self.server)
         sock = cast(socket.socket, self.request)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.connections.add(sock)
@@ -108,7 +108,7 @@ def _serve(hub: Hub, request: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown operation {unknown!r}")
 
 
-class _Server(socketserver.ThreadingTCPServer):
+class _TCPServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
@@ -142,7 +142,7 @@ class EmbeddedServer:
     """
 
     def __init__(self, host: str, port: int, *, token: str) -> None:
-        self._server = _Server((host, port), token)
+        self._server = _TCPServer((host, port), token)
         self.host = host
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(

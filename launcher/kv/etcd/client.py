@@ -11,7 +11,7 @@ from launcher.errors import KVError, KVUnavailable, UsageError
 from launcher.kv.base import Entry, Snapshot
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.etcd.diagnosis import Flaw, diagnose
-from launcher.kv.etcd.outage import LONGEST_TTL_S, Outage
+from launcher.kv.etcd.outage import LONGEST_TTL_S, EtcdMembers
 from launcher.kv.etcd.transport import (
     CALL_TIMEOUT_S,
     Endpoints,
@@ -44,13 +44,13 @@ class EtcdKV:
         endpoints, token = Endpoints(len(config.endpoints)), Token()
         self._calls = Transport(config, endpoints, token)
         self._renewals = Transport(config, endpoints, token)
-        self._outage = Outage(self._renewals, config.endpoints)
+        self._members = EtcdMembers(self._renewals, config.endpoints)
         self._leases: list[Lease] = []
         self._watches: list[EtcdWatch] = []
 
     def distrust_refusals(self) -> None:
         """Take a refused connection for silence: the endpoint may be a tunnel's near end."""
-        self._outage.trusts_refusals = False
+        self._members.trusts_refusals = False
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until etcd answers a read.
@@ -66,7 +66,7 @@ class EtcdKV:
                 for transport in (self._calls, self._renewals):  # no lease's first renewal waits for a connection
                     left_s = ends_s - _DIAGNOSIS_TIMEOUT_S - time.monotonic()
                     transport.call(lambda p: p.kv.Range, probe, timeout_s=max(0.5, min(left_s, CALL_TIMEOUT_S)))
-                self._outage.learn()  # before there is a lease to keep, and while nobody waits for this node
+                self._members.learn()  # before there is a lease to keep, and while nobody waits for this node
                 return
             except UserRefused as error:
                 raise UsageError(str(error)) from error
@@ -154,7 +154,7 @@ class EtcdKV:
             granted_s=granted_s,
             renew=lambda: self._renew(lease_id, granted_ttl_s),
             revoke=lambda: self._revoke(lease_id),
-            stands=self._outage.no_lease_ends if granted_ttl_s <= LONGEST_TTL_S else None,
+            stands=self._members.no_lease_ends if granted_ttl_s <= LONGEST_TTL_S else None,
         )
         self._leases.append(lease)
         return lease
@@ -179,7 +179,7 @@ class EtcdKV:
                 return self._renew(lease_id, ttl_s)
             raise
         if answer.TTL > 0:
-            self._outage.learn()
+            self._members.learn()
         return bool(answer.TTL > 0)  # 0 is how etcd answers for a lease that it does not know
 
     def _revoke(self, lease_id: int) -> None:

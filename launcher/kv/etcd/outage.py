@@ -37,7 +37,7 @@ _ANSWER_TIMEOUT_S = 0.3
 Address = tuple[str, int]
 
 
-class Answer(enum.Enum):
+class MemberState(enum.Enum):
     """What a member says when it is asked whether it leads."""
 
     REFUSED = "refused"  # no process listens there
@@ -46,14 +46,14 @@ class Answer(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Told:
+class MemberList:
     """What the member behind an endpoint says of the cluster: its own id, and each member's addresses for clients."""
 
     member_id: int
     members: Mapping[int, frozenset[Address]]
 
 
-def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int, Told]) -> dict[int, int]:
+def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int, MemberList]) -> dict[int, int]:
     """Member -> the endpoint that is its own; empty unless all that answered name the same members, and all have one.
 
     `endpoints`: every address that an endpoint's name stands for; `told`: by endpoint, as far as one answered.
@@ -70,13 +70,13 @@ def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int
     return found if found.keys() == members.keys() else {}
 
 
-def none_leads(answers: Iterable[Answer]) -> bool:
+def none_leads(answers: Iterable[MemberState]) -> bool:
     """Whether no member leads that led before the first of these answers was asked for. They are all members'."""
     found = list(answers)
-    return bool(found) and all(answer in (Answer.REFUSED, Answer.FOLLOWS) for answer in found)
+    return bool(found) and all(answer in (MemberState.REFUSED, MemberState.FOLLOWS) for answer in found)
 
 
-class Outage:
+class EtcdMembers:
     """Knows a cluster's members, and asks them. For the thread of one lease at a time."""
 
     def __init__(self, transport: Transport, endpoints: tuple[Address, ...]) -> None:
@@ -101,7 +101,7 @@ class Outage:
                 log.debug("%s does not name its members: %s", self._transport.name(index), error)
                 continue
             members = {m.ID: _addresses_of(m.clientURLs) for m in answer.members}
-            told[index] = Told(answer.header.member_id, members)
+            told[index] = MemberList(answer.header.member_id, members)
         addresses = {index: _resolve(*endpoint) for index, endpoint in enumerate(self._endpoints)}
         own = own_endpoints(addresses, told)
         if own and not self._own:
@@ -120,21 +120,21 @@ class Outage:
         answers = []
         for member_id, index in self._own.items():
             answers.append(self._state_of(member_id, index))
-            if answers[-1] is Answer.UNKNOWN:
+            if answers[-1] is MemberState.UNKNOWN:
                 break
         return none_leads(answers)
 
-    def _state_of(self, member_id: int, index: int) -> Answer:
+    def _state_of(self, member_id: int, index: int) -> MemberState:
         addresses = self._addresses[index]
         if all(_refuses(address) for address in addresses):
             # The member may have got another address since, and lead there: its old one refuses.
-            return Answer.REFUSED if _resolve(*self._endpoints[index]) == addresses else Answer.UNKNOWN
+            return MemberState.REFUSED if _resolve(*self._endpoints[index]) == addresses else MemberState.UNKNOWN
         try:
             status = self._ask(index, lambda p: p.maintenance.Status, etcdrpc.StatusRequest())
         except (grpc.RpcError, KVError, ValueError):
-            return Answer.UNKNOWN
+            return MemberState.UNKNOWN
         follows = status.header.member_id == member_id and status.leader != member_id
-        return Answer.FOLLOWS if follows else Answer.UNKNOWN
+        return MemberState.FOLLOWS if follows else MemberState.UNKNOWN
 
     def _ask(self, index: int, rpc: Rpc, request: Any) -> Any:
         peer: Peer = self._transport.peer(index)

@@ -37,7 +37,7 @@ class _MustStayOpen(_StreamEnded):
     """It was ended because this side had closed its direction."""
 
 
-class _Stream:
+class _WatchStream:
     """One gRPC stream and the thread that reads it into `inbox`: responses, now and then `_LOOK`, at last None."""
 
     def __init__(self, transport: Transport, request: Any) -> None:
@@ -100,7 +100,7 @@ class EtcdWatch:
         self._range = (key, range_end)
         self._next_revision = max(1, from_revision)
         self._strip = strip
-        self._stream: _Stream | None = None
+        self._stream: _WatchStream | None = None
         self._cancelled = threading.Event()
         self._lock = threading.Lock()  # `cancel` comes from another thread
 
@@ -120,19 +120,19 @@ class EtcdWatch:
                 log.info("watch goes on from revision %d: %s", self._next_revision, error)
         return ()
 
-    def _opened(self) -> _Stream:
+    def _opened(self) -> _WatchStream:
         stream = self._stream
         if stream is None:
             key, range_end = self._range
             create = etcdrpc.WatchCreateRequest(key=key, range_end=range_end, start_revision=self._next_revision)
-            stream = _Stream(self._transport, etcdrpc.WatchRequest(create_request=create))
+            stream = _WatchStream(self._transport, etcdrpc.WatchRequest(create_request=create))
             with self._lock:
                 self._stream = stream
         if self._cancelled.is_set():  # perhaps while it was being opened: `cancel` saw no stream to close
             raise _StreamEnded("cancelled")
         return stream
 
-    def _receive(self, stream: _Stream, ends_s: float) -> tuple[WatchEvent, ...]:
+    def _receive(self, stream: _WatchStream, ends_s: float) -> tuple[WatchEvent, ...]:
         events: list[WatchEvent] = []
         while not self._cancelled.is_set():
             wait_until_s = ends_s if stream.opened else min(ends_s, stream.opens_by_s)
@@ -169,7 +169,7 @@ class EtcdWatch:
         if response.events:  # etcd never splits a revision over two responses
             self._next_revision = max(self._next_revision, response.events[-1].kv.mod_revision + 1)
 
-    def _check(self, stream: _Stream) -> None:
+    def _check(self, stream: _WatchStream) -> None:
         """A stream that broke silently looks like a quiet one; what other calls found out tells them apart."""
         if not stream.opened and time.monotonic() >= stream.opens_by_s:
             self._transport.endpoints.failed(stream.peer.index)
@@ -177,7 +177,7 @@ class EtcdWatch:
         if self._transport.endpoints.current != stream.peer.index:
             raise _StreamEnded(f"{self._transport.name(stream.peer.index)} no longer answers calls")
 
-    def _raise_end(self, stream: _Stream) -> None:
+    def _raise_end(self, stream: _WatchStream) -> None:
         name = self._transport.name(stream.peer.index)
         if not stream.held_open and (stream.error is None or is_half_close_refused(stream.error.details())):
             self._transport.endpoints.holds_streams_open = True
@@ -189,7 +189,7 @@ class EtcdWatch:
             self._transport.forget_token(stream.token)
         raise _StreamEnded(f"{name}: {stream.error.details()}")
 
-    def _raise_cancelled(self, stream: _Stream, response: Any) -> None:
+    def _raise_cancelled(self, stream: _WatchStream, response: Any) -> None:
         if response.compact_revision:
             self._drop()
             raise Compacted(

@@ -42,7 +42,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class JobStatus:
     """All of a job's state at one moment."""
 
     run_id: str
@@ -85,7 +85,7 @@ class Snapshot:
         return "running" if len(joined) == len(self.round.participants) else "starting"
 
 
-def snapshot(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = None) -> Snapshot:
+def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = None) -> JobStatus:
     """What a view of a job says to a person, with what nodes have told of their workers, by node."""
     current, told = view.round, vitals or {}
     broken = breakage(view) if current and not current.outcome else None
@@ -112,7 +112,7 @@ def snapshot(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = None
     failures += [_told_of(cause.failure, cause.node_id) for cause in current.causes[:1]] if current else []
     failures += [Told(one.failure_ts, one.failure) for one in told.values() if one.failure_ts]
     checkpoints = [Told(one.checkpoint_ts, "", one.checkpoint_step) for one in told.values() if one.checkpoint_ts]
-    return Snapshot(
+    return JobStatus(
         run_id,
         seats,
         current,
