@@ -38,7 +38,6 @@ from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.conf import RendezvousConf
-from launcher.elastic.hostname import ask_no_dns
 from launcher.elastic.logs import name_node
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
@@ -53,6 +52,7 @@ from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
 from launcher.rounds.records import Node
+from launcher.torch_private import ask_no_dns
 from launcher.wording import JOB_IS_OVER
 from launcher.workers.console import Console
 from launcher.workers.leftovers import Leftovers

@@ -20,10 +20,8 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
-    DEFAULT_ROLE,
     RunResult,
     Worker,
-    WorkerGroup,
     WorkerSpec,
     WorkerState,
 )
@@ -45,6 +43,7 @@ from launcher.health.devices import DeviceMemory
 from launcher.health.probe import report_dead
 from launcher.health.watchdog import Watchdog, Watched
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
+from launcher.torch_private import AgentSteps
 from launcher.wording import name_some
 from launcher.workers import boot
 from launcher.workers.channels import WorkerChannels
@@ -68,7 +67,7 @@ class _End:
     grace_s: float
 
 
-class ElasticAgent(LocalElasticAgent):
+class ElasticAgent(AgentSteps, LocalElasticAgent):
     """One per node. `run` returns when the job is done, failed, or this node has left it."""
 
     def __init__(
@@ -119,9 +118,7 @@ class ElasticAgent(LocalElasticAgent):
 
     # --- torch's steps, with what ours know better
 
-    def _assign_worker_ranks(
-        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
-    ) -> list[Worker]:
+    def assign_ranks(self, group_rank: int, spec: WorkerSpec) -> list[Worker]:
         """Ranks follow from the round: no exchange through the store, and nodes may run different numbers."""
         current = self._current_round()
         slots = [participant.slots for participant in current.participants]
@@ -138,18 +135,18 @@ class ElasticAgent(LocalElasticAgent):
             for local_rank in range(slots[group_rank])
         ]
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        current = self._current_round()
-        # Scripts and log folders see the same count on every node: the rounds that ran before this one.
-        self._remaining_restarts = worker_group.spec.max_restarts - (current.generation - 1)
+    def start_workers(self) -> dict[int, Any]:
+        """Start the workers of the round that was joined, warm if that can be, and have them watched."""
+        current, group = self._current_round(), self.get_worker_group()
         self._channels.close()
-        local_ranks = [worker.local_rank for worker in worker_group.workers]
+        local_ranks = [worker.local_rank for worker in group.workers]
         self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
         self._failures = []
         self._oom_kills_before = autopsy.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
-        worker_group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
+        # Scripts and log folders see the same count on every node: the rounds that ran before this one.
+        pids = self.start_group(group.spec.max_restarts - (current.generation - 1))
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
         self._yielding.begin(self._channels, self._started_s)
@@ -158,15 +155,15 @@ class ElasticAgent(LocalElasticAgent):
         self._watch_workers(current)
         self._emit(
             EventName.WORKERS_STARTED,
-            ranks=[worker.global_rank for worker in worker_group.workers],
+            ranks=[worker.global_rank for worker in group.workers],
             pids=list(pids.values()),
             world_size=current.world_size,
             warm=zygote != COLD,
         )
         return pids
 
-    def _set_local_rank_env(self, worker_env: dict[str, str | None], local_rank: int, spec: WorkerSpec) -> None:
-        super()._set_local_rank_env(worker_env, local_rank, spec)
+    def add_environment(self, environment: dict[str, str | None], local_rank: int) -> None:
+        """Add the round, this node, and the paths that the worker shares with its agent."""
         current = self._current_round()
         told = Environment(
             generation=current.generation,
@@ -179,7 +176,7 @@ class ElasticAgent(LocalElasticAgent):
             events=self._events.path,
             checkpoint=self._signs.checkpoint_path,
         )
-        worker_env.update(told.to_env())
+        environment.update(told.to_env())
 
     def _current_round(self) -> Round:
         current = self._rendezvous_handler.round
@@ -188,11 +185,12 @@ class ElasticAgent(LocalElasticAgent):
 
     # --- the loop
 
-    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+    def run_generations(self) -> RunResult:
+        """Form rounds and supervise their workers, until the job is done or this node leaves it."""
         while True:
             try:
                 self._leave_if_asked()  # a signal that came while the last generation was ended is only noted down
-                self._initialize_workers(self._worker_group)
+                self.form_group()
             except RendezvousClosedError:
                 return self._closed()
             except RendezvousTimeoutError as error:
@@ -219,7 +217,7 @@ class ElasticAgent(LocalElasticAgent):
         """The job ended without this node: it was a spare, or another node's failure was the last."""
         outcome = self._member.outcome()
         if outcome == SUCCEEDED:
-            self._worker_group.workers = []
+            self.get_worker_group().workers = []
             return RunResult(WorkerState.SUCCEEDED)
         raise JobClosed(outcome)
 
@@ -261,8 +259,8 @@ class ElasticAgent(LocalElasticAgent):
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
                 # Not asked before all have ended well: where one has failed it ends the others in its own way.
-                result: RunResult = self._monitor_workers(self._worker_group)
-                self._worker_group.state = result.state
+                result = self.check_group()
+                self.get_worker_group().state = result.state
                 return result
 
     def _end_generation(self, end: _End) -> None:
@@ -271,14 +269,14 @@ class ElasticAgent(LocalElasticAgent):
             self._report_failures()  # before SIGTERM blurs it
         self._member.announce(Status.STOPPING, reason=end.reason)
         began_s = time.monotonic()
-        self._shutdown(signal.SIGTERM, timeout=end.grace_s)  # type: ignore[arg-type]
+        self.stop_workers(signal.SIGTERM, end.grace_s)
         # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
         # stands for them): they would train, or hold memory, beside the new ones.
         linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
         if pids := self._channels.end_forked_workers(linger_s):
             self._emit(EventName.WORKERS_LINGER, pids=pids, seconds=round(linger_s, 3))
         ended = self._end_leftovers(GRACE_S if end.grace_s else 0.0)
-        self._worker_group.state = WorkerState.STOPPED
+        self.get_worker_group().state = WorkerState.STOPPED
         last = self._channels.last_step_fields()
         self._emit(EventName.WORKERS_STOPPED, reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
         if request := self._drain.current:
@@ -306,7 +304,7 @@ class ElasticAgent(LocalElasticAgent):
     # --- failures
 
     def _remains(self) -> list[autopsy.Remains]:
-        return autopsy.remains(self._pcontext, self._worker_group.workers, self._channels.progress())
+        return autopsy.remains(self.processes(), self._global_ranks(), self._channels.progress())
 
     def _report_failures(self) -> None:
         """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
@@ -344,14 +342,14 @@ class ElasticAgent(LocalElasticAgent):
 
     def _watch_workers(self, current: Round) -> None:
         """Have the workers that were just started watched; their output too, on the node of rank 0."""
-        assert self._pcontext is not None
-        files = (*self._pcontext.stdouts.values(), *self._pcontext.stderrs.values())
+        processes = self.processes()
+        files = (*(p.stdout for p in processes), *(p.stderr for p in processes))
         silence = self._watchdog.rules.silence_s is not None and current.place_of(self._member.node_id) == 0
         self._watchdog.begin(
             Watched(
                 generation=current.generation,
-                ranks={worker.local_rank: worker.global_rank for worker in self._worker_group.workers},
-                pids=self._pcontext.pids(),
+                ranks=self._global_ranks(),
+                pids={p.local_rank: p.process.pid for p in processes},
                 channels=self._channels,
                 outputs=[Path(file) for file in files if file not in ("", os.devnull)] if silence else (),
             )
@@ -359,9 +357,10 @@ class ElasticAgent(LocalElasticAgent):
 
     def _exited(self) -> set[int]:
         """Local ranks of the workers that have ended."""
-        assert self._pcontext is not None
-        handlers = self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
-        return {local_rank for local_rank, handler in handlers.items() if handler.proc.poll() is not None}
+        return {p.local_rank for p in self.processes() if not p.is_alive}
+
+    def _global_ranks(self) -> dict[int, int]:
+        return {worker.local_rank: worker.global_rank for worker in self.get_worker_group().workers}
 
     # --- signals
 
@@ -378,25 +377,21 @@ class ElasticAgent(LocalElasticAgent):
 
     # --- the rest
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def stop_workers(self, signum: signal.Signals, timeout_s: float) -> None:
         """As torch's, but never for longer than a drain or the lease leaves, also if that is known only meanwhile."""
-        ends_s = time.monotonic() + timeout
-        processes = []
-        if self._pcontext is not None:
-            handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[attr-defined]
-            alive = [handler for handler in handlers if handler.proc.poll() is None]
-            for handler in alive:
-                handler.close(death_sig=death_sig)
-            processes = [handler.proc for handler in alive]
-        while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+        ends_s = time.monotonic() + timeout_s
+        alive = [process for process in self.processes() if process.is_alive]
+        for process in alive:
+            process.send(signum)
+        while any(p.is_alive for p in alive) and time.monotonic() < self._drain.kill_by(ends_s):
             if self._member.fenced():
                 break
             time.sleep(0.005)
         if self._channels.kill():  # then what stands for them ends by itself, and takes along what they have started
             ends_s = time.monotonic() + _KILL_S
-            while any(p.poll() is None for p in processes) and time.monotonic() < self._drain.kill_by(ends_s):
+            while any(p.is_alive for p in alive) and time.monotonic() < self._drain.kill_by(ends_s):
                 time.sleep(0.005)
-        super()._shutdown(signal.SIGKILL, timeout=_KILL_S)  # type: ignore[arg-type]
+        self.kill_group(_KILL_S)
 
     def _end_leftovers(self, grace_s: float) -> list[int]:
         """End what the workers have left running; the pids of all that was there."""
@@ -419,7 +414,7 @@ class ElasticAgent(LocalElasticAgent):
 
     def close(self) -> None:
         """Let go of the channels; the workers are gone, and so is then what they have left."""
-        succeeded = self._worker_group.state is WorkerState.SUCCEEDED
+        succeeded = self.get_worker_group().state is WorkerState.SUCCEEDED
         self._end_leftovers(GRACE_AFTER_SUCCESS_S if succeeded else GRACE_S)
         self._leftovers.close()
         self._channels.close()

@@ -29,7 +29,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from torch.distributed.elastic.agent.server.api import _TERMINAL_STATE_SYNC_ID
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
@@ -48,6 +47,7 @@ from launcher.events import EventLog
 from launcher.health.probe import Doorbell
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
+from launcher.torch_private import is_of_exit_barrier
 
 log = logging.getLogger(__name__)
 
@@ -237,13 +237,13 @@ class _RoundStore:
         return getattr(self._store, name)
 
     def add(self, key: str, amount: int) -> int:
-        if key.startswith(_TERMINAL_STATE_SYNC_ID):
+        if is_of_exit_barrier([key]):
             self._announce_done()
             return 0  # never the last one, who would tell the others through the store
         return int(self._store.add(key, amount))
 
     def wait(self, keys: Sequence[str], *timeout: Any) -> None:
-        if any(key.startswith(_TERMINAL_STATE_SYNC_ID) for key in keys):
+        if is_of_exit_barrier(keys):
             self._wait_for_the_others()
         else:
             self._store.wait(keys, *timeout)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import Worker
-
 from launcher.rounds.failures import (
     MESSAGE_MAX_CHARS,
     Death,
@@ -31,6 +29,7 @@ from launcher.rounds.failures import (
 )
 from launcher.rounds.policy import severity
 from launcher.rounds.records import Failure
+from launcher.torch_private import WorkerProcess
 from launcher.workers.channel import Progress
 
 log = logging.getLogger(__name__)
@@ -62,27 +61,27 @@ class Circumstances:
     draining: bool = False
 
 
-def remains(started: Any, workers: Sequence[Worker], progress: Mapping[int, Progress]) -> list[Remains]:
+def remains(
+    processes: Sequence[WorkerProcess], ranks: Mapping[int, int], progress: Mapping[int, Progress]
+) -> list[Remains]:
     """The workers as they are, before torch stops the others because one has failed.
 
-    `started`: torch's `SubprocessContext`, None before the first start. `progress` is by local rank.
+    Args:
+        processes: those that stand for the workers.
+        ranks: their global ranks, by local rank.
+        progress: what they said last, by local rank.
     """
-    if started is None:
-        return []
-    found = []
-    for worker in workers:
-        process = started.subprocess_handlers[worker.local_rank].proc
-        found.append(
-            Remains(
-                rank=worker.global_rank,
-                pid=process.pid,
-                exit_code=process.poll(),
-                error_file=started.error_files[worker.local_rank],
-                stderr_log=started.stderrs[worker.local_rank],
-                progress=progress[worker.local_rank],
-            )
+    return [
+        Remains(
+            rank=ranks[p.local_rank],
+            pid=p.process.pid,
+            exit_code=p.process.poll(),
+            error_file=p.error_file,
+            stderr_log=p.stderr,
+            progress=progress[p.local_rank],
         )
-    return found
+        for p in processes
+    ]
 
 
 def examine(workers: Sequence[Remains], around: Circumstances) -> list[Failure]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.health.hangs import Evidence
+from launcher.torch_private import FILES_OF_WRAPPERS
 from launcher.workers.program import STACKS_SIGNAL
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ _SETTLED_S = 0.1
 _LOOK_S = 0.02
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>.+)$')
 _BLOCK = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
-# Between a collective and the frame that called it: says nothing of what is waited for.
-_PASSED_OVER = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/distributed/c10d_logger.py")
 _COLLECTIVES = "/torch/distributed/"
 
 
@@ -105,7 +104,7 @@ def innermost(text: str) -> tuple[str, bool]:
         elif frame := _FRAME.match(line):
             frames.append(frame)
     for frame in frames:
-        if not frame["file"].endswith(_PASSED_OVER):
+        if not frame["file"].endswith(FILES_OF_WRAPPERS):
             return f"{frame['file']}:{frame['line']} in {frame['name']}", _COLLECTIVES in frame["file"]
     return "", False
 

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from launcher.environment import PREFIX
 from launcher.frames import HEADER_BYTES, receive, send
+from launcher.torch_private import IMPORTED_BY_FSDP
 from launcher.workers import freshness, paths, program, variables
 from launcher.workers.forked import Request, Zygote, become, tell
 
@@ -42,7 +43,7 @@ MODULES = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
-    "torch._dynamo",  # FSDP2 imports it when it first shards a module
+    IMPORTED_BY_FSDP,
 )
 _SET_BY_AGENTS = (
     "RANK",
