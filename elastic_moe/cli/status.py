@@ -18,8 +18,8 @@ from elastic_moe.cli.timeline import moment
 from elastic_moe.errors import UserError
 from launcher.coordination.roster import Roster, run_prefix
 from launcher.coordination.vitals import vitals_prefix
-from launcher.errors import Compacted, KVUnavailable
-from launcher.kv import KV
+from launcher.errors import KVUnavailable
+from launcher.kv import KV, Changes, Follower, Prefixed, Snapshot
 from launcher.reports.job_status import JobStatus, Seat, job_status
 from launcher.rounds.vitals import Vitals
 
@@ -107,8 +107,7 @@ class _VitalsReader:
     """What the nodes have told of their workers, asked for now and then: nobody needs to hear each of it."""
 
     def __init__(self, kv: KV, run_id: str) -> None:
-        self._kv = kv
-        self._prefix = vitals_prefix(run_id)
+        self._told = Prefixed(kv, vitals_prefix(run_id))
         self._known: dict[str, Vitals] = {}
         self._read_s = -math.inf
 
@@ -116,9 +115,9 @@ class _VitalsReader:
         """By node. Raises KVUnavailable."""
         if now_s >= self._read_s + _VITALS_S:
             self._known = {}
-            for entry in self._kv.list(self._prefix).entries:
+            for entry in self._told.list("").entries:
                 with contextlib.suppress(ValueError, TypeError):  # of a version that tells it in another way
-                    self._known[entry.key.removeprefix(self._prefix)] = Vitals.from_json(entry.value)
+                    self._known[entry.key] = Vitals.from_json(entry.value)
             self._read_s = now_s
         return self._known
 
@@ -129,34 +128,30 @@ def follow(kv: KV, run_id: str) -> Iterator[tuple[JobStatus, str]]:
     Raises:
         KVUnavailable: the store does not answer the first question. Later it is waited for.
     """
-    prefix = run_prefix(run_id)
     roster = Roster("", time.monotonic())
     vitals = _VitalsReader(kv, run_id)
     found: JobStatus | None = None
-    while True:
-        try:
-            listing = kv.list(prefix)
-            entries = [(entry.key.removeprefix(prefix), entry) for entry in listing.entries]
-            roster.replace(entries, time.monotonic())
-            found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
-            yield found, ""
-            watch = kv.watch(prefix, listing.revision + 1)
+    with Follower(Prefixed(kv, run_prefix(run_id))) as follower:
+        while True:
             try:
-                while True:
-                    events = watch.next(_WAIT_S)
-                    changes = [(event.key.removeprefix(prefix), event.entry) for event in events]
-                    roster.apply(changes, time.monotonic())
-                    found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
-                    yield found, ""
-            finally:
-                watch.cancel()
-        except Compacted:
-            continue
-        except KVUnavailable as error:
-            if found is None:
-                raise
-            yield found, str(error)
-            time.sleep(_WAIT_S)
+                _learn(roster, follower.next(_WAIT_S))
+                found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
+                trouble = ""
+            except KVUnavailable as error:
+                if found is None:
+                    raise
+                trouble = str(error)
+            yield found, trouble
+            if trouble:
+                time.sleep(_WAIT_S)
+
+
+def _learn(roster: Roster, news: Snapshot | Changes) -> None:
+    match news:
+        case Snapshot(entries):
+            roster.replace([(entry.key, entry) for entry in entries], time.monotonic())
+        case Changes(events):
+            roster.apply([(event.key, event.entry) for event in events], time.monotonic())
 
 
 def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from elastic_moe.cli.status import as_json, as_lines, follow
 from elastic_moe.errors import UserError
 from launcher.coordination.roster import run_prefix
 from launcher.coordination.vitals import interval_s, vitals_prefix
+from launcher.errors import KVUnavailable
+from launcher.kv import Prefixed, Snapshot
 from launcher.kv.memory import MemoryKV
 from launcher.reports.goodput import account
 from launcher.reports.job_status import JobStatus, job_status
@@ -277,6 +279,39 @@ def test_changes_are_followed_and_other_jobs_left_out() -> None:
     assert (found.state, len(found.seats)) == ("running", 3)
     states.close()
     kv.close()
+
+
+class Failing(Prefixed):
+    """A store that does not answer while it is `away`."""
+
+    away = False
+
+    def list(self, prefix: str) -> Snapshot:
+        if self.away:
+            raise KVUnavailable("away")
+        return super().list(prefix)
+
+
+def test_a_store_that_is_away_is_waited_for_unless_it_never_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_WAIT_S", 0.01)
+    monkeypatch.setattr(status, "_VITALS_S", 0.0)
+    memory = MemoryKV()
+    kv = Failing(memory, "")
+    kv.away = True
+    with pytest.raises(KVUnavailable):
+        next(follow(kv, "job"))
+    kv.away = False
+    states = follow(kv, "job")
+    next(states)
+    kv.away = True
+    kv.put(f"{run_prefix('job')}nodes/a-1", NODES[1].to_json())
+    found, trouble = next(states)
+    assert (found.seats, trouble) == ((), "away")
+    kv.away = False
+    found, trouble = next(states)
+    assert ([seat.node_id for seat in found.seats], trouble) == (["a-1"], ""), "what came meanwhile is not lost"
+    states.close()
+    memory.close()
 
 
 def ask(endpoint: str, *options: str) -> subprocess.CompletedProcess[str]:
