@@ -54,6 +54,7 @@ from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import as_url, has_store, open_store
+from storage.torch_private import ASYNC_SAVE_THREAD
 
 Url = str | os.PathLike[str]
 
@@ -104,7 +105,7 @@ def _finish_saves() -> None:
     alone lets a save end that is under way when the script does.
     """
     for thread in threading.enumerate():
-        if thread.name.startswith("AsyncCheckpointExecutor"):
+        if thread.name.startswith(ASYNC_SAVE_THREAD):
             thread.join()
 
 

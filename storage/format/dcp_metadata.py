@@ -28,6 +28,7 @@ from storage.format.index import Columns, Entry, Index, IndexedObject, build, ch
 from storage.format.opcodes import Record, harmless
 from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
 from storage.stores.objects import check_key
+from storage.torch_private import GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO
 
 _DCP = "torch.distributed.checkpoint.metadata"
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -53,7 +54,7 @@ class _Names:
         self.value = _record("BytesStorageMetadata")
         self.chunk = _record("ChunkStorageMetadata")
         self.storage_meta = _record("StorageMeta")
-        self.info = _record("_StorageInfo")
+        self.info = _record(STORAGE_INFO[1])
         self.properties = _record("TensorProperties")
         self.known: dict[tuple[str, str], Any] = {
             (_DCP, "Metadata"): self.metadata,
@@ -63,10 +64,10 @@ class _Names:
             (_DCP, "ChunkStorageMetadata"): self.chunk,
             (_DCP, "TensorProperties"): self.properties,
             (_DCP, "StorageMeta"): self.storage_meta,
-            (_DCP, "_MEM_FORMAT_ENCODING"): _noted("_MEM_FORMAT_ENCODING"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): self.info,
+            MEMORY_FORMAT: _noted(MEMORY_FORMAT[1]),
+            STORAGE_INFO: self.info,
             ("torch", "Size"): ().__add__,  # takes a tuple and nothing else, and copies none
-            ("torch.serialization", "_get_layout"): _noted("_get_layout"),
+            GET_LAYOUT: _noted(GET_LAYOUT[1]),
             ("collections", "OrderedDict"): type("OrderedDict", (), {"__new__": lambda cls: []}),
             # a checkpoint's own path is only a note
             **dict.fromkeys(_PATHS, _noted("Path")),

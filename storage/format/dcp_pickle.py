@@ -14,13 +14,12 @@ import struct
 from collections.abc import Iterator
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
 
 from storage.format.columns import Ints
 from storage.format.index import Entry, Index
+from storage.torch_private import CONTIGUOUS_FORMAT, GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO
 
 _DCP = "torch.distributed.checkpoint.metadata"
-_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _VERSION = "1.0.0"  # DCP's own version of this layout (filesystem.CURRENT_DCP_VERSION)
 # the opcodes used (Lib/pickletools.py): ( MARK  ) EMPTY_TUPLE  ] EMPTY_LIST  } EMPTY_DICT  \x81 NEWOBJ  b BUILD
 # R REDUCE  \x85 TUPLE1  t TUPLE  e APPENDS  u SETITEMS  c GLOBAL  j LONG_BINGET  r LONG_BINPUT  N None  \x89 False
@@ -109,7 +108,7 @@ class _Writer:
         before its offset, and before its length.
         """
         before = self._head(_DCP, "MetadataIndex", "fqn") + self._text(key) + self._text("index")
-        between = b"ub" + self._head(_FILESYSTEM, "_StorageInfo", "relative_path")
+        between = b"ub" + self._head(*STORAGE_INFO, "relative_path")
         return before, between, self._text("offset"), self._text("length")
 
     def _corners(self, entry: Entry) -> list[bytes]:
@@ -148,9 +147,8 @@ class _Writer:
         known = self._memo.get(("properties", dtype))
         if known is not None:
             return known
-        layout = self._global("torch.serialization", "_get_layout") + self._text(str(torch.strided)) + b"\x85R"
-        contiguous = dcp._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT.value
-        form = self._global(_DCP, "_MEM_FORMAT_ENCODING") + _integer(contiguous) + b"\x85R"
+        layout = self._global(*GET_LAYOUT) + self._text(str(torch.strided)) + b"\x85R"
+        form = self._global(*MEMORY_FORMAT) + _integer(CONTIGUOUS_FORMAT) + b"\x85R"
         state = b"(" + self._global("torch", dtype) + layout + b"\x89" + form + b"\x89t"
         opcodes = self._global(_DCP, "TensorProperties") + _NEW + state + b"b"
         return self._once(("properties", dtype), opcodes)

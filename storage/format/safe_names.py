@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from storage import torch_private
 from storage.format import safe_arrays
 from storage.format.safe_pickle import Function, Malformed, Names, Pending, Refused, Stranger, UnknownName
 from storage.format.tensors import STORAGE_DTYPES
@@ -50,10 +51,10 @@ def _known() -> dict[tuple[str, str], Any]:
         ("__builtin__", "long"): int,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("torch._utils", "_rebuild_tensor_v2"): _TENSOR_V2,
-        ("torch._utils", "_rebuild_tensor_v3"): _TENSOR_V3,
-        ("torch._utils", "_rebuild_parameter"): _PARAMETER,
-        ("torch.serialization", "_get_layout"): _LAYOUT,
+        torch_private.REBUILD_TENSOR_V2: _TENSOR_V2,
+        torch_private.REBUILD_TENSOR_V3: _TENSOR_V3,
+        torch_private.REBUILD_PARAMETER: _PARAMETER,
+        torch_private.GET_LAYOUT: _LAYOUT,
         ("torch", "Size"): torch.Size,
         ("torch", "device"): torch.device,
     }

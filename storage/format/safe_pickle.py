@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from storage.torch_private import STATE_DICT_VERSIONS
+
 NESTING_MAX = 500
 """Of tuples within a key: Python hashes them recursively."""
 _MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
@@ -277,7 +279,7 @@ class _Reader:
     def build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is OrderedDict:
-            if type(state) is not dict or state.keys() - {"_metadata"}:
+            if type(state) is not dict or state.keys() - {STATE_DICT_VERSIONS}:
                 raise Refused("an OrderedDict with attributes")
             target.__dict__.update(state)
         elif isinstance(target, Pending):

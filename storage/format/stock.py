@@ -24,6 +24,7 @@ from storage.format.checksum import crc32
 from storage.format.safe_pickle import Function, Malformed, Names, Refused, UnknownName
 from storage.format.tensors import STORAGE_DTYPES
 from storage.format.zips import ZIP_ERRORS, OutOfSight, Window, member_start
+from storage.torch_private import REBUILD_TENSOR_V2, REBUILD_TENSOR_V3
 
 LONG_ITEM_BYTES = 16 * 1024 * 1024
 """Longer items are read in parts; the others in one."""
@@ -139,10 +140,10 @@ def _is_sound(tensor: _Tensor) -> bool:
     )
 
 
-_V2, _V3 = Function("_rebuild_tensor_v2"), Function("_rebuild_tensor_v3")
+_V2, _V3 = Function("v2"), Function("v3")
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _V2,
-    ("torch._utils", "_rebuild_tensor_v3"): _V3,
+    REBUILD_TENSOR_V2: _V2,
+    REBUILD_TENSOR_V3: _V3,
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, name): Function(name) for module in ("torch", "torch.storage") for name in _DTYPES},
 }

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor
 
 from storage.errors import UnsupportedValue
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Entry, Index
 from storage.format.tensors import oddity
+from storage.torch_private import local_chunks
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
@@ -46,7 +46,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
                 place, nothing = MetadataIndex(key), torch.Size((0,))
                 items.append(ReadItem(LoadItemType.BYTE_IO, place, nothing, place, nothing, nothing))
             elif not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None:
-                for number, chunk in enumerate(_create_chunk_list(value)):
+                for number, chunk in enumerate(local_chunks(value)):
                     items += read_items_of_box(self._index, key, number, chunk.offsets, chunk.sizes)
         return LoadPlan(items)
 

@@ -35,6 +35,7 @@ from storage.loading.targets import (
     cuda_copies,
     fill,
 )
+from storage.torch_private import is_without_memory
 
 
 @runtime_checkable
@@ -405,7 +406,7 @@ def destination_of(planner: LoadPlanner, read: ReadItem) -> torch.Tensor:
     """The tensor that `read` fills. Raises UnsupportedValue for one that cannot be filled."""
     tensor = planner.resolve_tensor(read)
     why = oddity(tensor)
-    if why is None and tensor._is_zerotensor():
+    if why is None and is_without_memory(tensor):
         why = "of zeros that have no memory; clone() it"
     if why is None and overlaps(tensor):
         why = "whose elements share memory, as of one that is expanded; clone() it"

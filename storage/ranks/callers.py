@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.utils import _DistWrapper
+
+from storage.torch_private import ranks_of_dcp
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ def find_caller() -> Caller | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for value in frame.f_locals.values():
-            if isinstance(value, _DistWrapper):
-                return Caller(not value.use_dist, value.group)
+            if (found := ranks_of_dcp(value)) is not None:
+                makes_collectives, group = found
+                return Caller(not makes_collectives, group)
         frame = frame.f_back
     return None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
@@ -27,6 +26,7 @@ from storage.saving.writing import Payload
 from storage.state.fingerprint import fingerprint
 from storage.state.objects import Objects, open_state
 from storage.state.tree import Flat, join_containers
+from storage.torch_private import shards_of
 
 _PARAMETER_SAMPLE_BYTES = 4096
 
@@ -120,7 +120,7 @@ def _shared(flat: Flat, objects: Objects) -> list[str]:
         is_tensor = isinstance(leaf, torch.Tensor)
         if above & apart or above & modules or (is_tensor and (above & optimizers or type(leaf) is not torch.Tensor)):
             continue
-        if is_tensor or not hasattr(leaf, "local_shards"):  # of a ShardedTensor, which is no Tensor
+        if is_tensor or shards_of(leaf) is None:
             found.append(name)
     return found
 
@@ -135,11 +135,10 @@ def check_tensors(flat: Mapping[str, Any]) -> None:
 
 def _local(value: Any) -> list[torch.Tensor]:
     """The tensors that this rank has of an entry of the state."""
-    if isinstance(value, ShardedTensor):
-        return [shard.tensor for shard in value.local_shards()]
     if isinstance(value, DTensor):
-        return [value._local_tensor]
-    return [value] if isinstance(value, torch.Tensor) else []
+        with torch.no_grad():
+            return [value.to_local()]
+    return [value] if isinstance(value, torch.Tensor) else shards_of(value) or []
 
 
 def _chunk(item: WriteItem, paths: Mapping[str, Path]) -> Chunk:

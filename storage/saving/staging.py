@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from storage.format.tensors import bytes_of, tensor_over
+from storage.torch_private import is_without_memory
 
 _ALIGNMENT_BYTES = 64
 
@@ -40,5 +41,5 @@ class StagingBuffer:
 def as_staged(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor as `StagingBuffer.stage` would return it, but in its own memory; None if it does not lie so."""
     plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    plain = plain and not tensor._is_zerotensor()
+    plain = plain and not is_without_memory(tensor)
     return tensor_over(bytes_of(tensor), tensor.dtype, tuple(tensor.shape)) if plain else None

@@ -25,11 +25,12 @@ from storage.format.containers import Container, Path
 from storage.format.dcp_metadata import torch_dtype
 from storage.format.index import Entry, Index
 from storage.state.fit_optimizer import OptimizerFit
-from storage.state.modules import EXTRA_STATE, module_state
+from storage.state.modules import module_state
 from storage.state.objects import Objects, take
 from storage.state.per_rank import PerRank, is_per_rank
 from storage.state.tree import Node, is_leaf, is_object, kind_of, name_of, names_of_keys, tree_of
 from storage.state.wants import MISSING, Builder, Fit, Ignored, keep, leaf_names, maker
+from storage.torch_private import EXTRA_STATE
 
 _MODULE, _OPTIMIZER, _REST = range(3)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from storage.torch_private import CHECKPOINTED_MODULE, COMPILED_MODULE, FSDP1_MODULE
+
 NUM_SHOWN = 5
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("module", COMPILED_MODULE, FSDP1_MODULE, CHECKPOINTED_MODULE)
 _WRAPPED = re.compile(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-EXTRA_STATE = "_extra_state"
+from storage.torch_private import COMPILED_MODULE
 
 
 class ModuleNames:
@@ -37,7 +37,7 @@ def _wrapper_attribute(module: nn.Module) -> str | None:
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     # looked up by name: dynamo is a second to import, and who has compiled a module has imported it
-    return "_orig_mod" if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod") else None
+    return COMPILED_MODULE if type(module).__name__ == "OptimizedModule" and hasattr(module, COMPILED_MODULE) else None
 
 
 def is_fsdp1(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from storage.errors import UnsupportedValue
 from storage.state.modules import is_fsdp1, parameter_names
+from storage.torch_private import init_optimizer_state, is_flattened_by_fsdp1
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class NamedOptimizer:
             ),
             None,
         )
-        if self._sharded is None and any(getattr(parameter, "_fsdp_flattened", False) for parameter in self.parameters):
+        if self._sharded is None and any(map(is_flattened_by_fsdp1, self.parameters)):
             raise UnsupportedValue(
                 "an optimizer has parameters that FullyShardedDataParallel has flattened, and the module they are of is"
                 " not in the state; keep it there, in a dict or a list"
@@ -86,9 +87,7 @@ class NamedOptimizer:
 
     def init_state(self) -> None:
         """Have it make the state that it has after a first step, by a step that changes nothing."""
-        from torch.distributed.checkpoint.state_dict import _init_optim_state
-
-        _init_optim_state(self.optimizer)
+        init_optimizer_state(self.optimizer)
 
     def state_of(self, name: str) -> dict[str, Any]:
         """The state of the parameter of that name as it is, possibly empty."""
