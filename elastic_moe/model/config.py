@@ -40,6 +40,14 @@ class ModelConfig(BaseModel):
     shared_expert_dim: int = Field(0, ge=0)
     """Hidden width of an expert that processes every token besides the chosen ones; 0 for none."""
 
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What the router makes of its logits: one `softmax` over all experts (Mixtral), or a `sigmoid` for each expert
+    (DeepSeek-V3, arXiv:2412.19437 eq. 15)."""
+    norm_topk: bool | None = None
+    """Divide the weights of a token's experts by their sum; none does so where `top_k` is more than 1. Of one expert
+    the weight would always be 1, and the router would learn nothing from it."""
+    route_scale: float = Field(1.0, gt=0)
+    """Factor of the routed experts' weights, after they were divided (DeepSeek-V3's 2.5)."""
     balance: Literal["sequence", "bias", "none"] = "sequence"
     """How the experts' loads are kept level. `sequence`: an auxiliary loss for each sequence (DeepSeek-V3,
     arXiv:2412.19437 eq. 17). `bias`: no loss, but a selection bias moved once a step against the whole batch's
@@ -64,7 +72,17 @@ class ModelConfig(BaseModel):
             raise ValueError(f"head_dim {self.head_width} is odd: rotary embeddings turn pairs")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if self.norm_topk and self.top_k == 1:
+            raise ValueError(
+                "norm_topk = true with top_k = 1 makes every weight 1, from which a router learns nothing: leave "
+                "norm_topk out, or raise top_k"
+            )
         return self
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weights of a token's experts are divided by their sum."""
+        return self.top_k > 1 if self.norm_topk is None else self.norm_topk
 
     @property
     def head_width(self) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from elastic_moe.model.attention import Attention
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.moe import MoE, RouterTerms
+from elastic_moe.model.moe import MoE
+from elastic_moe.model.router import RouterTerms
 
 
 class DecoderOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""Routing and the MoE layer.
+"""The MoE layer: tokens to rows, rows to their experts and back.
 
 Shape suffixes: B sequences, S positions, T = B x S tokens, E experts of the layer, K experts a token,
 R = T x K rows, D model dim.
@@ -6,7 +6,7 @@ R = T x K rows, D model dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.experts import Experts
-
-
-class RouterTerms(NamedTuple):
-    """What a routing decision leaves for the step, summed over the real (not padding) sequences given."""
-
-    load_E: Tensor
-    """float64 (E,): rows sent to each expert, no gradient. Sums over micro-batches and ranks are exact."""
-    balance: Tensor
-    """fp32 scalar: sum over sequences of the sequence-wise balance loss; 1 a sequence when level."""
-    z: Tensor
-    """fp32 scalar: sum over tokens of the squared log-partition."""
+from elastic_moe.model.router import Router, RouterTerms
 
 
 class Dispatcher(Protocol):
@@ -43,62 +33,6 @@ class LocalDispatch:
     def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
         out: Tensor = experts(x_RD, counts_E[None].cpu())
         return out
-
-
-class Router(nn.Module):
-    """Softmax over all experts in fp32, the best `top_k` of it, renormalised to add up to one."""
-
-    expert_bias: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.top_k = config.top_k
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim))
-        # Moves which experts are chosen, never how much they weigh; zero unless `balance` is "bias".
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
-
-    def forward(self, x_BSD: Tensor, real_B: Tensor) -> tuple[Tensor, Tensor, RouterTerms]:
-        """Choose experts.
-
-        Args:
-            x_BSD: the tokens.
-            real_B: bool; False for a padding sequence, which is routed like any other and counted nowhere.
-
-        Returns:
-            weights (T, K) fp32, experts (T, K) int64, and the terms.
-        """
-        logits_BSE = F.linear(x_BSD, self.weight).float()
-        probs_BSE = logits_BSE.softmax(dim=-1)
-        chosen_BSK = (probs_BSE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
-        weights_BSK = probs_BSE.gather(-1, chosen_BSK)
-        weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
-        terms = router_terms(logits_BSE, probs_BSE, chosen_BSK, real_B)
-        return weights_BSK.flatten(0, 1), chosen_BSK.flatten(0, 1), terms
-
-
-def router_terms(logits_BSE: Tensor, probs_BSE: Tensor, chosen_BSK: Tensor, real_B: Tensor) -> RouterTerms:
-    """Loads and auxiliary losses. Every term is a sum over sequences, so any split of a batch adds up to the same."""
-    num_experts, (num_positions, top_k) = probs_BSE.shape[-1], chosen_BSK.shape[1:]
-    count_BE = F.one_hot(chosen_BSK, num_experts).sum(dim=(1, 2))
-    level = num_experts / (num_positions * top_k)
-    balance_B = (count_BE * level * probs_BSE.mean(dim=1)).sum(dim=-1)
-    z_B = logits_BSE.logsumexp(dim=-1).square().sum(dim=-1)
-    return RouterTerms(
-        load_E=(count_BE * real_B[:, None]).sum(dim=0).double(),
-        balance=(balance_B * real_B).sum(),
-        z=(z_B * real_B).sum(),
-    )
-
-
-@torch.no_grad()
-def move_bias(expert_bias: Tensor, load_E: Tensor, rate: float) -> None:
-    """One step of aux-loss-free balancing: raise the bias of underloaded experts, lower that of overloaded ones.
-
-    `load_E` is the load of the whole batch, summed over all ranks; see arXiv:2408.15664, algorithm 1. The bias is
-    kept centred, which changes no choice, so that it cannot drift.
-    """
-    expert_bias += rate * torch.sign(load_E.mean() - load_E)
-    expert_bias -= expert_bias.mean()
 
 
 class SwiGLU(nn.Module):

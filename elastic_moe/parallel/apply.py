@@ -42,6 +42,14 @@ class Precision:
         return MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
 
     @property
+    def router_policy(self) -> MixedPrecisionPolicy | None:
+        """Of a unit of its own, where the block's would round the router's weights; None where the block's serves."""
+        if self.compute is torch.float32:
+            return None
+        # Its output is fp32 weights and int64 indices, and stays so.
+        return MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    @property
     def experts_policy(self) -> MixedPrecisionPolicy:
         if self.exact:
             # float64 weights, so that autograd adds the sources' gradients in float64: see `Experts`.
@@ -73,6 +81,8 @@ def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = No
         if plan.expert > 1:
             _split_experts(experts, meshes.sparse[EXPERT])
             block.moe.dispatch = AllToAllDispatch(meshes.expert_group)
+        if precision.router_policy is not None:
+            fully_shard(block.moe.router, mesh=meshes.for_dense, mp_policy=precision.router_policy)
         # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
         mesh = meshes.for_experts if plan.expert > 1 else meshes.for_dense
         fully_shard(

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
+from elastic_moe.parallel.draws import fill_normal
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
@@ -24,28 +25,20 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 def init_weights(model: Decoder, seed: int) -> None:
     """Initialise every parameter from `seed` and its name alone: norms to one, matrices to N(0, init_std).
 
-    Every rank draws the whole of one parameter at a time, the experts of a layer one by one, on the CPU, and keeps
-    its part: no communication, and the same model on any mesh.
+    Each rank draws its own shards, on their device: no communication, and the same bits on any mesh.
     """
     for name, param in model.named_parameters():
+        local = _local(param)
         if param.ndim == 1:
-            _local(param).fill_(1.0)
-            continue
-        draw = torch.Generator().manual_seed(_name_seed(seed, name))
-        if param.ndim == 2:
-            write_part(param, torch.empty(param.shape).normal_(std=model.config.init_std, generator=draw))
-            continue
-        local, starts = _local(param), _starts(param)
-        for expert in range(param.shape[0]):
-            full = torch.empty(param.shape[1:]).normal_(std=model.config.init_std, generator=draw)
-            if 0 <= (at := expert - starts[0]) < local.shape[0]:
-                local[at].copy_(_cut(full, starts[1:], local.shape[1:]))
+            local.fill_(1.0)
+        else:
+            fill_normal(local, _starts(param), tuple(param.shape), _name_key(seed, name), model.config.init_std)
 
 
-def _name_seed(seed: int, name: str) -> int:
-    """A 63-bit seed; torch's own hash() of a string differs from process to process."""
+def _name_key(seed: int, name: str) -> int:
+    """64 bits; Python's own hash() of a string differs from process to process."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big")
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ class OptimConfig(BaseModel):
     """Learning rate after the last step, as a part of `lr`."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate grows linearly."""
+    decay_steps: int | None = Field(None, ge=1)
+    """The step at which the learning rate has fallen to its least; none means the `train.steps` that the job began
+    with. So a job that is made longer trains on at the least rate, unless this is set."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -38,7 +41,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(100, ge=1)
-    """Optimizer steps of the whole job, over all its restarts; the learning rate decays towards the last."""
+    """Optimizer steps of the whole job, over all its restarts."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the initial weights and the order of the samples."""
     global_batch: int = Field(32, ge=1)
@@ -53,8 +56,8 @@ class TrainConfig(BaseModel):
     """What forward and backward compute in; parameters and optimizer state are fp32 regardless."""
     exact: bool = False
     """Let no bit of the result depend on the world size or mesh: micro-batches of one, gradients added in float64, one
-    thread. To verify a set-up, not to be fast. Needs float32 and an `expert_dim` in multiples of 32; on CUDA it holds
-    as far as the kernels are deterministic."""
+    thread. To verify a set-up, not to be fast. Needs float32, and the model's widths in multiples of 32; on CUDA it
+    holds as far as the kernels are deterministic."""
     keep_gathered: bool = False
     """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
     max_skipped: int = Field(3, ge=1)

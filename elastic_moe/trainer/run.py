@@ -15,7 +15,7 @@ from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
 from elastic_moe.events import TrainerEvent
-from elastic_moe.parallel import build_mesh
+from elastic_moe.parallel import build_mesh, init_weights
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import set_step
@@ -64,23 +64,34 @@ def train(job: JobConfig) -> None:
                         take_over=job.checkpoint.take_over,
                     )
                 )
-                restore(checkpointer, state, stepper, progress)
+            if checkpointer is None or not restore(checkpointer, state, stepper, progress):
+                init_weights(stepper.model, job.train.seed)
             run_steps(job, here, stepper, progress, state, checkpointer, metrics)
 
 
-def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress) -> None:
-    """Load the newest good checkpoint, if there is one.
+def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress) -> bool:
+    """Load the newest good checkpoint; whether there is one.
 
     Raises:
         UserError: it was trained on other data.
     """
     step = checkpointer.restore(state)
     if step == 0:
-        return
+        return False
     if progress.loaded is not None:
         progress.data.check(progress.loaded)
     progress.step = step
     set_step(stepper.optimizer, progress.updates)
+    if stepper.optim.decay_steps is not None:
+        progress.horizon = stepper.optim.decay_steps
+    elif progress.horizon != stepper.train.steps:
+        log.warning(
+            "train.steps is %d, and the learning rate decays until step %d as before: optim.decay_steps changes that",
+            stepper.train.steps,
+            progress.horizon,
+        )
+    stepper.horizon = progress.horizon
+    return True
 
 
 def run_steps(

@@ -8,7 +8,7 @@ from elastic_moe.config import JobConfig
 from elastic_moe.data.corpus import open_corpus
 from elastic_moe.data.order import share
 from elastic_moe.model.decoder import Decoder
-from elastic_moe.parallel import Meshes, Precision, init_weights, materialize, parallelize
+from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Batches, Stepper
@@ -16,7 +16,7 @@ from elastic_moe.trainer.world import check_exact, check_same_everywhere
 
 
 def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> tuple[Stepper, DataProgress]:
-    """The model at step 0 with all that its steps need. A collective.
+    """The model with all that its steps need but values, which `init_weights` or a restore gives it. A collective.
 
     Raises:
         UserError: the data cannot be read or differs between ranks, or the model does not fit the mesh.
@@ -31,7 +31,6 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     compute = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
     parallelize(model, meshes, Precision(compute=compute, exact=train.exact))
     materialize(model, device)
-    init_weights(model, train.seed)
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,
@@ -49,5 +48,5 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
-    data = DataState(train.seed, train.global_batch, train.seq_len, corpus.fingerprint)
-    return stepper, DataProgress(data)
+    data = DataState(train.seed, train.global_batch, train.seq_len, corpus.fingerprint, job.model.model_dump())
+    return stepper, DataProgress(data, stepper.horizon)

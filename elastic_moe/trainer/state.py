@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 
 from elastic_moe.errors import UserError
+from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.optimizer import moments
+
+log = logging.getLogger(__name__)
+
+# What may change from one start to the next: how the loads are kept level, and what only a first start reads.
+_CHANGEABLE = frozenset({"balance_coeff", "balance_rate", "z_loss_coeff", "init_std"})
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Where a job is in its data: with these, the samples of every step are known.
+    """What a run must go on with: with these, the samples of every step are known, and what is made of them.
 
     Attributes:
         fingerprint: of the corpus, see `elastic_moe.data.corpus.fingerprint`.
+        model: every field of the job's `ModelConfig`; empty in checkpoints of before it was kept.
     """
 
     seed: int
     global_batch: int
     seq_len: int
     fingerprint: str
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, saved: DataState) -> None:
         """Compare with what a checkpoint was trained on.
 
         Raises:
-            UserError: the job would go on with other samples than it began with.
+            UserError: the job would go on with other samples or another model than it began with.
         """
         if saved.fingerprint != self.fingerprint:
             raise UserError(
                 f"the checkpoint was trained on other data (fingerprint {saved.fingerprint[:12]}, now "
                 f"{self.fingerprint[:12]}): give the same data.url, or another checkpoint.url to start afresh"
             )
-        for field in ("seed", "global_batch", "seq_len"):
-            before, now = getattr(saved, field), getattr(self, field)
-            if before != now:
-                raise UserError(
-                    f"train.{field} is {now} but the checkpoint was trained with {before}: set it back, or give "
-                    "another checkpoint.url to start afresh"
-                )
+        for name in ("seed", "global_batch", "seq_len"):
+            _refuse_change(f"train.{name}", getattr(saved, name), getattr(self, name))
+        if not saved.model:
+            log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
+            return
+        was = {name: info.default for name, info in ModelConfig.model_fields.items()} | dict(saved.model)
+        for name, now in self.model.items():
+            if name in _CHANGEABLE:
+                if was[name] != now:
+                    log.info("model.%s is %s from here on; the checkpoint was trained with %s", name, now, was[name])
+            else:
+                _refuse_change(f"model.{name}", was[name], now)
+
+
+def _refuse_change(name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise UserError(
+            f"{name} is {now} but the checkpoint was trained with {before}: set it back, or give another "
+            "checkpoint.url to start afresh"
+        )
 
 
 class DataProgress:
@@ -52,10 +75,12 @@ class DataProgress:
         step: completed steps, skipped ones among them.
         skipped: how many of them have changed nothing.
         skipped_in_row: how many of those were the last ones.
+        horizon: the step at which the learning rate has decayed; a run that is made longer keeps it.
     """
 
-    def __init__(self, data: DataState) -> None:
+    def __init__(self, data: DataState, horizon: int) -> None:
         self.data = data
+        self.horizon = horizon
         self.step = 0
         self.skipped = 0
         self.skipped_in_row = 0
@@ -74,13 +99,14 @@ class DataProgress:
 
     def state_dict(self) -> dict[str, Any]:
         told = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-        return {**told, **asdict(self.data)}
+        return {**told, "horizon": self.horizon, **asdict(self.data)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         fields = dict(state_dict)
         self.step = fields.pop("step")
         self.skipped = fields.pop("skipped", 0)
         self.skipped_in_row = fields.pop("skipped_in_row", 0)
+        self.horizon = fields.pop("horizon", self.horizon)
         self.loaded = DataState(**fields)
 
 

@@ -18,7 +18,7 @@ from elastic_moe.data.order import Share, ids
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
-from elastic_moe.model.moe import move_bias
+from elastic_moe.model.router import move_bias
 from elastic_moe.parallel import Meshes, begin_round, clip_gradients
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
 from elastic_moe.trainer.health import why_to_skip
@@ -98,7 +98,11 @@ def objective(out: DecoderOutput, loss: Tensor, config: ModelConfig, train: Trai
 
 
 class Stepper:
-    """Does steps: holds the model, its optimizer and where its batches come from."""
+    """Does steps: holds the model, its optimizer and where its batches come from.
+
+    Attributes:
+        horizon: the step at which the learning rate has decayed.
+    """
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class Stepper:
         self.batches = batches
         self.train = train
         self.optim = optim
+        self.horizon = optim.decay_steps or train.steps
 
     def step(self, step: int) -> StepResult:
         """Do the step that follows `step` completed ones. A collective.
@@ -125,7 +130,7 @@ class Stepper:
         own_loss, load_LE = self._accumulate(self.batches.of_step(step))
         loss_sum, load_LE = self._add_over_ranks(own_loss, load_LE)
         grad_norm = clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm)
-        lr = learning_rate(step, self.train.steps, self.optim)
+        lr = learning_rate(step, self.horizon, self.optim)
         loss = float(loss_sum.item()) / (self.train.global_batch * self.train.seq_len)
         if skipped := why_to_skip(loss, grad_norm):
             self.optimizer.zero_grad()

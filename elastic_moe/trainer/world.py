@@ -115,11 +115,12 @@ def check_plan(mesh: MeshPlan, job: JobConfig, world_size: int) -> None:
 
 def check_exact(model: ModelConfig) -> None:
     """Raises UserError where exact mode could not keep its promise for a model of this shape."""
-    if model.expert_dim % _VECTOR_WIDTH:
-        raise UserError(
-            f"train.exact = true needs model.expert_dim in multiples of {_VECTOR_WIDTH}, not {model.expert_dim}: "
-            "what a CPU computes in a vector and in the rest that fills none differs in the last bit"
-        )
+    for name in ("dim", "expert_dim", "shared_expert_dim"):
+        if (width := getattr(model, name)) % _VECTOR_WIDTH:
+            raise UserError(
+                f"train.exact = true needs model.{name} in multiples of {_VECTOR_WIDTH}, not {width}: what a CPU "
+                "computes in a vector and in the rest that fills none differs in the last bit"
+            )
 
 
 def check_same_everywhere(fingerprint: str, device: torch.device) -> None:

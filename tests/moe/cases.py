@@ -107,6 +107,8 @@ def train_leg(job: JobConfig, plan: MeshPlan, first: int, last: int, folder: Pat
     if first:
         dcp.load(state, checkpoint_id=folder / str(first))
         set_step(stepper.optimizer, progress.step)
+    else:
+        init_weights(stepper.model, job.train.seed)
     results = [stepper.step(step) for step in range(first, last)]
     progress.step = last
     dcp.save(state, checkpoint_id=folder / str(last))

@@ -1,4 +1,4 @@
-"""Experts, routing and dispatch on their own."""
+"""Experts and dispatch on their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elastic_moe.model.experts import (
     grouped_products,
     looped_products,
 )
-from elastic_moe.model.moe import MoE, Router, move_bias
+from elastic_moe.model.moe import MoE
 from elastic_moe.parallel.dispatch import AllToAllDispatch
 from tests.ranks import Ranks
 
@@ -116,47 +116,6 @@ def test_rows_of_several_sources_meet_the_same_experts(exact: bool) -> None:
     apart = torch.cat([experts(rows, row[None]) for rows, row in zip(x.split([6, 0, 7]), counts, strict=True)])
     experts.exact = exact
     torch.testing.assert_close(experts(x, counts), apart, rtol=1e-5, atol=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(split=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_router_terms_do_not_depend_on_the_split(split: list[int], seed: int) -> None:
-    """Loads, balance and z terms of a batch are the sums over any split of it, padding left out."""
-    router = Router(CONFIG)
-    filled(router)
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(sum(split), 7, CONFIG.dim, generator=draw)
-    real = torch.rand(sum(split), generator=draw) < 0.8
-    whole = router(x, real)[2]
-    parts = [router(part, keep)[2] for part, keep in zip(x.split(split), real.split(split), strict=True)]
-    assert torch.equal(whole.load_E, torch.stack([p.load_E for p in parts]).sum(0))
-    assert whole.load_E.sum() == real.sum() * 7 * CONFIG.top_k
-    for name in ("balance", "z"):
-        summed = torch.stack([getattr(p, name) for p in parts]).sum()
-        torch.testing.assert_close(getattr(whole, name), summed, rtol=1e-5, atol=1e-5)
-
-
-def test_level_routing_has_balance_one() -> None:
-    router = Router(CONFIG)
-    torch.nn.init.zeros_(router.weight)
-    terms = router(torch.randn(3, 8, CONFIG.dim), torch.ones(3, dtype=torch.bool))[2]
-    assert float(terms.balance.detach()) == pytest.approx(3.0)
-
-
-def test_bias_moves_the_choice_and_not_the_weights() -> None:
-    router = Router(ModelConfig(dim=32, num_experts=4, top_k=2, expert_dim=32))
-    filled(router)
-    x, real = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(3)), torch.ones(1, dtype=torch.bool)
-    before = router(x, real)
-    load = before[2].load_E
-    for _ in range(100):
-        move_bias(router.expert_bias, router(x, real)[2].load_E, rate=4e-3)
-    after = router(x, real)
-    assert after[2].load_E.std() < 0.25 * load.std()
-    assert router.expert_bias.mean().abs() < 1e-6
-    same = (before[1].sort(1).values == after[1].sort(1).values).all(1)
-    assert same.any()
-    torch.testing.assert_close(before[0][same].sort(1).values, after[0][same].sort(1).values)
 
 
 def dispatched(owner: int | None) -> tuple[Tensor, Tensor, Tensor]:

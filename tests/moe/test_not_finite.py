@@ -17,7 +17,7 @@ from torch import Tensor
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite
-from elastic_moe.parallel import build_mesh
+from elastic_moe.parallel import build_mesh, init_weights
 from elastic_moe.trainer import run, step
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.setup import set_up
@@ -82,6 +82,7 @@ def skip_one(what: JobConfig, plan: MeshPlan, spoil: Callable[[], None]) -> tupl
     """Why a spoilt second step was skipped, what it has changed, and what the next one has."""
     kept = step.token_loss, step.objective
     stepper, _ = set_up(what, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
+    init_weights(stepper.model, what.train.seed)
     assert stepper.step(0).skipped == ""
     before = snapshot(stepper)
     try:
@@ -136,7 +137,7 @@ class TestFirstNotFinite:
         state: dict[str, Any] = {
             "model": {"a": torch.ones(5, 7, dtype=dtype), "ids": torch.arange(3), "none": torch.empty(0)},
             "optim": {"exp_avg": {"w": torch.zeros(3, dtype=dtype)}},
-            "data": DataProgress(DATA),
+            "data": DataProgress(DATA, horizon=20),
         }
         assert first_not_finite(state) == ""
         state["optim"]["exp_avg"]["w"][2] = bad
@@ -181,7 +182,7 @@ class Script:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bad_steps: set[int], asked_at: int = 0) -> None:
         self.saved: list[_Saved] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.progress = DataProgress(DATA)
+        self.progress = DataProgress(DATA, horizon=20)
         self.bad_steps, self.asked_at = bad_steps, asked_at
         self.poisoned_at = 0
         self.state: dict[str, Any] = {"model": {"w": torch.ones(2)}}
@@ -253,7 +254,9 @@ def test_so_many_in_a_row_end_the_job(monkeypatch: pytest.MonkeyPatch, limit: in
 
 def test_the_row_goes_on_over_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(monkeypatch, {6})
-    script.progress.load_state_dict({**DataProgress(DATA).state_dict(), "step": 5, "skipped": 3, "skipped_in_row": 2})
+    script.progress.load_state_dict(
+        {**DataProgress(DATA, horizon=20).state_dict(), "step": 5, "skipped": 3, "skipped_in_row": 2}
+    )
     with pytest.raises(NotFinite, match="3 steps in a row were skipped up to step 6"):
         script.run(9)
     assert script.progress.updates == 2
@@ -282,7 +285,7 @@ def test_a_checkpoint_from_before_steps_were_skipped_is_gone_on_from(tmp_path: P
         def state_dict(self) -> dict[str, Any]:
             return {name: value for name, value in super().state_dict().items() if not name.startswith("skipped")}
 
-    before, now = Before(DATA), DataProgress(DATA)
+    before, now = Before(DATA, horizon=20), DataProgress(DATA, horizon=20)
     before.step, now.skipped = 8, 3
     with Checkpointer(str(tmp_path)) as checkpointer:
         checkpointer.save(8, {"data": before, "model": {"w": torch.ones(2)}}, wait=True)

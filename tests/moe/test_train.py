@@ -16,6 +16,7 @@ import pytest
 
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, UserError
+from elastic_moe.trainer.schedule import learning_rate
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, Phase, StopReason
 from tests.moe.cases import SMALL, fitted
@@ -36,6 +37,7 @@ def job(folder: Path, **train: Any) -> JobConfig:
                 "metrics": str(folder / "metrics.jsonl"),
                 **train,
             },
+            "optim": {"warmup_steps": 1},
             "checkpoint": {"url": str(folder / "checkpoints"), "every": 4},
         }
     )
@@ -211,13 +213,37 @@ def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) 
     assert restored == {(2, stopped_at), (3, again[0]["step"] - 1)}
 
 
+def draw_nothing() -> None:
+    """Whoever restores has no use for initial weights: to draw them takes minutes for a large model."""
+    import elastic_moe.trainer.run
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("initial weights were drawn before a restore")
+
+    elastic_moe.trainer.run.init_weights = refuse
+
+
 def test_a_run_ends_and_a_longer_one_goes_on(tmp_path: Path) -> None:
-    for generation, steps in enumerate((3, 5), start=1):
+    """From its checkpoint alone, and at the least learning rate, where its schedule had ended."""
+    for generation, (steps, prepare) in enumerate(((3, as_it_is), (5, draw_nothing)), start=1):
         what = job(tmp_path, steps=steps)
-        with World(tmp_path, what, fitted(what), generation) as world:
+        with World(tmp_path, what, fitted(what), generation, prepare=prepare) as world:
             assert world.exit_codes() == [0]
             assert world.channels[0].progress().phase is Phase.RUNNING
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
+    horizon_3 = [learning_rate(step, 3, what.optim) for step in range(5)]
+    assert [line["lr"] for line in metrics] == horizon_3
+    assert horizon_3 != [learning_rate(step, 5, what.optim) for step in range(5)]
+    anew = what.model_copy(
+        update={
+            "train": what.train.model_copy(update={"steps": 6}),
+            "optim": what.optim.model_copy(update={"decay_steps": 40}),
+        }
+    )
+    with World(tmp_path, anew, fitted(anew), generation=3) as world:
+        assert world.exit_codes() == [0]
+    assert lines(tmp_path / "metrics.jsonl")[-1]["lr"] == learning_rate(5, 40, anew.optim)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +265,7 @@ def test_a_mistake_ends_every_rank_with_one_line(
         assert "\n" not in text
 
 
-def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path: Path) -> None:
     what = job(tmp_path, steps=2)
     with World(tmp_path, what, fitted(what), generation=1) as world:
         assert world.exit_codes() == [0]
@@ -247,3 +273,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     with World(tmp_path, other, fitted(other), generation=2) as world:
         assert world.exit_codes() == [2]
     assert "train.seed is 5 but the checkpoint was trained with 0" in world.errors[0].read_text()
+    other = what.model_copy(update={"model": what.model.model_copy(update={"top_k": 1})})
+    with World(tmp_path, other, fitted(other), generation=3) as world:
+        assert world.exit_codes() == [2]
+    assert "model.top_k is 1 but the checkpoint was trained with 2" in world.errors[0].read_text()

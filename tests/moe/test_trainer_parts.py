@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def test_an_infeasible_world_is_told_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64)
+MODEL = ModelConfig().model_dump()
+DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64, model=MODEL)
 
 
 @pytest.mark.parametrize(
@@ -86,21 +88,44 @@ DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64)
         ({"seed": 2}, "train.seed is 1 but the checkpoint was trained with 2"),
         ({"global_batch": 9}, "train.global_batch is 8 but the checkpoint was trained with 9"),
         ({"seq_len": 16}, "train.seq_len is 32 but the checkpoint was trained with 16"),
+        ({"model": MODEL | {"top_k": 1}}, "model.top_k is 2 but the checkpoint was trained with 1"),
+        ({"model": MODEL | {"rope_theta": 5e5}}, "model.rope_theta is 10000.0 but the checkpoint was trained with 5"),
+        ({"model": MODEL | {"balance": "bias"}}, "model.balance is sequence but"),
+        ({"model": MODEL | {"num_heads": 2}}, "model.num_heads is 4 but"),
+        ({"model": MODEL | {"score": "sigmoid"}}, "model.score is softmax but"),
     ],
 )
-def test_a_checkpoint_of_other_data_is_refused(change: dict[str, int | str], message: str) -> None:
+def test_a_checkpoint_of_other_data_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        DATA.check(replace(DATA, **change))  # type: ignore[arg-type]
+        DATA.check(replace(DATA, **change))
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},  # of before the model was kept
+        MODEL | {"balance_coeff": 0.5, "balance_rate": 0.1, "z_loss_coeff": 1.0, "init_std": 1.0},
+        {name: value for name, value in MODEL.items() if name != "score"},  # of before there was a choice
+    ],
+)
+def test_a_checkpoint_of_the_same_model_is_taken(saved: dict[str, Any]) -> None:
+    DATA.check(replace(DATA, model=saved))
 
 
 def test_data_progress_round_trips() -> None:
-    saved = DataProgress(DATA)
+    saved = DataProgress(DATA, horizon=20)
     saved.step = 17
-    loaded = DataProgress(replace(DATA, seed=5))
+    loaded = DataProgress(replace(DATA, seed=5), horizon=40)
     loaded.load_state_dict(saved.state_dict())
     assert loaded.step == 17
     assert loaded.loaded == DATA
     assert loaded.data.seed == 5
+    assert loaded.horizon == 20
+    old = {name: value for name, value in saved.state_dict().items() if name not in ("horizon", "model")}
+    loaded = DataProgress(DATA, horizon=40)
+    loaded.load_state_dict(old)
+    assert loaded.horizon == 40
+    assert loaded.loaded == replace(DATA, model={})
 
 
 def metrics(step: int) -> StepMetrics:
@@ -136,8 +161,9 @@ def test_metrics_that_cannot_be_written_are_told(tmp_path: Path) -> None:
 
 def test_exact_mode_refuses_a_width_that_it_cannot_keep_its_promise_for() -> None:
     check_exact(ModelConfig(expert_dim=96))
-    with pytest.raises(UserError, match=r"multiples of 32, not 100"):
-        check_exact(ModelConfig(expert_dim=100))
+    for name, width in {"expert_dim": 100, "dim": 72, "shared_expert_dim": 8}.items():
+        with pytest.raises(UserError, match=rf"model.{name} in multiples of 32, not {width}:"):
+            check_exact(ModelConfig.model_validate({name: width}))
 
 
 def test_exact_optimizer_rounds_alike_however_a_tensor_is_cut() -> None:

@@ -26,7 +26,7 @@ UNEVEN = SMALL.model_copy(update={"expert_dim": 63, "vocab_size": 65, "shared_ex
 def set_up(config: ModelConfig, plan: MeshPlan) -> dict[str, Any]:
     """The state of a training run, its model from seed 0 and its moments zero."""
     model, _ = build(config, plan)
-    progress = DataProgress(DataState(seed=1, global_batch=8, seq_len=16, fingerprint="f" * 64))
+    progress = DataProgress(DataState(seed=1, global_batch=8, seq_len=16, fingerprint="f" * 64), horizon=10)
     return training_state(model, build_optimizer(model, OptimConfig()), progress)
 
 
