@@ -79,7 +79,7 @@ class Session:
             self.checkpointer.save(step, state, wait=bool(reason) or last, healthy=healthy)
             if not reason or last:
                 return False
-            if not _on_all_ranks(self.checkpointer.wait()):
+            if not worker.on_all_ranks(self.checkpointer.wait()):
                 log.warning("step %d could not be saved: the stop (%s) waits for the next step", step, reason)
                 worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
                 return False
@@ -93,16 +93,3 @@ class Session:
         """Wait for the last save, except where an error ends the script. Closing twice is harmless."""
         if self._checkpointer is not None and not failed:
             self._checkpointer.close()
-
-
-def _on_all_ranks(value: bool) -> bool:
-    import torch
-    import torch.distributed as dist
-
-    from storage.ranks.devices import collective_device
-
-    if not dist.is_initialized():
-        return value
-    held = torch.tensor([int(value)], device=collective_device())
-    dist.all_reduce(held, op=dist.ReduceOp.MIN)
-    return bool(held.item())

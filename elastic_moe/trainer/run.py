@@ -22,7 +22,7 @@ from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
-from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, on_all_ranks, process_group
+from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, process_group
 from storage import Checkpointer, inspection
 from storage.errors import NoCheckpoint, StorageError
 
@@ -138,9 +138,9 @@ def run_steps(
                 checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
             with worker.untimed():
                 bad = first_not_finite(state)
-                healthy = on_all_ranks(not bad and not result.skipped)
+                healthy = worker.on_all_ranks(not bad and not result.skipped)
                 checkpointer.save(step, state, wait=bool(reason) or last, healthy=healthy)
-                if last and not on_all_ranks(checkpointer.wait()):
+                if last and not worker.on_all_ranks(checkpointer.wait()):
                     raise NotSaved(f"step {step} is the last and could not be saved to {job.checkpoint.url}")
                 if not healthy and not result.skipped:
                     raise _give_up(job, progress, checkpointer, _tell_bad(step, bad))
@@ -163,7 +163,7 @@ def _may_stop(checkpointer: Checkpointer | None, reason: str, step: int) -> bool
         log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
         return True
     with worker.untimed():
-        if on_all_ranks(checkpointer.wait()):
+        if worker.on_all_ranks(checkpointer.wait()):
             return True
     log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
     worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)

@@ -60,13 +60,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def on_all_ranks(value: bool) -> bool:
-    """Whether `value` holds on every rank; a collective over CPU tensors."""
-    held = torch.tensor([int(value)])
-    dist.all_reduce(held, op=dist.ReduceOp.MIN)
-    return bool(held.item())
-
-
 def from_rank_0(numbers: Callable[[], Sequence[int]]) -> list[int]:
     """What rank 0 makes of it, two numbers; a collective over CPU tensors."""
     told = torch.tensor(numbers() if dist.get_rank() == 0 else [0, 0])

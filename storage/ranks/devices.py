@@ -1,4 +1,4 @@
-"""Where the tensors of a collective have to lie, and which device is a rank's own.
+"""Where the tensors of a collective have to lie.
 
 `torch.accelerator.current_accelerator()` names what torch was built for, be it there or not: PyPI's torch is built for
 CUDA, on a laptop too. Nothing else here asks it.
@@ -6,12 +6,8 @@ CUDA, on a laptop too. Nothing else here asks it.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.distributed as dist
-
-log = logging.getLogger(__name__)
 
 
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
@@ -25,19 +21,3 @@ def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
         return torch.device("cpu")
     bound = (group or dist.group.WORLD).bound_device_id  # type: ignore[union-attr]
     return bound if bound is not None else torch.device(kinds[0])
-
-
-def use_own_device(local_rank: int) -> None:
-    """Make the accelerator of this local rank the current one, where there is one and nobody has chosen another yet.
-
-    Without it every rank of a node would compute on the first. Where each worker sees only its own
-    (`CUDA_VISIBLE_DEVICES`), that one is the current device anyway.
-    """
-    if not torch.accelerator.is_available():
-        return
-    num_devices = torch.accelerator.device_count()
-    if local_rank < num_devices:
-        if torch.accelerator.current_device_index() == 0:
-            torch.accelerator.set_device_index(local_rank)
-    elif num_devices > 1:
-        log.warning("local rank %d has no device of its own: this node has %d", local_rank, num_devices)

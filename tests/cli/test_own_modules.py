@@ -120,7 +120,7 @@ def test_a_script_that_wants_both_is_told_which_hides_which(wants: str, message:
         done = run(tmp_path, "train.py")
         assert done.returncode == 70
     else:  # what a cold worker runs, without an agent around it
-        done = call(tmp_path, sys.executable, "-u", program.__file__, "train.py")
+        done = call(tmp_path, sys.executable, "-u", program.__file__, "no-stacks", "train.py")
         assert done.returncode == 1
     theirs, ours = tmp_path / "storage" / "__init__.py", Path(__file__).parents[2] / "storage"
     assert message.format(theirs=theirs, ours=ours) in done.stderr

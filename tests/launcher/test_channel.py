@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe import worker
+from launcher.environment import Environment
+from launcher.script.worker import Worker
 from launcher.workers.channel import Channel, Phase, StopReason
 
 WORKER = """
@@ -115,9 +116,9 @@ def test_without_an_agent_every_call_is_a_no_op() -> None:
     subprocess.run([sys.executable, "-c", script], env=clean, check=True)
 
 
-def test_what_may_take_long_may_lie_within_another_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_take_long_may_lie_within_another_such(tmp_path: Path) -> None:
     channel = Channel.create(tmp_path / "c")
-    monkeypatch.setattr(worker, "_channel", lambda: channel)
+    worker = Worker(Environment(channel=channel.path).to_env())
     with worker.untimed():
         with worker.untimed():
             assert channel.progress().untimed

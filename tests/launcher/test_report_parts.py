@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.steps import StepTeller, claim
 from launcher.events import EventRecord
 from launcher.reports.clocks import offsets, set_right
 from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, account
 from launcher.reports.jobs import jobs_of
+from launcher.script.step_events import StepTeller, claim
 from launcher.wording import describe_failure, describe_root_cause
 from tests.launcher.test_goodput import A, B, Job, training
 
@@ -313,9 +313,9 @@ class TestSteps:
         assert num_told < 24 * 60 + 100
 
     def test_one_worker_of_a_node_tells(self, tmp_path: Path) -> None:
-        assert claim(str(tmp_path / "worker-3-1"), 3)
-        assert not claim(str(tmp_path / "worker-3-0"), 3)
-        assert claim(str(tmp_path / "worker-4-0"), 4)
+        assert claim(tmp_path / "worker-3-1", 3)
+        assert not claim(tmp_path / "worker-3-0", 3)
+        assert claim(tmp_path / "worker-4-0", 4)
 
 
 def test_ends_are_told_in_words() -> None:

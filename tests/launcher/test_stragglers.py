@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.health.stragglers import WINDOW, Pace, find, pack, unpack
+from launcher.script.stragglers import WINDOW, Pace, find, pack, unpack
 from tests.cluster import Cluster, cluster
 
 STRAGGLES = str(Path(__file__).parent / "scripts" / "straggles.py")

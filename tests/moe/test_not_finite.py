@@ -194,7 +194,6 @@ class Script:
             "yielded": lambda step: setattr(self, "yielded_at", step),
         }.items():
             monkeypatch.setattr(worker, name, replaced)
-        monkeypatch.setattr(run, "on_all_ranks", lambda value: value)
         monkeypatch.setattr(run, "from_rank_0", lambda numbers: numbers())
         monkeypatch.setattr(run, "_report", lambda *_: None)
         monkeypatch.setattr(run, "_healthy_steps", lambda url: [s.step for s in self.saved if s.healthy])

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from elastic_moe import worker
 from elastic_moe.config import JobConfig
-from elastic_moe.errors import UserError
+from launcher.errors import UsageError as LauncherUsageError
 from storage import Checkpointer, ShardReader, ShardWriter, errors, inspection, open_store
 from storage.errors import BadURL, StorageError, Transient, UsageError
 from storage.format import layout
@@ -273,7 +273,7 @@ def test_what_is_no_step_is_refused_at_once(step: Any) -> None:
     with Checkpointer("memory://steps") as ckpt, pytest.raises(UsageError, match=said):
         ckpt.save(step, {})
     for call in (worker.heartbeat, worker.yielded):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(LauncherUsageError, match=said):
             call(step)
 
 

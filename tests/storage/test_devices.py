@@ -1,4 +1,4 @@
-"""On which device a rank computes, and on which its collectives' tensors lie."""
+"""On which device the tensors of a group's collectives lie."""
 
 from __future__ import annotations
 
@@ -9,26 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from storage.ranks.devices import collective_device, use_own_device
-
-
-class Accelerators:
-    """As many as a test wants, in place of this machine's; none of them can be used."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, num: int, current: int = 0) -> None:
-        self.current = current
-        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
-        patch.setattr(torch.accelerator, "is_available", lambda: num > 0)
-        patch.setattr(torch.accelerator, "device_count", lambda: num)
-        patch.setattr(torch.accelerator, "current_device_index", lambda: self._of(num).current)
-        patch.setattr(torch.accelerator, "set_device_index", self._set)
-
-    def _of(self, num: int) -> Accelerators:
-        assert num, "none is touched where there is none"
-        return self
-
-    def _set(self, index: int) -> None:
-        self.current = index
+from storage.ranks.devices import collective_device
+from tests.accelerators import Accelerators
 
 
 @pytest.mark.parametrize(
@@ -60,28 +42,3 @@ def test_a_group_that_is_bound_to_a_device_has_them_there(monkeypatch: pytest.Mo
 
 def _group(bound: torch.device | None = None) -> Any:
     return SimpleNamespace(bound_device_id=bound)
-
-
-@pytest.mark.parametrize(
-    ("num", "current", "local_rank", "expected"),
-    [
-        (0, 0, 1, 0),
-        (4, 0, 0, 0),
-        (4, 0, 3, 3),
-        (4, 2, 3, 2),  # the script has chosen
-        (1, 0, 1, 0),  # each worker sees its own only
-        (2, 0, 2, 0),  # more workers than devices: told, and left to the script
-    ],
-)
-def test_a_rank_takes_the_device_of_its_local_rank(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    num: int,
-    current: int,
-    local_rank: int,
-    expected: int,
-) -> None:
-    accelerators = Accelerators(monkeypatch, num, current)
-    use_own_device(local_rank)
-    assert accelerators.current == expected
-    assert ("no device of its own" in caplog.text) == (local_rank >= num > 1)

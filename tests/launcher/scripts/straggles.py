@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe import worker
-from launcher.health.stragglers import WINDOW
+from launcher.script.stragglers import WINDOW
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -53,10 +53,10 @@ class StepTeller:
         self._told_step, self._told_s = step, now_s
 
 
-def claim(channel: str, generation: int) -> bool:
+def claim(channel: Path, generation: int) -> bool:
     """Whether this worker tells for its node: the first of them that beats, by its channel's folder."""
     try:
-        os.close(os.open(Path(channel).with_name(f"teller-{generation}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.close(os.open(channel.with_name(f"teller-{generation}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError:
         return False
     return True

@@ -1,0 +1,1 @@
+"""The script's side of the contract with the agent that runs it."""
