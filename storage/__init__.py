@@ -3,7 +3,8 @@
 For training    Checkpointer saves and restores a state, PerRank marks what each rank has of its own; ShardReader and
                 ShardWriter are the same format and checks under `torch.distributed.checkpoint.load` and `save`;
                 CheckpointEvent names what a Listener hears.
-Stores          open_store opens the ObjectStore behind a URL, register_scheme adds stores of your own.
+Stores          open_store opens the ObjectStore behind a URL, register_scheme adds stores of your own; a
+                StoreWrapper is a store around another one.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
                 finds what dead jobs have left, and remove_garbage removes it.
 
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from storage.run.garbage import find as find_garbage
     from storage.run.garbage import remove as remove_garbage
     from storage.state.per_rank import PerRank
-    from storage.stores.objects import Capabilities, ObjectInfo, ObjectStore
+    from storage.stores.objects import Capability, ObjectInfo, ObjectStore
     from storage.stores.registry import open_store, register_scheme, with_options
     from storage.stores.retry_policy import RetryCounts, RetryLog
+    from storage.stores.wrapper import StoreWrapper
 
 __all__ = ["Checkpointer", "PerRank", "ShardReader", "ShardWriter"]
 __all__ += ["CheckpointEvent", "Listener"]
-__all__ += ["Capabilities", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog"]
+__all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["open_store", "register_scheme", "with_options"]
 __all__ += ["Details", "Location", "Summary", "Verdict", "checkpoints", "details", "locate", "summaries", "verify"]
 __all__ += ["Garbage", "find_garbage", "remove_garbage"]
@@ -46,9 +48,10 @@ _ROOMS = {
     "storage.inspection": "Details Location Summary Verdict checkpoints details locate summaries verify",
     "storage.run.garbage": "Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
-    "storage.stores.objects": "Capabilities ObjectInfo ObjectStore",
+    "storage.stores.objects": "Capability ObjectInfo ObjectStore",
     "storage.stores.registry": "open_store register_scheme with_options",
     "storage.stores.retry_policy": "RetryCounts RetryLog",
+    "storage.stores.wrapper": "StoreWrapper",
 }
 _PLACES = {
     name: (room, original or name)

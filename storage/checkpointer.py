@@ -32,6 +32,7 @@ from storage.saving.consensus import Consensus, check_state
 from storage.saving.saver import Job, Saver
 from storage.saving.staging import StagingBuffer
 from storage.state.wants import Ignored
+from storage.stores.objects import Capability
 from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)
@@ -319,7 +320,7 @@ class Checkpointer:
 
     def _check_conditions(self) -> None:
         """A degraded store is told at once: a race between two owners is found by reading back only."""
-        if not self._store.capabilities.conditional_puts:
+        if not self._store.can(Capability.CONDITIONAL_PUTS):
             self._report(CheckpointEvent.UNCONDITIONAL, url=self._store.url)
 
     def _close(self, *, abandon: bool) -> None:

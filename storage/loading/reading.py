@@ -28,7 +28,7 @@ from storage.loading.shareplan import Blocks, holes_of, should_share
 from storage.parallel import Pool, run_all, windowed_by_size
 from storage.ranks.agreement import PeerFailed
 from storage.ranks.group import Group
-from storage.stores.objects import HostCached, ObjectStore
+from storage.stores.objects import Capability, ObjectStore
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     """See `should_share`; a collective."""
     host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
-    is_host_cached = isinstance(store, HostCached) and store.is_host_cached
+    is_host_cached = store.can(Capability.HOST_CACHE)
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
 
 

@@ -14,7 +14,7 @@ from storage.errors import NotFound
 from storage.format import layout
 from storage.run import retention
 from storage.run.retention import StepState
-from storage.stores.objects import PROBE_PREFIX, MultipartStore, ObjectInfo, ObjectStore, Upload, is_probe_name
+from storage.stores.objects import PROBE_PREFIX, ObjectInfo, ObjectStore, Upload, is_probe_name
 
 AGE_S_MIN = 3600.0
 """No save takes longer: younger things may be a living job's."""
@@ -44,8 +44,7 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
     found = [garbage for state in states for garbage in of_step(state, listed[state.step], now_unix_s - age_s)]
     found += of_names(store.list(PROBE_PREFIX), "probe", is_probe_name, now_unix_s - age_s)
     found += of_names(store.list(layout.HEARTBEAT_PREFIX), "beat", layout.is_heartbeat_name, now_unix_s - age_s)
-    if isinstance(store, MultipartStore):
-        found += of_uploads(store.uploads(), now_unix_s - age_s)
+    found += of_uploads(store.uploads(), now_unix_s - age_s)
     return sorted(found, key=lambda garbage: (garbage.name, garbage.kind))
 
 
@@ -91,7 +90,7 @@ def remove(store: ObjectStore, garbage: Garbage) -> None:
     """Delete it. What is gone already is no error."""
     for key in garbage.keys:
         store.delete(key)
-    if garbage.upload is not None and isinstance(store, MultipartStore):
+    if garbage.upload is not None:
         try:
             store.abort(garbage.upload)
         except NotFound:

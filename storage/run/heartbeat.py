@@ -25,7 +25,7 @@ from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.run import owner
 from storage.run.owner import Owner
-from storage.stores.objects import ImpatientStore, ObjectStore
+from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +193,6 @@ def renew(store: ObjectStore, mine: Owner, count: int, is_closing: bool = False)
     return recorded
 
 
-def apart(store: ObjectStore) -> ObjectStore:
-    """The store for the beats: they must not wait behind the parts of a checkpoint, nor for long."""
-    return store.impatient(TIMEOUT_S) if isinstance(store, ImpatientStore) else store
-
-
 class Heartbeat:
     """Beats for a claim, on a thread of its own, until it is closed or the claim is superseded, which it reports.
 
@@ -215,7 +210,8 @@ class Heartbeat:
         report: Reporter,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        self._store = apart(store)
+        # beats must not wait behind the parts of a checkpoint, nor for long
+        self._store = store.impatient(TIMEOUT_S)
         self._mine = mine
         self._interval_s = interval_s
         self._report = weakref.ref(report)

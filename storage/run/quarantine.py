@@ -16,7 +16,7 @@ from storage.errors import AlreadyExists, Corrupt, NotFound, UsageError
 from storage.format import layout
 from storage.run import catalog
 from storage.run.owner import Claim
-from storage.stores.objects import ObjectInfo, ObjectStore, can_delete_version
+from storage.stores.objects import Capability, ObjectInfo, ObjectStore
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def set_aside(store: ObjectStore, judged: ObjectInfo) -> bool:
     except NotFound:
         return False
     store.put(prefix + layout.quarantined_name(metadata), [metadata])
-    return not can_delete_version(store) or store.delete_version(judged.key, judged.etag)
+    return not store.can(Capability.CONDITIONAL_DELETES) or store.delete_version(judged.key, judged.etag)
 
 
 def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
@@ -53,7 +53,7 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
         info = store.info(prefix + layout.METADATA)
         if store.read(info.key) != metadata:
             return
-        if can_delete_version(store):
+        if store.can(Capability.CONDITIONAL_DELETES):
             store.delete_version(info.key, info.etag)
         else:
             store.put(prefix + layout.quarantined_name(metadata), [metadata])
@@ -97,7 +97,7 @@ def make_way(store: ObjectStore, aside: QuarantinedMetadata, claim: Claim | None
 
     Raises Fenced, AlreadyExists.
     """
-    if can_delete_version(store):
+    if store.can(Capability.CONDITIONAL_DELETES):
         store.delete_version(aside.info.key, aside.info.etag)
         return False
     return _may_replace(store, aside.info, claim)

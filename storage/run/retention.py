@@ -10,7 +10,7 @@ from storage.errors import Corrupt, NotFound
 from storage.format import layout
 from storage.run.catalog import find_manifest, steps
 from storage.run.owner import Claim
-from storage.stores.objects import ObjectStore, can_delete_version
+from storage.stores.objects import Capability, ObjectStore
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _remove_commit(store: ObjectStore, key: str, seen: bytes | None) -> bool:
             return False
     except NotFound:
         return True
-    if can_delete_version(store):
+    if store.can(Capability.CONDITIONAL_DELETES):
         return store.delete_version(key, info.etag)
     store.delete(key)
     return True

@@ -16,7 +16,7 @@ from storage.format.manifest import ItemEntry, ObjectEntry
 from storage.parallel import Pool, run_all
 from storage.saving.encoding import Encoding, ObjectContent
 from storage.saving.saveplan import Chunk
-from storage.stores.objects import ObjectStore, put_fetched
+from storage.stores.objects import ObjectStore
 
 NUM_THREADS = 4
 NUM_PART_THREADS = 16
@@ -99,7 +99,7 @@ def _write_object(
 ) -> tuple[ObjectEntry, list[ItemEntry]]:
     content = ObjectContent([_encoding(payload) for payload in payloads])
     # nothing else has this name, since the attempt's is random: there is no need to look whether it is taken
-    info = put_fetched(store, prefix + name, content.size_bytes, content.fetch, parts)
+    info = store.put_from(prefix + name, content.size_bytes, content.fetch, parts)
     entries = [
         ItemEntry(
             key=payload.chunk.key,

@@ -28,7 +28,6 @@ from storage.parallel import windowed
 from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.objects import (
     Buffer,
-    Capabilities,
     Fetch,
     ObjectInfo,
     ObjectStore,
@@ -37,7 +36,7 @@ from storage.stores.objects import (
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retry_policy import IMPATIENT_RULES, Retrier, RetryLog
+from storage.stores.retry_policy import Retrier
 from storage.stores.retrying_store import RetryingStore, views_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ _TMP_NAME = re.compile(r"/[0-9a-f]{32}/?$")
 _TMP_AGE_S = 24 * 3600.0
 
 
-class FsspecStore:
+class FsspecStore(ObjectStore):
     """One folder of an fsspec file system. Thread-safe as far as the file system is."""
 
     def __init__(self, url: str, fs: AbstractFileSystem, root: str) -> None:
@@ -62,17 +61,11 @@ class FsspecStore:
         # object stores have no rename of their own, only fsspec's copy; with them an object appears whole
         self._renames = type(fs).mv is not AbstractFileSystem.mv
         self._is_swept = False
-        self.retries = RetryLog()
 
     @property
     def url(self) -> str:
         """As it was opened."""
         return self._url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """None beyond the contract's least."""
-        return Capabilities(conditional_puts=False, guarded_reads=False)
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
@@ -96,7 +89,7 @@ class FsspecStore:
             self._place(path, lambda at: self._stream(at, views))
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """See `StreamingStore.put_from`. The parts are fetched ahead, but written one after the other."""
+        """See `ObjectStore.put_from`. The parts are fetched ahead, but written one after the other."""
         if size_bytes < _STREAMED_SIZE_BYTES:
             return self.put(key, list(self._ahead(size_bytes, fetch, pool)))
         path = self._path(key)
@@ -278,25 +271,6 @@ class FsspecStore:
             raise StorageError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-class PatientFsspecStore(RetryingStore):
-    """An FsspecStore made patient."""
-
-    def __init__(self, store: FsspecStore, retrier: Retrier) -> None:
-        super().__init__(store, retrier)
-        self._files = store
-
-    def impatient(self, timeout_s: float) -> RetryingStore:
-        """See `ImpatientStore.impatient`; time-outs are the file system's own."""
-        return RetryingStore(self._files, Retrier(AdaptiveLimit(1), RetryLog(self.retries.health), IMPATIENT_RULES))
-
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """See `StreamingStore.put_from`. After a failure the object is begun anew."""
-        # the content may come from a store that shares this limit: whoever waits for it must hold no slot
-        return self._retrier.call(
-            f"put {key}", lambda: self._files.put_from(key, size_bytes, fetch, pool), takes_slot=False
-        )
-
-
 def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     """Open `protocol_url` with fsspec; `url` is what the user wrote. Raises BadURL."""
     protocol = protocol_url.partition("://")[0]
@@ -308,7 +282,7 @@ def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
         raise BadURL(f"{url!r} cannot be opened: {type(error).__name__}: {error}") from None
     store = FsspecStore(url, fs, root)
-    return PatientFsspecStore(store, Retrier(AdaptiveLimit(_NUM_REQUESTS), store.retries))
+    return RetryingStore(store, Retrier(AdaptiveLimit(_NUM_REQUESTS), store.retries))
 
 
 def is_known(protocol: str) -> bool:

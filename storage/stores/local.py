@@ -32,21 +32,22 @@ from storage.parallel import run_all
 from storage.stores.objects import (
     PART_SIZE_BYTES,
     Buffer,
-    Capabilities,
+    Capability,
     Fetch,
     ObjectInfo,
+    ObjectStore,
     check_key,
     check_prefix,
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retry_policy import RetryLog
 
 log = logging.getLogger(__name__)
 
 MODE = 0o600
 MODES = (MODE, 0o640, 0o644, 0o660, 0o664)
 """That files may have: nobody but the owner and the group ever writes."""
+_CAPABILITIES = {Capability.CONDITIONAL_PUTS, Capability.GUARDED_READS, Capability.HOST_CACHE}
 _TMP = ".tmp"
 _TMP_AGE_S = 24 * 3600.0
 _PLACE_TRIES = 100
@@ -58,10 +59,8 @@ _LOCK = ".lock"
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
 
 
-class LocalStore:
+class LocalStore(ObjectStore):
     """Objects as files below one folder, which is created by the first put."""
-
-    is_host_cached = True  # the page cache does
 
     def __init__(self, root: str | os.PathLike[str], mode: int = MODE) -> None:
         self._root = Path(os.path.abspath(root))
@@ -70,24 +69,22 @@ class LocalStore:
             raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
         self._is_swept = False
         self._is_mode_told = False
-        self.retries = RetryLog()
 
     @property
     def url(self) -> str:
         """The folder's absolute path; as a URL where it has options."""
         return str(self._root) if self._mode == MODE else f"file://{quote(str(self._root))}?mode={self._mode:04o}"
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """All: by hard links, or else by a lock."""
-        return Capabilities(conditional_puts=True, guarded_reads=True)
+    def can(self, capability: Capability) -> bool:
+        """See `ObjectStore.can`. Puts are conditional by hard links, or else by a lock; deletes by a lock only."""
+        return self._can_lock() if capability is Capability.CONDITIONAL_DELETES else capability in _CAPABILITIES
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
         return self._put(key, lambda fd: _write_all(fd, buffers), if_absent)
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """See `StreamingStore.put_from`."""
+        """See `ObjectStore.put_from`."""
         if size_bytes <= PART_SIZE_BYTES:
             return self.put(key, fetch(0, size_bytes))
 
@@ -198,8 +195,7 @@ class LocalStore:
             with contextlib.suppress(*_NOT_A_FILE):
                 _sync_folder(folder)
 
-    def deletes_conditionally(self) -> bool:
-        """See `ConditionalStore.deletes_conditionally`: where files can be locked."""
+    def _can_lock(self) -> bool:
         try:
             with self._locked():
                 return True
@@ -207,7 +203,7 @@ class LocalStore:
             return False
 
     def delete_version(self, key: str, etag: str) -> bool:
-        """See `ConditionalStore.delete_version`. As good between hosts as the mount's `flock`."""
+        """See `ObjectStore.delete_version`. As good between hosts as the mount's `flock`."""
         with self._locked():
             try:
                 if self.info(key).etag != etag:

@@ -13,21 +13,23 @@ from storage.errors import AlreadyExists, Corrupt, NotFound
 from storage.parallel import run_all
 from storage.stores.objects import (
     Buffer,
-    Capabilities,
+    Capability,
     Fetch,
     ObjectInfo,
+    ObjectStore,
     check_key,
     check_prefix,
     check_read_size,
     parts_of_size,
 )
-from storage.stores.retry_policy import RetryLog
+
+_CAPABILITIES = {Capability.CONDITIONAL_PUTS, Capability.CONDITIONAL_DELETES, Capability.GUARDED_READS}
 
 _instances: dict[str, MemoryStore] = {}
 _instances_lock = threading.Lock()
 
 
-class MemoryStore:
+class MemoryStore(ObjectStore):
     """The in-memory twin of the other back ends: same contract, for tests and simulations."""
 
     def __init__(self, name: str) -> None:
@@ -36,7 +38,6 @@ class MemoryStore:
         self._objects: dict[str, tuple[bytes, str]] = {}
         self._written: dict[str, float] = {}
         self._versions = itertools.count(1)
-        self.retries = RetryLog()
 
     @classmethod
     def named(cls, name: str) -> MemoryStore:
@@ -49,10 +50,9 @@ class MemoryStore:
         """`memory://name`."""
         return f"memory://{self._name}"
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """All."""
-        return Capabilities(conditional_puts=True, guarded_reads=True)
+    def can(self, capability: Capability) -> bool:
+        """See `ObjectStore.can`."""
+        return capability in _CAPABILITIES
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
@@ -67,7 +67,7 @@ class MemoryStore:
         return ObjectInfo(key, len(data), etag)
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """See `StreamingStore.put_from`."""
+        """See `ObjectStore.put_from`."""
         parts = run_all(pool, [functools.partial(fetch, *part) for part in parts_of_size(size_bytes)])
         return self.put(key, list(itertools.chain.from_iterable(parts)))
 
@@ -116,12 +116,8 @@ class MemoryStore:
         with self._lock:
             self._objects.pop(key, None)
 
-    def deletes_conditionally(self) -> bool:
-        """See `ConditionalStore.deletes_conditionally`."""
-        return True
-
     def delete_version(self, key: str, etag: str) -> bool:
-        """See `ConditionalStore.delete_version`."""
+        """See `ObjectStore.delete_version`."""
         check_key(key)
         with self._lock:
             if key in self._objects and self._objects[key][1] != etag:

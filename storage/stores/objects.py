@@ -6,12 +6,15 @@ thread-safe: any method may run in any number of threads at once.
 
 from __future__ import annotations
 
+import abc
+import enum
+import functools
 import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Self, TypeVar
 
 from storage.errors import Cause, Corrupt, Denied, NotFound
 from storage.stores.retry_policy import RetryLog
@@ -26,7 +29,7 @@ Fetch = Callable[[int, int], Sequence[memoryview]]
 """From an offset and a number of bytes to those bytes of some content, in pieces. Asked by any thread, in any order."""
 
 PART_SIZE_BYTES = 16 * 1024 * 1024
-"""Of what is streamed where the store does not want another size."""
+"""Size of the parts in which an object is streamed, where the store does not want another one."""
 
 READ_SIZE_BYTES_MAX = 256 * 1024 * 1024
 """The largest object that is read as a whole, an index: a larger one is something else, by mistake or on purpose."""
@@ -53,54 +56,74 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload in parts that was begun and not ended. Its parts cost space, and no listing of objects shows them."""
+    """An upload in parts that was begun and not ended. Its parts take space, and no listing of objects shows them."""
 
     key: str
     id: str
     started_unix_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a back end can promise beyond the contract's least.
+class Capability(enum.Enum):
+    """What a store may promise beyond the least of the contract; `ObjectStore.can` says whether it does."""
 
-    `conditional_puts`: of two puts with `if_absent` at once, the server lets only one through. Without, a put looks
-    first, and a race can be missed.
-    `guarded_reads`: `if_match` is checked by the server in the same request that reads. Without, it is compared before.
-    """
+    CONDITIONAL_PUTS = "conditional puts"
+    """Of two puts with `if_absent` at once, the server lets only one through. Without, a put looks first, and may miss
+    a race."""
+    CONDITIONAL_DELETES = "conditional deletes"
+    """`delete_version` removes one version of an object and spares any other."""
+    GUARDED_READS = "guarded reads"
+    """The server checks `if_match` in the same request that reads. Without, it is compared before."""
+    HOST_CACHE = "host cache"
+    """Bytes that a process has read are kept by its host for other processes: so the page cache does for a folder."""
 
-    conditional_puts: bool
-    guarded_reads: bool
 
-
-class ObjectStore(Protocol):
+class ObjectStore(abc.ABC):
     """Where checkpoints live.
+
+    A back end implements what is abstract. The other methods hold for any back end as they are; one that can do more
+    overrides them. Whatever wraps another store inherits from `storage.stores.wrapper.StoreWrapper` instead, which
+    passes every method on.
 
     Atomicity: an object appears whole or not at all, and a reader never sees half of a rewrite. Durability: when
     `put` returns, the object survives the death of this process (and, on a local disk, of the host).
+
+    Lifetime: whoever opens a store closes it, as a context manager or by `close`, and nobody closes a store that was
+    handed to it. No method is called after that.
     """
 
     @property
+    @abc.abstractmethod
     def url(self) -> str:
         """The URL that `open_store` would open this store by."""
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this store's server honours. May ask it, once. Raises Transient, Denied."""
-
-    @property
+    @functools.cached_property
     def retries(self) -> RetryLog:
         """What had to be tried again so far."""
+        return RetryLog()
 
+    def can(self, capability: Capability) -> bool:
+        """Whether this store has the capability. May ask the server, once. Raises Transient, Denied."""
+        return False
+
+    @abc.abstractmethod
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """Store the concatenation of `buffers` (no copy is made of them where the back end can avoid it).
 
         Raises:
-            AlreadyExists: `if_absent` and the object is there; it stays as it was. A back end whose server does
-                not honour conditions may miss a race, which is why callers read back what must be theirs.
+            AlreadyExists: `if_absent` and the object is there; it stays as it was. A store without CONDITIONAL_PUTS
+                may miss a race, which is why callers read back what must be theirs.
             Transient, Denied: see `storage.errors`.
         """
 
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
+        """Like `put`, of content that may be larger than memory.
+
+        It is fetched in parts of some MiB on the pool's threads, every byte at least once before the object is there.
+        What `fetch` raises ends the put, and comes out. By default the content is fetched as one part and put.
+        """
+        return self.put(key, fetch(0, size_bytes))
+
+    @abc.abstractmethod
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """Fill `buffers`, one after the other, with the object's bytes from `offset` on.
 
@@ -114,6 +137,7 @@ class ObjectStore(Protocol):
             Corrupt: the object ends before the buffers are full, or its etag is not `if_match`.
         """
 
+    @abc.abstractmethod
     def read(self, key: str) -> bytes:
         """The whole object; meant for small ones.
 
@@ -122,87 +146,63 @@ class ObjectStore(Protocol):
             Corrupt: it is larger than READ_SIZE_BYTES_MAX.
         """
 
+    @abc.abstractmethod
     def info(self, key: str) -> ObjectInfo:
         """Size and etag of one object. Raises NotFound."""
 
+    @abc.abstractmethod
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """All objects whose key starts with `prefix`, sorted by key; empty if there are none."""
 
+    @abc.abstractmethod
     def folders(self, prefix: str) -> Sequence[str]:
         """Names (one part, no slash) of the folders right under `prefix`, sorted. `prefix` is "" or ends in `/`."""
 
+    @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is not an error."""
-
-
-@runtime_checkable
-class MultipartStore(Protocol):
-    """A store whose uploads in parts can be left behind."""
-
-    def uploads(self) -> Sequence[Upload]:
-        """All that were begun below the store's root and not ended. Raises Transient, Denied."""
-
-    def abort(self, upload: Upload) -> None:
-        """Give one up and free its parts. Raises NotFound if it has ended meanwhile."""
-
-
-@runtime_checkable
-class ConditionalStore(Protocol):
-    """A store that can remove one version of an object, and spare any other."""
-
-    def deletes_conditionally(self) -> bool:
-        """Whether it really can. May ask the server, once. Raises Transient, Denied."""
 
     def delete_version(self, key: str, etag: str) -> bool:
         """Remove the object if its etag is that; False if another version is there, which stays.
 
-        Only for where `deletes_conditionally`. Two that delete like this see each other's deletes; a plain `delete`
+        Only for a store with CONDITIONAL_DELETES. Two that delete like this see each other's deletes; a plain `delete`
         may come in between.
         """
+        raise NotImplementedError(f"{self.url} cannot delete one version of an object and spare another")
 
+    def uploads(self) -> Sequence[Upload]:
+        """All uploads in parts that were begun below the store's root and not ended. Raises Transient, Denied.
 
-@runtime_checkable
-class StreamingStore(Protocol):
-    """A store that takes an object which is larger than memory."""
-
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """Like `put`, of content that is fetched in parts of some MiB, and those on the pool's threads.
-
-        Every byte is fetched at least once before the object is there. What `fetch` raises ends the put, and comes out.
+        By default there are none: an object is put in one request.
         """
+        return []
 
-
-def put_fetched(store: ObjectStore, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-    """`StreamingStore.put_from`, or else a `put` of all at once."""
-    if isinstance(store, StreamingStore):
-        return store.put_from(key, size_bytes, fetch, pool)
-    return store.put(key, fetch(0, size_bytes))
-
-
-def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tuple[int, int]]:
-    """Offset and size of each part of an object; all but the last are equal. Pure."""
-    return [(offset, min(part_bytes, size_bytes - offset)) for offset in range(0, size_bytes, part_bytes)]
-
-
-@runtime_checkable
-class ImpatientStore(Protocol):
-    """A remote store, whose requests wait for each other and for an answer."""
+    def abort(self, upload: Upload) -> None:
+        """Give an upload up and free its parts. Raises NotFound if it has ended meanwhile."""
+        raise NotFound(f"{self.url} has no upload of {upload.key}")
 
     def impatient(self, timeout_s: float) -> ObjectStore:
         """The same objects, for small requests that must not wait.
 
         None of them waits for a place among this store's, none is tried more than twice, and where the back end can set
-        it, a try has stalled after `timeout_s` without a byte.
+        it, a try has stalled after `timeout_s` without a byte. It is closed with this store. By default it is this
+        store: requests that go nowhere remote do not wait.
         """
+        return self
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing open
+        """Let go of threads and connections. Closing twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
-@runtime_checkable
-class HostCached(Protocol):
-    """A store whose bytes, once a process has read them, the host keeps for its other processes: a folder."""
-
-    @property
-    def is_host_cached(self) -> bool:
-        """Whether it does."""
+def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tuple[int, int]]:
+    """Offset and size of each part of an object; all but the last are equal. Pure."""
+    return [(offset, min(part_bytes, size_bytes - offset)) for offset in range(0, size_bytes, part_bytes)]
 
 
 def read_checked(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:
@@ -245,11 +245,6 @@ def read_if_there(store: ObjectStore, key: str) -> bytes | None:
         return store.read(key)
     except NotFound:
         return None
-
-
-def can_delete_version(store: ObjectStore) -> TypeGuard[ConditionalStore]:
-    """Whether the store can remove one version of an object and no other."""
-    return isinstance(store, ConditionalStore) and store.deletes_conditionally()
 
 
 def check_key(key: str) -> str:

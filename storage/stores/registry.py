@@ -71,6 +71,8 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     A path, a `Path`, or `file:///path[?mode=0640]`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec
     knows; and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
 
+    The caller closes it.
+
     Raises:
         BadURL: no such scheme, a package for it is not installed, or the URL is not complete.
         Denied: there are no credentials.
@@ -85,7 +87,10 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
         return LocalStore(url)
     scheme, rest = match[1].lower(), match[2]
     opener = _openers.get(scheme)
-    return _open_other(url, scheme, rest) if opener is None else opener(rest)
+    store = _open_other(url, scheme, rest) if opener is None else opener(rest)
+    if not isinstance(store, ObjectStore):
+        raise TypeError(f"{scheme}:// was opened as a {type(store).__name__}, which does not inherit from ObjectStore")
+    return store
 
 
 def with_options(url: str, options: Mapping[str, str]) -> str:

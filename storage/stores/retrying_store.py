@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 
 from storage.errors import AlreadyExists, Interrupted, NotFound, Transient
-from storage.stores.objects import Buffer, Capabilities, ObjectInfo, ObjectStore
-from storage.stores.retry_policy import Retrier, RetryLog
+from storage.stores.adaptive_limit import AdaptiveLimit
+from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.retry_policy import IMPATIENT_RULES, Retrier, RetryLog
+from storage.stores.wrapper import StoreWrapper
 
 _COMPARED_SIZE_BYTES = 8 * 1024 * 1024
 
 
-class RetryingStore:
+class RetryingStore(StoreWrapper):
     """The store behind it, with its Transient errors tried again.
 
     A put with `if_absent` whose answer was lost may have arrived: a later try that meets the object compares it with
@@ -19,23 +23,13 @@ class RetryingStore:
     """
 
     def __init__(self, store: ObjectStore, retrier: Retrier) -> None:
-        self._store = store
+        super().__init__(store)
         self._retrier = retrier
+        self.retries = retrier.retries
 
-    @property
-    def url(self) -> str:
-        """The URL of the store behind."""
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See `ObjectStore.capabilities`."""
-        return self._retrier.call(f"probe of {self.url}", lambda: self._store.capabilities)
-
-    @property
-    def retries(self) -> RetryLog:
-        """See `ObjectStore.retries`."""
-        return self._retrier.retries
+    def can(self, capability: Capability) -> bool:
+        """See `ObjectStore.can`."""
+        return self._retrier.call(f"probe of {self.url}", lambda: self._store.can(capability))
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
@@ -53,6 +47,12 @@ class RetryingStore:
                 raise
 
         return self._retrier.call(f"put {key}", attempt)
+
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
+        """See `ObjectStore.put_from`. After a failure the object is begun anew."""
+        # the content may come from a store that shares this limit: whoever waits for it must hold no slot
+        put = functools.partial(self._store.put_from, key, size_bytes, fetch, pool)
+        return self._retrier.call(f"put {key}", put, takes_slot=False)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. What a broken read has brought is not fetched again."""
@@ -77,6 +77,23 @@ class RetryingStore:
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
         self._retrier.call(f"delete {key}", lambda: self._store.delete(key))
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        """See `ObjectStore.delete_version`."""
+        return self._retrier.call(f"delete {key}", lambda: self._store.delete_version(key, etag))
+
+    def uploads(self) -> Sequence[Upload]:
+        """See `ObjectStore.uploads`."""
+        return self._retrier.call("list uploads", self._store.uploads)
+
+    def abort(self, upload: Upload) -> None:
+        """See `ObjectStore.abort`."""
+        self._retrier.call(f"abort {upload.key}", lambda: self._store.abort(upload))
+
+    def impatient(self, timeout_s: float) -> ObjectStore:
+        """See `ObjectStore.impatient`. What is tried again is counted apart."""
+        retrier = Retrier(AdaptiveLimit(1), RetryLog(self.retries.health), IMPATIENT_RULES)
+        return RetryingStore(self._store.impatient(timeout_s), retrier)
 
 
 def read_resuming(

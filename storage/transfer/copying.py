@@ -25,7 +25,7 @@ from storage.parallel import Pool, run_all
 from storage.run import catalog, garbage
 from storage.saving import commit
 from storage.saving.commit import Attempt
-from storage.stores.objects import MultipartStore, ObjectStore, parts_of_size, put_fetched
+from storage.stores.objects import ObjectStore, parts_of_size
 from storage.transfer import copy_jobs
 from storage.transfer.copy_jobs import Contents, CopyJob, Found, Outcome
 from storage.transfer.copyplan import DataObject
@@ -143,8 +143,6 @@ class Copier:
 
         Younger ones may be of another copy that is under way.
         """
-        if not isinstance(self._target, MultipartStore):
-            return
         keys = {found.job.target_prefix + entry.name for entry in found.objects}
         uploads = [upload for upload in self._target.uploads() if upload.key in keys]
         for old in garbage.of_uploads(uploads, self._now_unix_s - ABANDONED_AGE_S):
@@ -193,7 +191,7 @@ class Copier:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
         passage = ours(advance=self._advance, stop=self._stop)
         try:
-            put_fetched(self._target, key, entry.size_bytes, passage.fetch, parts)
+            self._target.put_from(key, entry.size_bytes, passage.fetch, parts)
         except BaseException:
             passage.take_back()
             raise

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from storage.parallel import run_concurrently
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Capabilities, ObjectInfo
-from storage.stores.retry_policy import RetryLog
+from storage.stores.objects import ObjectInfo, ObjectStore
+from storage.stores.wrapper import StoreWrapper
 
 R = TypeVar("R")
 
@@ -18,66 +18,53 @@ ORDERS = ("at once", "forwards", "backwards")
 """Of the requests that a commit sends together, see `abreast`."""
 
 
-class PausingStore:
+class PausingStore(StoreWrapper):
     """One process's view of `store`: before its call number `pause_at` it calls `meanwhile`, which sees `store` itself.
 
     `num_calls` counts from the moment of construction; `paused_before` names the call that had to wait.
     """
 
     def __init__(self, store: MemoryStore, pause_at: int, meanwhile: Callable[[], None]) -> None:
-        self._store = store
+        super().__init__(store)
         self._pause_at = pause_at
         self._meanwhile = meanwhile
         self._lock = threading.Lock()
         self.num_calls = 0
         self.paused_before = ""
 
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._store.capabilities
-
-    @property
-    def retries(self) -> RetryLog:
-        return self._store.retries
+    put_from = ObjectStore.put_from  # one put: a call like any other
 
     def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> ObjectInfo:
         self._pause(f"put {key}")
-        return self._store.put(key, buffers, if_absent=if_absent)
+        return super().put(key, buffers, if_absent=if_absent)
 
     def read_into(self, key: str, offset: int, buffers: Any, *, if_match: str | None = None) -> str:
         self._pause(f"read_into {key}")
-        return self._store.read_into(key, offset, buffers, if_match=if_match)
+        return super().read_into(key, offset, buffers, if_match=if_match)
 
     def read(self, key: str) -> bytes:
         self._pause(f"read {key}")
-        return self._store.read(key)
+        return super().read(key)
 
     def info(self, key: str) -> ObjectInfo:
         self._pause(f"info {key}")
-        return self._store.info(key)
+        return super().info(key)
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         self._pause(f"list {prefix}")
-        return self._store.list(prefix)
+        return super().list(prefix)
 
     def folders(self, prefix: str) -> Sequence[str]:
         self._pause(f"folders {prefix}")
-        return self._store.folders(prefix)
+        return super().folders(prefix)
 
     def delete(self, key: str) -> None:
         self._pause(f"delete {key}")
-        self._store.delete(key)
-
-    def deletes_conditionally(self) -> bool:
-        return self._store.deletes_conditionally()
+        super().delete(key)
 
     def delete_version(self, key: str, etag: str) -> bool:
         self._pause(f"delete_version {key}")
-        return self._store.delete_version(key, etag)
+        return super().delete_version(key, etag)
 
     def _pause(self, call: str) -> None:
         with self._lock:  # one call at a time, so that the calls of a run can be counted

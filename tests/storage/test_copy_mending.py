@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.errors import NotFound, StorageError
 from storage.run import quarantine
 from storage.stores import fsspec_store
-from storage.stores.fsspec_store import PatientFsspecStore
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.retrying_store import RetryingStore
 from storage.stores.s3.store import S3Store
+from storage.stores.wrapper import StoreWrapper
 from storage.transfer import copy_jobs, copying
 
 METADATA = "step-000000020/.metadata"
@@ -69,30 +70,39 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-class Mortal:
+class Mortal(StoreWrapper):
     """A store whose user dies before its write number `die_at`. `is_plain`: it cannot delete one version only."""
 
     def __init__(self, store: MemoryStore, die_at: int, is_plain: bool) -> None:
-        self._store = store
+        super().__init__(store)
         self._left = die_at
         self._is_plain = is_plain
         self.died_before = ""
 
-    def __getattr__(self, name: str) -> Any:
-        if self._is_plain and name in ("deletes_conditionally", "delete_version"):
-            raise AttributeError(name)
-        method = getattr(self._store, name)
-        if name not in ("put", "put_from", "delete", "delete_version"):
-            return method
+    def can(self, capability: Capability) -> bool:
+        return not (self._is_plain and capability is Capability.CONDITIONAL_DELETES) and super().can(capability)
 
-        def call(key: str, *args: Any, **kwargs: Any) -> Any:
-            if self._left == 0:
-                self.died_before = self.died_before or f"{name} {key}"
-                raise Killed
-            self._left -= 1
-            return method(key, *args, **kwargs)
+    def put(self, key: str, buffers: Any, *, if_absent: bool = False) -> ObjectInfo:
+        self._live_on(f"put {key}")
+        return super().put(key, buffers, if_absent=if_absent)
 
-        return call
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
+        self._live_on(f"put_from {key}")
+        return super().put_from(key, size_bytes, fetch, pool)
+
+    def delete(self, key: str) -> None:
+        self._live_on(f"delete {key}")
+        super().delete(key)
+
+    def delete_version(self, key: str, etag: str) -> bool:
+        self._live_on(f"delete_version {key}")
+        return super().delete_version(key, etag)
+
+    def _live_on(self, call: str) -> None:
+        if self._left == 0:
+            self.died_before = self.died_before or call
+            raise Killed
+        self._left -= 1
 
 
 @pytest.mark.parametrize("is_plain", [False, True])
@@ -104,7 +114,7 @@ def test_a_copy_that_dies_anywhere_over_what_is_set_aside_loses_nothing(source: 
         alive = Mortal(inner, -1, is_plain)
         assert push(source, alive) == 0
         damage(inner, ".distcp")
-        assert quarantine.set_aside(alive, inner.info(METADATA))  # type: ignore[arg-type]
+        assert quarantine.set_aside(alive, inner.info(METADATA))
         assert state_of(alive) == "quarantined"
         mortal = Mortal(inner, die_at, is_plain)
         if not is_killed(source, mortal):
@@ -239,7 +249,7 @@ def test_a_rewrite_through_fsspec_shows_no_half_and_leaves_nothing(
     """Two copies at once write the same objects: the second must not tear what the first has committed."""
     monkeypatch.setattr(fsspec_store, "_STREAMED_SIZE_BYTES", 1 << 20)
     store = open_store(f"fsspec+file://{tmp_path}/run")
-    assert isinstance(store, PatientFsspecStore)
+    assert isinstance(store, RetryingStore)
     first, second = b"1" * size_bytes, b"2" * size_bytes
     is_broken = [True]
 

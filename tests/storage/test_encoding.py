@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +18,7 @@ from storage.saving.encoding import Encoding, ObjectContent
 from storage.saving.saveplan import Chunk
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectInfo, put_fetched
+from storage.stores.objects import ObjectStore
 from storage.stores.retrying_store import stored_equal
 
 MIB = 1024 * 1024
@@ -101,21 +100,17 @@ def test_threads_that_ask_at_once_get_the_same() -> None:
     assert {encoding.crcs.whole for encoding in content.items} == {crc32c(expected)}
 
 
-class Plain:
+class Plain(MemoryStore):
     """A store that takes objects as a whole only."""
 
-    def __init__(self) -> None:
-        self.memory = MemoryStore("x")
-
-    def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
-        return self.memory.put(key, buffers, if_absent=if_absent)
+    put_from = ObjectStore.put_from
 
 
 def test_a_store_that_takes_no_parts_gets_all_at_once() -> None:
-    store, content = Plain(), ObjectContent([Encoding(framed(torch.rand(100))) for _ in range(2)])
+    store, content = Plain("x"), ObjectContent([Encoding(framed(torch.rand(100))) for _ in range(2)])
     with ThreadPoolExecutor(1) as pool:
-        info = put_fetched(store, "k", content.size_bytes, content.fetch, pool)  # type: ignore[arg-type]
-    assert info.size_bytes == content.size_bytes == len(store.memory.read("k"))
+        info = store.put_from("k", content.size_bytes, content.fetch, pool)
+    assert info.size_bytes == content.size_bytes == len(store.read("k"))
 
 
 def test_a_save_tells_of_what_was_encoded_on_the_way() -> None:

@@ -19,7 +19,8 @@ from storage.run import catalog, owner, quarantine, retention
 from storage.run.retention import Removal
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import ConditionalStore, ObjectInfo, ObjectStore
+from storage.stores.objects import Capability, ObjectInfo, ObjectStore
+from storage.stores.wrapper import StoreWrapper
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
@@ -27,16 +28,13 @@ METADATA = "step-000000020/.metadata"
 _names = itertools.count()
 
 
-class Plain:
-    """A store that cannot remove one version and spare another; nor does it honour conditions of puts."""
+class Plain(StoreWrapper):
+    """A store that cannot remove one version and spare another."""
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
+    def can(self, capability: Capability) -> bool:
+        return capability is not Capability.CONDITIONAL_DELETES and super().can(capability)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("deletes_conditionally", "delete_version"):
-            raise AttributeError(name)
-        return getattr(self._store, name)
+    delete_version = ObjectStore.delete_version
 
 
 def state(number: int) -> dict[str, Any]:
@@ -211,7 +209,7 @@ class Overtaken(MemoryStore):
 def test_a_late_owner_replaces_nothing_that_a_newer_one_has_committed(is_claimed_only: bool) -> None:
     """Where one version cannot be removed alone, a `.metadata` set aside is replaced by a put without condition."""
     store = Overtaken("x")
-    plain: Any = Plain(store)
+    plain = Plain(store)
     store.put(METADATA, [b"damaged"])
     assert quarantine.set_aside(plain, store.info(METADATA))
     mine = owner.Claim(plain, owner.claim(store, owner_of(0))[0])
@@ -229,7 +227,7 @@ def test_a_late_owner_replaces_nothing_that_a_newer_one_has_committed(is_claimed
 
 def test_a_late_copy_replaces_nothing_that_was_committed_meanwhile() -> None:
     store = Overtaken("x")
-    plain: Any = Plain(store)
+    plain = Plain(store)
     store.put(METADATA, [b"damaged"])
     assert quarantine.set_aside(plain, store.info(METADATA))
     store.meanwhile = lambda: store.put(METADATA, [b"newer"])
@@ -246,11 +244,10 @@ def test_a_late_copy_replaces_nothing_that_was_committed_meanwhile() -> None:
 )
 def test_one_version_is_removed_and_no_other(kind: str, honours: bool, make_url: Callable[[str], str]) -> None:
     store = open_store(make_url(kind))
-    assert (isinstance(store, ConditionalStore) and store.deletes_conditionally()) == honours
+    assert store.can(Capability.CONDITIONAL_DELETES) == honours
     assert store.list("") == []
     if not honours:
         return
-    assert isinstance(store, ConditionalStore)
     first: ObjectInfo = store.put("a/b", [b"first"])
     second = store.put("a/b", [b"second"])
     assert not store.delete_version("a/b", first.etag)

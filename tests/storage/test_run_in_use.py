@@ -209,7 +209,7 @@ def test_the_loser_of_two_that_claim_at_once_is_told(
 @pytest.mark.parametrize("kind", ["juicefs", "fsspec-s3"])
 def test_beats_wait_behind_nothing_else(kind: str, make_url: Callable[[str], str]) -> None:
     store = open_store(make_url(kind))
-    brisk = heartbeat.apart(store)
+    brisk = store.impatient(heartbeat.TIMEOUT_S)
     assert isinstance(store, RetryingStore)
     with contextlib.ExitStack() as full:
         for _ in range(store._retrier._limit.limit):

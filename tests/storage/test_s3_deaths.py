@@ -22,6 +22,7 @@ from elastic_moe.cli.main import main
 from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.format import layout
 from storage.format.manifest import load_manifest
+from storage.stores.wrapper import StoreWrapper
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import death_cases as cases
@@ -135,6 +136,13 @@ def on_servers(steps: Sequence[Step]) -> list[object]:
     return [pytest.param(server, case, id=f"{server}-{case}") for server, case in rows]
 
 
+class Kept(StoreWrapper):
+    """A store that stays open when it is closed."""
+
+    def close(self) -> None:
+        pass
+
+
 class Run:
     """One run, whose newest good checkpoint is of `step`; every case goes on where the one before has ended."""
 
@@ -144,7 +152,7 @@ class Run:
         self.store = open_store(server.url(prefix))
         # one client for all cases: to make one takes longer than most of what is done with it
         self.url = f"deaths-{server.kind}://"
-        register_scheme(f"deaths-{server.kind}", lambda rest: self.store)
+        register_scheme(f"deaths-{server.kind}", lambda rest: Kept(self.store))
         self._through = proxy.url(prefix)
         self._environment = server.environment
         self._ranks = ranks
@@ -192,7 +200,7 @@ class Run:
             attempt = load_manifest(store.read(prefix + layout.MANIFEST), prefix).attempt
             wanted |= {info.key for info in store.list(prefix + layout.attempt_folder(attempt) + "/")}
         assert {info.key for info in store.list("")} == wanted
-        assert store.uploads() == []  # type: ignore[attr-defined]
+        assert store.uploads() == []
         self.step = expected
 
 

@@ -19,7 +19,7 @@ import torch
 from storage import Checkpointer, inspection, open_store
 from storage.errors import AlreadyExists, NotFound, StorageError, Transient
 from storage.stores import retry_policy
-from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, StreamingStore
+from storage.stores.objects import Fetch, ObjectInfo, ObjectStore
 from storage.stores.s3 import store as s3_store
 from storage.stores.s3.bucket import Bucket
 from tests.cluster import until
@@ -216,7 +216,6 @@ class Fetched:
 
 
 def put_streamed(store: ObjectStore, key: str, fetch: Fetch) -> ObjectInfo:
-    assert isinstance(store, StreamingStore)
     with ThreadPoolExecutor(2) as pool:
         return store.put_from(key, DATA.nbytes, fetch, pool)
 

@@ -39,7 +39,7 @@ def test_every_request_says_who_pays(kind: str, request: pytest.FixtureRequest) 
         save(url, 1, 2)
         store = open_store(url)
         store.put("large", [bytes(6 * MIB)])
-        assert store.uploads() == []  # type: ignore[attr-defined]
+        assert store.uploads() == []
         assert not exists(open_store(url), "nothing")
         with Checkpointer(url, read_only=True) as reader:
             assert reader.restore(state(0)) == 2

@@ -15,7 +15,7 @@ import pytest
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, NotFound
 from storage.stores import fsspec_store
-from storage.stores.objects import MultipartStore, ObjectStore, StreamingStore
+from storage.stores.objects import Capability, ObjectStore
 from storage.stores.registry import open_store
 from tests.storage.refused_calls import refuse
 
@@ -63,8 +63,13 @@ def test_put_joins_buffers_of_any_kind(store: ObjectStore) -> None:
 @pytest.mark.parametrize("kind", EVERY)
 def test_capabilities(kind: str, make_url: Callable[[str], str]) -> None:
     store = open_store(make_url(kind))
-    assert store.capabilities.conditional_puts == (kind in CONDITIONAL)
-    assert store.capabilities.guarded_reads == (not kind.startswith("fsspec"))
+    expected = {
+        Capability.CONDITIONAL_PUTS: kind in CONDITIONAL,
+        Capability.CONDITIONAL_DELETES: kind in CONDITIONAL,
+        Capability.GUARDED_READS: not kind.startswith("fsspec"),
+        Capability.HOST_CACHE: kind in ("local", "file-url", "no-links"),
+    }
+    assert {capability: store.can(capability) for capability in Capability} == expected
     assert store.list("") == []
 
 
@@ -95,7 +100,6 @@ def test_large_objects_are_taken_in_parts(store: ObjectStore, size_bytes: int, m
         part = data[offset : offset + length]
         return [part[:3], part[3:]]
 
-    assert isinstance(store, StreamingStore)
     store.put("streamed", [b"another object that is there already"])
     with ThreadPoolExecutor(3) as pool:
         info = store.put_from("streamed", size_bytes, fetch, pool)
@@ -115,11 +119,10 @@ def test_what_cannot_be_fetched_leaves_nothing(store: ObjectStore, monkeypatch: 
             raise Corrupt("the second part is damaged")
         return [memoryview(bytes(length))]
 
-    assert isinstance(store, StreamingStore)
     with ThreadPoolExecutor(3) as pool, pytest.raises(Corrupt, match="second part"):
         store.put_from("streamed", 18 << 20, fetch, pool)
     assert store.list("") == []
-    assert not isinstance(store, MultipartStore) or store.uploads() == []
+    assert store.uploads() == []
 
 
 def test_names_of_all_sorts(store: ObjectStore) -> None:

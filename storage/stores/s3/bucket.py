@@ -15,14 +15,14 @@ from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, N
 from storage.stores import objects
 from storage.stores.objects import (
     Buffer,
-    Capabilities,
+    Capability,
     ObjectInfo,
+    ObjectStore,
     Upload,
     check_key,
     check_prefix,
     check_read_size,
 )
-from storage.stores.retry_policy import RetryLog
 from storage.stores.retrying_store import views_of
 from storage.stores.s3.client import S3Client
 from storage.stores.s3.digests import Sent, digest, headers_of
@@ -39,12 +39,15 @@ _WEAK = "W/"
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
-_verdicts: dict[tuple[str, str], bool] = {}
-_delete_verdicts: dict[tuple[str, str], bool] = {}
+_PROBES: Mapping[Capability, Callable[[Bucket], bool]] = {
+    Capability.CONDITIONAL_PUTS: honours_conditions,
+    Capability.CONDITIONAL_DELETES: honours_conditional_deletes,
+}
+_verdicts: dict[tuple[str, str, Capability], bool] = {}
 _verdicts_lock = threading.Lock()
 
 
-class Bucket:
+class Bucket(ObjectStore):
     """See `ObjectStore`; `storage.stores.s3.store` makes it patient, and puts large objects in parts."""
 
     def __init__(self, location: S3Location, options: S3Options) -> None:
@@ -52,20 +55,26 @@ class Bucket:
         self._options = options
         self._client = S3Client(location, options)
         self._connections = Connections(self._client.address, options.connect_timeout_s, options.stall_timeout_s)
+        self._closers = [self._connections.close, self._client.close]
         self._is_known = False
-        self.retries = RetryLog()
 
-    def apart(self, timeout_s: float) -> Bucket:
-        """The same bucket over connections of its own, with shorter time-outs; credentials are shared.
+    def impatient(self, timeout_s: float) -> Bucket:
+        """See `ObjectStore.impatient`. It has connections of its own, with shorter time-outs; credentials are shared.
 
-        Those of listings and of the control of uploads stay.
+        Listings and the control of uploads go over this store's connections, with its time-outs.
         """
         options, other = self._options, copy.copy(self)
         other._connections = Connections(
             self._client.address, min(timeout_s, options.connect_timeout_s), min(timeout_s, options.stall_timeout_s)
         )
-        other.retries = RetryLog(self.retries.health)
+        other._closers = []
+        self._closers.append(other._connections.close)
         return other
+
+    def close(self) -> None:
+        """See `ObjectStore.close`."""
+        for close in self._closers:
+            close()
 
     @property
     def url(self) -> str:
@@ -77,25 +86,26 @@ class Bucket:
         """What tells this bucket from all others."""
         return self._client.endpoint, self._location.bucket
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the server honours, found out by the first who asks in this process."""
+    def can(self, capability: Capability) -> bool:
+        """See `ObjectStore.can`. What only the server knows is found out by the first who asks in this process."""
+        if (probe := _PROBES.get(capability)) is None:
+            return capability is Capability.GUARDED_READS
         with _verdicts_lock:
-            if self.name not in _verdicts:
-                _verdicts[self.name] = honours_conditions(self)
-            return Capabilities(conditional_puts=_verdicts[self.name], guarded_reads=True)
+            if (*self.name, capability) not in _verdicts:
+                _verdicts[*self.name, capability] = probe(self)
+            return _verdicts[*self.name, capability]
 
     # objects ----------------------------------------------------------------------------------------------------
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`; one request, whatever the size."""
         self.look_first(key, if_absent)
-        return self.put_object(key, buffers, if_absent and self.capabilities.conditional_puts)
+        return self.put_object(key, buffers, if_absent and self.can(Capability.CONDITIONAL_PUTS))
 
     def look_first(self, key: str, if_absent: bool) -> None:
         """All that can be done about `if_absent` where the server does not honour it. Raises AlreadyExists."""
         check_key(key)
-        if not if_absent or self.capabilities.conditional_puts:
+        if not if_absent or self.can(Capability.CONDITIONAL_PUTS):
             return
         try:
             self.info(key)
@@ -171,15 +181,8 @@ class Bucket:
         except NotFound:
             return
 
-    def deletes_conditionally(self) -> bool:
-        """See `ConditionalStore.deletes_conditionally`; found out by the first who asks in this process."""
-        with _verdicts_lock:
-            if self.name not in _delete_verdicts:
-                _delete_verdicts[self.name] = honours_conditional_deletes(self)
-            return _delete_verdicts[self.name]
-
     def delete_version(self, key: str, etag: str) -> bool:
-        """See `ConditionalStore.delete_version`."""
+        """See `ObjectStore.delete_version`."""
         try:
             self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Response.read_start)
         except NotFound:
@@ -250,10 +253,14 @@ class Bucket:
         return _bare(self._client.complete_upload(self._location.prefix + key, upload, parts, with_condition, request))
 
     def uploads(self) -> Sequence[Upload]:
-        """See `MultipartStore.uploads`."""
+        """See `ObjectStore.uploads`."""
         rows = self._client.uploads(self._location.prefix, self._request("list the uploads of", ""))
         named = [(name.removeprefix(self._location.prefix), upload, when) for name, upload, when in rows]
         return [Upload(key, upload, when) for key, upload, when in named if _is_key(key)]
+
+    def abort(self, upload: Upload) -> None:
+        """See `ObjectStore.abort`."""
+        self.abort_upload(upload.key, upload.id)
 
     def abort_upload(self, key: str, upload: str) -> None:
         """Give an upload up. Raises NotFound when it is gone (or done)."""

@@ -102,6 +102,11 @@ class S3Client:
         self._connections = Connections(self.address, options.connect_timeout_s, options.stall_timeout_s)
         self._client.meta.events.register("before-send.s3", self._send)
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._connections.close()
+        self._client.close()
+
     def sign(self, method: str, target: str, headers: Mapping[str, str], payload_sha256: str | None) -> dict[str, str]:
         """`headers` and those that sign a request to `target`, which is quoted already. Raises Denied, Transient."""
         scheme = "https" if self.address.tls else "http"

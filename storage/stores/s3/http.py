@@ -167,7 +167,10 @@ class Response:
 
 
 class Connections:
-    """Keeps connections to one address open between requests. Thread-safe; each request has one to itself."""
+    """Keeps connections to one address open between requests, until it is closed.
+
+    Thread-safe; each request has a connection to itself. One that is under way at the close ends as any other.
+    """
 
     def __init__(self, address: Address, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self._address = address
@@ -177,6 +180,10 @@ class Connections:
         self._forwarder = None if address.tls else address.proxy
         self._idle = _Idle()
         weakref.finalize(self, self._idle.close)
+
+    def close(self) -> None:
+        """Close what no request uses, and what one uses once it has ended."""
+        self._idle.close()
 
     def exchange(
         self,
@@ -239,7 +246,7 @@ class Connections:
     def _lost(self, error: Exception, is_fresh: bool) -> Transient:
         cause = _cause(error)
         if cause is Cause.RESET and not is_fresh:
-            self._idle.close()  # what closed this one has closed the others
+            self._idle.drop()  # what closed this one has closed the others
             return Transient(f"{self._address} had closed an idle connection", Cause.STALE)
         if cause is Cause.STALLED:
             return Transient(f"{self._address} did not move a byte for {self._stall_timeout_s:g} s", cause)
@@ -275,6 +282,7 @@ class _Idle:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connections: list[http.client.HTTPConnection] = []
+        self._is_closed = False
 
     def take(self) -> http.client.HTTPConnection | None:
         """One that the server has not closed, as far as can be seen."""
@@ -288,14 +296,25 @@ class _Idle:
             connection.close()
 
     def put(self, connection: http.client.HTTPConnection) -> None:
+        """Take one back."""
         with self._lock:
-            self._connections.append(connection)
+            if not self._is_closed:
+                self._connections.append(connection)
+                return
+        connection.close()
 
-    def close(self) -> None:
+    def drop(self) -> None:
+        """Close those that wait now."""
         with self._lock:
             connections, self._connections = self._connections, []
         for connection in connections:
             connection.close()
+
+    def close(self) -> None:
+        """Close those that wait, and those that come."""
+        with self._lock:
+            self._is_closed = True
+        self.drop()
 
 
 def connect_error(address: Address, error: Exception) -> StorageError:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
 from storage.parallel import Pool, run_all
 from storage.stores.adaptive_limit import AdaptiveLimit
-from storage.stores.objects import Buffer, Fetch, ObjectInfo, Upload, parts_of_size
-from storage.stores.retry_policy import IMPATIENT_RULES, Retrier
+from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, parts_of_size
+from storage.stores.retry_policy import Retrier
 from storage.stores.retrying_store import RetryingStore, stored_equal, views_of
 from storage.stores.s3.bucket import Bucket
 from storage.stores.s3.digests import Sent
@@ -56,24 +56,11 @@ class S3Store(RetryingStore):
         return self._put_content(key, _Content([functools.partial(list, part) for part in cut], if_absent), self._pool)
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
-        """See `StreamingStore.put_from`. A part that has to be sent again is not fetched again."""
+        """See `ObjectStore.put_from`. A part that has to be sent again is not fetched again."""
         if size_bytes <= self._part_bytes:
             return super().put(key, fetch(0, size_bytes))
         cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
         return self._put_content(key, _Content([functools.partial(fetch, *place) for place in cut]), pool)
-
-    def impatient(self, timeout_s: float) -> RetryingStore:
-        """See `ImpatientStore.impatient`."""
-        bucket = self._bucket.apart(timeout_s)
-        return RetryingStore(bucket, Retrier(AdaptiveLimit(1), bucket.retries, IMPATIENT_RULES))
-
-    def deletes_conditionally(self) -> bool:
-        """See `ConditionalStore.deletes_conditionally`."""
-        return self._retrier.call(f"probe of {self.url}", self._bucket.deletes_conditionally)
-
-    def delete_version(self, key: str, etag: str) -> bool:
-        """See `ConditionalStore.delete_version`."""
-        return self._retrier.call(f"delete {key}", lambda: self._bucket.delete_version(key, etag))
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -83,13 +70,10 @@ class S3Store(RetryingStore):
         """See `ObjectStore.folders`."""
         return self._bucket.folded(prefix, self._bucket.pages(prefix, "/", self._page))
 
-    def uploads(self) -> Sequence[Upload]:
-        """See `MultipartStore.uploads`."""
-        return self._retrier.call("list uploads", self._bucket.uploads)
-
-    def abort(self, upload: Upload) -> None:
-        """See `MultipartStore.abort`."""
-        self._retrier.call(f"abort {upload.key}", lambda: self._bucket.abort_upload(upload.key, upload.id))
+    def close(self) -> None:
+        """See `ObjectStore.close`."""
+        self._pool.shutdown()
+        super().close()
 
     def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
         return self._retrier.call(f"list {prefix}", lambda: self._bucket.page(prefix, token, delimiter))
@@ -129,7 +113,7 @@ class S3Store(RetryingStore):
 
     def _complete(self, key: str, upload: str, content: _Content, parts: Sequence[Sent], size_bytes: int) -> ObjectInfo:
         """Join the parts. Where the answers leave doubt, the object itself says whether it has happened."""
-        condition = content.if_absent and self.capabilities.conditional_puts
+        condition = content.if_absent and self.can(Capability.CONDITIONAL_PUTS)
         doubts: list[Transient] = []
 
         def attempt() -> str:
