@@ -29,25 +29,25 @@ from launcher.coordination.member import Member
 from launcher.coordination.reopen import is_running, reopen_failed
 from launcher.coordination.telling import last_words
 from launcher.coordination.vitals import VitalsTeller
-from launcher.drain.backstop import Backstop
+from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainRequest, DrainRequests
 from launcher.drain.notices import Notice
-from launcher.drain.preemption import Lookout, OrderWatcher
+from launcher.drain.preemption import NoticeWatch, OrderWatcher
 from launcher.drain.preemption import watchers as find_watchers
 from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.conf import RendezvousConf
+from launcher.elastic.cooperative_stop import GracePeriods
 from launcher.elastic.logs import name_node
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
-from launcher.elastic.yielding import Graces
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
 from launcher.events import EventLog, EventName
 from launcher.health.hangs import HangRules
+from launcher.health.liveness import LivenessListener
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
-from launcher.health.probe import Doorbell
 from launcher.health.watchdog import Watchdog
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
@@ -140,10 +140,10 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
     with contextlib.ExitStack() as stack:
         stack.callback(connection.close)
         try:
-            doorbell = Doorbell(connection.local_address)
+            listener = LivenessListener(connection.local_address)
         except OSError as error:
             raise UsageError(f"--local-addr {connection.local_address}: cannot listen there: {error}") from error
-        stack.callback(doorbell.close)
+        stack.callback(listener.close)
         host = socket.gethostname()
         node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:8]}"
         events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
@@ -154,7 +154,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             node_id=node_id,
             host=host,
             address=connection.local_address,
-            port=doorbell.port,
+            port=listener.port,
             slots=config.nproc_per_node,
             zone=conf.zone,
         )
@@ -182,7 +182,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
         preflight = _preflight(extras, events)
         unfit = preflight.first()
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
-        backstop = Backstop(drain, functools.partial(_tell_overrun, events), _end_at_once)
+        deadline = DrainDeadline(drain, functools.partial(_tell_overrun, events), _end_at_once)
 
         def heed(notice: Notice) -> None:
             drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
@@ -197,14 +197,14 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error
         if connection.hosts_store:
             stack.callback(_linger, member)
-            stack.callback(backstop.stop)
+            stack.callback(deadline.stop)
         stack.callback(member.leave)
         teller = VitalsTeller(connection.kv, config.run_id, node_id, member.lease)
         stack.callback(teller.stop)
         signs = VitalSigns(teller, runtime_dir)
-        lookout = Lookout({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
-        lookout.start()
-        stack.callback(lookout.stop)
+        notice_watch = NoticeWatch({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
+        notice_watch.start()
+        stack.callback(notice_watch.stop)
         watchdog = Watchdog(extras.hangs, extras.log_dir, events)
         leftovers = Leftovers(runtime_dir, warm, keep=keep)
         return _run(
@@ -275,7 +275,7 @@ def _run(
         rendezvous=rendezvous,
         events=events,
         runtime_dir=runtime_dir,
-        graces=Graces(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
+        graces=GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
         drain=drain,
         command=command,
         warm=warm,

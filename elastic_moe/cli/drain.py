@@ -18,7 +18,7 @@ from launcher.coordination.lookup import look_up
 from launcher.coordination.orders import give_order
 from launcher.drain.draining import DrainOrder
 from launcher.errors import KVUnavailable
-from launcher.health.probe import is_refused
+from launcher.health.liveness import is_refused
 from launcher.kv.endpoint import parse_endpoint
 from launcher.rounds.records import Node
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
-from launcher.health.hangs import Auto, HangRules, Setting
+from launcher.health.hangs import Auto, HangLimit, HangRules
 from launcher.health.preflight import PreflightRules
 from launcher.rounds.mesh import MeshPlan, plan
 
@@ -233,7 +233,7 @@ def _mib(text: str) -> float:
     return 0.0 if text == "0" else positive_float(text)
 
 
-def _limit(text: str) -> Setting:
+def _limit(text: str) -> HangLimit:
     """Seconds, or a word for none or a learnt limit."""
     if text in tuple(Auto):
         return Auto(text)

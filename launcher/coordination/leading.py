@@ -18,7 +18,7 @@ from launcher.coordination.roster import LEASE_ENDED, NODES, ROUND, Departure, R
 from launcher.coordination.telling import tell
 from launcher.errors import Compacted, KVUnavailable
 from launcher.events import Emit, EventName
-from launcher.health.probe import report_dead
+from launcher.health.liveness import report_dead
 from launcher.kv import KV, Watch, WatchEvent
 from launcher.rounds.forming import Planner
 from launcher.rounds.membership import Evict, Propose, Rules, Wait, decide

@@ -18,8 +18,8 @@ from launcher.coordination.roster import JOB, NODES, Board, run_prefix
 from launcher.drain.draining import DrainOrder
 from launcher.errors import Compacted, Drained, JobClosed, KVError, KVUnavailable
 from launcher.events import Emit, EventName
-from launcher.health.neighbours import Neighbours, watched_by
-from launcher.health.probe import Answer, ask
+from launcher.health.liveness import PeerState, probe
+from launcher.health.peers import PeerWatch, watched_by
 from launcher.kv import KV, Lease, Watch, WatchEvent
 from launcher.rounds.forming import Planner
 from launcher.rounds.membership import Rules
@@ -72,7 +72,7 @@ class Member:
         self._stale = False  # what was learnt is not to be relied on: list again
         self._why = ""
         self._stopping = threading.Event()
-        self._neighbours = Neighbours(self.evict, self.cannot_reach)
+        self._peers = PeerWatch(self.evict, self.cannot_reach)
         self._watch: Watch | None = None
         self._thread = threading.Thread(target=self._follow, name="member-follow", daemon=True)
 
@@ -193,7 +193,7 @@ class Member:
                 yielded=yielded or record.yielded,
             )
         if status in (Status.STOPPING, Status.READY):
-            self._neighbours.watch(())
+            self._peers.watch(())
 
     def join(self, generation: int, timeout_s: float, *, worker_store: str = "") -> Round:
         """Say that this node joins `generation`, and wait until all have; workers may start when this returns.
@@ -221,7 +221,7 @@ class Member:
                     )
                 self._changed.wait(min(left_s, _TICK_S))
             self._joined = generation
-        self._neighbours.watch(watched_by(current, self.node_id))
+        self._peers.watch(watched_by(current, self.node_id))
         return current
 
     def stay_out(self, reason: str, seconds: float) -> None:
@@ -276,7 +276,7 @@ class Member:
         with self._changed:
             told, current = self._own.record.cannot_reach, self._board.round
         named = {p.node_id: p for p in current.participants} if current else {}
-        still = [n for n in told if n in named and ask(named[n].address, named[n].port) is Answer.SILENT]
+        still = [n for n in told if n in named and probe(named[n].address, named[n].port) is PeerState.SILENT]
         with self._changed:
             if self._own.record.cannot_reach == told and self._own.record.status is Status.READY:
                 self._own.change(cannot_reach=tuple(still))
@@ -328,7 +328,7 @@ class Member:
     def leave(self) -> None:
         """Leave at once: the record says so and goes, with its lease."""
         self._stopping.set()
-        self._neighbours.close()
+        self._peers.close()
         if self._watch is not None:
             self._watch.cancel()
         with self._changed:

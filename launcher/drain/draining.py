@@ -23,7 +23,7 @@ _LEAVE_SHARE, _LEAVE_MAX_S = 0.15, 3.0
 _EXIT_SHARE, _EXIT_MAX_S = 0.03, 0.5
 
 
-class Source(StrEnum):
+class DrainSource(StrEnum):
     """Who asks a node to leave."""
 
     SIGNAL = "signal"
@@ -36,7 +36,7 @@ class DrainRequest:
     """One request. `deadline_s`: nothing of this node may be there any more; `detail` names the signal, the user, or
     what the notice says."""
 
-    source: Source
+    source: DrainSource
     detail: str
     asked_s: float
     deadline_s: float
@@ -129,7 +129,9 @@ class DrainRequests:
         self._stop_s = stop_s
         self._requests: list[DrainRequest] = []
 
-    def ask(self, source: Source, detail: str, now_s: float, *, within_s: float | None = None, signum: int = 0) -> None:
+    def ask(
+        self, source: DrainSource, detail: str, now_s: float, *, within_s: float | None = None, signum: int = 0
+    ) -> None:
         """Ask this node to be gone `within_s` from now."""
         grace_s = self._grace_s if within_s is None else max(0.0, within_s)
         self._requests.append(DrainRequest(source, detail, now_s, now_s + grace_s, signum))
@@ -138,7 +140,7 @@ class DrainRequests:
         """A signal asks; False if one has asked before."""
         if any(r.signum for r in self._requests):
             return False
-        self.ask(Source.SIGNAL, signum.name, now_s, signum=signum)
+        self.ask(DrainSource.SIGNAL, signum.name, now_s, signum=signum)
         return True
 
     @property

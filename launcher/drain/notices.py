@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 
-from launcher.drain.draining import Source
+from launcher.drain.draining import DrainSource
 
 _FAR_S = 86400.0
 
@@ -17,7 +17,7 @@ class Notice:
 
     detail: str
     within_s: float | None = None
-    source: Source = Source.NOTICE
+    source: DrainSource = DrainSource.NOTICE
     is_final: bool = True
 
 

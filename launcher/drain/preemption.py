@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.drain import clouds
-from launcher.drain.draining import DrainOrder, Source
+from launcher.drain.draining import DrainOrder, DrainSource
 from launcher.drain.notices import Notice, believed, seconds_left
 from launcher.errors import UsageError
 from launcher.events import Emit, EventName
@@ -91,7 +91,7 @@ class OrderWatcher:
 
     def poll(self) -> Notice | None:
         order = self._order()
-        return Notice(f"elastic-moe drain by {order.by}", order.grace_s, Source.COMMAND) if order else None
+        return Notice(f"elastic-moe drain by {order.by}", order.grace_s, DrainSource.COMMAND) if order else None
 
 
 _BUILT_IN: Mapping[str, Factory] = {
@@ -135,7 +135,7 @@ def _factory(name: str) -> Factory:
     return factory
 
 
-class Lookout:
+class NoticeWatch:
     """Asks every watcher on a thread of its own. `heed` is called from there, once for each watcher at most."""
 
     def __init__(self, found: Mapping[str, Watcher], heed: Callable[[Notice], None], emit: Emit) -> None:

@@ -32,23 +32,23 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from launcher.coordination.member import Member
 from launcher.drain.draining import DrainRequests
 from launcher.drain.signals import handle_signals, stop_at_once
+from launcher.elastic.cooperative_stop import CooperativeStop, GracePeriods
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
-from launcher.elastic.yielding import Graces, Yielding
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventLog, EventName
-from launcher.health import autopsy
+from launcher.health import postmortem
 from launcher.health.devices import DeviceMemory
-from launcher.health.probe import report_dead
-from launcher.health.watchdog import Watchdog, Watched
+from launcher.health.liveness import report_dead
+from launcher.health.watchdog import Watchdog, WatchedWorkers
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.torch_private import AgentSteps
 from launcher.wording import name_some
 from launcher.workers import boot
-from launcher.workers.channels import WorkerChannels
-from launcher.workers.family import GRACE_AFTER_SUCCESS_S, GRACE_S
 from launcher.workers.leftovers import Leftovers
+from launcher.workers.local_workers import LocalWorkers
+from launcher.workers.process_tree import GRACE_AFTER_SUCCESS_S, GRACE_S
 from launcher.workers.warm import COLD, WarmStart
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         rendezvous: MemberRendezvous,
         events: EventLog,
         runtime_dir: Path,
-        graces: Graces,
+        graces: GracePeriods,
         drain: DrainRequests,
         command: Sequence[str],
         warm: WarmStart | None,
@@ -108,10 +108,10 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._signs = signs
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
-        self._channels = WorkerChannels(runtime_dir, 0, ())
+        self._workers = LocalWorkers(runtime_dir, 0, ())
         self._started_s = 0.0
         self._drain = drain
-        self._yielding = Yielding(member, drain, graces, self._emit, watchdog.dump_stacks)
+        self._cooperative_stop = CooperativeStop(member, drain, graces, self._emit, watchdog.dump_stacks)
         self._supervising = False
         self._oom_kills_before = 0
         self._failures: list[Failure] = []
@@ -138,18 +138,18 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     def start_workers(self) -> dict[int, Any]:
         """Start the workers of the round that was joined, warm if that can be, and have them watched."""
         current, group = self._current_round(), self.get_worker_group()
-        self._channels.close()
+        self._workers.close()
         local_ranks = [worker.local_rank for worker in group.workers]
-        self._channels = WorkerChannels(self._runtime_dir, current.generation, local_ranks)
+        self._workers = LocalWorkers(self._runtime_dir, current.generation, local_ranks)
         self._failures = []
-        self._oom_kills_before = autopsy.oom_kills()
+        self._oom_kills_before = postmortem.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
         group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
         # Scripts and log folders see the same count on every node: the rounds that ran before this one.
         pids = self.start_group(group.spec.max_restarts - (current.generation - 1))
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
-        self._yielding.begin(self._channels, self._started_s)
+        self._cooperative_stop.begin(self._workers, self._started_s)
         self._signs.begin(current)
         self._pids = list(pids.values())
         self._watch_workers(current)
@@ -171,8 +171,8 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             run_id=self._rendezvous_handler.get_run_id(),
             node=self._member.node_id,
             mesh=current.mesh.to_json() if current.mesh else None,
-            channel=self._channels.path(local_rank),
-            stacks=self._channels.stacks_path(local_rank),
+            channel=self._workers.path(local_rank),
+            stacks=self._workers.stacks_path(local_rank),
             events=self._events.path,
             checkpoint=self._signs.checkpoint_path,
         )
@@ -210,7 +210,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     def _leave_if_asked(self) -> None:
         """Leave where no workers run that would have to stop first."""
         if request := self._drain.current:
-            self._yielding.tell_drain(request)
+            self._cooperative_stop.tell_drain(request)
             raise Drained(request.reason, request.exit_code)
 
     def _closed(self) -> RunResult:
@@ -227,35 +227,37 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             self._member.wait(_POLL_S)
             if self._warm is not None:
                 self._warm.listen()
-            self._signs.look(self._channels)
-            exit_codes = {remains.exit_code for remains in self._remains()}
+            self._signs.look(self._workers)
+            exit_codes = {worker.exit_code for worker in self._worker_exits()}
             if exit_codes - {0, None}:
                 self._report_failures()
                 return _End("worker failed", self._graces.stop_s)
-            if hang := self._watchdog.look(time.monotonic(), exited=self._exited(), paused=self._yielding.is_awaited()):
+            if hang := self._watchdog.look(
+                time.monotonic(), exited=self._exited(), paused=self._cooperative_stop.is_awaited()
+            ):
                 return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
             reason = self._member.stop_requested(generation)
-            if reason and not self._yielding.ask(reason):
+            if reason and not self._cooperative_stop.ask(reason):
                 return _End(reason, self._graces.stop_s)
-            if self._member.store_silent() and self._channels.is_cooperative() and self._channels.asked_s is None:
+            if self._member.store_silent() and self._workers.is_cooperative() and self._workers.asked_s is None:
                 reason = reason or "the store is silent"
-                self._yielding.ask(reason)  # saved now, no step is lost if this node has to stop its workers
+                self._cooperative_stop.ask(reason)  # saved now, no step is lost if this node has to stop its workers
             broken = self._member.broken(generation)
-            if broken and not self._yielding.may_finish(broken):
+            if broken and not self._cooperative_stop.may_finish(broken):
                 if broken.hung and not self._member.fenced():
                     self._watchdog.answer(broken.reason, self._member.announce)
                 # Workers of a node whose lease may have ended must be gone before others start in their place.
                 return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
             request = self._drain.current
-            if request and (why := self._yielding.follow_drain(request)):
+            if request and (why := self._cooperative_stop.follow_drain(request)):
                 return _End(f"{request.reason}: {why}", self._graces.stop_s)
-            reason = reason or (request.reason if request else self._yielding.why())
+            reason = reason or (request.reason if request else self._cooperative_stop.why())
             exited = exit_codes == {0}
-            if self._yielding.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
+            if self._cooperative_stop.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
                 # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
                 return _End(reason, 0.0)
-            if exited and not self._yielding.done:
-                self._emit(EventName.WORKERS_DONE, **self._channels.last_step_fields())
+            if exited and not self._cooperative_stop.done:
+                self._emit(EventName.WORKERS_DONE, **self._workers.last_step_fields())
                 if not self._finish(generation):
                     return _End("its workers are done, the job is not", self._graces.stop_s)
                 # Not asked before all have ended well: where one has failed it ends the others in its own way.
@@ -273,19 +275,19 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
         # stands for them): they would train, or hold memory, beside the new ones.
         linger_s = max(0.0, self._drain.kill_by(began_s + end.grace_s + _LINGER_S) - time.monotonic())
-        if pids := self._channels.end_forked_workers(linger_s):
+        if pids := self._workers.end_forked_workers(linger_s):
             self._emit(EventName.WORKERS_LINGER, pids=pids, seconds=round(linger_s, 3))
         ended = self._end_leftovers(GRACE_S if end.grace_s else 0.0)
         self.get_worker_group().state = WorkerState.STOPPED
-        last = self._channels.last_step_fields()
+        last = self._workers.last_step_fields()
         self._emit(EventName.WORKERS_STOPPED, reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
         if request := self._drain.current:
-            if not self._yielding.done:
+            if not self._cooperative_stop.done:
                 self._emit(EventName.DRAIN_CUT_SHORT, reason=end.reason, step=last["step"], seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
         if held := self._device_memory.wait_free(
-            [*self._pids, *self._channels.claimed_pids(), *ended], _DEVICE_MEMORY_S
+            [*self._pids, *self._workers.claimed_pids(), *ended], _DEVICE_MEMORY_S
         ):
             self._emit(EventName.DEVICE_MEMORY_HELD, reason=held, seconds=_DEVICE_MEMORY_S)
 
@@ -297,29 +299,29 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
                 return True
             if self._member.broken(generation):
                 return False
-            if self._yielding.overdue():
+            if self._cooperative_stop.overdue():
                 return False
             self._member.wait(_POLL_S)
 
     # --- failures
 
-    def _remains(self) -> list[autopsy.Remains]:
-        return autopsy.remains(self.processes(), self._global_ranks(), self._channels.progress())
+    def _worker_exits(self) -> list[postmortem.WorkerExit]:
+        return postmortem.worker_exits(self.processes(), self._global_ranks(), self._workers.progress())
 
     def _report_failures(self) -> None:
         """Tell the others before anything is killed, and find out whether a peer's death is the cause."""
-        around = autopsy.Circumstances(
+        around = postmortem.NodeCircumstances(
             lived_s=time.monotonic() - self._started_s,
-            oom_kills=autopsy.oom_kills() - self._oom_kills_before,
+            oom_kills=postmortem.oom_kills() - self._oom_kills_before,
             draining=self._drain.current is not None,
         )
-        failures = autopsy.examine(self._remains(), around)
+        failures = postmortem.examine(self._worker_exits(), around)
         known = {failure.rank for failure in self._failures}
         news = [failure for failure in failures if failure.rank not in known]
         if not news:
             return
         self._failures = failures
-        self._member.announce(Status.STOPPING, reason="worker failed", failure=autopsy.summarise(failures))
+        self._member.announce(Status.STOPPING, reason="worker failed", failure=postmortem.summarise(failures))
         peers = [p for p in self._current_round().participants if p.node_id != self._member.node_id]
         report_dead(peers, self._member.evict)
         for failure in news:
@@ -336,7 +338,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
 
     def error_file_of(self, rank: int) -> str:
         """Where a worker of the last generation wrote the error that ended it, "" if it was not this node's."""
-        return next((remains.error_file for remains in self._remains() if remains.rank == rank), "")
+        return next((worker.error_file for worker in self._worker_exits() if worker.rank == rank), "")
 
     # --- hangs
 
@@ -346,11 +348,11 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         files = (*(p.stdout for p in processes), *(p.stderr for p in processes))
         silence = self._watchdog.rules.silence_s is not None and current.place_of(self._member.node_id) == 0
         self._watchdog.begin(
-            Watched(
+            WatchedWorkers(
                 generation=current.generation,
                 ranks=self._global_ranks(),
                 pids={p.local_rank: p.process.pid for p in processes},
-                channels=self._channels,
+                workers=self._workers,
                 outputs=[Path(file) for file in files if file not in ("", os.devnull)] if silence else (),
             )
         )
@@ -387,7 +389,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             if self._member.fenced():
                 break
             time.sleep(0.005)
-        if self._channels.kill():  # then what stands for them ends by itself, and takes along what they have started
+        if self._workers.kill():  # then what stands for them ends by itself, and takes along what they have started
             ends_s = time.monotonic() + _KILL_S
             while any(p.is_alive for p in alive) and time.monotonic() < self._drain.kill_by(ends_s):
                 time.sleep(0.005)
@@ -417,4 +419,4 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         succeeded = self.get_worker_group().state is WorkerState.SUCCEEDED
         self._end_leftovers(GRACE_AFTER_SUCCESS_S if succeeded else GRACE_S)
         self._leftovers.close()
-        self._channels.close()
+        self._workers.close()

@@ -44,7 +44,7 @@ from launcher.elastic.rendezvous import MemberRendezvous, open_store
 from launcher.environment import Environment
 from launcher.errors import KVUnavailable, UsageError
 from launcher.events import EventLog
-from launcher.health.probe import Doorbell
+from launcher.health.liveness import LivenessListener
 from launcher.kv.connect import Connection, connect
 from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
 from launcher.torch_private import is_of_exit_barrier
@@ -79,13 +79,13 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
         timeout_s=conf.connect_timeout,
     )
     try:
-        doorbell = Doorbell(connection.local_address)
+        listener = LivenessListener(connection.local_address)
     except OSError as error:
         connection.close()
         raise UsageError(f"--local-addr {connection.local_address}: not this node's: {error.strerror}") from error
     host = socket.gethostname()
     node_id = f"{host}-{uuid.uuid4().hex[:8]}"
-    node = Node(node_id, host, connection.local_address, doorbell.port, slots=1, zone=conf.zone)
+    node = Node(node_id, host, connection.local_address, listener.port, slots=1, zone=conf.zone)
     member = Member(
         connection.kv,
         params.run_id,
@@ -101,7 +101,7 @@ def _join(params: RendezvousParameters) -> TorchrunRendezvous:
     except KVUnavailable as error:
         connection.close()
         raise UsageError(f"--rdzv-endpoint {params.endpoint}: {error}") from error
-    return TorchrunRendezvous(member, connection, doorbell, params, timeout_s=conf.timeout)
+    return TorchrunRendezvous(member, connection, listener, params, timeout_s=conf.timeout)
 
 
 class TorchrunRendezvous(MemberRendezvous):
@@ -111,7 +111,7 @@ class TorchrunRendezvous(MemberRendezvous):
         self,
         member: Member,
         connection: Connection,
-        doorbell: Doorbell,
+        listener: LivenessListener,
         params: RendezvousParameters,
         *,
         timeout_s: float,
@@ -124,7 +124,7 @@ class TorchrunRendezvous(MemberRendezvous):
             timeout_s=timeout_s,
         )
         self._connection = connection
-        self._doorbell = doorbell
+        self._listener = listener
         self._left = False
         self._told_generation = 0
         atexit.register(self._leave)
@@ -217,7 +217,7 @@ class TorchrunRendezvous(MemberRendezvous):
         self._left = True
         atexit.unregister(self._leave)
         self._member.leave()
-        self._doorbell.close()
+        self._listener.close()
         self._connection.close()
 
 

@@ -24,8 +24,8 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.coordination.member import Member
 from launcher.errors import JobClosed, KVUnavailable
+from launcher.health.liveness import connect
 from launcher.health.preflight import PATIENCE_S, Preflight
-from launcher.health.probe import connect
 from launcher.rounds.records import Round, Status
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.coordination.vitals import VitalsTeller
 from launcher.rounds.records import Round, describe
 from launcher.rounds.vitals import Vitals
-from launcher.workers.channels import WorkerChannels
+from launcher.workers.local_workers import LocalWorkers
 
 
 class VitalSigns:
@@ -29,17 +29,17 @@ class VitalSigns:
             root = current.causes[0]
             self._failure = root.failure.ts, f"{describe(root.failure)} (on {root.node_id})"
 
-    def look(self, channels: WorkerChannels) -> None:
+    def look(self, workers: LocalWorkers) -> None:
         """Gather and tell, where it is time for that: cheap enough for each turn of the agent's loop."""
         now_s = time.monotonic()
         if not self._teller.due(now_s):
             return
-        beats = [progress.beat_s for progress in channels.progress().values() if progress.beat_s]
+        beats = [progress.beat_s for progress in workers.progress().values() if progress.beat_s]
         step, ts = _committed(self.checkpoint_path)
         self._teller.tell(
             Vitals(
                 generation=self._generation,
-                step=channels.last_step(),
+                step=workers.last_step(),
                 beat_ts=round(time.time() - now_s + min(beats), 3) if beats else 0.0,
                 failure_ts=self._failure[0],
                 failure=self._failure[1],

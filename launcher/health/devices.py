@@ -27,12 +27,12 @@ _TOLERANCE_MIB = 512
 """What a driver may hold more than at first (NVRx tolerates as much)."""
 
 
-class Unanswered(Exception):
+class DriverError(Exception):
     """`nvidia-smi` failed, or did not answer in time; the message is one line for a person."""
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldMemory:
     """What dead workers still hold: their pids as the driver knows them, and MiB above the baseline by GPU."""
 
     pids: tuple[int, ...]
@@ -67,7 +67,7 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
     """One row of `fields` for each GPU (`what` = "gpu") or process on one ("compute-apps") that is visible to the job.
 
     Raises:
-        Unanswered: the tool failed or took longer than `timeout_s`.
+        DriverError: the tool failed or took longer than `timeout_s`.
     """
     chosen = visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
     command = [_TOOL, *(["-i", chosen] if chosen else []), f"--query-{what}={','.join(fields)}"]
@@ -80,7 +80,7 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
             text=True,
         )
     except OSError as error:
-        raise Unanswered(f"{_TOOL}: {error.strerror}") from error
+        raise DriverError(f"{_TOOL}: {error.strerror}") from error
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -88,16 +88,16 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
         # A broken driver holds it in the kernel, where SIGKILL does not reach it: it is not waited for any longer.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_KILL_S)
-        raise Unanswered(f"{_TOOL} did not answer within {timeout_s:g} s") from None
+        raise DriverError(f"{_TOOL} did not answer within {timeout_s:g} s") from None
     finally:
         for pipe in filter(None, (process.stdout, process.stderr)):
             pipe.close()
     if process.returncode != 0:
         told = (stderr.strip() or stdout.strip()).partition("\n")[0]
-        raise Unanswered(f"{_TOOL} ended with exit code {process.returncode}: {told}")
+        raise DriverError(f"{_TOOL} ended with exit code {process.returncode}: {told}")
     rows = [[field.strip() for field in line.split(",")] for line in stdout.splitlines() if line.strip()]
     if odd := next((row for row in rows if len(row) != len(fields)), None):  # "No devices were found", say
-        raise Unanswered(f"{_TOOL} said {','.join(odd)!r}")
+        raise DriverError(f"{_TOOL} said {','.join(odd)!r}")
     return rows
 
 
@@ -105,7 +105,7 @@ def used_mib() -> dict[str, int]:
     """Memory in use on each GPU, by index.
 
     Raises:
-        Unanswered: as `query`.
+        DriverError: as `query`.
     """
     rows = query("gpu", ("index", "memory.used"))
     return {index: int(used) for index, used in rows if used.isdigit()}
@@ -113,7 +113,7 @@ def used_mib() -> dict[str, int]:
 
 def held(
     pids: Collection[int], now_mib: Mapping[str, int], listed: Collection[int], before_mib: Mapping[str, int]
-) -> Held:
+) -> HeldMemory:
     """What still has to be freed. Pure.
 
     By pid where the driver lists processes; and by memory, as inside a container it lists none or with foreign pids.
@@ -125,7 +125,7 @@ def held(
         before_mib: memory in use by GPU before any worker started.
     """
     above = {gpu: used - before_mib[gpu] for gpu, used in now_mib.items() if gpu in before_mib}
-    return Held(
+    return HeldMemory(
         pids=tuple(sorted(set(pids) & set(listed))),
         excess_mib={gpu: excess for gpu, excess in above.items() if excess > _TOLERANCE_MIB},
     )
@@ -141,7 +141,7 @@ class DeviceMemory:
         if self._present:
             try:
                 self._before_mib = used_mib()
-            except Unanswered as error:
+            except DriverError as error:
                 log.warning("device memory of dead workers is not waited for: %s", error)
                 self._present = False
 
@@ -158,7 +158,7 @@ class DeviceMemory:
             try:
                 listed = [int(pid) for (pid,) in query("compute-apps", ("pid",)) if pid.isdigit()]
                 left = held(pids, used_mib(), listed, self._before_mib)
-            except Unanswered as error:
+            except DriverError as error:
                 return str(error)
             if not left:
                 return ""

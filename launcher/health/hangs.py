@@ -22,7 +22,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launcher.workers.channel import Phase, Progress
+from launcher.workers.channel import Progress, WorkerPhase
 
 _STEP_FLOOR_S = 300.0
 _STARTUP_FLOOR_S = 1800.0
@@ -41,16 +41,16 @@ class Auto(StrEnum):
     OFF = "off"
 
 
-Setting = float | Auto
+HangLimit = float | Auto
 
 
 @dataclass(frozen=True)
 class HangRules:
     """What the user asked for. Seconds, or `Auto`."""
 
-    step: Setting = Auto.AUTO
+    step: HangLimit = Auto.AUTO
     """Between two heartbeats."""
-    startup: Setting = Auto.AUTO
+    startup: HangLimit = Auto.AUTO
     """From a worker's start to its first heartbeat."""
     silence_s: float | None = None
     """Without a byte of output from the workers of rank 0's node, once they have written one; None: not watched."""
@@ -156,10 +156,10 @@ class HangWatch:
 
     def _take(self, rank: int, now: Progress) -> bool:
         """Learn from what a worker says; whether it said anything new."""
-        seen = self._seen.setdefault(rank, _Seen(Progress(Phase.STARTING, -1, 0.0), 0.0))
+        seen = self._seen.setdefault(rank, _Seen(Progress(WorkerPhase.STARTING, -1, 0.0), 0.0))
         if now == seen.progress:
             return False
-        self._beats = self._beats or now.phase is not Phase.STARTING
+        self._beats = self._beats or now.phase is not WorkerPhase.STARTING
         seen.was_untimed = seen.was_untimed or now.untimed
         if now.beat_s != seen.progress.beat_s:
             seen.num_beats += 1
@@ -175,7 +175,9 @@ class HangWatch:
     def _judge(self, live: Mapping[int, _Seen], output: Hashable) -> Hang | None:
         # One that never says a word while others make steps is no late starter: its script has only some ranks tell.
         steps = any(seen.num_beats for seen in self._seen.values())
-        telling = {rank: seen for rank, seen in live.items() if not steps or seen.progress.phase is not Phase.STARTING}
+        telling = {
+            rank: seen for rank, seen in live.items() if not steps or seen.progress.phase is not WorkerPhase.STARTING
+        }
         ages_s = {rank: self._clock_s - seen.changed_s for rank, seen in telling.items()}
         limits = {rank: self._limit_of(seen) for rank, seen in telling.items()}
         late = [rank for rank, (_, limit_s) in limits.items() if limit_s is not None and ages_s[rank] > limit_s]
@@ -202,7 +204,7 @@ class HangWatch:
 
     def _limit_of(self, seen: _Seen) -> tuple[str, float | None]:
         """Which limit holds for a worker now; None while none does."""
-        if seen.progress.phase is Phase.YIELDED:
+        if seen.progress.phase is WorkerPhase.YIELDED:
             return "step", None
         if seen.num_beats == 0 or seen.progress.untimed:
             return "start-up", self._startup_limit_s()

@@ -114,7 +114,7 @@ class Gpus:
             return ""
         try:
             num_gpus = len(devices.query("gpu", ("index", "uuid"), self.timeout_s))
-        except devices.Unanswered as error:
+        except devices.DriverError as error:
             return str(error)
         if num_gpus < self._num_gpus or num_gpus == 0:
             return f"{num_gpus} GPUs answer, {self._num_gpus} did before"
@@ -162,14 +162,14 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """A check that failed, and why."""
 
     check: str
     reason: str
 
 
-def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False) -> tuple[Finding, ...]:
+def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False) -> tuple[CheckResult, ...]:
     """Run all checks; those that failed. A check that raises has failed, and so has one that outlasts its time.
 
     `is_over` is asked every 0.1 s while checks are waited for. Once it is true, nothing is waited for any more and what
@@ -181,8 +181,8 @@ def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False
     return tuple(finding for finding in findings if finding.reason)
 
 
-def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[Finding]:
-    findings = [Finding(check.name, f"{check.name} did not end within {check.timeout_s:g} s") for check in checks]
+def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[CheckResult]:
+    findings = [CheckResult(check.name, f"{check.name} did not end within {check.timeout_s:g} s") for check in checks]
 
     def run(place: int) -> None:
         findings[place] = _run(checks[place])
@@ -214,12 +214,12 @@ def end_commands() -> None:
             _starting.release()
 
 
-def _run(check: Check) -> Finding:
+def _run(check: Check) -> CheckResult:
     try:
-        return Finding(check.name, check.run())
+        return CheckResult(check.name, check.run())
     except Exception as error:
         log.exception("preflight check %s", check.name)
-        return Finding(check.name, f"{type(error).__name__}: {error}")
+        return CheckResult(check.name, f"{type(error).__name__}: {error}")
 
 
 def _end(group: int) -> None:
@@ -298,7 +298,7 @@ class Preflight:
             self._emit(EventName.PREFLIGHT_PASSED, generation=generation, attempt=attempt, seconds=seconds)
         return True
 
-    def _tell(self, findings: Sequence[Finding], generation: int, attempt: int, retry_s: float) -> str:
+    def _tell(self, findings: Sequence[CheckResult], generation: int, attempt: int, retry_s: float) -> str:
         for finding in findings:
             self._emit(
                 EventName.PREFLIGHT_FAILED,

@@ -30,7 +30,7 @@ _COLLECTIVES = "/torch/distributed/"
 
 
 @dataclass(frozen=True)
-class Suspended:
+class StackTarget:
     """A worker to look at: `pid` is the process that runs the script, `path` is where it writes its stacks."""
 
     rank: int
@@ -47,7 +47,7 @@ class Stack:
     evidence: Evidence
 
 
-def collect(workers: Mapping[int, Suspended], wait_s: float = _WAIT_S) -> dict[int, Stack]:
+def collect(workers: Mapping[int, StackTarget], wait_s: float = _WAIT_S) -> dict[int, Stack]:
     """Have all workers write their stacks, at once; those that do not within `wait_s` are described without.
 
     A worker that is stopped (SIGSTOP) is let go on, as it cannot write otherwise: the caller is about to end it.
@@ -146,7 +146,7 @@ def _threads(pid: int) -> list[tuple[int, str, str, str]]:
     return found
 
 
-def _describe(worker: Suspended, threads: list[tuple[int, str, str, str]], stack: str, *, asked: bool) -> Stack:
+def _describe(worker: StackTarget, threads: list[tuple[int, str, str, str]], stack: str, *, asked: bool) -> Stack:
     frame, waits = innermost(stack)
     stopped = _is_stopped(threads)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -16,7 +16,7 @@ from launcher.health import stacks
 from launcher.health.hangs import Evidence, Hang, HangRules, HangWatch, suspects
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.records import HANG, Failure, Status
-from launcher.workers.channels import WorkerChannels
+from launcher.workers.local_workers import LocalWorkers
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _NUM_DESCRIBED = 3
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedWorkers:
     """The workers of one generation on this node: global ranks and the agent's child processes, by local rank.
 
     `outputs`: the files that get their output, where silence is watched on this node.
@@ -36,7 +36,7 @@ class Watched:
     generation: int
     ranks: Mapping[int, int]
     pids: Mapping[int, int]
-    channels: WorkerChannels
+    workers: LocalWorkers
     outputs: Sequence[Path] = ()
 
 
@@ -48,7 +48,7 @@ class Watchdog:
         self._watch = HangWatch(rules)
         self._log_dir = log_dir
         self._emit = emit
-        self._watched: Watched | None = None
+        self._watched: WatchedWorkers | None = None
         self._output: tuple[tuple[int, int], ...] | None = None
         self._output_due_s = 0.0
         self._dumped = False
@@ -58,7 +58,7 @@ class Watchdog:
         """What the user asked for."""
         return self._watch.rules
 
-    def begin(self, watched: Watched) -> None:
+    def begin(self, watched: WatchedWorkers) -> None:
         """Watch the workers of a new generation, started now."""
         self._watched = watched
         self._output, self._output_due_s = None, 0.0
@@ -71,7 +71,7 @@ class Watchdog:
         if self._watched.outputs and now_s >= self._output_due_s:
             self._output = tuple(_size_and_time(path) for path in self._watched.outputs)
             self._output_due_s = now_s + _OUTPUT_PERIOD_S
-        progress = self._watched.channels.progress()
+        progress = self._watched.workers.progress()
         return self._watch.look(progress, now_s, exited=exited, output=self._output, paused=paused)
 
     def dump_stacks(self, reason: str) -> tuple[Evidence, ...]:
@@ -82,12 +82,12 @@ class Watchdog:
         if self._dumped or self._watched is None:
             return ()
         self._dumped = True
-        watched, progress = self._watched, self._watched.channels.progress()
+        watched, progress = self._watched, self._watched.workers.progress()
         workers = {
-            local_rank: stacks.Suspended(
+            local_rank: stacks.StackTarget(
                 rank=rank,
-                pid=watched.channels.forked_pid(local_rank) or watched.pids[local_rank],
-                path=watched.channels.stacks_path(local_rank),
+                pid=watched.workers.forked_pid(local_rank) or watched.pids[local_rank],
+                path=watched.workers.stacks_path(local_rank),
                 step=progress[local_rank].step,
             )
             for local_rank, rank in watched.ranks.items()

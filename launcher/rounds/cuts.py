@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 LISTEN_S = 3.0
-"""Quiet after the last report before something follows from them. Neighbours find a cut within two seconds of one
-another (`neighbours`: where in their keepalive period it hits them)."""
+"""Quiet after the last report before something follows from them. PeerWatch find a cut within two seconds of one
+another (`peers`: where in their keepalive period it hits them)."""
 
 
 def left_out(order: Sequence[str], unreachable: Mapping[str, Collection[str]]) -> tuple[str, ...]:

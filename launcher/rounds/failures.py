@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launcher.workers.channel import Phase
+from launcher.workers.channel import WorkerPhase
 
 USAGE_EXIT_CODE = 2
 SETTLED_S = 300.0
@@ -51,7 +51,7 @@ class Death:
 
     exit_code: int | None
     error: WorkerError | None
-    phase: Phase
+    phase: WorkerPhase
     lived_s: float
     oom_kills: int = 0
     """Processes that the kernel killed for memory on this node while the worker lived."""
@@ -102,7 +102,7 @@ _MAY_PASS = {
 
 def classify(death: Death) -> FailureClass:
     """The class of a failure."""
-    if death.phase is Phase.GAVE_UP:
+    if death.phase is WorkerPhase.GAVE_UP:
         return FailureClass.GAVE_UP
     text = f"{death.error.message}\n{death.error.traceback}" if death.error else ""
     signum = signal_of(death.exit_code)
@@ -116,8 +116,8 @@ def classify(death: Death) -> FailureClass:
         return FailureClass.OUT_OF_MEMORY
     if signum is not None and death.error is None:
         return FailureClass.PREEMPTION if death.draining else FailureClass.SIGNAL
-    started = death.phase in (Phase.RUNNING, Phase.YIELDED)
-    if started or (death.lived_s >= SETTLED_S and death.phase is Phase.STARTING):
+    started = death.phase in (WorkerPhase.RUNNING, WorkerPhase.YIELDED)
+    if started or (death.lived_s >= SETTLED_S and death.phase is WorkerPhase.STARTING):
         return FailureClass.PROGRAM
     if death.exit_code == USAGE_EXIT_CODE:  # of its own accord, whatever it wrote down: Python ends an exception with 1
         return FailureClass.USAGE
@@ -131,7 +131,7 @@ def _is_bound_to_recur(death: Death) -> bool:
     or file system explains; of one that may be past its start without saying so, only what no start survives."""
     assert death.error is not None
     kind = exception_type(death.error)
-    if death.phase is Phase.ATTACHED:
+    if death.phase is WorkerPhase.ATTACHED:
         return kind not in _MAY_PASS
     return kind in _NEVER_CURED
 

@@ -194,7 +194,7 @@ class Node:
 
 
 class Participant(NamedTuple):
-    """A node's place in a round: how many workers it runs (at most its slots), and where its doorbell is.
+    """A node's place in a round: how many workers it runs (at most its slots), and where its liveness listener is.
 
     A tuple, as every node makes one of every participant of a round.
     """

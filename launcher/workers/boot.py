@@ -19,7 +19,7 @@ import sys
 if __name__ == "__main__":  # started by path, without site packages; ours come last
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from launcher.workers import family, guardian
+from launcher.workers import guardian, process_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ZYGOTE_TIMEOUT_S = 120.0
 def main(argv: "list[str]") -> None:
     """Tie this process to its agent, then run the program warm if that can be, else cold."""
     agent_pid, zygote, program = int(argv[1]), argv[2], argv[3:]
-    family.die_with(agent_pid)
+    process_tree.die_with(agent_pid)
     if zygote != "-":
         try:
             connection = _ask(zygote, program[1:])
@@ -116,7 +116,7 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
 def _stand_for_worker(connection: "socket.socket") -> None:
     """Until the worker ends; then end in the same way."""
     # A zygote that is gone took its workers along.
-    family.end_as(int(_receive(connection).get("status", str(int(signal.SIGKILL)))))
+    process_tree.end_as(int(_receive(connection).get("status", str(int(signal.SIGKILL)))))
 
 
 def _receive(connection: "socket.socket") -> "dict[str, str]":

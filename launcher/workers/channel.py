@@ -8,7 +8,7 @@ Layout, little endian, one field one writer::
 
     0   4s   magic            agent, once
     4   u32  stop request     agent    (StopReason)
-    8   u32  phase            worker   (Phase)
+    8   u32  phase            worker   (WorkerPhase)
     16  i64  step             worker   last completed step
     24  u64  beat_ns          worker   CLOCK_MONOTONIC of that step (one clock for all processes of a host)
     32  i64  pid              worker   of a forked worker, which is not the agent's own child
@@ -39,7 +39,7 @@ class StopReason(IntEnum):
     DRAIN = 2
 
 
-class Phase(IntEnum):
+class WorkerPhase(IntEnum):
     """What the worker says of itself."""
 
     STARTING = 0  # has not opened its channel: still importing, or a script that never will
@@ -56,7 +56,7 @@ class Progress:
     `untimed`: the worker does something that may take much longer than a step, such as saving or evaluating.
     """
 
-    phase: Phase
+    phase: WorkerPhase
     step: int
     beat_s: float
     untimed: bool = False
@@ -111,7 +111,7 @@ class Channel:
             memory.close()
             raise ValueError(f"{path} is not a worker channel of this version")
         if announce:
-            struct.pack_into("<I", memory, _PHASE, Phase.ATTACHED)
+            struct.pack_into("<I", memory, _PHASE, WorkerPhase.ATTACHED)
         return cls(path, memory)
 
     # --- the worker's side
@@ -124,15 +124,15 @@ class Channel:
     def beat(self, step: int) -> None:
         """Record that `step` is complete, now."""
         struct.pack_into("<qQ", self._memory, _STEP, step, time.monotonic_ns())
-        struct.pack_into("<I", self._memory, _PHASE, Phase.RUNNING)
+        struct.pack_into("<I", self._memory, _PHASE, WorkerPhase.RUNNING)
 
     def yielded(self) -> None:
         """Record that this worker stopped at a step boundary and wants to be run again."""
-        struct.pack_into("<I", self._memory, _PHASE, Phase.YIELDED)
+        struct.pack_into("<I", self._memory, _PHASE, WorkerPhase.YIELDED)
 
     def gave_up(self) -> None:
         """Record that this worker fails in a way that a restart would only repeat."""
-        struct.pack_into("<I", self._memory, _PHASE, Phase.GAVE_UP)
+        struct.pack_into("<I", self._memory, _PHASE, WorkerPhase.GAVE_UP)
 
     def set_untimed(self, untimed: bool) -> None:
         """Record that what begins now may take much longer than a step, or that it has ended."""
@@ -163,7 +163,7 @@ class Channel:
         step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
         (untimed,) = struct.unpack_from("<I", self._memory, _UNTIMED)
         # the file is the script's to write: what it has there by mistake is no end of the agent
-        known = Phase(phase) if phase <= max(Phase) else Phase.RUNNING
+        known = WorkerPhase(phase) if phase <= max(WorkerPhase) else WorkerPhase.RUNNING
         return Progress(known, step, beat_ns / 1e9, bool(untimed))
 
     def close(self) -> None:

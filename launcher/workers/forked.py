@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from launcher.environment import Environment
-from launcher.workers import paths, program, stash, variables
+from launcher.workers import early_variables, paths, program, stash
 from launcher.workers.channel import Channel
-from launcher.workers.family import die_with
+from launcher.workers.process_tree import die_with
 
 _LEARN_S, _LOOK_S = 10.0, 0.1
 _NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP)
@@ -94,7 +94,7 @@ def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socke
     def before(package: str) -> None:
         if os.getpid() != worker_pid:
             return  # a fork of the script's own: it is not the script that would begin anew
-        names = variables.changed_early(variables.current(), request.env, zygote.variables_read)
+        names = early_variables.changed_early(early_variables.current(), request.env, zygote.variables_read)
         if names:
             _start_cold(names, package, request, zygote.news)
 

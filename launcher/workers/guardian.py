@@ -1,8 +1,9 @@
 """Stands over one program: passes signals on, ends as it ends, and leaves nothing that it started.
 
 `boot.py` runs a cold worker so, and `python -I -S guardian.py PARENT_PID PROGRAM ARGS...` is how the agent starts the
-zygote. Orphans of the program become this process's children (`family`). When the program has ended, what it left is
-ended; when the parent dies, so does all of it, at once: a process that is killed with SIGKILL can clean up nothing.
+zygote. Orphans of the program become this process's children (`process_tree`). When the program has ended, what it
+left is ended; when the parent dies, so does all of it, at once: a process that is killed with SIGKILL can clean up
+nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 if __name__ == "__main__":  # started by path, without site packages
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from launcher.workers import family
+from launcher.workers import process_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
 
     keep = Environment.from_env(os.environ).keep_children
     if not keep:
-        family.adopt_orphans()
-    family.die_with(parent_pid)
+        process_tree.adopt_orphans()
+    process_tree.die_with(parent_pid)
     own_pid = os.getpid()
     if os.getsid(0) != own_pid:
         os.setsid()  # neither Ctrl-C nor a signal to the agent's process group is for it
@@ -56,7 +57,7 @@ def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
     if pid == 0:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        family.die_with(own_pid)
+        process_tree.die_with(own_pid)
         start()
         sys.exit(0)
     os.closerange(3, 1024)  # the program's, whose ends somebody may wait for
@@ -84,14 +85,14 @@ def _stand_over(pid: int, parent_pid: int, mask: set[int | signal.Signals], *, k
         if keep:
             os.kill(pid, signal.SIGKILL)
         else:
-            family.end(_own, 0.0)
+            process_tree.end(_own, 0.0)
         os._exit(1)
 
     for handled in PASSED_ON:
         signal.signal(handled, pass_on)
     signal.signal(PARENT_DIED, parent_died)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    family.die_with(parent_pid, PARENT_DIED)
+    process_tree.die_with(parent_pid, PARENT_DIED)
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) is None or ended.si_pid != pid:
         if ended:
             os.waitpid(ended.si_pid, 0)  # an orphan
@@ -99,23 +100,23 @@ def _stand_over(pid: int, parent_pid: int, mask: set[int | signal.Signals], *, k
         signal.signal(handled, signal.SIG_IGN)
     _, status = os.waitpid(pid, 0)
     if not keep:
-        found, left = family.end(_own, family.grace_after(status))
+        found, left = process_tree.end(_own, process_tree.grace_after(status))
         if found:
             _tell(found, left)
-    family.end_as(status)
+    process_tree.end_as(status)
 
 
-def _own() -> family.Found:
+def _own() -> process_tree.ProcessesByPid:
     """What is below this process; the dead are taken from the table first."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
         return {}  # neither a child nor, since orphans come here, a descendant
-    return family.below([os.getpid()])
+    return process_tree.descendants([os.getpid()])
 
 
-def _tell(ended: list[family.Process], left: list[family.Process]) -> None:
+def _tell(ended: list[process_tree.Process], left: list[process_tree.Process]) -> None:
     """To the worker's stderr, and to the agent's events where this is a worker's."""
     rank = os.environ.get("RANK", "")
     who = f"rank {rank}" if rank else "the program"

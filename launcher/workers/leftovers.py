@@ -13,7 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.environment import Environment
-from launcher.workers import family
+from launcher.workers import process_tree
+from launcher.workers.process_tree import ProcessesByPid
 from launcher.workers.warm import WarmStart
 
 
@@ -26,20 +27,24 @@ class Leftovers:
         self._warm = warm
         self._keep = keep
         if not keep:
-            family.adopt_orphans()
+            process_tree.adopt_orphans()
 
-    def end(self, boots: Collection[int], grace_s: float) -> tuple[list[family.Process], list[family.Process]]:
+    def end(
+        self, boots: Collection[int], grace_s: float
+    ) -> tuple[list[process_tree.Process], list[process_tree.Process]]:
         """End it; `boots` are the processes that stand for workers, which may still be there.
 
         Returns:
             What there was, and what is still there.
         """
-        return ([], []) if self._keep else family.end(lambda: self._find(boots), grace_s)
+        return ([], []) if self._keep else process_tree.end(lambda: self._find(boots), grace_s)
 
-    def _find(self, boots: Collection[int]) -> family.Found:
-        own = [pid for pid in family.children_by_parent()(os.getpid()) if pid not in boots and self._is_marked(pid)]
-        found = family.below(own)
-        for process in (family.seen(pid) for pid in own):
+    def _find(self, boots: Collection[int]) -> ProcessesByPid:
+        own = [
+            pid for pid in process_tree.children_by_parent()(os.getpid()) if pid not in boots and self._is_marked(pid)
+        ]
+        found = process_tree.descendants(own)
+        for process in (process_tree.look_up(pid) for pid in own):
             if process is not None:
                 found[process.pid] = process
         return found | (self._warm.orphans() if self._warm else {})
@@ -55,4 +60,4 @@ class Leftovers:
         """Take no more orphans."""
         if not self._keep:
             with contextlib.suppress(OSError):
-                family.adopt_orphans(False)
+                process_tree.adopt_orphans(False)

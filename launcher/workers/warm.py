@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.events import Emit, EventName
 from launcher.workers import guardian, paths, zygote
-from launcher.workers.family import Found, below
+from launcher.workers.process_tree import ProcessesByPid, descendants
 
 log = logging.getLogger(__name__)
 
@@ -204,10 +204,12 @@ class WarmStart:
             select.select([self._news], [], [], min(left_s, 1.0))
         return self._ready
 
-    def orphans(self) -> Found:
+    def orphans(self) -> ProcessesByPid:
         """What workers have started whose parents have ended: it is below the zygote's guardian, beside the zygote."""
         zygote_pid = self.zygote_pid()
-        return below([self._process.pid], without=[zygote_pid]) if self._process is not None and zygote_pid else {}
+        return (
+            descendants([self._process.pid], without=[zygote_pid]) if self._process is not None and zygote_pid else {}
+        )
 
     def zygote_pid(self) -> int | None:
         """The process that forks workers; None before it can."""

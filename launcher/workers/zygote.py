@@ -33,7 +33,7 @@ from pathlib import Path
 from launcher.environment import PREFIX
 from launcher.frames import HEADER_BYTES, receive, send
 from launcher.torch_private import IMPORTED_BY_FSDP
-from launcher.workers import freshness, paths, program, variables
+from launcher.workers import early_variables, freshness, paths, program
 from launcher.workers.forked import Request, Zygote, become, tell
 
 MODULES = (
@@ -67,7 +67,7 @@ class Imports:
     """What this process has imported ahead, and what that has read. A fork of the agent goes on with the agent's."""
 
     def __init__(self) -> None:
-        self.recorder = variables.Recorder()
+        self.recorder = early_variables.Recorder()
         self.environment = dict(os.environ)
         self.with_torch: set[str] = set()
 
@@ -222,10 +222,10 @@ class _Server:
     def _set_too_late(self, request: Request) -> str:
         read = self._imports.recorder.read
         now, before = _inherited(request.env), _inherited(self._imports.environment)
-        if names := variables.changed_early(now, before, read):
+        if names := early_variables.changed_early(now, before, read):
             return f"{', '.join(names)} is not what it was when torch was imported ahead"
         script = _script(request) or _module_file(request)
-        names = variables.set_in_source(Path(script), request.env, read) if script else []
+        names = early_variables.set_in_source(Path(script), request.env, read) if script else []
         return f"the script sets {', '.join(names)} before it imports torch" if names else ""
 
     def _fork(self, connection: socket.socket) -> bool:

@@ -111,13 +111,13 @@ def _ours(
 ) -> tuple[Callable[[], object], Callable[[], bool]]:
     from launcher.coordination.member import Member
     from launcher.elastic.rendezvous import MemberRendezvous
-    from launcher.health.probe import Doorbell
+    from launcher.health.liveness import LivenessListener
     from launcher.kv.connect import connect
     from launcher.rounds.membership import Rules
     from launcher.rounds.records import Node, Status
 
     connection = connect("etcd3", endpoint, {}, local_addr=None, timeout_s=60.0)
-    bell = Doorbell("127.0.0.1")
+    bell = LivenessListener("127.0.0.1")
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
     rules = Rules(min_nodes=num_nodes - 1, max_nodes=num_nodes, last_call_s=60.0)
     member = Member(

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.coordination.member import Member
 from launcher.coordination.roster import NODES, run_prefix
 from launcher.errors import KVError, KVUnavailable
-from launcher.health.probe import Doorbell
+from launcher.health.liveness import LivenessListener
 from launcher.kv.memory import Hub, MemoryKV
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node, Round, Status
@@ -54,11 +54,11 @@ class Job:
         self.members: dict[str, Member] = {}
         self.clients: dict[str, CuttableKV] = {}
         self.told = Told()
-        self.bells: list[Doorbell] = []
+        self.bells: list[LivenessListener] = []
 
     def start(self, name: str) -> Member:
         kv = CuttableKV(self.hub)
-        self.bells.append(Doorbell("127.0.0.1"))
+        self.bells.append(LivenessListener("127.0.0.1"))
         node = Node(node_id=name, host=name, address="127.0.0.1", port=self.bells[-1].port, slots=1)
         planner = lambda slots, previous: None  # noqa: E731
         member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.environment import Environment
 from launcher.script.worker import Worker
-from launcher.workers.channel import Channel, Phase, StopReason
+from launcher.workers.channel import Channel, StopReason, WorkerPhase
 
 WORKER = """
 import sys, time
@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_fresh_channel_says_that_nothing_happened(path: Path) -> None:
     channel = Channel.create(path)
-    assert channel.progress().phase is Phase.STARTING
+    assert channel.progress().phase is WorkerPhase.STARTING
     assert channel.progress().step == -1
     assert channel.progress().beat_s == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -46,7 +46,7 @@ def test_a_fresh_channel_says_that_nothing_happened(path: Path) -> None:
 def test_both_sides_see_each_other(path: Path) -> None:
     agent = Channel.create(path)
     worker = Channel.attach(path)
-    assert agent.progress().phase is Phase.ATTACHED
+    assert agent.progress().phase is WorkerPhase.ATTACHED
     before_s = time.monotonic()
     worker.beat(41)
     assert agent.progress().step == 41
@@ -55,7 +55,7 @@ def test_both_sides_see_each_other(path: Path) -> None:
     agent.request_stop(StopReason.DRAIN)
     assert worker.stop_request() is StopReason.DRAIN
     worker.yielded()
-    assert agent.progress().phase is Phase.YIELDED
+    assert agent.progress().phase is WorkerPhase.YIELDED
     agent.close()
     worker.close()
 
@@ -96,7 +96,7 @@ def test_a_worker_process_keeps_the_contract(path: Path, tmp_path: Path) -> None
             assert worker.wait(20) == 0
         finally:
             worker.kill()
-    assert agent.progress().phase is Phase.YIELDED
+    assert agent.progress().phase is WorkerPhase.YIELDED
     assert agent.progress().step == 8
     first, event = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
     assert (first["event"], first["step"], first["node"]) == ("first_step", 7, "n")

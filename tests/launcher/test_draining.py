@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.drain.backstop import Backstop
-from launcher.drain.draining import DrainOrder, DrainRequest, DrainRequests, Source, settle, timetable
+from launcher.drain.deadline import DrainDeadline
+from launcher.drain.draining import DrainOrder, DrainRequest, DrainRequests, DrainSource, settle, timetable
 from launcher.errors import DRAINED_EXIT_CODE
 
 SECONDS = st.floats(0, 1000)
@@ -18,7 +18,7 @@ SECONDS = st.floats(0, 1000)
 
 def request(asked_s: float, grace_s: float, **fields) -> DrainRequest:
     return DrainRequest(
-        **{"source": Source.NOTICE, "detail": "spot", **fields}, asked_s=asked_s, deadline_s=asked_s + grace_s
+        **{"source": DrainSource.NOTICE, "detail": "spot", **fields}, asked_s=asked_s, deadline_s=asked_s + grace_s
     )
 
 
@@ -56,27 +56,27 @@ class TestRequests:
     def test_a_notices_own_time_counts_longer_or_shorter(self) -> None:
         for within_s in (10.0, 120.0):
             requests = DrainRequests(grace_s=30, stop_s=5)
-            requests.ask(Source.NOTICE, "spot", 100.0, within_s=within_s)
+            requests.ask(DrainSource.NOTICE, "spot", 100.0, within_s=within_s)
             assert requests.current is not None
             assert requests.current.deadline_s == 100.0 + within_s
             assert requests.current.exit_code == DRAINED_EXIT_CODE
 
     def test_a_time_that_is_over_leaves_no_grace(self) -> None:
         requests = DrainRequests(grace_s=30, stop_s=5)
-        requests.ask(Source.NOTICE, "spot", 100.0, within_s=-3)
+        requests.ask(DrainSource.NOTICE, "spot", 100.0, within_s=-3)
         times = requests.timetable
         assert times is not None
         assert times.ask_until_s == times.gone_by_s == 100.0
 
     def test_the_earliest_deadline_holds_and_the_signal_makes_the_exit_code(self) -> None:
         requests = DrainRequests(grace_s=30, stop_s=5)
-        requests.ask(Source.NOTICE, "spot", 100.0, within_s=60)
+        requests.ask(DrainSource.NOTICE, "spot", 100.0, within_s=60)
         assert requests.ask_signal(signal.SIGTERM, 101.0)
         current = requests.current
         assert current is not None
         assert (current.deadline_s, current.asked_s, current.exit_code) == (131.0, 101.0, 143)
         late = DrainRequests(grace_s=30, stop_s=5)
-        late.ask(Source.NOTICE, "spot", 100.0, within_s=60)
+        late.ask(DrainSource.NOTICE, "spot", 100.0, within_s=60)
         assert late.ask_signal(signal.SIGTERM, 155.0)
         current = late.current
         assert current is not None
@@ -130,7 +130,7 @@ def test_the_backstop_ends_a_process_that_overstays_even_if_it_cannot_tell(telli
         codes.append(code)
         ended.set()
 
-    backstop = Backstop(requests, tell, end)
+    deadline = DrainDeadline(requests, tell, end)
     try:
         assert not ended.wait(0.3), "nobody has asked"
         requests.ask_signal(signal.SIGTERM, 0.0)
@@ -139,15 +139,15 @@ def test_the_backstop_ends_a_process_that_overstays_even_if_it_cannot_tell(telli
         assert told.is_set() is not bool(telling)
     finally:
         never.set()
-        backstop.stop()
+        deadline.stop()
 
 
 def test_a_backstop_that_is_stopped_ends_nothing() -> None:
     requests = DrainRequests(grace_s=0.01, stop_s=5)
     codes: list[int] = []
-    backstop = Backstop(requests, lambda overrun: None, codes.append)
-    backstop.stop()
+    deadline = DrainDeadline(requests, lambda overrun: None, codes.append)
+    deadline.stop()
     requests.ask_signal(signal.SIGTERM, 0.0)
-    backstop._thread.join(20)
-    assert not backstop._thread.is_alive()
+    deadline._thread.join(20)
+    assert not deadline._thread.is_alive()
     assert codes == []

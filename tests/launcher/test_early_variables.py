@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.workers import boot, variables
+from launcher.workers import boot, early_variables
 from launcher.workers.warm import COLD, WarmStart
 from tests.cluster import read_lines
 
@@ -52,18 +52,18 @@ def test_what_a_text_sets_before_torch(source: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(source)
     given = {"OMP_GIVEN": "1", "TORCH_GIVEN": "1"}
-    assert variables.set_in_source(script, given, {"SEEN_BY_RECORDER"}) == SOURCES[source]
+    assert early_variables.set_in_source(script, given, {"SEEN_BY_RECORDER"}) == SOURCES[source]
 
 
 def test_a_text_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_bytes(b"\0\xff" + b"(" * 100_000)
-    assert variables.set_in_source(tmp_path / "script.py", {}, set()) == []
-    assert variables.set_in_source(tmp_path / "none.py", {}, set()) == []
+    assert early_variables.set_in_source(tmp_path / "script.py", {}, set()) == []
+    assert early_variables.set_in_source(tmp_path / "none.py", {}, set()) == []
 
 
 def test_only_what_is_asked_for_by_name_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GONE_THROUGH", "1")
-    with variables.Recorder() as recorder:
+    with early_variables.Recorder() as recorder:
         assert os.getenv("ASKED_FOR") is None
         assert "LOOKED_FOR" not in os.environ
         assert dict(os.environ.items())["GONE_THROUGH"] == "1"
@@ -75,7 +75,7 @@ def test_only_what_is_asked_for_by_name_is_recorded(monkeypatch: pytest.MonkeyPa
 def test_what_c_sees_is_looked_at() -> None:
     os.putenv("ONLY_FOR_C", "ä=1")
     try:
-        assert variables.current()["ONLY_FOR_C"] == "ä=1"
+        assert early_variables.current()["ONLY_FOR_C"] == "ä=1"
     finally:
         os.unsetenv("ONLY_FOR_C")
 

@@ -18,7 +18,7 @@ from launcher.rounds.failures import (
     shorten,
 )
 from launcher.workers import boot, program, zygote
-from launcher.workers.channel import Phase
+from launcher.workers.channel import WorkerPhase
 
 SEED = "Traceback (most recent call last):\n"
 GLOO = "/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp"
@@ -27,7 +27,7 @@ NCCL = (
 )
 
 
-def death(message: str = "", *, exit_code: int | None = 1, phase: Phase = Phase.RUNNING, **fields) -> Death:
+def death(message: str = "", *, exit_code: int | None = 1, phase: WorkerPhase = WorkerPhase.RUNNING, **fields) -> Death:
     error = WorkerError(message, f"{SEED}{message}") if message else None
     return Death(**{"exit_code": exit_code, "error": error, "phase": phase, "lived_s": 10.0, **fields})
 
@@ -56,7 +56,7 @@ def death(message: str = "", *, exit_code: int | None = 1, phase: Phase = Phase.
 )
 def test_a_connection_to_a_rank_that_broke_makes_a_victim(message: str) -> None:
     assert classify(death(message)) is FailureClass.LOST_PEER
-    assert classify(death(message, phase=Phase.ATTACHED)) is FailureClass.LOST_PEER, "also before the first step"
+    assert classify(death(message, phase=WorkerPhase.ATTACHED)) is FailureClass.LOST_PEER, "also before the first step"
 
 
 @pytest.mark.parametrize(
@@ -96,19 +96,22 @@ def test_the_program_is_at_fault(message: str) -> None:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        (death("ValueError: x", phase=Phase.GAVE_UP), FailureClass.GAVE_UP),
-        (death(exit_code=-signal.SIGTERM, phase=Phase.GAVE_UP), FailureClass.GAVE_UP),
-        (death(exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),
-        (death(exit_code=2, phase=Phase.STARTING), FailureClass.USAGE),
-        (death("--width: no such option", exit_code=2, phase=Phase.ATTACHED), FailureClass.USAGE),
-        (death(exit_code=2, phase=Phase.STARTING, lived_s=3600.0), FailureClass.PROGRAM),
+        (death("ValueError: x", phase=WorkerPhase.GAVE_UP), FailureClass.GAVE_UP),
+        (death(exit_code=-signal.SIGTERM, phase=WorkerPhase.GAVE_UP), FailureClass.GAVE_UP),
+        (death(exit_code=2, phase=WorkerPhase.ATTACHED), FailureClass.USAGE),
+        (death(exit_code=2, phase=WorkerPhase.STARTING), FailureClass.USAGE),
+        (death("--width: no such option", exit_code=2, phase=WorkerPhase.ATTACHED), FailureClass.USAGE),
+        (death(exit_code=2, phase=WorkerPhase.STARTING, lived_s=3600.0), FailureClass.PROGRAM),
         (death(exit_code=2), FailureClass.PROGRAM),
-        (death(exit_code=3, phase=Phase.STARTING), FailureClass.PROGRAM),
-        (death("ModuleNotFoundError: No module named 'x'", phase=Phase.STARTING), FailureClass.START_UP),
-        (death("ModuleNotFoundError: No module named 'x'", phase=Phase.STARTING, lived_s=1e4), FailureClass.PROGRAM),
-        (death("KeyError: 'x'", phase=Phase.ATTACHED), FailureClass.START_UP),
-        (death("KeyError: 'x'", phase=Phase.STARTING), FailureClass.PROGRAM),
-        (death("urllib.error.URLError: <urlopen error>", phase=Phase.ATTACHED), FailureClass.PROGRAM),
+        (death(exit_code=3, phase=WorkerPhase.STARTING), FailureClass.PROGRAM),
+        (death("ModuleNotFoundError: No module named 'x'", phase=WorkerPhase.STARTING), FailureClass.START_UP),
+        (
+            death("ModuleNotFoundError: No module named 'x'", phase=WorkerPhase.STARTING, lived_s=1e4),
+            FailureClass.PROGRAM,
+        ),
+        (death("KeyError: 'x'", phase=WorkerPhase.ATTACHED), FailureClass.START_UP),
+        (death("KeyError: 'x'", phase=WorkerPhase.STARTING), FailureClass.PROGRAM),
+        (death("urllib.error.URLError: <urlopen error>", phase=WorkerPhase.ATTACHED), FailureClass.PROGRAM),
         (death("KeyError: 'x'"), FailureClass.PROGRAM),
         (death("KeyError: 'x'", exit_code=None), FailureClass.PROGRAM),
         (death("KeyError: 'x'", exit_code=-signal.SIGTERM), FailureClass.PROGRAM),
@@ -143,7 +146,7 @@ class TestPlace:
     )
 
     def place(self, message: str, traceback: str) -> str:
-        return place_of(Death(1, WorkerError(message, traceback), Phase.RUNNING, 1.0))
+        return place_of(Death(1, WorkerError(message, traceback), WorkerPhase.RUNNING, 1.0))
 
     def test_is_the_innermost_frame_of_the_program_itself(self) -> None:
         text = f"{self.TRACEBACK}RuntimeError: mat1 and mat2 shapes cannot be multiplied (7x8 and 9x9)"
@@ -184,7 +187,7 @@ class TestLog:
         )
         found = error_in(log, -signal.SIGABRT)
         assert found is not None
-        assert classify(Death(-signal.SIGABRT, found, Phase.RUNNING, 1.0)) is FailureClass.LOST_PEER
+        assert classify(Death(-signal.SIGABRT, found, WorkerPhase.RUNNING, 1.0)) is FailureClass.LOST_PEER
 
     @pytest.mark.parametrize("exit_code", [None, 2, 7, -9, -15])
     def test_an_older_traceback_does_not_explain_another_end(self, exit_code: int | None) -> None:

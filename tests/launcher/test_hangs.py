@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.health.hangs import Auto, Evidence, Hang, HangRules, HangWatch, startup_limit_s, step_limit_s, suspects
-from launcher.workers.channel import Phase, Progress
+from launcher.workers.channel import Progress, WorkerPhase
 
 LOOK_S = 0.5
 
@@ -22,7 +22,7 @@ class Job:
     def __init__(self, rules: HangRules = LEARNT, num_ranks: int = 2) -> None:
         self.watch = HangWatch(rules)
         self.now_s = 1000.0
-        self.ranks = {rank: Progress(Phase.ATTACHED, -1, 0.0) for rank in range(num_ranks)}
+        self.ranks = {rank: Progress(WorkerPhase.ATTACHED, -1, 0.0) for rank in range(num_ranks)}
         self.exited: set[int] = set()
         self.paused = False
         self.output: object = None
@@ -42,7 +42,7 @@ class Job:
 
     def beat(self, *ranks: int) -> None:
         for rank in ranks or self.ranks:
-            self.ranks[rank] = Progress(Phase.RUNNING, self.ranks[rank].step + 1, self.now_s)
+            self.ranks[rank] = Progress(WorkerPhase.RUNNING, self.ranks[rank].step + 1, self.now_s)
 
     def steps(self, num: int, step_s: float) -> None:
         for _ in range(num):
@@ -51,7 +51,7 @@ class Job:
 
     def restart(self) -> None:
         self.watch.begin()
-        self.ranks = {rank: Progress(Phase.STARTING, -1, 0.0) for rank in self.ranks}
+        self.ranks = {rank: Progress(WorkerPhase.STARTING, -1, 0.0) for rank in self.ranks}
 
 
 @pytest.fixture
@@ -155,15 +155,19 @@ def test_a_given_limit_stays_and_off_is_off() -> None:
 def test_saving_may_take_longer_than_a_step_but_not_for_ever_and_teaches_nothing() -> None:
     job = Job()
     job.steps(20, 1.0)
-    job.ranks = {rank: Progress(Phase.RUNNING, now.step, now.beat_s, untimed=True) for rank, now in job.ranks.items()}
+    job.ranks = {
+        rank: Progress(WorkerPhase.RUNNING, now.step, now.beat_s, untimed=True) for rank, now in job.ranks.items()
+    }
     assert job.pass_time(1500) is None
-    job.ranks = {rank: Progress(Phase.RUNNING, now.step, now.beat_s) for rank, now in job.ranks.items()}
+    job.ranks = {rank: Progress(WorkerPhase.RUNNING, now.step, now.beat_s) for rank, now in job.ranks.items()}
     assert job.pass_time(200) is None
     job.beat()
     assert (hang := job.pass_time(1000)) is not None and hang.limit_s == 300
     job.restart()
     job.steps(20, 1.0)
-    job.ranks = {rank: Progress(Phase.RUNNING, now.step, now.beat_s, untimed=True) for rank, now in job.ranks.items()}
+    job.ranks = {
+        rank: Progress(WorkerPhase.RUNNING, now.step, now.beat_s, untimed=True) for rank, now in job.ranks.items()
+    }
     assert (hang := job.pass_time(2 * 3600)) is not None and hang.kind == "start-up"
 
 
@@ -189,7 +193,7 @@ def test_who_has_ended_or_stopped_at_the_boundary_cannot_hang() -> None:
     job = Job(HangRules(step=10.0))
     job.steps(3, 1.0)
     job.exited = {0}
-    job.ranks[1] = Progress(Phase.YIELDED, 3, job.now_s)
+    job.ranks[1] = Progress(WorkerPhase.YIELDED, 3, job.now_s)
     assert job.pass_time(100) is None
 
 
@@ -258,7 +262,7 @@ def test_ranks_that_never_say_a_word_while_others_make_steps_are_not_late() -> N
 def test_a_rank_that_never_says_a_word_is_found_by_those_that_wait_for_it() -> None:
     job = Job()
     job.restart()
-    job.ranks[0] = Progress(Phase.ATTACHED, -1, 0.0)
+    job.ranks[0] = Progress(WorkerPhase.ATTACHED, -1, 0.0)
     hang = job.pass_time(2 * 3600.0)
     assert hang is not None
     assert (hang.kind, hang.ranks) == ("start-up", (0, 1))

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launcher.environment import Environment
-from launcher.workers import family, guardian
+from launcher.workers import guardian, process_tree
 from tests.cluster import Cluster, alive, cluster, read_lines, until
 
 LEAVES = str(Path(__file__).parent / "scripts" / "leaves.py")
@@ -96,7 +96,7 @@ def test_a_guardian_ends_as_its_program_and_ends_what_that_leaves(script: str, c
         assert process.stderr is not None
         child = int(process.stdout.readline())
         assert f"(pid {child})" in process.stderr.read()
-        assert family.seen(child) is None
+        assert process_tree.look_up(child) is None
 
 
 def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile() -> None:
@@ -107,7 +107,9 @@ def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile() -
         told = process.stderr.read()
     pids = [int(part.rstrip("),\n")) for part in told.split() if part.rstrip("),\n").isdigit()]
     assert len(pids) > 3
-    assert not [pid for pid in pids if (process_now := family.seen(pid)) and process_now.name in ("sh", "sleep")]
+    assert not [
+        pid for pid in pids if (process_now := process_tree.look_up(pid)) and process_now.name in ("sh", "sleep")
+    ]
 
 
 def test_a_guardian_keeps_what_it_is_told_to_keep() -> None:
@@ -117,15 +119,17 @@ def test_a_guardian_keeps_what_it_is_told_to_keep() -> None:
         assert process.wait(20) == 0
         assert process.stdout is not None
         child = int(process.stdout.readline())
-        assert family.seen(child) is not None
+        assert process_tree.look_up(child) is not None
         os.kill(child, signal.SIGKILL)
 
 
 def test_a_signal_goes_to_the_process_that_was_seen_and_to_no_other() -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
-        seen = family.seen(process.pid)
+        seen = process_tree.look_up(process.pid)
         assert seen is not None
-        family.Process(seen.pid, seen.name, seen.started_ticks + 1).send(signal.SIGKILL)  # the pid is another's by now
+        process_tree.Process(seen.pid, seen.name, seen.started_ticks + 1).send(
+            signal.SIGKILL
+        )  # the pid is another's by now
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.2)
         seen.send(signal.SIGKILL)
@@ -139,16 +143,16 @@ def test_descendants_are_found_whoever_tells_them(monkeypatch: pytest.MonkeyPatc
         exists = os.path.exists
         monkeypatch.setattr(os.path, "exists", lambda path: not str(path).endswith("/children") and exists(path))
     with subprocess.Popen(["sh", "-c", "sleep 600 & sh -c 'sleep 600; :' & wait"]) as process:
-        until("a shell and two below it", lambda: len(family.below([process.pid])) == 3)
-        (inner,) = [pid for pid, found in family.below([process.pid]).items() if found.name == "sh"]
-        assert sorted(p.name for p in family.below([process.pid], without=[inner]).values()) == ["sleep"]
+        until("a shell and two below it", lambda: len(process_tree.descendants([process.pid])) == 3)
+        (inner,) = [pid for pid, found in process_tree.descendants([process.pid]).items() if found.name == "sh"]
+        assert sorted(p.name for p in process_tree.descendants([process.pid], without=[inner]).values()) == ["sleep"]
         begun_s = time.monotonic()
-        ended, left = family.end(lambda: family.below([process.pid]), 5.0)
+        ended, left = process_tree.end(lambda: process_tree.descendants([process.pid]), 5.0)
         assert time.monotonic() - begun_s < 4, "who ends on SIGTERM is not waited for longer"
         assert (len(ended), left) == (3, [])
         process.kill()
 
 
 def test_what_cannot_be_ended_is_told_in_bounded_time() -> None:
-    stuck = family.Process(2**22 + 1, "stuck", 1)  # above any pid: no signal reaches it
-    assert family.end(lambda: {stuck.pid: stuck}, 0.0, 0.05) == ([stuck], [stuck])
+    stuck = process_tree.Process(2**22 + 1, "stuck", 1)  # above any pid: no signal reaches it
+    assert process_tree.end(lambda: {stuck.pid: stuck}, 0.0, 0.05) == ([stuck], [stuck])

@@ -13,7 +13,7 @@ from launcher.coordination.member import Member
 from launcher.coordination.roster import NODES, run_prefix
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.errors import JobClosed, KVUnavailable
-from launcher.health.probe import Doorbell
+from launcher.health.liveness import LivenessListener
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.rounds.failures import FailureClass
@@ -239,7 +239,7 @@ def test_an_unexpected_answer_of_the_store_does_not_end_a_members_threads(job: J
 def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     port = free_port()
     server = EmbeddedServer("127.0.0.1", port, token="t")
-    bell, told = Doorbell("127.0.0.1"), Told()
+    bell, told = LivenessListener("127.0.0.1"), Told()
     node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
     kv = EmbeddedKV("127.0.0.1", port, token="t")
     member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=1.0)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from launcher.drain.draining import DrainOrder
-from launcher.health.autopsy import _error_file
+from launcher.health.postmortem import _error_file
 from launcher.reports import files
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.mesh import MeshPlan
 from launcher.rounds.records import Breakage, Cause, Failure, Node, Participant, Round
-from launcher.workers.channel import Channel, Phase, StopReason
+from launcher.workers.channel import Channel, StopReason, WorkerPhase
 
 FAILURE = Failure(1, -9, "killed", 12.5, kind=FailureClass.PROGRAM, victims=(Failure(2, 1, "then", 13.0),))
 NODE = Node("n-1", "host", "10.0.0.1", 4000, 8, failure=FAILURE, cannot_reach=("n-2",))
@@ -111,11 +111,11 @@ def test_a_workers_channel_may_hold_anything(tmp_path: Path) -> None:
     try:
         for seed in range(200):
             channel._memory[4:64] = random.Random(seed).randbytes(60)
-            assert channel.progress().phase in Phase
+            assert channel.progress().phase in WorkerPhase
             assert channel.stop_request() in StopReason
             channel.forked_pid()
-        struct.pack_into("<I", channel._memory, 8, Phase.YIELDED)
-        assert channel.progress().phase is Phase.YIELDED
+        struct.pack_into("<I", channel._memory, 8, WorkerPhase.YIELDED)
+        assert channel.progress().phase is WorkerPhase.YIELDED
     finally:
         channel.close()
 

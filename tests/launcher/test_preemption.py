@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from launcher.drain.clouds import AwsSpot, AzureScheduledEvents, GcpPreemption
-from launcher.drain.draining import DrainOrder, Source
+from launcher.drain.draining import DrainOrder, DrainSource
 from launcher.drain.notices import Notice, seconds_left
-from launcher.drain.preemption import FileWatcher, Lookout, OrderWatcher, watchers
+from launcher.drain.preemption import FileWatcher, NoticeWatch, OrderWatcher, watchers
 from launcher.errors import UsageError
 from tests.cluster import until
 
@@ -218,7 +218,7 @@ def test_a_time_that_is_over_or_far_is_not_believed() -> None:
 def test_a_command_is_a_notice_with_its_own_source() -> None:
     assert OrderWatcher(lambda: None).poll() is None
     order = DrainOrder(("a",), "me@here", 20.0)
-    assert OrderWatcher(lambda: order).poll() == Notice("elastic-moe drain by me@here", 20.0, Source.COMMAND)
+    assert OrderWatcher(lambda: order).poll() == Notice("elastic-moe drain by me@here", 20.0, DrainSource.COMMAND)
 
 
 class Scripted:
@@ -242,12 +242,12 @@ class TestLookout:
     def run(self, watcher: Scripted) -> tuple[list[Notice], list[tuple[str, dict[str, Any]]]]:
         heeded: list[Notice] = []
         told: list[tuple[str, dict[str, Any]]] = []
-        lookout = Lookout({"w": watcher}, heeded.append, lambda event, **fields: told.append((event, fields)))
-        lookout.start()
+        notice_watch = NoticeWatch({"w": watcher}, heeded.append, lambda event, **fields: told.append((event, fields)))
+        notice_watch.start()
         try:
             until("all was said", lambda: heeded or (not watcher.said and watcher.num_polls > 5))
         finally:
-            lookout.stop()
+            notice_watch.stop()
         return heeded, told
 
     def test_a_notice_is_heeded_once(self) -> None:

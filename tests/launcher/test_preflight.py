@@ -17,8 +17,8 @@ import pytest
 from launcher.health.devices import DeviceMemory, held, visible
 from launcher.health.preflight import (
     Check,
+    CheckResult,
     Command,
-    Finding,
     FreeSpace,
     Gpus,
     Preflight,
@@ -79,9 +79,9 @@ def test_findings_name_the_check_and_errors_of_checks_are_findings() -> None:
         Scripted(error=OSError("odd")),
     ]
     assert examine(checks) == (
-        Finding("scripted", "full"),
-        Finding("scripted", "OSError: odd"),
-        Finding("scripted", "late"),
+        CheckResult("scripted", "full"),
+        CheckResult("scripted", "OSError: odd"),
+        CheckResult("scripted", "late"),
     )
 
 
@@ -95,7 +95,7 @@ def test_a_check_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("launcher.health.preflight._OVERTIME_S", 0.0)
     try:
-        assert examine([Hangs(timeout_s=0.1)]) == (Finding("scripted", "scripted did not end within 0.1 s"),)
+        assert examine([Hangs(timeout_s=0.1)]) == (CheckResult("scripted", "scripted did not end within 0.1 s"),)
     finally:
         given_up.set()
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from launcher.environment import Environment
-from launcher.health.stacks import Suspended, collect, innermost, write
-from launcher.workers import boot, family, program
+from launcher.health.stacks import StackTarget, collect, innermost, write
+from launcher.workers import boot, process_tree, program
 from launcher.workers.program import STACKS_SIGNAL
 from tests.cluster import until
 
@@ -33,7 +33,7 @@ USES_THE_SIGNAL = (
 
 
 @contextlib.contextmanager
-def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tuple[subprocess.Popen[str], Suspended]]:
+def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tuple[subprocess.Popen[str], StackTarget]]:
     """What stands over a cold worker that has printed `here`, and the worker."""
     (folder / "script.py").write_text(script)
     stacks = folder / "stacks"
@@ -45,7 +45,7 @@ def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tupl
             assert process.stdout is not None
             assert process.stdout.readline() == "here\n"
             (worker,) = psutil.Process(process.pid).children()
-            yield process, Suspended(3, worker.pid, stacks, 7)
+            yield process, StackTarget(3, worker.pid, stacks, 7)
         finally:
             process.kill()
 
@@ -81,7 +81,7 @@ def test_a_process_that_cannot_write_stacks_is_not_signalled(tmp_path: Path, wat
     with running(tmp_path, SLEEPS, watched=watched) as (process, worker):
         if watched:
             process.kill()
-            until("it is gone", lambda: family.seen(worker.pid) is None)
+            until("it is gone", lambda: process_tree.look_up(worker.pid) is None)
         found = collect({0: worker})[0]
         assert watched or process.poll() is None, "the signal would have ended it"
     assert found.evidence.frame == ""

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.connections import BoundedConnections, num_max
 from launcher.frames import ProtocolError, receive
-from launcher.health.probe import Doorbell
+from launcher.health.liveness import LivenessListener
 from launcher.kv.embedded import wire
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
-from launcher.visitors import Visitors, num_max
 from tests.cluster import Cluster, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
@@ -62,32 +62,32 @@ def num_descriptors() -> int:
     return psutil.Process().num_fds()
 
 
-def gate(*hosts: str, limit: int = 3) -> tuple[Visitors, list[socket.socket], list[socket.socket | None]]:
-    """Visitors of those hosts, one after the other; they, and who had to go for each."""
-    visitors, socks = Visitors(limit), [socket.socket() for _ in hosts]
-    gone = [visitors.admit(sock, host, float(at)) for at, (sock, host) in enumerate(zip(socks, hosts, strict=True))]
+def gate(*hosts: str, limit: int = 3) -> tuple[BoundedConnections, list[socket.socket], list[socket.socket | None]]:
+    """BoundedConnections of those hosts, one after the other; they, and who had to go for each."""
+    connections, socks = BoundedConnections(limit), [socket.socket() for _ in hosts]
+    gone = [connections.admit(sock, host, float(at)) for at, (sock, host) in enumerate(zip(socks, hosts, strict=True))]
     for sock in socks:
         sock.close()
-    return visitors, socks, gone
+    return connections, socks, gone
 
 
 def test_who_goes_is_the_oldest_of_the_host_with_the_most() -> None:
-    visitors, socks, gone = gate("a", "b", "b", "b", "b")
+    connections, socks, gone = gate("a", "b", "b", "b", "b")
     assert gone == [None, None, None, socks[1], socks[2]]
-    assert len(visitors) == 3 and visitors.leave(socks[0]) and not visitors.leave(socks[0])
+    assert len(connections) == 3 and connections.leave(socks[0]) and not connections.leave(socks[0])
     assert gate("a", "b", "c", "d")[2][3] is not None
-    assert visitors.admit(socks[0], "c", 9.0) is None, "there is room again"
+    assert connections.admit(socks[0], "c", 9.0) is None, "there is room again"
 
 
 def test_who_has_just_come_is_left_time_to_greet() -> None:
-    visitors, socks, _ = gate("a", "a", "a")
+    connections, socks, _ = gate("a", "a", "a")
     began_s = time.monotonic()
-    visitors.wait_for_room(0.2, 0.0)
+    connections.wait_for_room(0.2, 0.0)
     assert time.monotonic() - began_s >= 0.15
     began_s = time.monotonic()
-    visitors.wait_for_room(0.2, 100.0)
-    threading.Timer(0.1, visitors.leave, (socks[1],)).start()
-    visitors.wait_for_room(30.0, 0.0)
+    connections.wait_for_room(0.2, 100.0)
+    threading.Timer(0.1, connections.leave, (socks[1],)).start()
+    connections.wait_for_room(30.0, 0.0)
     assert time.monotonic() - began_s < 10
 
 
@@ -97,13 +97,13 @@ def test_a_listener_keeps_a_part_of_the_descriptors() -> None:
     assert num_max(10) == 10
 
 
-def test_a_doorbell_keeps_few_visitors_and_still_answers() -> None:
+def test_a_listener_keeps_few_connections_and_still_answers() -> None:
     with few_descriptors():
-        bell = Doorbell("127.0.0.1")
+        bell = LivenessListener("127.0.0.1")
     try:
-        with strangers(bell.port) as visitors:
+        with strangers(bell.port) as connections:
             before = num_descriptors()
-            until("the first are turned away", lambda: is_closed(visitors[1]) and is_closed(visitors[500]))
+            until("the first are turned away", lambda: is_closed(connections[1]) and is_closed(connections[500]))
             assert num_descriptors() - before <= NUM_DESCRIPTORS // 8
             with socket.create_connection(("127.0.0.1", bell.port), timeout=5) as link:
                 link.settimeout(0.3)
@@ -239,7 +239,7 @@ def test_a_job_goes_on_with_a_thousand_strangers_at_each_listener(nodes: Cluster
     first = nodes.start("first", COOPERATIVE, str(tmp_path), conf=conf)
     until("steps of one node", lambda: steps(generation=1))
     ports = listening(first.process.pid)
-    assert len(ports) >= 3, "the doorbell, the embedded store, the workers' store"
+    assert len(ports) >= 3, "the listener, the embedded store, the workers' store"
     with contextlib.ExitStack() as held:
         for port in ports:
             held.enter_context(strangers(port))

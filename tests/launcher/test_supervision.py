@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.elastic.agent import ElasticAgent
-from launcher.elastic.yielding import Graces, Yielding
+from launcher.elastic.cooperative_stop import CooperativeStop, GracePeriods
 from launcher.workers.channel import StopReason
 
 
@@ -34,7 +34,7 @@ class Supervised(ElasticAgent):
         self._looks = list(looks)
         self._warm = None
         self._signs = SimpleNamespace(look=lambda channels: None)  # type: ignore[assignment]
-        self._graces = Graces(stop_s=1.0)
+        self._graces = GracePeriods(stop_s=1.0)
         self._member = SimpleNamespace(  # type: ignore[assignment]
             wait=lambda seconds: None,
             stop_requested=lambda generation: "",
@@ -45,17 +45,17 @@ class Supervised(ElasticAgent):
         self.paused: list[bool] = []
         self._watchdog = SimpleNamespace(look=self._look)  # type: ignore[assignment]
         self._drain = SimpleNamespace(current=None)  # type: ignore[assignment]
-        self._channels = Channels()  # type: ignore[assignment]
+        self._workers = Channels()  # type: ignore[assignment]
         self.events: list[str] = []
-        self._yielding = Yielding(
+        self._cooperative_stop = CooperativeStop(
             self._member,
             self._drain,
             self._graces,
             lambda event, **fields: self.events.append(event),
             self.events.append,
         )
-        self._yielding.begin(self._channels, 0.0)
-        self._yielding.look = lambda reason, exited: False  # type: ignore[method-assign]
+        self._cooperative_stop.begin(self._workers, 0.0)
+        self._cooperative_stop.look = lambda reason, exited: False  # type: ignore[method-assign]
         self.reported = False
 
     def _look(self, now_s: float, *, exited: set[int], paused: bool) -> None:
@@ -64,7 +64,7 @@ class Supervised(ElasticAgent):
     def _exited(self) -> set[int]:
         return set()
 
-    def _remains(self) -> Any:
+    def _worker_exits(self) -> Any:
         return [SimpleNamespace(exit_code=code) for code in self._looks.pop(0)]
 
     def _report_failures(self) -> None:
@@ -93,7 +93,7 @@ def test_a_store_that_is_silent_again_and_again_asks_workers_once(monkeypatch: p
         clock["now_s"] = next(now_s)
 
     agent._member.wait = wait  # type: ignore[method-assign]
-    monkeypatch.setattr("launcher.elastic.yielding.time.monotonic", lambda: clock["now_s"])
+    monkeypatch.setattr("launcher.elastic.cooperative_stop.time.monotonic", lambda: clock["now_s"])
     agent._supervise(1)
     assert agent.paused == [False, True, True, False]
     assert agent.events == [], "nothing timed out, and nobody waits for stacks while a lease runs out"

@@ -25,7 +25,7 @@ from launcher.kv.memory import MemoryKV
 from launcher.rounds.records import Cause, Failure, Participant, Round, describe
 from launcher.rounds.vitals import Vitals
 from launcher.workers.channel import Channel
-from launcher.workers.channels import WorkerChannels
+from launcher.workers.local_workers import LocalWorkers
 from storage import Checkpointer
 from tests.cluster import until
 from tests.storage.small_runs import state
@@ -74,7 +74,7 @@ def read(kv: MemoryKV) -> Vitals:
     return Vitals() if entry is None else Vitals.from_json(entry.value)
 
 
-def beat(channels: WorkerChannels, local_rank: int, step: int) -> None:
+def beat(channels: LocalWorkers, local_rank: int, step: int) -> None:
     worker = Channel.attach(channels.path(local_rank))
     worker.beat(step)
     worker.close()
@@ -83,7 +83,7 @@ def beat(channels: WorkerChannels, local_rank: int, step: int) -> None:
 def test_what_workers_and_checkpointers_say_is_told(
     kv: Counting, teller: VitalsTeller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signs, channels = VitalSigns(teller, tmp_path), WorkerChannels(tmp_path, 2, (0, 1))
+    signs, channels = VitalSigns(teller, tmp_path), LocalWorkers(tmp_path, 2, (0, 1))
     failure = Failure(3, -9, "boom", ts=1_000.0)
     signs.begin(Round(**{**vars(ROUND), "causes": (Cause("b-2", "host-b", failure),)}))
     signs.look(channels)
@@ -113,7 +113,7 @@ def test_what_workers_and_checkpointers_say_is_told(
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"step": null, "ts": 1}', b'{"ts": 1}', b"\xff"])
 def test_a_word_of_no_checkpoint_is_none(content: bytes, kv: Counting, teller: VitalsTeller, tmp_path: Path) -> None:
-    signs, channels = VitalSigns(teller, tmp_path), WorkerChannels(tmp_path, 2, (0,))
+    signs, channels = VitalSigns(teller, tmp_path), LocalWorkers(tmp_path, 2, (0,))
     signs.begin(ROUND)
     signs.checkpoint_path.write_bytes(content)
     signs.look(channels)

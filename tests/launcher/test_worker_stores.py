@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.elastic.rendezvous import MemberRendezvous, stay_out_s
-from launcher.health.probe import connect
+from launcher.health.liveness import connect
 from launcher.rounds.records import Status
 from tests.cluster import until
 from tests.launcher.members import WAIT_S, Job

@@ -24,7 +24,7 @@ from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import StepResult
 from launcher.rounds.mesh import MeshPlan
-from launcher.workers.channel import Phase, StopReason
+from launcher.workers.channel import StopReason, WorkerPhase
 from storage import Checkpointer, inspection
 from tests.moe.cases import fitted
 from tests.moe.test_train import World, job, lines
@@ -371,7 +371,7 @@ def test_a_job_that_goes_wrong_for_good_stops_and_its_healthy_checkpoint_stays(t
     bad = functools.partial(spoil_losses, functools.partial(nan_at, tuple(range(9, 41)), 1))
     with World(tmp_path, what, fitted(what, expert=2), generation=1, prepare=bad) as world:
         assert world.exit_codes() == [70, 70]
-    assert {channel.progress().phase for channel in world.channels} == {Phase.GAVE_UP}
+    assert {channel.progress().phase for channel in world.channels} == {WorkerPhase.GAVE_UP}
     for told in world.errors:
         assert told.read_text() == (
             "3 steps in a row were skipped up to step 11, since the loss is nan and the gradient's norm is nan;"

@@ -18,7 +18,7 @@ from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, UserError
 from elastic_moe.trainer.schedule import learning_rate
 from launcher.rounds.mesh import MeshPlan
-from launcher.workers.channel import Channel, Phase, StopReason
+from launcher.workers.channel import Channel, StopReason, WorkerPhase
 from tests.moe.cases import SMALL, fitted
 
 _context = multiprocessing.get_context("forkserver")
@@ -140,11 +140,11 @@ def test_a_stop_waits_until_the_state_is_safe(tmp_path: Path) -> None:
         asked_at = world.channels[0].progress().step
         world.channels[0].request_stop(StopReason.DRAIN)
         world.reach(asked_at + 4)
-        assert all(channel.progress().phase is Phase.RUNNING for channel in world.channels)
+        assert all(channel.progress().phase is WorkerPhase.RUNNING for channel in world.channels)
         staging.unlink()
         set_aside.rename(staging)
         assert world.exit_codes() == [0, 0]
-        assert {channel.progress().phase for channel in world.channels} == {Phase.YIELDED}
+        assert {channel.progress().phase for channel in world.channels} == {WorkerPhase.YIELDED}
         stopped_at = world.channels[0].progress().step
     events = lines(tmp_path / "events.jsonl")
     assert [e["reason"] for e in events if e["event"] == "stop_postponed"]
@@ -172,7 +172,7 @@ def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) 
         first.reach(2)
         first.channels[1].request_stop(StopReason.MEMBERSHIP)
         assert first.exit_codes() == [0, 0]
-        assert {channel.progress().phase for channel in first.channels} == {Phase.YIELDED}
+        assert {channel.progress().phase for channel in first.channels} == {WorkerPhase.YIELDED}
     stopped_at = first.channels[0].progress().step
     assert stopped_at >= 2
     assert [line["step"] for line in lines(broken / "metrics.jsonl")] == list(range(1, stopped_at + 1))
@@ -229,7 +229,7 @@ def test_a_run_ends_and_a_longer_one_goes_on(tmp_path: Path) -> None:
         what = job(tmp_path, steps=steps)
         with World(tmp_path, what, fitted(what), generation, prepare=prepare) as world:
             assert world.exit_codes() == [0]
-            assert world.channels[0].progress().phase is Phase.RUNNING
+            assert world.channels[0].progress().phase is WorkerPhase.RUNNING
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
     horizon_3 = [learning_rate(step, 3, what.optim) for step in range(5)]

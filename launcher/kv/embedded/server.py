@@ -17,12 +17,12 @@ import threading
 import time
 from typing import Any, cast
 
+from launcher.connections import BoundedConnections, num_max
 from launcher.errors import Compacted
 from launcher.frames import ProtocolError, receive, send
 from launcher.kv.base import Entry
 from launcher.kv.embedded import wire
 from launcher.kv.memory import Hub
-from launcher.visitors import Visitors, num_max
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class _TCPServer(socketserver.ThreadingTCPServer):
         self.token = token
         self.store_id = secrets.token_hex(8)
         self.connections: set[socket.socket] = set()
-        self.strangers = Visitors(num_max())  # whoever has not shown yet that it knows the token
+        self.strangers = BoundedConnections(num_max())  # whoever has not shown yet that it knows the token
         self.stopped = threading.Event()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6

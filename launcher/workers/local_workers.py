@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.workers.channel import Channel, Phase, Progress, StopReason
+from launcher.workers.channel import Channel, Progress, StopReason, WorkerPhase
 
 
-class WorkerChannels:
+class LocalWorkers:
     """One channel for each local rank. Times are the monotonic clock's; the agent's thread only."""
 
     def __init__(self, folder: Path, generation: int, local_ranks: Sequence[int]) -> None:
@@ -59,7 +59,7 @@ class WorkerChannels:
 
     def is_cooperative(self) -> bool:
         """Whether the script reports its progress, and so can be asked to stop."""
-        return any(progress.phase is not Phase.STARTING for progress in self.progress().values())
+        return any(progress.phase is not WorkerPhase.STARTING for progress in self.progress().values())
 
     def request_stop(self, reason: StopReason) -> None:
         """Ask all workers to stop at their next step boundary; the first time counts for `asked_s`."""

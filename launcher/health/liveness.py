@@ -14,50 +14,50 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
 
+from launcher.connections import BoundedConnections, num_max
 from launcher.rounds.records import Participant
-from launcher.visitors import Visitors, num_max
 
-_NUM_VISITORS_MAX = 128  # two neighbours stay, and others ring for a moment
+_NUM_CONNECTIONS_MAX = 128  # two neighbours' stay, and others last a moment
 _TIMEOUT_S = 1.0
 _PARALLEL = 32
 _PATIENCE_S = 0.5
 
 
-class Doorbell:
+class LivenessListener:
     """A listening socket that says nothing: connections stay open for as long as this process lives.
 
     A bounded number of them, since anybody may connect. A neighbour whose link has to go for another's opens it anew.
     """
 
     def __init__(self, address: str) -> None:
-        self._visitors = Visitors(num_max(_NUM_VISITORS_MAX))
+        self._connections = BoundedConnections(num_max(_NUM_CONNECTIONS_MAX))
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._sock = socket.create_server((address, 0), family=family, backlog=128)
         self._sock.setblocking(False)
         self.port: int = self._sock.getsockname()[1]
         self._closed = False
-        self._thread = threading.Thread(target=self._answer, name="doorbell", daemon=True)
+        self._thread = threading.Thread(target=self._answer, name="liveness", daemon=True)
         self._thread.start()
 
     def _answer(self) -> None:
-        visitors = self._visitors
+        connections = self._connections
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             while not self._closed:
                 for key, _ in selector.select(_PATIENCE_S):
                     if key.fileobj is self._sock:
                         try:
-                            visitor, where = self._sock.accept()
+                            connection, where = self._sock.accept()
                         except OSError:  # it went away again, or this process has no descriptor to spare
                             time.sleep(0.05)
                             continue
-                        selector.register(visitor, selectors.EVENT_READ)
-                        if (gone := visitors.admit(visitor, where[0], time.monotonic())) is not None:
+                        selector.register(connection, selectors.EVENT_READ)
+                        if (gone := connections.admit(connection, where[0], time.monotonic())) is not None:
                             selector.unregister(gone)
                             gone.close()
-                    else:  # a visitor that leaves, or that talks: neither is wanted any more
+                    else:  # a connection that leaves, or that talks: neither is wanted any more
                         assert isinstance(key.fileobj, socket.socket)
-                        if visitors.leave(key.fileobj):  # else it had to go a moment ago
+                        if connections.leave(key.fileobj):  # else it had to go a moment ago
                             selector.unregister(key.fileobj)
                             key.fileobj.close()
             for registered in list(selector.get_map().values()):
@@ -71,32 +71,32 @@ class Doorbell:
 
 
 def connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    """A connection to a peer's doorbell. Raises OSError."""
+    """A connection to a peer's liveness listener. Raises OSError."""
     return socket.create_connection((address, port), timeout=timeout_s)
 
 
-class Answer(Enum):
-    """What a doorbell answers."""
+class PeerState(Enum):
+    """What a probe finds."""
 
     ALIVE = auto()
     REFUSED = auto()  # the host answers, and nobody listens there
     SILENT = auto()  # neither: a slow, cut-off or missing host
 
 
-def ask(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> Answer:
+def probe(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> PeerState:
     """Ring once."""
     try:
         connect(address, port, timeout_s).close()
     except ConnectionRefusedError:
-        return Answer.REFUSED
+        return PeerState.REFUSED
     except OSError:
-        return Answer.SILENT
-    return Answer.ALIVE
+        return PeerState.SILENT
+    return PeerState.ALIVE
 
 
 def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
     """Whether a connection is refused."""
-    return ask(address, port, timeout_s) is Answer.REFUSED
+    return probe(address, port, timeout_s) is PeerState.REFUSED
 
 
 def report_dead(peers: Iterable[Participant], report: Callable[[str, str], None]) -> None:

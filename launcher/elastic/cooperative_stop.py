@@ -14,12 +14,12 @@ from launcher.coordination.member import Member
 from launcher.drain.draining import DrainRequest, DrainRequests, Timetable
 from launcher.events import Emit, EventName
 from launcher.rounds.records import Breakage, Status
-from launcher.workers.channel import Phase, StopReason
-from launcher.workers.channels import WorkerChannels
+from launcher.workers.channel import StopReason, WorkerPhase
+from launcher.workers.local_workers import LocalWorkers
 
 
 @dataclasses.dataclass(frozen=True)
-class Graces:
+class GracePeriods:
     """How long the agent waits for workers, in seconds."""
 
     stop_s: float
@@ -30,14 +30,14 @@ class Graces:
     """For a started worker to report progress at all; a script that never does is stopped without asking."""
 
 
-class Yielding:
+class CooperativeStop:
     """The agent's main thread only; `begin` for every generation."""
 
     def __init__(
         self,
         member: Member,
         drain: DrainRequests,
-        graces: Graces,
+        graces: GracePeriods,
         emit: Emit,
         dump_stacks: Callable[[str], object],
     ) -> None:
@@ -47,15 +47,15 @@ class Yielding:
         self._emit = emit
         self._dump_stacks = dump_stacks
         self._drain_told = False
-        self._channels: WorkerChannels
+        self._workers: LocalWorkers
         self._started_s = 0.0
         self._asked_for = ""
         self.done = False
         """Whether all workers of this node have stopped at their step boundary."""
 
-    def begin(self, channels: WorkerChannels, started_s: float) -> None:
+    def begin(self, workers: LocalWorkers, started_s: float) -> None:
         """Workers were started at the monotonic time `started_s`."""
-        self._channels = channels
+        self._workers = workers
         self._started_s = started_s
         self._asked_for = ""
         self.done = False
@@ -66,25 +66,25 @@ class Yielding:
 
     def look(self, reason: str, *, exited: bool) -> bool:
         """`done`, as of now; the other nodes are told once. `reason`: why they were asked; `exited`: all have ended."""
-        progress = self._channels.progress().values()
-        yielded = [p.phase is Phase.YIELDED for p in progress]
+        progress = self._workers.progress().values()
+        yielded = [p.phase is WorkerPhase.YIELDED for p in progress]
         if not self.done and (any(yielded) if exited else all(yielded)):
             self.done = True
-            self._emit(EventName.WORKERS_YIELDED, reason=reason, **self._channels.last_step_fields())
+            self._emit(EventName.WORKERS_YIELDED, reason=reason, **self._workers.last_step_fields())
             self._member.announce(Status.STOPPING, reason=reason, yielded=True)
         return self.done
 
     def ask(self, reason: str) -> bool:
         """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
-        if self._channels.asked_s is None:
+        if self._workers.asked_s is None:
             code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
-            self._channels.request_stop(code)
+            self._workers.request_stop(code)
             self._asked_for = reason
-        assert self._channels.asked_s is not None
+        assert self._workers.asked_s is not None
         now_s = time.monotonic()
-        if not self._channels.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
+        if not self._workers.is_cooperative() and now_s > self._started_s + self._graces.attach_s:
             return False
-        if now_s > self._channels.asked_s + self._graces.yield_s:
+        if now_s > self._workers.asked_s + self._graces.yield_s:
             self._emit(EventName.YIELD_TIMED_OUT, reason=reason, seconds=self._graces.yield_s)
             self._dump_stacks(EventName.YIELD_TIMED_OUT)
             return False
@@ -92,7 +92,7 @@ class Yielding:
 
     def is_awaited(self) -> bool:
         """Whether the workers were asked to stop and may still be about to; then nobody counts their time as a hang."""
-        asked_s = self._channels.asked_s
+        asked_s = self._workers.asked_s
         return asked_s is not None and time.monotonic() <= asked_s + self._graces.yield_s
 
     def may_finish(self, broken: Breakage) -> bool:
@@ -117,8 +117,8 @@ class Yielding:
         They are asked at once, whatever the store does.
         """
         times = self.tell_drain(request)
-        self._channels.request_stop(StopReason.DRAIN)
-        if not self._channels.is_cooperative():
+        self._workers.request_stop(StopReason.DRAIN)
+        if not self._workers.is_cooperative():
             return "the script has not said that it can stop at a step boundary"
         if time.monotonic() >= times.ask_until_s:
             return "no step boundary was reached and saved in time"

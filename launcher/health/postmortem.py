@@ -41,7 +41,7 @@ _VICTIM_MESSAGE_MAX_CHARS = 160
 
 
 @dataclass(frozen=True)
-class Remains:
+class WorkerExit:
     """One worker as its agent sees it. `exit_code` None: it has not ended. Paths may name no file ("": none)."""
 
     rank: int
@@ -53,7 +53,7 @@ class Remains:
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class NodeCircumstances:
     """What holds for all workers of a node."""
 
     lived_s: float
@@ -61,9 +61,9 @@ class Circumstances:
     draining: bool = False
 
 
-def remains(
+def worker_exits(
     processes: Sequence[WorkerProcess], ranks: Mapping[int, int], progress: Mapping[int, Progress]
-) -> list[Remains]:
+) -> list[WorkerExit]:
     """The workers as they are, before torch stops the others because one has failed.
 
     Args:
@@ -72,7 +72,7 @@ def remains(
         progress: what they said last, by local rank.
     """
     return [
-        Remains(
+        WorkerExit(
             rank=ranks[p.local_rank],
             pid=p.process.pid,
             exit_code=p.process.poll(),
@@ -84,7 +84,7 @@ def remains(
     ]
 
 
-def examine(workers: Sequence[Remains], around: Circumstances) -> list[Failure]:
+def examine(workers: Sequence[WorkerExit], around: NodeCircumstances) -> list[Failure]:
     """The failures of a node's workers, those first that others follow from.
 
     A worker counts once it has ended with an error, and even before if its error file is written: a program that
@@ -109,7 +109,7 @@ def summarise(failures: Sequence[Failure]) -> Failure | None:
     return replace(failures[0], victims=victims)
 
 
-def _failure(worker: Remains, around: Circumstances, written_ts: float | None) -> Failure:
+def _failure(worker: WorkerExit, around: NodeCircumstances, written_ts: float | None) -> Failure:
     tail = _tail(worker.stderr_log)
     error = _error_file(worker.error_file) if written_ts is not None else error_in(tail, worker.exit_code)
     death = Death(

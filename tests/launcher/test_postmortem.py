@@ -11,18 +11,20 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
 from launcher.coordination.telling import last_words, tell
-from launcher.health.autopsy import Circumstances, Remains, examine, oom_kills, summarise
+from launcher.health.postmortem import NodeCircumstances, WorkerExit, examine, oom_kills, summarise
 from launcher.rounds.failures import TRACEBACK_MAX_CHARS, FailureClass
 from launcher.rounds.history import Exclusion, History
 from launcher.rounds.records import Cause, Failure, Participant, Round, Verdict
-from launcher.workers.channel import Phase, Progress
+from launcher.workers.channel import Progress, WorkerPhase
 from launcher.workers.program import record_error
 
-NOW = Circumstances(lived_s=10.0)
+NOW = NodeCircumstances(lived_s=10.0)
 GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
 
 
-def remains(folder: Path, rank: int = 0, exit_code: int | None = 1, *, error: str = "", log: str = "") -> Remains:
+def worker_exit(
+    folder: Path, rank: int = 0, exit_code: int | None = 1, *, error: str = "", log: str = ""
+) -> WorkerExit:
     """A worker that left an error file as torch's `record` writes it, or a log."""
     error_file, stderr = folder / f"error-{rank}.json", folder / f"stderr-{rank}.log"
     if error:
@@ -32,16 +34,16 @@ def remains(folder: Path, rank: int = 0, exit_code: int | None = 1, *, error: st
         os.utime(error_file, (100.0 - rank, 100.0 - rank))
     if log:
         stderr.write_text(log)
-    progress = Progress(Phase.RUNNING, 7, 1.0)
-    return Remains(rank, 1000 + rank, exit_code, str(error_file), str(stderr) if log else "", progress)
+    progress = Progress(WorkerPhase.RUNNING, 7, 1.0)
+    return WorkerExit(rank, 1000 + rank, exit_code, str(error_file), str(stderr) if log else "", progress)
 
 
 class TestExamination:
     def test_workers_that_do_well_are_left_alone(self, tmp_path: Path) -> None:
-        assert examine([remains(tmp_path, 0, None), remains(tmp_path, 1, 0)], NOW) == []
+        assert examine([worker_exit(tmp_path, 0, None), worker_exit(tmp_path, 1, 0)], NOW) == []
 
     def test_the_cause_goes_before_its_victims_whoever_was_first(self, tmp_path: Path) -> None:
-        workers = [remains(tmp_path, 0, error="ValueError: boom"), remains(tmp_path, 1, error=GLOO)]
+        workers = [worker_exit(tmp_path, 0, error="ValueError: boom"), worker_exit(tmp_path, 1, error=GLOO)]
         found = summarise(examine(workers, NOW))
         assert found is not None
         assert (found.rank, found.kind, found.step, found.pid) == (0, FailureClass.PROGRAM, 7, 1000)
@@ -52,24 +54,26 @@ class TestExamination:
 
     def test_a_worker_that_still_unwinds_counts(self, tmp_path: Path) -> None:
         """Its peers saw its connections close, and may have ended before it."""
-        found = examine([remains(tmp_path, 0, None, error="ValueError: boom"), remains(tmp_path, 1, error=GLOO)], NOW)
+        found = examine(
+            [worker_exit(tmp_path, 0, None, error="ValueError: boom"), worker_exit(tmp_path, 1, error=GLOO)], NOW
+        )
         assert [(f.rank, f.exit_code) for f in found] == [(0, 1), (1, 1)]
 
     def test_of_equals_the_first_in_time_leads(self, tmp_path: Path) -> None:
-        found = examine([remains(tmp_path, rank, error="ValueError: boom") for rank in (0, 1, 2)], NOW)
+        found = examine([worker_exit(tmp_path, rank, error="ValueError: boom") for rank in (0, 1, 2)], NOW)
         assert [f.rank for f in found] == [2, 1, 0]
 
     def test_the_log_speaks_where_there_is_no_error_file(self, tmp_path: Path) -> None:
-        (raised,) = examine([remains(tmp_path, log="Traceback (most recent call last):\nKeyError: 1\n")], NOW)
+        (raised,) = examine([worker_exit(tmp_path, log="Traceback (most recent call last):\nKeyError: 1\n")], NOW)
         assert (raised.message, raised.kind) == ("KeyError: 1", FailureClass.PROGRAM)
-        (refused,) = examine([remains(tmp_path, exit_code=2, log="usage: x\nx: error: no such option\n\n")], NOW)
+        (refused,) = examine([worker_exit(tmp_path, exit_code=2, log="usage: x\nx: error: no such option\n\n")], NOW)
         assert refused.message == "x: error: no such option"
 
     def test_the_kernel_and_the_drain_explain_signals(self, tmp_path: Path) -> None:
-        killed = remains(tmp_path, exit_code=-signal.SIGKILL)
+        killed = worker_exit(tmp_path, exit_code=-signal.SIGKILL)
         kinds = [
             examine([killed], around)[0].kind
-            for around in (NOW, Circumstances(1.0, oom_kills=1), Circumstances(1.0, draining=True))
+            for around in (NOW, NodeCircumstances(1.0, oom_kills=1), NodeCircumstances(1.0, draining=True))
         ]
         assert kinds == [FailureClass.SIGNAL, FailureClass.OUT_OF_MEMORY, FailureClass.PREEMPTION]
 
@@ -77,13 +81,13 @@ class TestExamination:
         "left", ["", "{", "[]", '{"message": {}}', '{"message": {"message": "x", "extraInfo": 3}}']
     )
     def test_an_error_file_of_another_kind_is_no_obstacle(self, tmp_path: Path, left: str) -> None:
-        worker = remains(tmp_path)
+        worker = worker_exit(tmp_path)
         Path(worker.error_file).write_text(left)
         (found,) = examine([worker], NOW)
         assert found.place == "exit code 1"
 
     def test_a_record_stays_small(self, tmp_path: Path) -> None:
-        workers = [remains(tmp_path, rank, error="ValueError: " + "x" * 100_000) for rank in range(64)]
+        workers = [worker_exit(tmp_path, rank, error="ValueError: " + "x" * 100_000) for rank in range(64)]
         found = summarise(examine(workers, NOW))
         assert found is not None
         assert len(found.traceback) < TRACEBACK_MAX_CHARS + 100

@@ -17,7 +17,7 @@ _POLL_S = 0.1
 _TELL_S = 0.2
 
 
-class Backstop:
+class DrainDeadline:
     """Ends the process with the request's exit code at its `gone_by_s`, from a thread of its own.
 
     It polls: the handler of a signal, which may take no lock, could not wake it. `tell(request)` may write events and
@@ -31,7 +31,7 @@ class Backstop:
         self._tell = tell
         self._end = end
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="drain-backstop", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="drain-deadline", daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.health.neighbours import Neighbours, watched_by
-from launcher.health.probe import Doorbell, connect, is_refused
+from launcher.health.liveness import LivenessListener, connect, is_refused
+from launcher.health.peers import PeerWatch, watched_by
 from launcher.rounds.records import Participant, Round
 from tests.cluster import until
 
 BELL = """
 import sys, time
-from launcher.health.probe import Doorbell
-print(Doorbell("127.0.0.1").port, flush=True)
+from launcher.health.liveness import LivenessListener
+print(LivenessListener("127.0.0.1").port, flush=True)
 time.sleep(600)
 """
 
@@ -34,8 +34,8 @@ def reports() -> Reports:
 
 
 @pytest.fixture
-def neighbours(reports: Reports) -> Iterator[Neighbours]:
-    made = Neighbours(reports, lambda node_id: reports(node_id, "silent"))
+def peers(reports: Reports) -> Iterator[PeerWatch]:
+    made = PeerWatch(reports, lambda node_id: reports(node_id, "silent"))
     yield made
     made.close()
 
@@ -64,10 +64,10 @@ def test_the_next_two_are_watched_around_the_end() -> None:
 
 
 def test_a_killed_neighbour_is_reported(
-    neighbours: Neighbours, reports: Reports, peer: tuple[subprocess.Popen[str], Participant]
+    peers: PeerWatch, reports: Reports, peer: tuple[subprocess.Popen[str], Participant]
 ) -> None:
     process, node = peer
-    neighbours.watch([node])
+    peers.watch([node])
     until("linked", lambda: linked(node.port))
     assert not reports
     process.kill()
@@ -76,26 +76,26 @@ def test_a_killed_neighbour_is_reported(
     assert "connection refused" in reports[0][1]
 
 
-def test_a_neighbour_that_is_already_dead_is_reported(neighbours: Neighbours, reports: Reports) -> None:
-    bell = Doorbell("127.0.0.1")
+def test_a_neighbour_that_is_already_dead_is_reported(peers: PeerWatch, reports: Reports) -> None:
+    bell = LivenessListener("127.0.0.1")
     bell.close()
-    neighbours.watch([Participant("gone", 1, "127.0.0.1", bell.port)])
+    peers.watch([Participant("gone", 1, "127.0.0.1", bell.port)])
     until("reported", lambda: reports)
 
 
-def test_a_link_that_breaks_is_not_a_death(neighbours: Neighbours, reports: Reports) -> None:
+def test_a_link_that_breaks_is_not_a_death(peers: PeerWatch, reports: Reports) -> None:
     with socket.create_server(("127.0.0.1", 0)) as alive:
         alive.settimeout(20)
         port = alive.getsockname()[1]
-        neighbours.watch([Participant("alive", 1, "127.0.0.1", port)])
+        peers.watch([Participant("alive", 1, "127.0.0.1", port)])
         alive.accept()[0].close()
         alive.accept()[0].close()  # it asks whether somebody is there
-        neighbours.close()
+        peers.close()
     assert not reports
 
 
 def test_a_neighbour_whose_first_link_fails_is_linked_anew(
-    neighbours: Neighbours, reports: Reports, monkeypatch: pytest.MonkeyPatch
+    peers: PeerWatch, reports: Reports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
 
@@ -105,9 +105,9 @@ def test_a_neighbour_whose_first_link_fails_is_linked_anew(
             raise TimeoutError("timed out")
         return connect(address, port, timeout_s)
 
-    monkeypatch.setattr("launcher.health.neighbours.connect", slow_once)
-    bell = Doorbell("127.0.0.1")
-    neighbours.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
+    monkeypatch.setattr("launcher.health.peers.connect", slow_once)
+    bell = LivenessListener("127.0.0.1")
+    peers.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
     until("linked", lambda: tries[1:], 10)
     bell.close()
     until("reported", lambda: reports, 10)
@@ -120,15 +120,15 @@ def linked(port: int) -> set[str]:
     return {row[1] for row in rows if row[2].endswith(f":{port:04X}") and row[3] == "01"}
 
 
-def test_a_doorbell_answers_many_and_refuses_once_closed() -> None:
-    bell = Doorbell("127.0.0.1")
+def test_a_listener_answers_many_and_refuses_once_closed() -> None:
+    bell = LivenessListener("127.0.0.1")
     for _ in range(50):
         assert not is_refused("127.0.0.1", bell.port)
     bell.close()
     assert is_refused("127.0.0.1", bell.port)
 
 
-def test_a_silent_neighbour_is_told_apart(neighbours: Neighbours, reports: Reports) -> None:
+def test_a_silent_neighbour_is_told_apart(peers: PeerWatch, reports: Reports) -> None:
     """A queue of connections that is full and never emptied: the kernel drops what else comes, as a cut would."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -140,6 +140,6 @@ def test_a_silent_neighbour_is_told_apart(neighbours: Neighbours, reports: Repor
                 filler.connect(("127.0.0.1", port))
             except TimeoutError:
                 break
-        neighbours.watch([Participant("deaf", 1, "127.0.0.1", port)])
+        peers.watch([Participant("deaf", 1, "127.0.0.1", port)])
         until("told", lambda: reports)
     assert reports == [("deaf", "silent")]

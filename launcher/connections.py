@@ -25,54 +25,54 @@ def num_max(wanted: int = NUM_MAX) -> int:
 
 
 @dataclass(frozen=True)
-class _Visit:
+class _Stranger:
     host: str
     since_s: float
 
 
-class Visitors:
+class BoundedConnections:
     """Who is there, oldest first. Thread-safe; it closes nothing."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._visits: dict[socket.socket, _Visit] = {}
+        self._connections: dict[socket.socket, _Stranger] = {}
         self._num_of: collections.Counter[str] = collections.Counter()
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self._connections)
 
-    def admit(self, visitor: socket.socket, host: str, now_s: float) -> socket.socket | None:
+    def admit(self, connection: socket.socket, host: str, now_s: float) -> socket.socket | None:
         """Take one in; the one that has to go for it, if one has."""
         with self._changed:
-            gone = self._next_to_go() if len(self._visits) >= self._limit else None
+            gone = self._next_to_go() if len(self._connections) >= self._limit else None
             if gone is not None:
                 self._remove(gone)
-            self._visits[visitor] = _Visit(host, now_s)
+            self._connections[connection] = _Stranger(host, now_s)
             self._num_of[host] += 1
             return gone
 
-    def leave(self, visitor: socket.socket) -> bool:
+    def leave(self, connection: socket.socket) -> bool:
         """One has gone, or is a stranger no more; whether it was still there."""
         with self._changed:
-            was_there = visitor in self._visits
+            was_there = connection in self._connections
             if was_there:
-                self._remove(visitor)
+                self._remove(connection)
             return was_there
 
     def wait_for_room(self, grace_s: float, now_s: float) -> None:
         """Until there is room, or the one that has to go next has been there for `grace_s`."""
         with self._changed:
-            if len(self._visits) >= self._limit:
-                left_s = self._visits[self._next_to_go()].since_s + grace_s - now_s
-                self._changed.wait_for(lambda: len(self._visits) < self._limit, max(left_s, 0))
+            if len(self._connections) >= self._limit:
+                left_s = self._connections[self._next_to_go()].since_s + grace_s - now_s
+                self._changed.wait_for(lambda: len(self._connections) < self._limit, max(left_s, 0))
 
     def _next_to_go(self) -> socket.socket:
         ((host, _),) = self._num_of.most_common(1)
-        return next(visitor for visitor, visit in self._visits.items() if visit.host == host)
+        return next(connection for connection, known in self._connections.items() if known.host == host)
 
-    def _remove(self, visitor: socket.socket) -> None:
-        host = self._visits.pop(visitor).host
+    def _remove(self, connection: socket.socket) -> None:
+        host = self._connections.pop(connection).host
         self._num_of[host] -= 1
         if not self._num_of[host]:
             del self._num_of[host]

@@ -59,14 +59,14 @@ class Process:
             os.close(fd)
 
     def _is_there(self) -> bool:
-        now = seen(self.pid)
+        now = look_up(self.pid)
         return now is not None and now.started_ticks == self.started_ticks
 
 
-Found = dict[int, Process]
+ProcessesByPid = dict[int, Process]
 
 
-def seen(pid: int) -> Process | None:
+def look_up(pid: int) -> Process | None:
     """A process; None if there is none, or only its zombie (proc(5))."""
     head, _, tail = _read(f"/proc/{pid}/stat").rpartition(")")
     fields = tail.split()
@@ -83,17 +83,17 @@ def _read(path: str) -> str:
         return ""
 
 
-def below(roots: Iterable[int], without: Collection[int] = ()) -> Found:
+def descendants(roots: Iterable[int], without: Collection[int] = ()) -> ProcessesByPid:
     """All living descendants of `roots`, but none of `without` nor what is below those."""
     children = children_by_parent()
-    found: Found = {}
+    found: ProcessesByPid = {}
     queue = [child for root in roots for child in children(root)]
     while queue:
         pid = queue.pop()
         if pid in found or pid in without:
             continue
         queue += children(pid)
-        if process := seen(pid):
+        if process := look_up(pid):
             found[pid] = process
     return found
 
@@ -118,13 +118,15 @@ def _told_children(pid: int) -> list[int]:
     return [int(child) for thread in threads for child in _read(f"/proc/{pid}/task/{thread}/children").split()]
 
 
-def end(find: Callable[[], Found], grace_s: float, within_s: float = KILL_S) -> tuple[list[Process], list[Process]]:
+def end(
+    find: Callable[[], ProcessesByPid], grace_s: float, within_s: float = KILL_S
+) -> tuple[list[Process], list[Process]]:
     """End all that `find` finds, and what those start meanwhile: SIGTERM first, SIGKILL after `grace_s`.
 
     Returns:
         What there was, and what is still there `within_s` after the first SIGKILL.
     """
-    known: Found = {}
+    known: ProcessesByPid = {}
     asked: set[int] = set()
     found = find()
     grace_ends_s = time.monotonic() + grace_s
@@ -150,7 +152,7 @@ def end(find: Callable[[], Found], grace_s: float, within_s: float = KILL_S) -> 
     return list(known.values()), list(found.values())
 
 
-def _stop(find: Callable[[], Found]) -> None:
+def _stop(find: Callable[[], ProcessesByPid]) -> None:
     stopped: set[int] = set()
     for _ in range(_MAX_PASSES):
         found = find()

@@ -1,10 +1,10 @@
 """Hear of a neighbour's death from its kernel: a connection to its agent that closes is faster than any lease.
 
-Every node keeps a connection to the doorbells of the next two participants in rank order, so each is watched by two
-and the cost of a node does not grow with the job. A closed connection alone proves nothing: the peer is reported only
-if it then refuses a new one. A host that vanishes or freezes closes nothing; that is left to the lease. But one whose
-kernel answers neither the link's keepalives nor a new connection is reported as silent: its lease may stand, where only
-the way between the two is cut (`cuts`).
+Every node keeps a connection to the liveness listeners of the next two participants in rank order: each is watched by
+two, and the cost of a node does not grow with the job. A closed connection alone proves nothing: the peer is reported
+only if it then refuses a new one. A host that vanishes or freezes closes nothing; that is left to the lease. But one
+whose kernel answers neither the link's keepalives nor a new connection is reported as silent: its lease may stand where
+only the way between the two is cut (`launcher.rounds`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from launcher.health.probe import Answer, ask, connect
+from launcher.health.liveness import PeerState, connect, probe
 from launcher.rounds.records import Participant, Round
 
 _NUM_WATCHED = 2
@@ -38,7 +38,7 @@ def watched_by(current: Round, node_id: str) -> list[Participant]:
     return [order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1)]
 
 
-class Neighbours:
+class PeerWatch:
     """Watches the nodes last given to `watch`, from a thread of its own."""
 
     def __init__(self, report: Callable[[str, str], None], silent: Callable[[str], None]) -> None:
@@ -50,7 +50,7 @@ class Neighbours:
         self._wanted: dict[str, Participant] = {}
         self._closed = False
         self._wake_r, self._wake_w = os.pipe()
-        self._thread = threading.Thread(target=self._follow, name="neighbours", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="peers", daemon=True)
         self._thread.start()
 
     def watch(self, nodes: Sequence[Participant]) -> None:
@@ -117,11 +117,11 @@ class Neighbours:
         for _ in range(_NUM_PROBES):
             if self._closed:
                 return
-            match ask(node.address, node.port):
-                case Answer.REFUSED:
+            match probe(node.address, node.port):
+                case PeerState.REFUSED:
                     self._report(node.node_id, f"its agent at {node.address}:{node.port} is gone (connection refused)")
                     return
-                case Answer.SILENT:
+                case PeerState.SILENT:
                     num_silent += 1
                     if num_silent == _NUM_SILENT_PROBES:
                         self._silent(node.node_id)
