@@ -37,9 +37,9 @@ from launcher.drain.preemption import watchers as find_watchers
 from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
-from launcher.elastic.conf import RendezvousConf
 from launcher.elastic.cooperative_stop import GracePeriods
 from launcher.elastic.logs import name_node
+from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
 from launcher.environment import Environment
@@ -128,7 +128,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
 
 
 def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
-    conf = RendezvousConf.parse({k: v for k, v in config.rdzv_configs.items() if k != "rank"})
+    conf = RendezvousConf.parse(config.rdzv_configs)
     watchers = find_watchers(extras.preemption_notices)
     connection = connect(
         config.rdzv_backend,

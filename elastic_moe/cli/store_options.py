@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
         UserError, launcher.errors.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
     """
     # pydantic is slow to import, and every verb's help is built with this one
-    from launcher.elastic.conf import RendezvousConf
+    from launcher.elastic.rdzv_conf import RendezvousConf
     from launcher.kv.connect import connect, unknown_backend
 
     backend = "embedded" if args.rdzv_backend in _OURS else args.rdzv_backend
@@ -63,26 +64,7 @@ def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
         raise UserError("--rdzv-endpoint: needed, the same as the job's nodes were given")
     if backend == "etcd3" and not args.rdzv_id:
         raise UserError("--rdzv-id: needed, several jobs may share an etcd")
-    conf = RendezvousConf.parse(_parse_conf(args.rdzv_conf))
-    connection = connect(
-        backend,
-        args.rdzv_endpoint,
-        {**conf.store_options(), "is_host": "false"},
-        local_addr=None,
-        timeout_s=conf.connect_timeout,
-    )
-    try:
+    conf = RendezvousConf.parse_text(args.rdzv_conf)
+    options = dataclasses.replace(conf.store_options(), is_host=False)
+    with connect(backend, args.rdzv_endpoint, options, timeout_s=conf.connect_timeout) as connection:
         yield JobStore(connection.kv, args.rdzv_id or "default", args.rdzv_endpoint)
-    finally:
-        connection.close()
-
-
-def _parse_conf(text: str) -> dict[str, str]:
-    """`key=value,key=value` as torchrun reads it."""
-    given = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"--rdzv-conf {pair}: expected KEY=VALUE,...")
-        given[key.strip()] = value.strip()
-    return given

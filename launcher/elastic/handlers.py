@@ -39,7 +39,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launcher.coordination.member import Member
 from launcher.coordination.reopen import reopen_failed
-from launcher.elastic.conf import RendezvousConf
+from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous, open_store
 from launcher.environment import Environment
 from launcher.errors import KVUnavailable, UsageError
@@ -70,7 +70,7 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
 
 def _join(params: RendezvousParameters) -> TorchrunRendezvous:
-    conf = RendezvousConf.parse({k: v for k, v in params.config.items() if k != "rank"})
+    conf = RendezvousConf.parse(params.config)
     connection = connect(
         params.backend,
         params.endpoint,

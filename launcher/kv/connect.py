@@ -9,9 +9,10 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from launcher.environment import Environment
 from launcher.errors import UsageError
@@ -21,6 +22,7 @@ from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.endpoint import addresses_of, is_local, is_loopback, parse_endpoint, spelled
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.memory import MemoryKV
+from launcher.kv.options import StoreOptions
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +34,37 @@ _LEAST_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class Connection:
-    """A store, the address that peers reach this node under, and what ends with this node (a hosted server)."""
+    """An open store; as a context manager it is closed at the end."""
 
     kv: KV
     local_address: str
+    """Under which peers reach this node."""
     hosts_store: bool
+    """Whether the store ends with this node."""
     close: Callable[[], None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def connect(
-    backend: str, endpoint: str, conf: Mapping[str, str], *, local_addr: str | None, timeout_s: float | None
+    backend: str,
+    endpoint: str,
+    options: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
+    *,
+    local_addr: str | None = None,
+    timeout_s: float | None = None,
 ) -> Connection:
     """Open the store.
 
-    `conf` is what `RendezvousConf.store_options` gives. `timeout_s`: how long to wait for the store; None: as long as
-    its kind deserves (an embedded one comes with the first node, an etcd should be there before).
+    Args:
+        timeout_s: how long to wait for the store; None: as long as its kind deserves (an embedded one comes with the
+            first node, an etcd should be there before).
 
     Raises:
         UsageError: an unknown back end, a bad or unreachable endpoint, a missing token.
@@ -56,9 +74,9 @@ def connect(
             kv = MemoryKV()
             return Connection(kv, local_addr or "127.0.0.1", hosts_store=False, close=kv.close)
         case "embedded":
-            return _connect_embedded(endpoint, conf, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S)
+            return _connect_embedded(endpoint, options, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S)
         case "etcd3":
-            return _connect_etcd(endpoint, conf, local_addr, timeout_s or _ETCD_TIMEOUT_S)
+            return _connect_etcd(endpoint, options, local_addr, timeout_s or _ETCD_TIMEOUT_S)
         case _:
             raise UsageError(f"--rdzv-backend {backend}: {unknown_backend(backend)}")
 
@@ -70,8 +88,8 @@ def unknown_backend(backend: str) -> str:
     return f"unknown; choose one of {', '.join(BACKENDS)}"
 
 
-def _connect_etcd(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
-    config = EtcdConfig.parse(endpoint, conf, parse_endpoint)
+def _connect_etcd(endpoint: str, options: StoreOptions, local_addr: str | None, timeout_s: float) -> Connection:
+    config = EtcdConfig.parse(endpoint, options)
     config = config.starting_with(random.randrange(len(config.endpoints)))  # else all nodes burden the first member
     try:
         # Only here: gRPC and its threads come into a process that asked for them, and into no worker.
@@ -101,14 +119,14 @@ def _resolvable(config: EtcdConfig) -> str:
     return addresses_of(config.endpoints[-1][0])[0]
 
 
-def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | None, timeout_s: float) -> Connection:
-    may_host = conf.get("is_host", "true").lower() not in ("0", "false", "no")
+def _connect_embedded(endpoint: str, options: StoreOptions, local_addr: str | None, timeout_s: float) -> Connection:
+    may_host = options.is_host is not False
     host, port = parse_endpoint(endpoint, free_port=may_host)
     ends_s = time.monotonic() + timeout_s
     addresses = addresses_of(host, timeout_s)
-    token = _token(conf, required=not all(map(is_loopback, addresses)))
+    token = _token(options, required=not all(map(is_loopback, addresses)))
     # A name of several addresses is hosted on one that all nodes agree on; whoever comes tries all of them.
-    server = _try_host(addresses[0], port, token, conf) if may_host else None
+    server = _try_host(addresses[0], port, token, must=options.is_host is True) if may_host else None
     if not port and not server:
         raise UsageError(f"--rdzv-endpoint {endpoint!r}: a free port can be found on this machine only")
     if not port and server:
@@ -122,16 +140,17 @@ def _connect_embedded(endpoint: str, conf: Mapping[str, str], local_addr: str | 
 
     try:
         kv.wait_ready(max(ends_s - time.monotonic(), _LEAST_TIMEOUT_S))
+        address = local_addr or _address_towards(kv.address)
     except BaseException:
         close()
         raise
-    return Connection(kv, local_addr or _address_towards(kv.address), hosts_store=server is not None, close=close)
+    return Connection(kv, address, hosts_store=server is not None, close=close)
 
 
-def _token(conf: Mapping[str, str], *, required: bool) -> str:
-    if path := conf.get("token_file"):
+def _token(options: StoreOptions, *, required: bool) -> str:
+    if (path := options.token_file) is not None:
         try:
-            return Path(path).read_text().strip()
+            return path.read_text().strip()
         except OSError as error:
             raise UsageError(f"--rdzv-conf token_file={path}: {error.strerror}") from error
     token = Environment.from_env(os.environ).token or ""
@@ -144,16 +163,14 @@ def _token(conf: Mapping[str, str], *, required: bool) -> str:
     return token
 
 
-def _try_host(address: str, port: int, token: str, conf: Mapping[str, str]) -> EmbeddedServer | None:
-    """Host the store if the endpoint is this machine's and nobody does yet."""
-    is_host = conf.get("is_host")
+def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedServer | None:
+    """Host the store if the endpoint is this machine's and nobody does yet; where it `must`, nothing else will do."""
     try:
         return EmbeddedServer(address, port, token=token)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and is_host is None:
-            return None  # another node of this machine was first
-        if error.errno == errno.EADDRNOTAVAIL and is_host is None:
-            return None  # another machine's address
+        # Another node of this machine was first, or the address is another machine's.
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not must:
+            return None
         raise UsageError(f"--rdzv-endpoint {spelled(address, port)} cannot be bound: {error.strerror}") from error
 
 

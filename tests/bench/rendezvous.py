@@ -116,7 +116,7 @@ def _ours(
     from launcher.rounds.membership import Rules
     from launcher.rounds.records import Node, Status
 
-    connection = connect("etcd3", endpoint, {}, local_addr=None, timeout_s=60.0)
+    connection = connect("etcd3", endpoint, timeout_s=60.0)
     bell = LivenessListener("127.0.0.1")
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
     rules = Rules(min_nodes=num_nodes - 1, max_nodes=num_nodes, last_call_s=60.0)

@@ -147,6 +147,15 @@ BAD_INPUT = [
         "--rdzv-endpoint 127.0.0.1:1 cannot be reached",
     ),
     (["run", "--nnodes", "1:2", "x.py"], "--rdzv-endpoint: several nodes need HOST:PORT"),
+    (["run", "--rdzv-conf", "is_host=flase", "{tmp}/job.toml"], "--rdzv-conf is_host=flase: expected true or false"),
+    (
+        ["run", "--rdzv-conf", "crash_lop=3", "{tmp}/job.toml"],
+        "--rdzv-conf crash_lop: no such key; did you mean crash_",
+    ),
+    (
+        ["status", "--rdzv-endpoint", "127.0.0.1:1", "--rdzv-conf", "is_host=flase"],
+        "--rdzv-conf is_host=flase: expected true or false",
+    ),
     (["run", "--silence-timeout", "5", "x.py"], "--silence-timeout: needs the workers' output in files to watch: add"),
     (["run", "--silence-timeout", "5", "--tee", "0:0,1:0", "x.py"], "--silence-timeout: needs the workers' output in"),
     (

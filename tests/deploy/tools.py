@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.cli import run
 from elastic_moe.cli.main import build_parser
-from launcher.elastic.conf import RendezvousConf
+from launcher.elastic.rdzv_conf import RendezvousConf
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -47,7 +47,7 @@ def parse_run(words: Sequence[str], environment: Mapping[str, str] = MappingProx
 
 def conf_of(given: argparse.Namespace) -> RendezvousConf:
     """The `--rdzv-conf` of a command line."""
-    return RendezvousConf.parse(dict(pair.split("=", 1) for pair in filter(None, given.rdzv_conf.split(","))))
+    return RendezvousConf.parse_text(given.rdzv_conf)
 
 
 def most_nodes(given: argparse.Namespace) -> int:

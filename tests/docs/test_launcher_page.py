@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.events import TrainerEvent
-from launcher.elastic.conf import RendezvousConf
+from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.events import EventName
 from storage import CheckpointEvent
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import launcher.kv.endpoint
-from launcher.elastic.conf import RendezvousConf
 from launcher.errors import UsageError
 from launcher.kv.connect import connect
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.endpoint import addresses_of, in_order, parse_endpoint
+from launcher.kv.options import StoreOptions
 from tests.cluster import free_port
 
 
@@ -68,29 +68,29 @@ def test_bad_endpoints_are_told_in_one_line(endpoint: str, told: str) -> None:
 
 def test_a_free_port_is_found_and_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTIC_MOE_TOKEN", "t")
-    first = connect("embedded", "localhost:0", {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", "localhost:0", timeout_s=5)
     try:
         (told,) = [record.getMessage() for record in caplog.records]
         assert told.startswith("the store listens at localhost:")
-        second = connect("embedded", told.rpartition(" ")[2], {"is_host": "false"}, local_addr=None, timeout_s=5)
+        second = connect("embedded", told.rpartition(" ")[2], StoreOptions(is_host=False), timeout_s=5)
         first.kv.put("a", b"1")
         assert second.kv.get("a") is not None
         second.close()
     finally:
         first.close()
     with pytest.raises(UsageError, match="'0' is no port"):
-        connect("embedded", "localhost:0", {"is_host": "false"}, local_addr=None, timeout_s=1)
+        connect("embedded", "localhost:0", StoreOptions(is_host=False), timeout_s=1)
     with pytest.raises(UsageError, match="a free port can be found on this machine only"):
-        connect("embedded", "203.0.113.7:0", {}, local_addr=None, timeout_s=1)
+        connect("embedded", "203.0.113.7:0", timeout_s=1)
 
 
 def test_ipv6() -> None:
-    first = connect("embedded", "[::1]:0", {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", "[::1]:0", timeout_s=5)
     first.close()
     endpoint = f"[::1]:{free_port()}"
-    first = connect("embedded", endpoint, {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=5)
     try:
-        second = connect("embedded", endpoint, {}, local_addr=None, timeout_s=5)
+        second = connect("embedded", endpoint, timeout_s=5)
         assert (first.hosts_store, second.hosts_store, second.local_address) == (True, False, "::1")
         second.close()
     finally:
@@ -130,7 +130,7 @@ def test_a_name_that_stays_unknown_is_told_after_the_time_that_was_given(monkeyp
     Names(monkeypatch, job_0=(10**9, []))
     begun_s = time.monotonic()
     with pytest.raises(UsageError, match="host 'job-0' is unknown: Name or service not known"):
-        connect("embedded", "job-0:5", {}, local_addr=None, timeout_s=0.2)
+        connect("embedded", "job-0:5", timeout_s=0.2)
     assert 0.2 <= time.monotonic() - begun_s < 5
     with pytest.raises(UsageError, match="is no host name"):
         addresses_of("a..b", 20)  # nothing to wait for
@@ -141,7 +141,7 @@ def test_all_addresses_of_a_name_are_tried_and_one_is_hosted_on(monkeypatch: pyt
     Names(monkeypatch, store=(0, ["127.0.0.3", "127.0.0.2"]))
     monkeypatch.setattr(launcher.kv.endpoint, "is_local", lambda host: True)
     port = free_port()
-    first = connect("embedded", f"store:{port}", {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", f"store:{port}", timeout_s=5)
     try:
         assert first.hosts_store
         assert first.kv.address == "127.0.0.2"  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def test_all_addresses_of_a_name_are_tried_and_one_is_hosted_on(monkeypatch: pyt
         first.close()
     server = EmbeddedServer("127.0.0.3", port, token="")
     try:
-        second = connect("embedded", f"store:{port}", {"is_host": "false"}, local_addr=None, timeout_s=5)
+        second = connect("embedded", f"store:{port}", StoreOptions(is_host=False), timeout_s=5)
         assert second.kv.address == "127.0.0.3"  # type: ignore[attr-defined]
         second.close()
     finally:
@@ -167,9 +167,9 @@ def test_addresses_are_in_the_same_order_on_every_node(monkeypatch: pytest.Monke
 
 def test_the_first_hosts_and_the_second_connects() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    first = connect("embedded", endpoint, {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=5)
     try:
-        second = connect("embedded", endpoint, {}, local_addr=None, timeout_s=5)
+        second = connect("embedded", endpoint, timeout_s=5)
         assert (first.hosts_store, second.hosts_store) == (True, False)
         assert second.local_address == "127.0.0.1"
         first.kv.put("a", b"1")
@@ -182,42 +182,21 @@ def test_the_first_hosts_and_the_second_connects() -> None:
 def test_beyond_loopback_a_token_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("ELASTIC_MOE_TOKEN", raising=False)
     with pytest.raises(UsageError, match="ELASTIC_MOE_TOKEN"):
-        connect("embedded", "0.0.0.0:1", {}, local_addr=None, timeout_s=1)
+        connect("embedded", "0.0.0.0:1", timeout_s=1)
     with pytest.raises(UsageError, match=r"token_file=.*No such file"):
-        connect("embedded", "0.0.0.0:1", {"token_file": str(tmp_path / "none")}, local_addr=None, timeout_s=1)
+        connect("embedded", "0.0.0.0:1", StoreOptions(token_file=tmp_path / "none"), timeout_s=1)
 
 
 def test_a_node_that_must_host_says_why_it_cannot() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    first = connect("embedded", endpoint, {}, local_addr=None, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=5)
     try:
         with pytest.raises(UsageError, match="cannot be bound"):
-            connect("embedded", endpoint, {"is_host": "true"}, local_addr=None, timeout_s=1)
+            connect("embedded", endpoint, StoreOptions(is_host=True), timeout_s=1)
     finally:
         first.close()
 
 
 def test_an_unknown_back_end_is_told() -> None:
     with pytest.raises(UsageError, match="--rdzv-backend zookeeper: unknown"):
-        connect("zookeeper", "", {}, local_addr=None, timeout_s=1)
-
-
-class TestConf:
-    def test_strings_as_torchrun_hands_them_over(self) -> None:
-        conf = RendezvousConf.parse({"lease_ttl": "3", "last_call_timeout": "1.5", "timeout": 900})
-        assert (conf.lease_ttl, conf.last_call) == (3.0, 1.5)
-        assert RendezvousConf.parse({"last_call": "4"}).last_call == 4.0
-
-    @pytest.mark.parametrize(
-        ("given", "told"),
-        [
-            ({"lease_tl": "3"}, "--rdzv-conf lease_tl: no such key; did you mean lease_ttl?"),
-            ({"qqq": "3"}, "--rdzv-conf qqq: no such key; known are lease_ttl, "),
-            ({"lease_ttl": "0"}, "--rdzv-conf lease_ttl=0: input should be greater than or equal to 1"),
-            ({"lease_ttl": "soon"}, "--rdzv-conf lease_ttl=soon: input should be a valid number"),
-        ],
-    )
-    def test_mistakes(self, given: dict[str, str], told: str) -> None:
-        with pytest.raises(UsageError) as error:
-            RendezvousConf.parse(given)
-        assert str(error.value).startswith(told)
+        connect("zookeeper", "", timeout_s=1)

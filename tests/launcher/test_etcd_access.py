@@ -17,7 +17,7 @@ from launcher.errors import UsageError
 from launcher.kv.connect import connect
 from tests.certificates import Authority
 from tests.cluster import free_port, until
-from tests.etcd import Server, client, config, connected, etcd, etcdctl, gather, gather_in_spite
+from tests.etcd import Server, client, config, connected, etcd, etcdctl, gather, gather_in_spite, options
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +39,8 @@ def secure(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> It
     """An etcd that wants client certificates, and a user with a password for everything but its own keys."""
     folder = tmp_path_factory.mktemp("secure")
     served, ours = authority.issue("server"), authority.issue("client")
-    options = ("--cert-file", served["cert"], "--key-file", served["key"], "--client-cert-auth")
-    with etcd(folder, *options, "--trusted-ca-file", served["cacert"], scheme="https") as server:
+    files = ("--cert-file", served["cert"], "--key-file", served["key"], "--client-cert-auth")
+    with etcd(folder, *files, "--trusted-ca-file", served["cacert"], scheme="https") as server:
         with connected(server.endpoint, **ours):
             pass
         (folder / "password").write_text("s3cret-words\n")
@@ -121,7 +121,7 @@ class TestSecurity:
         given = {name: other[name] if value == "OTHER" else value for name, value in given.items()}
         given = {name: str(tmp_path / "wrong") if value == "WRONG" else value for name, value in given.items() if value}
         with pytest.raises(UsageError, match=told) as error:
-            connect("etcd3", secure.endpoint, given, local_addr=None, timeout_s=20)
+            connect("etcd3", secure.endpoint, options(given), timeout_s=20)
         assert "\n" not in str(error.value)
         assert "s3cret" not in str(error.value) + repr(error.value.__cause__)
         assert capfd.readouterr().err == "", "gRPC says nothing of its own"
@@ -135,11 +135,11 @@ class TestSecurity:
     def test_users_where_etcd_has_none(self, server: Server, conf: dict[str, str]) -> None:
         given = {name: conf[name] for name in ("user", "password_file")}
         with pytest.raises(UsageError, match="switched off; leave user out"):
-            connect("etcd3", server.endpoint, given, local_addr=None, timeout_s=20)
+            connect("etcd3", server.endpoint, options(given), timeout_s=20)
 
     def test_tls_where_etcd_has_none(self, server: Server, conf: dict[str, str]) -> None:
         with pytest.raises(UsageError, match="does not speak TLS"):
-            connect("etcd3", server.endpoint, {"cacert": conf["cacert"]}, local_addr=None, timeout_s=20)
+            connect("etcd3", server.endpoint, options({"cacert": conf["cacert"]}), timeout_s=20)
 
 
 class Silent(http.server.BaseHTTPRequestHandler):
@@ -182,7 +182,7 @@ class TestEndpoints:
     def test_mistakes(self, endpoint: str, told: str, web: str, mute: str) -> None:
         named = endpoint.format(free=free_port(), web=web, mute=mute)
         with pytest.raises(UsageError, match=told) as error:
-            connect("etcd3", named, {}, local_addr=None, timeout_s=1.2)
+            connect("etcd3", named, timeout_s=1.2)
         assert str(error.value).startswith("--rdzv-endpoint")
         assert "\n" not in str(error.value)
 
@@ -200,7 +200,7 @@ class TestEndpoints:
     def test_options(self, conf: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("ELASTIC_MOE_ETCD_PASSWORD", raising=False)
         with pytest.raises(UsageError, match=told):
-            connect("etcd3", "localhost", conf, local_addr=None, timeout_s=1)
+            connect("etcd3", "localhost", options(conf), timeout_s=1)
 
     def test_the_password_may_come_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ELASTIC_MOE_ETCD_PASSWORD", "from-there")
@@ -212,9 +212,7 @@ class TestEndpoints:
         assert config("a:1,b:2,c:3").starting_with(2).endpoints == (("c", 3), ("a", 1), ("b", 2))
 
     def test_one_good_endpoint_is_enough(self, server: Server, mute: str) -> None:
-        connection = connect(
-            "etcd3", f"127.0.0.1:{free_port()},{mute},{server.endpoint}", {}, local_addr=None, timeout_s=20
-        )
+        connection = connect("etcd3", f"127.0.0.1:{free_port()},{mute},{server.endpoint}", timeout_s=20)
         try:
             assert connection.local_address == "127.0.0.1"
             assert connection.kv.put("a", b"1") is not None
@@ -223,7 +221,7 @@ class TestEndpoints:
 
     def test_torchs_own_back_end_is_told_apart(self) -> None:
         with pytest.raises(UsageError, match="did you mean etcd3"):
-            connect("etcd", "localhost", {}, local_addr=None, timeout_s=1)
+            connect("etcd", "localhost", timeout_s=1)
 
     def test_loading_grpc_leaves_the_environment_as_it_was(self) -> None:
         probe = (

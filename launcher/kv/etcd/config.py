@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import ssl
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.environment import Environment
 from launcher.errors import UsageError
+from launcher.kv.endpoint import parse_endpoint
+from launcher.kv.options import StoreOptions
 
 DEFAULT_PORT = 2379
-
-ParseEndpoint = Callable[[str, int], tuple[str, int]]
 
 
 @dataclass(frozen=True)
 class Tls:
     """PEM texts and the files they came from. Without `cert` the client shows no certificate of its own."""
 
-    cacert_path: str = ""
-    cert_path: str = ""
-    key_path: str = ""
+    cacert_path: Path | None = None
+    cert_path: Path | None = None
+    key_path: Path | None = None
     cacert: bytes | None = None
     cert: bytes | None = None
     key: bytes | None = field(default=None, repr=False)
@@ -34,8 +33,8 @@ class Tls:
         Raises:
             OSError, ssl.SSLError: a file does not hold what it must.
         """
-        context = ssl.create_default_context(cafile=self.cacert_path or None)
-        if self.cert_path:
+        context = ssl.create_default_context(cafile=self.cacert_path)
+        if self.cert_path is not None:
             context.load_cert_chain(self.cert_path, self.key_path)
         context.set_alpn_protocols(["h2"])
         return context
@@ -58,7 +57,7 @@ class EtcdConfig:
         return dataclasses.replace(self, endpoints=self.endpoints[index:] + self.endpoints[:index])
 
     @classmethod
-    def parse(cls, endpoint: str, conf: Mapping[str, str], parse_endpoint: ParseEndpoint) -> EtcdConfig:
+    def parse(cls, endpoint: str, options: StoreOptions) -> EtcdConfig:
         """Read `--rdzv-endpoint` (`host1:2379,host2:2379`, each perhaps with http:// or https://) and `--rdzv-conf`.
 
         Raises:
@@ -71,37 +70,37 @@ class EtcdConfig:
                 raise UsageError(f"--rdzv-endpoint {part.strip()!r}: etcd is reached by http:// or https:// only")
             schemes.add(scheme)
             parsed.append(parse_endpoint(rest.rstrip("/") if sep else rest, DEFAULT_PORT))
-        user = conf.get("user", "")
         return cls(
             endpoints=tuple(dict.fromkeys(parsed)),
-            tls=_tls(conf, schemes - {""}),
-            user=user,
-            password=_password(conf) if user else "",
-            namespace=conf.get("prefix", ""),
+            tls=_tls(options, schemes - {""}),
+            user=options.user,
+            password=_password(options) if options.user else "",
+            namespace=options.prefix,
         )
 
 
-def _tls(conf: Mapping[str, str], schemes: set[str]) -> Tls | None:
-    protocol = conf.get("protocol", "")
-    told = schemes | ({protocol} if protocol else set())
-    files = {name: conf.get(name, "") for name in ("cacert", "cert", "key")}
+def _tls(options: StoreOptions, schemes: set[str]) -> Tls | None:
+    told = schemes | ({options.protocol} if options.protocol else set())
+    files = {"cacert": options.cacert, "cert": options.cert, "key": options.key}
+    given = {name: path for name, path in files.items() if path is not None}
     if len(told) > 1:
         raise UsageError("--rdzv-endpoint: http and https are mixed; all endpoints of a cluster speak the same")
-    if told == {"http"} and any(files.values()):
-        named = next(name for name, path in files.items() if path)
-        raise UsageError(f"--rdzv-conf {named}={files[named]}: has no use without TLS; set protocol=https")
-    if told != {"https"} and not any(files.values()):
+    if told == {"http"} and given:
+        named, path = next(iter(given.items()))
+        raise UsageError(f"--rdzv-conf {named}={path}: has no use without TLS; set protocol=https")
+    if told != {"https"} and not given:
         return None
-    if bool(files["cert"]) != bool(files["key"]):
-        missing = "key" if files["cert"] else "cert"
+    if ("cert" in given) != ("key" in given):
+        missing = "key" if "cert" in given else "cert"
         raise UsageError(f"--rdzv-conf {missing}: a client certificate needs both cert=PATH and key=PATH")
-    pem = {name: _read(name, path) if path else None for name, path in files.items()}
-    authorities = pem["cacert"] or _system_authorities()
-    tls = Tls(files["cacert"], files["cert"], files["key"], authorities, pem["cert"], pem["key"])
+    pem = {name: _read(name, path) for name, path in given.items()}
+    authorities = pem.get("cacert") or _system_authorities()
+    tls = Tls(options.cacert, options.cert, options.key, authorities, pem.get("cert"), pem.get("key"))
     try:
         tls.context()
     except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError, named for the reader
-        named = f"cacert={files['cacert']}" if not files["cert"] else f"cert={files['cert']}, key={files['key']}"
+        blamed = ("cert", "key") if "cert" in given else ("cacert",)
+        named = ", ".join(f"{name}={files[name]}" for name in blamed)
         raise UsageError(f"--rdzv-conf {named}: not usable PEM files: {error.strerror or error}") from error
     return tls
 
@@ -112,19 +111,19 @@ def _system_authorities() -> bytes | None:
     return Path(path).read_bytes() if path else None
 
 
-def _read(name: str, path: str) -> bytes:
+def _read(name: str, path: Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UsageError(f"--rdzv-conf {name}={path}: {error.strerror}") from error
 
 
-def _password(conf: Mapping[str, str]) -> str:
-    if path := conf.get("password_file"):
-        return _read("password_file", path).decode(errors="replace").strip()
+def _password(options: StoreOptions) -> str:
+    if options.password_file is not None:
+        return _read("password_file", options.password_file).decode(errors="replace").strip()
     if password := Environment.from_env(os.environ).etcd_password:
         return password
     raise UsageError(
-        f"--rdzv-conf user={conf['user']}: its password is missing; set {Environment.variable('etcd_password')}, "
+        f"--rdzv-conf user={options.user}: its password is missing; set {Environment.variable('etcd_password')}, "
         "or password_file=PATH"
     )

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import UsageError
+from launcher.kv.options import StoreOptions
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits
+
+_EXPECTED = {
+    "bool_parsing": "expected true or false",
+    "int_parsing": "expected a whole number",
+    "float_parsing": "expected a number of seconds",
+    "finite_number": "expected a number of seconds",
+}
+"""What a value should have been, by the type of pydantic's error, where its own words are none for a user."""
+
+_FROM_TORCHRUN = "rank"
+"""torchrun's launcher puts its `--node-rank` among the values for a static rendezvous; nobody has written it."""
 
 
 class RendezvousConf(BaseModel):
     """`--rdzv-conf key=value,key=value`. Times are in seconds; torchrun's own names stay valid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     lease_ttl: float = Field(2.0, ge=1.0, le=600)
     """A node that is silent for this long is lost. Its own agent stops its workers before."""
@@ -46,29 +60,28 @@ class RendezvousConf(BaseModel):
     """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
     zone: str = ""
     """Nodes of one zone get adjacent ranks."""
-    token_file: str = ""
+    token_file: Path | None = None
     """File with the secret that the embedded store wants from its clients."""
-    is_host: str = ""
-    """true or false, where the endpoint's name does not tell whether this node hosts the embedded store."""
-    protocol: Literal["", "http", "https"] = ""
+    is_host: bool | None = None
+    """Whether this node hosts the embedded store, where the endpoint's name does not tell."""
+    protocol: Literal["http", "https"] | None = None
     """etcd3: https for TLS; implied by certificates, and by https:// before an endpoint."""
-    cacert: str = ""
+    cacert: Path | None = None
     """etcd3: file with the certificates (PEM) of the authorities that etcd's certificate may come from."""
-    cert: str = ""
+    cert: Path | None = None
     """etcd3: file with this client's certificate."""
-    key: str = ""
+    key: Path | None = None
     """etcd3: file with the private key of `cert`."""
     user: str = ""
-    """etcd3: user name; the password comes from `password_file` or the environment."""
-    password_file: str = ""
+    """etcd3: user name; the password comes from `password_file` or ELASTIC_MOE_ETCD_PASSWORD."""
+    password_file: Path | None = None
     """etcd3: file with the password of `user`."""
     prefix: str = ""
     """etcd3: goes before every key, for a user who may not write others. Keys are `PREFIXelastic-moe/RUN_ID/...`."""
 
-    def store_options(self) -> dict[str, str]:
-        """What concerns the connection to the store, as `launcher.kv.connect` wants it: only what was given."""
-        names = ("token_file", "is_host", "protocol", "cacert", "cert", "key", "user", "password_file", "prefix")
-        return {name: value for name in names if (value := getattr(self, name))}
+    def store_options(self) -> StoreOptions:
+        """What concerns the connection to the store, as `launcher.kv.connect` wants it."""
+        return StoreOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StoreOptions)})
 
     def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
         """What a job of this configuration goes by."""
@@ -96,24 +109,43 @@ class RendezvousConf(BaseModel):
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> RendezvousConf:
-        """Check what the user gave.
+        """Check what the user gave: strings, or what torchrun has made of them.
 
         Raises:
-            UsageError: an unknown key or a value out of range.
+            UsageError: an unknown key, or a value that is missing, of another type or out of range.
         """
         by_alias = {field.alias: name for name, field in cls.model_fields.items() if field.alias}
-        named = {by_alias.get(key, key): value for key, value in given.items()}
-        for key in named:
+        known = [*cls.model_fields, *by_alias]
+        for key, value in given.items():
             if key in ("password", "token"):
                 raise UsageError(
                     f"--rdzv-conf {key}: every user of a machine can read its command lines; use {key}_file"
                 )
-            if key not in cls.model_fields:
-                close = get_close_matches(key, cls.model_fields, n=1)
+            if key not in (*known, _FROM_TORCHRUN):
+                close = get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
                 raise UsageError(f"--rdzv-conf {key}: no such key; {hint}")
+            if value == "":
+                raise UsageError(f"--rdzv-conf {key}=: a value is missing")
+        named = {by_alias.get(key, key): value for key, value in given.items() if key != _FROM_TORCHRUN}
         try:
             return cls.model_validate(named, by_name=True)
         except ValidationError as error:
             first = error.errors()[0]
-            raise UsageError(f"--rdzv-conf {first['loc'][0]}={first['input']}: {first['msg'].lower()}") from error
+            why = _EXPECTED.get(first["type"], first["msg"].lower())
+            raise UsageError(f"--rdzv-conf {first['loc'][0]}={first['input']}: {why}") from error
+
+    @classmethod
+    def parse_text(cls, text: str) -> RendezvousConf:
+        """Check `key=value,key=value`, for commands that torchrun's parser does not read.
+
+        Raises:
+            UsageError: as `parse`, or the text is no list of pairs.
+        """
+        given = {}
+        for pair in filter(None, (part.strip() for part in text.split(","))):
+            key, equals, value = pair.partition("=")
+            if not equals or not key.strip():
+                raise UsageError(f"--rdzv-conf {pair}: expected KEY=VALUE,...")
+            given[key.strip()] = value.strip()
+        return cls.parse(given)

@@ -1,0 +1,22 @@
+"""How a store is reached, beyond its endpoint: what `--rdzv-conf` says of it, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Each field is a key of `--rdzv-conf`; what the user gave no value for is None or "". See `RendezvousConf`."""
+
+    is_host: bool | None = None
+    token_file: Path | None = None
+    protocol: Literal["http", "https"] | None = None
+    cacert: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    password_file: Path | None = None
+    prefix: str = ""
