@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from elastic_moe.urls import PathOrUrl
 
@@ -17,8 +17,9 @@ class DataConfig(BaseModel):
     url: PathOrUrl = "stdlib"
     """A path or any fsspec URL, with `*` for several files. `stdlib` is the source text of the running Python's own
     standard library: real text on every machine, without a download."""
-    format: Literal["auto", "text", "jsonl", "tokens"] = "auto"
-    """`text` and `jsonl` are read as UTF-8 bytes, one token each; `tokens` are `.npy` arrays of uint8, uint16 or
-    uint32 token ids. `auto` goes by the file name: `.jsonl`, `.npy`, anything else is text."""
-    jsonl_field: str = Field("text", min_length=1)
-    """The field of each JSON line that holds its text."""
+    format: Literal["auto", "text", "jsonl", "parquet", "tokens"] = "auto"
+    """`text`, `jsonl` and `parquet` are read as UTF-8 bytes, one token each; `tokens` are `.npy` arrays of uint8,
+    uint16 or uint32 token ids. `auto` goes by the file name: `.jsonl`, `.parquet`, `.npy`, else text, if it is text.
+    Text and JSON lines may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`)."""
+    text_field: str = Field("text", min_length=1, validation_alias=AliasChoices("text_field", "jsonl_field"))
+    """The field of each JSON line, or the column, that holds the text."""

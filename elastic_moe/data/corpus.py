@@ -1,15 +1,17 @@
 """Read a corpus into arrays of tokens.
 
-A text is its UTF-8 bytes, and a zero byte ends each document. Token shards stay memory-mapped where they are local.
+A text is its UTF-8 bytes, and a zero byte ends each document. Local files stay on the disk but for what is trained on;
+remote and compressed text is read into memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,20 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.data.config import DataConfig
+from elastic_moe.data.documents import (
+    Documents,
+    JoinedDocuments,
+    JsonLines,
+    LoadedTexts,
+    ParquetTexts,
+    TextFiles,
+    texts_of_lines,
+)
+from elastic_moe.data.formats import SNIFFED_BYTES, DataFormat, FileKind, recognise, refuse_binary
 from elastic_moe.data.order import Int64s
 from elastic_moe.errors import UserError
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Tokens = npt.NDArray[np.unsignedinteger[Any]] | JoinedDocuments
 
 _END_OF_DOCUMENT = b"\0"
 _TOKEN_DTYPES = (np.uint8, np.uint16, np.uint32)
@@ -31,6 +43,7 @@ _TOKEN_DTYPES = (np.uint8, np.uint16, np.uint32)
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo"}
 # Shards larger than this are fingerprinted by pages spread over them: nobody reads terabytes at a start.
 _WHOLE_FINGERPRINT_BYTES = 256 << 20
+_CHUNK_TOKENS = 8 << 20
 _PAGE_BYTES = 64 << 10
 _NUM_PAGES = 64
 
@@ -79,6 +92,7 @@ def open_corpus(config: DataConfig, seq_len: int) -> Corpus:
     Raises:
         UserError: there is nothing to read, it is not what `format` says, or it is shorter than one sample.
     """
+    shards: list[Tokens]
     if config.url == "stdlib":
         shards = [as_bytes(path.read_bytes() for path in stdlib_files())]
     else:
@@ -104,7 +118,7 @@ def stdlib_files() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def as_bytes(documents: Iterable[bytes]) -> Tokens:
+def as_bytes(documents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
     """Documents as one array of byte tokens, uint8."""
     return np.frombuffer(b"".join(part for text in documents for part in (text, _END_OF_DOCUMENT)), dtype=np.uint8)
 
@@ -115,7 +129,8 @@ def fingerprint(shards: Sequence[Tokens]) -> str:
     for shard in shards:
         digest.update(f"{shard.dtype.str} {len(shard)}\n".encode())
         if shard.nbytes <= _WHOLE_FINGERPRINT_BYTES:
-            digest.update(np.ascontiguousarray(shard).data)
+            for start in range(0, len(shard), _CHUNK_TOKENS):
+                digest.update(np.ascontiguousarray(shard[start : start + _CHUNK_TOKENS]).data)
             continue
         page = _PAGE_BYTES // shard.itemsize
         for start in np.linspace(0, len(shard) - page, _NUM_PAGES, dtype=np.int64):
@@ -127,18 +142,19 @@ def _read_url(config: DataConfig) -> list[Tokens]:
     try:
         fs, path = fsspec.core.url_to_fs(config.url)
         paths = _expand(fs, path)
-        kind = _format(config, paths)
-        if kind == "tokens":
-            return [_token_shard(fs, path) for path in paths]
-        texts = (fs.cat_file(path) for path in paths)
-        if kind == "jsonl":
-            texts = (
-                text
-                for path, lines in zip(paths, texts, strict=True)
-                for text in _json_texts(lines, path, config.jsonl_field)
+        kinds = [recognise(path, config.format) for path in paths]
+        if len(formats := {kind.format for kind in kinds}) > 1:
+            raise UserError(
+                f"data.url {config.url!r} mixes {' and '.join(sorted(formats))} files: name one kind of them"
             )
-        return [as_bytes(texts)]
-    except (OSError, ImportError) as error:
+        if formats == {DataFormat.TOKENS}:
+            return [_token_shard(fs, path) for path in paths]
+        sniff = config.format == "auto"
+        files = list(zip(paths, kinds, strict=True))
+        if formats == {DataFormat.TEXT} and _is_local(fs) and not any(kind.compression for kind in kinds):
+            return [JoinedDocuments([_text_files(paths, sniff=sniff)])]
+        return [JoinedDocuments([_documents(fs, path, kind, config, sniff=sniff) for path, kind in files])]
+    except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"data.url {config.url!r} cannot be read: {error}") from error
     except ValueError as error:
         # fsspec's answer to a protocol that it does not know.
@@ -147,7 +163,7 @@ def _read_url(config: DataConfig) -> list[Tokens]:
 
 def _expand(fs: Any, path: str) -> list[str]:
     if any(sign in path for sign in "*?["):
-        paths = fs.glob(path)
+        paths = [found for found in fs.glob(path) if not fs.isdir(found)]
     elif fs.isdir(path):
         paths = fs.find(path)
     else:
@@ -157,20 +173,36 @@ def _expand(fs: Any, path: str) -> list[str]:
     return sorted(paths)
 
 
-def _format(config: DataConfig, paths: list[str]) -> str:
-    if config.format != "auto":
-        return config.format
-    by_suffix = {".npy": "tokens", ".jsonl": "jsonl"}
-    kinds = {by_suffix.get(Path(path).suffix, "text") for path in paths}
-    if len(kinds) > 1:
-        raise UserError(f"data.url {config.url!r} mixes {' and '.join(sorted(kinds))} files: set data.format")
-    return kinds.pop()
+def _is_local(fs: Any) -> bool:
+    return "file" in np.atleast_1d(fs.protocol)
+
+
+def _text_files(paths: list[str], *, sniff: bool) -> TextFiles:
+    for path in paths if sniff else ():
+        with open(path, "rb") as file:
+            refuse_binary(path, file.read(SNIFFED_BYTES))
+    return TextFiles(paths)
+
+
+def _documents(fs: Any, path: str, kind: FileKind, config: DataConfig, *, sniff: bool) -> Documents:
+    """The documents of one file; in memory where they are compressed or remote."""
+    if kind.format is DataFormat.PARQUET:
+        return ParquetTexts(lambda: fs.open(path, "rb"), path, config.text_field)
+    if kind.format is DataFormat.JSONL and _is_local(fs) and not kind.compression:
+        return JsonLines(path, config.text_field)
+    with fs.open(path, "rb", compression=kind.compression or None) as file:
+        if kind.format is DataFormat.JSONL:
+            return LoadedTexts(list(texts_of_lines(file, path, config.text_field)))
+        text = file.read()
+    if sniff:
+        refuse_binary(path, text[:SNIFFED_BYTES])
+    return LoadedTexts([text])
 
 
 def _token_shard(fs: Any, path: str) -> Tokens:
-    shard: Tokens
+    shard: npt.NDArray[np.unsignedinteger[Any]]
     try:
-        if "file" in np.atleast_1d(fs.protocol):
+        if _is_local(fs):
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             shard = np.load(io.BytesIO(fs.cat_file(path)), allow_pickle=False)
@@ -182,16 +214,3 @@ def _token_shard(fs: Any, path: str) -> Tokens:
             "or uint32"
         )
     return shard
-
-
-def _json_texts(lines: bytes, path: str, field: str) -> Iterable[bytes]:
-    for number, line in enumerate(lines.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[field]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path}, line {number}: not a JSON object with a field {field!r}") from None
-        if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: field {field!r} is not a string")
-        yield text.encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.data import DataConfig
-from elastic_moe.data.corpus import Corpus, as_bytes, fingerprint, open_corpus, stdlib_files
+from elastic_moe.data.corpus import Corpus
 from elastic_moe.data.order import ids, permute, share
 from elastic_moe.errors import UserError
 from elastic_moe.trainer.step import Batches
@@ -85,84 +83,8 @@ def test_windows_stay_within_their_shard() -> None:
     assert corpus.windows(np.arange(5)).tolist() == expected
 
 
-def test_default_corpus_is_the_standard_library() -> None:
-    names = [path.name for path in stdlib_files()]
-    assert {"argparse.py", "dataclasses.py", "socket.py"} <= set(names)
-    corpus = open_corpus(DataConfig(), seq_len=256)
-    assert corpus.num_tokens > 5_000_000
-    assert corpus.fingerprint == open_corpus(DataConfig(), seq_len=32).fingerprint
-
-
 def test_a_vocabulary_too_small_is_told(tmp_path: Path) -> None:
     corpus = Corpus((np.full(100, 99, dtype=np.uint16),), "", seq_len=4)
     whole = share(2, rank=0, world_size=1, micro_batch=2, rounds=1)
     with pytest.raises(UserError, match=r"token 99 but model\.vocab_size is 64"):
         Batches(corpus, 0, 2, 64, whole, torch.device("cpu")).of_step(0)
-
-
-def test_text_jsonl_and_token_shards_read_alike(tmp_path: Path) -> None:
-    documents = ["one document", "a second, längere one", "third"]
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i, text in enumerate(documents):
-        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
-    lines = tmp_path / "texts.jsonl"
-    lines.write_text("\n".join(json.dumps({"text": text, "n": 1}) for text in documents) + "\n\n")
-    tokens = as_bytes(text.encode() for text in documents)
-    np.save(tmp_path / "texts.npy", tokens)
-    opened = [
-        open_corpus(DataConfig(url=url), seq_len=5)
-        for url in (str(folder), f"{folder}/*.txt", str(lines), f"file://{lines}", str(tmp_path / "texts.npy"))
-    ]
-    assert {corpus.fingerprint for corpus in opened} == {fingerprint([tokens])}
-    for corpus in opened:
-        assert corpus.windows(np.array([1])).tolist() == [tokens[5:11].tolist()]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "config", "message"),
-    [
-        ("missing.txt", None, {}, "cannot be read"),
-        ("short.txt", b"abc", {}, "less than one sample"),
-        ("bad.jsonl", b'{"text": "x"}\n{"other": 1}\n', {}, "line 2: not a JSON object with a field 'text'"),
-        ("bad.jsonl", b'{"text": 3}\n', {}, "line 1: field 'text' is not a string"),
-        ("bad.npy", b"no array", {}, "is not a .npy array"),
-        ("x.txt", b"abc", {"format": "tokens"}, "is not a .npy array"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(
-    tmp_path: Path, name: str, content: bytes | None, config: dict[str, str], message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        open_corpus(DataConfig(url=str(tmp_path / name), **config), seq_len=8)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_protocol_is_told() -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        open_corpus(DataConfig(url="nowhere://bucket/x"), seq_len=8)
-
-
-def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
-    """Loading one would unpickle whatever the file holds."""
-    np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"not a \.npy array"):
-        open_corpus(DataConfig(url=str(tmp_path / "evil.npy")), seq_len=8)
-
-
-def test_token_shards_must_be_flat_and_unsigned(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.zeros((3, 4), dtype=np.uint16))
-    with pytest.raises(UserError, match=r"uint16 of shape \(3, 4\)"):
-        open_corpus(DataConfig(url=str(tmp_path / "a.npy")), seq_len=8)
-
-
-def test_fingerprint_tells_corpora_apart() -> None:
-    base = np.arange(1000, dtype=np.uint16)
-    changed = base.copy()
-    changed[500] += 1
-    prints = [
-        fingerprint(s) for s in ([base], [changed], [base.astype(np.uint32)], [base[:500], base[500:]], [base[:999]])
-    ]
-    assert len(set(prints)) == len(prints)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from elastic_moe.config import JobConfig
+from elastic_moe.data import DataConfig
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, Leg, fitted, train_leg
 from tests.ranks import Ranks
@@ -54,6 +55,17 @@ def test_exact_run_through_resizes_equals_one_process_bit_for_bit(ranks: Ranks, 
     different = [name for name in alone.weights if not torch.equal(end[name], alone.weights[name])]
     assert not different
     assert bool(alone.weights["layers.0.moe.router.expert_bias"].any()) == (balance == "bias")
+
+
+def test_ranks_without_a_sequence_take_part(ranks: Ranks, tmp_path: Path) -> None:
+    """A batch of 2 on 3 ranks, of a corpus whose epoch ends within a step."""
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, and then some more of them" * 2)
+    what = job({"exact": True, "global_batch": 2}).model_copy(update={"data": DataConfig(url=text)})
+    legs = run_legs(ranks, what, [fitted(what, expert=3)], tmp_path / "three")
+    (alone,) = run_legs(ranks, what, [fitted(what)], tmp_path / "alone")
+    assert legs[0].losses == pytest.approx(alone.losses, rel=1e-14)
+    assert all(torch.equal(legs[0].weights[name], tensor) for name, tensor in alone.weights.items())
 
 
 def test_default_run_through_resizes_keeps_its_curve(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What a file of training data is, by its name: pure, and what is not known is refused rather than read as text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from elastic_moe.errors import UserError
+
+SNIFFED_BYTES = 64 << 10
+
+
+class DataFormat(StrEnum):
+    """What a file holds."""
+
+    TEXT = "text"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    TOKENS = "tokens"
+
+
+class FileKind(NamedTuple):
+    """A file's format, and fsspec's name of its compression; "" for none."""
+
+    format: DataFormat
+    compression: str = ""
+
+
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_FORMATS = {
+    ".jsonl": DataFormat.JSONL,
+    ".ndjson": DataFormat.JSONL,
+    ".npy": DataFormat.TOKENS,
+    ".parquet": DataFormat.PARQUET,
+}
+_FOREIGN = {
+    ".json": "is one value, not one a line: write it as .jsonl, or set data.format to 'text' for its source",
+    ".bin": "may be token ids of any width: save them as .npy (numpy.save), with dtype uint8, uint16 or uint32",
+    ".npz": "is an archive of arrays: save one array as .npy",
+    ".arrow": "is not read: save it as .parquet or .jsonl",
+    ".csv": "is not read: save it as .jsonl, or set data.format to 'text' for its source",
+    ".tsv": "is not read: save it as .jsonl, or set data.format to 'text' for its source",
+    ".zip": "is an archive: unpack it, or name the files in it by fsspec's zip://*::URL",
+    ".tar": "is an archive: unpack it, or name the files in it by fsspec's tar://*::URL",
+    ".pt": "is not data: name text, .jsonl, .parquet or .npy files",
+    ".safetensors": "is not data: name text, .jsonl, .parquet or .npy files",
+}
+
+
+def recognise(path: str, wanted: str = "auto") -> FileKind:
+    """What the file at `path` is.
+
+    Args:
+        path: of any file system.
+        wanted: `data.format`; anything but "auto" decides the format, and the name the compression.
+
+    Raises:
+        UserError: it is of a kind that is not read, or that goes by different rules in different places.
+    """
+    name = PurePosixPath(path)
+    compression = _COMPRESSIONS.get(name.suffix.lower(), "")
+    if compression:
+        name = name.with_suffix("")
+    if wanted != "auto":
+        kind = FileKind(DataFormat(wanted), compression)
+    else:
+        suffix = name.suffix.lower()
+        if suffix in _FOREIGN:
+            raise UserError(f"data.url: {path} {_FOREIGN[suffix]}")
+        kind = FileKind(_FORMATS.get(suffix, DataFormat.TEXT), compression)
+    if compression and kind.format in (DataFormat.TOKENS, DataFormat.PARQUET):
+        raise UserError(f"data.url: {path} is compressed as a whole: unpack it, so that parts of it can be read")
+    return kind
+
+
+def refuse_binary(path: str, head: bytes) -> None:
+    """Raises UserError where what goes for text by its name is none: text holds no zero byte."""
+    if b"\0" in head:
+        raise UserError(
+            f"data.url: {path} is not text, it holds zero bytes: name text, .jsonl, .parquet or .npy files, or set "
+            "data.format to 'text' to train on its bytes as they are"
+        )
