@@ -10,6 +10,7 @@ StorageError
 │   └── Unconfirmed        a commit was sent, but the store could not be asked whether it stands
 ├── Denied             the store, or our own rules, refuse the access
 │   └── Forbidden          these credentials may not do this, or (where they may not list) there is no such object
+├── PeerFailed         another of the ranks that work together has failed, and says why
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
 └── UsageError         the caller's mistake; the message is one line that says what to do
     ├── BadURL             no store by that URL
@@ -40,6 +41,7 @@ __all__ = [
     "NoCheckpoint",
     "NotFound",
     "OnlyUnhealthy",
+    "PeerFailed",
     "StorageError",
     "Transient",
     "Unconfirmed",
@@ -140,6 +142,10 @@ class Denied(StorageError):
 
 class Forbidden(Denied):
     """These credentials may not do what was asked. Who may not list is told the same of what is not there."""
+
+
+class PeerFailed(StorageError):
+    """This rank gave up what it did together with others, since one of them has failed; that one raises the reason."""
 
 
 class Fenced(StorageError):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from storage.errors import PeerFailed
 from storage.format.columns import Array, Ints
 from storage.format.index import Index, spans
 from storage.loading.fetch import Source, Traffic, scratch
@@ -23,7 +24,6 @@ from storage.loading.pieces import Held, Piece, joined, receiving, scatter
 from storage.loading.readplan import Stripes
 from storage.loading.requests import Requests, as_bytes, packed
 from storage.loading.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares
-from storage.ranks.agreement import PeerFailed
 from storage.ranks.group import COORDINATOR, Expected, Group, Message
 
 AHEAD_SIZE_BYTES = 128 * 1024 * 1024

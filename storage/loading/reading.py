@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from storage.errors import Cause, Corrupt
+from storage.errors import Cause, Corrupt, PeerFailed
 from storage.format.index import Index
 from storage.format.stock import END_SIZE_BYTES, Layout, look
 from storage.loading.casts import Casts
@@ -26,7 +26,6 @@ from storage.loading.readplan import Part, Range, Segment, Want, plan_parts
 from storage.loading.requests import Requests, long_items, reads_of, requests_of
 from storage.loading.shareplan import Blocks, holes_of, should_share
 from storage.parallel import Pool, run_all, windowed_by_size
-from storage.ranks.agreement import PeerFailed
 from storage.ranks.group import Group
 from storage.stores.objects import Capability, ObjectStore
 

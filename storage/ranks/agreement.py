@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from storage import errors
-from storage.errors import StorageError
+from storage.errors import Corrupt, PeerFailed, StorageError
 from storage.ranks.group import Group
 
 T = TypeVar("T")
-_LAST = {"Corrupt": 1, "PeerFailed": 2}  # what is heard only if nothing else has happened
+_LAST = {Corrupt.__name__: 1, PeerFailed.__name__: 2}
+"""The errors that are raised only if no rank has another, in this order."""
 
 
 class Dumpable(Protocol):
-    """What can tell itself in bytes."""
+    """An object that can be sent to other ranks."""
 
     def dump(self) -> bytes:
         """Everything that another process needs to have the same."""
 
 
 S = TypeVar("S", bound=Dumpable)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What the other ranks hear of an error: the name of its class, and one line."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """What to tell of `error`; the class of another package's error is part of the line."""
+        kind = type(error).__name__
+        return cls(kind, str(error) if isinstance(error, StorageError) else f"{kind}: {error}")
+
+    def error(self, where: str = "") -> StorageError:
+        """The same error on another rank, with `where` before its line; a plain StorageError for other packages'."""
+        found = getattr(errors, self.kind, None)
+        kind = found if isinstance(found, type) and issubclass(found, StorageError) else StorageError
+        return kind(where + self.text)
 
 
 class AgreeingGroup(Group):
@@ -31,21 +53,21 @@ class AgreeingGroup(Group):
         """The coordinator's answer (what JSON can carry) on every rank; its error is raised on every rank."""
         if not self.is_coordinator:
             message = json.loads(self.broadcast(None))
-            if message["error"] is not None:
-                raise _to_error(message)
+            if message["failure"] is not None:
+                raise Failure(**message["failure"]).error()
             return message["answer"]
         try:
             answer = call()
         except Exception as error:
-            self.broadcast(json.dumps(to_message(error)).encode())
+            self.broadcast(json.dumps({"failure": asdict(Failure.of(error))}).encode())
             raise
-        self.broadcast(json.dumps({"error": None, "answer": answer}).encode())
+        self.broadcast(json.dumps({"failure": None, "answer": answer}).encode())
         return answer
 
     def share(self, call: Callable[[], S | None], load: Callable[[bytes], S]) -> S | None:
         """The coordinator's answer on every rank, or None; its error is raised on every rank.
 
-        On the way it is the bytes of its method `dump`, of which `load` makes the others'.
+        It travels as the bytes that its method `dump` makes, and `load` makes the other ranks' answer of those.
         """
         answer: S | None = None
 
@@ -60,43 +82,23 @@ class AgreeingGroup(Group):
         return load(data) if answer is None else answer
 
     def everywhere(self, call: Callable[[], T]) -> T:
-        """This rank's answer, if every rank has one; else the first rank's error on every rank.
+        """This rank's answer, if every rank has one; else one rank's error on every rank.
 
-        An error other than Corrupt goes first: with a store that fails, nobody can tell what is corrupt.
+        It is the first rank's, but Corrupt only if no rank has another one: with a store that fails, nobody can tell
+        what is corrupt. A rank that failed with anything else than a StorageError raises that.
         """
         result: T | None = None
-        failure: Exception | None = None
+        error: Exception | None = None
         try:
             result = call()
-        except Exception as error:  # noqa: BLE001 - raised below, on every rank
-            failure = error
-        outcomes = [json.loads(data) for data in self.all_gather(json.dumps(to_message(failure)).encode())]
-        failed = [outcome for outcome in outcomes if outcome["error"] is not None]
-        failed.sort(key=lambda outcome: _LAST.get(outcome["error"], 0))
-        if failed:
-            if failure is not None and (failed[0] == to_message(failure) or not isinstance(failure, StorageError)):
-                raise failure
-            raise _to_error(failed[0])
+        except Exception as raised:  # noqa: BLE001 - raised below, on every rank
+            error = raised
+        mine = None if error is None else Failure.of(error)
+        told = [json.loads(data) for data in self.all_gather(json.dumps(mine and asdict(mine)).encode())]
+        failures = [Failure(**failure) for failure in told if failure is not None]
+        if failures:
+            first = min(failures, key=lambda failure: _LAST.get(failure.kind, 0))
+            if error is not None and (first == mine or not isinstance(error, StorageError)):
+                raise error
+            raise first.error()
         return result  # type: ignore[return-value]
-
-
-class PeerFailed(StorageError):
-    """This rank gave something up that it did together with others, because one of them has failed and says why."""
-
-
-def to_message(error: Exception | None) -> dict[str, Any]:
-    """What the other ranks hear of an error, or of none: `error`, the name of its class, and `text`."""
-    if error is None:
-        return {"error": None}
-    text = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-    return {"error": type(error).__name__, "text": text}
-
-
-def error_class(name: str) -> type[StorageError]:
-    """The error class of that name; StorageError for errors of other packages."""
-    kind = getattr(errors, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, StorageError) else StorageError
-
-
-def _to_error(message: dict[str, Any]) -> StorageError:
-    return error_class(message["error"])(message["text"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage.errors import Corrupt, Fenced, UsageError
 from storage.format import layout
 from storage.format.items import EncodedItem
-from storage.ranks.agreement import AgreeingGroup, error_class, to_message
+from storage.ranks.agreement import AgreeingGroup, Failure
 from storage.saving.commit import Contents
 from storage.saving.describe import Holdings, contents_of, describe
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
@@ -38,6 +38,42 @@ class _Plan:
     digest: str
     picks: tuple[int, ...]
     contents: Contents | None
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the coordinator of its part of a save.
+
+    `is_planned`: the plan of the save before fits. `sums`: one fingerprint of all that every rank must hold alike.
+    """
+
+    is_planned: bool
+    healthy: bool
+    sums: str
+    failure: Failure | None
+
+    def dump(self) -> bytes:
+        """JSON for the way to the coordinator."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def load(cls, data: bytes) -> _Report:
+        """What `dump` dumped."""
+        told = json.loads(data)
+        return cls(**{**told, "failure": told["failure"] and Failure(**told["failure"])})
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the coordinator makes of the reports: what the ranks have to do before the save, and its attempt.
+
+    `attempt` is None where nothing is to be saved, and not known yet where the ranks have to `compare` first.
+    """
+
+    healthy: bool
+    attempt: str | None = None
+    compare: bool = False
+    plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,69 +118,66 @@ class Consensus:
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
-        holdings, values, problem = self._describe(state)
-        is_planned = holdings is not None and self._plan is not None and self._plan.digest == holdings.digest
-        sums = holdings.sums if holdings is not None else {}
-        report = {"planned": is_planned, "problem": problem, "healthy": bool(healthy), "sums": combined(sums)}
-        reports = [json.loads(data) for data in self._group.gather(json.dumps(report).encode()) or []]
-        answer = self._group.on_coordinator(lambda: self._decide(step, reports))
-        attempt: str | None = self._compare(sums) if answer["differ"] else answer["attempt"]
-        if attempt is None:
-            return None
-        assert holdings is not None  # else there had been a problem
-        if not answer["planned"] or self._plan is None:
-            self._plan = self._replan(holdings)
-        return Agreed(attempt, answer["healthy"], self._plan.contents, holdings, self._plan.picks, values)
-
-    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings | None, dict[int, EncodedItem], dict[str, Any]]:
-        """What this rank holds, its values encoded, and what is wrong with it."""
         try:
-            check_state(state)
-            compares = self._compares_ranks and self._group.world_size > 1
-            is_first = self._plan is None
-            holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
-            is_planned = self._plan is not None and self._plan.digest == holdings.digest
-            wanted = self._plan.picks if is_planned and self._plan else range(len(holdings.chunks))
-            return holdings, holdings.encode_values(wanted), to_message(None)
+            holdings, values = self._describe(state)
         except Exception as error:
             if not isinstance(error, (UsageError, ValueError)):
                 log.exception("the state cannot be described")
-            return None, {}, to_message(error)
+            failure = Failure.of(error)
+            if isinstance(error, ValueError):
+                failure = Failure(UsageError.__name__, failure.text)
+            self._decide(step, _Report(False, bool(healthy), "", failure))
+            raise AssertionError("a failure of any rank is raised on all") from error
+        decision = self._decide(
+            step, _Report(self._has_plan_of(holdings), bool(healthy), combined(holdings.sums), None)
+        )
+        attempt = self._compare(holdings.sums) if decision.compare else decision.attempt
+        if attempt is None:
+            return None
+        if decision.plan or self._plan is None:
+            self._plan = self._replan(holdings)
+        return Agreed(attempt, decision.healthy, self._plan.contents, holdings, self._plan.picks, values)
 
-    def _decide(self, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        """The coordinator's answer to all ranks. Raises UsageError, Fenced."""
-        layout.step_folder(step)
-        fenced = self._saver.fenced or self._fenced()
-        if fenced is not None:
-            raise Fenced(fenced)
-        for rank, report in enumerate(reports):
-            problem = report["problem"]
-            if problem["error"] is not None:
-                where = f"rank {rank}: " if len(reports) > 1 else ""
-                kind = UsageError if problem["error"] == "ValueError" else error_class(problem["error"])
-                raise kind(where + problem["text"])
-        healthy = all(report["healthy"] for report in reports)
-        if self._saver.has_committed(step, healthy):
-            log.info("step %d is committed already; not saved again", step)
-            return {"attempt": None, "differ": False, "planned": True, "healthy": healthy}
-        differ = len({report["sums"] for report in reports}) > 1
-        planned = all(report["planned"] for report in reports)
-        attempt = None if differ else self._saver.new_attempt()
-        return {"attempt": attempt, "differ": differ, "planned": planned, "healthy": healthy}
+    def _has_plan_of(self, holdings: Holdings) -> bool:
+        return self._plan is not None and self._plan.digest == holdings.digest
+
+    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings, dict[int, EncodedItem]]:
+        """What this rank holds, and those of its values that it is likely to write, encoded."""
+        check_state(state)
+        compares = self._compares_ranks and self._group.world_size > 1
+        is_first = self._plan is None
+        holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
+        picks = self._plan.picks if self._plan and self._has_plan_of(holdings) else range(len(holdings.chunks))
+        return holdings, holdings.encode_values(picks)
+
+    def _decide(self, step: int, mine: _Report) -> _Decision:
+        """What is to be done, by the reports of all ranks. Raises UsageError, Fenced, StorageError on all of them."""
+        reports = [_Report.load(data) for data in self._group.gather(mine.dump()) or []]
+
+        def decide() -> dict[str, Any]:
+            layout.step_folder(step)
+            fenced = self._saver.fenced or self._fenced()
+            if fenced is not None:
+                raise Fenced(fenced)
+            for rank, report in enumerate(reports):
+                if report.failure is not None:
+                    raise report.failure.error(f"rank {rank}: " if len(reports) > 1 else "")
+            healthy = all(report.healthy for report in reports)
+            if self._saver.has_committed(step, healthy):
+                log.info("step %d is committed already; not saved again", step)
+                return asdict(_Decision(healthy))
+            differ = len({report.sums for report in reports}) > 1
+            attempt = None if differ else self._saver.new_attempt()
+            return asdict(_Decision(healthy, attempt, differ, not all(report.is_planned for report in reports)))
+
+        return _Decision(**self._group.on_coordinator(decide))
 
     def _compare(self, sums: Mapping[str, str]) -> str:
         """An attempt, if ranks have different names and not different things under one. Raises UsageError."""
         gathered = self._group.gather(json.dumps(dict(sums)).encode())
 
         def compare() -> str:
-            found = differing([json.loads(data) for data in gathered or []])
-            if found:
-                name, rank, other = found[0]
-                more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
-                raise UsageError(
-                    f"state {name!r} differs between rank {rank} and rank {other}{more}: wrap in PerRank(...) what each"
-                    " rank has of its own, and make the rest the same on all ranks"
-                )
+            check_alike([json.loads(data) for data in gathered or []])
             return self._saver.new_attempt()
 
         attempt: str = self._group.on_coordinator(compare)
@@ -170,3 +203,16 @@ class Consensus:
 
         picks = load_picks(self._group.on_coordinator(plan).encode())
         return _Plan(holdings.digest, picks[self._group.rank], contents)
+
+
+def check_alike(sums_of_rank: Sequence[Mapping[str, str]]) -> None:
+    """Raise UsageError if two ranks hold different things under one name."""
+    found = differing(sums_of_rank)
+    if not found:
+        return
+    name, rank, other = found[0]
+    more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
+    raise UsageError(
+        f"state {name!r} differs between rank {rank} and rank {other}{more}: wrap in PerRank(...) what each rank has of"
+        " its own, and make the rest the same on all ranks"
+    )

@@ -135,10 +135,12 @@ def check_tensors(flat: Mapping[str, Any]) -> None:
 
 def _local(value: Any) -> list[torch.Tensor]:
     """The tensors that this rank has of an entry of the state."""
+    if (shards := shards_of(value)) is not None:
+        return shards
     if isinstance(value, DTensor):
         with torch.no_grad():
             return [value.to_local()]
-    return [value] if isinstance(value, torch.Tensor) else shards_of(value) or []
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def _chunk(item: WriteItem, paths: Mapping[str, Path]) -> Chunk:
