@@ -30,7 +30,7 @@ def uses(source: str) -> list[tuple[int, str]]:
     """The private names of torch that a module uses, by line."""
     tree = ast.parse(source)
     bound = _bound_to_torch(tree)
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node)}
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node)}  # type: ignore[attr-defined]
     found = []
     for node in ast.walk(tree):
         if id(node) not in docstrings:

@@ -46,7 +46,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, and missing from its __all__
+        store = dist.HashStore()  # public, and missing from its __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield

@@ -122,7 +122,7 @@ def objects_of(index: Index) -> dcp.Metadata:
             place = _StorageInfo(name, int(columns.offset[first + number]), int(columns.length[first + number]))
             places[dcp.MetadataIndex(key, chunk.offsets, number)] = place
     paths = {key: entry.path for key, entry in index.entries.items()}
-    return dcp.Metadata(state, planner_data=paths, storage_data=places, version="1.0.0")
+    return dcp.Metadata(state, planner_data=paths, storage_data=places, version="1.0.0")  # type: ignore[arg-type]
 
 
 def make(folder: Path) -> dict[str, Any]:

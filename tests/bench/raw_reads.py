@@ -77,7 +77,7 @@ def read_by_pool(endpoint_url: str, spans: Sequence[Span], memory: memoryview) -
     """`storage.stores.s3`, without plan and checksums."""
     store = open_store(f"s3://{BUCKET}/?endpoint_url={endpoint_url}")
 
-    def read(span: Span) -> Callable[[], None]:
+    def read(span: Span) -> Callable[[], object]:
         return lambda: store.read_into(span.key, span.start, [memory[span.at : span.at + span.size_bytes]])
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:

@@ -153,7 +153,7 @@ def _torchs(
         "c10d", endpoint, run_id, num_nodes, num_nodes, local_addr="127.0.0.1", is_host=is_host, timeout=600
     )
     handler = registry.get_rendezvous_handler(parameters)
-    return handler.next_rendezvous, lambda: bool(time.sleep(1.0))
+    return handler.next_rendezvous, lambda: bool(time.sleep(1.0))  # type: ignore[func-returns-value]
 
 
 def serve(pipe: Connection) -> None:

@@ -96,7 +96,7 @@ def load(task: Task) -> Measured:
     if task.objects:
         spans = raw_reads.spans_of(task.objects, dist.get_rank(), dist.get_world_size())
         memory = torch.ones(sum(span.size_bytes for span in spans), dtype=torch.uint8)
-        view = memoryview(memory.numpy())
+        view = memoryview(memory.numpy())  # type: ignore[arg-type]
         read = raw_reads.CLIENTS[task.client]
         return _measured(lambda _: read(task.endpoint_url, spans, view), {}, lambda: True)
     state = _state(task, filled=False)

@@ -153,9 +153,9 @@ def _reap(pipes: dict[int, int]) -> None:
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
     """In the fork: what a new process on that host would be."""
-    from launcher.workers import family
+    from launcher.workers import process_tree
 
-    family.die_with(os.getppid())
+    process_tree.die_with(os.getppid())
     os.setsid()
     if len(fds) > 1:
         _move_to(fds[1], request["host"], request["files"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def history(steps_of_2: range = range(4, 6), steps_of_3: range = range(6, 8)) ->
     return History(tuple(steps), tuple(lives))
 
 
-def changed(generation: int, step: int, /, **fields: object) -> History:
+def changed(generation: int, step: int, /, **fields: Any) -> History:
     """With other fields for rank 0's part in a step."""
     before = history()
     steps = [

@@ -162,7 +162,7 @@ def test_what_is_no_word_of_a_node_is_left_out(data: bytes) -> None:
     states = follow(kv, "job")
     found, _ = next(states)
     assert [(seat.node_id, seat.step) for seat in found.seats] == [("a-1", -1)]
-    states.close()
+    states.close()  # type: ignore[attr-defined]
     kv.close()
 
 
@@ -204,7 +204,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
         self._now_s, self._step_s = 0.0, step_s
-        monkeypatch.setattr(status.time, "monotonic", self.monotonic)
+        monkeypatch.setattr("elastic_moe.cli.status.time.monotonic", self.monotonic)
 
     def monotonic(self) -> float:
         self._now_s += self._step_s
@@ -277,7 +277,7 @@ def test_changes_are_followed_and_other_jobs_left_out() -> None:
     while (found := next(states)[0]).round is None:
         pass
     assert (found.state, len(found.seats)) == ("running", 3)
-    states.close()
+    states.close()  # type: ignore[attr-defined]
     kv.close()
 
 
@@ -310,7 +310,7 @@ def test_a_store_that_is_away_is_waited_for_unless_it_never_answered(monkeypatch
     kv.away = False
     found, trouble = next(states)
     assert ([seat.node_id for seat in found.seats], trouble) == (["a-1"], ""), "what came meanwhile is not lost"
-    states.close()
+    states.close()  # type: ignore[attr-defined]
     memory.close()
 
 

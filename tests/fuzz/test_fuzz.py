@@ -36,9 +36,9 @@ def _hangs() -> str:
 @pytest.mark.parametrize(
     ("read", "outcome"),
     [
-        (lambda: {}["key"], "foreign KeyError"),
+        (lambda: dict[str, int]()["key"], "foreign KeyError"),
         (lambda: str(len(bytearray(400 << 20))), "memory"),
-        (lambda: runs.Wrong.__call__ and (_ for _ in ()).throw(runs.Wrong("other")), "wrong tensor"),
+        (lambda: runs.Wrong.__call__ and (_ for _ in ()).throw(runs.Wrong("other")), "wrong tensor"),  # type: ignore[truthy-function]
     ],
 )
 def test_what_it_must_tell_of_is_told(read: object, outcome: str) -> None:

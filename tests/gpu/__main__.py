@@ -45,7 +45,7 @@ def run_one(name: str, device: str) -> int:
         torch.cuda.set_device(0)
     with tempfile.TemporaryDirectory(prefix="check-") as folder:
         try:
-            figure = CHECKS[name](torch.device(device, 0 if device == "cuda" else None), Path(folder))
+            figure = CHECKS[name](torch.device(device, 0 if device == "cuda" else None), Path(folder))  # type: ignore[arg-type]
         except Exception as error:
             traceback.print_exc()
             text = str(error).strip().splitlines() or [""]

@@ -89,7 +89,7 @@ def transformed(folder: Path) -> tuple[Net, torch.optim.Optimizer, str | None, i
         range(1, trainer.state.global_step + 1)
     ), "what was logged before is restored as well"
     assert not list(Path(folder, "out").glob("checkpoint-*")), "the Trainer saves nothing of its own"
-    return trainer.model, trainer.optimizer.optimizer, elastic.stopped, trainer.state.global_step
+    return trainer.model, trainer.optimizer.optimizer, elastic.stopped, trainer.state.global_step  # type: ignore[return-value]
 
 
 def lightened(folder: Path) -> tuple[Net, torch.optim.Optimizer, str | None, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -45,14 +46,14 @@ def test_no_cut_is_left_between_those_that_stay(order: str, unreachable: dict[st
     assert "".join(left_out(order, unreachable)) == out
 
 
-def node(name: str, **fields: object) -> Node:
+def node(name: str, **fields: Any) -> Node:
     record = Node(name, "host", "10.0.0.1", 1, 1, status=Status.RUNNING, generation=1, seniority=ord(name))
     return dataclasses.replace(record, **fields)
 
 
-def seen(*nodes: Node, reported_s: float = 50.0, **fields: object) -> View:
+def seen(*nodes: Node, reported_s: float = 50.0, **fields: Any) -> View:
     current = Round(1, "L", tuple(Participant(n, 1) for n in "abc"), None, (), "", complete=True)
-    times = {"nodes_changed_s": 0.0, "formed_s": 0.0, "broken_s": 90.0}
+    times: dict[str, Any] = {"nodes_changed_s": 0.0, "formed_s": 0.0, "broken_s": 90.0}
     return View(nodes, dataclasses.replace(current, **fields), lineage="L", reported_s=reported_s, **times)
 
 

@@ -83,7 +83,7 @@ def test_what_c_sees_is_looked_at() -> None:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WarmStart, str, list[str]]]:
     told: list[str] = []
-    started = WarmStart(tmp_path_factory.mktemp("zygote"), lambda event, **fields: told.append(fields["reason"]))
+    started = WarmStart(tmp_path_factory.mktemp("zygote"), lambda event, /, **fields: told.append(fields["reason"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         try:
@@ -162,7 +162,7 @@ def test_what_changes_on_disk_is_not_run_as_it_was(tmp_path: Path, monkeypatch: 
     (tmp_path / "script.py").write_text("import sitecustomize_more, sys\nprint(sitecustomize_more.VALUE)\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), *sys.path]))
     told: list[str] = []
-    warm = WarmStart(tmp_path, lambda event, **_: told.append(event))
+    warm = WarmStart(tmp_path, lambda event, /, **_: told.append(event))
 
     def run() -> tuple[str, str]:
         zygote = warm.socket_path()

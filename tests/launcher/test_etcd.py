@@ -271,7 +271,7 @@ def test_a_conditional_write_is_not_sent_twice() -> None:
         for repeatable, expected in ((False, [0]), (True, [1, 0])):
             sent.clear()
             with pytest.raises(KVUnavailable):
-                kv._calls.call(call_on, etcdrpc.RangeRequest(key=b"k"), repeatable=repeatable)
+                kv._calls.call(call_on, etcdrpc.RangeRequest(key=b"k"), repeatable=repeatable)  # type: ignore[arg-type]
             assert sent == expected
     finally:
         kv.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -73,16 +74,17 @@ class TestTelling:
 
     def test_what_all_know_is_not_told_again(self) -> None:
         a, c = running("a", "c")
-        seen = view((dataclasses.replace(a, status=Status.STOPPING, reason="b lost"), c), round_of("a", "b", "c"))
-        first = told(view((a, c), seen.round))
-        assert told(dataclasses.replace(seen, round=dataclasses.replace(seen.round, broken=first))) is None
+        current = round_of("a", "b", "c")
+        seen = view((dataclasses.replace(a, status=Status.STOPPING, reason="b lost"), c), current)
+        first = told(view((a, c), current))
+        assert told(dataclasses.replace(seen, round=dataclasses.replace(current, broken=first))) is None
 
     def test_a_second_loss_is_told_too(self) -> None:
         current = round_of("a", "b", "c", broken=Breakage("node b lost", graceful=False, lost=("b",)))
         assert told(view(running("a"), current)).lost == ("b", "c")
 
     def test_nodes_that_yielded_take_the_others_with_them(self) -> None:
-        stopping = {"status": Status.STOPPING, "generation": 1, "reason": "yielded", "yielded": True}
+        stopping: dict[str, Any] = {"status": Status.STOPPING, "generation": 1, "reason": "yielded", "yielded": True}
         current = round_of("a", "b")
         first = told(view((node("a", **stopping), *running("b")), current))
         assert first == Breakage("node a yielded", graceful=True)

@@ -35,8 +35,8 @@ def specs(draw: st.DrawFn, max_batch: int = 4096) -> MeshSpec:
         max_idle=draw(st.integers(0, 8)),
         max_micro_batch=draw(st.one_of(st.none(), st.integers(1, 64))),
         memory_cap_bytes=draw(st.one_of(st.none(), st.integers(1 << 24, 1 << 40))),
-        **{name: draw(pin) for name in few_pins},
-        **draw(st.sampled_from([{}, FREE_COMMUNICATION])),
+        **{name: draw(pin) for name in few_pins},  # type: ignore[arg-type]
+        **draw(st.sampled_from([{}, FREE_COMMUNICATION])),  # type: ignore[arg-type]
     )
 
 

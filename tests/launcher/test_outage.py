@@ -61,7 +61,7 @@ class Members(EtcdMembers):
     """One member, as it answers; `names`: what the name servers know."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(None, (("etcd-0", 2379),))
+        super().__init__(None, (("etcd-0", 2379),))  # type: ignore[arg-type]
         self.names = {"etcd-0": frozenset({("10.0.0.1", 2379)})}
         self.answers = True
         monkeypatch.setattr(outage, "_resolve", lambda host, port: self.names.get(host, frozenset()))

@@ -172,7 +172,7 @@ class TestTelling:
 
     def told(self, after: Round, before: Round | None) -> list[tuple[str, dict[str, object]]]:
         events: list[tuple[str, dict[str, object]]] = []
-        tell(lambda event, **fields: events.append((event, fields)), after, before)
+        tell(lambda event, /, **fields: events.append((event, fields)), after, before)
         return events
 
     def test_a_restart_tells_its_cause_once(self) -> None:

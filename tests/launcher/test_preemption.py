@@ -242,7 +242,9 @@ class TestLookout:
     def run(self, watcher: Scripted) -> tuple[list[Notice], list[tuple[str, dict[str, Any]]]]:
         heeded: list[Notice] = []
         told: list[tuple[str, dict[str, Any]]] = []
-        notice_watch = NoticeWatch({"w": watcher}, heeded.append, lambda event, **fields: told.append((event, fields)))
+        notice_watch = NoticeWatch(
+            {"w": watcher}, heeded.append, lambda event, /, **fields: told.append((event, fields))
+        )
         notice_watch.start()
         try:
             until("all was said", lambda: heeded or (not watcher.said and watcher.num_polls > 5))

@@ -114,7 +114,7 @@ class Told:
         self.events: list[tuple[str, Any]] = []
         self.records: list[str] = []
 
-    def emit(self, event: str, **fields: Any) -> None:
+    def emit(self, event: str, /, **fields: Any) -> None:
         self.events.append((event, fields.get("retry_s") or fields.get("attempt")))
 
     def hold_back(self, unfit: str) -> None:

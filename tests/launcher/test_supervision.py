@@ -51,7 +51,7 @@ class Supervised(ElasticAgent):
             self._member,
             self._drain,
             self._graces,
-            lambda event, **fields: self.events.append(event),
+            lambda event, /, **fields: self.events.append(event),
             self.events.append,
         )
         self._cooperative_stop.begin(self._workers, 0.0)

@@ -71,7 +71,7 @@ def test_the_processes_of_an_agent_are_told_with_their_files(tmp_path: Path) -> 
     class Agent(AgentSteps):
         _pcontext: Any = None
 
-    agent = Agent()
+    agent = Agent()  # type: ignore[call-arg]
     assert agent.processes() == [], "none before the first start"
     specs = DefaultLogsSpecs(log_dir=str(tmp_path), redirects=Std.ALL)
     started = start_processes("t", "/bin/sleep", {0: ("60",)}, {0: {}}, specs, start_method="spawn")

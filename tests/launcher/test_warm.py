@@ -174,12 +174,12 @@ def warm_pid(warm: WarmStart) -> int:
 
 def test_a_zygote_that_died_is_replaced_and_the_loss_is_told(tmp_path: Path) -> None:
     told: list[str] = []
-    warm = WarmStart(tmp_path, lambda event, **_: told.append(event))
+    warm = WarmStart(tmp_path, lambda event, /, **_: told.append(event))
     try:
         with started_worker(warm.socket_path(), tmp_path) as (process, worker):
             assert warm._process is not None
             warm._process.kill()
-            warm._process.wait(20)
+            warm._process.wait(20)  # type: ignore[call-arg]
             assert process.wait(20) == -signal.SIGKILL
             until("the worker is gone with its zygote", lambda: not alive(worker))
         with started_worker(warm.socket_path(), tmp_path):

@@ -56,7 +56,7 @@ def nan_loss(rank: int, num_rounds: int) -> None:
         calls += 1
         return original(*args) * (math.nan if dist.get_rank() == rank and calls == num_rounds else 1.0)
 
-    original, step.token_loss = step.token_loss, token_loss
+    original, step.token_loss = step.token_loss, token_loss  # type: ignore[attr-defined]
 
 
 def inf_gradient() -> None:
@@ -80,7 +80,7 @@ def nan_term(term: str) -> None:
 
 def skip_one(what: JobConfig, plan: MeshPlan, spoil: Callable[[], None]) -> tuple[str, list[str], list[str]]:
     """Why a spoilt second step was skipped, what it has changed, and what the next one has."""
-    kept = step.token_loss, step.objective
+    kept = step.token_loss, step.objective  # type: ignore[attr-defined]
     stepper, _ = set_up(what, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
     init_weights(stepper.model, what.train.seed)
     assert stepper.step(0).skipped == ""
@@ -89,7 +89,7 @@ def skip_one(what: JobConfig, plan: MeshPlan, spoil: Callable[[], None]) -> tupl
         spoil()
         result = stepper.step(1)
     finally:
-        step.token_loss, step.objective = kept
+        step.token_loss, step.objective = kept  # type: ignore[attr-defined]
     after = snapshot(stepper)
     assert all(param.grad is None for param in stepper.model.parameters()), "a gradient is left for the next step"
     assert stepper.step(2).skipped == ""
@@ -299,14 +299,14 @@ def test_a_checkpoint_from_before_steps_were_skipped_is_gone_on_from(tmp_path: P
 def spoil_losses(fault: Fault) -> None:
     """Multiply what `fault` says into the losses of a worker process."""
     now = [0]
-    original_step, original_loss = step.Stepper.step, step.token_loss
+    original_step, original_loss = step.Stepper.step, step.token_loss  # type: ignore[attr-defined]
 
     def counted(self: step.Stepper, done: int) -> StepResult:
         now[0] = done + 1
         return original_step(self, done)
 
     step.Stepper.step = counted  # type: ignore[method-assign]
-    step.token_loss = lambda *args: original_loss(*args) * fault(now[0])
+    step.token_loss = lambda *args: original_loss(*args) * fault(now[0])  # type: ignore[attr-defined]
 
 
 def nan_at(steps: tuple[int, ...], rank: int, at: int) -> float:
@@ -321,7 +321,7 @@ def poison(at: int, rank: int) -> None:
         result = original(self, done)
         if done + 1 == at and dist.get_rank() == rank:
             param = next(p for n, p in self.model.named_parameters() if ".experts." in n)
-            param.to_local().data.flatten()[0] = math.nan  # type: ignore[operator]
+            param.to_local().data.flatten()[0] = math.nan  # type: ignore[attr-defined, operator]
         return result
 
     step.Stepper.step = poisoned  # type: ignore[method-assign]

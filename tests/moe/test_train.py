@@ -220,7 +220,7 @@ def draw_nothing() -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("initial weights were drawn before a restore")
 
-    elastic_moe.trainer.run.init_weights = refuse
+    elastic_moe.trainer.run.init_weights = refuse  # type: ignore[attr-defined]
 
 
 def test_a_run_ends_and_a_longer_one_goes_on(tmp_path: Path) -> None:

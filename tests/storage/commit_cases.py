@@ -25,7 +25,7 @@ def built(mesh: dict[str, Any] | None = None, num_items: int = 1) -> tuple[Manif
     """Of one object that holds `num_items` items."""
     size = SIZE_BYTES // num_items
     entries = [
-        ItemEntry("w", (row,), (1,), 0, row * size, size, 0, 7, 1 << 14, pack_crcs(np.array([7], np.uint32)))
+        ItemEntry("w", (row,), (1,), 0, row * size, size, 0, 7, 1 << 14, pack_crcs(np.array([7], np.uint32)))  # type: ignore[arg-type]
         for row in range(num_items)
     ]
     objects = (ObjectEntry(name=DATA.removeprefix(STEP), size_bytes=size * num_items, etag=""),)

@@ -106,7 +106,7 @@ def same(left: Any, right: Any) -> bool:
 @contextlib.contextmanager
 def small_pieces(piece_size_bytes: int, round_size_bytes: int) -> Iterator[None]:
     """Pieces and rounds so small that a small state has many, and any block may be a run of its own."""
-    exchange.plan_shares = functools.partial(  # type: ignore[assignment]
+    exchange.plan_shares = functools.partial(  # type: ignore[attr-defined]
         plan_shares, piece_size_bytes=piece_size_bytes, round_size_bytes=round_size_bytes, small_size_bytes=0
     )
     reading.long_runs = functools.partial(long_runs, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
@@ -114,7 +114,7 @@ def small_pieces(piece_size_bytes: int, round_size_bytes: int) -> Iterator[None]
     try:
         yield
     finally:
-        exchange.plan_shares = plan_shares
+        exchange.plan_shares = plan_shares  # type: ignore[attr-defined]
         reading.long_runs, reading.item_segments = long_runs, item_segments  # type: ignore[attr-defined]
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -129,7 +130,7 @@ def hostile_tensor(size: tuple[int, ...]) -> bytes:
     )
 
     class Size(tuple[int, ...]):
-        def __reduce__(self) -> object:
+        def __reduce__(self) -> tuple[Any, ...]:
             return torch.Size, (tuple(self),)
 
     chunk = ChunkStorageMetadata(Size((0,) * len(size)), Size(size))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib
 import io
 import os
 import pickle
@@ -51,7 +52,7 @@ def named(name: str) -> bytes:
 
 
 ONE_MB = b"X" + (1_000_000).to_bytes(4, "little") + b"a" * 1_000_000
-MAKE_ARRAY = np._core.multiarray._reconstruct
+MAKE_ARRAY = importlib.import_module("numpy._core.multiarray")._reconstruct
 LONG_INT = b"\x8b" + (1_000_000).to_bytes(4, "little") + b"\x7f" * 1_000_000
 
 HOSTILE: dict[str, bytes] = {

@@ -188,7 +188,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         proxy = self.server.proxy
-        fault = proxy.pick(self.command, self.path, self.headers)
+        fault = proxy.pick(self.command, self.path, self.headers)  # type: ignore[arg-type]
         if proxy.denies(self.command, unquote(self.path)):
             self._body()
             self._refuse(*_DENIED)

@@ -39,7 +39,7 @@ class App(Stateful):
         if layout == "ep2x2":
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "ep"))
             middle = self.model[1]
-            sharded = distribute_tensor(middle.weight, mesh["ep"], [Shard(0)])
+            sharded = distribute_tensor(middle.weight, mesh["ep"], [Shard(0)])  # type: ignore[arg-type]
             middle.register_parameter("weight", nn.Parameter(sharded))
             fully_shard(middle, mesh=mesh["fsdp"])
             fully_shard(self.model[0], mesh=mesh["fsdp"])

@@ -113,10 +113,10 @@ class Hasty(LocalStore):
 def read_while_saving(folder: str) -> list[int]:
     """What `dcp.load` reads of a run where the ranks see different steps; then what each rank reads alone."""
     register_scheme("hasty", lambda rest: Hasty(folder))
-    numbers = []
+    numbers: list[Any] = []
     for alone in (False, True):
         whole = torch.zeros(8, 5000)
-        state = {"w": whole, "n": 0} if alone else rows(0)
+        state: dict[str, Any] = {"w": whole, "n": 0} if alone else rows(0)
         dcp.load(state, storage_reader=ShardReader("hasty://", no_dist=alone), no_dist=alone)
         assert ((whole if alone else state["w"].full_tensor()) == state["n"]).all()
         numbers.append(state["n"])

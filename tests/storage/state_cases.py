@@ -147,7 +147,7 @@ def own_of_ranks(folder: str, is_first: bool) -> tuple[Any, list[str]]:
             checkpointer.save(1, state, wait=True)
         else:
             assert checkpointer.restore(state) == 1
-    return (state["own"].value, next(batch.tolist()[0] for batch in loader)), events
+    return (state["own"].value, next(batch.tolist()[0] for batch in loader)), events  # type: ignore[return-value]
 
 
 def different(folder: str) -> list[str]:
@@ -226,7 +226,7 @@ def failure_beside_collectives(folder: str) -> list[str]:
         def load_state_dict(self, state: Any) -> None:
             super().state_dict()
 
-    loader = torch.utils.data.DataLoader([1]) if rank == 0 else 5
+    loader = torch.utils.data.DataLoader([1]) if rank == 0 else 5  # type: ignore[arg-type]
     with Checkpointer(folder) as checkpointer:
         checkpointer.save(1, {"a": Fine(), "m": Meets()}, wait=True)
         for call in (

@@ -77,13 +77,13 @@ def train(made: nn.Module, optimizer: Optimizer, num_steps: int, seed: int = 0) 
     for _ in range(num_steps):
         x = torch.randn(5, 6, generator=generator)
 
-        def closure(x: torch.Tensor = x) -> torch.Tensor:
+        def closure(x: torch.Tensor = x) -> Any:
             optimizer.zero_grad()
-            loss = made[3](made[2](made[1](made[0](x)))).square().mean()
+            loss = made[3](made[2](made[1](made[0](x)))).square().mean()  # type: ignore[index]
             loss.backward()
             return loss.detach()
 
-        losses.append(optimizer.step(closure).item())
+        losses.append(optimizer.step(closure).item())  # type: ignore[attr-defined]
     return losses
 
 
@@ -225,14 +225,14 @@ def fresh(value: Any, seed: int) -> Any:
         if isinstance(value, Mapping):
             if any(isinstance(child, torch.Tensor) for child in value.values()):  # those are asked for by name
                 return (
-                    type(value)({key: other(child, True) for key, child in value.items()})
+                    type(value)({key: other(child, True) for key, child in value.items()})  # type: ignore[call-arg]
                     if not isinstance(value, defaultdict)
                     else defaultdict(value.default_factory, {key: other(child, True) for key, child in value.items()})
                 )
             return pick.choice([{}, None if inside else {}, {"other": 1}, {3: None}])
         return pick.choice([None, 0, "other"])
 
-    made = {}
+    made: dict[str, Any] = {}
     for key, part in value.items():
         if isinstance(part, nn.Module):
             made[key] = model(1000)
@@ -286,7 +286,7 @@ def same(left: Any, right: Any) -> bool:
         if not isinstance(right, torch.Tensor) or left.dtype != right.dtype or left.shape != right.shape:
             return False
         if isinstance(left, DTensor):
-            left, right = left.to_local(), right.to_local()
+            left, right = left.to_local(), right.to_local()  # type: ignore[attr-defined]
         return torch.equal(
             torch.view_as_real(left) if left.is_complex() else left,
             torch.view_as_real(right) if right.is_complex() else right,

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
-from pausing import ORDERS, abreast
 
 from storage import open_store
 from storage.errors import AlreadyExists, Corrupt, Fenced, Transient
@@ -20,6 +18,8 @@ from storage.run import catalog, owner
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Buffer, ObjectInfo
+from tests.storage.commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
+from tests.storage.pausing import ORDERS, abreast
 
 in_any_order = pytest.mark.parametrize("order", ORDERS)
 

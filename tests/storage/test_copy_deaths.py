@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from storage import inspection, open_store
 from storage.run import catalog
@@ -81,7 +80,9 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
     data = {key: len(value) for key, value in original.items() if key.endswith(".distcp")}
     killed = []
     later_unix_s = time.time() + copying.ABANDONED_AGE_S + 3600.0
-    monkeypatch.setattr(transfer.time, "time", lambda: later_unix_s)  # uploads of the dead are given up by then
+    monkeypatch.setattr(
+        "elastic_moe.cli.transfer.time.time", lambda: later_unix_s
+    )  # uploads of the dead are given up by then
     # locally 5 objects, 2 manifests, .metadata; on S3 one of the objects is 3 parts and their completion
     for number in (0, 3, 5, 7) if server is None else (5, 7, 9, 10):
         path, mark, query = base.partition("?")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from elastic_moe.cli import transfer
 from elastic_moe.cli.main import main
 from storage import Checkpointer, inspection, open_store, register_scheme
 from storage.errors import NotFound, StorageError
@@ -158,7 +157,7 @@ def test_a_manifest_of_a_dead_copy_that_is_damaged_is_put_again(source: str, is_
 class Vanishing(MemoryStore):
     """An upload in parts that somebody aborts while it is under way."""
 
-    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: ThreadPoolExecutor) -> ObjectInfo:
+    def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         fetch(0, min(size_bytes, 1000))
         raise NotFound(f"the upload of {key} does not exist")
 
@@ -178,7 +177,7 @@ def test_what_lacks_at_the_target_is_no_damage(source: str, tmp_path: Path, caps
 class Lacking(MemoryStore):
     """A store whose data objects go while they are read."""
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         raise NotFound(f"{key} is not there")
 
 
@@ -210,7 +209,7 @@ def test_only_uploads_of_long_ago_are_given_up(
     assert ids() == [begun]
     target.delete(METADATA)
     now_unix_s = time.time()
-    monkeypatch.setattr(transfer.time, "time", lambda: now_unix_s + 25 * 3600.0)
+    monkeypatch.setattr("elastic_moe.cli.transfer.time.time", lambda: now_unix_s + 25 * 3600.0)
     assert main(["ckpt", "push", source, url, "--quiet"]) == 0
     assert ids() == []
 

@@ -148,7 +148,7 @@ class TestHealth:
         for _ in range(20):
             ask(health, clock, 1.0, Transient("away", Cause.UNREACHABLE))
         ask(health, clock, 1.0)
-        assert heard == [StoreAway(pytest.approx(3.0), Cause.UNREACHABLE, "away"), StoreBack(pytest.approx(21.0))]
+        assert heard == [StoreAway(pytest.approx(3.0), Cause.UNREACHABLE, "away"), StoreBack(pytest.approx(21.0))]  # type: ignore[arg-type]
 
     def test_one_success_among_failures_is_no_outage(self, told: Any) -> None:
         health, clock, heard = told

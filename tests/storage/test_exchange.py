@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import exchange_cases as cases
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from storage.loading.readplan import Stripes, box_runs, box_stripes
 from storage.loading.requests import packed
 from tests.ranks import Ranks
+from tests.storage import exchange_cases as cases
 
 
 def world_size(layout: str) -> int:

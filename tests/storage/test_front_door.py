@@ -55,7 +55,7 @@ def test_only_what_needs_torch_imports_it() -> None:
 
 
 def test_help_shows_the_classes_and_the_tree_of_errors() -> None:
-    text = pydoc.render_doc(storage, renderer=pydoc.plaintext)
+    text = pydoc.render_doc(storage, renderer=pydoc.plaintext)  # type: ignore[attr-defined]
     assert "StorageError\n    ├── NotFound" in text
     for name in ("class Checkpointer(", "class ObjectStore(", "class WrongModel(", "open_store("):
         assert name in text

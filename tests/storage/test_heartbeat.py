@@ -31,7 +31,12 @@ def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
     mine, _ = owner.claim(store, owner_of("a", "a"))
     beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
     seen = set[bytes | None]()
-    until("it has beaten three times", lambda: seen.add(beat_of(store, mine)) or len(seen) > 3)
+
+    def beats_seen() -> int:
+        seen.add(beat_of(store, mine))
+        return len(seen)
+
+    until("it has beaten three times", lambda: beats_seen() > 3)
     beats.close()
     assert beat_of(store, mine) is None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import exchange_cases as cases
 import numpy as np
 import pytest
 
 from storage.loading.host_memory import read_memory
 from tests.ranks import Ranks
+from tests.storage import exchange_cases as cases
 
 TOKEN_SIZE_BYTES = 16
 OF_A_RANK_BYTES = cases.NUM_TENSORS * cases.ROWS * cases.COLUMNS * 4 // 2

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from storage.format import items
 from storage.format.checksum import crc32, crc32c
 from storage.format.framing import DESCRIPTOR, framing_of
 from storage.format.items import EncodedItem, FramedItem, Framings, item_of
@@ -77,7 +76,7 @@ def num_saved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
         calls.append(args)
         save(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(items.torch, "save", counted)
+    monkeypatch.setattr("storage.format.items.torch.save", counted)
     yield lambda: len(calls)
     monkeypatch.undo()
 

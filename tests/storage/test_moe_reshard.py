@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import moe_cases as cases
 import pytest
 
 from launcher.rounds.mesh import MeshPlan
 from tests.ranks import Ranks
+from tests.storage import moe_cases as cases
 
 
 def mesh(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:

@@ -158,7 +158,7 @@ class Wrapper(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if function is torch.ops.aten.detach.default:
             return Wrapper(args[0].inner)
         args = [arg.inner.float() if isinstance(arg, Wrapper) else arg for arg in args]
@@ -188,7 +188,7 @@ ODD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "lazy": (lambda: nn.UninitializedParameter(), "no shape yet"),
     "wrapper": (lambda: Wrapper(BASE.to(torch.int8)), r"test_odd_tensors\.Wrapper"),
     "wrapped parameter": (lambda: nn.Parameter(Wrapper(BASE.to(torch.int8))), "Wrapper"),
-    "int4": (lambda: torch.zeros(3, 4, dtype=torch.uint8).view(torch.int4), "torch.int4"),
+    "int4": (lambda: torch.zeros(3, 4, dtype=torch.uint8).view(torch.int4), "torch.int4"),  # type: ignore[attr-defined]
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from pausing import ORDERS, PausingStore, abreast
 
 from elastic_moe.cli.main import main
 from storage import Checkpointer, inspection, open_store, register_scheme
@@ -21,6 +20,7 @@ from storage.saving import commit
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Capability, ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
+from tests.storage.pausing import ORDERS, PausingStore, abreast
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")

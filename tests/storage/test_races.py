@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from pausing import ORDERS, PausingStore, abreast
 
 from storage import Checkpointer, inspection, register_scheme
 from storage.errors import Fenced
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
+from tests.storage.pausing import ORDERS, PausingStore, abreast
 
 STEP = 10
 

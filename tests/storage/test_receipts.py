@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pytest
-from commit_cases import ATTEMPT, FOLDER, MANIFEST, METADATA, SIZE_BYTES, Scripted, built, claimed, owner_of, ready
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,18 @@ from storage.saving import commit, receipts
 from storage.saving.commit import Attempt
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
+from tests.storage.commit_cases import (
+    ATTEMPT,
+    FOLDER,
+    MANIFEST,
+    METADATA,
+    SIZE_BYTES,
+    Scripted,
+    built,
+    claimed,
+    owner_of,
+    ready,
+)
 
 T = TypeVar("T")
 

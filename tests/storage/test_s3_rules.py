@@ -71,7 +71,7 @@ def test_what_will_not(status: int, code: str, kind: type[StorageError], says: s
 
 def test_a_wrong_region_names_the_right_one() -> None:
     for error in (
-        refusal(301, "PermanentRedirect", **{"X-Amz-Bucket-Region": "eu-west-1"}),
+        refusal(301, "PermanentRedirect", **{"X-Amz-Bucket-Region": "eu-west-1"}),  # type: ignore[arg-type]
         to_error(Refusal(400, "AuthorizationHeaderMalformed", "", "eu-west-1"), REQUEST, 0.0),
     ):
         assert isinstance(error, Denied)
@@ -83,7 +83,7 @@ def test_a_wrong_region_names_the_right_one() -> None:
 )
 def test_a_wrong_clock_is_measured(date: str, says: str) -> None:
     headers = {"Date": f"Sun, 09 Sep 2001 {date} GMT"} if date else {}
-    error = refusal(403, "RequestTimeTooSkewed", **headers)
+    error = refusal(403, "RequestTimeTooSkewed", **headers)  # type: ignore[arg-type]
     assert isinstance(error, Denied)
     assert says in str(error)
 
@@ -97,9 +97,9 @@ def test_refusals_of_a_put() -> None:
 
 
 def test_retry_after() -> None:
-    error = refusal(503, "SlowDown", **{"Retry-After": "7"})
+    error = refusal(503, "SlowDown", **{"Retry-After": "7"})  # type: ignore[arg-type]
     assert isinstance(error, Transient) and error.retry_after_s == 7.0
-    error = refusal(503, "SlowDown", **{"Retry-After": "86400"})
+    error = refusal(503, "SlowDown", **{"Retry-After": "86400"})  # type: ignore[arg-type]
     assert isinstance(error, Transient) and error.retry_after_s == 60.0
 
 

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import sharded_cases as cases
-import sharded_faults as faults
 import torch
 
 from storage import Checkpointer, inspection, open_store
 from tests.ranks import RankFailure, Ranks
+from tests.storage import sharded_cases as cases
+from tests.storage import sharded_faults as faults
 
 
 def test_every_layout_loads_on_every_other_bitwise(ranks: Ranks, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def check_after_death(run: Path) -> int:
         step = ckpt.restore(state)
         assert step == good[0]
         assert state["n"] == step
-        assert (state["w"] == step).all()
+        assert (state["w"] == step).all()  # type: ignore[attr-defined]
         assert events == ["restored"]
         ckpt.save(30, state, wait=True)
         assert ckpt.wait()

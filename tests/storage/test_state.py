@@ -75,7 +75,10 @@ def test_parameter_groups_are_found_by_names(tmp_path: Path) -> None:
 
 def test_two_models_one_optimizer_and_an_optimizer_of_nothing_that_is_saved(tmp_path: Path) -> None:
     def started(seed: int) -> dict[str, Any]:
-        made = {"nets": {"a": model(seed), "b": model(seed + 1)}, "loose": nn.Parameter(torch.full((3,), float(seed)))}
+        made: dict[str, Any] = {
+            "nets": {"a": model(seed), "b": model(seed + 1)},
+            "loose": nn.Parameter(torch.full((3,), float(seed))),
+        }
         both = [*made["nets"]["a"].parameters(), *made["nets"]["b"].parameters()]
         made["both"] = torch.optim.AdamW(both, lr=0.01)
         made["own"] = torch.optim.SGD([made["loose"]], lr=0.1, momentum=0.9)
@@ -161,7 +164,7 @@ def test_a_loader_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_plain_loader_is_refused_with_advice(tmp_path: Path) -> None:
     with Checkpointer(str(tmp_path)) as checkpointer, pytest.raises(UnsupportedValue, match="StatefulDataLoader"):
-        checkpointer.save(1, {"loader": torch.utils.data.DataLoader([1, 2])})
+        checkpointer.save(1, {"loader": torch.utils.data.DataLoader([1, 2])})  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -216,7 +219,7 @@ def test_modules_in_lists_give_names(tmp_path: Path) -> None:
 def test_names_that_are_digits_are_no_numbers(tmp_path: Path) -> None:
     def started() -> tuple[nn.ParameterList, torch.optim.Optimizer]:
         made = nn.ParameterList([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))])
-        return made, torch.optim.AdamW([{"params": [made[1]]}, {"params": [made[0]], "lr": 0.5}])
+        return made, torch.optim.AdamW([{"params": [made[1]]}, {"params": [made[0]], "lr": 0.5}])  # type: ignore[arg-type]
 
     (one, first), (other, second) = started(), started()
     one[0].grad, one[1].grad = torch.ones(1), torch.full((1,), 9.0)

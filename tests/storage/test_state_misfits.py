@@ -62,7 +62,7 @@ def test_patterns_leave_names_alone(ignore: Any, tmp_path: Path) -> None:
     one, other = Net("a", "b"), Net("a", "b")
     before = other.b.weight.detach().clone()
     saved_then_restored(tmp_path / "alone", {"m": one}, {"m": other}, ignore=ignore)
-    assert torch.equal(other.a.weight, one.a.weight) and torch.equal(other.b.weight, before)
+    assert torch.equal(other.a.weight, one.a.weight) and torch.equal(other.b.weight, before)  # type: ignore[arg-type]
     saved_then_restored(tmp_path / "surplus", {"m": Net("a", "b")}, {"m": Net("a")}, ignore=ignore)
     saved_then_restored(tmp_path / "vain", {"m": Net("a")}, {"m": Net("a", "b")}, ignore=ignore)
 
@@ -162,7 +162,7 @@ def test_a_parameter_in_another_group_is_told(tmp_path: Path) -> None:
     def grouped(made: Net, names: set[str]) -> torch.optim.Optimizer:
         first = [p for name, p in made.named_parameters() if name in names]
         return torch.optim.AdamW(
-            [
+            [  # type: ignore[arg-type]
                 {"params": first, "weight_decay": 0.5},
                 {"params": [p for p in made.parameters() if all(p is not q for q in first)]},
             ]
@@ -175,7 +175,7 @@ def test_a_parameter_in_another_group_is_told(tmp_path: Path) -> None:
         checkpointer.save(1, saved, wait=True)
         with pytest.raises(WrongModel, match=r"'o.param_groups.0': parameter 'b.weight' is in this group"):
             checkpointer.restore(fresh)
-        assert len(fresh["o"].state) == 0 and before is not None
+        assert len(fresh["o"].state) == 0 and before is not None  # type: ignore[attr-defined]
         assert checkpointer.restore(fresh, strict=False) == 1
         alone = {"m": other, "o": torch.optim.AdamW(other.b.parameters())}
         with pytest.raises(WrongModel, match="groups of parameters"):

@@ -180,13 +180,14 @@ class Flipping(MemoryStore):
     place = 0
     num_bad = 0
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> None:
-        super().read_into(key, offset, buffers, if_match=if_match)
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
+        etag = super().read_into(key, offset, buffers, if_match=if_match)
         for buffer in buffers:
             if self.num_bad and key.endswith(".distcp") and offset <= self.place < offset + buffer.nbytes:
                 self.num_bad -= 1
                 buffer[self.place - offset] ^= 1
             offset += buffer.nbytes
+        return etag
 
 
 class CountingPlanner(dcp.DefaultLoadPlanner):

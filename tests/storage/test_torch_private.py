@@ -197,7 +197,7 @@ def test_the_thread_of_an_async_save_has_its_name(tmp_path: Path) -> None:
     names: list[str] = []
 
     class Writer(FileSystemWriter):
-        def write_data(self, plan: object, planner: object) -> object:
+        def write_data(self, plan: object, planner: object) -> object:  # type: ignore[override]
             names.append(threading.current_thread().name)
             return super().write_data(plan, planner)  # type: ignore[arg-type]
 
@@ -225,7 +225,7 @@ def test_no_other_file_of_storage_has_such_a_name() -> None:
     constants = [value for name, value in vars(torch_private).items() if name.strip("_").isupper()]
     theirs = {text for value in constants for text in (value if isinstance(value, tuple) else (value,))}
     found = [
-        f"{path.relative_to(package)}:{node.lineno}: {name_of(node)}"
+        f"{path.relative_to(package)}:{node.lineno}: {name_of(node)}"  # type: ignore[attr-defined]
         for path, node in used
         if (name_of(node) in theirs if isinstance(node, ast.Constant) else name_of(node) not in ours)
     ]

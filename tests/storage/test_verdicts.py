@@ -36,7 +36,7 @@ def test_verdicts() -> None:
     assert verdicts([(s, b"%d" % s) for s in range(0, 100, 5)], 10, 29, 30) == [unknown, unknown, lives]
     assert verdicts([(0, b"0")], 29, 30) == [unknown, silent]  # the beat it had when the watch began is no change
     assert verdicts([(7, None)], 6, 7) == [unknown, ended]
-    dying = [(4.0, b"1"), (9.0, b"2")]  # a job that is just being ended
+    dying: list[tuple[float, bytes | None]] = [(4.0, b"1"), (9.0, b"2")]  # a job that is just being ended
     assert verdicts(dying, 30, 38, 39) == [unknown, unknown, silent]
 
 

@@ -169,6 +169,6 @@ def test_impatient_requests_wait_for_no_slot_and_are_tried_twice_at_most() -> No
 
 
 def test_what_opens_a_scheme_must_give_a_store() -> None:
-    register_scheme("no-store", lambda rest: {})
+    register_scheme("no-store", lambda rest: {})  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match="no-store:// was opened as a dict, which does not inherit from ObjectStore"):
         open_store("no-store://")

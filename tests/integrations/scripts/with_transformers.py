@@ -31,4 +31,4 @@ trainer = Trainer(build(), arguments, train_dataset=Rows(folder), callbacks=[ela
 elastic.train(trainer)
 if elastic.stopped:
     sys.exit()
-note(folder, "done", step=trainer.state.global_step, updates=updates(trainer.optimizer))
+note(folder, "done", step=trainer.state.global_step, updates=updates(trainer.optimizer))  # type: ignore[arg-type]

@@ -60,10 +60,10 @@ daemon()
 if "torch" in sys.modules:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(range(100), num_workers=1, persistent_workers=True)
+    loader = DataLoader(range(100), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
     batches = iter(loader)
     next(batches)
-    tell("data loader", batches._workers[0].pid)
+    tell("data loader", batches._workers[0].pid)  # type: ignore[attr-defined]
 while len([line for line in told.read_text().splitlines() if json.loads(line)["generation"] == generation]) < 5:
     time.sleep(0.01)
 if generation == 1:

@@ -89,7 +89,7 @@ def main():
         "argv": sys.argv,
         "orig_argv": sys.orig_argv,
         "path": sys.path,
-        "executable": [sys.executable, sys._base_executable, sys.prefix, sys.exec_prefix],
+        "executable": [sys.executable, sys._base_executable, sys.prefix, sys.exec_prefix],  # type: ignore[attr-defined]
         "meta_path": [getattr(finder, "__name__", type(finder).__name__) for finder in sys.meta_path],
         "path_hooks": len(sys.path_hooks),
         "modules": NOT_STANDARD,
@@ -100,7 +100,7 @@ def main():
             if k in ("__name__", "__doc__", "__package__", "__file__", "__cached__", "__annotations__")
         },
         "main_builtins": __builtins__ is builtins,
-        "main_loader": type(__loader__).__name__,
+        "main_loader": type(__loader__).__name__,  # type: ignore[name-defined]
         "main_spec": of_spec(__spec__),
         "main_names": sorted(k for k in globals() if k.startswith("__")),
         "code_file": main.__code__.co_filename,
@@ -172,8 +172,8 @@ def main():
     if METHODS:  # they end with this process, a moment later
         from multiprocessing import forkserver, resource_tracker
 
-        forkserver._forkserver._stop()
-        resource_tracker._resource_tracker._stop()
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stdout.buffer.write(json.dumps(seen, default=repr).encode() + b"\n")
 
