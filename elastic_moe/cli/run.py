@@ -55,8 +55,8 @@ def prepare(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning; read with torch
     if {"--cold-workers", "--keep-children", "--help"} & set(args.arguments):
         return
+    from launcher.workers.imports_ahead import Imports
     from launcher.workers.warm import fork_zygote
-    from launcher.workers.zygote import Imports
 
     imports = Imports()
     imports.make("torch")

@@ -56,19 +56,36 @@ class HangRules:
     """Without a byte of output from the workers of rank 0's node, once they have written one; None: not watched."""
 
 
+class HangKind(StrEnum):
+    """Which limit was exceeded."""
+
+    START_UP = "start-up"
+    STEP = "step"
+    SILENCE = "silence"
+
+
+_MISSED = {
+    HangKind.START_UP: "no first heartbeat",
+    HangKind.STEP: "no heartbeat",
+    HangKind.SILENCE: "no output",
+}
+
+
 @dataclass(frozen=True)
 class Hang:
-    """Workers that made no progress for too long. `ranks` are local, `step` is the lowest of theirs, -1 before the
-    first; `kind` says which limit it was: "start-up", "step" or "silence"."""
+    """Workers that have made no progress for too long."""
 
-    kind: str
+    kind: HangKind
     ranks: tuple[int, ...]
+    """Their local ranks."""
     step: int
+    """The lowest step that one of them has completed last, -1 before the first."""
     seconds: float
+    """For how long there was no progress."""
     limit_s: float
 
     def __str__(self) -> str:
-        what = {"start-up": "no first heartbeat", "step": "no heartbeat", "silence": "no output"}[self.kind]
+        what = _MISSED[self.kind]
         where = f" after step {self.step}" if self.step >= 0 else ""
         return f"{what} for {self.seconds:.0f} s{where} (limit {self.limit_s:.0f} s)"
 
@@ -191,7 +208,7 @@ class HangWatch:
         silent_s, silence_s = self._clock_s - self._output_s, self._silence_limit_s()
         if live and output is not None and silence_s is not None and silent_s > silence_s:
             step = min(seen.progress.step for seen in live.values())
-            return Hang("silence", tuple(sorted(live)), step, silent_s, silence_s)
+            return Hang(HangKind.SILENCE, tuple(sorted(live)), step, silent_s, silence_s)
         return None
 
     def _silence_limit_s(self) -> float | None:
@@ -202,16 +219,16 @@ class HangWatch:
             return max(self.rules.silence_s, self.rules.startup)
         return None if self.rules.startup is Auto.OFF else max(self.rules.silence_s, startup_limit_s(self._startups_s))
 
-    def _limit_of(self, seen: _Seen) -> tuple[str, float | None]:
+    def _limit_of(self, seen: _Seen) -> tuple[HangKind, float | None]:
         """Which limit holds for a worker now; None while none does."""
         if seen.progress.phase is WorkerPhase.YIELDED:
-            return "step", None
+            return HangKind.STEP, None
         if seen.num_beats == 0 or seen.progress.untimed:
-            return "start-up", self._startup_limit_s()
+            return HangKind.START_UP, self._startup_limit_s()
         limit_s = self._step_limit_s()
         if self.rules.step is Auto.AUTO and seen.num_beats <= _NUM_WARM_UP and limit_s is not None:
             limit_s = max(limit_s, startup_limit_s(self._startups_s, self._num_alarms))
-        return "step", limit_s
+        return HangKind.STEP, limit_s
 
     def _startup_limit_s(self) -> float | None:
         if isinstance(self.rules.startup, float):

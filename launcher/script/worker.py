@@ -126,13 +126,13 @@ class Worker:
         channel = self._channel
         self._num_untimed += 1
         if channel:
-            channel.set_untimed(True)
+            channel.begin_untimed()
         try:
             yield
         finally:
             self._num_untimed -= 1
             if channel and not self._num_untimed:
-                channel.set_untimed(False)
+                channel.end_untimed()
 
     def should_stop(self) -> str | None:
         """Whether to stop at this step boundary, and why: "membership", "drain", or None.
@@ -212,7 +212,7 @@ class Worker:
             log.warning("no heartbeat to the agent: %s", error)
             return None
         # An interpreter with torch in it takes longer to end than many a step.
-        atexit.register(channel.set_untimed, True)
+        atexit.register(channel.begin_untimed)
         return channel
 
     @functools.cached_property

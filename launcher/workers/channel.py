@@ -134,9 +134,13 @@ class Channel:
         """Record that this worker fails in a way that a restart would only repeat."""
         struct.pack_into("<I", self._memory, _PHASE, WorkerPhase.GAVE_UP)
 
-    def set_untimed(self, untimed: bool) -> None:
-        """Record that what begins now may take much longer than a step, or that it has ended."""
-        struct.pack_into("<I", self._memory, _UNTIMED, untimed)
+    def begin_untimed(self) -> None:
+        """Record that what begins now may take much longer than a step."""
+        struct.pack_into("<I", self._memory, _UNTIMED, 1)
+
+    def end_untimed(self) -> None:
+        """Record that steps take their usual time again."""
+        struct.pack_into("<I", self._memory, _UNTIMED, 0)
 
     def stop_request(self) -> StopReason:
         """The agent's standing request."""

@@ -11,7 +11,6 @@ import resource
 import signal
 import socket
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,26 +20,12 @@ from typing import Any, NoReturn
 from launcher.environment import Environment
 from launcher.workers import early_variables, paths, program, stash
 from launcher.workers.channel import Channel
+from launcher.workers.fork_request import ForkRequest
+from launcher.workers.learnt_imports import ImportReporter
 from launcher.workers.process_tree import die_with
 
-_LEARN_S, _LOOK_S = 10.0, 0.1
 _NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A worker to become: what `python ARGV...` would be, in this environment and folder, started by that process."""
-
-    argv: list[str]
-    env: dict[str, str]
-    cwd: str
-    umask: int
-    limits: list[tuple[int, int, int]]
-    """Of each resource: which, soft, hard."""
-    ignored: list[int]
-    """Signals that are ignored."""
-    fds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ def tell(news: socket.socket, **message: object) -> None:
         news.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
-def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socket.socket | None) -> None:
+def become(request: ForkRequest, zygote: Zygote, boot: socket.socket, import_reports: socket.socket | None) -> None:
     """All but to run the program."""
     os.setsid()
     die_with(zygote.pid)
@@ -87,7 +72,7 @@ def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socke
     if told.stacks:
         program.write_stacks_on_signal(str(told.stacks))
     _open_streams()
-    seen = _Learner(learner, zygote.environment).look if learner is not None else _look_at_nothing
+    seen = ImportReporter(import_reports, zygote.environment).look if import_reports is not None else _look_at_nothing
 
     worker_pid = os.getpid()
 
@@ -101,7 +86,7 @@ def become(request: Request, zygote: Zygote, boot: socket.socket, learner: socke
     sys.meta_path.insert(0, stash.Stash(zygote.with_torch, before, seen))
 
 
-def _settle_process(request: Request) -> None:
+def _settle_process(request: ForkRequest) -> None:
     """What a new process takes over from the one that starts it, and what it has of its own."""
     time.tzset()
     os.umask(request.umask)
@@ -142,7 +127,7 @@ def _open_streams() -> None:
     stash.rebind_log_handlers()
 
 
-def _start_cold(names: list[str], package: str, request: Request, news: socket.socket) -> NoReturn:
+def _start_cold(names: list[str], package: str, request: ForkRequest, news: socket.socket) -> NoReturn:
     """Be a new process that has imported nothing, by the same pid: what the script did until now, it does again."""
     why = f"the script sets {', '.join(names)} before it imports {package}"
     tell(news, cold=why)
@@ -158,45 +143,3 @@ def _start_cold(names: list[str], package: str, request: Request, news: socket.s
 
 def _look_at_nothing() -> None:
     pass
-
-
-class _Learner:
-    """Tells the zygote, for a while, which installed modules the script imports, and which variables it has set.
-
-    From the script's own thread, whenever it imports something: a thread of ours would show.
-    """
-
-    def __init__(self, zygote: socket.socket, environment: Mapping[str, str]) -> None:
-        self._zygote = zygote
-        self._environment = environment
-        self._told = set(sys.modules)
-        self._variables: set[str] = set()
-        self._next_s = time.monotonic()
-        self._ends_s = self._next_s + _LEARN_S
-        self._roots = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-    def look(self) -> None:
-        """Tell what is new."""
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return
-        self._next_s = now_s + _LOOK_S
-        if now_s > self._ends_s:
-            self._next_s = float("inf")
-            self._zygote.close()
-            return
-        names = [name for name in list(sys.modules) if name not in self._told]
-        self._told.update(names)
-        new = {n for n, v in os.environ.items() if self._environment.get(n) != v} - self._variables
-        self._variables |= new
-        lines = [*(f"={name}" for name in new), *(name for name in names if self._is_installed(name))]
-        for start in range(0, len(lines), 100):
-            with contextlib.suppress(OSError):
-                text = "\n".join(lines[start : start + 100]) + "\n"
-                self._zygote.send(text.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-    def _is_installed(self, name: str) -> bool:
-        """Not the script's own modules: what they do on import is theirs to do, once, in a worker."""
-        origin = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None) or ""
-        own = name.partition(".")[0] in paths.OWN_PACKAGES and origin.startswith(paths.HOME)
-        return name != "__main__" and (origin.startswith(self._roots) or own)

@@ -60,4 +60,4 @@ class Leftovers:
         """Take no more orphans."""
         if not self._keep:
             with contextlib.suppress(OSError):
-                process_tree.adopt_orphans(False)
+                process_tree.leave_orphans()

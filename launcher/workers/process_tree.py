@@ -173,9 +173,22 @@ def grace_after(status: int) -> float:
     return GRACE_S if status else GRACE_AFTER_SUCCESS_S
 
 
-def adopt_orphans(adopt: bool = True) -> None:
-    """Become the parent of every descendant whose parent ends."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose parent ends.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def leave_orphans() -> None:
+    """Take no more orphans: they go to whoever took them before.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 def die_with(parent_pid: int, signum: int = signal.SIGKILL) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.events import Emit, EventName
 from launcher.workers import guardian, paths, zygote
+from launcher.workers.imports_ahead import Imports, settle_threads, unfit_to_fork
 from launcher.workers.process_tree import ProcessesByPid, descendants
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ForkedZygote:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def fork_zygote(imports: zygote.Imports) -> ForkedZygote | None:
+def fork_zygote(imports: Imports) -> ForkedZygote | None:
     """Fork a zygote off this process, which has just imported torch and has done nothing else; None if it is not fit.
 
     Returns in a worker as well, with SystemExit or what else ends its script.
@@ -84,8 +85,8 @@ def fork_zygote(imports: zygote.Imports) -> ForkedZygote | None:
     options = sys.orig_argv[1:2]
     if options and options[0].startswith("-") and not options[0].startswith("-m"):
         return None  # `python -X ...`: a worker's interpreter is not given these
-    zygote.settle_threads()
-    if zygote.unfit_to_fork():
+    settle_threads()
+    if unfit_to_fork():
         return None
     agent_pid = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -99,7 +100,7 @@ def fork_zygote(imports: zygote.Imports) -> ForkedZygote | None:
     return guardian.run_here(lambda: _wait_and_serve(theirs, imports), agent_pid)
 
 
-def _wait_and_serve(connection: socket.socket, imports: zygote.Imports) -> None:
+def _wait_and_serve(connection: socket.socket, imports: Imports) -> None:
     _, fds, _, _ = socket.recv_fds(connection, 16, 4)
     connection.close()
     if len(fds) < 4:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import selectors
 import signal
@@ -31,20 +30,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.environment import PREFIX
-from launcher.frames import HEADER_BYTES, receive, send
-from launcher.torch_private import IMPORTED_BY_FSDP
+from launcher.frames import receive, send
 from launcher.workers import early_variables, freshness, paths, program
-from launcher.workers.forked import Request, Zygote, become, tell
+from launcher.workers.fork_request import ForkRequest
+from launcher.workers.forked import Zygote, become, tell
+from launcher.workers.imports_ahead import MODULES, Imports, settle_threads, unfit_to_fork
+from launcher.workers.learnt_imports import ImportLearner
 
-MODULES = (
-    "torch",
-    "torch.distributed",
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "torch.distributed.checkpoint.state_dict",
-    IMPORTED_BY_FSDP,
-)
 _SET_BY_AGENTS = (
     "RANK",
     "LOCAL_",
@@ -58,61 +50,14 @@ _SET_BY_AGENTS = (
 )
 _FIRST_S = 5.0  # the first request is served with what is there, if it comes within this time
 _QUIET_S = 2.0  # between a request and further imports: workers that start have the processors to themselves
-_LEARN_AFTER_S = 10.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 _FRAME_TIMEOUT_S = 10.0
-
-
-class Imports:
-    """What this process has imported ahead, and what that has read. A fork of the agent goes on with the agent's."""
-
-    def __init__(self) -> None:
-        self.recorder = early_variables.Recorder()
-        self.environment = dict(os.environ)
-        self.with_torch: set[str] = set()
-
-    def make(self, name: str) -> None:
-        """Import `name`, if that can be done."""
-        before = _packages()
-        try:
-            with self.recorder:
-                importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
-            print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
-        if name.partition(".")[0] == "torch":
-            self.with_torch |= _packages() - before - set(paths.OWN_PACKAGES)
-
-
-def _packages() -> set[str]:
-    return {name.partition(".")[0] for name in sys.modules}
-
-
-def settle_threads() -> None:
-    """Fork once for nothing: libraries that are prepared for forks (OpenBLAS) end their idle threads at the first.
-
-    They start them again when they next compute, which the zygote never does.
-    """
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-
-
-def unfit_to_fork() -> str:
-    """Why a fork of this process might not work, "" if it will."""
-    num_threads = len(os.listdir("/proc/self/task"))
-    if num_threads > 1:
-        return f"{num_threads - 1} thread(s) were started by an import"
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return "CUDA was initialised by an import"
-    return ""
 
 
 class _Server:
     def __init__(self, listener: socket.socket, news: socket.socket, imports: Imports) -> None:
         self.connection: socket.socket | None = None  # in a child: to the boot that stands for it
-        self.learner: socket.socket | None = None  # in a child: where it tells what it imports
+        self.import_reports: socket.socket | None = None  # in a child: where it tells what it imports
         self._listener = listener
         self._news = news
         self._imports = imports
@@ -125,11 +70,7 @@ class _Server:
         self._import_at_s = time.monotonic() + _FIRST_S
         self._files = freshness.Files()
         self._files.note()
-        self._learning: socket.socket | None = None
-        self._learn_at_s = float("inf")
-        self._told = bytearray()
-        self._learnt = False
-        self._probe: tuple[int, list[str]] | None = None  # the process that tries these imports first
+        self._learner = ImportLearner()
         self._wake_r, self._wake_w = os.pipe()
         for fd in (self._wake_r, self._wake_w):
             os.set_blocking(fd, False)
@@ -138,7 +79,7 @@ class _Server:
         signal.signal(signal.SIGCHLD, self._child_ended)
         signal.set_wakeup_fd(self._wake_w)
 
-    def serve(self) -> Request:
+    def serve(self) -> ForkRequest:
         """Serve until this process is a forked child; what it is to become."""
         while True:
             for key, _ in self._selector.select(self._idle_s()):
@@ -150,8 +91,8 @@ class _Server:
                     self._hear_agent()
                 elif key.fd == self._wake_r:
                     self._reap()
-                elif key.fileobj is self._learning:
-                    self._hear_imports()
+                elif key.fileobj is self._learner.connection:
+                    self._learner.hear()
                 else:
                     self._hear(key.data)
             self._go_on()
@@ -161,7 +102,7 @@ class _Server:
         now_s = time.monotonic()
         if not self._ready or self._to_import:
             return max(0.0, self._import_at_s - now_s)
-        return max(0.0, self._learn_at_s - now_s) if self._learning is not None else None
+        return max(0.0, self._learner.due_s - now_s) if self._learner.connection is not None else None
 
     def _go_on(self) -> None:
         """Make the next import, unless workers are being started."""
@@ -177,8 +118,9 @@ class _Server:
             if not self._to_import and not self._ready:
                 self._ready = True
                 tell(self._news, ready=True)
-        if self._learning is not None and now_s >= self._learn_at_s:
-            self._learn()
+        if self._learner.connection is not None and now_s >= self._learner.due_s:
+            self._selector.unregister(self._learner.connection)
+            self._learner.learn(self._to_import)
 
     def _hear_agent(self) -> None:
         """It waits for all that is imported here, or has gone."""
@@ -186,12 +128,12 @@ class _Server:
         if not self._news.recv(1):
             self._selector.unregister(self._news)
 
-    def _accept(self) -> Request | None:
+    def _accept(self) -> ForkRequest | None:
         connection, _ = self._listener.accept()
         connection.settimeout(_FRAME_TIMEOUT_S)
         self._import_at_s = time.monotonic() + _QUIET_S
         try:
-            request = _receive_request(connection)
+            request = ForkRequest.receive(connection)
         except (OSError, EOFError, ValueError) as error:
             print(f"zygote: dropped a request: {error}", file=sys.stderr)
             connection.close()
@@ -205,7 +147,7 @@ class _Server:
             os.close(fd)
         return None
 
-    def _differs(self, request: Request) -> str:
+    def _differs(self, request: ForkRequest) -> str:
         """Why a fork would not be to its script what a new process is, "" if it is; the agent is told as well."""
         if stale := self._files.changed():
             tell(self._news, stale=stale)
@@ -214,34 +156,31 @@ class _Server:
             tell(self._news, cold=lasting)
         return lasting
 
-    def _hidden(self, request: Request) -> str:
-        script = _script(request)
-        folders = [request.cwd if script is None else os.path.dirname(os.path.realpath(script))]
+    def _hidden(self, request: ForkRequest) -> str:
+        folders = [request.cwd if request.script is None else os.path.dirname(os.path.realpath(request.script))]
         return paths.hidden_by([*folders, *paths.folders_before_installed()], freshness.files_of_packages())
 
-    def _set_too_late(self, request: Request) -> str:
+    def _set_too_late(self, request: ForkRequest) -> str:
         read = self._imports.recorder.read
         now, before = _inherited(request.env), _inherited(self._imports.environment)
         if names := early_variables.changed_early(now, before, read):
             return f"{', '.join(names)} is not what it was when torch was imported ahead"
-        script = _script(request) or _module_file(request)
+        script = request.script or request.module_file
         names = early_variables.set_in_source(Path(script), request.env, read) if script else []
         return f"the script sets {', '.join(names)} before it imports torch" if names else ""
 
     def _fork(self, connection: socket.socket) -> bool:
         """Fork a worker for `connection`; True in the child."""
-        ours, theirs = (None, None) if self._learnt else socket.socketpair()
+        ours, theirs = self._learner.open() or (None, None)
         gc.freeze()  # a worker's collector need not go through (and so copy) what all share: its end takes a third
         pid = os.fork()
         if pid == 0:
             self._leave_parent(ours)
-            self.connection, self.learner = connection, theirs
+            self.connection, self.import_reports = connection, theirs
             return True
         if ours is not None and theirs is not None:
             theirs.close()
-            self._learnt = True
-            self._learning = ours
-            self._learn_at_s = time.monotonic() + _LEARN_AFTER_S
+            self._learner.begin(ours)
             self._selector.register(ours, selectors.EVENT_READ)
         self._workers[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, data=pid)
@@ -253,7 +192,7 @@ class _Server:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
-        for other in (*self._workers.values(), self._listener, learning, self._learning):
+        for other in (*self._workers.values(), self._listener, learning, self._learner.connection):
             if other is not None:
                 other.close()
         for fd in (self._wake_r, self._wake_w):
@@ -283,12 +222,7 @@ class _Server:
                     self._selector.unregister(connection)
                 self._answer(connection, {"status": str(status)})
                 connection.close()
-        if self._probe is not None:
-            pid, names = self._probe
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self._probe = None
-                self._to_import.extend(names if status == 0 else ())
+        self._to_import.extend(self._learner.reap())
 
     def _hear(self, pid: int) -> None:
         connection = self._workers.get(pid)
@@ -304,70 +238,10 @@ class _Server:
         except ProcessLookupError:  # it has no group of its own yet; it is ours to reap, so the pid is its
             os.kill(pid, signum)
 
-    def _hear_imports(self) -> None:
-        assert self._learning is not None
-        part = self._learning.recv(65536)
-        self._told += part[: _MAX_FRAME_BYTES - len(self._told)]
-        if not part:
-            self._learn()
-
-    def _learn(self) -> None:
-        """Try what the first worker imported in a process that is thrown away."""
-        assert self._learning is not None
-        self._selector.unregister(self._learning)
-        self._learning.close()
-        self._learning = None
-        lines = self._told.decode(errors="replace").split("\n")[:-1]
-        set_otherwise = {line[1:] for line in lines if line.startswith("=")}
-        names = [name for name in lines if name and not name.startswith("=") and name not in sys.modules]
-        if not names:
-            return
-        pid = os.fork()
-        if pid == 0:
-            tried = Imports()
-            for name in (*self._to_import, *names):
-                tried.make(name)
-            settle_threads()
-            depends = sorted(set_otherwise & tried.recorder.read)
-            if depends:
-                print(f"zygote: imports nothing more: that reads {', '.join(depends)}", file=sys.stderr)
-            os._exit(1 if depends or unfit_to_fork() else 0)
-        self._probe = (pid, names)
-
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
     """What agents do not set for each worker."""
     return {name: value for name, value in environment.items() if not name.startswith(_SET_BY_AGENTS)}
-
-
-def _script(request: Request) -> str | None:
-    """The script that is to run, None for a module."""
-    first = request.argv[1] if request.argv[:1] == ["-u"] else request.argv[0]
-    return None if first == "-m" else os.path.join(request.cwd, first)
-
-
-def _module_file(request: Request) -> str | None:
-    """Where the module that is to run is, if that is below the current folder."""
-    module = request.argv[request.argv.index("-m") + 1].replace(".", os.sep)
-    candidates = (os.path.join(request.cwd, f"{module}.py"), os.path.join(request.cwd, module, "__main__.py"))
-    return next((path for path in candidates if os.path.isfile(path)), None)
-
-
-def _receive_request(connection: socket.socket) -> Request:
-    header, fds, _, _ = socket.recv_fds(connection, HEADER_BYTES, 3)
-    if not header:
-        raise EOFError("closed")
-    try:
-        if len(fds) != 3:
-            raise ValueError(f"{len(fds)} file descriptors, not 3")
-        told = receive(connection, _MAX_FRAME_BYTES, header)
-        limits = [(int(which), int(soft), int(hard)) for which, soft, hard in told["limits"]]
-        argv, env, cwd = list(told["argv"]), dict(told["env"]), str(told["cwd"])
-        return Request(argv, env, cwd, int(told["umask"]), limits, list(told["ignored"]), tuple(fds))
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
 
 
 def main(listener: socket.socket, news: socket.socket, imports: Imports | None = None) -> None:
@@ -383,7 +257,7 @@ def main(listener: socket.socket, news: socket.socket, imports: Imports | None =
     assert server.connection is not None
     read, with_torch = frozenset(imports.recorder.read), frozenset(imports.with_torch)
     zygote = Zygote(zygote_pid, imports.environment, read, with_torch, news)
-    become(request, zygote, server.connection, server.learner)
+    become(request, zygote, server.connection, server.import_reports)
     program.run(request.argv)
 
 

@@ -3,7 +3,7 @@
 `python -m tests.chaos.template SOCKET_FD` takes one message a node: {"argv", "env", "host"} with the descriptors of a
 pipe that gets the exit status, the node's output, and perhaps a network namespace. The fork enters that namespace, is
 its own session, and runs `elastic-moe` from there on as a new process would; no thread and no gRPC exist before. Its
-zygote is a fork of it, as ever, with nothing more to import.
+imports_ahead is a fork of it, as ever, with nothing more to import.
 The nodes end with this process, and this process with the one that holds the other end of its socket.
 """
 
@@ -190,13 +190,13 @@ def main() -> int:
 
     import launcher.launch  # noqa: F401
     from elastic_moe.cli.main import main as elastic_moe
-    from launcher.workers import zygote
+    from launcher.workers import imports_ahead
 
-    imports = zygote.Imports()
-    for name in zygote.MODULES:
+    imports = imports_ahead.Imports()
+    for name in imports_ahead.MODULES:
         imports.make(name)
-    zygote.settle_threads()
-    assert not zygote.unfit_to_fork(), zygote.unfit_to_fork()
+    imports_ahead.settle_threads()
+    assert not imports_ahead.unfit_to_fork(), imports_ahead.unfit_to_fork()
     request, fds = _serve(socket.socket(fileno=int(sys.argv[1])))
     _become(request, fds)
     return elastic_moe()

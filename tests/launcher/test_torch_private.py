@@ -136,7 +136,7 @@ def test_the_exit_barrier_of_torchs_agents_is_known_by_its_keys(monkeypatch: pyt
 
 def test_what_fsdp_imports_is_there_to_be_imported_ahead() -> None:
     found = importlib.util.find_spec(IMPORTED_BY_FSDP)
-    assert found is not None, broken(f"there is no {IMPORTED_BY_FSDP}", "workers/zygote.py, what is imported ahead")
+    assert found is not None, broken(f"there is no {IMPORTED_BY_FSDP}", "workers/imports_ahead.py")
 
 
 @pytest.mark.parametrize("name", FILES_OF_WRAPPERS)

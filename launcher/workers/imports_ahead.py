@@ -1,0 +1,66 @@
+"""What a process imports ahead of the workers that will be forked from it, and whether it is fit to fork after that."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from launcher.torch_private import IMPORTED_BY_FSDP
+from launcher.workers import early_variables, paths
+
+MODULES = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    IMPORTED_BY_FSDP,
+)
+
+
+class Imports:
+    """What this process has imported ahead, and what that has read. A fork of the agent goes on with the agent's."""
+
+    def __init__(self) -> None:
+        self.recorder = early_variables.Recorder()
+        self.environment = dict(os.environ)
+        self.with_torch: set[str] = set()
+
+    def make(self, name: str) -> None:
+        """Import `name`, if that can be done."""
+        before = _packages()
+        try:
+            with self.recorder:
+                importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
+            print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
+        if name.partition(".")[0] == "torch":
+            self.with_torch |= _packages() - before - set(paths.OWN_PACKAGES)
+
+
+def _packages() -> set[str]:
+    return {name.partition(".")[0] for name in sys.modules}
+
+
+def settle_threads() -> None:
+    """Fork once for nothing: libraries that are prepared for forks (OpenBLAS) end their idle threads at the first.
+
+    They start them again when they next compute, which the zygote never does.
+    """
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def unfit_to_fork() -> str:
+    """Why a fork of this process might not work, "" if it will."""
+    num_threads = len(os.listdir("/proc/self/task"))
+    if num_threads > 1:
+        return f"{num_threads - 1} thread(s) were started by an import"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "CUDA was initialised by an import"
+    return ""
