@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -123,12 +124,14 @@ class Checkpointer:
             raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
         self._group = AgreeingGroup(process_group)
         self._report = Reporter(on_event)
-        self._store = open_store(url)
-        self._report.watch(self._store)
         origin = _origin(os.environ, generation, lineage, mesh)
         self._heartbeat: Heartbeat | None = None
         self._read_only = read_only
-        mine = None if read_only else self._become_owner(_wanted_owner(os.environ, origin, run_id), take_over)
+        with contextlib.ExitStack() as opened:
+            self._store = opened.enter_context(open_store(url))
+            self._report.watch(self._store)
+            mine = None if read_only else self._become_owner(_wanted_owner(os.environ, origin, run_id), take_over)
+            opened.pop_all()
         self._restorer = Restorer(self._store, mine, self._group, self._report)
         self._saver = Saver(self._store, mine, origin, keep, self._report, timeout_s)
         self._buffer = StagingBuffer()
@@ -293,8 +296,9 @@ class Checkpointer:
         except Fenced:
             self._store.delete(layout.heartbeat_name(wanted.token))
             raise
-        self._heartbeat = heartbeat.Heartbeat(self._store, mine, None if before is None else before.token, self._report)
-        # who forgets to close must not keep the run from others, and from itself; at exit the heart closes by itself
+        replaced_token = None if before is None else before.token
+        self._heartbeat = heartbeat.Heartbeat(self._store, mine, replaced_token, self._report).start()
+        # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
         weakref.finalize(self, self._heartbeat.stop).atexit = False
         if other is not None:
             self._report(
@@ -330,6 +334,7 @@ class Checkpointer:
                 self.announce_end()
             self._saver.close(abandon=abandon)
             self._let_go()
+            self._store.close()
 
 
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -64,15 +64,34 @@ log = logging.getLogger(__name__)
 class _Place:
     """A URL opened as a folder of a checkpoint; what readers and writers have in common.
 
-    Pickled, it is its URL and its options: `AsyncCheckpointerType.PROCESS` sends its writer to another process.
+    Its store is closed by `close`, or at the end of a `with`; DCP itself closes none. Pickled, it is its URL and its
+    options: `AsyncCheckpointerType.PROCESS` sends its writer to another process.
     """
 
-    _opened: ClassVar[tuple[str, ...]] = ("_store", "_prefix")
+    _opened: ClassVar[tuple[str, ...]] = ("_store", "_run", "_prefix")
+    _run: str | None = None
+    """The URL of the open store."""
 
     def _open(self, url: object) -> None:
-        self._url = as_url(url)
-        run, self._prefix = layout.split_step_url(self._url)
-        self._store: ObjectStore = open_store(run)
+        text = as_url(url)
+        run, prefix = layout.split_step_url(text)
+        if run != self._run:
+            store = open_store(run)
+            self.close()
+            self._store: ObjectStore = store
+        self._url, self._run, self._prefix = text, run, prefix
+
+    def close(self) -> None:
+        """Let go of the store; `reset` opens it again."""
+        if self._run is not None:
+            self._run = None
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def checkpoint_id(self) -> str:

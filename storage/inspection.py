@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from storage.errors import Cause, Corrupt, Forbidden, NoCheckpoint, NotFound, UsageError
 from storage.format import layout
@@ -90,14 +90,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Location:
-    """A run (`prefix` None) or one checkpoint in a store."""
+    """A run (`prefix` None) or one checkpoint in a store, which is closed with it: it is a context manager."""
 
     store: ObjectStore
     prefix: str | None
 
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
 
 def locate(url: str | os.PathLike[str]) -> Location:
-    """Open `url`: a run, a step's folder, or a folder with a stock checkpoint.
+    """Open `url`: a run, a step's folder, or a folder with a stock checkpoint. The caller closes it.
 
     Raises:
         BadURL: it cannot be opened.
@@ -105,15 +115,23 @@ def locate(url: str | os.PathLike[str]) -> Location:
     """
     url = as_url(url)
     run, prefix = layout.split_step_url(url)
-    store = open_store(run)
-    if prefix or _is_checkpoint(store):
-        with contextlib.suppress(Forbidden):  # it can be read all the same
-            if not store.list(prefix):
-                raise NoCheckpoint(f"no checkpoint at {url}: the folder does not exist or is empty")
-        return Location(store, prefix)
-    if not catalog.steps(store):
-        raise NoCheckpoint(f"no checkpoint at {url}: there are no step folders (step-000000120) in it")
-    return Location(store, None)
+    with contextlib.ExitStack() as opened:
+        store = opened.enter_context(open_store(run))
+        location = Location(store, prefix if prefix or _is_checkpoint(store) else None)
+        _check_not_empty(location, url)
+        opened.pop_all()
+    return location
+
+
+def _check_not_empty(location: Location, url: str) -> None:
+    """Raise NoCheckpoint where nothing of a checkpoint lies."""
+    if location.prefix is None:
+        if not catalog.steps(location.store):
+            raise NoCheckpoint(f"no checkpoint at {url}: there are no step folders (step-000000120) in it")
+        return
+    with contextlib.suppress(Forbidden):  # it can be read all the same
+        if not location.store.list(location.prefix):
+            raise NoCheckpoint(f"no checkpoint at {url}: the folder does not exist or is empty")
 
 
 def _is_checkpoint(store: ObjectStore) -> bool:

@@ -6,11 +6,12 @@ Imports torch only for checkpoints that stock DCP wrote.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli import transfer
@@ -61,9 +62,8 @@ def register(verbs: Subparsers) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    location = _locate(args)
-    rows = inspection.summaries(location)
-    _tell_retries(location)
+    with _locate(args) as location:
+        rows = inspection.summaries(location)
     if args.json:
         _print_json([dataclasses.asdict(row) for row in rows])
         return 0
@@ -89,9 +89,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    location = _locate(args)
-    found = inspection.details(location.store, inspection.checkpoints(location)[0])
-    _tell_retries(location)
+    with _locate(args) as location:
+        found = inspection.details(location.store, inspection.checkpoints(location)[0])
     if args.json:
         _print_json(dataclasses.asdict(found))
         return 0
@@ -116,33 +115,31 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    location = _locate(args)
     verdicts = []
-    for prefix in inspection.checkpoints(location):
-        verdict = inspection.verify(location.store, prefix)
-        verdicts.append(verdict)
-        if not args.json:
-            _print_verdict(verdict)
-    _tell_retries(location)
+    with _locate(args) as location:
+        for prefix in inspection.checkpoints(location):
+            verdict = inspection.verify(location.store, prefix)
+            verdicts.append(verdict)
+            if not args.json:
+                _print_verdict(verdict)
     if args.json:
         _print_json([{"good": not v.problems, **dataclasses.asdict(v)} for v in verdicts])
     return 1 if any(verdict.problems for verdict in verdicts) else 0
 
 
 def _collect(args: argparse.Namespace) -> int:
-    location = _locate(args)
-    if location.prefix is not None:
-        raise UserError(f"gc works on a whole run, and {args.url!r} is one checkpoint; give the folder above it")
-    now_s = time.time()
-    found = garbage.find(location.store, now_s, args.older_than * 3600.0)
-    for row in found:
-        if not args.dry_run:
-            garbage.remove(location.store, row)
-        if not args.json:
-            did = "would remove" if args.dry_run else "removed"
-            size = f", {size_text(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
-            print(f"{did} {row.kind} {row.name}{size}, {_age(now_s - row.modified_unix_s)} old")
-    _tell_retries(location)
+    with _locate(args) as location:
+        if location.prefix is not None:
+            raise UserError(f"gc works on a whole run, and {args.url!r} is one checkpoint; give the folder above it")
+        now_s = time.time()
+        found = garbage.find(location.store, now_s, args.older_than * 3600.0)
+        for row in found:
+            if not args.dry_run:
+                garbage.remove(location.store, row)
+            if not args.json:
+                did = "would remove" if args.dry_run else "removed"
+                size = f", {size_text(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
+                print(f"{did} {row.kind} {row.name}{size}, {_age(now_s - row.modified_unix_s)} old")
     if args.json:
         shown = ("name", "kind", "num_objects", "size_bytes", "modified_unix_s")
         _print_json([{"removed": not args.dry_run, **{name: getattr(row, name) for name in shown}} for row in found])
@@ -163,15 +160,16 @@ def _hours(text: str) -> float:
     return hours
 
 
-def _locate(args: argparse.Namespace) -> inspection.Location:
-    """Open the URL with what the options add to it. Raises UserError for options that it cannot have."""
+@contextlib.contextmanager
+def _locate(args: argparse.Namespace) -> Iterator[inspection.Location]:
+    """Open the URL with what the options add to it, close it, and tell on stderr what was not smooth meanwhile.
+
+    Raises UserError for options that the URL cannot have.
+    """
     (url,) = with_s3_options(args, args.url)
-    return inspection.locate(url)
-
-
-def _tell_retries(location: inspection.Location) -> None:
-    """On stderr, what was not smooth."""
-    retries = location.store.retries.snapshot()
+    with inspection.locate(url) as location:
+        yield location
+        retries = location.store.retries.snapshot()
     if retries.num_by_cause:
         print(f"the store had to be asked again: {retries}", file=sys.stderr)
 

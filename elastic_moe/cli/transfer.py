@@ -65,20 +65,19 @@ def register(actions: Subparsers) -> None:
 def _copy(args: argparse.Namespace) -> int:
     _check_direction(args)
     source_url, target_url = with_s3_options(args, args.source, args.target)
-    source, target = inspection.locate(source_url), copy_jobs.open_target(target_url)
-    started_s = time.monotonic()
-    looked = [
-        copy_jobs.look(source.store, target.store, job) for job in copy_jobs.plan(source, target, args.step, args.last)
-    ]
-    if args.dry_run:
-        outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]
-    else:
-        total_bytes = sum(row.size_bytes for row in looked if isinstance(row, Found))
-        with _progress(total_bytes, args.quiet) as advance:
-            copier = Copier(source.store, target.store, time.time(), advance)
-            outcomes = [copier.copy(row) if isinstance(row, Found) else row for row in looked]
-    seconds = time.monotonic() - started_s
-    retries = _sum(source.store.retries.snapshot(), target.store.retries.snapshot())
+    with inspection.locate(source_url) as source, copy_jobs.open_target(target_url) as target:
+        started_s = time.monotonic()
+        jobs = copy_jobs.plan(source, target, args.step, args.last)
+        looked = [copy_jobs.look(source.store, target.store, job) for job in jobs]
+        if args.dry_run:
+            outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]
+        else:
+            total_bytes = sum(row.size_bytes for row in looked if isinstance(row, Found))
+            with _progress(total_bytes, args.quiet) as advance:
+                copier = Copier(source.store, target.store, time.time(), advance)
+                outcomes = [copier.copy(row) if isinstance(row, Found) else row for row in looked]
+        seconds = time.monotonic() - started_s
+        retries = _sum(source.store.retries.snapshot(), target.store.retries.snapshot())
     if args.json:
         print(json.dumps(as_json(outcomes, seconds, retries, args.dry_run), indent=2))
     else:

@@ -210,7 +210,8 @@ def _give_up(job: JobConfig, progress: DataProgress, checkpointer: Checkpointer 
 
 def _healthy_steps(url: str) -> list[int]:
     try:
-        rows = inspection.summaries(inspection.locate(url))
+        with inspection.locate(url) as location:
+            rows = inspection.summaries(location)
     except NoCheckpoint:
         return []
     except StorageError as error:

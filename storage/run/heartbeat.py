@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 from storage.errors import Corrupt, InUse, NotFound, StorageError
 from storage.events import CheckpointEvent, Reporter
@@ -213,15 +214,27 @@ class Heartbeat:
         # beats must not wait behind the parts of a checkpoint, nor for long
         self._store = store.impatient(TIMEOUT_S)
         self._mine = mine
+        self._previous_token = previous_token
         self._interval_s = interval_s
         self._report = weakref.ref(report)
         self._fenced: str | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, args=(previous_token,), name="storage-heartbeat", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Self:
+        """Start the thread, which first removes the heartbeat of the claim that this one replaces."""
+        self._thread = threading.Thread(target=self._run, name="storage-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.close)
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def fenced(self) -> str | None:
@@ -242,13 +255,15 @@ class Heartbeat:
         """Stop, and let the run go. Waits no longer than 15 s: a store that is away must not keep a job from ending."""
         atexit.unregister(self.close)
         self.stop()
+        if self._thread is None:
+            return
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             log.warning("%s: the store does not answer, so another job will have to wait for it", self._store.url)
 
-    def _run(self, previous_token: str | None) -> None:
-        if previous_token is not None:
-            self._remove(previous_token)
+    def _run(self) -> None:
+        if self._previous_token is not None:
+            self._remove(self._previous_token)
         count, is_told = 0, False
         while True:
             self._wake.wait(min(self._interval_s, _RETRY_INTERVAL_S) if is_told else self._interval_s)

@@ -78,7 +78,10 @@ class Outcome:
 
 
 def open_target(url: str | os.PathLike[str]) -> Location:
-    """The store to copy to; `prefix` is None unless the URL names one step's folder. Raises BadURL."""
+    """Open the store to copy to; the caller closes it. `prefix` is None unless the URL names one step's folder.
+
+    Raises BadURL.
+    """
     run, prefix = layout.split_step_url(as_url(url))
     return Location(open_store(run), prefix or None)
 

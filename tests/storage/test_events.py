@@ -196,7 +196,7 @@ def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, ag
         report = Reporter(None)
         report.watch(store)
         mine, _ = owner.claim(store, owner_of("a", "a", 1))
-        beats = Heartbeat(store, mine, None, report, interval_s=0.2)
+        beats = Heartbeat(store, mine, None, report, interval_s=0.2).start()
         try:
             away = Fault("lose", times=1_000_000)
             began_s = time.monotonic()

@@ -29,7 +29,7 @@ def beat_of(store: ObjectStore, mine: Owner) -> bytes | None:
 def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a"))
-    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01).start()
     seen = set[bytes | None]()
 
     def beats_seen() -> int:
@@ -44,7 +44,7 @@ def test_a_heart_beats_until_it_is_closed(memory_url: str) -> None:
 def test_a_heart_that_is_superseded_stops(memory_url: str, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(memory_url)
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01).start()
     until("it beats", lambda: beat_of(store, mine) is not None)
     late = Owner(lineage="a", generation=0, epoch=9, token="l" * 32)
     store.put("owner.json", [seal("owner", late)])  # a stalled claim of an older generation changes nothing
@@ -83,7 +83,7 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
     monkeypatch.setattr(heartbeat, "_CLOSE_S", 0.1)
     store = Outage()
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
-    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
+    beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01).start()
     until("it beats", lambda: beat_of(store, mine) is not None)
     store.away = True
     until("it is told", lambda: "cannot be told" in caplog.text)
