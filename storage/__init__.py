@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer
     from storage.dcp import ShardReader, ShardWriter
     from storage.events import CheckpointEvent, Listener
-    from storage.inspection import Details, Location, Summary, Verdict, checkpoints, details, locate, summaries, verify
+    from storage.inspection import (
+        Details,
+        Location,
+        Summary,
+        Verification,
+        checkpoints,
+        details,
+        locate,
+        summaries,
+        verify,
+    )
     from storage.run.garbage import Garbage
     from storage.run.garbage import find as find_garbage
     from storage.run.garbage import remove as remove_garbage
@@ -37,7 +47,7 @@ __all__ = ["Checkpointer", "PerRank", "ShardReader", "ShardWriter"]
 __all__ += ["CheckpointEvent", "Listener"]
 __all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["open_store", "register_scheme", "with_options"]
-__all__ += ["Details", "Location", "Summary", "Verdict", "checkpoints", "details", "locate", "summaries", "verify"]
+__all__ += ["Details", "Location", "Summary", "Verification", "checkpoints", "details", "locate", "summaries", "verify"]
 __all__ += ["Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
@@ -45,7 +55,7 @@ _ROOMS = {
     "storage.checkpointer": "Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
-    "storage.inspection": "Details Location Summary Verdict checkpoints details locate summaries verify",
+    "storage.inspection": "Details Location Summary Verification checkpoints details locate summaries verify",
     "storage.run.garbage": "Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
     "storage.stores.objects": "Capability ObjectInfo ObjectStore",

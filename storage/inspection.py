@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from storage.errors import Cause, Corrupt, Forbidden, NoCheckpoint, NotFound, UsageError
-from storage.format import layout
-from storage.format.checksum import crc32c
-from storage.format.index import Index
-from storage.format.manifest import ItemEntry, Manifest
-from storage.format.zips import RunningSum, check_zip
-from storage.parallel import Pool, windowed
-from storage.run import catalog
-from storage.stores.objects import ObjectStore, exists
-from storage.stores.registry import as_url, open_store
+import numpy as np
 
-log = logging.getLogger(__name__)
+from storage.errors import Corrupt, Forbidden, NoCheckpoint, UsageError
+from storage.format import layout
+from storage.format.completeness import gaps, has_odd_sum, strays
+from storage.format.index import Index, of_manifest
+from storage.parallel import Pool, windowed_by_size
+from storage.run import catalog
+from storage.stores.objects import ObjectStore
+from storage.stores.registry import as_url, open_store
+from storage.verified.readplan import NOWHERE, Part, Want, plan_parts
+from storage.verified.source import Source, scratch
+from storage.verified.twice import read_verified
 
 _NUM_THREADS = 4
+_WINDOW = 2 * _NUM_THREADS
 _PART_SIZE_BYTES = 8 * 1024 * 1024
 
 
@@ -78,7 +79,7 @@ class Details:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """Whether every byte of a checkpoint is what was written; no problems means that it is."""
 
     folder: str
@@ -198,7 +199,7 @@ def details(store: ObjectStore, prefix: str) -> Details:
     commit = catalog.find_commit(store, prefix)
     summary = summarize(store, prefix)
     if commit.manifest is None:
-        return _stock_details(summary, catalog.open_commit(commit))
+        return _stock_details(summary, catalog.find_index(store, prefix)[1])
     manifest = commit.manifest
     shards: dict[str, list[Shard]] = defaultdict(list)
     for item in manifest.items.rows():
@@ -224,10 +225,11 @@ def _stock_details(summary: Summary, index: Index) -> Details:
     return Details(summary, tuple(tensors), tuple(values))
 
 
-def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None) -> Verdict:
+def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None) -> Verification:
     """Read every byte of the checkpoint and compare it with the checksums: the manifest's, or the zips' of stock DCP.
 
     Of the data objects only those whose keys are in `only`, if that is given; the index is checked in any case.
+    Damage counts when it is read twice.
 
     Raises:
         NoCheckpoint: nothing is committed at `prefix`.
@@ -235,137 +237,69 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
         Transient, Denied: by the store.
     """
     folder = prefix.rstrip("/")
-    step = layout.parse_step(folder)
     try:
-        commit = catalog.find_commit(store, prefix)
-        if commit.manifest is None:
-            return _verify_stock(store, catalog.open_commit(commit), folder, step, only)
-        manifest = commit.manifest
+        problems, index = _examined(store, prefix)
     except Corrupt as error:
-        return Verdict(folder, step, 0, 0, (str(error),))
-    items: dict[int, list[ItemEntry]] = defaultdict(list)
-    for item in manifest.items.rows():
-        items[item.object].append(item)
+        return Verification(folder, layout.parse_step(folder), 0, 0, (str(error),))
+    source = Source(store, index)
+    wanted = [number for number, entry in enumerate(index.objects) if only is None or prefix + entry.name in only]
+    with Pool(_NUM_THREADS) as pool:
+        damage = windowed_by_size(
+            pool, functools.partial(_damage, source), _units(source, wanted), lambda _: 1, _WINDOW
+        )
+        problems += filter(None, damage)
+    is_wanted = np.isin(index.columns.object, wanted)
+    size_bytes = int(index.columns.length[is_wanted].sum())
+    return Verification(folder, index.step, len(wanted), size_bytes, tuple(dict.fromkeys(problems)))
 
-    def check(index: int) -> list[str]:
-        entry = manifest.objects[index]
-        return list(_object_problems(store, prefix + entry.name, entry.size_bytes, items[index]))
 
+def _examined(store: ObjectStore, prefix: str) -> tuple[list[str], Index]:
+    """The index, and what it does not account for. Raises Corrupt."""
+    commit = catalog.find_commit(store, prefix)
+    if commit.manifest is None:
+        return [], catalog.find_index(store, prefix)[1]
+    manifest = commit.manifest
     problems = list(gaps(manifest))
-    chosen = [index for index, entry in enumerate(manifest.objects) if only is None or prefix + entry.name in only]
-    with Pool(_NUM_THREADS) as pool:
-        for found in windowed(pool, check, chosen, 2 * _NUM_THREADS):
-            problems += found
-    size_bytes = sum(manifest.objects[index].size_bytes for index in chosen)
-    return Verdict(folder, manifest.step, len(chosen), size_bytes, tuple(problems))
-
-
-def gaps(manifest: Manifest) -> Iterator[str]:
-    """Tensors whose shards do not make them up, and values that are not there. Pure."""
-    num_elements: dict[str, int] = defaultdict(int)
-    stored = set()
+    problems += [prefix + text for text in strays(manifest)]
     for item in manifest.items.rows():
-        stored.add(item.key)
-        num_elements[item.key] += math.prod(item.sizes or ())
-    for key, entry in manifest.tensors.items():
-        if num_elements[key] != math.prod(entry.shape):
-            yield f"tensor {key!r} has {num_elements[key]} of {math.prod(entry.shape)} elements"
-    for key in manifest.values.keys() - stored:
-        yield f"value {key!r} is not stored"
+        if has_odd_sum(item):
+            name = manifest.objects[item.object].name
+            problems.append(f"{prefix}{name}: checksum of {item.key!r} as a whole does not match")
+    return problems, of_manifest(prefix, manifest)
 
 
-def _object_problems(store: ObjectStore, key: str, size_bytes: int, items: list[ItemEntry]) -> Iterator[str]:
-    end = 0
-    for item in sorted(items, key=lambda item: item.offset):
-        if item.offset != end:
-            yield f"{key}: bytes {end} to {item.offset} belong to no item"
-        end = item.offset + item.length
-        try:
-            yield from _item_problems(store, key, item)
-        except (Corrupt, NotFound) as error:
-            yield str(error)
-    if end != size_bytes:
-        yield f"{key}: bytes {end} to {size_bytes} belong to no item"
+def _units(source: Source, objects: Sequence[int]) -> Iterator[Part | int]:
+    """What is read and judged by itself: parts of objects, and items that can be judged only as a whole."""
+    items_of = source.index.items_by_object()
+    for number in objects:
+        items = items_of[number].tolist()
+        joint = source.joint(items)
+        spans = {item: source.span(item) for item in sorted(set(items) - set(joint))}
+        wants = [Want(item, 0, span.length, NOWHERE, 0) for item, span in spans.items()]
+        yield from plan_parts(spans, wants, part_size_bytes=_PART_SIZE_BYTES)
+        yield from joint
 
 
-def _item_problems(store: ObjectStore, key: str, item: ItemEntry) -> Iterator[str]:
-    """Damage is named by block; the item's own checksum then tells damage of the data from damage of the index."""
-    whole_crc, block = 0, item.block_size_bytes
-    step = max(1, _PART_SIZE_BYTES // block) * block
-    memory = memoryview(bytearray(min(step, item.length)))
-    bad = []
-    blocks = item.blocks()
-    for start in range(0, item.length, step):
-        part = memory[: min(step, item.length - start)]
-        store.read_into(key, item.offset + start, [part])
-        whole_crc = crc32c(part, whole_crc)
-        bad += [
-            item.offset + start + at
-            for at in range(0, part.nbytes, block)
-            if crc32c(part[at : at + block]) != blocks[(start + at) // block]
-        ]
-    if bad:
-        yield f"{key}: checksum of {item.key!r} does not match in {len(bad)} block(s), first at byte {bad[0]}"
-    elif whole_crc != item.crc32c:
-        yield f"{key}: checksum of {item.key!r} as a whole does not match"
-
-
-def _verify_stock(
-    store: ObjectStore,
-    index: Index,
-    folder: str,
-    step: int | None,
-    only: Collection[str] | None,
-) -> Verdict:
-    columns = index.columns
-    rows = zip(columns.object.tolist(), columns.offset.tolist(), columns.length.tolist(), strict=True)
-    found = {(index.objects[where].name, offset, length) for where, offset, length in rows}
-    places = sorted(place for place in found if only is None or index.prefix + place[0] in only)
-    names = {name for name, _, _ in places}
-
-    def check(place: tuple[str, int, int]) -> str | None:
-        name, offset, length = place
-        try:
-            if not exists(store, index.prefix + name):
-                raise Corrupt(f"{index.prefix}{name} is missing")
-            _check_stock_item_twice(store, index.prefix + name, offset, length)
-        except Corrupt as error:
-            return str(error)
-        return None
-
-    with Pool(_NUM_THREADS) as pool:
-        problems = tuple(p for p in windowed(pool, check, places, 2 * _NUM_THREADS) if p is not None)
-    return Verdict(folder, step, len(names), sum(length for _, _, length in places), problems)
-
-
-def _check_stock_item_twice(store: ObjectStore, key: str, offset: int, length: int) -> None:
-    """Damage counts when it is read twice: the way to here may have flipped a bit. Raises Corrupt, NotFound."""
+def _damage(source: Source, unit: Part | int) -> str | None:
+    """What is wrong with it, if anything is."""
     try:
-        _check_stock_item(store, key, offset, length)
+        if isinstance(unit, Part):
+            _fetch(source, unit)
+        else:
+            read_verified(source.store, source.index.object_of(unit), functools.partial(_read_whole, source, unit))
     except Corrupt as error:
-        _check_stock_item(store, key, offset, length)
-        store.retries.add(Cause.DAMAGED, 0.0)
-        log.warning("read again, %s at byte %d is whole; the first time: %s", key, offset, error)
+        return str(error)
+    return None
 
 
-def _check_stock_item(store: ObjectStore, key: str, offset: int, length: int) -> None:
-    """Read an item of stock DCP and compare it with its zip's checksums. Raises Corrupt, NotFound."""
-    from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES, look
-    from storage.format.values import check_sense
+def _read_whole(source: Source, item: int) -> None:
+    """All of an item that can be judged only as a whole. Raises Corrupt."""
+    source, _ = source.looked_at([item], map)
+    span = source.span(item)
+    for part in plan_parts({item: span}, [Want(item, 0, span.length, NOWHERE, 0)], part_size_bytes=_PART_SIZE_BYTES):
+        _fetch(source, part)
+    source.verifier(item).check()
 
-    def read(start: int, size_bytes: int) -> memoryview:
-        memory = memoryview(bytearray(size_bytes))
-        store.read_into(key, offset + start, [memory])
-        return memory
 
-    name = f"{key} at byte {offset}"
-    layout = look(read, length) if length > LONG_ITEM_BYTES else None
-    if layout is None:
-        memory = read(0, length)
-        check_zip(memory, name)
-        check_sense(memory, name)
-        return
-    total = RunningSum(layout.start, layout.stop, layout.crc32, name)
-    for start in range(0, length, PART_SIZE_BYTES):
-        total.add(start, read(start, min(PART_SIZE_BYTES, length - start)))
-    total.check()
+def _fetch(source: Source, part: Part) -> None:
+    source.fetch(part, [scratch(segment.stop - segment.start) for segment in part.segments])

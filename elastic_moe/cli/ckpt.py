@@ -174,7 +174,7 @@ def _locate(args: argparse.Namespace) -> Iterator[inspection.Location]:
         print(f"the store had to be asked again: {retries}", file=sys.stderr)
 
 
-def _print_verdict(verdict: inspection.Verdict) -> None:
+def _print_verdict(verdict: inspection.Verification) -> None:
     name = verdict.folder or "checkpoint"
     if not verdict.problems:
         print(f"{name}: good, {size_text(verdict.size_bytes)} in {verdict.num_objects} objects")

@@ -21,7 +21,7 @@ from storage.stores.retry_policy import RetryCounts
 from storage.transfer import copy_jobs
 from storage.transfer.copy_jobs import Found, Outcome
 from storage.transfer.copying import Copier
-from storage.transfer.passage import Advance
+from storage.transfer.verified_read import Advance
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

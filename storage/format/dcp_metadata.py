@@ -203,14 +203,14 @@ class _Parts:
             length=length,
             raw_offset=np.zeros(len(order), np.int64),
             block_size_bytes=np.where(length > LONG_ITEM_BYTES, PART_SIZE_BYTES, np.maximum(length, 1)),
-            first_crc=np.zeros(len(order) + 1, np.int64),
+            num_crcs=np.zeros(len(order), np.int64),
             offsets=chunks.offsets[chunk_of],
             sizes=chunks.sizes[chunk_of],
             crcs=np.zeros(0, np.uint32),
         )
         objects = [IndexedObject(name, sizes_bytes.get(name, 0)) for name in names]
         spans = [(*row, *span) for row, span in zip(rows, ranges, strict=True)]
-        index = build(prefix, step, True, objects, spans, columns, chunks.num_dims[chunk_of])
+        index = build(prefix, step, objects, spans, columns, chunks.num_dims[chunk_of])
         return dataclasses.replace(check_whole(index), transforms=tuple(transforms), save_id=self._save_id)
 
     def _entries(self) -> tuple[list[tuple[str, str, tuple[int, ...], tuple[str | int, ...]]], _Chunks]:

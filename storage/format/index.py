@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import binascii
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -59,10 +60,10 @@ class Columns:
     """One row for each item.
 
     An item is `length` bytes at `offset` of `object`. It holds the box [offsets, offsets + sizes) of its tensor, where
-    both have as many columns as the tensor with the most dimensions, filled with 0 and 1; in a checkpoint of ours the
-    box begins `raw_offset` bytes after the item, and the item's blocks of `block_size_bytes` have the CRC32C
-    `crcs[first_crc[i]:first_crc[i + 1]]`. An item of stock DCP is a single block without CRC, or several if it is long
-    (see `storage.format.stock`).
+    both have as many columns as the tensor with the most dimensions, filled with 0 and 1. The box begins `raw_offset`
+    bytes after the item; 0 says that only the item itself tells where. Of its blocks of `block_size_bytes` the first
+    `num_crcs` have a CRC32C: all of ours, and none of stock DCP's, whose items are one block each, or several if they
+    are long (see `storage.format.stock`). `crcs` has those of all items, one item after the other.
     """
 
     object: Ints
@@ -70,7 +71,7 @@ class Columns:
     length: Ints
     raw_offset: Ints
     block_size_bytes: Ints
-    first_crc: Ints
+    num_crcs: Ints
     offsets: Ints
     sizes: Ints
     crcs: npt.NDArray[np.uint32]
@@ -80,14 +81,13 @@ class Columns:
 class Index:
     """A checkpoint at `prefix`; see the module's docstring.
 
-    `is_stock`: written by stock DCP. `transforms`: the stream transforms that it was written through, which nothing
-    here can undo. `containers`: of the nested state, where the entries' paths do not tell all about them. `healthy`:
-    what whoever saved it said of the state. `save_id`: of that very save, its attempt or what stock DCP noted.
+    `transforms`: the stream transforms of stock DCP that it was written through, which nothing here can undo.
+    `containers`: of the nested state, where the entries' paths do not tell all about them. `healthy`: what whoever
+    saved it said of the state. `save_id`: of that very save, its attempt or what stock DCP noted.
     """
 
     prefix: str
     step: int
-    is_stock: bool
     objects: tuple[IndexedObject, ...]
     entries: Mapping[str, Entry]
     columns: Columns
@@ -124,9 +124,22 @@ class Index:
             raise Corrupt(f"{key!r} has no shard at {list(offsets)}")
         return entry.first + int(found[0])
 
-    def is_long(self, item: int) -> bool:
-        """Whether it is an item of stock DCP in several blocks, none of which can be verified alone."""
-        return self.is_stock and bool(self.columns.length[item] > self.columns.block_size_bytes[item])
+    def key_of(self, item: int) -> str:
+        """The key that the item is stored under."""
+        return next(key for key, entry in self.entries.items() if entry.first <= item < entry.last)
+
+    def object_of(self, item: int) -> str:
+        """The key of the item's object in the store."""
+        return self.prefix + self.objects[int(self.columns.object[item])].name
+
+    def items_by_object(self) -> list[Ints]:
+        """For each data object its items, in the order of their places."""
+        return by_object(self.columns.object, self.columns.offset, len(self.objects))
+
+    @functools.cached_property
+    def first_crc(self) -> Ints:
+        """Where each item's checksums begin among `Columns.crcs`, and where the last one's end."""
+        return np.concatenate((np.zeros(1, np.int64), np.cumsum(self.columns.num_crcs)))
 
     def axis(self) -> Ints:
         """Where each item begins on the line of all bytes: object after object, none touching the next."""
@@ -136,34 +149,26 @@ class Index:
 
     def crcs_of(self, items: Ints) -> npt.NDArray[np.uint32]:
         """The blocks' checksums of those items, one item after the other."""
-        first = self.columns.first_crc
+        first = self.first_crc
         return self.columns.crcs[spans(first[items], first[items + 1])]
-
-    def num_crcs(self, items: Ints) -> int:
-        """How many those are; known of every item."""
-        if self.is_stock:
-            return 0
-        return int((-(-self.columns.length[items] // self.columns.block_size_bytes[items])).sum())
 
     def with_crcs(self, items: Ints, crcs: npt.NDArray[np.uint32]) -> Index:
         """The same index, with `crcs_of(items)` in the place of all checksums."""
         counts = np.zeros(len(self), np.int64)
-        counts[items] = -(-self.columns.length[items] // self.columns.block_size_bytes[items])
-        first = np.concatenate(([0], np.cumsum(counts)))
-        return dataclasses.replace(self, columns=dataclasses.replace(self.columns, first_crc=first, crcs=crcs))
+        counts[items] = self.columns.num_crcs[items]
+        return dataclasses.replace(self, columns=dataclasses.replace(self.columns, num_crcs=counts, crcs=crcs))
 
     def dump(self) -> bytes:
         """Bytes for the way to the other ranks: a head in JSON, then the columns in the narrowest type each.
 
         Without checksums, which can be many times the rest: each rank asks for those of what it reads.
         """
-        none = {"first_crc": np.zeros(0, np.int64), "crcs": np.zeros(0, np.uint32)}
+        none = {"crcs": np.zeros(0, np.uint32)}
         fields = {field.name: getattr(self.columns, field.name) for field in dataclasses.fields(Columns)}
         columns = {name: _narrow(column) for name, column in (fields | none).items()}
         head = {
             "prefix": self.prefix,
             "step": self.step,
-            "is_stock": self.is_stock,
             "objects": [(entry.name, entry.size_bytes) for entry in self.objects],
             "entries": [(key, e.dtype, e.shape, e.path, e.first, e.last) for key, e in self.entries.items()],
             "transforms": self.transforms,
@@ -188,7 +193,6 @@ class Index:
         return cls(
             head["prefix"],
             head["step"],
-            head["is_stock"],
             tuple(IndexedObject(*row) for row in head["objects"]),
             {
                 key: Entry(dtype, tuple(shape), tuple(path), first, last)
@@ -228,7 +232,7 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
         length=length[order],
         raw_offset=table.raw_offset[order],
         block_size_bytes=block_size[order],
-        first_crc=np.concatenate(([0], np.cumsum(num_blocks[order]))),
+        num_crcs=num_blocks[order],
         offsets=table.offsets.padded(0)[order],
         sizes=table.sizes.padded(1)[order],
         crcs=np.frombuffer(b"".join(crcs_of), "<u4"),
@@ -237,7 +241,6 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
     index = build(
         prefix,
         manifest.step,
-        False,
         [IndexedObject(entry.name, entry.size_bytes) for entry in manifest.objects],
         [(*kind, *span) for kind, span in zip(kinds, ranges, strict=True)],
         columns,
@@ -251,7 +254,6 @@ def of_manifest(prefix: str, manifest: Manifest) -> Index:
 def build(
     prefix: str,
     step: int,
-    is_stock: bool,
     objects: Sequence[IndexedObject],
     rows: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]],
     columns: Columns,
@@ -262,7 +264,7 @@ def build(
     `num_dims`: of each item's box.
     """
     entries = {key: Entry(dtype, shape, path, first, last) for key, dtype, shape, path, first, last in rows}
-    index = Index(prefix, step, is_stock, tuple(objects), entries, columns)
+    index = Index(prefix, step, tuple(objects), entries, columns)
     width = columns.sizes.shape[1]
     for key, entry in entries.items():
         if not entry.is_tensor:
@@ -312,6 +314,13 @@ def _mixed(numbers: Ints, seed: int) -> npt.NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)), np.uint64)
+
+
+def by_object(where: Ints, offset: Ints, num_objects: int) -> list[Ints]:
+    """For each object the numbers of its items, given by object and offset, in the order of their places."""
+    order = np.lexsort((offset, where))
+    bounds = np.searchsorted(where[order], np.arange(num_objects + 1))
+    return [order[low:high] for low, high in itertools.pairwise(bounds.tolist())]
 
 
 def check_apart(where: Ints, offset: Ints, length: Ints) -> None:

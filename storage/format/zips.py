@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
 import zipfile
 from collections.abc import Sequence
 
 from typing_extensions import Buffer as Writable
 
 from storage.errors import Corrupt
-from storage.format.checksum import combine_crc32, crc32
-from storage.stores.objects import Buffer
+from storage.format.checksum import crc32
 
 ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError)
 """What reading a damaged one raises."""
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+Parts = Sequence[tuple[int, memoryview]]
+"""Some parts of a file: where each begins, and its bytes."""
 
 
 class OutOfSight(Exception):
@@ -26,7 +27,7 @@ class OutOfSight(Exception):
 class Window(io.RawIOBase):
     """A file of `length` bytes of which only the parts (start, bytes) are known; nothing of them is copied."""
 
-    def __init__(self, length: int, parts: Sequence[tuple[int, memoryview]]) -> None:
+    def __init__(self, length: int, parts: Parts) -> None:
         super().__init__()
         self._length = length
         self._parts = parts
@@ -40,11 +41,11 @@ class Window(io.RawIOBase):
         return None
 
     def readable(self) -> bool:
-        """It is."""
+        """As a file's: yes."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """As a file's: yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -69,65 +70,41 @@ class Window(io.RawIOBase):
         raise OutOfSight
 
 
-class RunningSum:
-    """The CRC32 of the bytes [start, stop) of a zip, from parts that come in any order and from any thread.
+def check_zip(parts: Parts, name: str) -> bool:
+    """Verify the CRC32 that a zip holds for each of its members; stock DCP items have no other checksum.
 
-    `crc32`: what it must be; 0 means that the writer had switched checksums off.
-    """
-
-    def __init__(self, start: int, stop: int, crc32: int, name: str) -> None:
-        self._start = start
-        self._stop = stop
-        self._crc32 = crc32
-        self._name = name
-        self._lock = threading.Lock()
-        self._parts: dict[int, tuple[int, int]] = {}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every byte has come."""
-        return sum(size for size, _ in self._parts.values()) == self._stop - self._start
-
-    def add(self, at: int, data: memoryview) -> None:
-        """The bytes of the zip from `at` on; the same ones once more take the place of the first."""
-        low, high = max(at, self._start), min(at + data.nbytes, self._stop)
-        if low >= high:
-            return
-        crc = crc32(data[low - at : high - at])
-        with self._lock:
-            self._parts[low] = high - low, crc
-
-    def check(self) -> None:
-        """When every byte has come. Raises Corrupt unless they are what was written."""
-        assert self.is_complete, "bytes were planned without their checksum"
-        if self._crc32 and self._joined() != self._crc32:
-            raise Corrupt(f"{self._name} is damaged: checksum of its tensor does not match")
-
-    def _joined(self) -> int:
-        crc = 0
-        for _, (size, of_part) in sorted(self._parts.items()):
-            crc = combine_crc32(crc, of_part, size)
-        return crc
-
-
-def check_zip(data: Buffer, name: str) -> None:
-    """Verify the CRC32 that the zip holds for each of its members; stock DCP items have no other checksum.
-
-    A CRC of 0 means that the writer had switched checksums off; nothing is verified then.
+    `parts` make up the zip, in order. Returns whether every member has a CRC32: 0 means that the writer had switched
+    checksums off, and nothing is verified then.
 
     Raises:
-        Corrupt: a member differs from its checksum, or `data` is no zip.
+        Corrupt: a member differs from its checksum, or this is no zip.
     """
-    view = memoryview(data)
+    window = Window(parts[-1][0] + parts[-1][1].nbytes, parts)
+    is_summed = True
     try:
-        with zipfile.ZipFile(io.BufferedReader(Window(view.nbytes, ((0, view),)))) as archive:
+        file = io.BufferedReader(window)
+        with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
-                start = member_start(view, member.header_offset)
-                body = view[start : start + member.file_size]
-                if member.CRC and crc32(body) != member.CRC:
+                header = window.view(member.header_offset, _LOCAL_HEADER.size)
+                if header is None:
+                    file.seek(member.header_offset)
+                    header = memoryview(file.read(_LOCAL_HEADER.size))
+                start = member.header_offset + member_start(header, 0)
+                is_summed &= bool(member.CRC)
+                if member.CRC and _crc32_of(parts, start, start + member.file_size) != member.CRC:
                     raise Corrupt(f"{name} is damaged: checksum of {member.filename} does not match")
     except ZIP_ERRORS as error:
         raise Corrupt(f"{name} is damaged: {error}") from None
+    return is_summed
+
+
+def _crc32_of(parts: Parts, start: int, stop: int) -> int:
+    crc = 0
+    for begin, part in parts:
+        low, high = max(start, begin), min(stop, begin + part.nbytes)
+        if low < high:
+            crc = crc32(part[low - begin : high - begin], crc)
+    return crc
 
 
 def member_start(data: memoryview, header_offset: int) -> int:

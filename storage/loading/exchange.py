@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
@@ -18,13 +18,13 @@ import numpy as np
 from storage.errors import PeerFailed
 from storage.format.columns import Array, Ints
 from storage.format.index import Index, spans
-from storage.loading.fetch import Source, Traffic, scratch
 from storage.loading.host_memory import HostMemory
 from storage.loading.pieces import Held, Piece, joined, receiving, scatter
-from storage.loading.readplan import Stripes
 from storage.loading.requests import Requests, as_bytes, packed
 from storage.loading.shareplan import ROUND_SIZE_BYTES, Blocks, SharePlan, merged, plan_shares
 from storage.ranks.group import COORDINATOR, Expected, Group, Message
+from storage.verified.readplan import Stripes
+from storage.verified.source import Source, Traffic, scratch
 
 AHEAD_SIZE_BYTES = 128 * 1024 * 1024
 """As many pieces as there are threads to fetch them."""
@@ -59,23 +59,21 @@ def agree(group: Group, requests: Requests, blocks: Blocks, axis: Ints) -> Share
     return Shared(plan_shares(needs_of_rank, blocks), tuple(stripes_of_rank))
 
 
-def learn_crcs(group: Group, index: Index, requests: Requests) -> Index:
-    """`index` with the checksums of what this rank wants, which the coordinator knows; a collective.
+def learn_crcs(group: Group, index: Index, items: Iterable[int]) -> Index:
+    """`index` with the checksums of the items that this rank wants, which the coordinator knows; a collective.
 
     A checkpoint of 1 TiB has up to 256 MiB of checksums: too much to be sent to every rank.
     """
-    if index.is_stock:
-        return index
-    wanted = np.array(sorted(requests.spans), np.int64)
+    wanted = np.array(sorted(items), np.int64)
     told = group.all_gather_long(merged(np.stack((wanted, wanted + 1), axis=1)).tobytes())
     if not group.is_coordinator:
-        crcs = np.empty(index.num_crcs(wanted), np.uint32)
+        crcs = np.empty(int(index.columns.num_crcs[wanted].sum()), np.uint32)
         group.swap([], [Expected(COORDINATOR, crcs.view(np.uint8))] if len(crcs) else [])
         return index.with_crcs(wanted, crcs)
     for peer, data in enumerate(told):
         ranges = np.frombuffer(data, np.int64).reshape(-1, 2)
-        if peer != group.rank and len(ranges):
-            crcs = index.crcs_of(spans(ranges[:, 0], ranges[:, 1]))
+        crcs = index.crcs_of(spans(ranges[:, 0], ranges[:, 1]))
+        if peer != group.rank and len(crcs):
             group.swap([Message(peer, crcs.view(np.uint8))], [])
     return index
 
@@ -261,11 +259,9 @@ class Exchange:
             return
         for content, memories in zip(entry.memories, entry.parcels, strict=True):
             scatter(content, memories)
-        if entry.owner in self._host_memory.readable:
-            # copied from memory that the owner has verified, as if it were this rank's own
-            self._source.add_to_sums(entry.piece.part, entry.held.memories)
-        else:
-            self._source.verify(entry.piece.part, entry.held.memories)
+        # what was copied from memory that the owner has verified is as if it were this rank's own
+        is_trusted = entry.owner in self._host_memory.readable
+        self._source.verify(entry.piece.part, entry.held.memories, is_trusted=is_trusted)
         self._hand_on(entry.held)
 
     def _hand_on(self, held: Held) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.format.columns import Array
-from storage.loading.readplan import ItemSpan, Part, Range, Segment, Want, between, segments_of
+from storage.verified.readplan import ItemSpan, Part, Range, Segment, Want, between, segments_of
 
 LONG_SIZE_BYTES = 256 * 1024
 """Shorter runs are copied and sent together: a system call and a message for each would cost more."""

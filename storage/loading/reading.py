@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-import logging
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from typing import TypeVar
 
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from storage.errors import Cause, Corrupt, PeerFailed
+from storage.errors import PeerFailed
 from storage.format.index import Index
-from storage.format.stock import END_SIZE_BYTES, Layout, look
 from storage.loading.casts import Casts
 from storage.loading.exchange import Exchange, Shared, agree, learn_crcs
-from storage.loading.fetch import Source, Traffic, scratch
 from storage.loading.host_memory import BOOT_ID, HostMemory
 from storage.loading.pieces import Piece, clipped, item_segments, long_runs
-from storage.loading.readplan import Part, Range, Segment, Want, plan_parts
-from storage.loading.requests import Requests, long_items, reads_of, requests_of
+from storage.loading.request_builder import Reads, reads_by_item, requests_of
+from storage.loading.requests import Requests
 from storage.loading.shareplan import Blocks, holes_of, should_share
-from storage.parallel import Pool, run_all, windowed_by_size
+from storage.parallel import Pool, windowed_by_size
 from storage.ranks.group import Group
 from storage.stores.objects import Capability, ObjectStore
+from storage.verified.readplan import Part, Range, Segment, Want, plan_parts
+from storage.verified.source import Source, Traffic, scratch
+from storage.verified.twice import read_verified
+from storage.verified.verifiers import Verifier
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NUM_THREADS = 16  # AWS gives a connection 85 to 90 MB/s
 _HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
@@ -59,61 +60,59 @@ def read_items(
         Transient, Denied, NotFound: by the store.
     """
     casts = Casts() if casts is None else casts
-    requests, failure = None, None
-    source, traffic = Source(store, index), Traffic()
-    holes: dict[int, list[Range]] = {}
+    reads, failure = _tried(lambda: reads_by_item(index, items))
+    source = Source(store, learn_crcs(group, index, reads or {}))
     with Pool(num_threads, thread_name_prefix="storage-read") as pool:
-        try:
-            layouts, traffic = _look_at_long(source, long_items(index, items), pool)
-            requests = requests_of(index, items, planner, layouts, casts)
-        except Exception as error:  # noqa: BLE001 - raised below, by all ranks together
-            failure = error
+        prepared = None
+        if reads is not None:
+            prepared, failure = _tried(lambda: _prepare(source, reads, planner, pool, casts))
         if group.any(failure is not None):
             raise failure or PeerFailed("nothing was read because another rank has failed to")
-        assert requests is not None
-        index = learn_crcs(group, index, requests)
-        source = dataclasses.replace(source, index=index, sums=requests.sums)
+        assert reads is not None and prepared is not None
+        source, requests, traffic = prepared
+        holes: dict[int, list[Range]] = {}
         if _share(store, group, requests):
-            places = Places(index)
+            places = Places(source.index)
             shared = agree(group, requests, places.blocks, places.axis)
             piece_of = _Pieces(places, shared, requests).piece
             traffic += Exchange(group, HostMemory(group), source, shared, piece_of, requests).run(pool)
             holes = places.by_object(holes_of(shared.plan, group.rank))
         traffic += _read_rest(source, requests, holes, pool)
-        if damaged := requests.damaged():
-            traffic += _read_again(source, requests, damaged, items, planner, pool, casts)
-    for call in itertools.chain.from_iterable(requests.at_end.values()):
-        call()
+
+        for item in list(requests.waiting):
+            first = functools.partial(_settle, requests, item, source.verifier(item))
+            again = functools.partial(_read_alone, source, {item: reads[item]}, planner, pool, casts)
+            traffic += read_verified(store, source.index.object_of(item), first, again)
     return traffic
 
 
-def _read_again(
-    source: Source,
-    requests: Requests,
-    damaged: Mapping[int, Corrupt],
-    items: Sequence[ReadItem],
-    planner: LoadPlanner,
-    pool: Executor,
-    casts: Casts,
-) -> Traffic:
-    """Read long items of stock DCP once more, by this rank for itself; the way to here may have flipped a bit.
+def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it returns, or what it raises: all ranks go on until each knows whether another has failed."""
+    try:
+        return call(), None
+    except Exception as error:  # noqa: BLE001 - raised by the caller, with all ranks together
+        return None, error
 
-    Raises:
-        Corrupt: one of them is damaged again.
-    """
-    index = source.index
-    concerned = reads_of(index, items, damaged)
-    layouts, traffic = _look_at_long(source, long_items(index, concerned), pool)
-    again = requests_of(index, concerned, planner, layouts, casts)
-    traffic += _read_rest(Source(source.store, index, again.sums), again, {}, pool)
-    still = again.damaged()
-    for item, first in damaged.items():
-        key = index.prefix + index.objects[int(index.columns.object[item])].name
-        if item in still:
-            raise Corrupt(str(still[item]), key)
-        source.store.retries.add(Cause.DAMAGED, 0.0)
-        log.warning("read again, %s is whole; the first time: %s", key, first)
-    requests.at_end = {item: calls for item, calls in requests.at_end.items() if item not in damaged} | again.at_end
+
+def _prepare(
+    source: Source, reads: Reads, planner: LoadPlanner, pool: Executor, casts: Casts
+) -> tuple[Source, Requests, Traffic]:
+    """The source that knows what can be judged only as a whole, the requests, and what the looks at that cost."""
+    source, traffic = source.looked_at(list(reads), pool.map)
+    return source, requests_of(source, reads, planner, casts), traffic
+
+
+def _settle(requests: Requests, item: int, verifier: Verifier) -> Traffic:
+    requests.settle(item, verifier)
+    return Traffic()
+
+
+def _read_alone(source: Source, reads: Reads, planner: LoadPlanner, pool: Executor, casts: Casts) -> Traffic:
+    """Read items once more, by this rank for itself, that are judged only as a whole. Raises Corrupt."""
+    own, requests, traffic = _prepare(Source(source.store, source.index), reads, planner, pool, casts)
+    traffic += _read_rest(own, requests, {}, pool)
+    for item in list(requests.waiting):
+        requests.settle(item, own.verifier(item))
     return traffic
 
 
@@ -123,23 +122,6 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = store.can(Capability.HOST_CACHE)
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
-
-
-def _look_at_long(source: Source, items: Sequence[int], pool: Executor) -> tuple[dict[int, Layout], Traffic]:
-    """How stock DCP's long items are laid out; without those that must be read into memory whole."""
-    columns = source.index.columns
-
-    def look_at(item: int) -> Layout | None:
-        offset = int(columns.offset[item])
-        return look(lambda start, size: source.read(item, offset + start, size), int(columns.length[item]))
-
-    found = dict(zip(items, run_all(pool, [functools.partial(look_at, item) for item in items]), strict=True))
-    for item in items:
-        if found[item] is None:
-            name = source.index.objects[int(columns.object[item])].name
-            log.warning("%s at byte %d is no plain tensor; all of it is read into memory", name, columns.offset[item])
-    layouts = {item: layout for item, layout in found.items() if layout is not None}
-    return layouts, Traffic(2 * len(items), 2 * END_SIZE_BYTES * len(items))
 
 
 def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: Executor) -> Traffic:

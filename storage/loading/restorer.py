@@ -17,7 +17,6 @@ from storage.format import layout
 from storage.format.dcp_metadata import metadata_of
 from storage.format.index import Index
 from storage.loading.casts import Casts
-from storage.loading.fetch import Traffic
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
@@ -28,6 +27,7 @@ from storage.state.fit import finish, fit
 from storage.state.misfit import NUM_SHOWN, misfit
 from storage.state.wants import Fit, Ignored
 from storage.stores.objects import ObjectInfo, ObjectStore
+from storage.verified.source import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from storage.format.tensors import bytes_of
-from storage.loading.fetch import scratch
+from storage.verified.source import scratch
 
 log = logging.getLogger(__name__)
 

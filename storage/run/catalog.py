@@ -14,6 +14,7 @@ from storage.format.index import Index, check_whole, of_manifest
 from storage.format.manifest import Manifest, ObjectEntry, load_manifest
 from storage.parallel import Pool
 from storage.stores.objects import ObjectInfo, ObjectStore, exists, read_if_there
+from storage.verified.twice import read_verified
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ _NUM_ASKED_AT_ONCE = 16
 class Commit:
     """What was found of a committed checkpoint, before any data was read.
 
-    `manifest` is None for a checkpoint of stock DCP, of which `metadata` is the `.metadata` (else empty) and
-    `sizes_bytes` says what lies in its folder.
+    `metadata` is the `.metadata`; `manifest` is None for a checkpoint of stock DCP; `sizes_bytes` says what lies in its
+    folder.
     """
 
     prefix: str
@@ -153,24 +154,37 @@ def find_commit(store: ObjectStore, prefix: str) -> Commit:
         Corrupt: the manifest or `.metadata` is damaged, missing or another's, or a data object is missing or has
             another size.
     """
+    return read_verified(store, layout.join_url(store.url, prefix), lambda: _look(store, prefix))
+
+
+def find_index(store: ObjectStore, prefix: str) -> tuple[Commit, Index]:
+    """What `find_commit` finds, and what `open_commit` makes of it. Raises NoCheckpoint, Corrupt."""
+
+    def find() -> tuple[Commit, Index]:
+        commit = _look(store, prefix)
+        return commit, open_commit(commit)
+
+    return read_verified(store, layout.join_url(store.url, prefix), find)
+
+
+def _look(store: ObjectStore, prefix: str) -> Commit:
     metadata = _read_metadata(store, prefix)
     return _fit(store, prefix, _CommitFiles(metadata, _listed(store, prefix)))
 
 
 def open_checkpoint(store: ObjectStore, prefix: str) -> Index:
-    """What `find_commit` and `open_commit` find, with fewer waits for the store: the looks that they take go at once.
+    """The index that `find_index` finds, with fewer waits for the store: the looks that it takes go at once.
 
-    What does not fit together is looked at again, one after the other: somebody may have committed between the looks,
-    or the way to here may have flipped a bit.
+    What does not fit together is looked at again, one after the other: somebody may have committed between the looks.
 
     Raises NoCheckpoint, Corrupt.
     """
-    try:
-        return open_commit(_fit(store, prefix, _look_at_once(store, prefix)))
-    except Corrupt as error:
-        found = open_commit(find_commit(store, prefix))
-        log.warning("read again, %s is whole; the first time: %s", layout.join_url(store.url, prefix), error)
-        return found
+    return read_verified(
+        store,
+        layout.join_url(store.url, prefix),
+        lambda: open_commit(_fit(store, prefix, _look_at_once(store, prefix))),
+        lambda: open_commit(_look(store, prefix)),
+    )
 
 
 def _look_at_once(store: ObjectStore, prefix: str) -> _CommitFiles:
@@ -212,12 +226,15 @@ def _fit(store: ObjectStore, prefix: str, found: _CommitFiles) -> Commit:
     manifest = find_manifest(store, prefix, metadata, listed, found.manifest)
     sizes_bytes = _Sizes(listed)
     if manifest is None:
+        # stock DCP's has no checksum of its own
+        if store.read(prefix + layout.METADATA) != metadata:
+            raise Corrupt(f"{prefix}{layout.METADATA} is damaged: it reads differently each time")
         return Commit(prefix, metadata, None, sizes_bytes)
     step = layout.parse_step(prefix.rstrip("/"))
     if step is not None and step != manifest.step:
         raise Corrupt(f"{prefix}{layout.MANIFEST} is of step {manifest.step}")
     check_objects(store, prefix, manifest.objects, listed)
-    return Commit(prefix, b"", manifest, sizes_bytes)
+    return Commit(prefix, metadata, manifest, sizes_bytes)
 
 
 def check_objects(

@@ -17,7 +17,8 @@ from pydantic import ConfigDict, Field
 from storage.errors import Corrupt, Fenced, NotFound
 from storage.format.layout import OWNER
 from storage.format.sealed import Document, seal, unseal
-from storage.stores.objects import ObjectStore, read_checked
+from storage.stores.objects import ObjectStore
+from storage.verified.twice import read_document
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def is_same_job(recorded: Owner, mine: Owner) -> bool:
 def read_owner(store: ObjectStore) -> Owner | None:
     """The recorded claim, None on a fresh run. Raises Corrupt."""
     try:
-        return read_checked(store, OWNER, lambda data: unseal(_KIND, Owner, data, OWNER))
+        return read_document(store, OWNER, lambda data: unseal(_KIND, Owner, data, OWNER))
     except NotFound:
         return None
 

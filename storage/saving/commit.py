@@ -47,6 +47,7 @@ from storage.parallel import run_concurrently
 from storage.run import catalog, quarantine
 from storage.run.owner import Claim
 from storage.stores.objects import ObjectStore, read_if_there
+from storage.verified.twice import read_expected
 
 _NUM_TRIES = 8  # about 5 s
 
@@ -219,12 +220,12 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
 def _check_manifest(store: ObjectStore, attempt: Attempt, expected: bytes, is_copy: bool) -> None:
     """Read the attempt's manifest back. Raises Corrupt."""
     key = attempt.prefix + layout.manifest_name(attempt.id)
-    found = _read_back(store, key, expected)
+    found = read_expected(store, key, expected)
     if found != expected and is_copy and not catalog.is_checkpoint(store, attempt.prefix):
         # half of it, or damaged: nobody but copies of this very checkpoint puts it, and none has committed
         log.warning("%s at %s is not what it must be; it is put again", key, store.url)
         store.put(key, [expected])
-        found = _read_back(store, key, expected)
+        found = read_expected(store, key, expected)
     if found != expected:
         raise Corrupt(f"{key} is not what was written")
 
@@ -264,7 +265,7 @@ def _confirm(
 ) -> None:
     """Read `.metadata` back. Raises AlreadyExists, Corrupt, Unconfirmed, or the doubt."""
     key = prefix + layout.METADATA
-    found = _insist(lambda: _read_back(store, key, metadata), key)
+    found = _insist(lambda: read_expected(store, key, metadata), key)
     if found == metadata:
         return
     if doubt is None:
@@ -272,12 +273,6 @@ def _confirm(
     if found is None or found == replaces:
         raise doubt
     raise quarantine.taken(store, prefix)
-
-
-def _read_back(store: ObjectStore, key: str, expected: bytes) -> bytes | None:
-    """The object, or None. What differs counts when it is read twice: the way to here may have damaged it."""
-    found = read_if_there(store, key)
-    return found if found == expected else read_if_there(store, key)
 
 
 def _insist(call: Callable[[], T], key: str) -> T:

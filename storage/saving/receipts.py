@@ -31,7 +31,8 @@ from storage.format.manifest import (
 from storage.parallel import run_concurrently
 from storage.run.owner import Claim
 from storage.saving.commit import Attempt
-from storage.stores.objects import ObjectInfo, ObjectStore, parts_of_size, read_checked
+from storage.stores.objects import ObjectInfo, ObjectStore, parts_of_size
+from storage.verified.twice import read_document
 
 _POLL_S_MIN = 0.02
 _POLL_S_MAX = 2.0
@@ -147,7 +148,7 @@ def batches(infos: Sequence[ObjectInfo]) -> list[Sequence[ObjectInfo]]:
 
 
 def _read_receipt(store: ObjectStore, key: str) -> Receipt:
-    return read_checked(store, key, functools.partial(load_receipt, name=key))
+    return read_document(store, key, functools.partial(load_receipt, name=key))
 
 
 def put_aborted(store: ObjectStore, attempt: Attempt, reason: str) -> None:
@@ -167,7 +168,7 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
 
     def look() -> bool | None:
         try:
-            raise StorageError(read_checked(store, aborted_key, lambda data: load_aborted(data, aborted_key)).reason)
+            raise StorageError(read_document(store, aborted_key, lambda data: load_aborted(data, aborted_key)).reason)
         except NotFound:
             return _is_committed(store, attempt) or None
 
@@ -195,7 +196,7 @@ def _read_head(store: ObjectStore, key: str) -> Head:
     buffer = bytearray(min(HEAD_SIZE_BYTES, store.info(key).size_bytes))
     store.read_into(key, 0, [memoryview(buffer)])
     # what does not reach far enough, or is of another version or damaged, is for the whole document to tell
-    return load_head(bytes(buffer)) or Head.of(read_checked(store, key, functools.partial(load_manifest, name=key)))
+    return load_head(bytes(buffer)) or Head.of(read_document(store, key, functools.partial(load_manifest, name=key)))
 
 
 def _crc32c_of(store: ObjectStore, key: str, size_bytes: int) -> int | None:

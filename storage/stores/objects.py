@@ -9,19 +9,14 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Self
 
-from storage.errors import Cause, Corrupt, Denied, NotFound
+from storage.errors import Corrupt, Denied, NotFound
 from storage.stores.retry_policy import RetryLog
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -203,20 +198,6 @@ class ObjectStore(abc.ABC):
 def parts_of_size(size_bytes: int, part_bytes: int = PART_SIZE_BYTES) -> list[tuple[int, int]]:
     """Offset and size of each part of an object; all but the last are equal. Pure."""
     return [(offset, min(part_bytes, size_bytes - offset)) for offset in range(0, size_bytes, part_bytes)]
-
-
-def read_checked(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:
-    """What `load` makes of a small object. Damage counts when it is read twice: the way to here may have flipped a bit.
-
-    Raises NotFound, and what `load` raises.
-    """
-    try:
-        return load(store.read(key))
-    except Corrupt as error:
-        found = load(store.read(key))
-        store.retries.add(Cause.DAMAGED, 0.0)
-        log.warning("read again, %s is whole; the first time: %s", key, error)
-        return found
 
 
 def check_read_size(what: str, size_bytes: int) -> None:

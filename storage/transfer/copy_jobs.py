@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +9,13 @@ from dataclasses import dataclass, replace
 from storage import inspection
 from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
 from storage.format import layout
+from storage.format.completeness import gaps
 from storage.format.manifest import Manifest
 from storage.inspection import Location
 from storage.run import catalog
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import as_url, open_store
 from storage.transfer.copyplan import Checksums, DataObject, choose
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def look(source: ObjectStore, target: ObjectStore, job: CopyJob) -> Found | Outc
         UsageError: the target has another checkpoint there; or the source's format is another version's.
         Transient, Denied: by a store.
     """
-    contents = find_twice(source, job)
+    contents = find(source, job)
     if isinstance(contents, Outcome):
         return contents
     found = contents.found  # manifests of all steps at once would be large: they are read again
@@ -141,15 +139,10 @@ def look(source: ObjectStore, target: ObjectStore, job: CopyJob) -> Found | Outc
     return replace(found, sizes_there=sizes)
 
 
-def find_twice(source: ObjectStore, job: CopyJob) -> Contents | Outcome:
-    """Damage counts when it is read twice: the way to here may have done it. Raises UsageError."""
+def find(source: ObjectStore, job: CopyJob) -> Contents | Outcome:
+    """What the source has of the checkpoint, or why there is nothing to copy. Raises UsageError."""
     try:
-        try:
-            return _find(source, job)
-        except Corrupt as error:
-            contents = _find(source, job)
-            log.warning("read again, %s is whole; the first time: %s", job.source_prefix.rstrip("/"), error)
-            return contents
+        return _find(source, job)
     except Corrupt as error:
         return Outcome(job.folder, job.step, "damaged", f"in {source.url}: {error}")
     except (NotFound, NoCheckpoint):
@@ -158,23 +151,17 @@ def find_twice(source: ObjectStore, job: CopyJob) -> Contents | Outcome:
 
 def _find(source: ObjectStore, job: CopyJob) -> Contents:
     """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
-    metadata = source.read(job.source_prefix + layout.METADATA)
-    committed = catalog.find_commit(source, job.source_prefix)
-    manifest = committed.manifest
+    commit, index = catalog.find_index(source, job.source_prefix)
+    manifest = commit.manifest
     if manifest is None:
-        if committed.metadata != metadata:
-            raise NotFound(f"{job.source_prefix}{layout.METADATA} was replaced")
-        index = catalog.open_commit(committed)
         plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return Contents(Found(job, metadata, [DataObject(name, size) for name, size in plain], {}))
+        return Contents(Found(job, commit.metadata, [DataObject(name, size) for name, size in plain], {}))
     if job.step not in (None, manifest.step):
         raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {job.step}")
-    if not catalog.commits(metadata, manifest):
-        raise NotFound(f"{job.source_prefix}{layout.METADATA} was replaced")
-    if problems := list(inspection.gaps(manifest)):
+    if problems := list(gaps(manifest)):
         raise Corrupt(problems[0])
     objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
-    return Contents(Found(job, metadata, objects, {}), manifest, Checksums(manifest))
+    return Contents(Found(job, commit.metadata, objects, {}), manifest, Checksums(manifest))
 
 
 def present_already(target: ObjectStore, found: Found) -> Outcome | None:
@@ -196,9 +183,7 @@ def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
             "another URL, or remove that one first"
         )
     try:
-        commit_there = catalog.find_commit(target, job.target_prefix)
-        if commit_there.manifest is None:
-            catalog.open_commit(commit_there)
+        catalog.find_index(target, job.target_prefix)
     except Corrupt as error:
         return Outcome(job.folder, job.step, "damaged", f"in {target.url}, where it is committed: {error}")
     return Outcome(

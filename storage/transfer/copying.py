@@ -29,11 +29,12 @@ from storage.stores.objects import ObjectStore, parts_of_size
 from storage.transfer import copy_jobs
 from storage.transfer.copy_jobs import Contents, CopyJob, Found, Outcome
 from storage.transfer.copyplan import DataObject
-from storage.transfer.passage import Advance, Passage
+from storage.transfer.verified_read import Advance, VerifiedRead
+from storage.verified.twice import read_expected, read_verified
 
 log = logging.getLogger(__name__)
 
-_Open = Callable[..., Passage]
+_Open = Callable[..., VerifiedRead]
 """Begins a pass over one object; takes `advance` and `stop`."""
 
 NUM_OBJECTS_AT_ONCE = 4
@@ -73,7 +74,7 @@ class Copier:
         # another copy may have committed it since it was looked for: nothing is rewritten below its readers
         if (outcome := copy_jobs.present_already(self._target, found)) is not None:
             return outcome
-        contents = copy_jobs.find_twice(self._source, job)
+        contents = copy_jobs.find(self._source, job)
         if isinstance(contents, Outcome):
             return contents
         if contents.found.metadata != found.metadata:
@@ -105,10 +106,7 @@ class Copier:
         return Outcome(job.folder, job.step, "copied", "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes)
 
     def _is_replaced(self, job: CopyJob, metadata: bytes) -> bool:
-        try:
-            return self._source.read(job.source_prefix + layout.METADATA) != metadata
-        except NotFound:
-            return True
+        return read_expected(self._source, job.source_prefix + layout.METADATA, metadata) != metadata
 
     def _copy_objects(self, contents: Contents) -> list[bool]:
         """For each object whether it was sent. The first failure ends all, and is raised."""
@@ -152,19 +150,14 @@ class Copier:
     def _ensure(self, contents: Contents, number: int, parts: Executor) -> bool:
         """Have the object at the target; whether it had to be sent."""
         job, entry = contents.found.job, contents.found.objects[number]
-        blocks = None if contents.checksums is None else contents.checksums.blocks(number)
+        sums = None if contents.checksums is None else contents.checksums.blocks(number)
         source_key, target_key = job.source_prefix + entry.name, job.target_prefix + entry.name
-        ours = functools.partial(Passage, self._source, source_key, entry.size_bytes, blocks, is_owed=True)
-        theirs = functools.partial(Passage, self._target, target_key, entry.size_bytes, blocks, is_owed=False)
+        ours = functools.partial(VerifiedRead, self._source, source_key, entry.size_bytes, sums, is_owed=True)
+        theirs = functools.partial(VerifiedRead, self._target, target_key, entry.size_bytes, sums, is_owed=False)
         is_candidate = contents.found.sizes_there.get(entry.name) == entry.size_bytes
-        if is_candidate and self._is_there(entry, target_key, theirs, None if blocks else ours, parts):
+        if is_candidate and self._is_there(entry, target_key, theirs, None if sums else ours, parts):
             return False
-        try:
-            self._send(entry, target_key, ours, parts)
-        except Corrupt as error:
-            # the way to here may have damaged it: what is damaged in the store is so when it is read again
-            log.warning("%s; read again", error)
-            self._send(entry, target_key, ours, parts)
+        read_verified(self._source, source_key, lambda: self._send(entry, target_key, ours, parts))
         return True
 
     def _is_there(self, entry: DataObject, key: str, theirs: _Open, ours: _Open | None, parts: Executor) -> bool:
@@ -189,11 +182,11 @@ class Copier:
 
     def _send(self, entry: DataObject, key: str, ours: _Open, parts: Executor) -> None:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
-        passage = ours(advance=self._advance, stop=self._stop)
+        read = ours(advance=self._advance, stop=self._stop)
         try:
-            self._target.put_from(key, entry.size_bytes, passage.fetch, parts)
+            self._target.put_from(key, entry.size_bytes, read.fetch, parts)
         except BaseException:
-            passage.take_back()
+            read.take_back()
             raise
 
     def _publish(self, contents: Contents) -> None:

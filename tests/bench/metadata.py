@@ -43,15 +43,17 @@ from storage.format.dcp_metadata import metadata_of
 from storage.format.dcp_pickle import dump_metadata
 from storage.format.index import Index, of_manifest
 from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
+from storage.loading.casts import Casts
 from storage.loading.exchange import agree, learn_crcs
 from storage.loading.loadplan import SafeLoadPlanner
 from storage.loading.reading import Places
-from storage.loading.requests import requests_of
+from storage.loading.request_builder import reads_by_item, requests_of
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
 from storage.run.owner import Claim, Owner, claim
 from storage.saving.commit import Attempt, Contents, Origin, build_manifest, publish
 from storage.saving.receipts import Patience, await_receipts, put_receipt
+from storage.verified.source import Source
 from tests.ranks import Ranks
 
 NUM_TENSORS, NUM_SHARDS = 1024, 256
@@ -229,9 +231,10 @@ def read_ours(url: str, state: dict[str, Any]) -> None:
     assert index is not None and len(index) == NUM_TENSORS * NUM_SHARDS
     planner = SafeLoadPlanner(index)
     planner.set_up_planner(state, metadata_of(index), group.is_coordinator)
-    requests = requests_of(index, planner.create_local_plan().items, planner)
+    reads = reads_by_item(index, planner.create_local_plan().items)
+    source = Source(store, learn_crcs(group, index, reads))
+    requests = requests_of(source, reads, planner, Casts())
     assert len(requests.spans) == NUM_TENSORS
-    learn_crcs(group, index, requests)
     places = Places(index)
     agree(group, requests, places.blocks, places.axis)
 

@@ -24,7 +24,7 @@ from storage.stores import memory
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import parts_of_size
 from storage.transfer import copy_jobs, copying
-from storage.transfer.copyplan import BlockCheck, Blocks
+from storage.verified.verifiers import BlockSums, BlockVerifier
 from tests.storage.copied_runs import contents, make_state, run
 from tests.storage.small_runs import fresh_memory_url, opened
 
@@ -41,14 +41,14 @@ def test_blocks_are_checked_whatever_the_parts_and_their_order(data: st.DataObje
     content = data.draw(st.binary(min_size=1, max_size=200))
     block, part = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     crcs = np.array([crc32c(content[at : at + block]) for at in range(0, len(content), block)], np.uint32)
-    blocks = Blocks(len(content), np.arange(0, len(content), block), crcs)
+    sums = BlockSums(np.arange(0, len(content), block), len(content), crcs)
     parts = data.draw(st.permutations(range(0, len(content), part)))
-    check = BlockCheck("it", blocks)
+    check = BlockVerifier("it", sums)
     for offset in [*parts, parts[0]]:
         check.take(offset, memoryview(content[offset : offset + part]))
     flipped = bytearray(content)
     flipped[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    check = BlockCheck("it", blocks)
+    check = BlockVerifier("it", sums)
 
     def take_all() -> None:
         for offset in parts:

@@ -55,9 +55,8 @@ def test_blocks_are_those_of_the_items() -> None:
                 expected += list(zip(starts, item.blocks(), strict=True))
         found = checksums.blocks(number)
         assert list(zip(found.starts.tolist(), found.crcs.tolist(), strict=True)) == expected
-        spans = [found.span(index) for index in range(len(expected))]
-        assert [start for start, _ in spans] == [start for start, _ in expected]
-        assert [stop for _, stop in spans] == [*[start for start, _ in spans[1:]], found.size_bytes][: len(spans)]
+        edges = [*(start for start, _ in expected), found.stop]
+        assert not expected or found.within(0, found.stop) == (0, edges, [crc for _, crc in expected])
 
 
 def test_bytes_that_belong_to_no_item_are_told() -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.loading.readplan import Stripes, box_runs, box_stripes
 from storage.loading.requests import packed
+from storage.verified.readplan import Stripes, box_runs, box_stripes
 from tests.ranks import Ranks
 from tests.storage import exchange_cases as cases
 

@@ -88,7 +88,7 @@ def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
             assert bytes_of(loaded.contiguous()) == bytes_of(tensor.resolve_conj().contiguous())
             assert data[item.raw_offset : item.raw_offset + loaded.nbytes] == bytes_of(loaded.contiguous())
             assert len(data) == item.length
-            check_zip(data, "item")
+            check_zip([(0, memoryview(data))], "item")
 
 
 def test_staging_does_not_share_memory_with_the_state() -> None:
@@ -107,9 +107,9 @@ def test_zip_checksums_find_a_flip_in_the_data() -> None:
     data = bytearray(zip_of(torch.randn(1000)))
     data[2000] ^= 4
     with pytest.raises(Corrupt, match="checksum"):
-        check_zip(data, "item")
+        check_zip([(0, memoryview(data))], "item")
     with pytest.raises(Corrupt):
-        check_zip(data[:100], "item")
+        check_zip([(0, memoryview(data[:100]))], "item")
 
 
 def test_a_damaged_zip_is_corrupt_and_no_other_error() -> None:
@@ -117,7 +117,7 @@ def test_a_damaged_zip_is_corrupt_and_no_other_error() -> None:
     for at in range(len(data)):
         for flip in (0x01, 0x80, 0xFF):
             with contextlib.suppress(Corrupt):
-                check_zip(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :], "item")
+                check_zip([(0, memoryview(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]))], "item")
 
 
 class Custom:

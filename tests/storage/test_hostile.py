@@ -211,7 +211,7 @@ def test_zips_that_unpack_to_more_than_they_are_are_refused() -> None:
         archive.writestr("archive/data/0", bytes(100 << 20))
     for data in (sink.getvalue(), sink.getvalue()[:-30], zipped(b"\x80\x02N.")[:-1]):
         with contextlib.suppress(Corrupt):
-            check_zip(data, "item")
+            check_zip([(0, memoryview(data))], "item")
         with pytest.raises((Corrupt, UnloadableValue)):
             decode_value(data, "key")
 

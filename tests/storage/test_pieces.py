@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.loading.pieces import Held, Piece, clipped, item_segments, joined, long_runs, receiving, scatter
-from storage.loading.readplan import NOWHERE, ItemSpan, Part, Range, Want
+from storage.verified.readplan import NOWHERE, ItemSpan, Part, Range, Want
 
 MIB = 1024 * 1024
 LONG = 8

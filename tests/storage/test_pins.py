@@ -20,7 +20,6 @@ from storage import Checkpointer, ShardReader, open_store
 from storage import dcp as our_dcp
 from storage.errors import Cause, Corrupt, Interrupted
 from storage.format.index import Index
-from storage.loading.fetch import Pins, Source
 from storage.loading.reading import read_items
 from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.memory import MemoryStore
@@ -28,6 +27,7 @@ from storage.stores.objects import Buffer, ObjectStore
 from storage.stores.retry_policy import Retrier, RetryLog
 from storage.stores.retrying_store import RetryingStore
 from storage.stores.s3.bucket import Bucket
+from storage.verified.source import Pins, Source
 from tests.s3 import BUCKET, S3Server
 
 NUM_ELEMENTS = 5 << 20
@@ -91,7 +91,7 @@ def reader(store: ObjectStore) -> Callable[[], memoryview]:
 
     def read() -> memoryview:
         memory = memoryview(bytearray(10))
-        Source(patient, Index.__new__(Index), {}, pins)._read_into("run/k", 0, [memory])
+        Source(patient, Index.__new__(Index), pins=pins)._read_into("run/k", 0, [memory])
         return memory
 
     return read

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.format.checksum import block_size_bytes
-from storage.loading.readplan import ItemSpan, Part, Want, box_runs, plan_parts
+from storage.verified.readplan import ItemSpan, Part, Want, box_runs, plan_parts
 
 
 @st.composite

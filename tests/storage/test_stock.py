@@ -23,8 +23,9 @@ from storage import ShardReader, inspection, open_store, register_scheme
 from storage.errors import Corrupt
 from storage.format.checksum import combine_crc32
 from storage.format.stock import LONG_ITEM_BYTES, Layout, look
-from storage.format.zips import OutOfSight, RunningSum, Window
+from storage.format.zips import OutOfSight, Window
 from storage.stores.memory import MemoryStore
+from storage.verified.verifiers import StreamedZipVerifier
 from tests.ranks import Ranks
 from tests.storage import stock_cases as cases
 
@@ -129,18 +130,18 @@ def test_a_sum_of_parts_in_any_order() -> None:
     parts = [(start, memoryview(data)[start:stop]) for start, stop in itertools.pairwise(cuts)]
     for seed in range(20):
         random.Random(seed).shuffle(parts)
-        total = RunningSum(100, 4100, crc, "object")
+        total = StreamedZipVerifier("object", 100, 4100, crc)
         for start, part in parts:
-            total.add(start, part)
+            total.take(start, part)
         total.check()
         *first, (last, part) = [row for row in parts if row[0] in (100, 700, 3000)]
-        total = RunningSum(100, 4100, crc, "object")
+        total = StreamedZipVerifier("object", 100, 4100, crc)
         for start, earlier in first:
-            total.add(start, earlier)
-        total.add(last, memoryview(bytes(len(part))))
+            total.take(start, earlier)
+        total.take(last, memoryview(bytes(len(part))))
         with pytest.raises(Corrupt, match="object is damaged"):
             total.check()
-        total.add(last, part)  # read again, it is whole
+        total.take(last, part)  # read again, it is whole
         total.check()
 
 

@@ -1,4 +1,4 @@
-"""The way of one object's bytes through a copy: read in parts, checked, and counted."""
+"""One object's bytes on their way through a copy: read in parts, verified, and counted."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from collections.abc import Callable
 
 from storage.errors import Corrupt, StorageError
-from storage.loading.fetch import blaming, scratch
 from storage.stores.objects import ObjectStore
-from storage.transfer.copyplan import BlockCheck, Blocks
+from storage.verified.source import blaming, scratch
+from storage.verified.verifiers import BlockSums, BlockVerifier
 
 Advance = Callable[[int], None]
 
 
-class Passage:
-    """One pass over an object: what is read of it is checked and counted. Thread-safe.
+class VerifiedRead:
+    """One pass over an object: what is read of it is verified and counted. Thread-safe.
 
-    Without `blocks` nothing says what its bytes must be. `is_owed`: the object has to be there, as in the source of a
+    Without `sums` nothing says what its bytes must be. `is_owed`: the object has to be there, as in the source of a
     copy, so its absence is damage.
     """
 
@@ -26,7 +26,7 @@ class Passage:
         store: ObjectStore,
         key: str,
         size_bytes: int,
-        blocks: Blocks | None,
+        sums: BlockSums | None,
         advance: Advance,
         stop: threading.Event,
         is_owed: bool,
@@ -43,7 +43,7 @@ class Passage:
             self._info = store.info(key)
         if self._info.size_bytes != size_bytes:
             raise Corrupt(f"{key} has {self._info.size_bytes} bytes, and must have {size_bytes}")
-        self._check = BlockCheck(key, blocks) if blocks else None
+        self._verifier = BlockVerifier(key, sums) if sums else None
 
     def fetch(self, offset: int, length: int) -> list[memoryview]:
         """Those bytes, in the version of the object that the pass began with.
@@ -56,15 +56,15 @@ class Passage:
         if length:
             with self._judging():
                 self._store.read_into(self._key, offset, [memory], if_match=self._info.etag)
-            if self._check is not None:
-                self._check.take(offset, memory)
+            if self._verifier is not None:
+                self._verifier.take(offset, memory)
         with self._lock:
             self._num_bytes += length
         self._advance(length)
         return [memory]
 
     def take_back(self) -> None:
-        """What has passed counts for nothing."""
+        """Take back what was counted: it has to be read again."""
         with self._lock:
             num_bytes, self._num_bytes = self._num_bytes, 0
         self._advance(-num_bytes)

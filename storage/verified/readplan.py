@@ -78,7 +78,8 @@ class Segment:
 
     In the object they are the bytes [start, stop).
 
-    `direct`: the one want that covers them all, or None where they go through scratch for all of `wants`.
+    `direct`: the one want that takes bytes of them, and takes them all; None where they go through scratch for all of
+    `wants`.
     """
 
     item: int
@@ -226,14 +227,9 @@ def segments_of(index: int, item: ItemSpan, wants: Sequence[Want]) -> list[Segme
         if not active:
             continue
         stop = min(last * size, item.length)
-        only = active[0] if len(active) == 1 else None
-        if (
-            only is not None
-            and only.stripes is None
-            and only.buffer != NOWHERE
-            and only.start <= first * size
-            and stop <= only.stop
-        ):
+        takers = [want for want in active if want.buffer != NOWHERE]
+        only = takers[0] if len(takers) == 1 else None
+        if only is not None and only.stripes is None and only.start <= first * size and stop <= only.stop:
             found.append(segment(first, last, only, ()))
         elif found and found[-1].direct is None and found[-1].last_block == first:
             previous = found.pop()
