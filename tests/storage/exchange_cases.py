@@ -32,6 +32,7 @@ from storage.loading.host_memory import read_memory
 from storage.loading.pieces import item_segments, long_runs
 from storage.loading.shareplan import plan_shares
 from storage.stores.local import LocalStore
+from storage.stores.objects import Capability
 
 # name -> (shape of the mesh, placements of a matrix)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
@@ -150,7 +151,7 @@ def load(urls: Sequence[str], name: str) -> list[str]:
 class Counting(LocalStore):
     """Counts what is read, and fails from read number `fail_at` on. Stands for a store that is far away."""
 
-    is_host_cached = False
+    is_near = False
 
     def __init__(self, root: str, fail_at: int | None = None) -> None:
         super().__init__(root)
@@ -158,6 +159,9 @@ class Counting(LocalStore):
         self.num_reads = 0
         self._fail_at = fail_at
         self._lock = threading.Lock()
+
+    def can(self, capability: Capability) -> bool:
+        return super().can(capability) and (self.is_near or capability is not Capability.HOST_CACHE)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         with self._lock:
@@ -190,7 +194,7 @@ def save_large(url: str, layout: str) -> None:
 class Near(Counting):
     """The folder that it is."""
 
-    is_host_cached = True
+    is_near = True
 
 
 def count(url: str, layout: str, with_dcp: bool, is_near: bool = False) -> tuple[int, int]:

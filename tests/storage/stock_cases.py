@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from storage import Checkpointer, register_scheme
 from storage.events import Listener
 from storage.stores.local import LocalStore
+from storage.stores.objects import Capability
 from tests.storage.peak_cases import MIB, PLACEMENTS
 
 
@@ -38,12 +39,13 @@ def save(url: str) -> None:
 class FlipsOnce(LocalStore):
     """Flips a bit of the first long read of every data object. Stands for a store that is far away."""
 
-    is_host_cached = False
-
     def __init__(self, root: str) -> None:
         super().__init__(root)
         self._flipped: set[str] = set()
         self._lock = threading.Lock()
+
+    def can(self, capability: Capability) -> bool:
+        return super().can(capability) and capability is not Capability.HOST_CACHE
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         etag = super().read_into(key, offset, buffers, if_match=if_match)
