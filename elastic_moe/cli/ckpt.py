@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli import transfer
+from elastic_moe.cli import transfer, weights
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import inspection
@@ -33,7 +33,7 @@ Exit codes: 0 done, for `verify` every byte is good; 1 a checkpoint is damaged;
 
 
 def register(verbs: Subparsers) -> None:
-    """Add the verb `ckpt` with its own verbs `ls`, `show`, `verify`, `gc`, `push` and `pull`."""
+    """Add the verb `ckpt` with its own verbs `ls`, `show`, `verify`, `gc`, `push`, `pull`, `export` and `import`."""
     parser = verbs.add_parser(
         "ckpt",
         help="list, show, verify, copy and clean up checkpoints",
@@ -59,6 +59,7 @@ def register(verbs: Subparsers) -> None:
             )
         action.set_defaults(handler=handler)
     transfer.register(actions)
+    weights.register(actions)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -100,3 +100,7 @@ class ModelConfig(BaseModel):
         attention = 2 * self.dim * self.head_width * (self.num_heads + self.num_kv_heads)
         layer = attention + 2 * self.dim + self.num_experts * self.dim + 3 * self.dim * self.shared_expert_dim
         return self.num_layers * layer + 2 * self.vocab_size * self.dim + self.dim
+
+
+TRAINING_FIELDS = frozenset({"balance", "balance_coeff", "balance_rate", "z_loss_coeff", "init_std"})
+"""Fields of `ModelConfig` that say how a model is trained; the others say what it computes."""

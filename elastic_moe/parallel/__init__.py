@@ -14,7 +14,7 @@ checkpoint says which part of which tensor it holds, and any other mesh can load
 from elastic_moe.parallel.apply import Precision, parallelize
 from elastic_moe.parallel.gradients import begin_round, clip_gradients
 from elastic_moe.parallel.meshes import Meshes, build_mesh
-from elastic_moe.parallel.weights import gather_full, init_weights, load_full, materialize
+from elastic_moe.parallel.weights import gather_full, init_weights, materialize, read_weights
 
 __all__ = [
     "Meshes",
@@ -24,7 +24,7 @@ __all__ = [
     "clip_gradients",
     "gather_full",
     "init_weights",
-    "load_full",
     "materialize",
     "parallelize",
+    "read_weights",
 ]

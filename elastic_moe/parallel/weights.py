@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel.draws import fill_normal
 
@@ -41,21 +41,20 @@ def _name_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-@torch.no_grad()
-def load_full(model: nn.Module, full: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, each the same on all ranks, into the model's parameters. No communication.
+class WeightSource(Protocol):
+    """Whole parameters that are read by boxes."""
 
-    Raises:
-        UserError: a parameter has no tensor in `full`, or one of another shape.
-    """
+    def read(self, name: str, starts: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The box at `starts` of `sizes` of the parameter `name`, which has `shape`."""
+
+
+@torch.no_grad()
+def read_weights(model: nn.Module, source: WeightSource) -> None:
+    """Fill every parameter from `source`: each rank reads its own shards. No communication."""
     for name, param in model.named_parameters():
-        if name not in full:
-            raise UserError(f"the weights hold no {name}: are they of another model?")
-        if full[name].shape != param.shape:
-            raise UserError(
-                f"{name} has shape {tuple(full[name].shape)} in the weights and {tuple(param.shape)} in the model"
-            )
-        write_part(param, full[name])
+        local = _local(param)
+        starts = [min(start, size) for start, size in zip(_starts(param), param.shape, strict=True)]
+        local.copy_(source.read(name, starts, local.shape, param.shape))
 
 
 def write_part(param: Tensor, full: Tensor) -> None:

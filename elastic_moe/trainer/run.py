@@ -15,7 +15,9 @@ from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
 from elastic_moe.events import TrainerEvent
-from elastic_moe.parallel import build_mesh, init_weights
+from elastic_moe.huggingface.folder import WeightFolder
+from elastic_moe.model.decoder import Decoder
+from elastic_moe.parallel import build_mesh, init_weights, read_weights
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import set_step
@@ -65,8 +67,23 @@ def train(job: JobConfig) -> None:
                     )
                 )
             if checkpointer is None or not restore(checkpointer, state, stepper, progress):
-                init_weights(stepper.model, job.train.seed)
+                first_weights(stepper.model, job)
             run_steps(job, here, stepper, progress, state, checkpointer, metrics)
+
+
+def first_weights(model: Decoder, job: JobConfig) -> None:
+    """Give a model that is trained for the first time its weights.
+
+    Raises:
+        UserError: `train.init_from` is not a folder of weights for `job.model`.
+    """
+    if job.train.init_from is None:
+        init_weights(model, job.train.seed)
+        return
+    folder = WeightFolder(job.train.init_from)
+    folder.check_model(job.model)
+    read_weights(model, folder)
+    log.info("the weights in %s are trained on", job.train.init_from)
 
 
 def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress) -> bool:

@@ -11,13 +11,10 @@ from torch import nn
 from torch.optim import AdamW
 
 from elastic_moe.errors import UserError
-from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
 from elastic_moe.trainer.optimizer import moments
 
 log = logging.getLogger(__name__)
-
-# What may change from one start to the next: how the loads are kept level, and what only a first start reads.
-_CHANGEABLE = frozenset({"balance_coeff", "balance_rate", "z_loss_coeff", "init_std"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class DataState:
             return
         was = {name: info.default for name, info in ModelConfig.model_fields.items()} | dict(saved.model)
         for name, now in self.model.items():
-            if name in _CHANGEABLE:
+            if name in TRAINING_FIELDS - {"balance"}:
                 if was[name] != now:
                     log.info("model.%s is %s from here on; the checkpoint was trained with %s", name, now, was[name])
             else:

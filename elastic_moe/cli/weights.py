@@ -1,0 +1,114 @@
+"""`elastic-moe ckpt export` and `import`: models to and from Hugging Face's form."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elastic_moe.cli.wording import with_s3_options
+from elastic_moe.model.config import TRAINING_FIELDS
+
+if TYPE_CHECKING:
+    from elastic_moe.cli.parser import Subparsers
+    from elastic_moe.model.config import ModelConfig
+
+_EXPORT_EPILOG = """\
+The folder holds a Mixtral: config.json, safetensors, and a tokenizer where the
+model was trained on bytes. `transformers` loads it by its path. One layer is in
+memory at a time; the folder has its name once all of it is there.
+
+Exit codes: 0 done; 1 the checkpoint is damaged; 2 wrong usage, there is no
+checkpoint, or Mixtral has no such model.
+"""
+_IMPORT_EPILOG = """\
+The job file is the folder's model and trains on from its weights: each rank
+reads what it holds of them when the job starts for the first time.
+
+Exit codes: 0 done; 2 the folder is no Mixtral, not whole, or has a key that
+would change what the model computes in a way that is not known here.
+"""
+
+
+def register(actions: Subparsers) -> None:
+    """Add the actions `export` and `import` to those of `ckpt`."""
+    export = actions.add_parser(
+        "export",
+        help="write a trained model as a folder that transformers loads",
+        description="Write a trained model as a folder that transformers loads.",
+        epilog=_EXPORT_EPILOG,
+    )
+    export.add_argument("url", metavar="URL", help="a run's folder or URL, or one step of it")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to make")
+    export.add_argument("--format", choices=("hf",), default="hf", help="the folder's form (default hf)")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default float32)",
+    )
+    export.add_argument("--quiet", action="store_true", help="show no progress")
+    export.add_argument("--endpoint-url", metavar="URL", help="another server than AWS for s3:// URLs")
+    export.add_argument("--profile", metavar="NAME", help="the profile of the AWS configuration for s3:// URLs")
+    export.set_defaults(handler=_export)
+
+    action = actions.add_parser(
+        "import",
+        help="write a job file that trains on from a folder of transformers",
+        description="Write a job file that trains on from a folder of transformers.",
+        epilog=_IMPORT_EPILOG,
+    )
+    action.add_argument("folder", metavar="FOLDER", type=Path, help="holds config.json and safetensors of a Mixtral")
+    action.add_argument("--out", metavar="JOB.toml", type=Path, help="the file to write (default: standard output)")
+    action.set_defaults(handler=_import)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from elastic_moe.huggingface.export import export
+    from elastic_moe.trained import TrainedModel
+
+    (url,) = with_s3_options(args, args.url)
+    trained = TrainedModel(url)
+
+    def tell(done: int, total: int) -> None:
+        if not args.quiet and sys.stderr.isatty():
+            print(f"\r{done} of {total} parts", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    export(trained, args.folder, args.dtype, tell)
+    print(f"step {trained.step} of {args.url} is in {args.folder}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from elastic_moe.errors import UserError
+    from elastic_moe.huggingface.folder import WeightFolder
+
+    text = job_text(WeightFolder(str(args.folder)).config, args.folder.resolve())
+    if args.out is None:
+        print(text, end="")
+        return 0
+    try:
+        with open(args.out, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{args.out} exists: name another file, or remove it") from None
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror}") from None
+    return 0
+
+
+def job_text(config: ModelConfig, folder: Path) -> str:
+    """A job file of `config` that begins with the weights in `folder`."""
+    fields = config.model_dump(exclude_none=True, exclude=set(TRAINING_FIELDS))
+    model = [f"{name} = {_toml(value)}" for name, value in fields.items()]
+    return "\n".join(["[model]", *model, "", "[train]", f"init_from = {_toml(str(folder))}"]) + "\n"
+
+
+def _toml(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

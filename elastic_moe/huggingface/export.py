@@ -1,0 +1,95 @@
+"""A checkpoint as a folder that `transformers` loads and generates from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe.errors import UserError
+from elastic_moe.huggingface.config import mixtral_config
+from elastic_moe.huggingface.names import Source, layers, published
+from elastic_moe.huggingface.tokenizer import END_OF_DOCUMENT, NUM_BYTES, byte_tokenizer
+from elastic_moe.trained import TrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int, int], None]) -> None:
+    """Write `folder`: config, weights, and a tokenizer where the model was trained on bytes.
+
+    A layer is in memory at a time. The folder has its name only once all of it is there.
+
+    Args:
+        folder: must not exist.
+        dtype: of `DTYPES`.
+        tell: called with the parts that are done, and all.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or Mixtral has no such model.
+        StorageError: the checkpoint is damaged, or cannot be read.
+    """
+    config = mixtral_config(trained.config, num_positions=trained.seq_len, dtype=dtype)
+    of_bytes = trained.config.vocab_size == NUM_BYTES
+    if of_bytes:
+        config["eos_token_id"] = END_OF_DOCUMENT
+    if folder.exists():
+        raise UserError(f"{folder} exists: name another folder, or remove it")
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        _write_weights(trained, unfinished, DTYPES[dtype], tell)
+        _write_json(unfinished / "config.json", config)
+        if of_bytes:
+            _write_json(unfinished / "tokenizer.json", byte_tokenizer())
+            _write_json(
+                unfinished / "tokenizer_config.json",
+                {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": trained.seq_len},
+            )
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_weights(trained: TrainedModel, folder: Path, dtype: torch.dtype, tell: Callable[[int, int], None]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError(
+            "safetensors is missing, which writes such folders: pip install 'elastic-moe[huggingface]'"
+        ) from None
+    parts = list(layers(trained.config, published(trained.config)))
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, sources in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = _theirs(trained.load(sources), sources, dtype)
+        save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        tell(number, len(parts))
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _theirs(ours: Mapping[str, Tensor], sources: Mapping[str, Source], dtype: torch.dtype) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        parts = tensor.to(dtype).unbind() if sources[name].is_stacked else (tensor.to(dtype),)
+        # Each has memory of its own: safetensors refuses what shares some.
+        out |= {theirs: part.clone() for theirs, part in zip(sources[name].names, parts, strict=True)}
+    return out
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

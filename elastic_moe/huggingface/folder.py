@@ -1,0 +1,133 @@
+"""A folder of safetensors that is read by boxes: a rank takes what it holds, and nothing is held whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe.errors import UserError
+from elastic_moe.huggingface.config import model_config
+from elastic_moe.huggingface.names import fused, published, their_shape
+from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
+
+_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+_WITHOUT_USE = "rotary_emb.inv_freq"  # a buffer that early files hold
+
+
+class WeightFolder:
+    """The weights in a folder that `transformers` has written or that was published, under our names."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UserError: the folder is not a Mixtral's, or is not whole."""
+        self._path = Path(path)
+        self.config = model_config(read_json(self._path / _CONFIG), str(self._path / _CONFIG))
+        self._files = _files_by_name(self._path)
+        self._opened: dict[Path, Any] = {}
+        form = fused if any(name.endswith(".experts.gate_up_proj") for name in self._files) else published
+        self._sources = form(self.config)
+        names = [name for source in self._sources.values() for name in source.names]
+        if missing := [name for name in names if name not in self._files]:
+            raise UserError(f"{path}: the tensor {missing[0]} is missing ({len(missing)} of its config's model are)")
+        if unused := [name for name in sorted(self._files.keys() - set(names)) if not name.endswith(_WITHOUT_USE)]:
+            raise UserError(
+                f"{path}: its config's model has no use for the tensor {unused[0]} ({len(unused)} are left): are there "
+                f"more layers or experts than {_CONFIG} says?"
+            )
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raises UserError where a job's model computes something else than the folder's."""
+        for name in set(ModelConfig.model_fields) - TRAINING_FIELDS:
+            theirs, ours = getattr(self.config, name), getattr(config, name)
+            if name == "head_dim":
+                theirs, ours = self.config.head_width, config.head_width
+            if name == "norm_topk":
+                theirs, ours = self.config.normalizes, config.normalizes
+            if theirs != ours:
+                raise UserError(f"model.{name} is {ours} and the weights in {self._path} are of a model with {theirs}")
+
+    def read(self, name: str, starts: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A box of one of our parameters, in the dtype of the file.
+
+        Args:
+            name: of ours.
+            starts, sizes: of the box.
+            shape: of the whole parameter.
+
+        Raises:
+            UserError: the file's tensor has another shape.
+        """
+        source = self._sources[name]
+        if not source.is_stacked:
+            starts = list(starts)
+            if source.first_row:
+                starts[1] += source.first_row
+            return self._box(source.names[0], starts, sizes, tuple(shape))
+        rows = [
+            self._box(source.names[index], starts[1:], sizes[1:], tuple(shape[1:]))
+            for index in range(starts[0], starts[0] + sizes[0])
+        ]
+        return torch.stack(rows) if rows else torch.empty(tuple(sizes))
+
+    def _box(self, name: str, starts: Sequence[int], sizes: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        part = self._file_of(name).get_slice(name)
+        expected = their_shape(self.config, name, shape)
+        if tuple(part.get_shape()) != expected:
+            raise UserError(f"{self._path}: {name} has shape {tuple(part.get_shape())}, its config's has {expected}")
+        box: Tensor = part[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+        return box
+
+    def _file_of(self, name: str) -> Any:
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = _open(path)
+        return self._opened[path]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
+
+
+def _files_by_name(folder: Path) -> dict[str, Path]:
+    if (folder / _INDEX).exists():
+        listed = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise UserError(f"{folder / _INDEX} has no weight_map of names to files")
+        if outside := [file for file in listed.values() if Path(file).name != file]:
+            raise UserError(f"{folder / _INDEX} names a file outside of its folder: {outside[0]}")
+        return {name: folder / file for name, file in listed.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file")
+    return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - it is no mapping
+
+
+def _open(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(
+            "safetensors is missing, which reads such folders: pip install 'elastic-moe[huggingface]'"
+        ) from None
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
