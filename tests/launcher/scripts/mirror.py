@@ -78,6 +78,46 @@ def of_spec(spec):
     return spec and [spec.name, spec.origin, spec.cached, spec.parent, type(spec.loader).__name__]
 
 
+def of_interpreter():
+    return {
+        "warnings": [[f[0], str(f[1]), f[2].__name__, str(f[3]), f[4]] for f in warnings.filters],
+        "showwarning": warnings.showwarning.__module__,
+        "logging": [repr(logging.root.handlers), logging.root.level, logging.getLogger("torch").handlers == []],
+        "hooks": [
+            sys.excepthook is sys.__excepthook__,
+            sys.unraisablehook is sys.__unraisablehook__,
+            threading.excepthook is threading.__excepthook__,
+            sys.displayhook is sys.__displayhook__,
+            sys.breakpointhook is sys.__breakpointhook__,
+            sys.gettrace(),
+            sys.getprofile(),
+        ],
+        "gc": [gc.isenabled(), gc.get_threshold(), gc.get_debug(), gc.callbacks],
+        "gc_frozen": gc.get_freeze_count(),
+        "atexit": atexit._ncallbacks(),
+        "faulthandler": faulthandler.is_enabled(),
+        "locale": [
+            locale.setlocale(locale.LC_CTYPE),
+            locale.setlocale(locale.LC_NUMERIC),
+            locale.getpreferredencoding(),
+        ],
+        "encodings": [
+            sys.getdefaultencoding(),
+            sys.getfilesystemencoding(),
+            sys.getfilesystemencodeerrors(),
+            io.text_encoding(None),
+        ],
+        "recursion": sys.getrecursionlimit(),
+        "depth": len(traceback.extract_stack()),
+        "switch_interval": sys.getswitchinterval(),
+        "int_digits": sys.get_int_max_str_digits(),
+        "bytecode": [sys.dont_write_bytecode, sys.pycache_prefix],
+        "temporary": tempfile.gettempdir(),
+        "streams": {s: of_stream(getattr(sys, s)) for s in ("stdin", "stdout", "stderr")},
+        "streams_kept": [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__, sys.stdin is sys.__stdin__],
+    }
+
+
 def main():
     os.environ["SET_BY_SCRIPT"] = "yes"
     main_module = sys.modules["__main__"]
@@ -132,41 +172,7 @@ def main():
         "environment": dict(os.environ),
         "random_is_repeated": first == [random.Random(0).random()],
         "hash_seed": hash("a string"),
-        "warnings": [[f[0], str(f[1]), f[2].__name__, str(f[3]), f[4]] for f in warnings.filters],
-        "showwarning": warnings.showwarning.__module__,
-        "logging": [repr(logging.root.handlers), logging.root.level, logging.getLogger("torch").handlers == []],
-        "hooks": [
-            sys.excepthook is sys.__excepthook__,
-            sys.unraisablehook is sys.__unraisablehook__,
-            threading.excepthook is threading.__excepthook__,
-            sys.displayhook is sys.__displayhook__,
-            sys.breakpointhook is sys.__breakpointhook__,
-            sys.gettrace(),
-            sys.getprofile(),
-        ],
-        "gc": [gc.isenabled(), gc.get_threshold(), gc.get_debug(), gc.callbacks],
-        "gc_frozen": gc.get_freeze_count(),
-        "atexit": atexit._ncallbacks(),
-        "faulthandler": faulthandler.is_enabled(),
-        "locale": [
-            locale.setlocale(locale.LC_CTYPE),
-            locale.setlocale(locale.LC_NUMERIC),
-            locale.getpreferredencoding(),
-        ],
-        "encodings": [
-            sys.getdefaultencoding(),
-            sys.getfilesystemencoding(),
-            sys.getfilesystemencodeerrors(),
-            io.text_encoding(None),
-        ],
-        "recursion": sys.getrecursionlimit(),
-        "depth": len(traceback.extract_stack()),
-        "switch_interval": sys.getswitchinterval(),
-        "int_digits": sys.get_int_max_str_digits(),
-        "bytecode": [sys.dont_write_bytecode, sys.pycache_prefix],
-        "temporary": tempfile.gettempdir(),
-        "streams": {s: of_stream(getattr(sys, s)) for s in ("stdin", "stdout", "stderr")},
-        "streams_kept": [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__, sys.stdin is sys.__stdin__],
+        **of_interpreter(),
         "typed": sys.stdin.read(),
     }
     if METHODS:  # they end with this process, a moment later
