@@ -11,11 +11,9 @@ import functools
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,8 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
+from launcher.coordination.lookup import look_up
 from launcher.coordination.member import Member
-from launcher.coordination.reopen import is_running, reopen_failed
 from launcher.coordination.telling import last_words
 from launcher.coordination.vitals import VitalsTeller
 from launcher.drain.deadline import DrainDeadline
@@ -38,20 +36,19 @@ from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.cooperative_stop import GracePeriods
+from launcher.elastic.joining import Arrival, Meeting, arrive, join, plan_no_mesh
 from launcher.elastic.logs import name_node
+from launcher.elastic.parts import AgentParts
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.signs import VitalSigns
 from launcher.environment import Environment
-from launcher.errors import Drained, JobClosed, KVUnavailable, UsageError
+from launcher.errors import Drained, JobClosed, KVUnavailable
 from launcher.events import EventLog, EventName
 from launcher.health.hangs import HangRules
-from launcher.health.liveness import LivenessListener
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.watchdog import Watchdog
-from launcher.kv.connect import Connection, connect
 from launcher.rounds.forming import Planner
-from launcher.rounds.records import Node
 from launcher.torch_private import ask_no_dns
 from launcher.wording import JOB_IS_OVER
 from launcher.workers.console import Console
@@ -62,6 +59,7 @@ from launcher.workers.warm import ForkedZygote, WarmStart
 log = logging.getLogger(__name__)
 
 _ZYGOTE_TIMEOUT_S = 60.0
+_LINGER_PERIOD_S = 0.1
 _LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: the same on one node, ambiguous on several
 
 
@@ -130,98 +128,83 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
 def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
     conf = RendezvousConf.parse(config.rdzv_configs)
     watchers = find_watchers(extras.preemption_notices)
-    connection = connect(
-        config.rdzv_backend,
-        config.rdzv_endpoint,
-        conf.store_options(),
-        local_addr=config.local_addr,
-        timeout_s=conf.connect_timeout,
-    )
+    meeting = Meeting(config.rdzv_backend, config.rdzv_endpoint, config.run_id, conf, config.local_addr)
     with contextlib.ExitStack() as stack:
-        stack.callback(connection.close)
-        try:
-            listener = LivenessListener(connection.local_address)
-        except OSError as error:
-            raise UsageError(f"--local-addr {connection.local_address}: cannot listen there: {error}") from error
-        stack.callback(listener.close)
-        host = socket.gethostname()
-        node_id = f"{extras.node_name or host}-{uuid.uuid4().hex[:8]}"
-        events = EventLog(extras.events_path, run_id=config.run_id, node=node_id)
+        arrival = stack.enter_context(arrive(meeting, slots=config.nproc_per_node, name=extras.node_name))
+        events = EventLog(extras.events_path, run_id=config.run_id, node=arrival.node.node_id)
         stack.push(functools.partial(_tell_end, events))  # comes last, after the node has left
         if extras.console is not None:
             extras.console.tell(events)
-        node = Node(
-            node_id=node_id,
-            host=host,
-            address=connection.local_address,
-            port=listener.port,
-            slots=config.nproc_per_node,
-            zone=conf.zone,
-        )
-        member = Member(
-            connection.kv,
-            config.run_id,
-            node,
-            conf.rules(config.min_nodes, config.max_nodes, extras.max_restarts),
-            extras.planner or (lambda slots, previous: None),
-            events,
-            lease_ttl_s=conf.lease_ttl,
-        )
         runtime_dir = stack.enter_context(private_folder())
         keep = extras.keep_children or Environment.from_env(os.environ).keep_children
         if keep:
             os.environ[Environment.variable("keep_children")] = "1"  # for the guardians of workers and zygote
-        # NUMA binding wraps a worker's program, which a fork has not; and only Python can be forked, without options.
-        can_fork = tuple(command[:2]) == (sys.executable, "-u") and config.numa_options is None
-        warm = WarmStart(runtime_dir, events, extras.zygote) if extras.warm_workers and can_fork else None
+        warm = _warm_start(config, command, extras, runtime_dir, events)
         if warm is not None:
             stack.callback(warm.close)
             warm.start()
-        elif extras.zygote is not None:
-            extras.zygote.kill()
         preflight = _preflight(extras, events)
         unfit = preflight.first()
-        drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=float(config.shutdown_timeout or 0))
+        graces = GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout)
+        drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=graces.stop_s)
         deadline = DrainDeadline(drain, functools.partial(_tell_overrun, events), _end_at_once)
+        if arrival.connection.hosts_store:
+            stack.callback(_linger, arrival)
+            stack.callback(deadline.stop)
+        member = stack.enter_context(
+            join(
+                arrival,
+                conf.rules(config.min_nodes, config.max_nodes, extras.max_restarts),
+                extras.planner or plan_no_mesh,
+                events,
+                unfit=unfit,
+                prepare=functools.partial(warm.wait_ready, _ZYGOTE_TIMEOUT_S) if warm is not None else None,
+            )
+        )
+        teller = VitalsTeller(arrival.connection.kv, config.run_id, member.node_id, member.lease)
+        stack.callback(teller.stop)
 
         def heed(notice: Notice) -> None:
             drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
             member.drain(f"drains on {notice.detail}")
 
-        try:
-            reopen_failed(connection.kv, config.run_id)
-            if warm is not None and is_running(connection.kv, config.run_id):
-                warm.wait_ready(_ZYGOTE_TIMEOUT_S)
-            member.start(unfit)
-        except KVUnavailable as error:
-            raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {error}") from error
-        if connection.hosts_store:
-            stack.callback(_linger, member)
-            stack.callback(deadline.stop)
-        stack.callback(member.leave)
-        teller = VitalsTeller(connection.kv, config.run_id, node_id, member.lease)
-        stack.callback(teller.stop)
-        signs = VitalSigns(teller, runtime_dir)
         notice_watch = NoticeWatch({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
         notice_watch.start()
         stack.callback(notice_watch.stop)
-        watchdog = Watchdog(extras.hangs, extras.log_dir, events)
-        leftovers = Leftovers(runtime_dir, warm, keep=keep)
-        return _run(
-            config,
-            conf,
-            command,
-            connection,
+        rendezvous = MemberRendezvous(
             member,
-            events,
-            runtime_dir,
-            warm,
-            leftovers,
-            drain,
-            watchdog,
-            preflight,
-            signs,
+            backend=meeting.backend,
+            run_id=meeting.run_id,
+            address=arrival.node.address,
+            timeout_s=conf.timeout,
+            preflight=preflight,
         )
+        parts = AgentParts(
+            rendezvous=rendezvous,
+            events=events,
+            command=command,
+            runtime_dir=runtime_dir,
+            graces=graces,
+            drain=drain,
+            warm=warm,
+            leftovers=Leftovers(runtime_dir, warm, keep=keep),
+            watchdog=Watchdog(extras.hangs, extras.log_dir, events),
+            signs=VitalSigns(teller, runtime_dir),
+        )
+        return _run(config, member, parts)
+
+
+def _warm_start(
+    config: LaunchConfig, command: Sequence[str], extras: Extras, runtime_dir: Path, events: EventLog
+) -> WarmStart | None:
+    """Where workers can be forked. NUMA binding wraps a worker's program, which a fork has not; and only Python can be
+    forked, without options."""
+    can_fork = tuple(command[:2]) == (sys.executable, "-u") and config.numa_options is None
+    if extras.warm_workers and can_fork:
+        return WarmStart(runtime_dir, events, extras.zygote)
+    if extras.zygote is not None:
+        extras.zygote.kill()
+    return None
 
 
 def _preflight(extras: Extras, events: EventLog) -> Preflight:
@@ -229,34 +212,12 @@ def _preflight(extras: Extras, events: EventLog) -> Preflight:
     return Preflight((*standard_checks(extras.preflight, folders), *extras.checks), events)
 
 
-def _run(
-    config: LaunchConfig,
-    conf: RendezvousConf,
-    command: Sequence[str],
-    connection: Connection,
-    member: Member,
-    events: EventLog,
-    runtime_dir: Path,
-    warm: WarmStart | None,
-    leftovers: Leftovers,
-    drain: DrainRequests,
-    watchdog: Watchdog,
-    preflight: Preflight,
-    signs: VitalSigns,
-) -> int:
-    rendezvous = MemberRendezvous(
-        member,
-        backend=config.rdzv_backend,
-        run_id=config.run_id,
-        address=connection.local_address,
-        timeout_s=conf.timeout,
-        preflight=preflight,
-    )
+def _run(config: LaunchConfig, member: Member, parts: AgentParts) -> int:
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
         entrypoint=sys.executable,
-        rdzv_handler=rendezvous,
+        rdzv_handler=parts.rendezvous,
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
         local_addr=config.local_addr,
@@ -267,21 +228,11 @@ def _run(
         virtual_local_rank=config.virtual_local_rank,
     )
     assert config.logs_specs is not None
-    logs_specs = name_node(config.logs_specs, member.node_id)
     agent = ElasticAgent(
         spec,
-        logs_specs,
-        member=member,
-        rendezvous=rendezvous,
-        events=events,
-        runtime_dir=runtime_dir,
-        graces=GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout),
-        drain=drain,
-        command=command,
-        warm=warm,
-        leftovers=leftovers,
-        watchdog=watchdog,
-        signs=signs,
+        name_node(config.logs_specs, member.node_id),
+        member,
+        parts,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template or _LOG_LINE_PREFIX,
     )
@@ -327,17 +278,20 @@ def _end_at_once(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def _linger(member: Member) -> None:
+def _linger(arrival: Arrival) -> None:
     """The host of the embedded store goes last: others may train on, or still have to read how the job ended.
 
     It is bounded by them: every node's record goes when it leaves, or with its lease.
     """
+    kv, run_id, own_id = arrival.connection.kv, arrival.meeting.run_id, arrival.node.node_id
     told = False
     try:
-        while others := member.others():
-            if not told and not member.outcome():
-                log.warning("this node hosts the store: staying for %s; a signal ends it", ", ".join(others))
+        while others := (job := look_up(kv, run_id)).nodes.keys() - {own_id}:
+            if not told and not (job.round and job.round.outcome):
+                log.warning("this node hosts the store: staying for %s; a signal ends it", ", ".join(sorted(others)))
                 told = True
-            time.sleep(0.1)
+            time.sleep(_LINGER_PERIOD_S)
+    except KVUnavailable as error:
+        log.warning("[%s] %s", own_id, error)
     except SignalException as stopped:
         log.warning("closing the store on %s: the nodes that use it will stop", signal.Signals(stopped.sigval).name)

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,26 +29,23 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
 from launcher.coordination.member import Member
-from launcher.drain.draining import DrainRequests
 from launcher.drain.signals import handle_signals, stop_at_once
-from launcher.elastic.cooperative_stop import CooperativeStop, GracePeriods
-from launcher.elastic.rendezvous import MemberRendezvous
-from launcher.elastic.signs import VitalSigns
+from launcher.elastic.cooperative_stop import CooperativeStop
+from launcher.elastic.parts import AgentParts
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
-from launcher.events import EventLog, EventName
+from launcher.events import EventName
 from launcher.health import postmortem
 from launcher.health.devices import DeviceMemory
 from launcher.health.liveness import report_dead
-from launcher.health.watchdog import Watchdog, WatchedWorkers
+from launcher.health.watchdog import WatchedWorkers
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.torch_private import AgentSteps
 from launcher.wording import name_some
 from launcher.workers import boot
-from launcher.workers.leftovers import Leftovers
 from launcher.workers.local_workers import LocalWorkers
 from launcher.workers.process_tree import GRACE_AFTER_SUCCESS_S, GRACE_S
-from launcher.workers.warm import COLD, WarmStart
+from launcher.workers.warm import COLD
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +70,9 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self,
         spec: WorkerSpec,
         logs_specs: LogsSpecs,
-        *,
         member: Member,
-        rendezvous: MemberRendezvous,
-        events: EventLog,
-        runtime_dir: Path,
-        graces: GracePeriods,
-        drain: DrainRequests,
-        command: Sequence[str],
-        warm: WarmStart | None,
-        leftovers: Leftovers,
-        watchdog: Watchdog,
-        signs: VitalSigns,
+        parts: AgentParts,
+        *,
         start_method: str,
         log_line_prefix_template: str | None = None,
     ) -> None:
@@ -94,24 +81,26 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             logs_specs,
             start_method=start_method,
             log_line_prefix_template=log_line_prefix_template,
-            shutdown_timeout=int(graces.stop_s),
+            shutdown_timeout=int(parts.graces.stop_s),
         )
         self._member = member
-        self._rendezvous_handler = rendezvous
-        self._events = events
-        self._runtime_dir = runtime_dir
-        self._graces = graces
-        self._command = tuple(command)
-        self._warm = warm
-        self._leftovers = leftovers
-        self._watchdog = watchdog
-        self._signs = signs
+        self._rendezvous_handler = parts.rendezvous
+        self._events = parts.events
+        self._runtime_dir = parts.runtime_dir
+        self._graces = parts.graces
+        self._command = tuple(parts.command)
+        self._warm = parts.warm
+        self._leftovers = parts.leftovers
+        self._watchdog = parts.watchdog
+        self._signs = parts.signs
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
-        self._workers = LocalWorkers(runtime_dir, 0, ())
+        self._workers = LocalWorkers(parts.runtime_dir, 0, ())
         self._started_s = 0.0
-        self._drain = drain
-        self._cooperative_stop = CooperativeStop(member, drain, graces, self._emit, watchdog.dump_stacks)
+        self._drain = parts.drain
+        self._cooperative_stop = CooperativeStop(
+            member, parts.drain, parts.graces, self._emit, parts.watchdog.dump_stacks
+        )
         self._supervising = False
         self._oom_kills_before = 0
         self._failures: list[Failure] = []

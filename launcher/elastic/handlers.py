@@ -20,12 +20,11 @@ Ends of a job:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
-import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -38,15 +37,13 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from launcher.coordination.member import Member
-from launcher.coordination.reopen import reopen_failed
+from launcher.elastic.joining import Meeting, arrive, join, plan_no_mesh
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous, open_store
 from launcher.environment import Environment
-from launcher.errors import KVUnavailable, UsageError
+from launcher.errors import UsageError
 from launcher.events import EventLog
-from launcher.health.liveness import LivenessListener
-from launcher.kv.connect import Connection, connect
-from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
+from launcher.rounds.records import SUCCEEDED, Failure, Round, Status
 from launcher.torch_private import is_of_exit_barrier
 
 log = logging.getLogger(__name__)
@@ -71,60 +68,28 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
 def _join(params: RendezvousParameters) -> TorchrunRendezvous:
     conf = RendezvousConf.parse(params.config)
-    connection = connect(
-        params.backend,
-        params.endpoint,
-        conf.store_options(),
-        local_addr=params.local_addr,
-        timeout_s=conf.connect_timeout,
-    )
-    try:
-        listener = LivenessListener(connection.local_address)
-    except OSError as error:
-        connection.close()
-        raise UsageError(f"--local-addr {connection.local_address}: not this node's: {error.strerror}") from error
-    host = socket.gethostname()
-    node_id = f"{host}-{uuid.uuid4().hex[:8]}"
-    node = Node(node_id, host, connection.local_address, listener.port, slots=1, zone=conf.zone)
-    member = Member(
-        connection.kv,
-        params.run_id,
-        node,
-        conf.rules(params.min_nodes, params.max_nodes),
-        lambda slots, previous: None,
-        EventLog(None, run_id=params.run_id, node=node_id),
-        lease_ttl_s=conf.lease_ttl,
-    )
-    try:
-        reopen_failed(connection.kv, params.run_id)
-        member.start()
-    except KVUnavailable as error:
-        connection.close()
-        raise UsageError(f"--rdzv-endpoint {params.endpoint}: {error}") from error
-    return TorchrunRendezvous(member, connection, listener, params, timeout_s=conf.timeout)
+    meeting = Meeting(params.backend, params.endpoint, params.run_id, conf, params.local_addr)
+    with contextlib.ExitStack() as stack:
+        arrival = stack.enter_context(arrive(meeting, slots=1))
+        emit = EventLog(None, run_id=params.run_id, node=arrival.node.node_id)
+        rules = conf.rules(params.min_nodes, params.max_nodes)
+        member = stack.enter_context(join(arrival, rules, plan_no_mesh, emit))
+        return TorchrunRendezvous(member, meeting, arrival.node.address, stack.pop_all())
 
 
 class TorchrunRendezvous(MemberRendezvous):
     """The handler of one node under torch's `LocalElasticAgent`; for its main thread."""
 
-    def __init__(
-        self,
-        member: Member,
-        connection: Connection,
-        listener: LivenessListener,
-        params: RendezvousParameters,
-        *,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, member: Member, meeting: Meeting, address: str, joined: contextlib.ExitStack) -> None:
+        """`joined`: closed when this node leaves."""
         super().__init__(
             member,
-            backend=params.backend,
-            run_id=params.run_id,
-            address=connection.local_address,
-            timeout_s=timeout_s,
+            backend=meeting.backend,
+            run_id=meeting.run_id,
+            address=address,
+            timeout_s=meeting.conf.timeout,
         )
-        self._connection = connection
-        self._listener = listener
+        self._joined = joined
         self._left = False
         self._told_generation = 0
         atexit.register(self._leave)
@@ -212,13 +177,9 @@ class TorchrunRendezvous(MemberRendezvous):
         return True
 
     def _leave(self) -> None:
-        if self._left:
-            return
         self._left = True
         atexit.unregister(self._leave)
-        self._member.leave()
-        self._listener.close()
-        self._connection.close()
+        self._joined.close()
 
 
 class _RoundStore:

@@ -166,7 +166,7 @@ def _token(options: StoreOptions, *, required: bool) -> str:
 def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedServer | None:
     """Host the store if the endpoint is this machine's and nobody does yet; where it `must`, nothing else will do."""
     try:
-        return EmbeddedServer(address, port, token=token)
+        return EmbeddedServer(address, port, token=token).start()
     except OSError as error:
         # Another node of this machine was first, or the address is another machine's.
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not must:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from launcher.errors import KVUnavailable
 
@@ -26,7 +27,7 @@ class StoreSilence:
 
 
 class Lease:
-    """Keeps itself alive from its own thread, over `renew`, four times per `ttl_s`.
+    """Keeps itself alive from its own thread, over `renew`, four times per `ttl_s`, from `start` to `stop` or `revoke`.
 
     `lost` is set once the store says that the lease is gone, or once nothing has shown for `ttl_s` that it stands: from
     then on the keys under it may have been deleted.
@@ -61,7 +62,11 @@ class Lease:
         """While renewals are not answered: since when, and how."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name=f"lease-{lease_id}", daemon=True)
+
+    def start(self) -> Self:
+        """Keep the lease alive from now on."""
         self._thread.start()
+        return self
 
     @property
     def deadline_s(self) -> float:

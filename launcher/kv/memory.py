@@ -22,18 +22,17 @@ _EXPIRY_PERIOD_S = 0.1
 
 
 class Hub:
-    """A store that several clients share. Safe for threads."""
+    """A store that several clients share. Safe for threads; its own one starts with the first lease."""
 
     def __init__(self, state: State | None = None) -> None:
         self._state = state or State(first_lease_id=secrets.randbits(48) + 1)
         self._changed = threading.Condition()
-        self._closed = False
-        threading.Thread(target=self._expire, name="kv-expiry", daemon=True).start()
+        self._closed = threading.Event()
+        self._expiry: threading.Thread | None = None
 
     def _expire(self) -> None:
         last_s = time.monotonic()
-        while not self._closed:
-            time.sleep(_EXPIRY_PERIOD_S)
+        while not self._closed.wait(_EXPIRY_PERIOD_S):
             now_s = time.monotonic()
             late_s = now_s - last_s - _EXPIRY_PERIOD_S
             last_s = now_s
@@ -77,12 +76,15 @@ class Hub:
             while True:
                 found = self._state.events(prefix, from_revision)
                 left_s = ends_s - time.monotonic()
-                if found or left_s <= 0 or self._closed or (cancelled and cancelled.is_set()):
+                if found or left_s <= 0 or self._closed.is_set() or (cancelled and cancelled.is_set()):
                     return found, max(from_revision, self._state.revision + 1)
                 self._changed.wait(left_s)
 
     def grant(self, ttl_s: float) -> int:
         with self._changed:
+            if self._expiry is None and not self._closed.is_set():
+                self._expiry = threading.Thread(target=self._expire, name="kv-expiry", daemon=True)
+                self._expiry.start()
             return self._state.grant(ttl_s, time.monotonic())
 
     def renew(self, lease_id: int) -> bool:
@@ -100,8 +102,11 @@ class Hub:
             self._changed.notify_all()
 
     def close(self) -> None:
-        self._closed = True
+        """Let waiting `events` calls return, and end no more leases."""
+        self._closed.set()
         self.wake()
+        if self._expiry is not None:
+            self._expiry.join(timeout=2)
 
 
 class _MemoryWatch:
@@ -154,7 +159,7 @@ class MemoryKV:
             granted_s=granted_s,
             renew=lambda: self.hub.renew(lease_id),
             revoke=lambda: self.hub.revoke(lease_id),
-        )
+        ).start()
         self._leases.append(lease)
         return lease
 

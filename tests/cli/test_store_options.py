@@ -18,7 +18,7 @@ from tests.cluster import free_port
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = EmbeddedServer("127.0.0.1", 0, token="")
+    server = EmbeddedServer("127.0.0.1", 0, token="").start()
     yield f"127.0.0.1:{server.port}"
     server.close()
 

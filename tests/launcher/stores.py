@@ -45,7 +45,7 @@ def _prefixed(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @contextlib.contextmanager
 def _embedded(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    server = EmbeddedServer("127.0.0.1", 0, token="t")
+    server = EmbeddedServer("127.0.0.1", 0, token="t").start()
     yield lambda: EmbeddedKV("127.0.0.1", server.port, token="t")
     server.close()
 

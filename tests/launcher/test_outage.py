@@ -106,7 +106,9 @@ class TestLease:
         def renew() -> bool:
             raise ConnectionError("refused")
 
-        return Lease(1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=lambda: stands)
+        return Lease(
+            1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=lambda: stands
+        ).start()
 
     def test_a_proof_extends_it_and_silence_does_not(self) -> None:
         proven, silent = self.lease(True), self.lease(False)
@@ -126,7 +128,7 @@ class TestLease:
         def renew() -> bool:
             raise ConnectionError("refused")
 
-        lease = Lease(1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=slow)
+        lease = Lease(1, 0.4, granted_s=time.monotonic(), renew=renew, revoke=lambda: None, stands=slow).start()
         assert lease.lost.wait(10)
 
 

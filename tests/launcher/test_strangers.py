@@ -124,7 +124,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 def test_the_embedded_store_serves_its_clients_among_strangers() -> None:
     with few_descriptors():
-        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server = EmbeddedServer("127.0.0.1", 0, token="t").start()
     try:
         client = EmbeddedKV(["127.0.0.1"], server.port, token="t")
         client.put("before", b"1")

@@ -266,7 +266,7 @@ def test_mistakes_in_options(conf: dict[str, str], told: str, capsys: pytest.Cap
 def test_an_address_of_another_machine(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         create_handler(RendezvousParameters("etcd3", server.endpoint, "r", 1, 2, "192.0.2.1"))
-    assert capsys.readouterr().err.startswith("torchrun: error: --local-addr 192.0.2.1: not this node's: ")
+    assert capsys.readouterr().err.startswith("torchrun: error: --local-addr 192.0.2.1: cannot listen there: ")
 
 
 class TestReopening:

@@ -246,7 +246,7 @@ class EmbeddedKV:
             renew=lambda: bool(connection.call("renew", lease=lease_id, timeout_s=ttl_s / 2)["alive"]),
             revoke=lambda: self._revoke(lease_id),
             close=connection.close,
-        )
+        ).start()
         self._leases = [*(held for held in self._leases if not held.lost.is_set()), lease]
         return lease
 

@@ -15,7 +15,8 @@ import socket
 import socketserver
 import threading
 import time
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 from launcher.connections import BoundedConnections, num_max
 from launcher.errors import Compacted
@@ -135,7 +136,7 @@ class _TCPServer(socketserver.ThreadingTCPServer):
 
 
 class EmbeddedServer:
-    """Listens from construction until `close`.
+    """The store's address is taken from construction on, and it is served from `start`; both end with `close`.
 
     Raises:
         OSError: the address cannot be bound (in use: another node already hosts the store).
@@ -148,12 +149,25 @@ class EmbeddedServer:
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="kv-server", daemon=True
         )
+
+    def start(self) -> Self:
+        """Serve clients."""
         self._thread.start()
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
         self._server.stopped.set()
-        self._server.shutdown()
+        if self._thread.is_alive():  # else `shutdown` would wait for it
+            self._server.shutdown()
         self._server.server_close()
         self._server.hub.close()
         for sock in list(self._server.connections):
@@ -161,4 +175,5 @@ class EmbeddedServer:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue
-        self._thread.join(timeout=2)
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)

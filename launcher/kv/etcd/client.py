@@ -155,7 +155,7 @@ class EtcdKV:
             renew=lambda: self._renew(lease_id, granted_ttl_s),
             revoke=lambda: self._revoke(lease_id),
             stands=self._members.no_lease_ends if granted_ttl_s <= LONGEST_TTL_S else None,
-        )
+        ).start()
         self._leases.append(lease)
         return lease
 

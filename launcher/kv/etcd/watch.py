@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, WatchEvent
@@ -46,29 +46,39 @@ class _WatchStream:
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.error: Any = None
         self.held_open = transport.endpoints.holds_streams_open
+        self._transport = transport
+        self._request = request
         self._closed = threading.Event()
-        self._endpoints = transport.endpoints
-        self._endpoints.tell(self._look)  # before one is chosen
+
+    def open(self) -> Self:
+        """Ask the endpoint in use, and read what it says.
+
+        Raises:
+            _StreamEnded: it cannot be asked.
+        """
+        transport = self._transport
+        transport.endpoints.tell(self._look)  # before one is chosen
         try:
             self.peer: Peer = transport.peer()
             self.token = transport.authenticate(self.peer, CALL_TIMEOUT_S)
             # `hasleader`: etcd ends the stream of a member that is cut off from the others, instead of staying silent
             metadata = (("hasleader", "true"), *(metadata_of(self.token) or ()))
             if self.held_open:
-                self._responses = self.peer.watch_held_open(self._requests(request), metadata=metadata)
+                self._responses = self.peer.watch_held_open(self._requests(), metadata=metadata)
             else:
-                self._responses = self.peer.watch(request, metadata=metadata)
+                self._responses = self.peer.watch(self._request, metadata=metadata)
             threading.Thread(target=self._read, name="etcd-watch", daemon=True).start()
         except grpc.RpcError as error:
-            self._endpoints.tell_no_more(self._look)
+            transport.endpoints.tell_no_more(self._look)
             transport.note_failure(self.peer, error)
             raise _StreamEnded(f"{transport.name(self.peer.index)}: {error.details()}") from error
         except BaseException:
-            self._endpoints.tell_no_more(self._look)
+            transport.endpoints.tell_no_more(self._look)
             raise
+        return self
 
-    def _requests(self, request: Any) -> Iterator[Any]:
-        yield request
+    def _requests(self) -> Iterator[Any]:
+        yield self._request
         self._closed.wait()
 
     def _look(self) -> None:
@@ -86,7 +96,7 @@ class _WatchStream:
 
     def close(self) -> None:
         self._closed.set()
-        self._endpoints.tell_no_more(self._look)
+        self._transport.endpoints.tell_no_more(self._look)
         self._responses.cancel()
 
 
@@ -125,7 +135,7 @@ class EtcdWatch:
         if stream is None:
             key, range_end = self._range
             create = etcdrpc.WatchCreateRequest(key=key, range_end=range_end, start_revision=self._next_revision)
-            stream = _WatchStream(self._transport, etcdrpc.WatchRequest(create_request=create))
+            stream = _WatchStream(self._transport, etcdrpc.WatchRequest(create_request=create)).open()
             with self._lock:
                 self._stream = stream
         if self._cancelled.is_set():  # perhaps while it was being opened: `cancel` saw no stream to close

@@ -1,0 +1,121 @@
+"""A node's way into a job, and out of it again: the store opened, the node within its peers' reach, its record written.
+
+Both `elastic-moe run` and torchrun's plug-in come in here. Whatever fails on the way, what was opened before is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from launcher.coordination.member import Member
+from launcher.coordination.reopen import is_running, reopen_failed
+from launcher.elastic.rdzv_conf import RendezvousConf
+from launcher.errors import KVUnavailable, UsageError
+from launcher.events import Emit
+from launcher.health.liveness import LivenessListener
+from launcher.kv.connect import Connection, connect
+from launcher.rounds.forming import Planner
+from launcher.rounds.membership import Rules
+from launcher.rounds.records import Node
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of a job meet, as the user says it."""
+
+    backend: str
+    endpoint: str
+    run_id: str
+    conf: RendezvousConf
+    local_addr: str | None
+    """Under which peers reach this node; None: the address that it has on its way to the store."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A node that can join: the store is open, and peers can reach the node."""
+
+    meeting: Meeting
+    connection: Connection
+    node: Node
+
+
+@contextlib.contextmanager
+def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]:
+    """Open the store of a job, and listen for peers; both are closed at the end.
+
+    Args:
+        slots: how many workers this node can run.
+        name: human part of the node's id; its host's name by default.
+
+    Raises:
+        UsageError: the store cannot be used as it was given, or this node has no such address.
+    """
+    timeout_s = meeting.conf.connect_timeout
+    options = meeting.conf.store_options()
+    host = socket.gethostname()
+    with (
+        connect(
+            meeting.backend, meeting.endpoint, options, local_addr=meeting.local_addr, timeout_s=timeout_s
+        ) as connection,
+        contextlib.closing(_listen(connection.local_address)) as listener,
+    ):
+        node = Node(
+            node_id=f"{name or host}-{uuid.uuid4().hex[:8]}",
+            host=host,
+            address=connection.local_address,
+            port=listener.port,
+            slots=slots,
+            zone=meeting.conf.zone,
+        )
+        yield Arrival(meeting, connection, node)
+
+
+def _listen(address: str) -> LivenessListener:
+    try:
+        return LivenessListener(address)
+    except OSError as error:
+        raise UsageError(f"--local-addr {address}: cannot listen there: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def join(
+    arrival: Arrival,
+    rules: Rules,
+    planner: Planner,
+    emit: Emit,
+    *,
+    unfit: str = "",
+    prepare: Callable[[], object] | None = None,
+) -> Iterator[Member]:
+    """Make a node a member of its job; it leaves at the end.
+
+    Args:
+        unfit: why the node cannot take part in rounds yet.
+        prepare: called first where the nodes of the job are at work: they stop their workers for one that joins, so
+            what takes long should be done before.
+
+    Raises:
+        UsageError: the store does not answer any more.
+    """
+    meeting, kv = arrival.meeting, arrival.connection.kv
+    member = Member(kv, meeting.run_id, arrival.node, rules, planner, emit, lease_ttl_s=meeting.conf.lease_ttl)
+    try:
+        reopen_failed(kv, meeting.run_id)
+        if prepare is not None and is_running(kv, meeting.run_id):
+            prepare()
+        member.start(unfit)
+    except KVUnavailable as error:
+        raise UsageError(f"--rdzv-endpoint {meeting.endpoint}: {error}") from error
+    try:
+        yield member
+    finally:
+        member.leave()
+
+
+def plan_no_mesh(slots: object, previous: object) -> None:
+    """The planner of a job whose workers want no mesh: every slot gets a worker."""

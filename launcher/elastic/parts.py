@@ -1,0 +1,35 @@
+"""What a node's agent works with: made, and closed, by whoever launches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.drain.draining import DrainRequests
+from launcher.elastic.cooperative_stop import GracePeriods
+from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.signs import VitalSigns
+from launcher.events import EventLog
+from launcher.health.watchdog import Watchdog
+from launcher.workers.leftovers import Leftovers
+from launcher.workers.warm import WarmStart
+
+
+@dataclass(frozen=True)
+class AgentParts:
+    """The parts of one node's agent; `launcher.launch` says how each is configured."""
+
+    rendezvous: MemberRendezvous
+    events: EventLog
+    command: Sequence[str]
+    """The workers' program and its arguments."""
+    runtime_dir: Path
+    """Private to this node; workers and agent share what lies there."""
+    graces: GracePeriods
+    drain: DrainRequests
+    warm: WarmStart | None
+    """Forks the workers; None: each is a new process."""
+    leftovers: Leftovers
+    watchdog: Watchdog
+    signs: VitalSigns
