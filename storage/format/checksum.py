@@ -17,7 +17,7 @@ from awscrt import checksums
 from isal import isal_zlib
 
 from storage.errors import Corrupt
-from storage.stores.objects import Buffer
+from storage.stores.buffers import Buffer
 
 BLOCK_SIZE_BYTES_MIN = 16 * 1024
 BLOCK_SIZE_BYTES_MAX = 8 * 1024 * 1024

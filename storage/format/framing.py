@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from storage.format.checksum import crc32
 from storage.format.zips import ZIP_ERRORS, OutOfSight, Window, member_start
-from storage.stores.objects import Buffer
+from storage.stores.buffers import Buffer
 
 DESCRIPTOR = b"PK\x07\x08"
 """How what follows a member's bytes begins; the CRC32 is next."""

@@ -16,7 +16,7 @@ from storage.format.checksum import crc32
 from storage.format.framing import Framing, framing_of, is_misread
 from storage.format.tensors import bytes_of
 from storage.format.zips import member_start
-from storage.stores.objects import Buffer
+from storage.stores.buffers import Buffer
 
 log = logging.getLogger(__name__)
 

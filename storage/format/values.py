@@ -20,7 +20,7 @@ from storage.format.equality import is_plain, same
 from storage.format.items import EncodedItem
 from storage.format.safe_pickle import Malformed, Refused, UnknownName
 from storage.format.zips import ZIP_ERRORS, Window, member_start
-from storage.stores.objects import Buffer
+from storage.stores.buffers import Buffer
 
 _KEEP = (
     "keep plain Python values, numpy arrays and tensors in the state (of an enum its value, of a dataclass or named"

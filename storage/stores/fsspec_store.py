@@ -26,8 +26,8 @@ from fsspec.registry import known_implementations, registry
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import windowed
 from storage.stores.adaptive_limit import AdaptiveLimit
+from storage.stores.buffers import Buffer, fill, size_of, views_of
 from storage.stores.objects import (
-    Buffer,
     Fetch,
     ObjectInfo,
     ObjectStore,
@@ -37,7 +37,7 @@ from storage.stores.objects import (
     parts_of_size,
 )
 from storage.stores.retry_policy import Retrier
-from storage.stores.retrying_store import RetryingStore, views_of
+from storage.stores.retrying_store import RetryingStore
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 _NUM_REQUESTS = 32
 _STREAMED_SIZE_BYTES = 64 * 1024 * 1024
 _NUM_PARTS_AHEAD = 4
-_TMP = ".tmp"  # as in a folder that is opened without fsspec (see `storage.stores.local`)
+_TMP = ".tmp"  # as in a folder that is opened without fsspec (see `storage.stores.atomic_files`)
 _TMP_NAME = re.compile(r"/[0-9a-f]{32}/?$")
 _TMP_AGE_S = 24 * 3600.0
 
@@ -83,7 +83,7 @@ class FsspecStore(ObjectStore):
                 ) from error
 
     def _write(self, path: str, views: Sequence[memoryview]) -> None:
-        if sum(view.nbytes for view in views) < _STREAMED_SIZE_BYTES:
+        if size_of(views) < _STREAMED_SIZE_BYTES:
             self._place(path, lambda at: self._fs.pipe_file(at, b"".join(views)))
         else:
             self._place(path, lambda at: self._stream(at, views))
@@ -104,7 +104,7 @@ class FsspecStore(ObjectStore):
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. Tells no etag: what is known of the object was asked for before it was read."""
-        path, size_bytes = self._path(key), sum(buffer.nbytes for buffer in buffers)
+        path, size_bytes = self._path(key), size_of(buffers)
         with self._translated(key):
             info = self.info(key)
             if if_match not in (None, info.etag):
@@ -114,10 +114,7 @@ class FsspecStore(ObjectStore):
             data = memoryview(self._fs.cat_file(path, start=offset, end=offset + size_bytes) if size_bytes else b"")
         if data.nbytes != size_bytes:
             raise Transient(f"{key} in {self.url}: {data.nbytes} of {size_bytes} bytes came", Cause.TRUNCATED)
-        at = 0
-        for buffer in buffers:
-            buffer[:] = data[at : at + buffer.nbytes]
-            at += buffer.nbytes
+        fill(buffers, data)
         return ""
 
     def read(self, key: str) -> bytes:

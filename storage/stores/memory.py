@@ -11,8 +11,8 @@ from concurrent.futures import Executor
 
 from storage.errors import AlreadyExists, Corrupt, NotFound
 from storage.parallel import run_all
+from storage.stores.buffers import Buffer, fill, size_of
 from storage.stores.objects import (
-    Buffer,
     Capability,
     Fetch,
     ObjectInfo,
@@ -76,13 +76,10 @@ class MemoryStore(ObjectStore):
         data, etag = self._get(key)
         if if_match is not None and etag != if_match:
             raise Corrupt(f"{key} in {self.url} changed while it was read")
-        end = offset + sum(buffer.nbytes for buffer in buffers)
+        end = offset + size_of(buffers)
         if end > len(data):
             raise Corrupt(f"{key} in {self.url} ends at {len(data)}, wanted bytes up to {end}")
-        view = memoryview(data)
-        for buffer in buffers:
-            buffer[:] = view[offset : offset + buffer.nbytes]
-            offset += buffer.nbytes
+        fill(buffers, memoryview(data)[offset:end])
         return etag
 
     def read(self, key: str) -> bytes:

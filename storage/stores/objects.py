@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from storage.errors import Corrupt, Denied, NotFound
+from storage.stores.buffers import Buffer
 from storage.stores.retry_policy import RetryLog
-
-Buffer = bytes | bytearray | memoryview
 
 Fetch = Callable[[int, int], Sequence[memoryview]]
 """From an offset and a number of bytes to those bytes of some content, in pieces. Asked by any thread, in any order."""

@@ -8,7 +8,8 @@ from concurrent.futures import Executor
 
 from storage.errors import AlreadyExists, Interrupted, NotFound, Transient
 from storage.stores.adaptive_limit import AdaptiveLimit
-from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.buffers import Buffer, skip, views_of
+from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
 from storage.stores.retry_policy import IMPATIENT_RULES, Retrier, RetryLog
 from storage.stores.wrapper import StoreWrapper
 
@@ -120,23 +121,6 @@ def read_resuming(
         return isinstance(error, Interrupted) and error.received_bytes > 0
 
     return retrier.call(f"read {key} from byte {offset}", attempt, progressed)
-
-
-def skip(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
-    """What is left of `views` after that many bytes."""
-    index = 0
-    while index < len(views) and num_bytes >= views[index].nbytes:
-        num_bytes -= views[index].nbytes
-        index += 1
-    if num_bytes and index < len(views):
-        return [views[index][num_bytes:], *views[index + 1 :]]
-    return list(views[index:])
-
-
-def views_of(buffers: Sequence[Buffer]) -> list[memoryview]:
-    """The buffers as bytes, without the empty ones. Raises TypeError for one that is not contiguous."""
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    return [view for view in views if view.nbytes]
 
 
 def stored_equal(store: ObjectStore, key: str, views: Iterable[memoryview]) -> ObjectInfo | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
-from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.buffers import Buffer
+from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
 
 
 class StoreWrapper(ObjectStore):

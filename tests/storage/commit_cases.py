@@ -12,8 +12,9 @@ from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry,
 from storage.run import owner
 from storage.saving import commit
 from storage.saving.commit import Attempt, Contents, Origin
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectInfo, ObjectStore
+from storage.stores.objects import ObjectInfo, ObjectStore
 
 ATTEMPT = Attempt.of_step(10, "a" * 8, 1)
 STEP, FOLDER = ATTEMPT.prefix, f"{ATTEMPT.prefix}attempt-{ATTEMPT.id}/"

@@ -234,6 +234,14 @@ class Deadly(LocalStore):
         self.num_changes = 0
         self._kill_at = kill_at
         self._moment = moment
+        place = self._files.place
+
+        def place_or_die(temporary: Path, path: Path, *, if_absent: bool) -> None:
+            if not is_heartbeat_name(path.name):
+                self._die("middle")
+            place(temporary, path, if_absent=if_absent)
+
+        self._files.place = place_or_die  # type: ignore[method-assign]
 
     def _die(self, moment: str) -> None:
         if self.num_changes == self._kill_at and self._moment == moment:
@@ -256,11 +264,6 @@ class Deadly(LocalStore):
         super().delete(key)
         self._die("after")
         self.num_changes += 1
-
-    def _place(self, temporary: Path, path: Path, if_absent: bool) -> None:
-        if not is_heartbeat_name(path.name):
-            self._die("middle")
-        super()._place(temporary, path, if_absent)
 
 
 def save_and_die(folder: str, step: int, victim: int, kill_at: int, moment: str) -> int:

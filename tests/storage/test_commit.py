@@ -16,8 +16,9 @@ from storage.format import layout
 from storage.parallel import run_concurrently
 from storage.run import catalog, owner
 from storage.saving import commit
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectInfo
+from storage.stores.objects import ObjectInfo
 from tests.storage.commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
 from tests.storage.pausing import ORDERS, abreast
 

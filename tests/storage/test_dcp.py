@@ -20,8 +20,9 @@ from storage import Checkpointer, ShardReader, ShardWriter, errors, inspection, 
 from storage.errors import BadURL, StorageError, Transient, UsageError
 from storage.format import layout
 from storage.run import catalog
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectInfo
+from storage.stores.objects import ObjectInfo
 from storage.transfer import copy_jobs
 from tests.ranks import Ranks
 from tests.storage import dcp_cases as cases

@@ -15,8 +15,9 @@ from storage.errors import Transient
 from storage.format.manifest import Receipt
 from storage.run import owner
 from storage.saving import commit, receipts
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectInfo
+from storage.stores.objects import ObjectInfo
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 

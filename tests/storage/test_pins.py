@@ -22,8 +22,9 @@ from storage.errors import Cause, Corrupt, Interrupted
 from storage.format.index import Index
 from storage.loading.reading import read_items
 from storage.stores.adaptive_limit import AdaptiveLimit
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, ObjectStore
+from storage.stores.objects import ObjectStore
 from storage.stores.retry_policy import Retrier, RetryLog
 from storage.stores.retrying_store import RetryingStore
 from storage.stores.s3.bucket import Bucket

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, StorageError, Transient
 from storage.stores.adaptive_limit import AdaptiveLimit, CongestionWindow
+from storage.stores.buffers import skip, views_of
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from storage.stores.retry_policy import RULES, Retrier, RetryLog, Rule
-from storage.stores.retrying_store import RetryingStore, skip, stored_equal, views_of
+from storage.stores.retrying_store import RetryingStore, stored_equal
 
 
 class Time:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.format import layout
+from storage.stores.buffers import cut
 from storage.stores.registry import open_store, with_options
 from storage.stores.s3 import store as s3_store
 from storage.stores.s3.options import S3Options, format_url, parse_url
 from storage.stores.s3.refusals import Refusal, Request, parse_body, to_error
-from storage.stores.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes, parts_of
+from storage.stores.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes
 
 REQUEST = Request("read", "s3://bucket/run/key", "bucket", "https://store.example")
 PUT = Request("put", "s3://bucket/run/key", "bucket", "https://store.example", is_put=True, if_absent=True)
@@ -212,7 +213,7 @@ def test_options_are_joined() -> None:
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.integers(1, 40))
 def test_parts_are_equal_and_whole(pieces: list[bytes], size: int) -> None:
-    parts = [b"".join(part) for part in parts_of([memoryview(piece) for piece in pieces if piece], size)]
+    parts = [b"".join(part) for part in cut([memoryview(piece) for piece in pieces if piece], size)]
     assert b"".join(parts) == b"".join(pieces)
     assert all(len(part) == size for part in parts[:-1])
     assert all(0 < len(part) <= size for part in parts[-1:])

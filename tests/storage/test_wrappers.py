@@ -10,8 +10,9 @@ import pytest
 
 from storage.errors import Cause, NotFound, Transient
 from storage.stores.adaptive_limit import AdaptiveLimit
+from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, ObjectStore, Upload
+from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
 from storage.stores.registry import open_store, register_scheme
 from storage.stores.retry_policy import Retrier, RetryLog
 from storage.stores.retrying_store import RetryingStore

@@ -6,7 +6,7 @@ http.py      pooled connections; bodies straight from and into memory
 refusals.py  pure: from a server's refusal to an error that says what to do
 listing.py   pure: what listings answer, checked, and where they end
 digests.py   pure: checksums that go along with what is put
-uploads.py   pure: how an object is divided into parts
+uploads.py   pure: the parts that an object goes up in
 probe.py     what the server honours
 store.py     the object store of them all
 """

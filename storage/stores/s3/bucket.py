@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, NotFound, Transient
 from storage.stores import objects
+from storage.stores.buffers import Buffer, size_of, views_of
 from storage.stores.objects import (
-    Buffer,
     Capability,
     ObjectInfo,
     ObjectStore,
@@ -23,7 +23,6 @@ from storage.stores.objects import (
     check_prefix,
     check_read_size,
 )
-from storage.stores.retrying_store import views_of
 from storage.stores.s3.client import S3Client
 from storage.stores.s3.digests import Sent, digest, headers_of
 from storage.stores.s3.http import Connections, Response, TooLong, error_body
@@ -116,7 +115,7 @@ class Bucket(ObjectStore):
     def put_object(self, key: str, buffers: Sequence[Buffer], with_condition: bool) -> ObjectInfo:
         """One PUT; `with_condition` sends `If-None-Match: *`."""
         views = views_of(buffers)
-        size_bytes = sum(view.nbytes for view in views)
+        size_bytes = size_of(views)
         headers = {
             **self._put_headers,
             **({"If-None-Match": "*"} if with_condition else {}),
@@ -128,7 +127,7 @@ class Bucket(ObjectStore):
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`; a body that breaks off raises Interrupted."""
         views = views_of(buffers)
-        size_bytes = sum(view.nbytes for view in views)
+        size_bytes = size_of(views)
         if not size_bytes:
             info = self.info(key)
             self._check_empty_read(info, offset, if_match)
@@ -311,7 +310,7 @@ class Bucket(ObjectStore):
         sent = {**headers, **self._payer}
         payload_sha256 = None
         if method == "PUT":
-            sent["Content-Length"] = str(sum(view.nbytes for view in views))
+            sent["Content-Length"] = str(size_of(views))
             payload_sha256 = _sha256(views) if self._signs_payload else None
         signed = self._client.sign(method, target, sent, payload_sha256)
         request = self._request(verb, key, if_absent, is_put=method == "PUT")

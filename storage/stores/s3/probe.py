@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from storage.errors import AlreadyExists, Denied
-from storage.stores.objects import PROBE_PREFIX, Buffer, ObjectInfo
+from storage.stores.buffers import Buffer
+from storage.stores.objects import PROBE_PREFIX, ObjectInfo
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
 from storage.parallel import Pool, run_all
 from storage.stores.adaptive_limit import AdaptiveLimit
-from storage.stores.objects import Buffer, Capability, Fetch, ObjectInfo, parts_of_size
+from storage.stores.buffers import Buffer, cut, size_of, views_of
+from storage.stores.objects import Capability, Fetch, ObjectInfo, parts_of_size
 from storage.stores.retry_policy import Retrier
-from storage.stores.retrying_store import RetryingStore, stored_equal, views_of
+from storage.stores.retrying_store import RetryingStore, stored_equal
 from storage.stores.s3.bucket import Bucket
 from storage.stores.s3.digests import Sent
 from storage.stores.s3.listing import Page
 from storage.stores.s3.options import parse_url
-from storage.stores.s3.uploads import multipart_etag, part_size_bytes, parts_of
+from storage.stores.s3.uploads import multipart_etag, part_size_bytes
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,15 @@ _limits: dict[tuple[str, str], AdaptiveLimit] = {}
 _limits_lock = threading.Lock()
 
 
+_Part = Callable[[], Sequence[memoryview]]
+"""Gives a part's bytes, as often as it is asked for them."""
+
+
 @dataclass(frozen=True)
 class _Content:
-    """What goes up in parts, each of which can be asked for more than once."""
+    """What goes up in parts."""
 
-    parts: Sequence[Callable[[], Sequence[memoryview]]]
+    parts: Sequence[_Part]
     if_absent: bool = False
 
 
@@ -50,17 +55,18 @@ class S3Store(RetryingStore):
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""
         views = views_of(buffers)
-        if sum(view.nbytes for view in views) <= self._part_bytes:
+        if (size_bytes := size_of(views)) <= self._part_bytes:
             return super().put(key, views, if_absent=if_absent)
-        cut = parts_of(views, part_size_bytes(sum(view.nbytes for view in views), self._part_bytes))
-        return self._put_content(key, _Content([functools.partial(list, part) for part in cut], if_absent), self._pool)
+        cuts = cut(views, part_size_bytes(size_bytes, self._part_bytes))
+        parts: list[_Part] = [functools.partial(list, part) for part in cuts]
+        return self._put_content(key, _Content(parts, if_absent), self._pool)
 
     def put_from(self, key: str, size_bytes: int, fetch: Fetch, pool: Executor) -> ObjectInfo:
         """See `ObjectStore.put_from`. A part that has to be sent again is not fetched again."""
         if size_bytes <= self._part_bytes:
             return super().put(key, fetch(0, size_bytes))
-        cut = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
-        return self._put_content(key, _Content([functools.partial(fetch, *place) for place in cut]), pool)
+        places = parts_of_size(size_bytes, part_size_bytes(size_bytes, self._part_bytes))
+        return self._put_content(key, _Content([functools.partial(fetch, *place) for place in places]), pool)
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -103,13 +109,11 @@ class S3Store(RetryingStore):
         self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, if_absent))
         return self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
 
-    def _put_part(
-        self, key: str, begun: Future[str], number: int, part: Callable[[], Sequence[memoryview]]
-    ) -> tuple[Sent, int]:
+    def _put_part(self, key: str, begun: Future[str], number: int, part: _Part) -> tuple[Sent, int]:
         """The part as it was sent, and its size. It is fetched while the upload is begun."""
         views = part()
         send = functools.partial(self._bucket.put_part, key, begun.result(), number, views)
-        return self._retrier.call(f"put part {number} of {key}", send), sum(view.nbytes for view in views)
+        return self._retrier.call(f"put part {number} of {key}", send), size_of(views)
 
     def _complete(self, key: str, upload: str, content: _Content, parts: Sequence[Sent], size_bytes: int) -> ObjectInfo:
         """Join the parts. Where the answers leave doubt, the object itself says whether it has happened."""

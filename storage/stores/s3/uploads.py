@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-
-from storage.stores.retrying_store import skip
+from collections.abc import Sequence
 
 NUM_PARTS_MAX = 10_000  # S3's limit; R2 wants all parts but the last to be equal as well
 _MIB = 1024 * 1024
@@ -17,21 +15,6 @@ def part_size_bytes(size_bytes: int, wanted_bytes: int) -> int:
     """The size of every part but the last: `wanted_bytes`, or more in whole MiB where the parts would be too many."""
     least = -(-size_bytes // NUM_PARTS_MAX)
     return max(wanted_bytes, -(-least // _MIB) * _MIB)
-
-
-def parts_of(views: Sequence[memoryview], part_bytes: int) -> Iterator[list[memoryview]]:
-    """The views, cut into parts of `part_bytes`; no byte is copied."""
-    rest = list(views)
-    while rest:
-        part: list[memoryview] = []
-        left = part_bytes
-        for view in rest:
-            part.append(view[:left])
-            left -= part[-1].nbytes
-            if not left:
-                break
-        yield part
-        rest = skip(rest, part_bytes - left)
 
 
 def multipart_etag(part_etags: Sequence[str]) -> str | None:
