@@ -6,11 +6,18 @@ OUT    ?= out/demo
 # Much of the suite waits, for leases and deadlines: two of its files run side by side.
 TEST_PROCESSES ?= 2
 REPEAT ?= 1
+# The oldest torch that pyproject.toml admits has an environment of its own, and runs what meets torch closely.
+OLDEST_VENV  ?= .venv-oldest
+OLDEST_TORCH := $(shell sed -nE 's/^ *"torch>=([0-9.]+),.*/\1/p' pyproject.toml)
+OLDEST_TESTS := $(addprefix tests/,docs/test_install.py moe/test_experts.py moe/test_gradients.py moe/test_ranks.py \
+	$(addprefix launcher/,test_agent.py test_mesh.py test_plugin.py test_torch_private.py test_torchrun.py) \
+	$(addprefix storage/,test_checkpointer.py test_dcp.py test_exchange.py test_metadata.py test_sharded.py \
+		test_state.py test_state_ranks.py test_stock.py test_torch_private.py))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -27,6 +34,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(OLDEST_VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	grep -v '^torch==' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt \
+		'torch==$(OLDEST_TORCH).*' --editable '.[dev]'
+	@touch $@
+
 demo: $(VENV)/.demo ## train a small MoE over two nodes, lose one, go on, take it back
 	$(BIN)/elastic-moe demo --out $(OUT)
 
@@ -35,6 +49,9 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
+
+test-oldest: $(OLDEST_VENV)/.dev ## the core of the suite on the oldest torch that is supported; PyPI's is some gigabytes
+	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(OLDEST_TESTS)
 
 fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the older checkpoint, or an error of our own
 	$(BIN)/python -W ignore -m tests.fuzz
@@ -85,5 +102,5 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 clean: ## remove the virtual environment and every generated file
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST_VENV) out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -125,7 +125,8 @@ class ParquetTexts:
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise UserError(
-                f"data.url: {path} is a parquet file, for which pyarrow is missing: pip install 'elastic-moe[parquet]'"
+                f"data.url: {path} is a parquet file, for which pyarrow is missing: pip install pyarrow, "
+                "or install elastic-moe with its extra parquet"
             ) from None
         try:
             self._file = ParquetFile(opened())

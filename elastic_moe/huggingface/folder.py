@@ -125,7 +125,8 @@ def _open(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UserError(
-            "safetensors is missing, which reads such folders: pip install 'elastic-moe[huggingface]'"
+            "safetensors is missing, which reads such folders: pip install safetensors, "
+            "or install elastic-moe with its extra huggingface"
         ) from None
     try:
         return safe_open(str(path), framework="pt")

@@ -10,9 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from email.message import Message
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -111,7 +114,7 @@ def test_messages_name_packages_that_indexes_have_and_the_extra_that_has_them() 
             assert set(names.split()) == {_name(text) for text in EXTRAS[extra]}, path
             told[extra] = names
         assert text.count("pip install") == len(ADVICE.findall(re.sub(r'"\s*\n\s*f?"', "", text))), path
-    assert set(told) == {"s3", "etcd", "demo"}
+    assert set(told) == {"s3", "etcd", "demo", "huggingface", "parquet"}
 
 
 def test_no_text_names_an_index_that_does_not_have_us() -> None:
@@ -135,3 +138,15 @@ def test_the_page_lists_every_extra_and_every_command_names_some_that_exist() ->
         assert set(extras.split(",")) <= set(EXTRAS)
     assert f"dist/elastic_moe-{PROJECT['version']}-py3-none-any.whl" in section
     assert "constraints.txt" in section
+
+
+def test_the_supported_torch_ends_with_what_ci_runs_and_begins_with_what_test_oldest_runs() -> None:
+    """A newer one is admitted once the suite has run on it: constraints.txt, range and README move together."""
+    (torch,) = (asked for text in PROJECT["dependencies"] if (asked := Requirement(text)).name == "torch")
+    bounds = {bound.operator: Version(bound.version) for bound in torch.specifier}
+    assert set(bounds) == {">=", "<"}
+    (pinned,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    major, minor = Version(pinned).release[:2]
+    assert bounds["<"] == Version(f"{major}.{minor + 1}"), "the ceiling is the release after the one that CI runs"
+    assert f"if it is {bounds['>=']} to {major}.{minor}\n" in (ROOT / "README.md").read_text()
+    assert torch.specifier.contains(Version(version("torch"))), "the suite runs on a torch that is not supported"
