@@ -1,59 +1,55 @@
-"""Train Mixture-of-Experts models on machines that come and go."""
+"""Train Mixture-of-Experts models on machines that come and go.
+
+In a script     worker, the calls by which a script takes part (the module of that name); elastic_moe.integrations has
+                pieces for accelerate, Lightning and transformers that make them.
+Training        load_job reads a JOB.toml and what is laid over it into a JobConfig, train trains it on this rank as
+                `elastic-moe train` does (a TrainerEvent tells of what went wrong), and mesh_spec is what a planner has
+                to know of it.
+Packages        launcher runs the job and storage keeps its checkpoints; each has a front door of its own.
+
+Names are imported when they are first used, and torch only by those that need it.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
+import importlib
+from typing import TYPE_CHECKING, Any
 
-_SIBLINGS = ("launcher", "storage")
-_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from elastic_moe import errors, siblings
+from elastic_moe.errors import *  # noqa: F403 - the tree, by its own __all__
 
+siblings.find()
 
-def _is_command() -> bool:
-    """Whether this process is the command `elastic-moe`, by that name or by `python -m`, and no script of a user's."""
-    if os.path.basename(sys.argv[0]) == "elastic-moe":
-        return True
-    # While `python -m` looks for what it is to run, argv[0] says no more than that.
-    told = " ".join(sys.orig_argv[1:])
-    return sys.argv[0] == "-m" and ("-melastic_moe" in told or "-m elastic_moe" in told)
+if TYPE_CHECKING:
+    from elastic_moe import worker
+    from elastic_moe.config import JobConfig, mesh_spec
+    from elastic_moe.config import load as load_job
+    from elastic_moe.events import TrainerEvent
+    from elastic_moe.trainer.run import train
 
+__all__ = ["JobConfig", "TrainerEvent", "load_job", "mesh_spec", "train", "worker"]
+__all__ += errors.__all__
 
-def _keep_to_own() -> None:
-    """See `launcher.workers.paths`, which has to be found first."""
-    found, sys.path[:] = sys.path[:], [_HOME]
-    try:
-        from launcher.workers.paths import keep_to_own
-    finally:
-        sys.path[:] = found
-    keep_to_own()
+_PLACES = {
+    "JobConfig": ("elastic_moe.config", "JobConfig"),
+    "TrainerEvent": ("elastic_moe.events", "TrainerEvent"),
+    "load_job": ("elastic_moe.config", "load"),
+    "mesh_spec": ("elastic_moe.config", "mesh_spec"),
+    "train": ("elastic_moe.trainer.run", "train"),
+}
 
-
-def _shadowed(sibling: str) -> str:
-    """Why a script that has a `sibling` of its own cannot use ours as well; "" if it has none."""
-    own = os.path.join(_HOME, sibling)
-    loaded = sys.modules.get(sibling)
-    spec = importlib.util.find_spec(sibling) if loaded is None else loaded.__spec__
-    origin = spec.origin if spec is not None else None
-    if origin is None:
-        return f"elastic_moe needs its package {sibling!r}, and {own} is not found: install elastic-moe again"
-    if os.path.realpath(origin) == os.path.realpath(os.path.join(own, "__init__.py")):
-        return ""
-    theirs = os.path.dirname(origin) if os.path.basename(origin) == "__init__.py" else origin
-    folder = os.path.dirname(theirs)
-    how = "PYTHONPATH" if folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) else "sys.path"
-    return (
-        f"elastic_moe needs its own package {sibling!r} ({own}), but {theirs} hides it here: {folder} comes first in "
-        f"{how}. A process can hold one {sibling!r} only: rename {theirs}, or move it into a package of your own "
-        f"(`from yourpackage import {sibling}`)"
-    )
+__doc__ = f"{__doc__}\n{errors.__doc__}"
 
 
-# `launcher` and `storage` are common names. Our own commands never look beside a script; a script's own modules are its
-# own, and where it wants both, the first import says so: it would fail much later, far from the cause.
-if _is_command():
-    _keep_to_own()
-else:
-    for _sibling in _SIBLINGS:
-        if _why := _shadowed(_sibling):
-            raise ImportError(_why)
+def __getattr__(name: str) -> Any:
+    if name == "worker":
+        return importlib.import_module("elastic_moe.worker")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'elastic_moe' has no attribute {name!r}")
+    room, original = _PLACES[name]
+    value = globals()[name] = getattr(importlib.import_module(room), original)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,8 @@ command line needs no table of them.
 
 from __future__ import annotations
 
+__all__ = ["NotFinite", "NotSaved", "UserError"]
+
 
 class UserError(Exception):
     """The user's mistake, told in one line without a traceback."""

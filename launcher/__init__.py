@@ -1,0 +1,90 @@
+"""Launches PyTorch jobs on machines that come and go: who is in the job, on which mesh, and which processes run.
+
+In a script     worker tells the agent how far this rank is and learns when to stop (heartbeat, should_stop, untimed,
+                yielded, gave_up, event), and who it is (context, a WorkerContext). Without an agent nothing happens.
+Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
+Launching       launch_agent runs one node's agent, as `elastic-moe run` does, with Extras beside torchrun's options:
+                HangRules, PreflightRules and further Checks, a Planner, names of preemption Watchers (entry point
+                group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
+From outside    open_job is a JobClient: nodes, follow (JobStatus after JobStatus), drain (a DrainOrder).
+Afterwards      EventName names what stands in `events.jsonl`, line by line an EventRecord; launcher.reports accounts
+                for a job's time from them.
+Environment     what agents set for their workers, and users for agents.
+
+Names are imported when they are first used, and torch only by those that need it.
+"""
+
+# Nothing but what every interpreter has loaded: a process that has yet to find out where modules are imports this first
+# (`launcher.workers.paths`).
+from launcher import errors
+from launcher.errors import *  # noqa: F403 - the tree, by its own __all__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from launcher.drain.draining import DrainOrder
+    from launcher.drain.notices import Notice
+    from launcher.drain.preemption import Watcher
+    from launcher.environment import Environment
+    from launcher.events import EventName, EventRecord
+    from launcher.health.hangs import Auto, HangRules
+    from launcher.health.preflight import Check, PreflightRules
+    from launcher.job_client import JobClient, open_job
+    from launcher.kv.connect import BACKENDS, unknown_backend
+    from launcher.launch import Extras, launch_agent
+    from launcher.reports.job_status import JobStatus, Seat
+    from launcher.rounds.forming import Planner
+    from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
+    from launcher.rounds.records import Node
+    from launcher.script.worker import Worker, WorkerContext, worker
+    from launcher.workers.console import Console
+    from launcher.workers.imports_ahead import Imports
+    from launcher.workers.paths import keep_to_own
+    from launcher.workers.warm import fork_zygote
+
+__all__ = ["Worker", "WorkerContext", "worker"]
+__all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
+__all__ += ["Auto", "Check", "Extras", "HangRules", "Notice", "Planner", "PreflightRules", "Watcher", "launch_agent"]
+__all__ += ["BACKENDS", "Console", "Imports", "fork_zygote", "keep_to_own", "unknown_backend"]
+__all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "Seat", "open_job"]
+__all__ += ["Environment", "EventName", "EventRecord"]
+__all__ += errors.__all__
+
+_ROOMS = {
+    "launcher.drain.draining": "DrainOrder",
+    "launcher.drain.notices": "Notice",
+    "launcher.drain.preemption": "Watcher",
+    "launcher.environment": "Environment",
+    "launcher.events": "EventName EventRecord",
+    "launcher.health.hangs": "Auto HangRules",
+    "launcher.health.preflight": "Check PreflightRules",
+    "launcher.job_client": "JobClient open_job",
+    "launcher.kv.connect": "BACKENDS unknown_backend",
+    "launcher.launch": "Extras launch_agent",
+    "launcher.reports.job_status": "JobStatus Seat",
+    "launcher.rounds.forming": "Planner",
+    "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
+    "launcher.rounds.records": "Node",
+    "launcher.script.worker": "Worker WorkerContext worker",
+    "launcher.workers.console": "Console",
+    "launcher.workers.paths": "keep_to_own",
+    "launcher.workers.warm": "fork_zygote",
+    "launcher.workers.imports_ahead": "Imports",
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+__doc__ = f"{__doc__}\n{errors.__doc__}"
+
+
+def __getattr__(name: str) -> "Any":
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'launcher' has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(_ROOM_OF[name]), name)
+    return value
+
+
+def __dir__() -> "list[str]":
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,16 @@
     └── RendezvousTimeout            no round was formed in the time given; exit code 75
 """
 
-from __future__ import annotations
+__all__ = [
+    "Compacted",
+    "Drained",
+    "JobClosed",
+    "KVError",
+    "KVUnavailable",
+    "LauncherError",
+    "RendezvousTimeout",
+    "UsageError",
+]
 
 DRAINED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits(3): neither done nor failed, another start makes sense."""

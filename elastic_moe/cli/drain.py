@@ -12,18 +12,13 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.parser import positive_float
-from elastic_moe.cli.store_options import JobStore, add_store_options, open_store
+from elastic_moe.cli.store_options import add_store_options, open_named_job
 from elastic_moe.errors import UserError
-from launcher.coordination.lookup import look_up
-from launcher.coordination.orders import give_order
-from launcher.drain.draining import DrainOrder
-from launcher.errors import KVUnavailable
-from launcher.health.liveness import is_refused
-from launcher.kv.endpoint import parse_endpoint
-from launcher.rounds.records import Node
+from launcher import KVUnavailable
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
+    from launcher import JobClient, Node
 
 _POLL_S = 0.25
 _EPILOG = """\
@@ -69,15 +64,16 @@ def handle(args: argparse.Namespace) -> int:
     """Write the order, and follow what becomes of it."""
     if bool(args.nodes) == args.all:
         raise UserError("drain: name the nodes, or give --all")
-    with open_store(args) as store:
-        here = list(look_up(store.kv, store.run_id).nodes.values())
+    from launcher import DrainOrder
+
+    with open_named_job(args) as job:
+        here = job.nodes()
         if not here:
-            raise UserError(f"job {store.run_id!r} at {store.endpoint} has no live node")
+            raise UserError(f"job {job.run_id!r} at {job.endpoint} has no live node")
         chosen = [node.node_id for node in here] if args.all else choose(here, args.nodes)
-        order = DrainOrder(tuple(chosen), by=f"{_user()}@{socket.gethostname()}", grace_s=args.grace)
-        give_order(store.kv, store.run_id, order)
+        job.drain(DrainOrder(tuple(chosen), by=f"{_user()}@{socket.gethostname()}", grace_s=args.grace))
         print(f"asked to leave: {', '.join(chosen)}", flush=True)
-        return 0 if args.no_wait else _wait(store, chosen, args)
+        return 0 if args.no_wait else _wait(job, chosen, args.timeout)
 
 
 def choose(nodes: Sequence[Node], names: Collection[str]) -> list[str]:
@@ -105,12 +101,12 @@ def _user() -> str:
         return f"uid {os.getuid()}"
 
 
-def _wait(store: JobStore, chosen: Sequence[str], args: argparse.Namespace) -> int:
+def _wait(job: JobClient, chosen: Sequence[str], timeout_s: float) -> int:
     """Tell each step of each node until all have left."""
     began_s = time.monotonic()
     told = dict.fromkeys(chosen, "")
     while True:
-        states = _states(store, chosen, args)
+        states = _states(job, chosen)
         for node_id, state in states.items():
             if state != told[node_id]:
                 told[node_id] = state
@@ -118,19 +114,18 @@ def _wait(store: JobStore, chosen: Sequence[str], args: argparse.Namespace) -> i
         remaining = [node_id for node_id, state in told.items() if state != "left"]
         if not remaining:
             return 0
-        if time.monotonic() - began_s >= args.timeout:
-            print(f"not gone within {args.timeout:g} s: {', '.join(remaining)}", file=sys.stderr)
+        if time.monotonic() - began_s >= timeout_s:
+            print(f"not gone within {timeout_s:g} s: {', '.join(remaining)}", file=sys.stderr)
             return 1
         time.sleep(_POLL_S)
 
 
-def _states(store: JobStore, chosen: Sequence[str], args: argparse.Namespace) -> dict[str, str]:
+def _states(job: JobClient, chosen: Sequence[str]) -> dict[str, str]:
     """What each chosen node does now, as far as the store tells."""
     try:
-        nodes = look_up(store.kv, store.run_id).nodes
+        status = {node.node_id: node.status.value for node in job.nodes()}
     except KVUnavailable:
-        # The host of an embedded store leaves last, and takes it along.
-        if args.rdzv_backend == "etcd3" or not is_refused(*parse_endpoint(store.endpoint)):
+        if not job.has_gone_with_its_store():
             return {}
-        nodes = {}
-    return {node_id: nodes[node_id].status.value if node_id in nodes else "left" for node_id in chosen}
+        status = {}
+    return {node_id: status.get(node_id, "left") for node_id in chosen}

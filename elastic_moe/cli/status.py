@@ -10,29 +10,22 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.store_options import add_store_options, open_store
+from elastic_moe.cli.store_options import add_store_options, open_named_job
 from elastic_moe.cli.timeline import moment
 from elastic_moe.errors import UserError
-from launcher.coordination.roster import Roster, run_prefix
-from launcher.coordination.vitals import vitals_prefix
-from launcher.errors import KVUnavailable
-from launcher.kv import KV, Changes, Follower, Prefixed, Snapshot
-from launcher.reports.job_status import JobStatus, Seat, job_status
-from launcher.rounds.vitals import Vitals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from elastic_moe.cli.parser import Subparsers
+    from launcher import JobStatus, Seat
 
-_Show = Callable[[JobStatus, str], None]
+    _Show = Callable[[JobStatus, str], None]
 
 _HEADINGS = ("NODE", "HOST", "ADDRESS", "SLOTS", "STATUS", "GENERATION", "RANKS", "STEP", "HEARTBEAT", "REASON")
-_WAIT_S = 1.0
-_VITALS_S = 5.0
 _NOBODY_S = 60.0
 _SILENT_S = 120.0
 _EPILOG = """\
@@ -70,8 +63,8 @@ def register(verbs: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> int:
     """Print the state of the job; 1 when the store knows nothing of it."""
-    with open_store(args) as store:
-        states = follow(store.kv, store.run_id)
+    with open_named_job(args) as job:
+        states = job.follow()
         first, _ = next(states)
         if args.watch:
             with _json_lines() if args.json else _live() as show:
@@ -101,57 +94,6 @@ def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
                 f"the store has not answered for {_SILENT_S:.0f} s, so the job's end is not known: {trouble}"
             )
     raise AssertionError("states have no end")
-
-
-class _VitalsReader:
-    """What the nodes have told of their workers, asked for now and then: nobody needs to hear each of it."""
-
-    def __init__(self, kv: KV, run_id: str) -> None:
-        self._told = Prefixed(kv, vitals_prefix(run_id))
-        self._known: dict[str, Vitals] = {}
-        self._read_s = -math.inf
-
-    def read(self, now_s: float) -> Mapping[str, Vitals]:
-        """By node. Raises KVUnavailable."""
-        if now_s >= self._read_s + _VITALS_S:
-            self._known = {}
-            for entry in self._told.list("").entries:
-                with contextlib.suppress(ValueError, TypeError):  # of a version that tells it in another way
-                    self._known[entry.key] = Vitals.from_json(entry.value)
-            self._read_s = now_s
-        return self._known
-
-
-def follow(kv: KV, run_id: str) -> Iterator[tuple[JobStatus, str]]:
-    """The job's state now, then whenever something changed and each second; and why the store does not answer, or "".
-
-    Raises:
-        KVUnavailable: the store does not answer the first question. Later it is waited for.
-    """
-    roster = Roster("", time.monotonic())
-    vitals = _VitalsReader(kv, run_id)
-    found: JobStatus | None = None
-    with Follower(Prefixed(kv, run_prefix(run_id))) as follower:
-        while True:
-            try:
-                _learn(roster, follower.next(_WAIT_S))
-                found = job_status(run_id, roster.view(), vitals.read(time.monotonic()))
-                trouble = ""
-            except KVUnavailable as error:
-                if found is None:
-                    raise
-                trouble = str(error)
-            yield found, trouble
-            if trouble:
-                time.sleep(_WAIT_S)
-
-
-def _learn(roster: Roster, news: Snapshot | Changes) -> None:
-    match news:
-        case Snapshot(entries):
-            roster.replace([(entry.key, entry) for entry in entries], time.monotonic())
-        case Changes(events):
-            roster.apply([(event.key, event.entry) for event in events], time.monotonic())
 
 
 def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:

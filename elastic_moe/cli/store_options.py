@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from elastic_moe.errors import UserError
-from launcher.kv import KV
+
+if TYPE_CHECKING:
+    from launcher import JobClient
 
 _BACKENDS = ("embedded", "etcd3")
 _OURS = ("", "static", "c10d")  # torchrun's own back ends, for which `run` takes the embedded one
-
-
-@dataclass(frozen=True)
-class JobStore:
-    """The open store of one job, and what the user called the two."""
-
-    kv: KV
-    run_id: str
-    endpoint: str
 
 
 def add_store_options(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +37,13 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
-    """Open the store that the options name, as a client.
+def open_named_job(args: argparse.Namespace) -> Iterator[JobClient]:
+    """Open the job that the options name, as a client of its store.
 
     Raises:
-        UserError, launcher.errors.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
+        UserError, launcher.UsageError: an option is missing or wrong, or nothing answers at the endpoint.
     """
-    # pydantic is slow to import, and every verb's help is built with this one
-    from launcher.elastic.rdzv_conf import RendezvousConf
-    from launcher.kv.connect import connect, unknown_backend
+    from launcher import open_job, unknown_backend  # slow to import, and every verb's help is built with this one
 
     backend = "embedded" if args.rdzv_backend in _OURS else args.rdzv_backend
     if backend == "memory":
@@ -64,7 +54,5 @@ def open_store(args: argparse.Namespace) -> Iterator[JobStore]:
         raise UserError("--rdzv-endpoint: needed, the same as the job's nodes were given")
     if backend == "etcd3" and not args.rdzv_id:
         raise UserError("--rdzv-id: needed, several jobs may share an etcd")
-    conf = RendezvousConf.parse_text(args.rdzv_conf)
-    options = dataclasses.replace(conf.store_options(), is_host=False)
-    with connect(backend, args.rdzv_endpoint, options, timeout_s=conf.connect_timeout) as connection:
-        yield JobStore(connection.kv, args.rdzv_id or "default", args.rdzv_endpoint)
+    with open_job(backend, args.rdzv_endpoint, args.rdzv_id or "default", args.rdzv_conf) as job:
+        yield job

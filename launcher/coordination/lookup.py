@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from launcher.coordination.roster import Roster, run_prefix
-from launcher.kv import KV
+from launcher.kv import KV, Prefixed
 
 
 def look_up(kv: KV, run_id: str) -> Roster:
@@ -14,8 +14,7 @@ def look_up(kv: KV, run_id: str) -> Roster:
     Raises:
         KVUnavailable
     """
-    prefix = run_prefix(run_id)
     now_s = time.monotonic()
     seen = Roster(lineage="", now_s=now_s)
-    seen.replace([(entry.key.removeprefix(prefix), entry) for entry in kv.list(prefix).entries], now_s)
+    seen.replace([(entry.key, entry) for entry in Prefixed(kv, run_prefix(run_id)).list("").entries], now_s)
     return seen

@@ -7,9 +7,9 @@ import pytest
 from elastic_moe.cli.drain import choose
 from elastic_moe.cli.main import main
 from elastic_moe.errors import UserError
-from launcher.coordination.orders import give_order
 from launcher.coordination.roster import DRAIN, JOB, Board, run_prefix
 from launcher.drain.draining import DrainOrder
+from launcher.job_client import JobClient
 from launcher.kv.memory import MemoryKV
 from launcher.rounds.records import Node
 
@@ -55,7 +55,7 @@ def test_nodes_or_all(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 def test_an_order_is_seen_by_those_that_follow_the_job_and_goes_with_its_lease() -> None:
     kv = MemoryKV()
     prefix, order = run_prefix("job"), DrainOrder(("a-1",), "me@here", 5.0)
-    give_order(kv, "job", order)
+    JobClient(kv, "job").drain(order)
     (entry,) = kv.list(f"{prefix}{JOB}").entries
     key = entry.key.removeprefix(prefix)
     assert key.startswith(DRAIN)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from elastic_moe.cli import status
-from elastic_moe.cli.status import as_json, as_lines, follow
+from elastic_moe.cli.status import as_json, as_lines
 from elastic_moe.errors import UserError
+from launcher import job_client
 from launcher.coordination.roster import run_prefix
 from launcher.coordination.vitals import interval_s, vitals_prefix
 from launcher.errors import KVUnavailable
+from launcher.job_client import JobClient
 from launcher.kv import Prefixed, Snapshot
 from launcher.kv.memory import MemoryKV
 from launcher.reports.goodput import account
@@ -159,7 +161,7 @@ def test_what_is_no_word_of_a_node_is_left_out(data: bytes) -> None:
     kv = MemoryKV()
     kv.put(f"{vitals_prefix('job')}a-1", data)
     kv.put(f"{run_prefix('job')}nodes/a-1", NODES[1].to_json())
-    states = follow(kv, "job")
+    states = JobClient(kv, "job").follow()
     found, _ = next(states)
     assert [(seat.node_id, seat.step) for seat in found.seats] == [("a-1", -1)]
     states.close()  # type: ignore[attr-defined]
@@ -265,7 +267,7 @@ def test_steps_and_ages_are_no_changes() -> None:
 def test_changes_are_followed_and_other_jobs_left_out() -> None:
     kv = MemoryKV()
     kv.put(run_prefix("other") + "nodes/z-9", NODES[0].to_json())
-    states = follow(kv, "job")
+    states = JobClient(kv, "job").follow()
     assert next(states)[0].state == "unknown: no node and no round"
     for member in NODES:
         kv.put(f"{run_prefix('job')}nodes/{member.node_id}", member.to_json())
@@ -293,15 +295,15 @@ class Failing(Prefixed):
 
 
 def test_a_store_that_is_away_is_waited_for_unless_it_never_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "_WAIT_S", 0.01)
-    monkeypatch.setattr(status, "_VITALS_S", 0.0)
+    monkeypatch.setattr(job_client, "_WAIT_S", 0.01)
+    monkeypatch.setattr(job_client, "_VITALS_S", 0.0)
     memory = MemoryKV()
     kv = Failing(memory, "")
     kv.away = True
     with pytest.raises(KVUnavailable):
-        next(follow(kv, "job"))
+        next(JobClient(kv, "job").follow())
     kv.away = False
-    states = follow(kv, "job")
+    states = JobClient(kv, "job").follow()
     next(states)
     kv.away = True
     kv.put(f"{run_prefix('job')}nodes/a-1", NODES[1].to_json())

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from elastic_moe.cli.parser import Parser
-from elastic_moe.cli.store_options import add_store_options, open_store
-from launcher.coordination.lookup import look_up
+from elastic_moe.cli.store_options import add_store_options, open_named_job
 from launcher.coordination.roster import NODES, run_prefix
+from launcher.job_client import JobClient
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.rounds.records import Node
 from tests.cluster import free_port
@@ -32,23 +32,23 @@ def parse(*argv: str) -> argparse.Namespace:
 @pytest.mark.parametrize("option", ["--rdzv-endpoint", "--rdzv_endpoint"])
 def test_a_job_is_found_and_its_nodes_are_read(endpoint: str, option: str) -> None:
     node = Node(node_id="a-1", host="a", address="127.0.0.1", port=1, slots=2)
-    with open_store(parse(option, endpoint, "--rdzv-id", "job", "--rdzv-conf", "lease_ttl=3")) as store:
-        assert store.run_id == "job"
-        assert not look_up(store.kv, "job").nodes
-        store.kv.put(f"{run_prefix('job')}{NODES}a-1", node.to_json())
-        assert list(look_up(store.kv, "job").nodes.values()) == [node]
-        assert not look_up(store.kv, "another").nodes
+    with open_named_job(parse(option, endpoint, "--rdzv-id", "job", "--rdzv-conf", "lease_ttl=3")) as job:
+        assert job.run_id == "job"
+        assert not job.nodes()
+        job.kv.put(f"{run_prefix('job')}{NODES}a-1", node.to_json())
+        assert job.nodes() == [node]
+        assert not JobClient(job.kv, "another").nodes()
 
 
 def test_torchruns_variables_are_defaults(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
     monkeypatch.setenv("PET_RDZV_ENDPOINT", endpoint)
-    with open_store(parse()) as store:
-        assert (store.endpoint, store.run_id) == (endpoint, "default")
+    with open_named_job(parse()) as job:
+        assert (job.endpoint, job.run_id) == (endpoint, "default")
 
 
 def test_the_store_is_never_hosted_here() -> None:
-    with pytest.raises(Exception, match="cannot be reached"), open_store(at(f"127.0.0.1:{free_port()}")):
+    with pytest.raises(Exception, match="cannot be reached"), open_named_job(at(f"127.0.0.1:{free_port()}")):
         pass
 
 
@@ -69,6 +69,6 @@ def at(endpoint: str) -> argparse.Namespace:
     ],
 )
 def test_mistakes_are_told_in_one_line(argv: list[str], message: str) -> None:
-    with pytest.raises(Exception, match=message) as caught, open_store(parse(*argv)):
+    with pytest.raises(Exception, match=message) as caught, open_named_job(parse(*argv)):
         pass
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
