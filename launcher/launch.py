@@ -65,12 +65,12 @@ _LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: th
 
 @dataclass(frozen=True)
 class Extras:
-    """What torchrun's options have no word for."""
+    """Options of a node that torchrun's `LaunchConfig` has no field for."""
 
     node_name: str = ""
     """Human part of the node's id; the host's name by default."""
     planner: Planner | None = None
-    """Plans the mesh of each round; without one every slot gets a worker and workers get no mesh."""
+    """Plans the mesh of each round. Without one every slot gets a worker and workers get no mesh."""
     events_path: Path | None = None
     """Where events.jsonl goes; None writes none."""
     max_restarts: int | None = None
@@ -94,7 +94,7 @@ class Extras:
     preflight: PreflightRules = PreflightRules()  # noqa: RUF009 (frozen)
     """What must be well on this node before each round."""
     checks: tuple[Check, ...] = ()
-    """More of that."""
+    """Further checks, run with those of `preflight`."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
@@ -197,8 +197,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
 def _warm_start(
     config: LaunchConfig, command: Sequence[str], extras: Extras, runtime_dir: Path, events: EventLog
 ) -> WarmStart | None:
-    """Where workers can be forked. NUMA binding wraps a worker's program, which a fork has not; and only Python can be
-    forked, without options."""
+    """Return what forks the workers. None where that cannot be: NUMA binding wraps a worker's program, which a fork has
+    not, and only Python without options can be forked."""
     can_fork = tuple(command[:2]) == (sys.executable, "-u") and config.numa_options is None
     if extras.warm_workers and can_fork:
         return WarmStart(runtime_dir, events, extras.zygote)
@@ -255,7 +255,7 @@ def _run(config: LaunchConfig, member: Member, parts: AgentParts) -> int:
 def _tell_end(
     events: EventLog, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """A node that gives up, say because the store is gone, is the only one that can tell it."""
+    """Tell how this node ended: where it gave up, say because the store is gone, nobody else can."""
     if isinstance(error, SignalException):
         events(
             EventName.NODE_ENDED, exit_code=128 + error.sigval, reason=f"stopped by {signal.Signals(error.sigval).name}"
@@ -268,18 +268,18 @@ def _tell_end(
 
 
 def _tell_overrun(events: EventLog, request: DrainRequest) -> None:
-    """The last word of an agent that is ended at once: its workers die with it, its lease ends by itself."""
+    """Tell that the agent is ended at once: its workers die with it, its lease ends by itself."""
     events(EventName.DRAIN_OVERRAN, source=request.source, detail=request.detail, seconds=request.grace_s)
 
 
 def _end_at_once(exit_code: int) -> None:
-    """No `finally` runs any more: commands of a preflight, in sessions of their own, would stay."""
+    """End the process, and a preflight's commands in their own sessions: no `finally` runs any more to do it."""
     end_commands()
     os._exit(exit_code)
 
 
 def _linger(arrival: Arrival) -> None:
-    """The host of the embedded store goes last: others may train on, or still have to read how the job ended.
+    """Stay until the others have gone: they may train on, or still have to read in this node's store how the job ended.
 
     It is bounded by them: every node's record goes when it leaves, or with its lease.
     """

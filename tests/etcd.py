@@ -88,7 +88,7 @@ def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float
     """A client of a server that answers."""
     kv = EtcdKV(config(endpoint, **(conf or {})))
     try:
-        kv.wait_ready(within_s)
+        kv.wait_ready(within_s, options(conf or {}).prefix + "elastic-moe/")
     except UsageError:
         kv.close()
         raise

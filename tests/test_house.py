@@ -25,10 +25,8 @@ LONG_FILES = {
     "storage/loading/requests.py",
     "storage/stores/local.py",
 }
-LONG_FUNCTIONS = {"launcher/launch.py: _launch_agent"}
+LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS = {
-    "launcher/elastic/agent.py: __init__",
-    "launcher/launch.py: _run",
     "launcher/rounds/policy.py: judge",
     "storage/checkpointer.py: __init__",
     "storage/format/safe_names.py: _tensor_v3",

@@ -118,7 +118,7 @@ class TorchrunRendezvous(MemberRendezvous):
         return open_store(address, port)  # at once: torch's agents meet there before they start their workers
 
     def num_nodes_waiting(self) -> int:
-        """See `MemberRendezvous`; says once why the workers are restarted, which torch's agent does not know."""
+        """As `MemberRendezvous`; also log once why the workers are restarted, which torch's agent does not know."""
         waiting = super().num_nodes_waiting()
         if waiting and self._told_generation != self.generation:
             self._told_generation = self.generation
@@ -132,7 +132,7 @@ class TorchrunRendezvous(MemberRendezvous):
         raise SystemExit(0)
 
     def _worker_environment(self, current: Round) -> dict[str, str]:
-        """Workers inherit the agent's environment; a checkpointer in them fences by the generation."""
+        """Return what workers inherit from the agent's environment; a checkpointer in them fences by the generation."""
         return Environment(
             generation=current.generation, lineage=current.lineage, run_id=self._run_id, node=self._member.node_id
         ).to_env()
@@ -143,7 +143,7 @@ class TorchrunRendezvous(MemberRendezvous):
         self._member.announce(Status.DONE)
 
     def _wait_for_the_others(self) -> None:
-        """Until all workers of the round are done, or the round goes on without this node."""
+        """Wait until all workers of the round are done, or the round goes on without this node."""
         while not self._member.outcome():
             if broken := self._member.broken(self.generation):
                 log.warning("this node's workers are done, but the others start anew: %s", broken.reason)

@@ -80,11 +80,11 @@ class RendezvousConf(BaseModel):
     """etcd3: goes before every key, for a user who may not write others. Keys are `PREFIXelastic-moe/RUN_ID/...`."""
 
     def store_options(self) -> StoreOptions:
-        """What concerns the connection to the store, as `launcher.kv.connect` wants it."""
+        """Return what concerns the connection to the store, as `launcher.kv.connect` wants it."""
         return StoreOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StoreOptions)})
 
     def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
-        """What a job of this configuration goes by."""
+        """Return the rules by which a job of this configuration forms its rounds."""
         return Rules(
             min_nodes=min_nodes,
             max_nodes=max_nodes,
@@ -99,7 +99,7 @@ class RendezvousConf(BaseModel):
         )
 
     def limits(self) -> Limits:
-        """What concerns the restart policy."""
+        """Return what concerns the restart policy."""
         return Limits(
             crash_loop=self.crash_loop,
             strikes=self.strikes,

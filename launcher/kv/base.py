@@ -43,7 +43,7 @@ class Watch(Protocol):
     """Changes under a prefix, each exactly once, in order of revision. For one thread."""
 
     def next(self, timeout_s: float) -> tuple[WatchEvent, ...]:
-        """Wait for changes: all that are there, or an empty tuple after `timeout_s`.
+        """Wait for changes, and return all that are there; none after `timeout_s`.
 
         Raises:
             Compacted: the next revision is forgotten; list again.
@@ -63,7 +63,7 @@ class KV(Protocol):
     """
 
     def get(self, key: str) -> Entry | None:
-        """The entry of `key`, or None."""
+        """Return the entry of `key`, or None."""
         ...
 
     def put(
@@ -71,22 +71,25 @@ class KV(Protocol):
     ) -> Entry | None:
         """Write `key`, atomically.
 
-        With `if_revision` only if the key's revision is still that one (0: only if the key does not exist); a lost
-        race, or a lease that has ended, is the answer None and no change. With `lease` the key is deleted when the
-        lease ends; without, a key stays, and leaves the lease it had.
+        Args:
+            if_revision: write only if the key's revision is still this one; 0: only if the key does not exist.
+            lease: the key is deleted when it ends. Without one the key stays, and leaves the lease that it had.
+
+        Returns:
+            The entry as written; None where nothing was, because another was first or the lease has ended.
         """
         ...
 
     def list(self, prefix: str) -> Snapshot:
-        """Every entry whose key starts with `prefix`."""
+        """Return every entry whose key starts with `prefix`."""
         ...
 
     def delete(self, key: str, *, if_revision: int | None = None) -> bool:
-        """Delete `key`; False where it does not exist (or not at `if_revision`)."""
+        """Delete `key`. Returns False where it does not exist, or is not at `if_revision`."""
         ...
 
     def watch(self, prefix: str, from_revision: int) -> Watch:
-        """Changes under `prefix` whose revision is at least `from_revision`, past ones included."""
+        """Watch for changes under `prefix` whose revision is at least `from_revision`, past ones included."""
         ...
 
     def lease(self, ttl_s: float) -> Lease:

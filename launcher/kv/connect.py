@@ -23,6 +23,7 @@ from launcher.kv.endpoint import addresses_of, is_local, is_loopback, parse_endp
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.memory import MemoryKV
 from launcher.kv.options import StoreOptions
+from launcher.kv.prefixed import Prefixed
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def connect(
 
 
 def unknown_backend(backend: str) -> str:
-    """What to tell of a back end that is none of ours."""
+    """Say what is wrong with a back end that is none of ours."""
     if backend in ("etcd", "etcd-v2"):
         return "torch's own, for the v2 API that etcd no longer has; did you mean etcd3?"
     return f"unknown; choose one of {', '.join(BACKENDS)}"
@@ -103,16 +104,16 @@ def _connect_etcd(endpoint: str, options: StoreOptions, local_addr: str | None, 
     if local_addr and not is_loopback(local_addr) and any(is_local(host) for host, _ in config.endpoints):
         kv.distrust_refusals()
     try:
-        kv.wait_ready(timeout_s)
+        kv.wait_ready(timeout_s, options.prefix + "elastic-moe/")
         address = local_addr or _address_towards(_resolvable(config))
     except BaseException:
         kv.close()
         raise
-    return Connection(kv, address, hosts_store=False, close=kv.close)
+    return Connection(Prefixed(kv, options.prefix), address, hosts_store=False, close=kv.close)
 
 
 def _resolvable(config: EtcdConfig) -> str:
-    """The address of the first endpoint that has one; one of them has just answered."""
+    """Return the address of the first endpoint that has one; one of them has just answered."""
     for host, _ in config.endpoints[:-1]:
         with contextlib.suppress(UsageError):
             return addresses_of(host)[0]
@@ -164,7 +165,7 @@ def _token(options: StoreOptions, *, required: bool) -> str:
 
 
 def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedServer | None:
-    """Host the store if the endpoint is this machine's and nobody does yet; where it `must`, nothing else will do."""
+    """Host the store if the endpoint is this machine's and nobody does yet. `must`: fail where that cannot be."""
     try:
         return EmbeddedServer(address, port, token=token).start()
     except OSError as error:
@@ -175,7 +176,7 @@ def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedSer
 
 
 def _address_towards(address: str) -> str:
-    """This machine's own address on the way to `address`; connecting a datagram socket sends nothing."""
+    """Return this machine's own address on the way to `address`; connecting a datagram socket sends nothing."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect((address, 9))

@@ -19,10 +19,10 @@ _NO_NAME = re.compile(r"[\s/,@:\[\]?#%]")
 
 
 def parse_endpoint(endpoint: str, default_port: int = DEFAULT_PORT, *, free_port: bool = False) -> tuple[str, int]:
-    """`HOST`, `HOST:PORT`, `[V6]:PORT` or `[V6]`; with `free_port` the port may be 0: any that is free.
+    """Parse `HOST`, `HOST:PORT`, `[V6]:PORT` or `[V6]`. With `free_port` the port may be 0: any that is free.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the text is none of these.
     """
     text = endpoint.strip()
     if "://" in text:
@@ -61,12 +61,12 @@ def _is_ipv6(text: str) -> bool:
 
 
 def addresses_of(host: str, within_s: float = 0.0) -> list[str]:
-    """The addresses of a host, in an order that is the same on every node: IPv4 first, then by number.
+    """Look up the addresses of a host, in an order that is the same on every node: IPv4 first, then by number.
 
     A name that nobody knows yet (a pod's, whose record comes with it) is asked for again for `within_s`.
 
     Raises:
-        UsageError: it has none by then, or only loopback ones, which other nodes take for their own.
+        UsageError: the host has none by then, or only loopback ones, which other nodes take for their own.
     """
     ends_s = time.monotonic() + within_s
     told = False
@@ -95,7 +95,7 @@ def addresses_of(host: str, within_s: float = 0.0) -> list[str]:
 
 
 def in_order(addresses: Sequence[str] | set[str]) -> list[str]:
-    """IPv4 first, then by number."""
+    """Sort addresses: IPv4 first, then by number."""
 
     def key(address: str) -> tuple[int, bytes]:
         parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -115,5 +115,5 @@ def is_local(host: str) -> bool:
 
 
 def spelled(host: str, port: int) -> str:
-    """As a user writes it."""
+    """Write an endpoint as a user does."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

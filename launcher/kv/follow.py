@@ -47,7 +47,7 @@ class Follower:
         self.close()
 
     def next(self, timeout_s: float) -> Snapshot | Changes:
-        """The next news.
+        """Wait for news.
 
         Returns:
             A `Snapshot`, which replaces all that was learnt before: at first, after `relist`, and where changes were

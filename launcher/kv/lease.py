@@ -19,7 +19,7 @@ _RETRY_S = 0.2
 
 @dataclass(frozen=True)
 class StoreSilence:
-    """Renewals are not answered. `since_s`: monotonic; `stands`: although the store is known to end no lease."""
+    """Renewals are not answered since `since_s` (monotonic). `stands`: the store is known to end no lease meanwhile."""
 
     since_s: float
     reason: str
@@ -99,7 +99,7 @@ class Lease:
         self._close()
 
     def _unanswered(self, sent_s: float, error: Exception) -> bool:
-        """Note that a renewal was not answered; whether the lease may still stand."""
+        """Note that a renewal was not answered. Returns whether the lease may still stand."""
         asked_s = time.monotonic()
         try:
             stands = self._stands is not None and self._stands()

@@ -70,7 +70,7 @@ class Hub:
     def events(
         self, prefix: str, from_revision: int, timeout_s: float, cancelled: threading.Event | None = None
     ) -> tuple[tuple[WatchEvent, ...], int]:
-        """Wait for changes; they, and the revision to ask from next time."""
+        """Wait for changes. Returns them, and the revision to ask from next time."""
         ends_s = time.monotonic() + timeout_s
         with self._changed:
             while True:

@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Each field is a key of `--rdzv-conf`; what the user gave no value for is None or "". See `RendezvousConf`."""
+    """Keys of `--rdzv-conf`, which `RendezvousConf` explains; None or "" where the user gave no value."""
 
     is_host: bool | None = None
     token_file: Path | None = None

@@ -9,7 +9,7 @@ from launcher.kv.lease import Lease
 
 
 class Prefixed:
-    """A `KV` over `kv` in which every key stands without `prefix`. Views may be put on one another."""
+    """A `KV` over `kv` in which every key stands without `prefix`, which may be "". Views may be put on one another."""
 
     def __init__(self, kv: KV, prefix: str) -> None:
         self._kv = kv
@@ -38,7 +38,7 @@ class Prefixed:
         return self._kv.lease(ttl_s)
 
     def close(self) -> None:
-        """Nothing: the store is closed by whoever opened it."""
+        """Do nothing: the store is closed by whoever opened it."""
 
     def _without_prefix(self, entry: Entry | None) -> Entry | None:
         return dataclasses.replace(entry, key=entry.key.removeprefix(self._prefix)) if entry else None

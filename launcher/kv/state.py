@@ -22,7 +22,7 @@ class _Grant:
 
 
 class State:
-    """All methods that depend on time take `now_s` (any monotonic clock, the same for all calls)."""
+    """A store's keys and leases. Methods that depend on time take `now_s`, of one monotonic clock for all calls."""
 
     def __init__(self, history_events: int = HISTORY_EVENTS, first_lease_id: int = 1) -> None:
         """`first_lease_id`: random where clients may outlive a store: an old lease must not be a new one's id."""
@@ -34,16 +34,16 @@ class State:
         self._next_lease_id = first_lease_id
 
     def get(self, key: str) -> Entry | None:
-        """The entry of `key`, or None."""
+        """Return the entry of `key`, or None."""
         return self._entries.get(key)
 
     def list(self, prefix: str) -> Snapshot:
-        """Entries under `prefix`, by key."""
+        """Return the entries under `prefix`, in the order of their keys."""
         found = (self._entries[key] for key in sorted(self._entries) if key.startswith(prefix))
         return Snapshot(tuple(found), self.revision)
 
     def put(self, key: str, value: bytes, if_revision: int | None, lease_id: int | None) -> Entry | None:
-        """Write `key`; None on a lost race or an unknown lease."""
+        """Write `key`. Returns None on a lost race or an unknown lease."""
         current = self._entries.get(key)
         if if_revision is not None and (current.revision if current else 0) != if_revision:
             return None
@@ -72,7 +72,7 @@ class State:
         return True
 
     def events(self, prefix: str, from_revision: int) -> tuple[WatchEvent, ...]:
-        """Changes under `prefix` from `from_revision` on.
+        """Return the changes under `prefix` from `from_revision` on.
 
         Raises:
             Compacted: some of them are no longer in the history.
@@ -89,14 +89,14 @@ class State:
         return tuple(recent)
 
     def grant(self, ttl_s: float, now_s: float) -> int:
-        """A new lease; its id."""
+        """Grant a lease, and return its id."""
         lease_id = self._next_lease_id
         self._next_lease_id += 1
         self._grants[lease_id] = _Grant(ttl_s, now_s + ttl_s)
         return lease_id
 
     def renew(self, lease_id: int, now_s: float) -> bool:
-        """Start the lease's TTL anew; False if it has ended."""
+        """Start the lease's TTL anew. Returns False if the lease has ended."""
         grant = self._grants.get(lease_id)
         if grant is None:
             return False
@@ -110,13 +110,13 @@ class State:
             self.delete(key)
 
     def expire(self, now_s: float) -> float | None:
-        """End the leases whose time is over; when the next one would end, or None."""
+        """End the leases whose time is over. Returns when the next one would end, or None."""
         for lease_id in [i for i, grant in self._grants.items() if grant.ends_s <= now_s]:
             self.revoke(lease_id)
         return min((grant.ends_s for grant in self._grants.values()), default=None)
 
     def extend_all(self, seconds: float) -> None:
-        """Add `seconds` to every lease: the store itself was stopped that long, nobody could renew."""
+        """Add `seconds` to every lease: the store itself was stopped for so long that nobody could renew."""
         for grant in self._grants.values():
             grant.ends_s += seconds
 

@@ -13,8 +13,7 @@ from launcher.kv import KV, Prefixed
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
-from tests.etcd import Server, etcd
-from tests.etcd import client as etcd_client
+from tests.etcd import Server, connected, etcd
 
 Connect = Callable[[], KV]
 """Makes one more client of a store."""
@@ -54,7 +53,8 @@ def _embedded(request: pytest.FixtureRequest) -> Iterator[Connect]:
 def _etcd(request: pytest.FixtureRequest) -> Iterator[Connect]:
     server = request.getfixturevalue("etcd_server")
     prefix = f"{uuid.uuid4().hex}/"
-    yield lambda: etcd_client(server.endpoint, {"prefix": prefix})
+    with contextlib.ExitStack() as clients:
+        yield lambda: Prefixed(clients.enter_context(connected(server.endpoint)), prefix)
 
 
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Connect]]] = {

@@ -16,10 +16,12 @@ from elastic_moe.errors import UserError
 from launcher.coordination.keeper import _YIELD_FRACTION
 from launcher.coordination.member import Member
 from launcher.errors import Compacted, KVUnavailable
+from launcher.kv.connect import connect
 from launcher.kv.etcd.client import EtcdKV, _span, renewal_times
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.etcd.transport import etcdrpc
 from launcher.kv.lease import _RENEWALS_PER_TTL
+from launcher.kv.options import StoreOptions
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import LEFT_AT_ONCE, Node
 from tests.cluster import cluster, free_port, read_lines, until
@@ -53,20 +55,20 @@ class TestKeys:
     @pytest.mark.parametrize(
         ("prefix", "span"),
         [
-            (b"a/", (b"a/", b"a0")),
-            (b"", (b"\0", b"\0")),
-            (b"a\xff", (b"a\xff", b"b")),
-            (b"\xff\xff", (b"\xff\xff", b"\0")),
+            ("a/", (b"a/", b"a0")),
+            ("", (b"\0", b"\0")),
+            ("a\U0010ffff", (b"a\xf4\x8f\xbf\xbf", b"a\xf4\x8f\xbf\xc0")),
         ],
     )
-    def test_the_range_of_a_prefix(self, prefix: bytes, span: tuple[bytes, bytes]) -> None:
+    def test_the_range_of_a_prefix(self, prefix: str, span: tuple[bytes, bytes]) -> None:
         assert _span(prefix) == span
 
     def test_a_client_keeps_to_its_namespace(self, server: Server) -> None:
-        with connected(server.endpoint, prefix="/team-a/") as one, connected(server.endpoint, prefix="/team-b/") as two:
-            one.put("k", b"1")
-            assert two.get("k") is None
-            assert [entry.key for entry in one.list("").entries] == ["k"]
+        first, second = StoreOptions(prefix="/team-a/"), StoreOptions(prefix="/team-b/")
+        with connect("etcd3", server.endpoint, first) as one, connect("etcd3", server.endpoint, second) as two:
+            one.kv.put("k", b"1")
+            assert two.kv.get("k") is None
+            assert [entry.key for entry in one.kv.list("").entries] == ["k"]
             assert "/team-a/k" in etcdctl(server, "get", "--prefix", "/team-a/")
 
     def test_a_lease_says_what_was_granted(self, server: Server) -> None:

@@ -66,9 +66,9 @@ def conf(authority: Authority, secure: Server) -> dict[str, str]:
 class TestSecurity:
     def test_a_user_with_rights_on_a_prefix(self, secure: Server, conf: dict[str, str]) -> None:
         with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
-            watch = kv.watch("", 1)
+            watch = kv.watch("/jobs/", 1)
             lease = kv.lease(2)
-            assert kv.put("k", b"1", lease=lease) is not None
+            assert kv.put("/jobs/k", b"1", lease=lease) is not None
             assert len(gather(watch, 1)) == 1
             deadline_s = lease.deadline_s
             until("a renewal", lambda: lease.deadline_s > deadline_s)
@@ -80,15 +80,15 @@ class TestSecurity:
     ) -> None:
         monkeypatch.setenv("SSL_CERT_FILE", conf.pop("cacert"))
         with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
-            assert kv.put("k", b"1") is not None
+            assert kv.put("/jobs/k", b"1") is not None
 
     def test_a_token_that_etcd_forgot_is_renewed(self, secure: Server, conf: dict[str, str]) -> None:
         with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
-            watch = kv.watch("", 1)
-            kv.put("k", b"1")
+            watch = kv.watch("/jobs/", 1)
+            kv.put("/jobs/k", b"1")
             gather(watch, 1)
             kv._calls._token.value = "expired.1"
-            assert kv.put("k", b"2") is not None
+            assert kv.put("/jobs/k", b"2") is not None
             kv._calls._token.value = "expired.2"
             watch._drop()
             assert gather_in_spite(watch, 1) == [b"2"]

@@ -39,14 +39,14 @@ class _Addresses:
 
     @property
     def first(self) -> str:
-        """The one to use."""
+        """The address to try first."""
         return self._hosts[0]
 
     def connect(self, timeout_s: float) -> socket.socket:
-        """A connection to the first that takes one.
+        """Connect to the first address that takes a connection.
 
         Raises:
-            OSError: none does; what the last one said.
+            OSError: none does; this is what the last one said.
         """
         hosts = self._hosts
         for host in hosts:
@@ -73,7 +73,7 @@ class _Session:
         self.store_id = ""
 
     def call(self, op: str, *, timeout_s: float = _CALL_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send one request and return its answer.
 
         Raises:
             KVUnavailable, Compacted, KVError, UsageError (a wrong token)
@@ -118,7 +118,7 @@ class _Session:
             self._sock = None
 
     def close(self) -> None:
-        """Close for good; a call under way fails at once."""
+        """Close for good. A call under way fails at once."""
         self.closed = True
         sock = self._sock
         if sock is not None:

@@ -35,7 +35,7 @@ _IDLE_TIMEOUT_S = 60.0
 
 
 def encode_entry(entry: Entry | None) -> dict[str, Any] | None:
-    """An entry as JSON."""
+    """Return an entry as JSON has it."""
     if entry is None:
         return None
     return {
@@ -127,7 +127,7 @@ class _TCPServer(socketserver.ThreadingTCPServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection, and the place of a stranger that has had the time to greet, where there are too many."""
+        """Take a connection. Where there are too many strangers, one that has had the time to greet makes room."""
         self.strangers.wait_for_room(_GRACE_S, time.monotonic())
         if (gone := self.strangers.admit(request, client_address[0], time.monotonic())) is not None:
             with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class _TCPServer(socketserver.ThreadingTCPServer):
 
 
 class EmbeddedServer:
-    """The store's address is taken from construction on, and it is served from `start`; both end with `close`.
+    """The embedded store. Its address is taken from construction on, clients are served from `start`, until `close`.
 
     Raises:
         OSError: the address cannot be bound (in use: another node already hosts the store).

@@ -20,10 +20,10 @@ PROTOCOL = "elastic-moe-kv/1"
 
 
 def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: float) -> None:
-    """The server's half of the handshake; it sets the socket's time-out.
+    """Greet a client as its server, and set the socket's time-out.
 
     Raises:
-        ProtocolError: a client without the token, or of another protocol.
+        ProtocolError: the client does not know the token, or speaks another protocol.
         TimeoutError: it took longer than `within_s`, however the client fed it.
     """
     ends_s = time.monotonic() + within_s
@@ -39,10 +39,13 @@ def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: fl
 
 
 def greet_as_client(sock: socket.socket, token: str, within_s: float) -> str:
-    """The client's half of the handshake; the store's id, which is another where the store was lost and made anew.
+    """Greet a server as its client.
+
+    Returns:
+        The store's id: another one where the store was lost and made anew.
 
     Raises:
-        ProtocolError: not this protocol, or the token is not the server's.
+        ProtocolError: the server speaks another protocol, or has another token.
         TimeoutError: it took longer than `within_s`, however the server fed it.
     """
     ends_s = time.monotonic() + within_s

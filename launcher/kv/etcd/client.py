@@ -14,9 +14,9 @@ from launcher.kv.etcd.diagnosis import Flaw, diagnose
 from launcher.kv.etcd.outage import LONGEST_TTL_S, EtcdMembers
 from launcher.kv.etcd.transport import (
     CALL_TIMEOUT_S,
+    AuthToken,
     Endpoints,
     LeaseEnded,
-    Token,
     Transport,
     UserRefused,
     etcdrpc,
@@ -40,8 +40,7 @@ class EtcdKV:
 
     def __init__(self, config: EtcdConfig) -> None:
         self._config = config
-        self._namespace = config.namespace.encode()
-        endpoints, token = Endpoints(len(config.endpoints)), Token()
+        endpoints, token = Endpoints(len(config.endpoints)), AuthToken()
         self._calls = Transport(config, endpoints, token)
         self._renewals = Transport(config, endpoints, token)
         self._members = EtcdMembers(self._renewals, config.endpoints)
@@ -52,15 +51,15 @@ class EtcdKV:
         """Take a refused connection for silence: the endpoint may be a tunnel's near end."""
         self._members.trusts_refusals = False
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until etcd answers a read.
+    def wait_ready(self, timeout_s: float, prefix: str = "elastic-moe/") -> None:
+        """Wait until etcd answers a read of the keys under `prefix`, which this client's user may need a right to.
 
         Raises:
-            UsageError: it does not within `timeout_s`, or it is plain before then why it never will.
+            UsageError: it does not within `timeout_s`, or shows before then that it never will.
         """
         ends_s = time.monotonic() + timeout_s
         told = False
-        probe = self._range(count_only=True)
+        probe = self._range(prefix, count_only=True)
         while True:
             try:
                 for transport in (self._calls, self._renewals):  # no lease's first renewal waits for a connection
@@ -71,7 +70,7 @@ class EtcdKV:
             except UserRefused as error:
                 raise UsageError(str(error)) from error
             except KVUnavailable as error:
-                flaw = self._diagnose(str(error))
+                flaw = self._diagnose(str(error), prefix)
                 if flaw.permanent or time.monotonic() >= ends_s - _DIAGNOSIS_TIMEOUT_S:
                     raise self._unusable(flaw.what) from error
                 if not told:
@@ -91,11 +90,11 @@ class EtcdKV:
         named = ",".join(self._calls.name(i) for i in range(len(self._config.endpoints)))
         return UsageError(f"--rdzv-endpoint {named} cannot be used: {why}")
 
-    def _diagnose(self, told: str) -> Flaw:
-        """The most telling flaw of the endpoints: one that waiting will not mend, else the first one's."""
+    def _diagnose(self, told: str, prefix: str) -> Flaw:
+        """Return the flaw that tells a user most: one that waiting will not mend, else the first endpoint's."""
         if "permission denied" in told:
             user = f"user {self._config.user}" if self._config.user else "this client"
-            return Flaw(f"{user} may not read {self._config.namespace + 'elastic-moe/'!r}", permanent=True)
+            return Flaw(f"{user} may not read {prefix!r}", permanent=True)
         each_s = _DIAGNOSIS_STEP_TIMEOUT_S / len(self._config.endpoints)
         flaws = [diagnose(host, port, self._config.tls, each_s) for host, port in self._config.endpoints]
         found = [flaw for flaw in flaws if flaw is not None]
@@ -104,14 +103,14 @@ class EtcdKV:
         return next((flaw for flaw in found if flaw.permanent), found[0])
 
     def get(self, key: str) -> Entry | None:
-        answer = self._calls.call(lambda p: p.kv.Range, etcdrpc.RangeRequest(key=self._key(key)))
+        answer = self._calls.call(lambda p: p.kv.Range, etcdrpc.RangeRequest(key=key.encode()))
         return self._entry(answer.kvs[0]) if answer.kvs else None
 
     def put(
         self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
     ) -> Entry | None:
-        put = etcdrpc.PutRequest(key=self._key(key), value=value, lease=lease.lease_id if lease else 0)
-        read = etcdrpc.RangeRequest(key=self._key(key))  # in the same transaction: what was just written
+        put = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease.lease_id if lease else 0)
+        read = etcdrpc.RangeRequest(key=key.encode())  # in the same transaction: what was just written
         request = etcdrpc.TxnRequest(
             compare=self._unchanged(key, if_revision),
             success=[etcdrpc.RequestOp(request_put=put), etcdrpc.RequestOp(request_range=read)],
@@ -127,7 +126,7 @@ class EtcdKV:
         return Snapshot(tuple(self._entry(kv) for kv in answer.kvs), answer.header.revision)
 
     def delete(self, key: str, *, if_revision: int | None = None) -> bool:
-        delete = etcdrpc.DeleteRangeRequest(key=self._key(key))
+        delete = etcdrpc.DeleteRangeRequest(key=key.encode())
         request = etcdrpc.TxnRequest(
             compare=self._unchanged(key, if_revision), success=[etcdrpc.RequestOp(request_delete_range=delete)]
         )
@@ -135,8 +134,7 @@ class EtcdKV:
         return bool(answer.succeeded and answer.responses[0].response_delete_range.deleted)
 
     def watch(self, prefix: str, from_revision: int) -> EtcdWatch:
-        key = self._key(prefix)
-        watch = EtcdWatch(self._calls, *_span(key), from_revision, self._strip)
+        watch = EtcdWatch(self._calls, *_span(prefix), from_revision)
         self._watches = [w for w in self._watches if not w.is_cancelled()]
         self._watches.append(watch)
         return watch
@@ -198,29 +196,23 @@ class EtcdKV:
 
     # --- keys
 
-    def _key(self, key: str) -> bytes:
-        return self._namespace + key.encode()
-
-    def _strip(self, key: bytes) -> str:
-        return key[len(self._namespace) :].decode()
-
     def _entry(self, kv: Any) -> Entry:
-        return Entry(self._strip(kv.key), kv.value, kv.mod_revision, kv.create_revision)
+        return Entry(kv.key.decode(), kv.value, kv.mod_revision, kv.create_revision)
 
-    def _range(self, prefix: str = "elastic-moe/", *, count_only: bool = False) -> Any:
-        key, range_end = _span(self._key(prefix))
+    def _range(self, prefix: str, *, count_only: bool = False) -> Any:
+        key, range_end = _span(prefix)
         return etcdrpc.RangeRequest(key=key, range_end=range_end, count_only=count_only)
 
     def _unchanged(self, key: str, revision: int | None) -> tuple[Any, ...]:
-        """The condition of a transaction; a key that does not exist has revision 0."""
+        """Return the condition of a transaction; a key that does not exist has revision 0."""
         if revision is None:
             return ()
         compare = etcdrpc.Compare
-        return (compare(result=compare.EQUAL, target=compare.MOD, key=self._key(key), mod_revision=revision),)
+        return (compare(result=compare.EQUAL, target=compare.MOD, key=key.encode(), mod_revision=revision),)
 
 
 def renewal_times(ttl_s: float, num_endpoints: int) -> tuple[float, float]:
-    """How long a renewal may take, in seconds, and the share of that for the first endpoint.
+    """Return how long a renewal may take, in seconds, and the share of that for the first endpoint.
 
     Followers of an etcd leader that was killed hold a renewal until they have elected another one. So that this is
     found out before workers have to yield (0.6 TTL after the last answer; a renewal begins 0.25 TTL after it), the
@@ -231,8 +223,8 @@ def renewal_times(ttl_s: float, num_endpoints: int) -> tuple[float, float]:
     return 0.3 * ttl_s, 0.25 / 0.3
 
 
-def _span(prefix: bytes) -> tuple[bytes, bytes]:
-    """First key and end of the range of all keys with a prefix; etcd writes "no end" as a zero byte."""
-    stem = prefix.rstrip(b"\xff")
-    end = stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
-    return prefix or b"\0", end
+def _span(prefix: str) -> tuple[bytes, bytes]:
+    """Return the first key, and the end, of the range of all keys with a prefix; a zero byte means "no end" to etcd."""
+    first = prefix.encode()
+    end = first[:-1] + bytes([first[-1] + 1]) if first else b"\0"  # no byte of UTF-8 is the last one
+    return first or b"\0", end

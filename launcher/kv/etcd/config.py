@@ -28,7 +28,7 @@ class Tls:
     key: bytes | None = field(default=None, repr=False)
 
     def context(self) -> ssl.SSLContext:
-        """The same trust and identity for Python's own `ssl`, to find out why a handshake fails.
+        """Return the same trust and identity for Python's own `ssl`, to find out why a handshake fails.
 
         Raises:
             OSError, ssl.SSLError: a file does not hold what it must.
@@ -48,11 +48,9 @@ class EtcdConfig:
     tls: Tls | None = None
     user: str = ""
     password: str = field(default="", repr=False)
-    namespace: str = ""
-    """Goes before every key: a user of etcd may be allowed a part of the keys only."""
 
     def starting_with(self, index: int) -> EtcdConfig:
-        """The same cluster, with another endpoint first: that one is used as long as it answers."""
+        """Return the same cluster with another endpoint first: that one is used as long as it answers."""
         index %= len(self.endpoints)
         return dataclasses.replace(self, endpoints=self.endpoints[index:] + self.endpoints[:index])
 
@@ -61,7 +59,7 @@ class EtcdConfig:
         """Read `--rdzv-endpoint` (`host1:2379,host2:2379`, each perhaps with http:// or https://) and `--rdzv-conf`.
 
         Raises:
-            UsageError: one of them cannot be meant so, a file cannot be read, or a password is missing.
+            UsageError: they contradict each other, a file cannot be read, or a password is missing.
         """
         parsed, schemes = [], set()
         for part in endpoint.split(","):
@@ -75,7 +73,6 @@ class EtcdConfig:
             tls=_tls(options, schemes - {""}),
             user=options.user,
             password=_password(options) if options.user else "",
-            namespace=options.prefix,
         )
 
 
@@ -106,7 +103,7 @@ def _tls(options: StoreOptions, schemes: set[str]) -> Tls | None:
 
 
 def _system_authorities() -> bytes | None:
-    """Whom this machine trusts (or SSL_CERT_FILE says); None where it does not tell: gRPC then brings a list."""
+    """Read whom this machine trusts, or SSL_CERT_FILE says. None where it does not tell: gRPC then brings a list."""
     path = ssl.get_default_verify_paths().cafile
     return Path(path).read_bytes() if path else None
 

@@ -31,7 +31,7 @@ _MUTE = Flaw("something listens there, but it does not answer as an etcd does", 
 
 
 def diagnose(host: str, port: int, tls: Tls | None, timeout_s: float) -> Flaw | None:
-    """What is wrong with an endpoint, as far as its socket tells; None where it speaks HTTP/2 as etcd does."""
+    """Find what is wrong with an endpoint, as far as its socket tells; None where it speaks HTTP/2 as etcd does."""
     try:
         sock = socket.create_connection((host, port), timeout=timeout_s)
     except socket.gaierror as error:
@@ -53,7 +53,7 @@ def _plain(sock: socket.socket, timeout_s: float) -> Flaw | None:
 
 
 def _answer(sock: socket.socket) -> bytes:
-    """What the other side says to an HTTP/2 client; nothing if it is silent or hangs up."""
+    """Return what the other side says to an HTTP/2 client; nothing if it is silent or hangs up."""
     try:
         sock.sendall(_HTTP2_HELLO)
         return sock.recv(64)
@@ -93,7 +93,7 @@ def _encrypted(sock: socket.socket, host: str, tls: Tls, timeout_s: float) -> Fl
 
 
 def _handshake(error: ssl.SSLError, tls: Tls, peer: tuple[str, int], timeout_s: float) -> Flaw:
-    """Why a TLS handshake failed, where the other side's certificate was not the cause."""
+    """Find why a TLS handshake failed, where the other side's certificate was not the cause."""
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if any(hint in reason for hint in ("eof", "wrong version", "http request", "record layer")):
         with contextlib.suppress(OSError), socket.create_connection(peer, timeout=timeout_s) as sock:

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.errors import KVError
-from launcher.kv.etcd.transport import Peer, Rpc, Transport, etcdrpc, grpc, metadata_of
+from launcher.kv.etcd.transport import EndpointChannel, Rpc, Transport, etcdrpc, grpc, metadata_of
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,14 @@ class MemberList:
 
 
 def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int, MemberList]) -> dict[int, int]:
-    """Member -> the endpoint that is its own; empty unless all that answered name the same members, and all have one.
+    """Match members with the endpoints that are their own.
 
-    `endpoints`: every address that an endpoint's name stands for; `told`: by endpoint, as far as one answered.
+    Args:
+        endpoints: every address that an endpoint's name stands for, by the endpoint's index.
+        told: what the endpoints that answered said, by their index.
+
+    Returns:
+        The endpoint's index by the member's id; empty unless all answers name the same members and each member has one.
     """
     if not told or len({frozenset(t.members) for t in told.values()}) != 1:
         return {}
@@ -71,13 +76,13 @@ def own_endpoints(endpoints: Mapping[int, frozenset[Address]], told: Mapping[int
 
 
 def none_leads(answers: Iterable[MemberState]) -> bool:
-    """Whether no member leads that led before the first of these answers was asked for. They are all members'."""
+    """Whether no member leads that led before the first of these answers, which are all members', was asked for."""
     found = list(answers)
     return bool(found) and all(answer in (MemberState.REFUSED, MemberState.FOLLOWS) for answer in found)
 
 
 class EtcdMembers:
-    """Knows a cluster's members, and asks them. For the thread of one lease at a time."""
+    """The members of a cluster, as they are known and can be asked. For the thread of one lease at a time."""
 
     def __init__(self, transport: Transport, endpoints: tuple[Address, ...]) -> None:
         self.trusts_refusals = True
@@ -137,7 +142,7 @@ class EtcdMembers:
         return MemberState.FOLLOWS if follows else MemberState.UNKNOWN
 
     def _ask(self, index: int, rpc: Rpc, request: Any) -> Any:
-        peer: Peer = self._transport.peer(index)
+        peer: EndpointChannel = self._transport.peer(index)
         token = self._transport.authenticate(peer, _ANSWER_TIMEOUT_S)
         return rpc(peer)(request, timeout=_ANSWER_TIMEOUT_S, metadata=metadata_of(token))
 

@@ -115,24 +115,24 @@ class Endpoints:
             self._told.add(changed)
 
     def tell_no_more(self, changed: Callable[[], None]) -> None:
-        """Undo `tell`."""
+        """Do not call `changed` any more."""
         with self._lock:
             self._told.discard(changed)
 
 
-class Token:
+class AuthToken:
     """The auth token of a user, empty where there is none. Shared by the channels of a client."""
 
     def __init__(self) -> None:
         self.value = ""
 
     def forget(self, refused: str) -> None:
-        """`refused` is no longer good; the next call asks for another one."""
+        """Drop the token if it is the one that was `refused`; the next call asks for another."""
         if self.value == refused:
             self.value = ""
 
 
-class Peer:
+class EndpointChannel:
     """A channel to one endpoint, and the calls on it; each is made when first used, as a node uses few of them."""
 
     def __init__(self, index: int, channel: Any) -> None:
@@ -159,7 +159,7 @@ class Peer:
 
     @functools.cached_property
     def renew_held_open(self) -> Callable[..., Any]:
-        """The same as a stream whose both directions stay open until the answer has come."""
+        """`LeaseKeepAlive` as a stream whose both directions stay open until the answer has come."""
         keep_alive = self.lease.LeaseKeepAlive
 
         def call(request: Any, **options: Any) -> Any:
@@ -208,27 +208,27 @@ class Peer:
         return etcdrpc.MaintenanceStub(self.channel)
 
 
-Rpc = Callable[[Peer], Callable[..., Any]]
+Rpc = Callable[[EndpointChannel], Callable[..., Any]]
 
 
 class Transport:
     """One connection per endpoint, opened when needed. For any number of threads."""
 
-    def __init__(self, config: EtcdConfig, endpoints: Endpoints, token: Token) -> None:
+    def __init__(self, config: EtcdConfig, endpoints: Endpoints, token: AuthToken) -> None:
         self.endpoints = endpoints
         self._config = config
         self._token = token
         self._lock = threading.Lock()
-        self._peers: dict[int, Peer] = {}
+        self._peers: dict[int, EndpointChannel] = {}
         self._closed = False
 
     def name(self, index: int) -> str:
-        """An endpoint as the user wrote it."""
+        """Return an endpoint as the user wrote it."""
         host, port = self._config.endpoints[index]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def peer(self, index: int | None = None) -> Peer:
-        """The endpoint of this index, or the one in use.
+    def peer(self, index: int | None = None) -> EndpointChannel:
+        """Return the channel to the endpoint of this index, or to the one in use.
 
         Raises:
             KVUnavailable: this client is closed.
@@ -238,7 +238,7 @@ class Transport:
                 raise KVUnavailable("this client is closed")
             index = self.endpoints.current if index is None else index
             if index not in self._peers:
-                self._peers[index] = Peer(index, self._open(self.name(index)))
+                self._peers[index] = EndpointChannel(index, self._open(self.name(index)))
             return self._peers[index]
 
     def _open(self, target: str) -> Any:
@@ -257,14 +257,15 @@ class Transport:
         first_share: float = 0.5,
         repeatable: bool = True,
     ) -> Any:
-        """One request and its answer, within `timeout_s` over all endpoints.
+        """Send one request and return its answer, within `timeout_s` over all endpoints.
 
-        `repeatable`: the request may be sent to the next endpoint after one that may have carried it out unheard.
-        `first_share`: of the time, what an endpoint may take where there is another one.
+        Args:
+            first_share: what part of the time an endpoint may take where there is another one.
+            repeatable: whether the request may go to the next endpoint after one that may have carried it out unheard.
 
         Raises:
             KVUnavailable: no endpoint answered, or etcd cannot serve this now.
-            LeaseEnded: it names a lease that is gone.
+            LeaseEnded: the request names a lease that is gone.
             UserRefused: user or password are wrong.
             KVError: etcd refused it.
         """
@@ -290,12 +291,12 @@ class Transport:
             except ValueError as error:  # gRPC's answer where another thread has closed the channel
                 raise KVUnavailable("this client is closed") from error
 
-    def note_failure(self, peer: Peer, error: Any) -> None:
-        """Use the next endpoint from now on, if it is this one's fault."""
+    def note_failure(self, peer: EndpointChannel, error: Any) -> None:
+        """Use the next endpoint from now on, if the error is this one's fault."""
         if error.code() in _ELSEWHERE and not self._closed:
             self.endpoints.failed(peer.index)
 
-    def _told(self, peer: Peer, error: Any) -> KVError:
+    def _told(self, peer: EndpointChannel, error: Any) -> KVError:
         code, details = error.code(), _one_line(error.details())
         if code is grpc.StatusCode.NOT_FOUND and "lease not found" in details:
             return LeaseEnded(details)
@@ -305,11 +306,11 @@ class Transport:
     # --- tokens
 
     def forget_token(self, refused: str) -> None:
-        """A stream was refused for its token."""
+        """Drop a token for which a stream was refused."""
         self._token.forget(refused)
 
-    def authenticate(self, peer: Peer, timeout_s: float) -> str:
-        """The user's token, asked for where there is none; "" without a user.
+    def authenticate(self, peer: EndpointChannel, timeout_s: float) -> str:
+        """Return the user's token, asked for where there is none; "" without a user.
 
         Raises:
             UserRefused: user or password are wrong.
@@ -331,7 +332,7 @@ class Transport:
         return self._token.value
 
     def close(self) -> None:
-        """Close every channel; calls and streams under way fail at once."""
+        """Close every channel. Calls and streams under way fail at once."""
         with self._lock:
             self._closed = True
             peers, self._peers = list(self._peers.values()), {}
@@ -340,7 +341,7 @@ class Transport:
 
 
 def metadata_of(token: str) -> tuple[tuple[str, str], ...] | None:
-    """The call metadata that carries a token."""
+    """Return the call metadata that carries a token."""
     return (("token", token),) if token else None
 
 

@@ -6,14 +6,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, Self
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, WatchEvent
 from launcher.kv.etcd.transport import (
     CALL_TIMEOUT_S,
-    Peer,
+    EndpointChannel,
     Transport,
     etcdrpc,
     grpc,
@@ -30,11 +30,11 @@ _LOOK: Final = object()
 
 
 class _StreamEnded(Exception):
-    """A stream is of no more use; the watch may open another one."""
+    """A stream is of no more use. The watch may open another one."""
 
 
 class _MustStayOpen(_StreamEnded):
-    """It was ended because this side had closed its direction."""
+    """A stream was ended because this side had closed its direction."""
 
 
 class _WatchStream:
@@ -59,7 +59,7 @@ class _WatchStream:
         transport = self._transport
         transport.endpoints.tell(self._look)  # before one is chosen
         try:
-            self.peer: Peer = transport.peer()
+            self.peer: EndpointChannel = transport.peer()
             self.token = transport.authenticate(self.peer, CALL_TIMEOUT_S)
             # `hasleader`: etcd ends the stream of a member that is cut off from the others, instead of staying silent
             metadata = (("hasleader", "true"), *(metadata_of(self.token) or ()))
@@ -101,15 +101,12 @@ class _WatchStream:
 
 
 class EtcdWatch:
-    """See `launcher.kv.base.Watch`. `strip` takes the namespace off a key."""
+    """A `launcher.kv.Watch` of a range of keys."""
 
-    def __init__(
-        self, transport: Transport, key: bytes, range_end: bytes, from_revision: int, strip: Callable[[bytes], str]
-    ) -> None:
+    def __init__(self, transport: Transport, key: bytes, range_end: bytes, from_revision: int) -> None:
         self._transport = transport
         self._range = (key, range_end)
         self._next_revision = max(1, from_revision)
-        self._strip = strip
         self._stream: _WatchStream | None = None
         self._cancelled = threading.Event()
         self._lock = threading.Lock()  # `cancel` comes from another thread
@@ -173,14 +170,14 @@ class EtcdWatch:
             kv = event.kv
             if kv.mod_revision < self._next_revision:
                 continue
-            key = self._strip(kv.key)
+            key = kv.key.decode()
             entry = None if event.type == _DELETE else Entry(key, kv.value, kv.mod_revision, kv.create_revision)
             yield WatchEvent(key, entry, kv.mod_revision)
         if response.events:  # etcd never splits a revision over two responses
             self._next_revision = max(self._next_revision, response.events[-1].kv.mod_revision + 1)
 
     def _check(self, stream: _WatchStream) -> None:
-        """A stream that broke silently looks like a quiet one; what other calls found out tells them apart."""
+        """Give up a stream that broke silently. What other calls found out tells it from one that is only quiet."""
         if not stream.opened and time.monotonic() >= stream.opens_by_s:
             self._transport.endpoints.failed(stream.peer.index)
             raise _StreamEnded(f"no answer from {self._transport.name(stream.peer.index)}")
