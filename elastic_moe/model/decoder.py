@@ -5,11 +5,13 @@ Shape suffixes: B sequences, S positions, V vocabulary, D model dim, L layers, E
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.model.attention import Attention
 from elastic_moe.model.config import ModelConfig
@@ -35,19 +37,37 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.moe = MoE(config)
+        self._attend = self._attend_eagerly
+
+    def compile_attention(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch.compile make one graph of the block's first half.
+
+        Its second half runs as it is: rows go where their tokens are routed, whose numbers a graph would have to know,
+        and the experts' grouped product is one kernel already.
+        """
+        self._attend = torch.compile(self._attend_eagerly, backend=backend)
 
     def forward(self, x_BSD: Tensor, real_B: Tensor) -> tuple[Tensor, RouterTerms]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        x_BSD = self._attend(x_BSD)
         mixed_BSD, terms = self.moe(self.moe_norm(x_BSD), real_B)
         return x_BSD + mixed_BSD, terms
 
+    def _attend_eagerly(self, x_BSD: Tensor) -> Tensor:
+        out: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD))
+        return out
+
 
 class Decoder(nn.Module):
-    """Token ids (B, S) int64 to next-token logits (B, S, V)."""
+    """Token ids (B, S) int64 to next-token logits (B, S, V).
+
+    With `recompute` a layer keeps only its input for the backward pass, which computes the layer again; what the
+    routers leave is that of the first time.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -65,7 +85,11 @@ class Decoder(nn.Module):
         x_BSD = self.embed(tokens_BS)
         terms = []
         for block in self.layers:
-            x_BSD, of_layer = block(x_BSD, real_B)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a layer is drawn at random.
+                x_BSD, of_layer = checkpoint(block, x_BSD, real_B, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD, of_layer = block(x_BSD, real_B)
             terms.append(of_layer)
         return DecoderOutput(
             logits_BSV=self.head(self.norm(x_BSD)),

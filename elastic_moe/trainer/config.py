@@ -63,6 +63,12 @@ class TrainConfig(BaseModel):
     holds as far as the kernels are deterministic."""
     keep_gathered: bool = False
     """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
+    recompute: bool = False
+    """Keep a layer's input alone for the backward pass, and compute the layer again there: about a third more time, for
+    much less memory. Changes no bit of the result."""
+    compile: bool = False
+    """Let torch.compile make one graph of each layer's attention; needs a C++ compiler on the CPU. Takes a minute at
+    each start, and changes the last bits of the result, so it cannot be `exact`."""
     max_skipped: int = Field(3, ge=1)
     """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
     code 70, to be looked into before it is started again."""
@@ -75,6 +81,8 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.exact and self.dtype != "float32":
             raise ValueError(f'exact = true needs dtype = "float32", not "{self.dtype}"')
+        if self.exact and self.compile:
+            raise ValueError("exact = true cannot be compiled: set train.compile to false")
         if self.exact and self.max_micro_batch not in (None, 1):
             raise ValueError(f"exact = true trains in micro-batches of 1, not {self.max_micro_batch}")
         return self

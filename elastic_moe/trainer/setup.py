@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from elastic_moe.config import JobConfig
@@ -12,7 +14,7 @@ from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Batches, Stepper
-from elastic_moe.trainer.world import check_exact, check_same_everywhere
+from elastic_moe.trainer.world import check_compiler, check_exact, check_same_everywhere
 
 
 def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> tuple[Stepper, DataProgress]:
@@ -24,6 +26,8 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     train = job.train
     if train.exact:
         check_exact(job.model)
+    if train.compile:
+        check_compiler(device, os.environ)
     corpus = open_corpus(job.data, train.seq_len)
     check_same_everywhere(corpus.fingerprint, device)
     with torch.device("meta"):
@@ -31,6 +35,10 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     compute = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
     parallelize(model, meshes, Precision(compute=compute, exact=train.exact))
     materialize(model, device)
+    model.recompute = train.recompute
+    if train.compile:
+        for block in model.blocks:
+            block.compile_attention()
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,

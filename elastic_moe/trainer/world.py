@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -114,6 +115,16 @@ def check_exact(model: ModelConfig) -> None:
                 f"train.exact = true needs model.{name} in multiples of {_VECTOR_WIDTH}, not {width}: what a CPU "
                 "computes in a vector and in the rest that fills none differs in the last bit"
             )
+
+
+def check_compiler(device: torch.device, environ: Mapping[str, str]) -> None:
+    """Raises UserError where torch.compile would find no C++ compiler, which it needs for the CPU."""
+    names = [environ["CXX"]] if "CXX" in environ else ["g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"train.compile = true needs a C++ compiler on the CPU, and there is no {' or '.join(names)}: install one, "
+            "or set train.compile to false"
+        )
 
 
 def check_same_everywhere(fingerprint: str, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.schedule import learning_rate
 from elastic_moe.trainer.state import DataProgress, DataState
-from elastic_moe.trainer.world import check_exact, check_plan, choose_plan
+from elastic_moe.trainer.world import check_compiler, check_exact, check_plan, choose_plan
 from elastic_moe.worker import WorkerContext
 from launcher.rounds.mesh import MeshPlan
 
@@ -164,6 +164,15 @@ def test_exact_mode_refuses_a_width_that_it_cannot_keep_its_promise_for() -> Non
     for name, width in {"expert_dim": 100, "dim": 72, "shared_expert_dim": 8}.items():
         with pytest.raises(UserError, match=rf"model.{name} in multiples of 32, not {width}:"):
             check_exact(ModelConfig.model_validate({name: width}))
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiler(torch.device("cuda"), {"CXX": "no-such-compiler"})
+    check_compiler(torch.device("cpu"), {"CXX": "python3"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for environ, told in (({"CXX": "no-such-compiler"}, "no no-such-compiler"), ({}, r"no g\+\+ or clang\+\+")):
+        with pytest.raises(UserError, match=told):
+            check_compiler(torch.device("cpu"), environ)
 
 
 def test_exact_optimizer_rounds_alike_however_a_tensor_is_cut() -> None:

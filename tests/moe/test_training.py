@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from elastic_moe.config import JobConfig
 from elastic_moe.data import DataConfig
+from elastic_moe.model.attention import Attention
+from elastic_moe.model.decoder import Block
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, Leg, fitted, train_leg
 from tests.ranks import Ranks
@@ -66,6 +69,64 @@ def test_ranks_without_a_sequence_take_part(ranks: Ranks, tmp_path: Path) -> Non
     (alone,) = run_legs(ranks, what, [fitted(what)], tmp_path / "alone")
     assert legs[0].losses == pytest.approx(alone.losses, rel=1e-14)
     assert all(torch.equal(legs[0].weights[name], tensor) for name, tensor in alone.weights.items())
+
+
+def counted_leg(what: JobConfig, plan: MeshPlan, folder: Path) -> tuple[Leg, int]:
+    """A run, and how often a layer's attention was computed."""
+    calls = 0
+    forward = Attention.forward
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(*args)
+
+    try:
+        Attention.forward = counted  # type: ignore[method-assign]
+        return train_leg(what, plan, 0, what.train.steps, folder), calls
+    finally:
+        Attention.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("keep_gathered", [False, True])
+def test_recomputed_layers_change_no_bit(ranks: Ranks, tmp_path: Path, keep_gathered: bool) -> None:
+    """On every kind of parallelism at once; loads, and so the biases that follow them, are counted once."""
+    what = job({"steps": 4, "exact": True, "keep_gathered": keep_gathered}, {"balance": "bias"})
+    plan = fitted(what, shard=2, expert=2)
+    again = what.model_copy(update={"train": what.train.model_copy(update={"recompute": True})})
+    kept, num_once = ranks.run(counted_leg, what, plan, tmp_path / "kept", world_size=4)[0]
+    recomputed, num_twice = ranks.run(counted_leg, again, plan, tmp_path / "recomputed", world_size=4)[0]
+    assert num_twice == 2 * num_once
+    assert recomputed.losses == kept.losses
+    assert [name for name, tensor in kept.weights.items() if not torch.equal(recomputed.weights[name], tensor)] == []
+    assert kept.weights["layers.0.moe.router.expert_bias"].any()
+
+
+def compiled_leg(what: JobConfig, plan: MeshPlan, folder: Path) -> tuple[Leg, int]:
+    """A run whose layers torch.compile traces, and how many graphs it made; no C++ compiler is asked."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile_attention = Block.compile_attention
+    try:
+        Block.compile_attention = lambda block: compile_attention(block, backend)  # type: ignore[method-assign]
+        return train_leg(what, plan, 0, what.train.steps, folder), len(graphs)
+    finally:
+        Block.compile_attention = compile_attention  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_train_as_others_do(ranks: Ranks, tmp_path: Path, dtype: str) -> None:
+    what = job({"steps": 3, "dtype": dtype, "compile": True, "recompute": True})
+    eager = what.model_copy(update={"train": what.train.model_copy(update={"compile": False, "recompute": False})})
+    plan = fitted(what, expert=2)
+    leg, num_graphs = ranks.run(compiled_leg, what, plan, tmp_path / "compiled", world_size=2)[0]
+    (expected,) = run_legs(ranks, eager, [plan], tmp_path / "eager")
+    assert num_graphs >= 1
+    assert leg.losses == pytest.approx(expected.losses, rel=1e-5 if dtype == "float32" else 1e-2)
 
 
 def test_default_run_through_resizes_keeps_its_curve(ranks: Ranks, tmp_path: Path) -> None:
