@@ -1,8 +1,8 @@
 """Checkpoints: bytes with names, committed whole or not at all.
 
-For training    Checkpointer saves and restores a state, PerRank marks what each rank has of its own; ShardReader and
-                ShardWriter are the same format and checks under `torch.distributed.checkpoint.load` and `save`;
-                CheckpointEvent names what a Listener hears.
+For training    Checkpointer saves and restores a state, for a job (JobIdentity), as owner or as reader of a run
+                (Access); PerRank marks what each rank has of its own; CheckpointEvent names what a Listener hears;
+                ShardReader and ShardWriter are the same format and checks under `dcp.load` and `dcp.save`.
 Stores          open_store opens the ObjectStore behind a URL, register_scheme adds stores of your own; a
                 StoreWrapper is a store around another one.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
@@ -20,7 +20,7 @@ from storage import errors
 from storage.errors import *  # noqa: F403 - the tree, by its own __all__
 
 if TYPE_CHECKING:
-    from storage.checkpointer import Checkpointer
+    from storage.checkpointer import Access, Checkpointer
     from storage.dcp import ShardReader, ShardWriter
     from storage.events import CheckpointEvent, Listener
     from storage.inspection import (
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
     from storage.run.garbage import Garbage
     from storage.run.garbage import find as find_garbage
     from storage.run.garbage import remove as remove_garbage
+    from storage.run.job import JobIdentity
     from storage.state.per_rank import PerRank
     from storage.stores.objects import Capability, ObjectInfo, ObjectStore
     from storage.stores.registry import open_store, register_scheme, with_options
     from storage.stores.retry_policy import RetryCounts, RetryLog
     from storage.stores.wrapper import StoreWrapper
 
-__all__ = ["Checkpointer", "PerRank", "ShardReader", "ShardWriter"]
+__all__ = ["Access", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
 __all__ += ["CheckpointEvent", "Listener"]
 __all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["open_store", "register_scheme", "with_options"]
@@ -52,10 +53,11 @@ __all__ += ["Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
 _ROOMS = {
-    "storage.checkpointer": "Checkpointer",
+    "storage.checkpointer": "Access Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
     "storage.inspection": "Details Location Summary Verification checkpoints details locate summaries verify",
+    "storage.run.job": "JobIdentity",
     "storage.run.garbage": "Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
     "storage.stores.objects": "Capability ObjectInfo ObjectStore",

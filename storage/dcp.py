@@ -46,8 +46,9 @@ from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.callers import Caller, find_caller
 from storage.run import catalog, replacing
+from storage.run.job import Origin
 from storage.saving import commit
-from storage.saving.commit import Attempt, Contents, Origin
+from storage.saving.commit import Attempt, Contents
 from storage.saving.saveplan import Chunk
 from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads

@@ -39,7 +39,7 @@ class Session:
         if self._checkpointer is None:
             from storage import Checkpointer
 
-            self._checkpointer = Checkpointer(self._url, **self._options)
+            self._checkpointer = Checkpointer(self._url, **self._options).start()
         return self._checkpointer
 
     def restore(self, state: State, **options: Any) -> int:

@@ -25,7 +25,7 @@ from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
 from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, process_group
-from storage import Checkpointer, inspection
+from storage import Access, Checkpointer, JobIdentity, inspection
 from storage.errors import NoCheckpoint, StorageError
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def train(job: JobConfig) -> None:
                     Checkpointer(
                         job.checkpoint.url,
                         keep=job.checkpoint.keep,
-                        mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
-                        take_over=job.checkpoint.take_over,
+                        job=JobIdentity(mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert}),
+                        access=Access.TAKE_OVER if job.checkpoint.take_over else Access.CLAIM,
                     )
                 )
             if checkpointer is None or not restore(checkpointer, state, stepper, progress):

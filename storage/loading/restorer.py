@@ -6,7 +6,8 @@ import functools
 import json
 import logging
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +37,18 @@ _NUM_TRIES = 100
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What was read: the checkpoint's step, the state's values by key, bytes that the state needed, and what this rank
-    fetched for them."""
+class _Read:
+    """What a rank has read: bytes that its state needed, and what it fetched for them."""
 
-    step: int
-    values: dict[Any, Any]
     needed_bytes: int
     traffic: Traffic
+
+
+@dataclass(frozen=True)
+class _Damaged:
+    """Some rank has read damage; `own` is what this rank has read, None where it is others only."""
+
+    own: Corrupt | None
 
 
 class Restorer:
@@ -62,38 +67,63 @@ class Restorer:
 
     def restore(
         self,
-        state: Mapping[Any, Any],
+        state: MutableMapping[Any, Any],
         *,
         strict: bool,
         ignored: Ignored,
         unhealthy: bool = False,
         allow_casts: bool = False,
-    ) -> Restored | None:
-        """Fill the objects and tensors of `state` from the newest good checkpoint; its values are returned.
-
-        Returns None, with `state` untouched, if there is none.
+    ) -> int:
+        """Fill `state` from the newest good checkpoint and return its step; 0, and `state` untouched, if there is none.
 
         Raises:
             WrongModel, UnloadableValue, UsageError, Corrupt, Disputed, Fenced, Transient, Denied: as
             `Checkpointer.restore` says.
         """
+        started_s = time.monotonic()
+        with self._report.retries(self._store, "restore"):
+            step, read = self._restore(
+                state, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
+            )
+        if read is not None:
+            self._report(
+                CheckpointEvent.RESTORED,
+                step=step,
+                seconds=round(time.monotonic() - started_s, 3),
+                bytes=read.needed_bytes,
+                fetched_bytes=read.traffic.fetched_bytes,
+                received_bytes=read.traffic.received_bytes,
+            )
+        return step
+
+    def _restore(
+        self,
+        state: MutableMapping[Any, Any],
+        *,
+        strict: bool,
+        ignored: Ignored,
+        unhealthy: bool,
+        allow_casts: bool,
+    ) -> tuple[int, _Read | None]:
         damaged: dict[int, str] = {}
-        while (index := self._group.share(lambda: self._newest(damaged, unhealthy), Index.load)) is not None:
+        while True:
+            index = self._group.share(lambda: self._newest(damaged, unhealthy=unhealthy), Index.load)
+            if index is None:
+                return 0, None
             found = self._group.everywhere(
                 functools.partial(fit, state, index, self._group.rank, ignored, strict=strict)
             )
             self._settle(found, index, strict=strict)
-            result = self._read(found.wants, index, allow_casts)
-            if not isinstance(result, Corrupt):
+            result = self._read(found.wants, index, allow_casts=allow_casts)
+            if isinstance(result, _Read):
                 values = self._group.everywhere(functools.partial(finish, found, state, found.wants))
-                return Restored(index.step, values, result[1], result[0])
-            self._judge(index.step, result)
-            damaged[index.step] = str(result)
+                self._group.everywhere(functools.partial(state.update, values))
+                return index.step, result
+            damaged[index.step] = self._judge(index.step, result.own)
             if len(damaged) >= _NUM_TRIES:
                 raise Corrupt(f"{len(damaged)} checkpoints in {self._store.url} are no good: {damaged[index.step]}")
-        return None
 
-    def _newest(self, damaged: Mapping[int, str], unhealthy: bool) -> Index | None:
+    def _newest(self, damaged: Mapping[int, str], *, unhealthy: bool) -> Index | None:
         """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all.
 
         `damaged`: the steps that were tried, and why they are no good. Those that were saved as unhealthy are passed
@@ -133,33 +163,30 @@ class Restorer:
             )
         return None
 
-    def _read(self, wants: dict[str, Any], index: Index, allow_casts: bool) -> tuple[Traffic, int] | Corrupt:
-        """Read into the tensors of `wants`, and put values there. All ranks succeed or raise alike, or return this
-        rank's Corrupt.
-
-        A rank that found no damage itself returns a Corrupt without a message when another one did.
-        """
+    def _read(self, wants: dict[str, Any], index: Index, *, allow_casts: bool) -> _Read | _Damaged:
+        """Read into the tensors of `wants`, and put values there. All ranks have read, find damage, or raise alike."""
         planner = SafeLoadPlanner(index)
         planner.set_up_planner(wants, metadata_of(index), self._group.is_coordinator)
         items = self._group.everywhere(lambda: planner.create_local_plan().items)
-        found: list[Corrupt] = []
+        own: Corrupt | None = None
         casts = Casts(allow_casts)
 
-        def read() -> tuple[Traffic, int]:
+        def read() -> _Read:
+            nonlocal own
             try:
                 traffic = read_items(self._store, index, items, planner, self._group, casts=casts)
             except Corrupt as error:
-                found.append(error)
+                own = error
                 raise
             except (UnloadableValue, WrongModel) as error:
                 where = f"the checkpoint of step {index.step} in {self._store.url}"
                 raise type(error)(f"{where}: {error}") from None
-            return traffic, needed_bytes(items, index.entries)
+            return _Read(needed_bytes(items, index.entries), traffic)
 
         try:
             result = self._group.everywhere(read)
         except Corrupt:
-            return found[0] if found else Corrupt("")
+            return _Damaged(own)
         if told := casts.told():
             self._report(CheckpointEvent.CAST, step=index.step, **told)
         return result
@@ -205,31 +232,37 @@ class Restorer:
                 CheckpointEvent.PER_RANK_RESIZED, step=index.step, names=names, saved=max(nums), now=world_size
             )
 
-    def _judge(self, step: int, found: Corrupt) -> None:
-        """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do.
+    def _judge(self, step: int, own: Corrupt | None) -> str:
+        """Set the checkpoint aside if the coordinator finds damage where the ranks that complain do; what is damaged.
 
         A single rank may be wrong, by its memory or by its mount, and would take every checkpoint for damaged.
+
+        Args:
+            own: what this rank complains of, if it does.
 
         Raises:
             Disputed: what the ranks complain of is whole when it is read again.
         """
-        complaint = {"text": str(found), "key": found.key, "host": socket.gethostname()}
+        complaint = own and {"text": str(own), "key": own.key, "host": socket.gethostname()}
         gathered = self._group.gather(json.dumps(complaint).encode())
 
-        def judge() -> None:
-            complaints = {rank: json.loads(data) for rank, data in enumerate(gathered or [])}
-            complaints = {rank: told for rank, told in complaints.items() if told["text"]}
-            keys = {told["key"] for told in complaints.values()}
+        def judge() -> str:
+            told = {rank: json.loads(data) for rank, data in enumerate(gathered or [])}
+            complaints = {rank: complaint for rank, complaint in told.items() if complaint is not None}
+            keys = {complaint["key"] for complaint in complaints.values()}
+            reason: str = next(iter(complaints.values()))["text"]
             try:
                 verdict = inspection.verify(self._store, layout.step_folder(step) + "/", None if None in keys else keys)
             except NoCheckpoint:
-                return  # somebody else was faster
+                return reason  # somebody else was faster
             if not verdict.problems:
                 raise Disputed(_dispute(step, complaints))
             assert self._version is not None
-            self._set_aside(step, self._version, next(iter(complaints.values()))["text"])
+            self._set_aside(step, self._version, reason)
+            return reason
 
-        self._group.on_coordinator(judge)
+        reason: str = self._group.on_coordinator(judge)
+        return reason
 
     def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
         """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""

@@ -121,8 +121,9 @@ def await_free(
         liveness = _watch(store, recorded, mine, clock, sleep)
         if liveness is Liveness.ALIVE:
             raise InUse(
-                f"{store.url} is in use: {recorded.who} saves there and is alive; end that job, give this one"
-                " another URL, or take the run over (take_over, after which the other job can save no more)"
+                f"{store.url} is in use: {recorded.who} saves there and is alive; end that job, give this one another"
+                " URL, or take the run over (Access.TAKE_OVER, or take_over of a job's [checkpoint], after which the"
+                " other job can save no more)"
             )
         if _other(store, mine) == recorded:
             return PreviousOwner(recorded, liveness.value) if liveness is Liveness.SILENT else None

@@ -25,7 +25,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tenacity
 
@@ -45,6 +45,7 @@ from storage.format.manifest import (
 )
 from storage.parallel import run_concurrently
 from storage.run import catalog, quarantine
+from storage.run.job import Origin
 from storage.run.owner import Claim
 from storage.stores.objects import ObjectStore, read_if_there
 from storage.verified.twice import read_expected
@@ -69,15 +70,6 @@ class Attempt:
     def of_step(cls, step: int, id: str, world_size: int) -> Attempt:
         """An attempt in a run's folder for `step`. Raises UsageError."""
         return cls(layout.step_folder(step) + "/", layout.as_step(step), id, world_size)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Who saves: recorded in the manifest."""
-
-    generation: int = 0
-    lineage: str = ""
-    mesh: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +100,7 @@ def build_manifest(
     contents: Contents,
     receipts: Sequence[Receipt],
     created_unix_s: float,
+    *,
     healthy: bool = True,
 ) -> tuple[Manifest, bytes]:
     """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from storage.format import layout
 from storage.format.items import EncodedItem
 from storage.ranks.agreement import AgreeingGroup, Failure
 from storage.saving.commit import Contents
+from storage.saving.committer import Committer
 from storage.saving.describe import Holdings, contents_of, describe
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
-from storage.saving.saver import Saver
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import combined, differing
@@ -96,30 +96,23 @@ class Agreed:
 
 
 class Consensus:
-    """Of one group of ranks over its saves. Every method without underscore is a collective.
+    """What a group of ranks agrees on before each of its saves. Every method without underscore is a collective."""
 
-    Args:
-        fenced: why this process can never commit again, where something but the saver has found out (coordinator).
-        compares_ranks: whether to refuse what ranks hold differently under one name.
-    """
-
-    def __init__(
-        self, group: AgreeingGroup, saver: Saver, fenced: Callable[[], str | None], compares_ranks: bool
-    ) -> None:
+    def __init__(self, group: AgreeingGroup, committer: Committer) -> None:
         self._group = group
-        self._saver = saver
-        self._fenced = fenced
-        self._compares_ranks = compares_ranks
+        self._committer = committer
         self._plan: _Plan | None = None
 
-    def reach(self, step: int, state: Mapping[str, Any], healthy: bool) -> Agreed | None:
+    def reach(self, step: int, state: Mapping[str, Any], *, healthy: bool, compare_ranks: bool) -> Agreed | None:
         """What is to be saved; None if the step is committed already. On all ranks the same, or the same error.
+
+        With `compare_ranks`, what ranks hold differently under one name is refused.
 
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
         try:
-            holdings, values = self._describe(state)
+            holdings, values = self._describe(state, compare_ranks=compare_ranks)
         except Exception as error:
             if not isinstance(error, (UsageError, ValueError)):
                 log.exception("the state cannot be described")
@@ -141,10 +134,10 @@ class Consensus:
     def _has_plan_of(self, holdings: Holdings) -> bool:
         return self._plan is not None and self._plan.digest == holdings.digest
 
-    def _describe(self, state: Mapping[str, Any]) -> tuple[Holdings, dict[int, EncodedItem]]:
+    def _describe(self, state: Mapping[str, Any], *, compare_ranks: bool) -> tuple[Holdings, dict[int, EncodedItem]]:
         """What this rank holds, and those of its values that it is likely to write, encoded."""
         check_state(state)
-        compares = self._compares_ranks and self._group.world_size > 1
+        compares = compare_ranks and self._group.world_size > 1
         is_first = self._plan is None
         holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
         picks = self._plan.picks if self._plan and self._has_plan_of(holdings) else range(len(holdings.chunks))
@@ -156,18 +149,17 @@ class Consensus:
 
         def decide() -> dict[str, Any]:
             layout.step_folder(step)
-            fenced = self._saver.fenced or self._fenced()
-            if fenced is not None:
-                raise Fenced(fenced)
+            if self._committer.fenced is not None:
+                raise Fenced(self._committer.fenced)
             for rank, report in enumerate(reports):
                 if report.failure is not None:
                     raise report.failure.error(f"rank {rank}: " if len(reports) > 1 else "")
             healthy = all(report.healthy for report in reports)
-            if self._saver.has_committed(step, healthy):
+            if self._committer.has_committed(step, healthy=healthy):
                 log.info("step %d is committed already; not saved again", step)
                 return asdict(_Decision(healthy))
             differ = len({report.sums for report in reports}) > 1
-            attempt = None if differ else self._saver.new_attempt()
+            attempt = None if differ else self._committer.new_attempt()
             return asdict(_Decision(healthy, attempt, differ, not all(report.is_planned for report in reports)))
 
         return _Decision(**self._group.on_coordinator(decide))
@@ -178,7 +170,7 @@ class Consensus:
 
         def compare() -> str:
             check_alike([json.loads(data) for data in gathered or []])
-            return self._saver.new_attempt()
+            return self._committer.new_attempt()
 
         attempt: str = self._group.on_coordinator(compare)
         return attempt

@@ -50,8 +50,9 @@ from storage.loading.reading import Places
 from storage.loading.request_builder import reads_by_item, requests_of
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
+from storage.run.job import Origin
 from storage.run.owner import Claim, Owner, claim
-from storage.saving.commit import Attempt, Contents, Origin, build_manifest, publish
+from storage.saving.commit import Attempt, Contents, build_manifest, publish
 from storage.saving.receipts import Patience, await_receipts, put_receipt
 from storage.verified.source import Source
 from tests.ranks import Ranks

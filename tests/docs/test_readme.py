@@ -65,8 +65,10 @@ def test_the_script_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> None
 """
     script = SCRIPT.replace("        worker.heartbeat(step)\n", told)
     # the job before is known to be dead, so that nobody has to look at its beat for 30 s
-    script = script.replace("keep=3)", "keep=3, take_over=True)")
-    assert script.count("losses.jsonl") == script.count("take_over") == 1
+    script = script.replace("from storage import", "import storage\nfrom storage import").replace(
+        "keep=3)", "keep=3, access=storage.Access.TAKE_OVER)"
+    )
+    assert script.count("losses.jsonl") == script.count("TAKE_OVER") == 1
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         folder.mkdir()

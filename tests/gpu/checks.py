@@ -68,7 +68,7 @@ def pinned_staging(device: Any, folder: Path) -> str:
         for tensor in state["model"].values():
             tensor.zero_()
         assert checkpointer.wait(), "the save has failed"
-        memory = checkpointer._buffer._memory
+        memory = checkpointer._started.saver._buffer._memory
         assert memory.is_pinned() == (device.type == "cuda"), "staging goes through pageable memory"
         checkpointer.restore(state)
     expect_same(state, expected, device)

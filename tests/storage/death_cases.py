@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from storage import Checkpointer
+from storage import Checkpointer, JobIdentity
 from storage.stores import retry_policy
 from storage.stores.s3 import bucket
 
@@ -54,7 +54,7 @@ def save(url: str, environment: Mapping[str, str], step: int, timeouts_s: list[f
     impatient()
     bucket._verdicts.clear()  # so that every run asks the server what it honours
     try:
-        ckpt = Checkpointer(url, keep=1, lineage=LINEAGE, timeout_s=timeouts_s[dist.get_rank()])
+        ckpt = Checkpointer(url, keep=1, job=JobIdentity(lineage=LINEAGE), timeout_s=timeouts_s[dist.get_rank()])
         ckpt.save(step, shards(step))
     except RuntimeError:  # gloo's, of a peer that is gone
         return None

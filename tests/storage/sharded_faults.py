@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from storage import Checkpointer, ShardReader, open_store, register_scheme
+from storage import Checkpointer, JobIdentity, ShardReader, open_store, register_scheme
 from storage.errors import Fenced, StorageError, Transient
 from storage.format.layout import is_heartbeat_name
 from storage.run import owner
@@ -89,7 +89,7 @@ def fall_back(folder: str) -> tuple[int, int, list[str]]:
 def fenced(folder: str) -> list[str]:
     """Two saves after another owner has taken the run over; what the second one raises."""
     messages = []
-    with Checkpointer(folder, generation=1, lineage="a") as ckpt:
+    with Checkpointer(folder, job=JobIdentity(generation=1, lineage="a")) as ckpt:
         dist.barrier()
         if dist.get_rank() == 0:
             owner.claim(open_store(folder), owner.Owner(lineage="b", generation=0, epoch=0, token="another launch"))
@@ -127,7 +127,7 @@ def read_while_saving(folder: str) -> list[int]:
 def not_shared(folder: str) -> str:
     """Open a folder that each rank has for itself; what is raised."""
     try:
-        Checkpointer(f"{folder}/{dist.get_rank()}").close()
+        Checkpointer(f"{folder}/{dist.get_rank()}").start().close()
     except StorageError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -270,7 +270,7 @@ def save_and_die(folder: str, step: int, victim: int, kill_at: int, moment: str)
     """Save `step`, keeping only it; rank `victim` kills itself at its change number `kill_at`. Changes made."""
     store = Deadly(folder, kill_at if dist.get_rank() == victim else -1, moment)
     register_scheme("deadly", lambda rest: store)
-    with Checkpointer("deadly://", keep=1, lineage="a") as ckpt:
+    with Checkpointer("deadly://", keep=1, job=JobIdentity(lineage="a")) as ckpt:
         ckpt.save(step, rows(step), wait=True)
         assert ckpt.wait()
     return store.num_changes

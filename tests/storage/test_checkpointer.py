@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from storage import Checkpointer, inspection, open_store
+from storage import Access, Checkpointer, JobIdentity, inspection, open_store
 from storage.errors import Fenced, StorageError, UnsupportedValue, UsageError, WrongModel
 from storage.format.sealed import seal
 from storage.run import owner, retention
@@ -121,8 +122,8 @@ def test_a_step_of_somebody_else_is_not_overwritten(tmp_path: Path, events: Even
 
 
 def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
-    old = Checkpointer(str(tmp_path), generation=1, lineage="a", on_event=events[1])
-    with Checkpointer(str(tmp_path), generation=2, lineage="a") as new:
+    old = Checkpointer(str(tmp_path), job=JobIdentity(generation=1, lineage="a"), on_event=events[1]).start()
+    with Checkpointer(str(tmp_path), job=JobIdentity(generation=2, lineage="a")) as new:
         new.save(10, make_state(10), wait=True)
         old.save(20, make_state(20), wait=True)
         assert not old.wait()
@@ -137,13 +138,13 @@ def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
     assert names(events) == ["checkpoint_staged", "checkpoint_failed"]
     assert "belongs to generation 2" in events[0][1][1]["reason"]
     with pytest.raises(Fenced, match="generation 1"):
-        Checkpointer(str(tmp_path), generation=1, lineage="a")
-    Checkpointer(str(tmp_path), generation=0, lineage="b").close()
+        Checkpointer(str(tmp_path), job=JobIdentity(generation=1, lineage="a")).start()
+    Checkpointer(str(tmp_path), job=JobIdentity(generation=0, lineage="b")).start().close()
 
 
 def test_the_rightful_owner_claims_the_run_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     early = owner.Owner(lineage="a", generation=1, epoch=1, token="paused between its look at the owner and its claim")
-    with Checkpointer(str(tmp_path), generation=2, lineage="a") as ckpt:
+    with Checkpointer(str(tmp_path), job=JobIdentity(generation=2, lineage="a")) as ckpt:
         for step in (10, 20):
             open_store(str(tmp_path)).put("owner.json", [seal("owner", early)])
             ckpt.save(step, make_state(step), wait=True)
@@ -220,6 +221,36 @@ def test_a_state_dict_that_fails_is_told(tmp_path: Path, caplog: pytest.LogCaptu
     with Checkpointer(str(tmp_path)) as ckpt, pytest.raises(StorageError, match="RuntimeError: out of order"):
         ckpt.save(1, {"broken": Broken()})
     assert "out of order" in caplog.text
+
+
+def test_nothing_is_claimed_before_it_starts_nor_after_it_is_closed(memory_url: str) -> None:
+    threads = threading.active_count()
+    ckpt = Checkpointer(memory_url)
+    assert (open_store(memory_url).list(""), threading.active_count()) == ([], threads)
+    with ckpt:
+        assert owner.read_owner(open_store(memory_url)) is not None
+        assert ckpt.start() is ckpt  # once more does no harm
+    assert threading.active_count() == threads
+    for call in (ckpt.start, lambda: ckpt.save(1, make_state(1)), lambda: ckpt.restore(make_state(0))):
+        with pytest.raises(UsageError, match="is closed; open another one"):
+            call()
+    ckpt.close()
+
+
+def test_the_first_call_starts_it(memory_url: str) -> None:
+    ckpt = Checkpointer(memory_url)
+    assert ckpt.wait()
+    ckpt.save(1, make_state(1), wait=True)
+    ckpt.close()
+    assert restored_step(memory_url) == 1
+
+
+def restored_step(url: str) -> int:
+    ckpt = Checkpointer(url, access=Access.READ)
+    try:
+        return ckpt.restore(make_state(0))
+    finally:
+        ckpt.close()
 
 
 def test_mistakes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli import ckpt
 from elastic_moe.cli.parser import Parser
-from storage import Checkpointer
+from storage import Checkpointer, JobIdentity
 from storage.errors import NoCheckpoint
 
 
@@ -28,7 +28,7 @@ def run(*argv: str) -> int:
 def url(tmp_path: Path) -> str:
     state = {"model": {"weight": torch.randn(300, 70)}, "step": 10}
     mesh = {"replicate": 1, "shard": 2, "expert": 1, "idle": 0}
-    with Checkpointer(str(tmp_path), generation=3, lineage="launch", mesh=mesh) as ckpt:
+    with Checkpointer(str(tmp_path), job=JobIdentity(generation=3, lineage="launch", mesh=mesh)) as ckpt:
         for step in (10, 20):
             ckpt.save(step, state, wait=True)
     with pytest.warns(UserWarning, match="single process"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from storage import Checkpointer, inspection, open_store
+from storage import Checkpointer, JobIdentity, inspection, open_store
 from storage.errors import Disputed, Fenced, Transient
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
@@ -149,8 +149,8 @@ def test_a_stale_restorer_sets_nothing_aside(tmp_path: Path, events: Events) -> 
     save(str(tmp_path), 1, 2)
     (data,) = tmp_path.glob("step-000000002/attempt-*/*.distcp")
     data.write_bytes(bytes(data.stat().st_size))
-    with Checkpointer(str(tmp_path), lineage="a", generation=1, on_event=events[1]) as old:
-        Checkpointer(str(tmp_path), lineage="a", generation=2).close()
+    with Checkpointer(str(tmp_path), job=JobIdentity(lineage="a", generation=1), on_event=events[1]) as old:
+        Checkpointer(str(tmp_path), job=JobIdentity(lineage="a", generation=2)).start().close()
         with pytest.raises(Fenced, match="generation 2"):
             old.restore(state(0))
         data.unlink()  # damage that shows in the listing takes another way

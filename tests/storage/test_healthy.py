@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, ShardReader, inspection, open_store
+from storage import Checkpointer, JobIdentity, ShardReader, inspection, open_store
 from storage.errors import AlreadyExists, Fenced, OnlyUnhealthy
 from storage.run import catalog
 from storage.run.owner import Claim, Owner
@@ -125,7 +125,7 @@ def test_the_command_line_shows_and_copies_it_as_it_is(tmp_path: Path, capsys: p
 
 def test_who_lost_the_run_sets_no_unhealthy_one_aside(tmp_path: Path) -> None:
     url = str(tmp_path)
-    with Checkpointer(url, generation=2) as ckpt:
+    with Checkpointer(url, job=JobIdentity(generation=2)) as ckpt:
         ckpt.save(1, {"w": torch.ones(3)}, wait=True, healthy=False)
     store = open_store(url)
     late = Claim(store, Owner(lineage="", generation=1, epoch=0, token="late", run_id="", host="", rendezvous=""))

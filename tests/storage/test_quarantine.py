@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspection, open_store, register_scheme
+from storage import Checkpointer, JobIdentity, inspection, open_store, register_scheme
 from storage.errors import AlreadyExists, Fenced, StorageError
 from storage.run import catalog, owner, quarantine, retention
 from storage.run.retention import Removal
@@ -42,7 +42,7 @@ def state(number: int) -> dict[str, Any]:
 
 
 def save(url: str, *steps: int) -> None:
-    with Checkpointer(url, lineage="a") as ckpt:
+    with Checkpointer(url, job=JobIdentity(lineage="a")) as ckpt:
         for step in steps:
             ckpt.save(step, state(step), wait=True)
             assert ckpt.wait()
@@ -65,7 +65,7 @@ def test_set_aside_and_saved_anew(kind: str, make_url: Callable[[str], str], eve
     save(url, 10, 20)
     store = open_store(url)
     damage(store, 20)
-    with Checkpointer(url, lineage="a", on_event=events[1]) as ckpt:
+    with Checkpointer(url, job=JobIdentity(lineage="a"), on_event=events[1]) as ckpt:
         assert ckpt.restore(state(0)) == 10
         assert states(url) == [(20, "quarantined"), (10, "committed")]
         assert (catalog.committed_steps(store), catalog.quarantined_steps(store)) == ([10], [20])
@@ -82,7 +82,7 @@ def test_set_aside_and_saved_anew(kind: str, make_url: Callable[[str], str], eve
 
 def owned(url: str, generation: int, number: int) -> None:
     """Go on where the run stands, and save step 20 if it is not there."""
-    with Checkpointer(url, generation=generation, lineage="a") as ckpt:
+    with Checkpointer(url, job=JobIdentity(generation=generation, lineage="a")) as ckpt:
         if ckpt.restore(state(0)) == 10:
             ckpt.save(20, state(number), wait=True)
             assert ckpt.wait()
@@ -105,7 +105,10 @@ def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(
         damage(inner, 20)
         store = PausingStore(inner, pause_at, lambda url=url: owned(url, 2, 22))
         register_scheme("paused", lambda rest, store=store: wrap(store))
-        with contextlib.suppress(StorageError), Checkpointer("paused://", generation=1, lineage="a") as old:
+        with (
+            contextlib.suppress(StorageError),
+            Checkpointer("paused://", job=JobIdentity(generation=1, lineage="a")) as old,
+        ):
             if old.restore(state(0)) == 10:
                 old.save(20, state(21), wait=True)
         print(f"paused before call {pause_at}: {store.paused_before}")
@@ -113,7 +116,7 @@ def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(
             break
         seen.add(store.paused_before)
         found = state(0)
-        with Checkpointer(url, generation=3, lineage="a") as newest:
+        with Checkpointer(url, job=JobIdentity(generation=3, lineage="a")) as newest:
             step = newest.restore(found)
         assert (found["w"] == found["n"]).all()
         # the newer owner has saved step 20, or has found the older one's
@@ -134,7 +137,7 @@ def test_a_judgement_of_an_older_version_sets_nothing_aside(kind: str, make_url:
     damage(store, 20)
     assert quarantine.set_aside(store, judged)
     owner.claim(store, owner.Owner(lineage="a", generation=0, epoch=0, token="b" * 32))
-    with Checkpointer(url, lineage="a") as ckpt:
+    with Checkpointer(url, job=JobIdentity(lineage="a")) as ckpt:
         ckpt.save(20, state(21), wait=True)
         assert ckpt.wait()
     assert not quarantine.set_aside(store, judged)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, inspection, register_scheme
+from storage import Checkpointer, JobIdentity, inspection, register_scheme
 from storage.errors import Fenced
 from storage.saving import commit
 from storage.stores.memory import MemoryStore
@@ -25,7 +25,7 @@ def state(number: int) -> dict[str, Any]:
 def restored(url: str, generation: int) -> tuple[int, int]:
     """The step and the content of what is restored."""
     found = state(0)
-    with Checkpointer(url, generation=generation, lineage="a") as ckpt:
+    with Checkpointer(url, job=JobIdentity(generation=generation, lineage="a")) as ckpt:
         step = ckpt.restore(found)
     assert (found["w"] == found["n"]).all()
     return step, found["n"]
@@ -43,14 +43,14 @@ def test_a_paused_owner_never_tears_what_a_newer_one_commits(
         committed: list[bool] = []
 
         def newer(url: str = url, committed: list[bool] = committed) -> None:
-            with Checkpointer(url, generation=2, lineage="a") as ckpt:
+            with Checkpointer(url, job=JobIdentity(generation=2, lineage="a")) as ckpt:
                 if ckpt.restore(state(0)) < newer_step:  # else the older one was faster, and its state goes on
                     ckpt.save(newer_step, state(2), wait=True)
                     committed.append(ckpt.wait())
 
         store = PausingStore(MemoryStore.named(url.removeprefix("memory://")), pause_at, newer)
         register_scheme("pausing", lambda rest, store=store: store)
-        with contextlib.suppress(Fenced), Checkpointer("pausing://", generation=1, lineage="a") as old:
+        with contextlib.suppress(Fenced), Checkpointer("pausing://", job=JobIdentity(generation=1, lineage="a")) as old:
             old.save(STEP, state(1), wait=True)
         print(f"paused before call {pause_at}: {store.paused_before}")
         if not store.paused_before:

@@ -15,10 +15,10 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, ShardReader, ShardWriter, open_store
+from storage import Access, Checkpointer, JobIdentity, ShardReader, ShardWriter, open_store
 from storage.errors import Corrupt, Denied, Forbidden, UsageError
 from storage.format import layout
-from storage.run import catalog
+from storage.run import catalog, owner
 from storage.stores.objects import ObjectStore
 from tests.ranks import Ranks
 from tests.s3 import S3Server
@@ -78,11 +78,11 @@ def through(proxy: FaultProxy, url: str, key: str = "") -> str:
 def test_a_reader_restores_while_another_job_owns_the_run(run: str, proxy: FaultProxy, events: Events) -> None:
     proxy.denies = may_only_read
     store = open_store(run)
-    with Checkpointer(run, run_id="owner", lineage="a") as owner:
+    with Checkpointer(run, job=JobIdentity(run_id="owner", lineage="a")) as owner:
         owner.save(10, state(10), wait=True)
         assert owner.wait()
         before = contents(store)
-        with Checkpointer(through(proxy, run), read_only=True, on_event=events[1]) as reader:
+        with Checkpointer(through(proxy, run), access=Access.READ, on_event=events[1]) as reader:
             found = state(0)
             assert (reader.restore(found), found["n"]) == (10, 10)
             beats = {key for key in before if key.startswith(layout.HEARTBEAT_PREFIX)}
@@ -92,7 +92,7 @@ def test_a_reader_restores_while_another_job_owns_the_run(run: str, proxy: Fault
             owner.save(20, state(20), wait=True)
             assert owner.wait()  # it was not fenced
             assert (reader.restore(found), found["n"]) == (20, 20)
-            with pytest.raises(UsageError, match="opened with read_only") as caught:
+            with pytest.raises(UsageError, match=r"opened with Access.READ") as caught:
                 reader.save(30, found)
             assert "\n" not in str(caught.value)
             reader.announce_end()
@@ -102,7 +102,7 @@ def test_a_reader_restores_while_another_job_owns_the_run(run: str, proxy: Fault
 
 def restored(url: str) -> tuple[int, int, list[str]]:
     seen: list[str] = []
-    with Checkpointer(url, read_only=True, on_event=lambda name, fields: seen.append(name)) as reader:
+    with Checkpointer(url, access=Access.READ, on_event=lambda name, fields: seen.append(name)) as reader:
         found = state(0)
         return reader.restore(found), found["n"], seen
 
@@ -124,7 +124,10 @@ def test_ranks_pass_over_what_is_damaged_and_move_nothing(run: str, proxy: Fault
 def test_a_run_without_any_good_checkpoint_is_told(memory_url: str) -> None:
     save(memory_url, 10)
     damage_data(open_store(memory_url), 10)
-    with Checkpointer(memory_url, read_only=True) as reader, pytest.raises(Corrupt, match="no good checkpoint is left"):
+    with (
+        Checkpointer(memory_url, access=Access.READ) as reader,
+        pytest.raises(Corrupt, match="no good checkpoint is left"),
+    ):
         reader.restore(state(0))
 
 
@@ -136,16 +139,34 @@ def test_a_run_that_nobody_owns_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "empty").exists()
 
 
-@pytest.mark.parametrize(
-    ("url", "options", "says"),
-    [
-        ("memory://a", {"take_over": True}, "take_over is for jobs that save"),
-        ("/run/step-000000010", {}, "is one checkpoint; give the URL of its run"),
-    ],
-)
-def test_what_does_not_go_together(url: str, options: dict[str, bool], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        Checkpointer(url, read_only=True, **options)  # type: ignore[arg-type]
+def test_a_step_is_not_opened_as_a_run() -> None:
+    with pytest.raises(UsageError, match="is one checkpoint; give the URL of its run"):
+        Checkpointer("/run/step-000000010", access=Access.READ)
+
+
+def test_options_by_their_former_names_work_and_warn(memory_url: str) -> None:
+    with pytest.warns(DeprecationWarning, match=r"^take_over, run_id, generation of Checkpointer: say access="):
+        owning = Checkpointer(memory_url, take_over=True, run_id="a", generation=3)
+    with owning:
+        owning.save(1, state(1), wait=True)
+    assert "job 'a' (generation 3" in owner_of_run(memory_url)
+    with pytest.warns(DeprecationWarning, match="read_only"):
+        reading = Checkpointer(memory_url, read_only=True)
+    with reading, pytest.raises(UsageError, match=r"opened with Access.READ"):
+        reading.save(2, state(2))
+    with (
+        pytest.warns(DeprecationWarning, match="read_only"),
+        pytest.raises(UsageError, match="take_over is for jobs that save"),
+    ):
+        Checkpointer(memory_url, read_only=True, take_over=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'redonly'"):
+        Checkpointer(memory_url, redonly=True)  # type: ignore[call-arg]
+
+
+def owner_of_run(url: str) -> str:
+    found = owner.read_owner(open_store(url))
+    assert found is not None
+    return found.who
 
 
 @contextlib.contextmanager
@@ -198,7 +219,7 @@ def test_a_folder_that_cannot_be_written(frozen: Path, tmp_path: Path, capsys: p
             assert main(["ckpt", "pull", "--quiet", str(frozen), f"{target}/run"]) == 0, capsys.readouterr()
             assert restored(f"{target}/run")[:2] == (20, 20)
             with pytest.raises(Denied):  # who does not say that it only reads is told why it cannot
-                Checkpointer(str(frozen))
+                Checkpointer(str(frozen)).start()
     finally:
         shutil.rmtree(target)
     assert contents(open_store(str(frozen))) == before

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from storage import Checkpointer, open_store, register_scheme
+from storage import Access, Checkpointer, JobIdentity, open_store, register_scheme
 from storage.errors import Fenced, InUse, Transient
 from storage.format import layout
 from storage.run import heartbeat, owner
 from storage.run.heartbeat import SILENCE_S, Heartbeat
+from storage.saving.ownership import Ownership
 from storage.stores.memory import MemoryStore
 from storage.stores.retrying_store import RetryingStore
 from tests.cluster import until
@@ -70,23 +71,23 @@ def test_a_second_job_is_refused_while_the_first_lives(
     kind: str, make_url: Callable[[str], str], use: Callable[[Time], None]
 ) -> None:
     url = make_url(kind)
-    with Checkpointer(url, lineage="a", generation=4, run_id="first") as first:
+    with Checkpointer(url, job=JobIdentity(lineage="a", generation=4, run_id="first")) as first:
         first.save(1, state(1), wait=True)
         times = beating(url)
         use(times)
         with pytest.raises(InUse, match=r"is in use: job 'first' \(generation 4, on .*\) saves there") as caught:
-            Checkpointer(url, lineage="b", run_id="second")
+            Checkpointer(url, job=JobIdentity(lineage="b", run_id="second")).start()
         assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
         assert SILENCE_S <= times.now_s <= SILENCE_S + 10
         assert "take_over" in str(caught.value)
         first.save(2, state(2), wait=True)
         assert first.wait()
         use(Time(never))
-        with Checkpointer(url, lineage="a", generation=5, run_id="first") as following:
+        with Checkpointer(url, job=JobIdentity(lineage="a", generation=5, run_id="first")) as following:
             assert following.restore(state(0)) == 2
             with pytest.raises(Fenced):
                 save_steps(first, 3, 4)
-    with Checkpointer(url, lineage="b", run_id="second") as second:  # the first has ended
+    with Checkpointer(url, job=JobIdentity(lineage="b", run_id="second")) as second:  # the first has ended
         assert second.restore(state(0)) == 2
     assert [info.key for info in open_store(url).list("beat-")] == []
 
@@ -101,7 +102,7 @@ def test_a_dead_job_is_superseded(
     heartbeat.write(open_store(url), dead.token, 0)
     times = beating(url, until_s=dies_at_s)
     use(times)
-    with Checkpointer(url, lineage="b", run_id="second", on_event=events[1]) as second:
+    with Checkpointer(url, job=JobIdentity(lineage="b", run_id="second"), on_event=events[1]) as second:
         assert SILENCE_S <= times.now_s - dies_at_s // 5 * 5 <= SILENCE_S + 1
         second.save(1, state(1), wait=True)
         assert second.wait()
@@ -116,14 +117,16 @@ def test_a_dead_job_is_superseded(
 
 def test_whoever_asks_for_it_waits_for_nobody(memory_url: str, use: Callable[[Time], None], events: Events) -> None:
     use(Time(never))
-    with Checkpointer(memory_url, lineage="a", run_id="first") as first:
-        with Checkpointer(memory_url, lineage="b", take_over=True, on_event=events[1]) as second:
+    with Checkpointer(memory_url, job=JobIdentity(lineage="a", run_id="first")) as first:
+        with Checkpointer(
+            memory_url, job=JobIdentity(lineage="b"), access=Access.TAKE_OVER, on_event=events[1]
+        ) as second:
             second.save(1, state(1), wait=True)
             assert second.wait()
         assert dict(events[0])["checkpoint_taken_over"]["reason"] == "it was asked for"
         with pytest.raises(Fenced):
             save_steps(first, 2, 3)
-    with Checkpointer(memory_url, lineage="c", take_over=True, on_event=events[1]):
+    with Checkpointer(memory_url, job=JobIdentity(lineage="c"), access=Access.TAKE_OVER, on_event=events[1]):
         pass
     assert [name for name, _ in events[0]].count("checkpoint_taken_over") == 1  # the others had ended
 
@@ -136,7 +139,7 @@ def test_who_waits_is_told_for_how_long_and_what_spares_it(
     owner.claim(store, owner_of("", "d", run_id="first"))
     heartbeat.write(store, "d" * 32, 0)
     use(Time())
-    with Checkpointer(memory_url, lineage="b"):
+    with Checkpointer(memory_url, job=JobIdentity(lineage="b")):
         assert "job 'first' (generation 0, on node-1) has claimed" in caplog.text
         assert "up to 60 s" in caplog.text
         assert "--rdzv-id" not in caplog.text
@@ -166,7 +169,7 @@ def test_a_job_that_closes_while_it_saves_is_waited_for(memory_url: str, caplog:
 def test_a_checkpointer_that_still_saves_says_that_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Held()
     register_scheme("held", lambda rest: store)
-    ckpt = Checkpointer("held://run")
+    ckpt = Checkpointer("held://run").start()
     store.may_go_on.clear()
     ckpt.save(1, state(1))
     closing = threading.Thread(target=ckpt.close)
@@ -197,7 +200,7 @@ def test_the_loser_of_two_that_claim_at_once_is_told(
     memory_url: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat, "Heartbeat", functools.partial(Heartbeat, interval_s=0.01))
-    with Checkpointer(memory_url, lineage="a", on_event=events[1]) as loser:
+    with Checkpointer(memory_url, job=JobIdentity(lineage="a"), on_event=events[1]) as loser:
         owner.claim(open_store(memory_url), owner_of("b", "b", run_id="second"))
         until("it is told", lambda: bool(events[0]))
         ((name, fields),) = events[0]
@@ -239,16 +242,16 @@ def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: st
 
 
 def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Checkpointer(memory_url, lineage="a", generation=2):
+    with Checkpointer(memory_url, job=JobIdentity(lineage="a", generation=2)):
         with pytest.raises(Fenced):
-            Checkpointer(memory_url, lineage="a", generation=1)
+            Checkpointer(memory_url, job=JobIdentity(lineage="a", generation=1)).start()
 
-        def broken(self: Checkpointer) -> None:
+        def broken(self: Ownership) -> None:
             raise Transient("the store is away")
 
-        monkeypatch.setattr(Checkpointer, "_check_conditions", broken)
+        monkeypatch.setattr(Ownership, "_check_conditions", broken)
         with pytest.raises(Transient):
-            Checkpointer(memory_url, lineage="a", generation=3)
+            Checkpointer(memory_url, job=JobIdentity(lineage="a", generation=3)).start()
         monkeypatch.undo()
     assert open_store(memory_url).list("beat-") == []
 
@@ -257,10 +260,10 @@ def test_a_name_that_was_given_makes_no_job_the_same(
     memory_url: str, use: Callable[[Time], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with Checkpointer(memory_url, run_id="llama") as first:
+    with Checkpointer(memory_url, job=JobIdentity(run_id="llama")) as first:
         use(beating(memory_url))
         with pytest.raises(InUse, match="job 'llama'"):
-            Checkpointer(memory_url, run_id="llama")
+            Checkpointer(memory_url, job=JobIdentity(run_id="llama")).start()
         first.save(1, state(1), wait=True)
         assert first.wait()
 
@@ -270,7 +273,7 @@ def test_the_next_workers_of_one_torchrun_wait_for_nobody(
 ) -> None:
     use(Time(never))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with Checkpointer(memory_url, run_id="llama"), Checkpointer(memory_url) as second:
+    with Checkpointer(memory_url, job=JobIdentity(run_id="llama")), Checkpointer(memory_url) as second:
         second.save(1, state(1), wait=True)
         assert second.wait()
 

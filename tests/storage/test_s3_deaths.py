@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, inspection, open_store, register_scheme
+from storage import Checkpointer, JobIdentity, inspection, open_store, register_scheme
 from storage.format import layout
 from storage.format.manifest import load_manifest
 from storage.stores.wrapper import StoreWrapper
@@ -182,7 +182,9 @@ class Run:
         """`restore` finds `expected` and sets nothing aside; after `ckpt gc` that verifies, and no orphan is left."""
         events: list[str] = []
         state = cases.whole(0)
-        with Checkpointer(self.url, lineage=cases.LINEAGE, on_event=lambda name, _: events.append(name)) as ckpt:
+        with Checkpointer(
+            self.url, job=JobIdentity(lineage=cases.LINEAGE), on_event=lambda name, _: events.append(name)
+        ) as ckpt:
             assert ckpt.restore(state) == expected
         assert cases.is_whole(state, expected)
         assert [name for name in events if name != "checkpoint_unconditional"] == ["restored"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage import Checkpointer, inspection, open_store
+from storage import Checkpointer, JobIdentity, inspection, open_store
 from tests.ranks import RankFailure, Ranks
 from tests.storage import sharded_cases as cases
 from tests.storage import sharded_faults as faults
@@ -155,7 +155,9 @@ def check_after_death(run: Path) -> int:
     assert good == [row.step for row in inspection.summaries(inspection.locate(str(run))) if row.state == "committed"]
     events: list[str] = []
     state = {"w": torch.zeros(8, 5000), "n": 0}
-    with Checkpointer(str(run), keep=1, lineage="a", on_event=lambda name, fields: events.append(name)) as ckpt:
+    with Checkpointer(
+        str(run), keep=1, job=JobIdentity(lineage="a"), on_event=lambda name, fields: events.append(name)
+    ) as ckpt:
         step = ckpt.restore(state)
         assert step == good[0]
         assert state["n"] == step

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import Checkpointer
+from storage import Access, Checkpointer
 from storage.errors import BadURL, Cause, Denied
 from storage.format import layout
 from storage.format.checksum import crc32c
@@ -41,7 +41,7 @@ def test_every_request_says_who_pays(kind: str, request: pytest.FixtureRequest) 
         store.put("large", [bytes(6 * MIB)])
         assert store.uploads() == []
         assert not exists(open_store(url), "nothing")
-        with Checkpointer(url, read_only=True) as reader:
+        with Checkpointer(url, access=Access.READ) as reader:
             assert reader.restore(state(0)) == 2
         assert {method for method, _ in proxy.requests} == {"GET", "HEAD", "PUT", "POST", "DELETE"}
         for (method, target), headers in zip(proxy.requests, proxy.headers, strict=True):
@@ -85,7 +85,7 @@ def test_a_checksum_goes_along_with_every_body(kind: str, checksum: str, request
             tag, value = f"Checksum{checksum.upper()}", expected(checksum, bodies[name])[1]
             assert (f"<{tag}>{value}</{tag}>" in completed) == (checksum != "md5")
         save(url, 1)
-        with Checkpointer(url, read_only=True) as reader:
+        with Checkpointer(url, access=Access.READ) as reader:
             assert reader.restore(state(0)) == 1
 
 

@@ -1,0 +1,111 @@
+"""A job's hold on a run: the claim of its ranks, and the heartbeat that tells other jobs of it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Self
+
+from storage.errors import Fenced, UsageError
+from storage.events import CheckpointEvent, Reporter
+from storage.format import layout
+from storage.ranks.agreement import AgreeingGroup
+from storage.run import heartbeat, owner
+from storage.run.heartbeat import Heartbeat
+from storage.run.owner import Claim, Owner
+from storage.stores.objects import Capability, ObjectStore
+
+
+class Ownership:
+    """Claims a run for all ranks of a group, from `start` to `close`. The coordinator's heart beats for all.
+
+    Args:
+        claimant: the job's claim, of which that of the coordinator counts.
+        take_over: do not ask whether another job, which has the run, is alive.
+    """
+
+    def __init__(
+        self, store: ObjectStore, group: AgreeingGroup, claimant: Owner, report: Reporter, *, take_over: bool
+    ) -> None:
+        self._store = store
+        self._group = group
+        self._claimant = claimant
+        self._report = report
+        self._take_over = take_over
+        self._claim: Claim | None = None
+        self._heartbeat: Heartbeat | None = None  # coordinator
+        self._fenced: str | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """What the coordinator asks before it commits; there is one after `start`."""
+        assert self._claim is not None, "start comes first"
+        return self._claim
+
+    @property
+    def fenced(self) -> str | None:
+        """Why this process can never commit again, once a save or a look every 5 s has found out (coordinator)."""
+        return self._fenced or (self._heartbeat.fenced if self._heartbeat is not None else None)
+
+    def note(self, error: Fenced) -> None:
+        """A save has found that another process owns the run."""
+        self._fenced = str(error)
+
+    def start(self) -> Self:
+        """Claim the run. A collective. Raises InUse, Fenced, UsageError, Transient, Denied."""
+        try:
+            claimed = self._group.on_coordinator(lambda: self._claim_run().model_dump())
+            self._claim = Claim(self._store, Owner(**claimed))
+            self._group.everywhere(self._check_shared)
+            self._group.on_coordinator(self._check_conditions)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def announce_end(self) -> None:
+        """Tell who waits for the run that it will soon be let go."""
+        if self._heartbeat is not None:
+            self._heartbeat.announce_end()
+
+    def close(self) -> None:
+        """Let the run go."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+
+    def _claim_run(self) -> Owner:
+        """Claim the run (coordinator). Raises InUse, Fenced."""
+        find = heartbeat.find_other if self._take_over else heartbeat.await_free
+        other = find(self._store, self._claimant)
+        heartbeat.write(self._store, self._claimant.token, 0)  # before the claim: one without a beat is free to take
+        try:
+            mine, before = owner.claim(self._store, self._claimant)
+        except Fenced:
+            self._store.delete(layout.heartbeat_name(self._claimant.token))
+            raise
+        replaced_token = None if before is None else before.token
+        self._heartbeat = Heartbeat(self._store, mine, replaced_token, self._report).start()
+        # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
+        weakref.finalize(self, self._heartbeat.stop).atexit = False
+        if other is not None:
+            of = other.owner.who
+            self._report(CheckpointEvent.TAKEN_OVER, url=self._store.url, by=mine.who, of=of, reason=other.reason)
+        return mine
+
+    def _check_shared(self) -> None:
+        """A folder of each node's own would let every save wait for receipts that can never be seen."""
+        if owner.read_owner(self._store) is None:
+            raise UsageError(
+                f"rank {self._group.rank} does not see in {self._store.url} what rank 0 wrote there; the checkpoint URL"
+                " must be storage that all nodes share"
+            )
+
+    def _check_conditions(self) -> None:
+        """A degraded store is told at once: a race between two owners is found by reading back only."""
+        if not self._store.can(Capability.CONDITIONAL_PUTS):
+            self._report(CheckpointEvent.UNCONDITIONAL, url=self._store.url)
