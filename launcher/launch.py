@@ -141,16 +141,16 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             os.environ[Environment.variable("keep_children")] = "1"  # for the guardians of workers and zygote
         warm = _warm_start(config, command, extras, runtime_dir, events)
         if warm is not None:
-            stack.callback(warm.close)
-            warm.start()
+            stack.enter_context(warm)
         preflight = _preflight(extras, events)
         unfit = preflight.first()
         graces = GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=graces.stop_s)
         deadline = DrainDeadline(drain, functools.partial(_tell_overrun, events), _end_at_once)
+        deadline.start()  # and closed where this node may stay for others only: it watches over all that ends the rest
         if arrival.connection.hosts_store:
             stack.callback(_linger, arrival)
-            stack.callback(deadline.stop)
+            stack.callback(deadline.close)
         member = stack.enter_context(
             join(
                 arrival,
@@ -168,9 +168,8 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
             member.drain(f"drains on {notice.detail}")
 
-        notice_watch = NoticeWatch({**watchers, "elastic-moe drain": OrderWatcher(member.drain_order)}, heed, events)
-        notice_watch.start()
-        stack.callback(notice_watch.stop)
+        watchers["elastic-moe drain"] = OrderWatcher(member.drain_order)
+        stack.enter_context(NoticeWatch(watchers, heed, events))
         rendezvous = MemberRendezvous(
             member,
             backend=meeting.backend,
@@ -187,7 +186,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             graces=graces,
             drain=drain,
             warm=warm,
-            leftovers=Leftovers(runtime_dir, warm, keep=keep),
+            leftovers=stack.enter_context(Leftovers(runtime_dir, warm, keep=keep)),
             watchdog=Watchdog(extras.hangs, extras.log_dir, events),
             signs=VitalSigns(teller, runtime_dir),
         )

@@ -312,6 +312,7 @@ class Member:
                 if time.monotonic() >= ends_s:
                     raise
                 self._stopping.wait(_RETRY_S)
+        self._peers.start()
         self._thread.start()  # which lists first
         self._own.start()
 

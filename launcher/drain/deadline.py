@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 
 from launcher.drain.draining import DrainRequest, DrainRequests
+from launcher.lifecycle import Lifecycle
 
 _POLL_S = 0.1
 _TELL_S = 0.2
 
 
-class DrainDeadline:
+class DrainDeadline(Lifecycle):
     """Ends the process with the request's exit code at its `gone_by_s`, from a thread of its own.
 
     It polls: the handler of a signal, which may take no lock, could not wake it. `tell(request)` may write events and
@@ -32,6 +33,9 @@ class DrainDeadline:
         self._end = end
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="drain-deadline", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look at what was asked of this node."""
         self._thread.start()
 
     def _watch(self) -> None:
@@ -44,6 +48,6 @@ class DrainDeadline:
                 self._end(request.exit_code)
                 return
 
-    def stop(self) -> None:
-        """The process may stay from here on."""
+    def close(self) -> None:
+        """Let the process stay from here on."""
         self._stopped.set()

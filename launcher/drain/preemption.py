@@ -22,6 +22,7 @@ from launcher.drain.draining import DrainOrder, DrainSource
 from launcher.drain.notices import Notice, believed, seconds_left
 from launcher.errors import UsageError
 from launcher.events import Emit, EventName
+from launcher.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +136,11 @@ def _factory(name: str) -> Factory:
     return factory
 
 
-class NoticeWatch:
-    """Asks every watcher on a thread of its own. `heed` is called from there, once for each watcher at most."""
+class NoticeWatch(Lifecycle):
+    """Asks every watcher on a thread of its own."""
 
     def __init__(self, found: Mapping[str, Watcher], heed: Callable[[Notice], None], emit: Emit) -> None:
+        """`heed` is called from the watcher's thread, once for each watcher at most."""
         self._heed = heed
         self._emit = emit
         self._stopped = threading.Event()
@@ -174,6 +176,6 @@ class NoticeWatch:
                 self._emit(EventName.PREEMPTION_HINT, watcher=name, detail=notice.detail)
             self._stopped.wait(watcher.poll_s)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask no more; a watcher that is being asked is not waited for."""
         self._stopped.set()

@@ -176,6 +176,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
 
     def run_generations(self) -> RunResult:
         """Form rounds and supervise their workers, until the job is done or this node leaves it."""
+        self._device_memory.take_baseline()
         while True:
             try:
                 self._leave_if_asked()  # a signal that came while the last generation was ended is only noted down
@@ -407,5 +408,4 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         """Let go of the channels; the workers are gone, and so is then what they have left."""
         succeeded = self.get_worker_group().state is WorkerState.SUCCEEDED
         self._end_leftovers(GRACE_AFTER_SUCCESS_S if succeeded else GRACE_S)
-        self._leftovers.close()
         self._workers.close()

@@ -76,10 +76,12 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
 
 
 def _listen(address: str) -> LivenessListener:
+    listener = LivenessListener(address)
     try:
-        return LivenessListener(address)
+        listener.start()
     except OSError as error:
         raise UsageError(f"--local-addr {address}: cannot listen there: {error.strerror}") from error
+    return listener
 
 
 @contextlib.contextmanager

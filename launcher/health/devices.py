@@ -135,8 +135,11 @@ class DeviceMemory:
     """Makes sure that dead workers' device memory is free, as far as a bounded wait can."""
 
     def __init__(self) -> None:
-        """Call it before any worker starts: what is in use now is not the workers'."""
         self._before_mib: dict[str, int] = {}
+        self._present = False
+
+    def take_baseline(self) -> None:
+        """Note what is in use before any worker starts: that is not the workers'."""
         self._present = present()
         if self._present:
             try:

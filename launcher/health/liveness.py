@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
 
 from launcher.connections import BoundedConnections, num_max
+from launcher.lifecycle import Lifecycle
 from launcher.rounds.records import Participant
 
 _NUM_CONNECTIONS_MAX = 128  # two neighbours' stay, and others last a moment
@@ -23,31 +24,47 @@ _PARALLEL = 32
 _PATIENCE_S = 0.5
 
 
-class LivenessListener:
+class LivenessListener(Lifecycle):
     """A listening socket that says nothing: connections stay open for as long as this process lives.
 
     A bounded number of them, since anybody may connect. A neighbour whose link has to go for another's opens it anew.
     """
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._connections = BoundedConnections(num_max(_NUM_CONNECTIONS_MAX))
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._sock = socket.create_server((address, 0), family=family, backlog=128)
-        self._sock.setblocking(False)
-        self.port: int = self._sock.getsockname()[1]
+        self._port: int | None = None
+        self._thread: threading.Thread | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._answer, name="liveness", daemon=True)
+
+    def start(self) -> None:
+        """Listen on a free port.
+
+        Raises:
+            OSError: this host has no such address.
+        """
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        sock = socket.create_server((self._address, 0), family=family, backlog=128)
+        sock.setblocking(False)
+        self._port = sock.getsockname()[1]
+        self._thread = threading.Thread(target=self._answer, args=(sock,), name="liveness", daemon=True)
         self._thread.start()
 
-    def _answer(self) -> None:
+    @property
+    def port(self) -> int:
+        """Where it listens; only after `start`, also when it is closed again."""
+        assert self._port is not None, "not started"
+        return self._port
+
+    def _answer(self, sock: socket.socket) -> None:
         connections = self._connections
         with selectors.DefaultSelector() as selector:
-            selector.register(self._sock, selectors.EVENT_READ)
+            selector.register(sock, selectors.EVENT_READ)
             while not self._closed:
                 for key, _ in selector.select(_PATIENCE_S):
-                    if key.fileobj is self._sock:
+                    if key.fileobj is sock:
                         try:
-                            connection, where = self._sock.accept()
+                            connection, where = sock.accept()
                         except OSError:  # it went away again, or this process has no descriptor to spare
                             time.sleep(0.05)
                             continue
@@ -67,7 +84,8 @@ class LivenessListener:
     def close(self) -> None:
         """Stop listening and hang up."""
         self._closed = True
-        self._thread.join(timeout=5)
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
 
 def connect(address: str, port: int, timeout_s: float) -> socket.socket:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launcher.health.liveness import PeerState, connect, probe
+from launcher.lifecycle import Lifecycle
 from launcher.rounds.records import Participant, Round
 
 _NUM_WATCHED = 2
@@ -38,17 +39,26 @@ def watched_by(current: Round, node_id: str) -> list[Participant]:
     return [order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1)]
 
 
-class PeerWatch:
+class PeerWatch(Lifecycle):
     """Watches the nodes last given to `watch`, from a thread of its own."""
 
     def __init__(self, report: Callable[[str, str], None], silent: Callable[[str], None]) -> None:
-        """From the watching thread, `report(node_id, reason)` is called for a neighbour that died, `silent(node_id)`
-        for one that cannot be reached."""
+        """Both are called from the watching thread.
+
+        Args:
+            report: `report(node_id, reason)` is told of a neighbour that has died.
+            silent: `silent(node_id)` is told of one that cannot be reached.
+        """
         self._report = report
         self._silent = silent
         self._lock = threading.Lock()
         self._wanted: dict[str, Participant] = {}
         self._closed = False
+        self._wake_r = self._wake_w = -1
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
         self._wake_r, self._wake_w = os.pipe()
         self._thread = threading.Thread(target=self._follow, name="peers", daemon=True)
         self._thread.start()
@@ -57,18 +67,24 @@ class PeerWatch:
         """Watch these nodes and no others."""
         with self._lock:
             self._wanted = {node.node_id: node for node in nodes}
-            if not self._closed:
-                os.write(self._wake_w, b"x")
+            self._wake()
 
     def close(self) -> None:
         """Stop watching."""
-        if self._closed:
-            return
-        self._closed = True
-        os.write(self._wake_w, b"x")
-        self._thread.join(timeout=5)
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._closed = True
+            if thread is None:
+                return
+            os.write(self._wake_w, b"x")
+        thread.join(timeout=5)
         os.close(self._wake_w)
         os.close(self._wake_r)
+
+    def _wake(self) -> None:
+        """Have the thread look at what is wanted; to be called with the lock held."""
+        if self._thread is not None:
+            os.write(self._wake_w, b"x")
 
     def _follow(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -129,8 +145,7 @@ class PeerWatch:
             time.sleep(_PROBE_PERIOD_S)  # a dying process closes its sockets one by one, the listening one perhaps last
         with self._lock:
             wanted[node.node_id] = node  # linked anew, unless others are watched by now
-            if not self._closed:
-                os.write(self._wake_w, b"x")
+            self._wake()
 
 
 def _keep_alive(link: socket.socket) -> None:

@@ -13,10 +13,9 @@ import os
 import subprocess
 import sys
 import threading
-from types import TracebackType
-from typing import Self
 
 from launcher.events import Emit, EventName
+from launcher.lifecycle import Lifecycle
 from launcher.workers import pump
 
 log = logging.getLogger(__name__)
@@ -25,8 +24,8 @@ _DRAIN_S = 2.0
 _STREAMS = {1: "stdout", 2: "stderr"}
 
 
-class Console:
-    """Between `__enter__` and `__exit__`, this process's stdout and stderr, and its children's, lead through a pump."""
+class Console(Lifecycle):
+    """Between `start` and `close`, this process's stdout and stderr, and its children's, lead through a pump."""
 
     def __init__(self) -> None:
         self._given: dict[int, int] = {}
@@ -34,12 +33,12 @@ class Console:
         self._notices = -1
         self._listener: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Lead the output through a pump; where that cannot be done, it goes on as it is, which is logged."""
         try:
             self._start()
         except OSError as error:
             log.warning("output goes straight to the console, and ends with it: %s", error)
-        return self
 
     def _start(self) -> None:
         targets: dict[tuple[int, int], list[int]] = {}  # two names for one file keep their lines in order
@@ -85,18 +84,17 @@ class Console:
                 stream, _, reason = line.rstrip().partition(": ")
                 emit(EventName.CONSOLE_LOST, stream=stream, reason=reason)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         """Give back what was given, once all has gone through, or after a while: others may hold it, or be slow."""
-        if self._pump is None:
+        pump, self._pump = self._pump, None
+        if pump is None:
             return
         _flush()
         for fd, given in self._given.items():
             os.dup2(given, fd)
             os.close(given)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._pump.wait(_DRAIN_S)
+            pump.wait(_DRAIN_S)
             if self._listener is not None:
                 self._listener.join(_DRAIN_S)
         os.close(self._notices)

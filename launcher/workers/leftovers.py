@@ -13,20 +13,24 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.environment import Environment
+from launcher.lifecycle import Lifecycle
 from launcher.workers import process_tree
 from launcher.workers.process_tree import ProcessesByPid
 from launcher.workers.warm import WarmStart
 
 
-class Leftovers:
-    """For the agent's main thread only."""
+class Leftovers(Lifecycle):
+    """Finds and ends them, from `start` on. For the agent's main thread only."""
 
     def __init__(self, runtime_dir: Path, warm: WarmStart | None, *, keep: bool) -> None:
         """`keep`: nothing is ended."""
         self._mark = f"{Environment.variable('channel')}={runtime_dir}{os.sep}".encode()
         self._warm = warm
         self._keep = keep
-        if not keep:
+
+    def start(self) -> None:
+        """Become the parent of the orphans of this node's workers."""
+        if not self._keep:
             process_tree.adopt_orphans()
 
     def end(

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from launcher.events import Emit, EventName
+from launcher.lifecycle import Lifecycle
 from launcher.workers import guardian, paths, zygote
 from launcher.workers.imports_ahead import Imports, settle_threads, unfit_to_fork
 from launcher.workers.process_tree import ProcessesByPid, descendants
@@ -114,7 +115,7 @@ def _wait_and_serve(connection: socket.socket, imports: Imports) -> None:
     zygote.main(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]), imports)
 
 
-class WarmStart:
+class WarmStart(Lifecycle):
     """A zygote that is started when workers are first wanted and replaced if it is found dead, or out of date.
 
     For the agent's main thread only: the kernel ties the zygote to the thread that started it.

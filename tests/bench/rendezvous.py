@@ -118,6 +118,7 @@ def _ours(
 
     connection = connect("etcd3", endpoint, timeout_s=60.0)
     bell = LivenessListener("127.0.0.1")
+    bell.start()
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
     rules = Rules(min_nodes=num_nodes - 1, max_nodes=num_nodes, last_call_s=60.0)
     member = Member(

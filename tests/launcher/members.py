@@ -59,6 +59,7 @@ class Job:
     def start(self, name: str) -> Member:
         kv = CuttableKV(self.hub)
         self.bells.append(LivenessListener("127.0.0.1"))
+        self.bells[-1].start()
         node = Node(node_id=name, host=name, address="127.0.0.1", port=self.bells[-1].port, slots=1)
         planner = lambda slots, previous: None  # noqa: E731
         member = Member(kv, "test", node, self.rules, planner, self.told, lease_ttl_s=LEASE_TTL_S)

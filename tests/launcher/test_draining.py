@@ -117,7 +117,7 @@ def test_what_is_no_order_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("telling", ["", "blocks"])
-def test_the_backstop_ends_a_process_that_overstays_even_if_it_cannot_tell(telling: str) -> None:
+def test_the_deadline_ends_a_process_that_overstays_even_if_it_cannot_tell(telling: str) -> None:
     requests = DrainRequests(grace_s=0.01, stop_s=5)
     ended, told, never = threading.Event(), threading.Event(), threading.Event()
     codes: list[int] = []
@@ -131,6 +131,7 @@ def test_the_backstop_ends_a_process_that_overstays_even_if_it_cannot_tell(telli
         ended.set()
 
     deadline = DrainDeadline(requests, tell, end)
+    deadline.start()
     try:
         assert not ended.wait(0.3), "nobody has asked"
         requests.ask_signal(signal.SIGTERM, 0.0)
@@ -139,14 +140,15 @@ def test_the_backstop_ends_a_process_that_overstays_even_if_it_cannot_tell(telli
         assert told.is_set() is not bool(telling)
     finally:
         never.set()
-        deadline.stop()
+        deadline.close()
 
 
-def test_a_backstop_that_is_stopped_ends_nothing() -> None:
+def test_a_deadline_that_is_closed_ends_nothing() -> None:
     requests = DrainRequests(grace_s=0.01, stop_s=5)
     codes: list[int] = []
     deadline = DrainDeadline(requests, lambda overrun: None, codes.append)
-    deadline.stop()
+    deadline.start()
+    deadline.close()
     requests.ask_signal(signal.SIGTERM, 0.0)
     deadline._thread.join(20)
     assert not deadline._thread.is_alive()

@@ -240,6 +240,7 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     port = free_port()
     server = EmbeddedServer("127.0.0.1", port, token="t").start()
     bell, told = LivenessListener("127.0.0.1"), Told()
+    bell.start()
     node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
     kv = EmbeddedKV("127.0.0.1", port, token="t")
     member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=1.0)

@@ -18,7 +18,9 @@ from tests.cluster import until
 BELL = """
 import sys, time
 from launcher.health.liveness import LivenessListener
-print(LivenessListener("127.0.0.1").port, flush=True)
+listener = LivenessListener("127.0.0.1")
+listener.start()
+print(listener.port, flush=True)
 time.sleep(600)
 """
 
@@ -35,9 +37,8 @@ def reports() -> Reports:
 
 @pytest.fixture
 def peers(reports: Reports) -> Iterator[PeerWatch]:
-    made = PeerWatch(reports, lambda node_id: reports(node_id, "silent"))
-    yield made
-    made.close()
+    with PeerWatch(reports, lambda node_id: reports(node_id, "silent")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -78,6 +79,7 @@ def test_a_killed_neighbour_is_reported(
 
 def test_a_neighbour_that_is_already_dead_is_reported(peers: PeerWatch, reports: Reports) -> None:
     bell = LivenessListener("127.0.0.1")
+    bell.start()
     bell.close()
     peers.watch([Participant("gone", 1, "127.0.0.1", bell.port)])
     until("reported", lambda: reports)
@@ -107,6 +109,7 @@ def test_a_neighbour_whose_first_link_fails_is_linked_anew(
 
     monkeypatch.setattr("launcher.health.peers.connect", slow_once)
     bell = LivenessListener("127.0.0.1")
+    bell.start()
     peers.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
     until("linked", lambda: tries[1:], 10)
     bell.close()
@@ -122,6 +125,7 @@ def linked(port: int) -> set[str]:
 
 def test_a_listener_answers_many_and_refuses_once_closed() -> None:
     bell = LivenessListener("127.0.0.1")
+    bell.start()
     for _ in range(50):
         assert not is_refused("127.0.0.1", bell.port)
     bell.close()

@@ -238,18 +238,12 @@ class Scripted:
         return found
 
 
-class TestLookout:
+class TestNoticeWatch:
     def run(self, watcher: Scripted) -> tuple[list[Notice], list[tuple[str, dict[str, Any]]]]:
         heeded: list[Notice] = []
         told: list[tuple[str, dict[str, Any]]] = []
-        notice_watch = NoticeWatch(
-            {"w": watcher}, heeded.append, lambda event, /, **fields: told.append((event, fields))
-        )
-        notice_watch.start()
-        try:
+        with NoticeWatch({"w": watcher}, heeded.append, lambda event, /, **fields: told.append((event, fields))):
             until("all was said", lambda: heeded or (not watcher.said and watcher.num_polls > 5))
-        finally:
-            notice_watch.stop()
         return heeded, told
 
     def test_a_notice_is_heeded_once(self) -> None:

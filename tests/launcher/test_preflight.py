@@ -234,6 +234,7 @@ def test_a_node_without_gpus_costs_nothing_under_slurm(smi: Path, monkeypatch: p
 
 def test_words_instead_of_figures_are_an_answer_that_says_nothing(smi: Path) -> None:
     memory = DeviceMemory()
+    memory.take_baseline()
     for name in ("gpus", "used"):
         (smi / name).write_text("No devices were found\n")
     assert Gpus(timeout_s=20).run() == "nvidia-smi said 'No devices were found'"
@@ -242,6 +243,7 @@ def test_words_instead_of_figures_are_an_answer_that_says_nothing(smi: Path) -> 
 
 def test_device_memory_of_dead_workers_is_waited_for_in_bounded_time(smi: Path) -> None:
     memory = DeviceMemory()
+    memory.take_baseline()
     (smi / "pids").write_text("4711\n")
     assert memory.wait_free([4711], 20) == "", "listed once, then gone"
     (smi / "used").write_text("0, 4\n1, 9000\n")

@@ -100,6 +100,7 @@ def test_a_listener_keeps_a_part_of_the_descriptors() -> None:
 def test_a_listener_keeps_few_connections_and_still_answers() -> None:
     with few_descriptors():
         bell = LivenessListener("127.0.0.1")
+        bell.start()
     try:
         with strangers(bell.port) as connections:
             before = num_descriptors()
