@@ -1,4 +1,4 @@
-"""Connections of strangers: a bounded number is kept, so that they cost a listener's process few of its descriptors.
+"""Bounds how many connections of strangers are kept, so that they cost a listener's process few of its descriptors.
 
 Whoever connects may be anybody, and may stay without a word. When there are too many, the oldest one has to go, of the
 host that has the most: a host that opens a thousand loses its own, and others' stay.
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 NUM_MAX = 256
 _NUM_MIN = 8
 _PART = 8
-"""Of its descriptors a process gives every eighth to the strangers at one listener."""
+"""A process gives an eighth of its descriptors to the strangers at one listener."""
 
 
 def num_max(wanted: int = NUM_MAX) -> int:
-    """How many a listener of this process may keep."""
+    """Return how many connections of strangers a listener of this process may keep."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return wanted if soft == resource.RLIM_INFINITY else max(_NUM_MIN, min(wanted, soft // _PART))
 
@@ -31,7 +31,7 @@ class _Stranger:
 
 
 class BoundedConnections:
-    """Who is there, oldest first. Thread-safe; it closes nothing."""
+    """The connections that are kept, oldest first. Thread-safe; it closes none, which is for the listener to do."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -43,7 +43,7 @@ class BoundedConnections:
         return len(self._connections)
 
     def admit(self, connection: socket.socket, host: str, now_s: float) -> socket.socket | None:
-        """Take one in; the one that has to go for it, if one has."""
+        """Take a connection in, and return the one that has to be closed for it, if one has."""
         with self._changed:
             gone = self._next_to_go() if len(self._connections) >= self._limit else None
             if gone is not None:
@@ -53,7 +53,7 @@ class BoundedConnections:
             return gone
 
     def leave(self, connection: socket.socket) -> bool:
-        """One has gone, or is a stranger no more; whether it was still there."""
+        """Forget a connection that is closed, or no stranger's any more; returns whether it was still there."""
         with self._changed:
             was_there = connection in self._connections
             if was_there:
@@ -61,7 +61,7 @@ class BoundedConnections:
             return was_there
 
     def wait_for_room(self, grace_s: float, now_s: float) -> None:
-        """Until there is room, or the one that has to go next has been there for `grace_s`."""
+        """Wait until there is room, or the connection that has to go next has been there for `grace_s`."""
         with self._changed:
             if len(self._connections) >= self._limit:
                 left_s = self._connections[self._next_to_go()].since_s + grace_s - now_s

@@ -1,4 +1,4 @@
-"""JSON objects over a stream socket, each after its length in four bytes. Nothing is unpickled."""
+"""Sends JSON objects over a stream socket, each after its length in four bytes. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def send(sock: socket.socket, message: dict[str, Any]) -> None:
 def receive(
     sock: socket.socket, limit_bytes: int, header: bytes = b"", *, ends_s: float | None = None
 ) -> dict[str, Any]:
-    """Receive one message; `header` is what has come of it, at most its length.
+    """Receive one message.
 
-    `ends_s`: when it must be there, by the monotonic clock, however the other side feeds it; else the socket's own
-    time-out counts, for each piece of it.
+    Args:
+        sock: where it comes from.
+        limit_bytes: the most that a message may be long.
+        header: what has come of its length already.
+        ends_s: when all of it must be there, by the monotonic clock, however slowly the other side sends; None: the
+            socket's own time-out counts, for each piece of it.
 
     Raises:
         EOFError: the other side closed the connection.

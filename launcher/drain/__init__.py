@@ -1,1 +1,1 @@
-"""This node is asked to leave: by a signal, an order or a preemption notice, and in which time."""
+"""What happens once this node is asked to leave, by a signal, an order or a preemption notice."""

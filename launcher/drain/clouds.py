@@ -26,7 +26,7 @@ _TEXT_CHARS_MAX = 100
 def _ask(
     base_url: str, path: str, headers: Mapping[str, str], *, method: str = "GET", timeout_s: float = _TIMEOUT_S
 ) -> tuple[int, str]:
-    """Status and body of one request.
+    """Send one request, and return its status and body.
 
     Raises:
         OSError: no answer, or none that is HTTP.
@@ -88,7 +88,7 @@ class AwsSpot:
         return None
 
     def _get(self, path: str) -> str | None:
-        """What lies at a path, None where nothing does (404). A token that has expired (401) is replaced once."""
+        """Return what lies at a path, None where nothing does (404). An expired token (401) is replaced once."""
         status, body = 401, ""
         for _ in range(2):
             if not self._token:
@@ -110,7 +110,7 @@ class AwsSpot:
 
 
 def _aws_notice(body: str) -> Notice:
-    """`{"action": "terminate", "time": "2026-01-01T12:00:00Z"}`; what cannot be read is a notice all the same."""
+    """Read `{"action": "terminate", "time": "2026-01-01T12:00:00Z"}`; what cannot be read is a notice all the same."""
     try:
         fields = json.loads(body)
         action, at = str(fields["action"]), str(fields["time"])

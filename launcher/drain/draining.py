@@ -1,4 +1,4 @@
-"""This node is asked to leave: by whom, by when it must be gone, and what there is time for until then.
+"""Keeps who has asked this node to leave, by when it must be gone, and what there is time for until then.
 
 Three sources, one notion: a signal, `elastic-moe drain`, a preemption notice. A request's grace is cut in three parts
 in advance, so that the last ones are never eaten up by the first::
@@ -33,34 +33,36 @@ class DrainSource(StrEnum):
 
 @dataclass(frozen=True)
 class DrainRequest:
-    """One request. `deadline_s`: nothing of this node may be there any more; `detail` names the signal, the user, or
-    what the notice says."""
+    """One request that this node leave. Times are those of the monotonic clock."""
 
     source: DrainSource
     detail: str
+    """The name of the signal, the user, or what the notice says."""
     asked_s: float
     deadline_s: float
+    """When nothing of this node may be there any more."""
     signum: int = 0
+    """The number of the signal, 0 for other requests."""
 
     @property
     def reason(self) -> str:
-        """As it is told to workers, other nodes and people."""
+        """The request in words, for workers, other nodes and people."""
         return f"drains on {self.detail}"
 
     @property
     def grace_s(self) -> float:
-        """From the request to its deadline."""
+        """The seconds from the request to its deadline."""
         return max(0.0, self.deadline_s - self.asked_s)
 
     @property
     def exit_code(self) -> int:
-        """What the agent ends with: 128 + N on signal N, else a code that says "neither done nor failed"."""
+        """The agent's exit code: 128 + N on signal N, else one that says "neither done nor failed"."""
         return 128 + self.signum if self.signum else DRAINED_EXIT_CODE
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """When what must be over, if the request is to be honoured. Monotonic seconds."""
+    """The times by which each part of a drain must be over for its deadline to be kept. Monotonic seconds."""
 
     ask_until_s: float
     """Workers that have not stopped at a step boundary by then get SIGTERM."""
@@ -71,7 +73,7 @@ class Timetable:
 
 
 def timetable(request: DrainRequest, stop_s: float) -> Timetable:
-    """Cut the grace in parts. `stop_s` (--shutdown-timeout) is the most that SIGTERM needs to be given."""
+    """Cut a request's grace in parts. `stop_s` (--shutdown-timeout) is the most that SIGTERM is given."""
     grace_s = request.grace_s
     kill_at_s = request.deadline_s - min(_LEAVE_MAX_S, _LEAVE_SHARE * grace_s)
     return Timetable(
@@ -82,7 +84,7 @@ def timetable(request: DrainRequest, stop_s: float) -> Timetable:
 
 
 def settle(requests: tuple[DrainRequest, ...]) -> DrainRequest | None:
-    """Several requests as one: the earliest deadline counts, and the last signal makes the exit code."""
+    """Make one of several requests: the earliest deadline counts, and the last signal makes the exit code."""
     if not requests:
         return None
     signums = [r.signum for r in requests if r.signum]
@@ -92,22 +94,24 @@ def settle(requests: tuple[DrainRequest, ...]) -> DrainRequest | None:
 
 @dataclass(frozen=True)
 class DrainOrder:
-    """`elastic-moe drain`'s request as it lies in the store. `grace_s`: None leaves it to the nodes."""
+    """The request of `elastic-moe drain` as it lies in the store."""
 
     node_ids: tuple[str, ...]
     by: str
+    """Who has given it: a user and a host."""
     grace_s: float | None = None
+    """The time for it; None: each node has its own."""
 
     def to_json(self) -> bytes:
-        """The order as stored."""
+        """Write the order as the store has it."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> DrainOrder:
-        """Read an order.
+        """Read an order from the store.
 
         Raises:
-            ValueError: it is not one of this version.
+            ValueError: `data` is no order of this version.
         """
         try:
             found = json.loads(data)
@@ -121,10 +125,15 @@ class DrainOrder:
 
 
 class DrainRequests:
-    """What has been asked of this node so far. Takes no lock: the handler of a signal may ask as well as a thread."""
+    """All requests to this node so far. It takes no lock, as a signal's handler may ask as well as a thread."""
 
     def __init__(self, *, grace_s: float, stop_s: float) -> None:
-        """`grace_s`: --drain-grace, for requests that bring no time of their own; `stop_s`: --shutdown-timeout."""
+        """Begin without a request.
+
+        Args:
+            grace_s: --drain-grace, for requests that bring no time of their own.
+            stop_s: --shutdown-timeout.
+        """
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._requests: list[DrainRequest] = []
@@ -137,7 +146,7 @@ class DrainRequests:
         self._requests.append(DrainRequest(source, detail, now_s, now_s + grace_s, signum))
 
     def ask_signal(self, signum: signal.Signals, now_s: float) -> bool:
-        """A signal asks; False if one has asked before."""
+        """Ask this node to leave because of a signal; returns False if a signal has asked before."""
         if any(r.signum for r in self._requests):
             return False
         self.ask(DrainSource.SIGNAL, signum.name, now_s, signum=signum)
@@ -150,11 +159,11 @@ class DrainRequests:
 
     @property
     def timetable(self) -> Timetable | None:
-        """The current request's."""
+        """The timetable of the current request; None while there is none."""
         request = self.current
         return timetable(request, self._stop_s) if request else None
 
     def kill_by(self, ends_s: float) -> float:
-        """When workers that get until `ends_s` must be killed at the latest."""
+        """When workers must be killed that would have until `ends_s` without a drain."""
         times = self.timetable
         return ends_s if times is None else min(ends_s, times.kill_at_s)

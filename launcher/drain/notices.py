@@ -1,4 +1,4 @@
-"""What a watcher says: this machine goes, and when. Pure."""
+"""What a watcher says of the end of this machine. Pure."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ _FAR_S = 86400.0
 
 @dataclass(frozen=True)
 class Notice:
-    """`within_s`: seconds until the machine is gone; None where nobody says. Not final: a mere hint, told and not
-    followed."""
+    """The news that this machine is about to go."""
 
     detail: str
+    """Where the news comes from, in words."""
     within_s: float | None = None
+    """The seconds until the machine is gone; None where nobody says."""
     source: DrainSource = DrainSource.NOTICE
     is_final: bool = True
+    """False for a mere hint, which is told and not followed."""
 
 
 def believed(left_s: float) -> float | None:
-    """The seconds that are left, None for what is over, more than a day ahead, or no number."""
+    """Return the seconds that are left, or None for what is over, more than a day ahead, or no number."""
     return left_s if 0 < left_s <= _FAR_S else None
 
 
 def seconds_left(when: datetime.datetime, now_unix_s: float) -> float | None:
-    """Seconds until `when` (UTC, where it names no zone).
+    """Count the seconds until `when` (UTC, where it names no zone).
 
-    None for a time that is over or more than a day ahead: then this machine's clock and the writer's disagree, and a
-    grace that is known is better than none.
+    Returns None for a time that is over or more than a day ahead: then this machine's clock and the writer's disagree,
+    and a grace that is known is better than none.
     """
     if when.tzinfo is None:
         when = when.replace(tzinfo=datetime.UTC)

@@ -35,10 +35,10 @@ class Watcher(Protocol):
     poll_s: float
 
     def poll(self) -> Notice | None:
-        """What is known now, None while nothing is. May block for some seconds.
+        """Return the notice that there is now, None while there is none. May block for some seconds.
 
         Raises:
-            Exception: whoever is asked does not answer; it is told once, and asked again.
+            Exception: whoever is asked does not answer. The failure is told once, and the watcher is asked again.
         """
         ...
 
@@ -47,15 +47,15 @@ Factory = Callable[[str], Watcher]
 
 
 class FileWatcher:
-    """A file that appears. It may hold how many seconds are left, or an ISO time (UTC, where it names no zone)."""
+    """Waits for a file. It may hold how many seconds are left, or an ISO time (UTC, where it names no zone)."""
 
     poll_s = 0.5
 
     def __init__(self, argument: str) -> None:
-        """`argument`: the path.
+        """`argument` is the path.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the path is empty.
         """
         if not argument:
             raise ValueError("expected file:PATH")
@@ -83,7 +83,7 @@ def _time_in(text: str) -> float | None:
 
 
 class OrderWatcher:
-    """`elastic-moe drain`, as far as the store has shown it to this node."""
+    """Watches for an order of `elastic-moe drain`, as far as the store has shown it to this node."""
 
     poll_s = 0.2
 
@@ -104,7 +104,7 @@ _BUILT_IN: Mapping[str, Factory] = {
 
 
 def watchers(specs: Sequence[str]) -> dict[str, Watcher]:
-    """The watchers that `--preemption-notice` names, by what was given.
+    """Make the watchers that `--preemption-notice` names; returns them by what was given.
 
     Raises:
         UsageError: there is no such watcher, it cannot be loaded, or its argument is wrong.

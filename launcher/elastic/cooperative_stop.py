@@ -1,4 +1,4 @@
-"""Stopping at a step boundary: asking the workers of this node for it, and finding that they have come to one.
+"""Asks the workers of this node to stop at a step boundary, and finds that they have come to one.
 
 Workers agree on the boundary among themselves (`elastic_moe.worker.should_stop` is an all-reduce), so it makes no
 difference which node's are asked, or that one's are asked first.
@@ -31,7 +31,7 @@ class GracePeriods:
 
 
 class CooperativeStop:
-    """The agent's main thread only; `begin` for every generation."""
+    """One stop after another, begun anew for every generation. For the agent's main thread only."""
 
     def __init__(
         self,
@@ -54,18 +54,23 @@ class CooperativeStop:
         """Whether all workers of this node have stopped at their step boundary."""
 
     def begin(self, workers: LocalWorkers, started_s: float) -> None:
-        """Workers were started at the monotonic time `started_s`."""
+        """Begin anew with workers that were started at the monotonic time `started_s`."""
         self._workers = workers
         self._started_s = started_s
         self._asked_for = ""
         self.done = False
 
     def why(self) -> str:
-        """Why this node's workers stop at a step boundary, as far as it knows: others' may have been asked."""
+        """Say why this node's workers stop at a step boundary, as far as it knows: others' may have been asked."""
         return self._asked_for or "workers of another node were asked to stop"
 
     def look(self, reason: str, *, exited: bool) -> bool:
-        """`done`, as of now; the other nodes are told once. `reason`: why they were asked; `exited`: all have ended."""
+        """Find out whether all workers of this node have stopped at their boundary; tell the other nodes once.
+
+        Args:
+            reason: why they were asked to.
+            exited: whether all of them have ended.
+        """
         progress = self._workers.progress().values()
         yielded = [p.phase is WorkerPhase.YIELDED for p in progress]
         if not self.done and (any(yielded) if exited else all(yielded)):
@@ -75,7 +80,7 @@ class CooperativeStop:
         return self.done
 
     def ask(self, reason: str) -> bool:
-        """Ask the workers to stop at a step boundary; False once waiting for it makes no sense any more."""
+        """Ask the workers to stop at a step boundary; returns False once there is no sense in waiting for it."""
         if self._workers.asked_s is None:
             code = StopReason.DRAIN if reason.startswith("drain") else StopReason.MEMBERSHIP
             self._workers.request_stop(code)
@@ -96,13 +101,13 @@ class CooperativeStop:
         return asked_s is not None and time.monotonic() <= asked_s + self._graces.yield_s
 
     def may_finish(self, broken: Breakage) -> bool:
-        """Peers that stopped at the step boundary are no reason to kill workers that are about to do the same."""
+        """Whether workers of a broken round are given time: if peers stopped at the boundary, they may as well."""
         return broken.graceful and self.ask(broken.reason)
 
     # --- a node that is to leave
 
     def tell_drain(self, request: DrainRequest) -> Timetable:
-        """Tell the others, once, that this node is to leave."""
+        """Tell the others, once, that this node is to leave; returns what there is time for."""
         if not self._drain_told:
             self._drain_told = True
             self._emit(EventName.DRAIN_STARTED, source=request.source, detail=request.detail, seconds=request.grace_s)
@@ -112,9 +117,10 @@ class CooperativeStop:
         return times
 
     def follow_drain(self, request: DrainRequest) -> str:
-        """Let the workers stop at a step boundary because this node is to leave; why not, once that is no more use.
+        """Let the workers stop at a step boundary because this node is to leave; they are asked at once.
 
-        They are asked at once, whatever the store does.
+        Returns:
+            Why they must be stopped otherwise, "" while they may still come to a boundary.
         """
         times = self.tell_drain(request)
         self._workers.request_stop(StopReason.DRAIN)

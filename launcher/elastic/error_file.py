@@ -1,4 +1,4 @@
-"""The file in which whoever started the launcher looks for the cause of its failure.
+"""Writes why a job has failed into the file in which whoever started the launcher looks for it.
 
 `TORCHELASTIC_ERROR_FILE` in the launcher's environment names it, as for torchrun (`record` in
 torch/distributed/elastic/multiprocessing/errors): {"message": {"message", "errorCode", "extraInfo": {"py_callstack",
@@ -24,7 +24,7 @@ _MAX_BYTES = {"/dev/termination-log": 4096}  # Kubernetes keeps no more, and hal
 
 
 def tell_failed(ended: Round, worker_file: str) -> None:
-    """The root cause of a job that has failed; `worker_file` is where its worker wrote it ("": on another node)."""
+    """Write the root cause of a job that has failed; `worker_file` is where its worker wrote it, "" on another node."""
     if not ended.causes:
         _write(f"the job {ended.outcome}", "", time.time(), ended.verdict.exit_code)
         return
@@ -37,7 +37,7 @@ def tell_failed(ended: Round, worker_file: str) -> None:
 
 
 def tell_raised(error: BaseException, exit_code: int) -> None:
-    """An error of the launcher itself, or a signal."""
+    """Write an error of the launcher itself, or a signal that ended it."""
     stack = "".join(traceback.format_exception(error))
     _write(f"{type(error).__name__}: {error}", stack, time.time(), exit_code)
 
@@ -57,7 +57,7 @@ def _write(message: str, stack: str, ts: float, exit_code: int) -> None:
 
 
 def _put(told: dict[str, Any]) -> None:
-    """Into the file as it is: it may be a mount, which cannot be replaced."""
+    """Write into the file as it is: it may be a mount, which cannot be replaced."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path:
         return

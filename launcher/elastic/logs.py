@@ -1,4 +1,4 @@
-"""Folders for the workers' logs that say which node they are of: nodes may share one `--log-dir`."""
+"""Puts the node's name into the folders of its workers' logs: nodes may share one `--log-dir`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ODD = re.compile(r"[^\w.-]")
 
 
 class NodeLogs(LogsSpecs):
-    """torch's own, in `RUN_NODE_xxxxxxxx/attempt_N/LOCAL_RANK` instead of `RUN_xxxxxxxx/...`."""
+    """torch's own log folders, as `RUN_NODE_xxxxxxxx/attempt_N/LOCAL_RANK` instead of `RUN_xxxxxxxx/...`."""
 
     def __init__(self, specs: DefaultLogsSpecs, node_id: str) -> None:
         super().__init__()
@@ -21,11 +21,11 @@ class NodeLogs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """As torch has it."""
+        """The folder that holds all others, as torch has it."""
         return self._specs.root_log_dir
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Where each worker's output goes; sets its error file in `envs`, as torch does.
+        """Say where each worker's output goes; sets its error file in `envs`, as torch does.
 
         torch names the folder by the run id that it finds there.
         """
@@ -37,5 +37,5 @@ class NodeLogs(LogsSpecs):
 
 
 def name_node(specs: LogsSpecs, node_id: str) -> LogsSpecs:
-    """torch's specs with the node's name in them; a plug-in's (`--logs-specs`) as they are."""
+    """Return torch's specs with the node's name in them; those of a plug-in (`--logs-specs`) as they are."""
     return NodeLogs(specs, node_id) if isinstance(specs, DefaultLogsSpecs) else specs

@@ -1,4 +1,4 @@
-"""How this node's workers are, gathered for `elastic-moe status` while the agent watches them."""
+"""Gathers how this node's workers are, for `elastic-moe status`, while the agent watches them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.workers.local_workers import LocalWorkers
 
 
 class VitalSigns:
-    """The agent's thread only."""
+    """What status shows of this node, as of now. For the agent's thread only."""
 
     def __init__(self, teller: VitalsTeller, folder: Path) -> None:
         self.checkpoint_path = folder / "checkpoint"
@@ -23,14 +23,14 @@ class VitalSigns:
         self._num_nodes = 1
 
     def begin(self, current: Round) -> None:
-        """Workers of another round were started. Why it had to be formed, it says itself."""
+        """Begin anew with the workers of another round, which says itself why it had to be formed."""
         self._generation, self._num_nodes = current.generation, len(current.participants)
         if current.causes:
             root = current.causes[0]
             self._failure = root.failure.ts, f"{describe(root.failure)} (on {root.node_id})"
 
     def look(self, workers: LocalWorkers) -> None:
-        """Gather and tell, where it is time for that: cheap enough for each turn of the agent's loop."""
+        """Gather and publish, if it is time for that: cheap enough for each turn of the agent's loop."""
         now_s = time.monotonic()
         if not self._teller.due(now_s):
             return
@@ -51,7 +51,7 @@ class VitalSigns:
 
 
 def _committed(path: Path) -> tuple[int, float]:
-    """Step and time of the last checkpoint that a worker has told of; -1 and 0 where none has."""
+    """Read the step and time of the last checkpoint that a worker has told of; -1 and 0 where none has."""
     try:
         told = json.loads(path.read_bytes())
         return int(told["step"]), float(told["ts"])

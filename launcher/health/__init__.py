@@ -1,1 +1,1 @@
-"""Is all well? Devices before a round; workers that hang, lag or have failed; peers that answer no more."""
+"""Finds what is not well: devices before a round; workers that hang or have failed; peers that answer no more."""

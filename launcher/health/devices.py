@@ -1,4 +1,4 @@
-"""GPUs of this node, as `nvidia-smi` tells of them: whether they answer, and whether dead workers still hold memory.
+"""Asks `nvidia-smi` about the GPUs of this node: whether they answer, and whether dead workers still hold memory.
 
 A worker that was killed is gone before its device memory is: the driver tears its context down later. New workers that
 start meanwhile run out of memory. Nothing here costs anything on a node without `nvidia-smi`.
@@ -33,10 +33,12 @@ class DriverError(Exception):
 
 @dataclass(frozen=True)
 class HeldMemory:
-    """What dead workers still hold: their pids as the driver knows them, and MiB above the baseline by GPU."""
+    """What dead workers still hold on the GPUs."""
 
     pids: tuple[int, ...]
+    """Their pids, as far as the driver lists them."""
     excess_mib: Mapping[str, int]
+    """The memory in use above the baseline, by the GPU's index."""
 
     def __bool__(self) -> bool:
         return bool(self.pids or self.excess_mib)
@@ -47,10 +49,13 @@ class HeldMemory:
 
 
 def visible(given: str | None) -> str | None:
-    """The GPUs that `CUDA_VISIBLE_DEVICES` names, as `nvidia-smi -i` takes them; "" for none, None for all. Pure.
+    """Read `CUDA_VISIBLE_DEVICES` as CUDA does, for `nvidia-smi -i`. Pure.
 
     As CUDA reads it, the list ends at the first entry that is no device: -1, or Slurm's NoDevFiles. `nvidia-smi` knows
     whole GPUs only, so where a slice of one (MIG) is named, all are asked for.
+
+    Returns:
+        The GPUs by index or UUID, separated by commas; "" for none, None for all.
     """
     if given is None or "MIG-" in given:
         return None
@@ -59,12 +64,20 @@ def visible(given: str | None) -> str | None:
 
 
 def present() -> bool:
-    """Whether there may be GPUs that this job may use."""
+    """Whether this node has `nvidia-smi`, and the job is allowed a GPU."""
     return visible(os.environ.get("CUDA_VISIBLE_DEVICES")) != "" and shutil.which(_TOOL) is not None
 
 
 def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S) -> list[list[str]]:
-    """One row of `fields` for each GPU (`what` = "gpu") or process on one ("compute-apps") that is visible to the job.
+    """Ask `nvidia-smi` for some fields of each GPU that is visible to the job, or of each process on one.
+
+    Args:
+        what: "gpu" or "compute-apps".
+        fields: as `nvidia-smi --query-WHAT` names them.
+        timeout_s: for the tool to answer; one that hangs in the driver is then left behind.
+
+    Returns:
+        A row of `fields` for each GPU or process.
 
     Raises:
         DriverError: the tool failed or took longer than `timeout_s`.
@@ -102,7 +115,7 @@ def query(what: str, fields: Sequence[str], timeout_s: float = _QUERY_TIMEOUT_S)
 
 
 def used_mib() -> dict[str, int]:
-    """Memory in use on each GPU, by index.
+    """Ask how many MiB are in use on each GPU, by its index.
 
     Raises:
         DriverError: as `query`.
@@ -114,9 +127,10 @@ def used_mib() -> dict[str, int]:
 def held(
     pids: Collection[int], now_mib: Mapping[str, int], listed: Collection[int], before_mib: Mapping[str, int]
 ) -> HeldMemory:
-    """What still has to be freed. Pure.
+    """Compare what is in use with what was in use before there were workers. Pure.
 
-    By pid where the driver lists processes; and by memory, as inside a container it lists none or with foreign pids.
+    Processes are compared by pid where the driver lists them, and memory is compared as well: inside a container the
+    driver lists no processes, or gives them foreign pids.
 
     Args:
         pids: the workers that have ended.

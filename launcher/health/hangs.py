@@ -1,4 +1,4 @@
-"""When workers that make no progress count as hung, and which rank is behind it. No thread, no I/O, no clock.
+"""Decides when workers that make no progress count as hung, and which rank is behind it. No thread, I/O or clock.
 
 How long a worker may be silent is learnt from the job itself::
 
@@ -35,7 +35,7 @@ _LOOK_S_MAX = 1.0
 
 
 class Auto(StrEnum):
-    """A limit that is not a number of seconds."""
+    """What a limit may be instead of a number of seconds."""
 
     AUTO = "auto"  # learnt
     OFF = "off"
@@ -46,7 +46,7 @@ HangLimit = float | Auto
 
 @dataclass(frozen=True)
 class HangRules:
-    """What the user asked for. Seconds, or `Auto`."""
+    """The limits that the user asked for, in seconds or as `Auto`."""
 
     step: HangLimit = Auto.AUTO
     """Between two heartbeats."""
@@ -91,7 +91,7 @@ class Hang:
 
 
 def step_limit_s(intervals_s: Sequence[float], num_alarms: int = 0) -> float:
-    """The limit learnt from intervals between heartbeats."""
+    """Learn the limit of a step from the intervals between heartbeats."""
     learnt_s = 0.0
     if intervals_s:
         longest_s = min(_LONGEST_FACTOR * max(intervals_s), _LONGEST_CEILING_S)
@@ -100,14 +100,14 @@ def step_limit_s(intervals_s: Sequence[float], num_alarms: int = 0) -> float:
 
 
 def startup_limit_s(startups_s: Sequence[float], num_alarms: int = 0) -> float:
-    """The limit learnt from the start-ups of earlier generations."""
+    """Learn the limit of a start from the starts of earlier generations."""
     learnt_s = max(_STARTUP_FLOOR_S, _STARTUP_FACTOR * max(startups_s)) if startups_s else _STARTUP_UNKNOWN_S
     return learnt_s * 2.0**num_alarms
 
 
 @dataclass
 class _Seen:
-    """What was last seen of a worker, and when by the watch's own clock."""
+    """What was last seen of a worker; times are those of the watch's own clock."""
 
     progress: Progress
     changed_s: float
@@ -117,7 +117,7 @@ class _Seen:
 
 
 class HangWatch:
-    """Looks at the workers of one node, generation after generation, and keeps what it learnt of their pace."""
+    """Watches the workers of one node, generation after generation, and remembers how fast they are."""
 
     def __init__(self, rules: HangRules) -> None:
         self.rules = rules
@@ -130,7 +130,7 @@ class HangWatch:
         self.begin()
 
     def begin(self) -> None:
-        """Workers of a new generation are started now."""
+        """Begin anew: the workers of another generation have just been started."""
         self._clock_s = 0.0  # runs only while somebody looks
         self._looked_s: float | None = None
         self._seen: dict[int, _Seen] = {}
@@ -147,14 +147,17 @@ class HangWatch:
         output: Hashable = None,
         paused: bool = False,
     ) -> Hang | None:
-        """Compare with the look before; a hang once somebody's time is over.
+        """Compare what the workers say with what they said at the last call.
 
         Args:
             progress: by local rank.
             now_s: the monotonic clock.
             exited: local ranks that have ended.
             output: anything that changes when workers write output; None where that is not watched here.
-            paused: nobody ages now, as the workers have been asked to stop and have a limit of their own for that.
+            paused: the workers have been asked to stop, and have a limit of their own for that: nobody ages.
+
+        Returns:
+            The hang, once a worker has made no progress for longer than its limit.
         """
         if self._looked_s is not None and not paused:
             self._clock_s += min(max(0.0, now_s - self._looked_s), _LOOK_S_MAX)
@@ -172,7 +175,7 @@ class HangWatch:
         return hang
 
     def _take(self, rank: int, now: Progress) -> bool:
-        """Learn from what a worker says; whether it said anything new."""
+        """Learn from what a worker says; returns whether it has said anything new."""
         seen = self._seen.setdefault(rank, _Seen(Progress(WorkerPhase.STARTING, -1, 0.0), 0.0))
         if now == seen.progress:
             return False
@@ -212,7 +215,7 @@ class HangWatch:
         return None
 
     def _silence_limit_s(self) -> float | None:
-        """Before their first byte, workers may be as silent as a start may last."""
+        """The limit of silence now: before their first byte, workers may be silent for as long as a start may last."""
         if self.rules.silence_s is None or self._wrote:
             return self.rules.silence_s
         if isinstance(self.rules.startup, float):
@@ -220,7 +223,7 @@ class HangWatch:
         return None if self.rules.startup is Auto.OFF else max(self.rules.silence_s, startup_limit_s(self._startups_s))
 
     def _limit_of(self, seen: _Seen) -> tuple[HangKind, float | None]:
-        """Which limit holds for a worker now; None while none does."""
+        """Which limit holds for a worker now, and its seconds; None for a worker that may take as long as it likes."""
         if seen.progress.phase is WorkerPhase.YIELDED:
             return HangKind.STEP, None
         if seen.num_beats == 0 or seen.progress.untimed:
@@ -249,21 +252,25 @@ class HangWatch:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one rank of a hung job. `frame`: the innermost frame of its main thread that says something
-    ("" where no stack was written); `waits`: that frame is a collective's; `stopped`: it was stopped by a signal."""
+    """What is known of one rank of a hung job."""
 
     rank: int
     step: int
+    """The last step that it has completed."""
     stopped: bool = False
+    """A signal (SIGSTOP) has stopped the process."""
     frame: str = ""
+    """The innermost frame of its main thread that says something; "" where no stack was written."""
     waits: bool = False
+    """That frame is a collective's."""
 
 
 def suspects(evidence: Sequence[Evidence]) -> tuple[int, ...]:
-    """The ranks that the others probably wait for; empty where the evidence says nothing.
+    """Find the ranks that the others probably wait for; none where the evidence says nothing.
 
-    The first of these that tells ranks apart: one is stopped; one is steps behind; one is not in a collective while
-    others are; one is elsewhere than the strict majority.
+    Four questions are asked in turn, and the first one counts whose answer is not the same for all ranks. Which are
+    stopped? Which are steps behind? Which are not in a collective while others are? Which are elsewhere than the strict
+    majority?
     """
     everyone = {e.rank for e in evidence}
     waiting = {e.rank for e in evidence if e.waits}

@@ -1,4 +1,4 @@
-"""Is a peer's agent alive? Each agent listens on a port that does nothing; a refused connection means that it died.
+"""Tells whether a peer's agent lives: each listens on a port that does nothing, and a refused connection means death.
 
 Asked after a worker failed or a neighbour's connection closed, so that the lease of a node that is plainly dead need
 not be waited for. Silence proves nothing (a slow or cut-off network): such a peer is left to its lease.
@@ -52,7 +52,7 @@ class LivenessListener(Lifecycle):
 
     @property
     def port(self) -> int:
-        """Where it listens; only after `start`, also when it is closed again."""
+        """Where it listens, or has listened until it was closed. Not to be asked before `start`."""
         assert self._port is not None, "not started"
         return self._port
 
@@ -89,7 +89,11 @@ class LivenessListener(Lifecycle):
 
 
 def connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    """A connection to a peer's liveness listener. Raises OSError."""
+    """Connect to a peer's liveness listener.
+
+    Raises:
+        OSError: there is no connection within `timeout_s`.
+    """
     return socket.create_connection((address, port), timeout=timeout_s)
 
 
@@ -102,7 +106,7 @@ class PeerState(Enum):
 
 
 def probe(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> PeerState:
-    """Ring once."""
+    """Connect to a peer's liveness listener for a moment, and say what that shows."""
     try:
         connect(address, port, timeout_s).close()
     except ConnectionRefusedError:
@@ -113,7 +117,7 @@ def probe(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> PeerState:
 
 
 def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
-    """Whether a connection is refused."""
+    """Whether a peer's host refuses a connection: its agent is gone."""
     return probe(address, port, timeout_s) is PeerState.REFUSED
 
 

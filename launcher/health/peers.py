@@ -1,4 +1,4 @@
-"""Hear of a neighbour's death from its kernel: a connection to its agent that closes is faster than any lease.
+"""Hears of a peer's death from its kernel: a connection to its agent that closes is faster than any lease.
 
 Every node keeps a connection to the liveness listeners of the next two participants in rank order: each is watched by
 two, and the cost of a node does not grow with the job. A closed connection alone proves nothing: the peer is reported
@@ -125,7 +125,7 @@ class PeerWatch(Lifecycle):
         link.close()
 
     def _examine(self, node: Participant) -> None:
-        """A link is gone: is the neighbour dead, out of reach, or was it only the link?"""
+        """Find out, once a link is gone, whether the peer is dead, out of reach, or only the link was lost."""
         with self._lock:
             wanted = self._wanted
             wanted.pop(node.node_id, None)

@@ -1,7 +1,7 @@
-"""What workers that failed have left: error files, logs, exit codes, the kernel's count of kills for memory.
+"""Finds out why workers failed, from what they left: error files, logs, exit codes, the kernel's count of OOM kills.
 
-Reads only. A worker's error is found in torch's error file (`torch.distributed.elastic.multiprocessing.errors.record`
-writes it, and `launcher.workers.program` for scripts that do not use `record`), else in its redirected stderr.
+Nothing is changed. A worker's error is found in torch's error file, else in its redirected stderr. The file is written
+by `torch.distributed.elastic.multiprocessing.errors.record`, and by `launcher.workers.program` for scripts without it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ _VICTIM_MESSAGE_MAX_CHARS = 160
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """One worker as its agent sees it. `exit_code` None: it has not ended. Paths may name no file ("": none)."""
+    """One worker as its agent sees it, whether it has ended or not."""
 
     rank: int
     pid: int
     exit_code: int | None
+    """As Popen has it; None while the worker runs."""
     error_file: str
+    """Where the worker writes its error; there may be no such file."""
     stderr_log: str
+    """The file that gets its stderr, "" where none does."""
     progress: Progress
 
 
@@ -57,14 +60,16 @@ class NodeCircumstances:
     """What holds for all workers of a node."""
 
     lived_s: float
+    """How long ago they were started."""
     oom_kills: int = 0
+    """How many processes the kernel has killed for memory since then."""
     draining: bool = False
 
 
 def worker_exits(
     processes: Sequence[WorkerProcess], ranks: Mapping[int, int], progress: Mapping[int, Progress]
 ) -> list[WorkerExit]:
-    """The workers as they are, before torch stops the others because one has failed.
+    """Note how the workers are, before torch stops the others because one has failed.
 
     Args:
         processes: those that stand for the workers.
@@ -85,7 +90,7 @@ def worker_exits(
 
 
 def examine(workers: Sequence[WorkerExit], around: NodeCircumstances) -> list[Failure]:
-    """The failures of a node's workers, those first that others follow from.
+    """Find the failures among a node's workers, in such order that causes come before what follows from them.
 
     A worker counts once it has ended with an error, and even before if its error file is written: a program that
     unwinds lets go of its peers long before its process ends, and they may be the first to be gone.
@@ -99,7 +104,7 @@ def examine(workers: Sequence[WorkerExit], around: NodeCircumstances) -> list[Fa
 
 
 def summarise(failures: Sequence[Failure]) -> Failure | None:
-    """The first of `failures` with the others as its victims, small enough for a record; None where there is none."""
+    """Put failures into one, small enough for a record: the first, with the others as its victims. None for none."""
     if not failures:
         return None
     victims = tuple(
@@ -166,9 +171,9 @@ def _tail(path: str) -> str:
 
 
 def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processes the kernel has killed for memory: of this cgroup, or of the whole host where that is not told.
+    """Count the processes that the kernel has killed for memory in this cgroup, or on the host if no cgroup tells.
 
-    cgroup v2 `memory.events`, v1 `memory.oom_control`, `/proc/vmstat` (all: `oom_kill N`).
+    The line `oom_kill N` is read from cgroup v2's `memory.events`, v1's `memory.oom_control`, or `/proc/vmstat`.
     """
     for path in (*_cgroup_files(proc, cgroups), proc / "vmstat"):
         with contextlib.suppress(OSError):

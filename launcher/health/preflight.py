@@ -1,4 +1,4 @@
-"""Is this node fit to run workers? Checks before every round; a node that is not says why and stays out until it is.
+"""Checks before every round whether this node is fit to run workers; one that is not says why, and stays out.
 
 A check is anything that keeps the contract of `Check`; `launch.Extras.checks` takes more of them. Those that only ask
 the kernel run at once (microseconds); those that start a process run beside one another, after the old workers have
@@ -42,19 +42,19 @@ class Check(Protocol):
 
     @property
     def name(self) -> str:
-        """What is checked, for events and logs."""
+        """How events and logs name what is checked."""
 
     @property
     def timeout_s(self) -> float:
-        """0 for one that answers at once; the others run beside one another and are waited for so long."""
+        """How long the check is waited for, beside others; 0 for one that answers at once."""
 
     def run(self) -> str:
-        """Why this node should not run workers now, "" if nothing speaks against it."""
+        """Say why this node should not run workers now, "" if nothing speaks against it."""
 
 
 @dataclass(frozen=True)
 class PreflightRules:
-    """What the user asked for."""
+    """What the user wants to have checked."""
 
     min_shm_mib: float = 16.0
     """Free in /dev/shm; a container has 64 MiB of it by default. 0: not checked."""
@@ -66,7 +66,7 @@ class PreflightRules:
 
 
 def standard_checks(rules: PreflightRules, folders: Sequence[Path]) -> tuple[Check, ...]:
-    """The checks that `rules` ask for; `folders` are those on disk."""
+    """Make the checks that the rules ask for; `folders` are those that need room on disk."""
     shm = [FreeSpace(Path("/dev/shm"), rules.min_shm_mib)] if rules.min_shm_mib else []
     disk = [FreeSpace(folder, rules.min_disk_mib) for folder in folders] if rules.min_disk_mib else []
     return (*shm, *disk, Gpus(rules.timeout_s), *(Command(c, rules.timeout_s) for c in rules.commands))
@@ -74,7 +74,7 @@ def standard_checks(rules: PreflightRules, folders: Sequence[Path]) -> tuple[Che
 
 @dataclass(frozen=True)
 class FreeSpace:
-    """A file system has room: shared memory for data loaders and staging, disk for logs and temporary files."""
+    """Checks that a file system has room: shared memory for data loaders and staging, disk for logs."""
 
     path: Path
     min_free_mib: float
@@ -82,11 +82,11 @@ class FreeSpace:
 
     @property
     def name(self) -> str:
-        """Names the folder."""
+        """The check and its folder."""
         return f"free space in {self.path}"
 
     def run(self) -> str:
-        """Too little space or no inode left."""
+        """Say how little space is left, or that no inode is."""
         try:
             found = os.statvfs(self.path)
         except OSError as error:
@@ -100,7 +100,7 @@ class FreeSpace:
 
 
 class Gpus:
-    """The driver answers for every GPU that it answered for at first. On a node without one it costs nothing."""
+    """Checks that the driver answers for every GPU for which it has answered before. Costs nothing without a GPU."""
 
     name = "gpu"
 
@@ -109,7 +109,7 @@ class Gpus:
         self._num_gpus = 0
 
     def run(self) -> str:
-        """What the driver says, or that it says nothing, or that a GPU is missing."""
+        """Say what the driver reports, that it does not answer, or that a GPU is missing."""
         if not self.timeout_s:
             return ""
         try:
@@ -124,18 +124,18 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the user's, run by `sh`: exit code 0 means that the node is well. Ended with all its children."""
+    """A command of the user's, run by `sh`: exit code 0 means that the node is well. All its children end with it."""
 
     command: str
     timeout_s: float
 
     @property
     def name(self) -> str:
-        """The command itself."""
+        """The command line."""
         return self.command
 
     def run(self) -> str:
-        """How it failed, with the last line that it wrote."""
+        """Say how the command failed, with the last line that it wrote."""
         with _starting:  # it runs already while Popen returns: nobody may miss it meanwhile
             process = subprocess.Popen(
                 ["sh", "-c", self.command],
@@ -163,17 +163,21 @@ class Command:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A check that failed, and why."""
+    """What a check has found: why this node should not run workers, "" if nothing speaks against it."""
 
     check: str
     reason: str
 
 
 def examine(checks: Sequence[Check], is_over: Callable[[], bool] = lambda: False) -> tuple[CheckResult, ...]:
-    """Run all checks; those that failed. A check that raises has failed, and so has one that outlasts its time.
+    """Run all checks, and return the results of those that failed.
 
-    `is_over` is asked every 0.1 s while checks are waited for. Once it is true, nothing is waited for any more and what
-    is found says nothing.
+    A check that raises has failed, and so has one that outlasts its time.
+
+    Args:
+        checks: those without a time limit run first, the others beside one another.
+        is_over: asked every 0.1 s while checks are waited for. Once it is true, nothing is waited for any more, and
+            what is returned means nothing.
     """
     findings = [_run(check) for check in checks if not check.timeout_s]
     if slow := [check for check in checks if check.timeout_s]:
@@ -204,7 +208,7 @@ def _run_together(checks: Sequence[Check], is_over: Callable[[], bool]) -> list[
 
 
 def end_commands() -> None:
-    """Kill every command that runs, with its children. From any thread but those that run commands."""
+    """Kill every command that runs, with its children. Not to be called by the threads that run commands."""
     held = _starting.acquire(timeout=_START_S)
     try:
         for pid in tuple(_running):
@@ -236,7 +240,7 @@ class Preflight:
         self._passed = False  # and no round has begun since
 
     def first(self) -> str:
-        """Before the node joins: why it must join as one that may not take part, "" if it may."""
+        """Check before the node joins; returns why it must join as one that may not take part, "" if it may."""
         reason = self._tell(examine(self._checks), generation=0, attempt=1, retry_s=_PAUSE_S)
         self._passed = not reason
         return reason
@@ -249,16 +253,17 @@ class Preflight:
         generation: int,
         patience_s: float = PATIENCE_S,
     ) -> bool:
-        """Return once all checks pass; meanwhile the node's record says that it stays out, and why.
+        """Check again and again until all checks pass; meanwhile the node's record says that it stays out, and why.
 
-        Checks that run for long keep it out too: the others wait for a node whose workers they think still run.
+        Checks that run for long keep the node out too, as the others wait for a node whose workers they think still
+        run.
 
         Args:
             hold_back: `Member.hold_back`.
             wait: sleeps for at most so many seconds.
             is_over: whether there is nothing left to take part in.
             generation: for the events.
-            patience_s: for so long the others may wait for the checks.
+            patience_s: for how long the others may wait for the checks.
 
         Returns:
             False if they never did, and there is nothing left to take part in.

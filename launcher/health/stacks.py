@@ -1,4 +1,4 @@
-"""The Python stacks of workers that hang: asked for by a signal, waited for in bounded time, put into files.
+"""Gets the Python stacks of workers that hang: asks by a signal, waits in bounded time, and puts them into files.
 
 A process is sent the signal only if it handles it (proc(5), SigCgt): it would end any other.
 """
@@ -31,29 +31,32 @@ _COLLECTIVES = "/torch/distributed/"
 
 @dataclass(frozen=True)
 class StackTarget:
-    """A worker to look at: `pid` is the process that runs the script, `path` is where it writes its stacks."""
+    """A worker whose stacks are wanted."""
 
     rank: int
     pid: int
+    """The process that runs the script."""
     path: Path
+    """Where it writes its stacks."""
     step: int
+    """The last step that it has completed."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What was found out of one worker: a text for a person, and the evidence that it holds."""
+    """What was found out about one worker: a text for a person, and the evidence in it."""
 
     text: str
     evidence: Evidence
 
 
 def collect(workers: Mapping[int, StackTarget], wait_s: float = _WAIT_S) -> dict[int, Stack]:
-    """Have all workers write their stacks, at once; those that do not within `wait_s` are described without.
+    """Have all workers write their stacks at once, and wait for these for at most `wait_s`.
 
     A worker that is stopped (SIGSTOP) is let go on, as it cannot write otherwise: the caller is about to end it.
 
     Returns:
-        By the keys of `workers`.
+        What is known of each worker, with its stacks or without, by the keys of `workers`.
     """
     threads = {key: _threads(worker.pid) for key, worker in workers.items()}
     written = {key: _size_bytes(worker.path) for key, worker in workers.items()}
@@ -92,10 +95,12 @@ def write(stacks: Mapping[int, Stack], folder: Path) -> Path:
 
 
 def innermost(text: str) -> tuple[str, bool]:
-    """The innermost frame of the main thread that says something ("file:line in function", "" if there is none), and
-    whether it is a collective's.
+    """Find the innermost frame of the main thread that says something.
 
     `faulthandler` writes the main thread last, and each thread's most recent call first.
+
+    Returns:
+        The frame as "file:line in function", "" if there is none; and whether it is a collective's.
     """
     frames: list[re.Match[str]] = []
     for line in text.splitlines():
@@ -114,7 +119,7 @@ def _is_stopped(threads: list[tuple[int, str, str, str]]) -> bool:
 
 
 def _ask(pid: int, *, is_stopped: bool) -> bool:
-    """Ask for the stacks; False if this process cannot write them."""
+    """Ask a process for its stacks; returns False if it cannot write them."""
     if not _handles_signal(pid):
         return False
     try:
@@ -135,7 +140,7 @@ def _handles_signal(pid: int) -> bool:
 
 
 def _threads(pid: int) -> list[tuple[int, str, str, str]]:
-    """(thread id, name, state, kernel function it waits in) of each thread, as far as the kernel tells."""
+    """The id, name and state of each thread, and the kernel function it waits in, as far as the kernel tells."""
     found = []
     with contextlib.suppress(OSError):
         for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda t: int(t.name)):

@@ -1,4 +1,4 @@
-"""The agent's eye on workers that run but make no progress: has their stacks written before they are ended."""
+"""Watches workers that run but make no progress, and has their stacks written before they are ended."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ _NUM_DESCRIBED = 3
 
 @dataclass(frozen=True)
 class WatchedWorkers:
-    """The workers of one generation on this node: global ranks and the agent's child processes, by local rank.
-
-    `outputs`: the files that get their output, where silence is watched on this node.
-    """
+    """The workers of one generation on this node."""
 
     generation: int
     ranks: Mapping[int, int]
+    """Their global ranks, by local rank."""
     pids: Mapping[int, int]
+    """The agent's child processes that stand for them, by local rank."""
     workers: LocalWorkers
     outputs: Sequence[Path] = ()
+    """The files that get their output, where silence is watched on this node."""
 
 
 class Watchdog:
-    """For the agent's thread only."""
+    """Finds hangs among this node's workers, and collects what they show. For the agent's thread only."""
 
     def __init__(self, rules: HangRules, log_dir: Path | None, emit: Emit) -> None:
-        """`log_dir` gets a folder `stacks`; without one it is made where temporary files go, once there is a hang."""
+        """`log_dir` gets a folder `stacks`; None: a folder is made where temporary files go, once there is a hang."""
         self._watch = HangWatch(rules)
         self._log_dir = log_dir
         self._emit = emit
@@ -55,7 +55,7 @@ class Watchdog:
 
     @property
     def rules(self) -> HangRules:
-        """What the user asked for."""
+        """The limits that the user asked for."""
         return self._watch.rules
 
     def begin(self, watched: WatchedWorkers) -> None:
@@ -66,7 +66,7 @@ class Watchdog:
         self._watch.begin()
 
     def look(self, now_s: float, *, exited: Collection[int], paused: bool) -> Hang | None:
-        """A hang, once workers have made no progress for too long; what to do about it is the caller's matter."""
+        """Return a hang once workers have made no progress for too long; the caller decides what to do about it."""
         assert self._watched is not None
         if self._watched.outputs and now_s >= self._output_due_s:
             self._output = tuple(_size_and_time(path) for path in self._watched.outputs)
@@ -75,7 +75,7 @@ class Watchdog:
         return self._watch.look(progress, now_s, exited=exited, output=self._output, paused=paused)
 
     def dump_stacks(self, reason: str) -> tuple[Evidence, ...]:
-        """Have the workers' stacks written to the log directory, once a generation; what they tell.
+        """Have the workers' stacks written to the log directory, once a generation, and return the evidence in them.
 
         Bounded to a few seconds, whatever the workers do.
         """
@@ -113,7 +113,7 @@ class Watchdog:
         return evidence
 
     def report(self, hang: Hang, announce: Announce) -> str:
-        """Tell the others first, so that all nodes have their workers' stacks written before anybody's are ended.
+        """Announce a hang: the others hear of it first, so that all have stacks written before any worker is ended.
 
         Returns:
             The reason for which this node's workers are to be ended.
@@ -139,7 +139,7 @@ class Watchdog:
         return reason
 
     def answer(self, reason: str, announce: Announce) -> None:
-        """Another node has found a hang: this one's workers may be its cause, and are about to be ended."""
+        """Explain a hang that another node has found: the cause may be among workers of this one, about to be ended."""
         failure = _blame(self.dump_stacks(reason), "it makes no progress")
         if failure is not None and failure.kind is FailureClass.HANG:
             announce(Status.STOPPING, failure=failure)
@@ -151,7 +151,7 @@ class Watchdog:
 
 
 def _blame(evidence: Sequence[Evidence], what: str) -> Failure | None:
-    """The failure of the rank that the others probably wait for; that of a victim where all of this node's wait."""
+    """Make the failure of the rank that the others probably wait for, or of a victim where all of this node's wait."""
     if not evidence:
         return None
     behind = suspects(evidence)

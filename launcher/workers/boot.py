@@ -1,4 +1,4 @@
-"""Between the agent and a worker's program.
+"""Stands between the agent and a worker's program.
 
 `python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 25 ms) asks the zygote to fork the worker and
 stands for it: passes signals on, ends as it ends. Without a zygote ("-", or one that refuses) it starts the program
@@ -54,7 +54,7 @@ def _environment() -> "Environment":
 
 
 def _claim() -> None:
-    """Say which process the worker is: it keeps its pid when it becomes its program."""
+    """Tell the agent which process the worker is: it keeps its pid when it becomes its program."""
     if path := _environment().channel:
         from launcher.workers.channel import Channel
 
@@ -114,7 +114,7 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
 
 
 def _stand_for_worker(connection: "socket.socket") -> None:
-    """Until the worker ends; then end in the same way."""
+    """Wait until the worker ends; then end in the same way."""
     # A zygote that is gone took its workers along.
     process_tree.end_as(int(_receive(connection).get("status", str(int(signal.SIGKILL)))))
 

@@ -32,7 +32,7 @@ _STOP, _PHASE, _STEP, _PID, _UNTIMED = 4, 8, 16, 32, 48
 
 
 class StopReason(IntEnum):
-    """Why an agent asks its workers to stop at a step boundary; the highest one wins among ranks."""
+    """Why an agent asks its workers to stop at a step boundary. Ranks that are asked for several act on the highest."""
 
     NONE = 0
     MEMBERSHIP = 1
@@ -51,19 +51,19 @@ class WorkerPhase(IntEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the agent reads: the worker's phase, last completed step, and when (monotonic seconds; 0 = never).
-
-    `untimed`: the worker does something that may take much longer than a step, such as saving or evaluating.
-    """
+    """What a worker has said last, as the agent reads it."""
 
     phase: WorkerPhase
     step: int
+    """The last step that is complete, -1 before the first."""
     beat_s: float
+    """When it was, by the monotonic clock; 0 before the first."""
     untimed: bool = False
+    """The worker does something that may take much longer than a step, such as saving or evaluating."""
 
 
 def started_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5))."""
+    """Say when a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -94,7 +94,7 @@ class Channel:
 
     @classmethod
     def attach(cls, path: Path, *, announce: bool = True) -> Channel:
-        """Map the channel that the agent made; with `announce` that says that this worker uses it.
+        """Map the channel that the agent has made; with `announce`, that tells the agent that a worker uses it.
 
         Raises:
             OSError: there is no such file.
@@ -143,18 +143,18 @@ class Channel:
         struct.pack_into("<I", self._memory, _UNTIMED, 0)
 
     def stop_request(self) -> StopReason:
-        """The agent's standing request."""
+        """Read what the agent asks for now."""
         return StopReason(min(struct.unpack_from("<I", self._memory, _STOP)[0], max(StopReason)))
 
     # --- the agent's side
 
     def forked_pid(self) -> int | None:
-        """The forked worker's pid while that very process still runs; None for one that is the agent's own child."""
+        """The pid that a worker has claimed, while that very process still runs; None before, and once it has ended."""
         pid, ticks = struct.unpack_from("<qQ", self._memory, _PID)
         return pid if pid and started_ticks(pid) == ticks else None
 
     def claimed_pid(self) -> int | None:
-        """The pid that a forked worker had, whether it still runs or not."""
+        """The pid that a worker has claimed, whether it still runs or not; None before it has."""
         return struct.unpack_from("<q", self._memory, _PID)[0] or None
 
     def request_stop(self, reason: StopReason) -> None:
@@ -162,7 +162,7 @@ class Channel:
         struct.pack_into("<I", self._memory, _STOP, reason)
 
     def progress(self) -> Progress:
-        """The worker's last word."""
+        """Read what the worker has said last."""
         phase = struct.unpack_from("<I", self._memory, _PHASE)[0]
         step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
         (untimed,) = struct.unpack_from("<I", self._memory, _UNTIMED)
@@ -171,5 +171,5 @@ class Channel:
         return Progress(known, step, beat_ns / 1e9, bool(untimed))
 
     def close(self) -> None:
-        """Unmap; the file stays until the agent removes its folder."""
+        """Unmap the file, which stays until the agent removes its folder."""
         self._memory.close()

@@ -1,4 +1,4 @@
-"""The console of an agent and its workers, whose loss is no failure of theirs.
+"""Keeps an agent and its workers from failing when their console goes away.
 
 Workers write to what the agent was given as stdout and stderr. Where that is a pipe whose reader goes (`| head`), or a
 file on a disk that fills, a `print` in a script would raise, and the job would end of it. So whatever is no terminal is
@@ -73,7 +73,7 @@ class Console(Lifecycle):
                 os.dup2(write, fd)
 
     def tell(self, emit: Emit) -> None:
-        """Record what the pump tells, from now on and from before."""
+        """Record as events what the pump tells, what it has told before included."""
         if self._pump is not None:
             self._listener = threading.Thread(target=self._listen, args=(emit,), name="console", daemon=True)
             self._listener.start()
@@ -101,7 +101,7 @@ class Console(Lifecycle):
 
 
 def _file_that_may_fail(fd: int) -> tuple[int, int] | None:
-    """The file that this descriptor is open on; None where writing to it does not end one day, or is none of ours."""
+    """Identify the file that a descriptor is open on; None for a terminal or /dev/null, and for a closed descriptor."""
     try:
         found = os.fstat(fd)
     except OSError:

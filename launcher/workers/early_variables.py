@@ -1,4 +1,4 @@
-"""Which environment variables torch and its like read while they are imported, and who sets them before that.
+"""Tells which environment variables torch and its like read on import, and whether a script sets them before that.
 
 In a worker that is forked from a process that has imported torch, a script that sets one of them comes too late. What
 Python code reads is seen (`Recorder`); what C and C++ libraries read when they are loaded is known by its prefixes.
@@ -27,7 +27,7 @@ _FILES_MAX, _FILE_MAX_BYTES = 64, 1 << 20
 
 
 def current() -> dict[str, str]:
-    """The environment as C sees it: `os.putenv` does not show in `os.environ`."""
+    """Read the environment as C sees it: `os.putenv` does not show in `os.environ`."""
     environ: Any = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
     found: dict[str, str] = {}
     for entry in environ or ():
@@ -65,15 +65,16 @@ def is_read_early(name: str, recorded: set[str] | frozenset[str]) -> bool:
 
 
 def changed_early(now: Mapping[str, str], before: Mapping[str, str], recorded: set[str] | frozenset[str]) -> list[str]:
-    """The variables that differ, of those that are read early."""
+    """Name the variables that differ, of those that are read early."""
     names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     return [name for name in names if is_read_early(name, recorded)]
 
 
 def set_in_source(script: Path, environment: Mapping[str, str], recorded: set[str] | frozenset[str]) -> list[str]:
-    """The variables of that kind that a script's text sets before it imports torch, in modules beside it as well.
+    """Name the variables that are read early and that a script's text sets before it imports torch.
 
-    What it does not see (names that are computed, `load_dotenv`) is found when it has happened. Never raises.
+    Modules beside the script are read as well. What is not seen (names that are computed, `load_dotenv`) is found when
+    it has happened. Never raises.
     """
     found: list[str] = []
     _read(script, script.parent, environment, found, set())

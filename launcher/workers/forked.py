@@ -1,4 +1,4 @@
-"""In a fork of the zygote: become what `python ARGV...` would be, up to the point where it runs the script."""
+"""Turns a fork of the zygote into what `python ARGV...` would be, up to the point where that runs the script."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 @dataclass(frozen=True)
 class Zygote:
-    """What a fork needs of it."""
+    """What a fork has to know of the zygote."""
 
     pid: int
     environment: Mapping[str, str]
-    """While it imported."""
+    """Its variables while it imported."""
     variables_read: frozenset[str]
+    """The names of the variables that its imports have read."""
     with_torch: frozenset[str]
     """The packages that `import torch` imports."""
     news: socket.socket
-    """To the agent."""
+    """By which it, and its forks, tell the agent."""
 
 
 def tell(news: socket.socket, **message: object) -> None:
@@ -49,7 +50,7 @@ def tell(news: socket.socket, **message: object) -> None:
 
 
 def become(request: ForkRequest, zygote: Zygote, boot: socket.socket, import_reports: socket.socket | None) -> None:
-    """All but to run the program."""
+    """Do all that `python ARGV...` does before it runs its program."""
     os.setsid()
     die_with(zygote.pid)
     told = Environment.from_env(request.env)
@@ -87,7 +88,7 @@ def become(request: ForkRequest, zygote: Zygote, boot: socket.socket, import_rep
 
 
 def _settle_process(request: ForkRequest) -> None:
-    """What a new process takes over from the one that starts it, and what it has of its own."""
+    """Take over what a process takes over from the one that starts it, and renew what it has of its own."""
     time.tzset()
     os.umask(request.umask)
     for which, soft, hard in request.limits:
@@ -109,7 +110,7 @@ def _settle_process(request: ForkRequest) -> None:
 
 
 def _open_streams() -> None:
-    """As `python -u` does (pylifecycle.c, create_stdio)."""
+    """Open stdin, stdout and stderr as `python -u` does (pylifecycle.c, create_stdio)."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
         errors = old.errors if old is not None else "backslashreplace" if fd == 2 else "strict"
@@ -128,7 +129,7 @@ def _open_streams() -> None:
 
 
 def _start_cold(names: list[str], package: str, request: ForkRequest, news: socket.socket) -> NoReturn:
-    """Be a new process that has imported nothing, by the same pid: what the script did until now, it does again."""
+    """Become a new process, which has imported nothing, by the same pid; the script begins anew."""
     why = f"the script sets {', '.join(names)} before it imports {package}"
     tell(news, cold=why)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Are the files from which this process has imported still what they were?
+"""Tells whether the files from which this process has imported are still what they were.
 
 A package that is installed anew, or a clone that is edited, between two starts of the workers: a fork would run what
 was there before.
@@ -16,7 +16,7 @@ _LARGE = ("torch", "sympy", "numpy")
 
 
 def files_of_packages() -> dict[str, str]:
-    """The file of each top-level module that is imported, but for those that are built in or frozen; of ours anyway."""
+    """Find the file of each top-level module that is imported and is a file; our own packages' are always there."""
     found = {name: os.path.join(paths.HOME, name, "__init__.py") for name in paths.OWN_PACKAGES}
     for name, module in list(sys.modules.items()):
         if "." not in name and name != "__main__" and (file := _file_of(module)):
@@ -24,14 +24,14 @@ def files_of_packages() -> dict[str, str]:
     return found
 
 
-class Files:
+class ImportedFiles:
     """The files of what is imported, those of the standard library left out."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, tuple[int, int] | None]] = {}
 
     def note(self) -> None:
-        """Look at what has been imported since the last time."""
+        """Note the files of what has been imported since the last call."""
         for name, module in list(sys.modules.items()):
             package, _, rest = name.partition(".")
             if name in self._seen or package in sys.stdlib_module_names:
@@ -42,7 +42,7 @@ class Files:
                 self._seen[name] = (file, _stamp(file))
 
     def changed(self) -> str:
-        """What is not what it was when it was noted, in words; "" if nothing is."""
+        """Name in words a file that is not what it was when it was noted, "" if there is none."""
         for name, (file, before) in self._seen.items():
             if _stamp(file) != before:
                 return f"{name} ({file}) has changed since it was imported ahead"

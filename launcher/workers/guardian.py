@@ -42,7 +42,7 @@ def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambd
 
 
 def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
-    """The same for a program that is a fork of this process: `start`, and then SystemExit."""
+    """Run `start`, and nothing after it, in a fork of this process; stand over that as `run` does."""
     from launcher.environment import Environment  # not before it is needed: `boot` imports this for warm workers too
 
     keep = Environment.from_env(os.environ).keep_children
@@ -65,7 +65,7 @@ def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
 
 
 def become(program: list[str]) -> NoReturn:
-    """Be `program` from here on."""
+    """Become `program`; does not return."""
     try:
         os.execvp(program[0], program)
     except OSError as error:
@@ -107,7 +107,7 @@ def _stand_over(pid: int, parent_pid: int, mask: set[int | signal.Signals], *, k
 
 
 def _own() -> process_tree.ProcessesByPid:
-    """What is below this process; the dead are taken from the table first."""
+    """Find the processes below this one, after the dead were taken from the process table."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -117,7 +117,7 @@ def _own() -> process_tree.ProcessesByPid:
 
 
 def _tell(ended: list[process_tree.Process], left: list[process_tree.Process]) -> None:
-    """To the worker's stderr, and to the agent's events where this is a worker's."""
+    """Tell what was left behind, on the worker's stderr, and in the agent's events if this is a worker's guardian."""
     rank = os.environ.get("RANK", "")
     who = f"rank {rank}" if rank else "the program"
     with contextlib.suppress(OSError):  # the console is gone

@@ -1,4 +1,4 @@
-"""What a process imports ahead of the workers that will be forked from it, and whether it is fit to fork after that."""
+"""Imports ahead what workers will want, in a process from which they are forked, and tells whether it is fit for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Imports:
         self.with_torch: set[str] = set()
 
     def make(self, name: str) -> None:
-        """Import `name`, if that can be done."""
+        """Import `name`; where that fails, say so on stderr and go on."""
         before = _packages()
         try:
             with self.recorder:
@@ -56,7 +56,7 @@ def settle_threads() -> None:
 
 
 def unfit_to_fork() -> str:
-    """Why a fork of this process might not work, "" if it will."""
+    """Say why a fork of this process might not work, "" if nothing speaks against it."""
     num_threads = len(os.listdir("/proc/self/task"))
     if num_threads > 1:
         return f"{num_threads - 1} thread(s) were started by an import"

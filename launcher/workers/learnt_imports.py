@@ -1,6 +1,6 @@
-"""What the first worker's script imports beyond torch: told by the worker, tried by the zygote, then imported ahead.
+"""Has the zygote import ahead what the first worker's script has imported beyond torch, so that later workers have it.
 
-The worker tells by a connection of its own, from the script's thread; so later workers start with all of it.
+The worker tells by a connection of its own, and the zygote tries those imports in a fork before it makes them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ImportReporter:
                 self._zygote.send(text.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def _is_installed(self, name: str) -> bool:
-        """Not the script's own modules: what they do on import is theirs to do, once, in a worker."""
+        """Whether a module is an installed one. What a script's own do on import is theirs to do, once, in a worker."""
         origin = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None) or ""
         own = name.partition(".")[0] in paths.OWN_PACKAGES and origin.startswith(paths.HOME)
         return name != "__main__" and (origin.startswith(self._roots) or own)
@@ -77,11 +77,11 @@ class ImportLearner:
         self._trial: tuple[int, list[str]] | None = None  # the process that tries these imports
 
     def open(self) -> tuple[socket.socket, socket.socket] | None:
-        """Both ends of a connection for the first worker, the zygote's first; None for all others."""
+        """Make a connection for the first worker, the zygote's end first; None for all others."""
         return None if self._has_begun else socket.socketpair()
 
     def begin(self, connection: socket.socket) -> None:
-        """Hear what the worker that has been forked tells."""
+        """Begin to hear the first worker, which has been forked with the other end."""
         self._has_begun = True
         self.connection = connection
         self.due_s = time.monotonic() + _LEARN_AFTER_S
@@ -117,7 +117,7 @@ class ImportLearner:
         self._trial = (pid, names)
 
     def reap(self) -> list[str]:
-        """What may be imported, once the trial has ended well."""
+        """Return what may be imported, once the trial has ended well."""
         if self._trial is None:
             return []
         pid, names = self._trial

@@ -1,4 +1,4 @@
-"""What this node's workers have left running, as their agent finds and ends it before it starts new ones.
+"""Finds and ends what this node's workers have left running, before their agent starts new ones.
 
 A cold worker's guardian does that when its worker ends. Here is what it cannot reach: orphans of forked workers, which
 come to the zygote's guardian, and of workers whose guardian was killed itself, which come to the agent. Among the
@@ -20,10 +20,10 @@ from launcher.workers.warm import WarmStart
 
 
 class Leftovers(Lifecycle):
-    """Finds and ends them, from `start` on. For the agent's main thread only."""
+    """The processes that workers have left, known from `start` on. For the agent's main thread only."""
 
     def __init__(self, runtime_dir: Path, warm: WarmStart | None, *, keep: bool) -> None:
-        """`keep`: nothing is ended."""
+        """With `keep`, nothing is looked for or ended."""
         self._mark = f"{Environment.variable('channel')}={runtime_dir}{os.sep}".encode()
         self._warm = warm
         self._keep = keep
@@ -36,10 +36,12 @@ class Leftovers(Lifecycle):
     def end(
         self, boots: Collection[int], grace_s: float
     ) -> tuple[list[process_tree.Process], list[process_tree.Process]]:
-        """End it; `boots` are the processes that stand for workers, which may still be there.
+        """End what there is: SIGTERM first, SIGKILL after `grace_s`.
+
+        `boots` are the processes that stand for workers, which may still be there and are let be.
 
         Returns:
-            What there was, and what is still there.
+            The processes that there were, and those that are still there.
         """
         return ([], []) if self._keep else process_tree.end(lambda: self._find(boots), grace_s)
 
@@ -61,7 +63,7 @@ class Leftovers(Lifecycle):
         return any(variable.startswith(self._mark) for variable in environment.split(b"\0"))
 
     def close(self) -> None:
-        """Take no more orphans."""
+        """Leave orphans to others again."""
         if not self._keep:
             with contextlib.suppress(OSError):
                 process_tree.leave_orphans()

@@ -1,4 +1,4 @@
-"""The channels of one generation's workers on this node: what they say of their progress, and asking them to stop."""
+"""The workers of one generation on this node by their channels: what they have done, and whether they are to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.workers.channel import Channel, Progress, StopReason, WorkerPhase
 
 
 class LocalWorkers:
-    """One channel for each local rank. Times are the monotonic clock's; the agent's thread only."""
+    """One channel for each local rank. Times are the monotonic clock's. For the agent's thread only."""
 
     def __init__(self, folder: Path, generation: int, local_ranks: Sequence[int]) -> None:
         self._channels = {rank: Channel.create(folder / f"worker-{generation}-{rank}") for rank in local_ranks}
@@ -35,15 +35,15 @@ class LocalWorkers:
         return channel.path.with_name(f"{channel.path.name}.stacks")
 
     def forked_pid(self, local_rank: int) -> int | None:
-        """The pid of a forked worker; None for one that is the agent's own child."""
+        """The pid that a worker has claimed, while it runs; None before, and once it has ended."""
         return self._channels[local_rank].forked_pid()
 
     def claimed_pids(self) -> list[int]:
-        """The pids of the workers that were forked, whether they still run or not."""
+        """The pids that workers have claimed, whether they still run or not."""
         return [pid for channel in self._channels.values() if (pid := channel.claimed_pid())]
 
     def progress(self) -> dict[int, Progress]:
-        """Each worker's last word, by local rank."""
+        """What each worker has said last, by local rank."""
         return {local_rank: channel.progress() for local_rank, channel in self._channels.items()}
 
     def last_step(self) -> int:
@@ -51,7 +51,7 @@ class LocalWorkers:
         return max((progress.step for progress in self.progress().values()), default=-1)
 
     def last_step_fields(self) -> dict[str, float]:
-        """That step for an event, with the time (epoch seconds) at which the first worker was done with it."""
+        """The last step for an event, with the time (epoch seconds) at which the first worker was done with it."""
         step = self.last_step()
         beats = [progress.beat_s for progress in self.progress().values() if progress.step == step and progress.beat_s]
         ts = {"step_ts": round(time.time() - time.monotonic() + min(beats), 3)} if beats else {}
@@ -62,13 +62,13 @@ class LocalWorkers:
         return any(progress.phase is not WorkerPhase.STARTING for progress in self.progress().values())
 
     def request_stop(self, reason: StopReason) -> None:
-        """Ask all workers to stop at their next step boundary; the first time counts for `asked_s`."""
+        """Ask all workers to stop at their next step boundary; `asked_s` stays that of the first request."""
         self.asked_s = time.monotonic() if self.asked_s is None else self.asked_s
         for channel in self._channels.values():
             channel.request_stop(reason)
 
     def kill(self) -> bool:
-        """Kill the workers with all in their process groups; whether all of them had said which process they are."""
+        """Kill the workers with their process groups; returns whether all of them had said which process they are."""
         pids = [channel.forked_pid() for channel in self._channels.values()]
         for pid in filter(None, pids):
             with contextlib.suppress(ProcessLookupError):
@@ -92,7 +92,7 @@ class LocalWorkers:
         return []
 
     def close(self) -> None:
-        """Let go of the files; the workers are gone."""
+        """Remove the files, once the workers are gone."""
         for channel in self._channels.values():
             channel.close()
             channel.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where the launcher's own processes find modules: never beside a user's script, nor in the folder that is current.
+"""Keeps the launcher's own processes from importing what lies beside a user's script, or in the current folder.
 
 `launcher` and `storage` are common names, and so is a `types.py`. What lies beside a script is for that script, once it
 runs; an agent, a zygote or a command that imported it would run the user's code as its own. Imports nothing but what
@@ -24,7 +24,7 @@ filters_at_start: tuple[object, ...] | None = None
 
 
 class _OwnFirst:
-    """Finds our packages where this one is, whatever else has their names."""
+    """Finds our packages where this file is, whatever else has their names."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
@@ -52,7 +52,7 @@ def keep_to_own() -> None:
 
 
 def path_of_scripts() -> list[str]:
-    """What follows its own folder in the `sys.path` of a script that an interpreter with this environment runs."""
+    """Return what follows the script's folder in the `sys.path` of a script that is run in this environment."""
     if _script_path is not None:
         return list(_script_path)
     return sys.path[0 if sys.flags.safe_path else 1 :]
@@ -66,7 +66,7 @@ def be_a_scripts() -> None:
 
 
 def hidden_by(folders: list[str], loaded: dict[str, str]) -> str:
-    """Which module in `folders` a script would import in place of one that is `loaded`, in words; "" if none.
+    """Name in words a module that a script would import in place of one that is loaded; "" if there is none.
 
     Args:
         folders: of the script, and those of `PYTHONPATH`.
@@ -93,7 +93,7 @@ def hidden_by(folders: list[str], loaded: dict[str, str]) -> str:
 
 
 def folders_before_installed() -> list[str]:
-    """The folders of `PYTHONPATH` that a script's `sys.path` holds and this process's does not, or behind others."""
+    """Return the folders of `PYTHONPATH` that come first for a script, and last or not at all for this process."""
     return [folder for folder in path_of_scripts() if folder in _added]
 
 

@@ -1,4 +1,4 @@
-"""Processes by descent: what a worker has started, however it did that, and how to end it in bounded time.
+"""Finds processes by descent, so what a worker has started in whatever way, and ends them in bounded time.
 
 A process whose parent ends becomes a child of the nearest ancestor that has asked for orphans (PR_SET_CHILD_SUBREAPER,
 prctl(2)). So nothing below such an ancestor gets out of its reach: no session of its own, no double fork, no empty
@@ -24,15 +24,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.01
 _MAX_PASSES = 32
 GRACE_S = 1.0
-"""From SIGTERM to SIGKILL, for what a worker leaves that failed or was stopped."""
+"""The time from SIGTERM to SIGKILL for what a worker leaves that failed or was stopped."""
 GRACE_AFTER_SUCCESS_S = 5.0
-"""The same after an exit with 0: it may still be writing what the worker left it to write."""
+"""The same for what a worker leaves that ended well: it may still be writing what it was left to write."""
 KILL_S = 5.0
-"""For SIGKILL to have its effect: a process may wait in the kernel for a device or a file server."""
+"""The time for SIGKILL to have its effect: a process may wait in the kernel for a device or a file server."""
 
 
 class Process:
-    """A process that was seen: its pid is another's once that started at another time."""
+    """A process that was seen, known by its pid and by when it started: the pid may be another's later."""
 
     __slots__ = ("name", "pid", "started_ticks")
 
@@ -67,7 +67,7 @@ ProcessesByPid = dict[int, Process]
 
 
 def look_up(pid: int) -> Process | None:
-    """A process; None if there is none, or only its zombie (proc(5))."""
+    """Find a process by its pid; None if there is none, or only its zombie (proc(5))."""
     head, _, tail = _read(f"/proc/{pid}/stat").rpartition(")")
     fields = tail.split()
     if len(fields) < 20 or fields[0] in "ZX":
@@ -84,7 +84,7 @@ def _read(path: str) -> str:
 
 
 def descendants(roots: Iterable[int], without: Collection[int] = ()) -> ProcessesByPid:
-    """All living descendants of `roots`, but none of `without` nor what is below those."""
+    """Find all living descendants of `roots`, except `without` and what is below those."""
     children = children_by_parent()
     found: ProcessesByPid = {}
     queue = [child for root in roots for child in children(root)]
@@ -99,7 +99,7 @@ def descendants(roots: Iterable[int], without: Collection[int] = ()) -> Processe
 
 
 def children_by_parent() -> Callable[[int], list[int]]:
-    """What tells a process's children, zombies too: the kernel, or a look at all processes where it does not."""
+    """Return a function from a process to its children, zombies too; it asks the kernel, or looks at all processes."""
     if os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
         return _told_children
     found: dict[int, list[int]] = {}
@@ -124,7 +124,7 @@ def end(
     """End all that `find` finds, and what those start meanwhile: SIGTERM first, SIGKILL after `grace_s`.
 
     Returns:
-        What there was, and what is still there `within_s` after the first SIGKILL.
+        The processes that there were, and those that are still there `within_s` after the first SIGKILL.
     """
     known: ProcessesByPid = {}
     asked: set[int] = set()
@@ -164,9 +164,9 @@ def _stop(find: Callable[[], ProcessesByPid]) -> None:
 
 
 def grace_after(status: int) -> float:
-    """How long what a worker left has between SIGTERM and SIGKILL, by the wait status with which the worker ended.
+    """Say how long what a worker left has between SIGTERM and SIGKILL, by the wait status with which the worker ended.
 
-    One that was killed was to be gone at once: its node may no longer hold its lease.
+    A worker that was killed was to be gone at once: its node may no longer hold its lease.
     """
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return 0.0

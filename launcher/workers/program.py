@@ -67,13 +67,13 @@ def run(argv: list[str]) -> None:
 
 
 def _set_first_path(folder: str) -> None:
-    """Modules beside the program come first, unless the interpreter was told otherwise (PYTHONSAFEPATH)."""
+    """Have modules beside the program come first, unless the interpreter was told otherwise (PYTHONSAFEPATH)."""
     if not sys.flags.safe_path:
         sys.path[0] = folder
 
 
 def _run_script(given: str, main_module: "types.ModuleType") -> None:
-    """What Python does with a script; `runpy.run_path` would change `sys.argv[0]` or leave `__file__` relative."""
+    """Run a script as Python does; `runpy.run_path` would change `sys.argv[0]` or leave `__file__` relative."""
     path = given if os.path.isabs(given) else os.path.join(os.getcwd(), given.removeprefix("./"))
     if _is_archive(path):
         sys.path.insert(0, path) if sys.flags.safe_path else _set_first_path(path)
@@ -94,7 +94,7 @@ def _run_script(given: str, main_module: "types.ModuleType") -> None:
 
 
 def _is_archive(path: str) -> bool:
-    """A folder or a zip file with a `__main__.py`, which Python runs as well."""
+    """Whether a path is a folder or a zip file with a `__main__.py`, which Python runs as well."""
     if os.path.isdir(path):
         return True
     import zipimport
@@ -107,7 +107,7 @@ def _is_archive(path: str) -> bool:
 
 
 def _tell_error(kind: type[BaseException], error: BaseException, traceback: "types.TracebackType | None") -> None:
-    """Python's own way, from the script's first frame on: it would not have ours."""
+    """Show an exception as Python does, from the script's first frame on: Python's own report would not have ours."""
     told, passed = traceback, False
     while told is not None and (not passed or told.tb_frame.f_code.co_filename == __file__):
         passed = passed or told.tb_frame.f_code.co_filename == __file__
@@ -124,7 +124,7 @@ def _tell_error(kind: type[BaseException], error: BaseException, traceback: "typ
 
 
 def _name_what_hides_ours(error: BaseException) -> None:
-    """A script that wants its own `storage` and ours gets its own; what then is missing in it is a riddle."""
+    """Add a note to an error of a script that has a `storage` of its own, and misses in it what ours has."""
     if isinstance(error, ImportError):
         name = error.name
     elif isinstance(error, AttributeError):
@@ -171,7 +171,7 @@ def record_error(path: str, error: BaseException) -> None:
 
 
 def _import_from_stdlib(name: str) -> "types.ModuleType":
-    """Python's own module of that name, though the script may have others of that name, or of what it imports."""
+    """Import Python's own module of that name: the script may have others by that name, or by those of its imports."""
     found, path = dict(sys.modules), sys.path[:]
     standard = (_STDLIB, os.path.join(_STDLIB, "lib-dynload"))
     for loaded, module in found.items():

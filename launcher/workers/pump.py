@@ -24,7 +24,7 @@ class _Stream:
         self._full = False
 
     def carry(self, notice: int) -> bool:
-        """One piece; False at the end."""
+        """Carry one piece on; returns False at the end of the stream."""
         data = os.read(self._source, _CHUNK_BYTES)
         if data and not self._gone:
             try:
@@ -53,7 +53,7 @@ def _tell(notice: int, text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Carry until every source has ended."""
+    """Carry all streams until every source has ended."""
     notice = int(argv[1])
     poll = select.poll()
     streams: dict[int, _Stream] = {}

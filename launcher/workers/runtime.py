@@ -1,4 +1,4 @@
-"""A private folder for an agent's channels and sockets, and what is left of those whose agents were killed.
+"""Makes a private folder for an agent's channels and sockets, and removes those that killed agents have left.
 
 An agent holds a lock on a file in its folder for as long as it lives, and the kernel lets go of it however it ends. So
 a folder whose lock can be taken is nobody's: no pid, which may be another's by now, has to be believed.
@@ -24,7 +24,7 @@ _LOCK = "agent.lock"
 
 @contextlib.contextmanager
 def runtime_dir() -> Iterator[Path]:
-    """A fresh folder (0700) where temporary files go, removed at the end; abandoned ones of this user go first."""
+    """Make a private folder (0700) where temporary files go, for as long as it is used; abandoned ones go first."""
     remove_abandoned(Path(tempfile.gettempdir()))
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
     # Locked before it has the name by which others look for it: there is no moment at which they could take it.
@@ -39,7 +39,7 @@ def runtime_dir() -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
-    """Remove what killed agents of this user have left in `folder`; what was removed."""
+    """Remove what killed agents of this user have left in `folder`; returns the folders that were removed."""
     removed = []
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         if _is_own_folder(path) and _is_abandoned(path / _LOCK):

@@ -1,4 +1,4 @@
-"""In a forked worker: what the zygote has imported is there, and does not show before the script imports it.
+"""Hides in a forked worker what the zygote has imported, until the script imports it.
 
 `sys.modules` begins as in a new interpreter, but for the standard library; a package comes out of the stash with the
 script's own `import` of it. So the first import of torch is seen, and with it whether the script has set variables
@@ -101,10 +101,10 @@ class _Loader:
         self._stash = stash
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """The default: it is thrown away."""
+        """Leave it to the import system to make a module, which is thrown away."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """What is in `sys.modules` afterwards is what `import` returns."""
+        """Put the known module into `sys.modules`: what is there afterwards is what `import` returns."""
         known = self._stash.take_out(module.__name__)
         module.__dict__.update(known.__dict__)
         sys.modules[module.__name__] = known
@@ -114,7 +114,7 @@ _stderr = sys.stderr
 
 
 def rebind_log_handlers() -> None:
-    """Handlers of torch's loggers took `sys.stderr` when they were made; a script may have put another in its place."""
+    """Give log handlers the present `sys.stderr`: torch's took that of the zygote when they were made."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):

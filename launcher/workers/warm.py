@@ -1,4 +1,4 @@
-"""The agent's side of warm workers: keeps a zygote, and says which socket a worker's boot should ask."""
+"""Keeps a zygote for the agent, and says at which socket a worker's boot should ask for a fork."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ start(int(sys.argv[2]), int(sys.argv[3]))
 
 
 class ForkedZygote:
-    """A fork of this process that stands over another one, the zygote; as `subprocess.Popen` to whoever keeps it.
+    """A fork of this process that stands over another one, the zygote. It has what is needed of Popen.
 
     It waits for what `hand_over` gives it, and ends if this process ends before that.
     """
@@ -51,13 +51,13 @@ class ForkedZygote:
         self._connection = connection
 
     def hand_over(self, listener: socket.socket, news: socket.socket) -> None:
-        """Let it serve."""
+        """Let the zygote serve on a listener, and tell its news to the agent."""
         with contextlib.suppress(OSError):  # it is dead, which is found soon
             socket.send_fds(self._connection, [b"serve"], [listener.fileno(), news.fileno(), 1, 2])
         self._connection.close()
 
     def poll(self) -> int | None:
-        """As Popen's."""
+        """Return the exit code as Popen does, None while the fork runs."""
         if self.returncode is None:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
@@ -65,23 +65,26 @@ class ForkedZygote:
         return self.returncode
 
     def wait(self) -> int:
-        """As Popen's."""
+        """Wait for the fork to end; returns its exit code as Popen does."""
         while self.poll() is None:
             time.sleep(_LOOK_S)
         assert self.returncode is not None
         return self.returncode
 
     def kill(self) -> None:
-        """As Popen's."""
+        """Kill the fork, and with it all that is below it."""
         self._connection.close()
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
 
 def fork_zygote(imports: Imports) -> ForkedZygote | None:
-    """Fork a zygote off this process, which has just imported torch and has done nothing else; None if it is not fit.
+    """Fork a zygote off this process, which has just imported torch and has done nothing else.
 
-    Returns in a worker as well, with SystemExit or what else ends its script.
+    In a worker this raises SystemExit, or whatever else ends its script.
+
+    Returns:
+        The fork; None if this process is not fit to be forked.
     """
     options = sys.orig_argv[1:2]
     if options and options[0].startswith("-") and not options[0].startswith("-m"):
@@ -133,7 +136,7 @@ class WarmStart(Lifecycle):
         self._stale = ""
 
     def socket_path(self) -> str:
-        """Where to ask for a worker; `COLD` if there is no zygote to be had, or the script is not one for it."""
+        """Return the socket at which to ask for a worker; `COLD` if there is no zygote, or a fork would not do."""
         self.listen()
         if self._cold:
             self.close()
@@ -191,8 +194,9 @@ class WarmStart(Lifecycle):
                 self._emit(EventName.WARM_START_OFF, reason=cold)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until the zygote has made its imports (or died of them). A node that joins before that only makes the
-        others wait for it with their workers stopped.
+        """Wait until the zygote has made its imports, or has died of them; returns whether it is ready.
+
+        A node that joins before that only makes the others wait for it with their workers stopped.
         """
         ends_s = time.monotonic() + timeout_s
         if self._news is not None:
@@ -207,14 +211,14 @@ class WarmStart(Lifecycle):
         return self._ready
 
     def orphans(self) -> ProcessesByPid:
-        """What workers have started whose parents have ended: it is below the zygote's guardian, beside the zygote."""
+        """Find what workers have left: orphans come to the zygote's guardian, and so are beside the zygote."""
         zygote_pid = self.zygote_pid()
         return (
             descendants([self._process.pid], without=[zygote_pid]) if self._process is not None and zygote_pid else {}
         )
 
     def zygote_pid(self) -> int | None:
-        """The process that forks workers; None before it can."""
+        """The pid of the process that forks workers; None before it can."""
         self.listen()
         return self._zygote_pid
 
@@ -234,7 +238,7 @@ class WarmStart(Lifecycle):
 
 
 def _bind(listener: socket.socket, path: Path) -> None:
-    """A socket's address holds 107 bytes, and TMPDIR may be longer: the kernel looks from its folder on."""
+    """Bind by way of the folder: a socket's address holds 107 bytes, and TMPDIR may be longer."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listener.bind(f"/proc/self/fd/{folder}/{path.name}")

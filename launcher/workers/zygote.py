@@ -55,6 +55,8 @@ _FRAME_TIMEOUT_S = 10.0
 
 
 class _Server:
+    """Serves boots and hears workers, on one thread; a fork of it leaves `serve` with what it is to become."""
+
     def __init__(self, listener: socket.socket, news: socket.socket, imports: Imports) -> None:
         self.connection: socket.socket | None = None  # in a child: to the boot that stands for it
         self.import_reports: socket.socket | None = None  # in a child: where it tells what it imports
@@ -68,7 +70,7 @@ class _Server:
         self._to_import: deque[str] = deque(name for name in MODULES if name not in sys.modules)
         self._ready = False
         self._import_at_s = time.monotonic() + _FIRST_S
-        self._files = freshness.Files()
+        self._files = freshness.ImportedFiles()
         self._files.note()
         self._learner = ImportLearner()
         self._wake_r, self._wake_w = os.pipe()
@@ -80,7 +82,7 @@ class _Server:
         signal.set_wakeup_fd(self._wake_w)
 
     def serve(self) -> ForkRequest:
-        """Serve until this process is a forked child; what it is to become."""
+        """Serve until this process is a forked child; returns what it is to become."""
         while True:
             for key, _ in self._selector.select(self._idle_s()):
                 if key.fileobj is self._listener:
@@ -98,7 +100,7 @@ class _Server:
             self._go_on()
 
     def _idle_s(self) -> float | None:
-        """How long to wait for something to happen before there is something to do."""
+        """How long there is nothing to do if nothing happens; None for ever."""
         now_s = time.monotonic()
         if not self._ready or self._to_import:
             return max(0.0, self._import_at_s - now_s)
@@ -123,7 +125,7 @@ class _Server:
             self._learner.learn(self._to_import)
 
     def _hear_agent(self) -> None:
-        """It waits for all that is imported here, or has gone."""
+        """The agent says that it waits for all imports, or has gone: make them without a pause."""
         self._import_at_s = float("-inf")
         if not self._news.recv(1):
             self._selector.unregister(self._news)
@@ -148,7 +150,7 @@ class _Server:
         return None
 
     def _differs(self, request: ForkRequest) -> str:
-        """Why a fork would not be to its script what a new process is, "" if it is; the agent is told as well."""
+        """Say why a fork would not be to its script what a new process is, "" if it is; the agent is told as well."""
         if stale := self._files.changed():
             tell(self._news, stale=stale)
             return stale
@@ -170,7 +172,7 @@ class _Server:
         return f"the script sets {', '.join(names)} before it imports torch" if names else ""
 
     def _fork(self, connection: socket.socket) -> bool:
-        """Fork a worker for `connection`; True in the child."""
+        """Fork a worker for `connection`; returns True in the child."""
         ours, theirs = self._learner.open() or (None, None)
         gc.freeze()  # a worker's collector need not go through (and so copy) what all share: its end takes a third
         pid = os.fork()
@@ -203,7 +205,7 @@ class _Server:
             send(connection, message)
 
     def _child_ended(self, *_: object) -> None:
-        """While an import takes its second: who stands for a worker that ends meanwhile does not wait for that."""
+        """Reap at once even during an import, which takes a second: the boot of the worker that ended waits for it."""
         if self._importing:
             with contextlib.suppress(ChildProcessError):  # it has come in the middle of itself
                 self._reap()
@@ -240,7 +242,7 @@ class _Server:
 
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """What agents do not set for each worker."""
+    """Leave out of an environment what agents set for each worker."""
     return {name: value for name, value in environment.items() if not name.startswith(_SET_BY_AGENTS)}
 
 
@@ -262,7 +264,7 @@ def main(listener: socket.socket, news: socket.socket, imports: Imports | None =
 
 
 def start(listener_fd: int, news_fd: int) -> None:
-    """`main` in a new process."""
+    """Run `main` in a new process, on descriptors that it was given."""
     for fd in (listener_fd, news_fd):
         os.set_inheritable(fd, False)
     main(socket.socket(fileno=listener_fd), socket.socket(fileno=news_fd))

@@ -45,7 +45,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield f"127.0.0.1:{port}"
 
     def left() -> set[str]:
-        return {thread.name for thread in set(threading.enumerate()) - before} - {"peers"}
+        return {thread.name for thread in set(threading.enumerate()) - before}
 
     until("no thread is left", lambda: not left(), 10)
     socket.create_server(("127.0.0.1", port)).close()
@@ -64,7 +64,7 @@ def failing_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launcher.coordination.member, "_START_TIMEOUT_S", 0.1)
     match request.param:
         case "listen":
-            monkeypatch.setattr(joining, "LivenessListener", fail(OSError(99, "no such address")))
+            monkeypatch.setattr(liveness.LivenessListener, "start", fail(OSError(99, "no such address")))
             return "--local-addr 127.0.0.1: cannot listen there: no such address"
         case "look":
             monkeypatch.setattr(joining, "reopen_failed", fail(KVUnavailable("away")))
