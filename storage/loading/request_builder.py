@@ -139,7 +139,7 @@ class _Builder:
                 noted(self._casts, read.storage_index.fqn, dtype, destination_of(self._planner, read).dtype)
 
         def finish(memory: memoryview) -> None:
-            self._hand_over(item, functools.partial(self._decode, item, reads, memory))
+            self._once_verified(item, functools.partial(self._decode, item, reads, memory))()
 
         self._want(Want(item, 0, length, self._target(ItemTarget(length, finish)), 0))
 
@@ -196,8 +196,7 @@ class _Builder:
         if tensor.shape != read.lengths:
             name = read.storage_index.fqn
             raise ValueError(f"{name!r}: planned {tuple(read.lengths)}, resolved {tuple(tensor.shape)}")
-        commit = functools.partial(self._planner.commit_tensor, read, tensor)
-        finish = functools.partial(self._hand_over, item, commit)
+        finish = self._once_verified(item, functools.partial(self._planner.commit_tensor, read, tensor))
         turned = tensor.permute(*layout.order) if tuple(layout.order) != tuple(range(tensor.dim())) else tensor
         if _is_plain(turned, layout.dtype):
             return TensorTarget(turned, finish)
@@ -208,8 +207,11 @@ class _Builder:
             rings[tensor.device] = PinnedRing(cuda_copies(tensor.device))
         return SlabTarget(turned, layout.dtype, rings[tensor.device], finish, overflowed=overflowed)
 
-    def _hand_over(self, item: int, call: Callable[[], None]) -> None:
-        self.requests.hand_over(item, self._source.verifier(item), call)
+    def _once_verified(self, item: int, call: Callable[[], None]) -> Callable[[], None]:
+        """What to call when a target of the item is full: `call`, unless all of the item has to be judged first."""
+        if item not in self._source.layouts:
+            return call
+        return functools.partial(self.requests.hand_over, item, self._source.verifier(item), call)
 
     def _target(self, target: Target) -> int:
         self.requests.targets.append(target)

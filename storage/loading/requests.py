@@ -35,10 +35,7 @@ class Requests:
     waiting: dict[int, list[Callable[[], None]]] = field(default_factory=lambda: defaultdict(list))
 
     def hand_over(self, item: int, verifier: Verifier, call: Callable[[], None]) -> None:
-        """A target of the item is full: `call` hands it over, now or when `settle` finds the item whole."""
-        if not verifier.is_joint:
-            call()
-            return
+        """A target is full, of an item that is judged as a whole: `call` takes it over, now or once that is settled."""
         self.waiting[item].append(call)
         if verifier.is_complete:
             with contextlib.suppress(Corrupt):  # the item is read again when all others are there

@@ -129,7 +129,7 @@ class Source:
         stop = start + int(columns.length[item])
         if num_crcs:
             first = int(self.index.first_crc[item])
-            starts = start + np.arange(num_crcs) * columns.block_size_bytes[item]
+            starts = range(start, stop, int(columns.block_size_bytes[item]))
             return BlockVerifier(key, BlockSums(starts, stop, columns.crcs[first : first + num_crcs]))
         layout = self.layouts.get(item)
         if layout is not None:

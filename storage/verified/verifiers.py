@@ -6,6 +6,7 @@ of what came before, as whoever met damage reads it once more.
 
 from __future__ import annotations
 
+import bisect
 import threading
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,16 +42,19 @@ class Verifier(Protocol):
 class BlockSums:
     """Blocks that follow each other without gaps: where each starts, ascending, where the last stops, its CRC32C."""
 
-    starts: Ints
+    starts: Ints | range
     stop: int
     crcs: npt.NDArray[np.uint32]
 
     def within(self, start: int, stop: int) -> tuple[int, list[int], list[int]]:
         """The blocks that have bytes in [start, stop): the first one's number, their edges, their CRC32C."""
-        first = int(np.searchsorted(self.starts, start, "right")) - 1
-        last = int(np.searchsorted(self.starts, stop, "left"))
-        end = int(self.starts[last]) if last < len(self.starts) else self.stop
-        return first, [*self.starts[first:last].tolist(), end], self.crcs[first:last].tolist()
+        first = bisect.bisect_right(self.starts, start) - 1
+        last = bisect.bisect_left(self.starts, stop)
+        end = self.starts[last] if last < len(self.starts) else self.stop
+        return first, [*map(int, self.starts[first:last]), int(end)], self.crcs[first:last].tolist()
+
+
+_joining = threading.Lock()  # a few numbers at a time, and only of blocks that lie in several parts
 
 
 class BlockVerifier:
@@ -62,7 +66,6 @@ class BlockVerifier:
     def __init__(self, key: str, sums: BlockSums) -> None:
         self._key = key
         self._sums = sums
-        self._lock = threading.Lock()
         self._fragments: dict[int, dict[int, tuple[int, int]]] = {}
 
     def take(self, at: int, data: memoryview) -> None:
@@ -89,7 +92,7 @@ class BlockVerifier:
         """The CRC32C of a block of which a fragment has come; None until the others have."""
         assert crc is not None
         at, stop = block
-        with self._lock:
+        with _joining:
             fragments = self._fragments.setdefault(number, {})
             fragments[fragment[0]] = fragment[1] - fragment[0], crc
             whole = 0
