@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.coordination.lookup import look_up
-from launcher.coordination.roster import DRAIN, Roster, run_prefix
 from launcher.coordination.vitals import vitals_prefix
 from launcher.drain.draining import DrainOrder
 from launcher.elastic.rdzv_conf import RendezvousConf
@@ -23,6 +22,8 @@ from launcher.health.liveness import is_refused
 from launcher.kv import KV, Changes, Follower, Prefixed, Snapshot
 from launcher.kv.connect import connect
 from launcher.kv.endpoint import parse_endpoint
+from launcher.node.board import DRAIN, run_prefix
+from launcher.node.roster import Roster
 from launcher.reports.job_status import JobStatus, job_status
 from launcher.rounds.records import Node
 from launcher.rounds.vitals import Vitals
@@ -120,6 +121,6 @@ class _VitalsReader:
 def _learn(roster: Roster, news: Snapshot | Changes) -> None:
     match news:
         case Snapshot(entries):
-            roster.replace([(entry.key, entry) for entry in entries], time.monotonic())
+            roster.replace(entries, time.monotonic())
         case Changes(events):
-            roster.apply([(event.key, event.entry) for event in events], time.monotonic())
+            roster.apply(events, time.monotonic())

@@ -25,7 +25,6 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from launcher.coordination.lookup import look_up
 from launcher.coordination.member import Member
-from launcher.coordination.telling import last_words
 from launcher.coordination.vitals import VitalsTeller
 from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainRequest, DrainRequests
@@ -48,6 +47,7 @@ from launcher.events import EventLog, EventName
 from launcher.health.hangs import HangRules
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.watchdog import Watchdog
+from launcher.node.round_events import last_words
 from launcher.rounds.forming import Planner
 from launcher.torch_private import ask_no_dns
 from launcher.wording import JOB_IS_OVER

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
-from launcher.coordination.roster import Roster, run_prefix
 from launcher.kv import KV, Prefixed
+from launcher.node.board import Board, run_prefix
 
 
-def look_up(kv: KV, run_id: str) -> Roster:
-    """The job's records as of one moment. A roster without nodes and round: there is no such job.
+def look_up(kv: KV, run_id: str) -> Board:
+    """The job's records as of one moment. A board without nodes and round: there is no such job.
 
     Raises:
         KVUnavailable
     """
-    now_s = time.monotonic()
-    seen = Roster(lineage="", now_s=now_s)
-    seen.replace([(entry.key, entry) for entry in Prefixed(kv, run_prefix(run_id)).list("").entries], now_s)
+    seen = Board()
+    seen.replace(Prefixed(kv, run_prefix(run_id)).list("").entries)
     return seen

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from launcher.coordination.roster import NODES, ROUND, run_prefix
-from launcher.kv import KV
+from launcher.coordination.lookup import look_up
+from launcher.kv import KV, Prefixed
+from launcher.node.board import NODES, ROUND, run_prefix
 from launcher.rounds.records import SUCCEEDED, Round
 
 log = logging.getLogger(__name__)
@@ -20,18 +21,18 @@ def reopen_failed(kv: KV, run_id: str) -> bool:
     Raises:
         KVUnavailable
     """
-    prefix = run_prefix(run_id)
-    entries = {entry.key.removeprefix(prefix): entry for entry in kv.list(prefix).entries}
+    keys = Prefixed(kv, run_prefix(run_id))
+    entries = {entry.key: entry for entry in keys.list("").entries}
     if ROUND not in entries or any(key.startswith(NODES) for key in entries):
         return False
     try:
         outcome = Round.from_json(entries[ROUND].value).outcome
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         log.warning("run %s: its round is not of this version and is replaced: %s", run_id, error)
         outcome = "failed: unreadable"
     if outcome in ("", SUCCEEDED):
         return False
-    if not kv.delete(f"{prefix}{ROUND}", if_revision=entries[ROUND].revision):
+    if not keys.delete(ROUND, if_revision=entries[ROUND].revision):
         return False  # another node of the new launch was first
     log.warning("run %s ended before (%s); it starts anew", run_id, outcome)
     return True
@@ -43,11 +44,5 @@ def is_running(kv: KV, run_id: str) -> bool:
     Raises:
         KVUnavailable
     """
-    prefix = run_prefix(run_id)
-    entries = {entry.key.removeprefix(prefix): entry for entry in kv.list(prefix).entries}
-    if ROUND not in entries or not any(key.startswith(NODES) for key in entries):
-        return False
-    try:
-        return not Round.from_json(entries[ROUND].value).outcome
-    except (ValueError, TypeError, KeyError):
-        return False
+    found = look_up(kv, run_id)
+    return bool(found.nodes) and found.round is not None and not found.round.outcome

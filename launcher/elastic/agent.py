@@ -37,7 +37,6 @@ from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventName
 from launcher.health import postmortem
 from launcher.health.devices import DeviceMemory
-from launcher.health.liveness import report_dead
 from launcher.health.watchdog import WatchedWorkers
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.torch_private import AgentSteps
@@ -312,8 +311,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             return
         self._failures = failures
         self._member.announce(Status.STOPPING, reason="worker failed", failure=postmortem.summarise(failures))
-        peers = [p for p in self._current_round().participants if p.node_id != self._member.node_id]
-        report_dead(peers, self._member.evict)
+        self._member.doubt_peers()
         for failure in news:
             self._emit(
                 EventName.WORKER_FAILED,

@@ -121,15 +121,21 @@ def is_refused(address: str, port: int, timeout_s: float = _TIMEOUT_S) -> bool:
     return probe(address, port, timeout_s) is PeerState.REFUSED
 
 
-def report_dead(peers: Iterable[Participant], report: Callable[[str, str], None]) -> None:
-    """Probe `peers` in parallel, in the background; `report(node_id, reason)` for each that refuses."""
+def report_dead(
+    peers: Iterable[Participant], dead: Callable[[str, str], None], alive: Callable[[str], None] = lambda _: None
+) -> None:
+    """Probe `peers` in parallel, in the background; `dead(node_id, reason)` for each that refuses, `alive(node_id)` for
+    each that answers."""
 
-    def probe(peer: Participant) -> None:
-        if is_refused(peer.address, peer.port):
-            report(peer.node_id, f"its agent at {peer.address}:{peer.port} is gone (connection refused)")
+    def probe_one(peer: Participant) -> None:
+        match probe(peer.address, peer.port):
+            case PeerState.REFUSED:
+                dead(peer.node_id, f"its agent at {peer.address}:{peer.port} is gone (connection refused)")
+            case PeerState.ALIVE:
+                alive(peer.node_id)
 
     def probe_all() -> None:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="probe") as pool:
-            list(pool.map(probe, list(peers)))
+            list(pool.map(probe_one, list(peers)))
 
     threading.Thread(target=probe_all, name="probe", daemon=True).start()

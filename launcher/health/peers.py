@@ -19,24 +19,14 @@ from collections.abc import Callable, Sequence
 
 from launcher.health.liveness import PeerState, connect, probe
 from launcher.lifecycle import Lifecycle
-from launcher.rounds.records import Participant, Round
+from launcher.rounds.records import Participant
 
-_NUM_WATCHED = 2
 _CONNECT_TIMEOUT_S = 2.0
 _NUM_PROBES = 6
 _PROBE_PERIOD_S = 0.1
 _NUM_SILENT_PROBES = 2
 # A link is given up after 2 s without traffic and three keepalives a second apart that are not answered (tcp(7)).
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3}
-
-
-def watched_by(current: Round, node_id: str) -> list[Participant]:
-    """The participants that `node_id` watches: the next ones in rank order, around the end."""
-    order = current.participants
-    own = current.place_of(node_id)
-    if own is None:
-        return []
-    return [order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1)]
 
 
 class PeerWatch(Lifecycle):

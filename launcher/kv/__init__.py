@@ -5,7 +5,6 @@ install) and `etcd` (a cluster that outlives any node). Every back end passes on
 """
 
 from launcher.kv.base import KV, Entry, Snapshot, Watch, WatchEvent
-from launcher.kv.election import Election
 from launcher.kv.follow import Changes, Follower
 from launcher.kv.lease import Lease
 from launcher.kv.prefixed import Prefixed
@@ -13,7 +12,6 @@ from launcher.kv.prefixed import Prefixed
 __all__ = [
     "KV",
     "Changes",
-    "Election",
     "Entry",
     "Follower",
     "Lease",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from launcher.rounds.records import Participant, Round
+
 LISTEN_S = 3.0
 """Quiet after the last report before something follows from them. PeerWatch find a cut within two seconds of one
 another (`peers`: where in their keepalive period it hits them)."""
@@ -39,3 +41,15 @@ def left_out(order: Sequence[str], unreachable: Mapping[str, Collection[str]]) -
         out.add(worst)
         cuts = {cut for cut in cuts if worst not in cut}
     return tuple(sorted(out, key=place.__getitem__))
+
+
+_NUM_WATCHED = 2
+
+
+def watched_by(current: Round, node_id: str) -> tuple[Participant, ...]:
+    """The participants that `node_id` watches: the next ones in rank order, around the end."""
+    order = current.participants
+    own = current.place_of(node_id)
+    if own is None:
+        return ()
+    return tuple(order[(own + i) % len(order)] for i in range(1, min(_NUM_WATCHED, len(order) - 1) + 1))

@@ -7,10 +7,11 @@ import pytest
 from elastic_moe.cli.drain import choose
 from elastic_moe.cli.main import main
 from elastic_moe.errors import UserError
-from launcher.coordination.roster import DRAIN, JOB, Board, run_prefix
 from launcher.drain.draining import DrainOrder
 from launcher.job_client import JobClient
+from launcher.kv import Prefixed, WatchEvent
 from launcher.kv.memory import MemoryKV
+from launcher.node.board import DRAIN, JOB, Board, run_prefix
 from launcher.rounds.records import Node
 
 
@@ -54,14 +55,13 @@ def test_nodes_or_all(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 def test_an_order_is_seen_by_those_that_follow_the_job_and_goes_with_its_lease() -> None:
     kv = MemoryKV()
-    prefix, order = run_prefix("job"), DrainOrder(("a-1",), "me@here", 5.0)
+    order = DrainOrder(("a-1",), "me@here", 5.0)
     JobClient(kv, "job").drain(order)
-    (entry,) = kv.list(f"{prefix}{JOB}").entries
-    key = entry.key.removeprefix(prefix)
-    assert key.startswith(DRAIN)
+    (entry,) = Prefixed(kv, run_prefix("job")).list(JOB).entries
+    assert entry.key.startswith(DRAIN)
     board = Board()
-    board.apply([(key, entry)])
+    board.apply([WatchEvent(entry.key, entry, 1)])
     assert list(board.drain_orders.values()) == [order]
-    board.apply([(key, None)])
+    board.apply([WatchEvent(entry.key, None, 2)])
     assert not board.drain_orders
     kv.close()

@@ -16,12 +16,12 @@ from elastic_moe.cli import status
 from elastic_moe.cli.status import as_json, as_lines
 from elastic_moe.errors import UserError
 from launcher import job_client
-from launcher.coordination.roster import run_prefix
 from launcher.coordination.vitals import interval_s, vitals_prefix
 from launcher.errors import KVUnavailable
 from launcher.job_client import JobClient
 from launcher.kv import Prefixed, Snapshot
 from launcher.kv.memory import MemoryKV
+from launcher.node.board import run_prefix
 from launcher.reports.goodput import account
 from launcher.reports.job_status import JobStatus, job_status
 from launcher.rounds.membership import View

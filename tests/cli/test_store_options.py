@@ -9,9 +9,9 @@ import pytest
 
 from elastic_moe.cli.parser import Parser
 from elastic_moe.cli.store_options import add_store_options, open_named_job
-from launcher.coordination.roster import NODES, run_prefix
 from launcher.job_client import JobClient
 from launcher.kv.embedded.server import EmbeddedServer
+from launcher.node.board import NODES, run_prefix
 from launcher.rounds.records import Node
 from tests.cluster import free_port
 

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from launcher.coordination.member import Member
-from launcher.coordination.roster import NODES, run_prefix
 from launcher.errors import KVError, KVUnavailable
 from launcher.health.liveness import LivenessListener
 from launcher.kv.memory import Hub, MemoryKV
+from launcher.node.board import NODES, run_prefix
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node, Round, Status
 from tests.cluster import until

@@ -13,7 +13,6 @@ import pytest
 
 from elastic_moe.cli.run import _parse
 from elastic_moe.errors import UserError
-from launcher.coordination.keeper import _YIELD_FRACTION
 from launcher.coordination.member import Member
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.connect import connect
@@ -22,6 +21,7 @@ from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.etcd.transport import etcdrpc
 from launcher.kv.lease import _RENEWALS_PER_TTL
 from launcher.kv.options import StoreOptions
+from launcher.node.registration import YIELD_FRACTION
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import LEFT_AT_ONCE, Node
 from tests.cluster import cluster, free_port, read_lines, until
@@ -195,12 +195,12 @@ class TestFaults:
         with connected(f"{server.endpoint},127.0.0.1:{free_port()}") as kv, connected(server.endpoint) as other:
             leader, follower = start_member(kv, "leader", run_id), None
             try:
-                until("it leads", lambda: leader._candidacy._leading)
+                until("it leads", lambda: leader._engine.leader)
                 follower = start_member(other, "follower", run_id)
-                until("it follows", lambda: follower._board.leader == "leader")
+                until("it follows", lambda: follower._engine.board.leader == "leader")
                 leader.leave()
-                until("it leads", lambda: follower._candidacy._leading)
-                assert follower._candidacy._leading._roster._departed == {"leader": LEFT_AT_ONCE}
+                until("it leads", lambda: follower._engine.leader)
+                assert follower._engine.leader._roster._departed == {"leader": LEFT_AT_ONCE}
             finally:
                 leader.leave()
                 if follower is not None:
@@ -218,8 +218,7 @@ class TestFaults:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv, connected(server.endpoint) as other:
             member = start_member(kv, "watcher")
             try:
-                leading = until("it leads", lambda: member._candidacy._leading)
-                until("it follows the records", lambda: leading._watch)
+                until("it follows the records", lambda: member._engine.leader and member._engine.board.nodes)
                 stale = kv.watch("", 1)
                 server.signal(signal.SIGSTOP)  # the member's stream hangs while history goes on without it
                 server.signal(signal.SIGCONT)
@@ -229,9 +228,9 @@ class TestFaults:
                 etcdctl(server, "compact", str(revision))
                 with pytest.raises(Compacted, match=f"revision 1 is forgotten; the oldest kept is {revision}"):
                     gather(stale, 1)
-                for watch in (member._watch, leading._watch):
-                    watch._next_revision = 1  # as if it had been cut off since then
-                    watch._drop()
+                watch = member._driver._follower._watch._watch
+                watch._next_revision = 1  # as if it had been cut off since then
+                watch._drop()
                 second = start_member(other, "second")
                 try:
                     assert len(member.wait_round(20).participants) == 2
@@ -284,5 +283,5 @@ def test_an_election_is_told_from_an_outage_before_workers_yield(ttl_s: float) -
     """All endpoints hold the renewal that comes next after the last answered one."""
     timeout_s, first_share = renewal_times(ttl_s, 3)
     asked_s = ttl_s / _RENEWALS_PER_TTL + timeout_s
-    assert asked_s < (_YIELD_FRACTION - 0.04) * ttl_s
+    assert asked_s < (YIELD_FRACTION - 0.04) * ttl_s
     assert first_share * timeout_s == pytest.approx(ttl_s / 4)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from launcher.coordination.member import Member
-from launcher.coordination.roster import NODES, run_prefix
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.errors import JobClosed, KVUnavailable
 from launcher.health.liveness import LivenessListener
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
+from launcher.node.board import NODES, run_prefix
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits
@@ -36,7 +36,7 @@ def test_a_node_joins_no_round_while_the_store_is_silent_to_it(job: Job, monkeyp
     """Its workers would be asked to yield as soon as they run."""
     member = job.start("a")
     until("a round", member.round, WAIT_S)
-    monkeypatch.setattr(member._own, "store_silent", lambda: True)
+    monkeypatch.setattr(member._engine.own, "store_silent", lambda now_s: True)
     with pytest.raises(TimeoutError):
         member.wait_round(0.3)
     monkeypatch.undo()
@@ -47,7 +47,7 @@ def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
     for name in "abc":
         job.start(name)
     job.join("a", "b", "c")
-    lease = job.members["b"]._own.lease
+    lease = job.members["b"].lease()
     assert lease is not None
     lease.stop()
     assert broken(job.members["a"], 1) == "node b lost: its lease ended"
@@ -87,7 +87,7 @@ def seniorities(job: Job) -> dict[str, int]:
 def test_a_node_cut_off_from_the_store_fences_itself_before_its_lease_can_end(job: Job) -> None:
     member = job.start("a")
     job.join("a")
-    lease = member._own.lease
+    lease = member.lease()
     assert lease is not None
     lease._renew = cut_off
     job.clients["a"].cut = True
@@ -165,7 +165,7 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next round is formed at once, and nobody is left to be told who was lost."""
-    monkeypatch.setattr("launcher.coordination.keeper._CHECK_PERIOD_S", 1000.0)
+    monkeypatch.setattr("launcher.node.registration.CHECK_PERIOD_S", 1000.0)
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     for name in "ab":
         job.start(name)
@@ -182,7 +182,7 @@ def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> 
     for name in "ab":
         job.start(name)
     job.join("a", "b")
-    lease = job.members["a"]._own.lease
+    lease = job.members["a"].lease()
     assert lease is not None
     job.stop_workers("b")  # a leads; its workers cannot be killed, and its lease is renewed for as long as it lives
     assert [p.node_id for p in job.members["b"].wait_round(WAIT_S).participants] == ["b"]
@@ -193,7 +193,7 @@ def test_a_node_that_stays_out_stays_out_though_its_lease_ends(job: Job) -> None
     for name in "ab":
         job.start(name)
     job.join("a", "b")
-    until("a leads", lambda: job.members["a"]._candidacy._leading, WAIT_S)
+    until("a leads", lambda: job.members["a"]._engine.leader, WAIT_S)
     waits = threading.Thread(target=job.members["b"].stay_out, args=("cannot reach the store", WAIT_S), daemon=True)
     waits.start()
     until("b says so", lambda: job.nodes()["b"].status is Status.EXCLUDED, WAIT_S)
@@ -284,7 +284,7 @@ def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> No
 
 
 def test_a_record_deleted_by_hand_is_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.coordination.keeper._CHECK_PERIOD_S", 0.2)
+    monkeypatch.setattr("launcher.node.registration.CHECK_PERIOD_S", 0.2)
     member = job.start("a")
     job.join("a")
     job.start("b")

@@ -6,12 +6,13 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from launcher.health.liveness import LivenessListener, connect, is_refused
-from launcher.health.peers import PeerWatch, watched_by
+from launcher.health.peers import PeerWatch
+from launcher.rounds.cuts import watched_by
 from launcher.rounds.records import Participant, Round
 from tests.cluster import until
 
@@ -50,7 +51,7 @@ def peer() -> Iterator[tuple[subprocess.Popen[str], Participant]]:
         process.kill()
 
 
-def names(watched: list[Participant]) -> list[str]:
+def names(watched: Sequence[Participant]) -> list[str]:
     return [p.node_id for p in watched]
 
 
@@ -58,10 +59,10 @@ def test_the_next_two_are_watched_around_the_end() -> None:
     current = Round(1, "L", tuple(Participant(n, 1) for n in "abcd"), None, (), "")
     assert names(watched_by(current, "a")) == ["b", "c"]
     assert names(watched_by(current, "d")) == ["a", "b"]
-    assert watched_by(current, "x") == []
+    assert watched_by(current, "x") == ()
     two = Round(1, "L", tuple(Participant(n, 1) for n in "ab"), None, (), "")
     assert names(watched_by(two, "b")) == ["a"]
-    assert watched_by(Round(1, "L", (Participant("a", 1),), None, (), ""), "a") == []
+    assert watched_by(Round(1, "L", (Participant("a", 1),), None, (), ""), "a") == ()
 
 
 def test_a_killed_neighbour_is_reported(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
-from launcher.coordination.telling import last_words, tell
 from launcher.health.postmortem import NodeCircumstances, WorkerExit, examine, oom_kills, summarise
+from launcher.node.round_events import last_words, tell
 from launcher.rounds.failures import TRACEBACK_MAX_CHARS, FailureClass
 from launcher.rounds.history import Exclusion, History
 from launcher.rounds.records import Cause, Failure, Participant, Round, Verdict

@@ -1,330 +1,333 @@
-"""A job under virtual time: its nodes are cooperative processes on one event queue.
+"""A node under virtual time. It runs the code that a real one runs: `NodeEngine`, and under it `kv.Follower`.
 
-They run the code that decides (`membership`, `roster`, `kv.state`). Made up is what `member`, `leading` and `agent` do
-around it: renewals and self-fencing, watches that deliver late, writes that get lost, workers that take time to start
-and to stop.
+What stands for threads and sockets is made up here, with the reason:
+
+* the lanes of `NodeDriver` carry one task out after the other; here each takes a while, may come to nothing, may be
+  carried out unheard, or late. (`NodeDriver` itself is threads.)
+* `kv.lease.Lease` renews itself on a thread; here every quarter of its TTL, and with the same proof of standing.
+* `health.peers` and `health.liveness` are sockets; here a dead peer refuses, a cut-off one is silent.
+
+The agent with its workers is in `agents`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import itertools
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections import deque
+from typing import TYPE_CHECKING
 
-from launcher.coordination.roster import JOB, LEADER, NODES, ROUND, Board, Roster
-from launcher.errors import Compacted
-from launcher.kv.state import State
-from launcher.rounds.failures import FailureClass
-from launcher.rounds.membership import Evict, Propose, Rules, decide
-from launcher.rounds.records import LEFT, Failure, Node, Round, Status, identity_of
+from launcher.errors import KVUnavailable
+from launcher.kv import Entry, Follower, Snapshot
+from launcher.node.effects import (
+    Abandon,
+    Decide,
+    Delete,
+    Effect,
+    Follow,
+    Get,
+    Grant,
+    Lane,
+    Put,
+    Report,
+    Revoke,
+    Ring,
+    Task,
+    WatchPeers,
+)
+from launcher.node.engine import NodeEngine
+from launcher.node.events import (
+    Answered,
+    Changed,
+    Decided,
+    Event,
+    Granted,
+    LeaseSeen,
+    LeasesSeen,
+    Leaving,
+    Listed,
+    PeerAlive,
+    PeerDead,
+    PeerSilent,
+    Started,
+    Tick,
+    Unanswered,
+    Unheard,
+)
+from launcher.rounds.membership import decide
+from launcher.rounds.records import Node
+from tests.sim.agents import SimAgent
+from tests.sim.world import SimKV, Violation
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
 
 TTL_S = 2.0
-FENCE_S = 0.85 * TTL_S
-TICK_S = 0.25
+TURN_S = 1.0
+KEEPALIVE_S = 5.0  # until a link that was cut counts as such
+LEAVE_S = 15.0
 
 
-class Violation(AssertionError):
-    """An invariant does not hold."""
+@dataclasses.dataclass
+class SimLease:
+    """One of a node's leases: `lease_id` is the store's."""
 
-
-@dataclass
-class World:
-    """The store, the clock and the nodes."""
-
-    seed: int
-    rules: Rules
-    store: State = field(default_factory=lambda: State(history_events=200))
-    now_s: float = 0.0
-    nodes: dict[str, SimNode] = field(default_factory=dict)
-    store_up: bool = True
-    store_refuses: bool = False  # down as etcd is without its processes: refused connections prove that no lease ends
-    log: list[str] = field(default_factory=list)
-    highest_generation: int = 0
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self._round_revision = 0
-
-    def at(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._queue, (self.now_s + delay_s, next(self._order), action))
-
-    def run(self, until_s: float) -> None:
-        while self._queue and self._queue[0][0] <= until_s:
-            self.now_s, _, action = heapq.heappop(self._queue)
-            if self.store_up:
-                self.store.expire(self.now_s)
-            action()
-            self._check()
-        self.now_s = until_s
-
-    def note(self, text: str) -> None:
-        self.log.append(f"{self.now_s:8.3f}  {text}")
-
-    def _check(self) -> None:
-        entry = self.store.get(ROUND)
-        if entry is not None and entry.revision != self._round_revision:
-            self._round_revision = entry.revision
-            generation = Round.from_json(entry.value).generation
-            if generation < self.highest_generation:
-                raise Violation(f"generation {generation} after {self.highest_generation}")
-            self.highest_generation = generation
-        active = {n.running for n in self.nodes.values() if n.running and not n.frozen}
-        if len(active) > 1:
-            raise Violation(f"workers of generations {sorted(active)} run at once")
+    lease_id: int
+    seen: LeaseSeen
+    renewed: bool = True
 
 
 class SimNode:
-    """What a `Member` and an agent with its workers do, one turn every tick."""
+    """What a node's process is, and its kernel."""
 
     def __init__(self, world: World, name: str, slots: int) -> None:
         self.world = world
         self.name = name
         self.alive, self.frozen, self.cut = True, False, False
-        self.running = 0  # the generation whose workers run on this node
-        self.lease_id = 0
-        self.renewed_s = -TTL_S
-        self.record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
-        self.stored: Node | None = None
-        self.fenced = True
-        self.registered_revision = 0
-        self.board = Board()
-        self.watched_from: int | None = None
-        self.roster: Roster | None = None  # while it leads
-        self.roster_watched_from: int | None = None
-        self.busy = False
+        record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
+        self.engine = NodeEngine(record, world.rules, lease_ttl_s=TTL_S, lineage=name)
+        self.agent = SimAgent(self)
+        self._kv = SimKV(world, lambda: self.reaches_store)
+        self._lanes: dict[Lane, deque[Task]] = {lane: deque() for lane in Lane}
+        self._leases: dict[int, SimLease] = {}
+        self._follower: Follower | None = None
+        self._following = 0
+        self._watched: dict[str, float] = {}  # peer -> since when
+        self._inbox: list[Event] = []  # what comes while it is frozen
+        self._wakes_s = math.inf
+        self._is_news_expected = False
         world.nodes[name] = self
-        world.at(world.random.uniform(0, TICK_S), self.turn)
+        world.at(0.0, lambda: self.feed(Started()))
+        world.at(world.random.uniform(0, TURN_S), self._turn)
 
-    # --- its way to the store
+    @property
+    def running(self) -> int:
+        """The generation whose workers run on this node, 0 where none do."""
+        return self.agent.running
 
     @property
     def reaches_store(self) -> bool:
         return self.alive and not self.frozen and not self.cut and self.world.store_up
 
-    def turn(self) -> None:
-        """One round of everything that the real threads do; then again a little later."""
+    # --- events in
+
+    def feed(self, event: Event) -> None:
+        """As `NodeDriver.feed`."""
         if not self.alive:
             return
-        self.world.at(self.world.random.uniform(0.2, 1.0) * TICK_S, self.turn)
         if self.frozen:
+            self._inbox.append(event)
             return
-        if not self.world.store_up and self.world.store_refuses and not self.cut and not self.fenced:
-            self.renewed_s = self._proven()
-        if self.world.now_s > self.renewed_s + FENCE_S:
-            self.fenced = True
-        if self.reaches_store:
-            self._renew()
-            if self.fenced and self.record.status in (Status.READY, Status.EXCLUDED) and not self.running:
-                self._register()
-            if not self.fenced:
-                self._listen()
-                self._write()
-            if not self.fenced:
-                self._perhaps_lead()
-        if self.fenced:
-            self.roster = None
-        if self.roster is not None and self.reaches_store:
-            self._lead(self.roster)
-        self._mind_workers()
+        self._look_at_leases()
+        self._step(event)
+        if self.engine.due_s <= self.world.now_s:
+            raise Violation(f"{self.name} has left undone what it has to do after {event}")
+        self._sleep()
+        if self.engine.has_left:
+            self._end("has left")
+        self.agent.look()
 
-    def _proven(self) -> float:
-        """As `Lease._unanswered`: a proof counts if it comes before the lease may have ended."""
-        return self.world.now_s if self.world.now_s < self.renewed_s + TTL_S else self.renewed_s
+    def _let_agent_look(self) -> None:
+        """As `NodeDriver.read`."""
+        if self.alive:
+            self._look_at_leases()
+            self.agent.look()
 
-    def _renew(self) -> None:
-        if self.lease_id and not self.fenced:
-            if self.world.store.renew(self.lease_id, self.world.now_s):
-                self.renewed_s = self.world.now_s
+    def _step(self, event: Event) -> None:
+        for effect in self.engine.step(event, self.world.now_s):
+            self._dispatch(effect)
+
+    def _look_at_leases(self) -> None:
+        if renewed := [lease for lease in self._leases.values() if lease.renewed]:
+            for lease in renewed:
+                lease.renewed = False
+            self._step(LeasesSeen(tuple(lease.seen for lease in renewed)))
+
+    def _sleep(self) -> None:
+        """As `NodeDriver._keep_time`, which is late now and then."""
+        if (due_s := self.engine.due_s) < self._wakes_s:
+            self._wakes_s = due_s
+            self.world.at(due_s - self.world.now_s + self.world.random.uniform(0, 0.02), lambda: self._wake(due_s))
+
+    def _wake(self, planned_s: float) -> None:
+        if self._wakes_s == planned_s:  # else it was woken before
+            self._wakes_s = math.inf
+            if self.world.now_s >= self.engine.due_s:
+                self.feed(Tick())
             else:
-                self.fenced = True
+                self._sleep()
 
-    def _register(self) -> None:
-        store, now_s = self.world.store, self.world.now_s
-        before, self.lease_id = self.lease_id, store.grant(TTL_S, now_s)
-        self.renewed_s = now_s
-        self.record = dataclasses.replace(self.record, status=Status.READY, failure=None)
-        written = store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id)
-        assert written is not None
-        self.registered_revision = written.revision
-        self.roster = None
-        store.revoke(before)
-        self.stored, self.fenced, self.watched_from = self.record, False, None
-        self.world.note(f"{self.name} registers")
+    def _turn(self) -> None:
+        """What goes on all the time; again a little later."""
+        if not self.alive:
+            return
+        self.world.at(self.world.random.uniform(0.5, 1.0) * TURN_S, self._turn)
+        if not self.frozen:
+            self._mind_peers()
+            self._listen()
+            self._let_agent_look()
+
+    def expect_news(self) -> None:
+        """Something has changed in the store: it is heard in a moment."""
+        if not self._is_news_expected and self._follower is not None:
+            self._is_news_expected = True
+            late_s = self.world.random.uniform(0.0, 0.05 if self.world.random.random() < 0.5 else 0.4)
+            self.world.at(late_s, self._listen)
 
     def _listen(self) -> None:
-        """As `Member._follow`."""
-        store = self.world.store
-        if self.watched_from is None:
-            listing = store.list(JOB)
-            self.board.replace((e.key, e) for e in listing.entries)
-            self.watched_from = listing.revision + 1
-        elif self.world.random.random() < 0.3:
-            return  # the events are late
+        """As `NodeDriver._follow`."""
+        self._is_news_expected = False
+        if self._follower is None or self.frozen or not self.alive:
+            return
+        try:
+            news = self._follower.next(0.0)
+        except KVUnavailable as error:
+            self.feed(Unheard(str(error)))
+            return
+        if isinstance(news, Snapshot):
+            self.feed(Listed(self._following, news.entries))
         else:
-            try:
-                events = store.events(JOB, self.watched_from)
-            except Compacted:
-                self.watched_from = None
-                return
-            self.board.apply((e.key, e.entry) for e in events)
-            if events:
-                self.watched_from = events[-1].revision + 1
-        if self.board.counts_as_lost(self.name, self.registered_revision):
-            self.fenced = True
+            self.feed(Changed(self._following, news.events))
 
-    def _write(self) -> None:
-        lost = self.world.random.random() < 0.1
-        if self.stored == self.record or lost:
+    # --- effects out
+
+    def _dispatch(self, effect: Effect) -> None:
+        match effect:
+            case Task():
+                lane = self._lanes[effect.lane]
+                lane.append(effect)
+                if len(lane) == 1:
+                    self._begin(effect)
+            case Abandon(lease_id):
+                del self._leases[lease_id]
+            case Follow(number, prefix):
+                self._following, self._follower = number, Follower(self._kv, prefix)  # type: ignore[arg-type]
+                self.expect_news()
+            case WatchPeers(peers):
+                self._watched = dict.fromkeys((p.node_id for p in peers), self.world.now_s)
+            case Ring(peers):
+                for peer in peers:
+                    self.world.at(self.world.random.uniform(0.0, 0.1), lambda name=peer.node_id: self._ring(name))
+            case Report(event, generation, fields):
+                told = ", ".join(f"{key}={value}" for key, value in fields.items() if isinstance(value, str | int))
+                self.world.note(f"{self.name} generation {generation}: {event.value} {told}")
+
+    def _begin(self, task: Task) -> None:
+        """Most tasks are quick; a store that hangs is not."""
+        chance = self.world.random
+        took_s = chance.uniform(0.0, 0.05) if chance.random() < 0.95 else chance.uniform(0.0, 2.0)
+        self.world.at(took_s, lambda: self._carry_out(task))
+
+    def _carry_out(self, task: Task) -> None:
+        """As a thread of `NodeDriver` does, or as what such a thread has sent arrives when nobody waits for it."""
+        chance, lane = self.world.random, self._lanes[task.lane]
+        if not self.alive:
             return
-        if self.world.store.put(f"{NODES}{self.name}", self.record.to_json(), None, self.lease_id):
-            self.stored = self.record
-
-    def _perhaps_lead(self) -> None:
-        if not self.board.leader:
-            written = self.world.store.put(LEADER, self.name.encode(), 0, self.lease_id)
-            if written is not None:
-                self.board.apply([(LEADER, written)])
-        if self.board.leader != self.name:
-            self.roster = None
-        elif self.roster is None:
-            gone = self.board.predecessor
-            departed = {gone.node_id: gone.how} if gone else {}
-            self.roster = Roster("L", self.world.now_s, grace_s=TTL_S, departed=departed)
-            self.roster_watched_from = None
-            self.world.note(f"{self.name} leads")
-
-    def _lead(self, roster: Roster) -> None:
-        """As `Leadership._turn`."""
-        store, now_s = self.world.store, self.world.now_s
-        if self.roster_watched_from is None:
-            listing = store.list("")
-            gone = roster.replace([(e.key, e) for e in listing.entries], now_s)
-            self.roster_watched_from = listing.revision + 1
-        elif self.world.random.random() < 0.3:
-            gone = roster.settle(now_s)
-        else:
-            try:
-                events = store.events("", self.roster_watched_from)
-            except Compacted:
-                self.roster_watched_from = None
-                return
-            gone = roster.apply([(e.key, e.entry) for e in events], now_s)
-            if events:
-                self.roster_watched_from = events[-1].revision + 1
-        if any(departure.node_id == self.name for departure in gone):
-            self.fenced = True
+        if self.frozen:
+            self.world.at(0.2, lambda: self._carry_out(task))
             return
-        self._act(roster)
-
-    def _act(self, roster: Roster) -> None:
-        action = decide(roster.view(), self.world.rules, lambda slots, previous: None, self.world.now_s)
-        if isinstance(action, Evict):
-            roster.presume_lost(action.node_id, action.reason)
-            self.world.store.delete(f"{NODES}{action.node_id}")
-            self.world.note(f"{self.name} evicts {action.node_id}: {action.reason}")
-        elif isinstance(action, Propose):
-            proposed = action.round
-            written = self.world.store.put(ROUND, proposed.to_json(), roster.round_revision, None)
-            if written is None:
-                self.roster_watched_from = None
-                return
-            roster.learn_round(proposed, written.revision, self.world.now_s)
-            names = [p.node_id for p in proposed.participants]
-            how = " ".join(filter(None, ("complete" * proposed.complete, proposed.stop, proposed.outcome)))
-            broken = proposed.broken.reason if proposed.broken else ""
-            self.world.note(f"{self.name} proposes {proposed.generation} {names} {how} {broken}")
-
-    # --- its workers
-
-    def _mind_workers(self) -> None:
-        if self.busy:
-            return
-        current = self.board.round
-        if not self.running:
-            self._stand(current)
-        if self.running:
-            broken = self.fenced or current is None or current.generation != self.running
-            if broken or current is None or current.broken or current.stop:
-                self._stop(at_once=self.fenced)
-        elif self.record.status is Status.RUNNING:
-            self._finish_joining(current)
-        elif current is not None and current.generation > self.record.generation and self._may_run(current):
-            self.busy = True
-            self.world.at(self.world.random.uniform(0.0, 0.5), lambda: self._join(current))
-
-    def _may_run(self, current: Round) -> bool:
-        return (
-            not self.fenced
-            and not current.outcome
-            and current.place_of(self.name) is not None
-            and current.broken is None
-        )
-
-    def _join(self, current: Round) -> None:
-        """As `Member.join`: say so, and start nothing before all have."""
-        self.busy = False
-        now = self.board.round
-        if self.alive and now is not None and now.generation == current.generation and self._may_run(now):
-            self.record = dataclasses.replace(
-                self.record, status=Status.RUNNING, generation=current.generation, reason="", failure=None
+        lane.popleft()
+        if lane:
+            self._begin(lane[0])
+        if isinstance(task, Decide):
+            action = decide(task.view, task.rules, lambda slots, previous: None, self.world.now_s)
+            self.feed(Decided(task, action))
+        elif not self.reaches_store:
+            self.feed(Unanswered(task, "no answer"))
+        elif chance.random() < 0.05:  # on its way, and perhaps carried out, but not heard of
+            self.world.at(
+                chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]), lambda: self._apply(task, is_heard=False)
             )
-
-    def _finish_joining(self, current: Round | None) -> None:
-        joined = self.record.generation
-        if current is None or current.generation != joined or not self._may_run(current):
-            self.record = dataclasses.replace(self.record, status=Status.READY)
-        elif current.complete:
-            self.running = joined
-
-    def _stand(self, current: Round | None) -> None:
-        """As `RecordKeeper.stand`."""
-        excluded = current.history.excluded(identity_of(self.name)) if current else None
-        status = Status.EXCLUDED if excluded else Status.READY
-        if self.record.status in (Status.READY, Status.EXCLUDED) and self.record.status is not status:
-            self.record = dataclasses.replace(self.record, status=status)
-            self.world.note(f"{self.name} is {status.value}")
-
-    def crash(self, kind: FailureClass, step: int) -> None:
-        """A worker fails: never twice in the same way, which would rightly end the job."""
-        failure = Failure(0, 1, "", self.world.now_s, kind=kind, step=step, place=f"{self.name} {self.world.now_s}")
-        self.record = dataclasses.replace(self.record, failure=failure)
-        self._stop(at_once=False)
-
-    def _stop(self, *, at_once: bool) -> None:
-        self.record = dataclasses.replace(self.record, status=Status.STOPPING, reason="stops")
-        if at_once:
-            self._stopped()
+            self.feed(Unanswered(task, "no answer"))
+        elif chance.random() < 0.05:
+            self.feed(Unanswered(task, "not sent"))
         else:
-            self.busy = True
-            self.world.at(self.world.random.uniform(0.0, 0.4), self._stopped)
+            self.feed(self._apply(task, is_heard=True))
 
-    def _stopped(self) -> None:
-        self.busy = False
-        if self.frozen:  # it goes on when it thaws
-            self.world.at(TICK_S, self._stopped)
-            self.busy = True
+    def _apply(self, task: Task, *, is_heard: bool) -> Event:
+        store, now_s = self.world.store, self.world.now_s
+        if not self.world.store_up:  # too late: it is lost
+            return Unanswered(task, "no answer")
+        match task:
+            case Grant(ttl_s=ttl_s):
+                lease_id = store.grant(ttl_s, now_s)
+                self.world.expires_s = min(self.world.expires_s, now_s + ttl_s)
+                lease = SimLease(lease_id, LeaseSeen(lease_id, now_s + ttl_s))
+                if is_heard:
+                    self._leases[lease_id] = lease
+                    self.world.at(ttl_s / 4, lambda: self._renew(lease))
+                return Granted(task, ttl_s, lease.seen)
+            case Get(key=key):
+                return Answered(task, store.get(key))
+            case Put(key=key, value=value, if_revision=revision, lease_id=lease_id):
+                written: Entry | None = store.put(key, value, revision, lease_id or None)
+                return Answered(task, written)
+            case Delete(key=key, if_revision=revision):
+                store.delete(key, revision)
+            case Revoke(lease_id=lease_id):
+                if is_heard:
+                    del self._leases[lease_id]
+                store.revoke(lease_id)
+        return Answered(task)
+
+    def _renew(self, lease: SimLease) -> None:
+        """As `Lease._keep_alive`."""
+        now_s, before = self.world.now_s, lease.seen
+        if not self.alive or before.lost or before.lease_id not in self._leases:
             return
-        self.running = 0
-        self.record = dataclasses.replace(self.record, status=Status.READY)
+        if self.frozen:
+            self.world.at(0.01, lambda: self._renew(lease))
+            return
+        pause_s = TTL_S / 4
+        if self.reaches_store:
+            if self.world.store.renew(lease.lease_id, now_s):
+                lease.seen = LeaseSeen(before.lease_id, now_s + TTL_S)
+            else:
+                lease.seen = dataclasses.replace(before, lost=True)
+        else:
+            # A proof that no lease ends counts if it comes before this one may have ended.
+            stands = self.world.store_refuses and not self.cut and not self.world.store_up
+            deadline_s = now_s + TTL_S if stands and now_s < before.deadline_s else before.deadline_s
+            since_s = now_s if before.silent_since_s is None else before.silent_since_s
+            lost = now_s >= deadline_s
+            lease.seen = LeaseSeen(before.lease_id, deadline_s, lost, since_s, "no answer", stands)
+            pause_s = 0.2
+        lease.renewed = True
+        self.world.at(pause_s, lambda: self._renew(lease))
+
+    # --- peers
+
+    def _mind_peers(self) -> None:
+        """As `PeerWatch`: a dead one refuses a connection, one that is cut off is silent."""
+        for name, since_s in list(self._watched.items()):
+            cut_s = self.world.cut_since_s(self.name, name)
+            if cut_s is None and not self.world.nodes[name].alive:
+                del self._watched[name]
+                self.feed(PeerDead(name, "connection refused"))
+            elif cut_s is not None and self.world.now_s > max(cut_s, since_s) + KEEPALIVE_S:
+                del self._watched[name]
+                self.feed(PeerSilent(name))
+
+    def _ring(self, name: str) -> None:
+        if self.world.cut_since_s(self.name, name) is None:
+            dead = not self.world.nodes[name].alive
+            self.feed(PeerDead(name, "connection refused") if dead else PeerAlive(name))
 
     # --- faults
 
+    def _end(self, how: str) -> None:
+        self.alive = False
+        self.agent.end()
+        self.world.note(f"{self.name} {how}")
+
     def kill(self) -> None:
-        self.alive, self.running = False, 0
-        self.world.note(f"{self.name} is killed")
+        self._end("is killed")
 
     def leave(self) -> None:
-        if self.reaches_store and not self.fenced:
-            left = dataclasses.replace(self.record, status=Status.EXCLUDED, reason=LEFT)
-            self.world.store.put(f"{NODES}{self.name}", left.to_json(), None, self.lease_id)
-            self.world.store.revoke(self.lease_id)
-        self.alive, self.running = False, 0
-        self.world.note(f"{self.name} leaves")
+        """As `Member.leave`: it waits for the store, and not for ever."""
+        self.agent.end()
+        self.world.at(LEAVE_S, lambda: self._end("gives up leaving") if self.alive else None)
+        self.feed(Leaving())
 
     def thaw(self) -> None:
         """The first thing that a thawed agent does is to look at the clock. (Real workers thaw with it, and may run on
@@ -332,7 +335,7 @@ class SimNode:
         """
         self.frozen = False
         self.world.note(f"{self.name} thaws")
-        if self.world.now_s > self.renewed_s + FENCE_S:
-            self.fenced = True
-            if self.running:
-                self._stop(at_once=True)
+        self._let_agent_look()
+        inbox, self._inbox = self._inbox, []
+        for event in [*inbox, Tick()]:
+            self.feed(event)

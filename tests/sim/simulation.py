@@ -7,15 +7,21 @@ import itertools
 import random
 from collections.abc import Callable
 
-from launcher.coordination.roster import ROUND
+from launcher.node.board import ROUND
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits
 from launcher.rounds.records import SUCCEEDED, Round
-from tests.sim.nodes import SimNode, Violation, World
+from tests.sim.nodes import SimNode
+from tests.sim.world import Violation, World
 
+KINDS = (
+    *("kill", "kill", "leave", "drain", "freeze", "cut", "cut from a peer", "cut from a peer", "store", "join"),
+    *("crash", "crash", "stuck", "stuck", "unfit"),
+)
 FAULTS_UNTIL_S = 60.0
 SETTLED_BY_S = 60.0
+QUIET_S = 5.0
 
 
 def simulate(seed: int) -> World:
@@ -49,16 +55,35 @@ def simulate(seed: int) -> World:
         world.at(chance.uniform(1.0, FAULTS_UNTIL_S), _fault(world, chance, start))
     world.run(FAULTS_UNTIL_S + 5.0)
     _end_faults(world, start)
-    world.run(FAULTS_UNTIL_S + 5.0 + SETTLED_BY_S)
-    _check_settled(world)
+    _run_until_settled(world)
     return world
 
 
+def _run_until_settled(world: World) -> None:
+    """The job runs at full size a minute after the last fault, if not before; and then it goes on running."""
+    ends_s = world.now_s + SETTLED_BY_S
+    generation = 0
+    while True:
+        world.run(world.now_s + QUIET_S)
+        try:
+            settled = _check_settled(world)
+        except Violation:
+            if world.now_s >= ends_s:
+                raise
+            settled = 0
+        if settled and settled == generation:
+            return
+        if world.now_s >= ends_s + 2 * QUIET_S:
+            raise Violation(f"generation {settled} runs after {generation}, and nothing had happened")
+        generation = settled
+
+
 def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Callable[[], None]:
-    kind = chance.choice(["kill", "kill", "leave", "freeze", "cut", "store", "join", "crash", "crash"])
+    kind = chance.choice(KINDS)
     ends_the_job = (FailureClass.GAVE_UP, FailureClass.USAGE, FailureClass.START_UP)
     failure = chance.choice([c for c in FailureClass if c not in ends_the_job])
     pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
+    other = chance.random()
     how = chance.choice(["paused", "killed", "frozen"])  # the store
 
     def strike() -> None:
@@ -82,8 +107,20 @@ def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Ca
             case "cut":
                 victim.cut = True
                 world.at(length_s, lambda: setattr(victim, "cut", False))
-            case "crash" if victim.running and not victim.busy and not victim.frozen:
-                victim.crash(failure, int(world.now_s) if pick < 0.7 else 0)
+            case "cut from a peer":
+                pair = frozenset((victim.name, living[int(other * len(living))].name))
+                if len(pair) == 2 and pair not in world.cuts:
+                    world.cuts[pair] = world.now_s
+                    world.at(2 * length_s, lambda: world.cuts.pop(pair, None))
+            case "stuck":
+                victim.agent.are_stuck = victim.running > 0
+            case "unfit" if not victim.frozen:
+                victim.agent.be_unfit(length_s)
+            case "drain" if not victim.frozen:
+                victim.agent.drain()
+                world.at(length_s, start)
+            case "crash" if victim.agent.is_idle_or_running and not victim.frozen:
+                victim.agent.crash(failure, int(world.now_s) if pick < 0.7 else 0)
             case "store" if world.store_up:
                 world.store_up, world.store_refuses = False, how == "killed"
                 stopped_s = world.now_s
@@ -102,7 +139,8 @@ def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Ca
 
 
 def _end_faults(world: World, start: Callable[[], None]) -> None:
-    for node in world.nodes.values():
+    world.cuts.clear()
+    for node in list(world.nodes.values()):
         node.cut = False
         if node.frozen:
             node.thaw()
@@ -110,7 +148,8 @@ def _end_faults(world: World, start: Callable[[], None]) -> None:
         start()
 
 
-def _check_settled(world: World) -> None:
+def _check_settled(world: World) -> int:
+    """The generation that runs."""
     entry = world.store.get(ROUND)
     if entry is None:
         raise Violation("no round was ever formed")
@@ -126,6 +165,7 @@ def _check_settled(world: World) -> None:
         )
     if len(running) < expected and not _is_as_large(world, living, current):
         raise Violation(f"{len(running)} nodes run where {expected} could")
+    return current.generation
 
 
 def _is_as_large(world: World, living: list[SimNode], current: Round) -> bool:

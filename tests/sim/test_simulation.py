@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim.nodes import Violation
 from tests.sim.simulation import simulate
+from tests.sim.world import Violation
 
 NUM_SEEDS = 100
 
