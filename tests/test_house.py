@@ -22,14 +22,12 @@ LONG_FILES = {
     "launcher/elastic/agent.py",
     "storage/format/dcp_metadata.py",
     "storage/loading/requests.py",
-    "storage/stores/local.py",
 }
 LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS = {
     "launcher/rounds/policy.py: judge",
     "storage/format/safe_names.py: _tensor_v3",
     "storage/format/stock.py: _rebuild_v3",
-    "storage/stores/s3/bucket.py: _exchange",
 }
 POSITIONAL_BOOLEANS = {
     "elastic_moe/cli/transfer.py: _progress",
@@ -41,8 +39,6 @@ POSITIONAL_BOOLEANS = {
     "storage/loading/loadplan.py: set_up_planner",
     "storage/loading/shareplan.py: should_share",
     "storage/parallel.py: shutdown",
-    "storage/run/heartbeat.py: renew",
-    "storage/run/heartbeat.py: write",
     "storage/saving/commit.py: _check_manifest",
     "storage/state/fit.py: __init__",
     "storage/state/fit.py: _fit_container",
@@ -53,19 +49,6 @@ POSITIONAL_BOOLEANS = {
     "storage/state/fit_optimizer.py: fit_leaf",
     "storage/state/objects.py: _modules",
     "storage/state/tree.py: _visit_mapping",
-    "storage/stores/local.py: _place",
-    "storage/stores/local.py: _put",
-    "storage/stores/s3/bucket.py: _exchange",
-    "storage/stores/s3/bucket.py: _request",
-    "storage/stores/s3/bucket.py: complete_upload",
-    "storage/stores/s3/bucket.py: look_first",
-    "storage/stores/s3/bucket.py: put_object",
-    "storage/stores/s3/client.py: complete_upload",
-    "storage/stores/s3/http.py: __init__",
-    "storage/stores/s3/http.py: _ask",
-    "storage/stores/s3/http.py: _lost",
-    "storage/stores/s3/probe.py: put_object",
-    "storage/stores/s3/store.py: _begin",
     "storage/transfer/passage.py: __init__",
 }
 SHARED_CLASS_NAMES = {

@@ -178,19 +178,19 @@ def _beat_of(store: ObjectStore, recorded: Owner) -> bytes | None:
         return None
 
 
-def write(store: ObjectStore, token: str, count: int, is_closing: bool = False) -> None:
+def write(store: ObjectStore, token: str, count: int, *, is_closing: bool = False) -> None:
     """Tell that the process which claims by `token` is alive, and whether it will soon let the run go."""
     store.put(layout.heartbeat_name(token), [b"%d" % count + (_CLOSING if is_closing else b"\n")])
 
 
-def renew(store: ObjectStore, mine: Owner, count: int, is_closing: bool = False) -> Owner | None:
+def renew(store: ObjectStore, mine: Owner, count: int, *, is_closing: bool = False) -> Owner | None:
     """Beat, unless the claim was superseded; the claim that now holds, None if there is none.
 
     Raises Transient, Denied, Corrupt.
     """
     recorded = owner.read_owner(store)
     if recorded is not None and (recorded.token == mine.token or owner.is_late(recorded, mine)):
-        write(store, mine.token, count, is_closing)
+        write(store, mine.token, count, is_closing=is_closing)
         return mine
     return recorded
 
@@ -273,7 +273,7 @@ class Heartbeat:
                 break
             count += 1
             try:
-                recorded = renew(self._store, self._mine, count, self._is_closing)
+                recorded = renew(self._store, self._mine, count, is_closing=self._is_closing)
                 if recorded is not self._mine:
                     self._lose(recorded)
                     break

@@ -159,7 +159,7 @@ def test_a_listing_of_uploads_that_lacks_something(inner: str, says: str) -> Non
     [
         (lambda bucket: bucket.create_upload("k"), "no UploadId"),
         (lambda bucket: bucket.put_part("k", "id", 1, [memoryview(b"x")]), "no ETag"),
-        (lambda bucket: bucket.complete_upload("k", "id", [], False), "no ETag"),
+        (lambda bucket: bucket.complete_upload("k", "id", [], with_condition=False), "no ETag"),
     ],
 )
 def test_uploads_that_are_answered_with_nothing(operation: Callable[[Bucket], object], says: str) -> None:

@@ -13,9 +13,10 @@ from storage.format import layout
 from storage.stores.buffers import cut
 from storage.stores.registry import open_store, with_options
 from storage.stores.s3 import store as s3_store
+from storage.stores.s3.etags import multipart_etag
 from storage.stores.s3.options import S3Options, format_url, parse_url
 from storage.stores.s3.refusals import Refusal, Request, parse_body, to_error
-from storage.stores.s3.uploads import NUM_PARTS_MAX, multipart_etag, part_size_bytes
+from storage.stores.s3.uploads import NUM_PARTS_MAX, part_size_bytes
 
 REQUEST = Request("read", "s3://bucket/run/key", "bucket", "https://store.example")
 PUT = Request("put", "s3://bucket/run/key", "bucket", "https://store.example", is_put=True, if_absent=True)

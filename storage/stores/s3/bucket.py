@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -22,19 +23,21 @@ from storage.stores.objects import (
     check_key,
     check_prefix,
     check_read_size,
+    exists,
 )
 from storage.stores.s3.client import S3Client
+from storage.stores.s3.connections import Connections
 from storage.stores.s3.digests import Sent, digest, headers_of
-from storage.stores.s3.http import Connections, Response, TooLong, error_body
+from storage.stores.s3.etags import WEAK, bare, marked
 from storage.stores.s3.listing import Page, all_pages
 from storage.stores.s3.options import S3Location, S3Options, format_url
 from storage.stores.s3.probe import honours_conditional_deletes, honours_conditions
 from storage.stores.s3.refusals import Request, parse_body, to_error
+from storage.stores.s3.responses import Response, TooLong, error_body
 
 T = TypeVar("T")
 
 _OK = (200, 204, 206)
-_WEAK = "W/"
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -42,8 +45,24 @@ _PROBES: Mapping[Capability, Callable[[Bucket], bool]] = {
     Capability.CONDITIONAL_PUTS: honours_conditions,
     Capability.CONDITIONAL_DELETES: honours_conditional_deletes,
 }
+FetchPage = Callable[[str, str | None, str], Page]
+"""From a prefix, the token of a page (None for the first) and a delimiter to that page."""
+
 _verdicts: dict[tuple[str, str, Capability], bool] = {}
 _verdicts_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One request for one object; `verb` is for messages. `if_absent`: the headers say so."""
+
+    verb: str
+    method: str
+    key: str
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    views: Sequence[memoryview] = ()
+    if_absent: bool = False
 
 
 class Bucket(ObjectStore):
@@ -98,21 +117,21 @@ class Bucket(ObjectStore):
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`; one request, whatever the size."""
-        self.look_first(key, if_absent)
-        return self.put_object(key, buffers, if_absent and self.can(Capability.CONDITIONAL_PUTS))
+        return self.put_object(key, buffers, with_condition=if_absent and self.guard_new(key))
 
-    def look_first(self, key: str, if_absent: bool) -> None:
-        """All that can be done about `if_absent` where the server does not honour it. Raises AlreadyExists."""
+    def guard_new(self, key: str) -> bool:
+        """Have `key` be new, as far as the server lets us; whether its put is to send a condition, which is honoured.
+
+        Where none is, all that can be done is to look first. Raises AlreadyExists.
+        """
         check_key(key)
-        if not if_absent or self.can(Capability.CONDITIONAL_PUTS):
-            return
-        try:
-            self.info(key)
-        except NotFound:
-            return
-        raise AlreadyExists(f"{self._what(key)} exists")
+        if self.can(Capability.CONDITIONAL_PUTS):
+            return True
+        if exists(self, key):
+            raise AlreadyExists(f"{self._what(key)} exists")
+        return False
 
-    def put_object(self, key: str, buffers: Sequence[Buffer], with_condition: bool) -> ObjectInfo:
+    def put_object(self, key: str, buffers: Sequence[Buffer], *, with_condition: bool) -> ObjectInfo:
         """One PUT; `with_condition` sends `If-None-Match: *`."""
         views = views_of(buffers)
         size_bytes = size_of(views)
@@ -121,7 +140,7 @@ class Bucket(ObjectStore):
             **({"If-None-Match": "*"} if with_condition else {}),
             **self._checksum(views)[0],
         }
-        etag = self._exchange("put", "PUT", key, "", headers, views, _etag_of, with_condition)
+        etag = self._exchange(_Exchange("put", "PUT", key, "", headers, views, with_condition), _etag_of)
         return ObjectInfo(key, size_bytes, etag)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
@@ -133,7 +152,7 @@ class Bucket(ObjectStore):
             self._check_empty_read(info, offset, if_match)
             return info.etag
         headers = {"Range": f"bytes={offset}-{offset + size_bytes - 1}", "Accept-Encoding": "identity"}
-        if if_match and not if_match.startswith(_WEAK):  # servers let no weak one match; `_check_range` compares it
+        if if_match and not if_match.startswith(WEAK):  # servers let no weak one match; `_check_range` compares it
             headers["If-Match"] = f'"{if_match}"'
 
         def consume(response: Response) -> str:
@@ -142,11 +161,11 @@ class Bucket(ObjectStore):
                 response.read_into(views)
             except Interrupted as error:
                 error.args = (f"read {self._what(key)}: {error}",)
-                error.etag = _read_etag(error.etag)
+                error.etag = marked(error.etag)
                 raise
-            return _read_etag(response.headers.get("ETag", ""))
+            return marked(response.headers.get("ETag", ""))
 
-        return self._exchange("read", "GET", key, "", headers, (), consume)
+        return self._exchange(_Exchange("read", "GET", key, headers=headers), consume)
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
@@ -158,7 +177,7 @@ class Bucket(ObjectStore):
                 check_read_size(self._what(key), error.size_bytes)
                 raise
 
-        return self._exchange("read", "GET", key, "", {"Accept-Encoding": "identity"}, (), consume)
+        return self._exchange(_Exchange("read", "GET", key, headers={"Accept-Encoding": "identity"}), consume)
 
     def info(self, key: str) -> ObjectInfo:
         """See `ObjectStore.info`."""
@@ -169,21 +188,22 @@ class Bucket(ObjectStore):
             if _NUMBER.fullmatch(size) is None:
                 told = f"{size!r} as its Content-Length" if size else "no Content-Length"
                 raise Transient(f"look at {self._what(key)}: the answer has {told}", Cause.TRUNCATED)
-            return ObjectInfo(key, int(size), _bare(response.headers.get("ETag", "")))
+            return ObjectInfo(key, int(size), bare(response.headers.get("ETag", "")))
 
-        return self._exchange("look at", "HEAD", key, "", {}, (), consume)
+        return self._exchange(_Exchange("look at", "HEAD", key), consume)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`. One request each: not every server has the one for many."""
         try:
-            self._exchange("delete", "DELETE", key, "", {}, (), Response.read_start)
+            self._exchange(_Exchange("delete", "DELETE", key), Response.read_start)
         except NotFound:
             return
 
     def delete_version(self, key: str, etag: str) -> bool:
         """See `ObjectStore.delete_version`."""
         try:
-            self._exchange("delete", "DELETE", key, "", {"If-Match": f'"{etag}"'}, (), Response.read_start)
+            guarded = _Exchange("delete", "DELETE", key, headers={"If-Match": f'"{etag}"'})
+            self._exchange(guarded, Response.read_start)
         except NotFound:
             return True
         except Corrupt:  # 412: another version is there
@@ -198,37 +218,30 @@ class Bucket(ObjectStore):
         root = self._location.prefix + prefix
         return self._client.page(root, token, delimiter, self._request("list", prefix))
 
-    def list(self, prefix: str) -> Sequence[ObjectInfo]:
-        """See `ObjectStore.list`."""
-        return self.listed(self.pages(prefix))
+    def list(self, prefix: str, fetch: FetchPage | None = None) -> Sequence[ObjectInfo]:
+        """See `ObjectStore.list`; `fetch` gets one page, by default `page`. Raises Denied where there is no end.
 
-    def folders(self, prefix: str) -> Sequence[str]:
-        """See `ObjectStore.folders`."""
-        return self.folded(prefix, self.pages(prefix, "/"))
+        What no key of ours can name (folder markers) is left out.
+        """
+        found = []
+        for name, size_bytes, etag, when in (row for page in self._pages(prefix, "", fetch) for row in page.objects):
+            key = name.removeprefix(self._location.prefix)
+            if _is_key(key):
+                found.append(ObjectInfo(key, size_bytes, bare(etag), when))
+        return sorted(found, key=lambda info: info.key)
 
-    def pages(
-        self, prefix: str, delimiter: str = "", fetch: Callable[[str, str | None, str], Page] | None = None
-    ) -> Sequence[Page]:
-        """All pages of a listing; `fetch` gets one of them, by default `page`. Raises Denied where there is no end."""
+    def folders(self, prefix: str, fetch: FetchPage | None = None) -> Sequence[str]:
+        """See `ObjectStore.folders`; `fetch` gets one page, by default `page`. Raises Denied where there is no end."""
+        root, pages = self._location.prefix + prefix, self._pages(prefix, "/", fetch)
+        names = (name.removeprefix(root).rstrip("/") for page in pages for name in page.folders)
+        return sorted(name for name in names if _is_key(name))
+
+    def _pages(self, prefix: str, delimiter: str, fetch: FetchPage | None) -> Sequence[Page]:
         fetch_page = fetch or self.page
         return all_pages(
             f"list {self._what(prefix)}",
             lambda token: fetch_page(prefix, None if token is None else str(token), delimiter),
         )
-
-    def listed(self, pages: Sequence[Page]) -> Sequence[ObjectInfo]:
-        """The objects of a listing, by key below the root; without what no key of ours can name (folder markers)."""
-        found = []
-        for name, size_bytes, etag, when in (row for page in pages for row in page.objects):
-            key = name.removeprefix(self._location.prefix)
-            if _is_key(key):
-                found.append(ObjectInfo(key, size_bytes, _bare(etag), when))
-        return sorted(found, key=lambda info: info.key)
-
-    def folded(self, prefix: str, pages: Sequence[Page]) -> Sequence[str]:
-        """The folders of a listing with delimiter, as one part each."""
-        names = (name.removeprefix(self._location.prefix + prefix).rstrip("/") for p in pages for name in p.folders)
-        return sorted(name for name in names if _is_key(name))
 
     # multipart --------------------------------------------------------------------------------------------------
 
@@ -240,16 +253,16 @@ class Bucket(ObjectStore):
         """Send part `number` (from 1)."""
         query = f"partNumber={number}&uploadId={quote(upload, safe='-._~')}"
         headers, digest = self._checksum(views)
-        etag = self._exchange("put", "PUT", key, query, headers, views, _raw_etag_of)
+        etag = self._exchange(_Exchange("put", "PUT", key, query, headers, views), _raw_etag_of)
         if not etag:
             text = f"put part {number} of {self._what(key)}: the answer has no ETag, so the parts cannot be joined"
             raise Transient(text, Cause.TRUNCATED)
         return Sent(etag, digest)
 
-    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], with_condition: bool) -> str:
+    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], *, with_condition: bool) -> str:
         """Make the object of its parts; its etag. Raises NotFound when the upload is gone (or done)."""
-        request = self._request("put", key, with_condition)
-        return _bare(self._client.complete_upload(self._location.prefix + key, upload, parts, with_condition, request))
+        request = self._request("put", key, if_absent=with_condition)
+        return bare(self._client.complete_upload(self._location.prefix + key, upload, parts, request))
 
     def uploads(self) -> Sequence[Upload]:
         """See `ObjectStore.uploads`."""
@@ -294,26 +307,17 @@ class Bucket(ObjectStore):
         payer = self._options.request_payer
         return {} if payer is None else {"x-amz-request-payer": payer}
 
-    def _exchange(
-        self,
-        verb: str,
-        method: str,
-        key: str,
-        query: str,
-        headers: Mapping[str, str],
-        views: Sequence[memoryview],
-        consume: Callable[[Response], T],
-        if_absent: bool = False,
-    ) -> T:
-        check_key(key)
-        target = quote(self._client.path + self._location.prefix + key, safe="/-._~") + (f"?{query}" if query else "")
-        sent = {**headers, **self._payer}
+    def _exchange(self, asked: _Exchange, consume: Callable[[Response], T]) -> T:
+        method, key = asked.method, check_key(asked.key)
+        path = quote(self._client.path + self._location.prefix + key, safe="/-._~")
+        target = f"{path}?{asked.query}" if asked.query else path
+        sent = {**asked.headers, **self._payer}
         payload_sha256 = None
         if method == "PUT":
-            sent["Content-Length"] = str(size_of(views))
-            payload_sha256 = _sha256(views) if self._signs_payload else None
+            sent["Content-Length"] = str(size_of(asked.views))
+            payload_sha256 = _sha256(asked.views) if self._signs_payload else None
         signed = self._client.sign(method, target, sent, payload_sha256)
-        request = self._request(verb, key, if_absent, is_put=method == "PUT")
+        request = self._request(asked.verb, key, if_absent=asked.if_absent, is_put=method == "PUT")
 
         def checked(response: Response) -> T:
             if response.status in _OK:
@@ -324,29 +328,29 @@ class Bucket(ObjectStore):
                 body = self._explain(target) or body
             raise to_error(parse_body(response.status, dict(response.headers), body), request, time.time())
 
-        return self._connections.exchange(method, target, signed, views, checked)
+        return self._connections.exchange(method, target, signed, asked.views, checked)
 
     def _explain(self, target: str) -> bytes:
         """Why a HEAD was refused: its answer has no body, and a missing bucket looks like a missing object."""
         headers = self._client.sign("GET", target, {"Range": "bytes=0-0", **self._payer}, None)
         return self._connections.exchange("GET", target, headers, (), error_body)
 
-    def _request(self, verb: str, key: str, if_absent: bool = False, is_put: bool = False) -> Request:
+    def _request(self, verb: str, key: str, *, if_absent: bool = False, is_put: bool = False) -> Request:
         return Request(verb, self._what(key), self._location.bucket, self._client.endpoint, is_put, if_absent)
 
     def _what(self, key: str) -> str:
         return f"s3://{self._location.bucket}/{self._location.prefix}{key}"
 
     def _check_empty_read(self, info: ObjectInfo, offset: int, if_match: str | None) -> None:
-        if if_match and info.etag != _bare(if_match):
+        if if_match and info.etag != bare(if_match):
             raise Corrupt(f"{self._what(info.key)} changed while it was read")
         if offset > info.size_bytes:
             raise Corrupt(f"{self._what(info.key)} is shorter than it must be ({info.size_bytes} bytes)")
 
     def _check_range(self, key: str, response: Response, offset: int, size_bytes: int, if_match: str | None) -> None:
         """Whether this is the answer to what was asked: not every proxy and server keeps to ranges and conditions."""
-        etag = _bare(response.headers.get("ETag", ""))
-        if if_match and etag != _bare(if_match):
+        etag = bare(response.headers.get("ETag", ""))
+        if if_match and etag != bare(if_match):
             raise Corrupt(f"{self._what(key)} changed while it was read")
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status != 206 or match is None or int(match[1]) != offset:
@@ -363,17 +367,7 @@ def _raw_etag_of(response: Response) -> str:
 
 
 def _etag_of(response: Response) -> str:
-    return _bare(_raw_etag_of(response))
-
-
-def _bare(etag: str) -> str:
-    """Without its quotes: some servers leave them out in some places."""
-    return etag.removeprefix(_WEAK).strip('"')
-
-
-def _read_etag(etag: str) -> str:
-    """Of an answer to a read: it says whether it is weak."""
-    return (_WEAK if etag.startswith(_WEAK) else "") + _bare(etag)
+    return bare(_raw_etag_of(response))
 
 
 def _is_key(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 boto3 tries nothing again here: `storage.stores.retry_policy` does, from one table for everything. Nor does it send
 anything: it makes the requests and reads the answers, and between the two they go over the connections of
-`storage.stores.s3.http`, with an end to each answer.
+`storage.stores.s3.connections`, with an end to each answer.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
+from storage.stores.s3.connections import Address, Connections, connect_error
 from storage.stores.s3.digests import Sent, part_arguments, upload_arguments
-from storage.stores.s3.http import Address, Connections, Response, TooLong, connect_error
 from storage.stores.s3.listing import Page, UploadsPage, all_pages, needed, page_of, uploads_of
 from storage.stores.s3.options import S3Location, S3Options
 from storage.stores.s3.proxies import find_proxy
 from storage.stores.s3.refusals import Refusal, Request, to_error
+from storage.stores.s3.responses import Response, TooLong
 
 T = TypeVar("T")
 
@@ -135,15 +136,18 @@ class S3Client:
             request, lambda: needed(self._client.create_multipart_upload(**arguments), "UploadId", str)
         )
 
-    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], if_absent: bool, request: Request) -> str:
-        """Make one object of the parts; its etag. An error inside a 200 is an error all the same."""
+    def complete_upload(self, key: str, upload: str, parts: Sequence[Sent], request: Request) -> str:
+        """Make one object of the parts, if there is none yet where `request` says so; its etag.
+
+        An error inside a 200 is an error all the same.
+        """
         rows = [
             {"PartNumber": number, "ETag": part.etag, **part_arguments(self._checksum, part)}
             for number, part in enumerate(parts, 1)
         ]
         arguments: dict[str, Any] = {**self._arguments, "Key": key, "UploadId": upload}
         arguments["MultipartUpload"] = {"Parts": rows}
-        if if_absent:
+        if request.if_absent:
             arguments["IfNoneMatch"] = "*"
         return self._guarded(request, lambda: needed(self._client.complete_multipart_upload(**arguments), "ETag", str))
 

@@ -19,9 +19,10 @@ from storage.stores.retry_policy import Retrier
 from storage.stores.retrying_store import RetryingStore, stored_equal
 from storage.stores.s3.bucket import Bucket
 from storage.stores.s3.digests import Sent
+from storage.stores.s3.etags import multipart_etag
 from storage.stores.s3.listing import Page
 from storage.stores.s3.options import parse_url
-from storage.stores.s3.uploads import multipart_etag, part_size_bytes
+from storage.stores.s3.uploads import part_size_bytes
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,11 @@ class S3Store(RetryingStore):
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:
         """See `ObjectStore.list`."""
-        return self._bucket.listed(self._bucket.pages(prefix, "", self._page))
+        return self._bucket.list(prefix, self._page)
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See `ObjectStore.folders`."""
-        return self._bucket.folded(prefix, self._bucket.pages(prefix, "/", self._page))
+        return self._bucket.folders(prefix, self._page)
 
     def close(self) -> None:
         """See `ObjectStore.close`."""
@@ -91,7 +92,7 @@ class S3Store(RetryingStore):
 
     def _put_parts(self, key: str, content: _Content, pool: Executor) -> ObjectInfo:
         # parts wait for it on the same threads: a pool starts first what it was given first
-        begun = pool.submit(self._begin, key, content.if_absent)
+        begun = pool.submit(self._begin, key, content)
         try:
             calls = [
                 functools.partial(self._put_part, key, begun, number, part)
@@ -105,8 +106,9 @@ class S3Store(RetryingStore):
                 self._abort(key, begun.result())
             raise
 
-    def _begin(self, key: str, if_absent: bool) -> str:
-        self._retrier.call(f"look at {key}", lambda: self._bucket.look_first(key, if_absent))
+    def _begin(self, key: str, content: _Content) -> str:
+        if content.if_absent:
+            self._retrier.call(f"look at {key}", lambda: self._bucket.guard_new(key))
         return self._retrier.call(f"begin {key}", lambda: self._bucket.create_upload(key))
 
     def _put_part(self, key: str, begun: Future[str], number: int, part: _Part) -> tuple[Sent, int]:
@@ -122,7 +124,7 @@ class S3Store(RetryingStore):
 
         def attempt() -> str:
             try:
-                return self._bucket.complete_upload(key, upload, parts, condition)
+                return self._bucket.complete_upload(key, upload, parts, with_condition=condition)
             except Transient as error:
                 error.given_up = error.cause is Cause.CONFLICT
                 doubts.append(error)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over pooled connections, with bodies that go straight from and into memory.
+"""HTTP/1.1 requests over pooled connections, with bodies that go straight from memory.
 
 What goes wrong on the way comes out as Transient (with its cause) or Denied. A time-out is one without any progress:
 a slow transfer that moves goes on.
@@ -6,9 +6,7 @@ a slow transfer that moves goes on.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import io
 import re
 import select
 import socket
@@ -20,16 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from storage.errors import Cause, Denied, Interrupted, StorageError, Transient
+from storage.errors import Cause, Denied, StorageError, Transient
 from storage.stores.s3.proxies import Proxy, tunnel_refused
+from storage.stores.s3.responses import BoundedResponse, Response, cause_of
 
 T = TypeVar("T")
 
 _SLICE_SIZE_BYTES = 4 * 1024 * 1024
-_UNREAD_SIZE_BYTES = 64 * 1024
-"""Of a body that nobody asked for, or that explains a refusal: what goes on for longer costs the connection."""
-_NUM_INTERIM_MAX = 10
-_NUM_TRAILERS_MAX = 100
 _EARLY_ANSWER_S = 1.0
 _TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # as http.client says it
 
@@ -50,120 +45,6 @@ class Address:
     def __str__(self) -> str:
         """`https://host:port`, for messages."""
         return f"http{'s' if self.tls else ''}://{self.host}:{self.port}"
-
-
-class TooLong(Exception):
-    """A body is longer than anything that was asked for; `size_bytes` is what is known of its length."""
-
-    def __init__(self, message: str, size_bytes: int) -> None:
-        super().__init__(message)
-        self.size_bytes = size_bytes
-
-
-class _BoundedResponse(http.client.HTTPResponse):
-    """One whose head and tail have an end: `http.client` reads over any number of interim answers and of trailers."""
-
-    _num_heads = 0
-
-    def _read_status(self) -> tuple[str, int, str]:
-        self._num_heads += 1
-        if self._num_heads > _NUM_INTERIM_MAX:
-            raise http.client.HTTPException("no answer after so many interim ones")
-        return super()._read_status()  # type: ignore[misc, no-any-return]
-
-    def _read_and_discard_trailer(self) -> None:
-        for _ in range(_NUM_TRAILERS_MAX):
-            if self.fp.readline(_UNREAD_SIZE_BYTES) in (b"\r\n", b"\n", b""):
-                return
-        raise http.client.HTTPException("no end of what follows the body")
-
-
-class Response:
-    """A response whose head has come; the body is read by one of the methods.
-
-    `plain`: the socket that the body comes from, if that is one without TLS.
-    """
-
-    def __init__(
-        self, response: http.client.HTTPResponse, is_early: bool = False, plain: socket.socket | None = None
-    ) -> None:
-        self._response = response
-        self._plain = plain
-        self._buffer_is_empty = False
-        self._is_early = is_early
-        self._length: int | None = response.length
-        self.status = response.status
-        self.headers = response.headers
-        self.received_bytes = 0
-        self.is_whole = response.length == 0
-
-    @property
-    def may_stay_open(self) -> bool:
-        """Whether the connection can carry another request after this one."""
-        return self.is_whole and not self._is_early and not self._response.will_close
-
-    def close(self) -> None:
-        """Let go of the body. A response that is the last on its connection holds the socket as well."""
-        self._response.close()
-
-    def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill the views; raises Interrupted where the body ends or breaks before, and counts what has come."""
-        left = sum(view.nbytes for view in views)
-        self._body_must_have(left)
-        for view in views:
-            at = 0
-            while at < view.nbytes:
-                num_bytes = self._read_some(view[at:])
-                if not num_bytes:
-                    raise self._broken("the connection was closed in the middle of the body", Cause.TRUNCATED)
-                at += num_bytes
-                self.received_bytes += num_bytes
-        self.is_whole = self.received_bytes == self._length
-
-    def read(self, size_bytes_max: int) -> bytes:
-        """The whole body. Raises Interrupted, and TooLong for one that goes on beyond that."""
-        if self._length is not None and self._length > size_bytes_max:
-            raise TooLong(f"it has {self._length} bytes", self._length)
-        body = self.read_start(size_bytes_max + 1)
-        if len(body) > size_bytes_max:
-            raise TooLong(f"it has no end after {size_bytes_max} bytes", len(body))
-        return body
-
-    def read_start(self, size_bytes: int = _UNREAD_SIZE_BYTES) -> bytes:
-        """So much of the body, or all of it. Raises Interrupted."""
-        try:
-            body = self._response.read(size_bytes)
-        except http.client.IncompleteRead as error:
-            raise self._broken(f"the body ended after {len(error.partial)} bytes", Cause.TRUNCATED) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broken(str(error), _cause(error)) from error
-        if self._length is not None and len(body) < min(self._length, size_bytes):
-            raise self._broken(f"the body ended after {len(body)} bytes", Cause.TRUNCATED)
-        self.is_whole = self._response.isclosed()
-        return body
-
-    def _body_must_have(self, size_bytes: int) -> None:
-        if self._length is not None and self._length < size_bytes:
-            raise self._broken(f"the body has {self._length} of {size_bytes} bytes", Cause.TRUNCATED)
-
-    def _read_some(self, view: memoryview) -> int:
-        try:
-            if self._length is None or self._response.chunked:
-                return self._response.readinto(view)
-            if self._plain is not None:
-                if self._buffer_is_empty:
-                    return _receive(self._plain, view)
-                # asked for as much as it can hold, the file object hands over all that it has
-                self._buffer_is_empty = view.nbytes >= io.DEFAULT_BUFFER_SIZE
-                return int(self._response.fp.readinto1(view[: io.DEFAULT_BUFFER_SIZE]))
-            # one recv, so that a time-out in the middle of a body does not lose count of what has come; beyond the
-            # file object's small buffer the bytes go from the socket into `view`
-            return int(self._response.fp.readinto1(view[:_SLICE_SIZE_BYTES]))
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broken(str(error), _cause(error)) from error
-
-    def _broken(self, text: str, cause: Cause) -> Interrupted:
-        return Interrupted(f"the answer broke off: {text}", cause, self.received_bytes, self.headers.get("ETag", ""))
 
 
 class Connections:
@@ -205,7 +86,7 @@ class Connections:
             connection, is_fresh = self._connect(), True
         may_stay_open = False
         try:
-            response = self._ask(connection, is_fresh, method, target, headers, body)
+            response = self._ask(connection, method, target, headers, body, is_fresh=is_fresh)
             try:
                 return consume(response)
             finally:
@@ -220,11 +101,12 @@ class Connections:
     def _ask(
         self,
         connection: http.client.HTTPConnection,
-        is_fresh: bool,
         method: str,
         target: str,
         headers: Mapping[str, str],
         body: Sequence[memoryview],
+        *,
+        is_fresh: bool,
     ) -> Response:
         try:
             connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
@@ -235,16 +117,16 @@ class Connections:
         except OSError as error:
             early = _early_answer(connection)
             if early is None:
-                raise self._lost(error, is_fresh) from error
+                raise self._lost(error, is_fresh=is_fresh) from error
             return early
         try:
             plain = None if self._address.tls else connection.sock
             return Response(connection.getresponse(), plain=plain)
         except (OSError, http.client.HTTPException) as error:
-            raise self._lost(error, is_fresh) from error
+            raise self._lost(error, is_fresh=is_fresh) from error
 
-    def _lost(self, error: Exception, is_fresh: bool) -> Transient:
-        cause = _cause(error)
+    def _lost(self, error: Exception, *, is_fresh: bool) -> Transient:
+        cause = cause_of(error)
         if cause is Cause.RESET and not is_fresh:
             self._idle.drop()  # what closed this one has closed the others
             return Transient(f"{self._address} had closed an idle connection", Cause.STALE)
@@ -266,7 +148,7 @@ class Connections:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise connect_error(self._address, error) from error
-        connection.response_class = _BoundedResponse
+        connection.response_class = BoundedResponse
         connection.sock.settimeout(self._stall_timeout_s)
         if self._context is None:
             seconds, fraction = divmod(self._stall_timeout_s, 1)
@@ -336,13 +218,6 @@ def connect_error(address: Address, error: Exception) -> StorageError:
     return Transient(f"{what} cannot be reached ({why}){advice}", Cause.UNREACHABLE)
 
 
-def error_body(response: Response) -> bytes:
-    """The start of a refusal's body; empty where it breaks off."""
-    with contextlib.suppress(Transient):
-        return response.read_start()
-    return b""
-
-
 def _context(address: Address) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=address.ca_bundle)
@@ -355,22 +230,6 @@ def _send(sock: socket.socket, body: Sequence[memoryview]) -> None:
         at = 0
         while at < view.nbytes:  # `sendall` would count its time-out over the whole of it
             at += sock.send(view[at : at + _SLICE_SIZE_BYTES])
-
-
-def _receive(sock: socket.socket, view: memoryview) -> int:
-    """Fill the view; less at the end of the stream, or when SO_RCVTIMEO ran out after some bytes had come.
-
-    The kernel waits, in one call: a thread that woke up for every few packets would take the interpreter from the
-    others each time. Raises TimeoutError if no byte came in time.
-    """
-    timeout_s = sock.gettimeout()
-    sock.settimeout(None)  # else it would not block, and return what is there
-    try:
-        return sock.recv_into(view, view.nbytes, socket.MSG_WAITALL)
-    except BlockingIOError:
-        raise TimeoutError("timed out") from None
-    finally:
-        sock.settimeout(timeout_s)
 
 
 def _early_answer(connection: http.client.HTTPConnection) -> Response | None:
@@ -387,7 +246,3 @@ def _is_readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN | select.POLLHUP | select.POLLERR)
     return bool(poll.poll(0))
-
-
-def _cause(error: Exception) -> Cause:
-    return Cause.STALLED if isinstance(error, TimeoutError) else Cause.RESET
