@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -47,10 +47,11 @@ from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.callers import Caller, find_caller
 from storage.run import catalog, replacing
 from storage.run.job import Origin
-from storage.saving import commit
+from storage.saving import commit, tickets
 from storage.saving.commit import Attempt, Contents
 from storage.saving.saveplan import Chunk
 from storage.saving.staging import StagingBuffer, as_staged
+from storage.saving.tickets import Ticket
 from storage.saving.writing import Payload, write_payloads
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
@@ -230,31 +231,6 @@ class ShardReader(_Place, StorageReader):
         return done
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ticket:
-    """What the coordinator tells a rank: the attempt of this save, and the rank's number in it.
-
-    It goes with the rank's plan, but where DCP keeps plans from save to save (`enable_plan_caching`) the planner puts
-    an earlier one, with an earlier ticket, in its place. So a rank goes by the last that has reached it.
-    """
-
-    attempt_id: str
-    rank: int
-
-    def __reduce__(self) -> tuple[Callable[..., _Ticket], tuple[str, int]]:
-        return _received, (self.attempt_id, self.rank)
-
-
-_last = threading.local()
-"""`ticket`: of the save that this thread is in. DCP plans and writes in one thread."""
-
-
-def _received(attempt_id: str, rank: int) -> _Ticket:
-    ticket = _Ticket(attempt_id, rank)
-    _last.ticket = ticket
-    return ticket
-
-
 @contextlib.contextmanager
 def _told(url: str) -> Iterator[None]:
     """Log why a save has failed that goes on behind the script, which may never ask its future for the result."""
@@ -320,9 +296,9 @@ class ShardWriter(_Place, StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Hand one fresh attempt to every rank (coordinator)."""
         self._attempt_id, self._world_size = str(uuid.uuid4()), len(plans)
-        _received(self._attempt_id, 0)  # a process by itself sends nothing; among several it gets its own as well
+        tickets.receive(self._attempt_id, 0)  # a process by itself sends nothing; among several it gets its own as well
         return [
-            dataclasses.replace(plan, storage_data=_Ticket(self._attempt_id, rank)) for rank, plan in enumerate(plans)
+            dataclasses.replace(plan, storage_data=Ticket(self._attempt_id, rank)) for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -351,7 +327,7 @@ class ShardWriter(_Place, StorageWriter):
         for item, tensor in tensors:
             plain = as_staged(tensor)
             payloads.append(Payload(_chunk(item), next(copied) if plain is None else plain))
-        ticket: _Ticket = _last.__dict__.pop("ticket", plan.storage_data)
+        ticket = tickets.take(plan.storage_data)
         self._attempt_id = ticket.attempt_id
         objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
         index_of = {_chunk(item).identity: item.index for item in plan.items}
