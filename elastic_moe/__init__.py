@@ -41,14 +41,16 @@ _PLACES = {
 __doc__ = f"{__doc__}\n{errors.__doc__}"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "worker":
-        return importlib.import_module("elastic_moe.worker")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'elastic_moe' has no attribute {name!r}")
-    room, original = _PLACES[name]
-    value = globals()[name] = getattr(importlib.import_module(room), original)
-    return value
+if not TYPE_CHECKING:  # a type checker would believe in any name
+
+    def __getattr__(name: str) -> Any:
+        if name == "worker":
+            return importlib.import_module("elastic_moe.worker")
+        if name not in _PLACES:
+            raise AttributeError(f"module 'elastic_moe' has no attribute {name!r}")
+        room, original = _PLACES[name]
+        value = globals()[name] = getattr(importlib.import_module(room), original)
+        return value
 
 
 def __dir__() -> list[str]:

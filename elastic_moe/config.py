@@ -20,10 +20,9 @@ from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
-from launcher.environment import PREFIX
-from launcher.rounds.mesh import MeshSpec
+from launcher import Environment, MeshSpec
 
-ENV_PREFIX = f"{PREFIX}_"
+ENV_PREFIX = f"{Environment.prefix}_"
 
 _GIB = 1 << 30
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from launcher.script.worker import WorkerContext
-from launcher.script.worker import worker as _worker
+from launcher import WorkerContext
+from launcher import worker as _worker
 
 __all__ = [
     "WorkerContext",

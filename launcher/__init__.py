@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from launcher.drain.preemption import Watcher
     from launcher.environment import Environment
     from launcher.events import EventName, EventRecord
-    from launcher.health.hangs import Auto, HangRules
+    from launcher.health.hangs import Auto, HangLimit, HangRules
     from launcher.health.preflight import Check, PreflightRules
     from launcher.job_client import JobClient, open_job
     from launcher.kv.connect import BACKENDS, unknown_backend
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
     from launcher.rounds.records import Node
     from launcher.script.worker import Worker, WorkerContext, worker
+    from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
     from launcher.workers.imports_ahead import Imports
     from launcher.workers.paths import keep_to_own
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
-__all__ += ["Auto", "Check", "Extras", "HangRules", "Notice", "Planner", "PreflightRules", "Watcher", "launch_agent"]
-__all__ += ["BACKENDS", "Console", "Imports", "fork_zygote", "keep_to_own", "unknown_backend"]
+__all__ += ["Auto", "Check", "Extras", "HangLimit", "HangRules", "Notice", "Planner", "PreflightRules", "Watcher"]
+__all__ += ["BACKENDS", "Console", "Imports", "fork_zygote", "launch_agent", "unknown_backend"]
+__all__ += ["keep_to_own", "tied_command"]
 __all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "Seat", "open_job"]
 __all__ += ["Environment", "EventName", "EventRecord"]
 __all__ += errors.__all__
@@ -57,7 +59,7 @@ _ROOMS = {
     "launcher.drain.preemption": "Watcher",
     "launcher.environment": "Environment",
     "launcher.events": "EventName EventRecord",
-    "launcher.health.hangs": "Auto HangRules",
+    "launcher.health.hangs": "Auto HangLimit HangRules",
     "launcher.health.preflight": "Check PreflightRules",
     "launcher.job_client": "JobClient open_job",
     "launcher.kv.connect": "BACKENDS unknown_backend",
@@ -67,23 +69,32 @@ _ROOMS = {
     "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
     "launcher.rounds.records": "Node",
     "launcher.script.worker": "Worker WorkerContext worker",
+    "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",
     "launcher.workers.paths": "keep_to_own",
     "launcher.workers.warm": "fork_zygote",
     "launcher.workers.imports_ahead": "Imports",
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+_PLACES = {
+    name: (room, original or name)
+    for room, names in _ROOMS.items()
+    for name, _, original in (text.partition("=") for text in names.split())
+}
+"""By public name: the room that has it, and what it is called there."""
 
 __doc__ = f"{__doc__}\n{errors.__doc__}"
 
 
-def __getattr__(name: str) -> "Any":
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module 'launcher' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # a type checker would believe in any name
 
-    value = globals()[name] = getattr(importlib.import_module(_ROOM_OF[name]), name)
-    return value
+    def __getattr__(name: str) -> "Any":
+        if name not in _PLACES:
+            raise AttributeError(f"module 'launcher' has no attribute {name!r}")
+        import importlib
+
+        room, original = _PLACES[name]
+        value = globals()[name] = getattr(importlib.import_module(room), original)
+        return value
 
 
 def __dir__() -> "list[str]":

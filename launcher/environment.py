@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from launcher.errors import UsageError
-
-PREFIX = "ELASTIC_MOE_"
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,9 @@ class Environment:
 
     The agent sets all of them for its workers but the last two, which a user sets for agents and the command line.
     """
+
+    prefix: ClassVar[str] = "ELASTIC_MOE_"
+    """With which every name begins."""
 
     generation: int = 0
     """The number of the round, strictly growing within its lineage; 0 without an agent."""
@@ -76,10 +78,10 @@ class Environment:
             if value is not None and value is not False
         }
 
-    @staticmethod
-    def variable(name: str) -> str:
+    @classmethod
+    def variable(cls, name: str) -> str:
         """The name of the variable that a field stands for."""
-        return f"{PREFIX}{name.upper()}"
+        return f"{cls.prefix}{name.upper()}"
 
 
 def _whole_number(text: str, variable: str) -> int:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         summaries,
         verify,
     )
+    from storage.ranks.agreement import AgreeingGroup
+    from storage.run.garbage import AGE_S_MIN as GARBAGE_AGE_S_MIN
     from storage.run.garbage import Garbage
     from storage.run.garbage import find as find_garbage
     from storage.run.garbage import remove as remove_garbage
@@ -44,12 +46,12 @@ if TYPE_CHECKING:
     from storage.stores.retry_policy import RetryCounts, RetryLog
     from storage.stores.wrapper import StoreWrapper
 
-__all__ = ["Access", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
+__all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
 __all__ += ["CheckpointEvent", "Listener"]
 __all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["open_store", "register_scheme", "with_options"]
 __all__ += ["Details", "Location", "Summary", "Verification", "checkpoints", "details", "locate", "summaries", "verify"]
-__all__ += ["Garbage", "find_garbage", "remove_garbage"]
+__all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
 _ROOMS = {
@@ -57,8 +59,9 @@ _ROOMS = {
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
     "storage.inspection": "Details Location Summary Verification checkpoints details locate summaries verify",
+    "storage.ranks.agreement": "AgreeingGroup",
     "storage.run.job": "JobIdentity",
-    "storage.run.garbage": "Garbage find_garbage=find remove_garbage=remove",
+    "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
     "storage.stores.objects": "Capability ObjectInfo ObjectStore",
     "storage.stores.registry": "open_store register_scheme with_options",
@@ -75,12 +78,14 @@ _PLACES = {
 __doc__ = f"{__doc__}\n{errors.__doc__}"
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'storage' has no attribute {name!r}")
-    room, original = _PLACES[name]
-    value = globals()[name] = getattr(importlib.import_module(room), original)
-    return value
+if not TYPE_CHECKING:  # a type checker would believe in any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module 'storage' has no attribute {name!r}")
+        room, original = _PLACES[name]
+        value = globals()[name] = getattr(importlib.import_module(room), original)
+        return value
 
 
 def __dir__() -> list[str]:

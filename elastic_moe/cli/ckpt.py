@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import storage
 from elastic_moe.cli import transfer, weights
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import inspection
-from storage.run import garbage
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -64,7 +63,7 @@ def register(verbs: Subparsers) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     with _locate(args) as location:
-        rows = inspection.summaries(location)
+        rows = storage.summaries(location)
     if args.json:
         _print_json([dataclasses.asdict(row) for row in rows])
         return 0
@@ -91,7 +90,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     with _locate(args) as location:
-        found = inspection.details(location.store, inspection.checkpoints(location)[0])
+        found = storage.details(location.store, storage.checkpoints(location)[0])
     if args.json:
         _print_json(dataclasses.asdict(found))
         return 0
@@ -118,8 +117,8 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     verdicts = []
     with _locate(args) as location:
-        for prefix in inspection.checkpoints(location):
-            verdict = inspection.verify(location.store, prefix)
+        for prefix in storage.checkpoints(location):
+            verdict = storage.verify(location.store, prefix)
             verdicts.append(verdict)
             if not args.json:
                 _print_verdict(verdict)
@@ -133,10 +132,10 @@ def _collect(args: argparse.Namespace) -> int:
         if location.prefix is not None:
             raise UserError(f"gc works on a whole run, and {args.url!r} is one checkpoint; give the folder above it")
         now_s = time.time()
-        found = garbage.find(location.store, now_s, args.older_than * 3600.0)
+        found = storage.find_garbage(location.store, now_s, args.older_than * 3600.0)
         for row in found:
             if not args.dry_run:
-                garbage.remove(location.store, row)
+                storage.remove_garbage(location.store, row)
             if not args.json:
                 did = "would remove" if args.dry_run else "removed"
                 size = f", {size_text(row.size_bytes)} in {row.num_objects} objects" if row.keys else ""
@@ -151,7 +150,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 def _hours(text: str) -> float:
     """For argparse's `type`."""
-    least = garbage.AGE_S_MIN / 3600.0
+    least = storage.GARBAGE_AGE_S_MIN / 3600.0
     try:
         hours = float(text)
     except ValueError:
@@ -162,20 +161,20 @@ def _hours(text: str) -> float:
 
 
 @contextlib.contextmanager
-def _locate(args: argparse.Namespace) -> Iterator[inspection.Location]:
+def _locate(args: argparse.Namespace) -> Iterator[storage.Location]:
     """Open the URL with what the options add to it, close it, and tell on stderr what was not smooth meanwhile.
 
     Raises UserError for options that the URL cannot have.
     """
     (url,) = with_s3_options(args, args.url)
-    with inspection.locate(url) as location:
+    with storage.locate(url) as location:
         yield location
         retries = location.store.retries.snapshot()
     if retries.num_by_cause:
         print(f"the store had to be asked again: {retries}", file=sys.stderr)
 
 
-def _print_verdict(verdict: inspection.Verification) -> None:
+def _print_verdict(verdict: storage.Verification) -> None:
     name = verdict.folder or "checkpoint"
     if not verdict.problems:
         print(f"{name}: good, {size_text(verdict.size_bytes)} in {verdict.num_objects} objects")

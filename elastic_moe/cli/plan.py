@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.parser import add_set, natural_int, node_range, positive_int
 from elastic_moe.errors import UserError
-from launcher.rounds.mesh import Infeasible, MeshSpec, Priced, price
+from launcher import Infeasible, MeshSpec, Priced, price
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from elastic_moe.cli.parser import PROG
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
-from launcher.events import EventName, EventRecord
-from launcher.reports.clocks import offsets, set_right
-from launcher.reports.files import find_files, read_events
-from launcher.reports.goodput import Cause, Goodput, Interruption, Outage, account
-from launcher.reports.jobs import jobs_of
-from launcher.wording import name_some
+from launcher import EventName, EventRecord
+from launcher.reports import (
+    Cause,
+    Goodput,
+    Interruption,
+    Outage,
+    account,
+    find_files,
+    jobs_of,
+    name_some,
+    offsets,
+    read_events,
+    set_right,
+)
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers

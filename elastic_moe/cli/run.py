@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, NoReturn
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import PROG, positive_float
 from elastic_moe.errors import UserError
-from launcher.health.hangs import Auto, HangLimit, HangRules
-from launcher.health.preflight import PreflightRules
-from launcher.rounds.mesh import MeshPlan, plan
+from launcher import Auto, HangLimit, HangRules, MeshPlan, PreflightRules, plan
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
-    from launcher.rounds.forming import Planner
+    from launcher import Planner
 
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
@@ -55,8 +53,7 @@ def prepare(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning; read with torch
     if {"--cold-workers", "--keep-children", "--help"} & set(args.arguments):
         return
-    from launcher.workers.imports_ahead import Imports
-    from launcher.workers.warm import fork_zygote
+    from launcher import Imports, fork_zygote
 
     imports = Imports()
     imports.make("torch")
@@ -68,8 +65,7 @@ def handle(args: argparse.Namespace) -> int:
     """Run this node's agent."""
     from torch.distributed.run import config_from_args
 
-    from launcher.launch import Extras, launch_agent
-    from launcher.workers.console import Console
+    from launcher import Console, Extras, launch_agent
 
     given = _parse(args.arguments)
     log_to_console()
@@ -262,7 +258,7 @@ def _usage_error(message: str) -> NoReturn:
 
 def _choose_backend(given: argparse.Namespace) -> None:
     """One node needs no store to meet at; several meet at an embedded one."""
-    from launcher.kv.connect import BACKENDS, unknown_backend
+    from launcher import BACKENDS, unknown_backend
 
     alone = given.standalone or given.nnodes in ("1", "1:1")
     if given.rdzv_backend in ("static", "c10d"):

@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Iterable
 from typing import Any
 
-from launcher.events import EventName, EventRecord
-from launcher.wording import describe_failure, describe_fields, describe_root_cause
+from launcher import EventName, EventRecord
+from launcher.reports import describe_failure, describe_fields, describe_root_cause
 
 _ROUTINE = {
     EventName.WORKERS_STARTED,

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
 from elastic_moe.errors import NotFinite
-from launcher.environment import PREFIX
+from launcher import Environment
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
 _EPILOG = f"""\
 Fields are laid over each other: defaults, JOB.toml, the environment
-({PREFIX}_SECTION__FIELD), --set. An empty JOB.toml trains the defaults.
+({Environment.prefix}_SECTION__FIELD), --set. An empty JOB.toml trains the defaults.
 
 On several processes:
   elastic-moe run ... --mesh JOB.toml -m elastic_moe train JOB.toml

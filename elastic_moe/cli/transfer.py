@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.wording import size_text, with_s3_options
 from elastic_moe.errors import UserError
-from storage import inspection
-from storage.stores.retry_policy import RetryCounts
-from storage.transfer import copy_jobs
-from storage.transfer.copy_jobs import Found, Outcome
-from storage.transfer.copying import Copier
-from storage.transfer.verified_read import Advance
+from storage import RetryCounts, locate
+from storage.transfer import Advance, Copier, Found, Outcome, look, open_target, plan
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -65,10 +61,10 @@ def register(actions: Subparsers) -> None:
 def _copy(args: argparse.Namespace) -> int:
     _check_direction(args)
     source_url, target_url = with_s3_options(args, args.source, args.target)
-    with inspection.locate(source_url) as source, copy_jobs.open_target(target_url) as target:
+    with locate(source_url) as source, open_target(target_url) as target:
         started_s = time.monotonic()
-        jobs = copy_jobs.plan(source, target, args.step, args.last)
-        looked = [copy_jobs.look(source.store, target.store, job) for job in jobs]
+        jobs = plan(source, target, args.step, args.last)
+        looked = [look(source.store, target.store, job) for job in jobs]
         if args.dry_run:
             outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]
         else:

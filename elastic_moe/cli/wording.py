@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from elastic_moe.errors import UserError
-from storage.stores.registry import with_options
+from storage import with_options
 
 
 def with_s3_options(args: argparse.Namespace, *urls: str) -> list[str]:

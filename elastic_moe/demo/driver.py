@@ -20,7 +20,7 @@ from elastic_moe.demo.records import Record, Tail, merge
 from elastic_moe.demo.story import Story
 from elastic_moe.demo.summary import Summary, summarize
 from elastic_moe.errors import UserError
-from launcher.events import EventName
+from launcher import EventName
 
 SLOTS_PER_NODE = 2
 # Node 2 is killed after this part of the steps, and starts again after a few steps without it: on a busy machine half

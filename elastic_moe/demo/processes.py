@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from launcher.environment import PREFIX
-from launcher.workers import boot
+from launcher import Environment, tied_command
 
 _STOP_GRACE_S = 10.0
 
@@ -28,7 +27,7 @@ class Process:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", boot.__file__, str(os.getpid()), "-", sys.executable, *arguments],
+                tied_command([sys.executable, *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -110,7 +109,7 @@ def descendants(pid: int) -> list[int]:
 
 def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what would make a child part of somebody else's job, on one thread a worker."""
-    foreign = (PREFIX, "TORCHELASTIC_", "TORCH_ELASTIC_")
+    foreign = (Environment.prefix, "TORCHELASTIC_", "TORCH_ELASTIC_")
     ranks = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in environ.items() if not name.startswith(foreign) and name not in ranks}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

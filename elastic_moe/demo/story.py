@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from elastic_moe.demo.records import Record
-from launcher.events import EventName
+from launcher import EventName
 
 _AXES = ("replicate", "shard", "expert")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elastic_moe.demo.records import Record, by_generation, last_by_step
-from launcher.events import EventName
+from launcher import EventName
 
 # fp32 sums in another order: the project's bar for "the same loss".
 LOSS_REL_DIFF_LIMIT = 1e-5

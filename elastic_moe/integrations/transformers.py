@@ -27,8 +27,7 @@ from transformers.trainer_callback import ExportableState
 
 from elastic_moe import worker
 from elastic_moe.integrations.session import Session
-from storage import PerRank
-from storage.ranks.agreement import AgreeingGroup
+from storage import AgreeingGroup, PerRank
 
 _OTHERS = ("model", "optimizer", "scheduler", "scaler", "rng")
 """What a checkpoint holds beside the Trainer's own state."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from elastic_moe.errors import UserError
-from launcher.rounds.mesh import MeshPlan
+from launcher import MeshPlan
 
 REPLICATE, FSDP, EXPERT_FSDP, EXPERT = "replicate", "fsdp", "efsdp", "ep"
 

@@ -25,8 +25,7 @@ from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper, StepResult
 from elastic_moe.trainer.world import choose_device, choose_plan, from_rank_0, process_group
-from storage import Access, Checkpointer, JobIdentity, inspection
-from storage.errors import NoCheckpoint, StorageError
+from storage import Access, Checkpointer, JobIdentity, NoCheckpoint, StorageError, locate, summaries
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +226,8 @@ def _give_up(job: JobConfig, progress: DataProgress, checkpointer: Checkpointer 
 
 def _healthy_steps(url: str) -> list[int]:
     try:
-        with inspection.locate(url) as location:
-            rows = inspection.summaries(location)
+        with locate(url) as location:
+            rows = summaries(location)
     except NoCheckpoint:
         return []
     except StorageError as error:

@@ -14,7 +14,7 @@ from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.worker import WorkerContext
-from launcher.rounds.mesh import Infeasible, MeshPlan, plan
+from launcher import Infeasible, MeshPlan, plan
 
 # fp32 numbers that two AVX-512 registers hold; torch's CPU kernels work on one or two at a time.
 _VECTOR_WIDTH = 32

@@ -132,7 +132,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._failures = []
         self._oom_kills_before = postmortem.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
-        group.spec.args = ("-I", "-S", boot.__file__, str(os.getpid()), zygote, *self._command)
+        group.spec.args = tuple(boot.command(self._command, zygote)[1:])
         # Scripts and log folders see the same count on every node: the rounds that ran before this one.
         pids = self.start_group(group.spec.max_restarts - (current.generation - 1))
         self.install_signal_handlers()  # torch has just installed its own

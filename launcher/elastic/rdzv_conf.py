@@ -73,7 +73,7 @@ class RendezvousConf(BaseModel):
     key: Path | None = None
     """etcd3: file with the private key of `cert`."""
     user: str = ""
-    """etcd3: user name; the password comes from `password_file` or ELASTIC_MOE_ETCD_PASSWORD."""
+    """etcd3: user name; the password comes from `password_file` or the environment (`Environment.etcd_password`)."""
     password_file: Path | None = None
     """etcd3: file with the password of `user`."""
     prefix: str = ""

@@ -23,9 +23,16 @@ from launcher.workers import guardian, process_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.environment import Environment
 
 _ZYGOTE_TIMEOUT_S = 120.0
+
+
+def command(program: "Sequence[str]", zygote: str = "-") -> "list[str]":
+    """The command line that runs `program` tied to this process: when this one dies, so does that."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), zygote, *program]
 
 
 def main(argv: "list[str]") -> None:

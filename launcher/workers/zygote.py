@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.environment import PREFIX
+from launcher.environment import Environment
 from launcher.frames import receive, send
 from launcher.workers import early_variables, freshness, paths, program
 from launcher.workers.fork_request import ForkRequest
@@ -44,7 +44,7 @@ _SET_BY_AGENTS = (
     "GROUP_",
     "ROLE_",
     "MASTER_",
-    PREFIX,
+    Environment.prefix,
     "TORCHELASTIC_",
     "TORCH_NCCL_",
 )

@@ -54,6 +54,7 @@ def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(wheel: Path) 
     }
     assert names == sources
     assert {name.partition("/")[0] for name in names} == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
     assert "elastic-moe = elastic_moe.cli.main:main" in told
     assert "[torchrun.handlers]\netcd3 = launcher.plugin:etcd3" in told
 

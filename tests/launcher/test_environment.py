@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.environment import PREFIX, Environment
+from launcher.environment import Environment
 from launcher.errors import UsageError
 from storage.agent import AgentEnvironment
 
@@ -62,11 +62,12 @@ def test_one_file_of_each_leaf_spells_the_names() -> None:
         str(file.relative_to(ROOT))
         for package in ("elastic_moe", "launcher", "storage")
         for file in (ROOT / package).rglob("*.py")
-        if PREFIX in file.read_text()
+        if Environment.prefix in file.read_text()
     }
     assert spelling == {"launcher/environment.py", "storage/agent.py"}
 
 
 def test_every_variable_is_documented() -> None:
-    documented = set(re.findall(rf"^\| `{PREFIX}(\w+)` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE))
+    page = (ROOT / "docs/architecture.md").read_text()
+    documented = set(re.findall(rf"^\| `{Environment.prefix}(\w+)` \|", page, re.MULTILINE))
     assert documented == {name.upper() for name in FIELDS}
