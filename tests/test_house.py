@@ -32,8 +32,7 @@ MANY_PARAMETERS = {
 POSITIONAL_BOOLEANS = {
     "elastic_moe/cli/transfer.py: _progress",
     "elastic_moe/cli/transfer.py: as_json",
-    "storage/dcp.py: _look_first",
-    "storage/dcp.py: set_up_storage_reader",
+    "storage/dcp/reader.py: set_up_storage_reader",
     "storage/format/index.py: build",
     "storage/format/safe_arrays.py: new_dtype",
     "storage/loading/loadplan.py: set_up_planner",
@@ -55,7 +54,6 @@ SHARED_CLASS_NAMES = {
     "elastic_moe: ElasticCallback",
     "launcher: Cause",
     "storage: Blocks",
-    "storage: Contents",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -73,7 +73,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Contents:
+class StateContents:
     """What the state holds, by flattened key."""
 
     tensors: dict[str, TensorEntry]
@@ -97,7 +97,7 @@ def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[Objec
 def build_manifest(
     attempt: Attempt,
     origin: Origin,
-    contents: Contents,
+    contents: StateContents,
     receipts: Sequence[Receipt],
     created_unix_s: float,
     *,

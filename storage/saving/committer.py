@@ -15,7 +15,7 @@ from storage.format.manifest import ItemTable, Receipt
 from storage.run import retention
 from storage.run.job import Origin
 from storage.saving import commit, receipts
-from storage.saving.commit import Attempt, Contents
+from storage.saving.commit import Attempt, StateContents
 from storage.saving.ownership import Ownership
 from storage.saving.receipts import Patience
 from storage.saving.writing import Payload, write_payloads
@@ -35,7 +35,7 @@ class SaveJob:
     attempt: Attempt
     rank: int
     payloads: list[Payload]
-    contents: Contents | None
+    contents: StateContents | None
     started_s: float
     staging_error: str | None = None
     healthy: bool = True
@@ -176,7 +176,7 @@ class Committer:
                 error = f"{type(failure).__name__}: {failure}"
         return Receipt(rank=job.rank, attempt=attempt.id, error=error)
 
-    def _commit(self, job: SaveJob, contents: Contents, patience: Patience) -> int:
+    def _commit(self, job: SaveJob, contents: StateContents, patience: Patience) -> int:
         claim = self._ownership.claim
         found = receipts.await_receipts(self._store, job.attempt, patience, claim)
         manifest, metadata = commit.build_manifest(

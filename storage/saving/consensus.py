@@ -12,7 +12,7 @@ from storage.errors import Corrupt, Fenced, UsageError
 from storage.format import layout
 from storage.format.items import EncodedItem
 from storage.ranks.agreement import AgreeingGroup, Failure
-from storage.saving.commit import Contents
+from storage.saving.commit import StateContents
 from storage.saving.committer import Committer
 from storage.saving.describe import Holdings, contents_of, describe
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
@@ -37,7 +37,7 @@ class _Plan:
 
     digest: str
     picks: tuple[int, ...]
-    contents: Contents | None
+    contents: StateContents | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Agreed:
 
     attempt: str
     healthy: bool
-    contents: Contents | None
+    contents: StateContents | None
     holdings: Holdings
     picks: tuple[int, ...]
     values: dict[int, EncodedItem]
@@ -177,7 +177,7 @@ class Consensus:
 
     def _replan(self, holdings: Holdings) -> _Plan:
         gathered = self._group.gather(dump_share(holdings.share))
-        contents: Contents | None = None
+        contents: StateContents | None = None
 
         def plan() -> str:
             nonlocal contents

@@ -19,7 +19,7 @@ from storage.format.items import EncodedItem
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.tensors import oddity
 from storage.format.values import encode_value
-from storage.saving.commit import Contents
+from storage.saving.commit import StateContents
 from storage.saving.saveplan import Chunk, Share, dump_share
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
@@ -93,7 +93,7 @@ def describe(
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
     items = tuple(planner.create_local_plan().items)
-    chunks = tuple(_chunk(item, flat.paths) for item in items)
+    chunks = tuple(chunk_of(item, flat.paths[item.index.fqn]) for item in items)
     share = Share(chunks, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
     sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)} if compares else {}
@@ -143,27 +143,24 @@ def _local(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _chunk(item: WriteItem, paths: Mapping[str, Path]) -> Chunk:
-    key = item.index.fqn
-    path = paths[key]
-    if item.type is WriteItemType.BYTE_IO:
-        return Chunk(key, path, None, None, None, "", 0)
-    data = item.tensor_data
-    assert data is not None
-    dtype = data.properties.dtype
-    sizes = tuple(data.chunk.sizes)
+def chunk_of(item: WriteItem, path: Path = ()) -> Chunk:
+    """What DCP's planner lists, as a chunk; DCP itself does not tell its writers the path in the state."""
+    key, data = item.index.fqn, item.tensor_data
+    if data is None or item.type is WriteItemType.BYTE_IO:
+        return Chunk(key, path, offsets=None, sizes=None, shape=None, dtype="", size_bytes=0)
+    sizes, dtype = tuple(data.chunk.sizes), data.properties.dtype
     return Chunk(
         key,
         path,
-        tuple(data.chunk.offsets),
-        sizes,
-        tuple(data.size),
-        str(dtype).removeprefix("torch."),
-        math.prod(sizes) * dtype.itemsize,
+        offsets=tuple(data.chunk.offsets),
+        sizes=sizes,
+        shape=tuple(data.size),
+        dtype=str(dtype).removeprefix("torch."),
+        size_bytes=math.prod(sizes) * dtype.itemsize,
     )
 
 
-def contents_of(shares: Collection[Share]) -> Contents:
+def contents_of(shares: Collection[Share]) -> StateContents:
     """The state as a whole, from what all ranks hold. Raises ValueError where they contradict each other."""
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
@@ -173,4 +170,4 @@ def contents_of(shares: Collection[Share]) -> Contents:
                 values.setdefault(chunk.key, ValueEntry(path=chunk.path))
             else:
                 tensors.setdefault(chunk.key, TensorEntry(dtype=chunk.dtype, shape=chunk.shape, path=chunk.path))
-    return Contents(tensors, values, join_containers([share.containers for share in shares]))
+    return StateContents(tensors, values, join_containers([share.containers for share in shares]))

@@ -52,7 +52,7 @@ from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
 from storage.run.job import Origin
 from storage.run.owner import Claim, Owner, claim
-from storage.saving.commit import Attempt, Contents, build_manifest, publish
+from storage.saving.commit import Attempt, StateContents, build_manifest, publish
 from storage.saving.receipts import Patience, await_receipts, put_receipt
 from storage.verified.source import Source
 from tests.ranks import Ranks
@@ -173,7 +173,7 @@ def put_receipts(folder: str) -> None:
         put_receipt(store, attempt, Receipt(rank=rank, attempt=ATTEMPT, objects=objects, items=ItemTable.of(items)))
 
 
-def commit(folder: str, contents: Contents) -> dict[str, float]:
+def commit(folder: str, contents: StateContents) -> dict[str, float]:
     """Commit what lies in the folder; CPU seconds up to each stage, and the process's peak memory above its start."""
     store, attempt = open_store(folder), Attempt.of_step(1, ATTEMPT, NUM_WRITERS)
     held = Claim(store, claim(store, Owner(lineage="", generation=0, epoch=0, token=ATTEMPT))[0])
@@ -192,7 +192,7 @@ def commit(folder: str, contents: Contents) -> dict[str, float]:
 def commit_cost(repeats: int) -> list[dict[str, float]]:
     """`commit` in fresh processes, each of which has imported what a training has."""
     draft_of_all = draft()
-    contents = Contents(draft_of_all.tensors, draft_of_all.values)
+    contents = StateContents(draft_of_all.tensors, draft_of_all.values)
     found = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry,
 from storage.run import owner
 from storage.run.job import Origin
 from storage.saving import commit
-from storage.saving.commit import Attempt, Contents
+from storage.saving.commit import Attempt, StateContents
 from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo, ObjectStore
@@ -32,7 +32,7 @@ def built(mesh: dict[str, Any] | None = None, num_items: int = 1) -> tuple[Manif
     ]
     objects = (ObjectEntry(name=DATA.removeprefix(STEP), size_bytes=size * num_items, etag=""),)
     receipt = Receipt(rank=0, attempt=ATTEMPT.id, objects=objects, items=ItemTable.of(entries))
-    contents = Contents({"w": TensorEntry(dtype="float32", shape=(num_items,), path=("w",))}, {})
+    contents = StateContents({"w": TensorEntry(dtype="float32", shape=(num_items,), path=("w",))}, {})
     return commit.build_manifest(ATTEMPT, Origin(mesh=mesh), contents, [receipt], 0.0)
 
 

@@ -17,7 +17,7 @@ from storage.format.manifest import (
     ValueEntry,
 )
 from storage.run.job import Origin
-from storage.saving.commit import Attempt, Contents, build_manifest
+from storage.saving.commit import Attempt, StateContents, build_manifest
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
@@ -52,7 +52,7 @@ def golden_manifest() -> Manifest:
             (1, 1577, (item("model.weight", (2, 0), 0, 0),)),
         )
     ]
-    contents = Contents(
+    contents = StateContents(
         tensors={"model.weight": TensorEntry(dtype="float32", shape=(4, 3), path=("model", "weight"))},
         values={"step": ValueEntry(path=("step",))},
         containers=(

@@ -29,12 +29,12 @@ from storage.format.manifest import (
     load_receipt,
 )
 from storage.run.job import Origin
-from storage.saving.commit import Attempt, Contents, build_manifest
+from storage.saving.commit import Attempt, StateContents, build_manifest
 
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
 BLOCK_SIZE_BYTES = 16384
 SHAPES = {"scalar": (), "vector": (2,), "other": (300, 1 << 33), "another scalar": (), 'odd "key" é': (2,)}
-CONTENTS = Contents(
+CONTENTS = StateContents(
     tensors={key: TensorEntry(dtype="float32", shape=shape, path=(key, 3)) for key, shape in SHAPES.items()},
     values={"value": ValueEntry(path=("value",))},
 )

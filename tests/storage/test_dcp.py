@@ -167,7 +167,11 @@ def test_a_save_behind_the_script_that_fails_is_told_though_nobody_asks(caplog: 
     dcp.async_save(state(2), storage_writer=ShardWriter(url)).exception(timeout=60)
     store.num_good = 1
     dcp.async_save(state(2), storage_writer=ShardWriter(url, overwrite=True)).exception(timeout=60)
-    told = [record.message for record in caplog.records if record.levelname == "ERROR" and record.name == "storage.dcp"]
+    told = [
+        record.message
+        for record in caplog.records
+        if record.levelname == "ERROR" and record.name == "storage.dcp.writer"
+    ]
     assert [line.startswith(f"nothing is saved to {url}: ") for line in told] == [True, True]
     assert "AlreadyExists: Checkpoint already exists at" in told[0]
     assert "Transient: the store is away" in told[1]

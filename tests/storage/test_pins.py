@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from storage import Checkpointer, ShardReader, open_store
-from storage import dcp as our_dcp
+from storage.dcp import reader as shard_reader
 from storage.errors import Cause, Corrupt, Interrupted
 from storage.format.index import Index
 from storage.loading.reading import read_items
@@ -140,7 +140,7 @@ class Replacer:
             return etag
 
         monkeypatch.setattr(Bucket, "read_into", seen)
-        monkeypatch.setattr(our_dcp, "read_items", functools.partial(read_items, num_threads=1))
+        monkeypatch.setattr(shard_reader, "read_items", functools.partial(read_items, num_threads=1))
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

@@ -203,7 +203,7 @@ def test_the_thread_of_an_async_save_has_its_name(tmp_path: Path) -> None:
 
     with alone_in_group():
         dcp.async_save({"w": torch.ones(2)}, storage_writer=Writer(tmp_path)).result(60)  # type: ignore[union-attr]
-    where = "ASYNC_SAVE_THREAD, dcp.py"
+    where = "ASYNC_SAVE_THREAD, dcp/writer.py"
     assert names[0].startswith(torch_private.ASYNC_SAVE_THREAD), broken(f"it is {names}", where)
 
 
