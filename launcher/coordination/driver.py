@@ -112,6 +112,7 @@ class NodeDriver(Lifecycle):
         self._retired: deque[Follower] = deque()  # to be closed
         self._refollow = threading.Event()
         self._logged = ""
+        self._num_changes = self._num_changes_seen = 0
         self._closing = threading.Event()
         self._lanes = {lane: LaneThread(f"node-{lane.name.lower()}", self._carry_out) for lane in Lane}
         self._peers = PeerWatch(self._peer_died, lambda node_id: self.feed(PeerSilent(node_id)))
@@ -163,9 +164,12 @@ class NodeDriver(Lifecycle):
         return found
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until something changed that the agent may see, at most `timeout_s`."""
+        """Sleep until something changed that the agent may see, at most `timeout_s`; not at all if something has since
+        the last call, which the agent may have missed."""
         with self._changed:
-            self._changed.wait(timeout_s)
+            if self._num_changes == self._num_changes_seen:
+                self._changed.wait(timeout_s)
+            self._num_changes_seen = self._num_changes
 
     def wait_for(self, look: Callable[[NodeEngine, float], R | None], timeout_s: float | None) -> R | None:
         """What `look(engine, now_s)` finds as soon as it finds something; None after `timeout_s`, or once closed."""
@@ -194,6 +198,7 @@ class NodeDriver(Lifecycle):
         for effect in self._engine.step(event, time.monotonic()):
             self._dispatch(effect)
         if self._engine.visible != before:
+            self._num_changes += 1
             self._changed.notify_all()
         if self._engine.due_s < self._sleeps_until_s:
             self._due.notify()

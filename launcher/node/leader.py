@@ -91,11 +91,11 @@ class Leader:
         assert isinstance(event.task, Decide)
         seen = event.task.view
         self._asking.close(now_s)
-        # Hundreds of nodes join one by one, and what a decision takes grows with their number: after one, let as many
-        # join as do so meanwhile.
-        self._rest_s = now_s + min(_LONGEST_REST_S, _REST_FACTOR * event.took_s)
         match event.action:
             case Wait(why, until_s):
+                # Hundreds of nodes join one by one, and what a decision takes grows with their number: after one, let
+                # as many join as do so meanwhile.
+                self._rest_s = now_s + min(_LONGEST_REST_S, _REST_FACTOR * event.took_s)
                 self.why = why
                 self._wake_s = now_s + _TICK_S if until_s is None else min(now_s + _TICK_S, until_s)
             case Evict(node_id, reason):
