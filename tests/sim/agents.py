@@ -149,7 +149,8 @@ class SimAgent:
 
     def be_unfit(self, seconds: float) -> None:
         """A check before the next round fails for a while."""
-        if not self.running and not self._joining and not self._is_stopping and not self._is_out:
+        is_busy = self.running or self._joining or self._is_stopping or self._is_out
+        if not is_busy and not self._node.frozen:
             self._later(0.1, self._come_back, at_least_s=seconds)
             self.hold_back("a device is missing")
 

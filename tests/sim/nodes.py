@@ -83,7 +83,7 @@ class SimNode:
     def __init__(self, world: World, name: str, slots: int) -> None:
         self.world = world
         self.name = name
-        self.alive, self.frozen, self.cut = True, False, False
+        self.alive, self.frozen, self.cut, self.flaky = True, False, False, False
         record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
         self.engine = NodeEngine(record, world.rules, lease_ttl_s=TTL_S, lineage=name)
         self.agent = SimAgent(self)
@@ -104,6 +104,12 @@ class SimNode:
     def running(self) -> int:
         """The generation whose workers run on this node, 0 where none do."""
         return self.agent.running
+
+    @property
+    def holds_lease(self) -> bool:
+        """Whether the lease of its record stands, as the store knows."""
+        held = self.engine.own.lease
+        return held is not None and held.lease_id in self.world.store._grants
 
     @property
     def reaches_store(self) -> bool:
@@ -221,6 +227,7 @@ class SimNode:
     def _carry_out(self, task: Task) -> None:
         """As a thread of `NodeDriver` does, or as what such a thread has sent arrives when nobody waits for it."""
         chance, lane = self.world.random, self._lanes[task.lane]
+        lost = 0.3 if self.flaky else 0.03
         if not self.alive:
             return
         if self.frozen:
@@ -234,12 +241,12 @@ class SimNode:
             self.feed(Decided(task, action))
         elif not self.reaches_store:
             self.feed(Unanswered(task, "no answer"))
-        elif chance.random() < 0.05:  # on its way, and perhaps carried out, but not heard of
+        elif chance.random() < lost:  # on its way, and perhaps carried out, but not heard of
             self.world.at(
                 chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]), lambda: self._apply(task, is_heard=False)
             )
             self.feed(Unanswered(task, "no answer"))
-        elif chance.random() < 0.05:
+        elif chance.random() < lost:
             self.feed(Unanswered(task, "not sent"))
         else:
             self.feed(self._apply(task, is_heard=True))

@@ -7,18 +7,15 @@ import itertools
 import random
 from collections.abc import Callable
 
+from launcher.kv.state import State
 from launcher.node.board import ROUND
-from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits
 from launcher.rounds.records import SUCCEEDED, Round
+from tests.sim.faults import Fault
 from tests.sim.nodes import SimNode
 from tests.sim.world import Violation, World
 
-KINDS = (
-    *("kill", "kill", "leave", "drain", "freeze", "cut", "cut from a peer", "cut from a peer", "store", "join"),
-    *("crash", "crash", "stuck", "stuck", "unfit"),
-)
 FAULTS_UNTIL_S = 60.0
 SETTLED_BY_S = 60.0
 QUIET_S = 5.0
@@ -43,7 +40,7 @@ def simulate(seed: int) -> World:
         ),
     )
     rules = dataclasses.replace(rules, min_nodes=min(rules.min_nodes, rules.max_nodes))
-    world = World(seed, rules)
+    world = World(seed, rules, State(history_events=chance.choice([20, 200])))
     names = itertools.count()
 
     def start() -> None:
@@ -52,7 +49,7 @@ def simulate(seed: int) -> World:
     for _ in range(num_nodes):
         world.at(chance.uniform(0, 3.0), start)
     for _ in range(chance.randint(0, 12)):
-        world.at(chance.uniform(1.0, FAULTS_UNTIL_S), _fault(world, chance, start))
+        world.at(chance.uniform(1.0, FAULTS_UNTIL_S), Fault(world, chance, start).strike)
     world.run(FAULTS_UNTIL_S + 5.0)
     _end_faults(world, start)
     _run_until_settled(world)
@@ -78,70 +75,10 @@ def _run_until_settled(world: World) -> None:
         generation = settled
 
 
-def _fault(world: World, chance: random.Random, start: Callable[[], None]) -> Callable[[], None]:
-    kind = chance.choice(KINDS)
-    ends_the_job = (FailureClass.GAVE_UP, FailureClass.USAGE, FailureClass.START_UP)
-    failure = chance.choice([c for c in FailureClass if c not in ends_the_job])
-    pick, length_s = chance.random(), chance.uniform(0.1, 8.0)
-    other = chance.random()
-    how = chance.choice(["paused", "killed", "frozen"])  # the store
-
-    def strike() -> None:
-        living = [n for n in world.nodes.values() if n.alive]
-        if not living:
-            return
-        victim = living[int(pick * len(living))]
-        world.note(f"fault: {kind} {victim.name} {length_s:.1f}")
-        match kind:
-            case "kill":
-                victim.kill()
-                world.at(length_s, start)
-            case "leave":
-                victim.leave()
-                world.at(length_s, start)
-            case "join":
-                start()
-            case "freeze":
-                victim.frozen = True
-                world.at(length_s, victim.thaw)
-            case "cut":
-                victim.cut = True
-                world.at(length_s, lambda: setattr(victim, "cut", False))
-            case "cut from a peer":
-                pair = frozenset((victim.name, living[int(other * len(living))].name))
-                if len(pair) == 2 and pair not in world.cuts:
-                    world.cuts[pair] = world.now_s
-                    world.at(2 * length_s, lambda: world.cuts.pop(pair, None))
-            case "stuck":
-                victim.agent.are_stuck = victim.running > 0
-            case "unfit" if not victim.frozen:
-                victim.agent.be_unfit(length_s)
-            case "drain" if not victim.frozen:
-                victim.agent.drain()
-                world.at(length_s, start)
-            case "crash" if victim.agent.is_idle_or_running and not victim.frozen:
-                victim.agent.crash(failure, int(world.now_s) if pick < 0.7 else 0)
-            case "store" if world.store_up:
-                world.store_up, world.store_refuses = False, how == "killed"
-                stopped_s = world.now_s
-
-                def up() -> None:
-                    world.store_up = True
-                    if how == "paused":  # the embedded store's host was
-                        world.store.extend_all(world.now_s - stopped_s)
-                    elif how == "killed":  # etcd's leader gives every lease its TTL when it is elected
-                        for grant in world.store._grants.values():
-                            grant.ends_s = world.now_s + grant.ttl_s
-
-                world.at(length_s, up)
-
-    return strike
-
-
 def _end_faults(world: World, start: Callable[[], None]) -> None:
     world.cuts.clear()
     for node in list(world.nodes.values()):
-        node.cut = False
+        node.cut = node.flaky = False
         if node.frozen:
             node.thaw()
     for _ in range(max(0, world.rules.min_nodes - sum(n.alive for n in world.nodes.values()))):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from launcher.errors import KVUnavailable
+from launcher.errors import Compacted, KVUnavailable
 from launcher.kv import Entry, Snapshot, WatchEvent
 from launcher.kv.state import State
 from launcher.node.board import ROUND
@@ -20,6 +20,7 @@ from launcher.rounds.records import Round
 if TYPE_CHECKING:
     from tests.sim.nodes import SimNode
 
+LOST_S = 3.0
 OVERLAP_S = 1.0
 """So long a node may take to hear that it was evicted. (What its workers save is fenced by their generation.)"""
 
@@ -50,6 +51,8 @@ class World:
         self._round_revision = 0
         self._overlap_since_s: float | None = None
         self._told_revision = 0
+        self._num_stores = 1
+        self.lost_s = -math.inf
         self.expires_s = math.inf  # no lease ends before
 
     def at(self, delay_s: float, action: Callable[[], object]) -> None:
@@ -75,6 +78,13 @@ class World:
         """Since when two nodes do not reach one another."""
         return self.cuts.get(frozenset((one, other)))
 
+    def lose_store(self) -> None:
+        """Its host is started anew. Nodes that run on until they hear of it are nobody's fault."""
+        self._num_stores += 1
+        self.store = State(history_events=200, first_lease_id=1_000_000 * self._num_stores)
+        self._told_revision, self._round_revision, self.lost_s = -1, 0, self.now_s
+        self.highest_generation = 0  # within a lineage only
+
     def _check(self) -> None:
         entry = self.store.get(ROUND)
         if entry is not None and entry.revision != self._round_revision:
@@ -83,7 +93,13 @@ class World:
             if generation < self.highest_generation:
                 raise Violation(f"generation {generation} after {self.highest_generation}")
             self.highest_generation = generation
-        active = {n.running for n in self.nodes.values() if n.running and not n.frozen}
+        running = [n for n in self.nodes.values() if n.running and not n.frozen]
+        if not running or self.now_s < self.lost_s + LOST_S:
+            return
+        for node in running:
+            if not node.holds_lease:
+                raise Violation(f"{node.name} runs workers after its lease has ended")
+        active = {n.running for n in running}
         if len(active) <= 1:
             self._overlap_since_s = None
         elif self._overlap_since_s is None:
@@ -119,11 +135,15 @@ class SimWatch:
 
     def __init__(self, reach: Callable[[], State], prefix: str, from_revision: int) -> None:
         self._reach = reach
+        self._store = reach()
         self._prefix = prefix
         self._from_revision = from_revision
 
     def next(self, timeout_s: float) -> tuple[WatchEvent, ...]:
-        found = self._reach().events(self._prefix, self._from_revision)
+        store = self._reach()
+        if store is not self._store:
+            raise Compacted("the store was lost and is hosted anew")
+        found = store.events(self._prefix, self._from_revision)
         if found:
             self._from_revision = found[-1].revision + 1
         return found
