@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.coordination.lookup import look_up
-from launcher.coordination.vitals import vitals_prefix
+from launcher.coordination.vitals_publisher import vitals_prefix
 from launcher.drain.draining import DrainOrder
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable

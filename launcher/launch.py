@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from launcher.coordination.lookup import look_up
 from launcher.coordination.member import Member
-from launcher.coordination.vitals import VitalsTeller
+from launcher.coordination.vitals_publisher import VitalsPublisher
 from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainRequest, DrainRequests
 from launcher.drain.notices import Notice
@@ -40,7 +40,7 @@ from launcher.elastic.logs import name_node
 from launcher.elastic.parts import AgentParts
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous
-from launcher.elastic.signs import VitalSigns
+from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable
 from launcher.events import EventLog, EventName
@@ -161,8 +161,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
                 prepare=functools.partial(warm.wait_ready, _ZYGOTE_TIMEOUT_S) if warm is not None else None,
             )
         )
-        teller = VitalsTeller(arrival.connection.kv, config.run_id, member.node_id, member.lease)
-        stack.callback(teller.stop)
+        publisher = stack.enter_context(
+            VitalsPublisher(arrival.connection.kv, config.run_id, member.node_id, member.lease)
+        )
 
         def heed(notice: Notice) -> None:
             drain.ask(notice.source, notice.detail, time.monotonic(), within_s=notice.within_s)
@@ -188,7 +189,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
             warm=warm,
             leftovers=stack.enter_context(Leftovers(runtime_dir, warm, keep=keep)),
             watchdog=Watchdog(extras.hangs, extras.log_dir, events),
-            signs=VitalSigns(teller, runtime_dir),
+            vitals=VitalsCollector(publisher, runtime_dir),
         )
         return _run(config, member, parts)
 

@@ -91,7 +91,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._warm = parts.warm
         self._leftovers = parts.leftovers
         self._watchdog = parts.watchdog
-        self._signs = parts.signs
+        self._vitals = parts.vitals
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
         self._workers = LocalWorkers(parts.runtime_dir, 0, ())
@@ -138,7 +138,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
         self._cooperative_stop.begin(self._workers, self._started_s)
-        self._signs.begin(current)
+        self._vitals.begin(current)
         self._pids = list(pids.values())
         self._watch_workers(current)
         self._emit(
@@ -162,7 +162,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             channel=self._workers.path(local_rank),
             stacks=self._workers.stacks_path(local_rank),
             events=self._events.path,
-            checkpoint=self._signs.checkpoint_path,
+            checkpoint=self._vitals.checkpoint_path,
         )
         environment.update(told.to_env())
 
@@ -216,7 +216,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             self._member.wait(_POLL_S)
             if self._warm is not None:
                 self._warm.listen()
-            self._signs.look(self._workers)
+            self._vitals.look(self._workers)
             exit_codes = {worker.exit_code for worker in self._worker_exits()}
             if exit_codes - {0, None}:
                 self._report_failures()

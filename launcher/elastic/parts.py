@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.drain.draining import DrainRequests
 from launcher.elastic.cooperative_stop import GracePeriods
 from launcher.elastic.rendezvous import MemberRendezvous
-from launcher.elastic.signs import VitalSigns
+from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.events import EventLog
 from launcher.health.watchdog import Watchdog
 from launcher.workers.leftovers import Leftovers
@@ -32,4 +32,4 @@ class AgentParts:
     """Forks the workers; None: each is a new process."""
     leftovers: Leftovers
     watchdog: Watchdog
-    signs: VitalSigns
+    vitals: VitalsCollector

@@ -16,7 +16,7 @@ from elastic_moe.cli import status
 from elastic_moe.cli.status import as_json, as_lines
 from elastic_moe.errors import UserError
 from launcher import job_client
-from launcher.coordination.vitals import interval_s, vitals_prefix
+from launcher.coordination.vitals_publisher import interval_s, vitals_prefix
 from launcher.errors import KVUnavailable
 from launcher.job_client import JobClient
 from launcher.kv import Prefixed, Snapshot

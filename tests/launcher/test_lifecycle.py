@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.coordination.vitals_publisher import VitalsPublisher
 from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainRequests
 from launcher.drain.preemption import FileWatcher, NoticeWatch
 from launcher.health.liveness import LivenessListener, is_refused
 from launcher.health.peers import PeerWatch
+from launcher.kv.memory import MemoryKV
 from launcher.lifecycle import Lifecycle
 from launcher.workers.console import Console
 from launcher.workers.leftovers import Leftovers
@@ -36,12 +38,10 @@ def started_in_init(source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("room", ["drain", "elastic", "health", "workers"])
-def test_nothing_is_started_in_init(room: str) -> None:
-    found = {
-        path.name: calls for path in (LAUNCHER / room).rglob("*.py") if (calls := started_in_init(path.read_text()))
-    }
-    found.pop("zygote.py", None)  # its server is the process itself
+def test_nothing_is_started_in_init() -> None:
+    files = {str(path.relative_to(LAUNCHER)): path.read_text() for path in LAUNCHER.rglob("*.py")}
+    found = {name: calls for name, source in files.items() if (calls := started_in_init(source))}
+    found.pop("workers/zygote.py", None)  # its server is the process itself
     assert not found
 
 
@@ -60,6 +60,7 @@ MADE: dict[str, Callable[[Path], Lifecycle]] = {
     "listener": lambda folder: LivenessListener("127.0.0.1"),
     "notices": lambda folder: NoticeWatch({"f": FileWatcher(str(folder / "none"))}, nothing, nothing),
     "peers": lambda folder: PeerWatch(nothing, nothing),
+    "vitals": lambda folder: VitalsPublisher(MemoryKV(), "job", "a", lambda: None),
     "warm start": lambda folder: WarmStart(folder, nothing),
 }
 
@@ -73,12 +74,14 @@ def test_what_was_made_may_be_closed_unstarted_and_twice(name: str, tmp_path: Pa
     made.close()
 
 
-@pytest.mark.parametrize("name", ["deadline", "leftovers", "listener", "notices", "peers"])
+@pytest.mark.parametrize("name", ["deadline", "leftovers", "listener", "notices", "peers", "vitals"])
 def test_a_context_manager_starts_and_closes(name: str, tmp_path: Path) -> None:
     with MADE[name](tmp_path) as made:
         pass
     made.close()
-    assert not [t.name for t in threading.enumerate() if t.name in ("liveness", "peers")], "these are waited for"
+    assert not [t.name for t in threading.enumerate() if t.name in ("liveness", "peers", "member-vitals")], (
+        "these are waited for"
+    )
 
 
 def test_a_listener_listens_while_it_is_open() -> None:

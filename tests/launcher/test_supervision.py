@@ -33,7 +33,7 @@ class Supervised(ElasticAgent):
     def __init__(self, *looks: tuple[int | None, ...], silent: bool = False) -> None:
         self._looks = list(looks)
         self._warm = None
-        self._signs = SimpleNamespace(look=lambda channels: None)  # type: ignore[assignment]
+        self._vitals = SimpleNamespace(look=lambda channels: None)  # type: ignore[assignment]
         self._graces = GracePeriods(stop_s=1.0)
         self._member = SimpleNamespace(  # type: ignore[assignment]
             wait=lambda seconds: None,

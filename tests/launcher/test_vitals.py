@@ -15,10 +15,10 @@ import pytest
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from elastic_moe.cli.console import ZonedFormatter
-from launcher.coordination import vitals as telling
-from launcher.coordination.vitals import VitalsTeller, vitals_prefix
+from launcher.coordination import vitals_publisher as publishing
+from launcher.coordination.vitals_publisher import VitalsPublisher, vitals_prefix
 from launcher.elastic.logs import name_node
-from launcher.elastic.signs import VitalSigns
+from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.errors import KVUnavailable
 from launcher.kv import Entry, Lease
 from launcher.kv.memory import MemoryKV
@@ -59,13 +59,12 @@ def kv() -> Iterator[Counting]:
 
 
 @pytest.fixture
-def teller(kv: Counting, monkeypatch: pytest.MonkeyPatch) -> Iterator[VitalsTeller]:
-    monkeypatch.setattr(telling, "INTERVAL_S_MIN", 0.05)
-    monkeypatch.setattr(telling, "_TICK_S", 0.0)
+def publisher(kv: Counting, monkeypatch: pytest.MonkeyPatch) -> Iterator[VitalsPublisher]:
+    monkeypatch.setattr(publishing, "INTERVAL_S_MIN", 0.05)
+    monkeypatch.setattr(publishing, "_TICK_S", 0.0)
     lease = kv.lease(60.0)
-    found = VitalsTeller(kv, "job", "a-1", lambda: lease)
-    yield found
-    found.stop()
+    with VitalsPublisher(kv, "job", "a-1", lambda: lease) as found:
+        yield found
     lease.revoke()
 
 
@@ -81,84 +80,85 @@ def beat(channels: LocalWorkers, local_rank: int, step: int) -> None:
 
 
 def test_what_workers_and_checkpointers_say_is_told(
-    kv: Counting, teller: VitalsTeller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kv: Counting, publisher: VitalsPublisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signs, channels = VitalSigns(teller, tmp_path), LocalWorkers(tmp_path, 2, (0, 1))
+    vitals, channels = VitalsCollector(publisher, tmp_path), LocalWorkers(tmp_path, 2, (0, 1))
     failure = Failure(3, -9, "boom", ts=1_000.0)
-    signs.begin(Round(**{**vars(ROUND), "causes": (Cause("b-2", "host-b", failure),)}))
-    signs.look(channels)
+    vitals.begin(Round(**{**vars(ROUND), "causes": (Cause("b-2", "host-b", failure),)}))
+    vitals.look(channels)
     told = until("nothing is told of workers that say nothing", lambda: kv.get(KEY) and read(kv))
     assert told == Vitals(2, failure_ts=1_000.0, failure="worker of rank 3 was killed by SIGKILL: boom (on b-2)")
     beat(channels, 0, step=6)
     slow_ts = time.time()
     time.sleep(0.2)  # so long is the other one silent
     beat(channels, 1, step=7)
-    monkeypatch.setenv("ELASTIC_MOE_CHECKPOINT", str(signs.checkpoint_path))
+    monkeypatch.setenv("ELASTIC_MOE_CHECKPOINT", str(vitals.checkpoint_path))
     with Checkpointer(str(tmp_path / "run")) as ckpt:
         for step in (5, 6):
             ckpt.save(step, state(step), wait=True)
 
     def newest() -> Vitals | None:
-        signs.look(channels)
+        vitals.look(channels)
         return read(kv) if read(kv).checkpoint_step == 6 else None
 
     told = until("the checkpoint is told", newest)
     assert (told.step, told.checkpoint_step) == (7, 6)
     assert told.beat_ts == pytest.approx(slow_ts, abs=0.1)  # of the one that has been silent for longer
     assert told.checkpoint_ts == pytest.approx(time.time(), abs=30.0)
-    assert stat.S_IMODE(signs.checkpoint_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(vitals.checkpoint_path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint"]
     channels.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"step": null, "ts": 1}', b'{"ts": 1}', b"\xff"])
-def test_a_word_of_no_checkpoint_is_none(content: bytes, kv: Counting, teller: VitalsTeller, tmp_path: Path) -> None:
-    signs, channels = VitalSigns(teller, tmp_path), LocalWorkers(tmp_path, 2, (0,))
-    signs.begin(ROUND)
-    signs.checkpoint_path.write_bytes(content)
-    signs.look(channels)
+def test_a_word_of_no_checkpoint_is_none(
+    content: bytes, kv: Counting, publisher: VitalsPublisher, tmp_path: Path
+) -> None:
+    vitals, channels = VitalsCollector(publisher, tmp_path), LocalWorkers(tmp_path, 2, (0,))
+    vitals.begin(ROUND)
+    vitals.checkpoint_path.write_bytes(content)
+    vitals.look(channels)
     assert until("it is told", lambda: kv.get(KEY) and read(kv)) == Vitals(2)
     channels.close()
 
 
-def test_what_is_told_often_is_put_seldom_and_the_last_of_it(kv: Counting, teller: VitalsTeller) -> None:
+def test_what_is_told_often_is_put_seldom_and_the_last_of_it(kv: Counting, publisher: VitalsPublisher) -> None:
     began_s = time.monotonic()
     step = 0
     while time.monotonic() < began_s + 0.3:
         step += 1
-        teller.tell(Vitals(step=step), num_nodes=2)
+        publisher.publish(Vitals(step=step), num_nodes=2)
         time.sleep(0.001)
     until("the last is there", lambda: read(kv).step == step)
     assert kv.num_puts <= 2 + (time.monotonic() - began_s) / 0.05
     puts = kv.num_puts
     for same in (step, step, step, step + 1):
-        teller.tell(Vitals(step=same), num_nodes=2)
+        publisher.publish(Vitals(step=same), num_nodes=2)
         time.sleep(0.06)
     until("news is put", lambda: read(kv).step == step + 1)
     assert kv.num_puts == puts + 1
 
 
 def test_a_store_that_is_away_is_told_of_once_and_holds_nobody_up(
-    kv: Counting, teller: VitalsTeller, caplog: pytest.LogCaptureFixture
+    kv: Counting, publisher: VitalsPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     kv.is_away = True
     with caplog.at_level(logging.INFO, "launcher"):
         for step in range(3):
             before = kv.num_puts
-            teller.tell(Vitals(step=step), num_nodes=1)
+            publisher.publish(Vitals(step=step), num_nodes=1)
             until("it is tried", lambda before=before: kv.num_puts > before)  # type: ignore[misc]
         kv.is_away = False
-        teller.tell(Vitals(step=9), num_nodes=1)
+        publisher.publish(Vitals(step=9), num_nodes=1)
         until("it is back", lambda: read(kv).step == 9)
     assert len([record for record in caplog.records if "cannot be told" in record.getMessage()]) == 1
 
 
 def test_it_goes_with_the_node(kv: Counting) -> None:
     lease = kv.lease(60.0)
-    teller = VitalsTeller(kv, "job", "a-1", lambda: lease)
-    teller.tell(Vitals(step=1), num_nodes=1)
-    until("it is there", lambda: kv.get(KEY))
-    teller.stop()
+    with VitalsPublisher(kv, "job", "a-1", lambda: lease) as publisher:
+        publisher.publish(Vitals(step=1), num_nodes=1)
+        until("it is there", lambda: kv.get(KEY))
     lease.revoke()
     assert kv.get(KEY) is None
 

@@ -1,7 +1,7 @@
-"""Telling how this node's workers are, for `elastic-moe status`: one small put now and then, which nobody waits for.
+"""Publishes how this node's workers are, for `elastic-moe status`, by a small put now and then that nobody waits for.
 
-Under keys of their own, so that no node is sent what others tell. Of all nodes together it is at most
-`PUTS_PER_S_MAX` puts a second, and one in `INTERVAL_S_MIN` of each: a thousand nodes tell every 100 s.
+The keys are of their own, so that no node is sent what others publish. All nodes together make at most
+`PUTS_PER_S_MAX` puts a second, and each one in `INTERVAL_S_MIN`: of a thousand nodes each publishes every 100 s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from launcher.errors import KVError
 from launcher.kv import KV, Lease
+from launcher.lifecycle import Lifecycle
 from launcher.rounds.vitals import Vitals
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _TICK_S = 1.0
 
 
 def vitals_prefix(run_id: str) -> str:
-    """What goes before the node's id: no prefix of the keys that members follow."""
+    """What goes before a node's id in its key; it is no prefix of the keys that members follow."""
     return f"elastic-moe/vitals:{run_id}/"
 
 
@@ -32,8 +33,8 @@ def interval_s(num_nodes: int) -> float:
     return max(INTERVAL_S_MIN, num_nodes / PUTS_PER_S_MAX)
 
 
-class VitalsTeller:
-    """Puts what it was last told, on a thread of its own; it goes with the node's lease. Any thread may call it."""
+class VitalsPublisher(Lifecycle):
+    """Puts what was published last, under the node's lease, on a thread of its own. Any thread may call it."""
 
     def __init__(self, kv: KV, run_id: str, node_id: str, lease: Callable[[], Lease | None]) -> None:
         self._kv = kv
@@ -45,25 +46,29 @@ class VitalsTeller:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="member-vitals", daemon=True)
+
+    def start(self) -> None:
+        """Begin to put what is published."""
         self._thread.start()
 
     def due(self, now_s: float) -> bool:
-        """Whether something new would be put soon: else it need not be gathered. `now_s`: of the monotonic clock."""
+        """Whether something new would be put soon; else it need not be gathered. `now_s` is the monotonic clock's."""
         return now_s >= self._due_s
 
-    def tell(self, vitals: Vitals, num_nodes: int) -> None:
-        """Have it put when it is time. Never waits."""
+    def publish(self, vitals: Vitals, num_nodes: int) -> None:
+        """Have `vitals` put when it is time. Never waits."""
         with self._wake:
             self._latest, self._interval_s = vitals, interval_s(num_nodes)
             self._due_s = time.monotonic() + min(_TICK_S, self._interval_s)
             self._wake.notify()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Put nothing any more."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
 
     def _run(self) -> None:
         put: tuple[Vitals, Lease] | None = None

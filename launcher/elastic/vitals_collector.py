@@ -6,18 +6,18 @@ import json
 import time
 from pathlib import Path
 
-from launcher.coordination.vitals import VitalsTeller
+from launcher.coordination.vitals_publisher import VitalsPublisher
 from launcher.rounds.records import Round, describe
 from launcher.rounds.vitals import Vitals
 from launcher.workers.local_workers import LocalWorkers
 
 
-class VitalSigns:
+class VitalsCollector:
     """What status shows of this node, as of now. For the agent's thread only."""
 
-    def __init__(self, teller: VitalsTeller, folder: Path) -> None:
+    def __init__(self, publisher: VitalsPublisher, folder: Path) -> None:
         self.checkpoint_path = folder / "checkpoint"
-        self._teller = teller
+        self._publisher = publisher
         self._failure: tuple[float, str] = (0.0, "")
         self._generation = 0
         self._num_nodes = 1
@@ -32,11 +32,11 @@ class VitalSigns:
     def look(self, workers: LocalWorkers) -> None:
         """Gather and publish, if it is time for that: cheap enough for each turn of the agent's loop."""
         now_s = time.monotonic()
-        if not self._teller.due(now_s):
+        if not self._publisher.due(now_s):
             return
         beats = [progress.beat_s for progress in workers.progress().values() if progress.beat_s]
         step, ts = _committed(self.checkpoint_path)
-        self._teller.tell(
+        self._publisher.publish(
             Vitals(
                 generation=self._generation,
                 step=workers.last_step(),
