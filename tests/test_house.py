@@ -21,7 +21,6 @@ MAX_PARAMETERS = 7
 LONG_FILES = {
     "launcher/elastic/agent.py",
     "storage/format/dcp_metadata.py",
-    "storage/loading/requests.py",
 }
 LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS = {
@@ -32,28 +31,15 @@ MANY_PARAMETERS = {
 POSITIONAL_BOOLEANS = {
     "elastic_moe/cli/transfer.py: _progress",
     "elastic_moe/cli/transfer.py: as_json",
-    "storage/dcp/reader.py: set_up_storage_reader",
     "storage/format/index.py: build",
     "storage/format/safe_arrays.py: new_dtype",
     "storage/loading/loadplan.py: set_up_planner",
     "storage/loading/shareplan.py: should_share",
     "storage/parallel.py: shutdown",
-    "storage/saving/commit.py: _check_manifest",
-    "storage/state/fit.py: __init__",
-    "storage/state/fit.py: _fit_container",
-    "storage/state/fit.py: fit",
-    "storage/state/fit.py: fit_leaf",
-    "storage/state/fit_optimizer.py: _fit_groups",
-    "storage/state/fit_optimizer.py: fit",
-    "storage/state/fit_optimizer.py: fit_leaf",
-    "storage/state/objects.py: _modules",
-    "storage/state/tree.py: _visit_mapping",
-    "storage/transfer/passage.py: __init__",
 }
 SHARED_CLASS_NAMES = {
     "elastic_moe: ElasticCallback",
     "launcher: Cause",
-    "storage: Blocks",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

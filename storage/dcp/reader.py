@@ -64,7 +64,7 @@ class ShardReader(CheckpointFolder, StorageReader):
         super()._open(url)
         self._index: Index | None = None
         self.load_id = str(uuid.uuid4())
-        """Of all reads until the next `reset`, for DCP's notes."""
+        """Id of all reads until the next `reset`, for DCP's notes."""
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
@@ -72,7 +72,7 @@ class ShardReader(CheckpointFolder, StorageReader):
         return super().__getstate__()
 
     def _ranks(self) -> AgreeingGroup:
-        """Those that read together."""
+        """The ranks that read together."""
         caller = find_caller() or Caller(self._process_group is None, self._process_group)
         return AgreeingGroup(caller.group, alone=self._no_dist or caller.alone)
 
@@ -103,7 +103,7 @@ class ShardReader(CheckpointFolder, StorageReader):
             f" {layout.step_folder(steps[0])}"
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to set up once the metadata is read."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

@@ -105,7 +105,7 @@ class ShardWriter(CheckpointFolder, StorageWriter):
 
     @property
     def save_id(self) -> str:
-        """Of the last save of this writer, as a reader's metadata has it; empty before the first."""
+        """Id of the last save of this writer, as a reader's metadata has it; empty before the first."""
         return self._attempt_id
 
     def storage_meta(self) -> StorageMeta:

@@ -1,4 +1,4 @@
-"""Which ranks take part in the `dcp.load` that is under way: DCP knows, and does not tell its readers."""
+"""Finds the ranks that take part in the `dcp.load` that is under way: DCP knows them, and does not tell its readers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Caller:
 
 
 def find_caller() -> Caller | None:
-    """Who has called, by DCP's own object for its collectives on the stack; None where DCP has not called.
+    """Look on the stack for DCP's own object for its collectives; None where DCP has not called.
 
-    What it hands to a reader, rank 0 of a group and a process that loads by itself, looks alike, and it comes after
-    the metadata was read. A reader that takes the wrong ranks for the right ones waits for those that never come.
+    What DCP hands to a reader looks alike for rank 0 of a group and for a process that loads by itself, and it comes
+    after the metadata was read. A reader that takes the wrong ranks for the right ones waits for some that never come.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

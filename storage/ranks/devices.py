@@ -13,8 +13,8 @@ import torch.distributed as dist
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
     """A device whose tensors `group` (None: the default one) can reduce and send: the CPU wherever it can do that.
 
-    By the kinds of device that it has a backend for, as its name tells nothing: it is "undefined" where
-    `init_process_group()` was left to choose, and "cpu:gloo,cuda:nccl" is two.
+    The kinds of device that the group has a backend for decide. The backend's name tells nothing: it is "undefined"
+    where `init_process_group()` was left to choose, and "cpu:gloo,cuda:nccl" is two.
     """
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
     if "cpu" in kinds or not torch.accelerator.is_available():

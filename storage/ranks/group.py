@@ -92,7 +92,7 @@ class Group:
         return [_bytes(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
 
     def all_gather_long(self, data: bytes) -> list[bytes]:
-        """The same for data that may be long, and longer on one rank than on another: nothing is filled up."""
+        """As `all_gather`, for data that may be long, and longer on one rank than on another: nothing is padded."""
         if self.world_size == 1:
             return [data]
         ends = list(itertools.accumulate(self._sizes(data)))
@@ -106,7 +106,7 @@ class Group:
         return [whole[start:end] for start, end in itertools.pairwise((0, *ends))]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank."""
+        """Whether `flag` is set on any rank."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor([int(flag)], dtype=torch.int32, device=self._device)
@@ -114,10 +114,10 @@ class Group:
         return bool(flags.item())
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Expected]) -> None:
-        """Carry every send into the memory that its peer has for it.
+        """Carry every message into the memory that its peer has for it.
 
-        Of two ranks' messages, both list those from one to the other in the same order and of the same sizes. Peers are
-        ranks of this group, messages are contiguous, and none is empty.
+        Two ranks list the messages from one to the other in the same order, with the same sizes. Peers are ranks of
+        this group; messages are contiguous, and none is empty.
         """
         outbox = [torch.from_numpy(message.data).to(self._device) for message in sends]
         memories = [torch.from_numpy(expected.into) for expected in receives]
@@ -150,7 +150,7 @@ class Group:
 
 
 def _counters() -> defaultdict[int, Iterator[int]]:
-    """A counter for each peer."""
+    """A counter for each peer, from 0: the tags of its messages."""
     return defaultdict(itertools.count)
 
 

@@ -82,7 +82,7 @@ class StateContents:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Of all keys."""
+        """The path of each key."""
         tensors = {key: entry.path for key, entry in self.tensors.items()}
         return tensors | {key: entry.path for key, entry in self.values.items()}
 
@@ -155,7 +155,8 @@ def publish(
         Unconfirmed: `.metadata` was put, but the store does not answer any more.
         Transient, Denied: by the store, before anything was visible.
 
-        Of several the first: an owner that is superseded learns that, and not what became of its objects since.
+        Of several errors the first in this order: an owner that is superseded learns that, and not what has become of
+        its objects since.
     """
     prefix, manifest_bytes = attempt.prefix, dump_manifest(manifest)
     manifest_key, metadata_key = prefix + layout.manifest_name(attempt.id), prefix + layout.METADATA
@@ -210,7 +211,7 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
         store.put(key, [data], if_absent=True)
 
 
-def _check_manifest(store: ObjectStore, attempt: Attempt, expected: bytes, is_copy: bool) -> None:
+def _check_manifest(store: ObjectStore, attempt: Attempt, expected: bytes, *, is_copy: bool) -> None:
     """Read the attempt's manifest back. Raises Corrupt."""
     key = attempt.prefix + layout.manifest_name(attempt.id)
     found = read_expected(store, key, expected)
@@ -226,7 +227,7 @@ def _check_manifest(store: ObjectStore, attempt: Attempt, expected: bytes, is_co
 def _try_to_put(
     store: ObjectStore, prefix: str, metadata: bytes, claim: Claim | None, *, is_clear: bool = False
 ) -> StorageError | None:
-    """Put `.metadata` where nothing is in its way; why it is in doubt whether it stands, if it is.
+    """Put `.metadata` where nothing is in its way. The error that leaves it in doubt whether it stands, if one does.
 
     `is_clear`: nothing lay there when it was looked for; the put's own condition sees to what has come since.
     """
@@ -243,7 +244,7 @@ def _try_to_put(
 
 
 def _put_over(store: ObjectStore, prefix: str, metadata: bytes, replaces: bytes) -> StorageError | None:
-    """Put `.metadata` over that one; why it is in doubt whether it stands, if it is. Raises AlreadyExists."""
+    """Put `.metadata` over the one that it replaces; returns as `_try_to_put`. Raises AlreadyExists."""
     if read_if_there(store, prefix + layout.METADATA) != replaces:
         raise quarantine.taken(store, prefix)
     try:
@@ -269,9 +270,9 @@ def _confirm(
 
 
 def _insist(call: Callable[[], T], key: str) -> T:
-    """What `call` returns, tried again for some seconds. Raises Unconfirmed.
+    """Call, and try again for some seconds while the store is away. Raises Unconfirmed.
 
-    After `.metadata` was put an outage must not turn a commit, which others see, into a failure.
+    Once `.metadata` was put, an outage must not turn a commit, which others see, into a failure.
     """
     wait = tenacity.wait_exponential(multiplier=0.05, max=2.0) + tenacity.wait_random(0.0, 0.05)
     try:
@@ -286,7 +287,7 @@ def _insist(call: Callable[[], T], key: str) -> T:
 
 
 def _find_lost(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> str | None:
-    """What is gone of what a `.metadata` commits that stands: it commits nothing any more, and has to go again.
+    """What is gone of the objects of an attempt that was just committed: its `.metadata` has to go again.
 
     A newer owner cleans up the attempts of the owners before it, and one of them may have been paused between its
     last look at the owner and its `.metadata`. Its claim came before the cleaning and the cleaning before this look, or

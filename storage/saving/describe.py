@@ -35,7 +35,7 @@ _PARAMETER_SAMPLE_BYTES = 4096
 class Holdings:
     """What this rank could write of the state: one chunk for each write item of the planner.
 
-    `sums`: by name, fingerprints of what every rank must hold alike.
+    `sums`: by name, fingerprints of what every rank must hold alike. `digest`: a sum of the chunks and containers.
     """
 
     planner: DefaultSavePlanner
@@ -47,11 +47,11 @@ class Holdings:
 
     @property
     def share(self) -> Share:
-        """What the coordinator has to know of it."""
+        """The part of it that the coordinator has to know."""
         return Share(self.chunks, self.containers)
 
     def encode_values(self, positions: Collection[int]) -> dict[int, EncodedItem]:
-        """The values among `positions`, encoded. Raises UnsupportedValue."""
+        """Encode the values among the chunks at `positions`. Raises UnsupportedValue."""
         return {
             position: encode_value(self.chunks[position].key, self.planner.lookup_object(self.items[position].index))
             for position in positions
@@ -59,9 +59,9 @@ class Holdings:
         }
 
     def stage(self, picks: Collection[int], values: dict[int, EncodedItem], buffer: StagingBuffer) -> list[Payload]:
-        """The content of the picked chunks, copied: the state may change from here on.
+        """Copy the content of the picked chunks, so that the state may change from here on.
 
-        `values` are those that are encoded already. Raises UnsupportedValue.
+        `values`: the values that are encoded already, by position. Raises UnsupportedValue.
         """
         missing = [position for position in picks if position not in values]
         values = {**values, **self.encode_values(missing)}
@@ -105,10 +105,10 @@ def describe(
 
 
 def _shared(flat: Flat, objects: Objects) -> list[str]:
-    """The names of what is to be the same on every rank that has it.
+    """The names of leaves that must be the same on every rank that has them: those neither in a PerRank nor sharded.
 
-    That is neither in a PerRank nor sharded. What a module holds is its own matter (DDP lets buffers differ, and has
-    those of rank 0 win), and so are an optimizer's tensors, which follow from the parameters.
+    What a module holds is its own matter (DDP lets buffers differ, and has those of rank 0 win), and so are an
+    optimizer's tensors, which follow from the parameters.
     """
     apart = {container.path for container in flat.containers if container.kind == "per_rank"}
     modules = {path for path, value in objects.given.items() if isinstance(value, torch.nn.Module)}
@@ -126,7 +126,7 @@ def _shared(flat: Flat, objects: Objects) -> list[str]:
 
 
 def check_tensors(flat: Mapping[str, Any]) -> None:
-    """Raises UnsupportedValue for a tensor of a flattened state of which the numbers alone are not all."""
+    """Raise UnsupportedValue if a tensor of a flattened state is more, or less, than its numbers."""
     for key, value in flat.items():
         for tensor in _local(value):
             if (why := oddity(tensor)) is not None:
@@ -161,7 +161,7 @@ def chunk_of(item: WriteItem, path: Path = ()) -> Chunk:
 
 
 def contents_of(shares: Collection[Share]) -> StateContents:
-    """The state as a whole, from what all ranks hold. Raises ValueError where they contradict each other."""
+    """What the state holds as a whole, by what all ranks hold. Raises ValueError where these contradict each other."""
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     for share in shares:

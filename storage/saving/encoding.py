@@ -1,4 +1,4 @@
-"""Items on their way into an object: encoded and checksummed while what is before them is sent already.
+"""Items on their way into an object: encoded and checksummed while the bytes before them are sent already.
 
 How long an item is, is known before its bytes are, and so is where each lies in its object.
 """
@@ -21,7 +21,7 @@ class Encoding:
         self.length = item.length
         self.raw_offset = item.raw_offset
         self.crcs = BlockCrcs(block_size_bytes(item.length))
-        """Of what has been asked for."""
+        """The checksums of all that has been asked for."""
         self._lock = threading.Lock()
         self._made: list[memoryview] = []
         self._made_bytes = 0
@@ -39,7 +39,7 @@ class Encoding:
         return [view for view in found if view.nbytes]
 
     def _make_some(self, stop: int) -> bool:
-        """Make what comes next, unless all bytes before `stop` are there."""
+        """Make the next bytes, unless all before `stop` are there."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -53,7 +53,7 @@ class Encoding:
             return True
 
     def _encoded(self, item: EncodedItem) -> Iterator[int]:
-        """Take what comes next into the checksums; its length."""
+        """Take the next bytes into the checksums; returns their length."""
         for buffer in item.buffers:
             self._made.append(memoryview(buffer).cast("B"))
             for bite in bites(self._made[-1]):
@@ -84,7 +84,7 @@ class ObjectContent:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole object."""
+        """Length of the whole object."""
         return self.offsets[-1]
 
     def fetch(self, offset: int, length: int) -> list[memoryview]:

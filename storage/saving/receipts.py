@@ -1,4 +1,4 @@
-"""How the ranks of a save meet in the store: receipts go to the coordinator, and its verdict comes back.
+"""How the ranks of a save meet in the store: their receipts go to the coordinator, and its outcome comes back.
 
 Nothing here needs a collective, and it may run while the training uses the process group.
 """
@@ -39,7 +39,7 @@ _POLL_S_MAX = 2.0
 _NUM_RANKS_SHOWN = 8
 _NUM_AT_ONCE = 16
 _PART_SIZE_BYTES = 8 * 1024 * 1024
-"""Of `.metadata` in memory, and of receipts that are read at once: the training needs its memory for itself."""
+"""How much of `.metadata`, and of receipts, is in memory at once: the training needs its memory for itself."""
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Patience:
                 raise Transient(f"closed while waiting for {what()}")
 
     def until(self, what: Callable[[], str], look: Callable[[], T | None]) -> T:
-        """What `look` finds at last, asked at the intervals of `poll`. A store that is away has not answered yet.
+        """What `look` finds at last, called at the intervals of `poll`. A store that is away has found nothing yet.
 
         Raises Transient as `poll` does, and any other error of `look`.
         """
@@ -200,7 +200,7 @@ def _read_head(store: ObjectStore, key: str) -> Head:
 
 
 def _crc32c_of(store: ObjectStore, key: str, size_bytes: int) -> int | None:
-    """Of an object, in parts. Of one that is replaced meanwhile it is None, or fits nothing: the next look tells."""
+    """The CRC32C of an object, read in parts; None, or one that fits nothing, if it is replaced meanwhile."""
     buffer, crc = memoryview(bytearray(min(size_bytes, _PART_SIZE_BYTES))), 0
     for offset, length in parts_of_size(size_bytes, _PART_SIZE_BYTES):
         try:

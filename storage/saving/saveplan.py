@@ -1,4 +1,4 @@
-"""Which rank writes which chunk of the state. Pure: no torch, no store.
+"""Decides which rank writes which chunk of the state. Pure: no torch, no store.
 
 Every rank describes what it holds (`Chunk`), the coordinator assigns each distinct chunk to one of the ranks that
 hold it, and so gets the index of the whole state.
@@ -55,17 +55,17 @@ def dump_share(share: Share) -> bytes:
 
 
 def load_share(data: bytes) -> Share:
-    """What `dump_share` dumped."""
+    """Read what `dump_share` wrote."""
     return _share.validate_json(data)
 
 
 def dump_picks(picks: Sequence[Sequence[int]]) -> bytes:
-    """JSON of `assign`'s answer."""
+    """JSON of what `assign` returned."""
     return _picks.dump_json(tuple(tuple(pick) for pick in picks))
 
 
 def load_picks(data: bytes) -> tuple[tuple[int, ...], ...]:
-    """What `dump_picks` dumped."""
+    """Read what `dump_picks` wrote."""
     return _picks.validate_json(data)
 
 

@@ -39,7 +39,7 @@ class StagingBuffer:
 
 
 def as_staged(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor as `StagingBuffer.stage` would return it, but in its own memory; None if it does not lie so."""
+    """The tensor as `StagingBuffer.stage` would return it, but in its own memory; None if it does not lie that way."""
     plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     plain = plain and not is_without_memory(tensor)
     return tensor_over(bytes_of(tensor), tensor.dtype, tuple(tensor.shape)) if plain else None

@@ -33,7 +33,7 @@ class Payload:
 
     @property
     def size_bytes(self) -> int:
-        """Of the content; a tensor's item is longer by its framing."""
+        """Size of the content; a tensor's item is longer by its framing."""
         return self.content.nbytes if isinstance(self.content, torch.Tensor) else self.content.length
 
 
@@ -64,7 +64,7 @@ def write_payloads(
     rank: int,
     payloads: Sequence[Payload],
 ) -> tuple[tuple[ObjectEntry, ...], tuple[ItemEntry, ...]]:
-    """Store the payloads as data objects of `attempt`; what was written, `ItemEntry.object` counting from 0.
+    """Store the payloads as data objects of `attempt`, and say what was written, `ItemEntry.object` counting from 0.
 
     Staged tensors must not change before this returns. Raises what the store raises.
     """

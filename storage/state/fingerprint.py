@@ -24,11 +24,11 @@ _IN_WORDS = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal, uuid.UUID, pathlib.PurePath),
     *(slice, type, torch.dtype, torch.device, torch.layout, np.dtype),
 )
-"""Their `repr` is the same in every process."""
+"""Types whose `repr` is the same in every process."""
 
 
 def fingerprint(value: Any, sample_size_bytes: int = SAMPLE_SIZE_BYTES) -> str:
-    """Of plain values, containers and tensors; of a tensor by its first bytes.
+    """A short sum of a plain value, a container or a tensor, of which the first bytes count.
 
     Pickles would not do: equal values have different ones, by which of their parts are the same object. Of what is
     not known here only the type counts, so that two may be taken for equal that are not, but not the other way round.
@@ -37,7 +37,7 @@ def fingerprint(value: Any, sample_size_bytes: int = SAMPLE_SIZE_BYTES) -> str:
 
 
 def combined(sums: Mapping[str, str]) -> str:
-    """One for many."""
+    """One sum for many, by name."""
     return fingerprint(dict(sums))
 
 

@@ -12,6 +12,7 @@ A tensor is read into the state's own memory where it is of the saved shape, els
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,11 +33,17 @@ from storage.state.tree import Node, is_leaf, is_object, kind_of, name_of, names
 from storage.state.wants import MISSING, Builder, Fit, Ignored, keep, leaf_names, maker
 from storage.torch_private import EXTRA_STATE
 
-_MODULE, _OPTIMIZER, _REST = range(3)
+
+class _Order(enum.IntEnum):
+    """The order in which objects take their states: an optimizer's names are those of parameters that are there."""
+
+    MODULE = 0
+    OPTIMIZER = 1
+    REST = 2
 
 
 def fit(state: Mapping[Any, Any], index: Index, rank: int, ignored: Ignored, *, strict: bool = True) -> Fit:
-    """Compare; nothing is changed yet. What is amiss is told by the result, `strict` or not.
+    """Compare a state with a checkpoint, and change nothing yet. The result lists what does not fit, `strict` or not.
 
     Raises:
         Corrupt: the checkpoint's paths contradict each other.
@@ -48,7 +55,7 @@ def fit(state: Mapping[Any, Any], index: Index, rank: int, ignored: Ignored, *, 
     tree = tree_of({name: index.entries[name].path for name in names}, containers)
     objects = Objects(state)
     is_plain = not index.containers  # of stock DCP, or of ours before it had them: keys are known as text only
-    fitter = _Fitter(index.entries, objects, rank, ignored, strict, is_plain)
+    fitter = _Fitter(index.entries, objects, rank, ignored, strict=strict, is_plain=is_plain)
     children = fitter.strictly(tree, dict(sorted(state.items(), key=lambda item: str(item[0]))), ())
     fitter.found.build = lambda read: {key: made(read) for key, made in children}
     return fitter.found
@@ -61,7 +68,7 @@ def finish(found: Fit, state: Mapping[Any, Any], read: Mapping[str, Any]) -> dic
         UsageError: an object refuses what was saved.
     """
     objects = Objects(state)
-    # whatever is amiss with any is found before one is changed
+    # what is wrong with any of them is found before one is changed
     ready = [(path, value, made(read)) for _, path, value, made in sorted(found.loads, key=lambda load: load[0])]
     failure: UsageError | None = None
     for path, value, given in ready:
@@ -78,12 +85,15 @@ def finish(found: Fit, state: Mapping[Any, Any], read: Mapping[str, Any]) -> dic
 
 
 class _Fitter:
+    """Walks a checkpoint's tree and a state together. `is_plain`: the checkpoint does not tell its keys' types."""
+
     def __init__(
         self,
         entries: Mapping[str, Entry],
         objects: Objects,
         rank: int,
         ignored: Ignored,
+        *,
         strict: bool,
         is_plain: bool,
     ) -> None:
@@ -100,7 +110,7 @@ class _Fitter:
     def strictly(
         self, node: Node, current: Mapping[Any, Any], path: Path, inner: Callable[..., Builder] | None = None
     ) -> list[tuple[Any, Builder]]:
-        """Children of a dict of which every key must be on both sides; a key that is not keeps what it has."""
+        """How to make the children of a dict whose keys must be on both sides; one that is not keeps its value."""
         fit_child = inner or self.fit
         self._learn_keys(node, current)
         saved = dict(node.items())
@@ -117,8 +127,11 @@ class _Fitter:
             self.found.surplus += leaf_names(child)
         return children
 
-    def fit(self, node: Node | str, current: Any, path: Path, opaque: bool = False) -> Builder:
-        """How to make of `current` what was saved; `opaque` within what an object gave, whatever that may be."""
+    def fit(self, node: Node | str, current: Any, path: Path, *, opaque: bool = False) -> Builder:
+        """How to make what was saved out of `current`.
+
+        `opaque`: it is part of what an object gave of itself, and may be anything.
+        """
         if current is MISSING and isinstance(node, Node) and node.kind == "per_rank":
             current = PerRank(None)  # of a list that was longer
         if is_per_rank(current):
@@ -130,10 +143,10 @@ class _Fitter:
         if is_object(current):
             return self._fit_object(node, current, path)
         if isinstance(node, str):
-            return self.fit_leaf(node, current, opaque)
-        return self._fit_container(node, current, path, opaque)
+            return self.fit_leaf(node, current, opaque=opaque)
+        return self._fit_container(node, current, path, opaque=opaque)
 
-    def _fit_container(self, node: Node, current: Any, path: Path, opaque: bool) -> Builder:
+    def _fit_container(self, node: Node, current: Any, path: Path, *, opaque: bool) -> Builder:
         self._learn_keys(node, current)
         now = _children(current, node)
         saved = dict(node.items())
@@ -146,7 +159,7 @@ class _Fitter:
             value = now.get(key, MISSING)
             if isinstance(node, Node) and node.kind == "list" and not _is_like(value, child, self.entries):
                 value = MISSING
-            children.append((key, self.fit(child, value, (*path, _name_of_key(key)), opaque)))
+            children.append((key, self.fit(child, value, (*path, _name_of_key(key)), opaque=opaque)))
         for key, value in now.items():
             if key in saved:
                 continue
@@ -156,11 +169,11 @@ class _Fitter:
             elif counts and _has_tensors(value):
                 self.found.vain.append(name)
                 children.append((key, keep(value)))
-        # what an object gave may be its own, and is for it to change
+        # an object may have given its own dict, which only the object may change
         return maker(node, children, None if opaque else current)
 
     def _learn_keys(self, node: Node, current: Any) -> None:
-        """Take keys and kind from the state, by name as stock DCP does, where the checkpoint does not have them."""
+        """Take a dict's keys and kind from the state where the checkpoint has none, by name as stock DCP does."""
         if self._is_plain and node.kind == "dict" and not node.keys and isinstance(current, Mapping):
             names = names_of_keys(current)
             node.keys = {name: key for name, key in zip(names, current, strict=True) if name in node.children}
@@ -177,7 +190,7 @@ class _Fitter:
             if self._rank not in saved:
                 return keep(current)
             made = self.fit(saved[self._rank], value, (*path, str(self._rank)))
-        else:  # saved when it was the same for all
+        else:  # it was saved by a script in which all ranks had the same
             made = self.fit(node, value, path)
 
         def put(read: Mapping[str, Any]) -> Any:
@@ -190,7 +203,8 @@ class _Fitter:
 
     # leaves -------------------------------------------------------------------------------------------------------
 
-    def fit_leaf(self, name: str, current: Any, opaque: bool) -> Builder:
+    def fit_leaf(self, name: str, current: Any, *, opaque: bool) -> Builder:
+        """How to make what was saved under `name` out of `current`; see `fit`."""
         entry, found = self.entries[name], self.found
         if not entry.is_tensor:
             if isinstance(current, torch.Tensor) and not opaque:
@@ -214,11 +228,11 @@ class _Fitter:
 
     def _fit_object(self, node: Node | str, current: Any, path: Path) -> Builder:
         if isinstance(current, nn.Module):
-            order, made = _MODULE, self._fit_module(node, current, path)
+            order, made = _Order.MODULE, self._fit_module(node, current, path)
         elif isinstance(current, Optimizer):
-            order, made = _OPTIMIZER, OptimizerFit(self, self._objects.named(current), path).fit(node)
+            order, made = _Order.OPTIMIZER, OptimizerFit(self, self._objects.named(current), path).fit(node)
         else:
-            order, made = _REST, self.fit(node, current.state_dict(), path, opaque=True)
+            order, made = _Order.REST, self.fit(node, current.state_dict(), path, opaque=True)
         stateful = current.stateful if isinstance(current, _AsStateful) else current
         self.found.loads.append((order, path, stateful, made))
         return keep(current)
@@ -229,7 +243,7 @@ class _Fitter:
             return keep({})
 
         def inner(child: Node | str, value: Any, below: Path) -> Builder:
-            # free to be of another shape each time
+            # extra state may have another shape each time
             is_extra = str(below[-1]).rpartition(".")[2] == EXTRA_STATE
             return self.fit(child, MISSING if is_extra else value, below, opaque=is_extra)
 
@@ -242,7 +256,7 @@ class _Fitter:
 
 
 class _AsStateful:
-    """A loader that is taken per rank, without being taken so again."""
+    """A loader that counts as per rank by itself, wrapped so that it is not taken for one once more."""
 
     def __init__(self, stateful: Any) -> None:
         self.stateful = stateful
@@ -255,14 +269,14 @@ class _AsStateful:
 
 
 def _children(current: Any, node: Node) -> dict[Any, Any]:
-    """The children of a dict or list by key or number; none of anything that is not of the node's sort."""
+    """The children of a dict or list by key or number; none where the node is a list and the value a dict, or so."""
     if node.kind == "list":
         return dict(enumerate(current)) if isinstance(current, list) else {}
     return dict(current) if isinstance(current, Mapping) else {}
 
 
 def _is_like(value: Any, child: Node | str, entries: Mapping[str, Entry]) -> bool:
-    """Whether what is in a list can take what was saved there; lists grow and shrink, and it may be something else."""
+    """Whether an entry of a list can take what was saved in its place: lists grow and shrink, and it may be another."""
     if isinstance(child, Node):
         return not is_leaf(value)
     if entries[child].is_tensor:
@@ -272,7 +286,7 @@ def _is_like(value: Any, child: Node | str, entries: Mapping[str, Entry]) -> boo
 
 
 def _is_void(value: Any, objects: Objects) -> bool:
-    """Whether there is nothing in it that could have been saved; stock DCP stores no empty dicts."""
+    """Whether a checkpoint of stock DCP could have nothing of it: that stores no empty dicts."""
     given = objects.give((), value)
     if isinstance(given, Mapping):
         return all(_is_void(child, objects) for child in given.values())

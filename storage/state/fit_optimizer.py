@@ -17,22 +17,22 @@ from storage.state.wants import MISSING, Builder, Fit, Ignored, keep, leaf_names
 
 
 class Fitter(Protocol):
-    """What fits the rest of the state."""
+    """The part of `storage.state.fit` that fits everything below an optimizer's own dicts."""
 
     found: Fit
     entries: Mapping[str, Entry]
     ignored: Ignored
     strict: bool
 
-    def fit(self, node: Node | str, current: Any, path: Path, opaque: bool = False) -> Builder:
-        """How to make of `current` what was saved."""
+    def fit(self, node: Node | str, current: Any, path: Path, *, opaque: bool = False) -> Builder:
+        """How to make what was saved out of `current`."""
 
-    def fit_leaf(self, name: str, current: Any, opaque: bool) -> Builder:
-        """The same of a leaf."""
+    def fit_leaf(self, name: str, current: Any, *, opaque: bool) -> Builder:
+        """The same for a leaf."""
 
 
 class OptimizerFit:
-    """One optimizer at one path of the state."""
+    """How one optimizer, at one path of the state, meets what was saved there."""
 
     def __init__(self, fitter: Fitter, optimizer: NamedOptimizer, path: Path) -> None:
         self._fitter = fitter
@@ -50,10 +50,10 @@ class OptimizerFit:
             return keep({})
         if optimizer.is_fsdp1:
             return self._fitter.fit(node, optimizer.state(), path)
-        rest = [(key, self._fitter.fit(child, MISSING, (*path, key), True)) for key, child in saved.items()]
+        rest = [(key, self._fitter.fit(child, MISSING, (*path, key), opaque=True)) for key, child in saved.items()]
         of_parameter = self._fit_states(states)
         are_named = not _by_number(states, optimizer)
-        of_group = self._fit_groups(groups, are_named)
+        of_group = self._fit_groups(groups, are_named=are_named)
 
         def made(read: Mapping[str, Any]) -> dict[str, Any]:
             by_number = [group(read) for group in of_group]
@@ -63,7 +63,7 @@ class OptimizerFit:
         return made
 
     def _fit_states(self, node: Node) -> list[tuple[Any, Builder]]:
-        """What each parameter's state becomes. In a fresh optimizer it is laid out as the parameter is."""
+        """How to make each parameter's state, by name. In a fresh optimizer it is laid out as the parameter is."""
         optimizer, path = self._optimizer, (*self._path, "state")
         renamed = _by_number(node, optimizer)
         children: list[tuple[Any, Builder]] = []
@@ -74,7 +74,7 @@ class OptimizerFit:
             elif isinstance(name, str):
                 self._fitter.found.surplus += leaf_names(child)
             else:  # what some optimizers keep beside their parameters' states
-                children.append((key, self._fitter.fit(child, MISSING, path, True)))
+                children.append((key, self._fitter.fit(child, MISSING, path, opaque=True)))
         saved = {name for name, _ in children}
         ignored = [
             name for name in optimizer.names if name not in saved and self._fitter.ignored(name_of((*path, name)))
@@ -85,7 +85,7 @@ class OptimizerFit:
         optimizer, entries = self._optimizer, self._fitter.entries
         parameter, now = optimizer.by_name[name], optimizer.state_of(name)
         if not isinstance(node, Node):
-            return self._fitter.fit_leaf(node, MISSING, True)
+            return self._fitter.fit_leaf(node, MISSING, opaque=True)
         saved = dict(node.items())
         shapes = {key: entries[leaf].shape for key, leaf in saved.items() if isinstance(leaf, str)}
         if (
@@ -102,13 +102,15 @@ class OptimizerFit:
             if is_tensor and not isinstance(value, torch.Tensor) and shapes[key] == tuple(parameter.shape):
                 value = like_parameter(parameter, torch_dtype(entries[str(leaf)].dtype))
             current[key] = value
-        children = [(key, self._fitter.fit(leaf, current[key], (*path, str(key)), True)) for key, leaf in saved.items()]
+        children = [
+            (key, self._fitter.fit(leaf, current[key], (*path, str(key)), opaque=True)) for key, leaf in saved.items()
+        ]
         return maker(node, children, None)
 
-    def _fit_groups(self, node: Node, are_named: bool) -> list[Builder]:
-        """Each group's settings as saved, by the names of its parameters, which are known once they are read."""
+    def _fit_groups(self, node: Node, *, are_named: bool) -> list[Builder]:
+        """How to make each group. The saved one is found by its parameters' names, so once they are read."""
         optimizer, path = self._optimizer, (*self._path, "param_groups")
-        saved = [self._fitter.fit(child, MISSING, (*path, number), True) for number, child in node.items()]
+        saved = [self._fitter.fit(child, MISSING, (*path, number), opaque=True) for number, child in node.items()]
         now, number = [], 0
         for group in optimizer.optimizer.param_groups:
             names = optimizer.names[number : number + len(group["params"])]
@@ -140,7 +142,7 @@ class OptimizerFit:
 
 
 def _group_of(saved: list[Any], number: int, names: list[str]) -> dict[str, Any]:
-    """The saved group with these parameters; by its place if no parameter has a name that both know."""
+    """The saved group that has the first of these parameters; the one in the same place, where none has."""
     for group in saved:
         if names and names[0] in group.get("params", ()):
             return dict(group)

@@ -1,4 +1,4 @@
-"""How a checkpoint and a state do not fit, in one line. Pure."""
+"""The line that says how a checkpoint and a state do not fit. Pure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _first(texts: Sequence[str], separator: str) -> str:
 
 
 def _hint(vain: Sequence[str], surplus: Sequence[str]) -> str:
-    """Where names differ by what wrappers put into them, or by how they begin."""
+    """Advice where names differ only by what wrappers put into them, or by how they begin; "" where there is none."""
     plain = {_WRAPPED.sub("", name).lstrip("."): name for name in surplus}
     for name in vain:
         other = plain.get(_WRAPPED.sub("", name).lstrip("."))

@@ -13,7 +13,7 @@ from storage.torch_private import COMPILED_MODULE
 
 
 class ModuleNames:
-    """Names in a module without what DistributedDataParallel, DataParallel and torch.compile put into them."""
+    """Takes out of the names in a module what DistributedDataParallel, DataParallel and torch.compile put into them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._wrappers: set[str] = set()
@@ -23,7 +23,7 @@ class ModuleNames:
                 self._wrappers.add(f"{name}.{attribute}" if name else attribute)
 
     def clean(self, name: str) -> str:
-        """The name as it were without wrappers."""
+        """The name that it would be without wrappers."""
         if not self._wrappers:
             return name
         parts, kept = name.split("."), []
@@ -41,13 +41,13 @@ def _wrapper_attribute(module: nn.Module) -> str | None:
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel holds parameters of it, whose state only torch itself can name."""
+    """Whether the module or one in it is a FullyShardedDataParallel, whose state only torch itself can name."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(inner, fsdp.FullyShardedDataParallel) for inner in module.modules())
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Its `state_dict()` under clean names; of FullyShardedDataParallel the sharded one."""
+    """The module's `state_dict()` under clean names; sharded, where it is a FullyShardedDataParallel."""
     if is_fsdp1(module):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -57,7 +57,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """What `module_state` gave, back into the module."""
+    """Load what `module_state` gave back into the module."""
     if is_fsdp1(module):
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
@@ -69,9 +69,9 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def parameter_names(modules: Mapping[str, nn.Module], wanted: Collection[torch.Tensor]) -> dict[int, str]:
-    """By id, the names of those of the `wanted` parameters that the modules have.
+    """The names, by id, of the `wanted` parameters that are in one of the modules.
 
-    `modules` are by their name in the state, which begins a parameter's name where they are of several modules.
+    `modules` are by their names in the state. Where the parameters are of several modules, these begin their names.
     """
     ids = {id(parameter) for parameter in wanted}
     found: dict[str, dict[int, str]] = {}
@@ -87,7 +87,7 @@ def parameter_names(modules: Mapping[str, nn.Module], wanted: Collection[torch.T
 
 
 def shared_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters that every rank has whole, which are to be the same on all."""
+    """The parameters that every rank holds whole, and so must be the same on all."""
     from torch.distributed.tensor import DTensor
 
     if is_fsdp1(module):

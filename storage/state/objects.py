@@ -21,24 +21,25 @@ _DEPTH_MAX = 8
 
 
 class Objects:
-    """The objects of one state, and the names of its modules' parameters.
+    """The objects of one state: asks them for their states, and knows the names of the modules' parameters.
 
-    `given`: by path, those whose state was asked for.
+    `given`: by path, the objects that have given their state.
     """
 
     def __init__(self, state: Mapping[Any, Any]) -> None:
-        found = list(_modules((), state, False))
+        found = list(_modules((), state, is_own=False))
         self.modules = {name: module for name, module, _ in found}
         self._shared = {name for name, _, is_own in found if not is_own}
         self.given: dict[Path, Any] = {}
         self._states: dict[Path, Any] = {}
 
     def collect(self, state: Mapping[Any, Any]) -> None:
-        """Ask every object for its state, in the order of the state, before anything is made of any.
+        """Ask every object for its state, in the order of the state, before any of it is used.
 
-        A `state_dict` may hold collectives: what goes wrong on this rank must not keep it from those of the others.
+        A `state_dict` may hold collectives: an error on this rank must not keep it from those that other ranks are in.
 
-        Raises the first error, once all were asked.
+        Raises:
+            Exception: the first error of any object, once all were asked.
         """
         failure: Exception | None = None
         for path, value in _objects((), state):
@@ -54,7 +55,7 @@ class Objects:
         return NamedOptimizer(optimizer, self.modules)
 
     def give(self, path: Path, value: Any) -> Any:
-        """The state of an object; anything else as it is.
+        """The state that an object gives; anything else unchanged.
 
         Raises:
             UnsupportedValue: an object that looks as if it had a state and has none.
@@ -78,7 +79,7 @@ class Objects:
         return value.state_dict()
 
     def unsynchronised(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The modules' parameters that every rank has whole."""
+        """The names and values of the modules' parameters that every rank holds whole."""
         for prefix in self._shared:
             module = self.modules[prefix]
             for name, parameter in shared_parameters(module):
@@ -97,7 +98,7 @@ def take(value: Any, objects: Objects, state: Any) -> None:
 
 
 def open_state(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
-    """The state taken apart, its keys in sorted order, and its objects.
+    """Take a state apart, in the sorted order of its keys; the leaves, and the objects that gave some of them.
 
     The order matters: a `state_dict()` may hold collectives, so all ranks must call them alike.
 
@@ -109,19 +110,19 @@ def open_state(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
     return flatten(ordered, objects.give, rank), objects
 
 
-def _modules(path: Path, value: Any, is_own: bool) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Name, module, and whether each rank has one of its own."""
+def _modules(path: Path, value: Any, *, is_own: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The modules below a value: name, module, and whether it is in a PerRank, so that each rank has another."""
     if isinstance(value, nn.Module):
         yield name_of(path), value, is_own
     elif isinstance(value, PerRank):
-        yield from _modules(path, value.value, True)
+        yield from _modules(path, value.value, is_own=True)
     else:
         for name, child in _children(path, value):
-            yield from _modules((*path, name), child, is_own)
+            yield from _modules((*path, name), child, is_own=is_own)
 
 
 def _objects(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
-    """What has a state of its own, but for what each rank has: nobody else calls that."""
+    """The objects below a value, by path, without those in a PerRank: only this rank calls those."""
     if is_object(value) and not isinstance(value, PerRank):
         yield path, value
     else:

@@ -60,11 +60,11 @@ class NamedOptimizer:
 
     @property
     def is_fsdp1(self) -> bool:
-        """Whether only torch can take its state apart; `state` and `load` have it do so."""
+        """Whether only torch can take the optimizer's state apart, which `state` and `load` then have it do."""
         return self._sharded is not None
 
     def state(self) -> dict[str, Any]:
-        """To be saved."""
+        """The optimizer's state, to be saved."""
         if self._sharded is not None:
             from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -82,20 +82,20 @@ class NamedOptimizer:
         return self.names[key] if type(key) is int and 0 <= key < len(self.names) else key
 
     def has_state(self) -> bool:
-        """Whether it has one for any parameter."""
+        """Whether the optimizer has a state for any parameter yet."""
         return bool(self.optimizer.state)
 
     def init_state(self) -> None:
-        """Have it make the state that it has after a first step, by a step that changes nothing."""
+        """Have the optimizer make the state of a first step, by a step that changes nothing."""
         init_optimizer_state(self.optimizer)
 
     def state_of(self, name: str) -> dict[str, Any]:
-        """The state of the parameter of that name as it is, possibly empty."""
+        """The state that the parameter of that name has now; empty if it has none."""
         found = self.optimizer.state.get(self.by_name[name], {})
         return found if isinstance(found, dict) else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave, or what is like it."""
+        """Load what `state` gave, or something of the same form."""
         if self._sharded is not None:
             from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
@@ -113,7 +113,7 @@ class NamedOptimizer:
 
 
 def _mend(loaded: dict[Any, Any], saved: Mapping[Any, Any]) -> None:
-    """Undo what torch's `load_state_dict` takes for granted: that a state has its parameter's dtype, and no text."""
+    """Undo what torch's `load_state_dict` does to states of another dtype than the parameter's, and to text in them."""
     for key, value in saved.items():
         now = loaded.get(key)
         if isinstance(value, torch.Tensor):
@@ -124,10 +124,10 @@ def _mend(loaded: dict[Any, Any], saved: Mapping[Any, Any]) -> None:
 
 
 def like_parameter(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor laid out over devices and ranks as the parameter is, with any content."""
+    """An uninitialised tensor of the parameter's shape, on its device, and sharded as it is."""
     return torch.empty_like(parameter.detach(), dtype=dtype, requires_grad=False)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether ranks have parts of it."""
+    """Whether each rank holds a part of the parameter."""
     return isinstance(parameter, DTensor)

@@ -29,7 +29,7 @@ class PerRank(Generic[T]):
 
 
 def is_per_rank(value: Any) -> bool:
-    """Whether ranks have different ones by nature: `PerRank`, and torchdata's StatefulDataLoader."""
+    """Whether each rank has one of its own: a `PerRank`, or torchdata's StatefulDataLoader, which is one by nature."""
     return isinstance(value, PerRank) or any(
         kind.__name__ == "StatefulDataLoader" and kind.__module__.startswith("torchdata.")
         for kind in type(value).__mro__

@@ -7,6 +7,7 @@ of keys, kinds of dicts, and empty ones, goes into `Container`s.
 
 from __future__ import annotations
 
+import enum
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,15 +30,21 @@ _KINDS: dict[type, Kind] = {
 _TYPES: dict[str, type] = {name: kind for kind, name in _KINDS.items()}
 _FACTORIES = {kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)}
 PLAIN_TYPES = frozenset({int, float, str, bool, bytes, type(None)})
-"""Of what long lists are made of, so that nobody has to look twice at each entry."""
+"""The types of most entries of long lists: known to be leaves, so that nobody has to look twice at each."""
 _DEPTH_MAX = 64
-_TENSOR, _VALUE, _NOTHING = range(3)
-"""The order in which a checkpoint lists a state: its tensors, its values, then what has neither."""
 _NUM_MISSING_MAX = 1024
 
 
+class _Listed(enum.IntEnum):
+    """The order in which a checkpoint lists a state: its tensors, its values, then what has neither."""
+
+    TENSOR = 0
+    VALUE = 1
+    NOTHING = 2
+
+
 class Unordered(dict[str, Any]):
-    """A dict of names whose order nobody asks for, so that it need not be stored."""
+    """A dict of names whose order means nothing, so that it is not stored."""
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Flat:
 
 
 def kind_of(value: Any) -> Kind | None:
-    """What a dict or list is called in a checkpoint, if it could be built again."""
+    """The name that a checkpoint has for a dict's or list's type; None for a type that could not be built again."""
     return _KINDS.get(type(value))
 
 
@@ -64,7 +71,7 @@ def name_of(path: Path) -> str:
 
 
 def is_object(value: Any) -> bool:
-    """Whether it has a state of its own that it gives and takes."""
+    """Whether a value is asked for its state, and given it back: it has a `state_dict`, or is a PerRank."""
     if (
         isinstance(value, (torch.Tensor, type)) or type(value) in PLAIN_TYPES
     ):  # most there is; a protocol is slow to ask
@@ -73,7 +80,7 @@ def is_object(value: Any) -> bool:
 
 
 def is_leaf(value: Any, depth: int = 0) -> bool:
-    """Whether it is neither taken apart by DCP nor an object in a place where DCP would not look for one.
+    """Whether a value is stored as one: DCP would not take it apart, and it holds no object where DCP looks for none.
 
     Raises UnsupportedValue for lists without an end.
     """
@@ -92,7 +99,7 @@ def is_leaf(value: Any, depth: int = 0) -> bool:
 
 
 def names_of_keys(keys: Collection[Hashable]) -> list[str]:
-    """What stands for each key of one dict in paths: `str(key)`, unless another key of the dict has the same."""
+    """The part of a path for each key of one dict: `str(key)`, unless another key of the dict has the same."""
     taken = {key for key in keys if isinstance(key, str)}
     names = []
     for key in keys:
@@ -128,8 +135,8 @@ class _Flattener:
         self._rank = rank
         self._is_own = False
 
-    def visit(self, path: Path, original: Any) -> int:
-        """Take apart what is at `path`; what of it comes first in a checkpoint, see `_TENSOR`."""
+    def visit(self, path: Path, original: Any) -> _Listed:
+        """Take apart what is at `path`; returns what of it a checkpoint lists first."""
         value = self._expand(path, original)
         is_given = value is not original  # by an object, whose business the kind of dict is
         if len(path) > _DEPTH_MAX:
@@ -144,10 +151,10 @@ class _Flattener:
             finally:
                 self._is_own = was_own
         if isinstance(value, Mapping):
-            return self._visit_mapping(path, value, is_given or not path)
+            return self._visit_mapping(path, value, is_given=is_given or not path)
         if is_leaf(value):
             self._add(path, value)
-            return _TENSOR if isinstance(value, torch.Tensor) else _VALUE
+            return _Listed.TENSOR if isinstance(value, torch.Tensor) else _Listed.VALUE
         if type(value) is not list:
             raise UnsupportedValue(
                 f"state {name_of(path)!r} is a {type(value).__qualname__} with tensors or dicts; keep a plain list"
@@ -156,7 +163,7 @@ class _Flattener:
             self._flat.lengths[f"{name_of(path)}[]"] = len(value)
         return min([self.visit((*path, number), entry) for number, entry in enumerate(value)])
 
-    def _visit_mapping(self, path: Path, value: Mapping[Any, Any], is_given: bool) -> int:
+    def _visit_mapping(self, path: Path, value: Mapping[Any, Any], *, is_given: bool) -> _Listed:
         kind = kind_of(value) or ("dict" if is_given else None)
         if kind is None:
             raise UnsupportedValue(
@@ -192,7 +199,7 @@ class _Flattener:
                 factory=None if factory is None else factory.__name__,
             )
             self._flat.containers.insert(place, container)
-        return min(firsts, default=_NOTHING)
+        return min(firsts, default=_Listed.NOTHING)
 
     def _add(self, path: Path, value: Any) -> None:
         name = name_of(path)
@@ -203,7 +210,7 @@ class _Flattener:
 
 
 def join_containers(of_rank: Collection[Collection[Container]]) -> tuple[Container, ...]:
-    """Those of all ranks as one: the keys of a dict are all that any rank has.
+    """The containers of all ranks as those of one state, in which a dict has all keys that any rank has.
 
     Raises:
         ValueError: ranks have different kinds of dicts at one place.
@@ -235,7 +242,7 @@ class Node:
     factory: str | None = None
 
     def items(self) -> Iterator[tuple[Any, Node | str]]:
-        """The children by key."""
+        """Each child with its key."""
         for name, child in self.children.items():
             yield self.keys.get(name, name), child
 
@@ -290,7 +297,7 @@ def _enter(node: Node, path: Path) -> Node:
 
 
 def _settle(node: Node, part: str | int) -> None:
-    """A node is a list if its children have numbers."""
+    """Take a node that has no children yet for a list, if its first child has a number."""
     if not node.children and not isinstance(part, str):
         node.kind = "list"
     if isinstance(part, str) == (node.kind == "list"):

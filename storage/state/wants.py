@@ -1,4 +1,4 @@
-"""What is to be read of a checkpoint for a state, and how the state is made of it."""
+"""What a state wants of a checkpoint, and how the state is made of what was read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from storage.format.containers import Path
 from storage.state.tree import Node, build
 
 Builder = Callable[[Mapping[str, Any]], Any]
-"""Makes a part of the state of the leaves that were read, by name."""
+"""Makes a part of the state out of the leaves that were read, which it gets by name."""
 
 MISSING = object()
-"""In the place of what the state does not have."""
+"""Stands for what the state does not have."""
 
 
 @dataclass
 class Fit:
     """What to read of one checkpoint for one state, and what does not fit.
 
-    `wants`: by name of a leaf the tensor to fill, or None for a value. `vain`: what the state has and the checkpoint
-    does not. `surplus`: leaves of which it is the other way round. `odd`: sentences about what is of another shape or
-    kind. `resized`: parts of each rank's own, with the number of ranks that saved them.
+    `wants`: by the name of a leaf, the tensor to fill, or None for a value. `vain`: names that the state has and the
+    checkpoint has not. `surplus`: names that the checkpoint has and the state has not. `odd`: sentences about entries
+    of another shape or kind. `resized`: the parts in a PerRank, with the number of ranks that saved them. `loads`: the
+    objects to be given a state, with how to make it, and in which order. `build`: how to make the rest of the state.
     """
 
     wants: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +37,7 @@ class Fit:
 
 
 class Ignored:
-    """Names that are left alone, by patterns as of a shell; a pattern covers all that is below what it names."""
+    """Tells which names are left alone, by patterns as a shell has them; one covers all that is below what it names."""
 
     def __init__(self, patterns: Collection[str] = ()) -> None:
         self._patterns = tuple(patterns)
@@ -56,12 +57,12 @@ def leaf_names(child: Node | str) -> Iterator[str]:
 
 
 def keep(value: Any) -> Builder:
-    """Leaves what is there."""
+    """A builder that leaves `value` in its place."""
     return lambda read: value
 
 
 def maker(node: Node, children: list[tuple[Any, Builder]], current: Any) -> Builder:
-    """A dict or list of the saved kind. One that is there already is filled, for others may refer to it."""
+    """A builder of a dict or list of the saved kind. One that is there already is filled: others may refer to it."""
 
     def make(read: Mapping[str, Any]) -> Any:
         result = build(node, [(key, made(read)) for key, made in children])

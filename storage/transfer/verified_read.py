@@ -29,6 +29,7 @@ class VerifiedRead:
         sums: BlockSums | None,
         advance: Advance,
         stop: threading.Event,
+        *,
         is_owed: bool,
     ) -> None:
         """Raises Corrupt, and NotFound unless `is_owed`."""
