@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
+JOB_IS_OVER = "the job is over"
+"""Why a node ends that has nothing to tell of its own end (`reason` of NODE_ENDED)."""
+
 EventRecord = Mapping[str, Any]
 """One line of `events.jsonl`."""
 

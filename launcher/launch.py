@@ -43,14 +43,13 @@ from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable
-from launcher.events import EventLog, EventName
+from launcher.events import JOB_IS_OVER, EventLog, EventName
 from launcher.health.hangs import HangRules
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.watchdog import Watchdog
-from launcher.node.round_events import last_words
+from launcher.reports.sentences import last_words
 from launcher.rounds.forming import Planner
 from launcher.torch_private import ask_no_dns
-from launcher.wording import JOB_IS_OVER
 from launcher.workers.console import Console
 from launcher.workers.leftovers import Leftovers
 from launcher.workers.runtime import runtime_dir as private_folder

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import storage
 from elastic_moe.cli import transfer, weights
-from elastic_moe.cli.wording import size_text, with_s3_options
+from elastic_moe.cli.s3_options import size_text, with_s3_options
 from elastic_moe.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from elastic_moe.cli.job_options import add_job_options, open_named_job
 from elastic_moe.cli.parser import positive_float
-from elastic_moe.cli.store_options import add_store_options, open_named_job
 from elastic_moe.errors import UserError
 from launcher import KVUnavailable
 
@@ -56,7 +56,7 @@ def register(verbs: Subparsers) -> None:
         metavar="SECONDS",
         help="wait so long at most (default: 300)",
     )
-    add_store_options(parser)
+    add_job_options(parser)
     parser.set_defaults(handler=handle)
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.parser import natural_int, positive_int
-from elastic_moe.cli.wording import with_s3_options
+from elastic_moe.cli.s3_options import with_s3_options
 from elastic_moe.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.store_options import add_store_options, open_named_job
+from elastic_moe.cli.job_options import add_job_options, open_named_job
 from elastic_moe.cli.timeline import moment
 from elastic_moe.errors import UserError
 
@@ -55,7 +55,7 @@ def register(verbs: Subparsers) -> None:
         description="Show the nodes of a job and its current round, as its store knows them.",
         epilog=_EPILOG,
     )
-    add_store_options(parser)
+    add_job_options(parser)
     parser.add_argument("--watch", action="store_true", help="show every change until the job ends")
     parser.add_argument("--json", action="store_true", help="write JSON")
     parser.set_defaults(handler=handle, ends_with_reader=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from typing import Any
 
 from launcher import EventName, EventRecord
-from launcher.reports import describe_failure, describe_fields, describe_root_cause
+from launcher.reports import sentence
 
 _ROUTINE = {
     EventName.WORKERS_STARTED,
@@ -43,7 +42,7 @@ def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
             if once in seen:
                 continue
             seen.add(once)
-        told = _tell(event)
+        told = sentence(event)
         if told == last:
             repeats += 1
             lines[-1] = f"{lines[-1].removesuffix(f' (x{repeats - 1})')} (x{repeats})"
@@ -56,58 +55,3 @@ def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
 def moment(ts: float) -> str:
     """Date and time in the reader's time zone, with its offset."""
     return datetime.datetime.fromtimestamp(ts).astimezone().isoformat(timespec="seconds")
-
-
-def _tell(event: EventRecord) -> str:
-    """One event; an unknown one is told with its fields."""
-    node = event.get("node", "")
-    match event["event"]:
-        case EventName.NODE_JOINED:
-            return f"{node} joins with {event.get('slots')} slots"
-        case EventName.NODE_LOST:
-            return f"node {event.get('node_lost')} {event.get('reason')}"
-        case EventName.NODE_LEFT:
-            return f"node {event.get('node_left')} left"
-        case EventName.ROUND_FORMED:
-            return _round(event)
-        case EventName.FIRST_STEP:
-            return f"generation {event.get('generation')} trains: step {event.get('step')}"
-        case EventName.STOP_REQUESTED:
-            return f"workers are asked to stop at a step boundary: {event.get('reason')}"
-        case EventName.WORKER_FAILED:
-            return describe_failure(event)
-        case EventName.NODE_ENDED:
-            code = event.get("exit_code")
-            return f"{node} ends: {event.get('reason')}" + ("" if code is None else f" (exit code {code})")
-        case EventName.PEER_LOST:
-            return f"{node} finds node {event.get('peer')} lost: {event.get('reason')}"
-        case EventName.STEPS_RESTARTED:
-            return f"{node}: goes back from step {event.get('reached')} to step {event.get('step')}"
-        case EventName.STORE_UNREACHABLE:
-            return f"{node} has lost the store: {event.get('reason')}"
-        case EventName.STORE_BACK:
-            return f"{node} has the store again, after {event.get('seconds')} s"
-        case EventName.CHECKPOINT_STORE_AWAY:
-            away = f"{event.get('url')} has not answered for {event.get('seconds')} s: {event.get('reason')}"
-            return f"rank {event.get('rank')} on {node}: {away}"
-        case EventName.CHECKPOINT_STORE_BACK:
-            return (
-                f"rank {event.get('rank')} on {node}: {event.get('url')} answers again, after {event.get('seconds')} s"
-            )
-        case EventName.ROOT_CAUSE:
-            return f"root cause: {describe_root_cause(event)}"
-        case EventName.FINISHED:
-            return f"the job is over: {event.get('outcome')}"
-    fields = describe_fields(event)
-    return f"{node}: {event['event']}{' ' if fields else ''}{fields}"
-
-
-def _round(event: EventRecord) -> str:
-    participants: list[dict[str, Any]] = list(event.get("participants") or ())
-    nodes = ", ".join(str(p.get("node_id")) for p in participants)
-    mesh = event.get("mesh") or {}
-    axes = " x ".join(f"{axis} {mesh[axis]}" for axis in ("replicate", "shard", "expert") if axis in mesh)
-    return (
-        f"generation {event.get('generation')} ({event.get('reason')}): {event.get('world_size')} ranks on {nodes}"
-        + (f"; mesh {axes}" if axes else "")
-    )

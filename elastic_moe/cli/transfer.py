@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.parser import natural_int, positive_int
-from elastic_moe.cli.wording import size_text, with_s3_options
+from elastic_moe.cli.s3_options import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import RetryCounts, locate
 from storage.transfer import Advance, Copier, Found, Outcome, look, open_target, plan

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic_moe.cli.wording import with_s3_options
+from elastic_moe.cli.s3_options import with_s3_options
 from elastic_moe.model.config import TRAINING_FIELDS
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.demo.records import Record, last_by_step
-from elastic_moe.demo.story import count, describe_mesh
+from elastic_moe.demo.story import count
 from elastic_moe.demo.summary import Generation, Summary
+from launcher.reports import describe_mesh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from elastic_moe.demo.records import Record
 from launcher import EventName
-
-_AXES = ("replicate", "shard", "expert")
+from launcher.reports import describe_mesh, sentence
 
 
 class Story:
@@ -22,21 +20,20 @@ class Story:
     def __init__(self, start_ts: float) -> None:
         self._start_ts = start_ts
         self._kill: Record | None = None
-        self._stop: Record | None = None
         self._lost: set[str] = set()
         self._mesh: dict[str, int] | None = None
         self._last: Record | None = None
         self._tellers: dict[str, Callable[[Record], str | None]] = {
-            EventName.NODE_JOINED: self._joined,
-            "demo_node_killed": self._killed,
-            "demo_node_started": self._started,
+            EventName.NODE_JOINED: sentence,
             EventName.NODE_LOST: self._node_lost,
             EventName.ROUND_FORMED: self._formed,
             EventName.RESTORED: self._restored,
-            EventName.STOP_REQUESTED: self._stop_requested,
-            EventName.WORKER_FAILED: self._worker_failed,
-            EventName.CHECKPOINT_FAILED: self._checkpoint_failed,
-            EventName.FINISHED: self._finished,
+            EventName.STOP_REQUESTED: sentence,
+            EventName.WORKER_FAILED: sentence,
+            EventName.CHECKPOINT_FAILED: sentence,
+            EventName.FINISHED: sentence,
+            "demo_node_killed": self._killed,
+            "demo_node_started": self._started,
         }
 
     def hear(self, event: Record) -> Iterator[str]:
@@ -62,9 +59,6 @@ class Story:
         named = re.sub(r"\b(?:node )?(node-\d+)-[0-9a-f]{8}\b", r"\1", sentence)
         return f"{ts - self._start_ts:6.1f} s  {named}"
 
-    def _joined(self, event: Record) -> str:
-        return f"{event['node']} joins with {count(event['slots'], 'slot')}"
-
     def _started(self, event: Record) -> str:
         again = " again" if event["node"] in self._lost else ""
         return f"{event['node']} is started{again}"
@@ -78,37 +72,21 @@ class Story:
         )
 
     def _node_lost(self, event: Record) -> str:
-        noticed = f" after {event['ts'] - self._kill['ts']:.1f} s" if self._kill else ""
-        return f"{event['node']} notices{noticed} that {event['node_lost']} is gone ({event['reason']})"
+        noticed = f", {event['ts'] - self._kill['ts']:.1f} s after the kill" if self._kill else ""
+        return sentence(event) + noticed
 
     def _formed(self, event: Record) -> str:
         before, self._mesh = self._mesh, event["mesh"]
         reason = event["reason"].partition(": its ")[0]  # the details were told with the loss itself
-        nodes = ", ".join(participant["node_id"] for participant in event["participants"])
-        sentence = f"generation {event['generation']} ({reason}): {count(event['world_size'], 'rank')} on {nodes}"
+        formed = sentence({**event, "reason": reason, "mesh": None})
         if self._mesh is None:
-            return sentence
+            return formed
         planned = "mesh" if before is None else "mesh re-planned to" if before != self._mesh else "mesh still"
         batch = f"{count(self._mesh['rounds'], 'round')} of {count(self._mesh['micro_batch'], 'sample')} a rank"
-        return f"{sentence}; {planned} {describe_mesh(self._mesh)}, {batch}"
+        return f"{formed}; {planned} {describe_mesh(self._mesh)}, {batch}"
 
     def _restored(self, event: Record) -> str | None:
-        if event.get("rank", 0) != 0 or not event["step"]:
-            return None
-        return f"the state after step {event['step']} is restored into the new mesh"
-
-    def _stop_requested(self, event: Record) -> str:
-        self._stop = event
-        return f"{event['reason']}: the workers will checkpoint and stop at the next step boundary"
-
-    def _worker_failed(self, event: Record) -> str:
-        return f"{event['node']}: worker of rank {event['rank']} ends with exit code {event['exit_code']}"
-
-    def _checkpoint_failed(self, event: Record) -> str:
-        return f"checkpoint of step {event['step']} failed: {event.get('reason', 'no reason given')}"
-
-    def _finished(self, event: Record) -> str:
-        return f"the job is over: {event['outcome']}"
+        return sentence(event) if event.get("rank", 0) == 0 and event["step"] else None
 
     def _resumed(self, record: Record, last: Record) -> str:
         again = last["step"] + 1 - record["step"]
@@ -118,14 +96,6 @@ class Story:
         else:
             waited = f"{record['ts'] - last['ts']:.1f} s after step {last['step']}"
         return f"training goes on: step {record['step']}, loss {record['loss']:.3f}, {waited}, {lost}"
-
-
-def describe_mesh(mesh: dict[str, Any]) -> str:
-    """`FSDP 2 x expert parallel 2`: the axes that split something, then the idle slots."""
-    names = {"replicate": "replicas", "shard": "FSDP", "expert": "expert parallel"}
-    split = [f"{names[axis]} {mesh[axis]}" for axis in _AXES if mesh[axis] > 1]
-    idle = f", {mesh['idle']} idle" if mesh["idle"] else ""
-    return (" x ".join(split) or "one rank") + idle
 
 
 def count(number: int, noun: str) -> str:

@@ -39,8 +39,8 @@ from launcher.health import postmortem
 from launcher.health.devices import DeviceMemory
 from launcher.health.watchdog import WatchedWorkers
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
+from launcher.text import name_some
 from launcher.torch_private import AgentSteps
-from launcher.wording import name_some
 from launcher.workers import boot
 from launcher.workers.local_workers import LocalWorkers
 from launcher.workers.process_tree import GRACE_AFTER_SUCCESS_S, GRACE_S

@@ -1,4 +1,4 @@
-"""What a leader tells of a round it has just written, and what every node says when the job has failed."""
+"""The events that a leader tells of a round it has just written."""
 
 from __future__ import annotations
 
@@ -6,30 +6,7 @@ import dataclasses
 from typing import Any
 
 from launcher.events import Emit, EventName
-from launcher.rounds.failures import FailureClass, signal_of
-from launcher.rounds.records import Cause, Round, Verdict
-
-_WHAT = {
-    FailureClass.GAVE_UP: "the program gave up",
-    FailureClass.USAGE: "the program refused what it was given",
-    FailureClass.START_UP: "an error at start",
-    FailureClass.PROGRAM: "a program error",
-    FailureClass.DEVICE: "a device error",
-    FailureClass.OUT_OF_MEMORY: "out of memory",
-    FailureClass.SIGNAL: "killed by a signal",
-    FailureClass.HANG: "a hang",
-    FailureClass.PREEMPTION: "stopped with its node",
-    FailureClass.LOST_PEER: "lost its connection",
-}
-
-_ADVICE = {
-    Verdict.BUDGET_USED: "no further restart is allowed",
-    Verdict.USAGE: "the program's own words say what is wrong",
-    Verdict.FAILS_AGAIN: "running it again as it is will not help",
-    Verdict.CRASH_LOOP: "running it again as it is will hardly help",
-    Verdict.NODES_FAIL: "the nodes are to blame; on others it may work",
-    Verdict.NO_QUORUM: "it may be launched again when there are nodes",
-}
+from launcher.rounds.records import Round
 
 
 def tell(emit: Emit, proposed: Round, before: Round | None) -> None:
@@ -102,35 +79,3 @@ def _cause_fields(proposed: Round) -> dict[str, Any]:
             {"rank": v.failure.rank, "node": v.node_id, "failure_class": v.failure.kind.value} for v in victims
         ],
     }
-
-
-def last_words(ended: Round) -> str:
-    """How a job failed, for people: the outcome, the root cause with its traceback, its victims a line each."""
-    lines = [ended.outcome]
-    if ended.causes:
-        root, *victims = ended.causes
-        lines.append(f"root cause: {_where(root)}: {_how(root)}")
-        lines += [f"    {line}" for line in root.failure.traceback.rstrip().splitlines()]
-        lines += [f"victim: {_where(v)}: {_how(v)}{_because(v, root)}" for v in victims]
-    advice = f": {_ADVICE[ended.verdict]}" if ended.verdict in _ADVICE else ""
-    lines.append(f"exit code {ended.verdict.exit_code}{advice}")
-    return "\n".join(lines)
-
-
-def _where(cause: Cause) -> str:
-    return f"rank {cause.failure.rank} on {cause.node_id} (host {cause.host})"
-
-
-def _how(cause: Cause) -> str:
-    failure = cause.failure
-    step = f" after step {failure.step}" if failure.step >= 0 else ""
-    signum = signal_of(failure.exit_code)
-    end = f"{signum.name}" if signum else f"exit code {failure.exit_code}"
-    place = f", {failure.place}" if failure.traceback else ""
-    return f"{_WHAT[failure.kind]}{step} ({end}{place})"
-
-
-def _because(victim: Cause, root: Cause) -> str:
-    if victim.failure.kind is FailureClass.LOST_PEER:
-        return f", because rank {root.failure.rank} failed"
-    return f": {victim.failure.message}" if victim.failure.message else ""

@@ -21,8 +21,8 @@ from launcher.reports.causes import EXPLAINS, Cause, Interruption
 from launcher.reports.outages import JOB_STORE, Silence
 from launcher.reports.reasons import UNSPECIFIC, Why, why_of, why_of_event
 from launcher.reports.rounds import RoundSteps
+from launcher.reports.sentences import sentence
 from launcher.rounds.records import identity_of
-from launcher.wording import describe_failure
 
 
 class Phase(StrEnum):
@@ -88,7 +88,7 @@ class _Open:
             victims=tuple(
                 told
                 for failure in self.failures
-                if (told := describe_failure(failure)) != self.root and failure.get("rank") != self.root_rank
+                if (told := sentence(failure)) != self.root and failure.get("rank") != self.root_rank
             ),
             generation=self.steps.generation,
             began_ts=self.began_ts,

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from launcher.events import EventName, EventRecord
+from launcher.events import JOB_IS_OVER, EventName, EventRecord
 from launcher.reports.causes import Cause
-from launcher.wording import JOB_IS_OVER, describe_failure, describe_fields, describe_root_cause
+from launcher.reports.sentences import describe_root_cause, sentence
 
 UNSPECIFIC = ("", "workers of another node were asked to stop", "drain of another node")
 """Reasons of nodes that do not know why others asked their workers to stop."""
@@ -34,27 +34,23 @@ def why_of_event(event: EventRecord, participants: Collection[str]) -> Why | Non
     match name:
         case EventName.NODE_LOST if event.get("node_lost") in participants:
             lost = str(event["node_lost"])
-            return Why(Cause.NODE_LOSS, f"node {lost} {reason}", (lost,), float(event.get("silent_s", 0.0)))
+            return Why(Cause.NODE_LOSS, sentence(event), (lost,), float(event.get("silent_s", 0.0)))
         case EventName.PEER_LOST if event.get("peer") in participants:
-            peer = str(event["peer"])
-            return Why(Cause.NODE_LOSS, f"node {peer} lost: {reason}", (peer,))
+            return Why(Cause.NODE_LOSS, sentence(event), (str(event["peer"]),))
         case EventName.NODE_LEFT if event.get("node_left") in participants:
-            left = str(event["node_left"])
-            return Why(Cause.DRAIN, f"node {left} left", (left,))
+            return Why(Cause.DRAIN, sentence(event), (str(event["node_left"]),))
         case EventName.NODE_FENCED if node in participants:
-            return Why(Cause.NODE_LOSS, f"node {node} fenced itself: {reason}", (node,))
-        case EventName.NODE_ENDED if (
-            node in participants and reason != JOB_IS_OVER
-        ):  # its outcome is told by the leader
-            return Why(Cause.OTHER, f"node {node} ended: {reason}", (node,))
+            return Why(Cause.NODE_LOSS, sentence(event), (node,))
+        case EventName.NODE_ENDED if node in participants and reason != JOB_IS_OVER:  # that, the leader tells
+            return Why(Cause.OTHER, sentence(event), (node,))
         case EventName.ROUND_BROKEN | EventName.WORKERS_STOPPED:
             return why_of(reason)
         case EventName.WORKERS_YIELDED:
             return why_of(reason)
         case EventName.HANG_DETECTED:
-            return Why(Cause.HANG, f"hang on {node}: {describe_fields(event)}", (node,), float(event.get("seconds", 0)))
+            return Why(Cause.HANG, sentence(event), (node,), float(event.get("seconds", 0)))
         case EventName.WORKER_FAILED:
-            return Why(Cause.FAILURE, describe_failure(event), (node,))
+            return Why(Cause.FAILURE, sentence(event), (node,))
         case EventName.ROOT_CAUSE:
             cause = _CAUSE_OF_CLASS.get(str(event.get("failure_class")), Cause.FAILURE)
             return Why(cause, describe_root_cause(event), (str(event.get("node_failed", "")),))

@@ -44,7 +44,7 @@ from launcher.rounds.records import (
     identity_of,
 )
 from launcher.rounds.standing import admit, needed, weigh
-from launcher.wording import name_some
+from launcher.text import name_some
 
 _BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)
 """What a node says whose workers may run."""

@@ -19,8 +19,8 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 # Plans whose modelled step times differ by less are equally fast: the model is no more exact than that.
 TIE = 0.02
@@ -76,8 +76,13 @@ class MeshPlan:
         return cls(**fields)
 
     def __str__(self) -> str:
-        idle = f", {self.idle} idle" if self.idle else ""
-        return f"replicate {self.replicate} x shard {self.shard} x expert {self.expert}{idle}"
+        return describe_mesh(dataclasses.asdict(self))
+
+
+def describe_mesh(mesh: Mapping[str, Any]) -> str:
+    """A plan's fields in words: its axes, then the idle slots."""
+    idle = f", {mesh['idle']} idle" if mesh.get("idle") else ""
+    return " x ".join(f"{axis} {mesh[axis]}" for axis in ("replicate", "shard", "expert") if axis in mesh) + idle
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.history import History
 from launcher.rounds.mesh import MeshPlan
-from launcher.wording import describe_end
+from launcher.text import describe_end
 
 R = TypeVar("R")
 

@@ -127,7 +127,7 @@ def _tell(ended: list[process_tree.Process], left: list[process_tree.Process]) -
     told = Environment.from_env(os.environ)
     if told.events:
         from launcher.events import EventName, append_event
-        from launcher.wording import name_some
+        from launcher.text import name_some
 
         append_event(
             told.events,

@@ -101,10 +101,10 @@ def test_events_of_another_form_are_told_in_one_line(
 
 
 def test_unknown_events_are_shown_and_repeats_counted() -> None:
-    slow = {"node": "a-1", "generation": 2, "event": "straggler", "rank": 3, "factor": 1.5, "window": [1, 2]}
+    slow = {"node": "a-1", "generation": 2, "event": "slow_disk", "rank": 3, "factor": 1.5, "window": [1, 2]}
     lost = {"generation": 2, "event": "node_lost", "node_lost": "b-2", "reason": "lost: its lease ended"}
     events = [{"ts": 10 + i, **slow} for i in range(3)] + [{"ts": 13, "node": n, **lost} for n in ("a-1", "c-3")]
     assert timeline(events, 10) == [
-        "1970-01-01T01:00:10+01:00       0.0 s  a-1: straggler rank=3 factor=1.5 (x3)",
+        "1970-01-01T01:00:10+01:00       0.0 s  a-1: slow_disk rank=3 factor=1.5 (x3)",
         "1970-01-01T01:00:13+01:00       3.0 s  node b-2 lost: its lease ended",
     ]

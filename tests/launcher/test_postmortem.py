@@ -11,7 +11,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
 from launcher.health.postmortem import NodeCircumstances, WorkerExit, examine, oom_kills, summarise
-from launcher.node.round_events import last_words, tell
+from launcher.node.round_events import tell
+from launcher.reports.sentences import last_words
 from launcher.rounds.failures import TRACEBACK_MAX_CHARS, FailureClass
 from launcher.rounds.history import Exclusion, History
 from launcher.rounds.records import Cause, Failure, Participant, Round, Verdict

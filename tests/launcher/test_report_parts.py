@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from launcher.events import EventRecord
+from launcher.events import EventName, EventRecord
 from launcher.reports.clocks import offsets, set_right
 from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, account
 from launcher.reports.jobs import jobs_of
+from launcher.reports.sentences import describe_root_cause, sentence
 from launcher.script.step_events import StepTeller, claim
-from launcher.wording import describe_failure, describe_root_cause
 from tests.launcher.test_goodput import A, B, Job, training
 
 
@@ -322,7 +322,8 @@ def test_ends_are_told_in_words() -> None:
     failed = {"rank": 3, "node": A, "node_failed": A, "host": "h", "failure_class": "signal", "message": ""}
     killed = {**failed, "exit_code": -9, "place": "SIGKILL"}
     assert describe_root_cause(killed) == "rank 3 on a-1 was killed by SIGKILL (signal, host h)"
-    assert describe_failure({**failed, "exit_code": -40}) == "rank 3 on a-1 was killed by signal 40"
+    unnamed = {**failed, "event": EventName.WORKER_FAILED, "exit_code": -40}
+    assert sentence(unnamed) == "rank 3 on a-1 was killed by signal 40"
     ended = {**failed, "failure_class": "program", "exit_code": 3, "place": "exit code 3"}
     assert describe_root_cause(ended) == "rank 3 on a-1 failed with exit code 3 (program, host h)"
     raised = {**ended, "exit_code": 1, "message": "ValueError: nan", "place": "ValueError at train.py:7 in f"}

@@ -21,7 +21,7 @@ _BACKENDS = ("embedded", "etcd3")
 _OURS = ("", "static", "c10d")  # torchrun's own back ends, for which `run` takes the embedded one
 
 
-def add_store_options(parser: argparse.ArgumentParser) -> None:
+def add_job_options(parser: argparse.ArgumentParser) -> None:
     """Add --rdzv-backend, --rdzv-endpoint, --rdzv-id and --rdzv-conf, also as torchrun spells them (--rdzv_id)."""
     group = parser.add_argument_group("where the job's nodes meet, as given to `run`")
     for name, metavar, text in (

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from elastic_moe.cli.job_options import add_job_options, open_named_job
 from elastic_moe.cli.parser import Parser
-from elastic_moe.cli.store_options import add_store_options, open_named_job
 from launcher.job_client import JobClient
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.node.board import NODES, run_prefix
@@ -25,7 +25,7 @@ def endpoint() -> Iterator[str]:
 
 def parse(*argv: str) -> argparse.Namespace:
     parser = Parser(prog="test")
-    add_store_options(parser)
+    add_job_options(parser)
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,30 @@
+"""Pieces of messages: how a process ended, and lists that have to stay short. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+_MAX_NAMED = 4
+_MAX_CHARS = 300
+
+
+def describe_end(code: object) -> str:
+    """How a process ended, in words; `code` as Popen has it."""
+    if not isinstance(code, int) or code >= 0:
+        return f"failed with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"was killed by signal {-code}"
+
+
+def name_some(things: Sequence[str], separator: str = ", ") -> str:
+    """A list for a record that every node reads: the first few, cut to a length, and how many more there are.
+
+    Nodes give a round's reason as their own and the leader joins theirs into the next: in full, that of a large job
+    would outgrow what etcd takes.
+    """
+    named = [thing if len(thing) <= _MAX_CHARS else f"{thing[:_MAX_CHARS]}..." for thing in things[:_MAX_NAMED]]
+    more = [f"and {len(things) - _MAX_NAMED} more"] if len(things) > _MAX_NAMED else []
+    return separator.join([*named, *more])
