@@ -166,13 +166,15 @@ def _token(options: StoreOptions, *, required: bool) -> str:
 
 def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedServer | None:
     """Host the store if the endpoint is this machine's and nobody does yet. `must`: fail where that cannot be."""
+    server = EmbeddedServer(address, port, token=token)
     try:
-        return EmbeddedServer(address, port, token=token).start()
+        server.start()
     except OSError as error:
         # Another node of this machine was first, or the address is another machine's.
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not must:
             return None
         raise UsageError(f"--rdzv-endpoint {spelled(address, port)} cannot be bound: {error.strerror}") from error
+    return server
 
 
 def _address_towards(address: str) -> str:

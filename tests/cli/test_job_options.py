@@ -18,9 +18,8 @@ from tests.cluster import free_port
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = EmbeddedServer("127.0.0.1", 0, token="").start()
-    yield f"127.0.0.1:{server.port}"
-    server.close()
+    with EmbeddedServer("127.0.0.1", 0, token="") as server:
+        yield f"127.0.0.1:{server.port}"
 
 
 def parse(*argv: str) -> argparse.Namespace:

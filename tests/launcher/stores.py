@@ -44,9 +44,8 @@ def _prefixed(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @contextlib.contextmanager
 def _embedded(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    server = EmbeddedServer("127.0.0.1", 0, token="t").start()
-    yield lambda: EmbeddedKV("127.0.0.1", server.port, token="t")
-    server.close()
+    with EmbeddedServer("127.0.0.1", 0, token="t") as server:
+        yield lambda: EmbeddedKV("127.0.0.1", server.port, token="t")
 
 
 @contextlib.contextmanager

@@ -147,7 +147,8 @@ def test_all_addresses_of_a_name_are_tried_and_one_is_hosted_on(monkeypatch: pyt
         assert first.kv.address == "127.0.0.2"  # type: ignore[attr-defined]
     finally:
         first.close()
-    server = EmbeddedServer("127.0.0.3", port, token="").start()
+    server = EmbeddedServer("127.0.0.3", port, token="")
+    server.start()
     try:
         second = connect("embedded", f"store:{port}", StoreOptions(is_host=False), timeout_s=5)
         assert second.kv.address == "127.0.0.3"  # type: ignore[attr-defined]

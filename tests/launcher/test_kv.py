@@ -197,21 +197,19 @@ class TestEmbedded:
     """What only the embedded store can do wrong."""
 
     def test_a_wrong_token_is_refused_in_one_line(self) -> None:
-        server = EmbeddedServer("127.0.0.1", 0, token="right").start()
-        try:
-            with pytest.raises(UsageError, match="token"):
-                EmbeddedKV("127.0.0.1", server.port, token="wrong").get("a")
-        finally:
-            server.close()
+        with EmbeddedServer("127.0.0.1", 0, token="right") as server, pytest.raises(UsageError, match="token"):
+            EmbeddedKV("127.0.0.1", server.port, token="wrong").get("a")
 
     def test_an_address_nobody_listens_on(self) -> None:
-        server = EmbeddedServer("127.0.0.1", 0, token="t").start()
+        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server.start()
         server.close()
         with pytest.raises(UsageError, match="cannot be reached"):
             EmbeddedKV("127.0.0.1", server.port, token="t").wait_ready(0.2)
 
     def test_a_watch_resumes_after_a_broken_connection(self) -> None:
-        server = EmbeddedServer("127.0.0.1", 0, token="t").start()
+        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server.start()
         kv = EmbeddedKV("127.0.0.1", server.port, token="t")
         try:
             watch = kv.watch("", 1)
@@ -225,7 +223,8 @@ class TestEmbedded:
             server.close()
 
     def test_a_server_that_goes_is_unavailable_and_its_leases_are_lost(self) -> None:
-        server = EmbeddedServer("127.0.0.1", 0, token="t").start()
+        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server.start()
         kv = EmbeddedKV("127.0.0.1", server.port, token="t")
         try:
             lease = kv.lease(0.5)

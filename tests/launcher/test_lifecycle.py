@@ -15,6 +15,7 @@ from launcher.drain.draining import DrainRequests
 from launcher.drain.preemption import FileWatcher, NoticeWatch
 from launcher.health.liveness import LivenessListener, is_refused
 from launcher.health.peers import PeerWatch
+from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.memory import MemoryKV
 from launcher.lifecycle import Lifecycle
 from launcher.workers.console import Console
@@ -60,6 +61,7 @@ MADE: dict[str, Callable[[Path], Lifecycle]] = {
     "listener": lambda folder: LivenessListener("127.0.0.1"),
     "notices": lambda folder: NoticeWatch({"f": FileWatcher(str(folder / "none"))}, nothing, nothing),
     "peers": lambda folder: PeerWatch(nothing, nothing),
+    "store's server": lambda folder: EmbeddedServer("127.0.0.1", 0, token="t"),
     "vitals": lambda folder: VitalsPublisher(MemoryKV(), "job", "a", lambda: None),
     "warm start": lambda folder: WarmStart(folder, nothing),
 }
@@ -74,7 +76,7 @@ def test_what_was_made_may_be_closed_unstarted_and_twice(name: str, tmp_path: Pa
     made.close()
 
 
-@pytest.mark.parametrize("name", ["deadline", "leftovers", "listener", "notices", "peers", "vitals"])
+@pytest.mark.parametrize("name", ["deadline", "leftovers", "listener", "notices", "peers", "store's server", "vitals"])
 def test_a_context_manager_starts_and_closes(name: str, tmp_path: Path) -> None:
     with MADE[name](tmp_path) as made:
         pass

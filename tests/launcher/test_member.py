@@ -238,7 +238,8 @@ def test_an_unexpected_answer_of_the_store_does_not_end_a_members_threads(job: J
 
 def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     port = free_port()
-    server = EmbeddedServer("127.0.0.1", port, token="t").start()
+    server = EmbeddedServer("127.0.0.1", port, token="t")
+    server.start()
     bell, told = LivenessListener("127.0.0.1"), Told()
     bell.start()
     node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
@@ -249,7 +250,8 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
         member.join(member.wait_round(WAIT_S).generation, WAIT_S)
         server.close()
         until("fenced", member.fenced, WAIT_S)
-        server = EmbeddedServer("127.0.0.1", port, token="t").start()
+        server = EmbeddedServer("127.0.0.1", port, token="t")
+        server.start()
         member.announce(Status.READY, reason="stopped")
         assert member.wait_round(WAIT_S).generation == 2, "counts on, though the new store knows nothing"
         assert not member.fenced()

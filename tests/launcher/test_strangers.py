@@ -125,7 +125,8 @@ def is_closed(sock: socket.socket) -> bool:
 
 def test_the_embedded_store_serves_its_clients_among_strangers() -> None:
     with few_descriptors():
-        server = EmbeddedServer("127.0.0.1", 0, token="t").start()
+        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server.start()
     try:
         client = EmbeddedKV(["127.0.0.1"], server.port, token="t")
         client.put("before", b"1")

@@ -15,8 +15,7 @@ import socket
 import socketserver
 import threading
 import time
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from launcher.connections import BoundedConnections, num_max
 from launcher.errors import Compacted
@@ -24,6 +23,7 @@ from launcher.frames import ProtocolError, receive, send
 from launcher.kv.base import Entry
 from launcher.kv.embedded import wire
 from launcher.kv.memory import Hub
+from launcher.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -135,45 +135,37 @@ class _TCPServer(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
 
-class EmbeddedServer:
-    """The embedded store. Its address is taken from construction on, clients are served from `start`, until `close`.
-
-    Raises:
-        OSError: the address cannot be bound (in use: another node already hosts the store).
-    """
+class EmbeddedServer(Lifecycle):
+    """The embedded store, which serves clients between `start` and `close`."""
 
     def __init__(self, host: str, port: int, *, token: str) -> None:
-        self._server = _TCPServer((host, port), token)
+        """`port`: 0 takes any that is free; `self.port` tells which, from `start` on."""
         self.host = host
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="kv-server", daemon=True
-        )
+        self.port = port
+        self._token = token
+        self._server: _TCPServer | None = None
 
-    def start(self) -> Self:
-        """Serve clients."""
-        self._thread.start()
-        return self
+    def start(self) -> None:
+        """Listen, and serve on a thread of its own.
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Raises:
+            OSError: the address cannot be bound (in use: another node already hosts the store).
+        """
+        self._server = server = _TCPServer((self.host, self.port), self._token)
+        self.port = server.server_address[1]
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="kv-server", daemon=True
+        ).start()
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
-        self._server.stopped.set()
-        if self._thread.is_alive():  # else `shutdown` would wait for it
-            self._server.shutdown()
-        self._server.server_close()
-        self._server.hub.close()
-        for sock in list(self._server.connections):
-            try:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.stopped.set()
+        server.shutdown()  # which waits until the thread has left `serve_forever`
+        server.server_close()
+        server.hub.close()
+        for sock in list(server.connections):
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-        if self._thread.is_alive():
-            self._thread.join(timeout=2)
