@@ -5,6 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+BACKENDS = [
+    ("cpu:gloo", 0, "cpu"),  # what init_process_group() makes of no backend without an accelerator
+    ("cpu:gloo", 2, "cpu"),
+    ("cpu:gloo,cuda:gloo", 2, "cpu"),
+    ("cuda:nccl,cpu:gloo", 2, "cpu"),
+    ("cpu:gloo,cuda:nccl", 2, "cpu"),
+    ("cuda:nccl", 2, "cuda"),
+    ("xpu:xccl", 2, "xpu"),
+    ("cuda:nccl", 0, "cpu"),  # nothing works then; torch says so best itself
+]
+"""What a group's backends are told as, how many accelerators are there, and where its collectives' tensors lie."""
+
 
 class Accelerators:
     """As many as a test wants, in place of this machine's; none of them can be used."""

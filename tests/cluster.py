@@ -36,6 +36,11 @@ def free_port() -> int:
             return port
 
 
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for one that it starts, which is to find the same modules, and `more`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+
+
 def until(what: str, condition: Callable[[], T | None], within_s: float = DEADLINE_S) -> T:
     """Wait for `condition` to hold and return what it returned; fail with `what` if it does not in time."""
     ends_s = time.monotonic() + within_s
@@ -72,7 +77,7 @@ class Node:
     def __init__(self, cluster: Cluster, name: str, arguments: list[str]) -> None:
         self.name = name
         self._log = cluster.folder / f"{name}.log"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **cluster.environment}
+        environment = child_environment(**cluster.environment)
         with self._log.open("ab") as log:
             self.process = cluster.spawn(name, ["run", "--node-name", name, *arguments], environment, log.fileno())
 

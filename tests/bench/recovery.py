@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.cluster import free_port, read_lines, until
+from tests.cluster import child_environment, free_port, read_lines, until
 from tests.etcd import etcd
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "steps.py")
@@ -78,7 +78,7 @@ class Job:
         self._launcher = launcher
         self.folder = folder
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        self._environment = child_environment(OMP_NUM_THREADS="1")
 
     def start_node(self) -> subprocess.Popen[bytes]:
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:

@@ -22,6 +22,7 @@ import sys
 from typing import Any
 
 from tests.chaos.network import CLONE_NEWNET, Host
+from tests.cluster import child_environment
 
 _CLONE_NEWUTS, _CLONE_NEWNS = 0x04000000, 0x00020000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -70,7 +71,7 @@ class Template:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment = child_environment(OMP_NUM_THREADS="1")
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.chaos.template", str(theirs.fileno())],

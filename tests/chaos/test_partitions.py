@@ -25,6 +25,15 @@ def three(job: Job, conf: str = ALL) -> tuple[Node, Node, Node]:
     return a, b, c
 
 
+def healed(job: Job, nodes: tuple[Node, ...]) -> int:
+    """All went on without the cut node, and with it once the network is whole; the generation without it."""
+    alone = job.steps(2, after=1)
+    network_of(job).heal()
+    job.steps(3, after=alone)
+    job.finish(*nodes)
+    return alone
+
+
 def network_of(job: Job) -> Network:
     assert isinstance(job.network, Network)
     return job.network
@@ -35,10 +44,7 @@ def test_a_node_cut_from_etcd(job: Job) -> None:
     """It stops its workers, the others go on without it; healed, it joins again."""
     nodes = three(job)
     network_of(job).cut(job.hosts["b"], *job.store.hosts)
-    alone = job.steps(2, after=1)
-    network_of(job).heal()
-    job.steps(3, after=alone)
-    job.finish(*nodes)
+    alone = healed(job, nodes)
     job.told_as(Cause.NODE_LOSS, "b")
     job.told_as(Cause.JOIN, "b", generation=alone)
 
@@ -60,10 +66,7 @@ def test_a_node_cut_from_etcd_and_its_peers(job: Job) -> None:
     """As a node whose network is gone: the same."""
     nodes = three(job)
     network_of(job).cut(job.hosts["b"], *job.store.hosts, job.hosts["a"], job.hosts["c"])
-    alone = job.steps(2, after=1)
-    network_of(job).heal()
-    job.steps(3, after=alone)
-    job.finish(*nodes)
+    healed(job, nodes)
     job.told_as(Cause.NODE_LOSS, "b")
 
 
@@ -84,10 +87,7 @@ def test_a_node_cut_from_etcd_one_way(job: Job, way: str) -> None:
     node, etcd = job.hosts["b"], job.store.hosts[0]
     sender, receiver = (node, etcd) if way == "to etcd" else (etcd, node)
     network_of(job).cut_way(sender, receiver)
-    alone = job.steps(2, after=1)
-    network_of(job).heal()
-    job.steps(3, after=alone)
-    job.finish(*nodes)
+    healed(job, nodes)
     job.told_as(Cause.NODE_LOSS, "b")
 
 

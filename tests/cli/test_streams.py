@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cluster import child_environment
 
 PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:300"
 NOTHING_THERE = "ckpt ls nowhere"
@@ -19,7 +20,7 @@ GONE = "| true; exit ${PIPESTATUS[0]}"
 def call(redirected: str, *arguments: str) -> tuple[int, str]:
     """The exit code and stderr of the command, its streams as a shell would redirect them."""
     command = f'"{sys.executable}" -m elastic_moe "$@" {redirected}'
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = child_environment()
     done = subprocess.run(["bash", "-c", command, "bash", *arguments], env=environment, capture_output=True, timeout=60)
     return done.returncode, done.stderr.decode()
 

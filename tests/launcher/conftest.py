@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from launcher.rounds.membership import Rules
+from tests.cluster import Cluster, cluster
+from tests.etcd import Server, client, etcd
 from tests.launcher.members import Job
 from tests.launcher.stores import connect, etcd_server
 
@@ -22,3 +25,18 @@ def job() -> Iterator[Job]:
     for bell in made.bells:
         bell.close()
     made.hub.close()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Cluster]:
+    """Nodes of one job on a store of its own, and their files in a folder beside the test's."""
+    with cluster(tmp_path / "nodes") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An etcd for the tests of one file."""
+    with etcd(tmp_path_factory.mktemp("etcd")) as made:
+        client(made.endpoint).close()
+        yield made

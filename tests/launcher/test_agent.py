@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, alive, cluster, read_lines, until
+from tests.cluster import Cluster, alive, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
 NAMES = ("cooperative.py", "stock.py", "fails.py", "stubborn.py")
@@ -17,12 +16,6 @@ COOPERATIVE, STOCK, FAILS, STUBBORN = (str(SCRIPTS / name) for name in NAMES)
 BOTH = "last_call=60"  # the first round waits for max nodes: it is the test's first round that has both
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 def steps_of(folder: Path, **fields: int) -> list[int]:

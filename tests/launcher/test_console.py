@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.workers import pump
-from tests.cluster import read_lines, until
+from tests.cluster import child_environment, read_lines, until
 
 TALKS = str(Path(__file__).parent / "scripts" / "talks.py")
 
@@ -23,7 +23,7 @@ def test_a_job_goes_on_without_its_console(tmp_path: Path) -> None:
     go, log_dir = tmp_path / "go", tmp_path / "log"
     options = ["--nproc-per-node", "2", "--cold-workers", "--log-dir", str(log_dir), "--tee", "0:3"]  # rank 1: direct
     command = [sys.executable, "-m", "elastic_moe", "run", *options, TALKS, str(go)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = child_environment()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
         try:
             assert job.stdout is not None
@@ -118,7 +118,7 @@ def test_the_pump_outlives_who_started_it_until_all_is_through(tmp_path: Path) -
         "    os.write(1, b'line\\n' * 10_000)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = child_environment()
     with out.open("w") as file:
         done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=file, timeout=60)
     assert done.returncode == -signal.SIGKILL

@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster import Cluster, Node, alive, cluster, read_lines, until
+from tests.cluster import Cluster, Node, alive, child_environment, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, STUBBORN = str(SCRIPTS / "cooperative.py"), str(SCRIPTS / "stubborn.py")
@@ -21,12 +20,6 @@ TERMINATED = 128 + signal.SIGTERM
 DRAINED = 75
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -89,7 +82,7 @@ def test_nodes_that_are_all_told_to_leave_save_once_and_form_no_round_for_nothin
 def drain(nodes: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elastic_moe", "drain", *arguments]
     command += ["--rdzv-endpoint", nodes.endpoint, "--rdzv-id", "test"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = child_environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,6 @@ SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, PLAIN, FAILS = (str(SCRIPTS / name) for name in ("cooperative.py", "plain.py", "fails.py"))
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with etcd(tmp_path_factory.mktemp("etcd")) as made:
-        client(made.endpoint).close()
-        yield made
 
 
 class TestKeys:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import os
 import socket
 import subprocess
 import sys
@@ -16,17 +15,10 @@ import pytest
 from launcher.errors import UsageError
 from launcher.kv.connect import connect
 from tests.certificates import Authority
-from tests.cluster import free_port, until
-from tests.etcd import Server, client, config, connected, etcd, etcdctl, gather, gather_in_spite, options
+from tests.cluster import child_environment, free_port, until
+from tests.etcd import Server, config, connected, etcd, etcdctl, gather, gather_in_spite, options
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with etcd(tmp_path_factory.mktemp("etcd")) as made:
-        client(made.endpoint).close()
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +220,7 @@ class TestEndpoints:
             "import os; before = dict(os.environ); import launcher.kv.etcd.client; "
             "assert dict(os.environ) == before, set(os.environ) ^ set(before)"
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = child_environment()
         done = subprocess.run(
             [sys.executable, "-c", probe], env=environment, capture_output=True, timeout=60, check=False
         )

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, cluster, read_lines, until
+from tests.cluster import Cluster, read_lines, until
 
 GIVES_UP = str(Path(__file__).parent / "scripts" / "gives_up.py")
 BREAKS = str(Path(__file__).parent / "scripts" / "breaks.py")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 def starts(folder: Path, rank: int = 0) -> list[int]:

@@ -15,16 +15,10 @@ import pytest
 
 from launcher.environment import Environment
 from launcher.workers import guardian, process_tree
-from tests.cluster import Cluster, alive, cluster, read_lines, until
+from tests.cluster import Cluster, alive, read_lines, until
 
 LEAVES = str(Path(__file__).parent / "scripts" / "leaves.py")
 KINDS = {"shell", "setsid", "no environment", "multiprocessing", "double fork"}
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from launcher.health.preflight import (
     standard_checks,
 )
 from launcher.launch import _end_at_once
-from tests.cluster import Cluster, alive, cluster, read_lines, until
+from tests.cluster import Cluster, alive, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
 
@@ -257,12 +256,6 @@ def test_what_is_held() -> None:
     assert held([1, 2], {"0": 600}, [2, 3], {"0": 4}).pids == (2,)
     assert held([1, 2], {"0": 600}, [], {"0": 4}).excess_mib == {"0": 596}
     assert not held([1], {"1": 9000}, [], {"0": 4}), "a GPU that was not there before says nothing"
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 @pytest.mark.slow

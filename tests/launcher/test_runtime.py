@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.workers.runtime import remove_abandoned, runtime_dir
+from tests.cluster import child_environment
 
 HOLDER = """
 import pathlib, subprocess, sys, tempfile
@@ -36,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = child_environment()
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)],
         stdin=subprocess.PIPE,

@@ -9,26 +9,14 @@ import torch
 import torch.distributed as dist
 
 from launcher.script.ranks import collective_device, highest, use_own_device
-from tests.accelerators import Accelerators
+from tests.accelerators import BACKENDS, Accelerators
 
 
 def test_without_a_group_each_agrees_with_itself() -> None:
     assert highest([2.0, 1.0]) == [2.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("config", "num", "expected"),
-    [
-        ("cpu:gloo", 0, "cpu"),  # what init_process_group() makes of no backend without an accelerator
-        ("cpu:gloo", 2, "cpu"),
-        ("cpu:gloo,cuda:gloo", 2, "cpu"),
-        ("cuda:nccl,cpu:gloo", 2, "cpu"),
-        ("cpu:gloo,cuda:nccl", 2, "cpu"),
-        ("cuda:nccl", 2, "cuda"),
-        ("xpu:xccl", 2, "xpu"),
-        ("cuda:nccl", 0, "cpu"),  # nothing works then; torch says so best itself
-    ],
-)
+@pytest.mark.parametrize(("config", "num", "expected"), BACKENDS)
 def test_what_ranks_agree_on_lies_on_the_cpu_wherever_the_group_can(
     monkeypatch: pytest.MonkeyPatch, config: str, num: int, expected: str
 ) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.script.stragglers import WINDOW, Pace, find, pack, unpack
-from tests.cluster import Cluster, cluster
+from tests.cluster import Cluster
 
 STRAGGLES = str(Path(__file__).parent / "scripts" / "straggles.py")
 
@@ -57,12 +56,6 @@ def test_a_window_ends_every_so_many_steps_and_one_long_step_in_it_says_nothing(
 def test_what_ranks_exchange_is_gathered_by_a_maximum() -> None:
     told = [pack((1.0 + rank, 0.5), rank, 3) for rank in range(3)]
     assert unpack([max(values) for values in zip(*told, strict=True)]) == [(1.0, 0.5), (2.0, 0.5), (3.0, 0.5)]
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 @pytest.mark.slow

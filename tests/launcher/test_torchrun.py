@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -22,8 +21,8 @@ from launcher.elastic.handlers import create_handler
 from launcher.kv.etcd.client import EtcdKV
 from launcher.rounds.records import Node, Participant, Round, Status
 from tests.cluster import Node as RunNode
-from tests.cluster import free_port, read_lines, until
-from tests.etcd import Server, client, etcd
+from tests.cluster import child_environment, free_port, read_lines, until
+from tests.etcd import Server, client
 
 SCRIPTS = Path(__file__).parent / "scripts"
 STOCK, PLAIN, FAILS = (str(SCRIPTS / name) for name in ("stock.py", "plain.py", "fails.py"))
@@ -37,7 +36,7 @@ class StockNode(RunNode):
     def __init__(self, folder: Path, name: str, arguments: list[str]) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment = child_environment(OMP_NUM_THREADS="1")
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *arguments],
@@ -126,13 +125,6 @@ class Job:
     def end(self) -> None:
         for node in self._nodes:
             node.end()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with etcd(tmp_path_factory.mktemp("etcd")) as made:
-        client(made.endpoint).close()
-        yield made
 
 
 @pytest.fixture

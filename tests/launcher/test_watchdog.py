@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, cluster
+from tests.cluster import Cluster
 
 HANGS = str(Path(__file__).parent / "scripts" / "hangs.py")
 LIMIT = ("--hang-timeout", "3", "--max-restarts", "1")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "nodes") as made:
-        yield made
 
 
 def stacks(nodes: Cluster, rank: int) -> str:

@@ -15,12 +15,7 @@ from tests.launcher.members import WAIT_S, Job
 
 
 def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
-    handlers = {
-        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
-        for name, member in job.members.items()
-    }
+    handlers = two(job)
     first = meet(handlers)
     assert {info.rank for info in first.values()} == {0, 1}
     first["a"].store.set("who", "first generation")
@@ -33,6 +28,16 @@ def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:
     assert not second["b"].store.check(["who"])
     assert second["a"].bootstrap_store_info != first["a"].bootstrap_store_info
     assert second["a"].bootstrap_store_info == second["b"].bootstrap_store_info
+
+
+def two(job: Job) -> dict[str, MemberRendezvous]:
+    """The handlers of two nodes, which are in the job already."""
+    for name in "ab":
+        job.start(name)
+    return {
+        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
+        for name, member in job.members.items()
+    }
 
 
 def meet(handlers: dict[str, MemberRendezvous]) -> dict[str, Any]:
@@ -54,12 +59,7 @@ def meet(handlers: dict[str, MemberRendezvous]) -> dict[str, Any]:
 def test_a_node_that_cannot_reach_the_worker_store_stays_out_and_says_why(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in "ab":
-        job.start(name)
-    handlers = {
-        name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
-        for name, member in job.members.items()
-    }
+    handlers = two(job)
     stays_out_s: list[float] = []
 
     def stay_out(num_failures: int) -> float:

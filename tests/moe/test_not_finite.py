@@ -27,7 +27,7 @@ from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import StopReason, WorkerPhase
 from storage import Checkpointer, inspection
 from tests.moe.cases import fitted
-from tests.moe.test_train import World, job, lines
+from tests.moe.test_train import World, job, lines, unsaved
 from tests.moe.test_training import job as step_job
 from tests.ranks import Ranks
 
@@ -344,12 +344,7 @@ def test_a_run_through_skipped_steps_and_a_kill_equals_an_unbroken_one(tmp_path:
         assert first.exit_codes() == [0, 0]
     with World(broken, what, fitted(what), generation=2, prepare=faulty) as second:
         second.reach(first.channels[0].progress().step + 6)
-    alone = what.model_copy(
-        update={
-            "train": what.train.model_copy(update={"metrics": str(unbroken / "metrics.jsonl")}),
-            "checkpoint": what.checkpoint.model_copy(update={"url": None}),
-        }
-    )
+    alone = unsaved(what, unbroken)
     last_step = lines(broken / "metrics.jsonl")[-1]["step"]
     with World(unbroken, alone, fitted(alone), generation=1, prepare=faulty) as whole:
         whole.reach(last_step)

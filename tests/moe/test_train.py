@@ -43,6 +43,16 @@ def job(folder: Path, **train: Any) -> JobConfig:
     )
 
 
+def unsaved(what: JobConfig, folder: Path) -> JobConfig:
+    """The same job without checkpoints, its metrics in another folder."""
+    return what.model_copy(
+        update={
+            "train": what.train.model_copy(update={"metrics": str(folder / "metrics.jsonl")}),
+            "checkpoint": what.checkpoint.model_copy(update={"url": None}),
+        }
+    )
+
+
 def as_it_is() -> None:
     """What most worker processes do before they train."""
 
@@ -193,12 +203,7 @@ def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) 
     assert 0 <= num_replayed <= 2 * what.checkpoint.every
     assert {line["generation"] for line in again} == {3}
 
-    alone = what.model_copy(
-        update={
-            "train": what.train.model_copy(update={"metrics": str(unbroken / "metrics.jsonl")}),
-            "checkpoint": what.checkpoint.model_copy(update={"url": None}),
-        }
-    )
+    alone = unsaved(what, unbroken)
     with World(unbroken, alone, fitted(alone), generation=1) as whole:
         whole.reach(last_step)
     expected = {line["step"]: line["loss"] for line in lines(unbroken / "metrics.jsonl")}

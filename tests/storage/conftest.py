@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import ranks
 from tests.s3 import BUCKET, S3Server, juicefs_gateway, moto_server
 from tests.storage import copied_runs
-from tests.storage.small_runs import fresh_memory_url
+from tests.storage.small_runs import Events, fresh_memory_url
 
 __all__ = ["ranks"]
 
@@ -40,9 +41,9 @@ def other(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def events() -> tuple[list[tuple[str, dict[str, object]]], Callable[[str, dict[str, object]], None]]:
+def events() -> Events:
     """A list of events and the listener that fills it."""
-    seen: list[tuple[str, dict[str, object]]] = []
+    seen: list[tuple[str, dict[str, Any]]] = []
     return seen, lambda name, fields: seen.append((name, fields))
 
 

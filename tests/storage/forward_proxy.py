@@ -9,7 +9,6 @@ import http.server
 import select
 import socket
 import threading
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
@@ -33,7 +32,6 @@ class ForwardProxy:
         self.seen: list[tuple[str, str]] = []
         self.closing = threading.Event()
         self._http = _Server(self)
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": _POLL_S}, daemon=True)
 
     @property
     def netloc(self) -> str:
@@ -50,16 +48,12 @@ class ForwardProxy:
         return not self._user or authorization == f"Basic {told}"
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._http.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.closing.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join(30)
+        self._http.__exit__(*error)
 
 
 class _Server(QuietServer):

@@ -70,12 +70,8 @@ def odd_server(respond: Callable[[str, str], Answer]) -> Iterator[Odd]:
     stopped = threading.Event()
     server = QuietServer(Handler)
     odd = Odd(f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield odd
-    finally:
-        stopped.set()
-        server.shutdown()
-        server.server_close()
-        thread.join(30)
+    with server:
+        try:
+            yield odd
+        finally:
+            stopped.set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import http.server
-from typing import Any
+import threading
+from typing import Any, Self
 
 
 class QuietServer(http.server.ThreadingHTTPServer):
@@ -14,6 +15,16 @@ class QuietServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+        self._thread.join(30)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no news here."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from storage import Checkpointer, register_scheme
+from storage import Checkpointer, inspection, register_scheme
 from storage.stores.memory import MemoryStore
+
+Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+"""What was told, and who hears it: the fixture `events`."""
 
 _names = itertools.count()
 
@@ -24,6 +28,11 @@ def save(url: str, *steps: int) -> None:
         for step in steps:
             ckpt.save(step, state(step), wait=True)
             assert ckpt.wait()
+
+
+def states(url: str) -> list[tuple[int | None, str]]:
+    """The steps of a run, newest first, and what has become of each."""
+    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 def fresh_memory_url() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from storage import Checkpointer, ShardReader
 from storage.errors import WrongModel
 from storage.loading.casts import Casts, is_allowed, may_overflow
+from tests.storage.small_runs import Events
 
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "float8_e8m0fnu")
 INTEGERS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 COMPLEX = ("complex128", "complex64", "complex32")

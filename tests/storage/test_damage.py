@@ -5,25 +5,20 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage import Checkpointer, JobIdentity, inspection, open_store
+from storage import Checkpointer, JobIdentity, open_store
 from storage.errors import Disputed, Fenced, Transient
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
-from tests.storage.small_runs import opened, save, state
+from tests.storage.small_runs import Events, opened, save, state, states
 
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 _names = itertools.count()
-
-
-def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 class BadMemory(MemoryStore):

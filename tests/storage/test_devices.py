@@ -10,22 +10,10 @@ import torch
 import torch.distributed as dist
 
 from storage.ranks.devices import collective_device
-from tests.accelerators import Accelerators
+from tests.accelerators import BACKENDS, Accelerators
 
 
-@pytest.mark.parametrize(
-    ("config", "num", "expected"),
-    [
-        ("cpu:gloo", 0, "cpu"),  # what init_process_group() makes of no backend without an accelerator
-        ("cpu:gloo", 2, "cpu"),
-        ("cpu:gloo,cuda:gloo", 2, "cpu"),
-        ("cuda:nccl,cpu:gloo", 2, "cpu"),
-        ("cpu:gloo,cuda:nccl", 2, "cpu"),
-        ("cuda:nccl", 2, "cuda"),
-        ("xpu:xccl", 2, "xpu"),
-        ("cuda:nccl", 0, "cpu"),  # nothing works then; torch says so best itself
-    ],
-)
+@pytest.mark.parametrize(("config", "num", "expected"), BACKENDS)
 def test_tensors_of_collectives_lie_on_the_cpu_wherever_the_group_can(
     monkeypatch: pytest.MonkeyPatch, config: str, num: int, expected: str
 ) -> None:

@@ -18,8 +18,7 @@ from storage.saving import commit, receipts
 from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+from tests.storage.small_runs import Events
 
 
 def make_state(number: int) -> dict[str, Any]:

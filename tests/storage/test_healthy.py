@@ -13,18 +13,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, JobIdentity, ShardReader, inspection, open_store
+from storage import Checkpointer, JobIdentity, ShardReader, open_store
 from storage.errors import AlreadyExists, Fenced, OnlyUnhealthy
 from storage.run import catalog
 from storage.run.owner import Claim, Owner
 from storage.run.quarantine import find_aside
 from tests.ranks import Ranks
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
-
-
-def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
+from tests.storage.small_runs import Events, states
 
 
 def told(events: Events, name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elastic_moe.cli.main import main
-from storage import Checkpointer, JobIdentity, inspection, open_store, register_scheme
+from storage import Checkpointer, JobIdentity, open_store, register_scheme
 from storage.errors import AlreadyExists, Fenced, StorageError
 from storage.run import catalog, owner, quarantine, retention
 from storage.run.retention import Removal
@@ -21,8 +21,8 @@ from storage.stores.memory import MemoryStore
 from storage.stores.objects import Capability, ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
 from tests.storage.pausing import ORDERS, PausingStore, abreast
+from tests.storage.small_runs import Events, states
 
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
 METADATA = "step-000000020/.metadata"
 _names = itertools.count()
@@ -53,10 +53,6 @@ def damage(store: ObjectStore, step: int) -> None:
     data = bytearray(store.read(key))
     data[len(data) // 2] ^= 1
     store.put(key, [data])
-
-
-def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

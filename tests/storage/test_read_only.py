@@ -7,9 +7,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -23,9 +22,7 @@ from storage.stores.objects import ObjectStore
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage.proxy import FaultProxy
-from tests.storage.small_runs import save, state
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
+from tests.storage.small_runs import Events, save, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -100,6 +97,12 @@ def test_a_reader_restores_while_another_job_owns_the_run(run: str, proxy: Fault
     assert [name for name, _ in events[0]] == ["restored", "restored"]
 
 
+def restored_on_rank(url: str, environment: Mapping[str, str]) -> tuple[int, int, list[str]]:
+    """On a rank, whose process may have been started before the server was."""
+    os.environ.update(environment)
+    return restored(url)
+
+
 def restored(url: str) -> tuple[int, int, list[str]]:
     seen: list[str] = []
     with Checkpointer(url, access=Access.READ, on_event=lambda name, fields: seen.append(name)) as reader:
@@ -107,14 +110,16 @@ def restored(url: str) -> tuple[int, int, list[str]]:
         return reader.restore(found), found["n"], seen
 
 
-def test_ranks_pass_over_what_is_damaged_and_move_nothing(run: str, proxy: FaultProxy, ranks: Ranks) -> None:
+def test_ranks_pass_over_what_is_damaged_and_move_nothing(
+    run: str, proxy: FaultProxy, juicefs: S3Server, ranks: Ranks
+) -> None:
     proxy.denies = may_only_read
     save(run, 10, 20, 30)
     store = open_store(run)
     damage_data(store, 20)
     damage_index(store, 30)
     before = contents(store)
-    first, second = ranks.run(restored, through(proxy, run), world_size=2)
+    first, second = ranks.run(restored_on_rank, through(proxy, run), juicefs.environment, world_size=2)
     assert first == (10, 10, ["checkpoint_damaged", "checkpoint_damaged", "restored"])
     assert second == (10, 10, ["restored"])
     assert contents(store) == before

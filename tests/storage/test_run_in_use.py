@@ -22,8 +22,8 @@ from storage.stores.memory import MemoryStore
 from storage.stores.retrying_store import RetryingStore
 from tests.cluster import until
 from tests.storage.heartbeat_cases import Time, owner_of
+from tests.storage.small_runs import Events
 
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from storage import Checkpointer, open_store
 from storage.errors import UnsupportedValue, UsageError
 from storage.run import catalog
 from tests.storage.states import OPTIMIZERS, SCHEDULERS, Box, Net, model, plain, same, saved_then_restored, train
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from storage.errors import Corrupt, UnsupportedValue, UsageError, WrongModel
 from storage.format.containers import Container
 from storage.state.tree import tree_of
 from tests.storage.states import Box, plain, same, saved_then_restored
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
-
 
 CONTAINERS: list[Any] = [
     {1: "a", "1": "b", False: "c", None: "d", "None": "e", 2.5: "f", (1, "x"): "g", b"z": "h", "": "i", "a.b": "j"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from torch import nn
 
 from storage import Checkpointer, PerRank
 from storage.errors import UsageError, WrongModel
+from tests.storage.small_runs import Events
 from tests.storage.states import Box, Net, model, plain, same, saved_then_restored, train
-
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
-
 
 SURPLUS_AND_VAIN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"m": Net("a", "b")}, {"m": Net("a")}, r"does not ask for its 'm.b.weight', 'm.b.bias' \("),

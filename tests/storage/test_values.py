@@ -17,7 +17,6 @@ import tracemalloc
 import types
 import uuid
 import zoneinfo
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,9 +35,8 @@ from storage.state.fingerprint import fingerprint
 from storage.transfer import copy_jobs
 from storage.transfer.copying import Copier
 from tests.storage.hostile_values import HOSTILE, Data, item_of, pickled
-from tests.storage.small_runs import state
+from tests.storage.small_runs import Events, state, states
 
-Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
 ZONE = datetime.timezone(datetime.timedelta(hours=1), "x")
 GRID = np.arange(6).reshape(2, 3)
 
@@ -258,10 +256,6 @@ def test_messages_are_one_line_without_codes() -> None:
 
 
 # whole checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def states(url: str) -> list[tuple[int | None, str]]:
-    return [(row.step, row.state) for row in inspection.summaries(inspection.locate(url))]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
