@@ -66,7 +66,7 @@ class Pool(Executor):
             thread.join()
 
     def _start(self) -> bool:
-        """Start one more thread; whether there is any."""
+        """Start one more thread. Returns whether the pool has any."""
         name = f"{self._name}_{len(self._threads)}"
         # daemons, since the interpreter waits for all others, and an idle one ends with its pool only
         thread = threading.Thread(target=self._work.work, name=name, daemon=True)
@@ -79,7 +79,7 @@ class Pool(Executor):
 
 
 class _WorkQueue:
-    """The calls of a pool, and how many of them have not ended."""
+    """The calls that a pool was given, and how many of them have not ended."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -87,14 +87,14 @@ class _WorkQueue:
         self._lock = threading.Lock()
 
     def add(self, future: Future[R], call: Callable[[], R]) -> int:
-        """How many there are now."""
+        """Take a call; returns how many have not ended, this one included."""
         with self._lock:
             self._num_unfinished += 1
             self._calls.put((future, call))
             return self._num_unfinished
 
     def work(self, *, is_patient: bool = True) -> None:
-        """Make calls until the end; unless patient, until there are none."""
+        """Make calls until `end`; unless patient, only those that wait now."""
         with contextlib.suppress(queue.Empty):
             while (row := self._calls.get(block=is_patient)) is not None:
                 future, call = row

@@ -22,7 +22,7 @@ AGE_S_MIN = 3600.0
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing to remove: an attempt or a manifest that commits nothing, a probe, a beat, or an unfinished upload."""
+    """One thing to remove: an attempt or manifest that commits nothing, a probe, a heartbeat, an unfinished upload."""
 
     name: str
     kind: str
@@ -75,7 +75,7 @@ def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float
 def of_names(
     listed: Iterable[ObjectInfo], kind: str, is_one: Callable[[str], bool], before_unix_s: float
 ) -> list[Garbage]:
-    """Probes (see `storage.stores.s3.probe`) and beats (see `storage.run.heartbeat`) whose process died. Pure."""
+    """Probes (see `storage.stores.s3.probe`) and heartbeats (see `storage.run.heartbeat`) whose process died. Pure."""
     rows = [(info, _newest([info])) for info in listed if is_one(info.key)]
     return [_of_objects(i.key, kind, [i], when) for i, when in rows if when is not None and when < before_unix_s]
 

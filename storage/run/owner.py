@@ -4,7 +4,7 @@
 the recorded one, and looks again right before it commits: if another claim has replaced its own, it is fenced off.
 Within one lineage (one rendezvous store) generations are comparable, so a claim by a lower generation than the
 recorded one is refused at once. Another lineage is another launch; its job is asked first whether it lives (see
-`storage.run.heartbeat`), and of two that claim all the same the newer one wins.
+`storage.run.in_use`), and of two that claim all the same the newer one wins.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Owner(Document):
 
     @property
     def who(self) -> str:
-        """As people call it."""
+        """How messages call this owner."""
         name = f"job {self.run_id!r}" if self.run_id else "another job"
         return f"{name} (generation {self.generation}{f', on {self.host}' if self.host else ''})"
 
@@ -95,7 +95,7 @@ def is_late(recorded: Owner, mine: Owner) -> bool:
 
 
 def claim(store: ObjectStore, wanted: Owner) -> tuple[Owner, Owner | None]:
-    """Record this process as the run's owner; the claim, and the one that it replaces. Raises Fenced.
+    """Record this process as the run's owner. Returns the claim, and the one that it replaces. Raises Fenced.
 
     The epoch of `wanted` counts for nothing: it becomes one more than the recorded one.
     """
@@ -137,7 +137,7 @@ class Claim:
 
 
 def fenced(recorded: Owner | None, mine: Owner) -> Fenced:
-    """What it means for `mine` that `recorded` is the run's claim. Pure."""
+    """The error of the process that claimed `mine`, where `recorded` is the run's claim by now. Pure."""
     if recorded is None:
         now = "nobody"
     else:

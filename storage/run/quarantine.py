@@ -60,14 +60,14 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
 
 
 def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> QuarantinedMetadata | None:
-    """What lies at `prefix` and counts for nothing; None where nothing lies.
+    """The `.metadata` at `prefix` that was set aside; None where there is no `.metadata`.
 
     A checkpoint that was saved as unhealthy is set aside for the owner of the run, who has `claim`: the step is saved
     anew. Its data stays as that of a damaged one does.
 
     Raises:
-        AlreadyExists: what lies counts.
-        Fenced: an unhealthy one lies there, and the run has another owner.
+        AlreadyExists: it was not set aside.
+        Fenced: it is of an unhealthy checkpoint, and the run has another owner.
     """
     try:
         info = store.info(prefix + layout.METADATA)
@@ -122,6 +122,6 @@ def _may_replace(store: ObjectStore, aside: ObjectInfo, claim: Claim | None) -> 
 
 
 def taken(store: ObjectStore, prefix: str) -> AlreadyExists:
-    """What it means for whoever would commit at `prefix` that another has."""
+    """The error of whoever would commit at `prefix` where another has."""
     where = layout.join_url(store.url, prefix)
     return AlreadyExists(f"{where} is committed already; restore it, or save to another URL")

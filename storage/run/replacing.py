@@ -23,7 +23,7 @@ class Replaced:
 
 
 def find(store: ObjectStore, prefix: str) -> Replaced | None:
-    """What stands at `prefix`; None where nothing does.
+    """The checkpoint at `prefix`, committed or set aside, that a save is to replace; None where there is none.
 
     Of a damaged checkpoint, or one that was set aside, nothing is superfluous: somebody may want to look at it.
 
@@ -51,7 +51,7 @@ def _keys(store: ObjectStore, commit: catalog.Commit) -> list[str]:
 
 
 def remove(store: ObjectStore, prefix: str, replaced: Replaced) -> None:
-    """Delete it, once the new checkpoint stands. What cannot be deleted is a warning, and costs space only."""
+    """Delete what a checkpoint has replaced, once that stands. What cannot be deleted costs space, and a warning."""
     try:
         for key in replaced.keys:
             store.delete(key)

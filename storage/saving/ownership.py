@@ -9,7 +9,7 @@ from storage.errors import Fenced, UsageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.ranks.agreement import AgreeingGroup
-from storage.run import heartbeat, owner
+from storage.run import heartbeat, in_use, owner
 from storage.run.heartbeat import Heartbeat
 from storage.run.owner import Claim, Owner
 from storage.stores.objects import Capability, ObjectStore
@@ -80,7 +80,7 @@ class Ownership:
 
     def _claim_run(self) -> Owner:
         """Claim the run (coordinator). Raises InUse, Fenced."""
-        find = heartbeat.find_other if self._take_over else heartbeat.await_free
+        find = in_use.find_other if self._take_over else in_use.await_free
         other = find(self._store, self._claimant)
         heartbeat.write(self._store, self._claimant.token, 0)  # before the claim: one without a beat is free to take
         try:

@@ -24,11 +24,11 @@ class CongestionWindow:
     decreased_s: float = float("-inf")
 
     def succeeded(self) -> CongestionWindow:
-        """After a request that was not throttled."""
+        """The window after a request that the store did not throttle."""
         return replace(self, limit=min(self.limit + 1.0 / self.limit, float(self.limit_max)))
 
     def throttled(self, now_s: float, started_s: float) -> CongestionWindow:
-        """After a request that was. Those that were sent before the limit last went down say nothing new."""
+        """The window after a request that it did throttle. One sent before the last decrease says nothing new."""
         if started_s < self.decreased_s:
             return self
         return replace(self, limit=max(1.0, self.limit * _DECREASE), decreased_s=now_s)
@@ -50,7 +50,7 @@ class AdaptiveLimit:
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[float]:
-        """Wait for a place and hold it; yields when it was got, for `throttled`."""
+        """Wait for a slot and hold it during the `with`; yields the time at which it was got, for `throttled`."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_under_way < self.limit)
             self._num_under_way += 1

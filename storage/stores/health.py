@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from storage.errors import Cause, StorageError, Transient
 
 TOLD_AFTER_S = 3.0
-"""Shorter ones are what retries are for."""
+"""An outage of so many seconds is told. Shorter ones are what retries are for."""
 
 _BETWEEN_S = 2.5
-"""Half of what lies between two signs of life of a run's owner: nobody knows when in between a store went away."""
+"""An outage counts from so long before the first request that failed, at most: nobody knows when the store went away
+since the last one that it answered, and a run's owner asks it every 5 s."""
 
 _ANSWERS = (Cause.CONFLICT, Cause.DAMAGED, Cause.STALE)
-"""What a store answers that is there."""
+"""Causes of failures that only a store that is there gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,10 @@ Tell = Callable[[StoreAway | StoreBack], None]
 
 
 class StoreHealth:
-    """Of one store, by all of its requests. Thread-safe; `tell` is called on the thread that has found it out."""
+    """Learns from all requests to one store whether it answers, and tells when that changes.
+
+    Thread-safe; `tell` is called on the thread that has found it out.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tell: Tell | None = None
@@ -55,7 +59,7 @@ class StoreHealth:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Learn from the request inside."""
+        """Learn from one request, which the `with` holds."""
         started_s = self._clock()
         try:
             yield

@@ -177,7 +177,7 @@ class LocalStore(ObjectStore):
             return True
 
     def _open(self, key: str) -> int:
-        """To read. Raises Corrupt for what is no file: a pipe's end would never come."""
+        """Open an object's file to read it. Raises Corrupt for what is no file: a pipe's end would never come."""
         fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         mode = os.fstat(fd).st_mode
         if stat.S_ISREG(mode):

@@ -58,7 +58,7 @@ RULES: Mapping[Cause, Rule] = {
 IMPATIENT_RULES: Mapping[Cause, Rule] = {
     cause: Rule(num_tries=2, wait_s=0.5, wait_s_max=0.5, deadline_s=15.0) for cause in RULES
 }
-"""For what is soon done anew anyway. A `Retry-After` that is longer than the deadline is not waited for."""
+"""For requests that are soon made anew anyway. A `Retry-After` that is longer than the deadline is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,24 +131,24 @@ class Retrier:
         *,
         takes_slot: bool = True,
     ) -> T:
-        """What `request` returns at last; `what` names it in the log.
+        """Make `request` until it succeeds or the table gives up; returns its result. `what` names it in the log.
 
         `progressed(error)` may tell that the failed try got something done: the failures before it count no more.
         With `takes_slot` False it takes no slot of the limit: for work that sends its requests through this retrier.
 
         Raises the last Transient, marked as given up, and at once any other error.
         """
-        course = _Course(self._rules, self._clock, self._uniform, progressed)
+        tries = _Tries(self._rules, self._clock, self._uniform, progressed)
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
-            self.retries.add(course.error.cause, course.pause_s)
-            log.info("%s: %s (%s); tried again in %.2f s", what, course.error, course.error.cause.value, course.pause_s)
+            self.retries.add(tries.error.cause, tries.pause_s)
+            log.info("%s: %s (%s); tried again in %.2f s", what, tries.error, tries.error.cause.value, tries.pause_s)
 
         try:
             result: T = tenacity.Retrying(
-                retry=course.take,
-                stop=lambda state: course.is_over,
-                wait=lambda state: course.pause_s,
+                retry=tries.take,
+                stop=lambda state: tries.is_over,
+                wait=lambda state: tries.pause_s,
                 sleep=self._sleep,
                 before_sleep=before_sleep,
                 reraise=True,
@@ -157,8 +157,8 @@ class Retrier:
         except Transient as error:
             if not error.given_up:
                 error.given_up = True
-                if course.num_tries > 1:
-                    error.args = (f"{error} (tried {course.num_tries} times)",)
+                if tries.num_tries > 1:
+                    error.args = (f"{error} (tried {tries.num_tries} times)",)
             raise
 
     def _call_in_slot(self, request: Callable[[], T]) -> T:
@@ -177,8 +177,8 @@ class Retrier:
             return request()
 
 
-class _Course:
-    """One call's failures so far, and what follows from them."""
+class _Tries:
+    """The failures of one call so far: how long to wait before its next try, and whether there is one."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class _Course:
         self.is_over = False
 
     def take(self, state: tenacity.RetryCallState) -> bool:
-        """Take a try's outcome in; whether it may be tried again at all. tenacity calls this first."""
+        """Count a try's outcome; returns whether it is one that may be tried again. tenacity calls this first."""
         error = state.outcome.exception() if state.outcome is not None else None
         if not isinstance(error, Transient) or error.given_up:
             return False

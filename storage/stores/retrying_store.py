@@ -1,4 +1,4 @@
-"""A remote store made patient: every operation is tried again as the table in `storage.stores.retry_policy` says."""
+"""A store around a remote one: every operation is tried again as the table in `storage.stores.retry_policy` says."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def read_resuming(
     buffers: Sequence[memoryview],
     if_match: str | None,
 ) -> str:
-    """`store.read_into`, going on where a broken read ended, in the same version of the object."""
+    """Like `store.read_into`, but a read that broke off goes on where it ended, in the same version of the object."""
     rest, at, etag = list(buffers), offset, if_match
 
     def attempt() -> str:

@@ -15,7 +15,7 @@ from elastic_moe.cli.main import main
 from elastic_moe.trainer.run import _healthy_steps
 from storage import Checkpointer, ShardReader, ShardWriter, inspection, open_store, register_scheme
 from storage.errors import Fenced, InUse, NoCheckpoint, UsageError
-from storage.run import heartbeat, owner
+from storage.run import heartbeat, in_use, owner
 from storage.run.heartbeat import Heartbeat
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
@@ -73,9 +73,9 @@ def test_a_checkpointer_that_cannot_open_closes_its_store(opens: Opens, monkeypa
     with Checkpointer(URL, lineage="a", generation=2):
         with pytest.raises(Fenced):
             Checkpointer(URL, lineage="a", generation=1)
-        monkeypatch.setattr(heartbeat, "SILENCE_S", 0.0)
+        monkeypatch.setattr(in_use, "SILENCE_S", 0.0)
         monkeypatch.setattr(heartbeat, "INTERVAL_S", 100.0)
-        monkeypatch.setattr(heartbeat.Watch, "liveness", lambda self, now_s: heartbeat.Liveness.ALIVE)
+        monkeypatch.setattr(in_use.Watch, "liveness", lambda self, now_s: in_use.Liveness.ALIVE)
         with pytest.raises(InUse):
             Checkpointer(URL, lineage="b")
         assert opens() == [0, 1, 1]

@@ -15,8 +15,9 @@ import torch
 from storage import Access, Checkpointer, JobIdentity, open_store, register_scheme
 from storage.errors import Fenced, InUse, Transient
 from storage.format import layout
-from storage.run import heartbeat, owner
-from storage.run.heartbeat import SILENCE_S, Heartbeat
+from storage.run import heartbeat, in_use, owner
+from storage.run.heartbeat import Heartbeat
+from storage.run.in_use import SILENCE_S
 from storage.saving.ownership import Ownership
 from storage.stores.memory import MemoryStore
 from storage.stores.retrying_store import RetryingStore
@@ -53,7 +54,7 @@ def beating(url: str, until_s: int = 1000) -> Time:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Time], None]:
     """Has Checkpointers wait by that time."""
-    await_free = heartbeat.await_free
+    await_free = in_use.await_free
 
     def use(times: Time) -> None:
         patched = functools.partial(await_free, clock=times.clock, sleep=times.sleep)
@@ -161,7 +162,7 @@ def test_a_job_that_closes_while_it_saves_is_waited_for(memory_url: str, caplog:
 
     times = Time(each_second)
     heartbeat.write(store, mine.token, 0)
-    assert heartbeat.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep) is None
+    assert in_use.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep) is None
     assert times.now_s == 100
     assert caplog.text.count("job 'first' (generation 0, on node-1) is closing; waiting for its last save") == 1
 
@@ -238,7 +239,7 @@ def test_a_run_that_a_third_job_takes_meanwhile_is_looked_at_anew(memory_url: st
 
     times = Time(each_second)
     with pytest.raises(InUse, match="job 'third'"):
-        heartbeat.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep)
+        in_use.await_free(store, owner_of("b", "b"), clock=times.clock, sleep=times.sleep)
 
 
 def test_a_checkpointer_that_cannot_be_opened_leaves_no_beat(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

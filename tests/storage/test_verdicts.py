@@ -10,7 +10,7 @@ import pytest
 
 from storage.errors import Cause, Transient
 from storage.run import heartbeat, owner
-from storage.run.heartbeat import SILENCE_S, Liveness, Watch
+from storage.run.in_use import SILENCE_S, Liveness, Watch
 from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.memory import MemoryStore
 from storage.stores.retry_policy import IMPATIENT_RULES, Retrier

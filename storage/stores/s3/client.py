@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 PAGE_SIZE = 1000
 ANSWER_SIZE_BYTES_MAX = 4 * 1024 * 1024
-"""Of a control request. A page of a thousand names of 1024 bytes, each of them as %XX, has 3.5 MB."""
+"""The largest answer to a control request. A page of a thousand names of 1024 bytes, each as %XX, has 3.5 MB."""
 _FLAG = re.compile(rb"<IsTruncated(?!>\s*(true|false)\s*</IsTruncated>)")
 """botocore takes everything but "true" for false, and a listing would be cut short."""
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")

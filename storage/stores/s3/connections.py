@@ -167,7 +167,7 @@ class _Idle:
         self._is_closed = False
 
     def take(self) -> http.client.HTTPConnection | None:
-        """One that the server has not closed, as far as can be seen."""
+        """Take one that the server has not closed, as far as can be seen; None if there is none."""
         while True:
             with self._lock:
                 if not self._connections:
@@ -200,7 +200,10 @@ class _Idle:
 
 
 def connect_error(address: Address, error: Exception) -> StorageError:
-    """Why there is no connection to `address`: for good (its certificate), or for now. Holds no password of a proxy."""
+    """The error of a connection to `address` that failed: for good (its certificate), or for now.
+
+    Its text holds no password of a proxy.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message or str(error)
         return Denied(f"the certificate of {address} is not trusted ({why}); name its authority in ca_bundle")

@@ -47,7 +47,7 @@ def upload_arguments(algorithm: Algorithm | None) -> dict[str, str]:
 
 
 def part_arguments(algorithm: Algorithm | None, part: Sent) -> dict[str, str]:
-    """The same of a part when the upload is ended: who has begun it with an algorithm must say what was sent."""
+    """What ending an upload has to say of a part: an upload that was begun with an algorithm wants its checksum."""
     return {} if algorithm in (None, "md5") else {f"Checksum{str(algorithm).upper()}": part.digest}
 
 

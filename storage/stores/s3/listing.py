@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeVar
 from storage.errors import Denied
 
 LISTING_SIZE_BYTES_MAX = 256 * 1024 * 1024
-"""Of all pages: names, and what is told with each. It is room for some 700,000 objects of ours."""
+"""The most that all pages of a listing may hold of names and what is told with each: some 700,000 objects of ours."""
 NUM_PAGES_MAX = 10_000
-"""A page may be empty: servers look through so many deleted names at a time."""
+"""The most pages of a listing. A page may be empty: servers look through so many deleted names at a time."""
 _ROW_SIZE_BYTES = 256
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Page:
 
     @property
     def names(self) -> list[str]:
-        """All that it names."""
+        """All names on this page."""
         return [*(name for name, *_ in self.objects), *self.folders]
 
 
@@ -58,7 +58,7 @@ class UploadsPage:
 
     @property
     def names(self) -> list[str]:
-        """All that it names."""
+        """All names on this page."""
         return [name for name, *_ in self.rows]
 
 

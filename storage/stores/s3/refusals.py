@@ -38,7 +38,7 @@ _REDIRECT = {
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 _FORBIDDEN = {"", "AccessDenied", "AllAccessDisabled"}
-"""Of a 403; with other codes it is the credentials themselves that are wrong. A HEAD's refusal has none."""
+"""Codes of a 403 that refuses an access; others say that the credentials are wrong. A HEAD's refusal has no code."""
 _BODY_MAX_CHARS = 200
 
 
@@ -55,7 +55,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: `verb` as people say it, `what` as in `s3://bucket/key`."""
+    """What was asked for, in the words of messages: `verb` such as "look at", `what` such as `s3://bucket/key`."""
 
     verb: str
     what: str

@@ -16,7 +16,7 @@ from storage.stores.buffers import size_of
 
 _SLICE_SIZE_BYTES = 4 * 1024 * 1024
 _UNREAD_SIZE_BYTES = 64 * 1024
-"""Of a body that nobody asked for, or that explains a refusal: what goes on for longer costs the connection."""
+"""The most that is read of a body that nobody asked for, or of a refusal: a longer one costs the connection."""
 _NUM_INTERIM_MAX = 10
 _NUM_TRAILERS_MAX = 100
 
