@@ -16,7 +16,7 @@ from storage.stores.objects import Capability, ObjectStore
 
 
 class Ownership:
-    """Claims a run for all ranks of a group, from `start` to `close`. The coordinator's heart beats for all.
+    """Claims a run for all ranks of a group, from `start` to `close`. The coordinator's heartbeat is all ranks'.
 
     Args:
         claimant: the job's claim, of which that of the coordinator counts.

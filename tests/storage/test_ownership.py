@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
 from elastic_moe.trainer.run import _healthy_steps
-from storage import Checkpointer, ShardReader, ShardWriter, inspection, open_store, register_scheme
+from storage import Access, Checkpointer, JobIdentity, ShardReader, ShardWriter, inspection, open_store, register_scheme
 from storage.errors import Fenced, InUse, NoCheckpoint, UsageError
 from storage.run import heartbeat, in_use, owner
 from storage.run.heartbeat import Heartbeat
@@ -64,20 +64,20 @@ def test_a_checkpointer_closes_its_store_once(opens: Opens) -> None:
     ckpt.close()
     ckpt.close()
     assert opens() == [1]
-    with Checkpointer(URL, read_only=True) as reader:
+    with Checkpointer(URL, access=Access.READ) as reader:
         assert reader.restore(state(0)) == 1
     assert opens() == [1, 1]
 
 
 def test_a_checkpointer_that_cannot_open_closes_its_store(opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Checkpointer(URL, lineage="a", generation=2):
+    with Checkpointer(URL, job=JobIdentity(lineage="a", generation=2)):
         with pytest.raises(Fenced):
-            Checkpointer(URL, lineage="a", generation=1)
+            Checkpointer(URL, job=JobIdentity(lineage="a", generation=1)).start()
         monkeypatch.setattr(in_use, "SILENCE_S", 0.0)
         monkeypatch.setattr(heartbeat, "INTERVAL_S", 100.0)
         monkeypatch.setattr(in_use.Watch, "liveness", lambda self, now_s: in_use.Liveness.ALIVE)
         with pytest.raises(InUse):
-            Checkpointer(URL, lineage="b")
+            Checkpointer(URL, job=JobIdentity(lineage="b")).start()
         assert opens() == [0, 1, 1]
     assert opens() == [1, 1, 1]
     assert not any(thread.name == "storage-heartbeat" for thread in threading.enumerate())

@@ -58,7 +58,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Time], None]:
 
     def use(times: Time) -> None:
         patched = functools.partial(await_free, clock=times.clock, sleep=times.sleep)
-        monkeypatch.setattr(heartbeat, "await_free", patched)
+        monkeypatch.setattr(in_use, "await_free", patched)
 
     return use
 
@@ -200,7 +200,7 @@ class Held(MemoryStore):
 def test_the_loser_of_two_that_claim_at_once_is_told(
     memory_url: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "Heartbeat", functools.partial(Heartbeat, interval_s=0.01))
+    monkeypatch.setattr("storage.saving.ownership.Heartbeat", functools.partial(Heartbeat, interval_s=0.01))
     with Checkpointer(memory_url, job=JobIdentity(lineage="a"), on_event=events[1]) as loser:
         owner.claim(open_store(memory_url), owner_of("b", "b", run_id="second"))
         until("it is told", lambda: bool(events[0]))
