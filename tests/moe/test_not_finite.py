@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic_moe import worker
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite
 from elastic_moe.parallel import build_mesh, init_weights
-from elastic_moe.trainer import run, step
+from elastic_moe.trainer import loop, step
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.setup import set_up
+from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import StepResult
+from launcher import WorkerContext, worker
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import StopReason, WorkerPhase
 from storage import Checkpointer, inspection
@@ -194,9 +195,9 @@ class Script:
             "yielded": lambda step: setattr(self, "yielded_at", step),
         }.items():
             monkeypatch.setattr(worker, name, replaced)
-        monkeypatch.setattr(run, "from_rank_0", lambda numbers: numbers())
-        monkeypatch.setattr(run, "_report", lambda *_: None)
-        monkeypatch.setattr(run, "_healthy_steps", lambda url: [s.step for s in self.saved if s.healthy])
+        monkeypatch.setattr(loop, "from_rank_0", lambda numbers: numbers())
+        monkeypatch.setattr(loop.Loop, "_report", lambda *_: None)
+        monkeypatch.setattr(loop, "_healthy_steps", lambda url: [s.step for s in self.saved if s.healthy])
 
     def step(self, done: int) -> StepResult:
         if done + 1 == self.poisoned_at:
@@ -218,8 +219,9 @@ class Script:
         what = JobConfig.model_validate(
             {"train": {"steps": steps, **train}, "checkpoint": {"url": "somewhere", "every": 4}}
         )
-        here = worker.WorkerContext(0, 0, 1, 0, "", "", None)
-        run.run_steps(what, here, self, self.progress, self.state, self, None)  # type: ignore[arg-type]
+        here = WorkerContext(0, 0, 1, 0, "", "", None)
+        signals = StopSignals(under_agent=True)
+        loop.Loop(what, here, self, self.progress, self.state, self, None, signals).run()  # type: ignore[arg-type]
 
 
 def test_a_save_that_is_due_waits_for_a_step_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

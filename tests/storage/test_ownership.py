@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from elastic_moe.cli.main import main
-from elastic_moe.trainer.run import _healthy_steps
+from elastic_moe.trainer.loop import _healthy_steps
 from storage import Access, Checkpointer, JobIdentity, ShardReader, ShardWriter, inspection, open_store, register_scheme
 from storage.errors import Fenced, InUse, NoCheckpoint, UsageError
 from storage.run import heartbeat, in_use, owner

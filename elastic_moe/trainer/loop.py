@@ -1,0 +1,202 @@
+"""The loop over steps: what is told of each, when the state is saved, and when the training stops."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_moe.config import JobConfig
+from elastic_moe.errors import NotFinite, NotSaved
+from elastic_moe.events import TrainerEvent
+from elastic_moe.trainer.health import first_not_finite, go_back_to
+from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
+from elastic_moe.trainer.signals import StopSignals
+from elastic_moe.trainer.state import DataProgress
+from elastic_moe.trainer.step import Stepper, StepResult
+from elastic_moe.trainer.world import from_rank_0
+from launcher import WorkerContext, worker
+from storage import Checkpointer, NoCheckpoint, StorageError, locate, summaries
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """A run on this rank, from `progress.step` on. `run` is a collective.
+
+    At the boundary after a skipped step nothing is saved, and nobody stops: whether its state is any good shows in the
+    next one. The last step has no next one, so its state counts as unhealthy then.
+    """
+
+    job: JobConfig
+    here: WorkerContext
+    stepper: Stepper
+    progress: DataProgress
+    state: dict[str, Any]
+    checkpointer: Checkpointer | None
+    metrics: MetricsFile | None
+    signals: StopSignals
+    _is_due: bool = field(default=False, init=False)
+
+    def run(self) -> None:
+        """Step to the last, or to a stop.
+
+        Raises:
+            NotSaved: the last step could not be saved.
+            NotFinite: too many steps in a row were skipped, or the last one, or the model holds what is not finite.
+        """
+        job, progress = self.job, self.progress
+        if progress.step >= job.train.steps:
+            log.info(
+                "the checkpoint is of step %d and train.steps is %d: nothing is left", progress.step, job.train.steps
+            )
+        while progress.step < job.train.steps:
+            result = self._step()
+            reason = worker.should_stop() or ("drain" if self.signals.asked() else None)
+            last = progress.step == job.train.steps
+            self._is_due = self._is_due or progress.step % job.checkpoint.every == 0
+            if result.skipped:
+                self._mind_skipped(result)
+                if not last:
+                    if reason:
+                        worker.event(TrainerEvent.STOP_POSTPONED, step=progress.step, reason=reason)
+                    continue
+            if self.checkpointer is not None and (reason or last or self._is_due):
+                self._save(self.checkpointer, result, reason, last=last)
+            if result.skipped:
+                raise self._give_up(f"step {progress.step}, the last, was skipped, since {result.skipped}")
+            if reason and not last and self._may_stop(reason):
+                if self.checkpointer is not None and reason == "drain":
+                    self.checkpointer.close()  # if all nodes drain, the next launch need not ask whether this one lives
+                worker.yielded(progress.step)
+                return
+
+    def _step(self) -> StepResult:
+        began_s = time.perf_counter()
+        result = self.stepper.step(self.progress.step)
+        self.progress.count(skipped=bool(result.skipped))
+        step_s = time.perf_counter() - began_s
+        worker.heartbeat(self.progress.step, step_s=step_s)
+        if self.here.rank == 0:
+            self._report(result, step_s)
+        return result
+
+    def _save(self, checkpointer: Checkpointer, result: StepResult, reason: str | None, *, last: bool) -> None:
+        step = self.progress.step
+        self._is_due = False
+        if reason == "drain" or last:
+            checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
+        with worker.untimed():
+            bad = first_not_finite(self.state)
+            healthy = worker.on_all_ranks(not bad and not result.skipped)
+            checkpointer.save(step, self.state, wait=bool(reason) or last, healthy=healthy)
+            if last and not worker.on_all_ranks(checkpointer.wait()):
+                raise NotSaved(f"step {step} is the last and could not be saved to {self.job.checkpoint.url}")
+            if not healthy and not result.skipped:
+                raise self._give_up(_tell_bad(step, bad))
+
+    def _may_stop(self, reason: str) -> bool:
+        """Whether the state of this step is safe, the same on all ranks; else training goes on to the next boundary.
+
+        The agent bounds how often that can happen: it asks for so long only.
+        """
+        step = self.progress.step
+        if self.checkpointer is None:
+            log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
+            return True
+        with worker.untimed():
+            if worker.on_all_ranks(self.checkpointer.wait()):
+                return True
+        log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
+        worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
+        return False
+
+    def _mind_skipped(self, result: StepResult) -> None:
+        """Tell of a step that has changed nothing: an event from rank 0, and one from each rank in whose own sequences
+        it began, because of its data or its hardware.
+
+        Raises:
+            NotFinite: it is one too many.
+        """
+        step, in_row, limit = self.progress.step, self.progress.skipped_in_row, self.job.train.max_skipped
+        if not math.isfinite(result.own_loss):
+            log.warning("step %d: the loss of this rank's sequences is %s", step, result.own_loss)
+            worker.event(TrainerEvent.LOSS_NOT_FINITE, step=step, loss=str(result.own_loss))
+        if self.here.rank == 0:
+            log.warning("step %d is skipped (%d in a row; %d end the job): %s", step, in_row, limit, result.skipped)
+            worker.event(TrainerEvent.STEP_SKIPPED, step=step, reason=result.skipped, in_row=in_row, limit=limit)
+        if in_row >= limit:
+            raise self._give_up(f"{in_row} steps in a row were skipped up to step {step}, since {result.skipped}")
+
+    def _give_up(self, why: str) -> NotFinite:
+        """The error that ends the job, and names the checkpoint to go back to. A collective."""
+        worker.gave_up()
+        url = self.job.checkpoint.url
+        if self.checkpointer is None or url is None:
+            return NotFinite(f"{why}; there is no checkpoint, since checkpoint.url is not set")
+        self.checkpointer.wait()
+        step, in_row = self.progress.step, self.progress.skipped_in_row
+        newest, good = from_rank_0(lambda: go_back_to(_healthy_steps(url), step, in_row))
+        if newest < 0:
+            return NotFinite(f"{why}; there is no healthy checkpoint in {url}")
+        told = f"{why}; the newest healthy checkpoint in {url} is of step {newest}"
+        if good != newest:
+            told += f", the very state that fails: to go on from that of step {good}, remove it"
+        return NotFinite(told)
+
+    def _report(self, result: StepResult, step_s: float) -> None:
+        train, step = self.job.train, self.progress.step
+        if self.metrics is not None:
+            plan = self.stepper.meshes.plan
+            self.metrics.append(
+                StepMetrics(
+                    step=step,
+                    loss=result.loss if math.isfinite(result.loss) else None,
+                    grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+                    lr=result.lr,
+                    tokens=step * train.global_batch * train.seq_len,
+                    load_max=float((result.load_LE.amax(dim=1) / result.load_LE.mean(dim=1)).max()),
+                    step_s=step_s,
+                    generation=self.here.generation,
+                    world_size=self.here.world_size,
+                    mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
+                    ts=time.time(),
+                    skipped=result.skipped,
+                )
+            )
+        if step % train.log_every == 0 or step == train.steps:
+            log.info(
+                "step %d/%d  loss %.4f  grad norm %.3f  %.0f tokens/s",
+                step,
+                train.steps,
+                result.loss,
+                result.grad_norm,
+                train.global_batch * train.seq_len / step_s,
+            )
+
+
+def _tell_bad(step: int, bad: str) -> str:
+    """Say that a state is not finite.
+
+    Args:
+        bad: this rank's first tensor with what is not finite, "" where it has none but another rank does.
+    """
+    if bad:
+        log.warning("step %d: %s is not finite on this rank", step, bad)
+        worker.event(TrainerEvent.STATE_NOT_FINITE, step=step, tensor=bad)
+    return f"the state after step {step} is not finite" + (f" ({bad})" if bad else "")
+
+
+def _healthy_steps(url: str) -> list[int]:
+    try:
+        with locate(url) as location:
+            rows = summaries(location)
+    except NoCheckpoint:
+        return []
+    except StorageError as error:
+        log.warning("the checkpoints in %s cannot be listed: %s", url, error)
+        return []
+    return [row.step for row in rows if row.step is not None and row.state in ("committed", "stock")]

@@ -1,0 +1,108 @@
+"""A training without an agent is asked to stop: by a scheduler's SIGTERM, or at the keyboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.trainer.signals import StopSignals
+
+DEADLINE_S = 90.0
+JOB = """
+[model]
+dim = 32
+num_layers = 1
+num_experts = 2
+expert_dim = 32
+[train]
+steps = 100000
+global_batch = 2
+seq_len = 8
+[checkpoint]
+url = "checkpoints"
+every = 100000
+"""
+
+
+class Training:
+    """`elastic-moe train` in a folder, alone or on two ranks that torchrun's environment makes."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self.folder = folder
+        (folder / "job.toml").write_text(JOB)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_MOE_")}
+        command = [sys.executable, "-m", "elastic_moe", "train", "job.toml"]
+        if world_size > 1:
+            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m", "elastic_moe"]
+            command = [sys.executable, *run, "train", "job.toml"]
+        self.process = subprocess.Popen(command, cwd=folder, env=clean, stderr=subprocess.PIPE, text=True)
+
+    def reach(self, step: int) -> None:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while self.step() < step:
+            assert time.monotonic() < deadline_s, f"step {step} was not reached"
+            assert self.process.poll() is None, "the training ended"
+            time.sleep(0.02)
+
+    def step(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return int(json.loads(whole[-1])["step"]) if whole else 0
+
+    def saved(self) -> list[int]:
+        return sorted(int(path.name.split("-")[1]) for path in (self.folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(params=[1, 2], ids=["alone", "two ranks of torchrun"])
+def training(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Training]:
+    started = Training(tmp_path, request.param)
+    yield started
+    started.process.kill()
+    started.process.communicate()
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(training: Training, request: pytest.FixtureRequest) -> None:
+    training.reach(3)
+    training.process.send_signal(signal.SIGTERM)
+    _, told = training.process.communicate(timeout=DEADLINE_S)
+    assert training.saved() == [training.step()]
+    if "alone" in request.node.callspec.id:  # torchrun has an exit code of its own
+        assert training.process.returncode == 75
+        step = training.step()
+        assert f"SIGTERM stopped the training after step {step}, its state is in checkpoints" in told.splitlines()[-1]
+
+
+class Asked(Exception):
+    """What the handler before ours does."""
+
+
+def test_a_second_signal_does_what_it_would_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks twice does not want to wait for a save."""
+
+    def earlier(number: int, frame: object) -> None:
+        raise Asked
+
+    before = signal.signal(signal.SIGTERM, earlier)
+    try:
+        with StopSignals(under_agent=False) as signals:
+            assert not signals.asked()
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.asked()
+            assert signals.received is signal.SIGTERM
+            with pytest.raises(Asked):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is earlier
+        with StopSignals(under_agent=True) as signals, pytest.raises(Asked):
+            signal.raise_signal(signal.SIGTERM)
+        assert not signals.asked()
+    finally:
+        signal.signal(signal.SIGTERM, before)
