@@ -34,6 +34,13 @@ def test_the_sources_that_a_page_names_exist(page: str) -> None:
         assert (ROOT / named).exists(), f"{page}: {named}"
 
 
+def test_the_architecture_names_every_module_of_the_launcher() -> None:
+    named = re.findall(r"([\w/]+\.py)\b", (ROOT / "docs" / "architecture.md").read_text())
+    names = {Path(name).name for name in named}
+    modules = [path for path in (ROOT / "launcher").rglob("*.py") if path.name != "__init__.py"]
+    assert not [str(path.relative_to(ROOT)) for path in modules if path.name not in names]
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in PAGES:
