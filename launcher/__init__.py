@@ -1,15 +1,16 @@
 """Launches PyTorch jobs on machines that come and go: who is in the job, on which mesh, and which processes run.
 
-In a script     worker tells the agent how far this rank is and learns when to stop (heartbeat, should_stop, untimed,
-                yielded, gave_up, event), and who it is (context, a WorkerContext). Without an agent nothing happens.
+In a script     worker tells the agent how far this rank is and learns from it when to stop: heartbeat, should_stop,
+                untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without an agent
+                nothing happens, and every call has a sensible answer.
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
-Launching       launch_agent runs one node's agent, as `elastic-moe run` does, with Extras beside torchrun's options:
-                HangRules, PreflightRules and further Checks, a Planner, names of preemption Watchers (entry point
+Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
+                HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
                 group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
-From outside    open_job is a JobClient: nodes, follow (JobStatus after JobStatus), drain (a DrainOrder).
-Afterwards      EventName names what stands in `events.jsonl`, line by line an EventRecord; launcher.reports accounts
-                for a job's time from them.
-Environment     what agents set for their workers, and users for agents.
+From outside    open_job is a JobClient: nodes, follow (JobStatus after JobStatus), drain (with a DrainOrder).
+Afterwards      EventName names the events of `events.jsonl`, each of whose lines is an EventRecord; launcher.reports
+                makes from them the account of a job's time.
+Environment     holds what agents set for their workers, and users for agents.
 
 Names are imported when they are first used, and torch only by those that need it.
 """
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from launcher.health.preflight import Check, PreflightRules
     from launcher.job_client import JobClient, open_job
     from launcher.kv.connect import BACKENDS, unknown_backend
-    from launcher.launch import Extras, launch_agent
-    from launcher.reports.job_status import JobStatus, Seat
+    from launcher.launch import LaunchOptions, launch_agent
+    from launcher.reports.job_status import JobStatus, NodeStatus
     from launcher.rounds.forming import Planner
     from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
     from launcher.rounds.records import Node
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
-__all__ += ["Auto", "Check", "Extras", "HangLimit", "HangRules", "Notice", "Planner", "PreflightRules", "Watcher"]
-__all__ += ["BACKENDS", "Console", "Imports", "fork_zygote", "launch_agent", "unknown_backend"]
+__all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
+__all__ += ["BACKENDS", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent", "unknown_backend"]
 __all__ += ["keep_to_own", "tied_command"]
-__all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "Seat", "open_job"]
+__all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "NodeStatus", "open_job"]
 __all__ += ["Environment", "EventName", "EventRecord"]
 __all__ += errors.__all__
 
@@ -63,8 +64,8 @@ _ROOMS = {
     "launcher.health.preflight": "Check PreflightRules",
     "launcher.job_client": "JobClient open_job",
     "launcher.kv.connect": "BACKENDS unknown_backend",
-    "launcher.launch": "Extras launch_agent",
-    "launcher.reports.job_status": "JobStatus Seat",
+    "launcher.launch": "LaunchOptions launch_agent",
+    "launcher.reports.job_status": "JobStatus NodeStatus",
     "launcher.rounds.forming": "Planner",
     "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
     "launcher.rounds.records": "Node",

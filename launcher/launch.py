@@ -63,7 +63,7 @@ _LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: th
 
 
 @dataclass(frozen=True)
-class Extras:
+class LaunchOptions:
     """Options of a node that torchrun's `LaunchConfig` has no field for."""
 
     node_name: str = ""
@@ -96,7 +96,7 @@ class Extras:
     """Further checks, run with those of `preflight`."""
 
 
-def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
+def launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOptions) -> int:
     """Run this node's part of the job to its end.
 
     Returns:
@@ -124,7 +124,7 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -
         raise
 
 
-def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) -> int:
+def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOptions) -> int:
     conf = RendezvousConf.parse(config.rdzv_configs)
     watchers = find_watchers(extras.preemption_notices)
     meeting = Meeting(config.rdzv_backend, config.rdzv_endpoint, config.run_id, conf, config.local_addr)
@@ -194,7 +194,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: Extras) 
 
 
 def _warm_start(
-    config: LaunchConfig, command: Sequence[str], extras: Extras, runtime_dir: Path, events: EventLog
+    config: LaunchConfig, command: Sequence[str], extras: LaunchOptions, runtime_dir: Path, events: EventLog
 ) -> WarmStart | None:
     """Return what forks the workers. None where that cannot be: NUMA binding wraps a worker's program, which a fork has
     not, and only Python without options can be forked."""
@@ -206,7 +206,7 @@ def _warm_start(
     return None
 
 
-def _preflight(extras: Extras, events: EventLog) -> Preflight:
+def _preflight(extras: LaunchOptions, events: EventLog) -> Preflight:
     folders = [Path(tempfile.gettempdir()), *([extras.log_dir] if extras.log_dir else [])]
     return Preflight((*standard_checks(extras.preflight, folders), *extras.checks), events)
 

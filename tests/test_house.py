@@ -39,7 +39,6 @@ POSITIONAL_BOOLEANS = {
 }
 SHARED_CLASS_NAMES = {
     "elastic_moe: ElasticCallback",
-    "launcher: Cause",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

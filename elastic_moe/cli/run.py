@@ -65,7 +65,7 @@ def handle(args: argparse.Namespace) -> int:
     """Run this node's agent."""
     from torch.distributed.run import config_from_args
 
-    from launcher import Console, Extras, launch_agent
+    from launcher import Console, LaunchOptions, launch_agent
 
     given = _parse(args.arguments)
     log_to_console()
@@ -83,7 +83,7 @@ def handle(args: argparse.Namespace) -> int:
         raise UserError(f"--nproc-per-node {given.nproc_per_node}: a node runs at least one worker")
     if not isinstance(command, str):
         raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
-    extras = Extras(
+    extras = LaunchOptions(
         node_name=given.node_name,
         max_restarts=given.max_restarts_given,
         planner=_planner(given.mesh) if given.mesh else None,

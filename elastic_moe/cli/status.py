@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from elastic_moe.cli.parser import Subparsers
-    from launcher import JobStatus, Seat
+    from launcher import JobStatus, NodeStatus
 
     _Show = Callable[[JobStatus, str], None]
 
@@ -73,7 +73,7 @@ def handle(args: argparse.Namespace) -> int:
             print(json.dumps(as_json(first, time.time()), indent=2))
         else:
             print("\n".join(as_lines(first, time.time())))
-    return 0 if first.seats or first.round else 1
+    return 0 if first.nodes or first.round else 1
 
 
 def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
@@ -84,7 +84,7 @@ def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
         show(found, trouble)
         if found.round is not None and found.round.outcome:
             return found.round.verdict.exit_code
-        some_s = now_s if found.seats or trouble else some_s
+        some_s = now_s if found.nodes or trouble else some_s
         heard_s = heard_s if trouble else now_s
         if now_s - some_s > _NOBODY_S:
             print(f"no node of the job has been there for {_NOBODY_S:.0f} s", file=sys.stderr)
@@ -104,12 +104,12 @@ def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:
         "run_id": found.run_id,
         "ts": round(now_ts, 3),
         "state": found.state,
-        "leader": next((seat.node_id for seat in found.seats if seat.leads), None),
+        "leader": next((node.node_id for node in found.nodes if node.leads), None),
         "step": found.step,
         "heartbeat_ts": found.beat_ts or None,
         "failure": {"ts": failure.ts, "message": failure.text} if failure else None,
         "checkpoint": {"ts": checkpoint.ts, "step": checkpoint.step} if checkpoint else None,
-        "nodes": [_node_json(seat) for seat in found.seats],
+        "nodes": [_node_json(node) for node in found.nodes],
         "round": {
             **dataclasses.asdict(current),
             "world_size": current.world_size,
@@ -121,10 +121,10 @@ def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:
     }
 
 
-def _node_json(seat: Seat) -> dict[str, Any]:
-    fields = dataclasses.asdict(seat)
+def _node_json(node: NodeStatus) -> dict[str, Any]:
+    fields = dataclasses.asdict(node)
     beat_ts = fields.pop("beat_ts")
-    return {**fields, "ranks": list(seat.ranks), "heartbeat_ts": beat_ts or None}
+    return {**fields, "ranks": list(node.ranks), "heartbeat_ts": beat_ts or None}
 
 
 def as_lines(found: JobStatus, now_ts: float) -> list[str]:
@@ -141,9 +141,9 @@ def as_lines(found: JobStatus, now_ts: float) -> list[str]:
         if found.missing:
             lines.append(f"  no longer there: {', '.join(found.missing)}")
     lines += _signs(found, now_ts)
-    if found.seats:
+    if found.nodes:
         rows: list[tuple[str, ...]] = [_HEADINGS]
-        rows += [_row(seat, now_ts) for seat in found.seats]
+        rows += [_row(node, now_ts) for node in found.nodes]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines
@@ -173,14 +173,14 @@ def _ago(ts: float, now_ts: float) -> str:
     raise AssertionError
 
 
-def _row(seat: Seat, now_ts: float) -> tuple[str, ...]:
-    status = f"{seat.status}, draining" if seat.draining else seat.status
-    ranks = f"{seat.ranks[0]}-{seat.ranks[-1]}" if len(seat.ranks) > 1 else "".join(map(str, seat.ranks)) or "-"
-    generation = str(seat.generation) if seat.generation else "-"
-    step = str(seat.step) if seat.step >= 0 else "-"
-    beat = _ago(seat.beat_ts, now_ts) if seat.beat_ts else "-"
-    place = seat.node_id, seat.host, seat.address, str(seat.slots)
-    return *place, status, generation, ranks, step, beat, seat.reason
+def _row(node: NodeStatus, now_ts: float) -> tuple[str, ...]:
+    status = f"{node.status}, draining" if node.draining else node.status
+    ranks = f"{node.ranks[0]}-{node.ranks[-1]}" if len(node.ranks) > 1 else "".join(map(str, node.ranks)) or "-"
+    generation = str(node.generation) if node.generation else "-"
+    step = str(node.step) if node.step >= 0 else "-"
+    beat = _ago(node.beat_ts, now_ts) if node.beat_ts else "-"
+    place = node.node_id, node.host, node.address, str(node.slots)
+    return *place, status, generation, ranks, step, beat, node.reason
 
 
 class _Changes:
@@ -191,8 +191,8 @@ class _Changes:
 
     def has(self, found: JobStatus, trouble: str) -> bool:
         """Whether this state differs from the one before."""
-        seats = tuple(dataclasses.replace(seat, step=-1, beat_ts=0.0) for seat in found.seats)
-        state = dataclasses.replace(found, seats=seats), trouble
+        nodes = tuple(dataclasses.replace(node, step=-1, beat_ts=0.0) for node in found.nodes)
+        state = dataclasses.replace(found, nodes=nodes), trouble
         is_news, self._last = state != self._last, state
         return is_news
 

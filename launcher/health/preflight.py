@@ -1,6 +1,6 @@
 """Checks before every round whether this node is fit to run workers; one that is not says why, and stays out.
 
-A check is anything that keeps the contract of `Check`; `launch.Extras.checks` takes more of them. Those that only ask
+A check is anything that keeps the contract of `Check`; `LaunchOptions.checks` takes more of them. Those that only ask
 the kernel run at once (microseconds); those that start a process run beside one another, after the old workers have
 ended, so that a user's own test finds the devices free.
 """

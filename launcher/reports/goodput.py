@@ -18,7 +18,7 @@ from launcher.events import EventName, EventRecord
 from launcher.reports.causes import Cause, Goodput, Interruption, Outage, covered
 from launcher.reports.ledger import Ledger, Stretch
 from launcher.reports.outages import outages, silences
-from launcher.reports.rounds import rounds_of
+from launcher.reports.round_steps import rounds_of
 from launcher.rounds.records import SUCCEEDED
 
 __all__ = ["Cause", "Goodput", "Interruption", "Outage", "account", "covered"]

@@ -11,7 +11,7 @@ from launcher.rounds.vitals import Vitals
 
 
 @dataclass(frozen=True)
-class Seat:
+class NodeStatus:
     """One live node and its place in the round."""
 
     node_id: str
@@ -33,7 +33,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Told:
+class LastEvent:
     """Something that happened last, and when (epoch seconds)."""
 
     ts: float
@@ -46,42 +46,42 @@ class JobStatus:
     """All of a job's state at one moment."""
 
     run_id: str
-    seats: tuple[Seat, ...]
+    nodes: tuple[NodeStatus, ...]
     """Oldest first."""
     round: Round | None
     broken: str
     """Why the round cannot go on; "" while it can."""
     missing: tuple[str, ...]
     """Participants of the round without a live record."""
-    failure: Told | None = None
+    failure: LastEvent | None = None
     """The last failure of a worker, as far as the live nodes and the round know of one."""
-    checkpoint: Told | None = None
+    checkpoint: LastEvent | None = None
     """The last checkpoint that live nodes' workers have committed."""
 
     @property
     def step(self) -> int:
         """How far the job is, -1 where nobody tells."""
-        return max((seat.step for seat in self.seats), default=-1)
+        return max((node.step for node in self.nodes), default=-1)
 
     @property
     def beat_ts(self) -> float:
         """The oldest of the participants' last heartbeats, 0 where nobody tells: all wait for the slowest."""
-        return min((seat.beat_ts for seat in self.seats if seat.ranks and seat.beat_ts), default=0.0)
+        return min((node.beat_ts for node in self.nodes if node.ranks and node.beat_ts), default=0.0)
 
     @property
     def state(self) -> str:
         """The job in a few words."""
         if self.round is None:
-            return "waiting for the first round" if self.seats else "unknown: no node and no round"
+            return "waiting for the first round" if self.nodes else "unknown: no node and no round"
         if self.round.outcome:
             return self.round.outcome
-        if not self.seats:
+        if not self.nodes:
             return "no live node"
         if self.broken:
             return f"forming a round: {self.broken}"
         if self.round.stop:
             return f"stopping at a step boundary: {self.round.stop}"
-        joined = [s for s in self.seats if s.ranks and s.generation == self.round.generation]
+        joined = [s for s in self.nodes if s.ranks and s.generation == self.round.generation]
         return "running" if len(joined) == len(self.round.participants) else "starting"
 
 
@@ -89,8 +89,8 @@ def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = No
     """What a view of a job says to a person, with what nodes have told of their workers, by node."""
     current, told = view.round, vitals or {}
     broken = breakage(view) if current and not current.outcome else None
-    seats = tuple(
-        Seat(
+    nodes = tuple(
+        NodeStatus(
             node_id=node.node_id,
             host=node.host,
             address=node.address,
@@ -110,11 +110,11 @@ def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = No
     missing = [p.node_id for p in current.participants if view.node(p.node_id) is None] if current else []
     failures = [_told_of(node.failure, node.node_id) for node in view.nodes if node.failure]
     failures += [_told_of(cause.failure, cause.node_id) for cause in current.causes[:1]] if current else []
-    failures += [Told(one.failure_ts, one.failure) for one in told.values() if one.failure_ts]
-    checkpoints = [Told(one.checkpoint_ts, "", one.checkpoint_step) for one in told.values() if one.checkpoint_ts]
+    failures += [LastEvent(one.failure_ts, one.failure) for one in told.values() if one.failure_ts]
+    checkpoints = [LastEvent(one.checkpoint_ts, "", one.checkpoint_step) for one in told.values() if one.checkpoint_ts]
     return JobStatus(
         run_id,
-        seats,
+        nodes,
         current,
         broken.reason if broken else "",
         tuple(missing),
@@ -123,8 +123,8 @@ def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = No
     )
 
 
-def _told_of(failure: Failure, node_id: str) -> Told:
-    return Told(failure.ts, f"{describe(failure)} (on {node_id})", failure.step)
+def _told_of(failure: Failure, node_id: str) -> LastEvent:
+    return LastEvent(failure.ts, f"{describe(failure)} (on {node_id})", failure.step)
 
 
 def _ranks(current: Round | None, node_id: str) -> tuple[int, ...]:

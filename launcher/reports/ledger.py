@@ -20,7 +20,7 @@ from launcher.events import EventName, EventRecord
 from launcher.reports.causes import EXPLAINS, Cause, Interruption
 from launcher.reports.outages import JOB_STORE, Silence
 from launcher.reports.reasons import UNSPECIFIC, Why, why_of, why_of_event
-from launcher.reports.rounds import RoundSteps
+from launcher.reports.round_steps import RoundSteps
 from launcher.reports.sentences import sentence
 from launcher.rounds.records import identity_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from launcher.events import EventName, EventRecord
 from launcher.rounds.failures import FailureClass, signal_of
 from launcher.rounds.mesh import describe_mesh
-from launcher.rounds.records import Cause, Round, Verdict
+from launcher.rounds.records import FailedWorker, Round, Verdict
 from launcher.text import describe_end
 
 
@@ -161,11 +161,11 @@ def last_words(ended: Round) -> str:
     return "\n".join(lines)
 
 
-def _where(cause: Cause) -> str:
+def _where(cause: FailedWorker) -> str:
     return f"rank {cause.failure.rank} on {cause.node_id} (host {cause.host})"
 
 
-def _how(cause: Cause) -> str:
+def _how(cause: FailedWorker) -> str:
     failure = cause.failure
     step = f" after step {failure.step}" if failure.step >= 0 else ""
     signum = signal_of(failure.exit_code)
@@ -174,7 +174,7 @@ def _how(cause: Cause) -> str:
     return f"{_HOW_IT_FAILED[failure.kind]}{step} ({end}{place})"
 
 
-def _because(victim: Cause, root: Cause) -> str:
+def _because(victim: FailedWorker, root: FailedWorker) -> str:
     if victim.failure.kind is FailureClass.LOST_PEER:
         return f", because rank {root.failure.rank} failed"
     return f": {victim.failure.message}" if victim.failure.message else ""

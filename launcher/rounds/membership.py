@@ -35,7 +35,7 @@ from launcher.rounds.records import (
     LEFT,
     SUCCEEDED,
     Breakage,
-    Cause,
+    FailedWorker,
     Node,
     Round,
     Status,
@@ -358,11 +358,11 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
     )
 
 
-def _causes(view: View, current: Round) -> tuple[Cause, ...]:
+def _causes(view: View, current: Round) -> tuple[FailedWorker, ...]:
     """The workers that failed in this round, the root cause first."""
     members = [n for p in current.participants if (n := view.node(p.node_id))]
     return order_causes(
-        (view.fell.get(n.node_id, 0), Cause(n.node_id, n.host, n.failure))
+        (view.fell.get(n.node_id, 0), FailedWorker(n.node_id, n.host, n.failure))
         for n in members
         if n.failure and n.generation == current.generation
     )

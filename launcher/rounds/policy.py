@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from launcher.rounds.failures import SETTLED_S, FailureClass
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
-from launcher.rounds.records import Cause, Failure, Verdict, describe
+from launcher.rounds.records import FailedWorker, Failure, Verdict, describe
 
 _TRIED_S = 30.0
 _BACKOFF_MAX_S = 60.0
@@ -69,7 +69,7 @@ def severity(kind: FailureClass) -> int:
     return _SEVERITY.get(kind, 0)
 
 
-def order_causes(reports: Iterable[tuple[int, Cause]]) -> tuple[Cause, ...]:
+def order_causes(reports: Iterable[tuple[int, FailedWorker]]) -> tuple[FailedWorker, ...]:
     """All nodes' failed workers, the root cause first: by class, then by the order in which the leader heard of them.
 
     Only the first keeps its traceback.
@@ -86,14 +86,14 @@ def order_causes(reports: Iterable[tuple[int, Cause]]) -> tuple[Cause, ...]:
     )
 
 
-def brief(causes: Sequence[Cause]) -> tuple[Cause, ...]:
+def brief(causes: Sequence[FailedWorker]) -> tuple[FailedWorker, ...]:
     """The causes for a round that goes on, which every node reads: the first few, without the traceback."""
     return tuple(replace(c, failure=replace(c.failure, traceback="")) for c in causes[:_MAX_BRIEF_CAUSES])
 
 
 def judge(
     history: History,
-    causes: Sequence[Cause],
+    causes: Sequence[FailedWorker],
     limits: Limits,
     *,
     lived_s: float,
@@ -240,7 +240,7 @@ def readmit(history: History, elapsed_s: float, needed: Sequence[str] = ()) -> H
     return dataclasses.replace(history, exclusions=exclusions)
 
 
-def explain(causes: Sequence[Cause], judgement: Judgement) -> str:
+def explain(causes: Sequence[FailedWorker], judgement: Judgement) -> str:
     """How a job ended, in one line."""
     text = f"failed: {describe(causes[0].failure)}"
     return f"{text}; {judgement.why}" if judgement.why else text

@@ -206,7 +206,7 @@ class Participant(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cause:
+class FailedWorker:
     """A failed worker and where it ran."""
 
     node_id: str
@@ -214,7 +214,7 @@ class Cause:
     failure: Failure
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Cause:
+    def from_fields(cls, fields: dict[str, Any]) -> FailedWorker:
         """Read what `dataclasses.asdict` made of one."""
         return checked(cls(fields["node_id"], fields["host"], Failure.from_fields(fields["failure"])))
 
@@ -257,7 +257,7 @@ class Round:
     broken: Breakage | None = None
     outcome: str = ""
     verdict: Verdict = Verdict.NONE
-    causes: tuple[Cause, ...] = ()
+    causes: tuple[FailedWorker, ...] = ()
     history: History = field(default_factory=History)
     formed_ts: float = 0.0
     """Epoch seconds by the leader's clock, for people; 0 is not known."""
@@ -304,7 +304,7 @@ class Round:
         if broken := fields["broken"]:
             fields["broken"] = checked(Breakage(**{**broken, "lost": _texts(broken["lost"])}))
         fields["verdict"] = Verdict(fields["verdict"])
-        fields["causes"] = tuple(Cause.from_fields(cause) for cause in fields["causes"])
+        fields["causes"] = tuple(FailedWorker.from_fields(cause) for cause in fields["causes"])
         fields["history"] = _checked_history(History.from_fields(fields["history"]))
         return checked(cls(**fields))
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from launcher.rounds.forming import Formation
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.policy import Blame, Judgement, Limits, blame, exclude, mark, suspects, waive
-from launcher.rounds.records import Cause, Node, identity_of
+from launcher.rounds.records import FailedWorker, Node, identity_of
 
 
 def weigh(
     judged: Judgement,
-    causes: Sequence[Cause],
+    causes: Sequence[FailedWorker],
     lost: Sequence[str],
     departed: Mapping[str, str],
     limits: Limits,

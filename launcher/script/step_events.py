@@ -16,7 +16,7 @@ from launcher.events import EventName
 _SHARE = 0.05
 _SHORTEST_S, _LONGEST_S = 0.2, 60.0
 
-Told = tuple[EventName, dict[str, Any]]
+NamedEvent = tuple[EventName, dict[str, Any]]
 """An event's name and fields."""
 
 
@@ -29,7 +29,7 @@ class StepTeller:
         self._told_step = 0
         self._every: int | None = None
 
-    def beat(self, step: int, now_s: float, step_s: float | None = None) -> Told | None:
+    def beat(self, step: int, now_s: float, step_s: float | None = None) -> NamedEvent | None:
         """What to tell of `step`, done at the monotonic time `now_s` in `step_s` seconds, where they are known."""
         before, self._step = self._step, step
         if before is None:

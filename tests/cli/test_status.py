@@ -26,7 +26,7 @@ from launcher.reports.goodput import account
 from launcher.reports.job_status import JobStatus, job_status
 from launcher.rounds.membership import View
 from launcher.rounds.mesh import MeshPlan
-from launcher.rounds.records import Cause, Failure, Node, Participant, Round, Status, Verdict
+from launcher.rounds.records import FailedWorker, Failure, Node, Participant, Round, Status, Verdict
 from launcher.rounds.vitals import Vitals
 from tests.cluster import Cluster, cluster, until
 
@@ -83,8 +83,8 @@ VITALS = {
 }
 
 
-def failed(ts: float, code: int = -9, node_id: str = "b-2") -> Cause:
-    return Cause(node_id, f"host-{node_id}", Failure(1, code, "", ts, step=117))
+def failed(ts: float, code: int = -9, node_id: str = "b-2") -> FailedWorker:
+    return FailedWorker(node_id, f"host-{node_id}", Failure(1, code, "", ts, step=117))
 
 
 def at(ts: float) -> str:
@@ -145,7 +145,7 @@ def test_ages(ago_s: float, text: str) -> None:
     ],
 )
 def test_the_last_failure_is_the_latest_that_anybody_knows(
-    vitals: dict[str, Vitals], causes: tuple[Cause, ...], of_a_node: Failure | None, text: str
+    vitals: dict[str, Vitals], causes: tuple[FailedWorker, ...], of_a_node: Failure | None, text: str
 ) -> None:
     nodes = (node("a-1", 5, failure=of_a_node), NODES[2])
     lines = as_lines(state_of(dataclasses.replace(ROUND, causes=causes), *nodes, vitals=vitals), NOW_TS)
@@ -163,7 +163,7 @@ def test_what_is_no_word_of_a_node_is_left_out(data: bytes) -> None:
     kv.put(f"{run_prefix('job')}nodes/a-1", NODES[1].to_json())
     states = JobClient(kv, "job").follow()
     found, _ = next(states)
-    assert [(seat.node_id, seat.step) for seat in found.seats] == [("a-1", -1)]
+    assert [(node.node_id, node.step) for node in found.nodes] == [("a-1", -1)]
     states.close()  # type: ignore[attr-defined]
     kv.close()
 
@@ -271,14 +271,14 @@ def test_changes_are_followed_and_other_jobs_left_out() -> None:
     assert next(states)[0].state == "unknown: no node and no round"
     for member in NODES:
         kv.put(f"{run_prefix('job')}nodes/{member.node_id}", member.to_json())
-    while (found := next(states)[0]).round is None and len(found.seats) < len(NODES):
+    while (found := next(states)[0]).round is None and len(found.nodes) < len(NODES):
         pass
     assert found.state == "waiting for the first round"
     kv.put(run_prefix("job") + "job/round", ROUND.to_json())
     kv.put(f"{vitals_prefix('job')}a-1", Vitals(step=7).to_json())
     while (found := next(states)[0]).round is None:
         pass
-    assert (found.state, len(found.seats)) == ("running", 3)
+    assert (found.state, len(found.nodes)) == ("running", 3)
     states.close()  # type: ignore[attr-defined]
     kv.close()
 
@@ -308,10 +308,10 @@ def test_a_store_that_is_away_is_waited_for_unless_it_never_answered(monkeypatch
     kv.away = True
     kv.put(f"{run_prefix('job')}nodes/a-1", NODES[1].to_json())
     found, trouble = next(states)
-    assert (found.seats, trouble) == ((), "away")
+    assert (found.nodes, trouble) == ((), "away")
     kv.away = False
     found, trouble = next(states)
-    assert ([seat.node_id for seat in found.seats], trouble) == (["a-1"], ""), "what came meanwhile is not lost"
+    assert ([node.node_id for node in found.nodes], trouble) == (["a-1"], ""), "what came meanwhile is not lost"
     states.close()  # type: ignore[attr-defined]
     memory.close()
 

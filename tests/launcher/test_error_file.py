@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from launcher.elastic import error_file
-from launcher.rounds.records import Cause, Failure, Round, Verdict
+from launcher.rounds.records import FailedWorker, Failure, Round, Verdict
 
 
-def failed(*causes: Cause) -> Round:
+def failed(*causes: FailedWorker) -> Round:
     return Round(
         generation=3,
         lineage="",
@@ -29,7 +29,7 @@ def failed(*causes: Cause) -> Round:
 
 
 FAILURE = Failure(rank=1, exit_code=-9, message="ValueError: no batch", ts=1700000000.7, traceback="Traceback\nhere")
-CAUSE = Cause("b-1", "host-b", FAILURE)
+CAUSE = FailedWorker("b-1", "host-b", FAILURE)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_error_of_the_launcher(told: Path) -> None:
 def test_what_kubernetes_cuts_off_is_left_out_instead(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(error_file._MAX_BYTES, str(told), 4096)
     long = Failure(rank=0, exit_code=1, message="no", ts=1.0, traceback='File "a\nb"\n' * 1000 + "ValueError: no")
-    error_file.tell_failed(failed(Cause("a", "a", long)), "")
+    error_file.tell_failed(failed(FailedWorker("a", "a", long)), "")
     assert 3000 < told.stat().st_size <= 4096
     assert read(told)[2].endswith("ValueError: no")
 

@@ -34,7 +34,7 @@ def by_torchrun(endpoint: str) -> None:
 
 def by_run(endpoint: str) -> None:
     config = LaunchConfig(1, 2, 1, run_id="job", rdzv_backend="embedded", rdzv_endpoint=endpoint)
-    launch._launch_agent(config, ["true"], launch.Extras(warm_workers=False))
+    launch._launch_agent(config, ["true"], launch.LaunchOptions(warm_workers=False))
 
 
 @pytest.fixture

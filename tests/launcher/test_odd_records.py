@@ -19,7 +19,7 @@ from launcher.reports import files
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.mesh import MeshPlan
-from launcher.rounds.records import Breakage, Cause, Failure, Node, Participant, Round
+from launcher.rounds.records import Breakage, FailedWorker, Failure, Node, Participant, Round
 from launcher.workers.channel import Channel, StopReason, WorkerPhase
 
 FAILURE = Failure(1, -9, "killed", 12.5, kind=FailureClass.PROGRAM, victims=(Failure(2, 1, "then", 13.0),))
@@ -32,7 +32,7 @@ ROUND = Round(
     ("n-3",),
     "first",
     broken=Breakage("gone", False, ("n-2",)),
-    causes=(Cause("n-1", "host", FAILURE),),
+    causes=(FailedWorker("n-1", "host", FAILURE),),
     history=History(3, True, marks=(Mark("n-1", MarkKind.STRIKE, "why"),), exclusions=(Exclusion("n-2", "why", 60.0),)),
 )
 ORDER = DrainOrder(("n-1",), "me", 30.0)

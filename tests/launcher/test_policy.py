@@ -25,23 +25,23 @@ from launcher.rounds.policy import (
     readmit,
     suspects,
 )
-from launcher.rounds.records import Cause, Failure, Node, Participant, Round, Verdict
+from launcher.rounds.records import FailedWorker, Failure, Node, Participant, Round, Verdict
 from launcher.rounds.standing import admit, needed, weigh
 
 LIMITS = Limits(crash_loop=4, strikes=3, strike_window_s=600.0, exclusion_s=100.0)
 
 
-def cause(kind: FailureClass = FailureClass.SIGNAL, node: str = "a", **fields) -> Cause:
+def cause(kind: FailureClass = FailureClass.SIGNAL, node: str = "a", **fields) -> FailedWorker:
     defaults = {"rank": 0, "exit_code": 1, "message": "boom", "ts": 1.0, "place": "ValueError at x.py:1", "step": -1}
-    return Cause(node, f"host-{node}", Failure(kind=kind, **{**defaults, **fields}))
+    return FailedWorker(node, f"host-{node}", Failure(kind=kind, **{**defaults, **fields}))
 
 
-def after(history: History, *causes: Cause, **fields) -> Judgement:
+def after(history: History, *causes: FailedWorker, **fields) -> Judgement:
     settings = {"lived_s": 5.0, "restarts": 0, "max_restarts": None, "lost": False, "stopping": False, **fields}
     return judge(history, causes, LIMITS, **settings)
 
 
-def lives(*failures: Cause, **fields) -> Judgement:
+def lives(*failures: FailedWorker, **fields) -> Judgement:
     """The judgement of the last of several failures in turn; every one before must have led to a restart."""
     history = History()
     for failure in failures[:-1]:

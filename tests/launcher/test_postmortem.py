@@ -15,7 +15,7 @@ from launcher.node.round_events import tell
 from launcher.reports.sentences import last_words
 from launcher.rounds.failures import TRACEBACK_MAX_CHARS, FailureClass
 from launcher.rounds.history import Exclusion, History
-from launcher.rounds.records import Cause, Failure, Participant, Round, Verdict
+from launcher.rounds.records import FailedWorker, Failure, Participant, Round, Verdict
 from launcher.workers.channel import Progress, WorkerPhase
 from launcher.workers.program import record_error
 
@@ -146,10 +146,10 @@ class TestErrorFile:
 
 class TestTelling:
     causes = (
-        Cause("b-1", "host-b", Failure(3, 1, "ValueError: boom", 1.0, step=7, place="ValueError at x.py:1",
+        FailedWorker("b-1", "host-b", Failure(3, 1, "ValueError: boom", 1.0, step=7, place="ValueError at x.py:1",
                                        traceback="Traceback ...\nValueError: boom")),
-        Cause("a-1", "host-a", Failure(0, -6, "gloo", 1.0, kind=FailureClass.LOST_PEER, step=7)),
-        Cause("a-1", "host-a", Failure(1, -9, "", 1.0, kind=FailureClass.SIGNAL)),
+        FailedWorker("a-1", "host-a", Failure(0, -6, "gloo", 1.0, kind=FailureClass.LOST_PEER, step=7)),
+        FailedWorker("a-1", "host-a", Failure(1, -9, "", 1.0, kind=FailureClass.SIGNAL)),
     )  # fmt: skip
 
     def round_of(self, **fields) -> Round:

@@ -340,7 +340,7 @@ def test_the_events_file_is_named_so_that_workers_find_it_wherever_they_go(
     seen: list[Any] = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").touch()
-    monkeypatch.setattr("launcher.launch.launch_agent", lambda config, command, extras: seen.append(extras) or 0)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("launcher.launch_agent", lambda config, command, extras: seen.append(extras) or 0)  # type: ignore[func-returns-value]
     assert run.handle(run_arguments("--log-dir", "logs", "train.py")) == 0
     assert seen[0].events_path == tmp_path / "logs" / "events.jsonl"
 

@@ -22,7 +22,7 @@ from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.errors import KVUnavailable
 from launcher.kv import Entry, Lease
 from launcher.kv.memory import MemoryKV
-from launcher.rounds.records import Cause, Failure, Participant, Round, describe
+from launcher.rounds.records import FailedWorker, Failure, Participant, Round, describe
 from launcher.rounds.vitals import Vitals
 from launcher.workers.channel import Channel
 from launcher.workers.local_workers import LocalWorkers
@@ -84,7 +84,7 @@ def test_what_workers_and_checkpointers_say_is_told(
 ) -> None:
     vitals, channels = VitalsCollector(publisher, tmp_path), LocalWorkers(tmp_path, 2, (0, 1))
     failure = Failure(3, -9, "boom", ts=1_000.0)
-    vitals.begin(Round(**{**vars(ROUND), "causes": (Cause("b-2", "host-b", failure),)}))
+    vitals.begin(Round(**{**vars(ROUND), "causes": (FailedWorker("b-2", "host-b", failure),)}))
     vitals.look(channels)
     told = until("nothing is told of workers that say nothing", lambda: kv.get(KEY) and read(kv))
     assert told == Vitals(2, failure_ts=1_000.0, failure="worker of rank 3 was killed by SIGKILL: boom (on b-2)")
