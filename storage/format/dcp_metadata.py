@@ -27,7 +27,7 @@ from storage.format.columns import Boxes, Ints
 from storage.format.index import Columns, Entry, Index, IndexedObject, build, check_apart, check_whole
 from storage.format.opcodes import Record, harmless
 from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
-from storage.stores.objects import check_key
+from storage.stores.keys import check_key
 from storage.torch_private import GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO
 
 _DCP = "torch.distributed.checkpoint.metadata"

@@ -14,7 +14,8 @@ from storage.errors import NotFound
 from storage.format import layout
 from storage.run import retention
 from storage.run.retention import StepState
-from storage.stores.objects import PROBE_PREFIX, ObjectInfo, ObjectStore, Upload, is_probe_name
+from storage.stores.keys import PROBE_PREFIX, is_probe_name
+from storage.stores.objects import ObjectInfo, ObjectStore, Upload
 
 AGE_S_MIN = 3600.0
 """No save takes longer: younger things may be a living job's."""

@@ -27,15 +27,8 @@ from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbid
 from storage.parallel import windowed
 from storage.stores.adaptive_limit import AdaptiveLimit
 from storage.stores.buffers import Buffer, fill, size_of, views_of
-from storage.stores.objects import (
-    Fetch,
-    ObjectInfo,
-    ObjectStore,
-    check_key,
-    check_prefix,
-    check_read_size,
-    parts_of_size,
-)
+from storage.stores.keys import check_key, check_prefix
+from storage.stores.objects import Fetch, ObjectInfo, ObjectStore, check_read_size, parts_of_size
 from storage.stores.retry_policy import Retrier
 from storage.stores.retrying_store import RetryingStore
 

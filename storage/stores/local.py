@@ -22,14 +22,13 @@ from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, Forbidden, No
 from storage.parallel import run_all
 from storage.stores.atomic_files import TMP, AtomicFiles, read_at, sync_folder, write_all, write_at
 from storage.stores.buffers import Buffer
+from storage.stores.keys import check_key, check_prefix
 from storage.stores.objects import (
     PART_SIZE_BYTES,
     Capability,
     Fetch,
     ObjectInfo,
     ObjectStore,
-    check_key,
-    check_prefix,
     check_read_size,
     parts_of_size,
 )

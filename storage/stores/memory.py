@@ -12,16 +12,8 @@ from concurrent.futures import Executor
 from storage.errors import AlreadyExists, Corrupt, NotFound
 from storage.parallel import run_all
 from storage.stores.buffers import Buffer, fill, size_of
-from storage.stores.objects import (
-    Capability,
-    Fetch,
-    ObjectInfo,
-    ObjectStore,
-    check_key,
-    check_prefix,
-    check_read_size,
-    parts_of_size,
-)
+from storage.stores.keys import check_key, check_prefix
+from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, check_read_size, parts_of_size
 
 _CAPABILITIES = {Capability.CONDITIONAL_PUTS, Capability.CONDITIONAL_DELETES, Capability.GUARDED_READS}
 

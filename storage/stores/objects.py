@@ -1,7 +1,7 @@
 """The object store contract: bytes with names, and nothing more.
 
-Keys are relative to the store's root, with `/` between parts; they never leave the root. Implementations are
-thread-safe: any method may run in any number of threads at once.
+`storage.stores.keys` says what a key may be. Implementations are thread-safe: any method may run in any number of
+threads at once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Self
 
-from storage.errors import Corrupt, Denied, NotFound
+from storage.errors import Corrupt, NotFound
 from storage.stores.buffers import Buffer
 from storage.stores.retry_policy import RetryLog
 
@@ -27,12 +26,6 @@ PART_SIZE_BYTES = 16 * 1024 * 1024
 
 READ_SIZE_BYTES_MAX = 256 * 1024 * 1024
 """The largest object that is read as a whole, an index: a larger one is something else, by mistake or on purpose."""
-
-PROBE_PREFIX = ".probe-"
-"""Of names that a back end may put for a moment below its root, to find out what the server honours."""
-
-_PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
-_BAD_PART = re.compile(r"^$|^\.\.?$|[\x00-\x1f\x7f\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +198,6 @@ def check_read_size(what: str, size_bytes: int) -> None:
         raise Corrupt(f"{what} has {size_bytes} bytes; what is read as a whole has {READ_SIZE_BYTES_MAX} at most")
 
 
-def is_probe_name(name: str) -> bool:
-    """Whether a back end's probe would have put `name`."""
-    return _PROBE.fullmatch(name) is not None
-
-
 def exists(store: ObjectStore, key: str) -> bool:
     """Whether the object is there."""
     try:
@@ -225,20 +213,3 @@ def read_if_there(store: ObjectStore, key: str) -> bytes | None:
         return store.read(key)
     except NotFound:
         return None
-
-
-def check_key(key: str) -> str:
-    """Return `key` if it is a relative name that stays under the root, else raise Denied."""
-    if any(_BAD_PART.search(part) for part in key.split("/")):
-        raise Denied(f"refused object name {key!r}: it must be relative, without empty, '.' or '..' parts")
-    return key
-
-
-def check_prefix(prefix: str) -> str:
-    """Like `check_key` for the start of a key: the last part may be empty or unfinished."""
-    head, _, tail = prefix.rpartition("/")
-    if head:
-        check_key(head)
-    if prefix.startswith("/") or tail == "..":
-        raise Denied(f"refused prefix {prefix!r}: it must be relative")
-    return prefix

@@ -18,7 +18,8 @@ from storage.run import garbage
 from storage.run.garbage import of_names, of_step, of_uploads
 from storage.run.retention import StepState
 from storage.saving import commit
-from storage.stores.objects import ObjectInfo, Upload, is_probe_name
+from storage.stores.keys import is_probe_name
+from storage.stores.objects import ObjectInfo, Upload
 
 OLD, NEW, BEFORE = 100.0, 300.0, 200.0
 PREFIX = "step-000000007/attempt-"

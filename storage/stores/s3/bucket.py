@@ -15,16 +15,8 @@ from urllib.parse import quote
 from storage.errors import AlreadyExists, Cause, Corrupt, Denied, Interrupted, NotFound, Transient
 from storage.stores import objects
 from storage.stores.buffers import Buffer, size_of, views_of
-from storage.stores.objects import (
-    Capability,
-    ObjectInfo,
-    ObjectStore,
-    Upload,
-    check_key,
-    check_prefix,
-    check_read_size,
-    exists,
-)
+from storage.stores.keys import check_key, check_prefix
+from storage.stores.objects import Capability, ObjectInfo, ObjectStore, Upload, check_read_size, exists
 from storage.stores.s3.client import S3Client
 from storage.stores.s3.connections import Connections
 from storage.stores.s3.digests import Sent, digest, headers_of

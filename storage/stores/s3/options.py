@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from storage.errors import BadURL, Denied
-from storage.stores.objects import check_key
+from storage.stores.keys import check_key
 from storage.stores.s3.digests import Algorithm
 
 _MIB = 1024 * 1024

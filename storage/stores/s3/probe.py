@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from storage.errors import AlreadyExists, Denied
 from storage.stores.buffers import Buffer
-from storage.stores.objects import PROBE_PREFIX, ObjectInfo
+from storage.stores.keys import PROBE_PREFIX
+from storage.stores.objects import ObjectInfo
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +29,32 @@ class Probed(Protocol):
     def delete_version(self, key: str, etag: str) -> bool: ...
 
 
+@contextlib.contextmanager
+def _probe_object(store: Probed) -> Iterator[str]:
+    """Put an object of the probe's own; its key. It is removed at the end."""
+    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
+    store.put_object(key, [b"probe"], with_condition=False)
+    try:
+        yield key
+    finally:
+        store.delete(key)
+
+
 def honours_conditions(store: Probed) -> bool:
     """Whether a second put with `If-None-Match: *` is refused. Puts an object of its own and removes it.
 
     Raises Transient, and Denied where nothing can be put at all.
     """
-    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
-    store.put_object(key, [b"probe"], with_condition=False)
-    try:
-        store.put_object(key, [b"probe"], with_condition=True)
-    except AlreadyExists:
-        return True
-    except Denied as error:
-        log.warning("%s refuses conditional puts (%s); races for one name are found by reading back", store.url, error)
-        return False
-    finally:
-        store.delete(key)
-    log.warning("%s ignores the condition of puts; races for one name are found by reading back", store.url)
+    with _probe_object(store) as key:
+        try:
+            store.put_object(key, [b"probe"], with_condition=True)
+        except AlreadyExists:
+            return True
+        except Denied as error:
+            found = f"refuses conditional puts ({error})"
+        else:
+            found = "ignores the condition of puts"
+    log.warning("%s %s; races for one name are found by reading back", store.url, found)
     return False
 
 
@@ -52,15 +63,13 @@ def honours_conditional_deletes(store: Probed) -> bool:
 
     Raises Transient, and Denied where nothing can be put at all.
     """
-    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
-    store.put_object(key, [b"probe"], with_condition=False)
-    try:
-        if not store.delete_version(key, "0" * 32):
-            return True
-    except Denied as error:
-        log.info("%s refuses conditional deletes: %s", store.url, error)
-        return False
-    finally:
-        store.delete(key)
-    log.info("%s ignores the condition of deletes", store.url)
+    with _probe_object(store) as key:
+        try:
+            if not store.delete_version(key, "0" * 32):
+                return True
+        except Denied as error:
+            found = f"refuses conditional deletes ({error})"
+        else:
+            found = "ignores the condition of deletes"
+    log.info("%s %s", store.url, found)
     return False
