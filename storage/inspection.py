@@ -274,9 +274,9 @@ def _units(source: Source, objects: Sequence[int]) -> Iterator[Part | int]:
     for number in objects:
         items = items_of[number].tolist()
         joint = source.joint(items)
-        spans = {item: source.span(item) for item in sorted(set(items) - set(joint))}
-        wants = [Want(item, 0, span.length, NOWHERE, 0) for item, span in spans.items()]
-        yield from plan_parts(spans, wants, part_size_bytes=_PART_SIZE_BYTES)
+        places = {item: source.place(item) for item in sorted(set(items) - set(joint))}
+        wants = [Want(item, 0, place.length, NOWHERE, 0) for item, place in places.items()]
+        yield from plan_parts(places, wants, part_size_bytes=_PART_SIZE_BYTES)
         yield from joint
 
 
@@ -295,8 +295,8 @@ def _damage(source: Source, unit: Part | int) -> str | None:
 def _read_whole(source: Source, item: int) -> None:
     """All of an item that can be judged only as a whole. Raises Corrupt."""
     source, _ = source.looked_at([item], map)
-    span = source.span(item)
-    for part in plan_parts({item: span}, [Want(item, 0, span.length, NOWHERE, 0)], part_size_bytes=_PART_SIZE_BYTES):
+    place = source.place(item)
+    for part in plan_parts({item: place}, [Want(item, 0, place.length, NOWHERE, 0)], part_size_bytes=_PART_SIZE_BYTES):
         _fetch(source, part)
     source.verifier(item).check()
 

@@ -150,7 +150,7 @@ class Index:
     def crcs_of(self, items: Ints) -> npt.NDArray[np.uint32]:
         """The blocks' checksums of those items, one item after the other."""
         first = self.first_crc
-        return self.columns.crcs[spans(first[items], first[items + 1])]
+        return self.columns.crcs[aranges(first[items], first[items + 1])]
 
     def with_crcs(self, items: Ints, crcs: npt.NDArray[np.uint32]) -> Index:
         """The same index, with `crcs_of(items)` in the place of all checksums."""
@@ -335,7 +335,7 @@ def check_apart(where: Ints, offset: Ints, length: Ints) -> None:
         raise Corrupt("two items lie upon each other")
 
 
-def spans(first: Ints, last: Ints) -> Ints:
+def aranges(first: Ints, last: Ints) -> Ints:
     """The numbers of range(first[i], last[i]), one range after the other."""
     counts = last - first
     before = np.cumsum(counts) - counts

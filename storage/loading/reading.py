@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from storage.errors import PeerFailed
 from storage.format.index import Index
 from storage.loading.casts import Casts
-from storage.loading.exchange import Exchange, Shared, agree, learn_crcs
+from storage.loading.exchange import AgreedPlan, Exchange, agree, learn_crcs
 from storage.loading.host_memory import BOOT_ID, HostMemory
-from storage.loading.pieces import Piece, clipped, item_segments, long_runs
 from storage.loading.request_builder import Reads, reads_by_item, requests_of
 from storage.loading.requests import Requests
-from storage.loading.shareplan import Blocks, holes_of, should_share
+from storage.loading.shared_parts import SharedPart, clipped, item_segments, long_ranges
+from storage.loading.shareplan import Blocks, received_ranges, should_share
 from storage.parallel import Pool, windowed_by_size
 from storage.ranks.group import Group
 from storage.stores.objects import Capability, ObjectStore
@@ -70,14 +70,14 @@ def read_items(
             raise failure or PeerFailed("nothing was read because another rank has failed to")
         assert reads is not None and prepared is not None
         source, requests, traffic = prepared
-        holes: dict[int, list[Range]] = {}
+        received: dict[int, list[Range]] = {}
         if _share(store, group, requests):
-            places = Places(source.index)
-            shared = agree(group, requests, places.blocks, places.axis)
-            piece_of = _Pieces(places, shared, requests).piece
-            traffic += Exchange(group, HostMemory(group), source, shared, piece_of, requests).run(pool)
-            holes = places.by_object(holes_of(shared.plan, group.rank))
-        traffic += _read_rest(source, requests, holes, pool)
+            axis = Axis(source.index)
+            agreed = agree(group, requests, axis.blocks, axis.starts)
+            shared_part_of = _SharedParts(axis, agreed, requests).part
+            traffic += Exchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
+            received = axis.by_object(received_ranges(agreed.plan, group.rank))
+        traffic += _read_rest(source, requests, received, pool)
 
         for item in list(requests.waiting):
             first = functools.partial(_settle, requests, item, source.verifier(item))
@@ -124,7 +124,7 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
 
 
-def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]], pool: Executor) -> Traffic:
+def _read_rest(source: Source, requests: Requests, received: dict[int, list[Range]], pool: Executor) -> Traffic:
     """What this rank fetches for nobody but itself."""
 
     def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
@@ -137,7 +137,7 @@ def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]]
         return part, [memory if view is None else None for memory, view in zip(memories, views, strict=True)]
 
     traffic = Traffic()
-    parts = plan_parts(requests.spans, requests.wants, holes)
+    parts = plan_parts(requests.places, requests.wants, received)
     for part, memories in windowed_by_size(pool, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
         traffic += Traffic(1, part.stop - part.start)
         for segment, memory in zip(part.segments, memories, strict=True):
@@ -150,14 +150,14 @@ def _read_rest(source: Source, requests: Requests, holes: dict[int, list[Range]]
     return traffic
 
 
-class Places:
+class Axis:
     """Between the axis, objects and items."""
 
     def __init__(self, index: Index) -> None:
         columns = index.columns
-        self.axis = index.axis()
-        self._order = np.argsort(self.axis, kind="stable")
-        self._start = self.axis[self._order]
+        self.starts = index.axis()
+        self._order = np.argsort(self.starts, kind="stable")
+        self._start = self.starts[self._order]
         self.blocks = Blocks(self._start, columns.length[self._order], columns.block_size_bytes[self._order])
         self._object = columns.object
         self._offset = columns.offset
@@ -171,7 +171,7 @@ class Places:
 
     def in_object(self, item: int, place: int) -> int:
         """The byte of the item's object that is at `place` of the axis."""
-        return place - int(self.axis[item]) + int(self._offset[item])
+        return place - int(self.starts[item]) + int(self._offset[item])
 
     def by_object(self, ranges: Iterable[Range]) -> dict[int, list[Range]]:
         """Ranges of the axis as ranges of objects."""
@@ -183,32 +183,34 @@ class Places:
         return found
 
 
-class _Pieces:
-    """Pieces of the plan with this rank's segments."""
+class _SharedParts:
+    """The shared parts of the plan, with this rank's segments."""
 
-    def __init__(self, places: Places, shared: Shared, requests: Requests) -> None:
-        self._places = places
-        self._plan = shared.plan
-        self._spans = requests.spans
+    def __init__(self, axis: Axis, agreed: AgreedPlan, requests: Requests) -> None:
+        self._axis = axis
+        self._plan = agreed.plan
+        self._places = requests.places
         self._wants_of: dict[int, list[Want]] = defaultdict(list)
         for want in requests.wants:
             self._wants_of[want.item].append(want)
         self._segments_of: dict[int, list[Segment]] = {}
 
-    def piece(self, number: int) -> Piece:
-        """Piece `number`, of which every block is wanted by this rank."""
+    def part(self, number: int) -> SharedPart:
+        """Shared part `number`, of which every block is wanted by this rank."""
         start, stop = int(self._plan.start[number]), int(self._plan.stop[number])
-        items = self._places.items(start, stop)
-        begin = self._places.in_object(items[0], start)
-        span = (begin, begin + stop - start)
-        of = [self._spans[item] for item in items]
+        items = self._axis.items(start, stop)
+        begin = self._axis.in_object(items[0], start)
+        byte_range = (begin, begin + stop - start)
+        of = [self._places[item] for item in items]
         segments = itertools.chain.from_iterable(
-            clipped(self._segments(item), self._spans[item].block_size_bytes, span) for item in items
+            clipped(self._segments(item), self._places[item].block_size_bytes, byte_range) for item in items
         )
         before, behind = self._plan.is_cut[number].tolist()
-        return Piece(number, Part(of[0].object, *span, tuple(segments)), long_runs(of, span, (before, behind)))
+        return SharedPart(
+            number, Part(of[0].object, *byte_range, tuple(segments)), long_ranges(of, byte_range, (before, behind))
+        )
 
     def _segments(self, item: int) -> list[Segment]:
         if item not in self._segments_of:
-            self._segments_of[item] = item_segments(item, self._spans[item], self._wants_of[item])
+            self._segments_of[item] = item_segments(item, self._places[item], self._wants_of[item])
         return self._segments_of[item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
@@ -30,7 +31,7 @@ from storage.loading.targets import (
     fill,
 )
 from storage.torch_private import is_without_memory
-from storage.verified.readplan import NOWHERE, Stripes, Want, box_runs, box_stripes, run_length
+from storage.verified.readplan import NOWHERE, Want, box_stripes, stripe_length
 from storage.verified.source import Source, blaming
 
 Reads = Mapping[int, list[ReadItem]]
@@ -38,7 +39,7 @@ Reads = Mapping[int, list[ReadItem]]
 Box = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Sizes of a tensor, and offsets and lengths of a part of it."""
 
-_RUN_SIZE_BYTES_MIN = 32 * 1024  # shorter runs are fetched with what lies between them
+_STRIPE_SIZE_BYTES_MIN = 32 * 1024  # shorter ones are fetched with what lies between them
 
 
 @runtime_checkable
@@ -106,18 +107,18 @@ class _Builder:
 
     def add(self, item: int, reads: list[ReadItem]) -> None:
         """Want what each of `reads` asks of the item."""
-        span = self.requests.spans[item] = self._source.span(item)
+        place = self.requests.places[item] = self._source.place(item)
         self.requests.reads[item] = reads
         layout = self._layout(item, reads[0])
         if layout is None:
-            self._add_whole(item, span.length, reads)
+            self._add_whole(item, place.length, reads)
             return
         is_whole = item in self._source.layouts
         for read in reads:
             self._add_box(item, layout, read)
             is_whole |= tuple(read.lengths) == tuple(layout.sizes)
         if is_whole:  # the last block has framing behind the tensor, which is checked as well
-            self._want(Want(item, 0, span.length, NOWHERE, 0))
+            self._want(Want(item, 0, place.length, NOWHERE, 0))
 
     def _layout(self, item: int, read: ReadItem) -> _Layout | None:
         """None where the item has to be decoded: a value, or a tensor of which only its pickle says where it lies."""
@@ -175,19 +176,16 @@ class _Builder:
     def _want_box(self, item: int, layout: _Layout, box: Box, target: int) -> None:
         """Want a box of the tensor, whose dimensions are in the order in which they are stored."""
         sizes, _, lengths = box
-        itemsize_bytes = layout.dtype.itemsize
-        run_bytes = run_length(sizes, lengths) * itemsize_bytes
-        if run_bytes >= _RUN_SIZE_BYTES_MIN or run_bytes == math.prod(lengths) * itemsize_bytes:
-            runs = box_runs(*box, itemsize_bytes)
-            for number, start in enumerate(runs.starts):
-                first = layout.raw_offset + start
-                self._want(Want(item, first, first + runs.length, target, number * runs.length))
-        else:
-            at = 0
-            for stripes in box_stripes(*box, itemsize_bytes):
-                moved = Stripes(layout.raw_offset + stripes.start, stripes.stride, stripes.length, stripes.count)
-                self._want(Want(item, moved.start, moved.stop, target, at, moved))
-                at += moved.length * moved.count
+        itemsize_bytes, at = layout.dtype.itemsize, 0
+        stripe_bytes = stripe_length(sizes, lengths) * itemsize_bytes
+        is_short = stripe_bytes < min(_STRIPE_SIZE_BYTES_MIN, math.prod(lengths) * itemsize_bytes)
+        for found in box_stripes(*box, itemsize_bytes):
+            stripes = dataclasses.replace(found, start=layout.raw_offset + found.start)
+            if is_short:
+                self._want(Want(item, stripes.start, stripes.stop, target, at, stripes))
+            for number, start in enumerate(() if is_short else stripes.starts):
+                self._want(Want(item, start, start + stripe_bytes, target, at + number * stripe_bytes))
+            at += stripe_bytes * stripes.count
 
     def _tensor_target(self, item: int, read: ReadItem, layout: _Layout) -> Target:
         """What takes the tensor's bytes as they are stored."""

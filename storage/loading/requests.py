@@ -15,20 +15,20 @@ from storage.errors import Corrupt
 from storage.format.columns import Array, Ints
 from storage.loading.shareplan import merged
 from storage.loading.targets import PinnedRing, Target, TensorTarget
-from storage.verified.readplan import NOWHERE, ItemSpan, Part, Segment, Stripes, Want
+from storage.verified.readplan import NOWHERE, ItemPlace, Part, Segment, Stripes, Want
 from storage.verified.verifiers import Verifier
 
 
 @dataclass
 class Requests:
-    """The wants of a rank, in no particular order; `Want.buffer` is the number of its target.
+    """The wants of a rank, in no particular order; `Want.target` is the number of its target.
 
     `reads`: by item, DCP's read items that it is wanted for. `waiting`: by item, what is to be called once all of the
     item is verified.
     """
 
     reads: dict[int, list[ReadItem]] = field(default_factory=dict)
-    spans: dict[int, ItemSpan] = field(default_factory=dict)
+    places: dict[int, ItemPlace] = field(default_factory=dict)
     wants: list[Want] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     rings: dict[torch.device, PinnedRing] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class Requests:
     def needs(self, axis: Ints) -> Ints:
         """The blocks that are touched, as ascending ranges of the axis."""
         rows = np.array([(want.item, want.start, want.stop) for want in self.wants], np.int64).reshape(-1, 3)
-        of = [self.spans[item] for item in rows[:, 0].tolist()]
-        size = np.fromiter((span.block_size_bytes for span in of), np.int64, len(of))
-        length = np.fromiter((span.length for span in of), np.int64, len(of))
+        of = [self.places[item] for item in rows[:, 0].tolist()]
+        size = np.fromiter((place.block_size_bytes for place in of), np.int64, len(of))
+        length = np.fromiter((place.length for place in of), np.int64, len(of))
         low = rows[:, 1] // size * size
         high = np.minimum(-(-rows[:, 2] // size) * size, length)
         start = axis[rows[:, 0]]
@@ -69,42 +69,42 @@ class Requests:
     def view(self, segment: Segment) -> memoryview | None:
         """The memory that takes a segment as it is, if there is one."""
         want = segment.direct
-        if want is None or not self.targets[want.buffer].is_direct:
+        if want is None or not self.targets[want.target].is_direct:
             return None
-        return self.targets[want.buffer].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
+        return self.targets[want.target].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
 
     def held_bytes(self, part: Part) -> int:
         """What fetching the part takes of memory that is no tensor's."""
         straight = sum(
             segment.stop - segment.start
             for segment in part.segments
-            if segment.direct is not None and isinstance(self.targets[segment.direct.buffer], TensorTarget)
+            if segment.direct is not None and isinstance(self.targets[segment.direct.target], TensorTarget)
         )
         return part.stop - part.start - straight
 
     def filled(self, segment: Segment) -> None:
         """A segment was read into its view."""
         assert segment.direct is not None
-        self.targets[segment.direct.buffer].filled(segment.stop - segment.start)
+        self.targets[segment.direct.target].filled(segment.stop - segment.start)
 
     def deliver(self, segment: Segment, memory: memoryview) -> None:
         """Copy a segment's bytes to the targets that want some of them."""
         origin = segment.item_start
         for want in [segment.direct] if segment.direct else segment.wants:
             low, high = max(want.start, origin), min(want.stop, origin + memory.nbytes)
-            if want.buffer == NOWHERE or low >= high:
+            if want.target == NOWHERE or low >= high:
                 continue
             content = memory[low - origin : high - origin]
             at = want.at + low - want.start
             if want.stripes is not None:
                 at = want.at + want.stripes.before(low)
                 content = as_bytes(packed(np.frombuffer(content, np.uint8), low, want.stripes))
-            self.targets[want.buffer].write(at, content)
+            self.targets[want.target].write(at, content)
 
     def deliver_stripes(self, segment: Segment, first: int, content: memoryview) -> None:
         """Put bytes of the only stripes that are wanted of the segment's item, from number `first` of theirs on."""
-        (want,) = (want for want in segment.wants if want.buffer != NOWHERE)
-        self.targets[want.buffer].write(want.at + first, content)
+        (want,) = (want for want in segment.wants if want.target != NOWHERE)
+        self.targets[want.target].write(want.at + first, content)
 
 
 def as_bytes(array: Array) -> memoryview:
@@ -116,21 +116,21 @@ def packed(memory: Array, origin: int, stripes: Stripes) -> Array:
     """The stripes' bytes among `memory`, which are the bytes of the item from `origin` on."""
     low, high = stripes.before(origin), stripes.before(origin + len(memory))
     size = stripes.length
-    first, last = -(-low // size), high // size  # the runs that are there as a whole
+    first, last = -(-low // size), high // size  # those that are there as a whole
 
     def some(start: int, stop: int) -> Array:
-        """Bytes [start, stop) of the stripes' bytes, which are of one run."""
-        run, rest = divmod(start, size)
-        place = stripes.start + run * stripes.stride + rest - origin
+        """Bytes [start, stop) of the stripes' bytes, which are of a single one."""
+        number, rest = divmod(start, size)
+        place = stripes.start + number * stripes.stride + rest - origin
         return memory[place : place + stop - start]
 
     if first > last:
         return some(low, high)
-    runs = [some(low, first * size)] if low < first * size else []
+    found = [some(low, first * size)] if low < first * size else []
     if first < last:
         place = stripes.start + first * stripes.stride - origin
         shape = (last - first, size)
-        runs.append(np.lib.stride_tricks.as_strided(memory[place:], shape, (stripes.stride, 1)).reshape(-1))
+        found.append(np.lib.stride_tricks.as_strided(memory[place:], shape, (stripes.stride, 1)).reshape(-1))
     if last * size < high:
-        runs.append(some(last * size, high))
-    return np.concatenate(runs) if runs else memory[:0]
+        found.append(some(last * size, high))
+    return np.concatenate(found) if found else memory[:0]

@@ -1,6 +1,6 @@
 """Which rank fetches what several ranks need, and in which round it is sent on. Pure: no torch, no store.
 
-    every rank's needs, byte ranges between blocks -> those that several ranks need -> pieces -> an owner each -> rounds
+    every rank's needs, byte ranges between blocks -> those that several ranks need -> parts -> an owner each -> rounds
 
 A place in a checkpoint is a byte of its axis (`Index.axis`): all objects one after the other, with a gap between them,
 so that a range never crosses from one object into another. What a rank needs of the items that it wants whole is then a
@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.format.columns import Ints
-from storage.format.index import spans
+from storage.format.index import aranges
 
-PIECE_SIZE_BYTES = 8 * 1024 * 1024
+PART_SIZE_BYTES = 8 * 1024 * 1024
 ROUND_SIZE_BYTES = 64 * 1024 * 1024
 SMALL_SIZE_BYTES = 256 * 1024
 SMALL_SHARE = 0.005
-_PIECE_SIZE_BYTES_MIN = 1024 * 1024
-_PIECES_PER_RANK = 8
+_PART_SIZE_BYTES_MIN = 1024 * 1024
+_PARTS_PER_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class SharePlan:
-    """Piece i is the bytes [start[i], stop[i]) of the axis. `ranks[i]` need it, ascending; `owner[i]`, one of them,
-    fetches it and sends it to the others in round `round[i]`. Pieces are in the order of their rounds. `is_cut[i]`:
+    """Part i is the bytes [start[i], stop[i]) of the axis. `ranks[i]` need it, ascending; `owner[i]`, one of them,
+    fetches it and sends it to the others in round `round[i]`. Parts are in the order of their rounds. `is_cut[i]`:
     whether what some rank needs begins or ends at its start, and at its stop; else the cut is one for size.
     """
 
@@ -95,20 +95,20 @@ def plan_shares(
     needs_of_rank: Sequence[Ints],
     blocks: Blocks,
     *,
-    piece_size_bytes: int | None = None,
+    part_size_bytes: int | None = None,
     round_size_bytes: int = ROUND_SIZE_BYTES,
     small_size_bytes: int = SMALL_SIZE_BYTES,
 ) -> SharePlan:
-    """Pieces for what more than one rank needs, the same on every rank that plans with the same arguments.
+    """Parts for what more than one rank needs, the same on every rank that plans with the same arguments.
 
     Bytes are spread so that all ranks fetch about the same number in total, counting what each alone needs. In a round
-    no rank fetches and receives more than `round_size_bytes` (or one piece, if that is larger).
+    no rank fetches and receives more than `round_size_bytes` (or one part, if that is larger).
 
     Args:
         needs_of_rank: by rank, ascending disjoint ranges (rows of [start, stop)) that begin and end between blocks.
         blocks: where an axis may be cut.
-        piece_size_bytes: a piece is at most this long, plus a block; by default 8 MiB, and down to 1 MiB where there
-            would be too few pieces to spread them well.
+        part_size_bytes: a part is at most this long, plus a block; by default 8 MiB, and down to 1 MiB where there
+            would be too few parts to spread them well.
         small_size_bytes: shorter ranges are left to each of their ranks where all of those together would fetch no more
             than 0.5 % beyond what is needed: a request of its own costs more than such bytes.
     """
@@ -121,15 +121,15 @@ def plan_shares(
     alone = ~shared[segment]
     np.add.at(alone_bytes, rank[alone], sizes[segment[alone]])
     numbers = np.flatnonzero(shared)
-    if piece_size_bytes is None:
-        per_rank = int(sizes[shared].sum()) // (_PIECES_PER_RANK * max(1, len(needs_of_rank)))
-        piece_size_bytes = min(max(per_rank, _PIECE_SIZE_BYTES_MIN), PIECE_SIZE_BYTES)
-    start, stop, of_segment = _pieces(cuts[numbers], cuts[numbers + 1], blocks, piece_size_bytes)
+    if part_size_bytes is None:
+        per_rank = int(sizes[shared].sum()) // (_PARTS_PER_RANK * max(1, len(needs_of_rank)))
+        part_size_bytes = min(max(per_rank, _PART_SIZE_BYTES_MIN), PART_SIZE_BYTES)
+    start, stop, of_segment = _parts(cuts[numbers], cuts[numbers + 1], blocks, part_size_bytes)
     members = [tuple(found.tolist()) for found in np.split(rank, np.searchsorted(segment, np.arange(1, len(cuts))))]
     ranks = [members[numbers[index]] for index in of_segment.tolist()]
     owner = _owners(stop - start, ranks, alone_bytes)
     order, rounds = _rounds(stop - start, owner, ranks, len(needs_of_rank), round_size_bytes)
-    start, stop, ranks = start[order], stop[order], [ranks[piece] for piece in order.tolist()]
+    start, stop, ranks = start[order], stop[order], [ranks[part] for part in order.tolist()]
     is_cut = np.stack((np.isin(start, cuts), np.isin(stop, cuts)), axis=1)
     return SharePlan(start, stop, owner[order], tuple(ranks), rounds, is_cut)
 
@@ -139,7 +139,7 @@ def _pairs(needs_of_rank: Sequence[Ints], cuts: Ints) -> tuple[Ints, Ints]:
     segments, ranks = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for rank, needs in enumerate(needs_of_rank):
         first, last = np.searchsorted(cuts, needs[:, 0]), np.searchsorted(cuts, needs[:, 1])
-        segments.append(spans(first, last))
+        segments.append(aranges(first, last))
         ranks.append(np.full(len(segments[-1]), rank, np.int64))
     segment, rank_of = np.concatenate(segments), np.concatenate(ranks)
     order = np.argsort(segment, kind="stable")
@@ -157,39 +157,39 @@ def _spared(sizes: Ints, num_ranks: Ints, small_size_bytes: int) -> Ints:
     return spared
 
 
-def _pieces(start: Ints, stop: Ints, blocks: Blocks, size_bytes: int) -> tuple[Ints, Ints, Ints]:
+def _parts(start: Ints, stop: Ints, blocks: Blocks, size_bytes: int) -> tuple[Ints, Ints, Ints]:
     """The ranges cut near multiples of `size_bytes`, between blocks; starts, stops, and which range each is of."""
     first, last = start // size_bytes + 1, -(-stop // size_bytes)
     last = np.maximum(last, first)
     of_range = np.repeat(np.arange(len(start)), last - first)
-    inner = spans(first, last) * size_bytes
+    inner = aranges(first, last) * size_bytes
     inner = blocks.floor(inner) if len(inner) else inner
     inside = inner > start[of_range]
     starts = np.concatenate((start, inner[inside]))
-    of_piece = np.concatenate((np.arange(len(start)), of_range[inside]))
+    of_part = np.concatenate((np.arange(len(start)), of_range[inside]))
     starts, unique = np.unique(starts, return_index=True)
-    of_piece = of_piece[unique]
+    of_part = of_part[unique]
     following = np.concatenate((starts[1:], [0]))
-    is_last = np.concatenate((of_piece[1:] != of_piece[:-1], [True])) if len(starts) else np.zeros(0, bool)
-    stops = np.where(is_last, stop[of_piece], following[: len(starts)])
-    return starts, np.asarray(stops, np.int64), of_piece
+    is_last = np.concatenate((of_part[1:] != of_part[:-1], [True])) if len(starts) else np.zeros(0, bool)
+    stops = np.where(is_last, stop[of_part], following[: len(starts)])
+    return starts, np.asarray(stops, np.int64), of_part
 
 
 def _owners(sizes: Ints, ranks: Sequence[tuple[int, ...]], alone_bytes: Ints) -> Ints:
-    """One of each piece's ranks, so that the fullest rank has as little as can be; pieces of a set stay in order."""
+    """One of each part's ranks, so that the fullest rank has as little as can be; parts of a set stay in order."""
     load_bytes = alone_bytes.copy()
     owner = np.zeros(len(sizes), np.int64)
-    pieces_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for piece, members in enumerate(ranks):
-        pieces_of[members].append(piece)
+    parts_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for part, members in enumerate(ranks):
+        parts_of[members].append(part)
     # the sets with the least choice first
-    for members in sorted(pieces_of, key=lambda members: (len(members), members)):
-        pieces, among = np.array(pieces_of[members]), np.array(members)
-        quotas = _filled(load_bytes[among], int(sizes[pieces].sum()))
-        middles = np.cumsum(sizes[pieces]) - sizes[pieces] / 2
+    for members in sorted(parts_of, key=lambda members: (len(members), members)):
+        parts, among = np.array(parts_of[members]), np.array(members)
+        quotas = _filled(load_bytes[among], int(sizes[parts].sum()))
+        middles = np.cumsum(sizes[parts]) - sizes[parts] / 2
         chosen = among[np.minimum(np.searchsorted(np.cumsum(quotas), middles, "right"), len(among) - 1)]
-        owner[pieces] = chosen
-        np.add.at(load_bytes, chosen, sizes[pieces])
+        owner[parts] = chosen
+        np.add.at(load_bytes, chosen, sizes[parts])
     return owner
 
 
@@ -208,29 +208,29 @@ def _filled(load_bytes: Ints, total_bytes: int) -> Ints:
 def _rounds(
     sizes: Ints, owner: Ints, ranks: Sequence[tuple[int, ...]], world_size: int, round_size_bytes: int
 ) -> tuple[Ints, Ints]:
-    """An order of the pieces, in which each owner's pieces take turns with the others', and the round of each."""
+    """An order of the parts, in which each owner's parts take turns with the others', and the round of each."""
     by_owner = np.argsort(owner, kind="stable")
     counts = np.bincount(owner, minlength=world_size)
     turn = np.zeros(len(sizes), np.int64)
-    turn[by_owner] = spans(np.zeros(len(counts), np.int64), counts)
+    turn[by_owner] = aranges(np.zeros(len(counts), np.int64), counts)
     order = np.lexsort((owner, turn))
     rounds = np.zeros(len(sizes), np.int64)
     held_bytes = np.zeros(world_size, np.int64)
     now = 0
-    for at, piece in enumerate(order.tolist()):
-        members = np.array(ranks[piece])
+    for at, part in enumerate(order.tolist()):
+        members = np.array(ranks[part])
         held = int(held_bytes[members].max())
-        if held and held + int(sizes[piece]) > round_size_bytes:
+        if held and held + int(sizes[part]) > round_size_bytes:
             now += 1
             held_bytes[:] = 0
-        held_bytes[members] += sizes[piece]
+        held_bytes[members] += sizes[part]
         rounds[at] = now
     return order, rounds
 
 
-def holes_of(plan: SharePlan, rank: int) -> list[tuple[int, int]]:
+def received_ranges(plan: SharePlan, rank: int) -> list[tuple[int, int]]:
     """The ranges of the axis that come to `rank` through the plan, ascending."""
-    mine = [piece for piece in range(len(plan)) if rank in plan.ranks[piece]]
+    mine = [part for part in range(len(plan)) if rank in plan.ranks[part]]
     ranges = np.stack((plan.start[mine], plan.stop[mine]), axis=1) if mine else np.zeros((0, 2), np.int64)
     return list(itertools.starmap(_pair, merged(ranges).tolist()))
 

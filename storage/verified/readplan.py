@@ -1,6 +1,6 @@
 """What to fetch for the bytes that a rank wants. Pure: no torch, no store, no threads.
 
-    boxes of tensors -> byte runs of items (`box_runs`) -> wants -> whole blocks -> merged per object -> parts
+    boxes of tensors -> stripes of items (`box_stripes`) -> wants -> whole blocks -> merged per object -> parts
 
 A part is one request. It is made of segments: whole blocks of one item, which are either *direct* (they lie inside
 one want, so their bytes go straight into the destination) or go through scratch memory, from where the wanted bytes
@@ -25,7 +25,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class ItemSpan:
+class ItemPlace:
     """Where an item lies in its object, and the size of the blocks that it is verified by."""
 
     object: int
@@ -36,7 +36,7 @@ class ItemSpan:
 
 @dataclass(frozen=True, slots=True)
 class Stripes:
-    """`count` byte runs of `length`, the first at `start`, each `stride` bytes after the one before."""
+    """`count` ranges of `length` bytes, the first at `start`, each `stride` bytes after the one before."""
 
     start: int
     stride: int
@@ -48,10 +48,15 @@ class Stripes:
         """The end of the last one."""
         return self.start + (self.count - 1) * self.stride + self.length
 
+    @property
+    def starts(self) -> range:
+        """Where each begins."""
+        return range(self.start, self.start + self.count * self.stride, self.stride)
+
     def before(self, position: int) -> int:
         """How many of the stripes' bytes come before `position`."""
-        runs, rest = divmod(max(0, position - self.start), self.stride)
-        return min(runs * self.length + min(rest, self.length), self.count * self.length)
+        num, rest = divmod(max(0, position - self.start), self.stride)
+        return min(num * self.length + min(rest, self.length), self.count * self.length)
 
 
 NOWHERE = -1
@@ -59,7 +64,8 @@ NOWHERE = -1
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Bytes [start, stop) of an item, wanted at byte `at` of destination `buffer`; of them only the stripes, if given.
+    """Bytes [start, stop) of an item, wanted at byte `at` of target number `target`; only the stripes of
+    them, if given.
 
     A want for `NOWHERE` has its blocks fetched and verified, no more.
     """
@@ -67,7 +73,7 @@ class Want:
     item: int
     start: int
     stop: int
-    buffer: int
+    target: int
     at: int
     stripes: Stripes | None = None
 
@@ -102,21 +108,13 @@ class Part:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """A box of a row-major array as byte runs of equal length, in the box's own row-major order."""
-
-    starts: tuple[int, ...]
-    length: int
-
-
 def box_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides, in elements, of an array of those sizes."""
     return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
 
 
-def run_length(sizes: Sequence[int], lengths: Sequence[int]) -> int:
-    """Elements of the longest runs that a box of those lengths is made of, in a row-major array of those sizes."""
+def stripe_length(sizes: Sequence[int], lengths: Sequence[int]) -> int:
+    """Elements of the longest stripes that a box of those lengths is made of, in a row-major array of those sizes."""
     num = 1
     for size, length in zip(reversed(sizes), reversed(lengths), strict=True):
         num *= length
@@ -125,35 +123,24 @@ def run_length(sizes: Sequence[int], lengths: Sequence[int]) -> int:
     return num
 
 
-def box_runs(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], itemsize_bytes: int) -> Runs:
-    """Byte runs of the box at `offsets` with `lengths` (none of them 0) in a row-major array of `sizes`."""
-    strides = box_strides(sizes)
-    length = run_length(sizes, lengths)
-    # the dimensions that a run spans are stepped over; the outer ones enumerate the runs
-    outer = 0
-    while math.prod(lengths[outer:]) > length:
-        outer += 1
-    starts = tuple(start * itemsize_bytes for start in _starts(offsets, lengths, strides, outer))
-    return Runs(starts, length * itemsize_bytes)
-
-
 def box_stripes(
     sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], itemsize_bytes: int
 ) -> list[Stripes]:
-    """The same as stripes, as few as can be, in the box's own row-major order."""
+    """The bytes of the box at `offsets` with `lengths` (none of them 0) in a row-major array of `sizes`.
+
+    As few and as long as can be, in the box's own row-major order.
+    """
     strides = box_strides(sizes)
-    length = run_length(sizes, lengths)
+    length = stripe_length(sizes, lengths)
+    # the dimensions that a stripe covers are stepped over; the outer ones enumerate the stripes
     outer = 0
     while math.prod(lengths[outer:]) > length:
         outer += 1
-    if not outer:
-        size = length * itemsize_bytes
-        return [Stripes(box_runs(sizes, offsets, lengths, itemsize_bytes).starts[0], size, size, 1)]
-    even = outer - 1  # from here on the runs follow each other at one stride
+    even = max(outer - 1, 0)  # from here on the stripes follow each other at one stride
     while even and strides[even - 1] == strides[even] * lengths[even]:
         even -= 1
     count = math.prod(lengths[even:outer])
-    stride = strides[outer - 1] * itemsize_bytes
+    stride = (strides[outer - 1] if outer else length) * itemsize_bytes
     firsts = _starts(offsets, lengths, strides, even)
     return [Stripes(first * itemsize_bytes, stride, length * itemsize_bytes, count) for first in firsts]
 
@@ -166,9 +153,9 @@ def _starts(offsets: Sequence[int], lengths: Sequence[int], strides: Sequence[in
 
 
 def plan_parts(
-    items: Mapping[int, ItemSpan],
+    items: Mapping[int, ItemPlace],
     wants: Iterable[Want],
-    holes: Mapping[int, Sequence[Range]] = MappingProxyType({}),
+    received: Mapping[int, Sequence[Range]] = MappingProxyType({}),
     *,
     part_size_bytes: int = PART_SIZE_BYTES,
     gap_size_bytes: int = GAP_SIZE_BYTES,
@@ -178,7 +165,7 @@ def plan_parts(
     Args:
         items: what `Want.item` names.
         wants: non-empty byte ranges; they may overlap.
-        holes: by object, byte ranges in order that come from elsewhere; they begin and end between blocks.
+        received: by object, byte ranges in order that come from elsewhere; they begin and end between blocks.
         part_size_bytes: a part is at most this long (but at least one block), and an eighth more: an item of that size
             with its framing is one request, and no small rest is one of its own.
         gap_size_bytes: segments this near to each other share a part.
@@ -195,13 +182,13 @@ def plan_parts(
         limited = itertools.chain.from_iterable(
             _split(rest, items[segment.item].block_size_bytes, part_size_bytes)
             for segment in in_order
-            for rest in _without(segment, items[segment.item].block_size_bytes, holes.get(index, ()))
+            for rest in _without(segment, items[segment.item].block_size_bytes, received.get(index, ()))
         )
         parts += _merge(index, limited, part_size_bytes, gap_size_bytes)
     return parts
 
 
-def segments_of(index: int, item: ItemSpan, wants: Sequence[Want]) -> list[Segment]:
+def segments_of(index: int, item: ItemPlace, wants: Sequence[Want]) -> list[Segment]:
     """The blocks that `wants` touch, as few segments as can be, in order."""
     size = item.block_size_bytes
     wants = sorted(wants, key=lambda want: (want.start, want.stop))
@@ -227,7 +214,7 @@ def segments_of(index: int, item: ItemSpan, wants: Sequence[Want]) -> list[Segme
         if not active:
             continue
         stop = min(last * size, item.length)
-        takers = [want for want in active if want.buffer != NOWHERE]
+        takers = [want for want in active if want.target != NOWHERE]
         only = takers[0] if len(takers) == 1 else None
         if only is not None and only.stripes is None and only.start <= first * size and stop <= only.stop:
             found.append(segment(first, last, only, ()))
@@ -240,10 +227,10 @@ def segments_of(index: int, item: ItemSpan, wants: Sequence[Want]) -> list[Segme
     return found
 
 
-def _without(segment: Segment, block_size_bytes: int, holes: Sequence[Range]) -> Iterable[Segment]:
-    """What is left of the segment between the holes."""
+def _without(segment: Segment, block_size_bytes: int, received: Sequence[Range]) -> Iterable[Segment]:
+    """What is left of the segment between what is received."""
     at = segment.start
-    for start, stop in holes[bisect.bisect_right(holes, at, key=_stop_of) :]:
+    for start, stop in received[bisect.bisect_right(received, at, key=_stop_of) :]:
         if start >= segment.stop:
             break
         if at < start:
@@ -253,8 +240,8 @@ def _without(segment: Segment, block_size_bytes: int, holes: Sequence[Range]) ->
         yield between(segment, block_size_bytes, at, segment.stop)
 
 
-def _stop_of(hole: Range) -> int:
-    return hole[1]
+def _stop_of(byte_range: Range) -> int:
+    return byte_range[1]
 
 
 def between(segment: Segment, block_size_bytes: int, start: int, stop: int) -> Segment:
@@ -273,7 +260,7 @@ def between(segment: Segment, block_size_bytes: int, start: int, stop: int) -> S
 
 
 def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Iterable[Segment]:
-    """The segment in pieces of at most `part_size_bytes` and an eighth, cut between blocks."""
+    """The segment cut between blocks, so that nothing is longer than `part_size_bytes` and an eighth."""
     step = max(1, part_size_bytes // block_size_bytes)
     first, start = segment.first_block, segment.start
     while first < segment.last_block:

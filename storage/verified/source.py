@@ -15,7 +15,7 @@ import numpy as np
 from storage.errors import Corrupt, NotFound
 from storage.format.index import Index
 from storage.stores.objects import ObjectStore
-from storage.verified.readplan import ItemSpan, Part
+from storage.verified.readplan import ItemPlace, Part
 from storage.verified.twice import read_verified
 from storage.verified.verifiers import BlockSums, BlockVerifier, StreamedZipVerifier, Verifier, ZipVerifier
 
@@ -136,11 +136,11 @@ class Source:
             return StreamedZipVerifier(key, start + layout.start, start + layout.stop, layout.crc32)
         return ZipVerifier(key, start, stop, is_joint=item in self.layouts)
 
-    def span(self, item: int) -> ItemSpan:
+    def place(self, item: int) -> ItemPlace:
         """Where the item lies, for a plan."""
         columns = self.index.columns
         rows = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
-        return ItemSpan(*(int(column[item]) for column in rows))
+        return ItemPlace(*(int(column[item]) for column in rows))
 
     def fetch(self, part: Part, memories: Sequence[memoryview]) -> None:
         """Fill the memory of each of the part's segments, and verify it as far as its items' bytes have come.

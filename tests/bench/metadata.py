@@ -46,7 +46,7 @@ from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry,
 from storage.loading.casts import Casts
 from storage.loading.exchange import agree, learn_crcs
 from storage.loading.loadplan import SafeLoadPlanner
-from storage.loading.reading import Places
+from storage.loading.reading import Axis
 from storage.loading.request_builder import reads_by_item, requests_of
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
@@ -235,9 +235,9 @@ def read_ours(url: str, state: dict[str, Any]) -> None:
     reads = reads_by_item(index, planner.create_local_plan().items)
     source = Source(store, learn_crcs(group, index, reads))
     requests = requests_of(source, reads, planner, Casts())
-    assert len(requests.spans) == NUM_TENSORS
-    places = Places(index)
-    agree(group, requests, places.blocks, places.axis)
+    assert len(requests.places) == NUM_TENSORS
+    axis = Axis(index)
+    agree(group, requests, axis.blocks, axis.starts)
 
 
 def read_stock(url: str, state: dict[str, Any]) -> None:

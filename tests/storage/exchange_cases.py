@@ -29,7 +29,7 @@ from storage import Checkpointer, ShardReader, register_scheme
 from storage.errors import StorageError, Transient
 from storage.loading import exchange, host_memory, reading
 from storage.loading.host_memory import read_memory
-from storage.loading.pieces import item_segments, long_runs
+from storage.loading.shared_parts import item_segments, long_ranges
 from storage.loading.shareplan import plan_shares
 from storage.stores.local import LocalStore
 from storage.stores.objects import Capability
@@ -105,18 +105,18 @@ def same(left: Any, right: Any) -> bool:
 
 
 @contextlib.contextmanager
-def small_pieces(piece_size_bytes: int, round_size_bytes: int) -> Iterator[None]:
+def small_parts(part_size_bytes: int, round_size_bytes: int) -> Iterator[None]:
     """Pieces and rounds so small that a small state has many, and any block may be a run of its own."""
     exchange.plan_shares = functools.partial(  # type: ignore[attr-defined]
-        plan_shares, piece_size_bytes=piece_size_bytes, round_size_bytes=round_size_bytes, small_size_bytes=0
+        plan_shares, part_size_bytes=part_size_bytes, round_size_bytes=round_size_bytes, small_size_bytes=0
     )
-    reading.long_runs = functools.partial(long_runs, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
+    reading.long_ranges = functools.partial(long_ranges, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
     reading.item_segments = functools.partial(item_segments, long_size_bytes=1)  # type: ignore[assignment,attr-defined]
     try:
         yield
     finally:
         exchange.plan_shares = plan_shares  # type: ignore[attr-defined]
-        reading.long_runs, reading.item_segments = long_runs, item_segments  # type: ignore[attr-defined]
+        reading.long_ranges, reading.item_segments = long_ranges, item_segments  # type: ignore[attr-defined]
 
 
 def save(url: str, layout: str, stock: bool) -> None:
@@ -129,7 +129,7 @@ def save(url: str, layout: str, stock: bool) -> None:
 
 
 def load(urls: Sequence[str], name: str) -> list[str]:
-    """Load each of them, with the Checkpointer in small pieces and with DCP in large ones; those that came wrong.
+    """Load each of them, with the Checkpointer in small parts and with DCP in large ones; those that came wrong.
 
     From the folder itself, where each rank may read for itself, and as if it were far away.
     """
@@ -138,7 +138,7 @@ def load(urls: Sequence[str], name: str) -> list[str]:
     register_scheme("far", Counting)
     for url in urls:
         state = odd_state(layout, 1)
-        with small_pieces(16 << 10, 64 << 10), Checkpointer(f"far://{url}") as ckpt:
+        with small_parts(16 << 10, 64 << 10), Checkpointer(f"far://{url}") as ckpt:
             assert ckpt.restore(state) == 7
         other, near = odd_state(layout, 1), odd_state(layout, 1)
         dcp.load(other, storage_reader=ShardReader(f"far://{url}"))
@@ -304,7 +304,7 @@ def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:
     """Load where rank `victim`'s store fails; what is raised, and after how many reads of this rank."""
     store = Counting(url, fail_at if dist.get_rank() == victim else None)
     register_scheme("failing-read", lambda rest: store)
-    with Checkpointer("failing-read://") as ckpt, small_pieces(16 << 10, 64 << 10):
+    with Checkpointer("failing-read://") as ckpt, small_parts(16 << 10, 64 << 10):
         try:
             ckpt.restore(odd_state(Layout(layout), 0))
         except StorageError as error:
@@ -319,7 +319,7 @@ def lack_memory(url: str, layout: str, victim: int, lacking: str) -> str:
         raise MemoryError("none is left")
 
     register_scheme("far", Counting)
-    with pytest.MonkeyPatch.context() as patch, Checkpointer(f"far://{url}") as ckpt, small_pieces(16 << 10, 64 << 10):
+    with pytest.MonkeyPatch.context() as patch, Checkpointer(f"far://{url}") as ckpt, small_parts(16 << 10, 64 << 10):
         if dist.get_rank() == victim:
             patch.setattr(exchange.Exchange, lacking, lack)
         try:
@@ -333,7 +333,7 @@ def fail_dcp(url: str, layout: str, victim: int) -> str:
     """The same through `dcp.load`."""
     store = Counting(url, 2 if dist.get_rank() == victim else None)
     register_scheme("failing-dcp", lambda rest: store)
-    with small_pieces(16 << 10, 64 << 10):
+    with small_parts(16 << 10, 64 << 10):
         try:
             dcp.load(odd_state(Layout(layout), 0), storage_reader=ShardReader("failing-dcp://"))
         except dcp.CheckpointException as error:

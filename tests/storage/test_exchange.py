@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.loading.requests import packed
-from storage.verified.readplan import Stripes, box_runs, box_stripes
+from storage.verified.readplan import Stripes
 from tests.ranks import Ranks
 from tests.storage import exchange_cases as cases
 
@@ -106,14 +106,6 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
     sizes = draw(st.lists(st.integers(1, 5), min_size=0, max_size=4))
     offsets = [draw(st.integers(0, size - 1)) for size in sizes]
     return sizes, offsets, [draw(st.integers(1, size - at)) for size, at in zip(sizes, offsets, strict=True)]
-
-
-@given(boxes(), st.sampled_from([1, 4]))
-@settings(max_examples=300, deadline=None)
-def test_the_stripes_of_a_box_are_its_runs(box: tuple[list[int], list[int], list[int]], itemsize: int) -> None:
-    runs = box_runs(*box, itemsize)
-    found = [(s.start + k * s.stride, s.length) for s in box_stripes(*box, itemsize) for k in range(s.count)]
-    assert found == [(start, runs.length) for start in runs.starts]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, that it will drop this version one day

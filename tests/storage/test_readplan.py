@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.format.checksum import block_size_bytes
-from storage.verified.readplan import ItemSpan, Part, Want, box_runs, plan_parts
+from storage.verified.readplan import ItemPlace, Part, Want, box_stripes, plan_parts
 
 
 @st.composite
@@ -23,28 +23,26 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
 
 @given(boxes(), st.sampled_from([1, 2, 8]))
 @settings(max_examples=300, deadline=None)
-def test_box_runs_cover_the_box_in_its_own_order(box: tuple[list[int], list[int], list[int]], itemsize: int) -> None:
+def test_the_stripes_of_a_box_cover_it_in_order(box: tuple[list[int], list[int], list[int]], itemsize: int) -> None:
     sizes, offsets, lengths = box
     elements = np.arange(int(np.prod(sizes)), dtype=np.int64).reshape(sizes)
     wanted = elements[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))].ravel()
-    runs = box_runs(sizes, offsets, lengths, itemsize)
-    found = [
-        element for start in runs.starts for element in range(start // itemsize, (start + runs.length) // itemsize)
-    ]
+    stripes = [(start, s.length) for s in box_stripes(sizes, offsets, lengths, itemsize) for start in s.starts]
+    found = [element for start, length in stripes for element in range(start // itemsize, (start + length) // itemsize)]
     assert found == wanted.tolist()
-    # as few runs as can be: no two of them touch, unless the box leaves a dimension that is whole in between
-    if len(runs.starts) > 1 and all(n < s for s, n in zip(sizes, lengths, strict=True)):
-        assert all(a + runs.length < b for a, b in itertools.pairwise(runs.starts))
+    # as few as can be: no two of them touch, unless the box leaves a dimension that is whole in between
+    if len(stripes) > 1 and all(n < s for s, n in zip(sizes, lengths, strict=True)):
+        assert all(start + length < after for (start, length), (after, _) in itertools.pairwise(stripes))
 
 
 @st.composite
-def reads(draw: st.DrawFn) -> tuple[list[ItemSpan], list[Want], int, int]:
-    items: list[ItemSpan] = []
+def reads(draw: st.DrawFn) -> tuple[list[ItemPlace], list[Want], int, int]:
+    items: list[ItemPlace] = []
     ends = [0, 0]
     for _ in range(draw(st.integers(1, 5))):
         where = draw(st.integers(0, 1))
         length = draw(st.integers(1, 90))
-        items.append(ItemSpan(where, ends[where], length, draw(st.sampled_from([4, 8, 16, 128]))))
+        items.append(ItemPlace(where, ends[where], length, draw(st.sampled_from([4, 8, 16, 128]))))
         ends[where] += length
     wants = []
     for buffer in range(draw(st.integers(0, 8))):
@@ -55,7 +53,7 @@ def reads(draw: st.DrawFn) -> tuple[list[ItemSpan], list[Want], int, int]:
     return items, wants, draw(st.sampled_from([1, 16, 40, 1000])), draw(st.sampled_from([0, 5, 50]))
 
 
-def deliver(items: list[ItemSpan], parts: list[Part], objects: list[bytes], size: int) -> dict[int, bytearray]:
+def deliver(items: list[ItemPlace], parts: list[Part], objects: list[bytes], size: int) -> dict[int, bytearray]:
     """What a fetcher does with a plan, byte by byte."""
     buffers: dict[int, bytearray] = {}
     for part in parts:
@@ -66,7 +64,7 @@ def deliver(items: list[ItemSpan], parts: list[Part], objects: list[bytes], size
                 low, high = max(want.start, origin), min(want.stop, origin + len(data))
                 if low < high:
                     at = want.at + low - want.start
-                    buffers.setdefault(want.buffer, bytearray(size))[at : at + high - low] = data[
+                    buffers.setdefault(want.target, bytearray(size))[at : at + high - low] = data[
                         low - origin : high - origin
                     ]
     return buffers
@@ -75,7 +73,7 @@ def deliver(items: list[ItemSpan], parts: list[Part], objects: list[bytes], size
 @given(reads())
 @settings(max_examples=600, deadline=None)
 def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
-    case: tuple[list[ItemSpan], list[Want], int, int],
+    case: tuple[list[ItemPlace], list[Want], int, int],
 ) -> None:
     items, wants, part_size, gap = case
     rng = np.random.default_rng(7)
@@ -86,7 +84,7 @@ def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
     for want in wants:
         item = items[want.item]
         data = objects[item.object][item.offset + want.start : item.offset + want.stop]
-        assert buffers[want.buffer][want.at : want.at + len(data)] == data
+        assert buffers[want.target][want.at : want.at + len(data)] == data
         size = item.block_size_bytes
         low, high = want.start // size * size, min(-(-want.stop // size) * size, item.length)
         touched |= {(item.object, item.offset + byte) for byte in range(low, high)}
@@ -104,7 +102,7 @@ def test_plan_delivers_every_wanted_byte_and_fetches_no_block_twice(
 
 
 def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
-    items = [ItemSpan(0, 1000, 704 + 4 * 65536 + 873, 16384)]
+    items = [ItemPlace(0, 1000, 704 + 4 * 65536 + 873, 16384)]
     parts = plan_parts(dict(enumerate(items)), [Want(0, 704, 704 + 4 * 65536, 0, 0)])
     assert len(parts) == 1
     direct = sum(segment.stop - segment.start for segment in parts[0].segments if segment.direct)
@@ -113,7 +111,7 @@ def test_a_whole_tensor_goes_straight_into_its_memory() -> None:
 
 def test_items_of_about_a_parts_size_are_one_request_each() -> None:
     length = 704 + (16 << 20) + 873
-    items = [ItemSpan(0, number * length, length, block_size_bytes(length)) for number in range(8)]
+    items = [ItemPlace(0, number * length, length, block_size_bytes(length)) for number in range(8)]
     wants = [Want(number, 704, 704 + (16 << 20), number, 0) for number in range(8)]
     assert len(plan_parts(dict(enumerate(items)), wants)) == 8
 
@@ -124,7 +122,7 @@ def test_resharding_fetches_hardly_more_than_it_needs(size_mib: int, saved_by: i
     """One tensor, sharded by rows, saved by some ranks and loaded by others: fetched / needed over all ranks."""
     total = size_mib << 20
     cuts = [total * rank // saved_by for rank in range(saved_by + 1)]
-    items = [ItemSpan(i, 0, 704 + b - a + 873, block_size_bytes(704 + b - a + 873)) for i, (a, b) in pairs(cuts)]
+    items = [ItemPlace(i, 0, 704 + b - a + 873, block_size_bytes(704 + b - a + 873)) for i, (a, b) in pairs(cuts)]
     fetched = 0
     shares = [total * rank // loaded_by for rank in range(loaded_by + 1)]
     for _, (low, high) in pairs(shares):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.format.columns import Ints
-from storage.loading.shareplan import SMALL_SHARE, Blocks, SharePlan, holes_of, merged, plan_shares, should_share
+from storage.loading.shareplan import SMALL_SHARE, Blocks, SharePlan, merged, plan_shares, received_ranges, should_share
 
 
 @st.composite
@@ -54,29 +54,29 @@ def test_merged_ranges_are_the_union(case: tuple[list[Ints], Blocks]) -> None:
 @given(cases(), st.sampled_from([1, 10, 40, 1000]), st.sampled_from([1, 50, 10000]), st.sampled_from([0, 20]))
 @settings(max_examples=400, deadline=None)
 def test_every_needed_byte_is_fetched_once_and_reaches_everyone(
-    case: tuple[list[Ints], Blocks], piece_size: int, round_size: int, small_size: int
+    case: tuple[list[Ints], Blocks], part_size: int, round_size: int, small_size: int
 ) -> None:
     needs, blocks = case
     plan = plan_shares(
-        needs, blocks, piece_size_bytes=piece_size, round_size_bytes=round_size, small_size_bytes=small_size
+        needs, blocks, part_size_bytes=part_size, round_size_bytes=round_size, small_size_bytes=small_size
     )
     of_rank = [covered(ranges) for ranges in needs]
-    pieces = [set(range(start, stop)) for start, stop in zip(plan.start.tolist(), plan.stop.tolist(), strict=True)]
+    parts = [set(range(start, stop)) for start, stop in zip(plan.start.tolist(), plan.stop.tolist(), strict=True)]
     fetched = [set(mine) for mine in of_rank]  # by whom: first of all by everybody, then what others send is taken away
-    for piece, members, owner in zip(pieces, plan.ranks, plan.owner.tolist(), strict=True):
-        assert piece
+    for part, members, owner in zip(parts, plan.ranks, plan.owner.tolist(), strict=True):
+        assert part
         assert owner in members
         # exactly those who need it, all of it
-        assert members == tuple(rank for rank, mine in enumerate(of_rank) if piece & mine)
-        assert all(piece <= of_rank[rank] for rank in members)
+        assert members == tuple(rank for rank, mine in enumerate(of_rank) if part & mine)
+        assert all(part <= of_rank[rank] for rank in members)
         for rank in members:
             if rank != owner:
-                fetched[rank] -= piece
+                fetched[rank] -= part
     num_fetched = sum(len(mine) for mine in fetched)
     needed = len(set().union(*of_rank))
     assert set().union(*fetched) == set().union(*of_rank)
     assert num_fetched - needed <= (SMALL_SHARE * needed if small_size else 0)
-    # cut between blocks, and no longer than a piece and a block
+    # cut between blocks, and no longer than a part and a block
     edges = {
         start + min(low, length)
         for start, length, size in zip(
@@ -85,11 +85,11 @@ def test_every_needed_byte_is_fetched_once_and_reaches_everyone(
         for low in range(0, length + size, size)
     }
     assert set(plan.start.tolist()) | set(plan.stop.tolist()) <= edges
-    assert all(len(piece) <= piece_size + int(blocks.block_size_bytes.max()) for piece in pieces)
-    assert sum(map(len, pieces)) == len(set().union(*pieces))
+    assert all(len(part) <= part_size + int(blocks.block_size_bytes.max()) for part in parts)
+    assert sum(map(len, parts)) == len(set().union(*parts))
     for rank in range(len(needs)):
-        holes = [byte for start, stop in holes_of(plan, rank) for byte in range(start, stop)]
-        assert holes == sorted(byte for piece, m in zip(pieces, plan.ranks, strict=True) if rank in m for byte in piece)
+        received = [byte for start, stop in received_ranges(plan, rank) for byte in range(start, stop)]
+        assert received == sorted(byte for part, m in zip(parts, plan.ranks, strict=True) if rank in m for byte in part)
     check_rounds(plan, len(needs), round_size)
 
 
@@ -98,16 +98,16 @@ def check_rounds(plan: SharePlan, world_size: int, round_size: int) -> None:
     assert (np.diff(plan.round) >= 0).all()
     assert sorted(set(plan.round.tolist())) == list(range(plan.num_rounds))
     for number in range(plan.num_rounds):
-        pieces = np.flatnonzero(plan.round == number).tolist()
+        parts = np.flatnonzero(plan.round == number).tolist()
         for rank in range(world_size):
-            held = [int(sizes[piece]) for piece in pieces if rank in plan.ranks[piece]]
+            held = [int(sizes[part]) for part in parts if rank in plan.ranks[part]]
             assert sum(held) <= round_size or len(held) == 1
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 7])
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 def test_replicas_fetch_equal_shares(replicas: int, num_shards: int) -> None:
-    """HSDP: every shard, an object, is needed by each of its replicas; all ranks fetch the same, within a piece."""
+    """HSDP: every shard, an object, is needed by each of its replicas; all ranks fetch the same, within a part."""
     size = 200 << 20
     blocks = Blocks(np.arange(num_shards) * (size + 1), np.full(num_shards, size), np.full(num_shards, 1 << 19))
     needs = [np.array([[s * (size + 1), s * (size + 1) + size]]) for _ in range(replicas) for s in range(num_shards)]

@@ -1,8 +1,8 @@
-"""The pieces that ranks send to each other: how a rank holds one, and how it is cut into messages. No torch, no store.
+"""The parts that ranks share: how a rank holds one, and how it is cut into messages. No torch, no store.
 
-A piece is whole blocks of one object. Each rank has it in segments of its own: what a plain tensor takes as it is lies
+A part is whole blocks of one object. Each rank has it in segments of its own: what a plain tensor takes as it is lies
 there from the start, the rest in scratch memory. Sender and receiver do not know each other's segments, but must cut a
-piece into the same messages: so it is cut where, by what all ranks know, segments are likely to end.
+part into the same messages: so it is cut where, by what all ranks know, segments are likely to end.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.format.columns import Array
-from storage.verified.readplan import ItemSpan, Part, Range, Segment, Want, between, segments_of
+from storage.verified.readplan import ItemPlace, Part, Range, Segment, Want, between, segments_of
 
 LONG_SIZE_BYTES = 256 * 1024
 """Shorter runs are copied and sent together: a system call and a message for each would cost more."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Piece `number` of the plan as a part with this rank's segments, which cover it. `runs`: see `long_runs`."""
+class SharedPart:
+    """Part `number` of the plan, with this rank's segments, which cover it, and its `long_ranges`."""
 
     number: int
     part: Part
-    runs: tuple[Range, ...]
+    long_ranges: tuple[Range, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -36,24 +36,24 @@ class Piece:
         return self.part.stop - self.part.start
 
     def only_item(self) -> tuple[int, Range] | None:
-        """The item and its bytes, if the piece has bytes of one item only."""
+        """The item and its bytes, if the part has bytes of one item only."""
         first = self.part.segments[0]
         if any(segment.item != first.item for segment in self.part.segments):
             return None
         return first.item, (first.item_start, first.item_start + self.size_bytes)
 
-    def parcels(self) -> list[list[Range]]:
-        """What goes into one message each: every run by itself, and together what they leave."""
-        edges = [self.part.start, *itertools.chain.from_iterable(self.runs), self.part.stop]
+    def messages(self) -> list[list[Range]]:
+        """What goes into one message each: every long range by itself, and together what they leave."""
+        edges = [self.part.start, *itertools.chain.from_iterable(self.long_ranges), self.part.stop]
         left = [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
-        return [*([run] for run in self.runs), *([left] if left else [])]
+        return [*([long] for long in self.long_ranges), *([left] if left else [])]
 
 
 @dataclass(frozen=True)
 class Held:
-    """A piece, and the memory of each of its segments; whether that is where the bytes belong (`in_place`)."""
+    """A part, and the memory of each of its segments; whether that is where the bytes belong (`in_place`)."""
 
-    piece: Piece
+    shared: SharedPart
     memories: tuple[memoryview, ...]
     in_place: tuple[bool, ...]
 
@@ -63,21 +63,24 @@ class Held:
         of = zip(self.memories, self.in_place, strict=True)
         return sum(memory.nbytes for memory, in_place in of if not in_place)
 
-    def parcels(self) -> list[list[Array]]:
-        """The memories that each parcel of the piece lies in, in order."""
-        return [[memory for span in parcel for memory in self._memories_of(span)] for parcel in self.piece.parcels()]
+    def messages(self) -> list[list[Array]]:
+        """The memories that each message of the part lies in, in order."""
+        return [
+            [memory for byte_range in message for memory in self._memories_of(byte_range)]
+            for message in self.shared.messages()
+        ]
 
     def joined(self) -> Array:
-        """The bytes of the piece, copied only if they lie in several memories."""
-        return joined(list(self._memories_of((self.piece.part.start, self.piece.part.stop))))
+        """The bytes of the part, copied only if they lie in several memories."""
+        return joined(list(self._memories_of((self.shared.part.start, self.shared.part.stop))))
 
-    def _memories_of(self, span: Range) -> Iterator[Array]:
-        segments = self.piece.part.segments
-        for number in range(bisect.bisect_right(segments, span[0], key=_stop_of), len(segments)):
+    def _memories_of(self, byte_range: Range) -> Iterator[Array]:
+        segments = self.shared.part.segments
+        for number in range(bisect.bisect_right(segments, byte_range[0], key=_stop_of), len(segments)):
             segment = segments[number]
-            if segment.start >= span[1]:
+            if segment.start >= byte_range[1]:
                 return
-            low, high = max(span[0], segment.start), min(span[1], segment.stop)
+            low, high = max(byte_range[0], segment.start), min(byte_range[1], segment.stop)
             yield np.frombuffer(self.memories[number], np.uint8)[low - segment.start : high - segment.start]
 
 
@@ -99,27 +102,27 @@ def scatter(content: Array, memories: Sequence[Array]) -> None:
         at += len(memory)
 
 
-def long_runs(
-    items: Sequence[ItemSpan], piece: Range, is_cut: tuple[bool, bool], long_size_bytes: int = LONG_SIZE_BYTES
+def long_ranges(
+    items: Sequence[ItemPlace], part: Range, is_cut: tuple[bool, bool], long_size_bytes: int = LONG_SIZE_BYTES
 ) -> tuple[Range, ...]:
-    """The long runs of the piece that a rank most likely has in one memory each; the same on every rank.
+    """The long ranges of the part that a rank most likely has in one memory each; the same on every rank.
 
     They leave out the blocks where what a rank wants of a tensor may begin or end: of each item the first one, which
     holds the framing before the tensor, and the last two, which hold what comes behind it; and the outermost blocks of
-    the piece, where it `is_cut` before or behind because what some rank needs begins or ends there.
+    the part, where it `is_cut` before or behind because what some rank needs begins or ends there.
 
     Args:
-        items: those that the piece touches, in order of their place.
+        items: those that the part touches, in order of their place.
     """
     found = []
     for item in items:
         size, end = item.block_size_bytes, item.offset + item.length
-        start, stop = max(piece[0], item.offset), min(piece[1], end)
-        if start == item.offset or (start == piece[0] and is_cut[0]):
+        start, stop = max(part[0], item.offset), min(part[1], end)
+        if start == item.offset or (start == part[0] and is_cut[0]):
             start += size
         if stop == end:
             stop = item.offset + ((item.length - 1) // size - 1) * size
-        elif stop == piece[1] and is_cut[1]:
+        elif stop == part[1] and is_cut[1]:
             stop -= size
         if stop - start >= long_size_bytes:
             found.append((start, stop))
@@ -127,7 +130,7 @@ def long_runs(
 
 
 def item_segments(
-    index: int, item: ItemSpan, wants: Sequence[Want], long_size_bytes: int = LONG_SIZE_BYTES
+    index: int, item: ItemPlace, wants: Sequence[Want], long_size_bytes: int = LONG_SIZE_BYTES
 ) -> list[Segment]:
     """The blocks of an item that `wants` touch, in order; of the direct segments only the long ones are left direct."""
     found: list[Segment] = []
@@ -142,13 +145,13 @@ def item_segments(
     return found
 
 
-def clipped(segments: Sequence[Segment], block_size_bytes: int, span: Range) -> Iterator[Segment]:
+def clipped(segments: Sequence[Segment], block_size_bytes: int, byte_range: Range) -> Iterator[Segment]:
     """What is of an item's segments, which are in order, in the range, which begins and ends between blocks."""
-    for number in range(bisect.bisect_right(segments, span[0], key=_stop_of), len(segments)):
+    for number in range(bisect.bisect_right(segments, byte_range[0], key=_stop_of), len(segments)):
         segment = segments[number]
-        if segment.start >= span[1]:
+        if segment.start >= byte_range[1]:
             return
-        yield between(segment, block_size_bytes, max(span[0], segment.start), min(span[1], segment.stop))
+        yield between(segment, block_size_bytes, max(byte_range[0], segment.start), min(byte_range[1], segment.stop))
 
 
 def _stop_of(segment: Segment) -> int:
