@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from storage.dcp import ShardReader, ShardWriter
     from storage.events import CheckpointEvent, Listener
     from storage.inspection import (
+        CheckpointState,
         Details,
         Location,
         Summary,
@@ -50,7 +51,18 @@ __all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", 
 __all__ += ["CheckpointEvent", "Listener"]
 __all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["open_store", "register_scheme", "with_options"]
-__all__ += ["Details", "Location", "Summary", "Verification", "checkpoints", "details", "locate", "summaries", "verify"]
+__all__ += [
+    "CheckpointState",
+    "Details",
+    "Location",
+    "Summary",
+    "Verification",
+    "checkpoints",
+    "details",
+    "locate",
+    "summaries",
+    "verify",
+]
 __all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
@@ -58,7 +70,7 @@ _ROOMS = {
     "storage.checkpointer": "Access Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
-    "storage.inspection": "Details Location Summary Verification checkpoints details locate summaries verify",
+    "storage.inspection": "CheckpointState Details Location Summary Verification checkpoints details locate summaries verify",
     "storage.ranks.agreement": "AgreeingGroup",
     "storage.run.job": "JobIdentity",
     "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import os
 from collections import defaultdict
@@ -29,18 +30,30 @@ _WINDOW = 2 * _NUM_THREADS
 _PART_SIZE_BYTES = 8 * 1024 * 1024
 
 
+class CheckpointState(enum.StrEnum):
+    """What there is of one step."""
+
+    COMMITTED = "committed"
+    UNHEALTHY = "unhealthy"
+    """Committed, but whoever saved it said that it is not to be gone on from."""
+    STOCK = "stock"
+    """Committed by stock DCP."""
+    DAMAGED = "damaged"
+    QUARANTINED = "quarantined"
+    UNCOMMITTED = "uncommitted"
+
+
 @dataclass(frozen=True)
 class Summary:
     """One step of a run.
 
-    `state`: "committed", "unhealthy" (committed, but its writer said that it is not to be gone on from), "stock"
-    (written by stock DCP), "damaged", "quarantined" or "uncommitted"; `reason` says more about the damaged. What only
-    our manifest knows is None for the others; `size_bytes` counts data objects.
+    `reason` says more about a damaged one. What only our manifest knows is None for the others; `size_bytes` counts
+    data objects.
     """
 
     folder: str
     step: int | None
-    state: str
+    state: CheckpointState
     reason: str = ""
     size_bytes: int | None = None
     created_unix_s: float | None = None
@@ -51,7 +64,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Shard:
+class StoredChunk:
     """One stored chunk of a tensor."""
 
     offsets: tuple[int, ...]
@@ -60,13 +73,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """One tensor of a checkpoint, with its shards by offset."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Details:
     """A checkpoint's content."""
 
     summary: Summary
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[StoredTensor, ...]
     values: tuple[str, ...]
 
 
@@ -159,20 +172,20 @@ def summarize(store: ObjectStore, prefix: str) -> Summary:
             is_aside = bool(store.list(prefix + layout.QUARANTINED_PREFIX))
         except Forbidden:
             is_aside = True  # asked for by name: else what is there counted
-        return Summary(folder, step, "quarantined" if is_aside else "uncommitted")
+        return Summary(folder, step, CheckpointState.QUARANTINED if is_aside else CheckpointState.UNCOMMITTED)
     try:
         commit = catalog.find_commit(store, prefix)
     except (Corrupt, UsageError) as error:
-        return Summary(folder, step, "damaged", reason=str(error))
+        return Summary(folder, step, CheckpointState.DAMAGED, reason=str(error))
     if commit.manifest is None:
         sizes = [size for name, size in commit.sizes_bytes.items() if name.endswith(".distcp")]
         size = sum(sizes) if commit.sizes_bytes else None  # of what cannot be listed nobody knows it yet
-        return Summary(folder, step, "stock", size_bytes=size)
+        return Summary(folder, step, CheckpointState.STOCK, size_bytes=size)
     manifest = commit.manifest
     return Summary(
         folder,
         manifest.step,
-        "committed" if manifest.healthy else "unhealthy",
+        CheckpointState.COMMITTED if manifest.healthy else CheckpointState.UNHEALTHY,
         size_bytes=manifest.size_bytes,
         created_unix_s=manifest.created_unix_s,
         world_size=manifest.world_size,
@@ -201,12 +214,12 @@ def details(store: ObjectStore, prefix: str) -> Details:
     if commit.manifest is None:
         return _stock_details(summary, catalog.find_index(store, prefix)[1])
     manifest = commit.manifest
-    shards: dict[str, list[Shard]] = defaultdict(list)
+    shards: dict[str, list[StoredChunk]] = defaultdict(list)
     for item in manifest.items.rows():
         if item.offsets is not None and item.sizes is not None:
-            shards[item.key].append(Shard(item.offsets, item.sizes, manifest.objects[item.object].name))
+            shards[item.key].append(StoredChunk(item.offsets, item.sizes, manifest.objects[item.object].name))
     tensors = [
-        Tensor(key, entry.dtype, entry.shape, tuple(sorted(shards[key], key=lambda shard: shard.offsets)))
+        StoredTensor(key, entry.dtype, entry.shape, tuple(sorted(shards[key], key=lambda shard: shard.offsets)))
         for key, entry in sorted(manifest.tensors.items())
     ]
     return Details(summary, tuple(tensors), tuple(sorted(manifest.values)))
@@ -219,8 +232,8 @@ def _stock_details(summary: Summary, index: Index) -> Details:
             continue
         places = index.columns.object[entry.first : entry.last].tolist()
         boxes = (index.box(key, item) for item in range(entry.first, entry.last))
-        shards = [Shard(*box, index.objects[where].name) for box, where in zip(boxes, places, strict=True)]
-        tensors.append(Tensor(key, entry.dtype, entry.shape, tuple(shards)))
+        shards = [StoredChunk(*box, index.objects[where].name) for box, where in zip(boxes, places, strict=True)]
+        tensors.append(StoredTensor(key, entry.dtype, entry.shape, tuple(shards)))
     values = sorted(key for key, entry in index.entries.items() if not entry.is_tensor)
     return Details(summary, tuple(tensors), tuple(values))
 

@@ -17,7 +17,7 @@ from elastic_moe.cli.parser import natural_int, positive_int
 from elastic_moe.cli.s3_options import size_text, with_s3_options
 from elastic_moe.errors import UserError
 from storage import RetryCounts, locate
-from storage.transfer import Advance, Copier, Found, Outcome, look, open_target, plan
+from storage.transfer import Advance, Copier, CopyState, Found, Outcome, look, open_target, plan
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -78,7 +78,7 @@ def _copy(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(outcomes, seconds, retries, args.dry_run), indent=2))
     else:
         _print(outcomes, seconds, retries)
-    return 1 if any(row.state == "damaged" for row in outcomes) else 0
+    return 1 if any(row.state is CopyState.DAMAGED for row in outcomes) else 0
 
 
 def _check_direction(args: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def _planned(found: Found) -> Outcome:
     return Outcome(
         found.job.folder,
         found.job.step,
-        "planned",
+        CopyState.PLANNED,
         num_objects_sent=len(found.objects) - len(there),
         num_objects_present=len(there),
         sent_bytes=found.size_bytes - there_bytes,
@@ -123,7 +123,7 @@ def as_json(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts, d
 def _print(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts) -> None:
     for row in outcomes:
         print(told(row))
-    copied = [row for row in outcomes if row.state == "copied"]
+    copied = [row for row in outcomes if row.state is CopyState.COPIED]
     if copied:
         sent_bytes = sum(row.sent_bytes for row in copied)
         rate = size_text(round(sent_bytes / max(seconds, 1e-9)))
@@ -139,13 +139,13 @@ def told(row: Outcome) -> str:
     there = f"{size_text(row.present_bytes)} in {row.num_objects_present} objects"
     rest = f"; {there} there already" if row.num_objects_present else ""
     match row.state:
-        case "copied":
+        case CopyState.COPIED:
             return f"{name}: copied, {sent}{rest}"
-        case "planned":
+        case CopyState.PLANNED:
             return f"{name}: would copy {sent}{rest}"
-        case "present":
+        case CopyState.PRESENT:
             return f"{name}: there already, {there}"
-        case "damaged":
+        case CopyState.DAMAGED:
             return f"{name}: DAMAGED, not copied: {row.reason}"
         case _:
             return f"{name}: not copied: {row.reason}"

@@ -18,7 +18,7 @@ from elastic_moe.trainer.state import DataProgress
 from elastic_moe.trainer.step import Stepper, StepResult
 from elastic_moe.trainer.world import from_rank_0
 from launcher import WorkerContext, worker
-from storage import Checkpointer, NoCheckpoint, StorageError, locate, summaries
+from storage import Checkpointer, CheckpointState, NoCheckpoint, StorageError, locate, summaries
 
 log = logging.getLogger(__name__)
 
@@ -199,4 +199,5 @@ def _healthy_steps(url: str) -> list[int]:
     except StorageError as error:
         log.warning("the checkpoints in %s cannot be listed: %s", url, error)
         return []
-    return [row.step for row in rows if row.step is not None and row.state in ("committed", "stock")]
+    good = (CheckpointState.COMMITTED, CheckpointState.STOCK)
+    return [row.step for row in rows if row.step is not None and row.state in good]

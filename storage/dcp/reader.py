@@ -17,7 +17,7 @@ from storage.dcp.folder import CheckpointFolder, Url
 from storage.errors import Forbidden, NoCheckpoint, OnlyUnhealthy, UsageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
-from storage.format.dcp_metadata import metadata_of
+from storage.format.dcp_view import metadata_of
 from storage.format.index import Index
 from storage.loading.casts import Casts
 from storage.loading.reading import read_items

@@ -1,4 +1,4 @@
-"""Stock DCP's `.metadata`: read without executing what is in it, written as DCP would have, shown to DCP's planners.
+"""Stock DCP's `.metadata`, read without executing what is in it.
 
 The file is a pickle, and a pickle runs whatever it names, for as long as it likes. It is made harmless first
 (`opcodes`), and of the rest this reader resolves a few names, none of them to what it stands for elsewhere: DCP's
@@ -13,38 +13,34 @@ import contextlib
 import dataclasses
 import gc
 import io
-import itertools
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import metadata as dcp
 
-from storage.errors import Corrupt, Denied, UnloadableValue
+from storage.errors import Corrupt, Denied
 from storage.format.columns import Boxes, Ints
-from storage.format.index import Columns, Entry, Index, IndexedObject, build, check_apart, check_whole
+from storage.format.dcp_fields import Odd, boxes_of, columns_of, fields_of, is_path, pairs_of, types_of, whole_numbers
+from storage.format.dtypes import DTYPES
+from storage.format.index import Columns, Index, IndexedObject, build, check_apart, check_whole
 from storage.format.opcodes import Record, harmless
 from storage.format.stock import LONG_ITEM_BYTES, PART_SIZE_BYTES
 from storage.stores.keys import check_key
 from storage.torch_private import GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO
 
 _DCP = "torch.distributed.checkpoint.metadata"
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _PATHS = [
     (module, name)
     for module in ("pathlib", "pathlib._local")
     for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 ]
-_NUM_FIELDS_MAX = 16
-_NUM_DIMS_MAX = 64  # torch's own
-_NUM_PARTS_MAX = 1024
 _NAME_CHARS_MAX = 200  # of a name, in a message
 _INT64_MAX = np.iinfo(np.int64).max
 
 
-class _Names:
+class _MetadataNames:
     """What the names of one pickle stand for while it is read: classes of its own, and calls that cost nothing."""
 
     def __init__(self) -> None:
@@ -71,7 +67,7 @@ class _Names:
             ("collections", "OrderedDict"): type("OrderedDict", (), {"__new__": lambda cls: []}),
             # a checkpoint's own path is only a note
             **dict.fromkeys(_PATHS, _noted("Path")),
-            **{("torch", name): value for name, value in _DTYPES.items()},
+            **{("torch", name): value for name, value in DTYPES.items()},
         }
 
 
@@ -98,10 +94,6 @@ class _Unpickler(pickle.Unpickler):
             raise Denied(f"refused: it names {where}, which no checkpoint metadata needs") from None
 
 
-class _Odd(Exception):
-    """The parts of the metadata do not fit together."""
-
-
 def load_metadata(
     data: bytes, prefix: str, step: int, sizes_bytes: Mapping[str, int], name: str = ".metadata"
 ) -> Index:
@@ -118,13 +110,13 @@ def load_metadata(
         Denied: the pickle names something that metadata has no use for; nothing of it was executed.
         Corrupt: not a pickle of `Metadata`, or one whose parts do not fit together.
     """
-    names = _Names()
+    names = _MetadataNames()
     try:
         with _no_collection():
             return _Parts(_Unpickler(data, names.known).load(), names).index(prefix, step, sizes_bytes)
     except Denied as error:
         raise Denied(f"{name}: {error}") from None
-    except (_Odd, Corrupt) as error:
+    except (Odd, Corrupt) as error:
         raise Corrupt(f"{name} is not checkpoint metadata: {str(error)[:_NAME_CHARS_MAX]}") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle raises almost anything
         told = str(error)[:_NAME_CHARS_MAX]
@@ -144,59 +136,57 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Parts:
-    """An unpickled `Metadata`, any part of which may be anything; so nothing is hashed, compared or shown before its
-    type is known. Raises _Odd, and almost anything else.
-    """
+    """An unpickled `Metadata`, any part of which may be anything. Raises Odd, and almost anything else."""
 
-    def __init__(self, metadata: Any, names: _Names) -> None:
+    def __init__(self, metadata: Any, names: _MetadataNames) -> None:
         kind: Any = type(metadata)
         if kind is not names.metadata:
-            raise _Odd("no Metadata")
-        fields = _fields(metadata)
+            raise Odd("no Metadata")
+        fields = fields_of(metadata)
         self._names = names
-        self._keys, self._stored = _items(fields["state_dict_metadata"])
-        if _types(self._keys) - {str} or len(set(self._keys)) < len(self._keys):
-            raise _Odd("keys that are none")
+        self._keys, self._stored = pairs_of(fields["state_dict_metadata"])
+        if types_of(self._keys) - {str} or len(set(self._keys)) < len(self._keys):
+            raise Odd("keys that are none")
         self._number_of = {key: number for number, key in enumerate(self._keys)}
         self._paths = self._paths_of(fields.get("planner_data"))
-        self._indices, self._infos = _items(fields["storage_data"])
+        self._indices, self._infos = pairs_of(fields["storage_data"])
         self._save_id = self._save_id_of(fields.get("storage_meta"))
 
     def _paths_of(self, planner_data: Any) -> dict[str, tuple[str | int, ...]]:
         if planner_data is None or type(planner_data) is not list:
             return {}
-        keys, paths = _items(planner_data)
-        if _types(keys) - {str}:
+        keys, paths = pairs_of(planner_data)
+        if types_of(keys) - {str}:
             return {}
-        return {key: path for key, path in zip(keys, paths, strict=True) if _is_path(path)}
+        return {key: path for key, path in zip(keys, paths, strict=True) if is_path(path)}
 
     def _save_id_of(self, storage_meta: Any) -> str:
         is_noted = type(storage_meta) is self._names.storage_meta
-        noted = _fields(storage_meta).get("save_id") if is_noted else None
+        noted = fields_of(storage_meta).get("save_id") if is_noted else None
         return noted if type(noted) is str else ""
 
     def index(self, prefix: str, step: int, sizes_bytes: Mapping[str, int]) -> Index:
         """All of it as columns."""
         rows, chunks = self._entries()
         order, chunk_of, ranges = self._order(chunks)
-        info = _columns(
+        info = columns_of(
             self._infos, self._names.info, ("relative_path", "offset", "length"), ("transform_descriptors",)
         )
         transforms = next(filter(None, info["transform_descriptors"]), ())
-        if type(transforms) not in (list, tuple) or _types(transforms) - {str}:
-            raise _Odd("transforms that are no names")
+        if type(transforms) not in (list, tuple) or types_of(transforms) - {str}:
+            raise Odd("transforms that are no names")
         where = info["relative_path"]
-        if _types(where) - {str}:
-            raise _Odd("objects without a name")
+        if types_of(where) - {str}:
+            raise Odd("objects without a name")
         names = sorted(set(where))
         number_of = {check_key(name): number for number, name in enumerate(names)}
         item_object = np.fromiter(map(number_of.__getitem__, where), np.int64, len(where))
-        offset, length = _whole_numbers(info["offset"]), _whole_numbers(info["length"])
+        offset, length = whole_numbers(info["offset"]), whole_numbers(info["length"])
         check_apart(item_object, offset, length)
         item_object, offset, length = (column[order] for column in (item_object, offset, length))
         ends = np.fromiter((sizes_bytes.get(name, _INT64_MAX) for name in names), np.int64, len(names))
         if bool((length > ends[item_object] - offset).any()):
-            raise _Odd("an item reaches past the end of its object")
+            raise Odd("an item reaches past the end of its object")
         columns = Columns(
             object=item_object,
             offset=offset,
@@ -224,10 +214,10 @@ class _Parts:
                 chunks += found
             rows.append((key, dtype, shape, self._paths.get(key, (key,))))
             first.append(len(chunks))
-        columns = _columns(chunks, self._names.chunk, ("offsets", "sizes"))
-        offsets, sizes = _boxes(columns["offsets"]), _boxes(columns["sizes"])
+        columns = columns_of(chunks, self._names.chunk, ("offsets", "sizes"))
+        offsets, sizes = boxes_of(columns["offsets"]), boxes_of(columns["sizes"])
         if not np.array_equal(offsets.num_dims, sizes.num_dims):
-            raise _Odd("a shard whose offsets and sizes are not of the same number")
+            raise Odd("a shard whose offsets and sizes are not of the same number")
         nothing = Boxes.of([()])  # in the place of a value's
         offsets, sizes = Boxes.join([offsets, nothing]), Boxes.join([sizes, nothing])
         return rows, _Chunks(np.array(first), offsets.num_dims, offsets.padded(0), sizes.padded(1))
@@ -236,38 +226,38 @@ class _Parts:
         """dtype, shape and chunks."""
         kind: Any = type(stored)
         if kind is not self._names.tensor:
-            raise _Odd(f"entry {key!r}")
-        fields = _fields(stored)
+            raise Odd(f"entry {key!r}")
+        fields = fields_of(stored)
         shape, chunks, properties = fields["size"], fields["chunks"], fields["properties"]
-        _boxes([shape])
+        boxes_of([shape])
         kind = type(properties)
         if type(chunks) is not list or kind is not self._names.properties or len(properties) != 1:
-            raise _Odd(f"entry {key!r}")
+            raise Odd(f"entry {key!r}")
         state = properties[0]
         if type(state) is not tuple or not state or not isinstance(state[0], torch.dtype):
-            raise _Odd(f"entry {key!r}")
+            raise Odd(f"entry {key!r}")
         return str(state[0]).removeprefix("torch."), shape, chunks
 
     def _order(self, chunks: _Chunks) -> tuple[Ints, Ints, list[tuple[int, int]]]:
         """The items in the order of their keys' chunks, tensors before values: their numbers, each one's chunk (-1 for
         a value), and from where to where those of each key are.
         """
-        index = _columns(self._indices, self._names.index, ("fqn",), ("offset", "index"))
-        if _types(index["fqn"]) - {str}:
-            raise _Odd("storage data without a key")
+        index = columns_of(self._indices, self._names.index, ("fqn",), ("offset", "index"))
+        if types_of(index["fqn"]) - {str}:
+            raise Odd("storage data without a key")
         key_of = np.fromiter(map(self._number_of.__getitem__, index["fqn"]), np.int64, len(self._indices))
         is_value_key = np.fromiter((type(stored) is self._names.value for stored in self._stored), bool)
         is_value = is_value_key[key_of]
         items, values = np.flatnonzero(~is_value), np.flatnonzero(is_value)
-        chunk_of = self._chunk_of(chunks, key_of, _boxes(index["offset"]), index["index"])[items]
+        chunk_of = self._chunk_of(chunks, key_of, boxes_of(index["offset"]), index["index"])[items]
         if len(items) and (chunk_of.min() < 0 or np.bincount(chunk_of).max() > 1):
-            raise _Odd("storage data without a shard")
+            raise Odd("storage data without a shard")
         item_of = np.full(len(chunks.num_dims), -1)
         item_of[chunk_of] = items
         missing = np.flatnonzero((item_of < 0)[:-1] & (chunks.sizes != 0).all(axis=1)[:-1])
         if len(missing):
             key = self._keys[int(np.searchsorted(chunks.first, missing[0], side="right")) - 1]
-            raise _Odd(f"a shard of {key!r} is stored nowhere")
+            raise Odd(f"a shard of {key!r} is stored nowhere")
         stored_chunks = np.flatnonzero(item_of >= 0)
         values = values[np.argsort(key_of[values], kind="stable")]
         order = np.concatenate((item_of[stored_chunks], values))
@@ -280,12 +270,12 @@ class _Parts:
         """Each item's chunk, by its offsets; -1 where there is none. Most items say which of its key's it is."""
         width = max(chunks.offsets.shape[1], int(corners.num_dims.max(initial=0)))
         wanted, known = corners.padded(0, width), _widened(chunks.offsets, width)
-        if _types(hints) - {int}:
+        if types_of(hints) - {int}:
             hints = [hint if type(hint) is int else -1 for hint in hints]
         try:
             number = np.fromiter(hints, np.int64, len(hints))
         except OverflowError:
-            raise _Odd("a number of more than 64 bits") from None
+            raise Odd("a number of more than 64 bits") from None
         number[number >= len(known)] = -1
         guess = chunks.first[key_of] + number
         guess[(number < 0) | (guess >= chunks.first[key_of + 1])] = -1
@@ -318,160 +308,3 @@ class _Chunks:
 
 def _widened(column: Ints, width: int) -> Ints:
     return np.pad(column, ((0, 0), (0, width - column.shape[1])))
-
-
-def _types(objects: Iterable[Any]) -> set[type]:
-    return set(map(type, objects))
-
-
-def _items(pairs: Any) -> tuple[list[Any], list[Any]]:
-    """Keys and values of what was a dict, see `harmless`. Nothing is known of either."""
-    if type(pairs) is not list:
-        raise _Odd("something else in the place of a dict")
-    if tuple in _types(pairs[::2]):  # no key is a tuple: this was set alone
-        flat = list[Any]()
-        at = 0
-        while at < len(pairs):
-            is_pair = type(pairs[at]) is tuple and len(flat) % 2 == 0
-            flat += pairs[at] if is_pair else pairs[at : at + 2]
-            at += 1 if is_pair else 2
-        pairs = flat
-    if len(pairs) % 2:
-        raise _Odd("a key without a value")
-    return pairs[::2], pairs[1::2]
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    """What is said in the state of an object."""
-    if len(record) != 1 or type(record[0]) is not list or len(record[0]) > 2 * _NUM_FIELDS_MAX:
-        raise _Odd("an object without a state")
-    names, values = _items(record[0])
-    if _types(names) - {str}:
-        raise _Odd("an object with odd fields")
-    return dict(zip(names, values, strict=True))
-
-
-def _columns(
-    records: Sequence[Any], kind: type, required: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, Sequence[Any]]:
-    """The fields of many objects; None for an optional one that is not there."""
-    if _types(records) - {kind}:
-        raise _Odd(f"something else in the place of {kind.__name__}")
-    states = list(itertools.chain.from_iterable(records))
-    if len(states) != len(records) or set(map(len, records)) - {1} or _types(states) - {list}:
-        raise _Odd(f"a {kind.__name__} without a state")
-    names = states[0][::2] if states else []
-    width = 2 * len(names)
-    if len(names) <= _NUM_FIELDS_MAX and not _types(names) - {str} and not set(map(len, states)) - {width}:
-        flat = list(itertools.chain.from_iterable(states))
-        # most are all alike: then the fields are every so many apart
-        if all(flat[2 * place :: width].count(name) == len(states) for place, name in enumerate(names)):
-            known = {name: flat[2 * place + 1 :: width] for place, name in enumerate(names)}
-            return {
-                **{name: known[name] if states else [] for name in required},
-                **{name: known.get(name) or [None] * len(states) for name in optional},
-            }
-    rows = [_fields(record) for record in records]
-    return {
-        **{name: [row[name] for row in rows] for name in required},
-        **{name: [row.get(name) for row in rows] for name in optional},
-    }
-
-
-def _boxes(rows: Sequence[Any]) -> Boxes:
-    """Tuples of whole numbers from 0 to 2^63 - 1, or None, as columns."""
-    kinds = _types(rows)
-    if kinds - {tuple, type(None)}:
-        raise _Odd("a shape that is none")
-    full = rows if kinds == {tuple} else [() if row is None else row for row in rows]
-    num_dims = np.fromiter(map(len, full), np.int64, len(full))
-    if num_dims.max(initial=0) > _NUM_DIMS_MAX:
-        raise _Odd(f"a shape of {num_dims.max()} dimensions")
-    numbers = _whole_numbers(list(itertools.chain.from_iterable(full)))
-    if full is not rows:
-        num_dims[[row is None for row in rows]] = -1
-    return Boxes(num_dims, numbers)
-
-
-def _whole_numbers(numbers: Sequence[Any]) -> Ints:
-    if _types(numbers) - {int}:
-        raise _Odd("something else in the place of a number")
-    try:
-        column = np.fromiter(numbers, np.int64, len(numbers))
-    except OverflowError:
-        raise _Odd("a number of more than 64 bits") from None
-    if column.min(initial=0) < 0:
-        raise _Odd("a negative number")
-    return column
-
-
-def _is_path(path: Any) -> bool:
-    return type(path) is tuple and len(path) <= _NUM_PARTS_MAX and not _types(path) - {str, int}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of an entry's `dtype`. Raises UnloadableValue."""
-    try:
-        return _DTYPES[name]
-    except KeyError:
-        raise UnloadableValue(
-            f"the checkpoint has tensors of dtype {name!r}, which torch {torch.__version__} does not know; read it with"
-            " a newer torch"
-        ) from None
-
-
-def check_sizes(index: Index) -> Index:
-    """`index`, if every tensor's bytes lie inside its items. Raises Corrupt, UnloadableValue."""
-    itemsize = np.zeros(len(index), np.int64)
-    for entry in index.entries.values():
-        if entry.is_tensor:
-            itemsize[entry.first : entry.last] = torch_dtype(entry.dtype).itemsize
-    columns = index.columns
-    size_bytes = columns.sizes.prod(axis=1) * itemsize
-    # the same in another kind of numbers: the product may be too large for 64 bits, and then seem to be small
-    is_large = columns.sizes.prod(axis=1, dtype=np.float64) * itemsize > _INT64_MAX / 2
-    short = np.flatnonzero(is_large | (size_bytes > columns.length - columns.raw_offset))
-    if len(short):
-        key = next(key for key, entry in index.entries.items() if entry.first <= short[0] < entry.last)
-        raise Corrupt(f"item {key!r} is too short for its data")
-    return index
-
-
-class _Entries(Mapping[str, dcp.STORAGE_TYPES]):
-    """`state_dict_metadata` in which an entry is made when it is asked for: a rank asks for few of many shards."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._made: dict[str, dcp.STORAGE_TYPES] = {}
-
-    def __getitem__(self, key: str) -> dcp.STORAGE_TYPES:
-        if key not in self._made:
-            self._made[key] = self._make(key, self._index.entries[key])
-        return self._made[key]
-
-    def _make(self, key: str, entry: Entry) -> dcp.STORAGE_TYPES:
-        if not entry.is_tensor:
-            return dcp.BytesStorageMetadata()
-        columns, num_dims = self._index.columns, len(entry.shape)
-        span = slice(entry.first, entry.last)
-        pairs = zip(columns.offsets[span, :num_dims].tolist(), columns.sizes[span, :num_dims].tolist(), strict=True)
-        return dcp.TensorStorageMetadata(
-            properties=dcp.TensorProperties(dtype=torch_dtype(entry.dtype)),
-            size=torch.Size(entry.shape),
-            chunks=[dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in pairs],
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index.entries)
-
-    def __len__(self) -> int:
-        return len(self._index.entries)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._index.entries
-
-
-def metadata_of(index: Index) -> dcp.Metadata:
-    """What a planner of DCP has to know; `storage_data` is None, for that is this package's own business."""
-    paths = {key: entry.path for key, entry in index.entries.items()}
-    return dcp.Metadata(state_dict_metadata=_Entries(index), planner_data=paths, version="1.0.0")  # type: ignore[arg-type]

@@ -161,15 +161,14 @@ def _tensor_v2(storage: Any, *args: Any) -> torch.Tensor:
     return _tensor_v3(storage, offset, sizes, strides, grad, hooks, storage[1], *metadata)
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, sizes: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> torch.Tensor:
+def _tensor_v3(storage: Any, *args: Any) -> torch.Tensor:
+    offset, sizes, strides, grad, hooks, dtype, *metadata = args
     if min(_all((offset, *sizes, *strides), int)) < 0 or len(sizes) != len(strides):
         raise Malformed("a tensor of no shape")
     last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) and (last + 1) * dtype.itemsize > storage[0].nbytes():
         raise Malformed("a tensor that is larger than its storage")  # torch would make the storage larger
-    if metadata or hooks:
+    if any(metadata) or hooks:
         raise UnknownName("torch.Tensor that is conjugated, negated or has hooks")
     tensor = torch.empty(0, dtype=dtype).set_(storage[0], offset, tuple(sizes), tuple(strides))
     return tensor.requires_grad_(bool(grad))

@@ -107,7 +107,7 @@ def _layout_of(data: bytes, start: int, size_bytes: int, crc32: int) -> Layout:
         tensor = safe_pickle.read(data, _NAMES)
     except (Refused, Malformed):  # `values` says what is wrong with this one
         raise _Other from None
-    if not isinstance(tensor, _Tensor) or not _is_sound(tensor):
+    if not isinstance(tensor, _PickledTensor) or not _is_sound(tensor):
         raise _Other
     order = tuple(sorted(range(len(tensor.sizes)), key=lambda dim: (-tensor.strides[dim], dim)))
     expected = 1
@@ -122,7 +122,7 @@ def _layout_of(data: bytes, start: int, size_bytes: int, crc32: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _PickledTensor:
     """What the pickle of a tensor says; offset and strides are in elements. Any of it may be anything."""
 
     dtype: torch.dtype
@@ -131,7 +131,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _is_sound(tensor: _Tensor) -> bool:
+def _is_sound(tensor: _PickledTensor) -> bool:
     numbers = itertools.chain((tensor.offset,), tensor.sizes, tensor.strides)
     return (
         isinstance(tensor.dtype, torch.dtype)
@@ -165,17 +165,16 @@ def _storage(pid: Any) -> Function:
     return storage
 
 
-def _rebuild_v2(storage: Function, *args: Any) -> _Tensor:
+def _rebuild_v2(storage: Function, *args: Any) -> _PickledTensor:
     offset, sizes, strides, grad, hooks, *metadata = args
     return _rebuild_v3(storage, offset, sizes, strides, grad, hooks, _DTYPES[storage.name], *metadata)
 
 
-def _rebuild_v3(
-    storage: Function, offset: Any, sizes: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> _Tensor:
-    if metadata:
+def _rebuild_v3(storage: Function, *args: Any) -> _PickledTensor:
+    offset, sizes, strides, _, _, dtype, *metadata = args
+    if any(metadata):
         raise Refused("a tensor that is conjugated or negated")
-    return _Tensor(dtype, offset, tuple(sizes), tuple(strides))
+    return _PickledTensor(dtype, offset, tuple(sizes), tuple(strides))
 
 
 _NAMES = Names(_find, {_V2: _rebuild_v2, _V3: _rebuild_v3, OrderedDict: lambda: OrderedDict()}, {}, _storage)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.tensor import DTensor
 
 from storage.errors import UnsupportedValue
-from storage.format.dcp_metadata import torch_dtype
+from storage.format.dtypes import torch_dtype
 from storage.format.index import Entry, Index
 from storage.format.tensors import oddity
 from storage.torch_private import local_chunks

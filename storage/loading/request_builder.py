@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from storage.errors import UnloadableValue, UnsupportedValue
-from storage.format.dcp_metadata import torch_dtype
+from storage.format.dtypes import torch_dtype
 from storage.format.index import Index
 from storage.format.tensors import oddity, overlaps
 from storage.format.values import decode_value
@@ -86,7 +86,7 @@ def requests_of(source: Source, reads: Reads, planner: LoadPlanner, casts: Casts
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _TensorPlace:
     """Where a tensor's bytes lie in its item: `raw_offset` bytes after its start, row-major after its dimensions were
     put into `order`; `sizes` are those before.
     """
@@ -120,7 +120,7 @@ class _Builder:
         if is_whole:  # the last block has framing behind the tensor, which is checked as well
             self._want(Want(item, 0, place.length, NOWHERE, 0))
 
-    def _layout(self, item: int, read: ReadItem) -> _Layout | None:
+    def _layout(self, item: int, read: ReadItem) -> _TensorPlace | None:
         """None where the item has to be decoded: a value, or a tensor of which only its pickle says where it lies."""
         raw_offset = int(self._index.columns.raw_offset[item])
         if read.type is LoadItemType.BYTE_IO:
@@ -128,9 +128,9 @@ class _Builder:
         if raw_offset:
             key = read.storage_index.fqn
             sizes = self._index.box(key, item)[1]
-            return _Layout(torch_dtype(self._index.entries[key].dtype), sizes, range(len(sizes)), raw_offset)
+            return _TensorPlace(torch_dtype(self._index.entries[key].dtype), sizes, range(len(sizes)), raw_offset)
         seen = self._source.layouts.get(item)
-        return None if seen is None else _Layout(seen.dtype, seen.sizes, seen.order, seen.raw_offset)
+        return None if seen is None else _TensorPlace(seen.dtype, seen.sizes, seen.order, seen.raw_offset)
 
     def _add_whole(self, item: int, length: int, reads: Sequence[ReadItem]) -> None:
         """Want all of the item, once for all reads of it."""
@@ -164,7 +164,7 @@ class _Builder:
         fill(destination, value[box], noted(self._casts, key, dtype, destination.dtype))
         self._planner.commit_tensor(read, destination)
 
-    def _add_box(self, item: int, layout: _Layout, read: ReadItem) -> None:
+    def _add_box(self, item: int, layout: _TensorPlace, read: ReadItem) -> None:
         """Want what `read` asks for of the tensor."""
         sizes, offsets, lengths = (
             tuple(int(of_dims[dim]) for dim in layout.order)
@@ -173,7 +173,7 @@ class _Builder:
         target = self._target(self._tensor_target(item, read, layout))
         self._want_box(item, layout, (sizes, offsets, lengths), target)
 
-    def _want_box(self, item: int, layout: _Layout, box: Box, target: int) -> None:
+    def _want_box(self, item: int, layout: _TensorPlace, box: Box, target: int) -> None:
         """Want a box of the tensor, whose dimensions are in the order in which they are stored."""
         sizes, _, lengths = box
         itemsize_bytes, at = layout.dtype.itemsize, 0
@@ -187,7 +187,7 @@ class _Builder:
                 self._want(Want(item, start, start + stripe_bytes, target, at + number * stripe_bytes))
             at += stripe_bytes * stripes.count
 
-    def _tensor_target(self, item: int, read: ReadItem, layout: _Layout) -> Target:
+    def _tensor_target(self, item: int, read: ReadItem, layout: _TensorPlace) -> Target:
         """What takes the tensor's bytes as they are stored."""
         tensor = destination_of(self._planner, read)
         overflowed = noted(self._casts, read.storage_index.fqn, layout.dtype, tensor.dtype)

@@ -15,7 +15,7 @@ from storage import inspection
 from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, UnloadableValue, WrongModel
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
-from storage.format.dcp_metadata import metadata_of
+from storage.format.dcp_view import metadata_of
 from storage.format.index import Index
 from storage.loading.casts import Casts
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes

@@ -318,7 +318,8 @@ def commits(metadata: bytes, manifest: Manifest) -> bool:
 
 def open_commit(commit: Commit) -> Index:
     """Turn a commit into something that can be read from. Raises Corrupt."""
-    from storage.format.dcp_metadata import check_sizes, load_metadata
+    from storage.format.dcp_metadata import load_metadata
+    from storage.format.dtypes import check_sizes
 
     if commit.manifest is not None:
         return check_whole(check_sizes(of_manifest(commit.prefix, commit.manifest)))

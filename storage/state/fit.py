@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from storage.errors import UsageError
 from storage.format.containers import Container, Path
-from storage.format.dcp_metadata import torch_dtype
+from storage.format.dtypes import torch_dtype
 from storage.format.index import Entry, Index
 from storage.state.fit_optimizer import OptimizerFit
 from storage.state.modules import module_state

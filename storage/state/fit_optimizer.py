@@ -9,7 +9,7 @@ import torch
 
 from storage.errors import WrongModel
 from storage.format.containers import Path
-from storage.format.dcp_metadata import torch_dtype
+from storage.format.dtypes import torch_dtype
 from storage.format.index import Entry
 from storage.state.optimizers import NamedOptimizer, is_sharded, like_parameter
 from storage.state.tree import Node, name_of

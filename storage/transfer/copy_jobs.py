@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Contents:
+class CopyContents:
     """All that is known of a checkpoint while it is copied; nothing but `found` for stock DCP's."""
 
     found: Found
@@ -57,17 +58,27 @@ class Contents:
     checksums: Checksums | None = None
 
 
+class CopyState(enum.StrEnum):
+    """What came of one checkpoint, or would."""
+
+    COPIED = "copied"
+    PRESENT = "present"
+    """The target had it already."""
+    DAMAGED = "damaged"
+    """In the source, or at the target."""
+    REMOVED = "removed"
+    """From the source, while it was copied."""
+    PLANNED = "planned"
+    """It would be copied, by a command that only tells what it would do."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one checkpoint.
-
-    `state`: "copied"; "present" (the target had it already); "damaged" (in the source, or at the target; `reason` says
-    more); "removed" (from the source, while it was copied); "planned" (it would be copied).
-    """
+    """What came of one checkpoint; `reason` says more about a damaged one."""
 
     folder: str
     step: int | None
-    state: str
+    state: CopyState
     reason: str = ""
     num_objects_sent: int = 0
     num_objects_present: int = 0
@@ -139,29 +150,29 @@ def look(source: ObjectStore, target: ObjectStore, job: CopyJob) -> Found | Outc
     return replace(found, sizes_there=sizes)
 
 
-def find(source: ObjectStore, job: CopyJob) -> Contents | Outcome:
+def find(source: ObjectStore, job: CopyJob) -> CopyContents | Outcome:
     """What the source has of the checkpoint, or why there is nothing to copy. Raises UsageError."""
     try:
         return _find(source, job)
     except Corrupt as error:
-        return Outcome(job.folder, job.step, "damaged", f"in {source.url}: {error}")
+        return Outcome(job.folder, job.step, CopyState.DAMAGED, f"in {source.url}: {error}")
     except (NotFound, NoCheckpoint):
         return removed(job)
 
 
-def _find(source: ObjectStore, job: CopyJob) -> Contents:
+def _find(source: ObjectStore, job: CopyJob) -> CopyContents:
     """Raises NotFound, NoCheckpoint, Corrupt, UsageError."""
     commit, index = catalog.find_index(source, job.source_prefix)
     manifest = commit.manifest
     if manifest is None:
         plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return Contents(Found(job, commit.metadata, [DataObject(name, size) for name, size in plain], {}))
+        return CopyContents(Found(job, commit.metadata, [DataObject(name, size) for name, size in plain], {}))
     if job.step not in (None, manifest.step):
         raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {job.step}")
     if problems := list(gaps(manifest)):
         raise Corrupt(problems[0])
     objects = [DataObject(entry.name, entry.size_bytes) for entry in manifest.objects]
-    return Contents(Found(job, commit.metadata, objects, {}), manifest, Checksums(manifest))
+    return CopyContents(Found(job, commit.metadata, objects, {}), manifest, Checksums(manifest))
 
 
 def present_already(target: ObjectStore, found: Found) -> Outcome | None:
@@ -185,11 +196,11 @@ def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
     try:
         catalog.find_index(target, job.target_prefix)
     except Corrupt as error:
-        return Outcome(job.folder, job.step, "damaged", f"in {target.url}, where it is committed: {error}")
+        return Outcome(job.folder, job.step, CopyState.DAMAGED, f"in {target.url}, where it is committed: {error}")
     return Outcome(
         job.folder,
         job.step,
-        "present",
+        CopyState.PRESENT,
         num_objects_present=len(found.objects),
         present_bytes=found.size_bytes,
     )
@@ -197,4 +208,4 @@ def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
 
 def removed(job: CopyJob) -> Outcome:
     """It is not in the source any more."""
-    return Outcome(job.folder, job.step, "removed", "its job has removed or replaced it meanwhile")
+    return Outcome(job.folder, job.step, CopyState.REMOVED, "its job has removed or replaced it meanwhile")

@@ -27,7 +27,7 @@ from storage.saving import commit
 from storage.saving.commit import Attempt
 from storage.stores.objects import ObjectStore, parts_of_size
 from storage.transfer import copy_jobs
-from storage.transfer.copy_jobs import Contents, CopyJob, Found, Outcome
+from storage.transfer.copy_jobs import CopyContents, CopyJob, CopyState, Found, Outcome
 from storage.transfer.copyplan import DataObject
 from storage.transfer.verified_read import Advance, VerifiedRead
 from storage.verified.twice import read_expected, read_verified
@@ -89,12 +89,12 @@ class Copier:
             except AlreadyExists:
                 # by another copy that was faster, or it was set aside here, and its objects are whole again
                 outcome = copy_jobs.present(self._target, found, self._target.read(job.target_prefix + layout.METADATA))
-                if outcome.state != "present":
+                if outcome.state is not CopyState.PRESENT:
                     return outcome
         except Corrupt as error:
             if self._is_replaced(job, found.metadata):
                 return copy_jobs.removed(job)
-            return Outcome(job.folder, job.step, "damaged", str(error))
+            return Outcome(job.folder, job.step, CopyState.DAMAGED, str(error))
         except NotFound as error:  # what lacks in the source is Corrupt
             raise StorageError(
                 f"{job.folder or 'the checkpoint'} cannot be written to {self._target.url}: {error}; nothing can be "
@@ -103,12 +103,14 @@ class Copier:
         sizes = [entry.size_bytes for entry in found.objects]
         sent_bytes = sum(size for size, was_sent in zip(sizes, sent, strict=True) if was_sent)
         num_sent, present_bytes = sum(sent), sum(sizes) - sent_bytes
-        return Outcome(job.folder, job.step, "copied", "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes)
+        return Outcome(
+            job.folder, job.step, CopyState.COPIED, "", num_sent, len(sent) - num_sent, sent_bytes, present_bytes
+        )
 
     def _is_replaced(self, job: CopyJob, metadata: bytes) -> bool:
         return read_expected(self._source, job.source_prefix + layout.METADATA, metadata) != metadata
 
-    def _copy_objects(self, contents: Contents) -> list[bool]:
+    def _copy_objects(self, contents: CopyContents) -> list[bool]:
         """For each object whether it was sent. The first failure ends all, and is raised."""
         self._stop.clear()
         failures: list[BaseException] = []
@@ -147,7 +149,7 @@ class Copier:
             garbage.remove(self._target, old)
             log.info("removed the parts of an upload of %s that was not finished", old.name)
 
-    def _ensure(self, contents: Contents, number: int, parts: Executor) -> bool:
+    def _ensure(self, contents: CopyContents, number: int, parts: Executor) -> bool:
         """Have the object at the target; whether it had to be sent."""
         job, entry = contents.found.job, contents.found.objects[number]
         sums = None if contents.checksums is None else contents.checksums.blocks(number)
@@ -189,7 +191,7 @@ class Copier:
             read.take_back()
             raise
 
-    def _publish(self, contents: Contents) -> None:
+    def _publish(self, contents: CopyContents) -> None:
         """Commit what was copied. Raises AlreadyExists, Corrupt."""
         found, manifest = contents.found, contents.manifest
         prefix = found.job.target_prefix

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from storage import open_store
 from storage.format import layout
 from storage.format.checksum import crc32c, pack_crcs
-from storage.format.dcp_metadata import metadata_of
 from storage.format.dcp_pickle import dump_metadata
+from storage.format.dcp_view import metadata_of
 from storage.format.index import Index, of_manifest
 from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry, dump_manifest
 from storage.loading.casts import Casts

@@ -33,7 +33,8 @@ from storage.errors import Corrupt, UnloadableValue
 from storage.format import opcodes
 from storage.format.checksum import crc32c
 from storage.format.columns import Boxes
-from storage.format.dcp_metadata import check_sizes, load_metadata
+from storage.format.dcp_metadata import load_metadata
+from storage.format.dtypes import check_sizes
 from storage.format.opcodes import Record, harmless
 from storage.format.stock import look
 from storage.format.values import decode_value

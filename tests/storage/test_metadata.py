@@ -24,8 +24,9 @@ from torch.serialization import _get_layout
 
 from storage.errors import Corrupt, Denied
 from storage.format import dcp_pickle
-from storage.format.dcp_metadata import load_metadata, metadata_of
+from storage.format.dcp_metadata import load_metadata
 from storage.format.dcp_pickle import dump_metadata
+from storage.format.dcp_view import metadata_of
 from storage.format.index import Index, of_manifest
 from tests.storage.golden_manifest import ATTEMPT, golden_manifest
 
