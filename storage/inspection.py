@@ -157,7 +157,7 @@ def _is_checkpoint(store: ObjectStore) -> bool:
 
 
 def summaries(location: Location) -> list[Summary]:
-    """Every step, newest first."""
+    """The summaries of every step, newest first."""
     if location.prefix is not None:
         return [summarize(location.store, location.prefix)]
     return [summarize(location.store, layout.step_folder(step) + "/") for step in catalog.steps(location.store)]
@@ -267,7 +267,7 @@ def verify(store: ObjectStore, prefix: str, only: Collection[str] | None = None)
 
 
 def _examined(store: ObjectStore, prefix: str) -> tuple[list[str], Index]:
-    """The index, and what it does not account for. Raises Corrupt."""
+    """What the index does not account for, and the index. Raises Corrupt."""
     commit = catalog.find_commit(store, prefix)
     if commit.manifest is None:
         return [], catalog.find_index(store, prefix)[1]
@@ -294,7 +294,7 @@ def _units(source: Source, objects: Sequence[int]) -> Iterator[Part | int]:
 
 
 def _damage(source: Source, unit: Part | int) -> str | None:
-    """What is wrong with it, if anything is."""
+    """What is wrong with a part or an item; None if it is whole."""
     try:
         if isinstance(unit, Part):
             _fetch(source, unit)
@@ -306,7 +306,7 @@ def _damage(source: Source, unit: Part | int) -> str | None:
 
 
 def _read_whole(source: Source, item: int) -> None:
-    """All of an item that can be judged only as a whole. Raises Corrupt."""
+    """Read and judge an item that can be judged only as a whole. Raises Corrupt."""
     source, _ = source.looked_at([item], map)
     place = source.place(item)
     for part in plan_parts({item: place}, [Want(item, 0, place.length, NOWHERE, 0)], part_size_bytes=_PART_SIZE_BYTES):

@@ -42,7 +42,7 @@ def combine_crc32c(first: int, second: int, second_length_bytes: int) -> int:
 
 
 def combine_crc32(first: int, second: int, second_length_bytes: int) -> int:
-    """The same of zlib's CRC32, the checksum of zips."""
+    """zlib's CRC32, the checksum of zips, of two pieces laid end to end, from that of each."""
     return int(checksums.combine_crc32(first, second, second_length_bytes))
 
 
@@ -66,16 +66,16 @@ class BlockCrcs:
 
     @property
     def blocks(self) -> list[int]:
-        """Of every block so far."""
+        """The CRC32C of every block so far, the open one included."""
         return [*self._ended, self._open] if self._open_bytes else list(self._ended)
 
     @property
     def whole(self) -> int:
-        """Of all bytes so far."""
+        """The CRC32C of all bytes so far."""
         return combine_crc32c(self._ended_whole, self._open, self._open_bytes)
 
     def add(self, data: memoryview) -> None:
-        """What comes next, as bytes."""
+        """Continue with the bytes that come next."""
         at = 0
         while at < data.nbytes:
             taken = data[at : at + self.size_bytes - self._open_bytes]
@@ -99,7 +99,7 @@ def pack_crcs(crcs: Sequence[int]) -> str:
 
 
 def unpack_crcs(text: str) -> tuple[int, ...]:
-    """What `pack_crcs` packed. Raises Corrupt."""
+    """The CRCs that `pack_crcs` has packed. Raises Corrupt if `text` is no such list."""
     try:
         raw = base64.b64decode(text, validate=True)
     except ValueError as error:

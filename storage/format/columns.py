@@ -72,7 +72,7 @@ class Boxes:
 
     @classmethod
     def join(cls, parts: Sequence[Boxes]) -> Boxes:
-        """The rows of all parts."""
+        """Boxes with the rows of all parts, one part after the other."""
         if not parts:
             return cls.of(())
         return cls(np.concatenate([part.num_dims for part in parts]), np.concatenate([part.numbers for part in parts]))
@@ -90,7 +90,7 @@ class Boxes:
     __hash__ = None  # type: ignore[assignment]
 
     def rows(self) -> Iterator[tuple[int, ...] | None]:
-        """Every row, in order."""
+        """Yield every row, in order."""
         numbers = iter(self.numbers.tolist())
         return (None if num < 0 else tuple(itertools.islice(numbers, num)) for num in self.num_dims.tolist())
 

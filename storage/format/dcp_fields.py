@@ -45,7 +45,7 @@ def pairs_of(pairs: Any) -> tuple[list[Any], list[Any]]:
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    """What is said in the state of an object."""
+    """The fields that an object's state sets, by name."""
     if len(record) != 1 or type(record[0]) is not list or len(record[0]) > 2 * _NUM_FIELDS_MAX:
         raise Odd("an object without a state")
     names, values = pairs_of(record[0])

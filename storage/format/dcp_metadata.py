@@ -166,7 +166,7 @@ class _Parts:
         return noted if type(noted) is str else ""
 
     def index(self, prefix: str, step: int, sizes_bytes: Mapping[str, int]) -> Index:
-        """All of it as columns."""
+        """The index that the metadata describes."""
         rows, chunks = self._entries()
         order, chunk_of, ranges = self._order(chunks)
         info = columns_of(
@@ -223,7 +223,7 @@ class _Parts:
         return rows, _Chunks(np.array(first), offsets.num_dims, offsets.padded(0), sizes.padded(1))
 
     def _tensor(self, key: str, stored: Any) -> tuple[str, tuple[int, ...], list[Any]]:
-        """dtype, shape and chunks."""
+        """The dtype, shape and chunks of the tensor stored under `key`."""
         kind: Any = type(stored)
         if kind is not self._names.tensor:
             raise Odd(f"entry {key!r}")

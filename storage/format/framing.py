@@ -45,7 +45,7 @@ class Framing:
     crcs_after: tuple[int, ...]
 
     def tail(self, of_data: int) -> bytes:
-        """What follows bytes of that CRC32."""
+        """What follows the tensor's bytes in the zip, if their CRC32 is `of_data`."""
         tail = bytearray(self.last)
         for place in self.data_places:
             _CRC32.pack_into(tail, place, of_data)

@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is a tensor, and no value."""
+        """Whether a tensor is stored under the key, and no value."""
         return bool(self.dtype)
 
 
@@ -182,7 +182,7 @@ class Index:
 
     @classmethod
     def load(cls, data: bytes) -> Index:
-        """What `dump` dumped; no checksum is known yet."""
+        """The index that `dump` has dumped, which knows no checksum yet."""
         at = 8 + int.from_bytes(data[:8], "little")
         head = json.loads(data[8:at])
         columns: dict[str, Any] = {}

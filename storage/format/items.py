@@ -53,7 +53,7 @@ class FramedItem:
 
     @property
     def length(self) -> int:
-        """Of the whole item, in bytes."""
+        """The length of the whole item, in bytes."""
         return len(self.framing.head) + self.data.nbytes + len(self.framing.last)
 
 
@@ -102,7 +102,7 @@ class Framings:
             return framing if is_proven else None
 
     def learn(self, kind: _Kind, item: EncodedItem) -> None:
-        """From what torch.save has put around a tensor's bytes."""
+        """Learn from what torch.save has put around the bytes of a tensor of that kind."""
         head, data, tail = (bytes(item.buffers[0]), item.buffers[1], bytes(item.buffers[2]))
         with self._lock:
             if not self._learns:

@@ -194,7 +194,7 @@ class Manifest(Document):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all data objects."""
+        """The size of all data objects together."""
         return sum(entry.size_bytes for entry in self.objects)
 
     @model_validator(mode="after")
@@ -228,7 +228,7 @@ class Head(BaseModel):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Head:
-        """That of a whole manifest."""
+        """The head of a whole manifest."""
         return cls(**{name: getattr(manifest, name) for name in cls.model_fields})
 
 

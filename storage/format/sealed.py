@@ -24,7 +24,7 @@ D = TypeVar("D", bound=Document)
 
 
 def seal(kind: str, document: Document) -> bytes:
-    """The bytes to store."""
+    """The bytes of the sealed document."""
     body = TypeAdapter(type(document)).dump_json(document)  # bytes at once: `model_dump_json` would go through a str
     return b"".join((_head(kind, crc32c(body)), body, b"}\n"))
 

@@ -34,22 +34,22 @@ class Window(io.RawIOBase):
         self._at = 0
 
     def view(self, start: int, size_bytes: int) -> memoryview | None:
-        """Those bytes, if one part has all of them."""
+        """The bytes [start, start + size_bytes), without a copy; None unless one part has all of them."""
         for begin, part in self._parts:
             if begin <= start and start + size_bytes <= begin + part.nbytes:
                 return part[start - begin : start - begin + size_bytes]
         return None
 
     def readable(self) -> bool:
-        """As a file's: yes."""
+        """Whether the file can be read: always."""
         return True
 
     def seekable(self) -> bool:
-        """As a file's: yes."""
+        """Whether `seek` works: always."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As a file's. Raises ValueError for a place before the file."""
+        """Move to a place, as in any file. Raises ValueError for a place before the file."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if base + offset < 0:
             raise ValueError("a place before the file")
@@ -57,7 +57,7 @@ class Window(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Writable) -> int:
-        """As a file's, up to the end of a part. Raises OutOfSight."""
+        """Read as from any file, but at most up to the end of a part. Raises OutOfSight where no part is."""
         target = memoryview(buffer).cast("B")
         if self._at >= self._length or not target.nbytes:
             return 0

@@ -93,17 +93,17 @@ class Casts:
     num_overflowed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def note(self, key: str, stored: str, wanted: str) -> None:
-        """A tensor that is to be restored."""
+        """Note a tensor that is to be restored, with its dtype in the checkpoint and in the state."""
         if stored != wanted:
             self.keys_of[stored, wanted][key] = None
 
     def overflowed(self, key: str, number: int) -> None:
-        """So many numbers of the tensor did."""
+        """Count numbers of the tensor `key` that were finite, and are no more."""
         if number:
             self.num_overflowed[key] += number
 
     def check(self) -> None:
-        """When all tensors are noted, before anything is read. Raises WrongModel."""
+        """Raise WrongModel if a noted change of dtype is not allowed; to be called before anything is read."""
         refused = [
             f"{key!r} is {stored} in the checkpoint and {wanted} in the state"
             for (stored, wanted), keys in self.keys_of.items()
@@ -118,7 +118,7 @@ class Casts:
             )
 
     def told(self) -> dict[str, object]:
-        """What there is to tell, in plain data; nothing if all tensors have kept their dtype."""
+        """The fields of an event about the changes; empty if all tensors have kept their dtype."""
         if not self.keys_of:
             return {}
         found: dict[str, object] = {

@@ -135,7 +135,7 @@ class Exchange:
         self._flying: deque[tuple[Held, Future[None]]] = deque()
 
     def run(self, pool: Executor) -> Traffic:
-        """Every part that concerns this rank, delivered; a collective.
+        """Deliver every part that concerns this rank; a collective.
 
         Raises (on every rank, after the same round): what this rank failed with; PeerFailed where another did.
         """
@@ -227,7 +227,7 @@ class Exchange:
         return None
 
     def _messages(self, held: Held) -> Iterator[Message]:
-        """All of the part, or the stripes that a peer needs of it."""
+        """What each peer is sent of the part: all of it, or the stripes that it needs."""
         shared, whole = held.shared, None
         contents: list[Array] | None = None
         for peer in self._agreed.plan.ranks[shared.number]:

@@ -94,7 +94,7 @@ class HostMemory:
         return self._pid_of.keys()
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Expected]) -> None:
-        """See `Group.swap`. What is sent must not change before this returns."""
+        """Do what `Group.swap` does. What is sent must not change before this returns."""
         near_sends = [message for message in sends if message.peer in self._readers]
         near_receives = [entry for entry in receives if entry.peer in self._pid_of]
         addresses = _by_peer((message.peer, message.data.ctypes.data) for message in near_sends)

@@ -117,7 +117,7 @@ def _read_alone(source: Source, reads: Reads, planner: LoadPlanner, pool: Execut
 
 
 def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
-    """See `should_share`; a collective."""
+    """Whether the ranks had better send each other what several of them need (`should_share`); a collective."""
     host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = store.can(Capability.HOST_CACHE)
@@ -125,7 +125,7 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
 
 
 def _read_rest(source: Source, requests: Requests, received: dict[int, list[Range]], pool: Executor) -> Traffic:
-    """What this rank fetches for nobody but itself."""
+    """Fetch and deliver what does not come from other ranks."""
 
     def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
         views = [requests.view(segment) for segment in part.segments]
@@ -151,7 +151,7 @@ def _read_rest(source: Source, requests: Requests, received: dict[int, list[Rang
 
 
 class Axis:
-    """Between the axis, objects and items."""
+    """Finds items by the axis, and places of objects by those of the axis."""
 
     def __init__(self, index: Index) -> None:
         columns = index.columns

@@ -49,7 +49,7 @@ class Requests:
         del self.waiting[item]
 
     def striped(self) -> dict[int, Stripes]:
-        """Of the items that are wanted for nothing but some stripes, those."""
+        """The items that are wanted for nothing but some stripes, with those."""
         found: dict[int, Stripes | None] = {}
         for want in self.wants:
             found[want.item] = None if want.item in found else want.stripes
@@ -74,7 +74,7 @@ class Requests:
         return self.targets[want.target].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
 
     def held_bytes(self, part: Part) -> int:
-        """What fetching the part takes of memory that is no tensor's."""
+        """How many bytes of memory other than a tensor's are held while the part is fetched."""
         straight = sum(
             segment.stop - segment.start
             for segment in part.segments
@@ -83,12 +83,12 @@ class Requests:
         return part.stop - part.start - straight
 
     def filled(self, segment: Segment) -> None:
-        """A segment was read into its view."""
+        """Tell the target that a segment was read into its view."""
         assert segment.direct is not None
         self.targets[segment.direct.target].filled(segment.stop - segment.start)
 
     def deliver(self, segment: Segment, memory: memoryview) -> None:
-        """Copy a segment's bytes to the targets that want some of them."""
+        """Copy a segment's bytes, which lie in `memory`, to the targets that want some of them."""
         origin = segment.item_start
         for want in [segment.direct] if segment.direct else segment.wants:
             low, high = max(want.start, origin), min(want.stop, origin + memory.nbytes)
@@ -119,7 +119,7 @@ def packed(memory: Array, origin: int, stripes: Stripes) -> Array:
     first, last = -(-low // size), high // size  # those that are there as a whole
 
     def some(start: int, stop: int) -> Array:
-        """Bytes [start, stop) of the stripes' bytes, which are of a single one."""
+        """Bytes [start, stop) of the stripes laid end to end, which lie in a single one."""
         number, rest = divmod(start, size)
         place = stripes.start + number * stripes.stride + rest - origin
         return memory[place : place + stop - start]

@@ -32,7 +32,7 @@ class SharedPart:
 
     @property
     def size_bytes(self) -> int:
-        """Its length."""
+        """The part's length."""
         return self.part.stop - self.part.start
 
     def only_item(self) -> tuple[int, Range] | None:
@@ -59,7 +59,7 @@ class Held:
 
     @property
     def scratch_bytes(self) -> int:
-        """How much of its memory is there for the exchange only."""
+        """How many bytes of its memory exist for the exchange only."""
         of = zip(self.memories, self.in_place, strict=True)
         return sum(memory.nbytes for memory, in_place in of if not in_place)
 
@@ -85,7 +85,7 @@ class Held:
 
 
 def joined(memories: Sequence[Array]) -> Array:
-    """Their bytes, one after the other; the memory itself if it is one."""
+    """The bytes of the memories, one after the other; the memory itself if there is one."""
     return memories[0] if len(memories) == 1 else np.concatenate(memories)
 
 

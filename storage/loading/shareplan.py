@@ -37,7 +37,7 @@ class Blocks:
     block_size_bytes: Ints
 
     def floor(self, places: Ints) -> Ints:
-        """Where the blocks begin that hold these bytes."""
+        """For each place of the axis, where the block begins that holds it."""
         item = np.searchsorted(self.start, places, "right") - 1
         size = self.block_size_bytes[item]
         return np.asarray(self.start[item] + (places - self.start[item]) // size * size, np.int64)
@@ -62,7 +62,7 @@ class SharePlan:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds there are."""
+        """The number of rounds."""
         return int(self.round.max(initial=-1)) + 1
 
 
@@ -229,7 +229,7 @@ def _rounds(
 
 
 def received_ranges(plan: SharePlan, rank: int) -> list[tuple[int, int]]:
-    """The ranges of the axis that come to `rank` through the plan, ascending."""
+    """The ranges of the axis that `rank` gets through the plan, from itself or from others, ascending."""
     mine = [part for part in range(len(plan)) if rank in plan.ranks[part]]
     ranges = np.stack((plan.start[mine], plan.stop[mine]), axis=1) if mine else np.zeros((0, 2), np.int64)
     return list(itertools.starmap(_pair, merged(ranges).tolist()))

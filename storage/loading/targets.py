@@ -27,7 +27,7 @@ NUM_PINNED_SLABS = 8
 
 
 class Target(Protocol):
-    """A destination of so many bytes, counted from 0."""
+    """What takes a certain number of bytes, counted from 0."""
 
     is_direct: bool
     """Whether `view` may be filled from outside."""
@@ -36,14 +36,14 @@ class Target(Protocol):
         """That part of the destination, if it is a direct one; whoever fills it says so with `filled`."""
 
     def filled(self, size_bytes: int) -> None:
-        """So many bytes were put into views."""
+        """Note that so many bytes were put into views."""
 
     def write(self, at: int, data: memoryview) -> None:
         """Put bytes at `at`."""
 
 
 class _Counted:
-    """What direct targets have in common."""
+    """A direct target, which calls `finish` once it was given `size_bytes`."""
 
     is_direct = True
 
@@ -100,24 +100,24 @@ class ItemTarget(_Counted):
 
 
 class Slabs(Protocol):
-    """Host memory for a while."""
+    """Lends host memory, a slab at a time."""
 
     def take(self, size_bytes: int) -> torch.Tensor:
-        """So many bytes (uint8)."""
+        """Lend a slab of so many bytes (uint8)."""
 
     def give_back(self, slab: torch.Tensor) -> None:
-        """Its content was copied, or the copy is under way on the current stream of its device."""
+        """Take a slab back: its content was copied, or the copy is under way on the current stream of its device."""
 
 
 class FreshSlabs:
-    """Ordinary memory."""
+    """Lends ordinary memory, and keeps none."""
 
     def take(self, size_bytes: int) -> torch.Tensor:
-        """So many bytes (uint8)."""
+        """Lend a slab of so many bytes (uint8)."""
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def give_back(self, slab: torch.Tensor) -> None:
-        """Nothing refers to it any more."""
+        """Do nothing: the slab goes with the last reference to it."""
 
 
 class Fence(Protocol):
@@ -138,7 +138,7 @@ class DeviceCopies:
 
 
 def cuda_copies(device: torch.device) -> DeviceCopies:
-    """Those of a CUDA device."""
+    """How pinned memory is had, and copies from it are waited for, on a CUDA device."""
     return DeviceCopies(
         lambda size_bytes: torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True),
         lambda: torch.cuda.current_stream(device).record_event(),
@@ -162,7 +162,7 @@ class PinnedRing:
         self.num_unpinned = 0
 
     def take(self, size_bytes: int) -> torch.Tensor:
-        """So many bytes (uint8); waits for the device where the oldest slab is still being copied from."""
+        """Lend a slab of so many bytes (uint8); wait for the device while it still copies from the oldest one."""
         if size_bytes <= self._slab_size_bytes and len(self._whole) < self._num_slabs:
             slab = self._copies.pin(self._slab_size_bytes)
             self._whole[slab.data_ptr()] = slab
@@ -176,7 +176,7 @@ class PinnedRing:
         return slab[:size_bytes]
 
     def give_back(self, slab: torch.Tensor) -> None:
-        """The copy out of the slab was asked of the device."""
+        """Take a slab back, once the copy out of it was asked of the device."""
         whole = self._whole.get(slab.data_ptr())
         if whole is not None:
             self._free.append((whole, self._copies.fence()))
@@ -253,11 +253,11 @@ class SlabTarget:
         self._open: dict[tuple[int, int], _Slab] = {}
 
     def view(self, at: int, size_bytes: int) -> memoryview:
-        """There is none."""
+        """Never called: this target has no memory to show."""
         raise NotImplementedError
 
     def filled(self, size_bytes: int) -> None:
-        """Nobody has a view."""
+        """Never called: nobody has a view."""
         raise NotImplementedError
 
     def write(self, at: int, data: memoryview) -> None:

@@ -29,7 +29,7 @@ class CopyJob:
 
     @property
     def folder(self) -> str:
-        """As people call it."""
+        """The checkpoint's folder at the target, without the slash."""
         return self.target_prefix.rstrip("/")
 
 
@@ -45,7 +45,7 @@ class Found:
 
     @property
     def size_bytes(self) -> int:
-        """Of all data objects."""
+        """The size of all data objects together."""
         return sum(entry.size_bytes for entry in self.objects)
 
 
@@ -96,7 +96,7 @@ def open_target(url: str | os.PathLike[str]) -> Location:
 
 
 def plan(source: Location, target: Location, step: int | None = None, last: int | None = None) -> list[CopyJob]:
-    """What to copy, newest first.
+    """The jobs for all checkpoints that are to be copied, newest first.
 
     Raises:
         NoCheckpoint: nothing is committed in the source, or not that step.
@@ -119,7 +119,7 @@ def plan(source: Location, target: Location, step: int | None = None, last: int 
 
 
 def _single(source: Location, target: Location, step: int | None, last: int | None) -> CopyJob:
-    """The only checkpoint of the source."""
+    """The job for the only checkpoint of the source. Raises NoCheckpoint, UsageError."""
     if step is not None or last is not None:
         raise UsageError("the source is one checkpoint, so there are no steps to choose from; give the run's URL")
     (prefix,) = inspection.checkpoints(source)
@@ -207,5 +207,5 @@ def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:
 
 
 def removed(job: CopyJob) -> Outcome:
-    """It is not in the source any more."""
+    """The outcome for a checkpoint that is not in the source any more."""
     return Outcome(job.folder, job.step, CopyState.REMOVED, "its job has removed or replaced it meanwhile")

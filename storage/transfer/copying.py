@@ -150,7 +150,7 @@ class Copier:
             log.info("removed the parts of an upload of %s that was not finished", old.name)
 
     def _ensure(self, contents: CopyContents, number: int, parts: Executor) -> bool:
-        """Have the object at the target; whether it had to be sent."""
+        """See to it that the object is at the target; whether it had to be sent."""
         job, entry = contents.found.job, contents.found.objects[number]
         sums = None if contents.checksums is None else contents.checksums.blocks(number)
         source_key, target_key = job.source_prefix + entry.name, job.target_prefix + entry.name

@@ -45,12 +45,12 @@ class Stripes:
 
     @property
     def stop(self) -> int:
-        """The end of the last one."""
+        """Where the last one stops."""
         return self.start + (self.count - 1) * self.stride + self.length
 
     @property
     def starts(self) -> range:
-        """Where each begins."""
+        """Where each of them begins."""
         return range(self.start, self.start + self.count * self.stride, self.stride)
 
     def before(self, position: int) -> int:

@@ -137,7 +137,7 @@ class Source:
         return ZipVerifier(key, start, stop, is_joint=item in self.layouts)
 
     def place(self, item: int) -> ItemPlace:
-        """Where the item lies, for a plan."""
+        """Where the item lies, as plans know it."""
         columns = self.index.columns
         rows = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
         return ItemPlace(*(int(column[item]) for column in rows))
@@ -206,5 +206,5 @@ def blaming(key: str) -> Iterator[None]:
 
 
 def scratch(size_bytes: int) -> memoryview:
-    """Memory of nobody else's."""
+    """Fresh memory of so many bytes."""
     return memoryview(np.empty(size_bytes, np.uint8))  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ class BlockVerifier:
             raise Corrupt(f"{self._key} is damaged: checksum at byte {damaged[0]} does not match{more}", self._key)
 
     def check(self) -> None:
-        """All is known already."""
+        """Do nothing: `take` has judged every block."""
 
     def _joined(self, number: int, block: tuple[int, int], fragment: tuple[int, int], crc: int | None) -> int | None:
         """The CRC32C of a block of which a fragment has come; None until the others have."""
