@@ -70,7 +70,8 @@ _ROOMS = {
     "storage.checkpointer": "Access Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
-    "storage.inspection": "CheckpointState Details Location Summary Verification checkpoints details locate summaries verify",
+    "storage.inspection": "CheckpointState Details Location Summary Verification checkpoints details locate summaries"
+    " verify",
     "storage.ranks.agreement": "AgreeingGroup",
     "storage.run.job": "JobIdentity",
     "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",
