@@ -31,15 +31,12 @@ MANY_PARAMETERS = {
 POSITIONAL_BOOLEANS = {
     "elastic_moe/cli/transfer.py: _progress",
     "elastic_moe/cli/transfer.py: as_json",
-    "storage/format/index.py: build",
     "storage/format/safe_arrays.py: new_dtype",
     "storage/loading/loadplan.py: set_up_planner",
     "storage/loading/shareplan.py: should_share",
     "storage/parallel.py: shutdown",
 }
-SHARED_CLASS_NAMES = {
-    "elastic_moe: ElasticCallback",
-}
+SHARED_CLASS_NAMES = {}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

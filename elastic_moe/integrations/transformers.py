@@ -2,7 +2,7 @@
 
 ::
 
-    elastic = ElasticCallback("s3://bucket/run")
+    elastic = ElasticTrainerCallback("s3://bucket/run")
     trainer = Trainer(model, args, train_dataset=..., callbacks=[elastic])
     elastic.train(trainer)                       # in place of trainer.train()
     if elastic.stopped:
@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ _OTHERS = ("model", "optimizer", "scheduler", "scaler", "rng")
 """What a checkpoint holds beside the Trainer's own state."""
 
 
-class ElasticCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class ElasticTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Heartbeats, stops and sharded checkpoints for a `Trainer`.
 
     It saves when the Trainer would (`save_strategy`, `save_steps`; also at the end, and before a stop), in its place: a
@@ -168,3 +169,11 @@ def _told(trainer: Any) -> str:
             known = state.stateful_callbacks.get(name)
             state.stateful_callbacks[name] = [callback.state()] if isinstance(known, list) else callback.state()
     return json.dumps(asdict(state), sort_keys=True)
+
+
+def __getattr__(name: str) -> Any:
+    """The name that this class had when Lightning's was called so too; it works for one release."""
+    if name != "ElasticCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("ElasticCallback is called ElasticTrainerCallback here", DeprecationWarning, stacklevel=2)
+    return ElasticTrainerCallback

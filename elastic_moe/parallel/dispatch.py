@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from elastic_moe.model.experts import Experts
+from elastic_moe.torch_private import exchange_rows
 
 
 class AllToAllDispatch:
@@ -27,10 +27,9 @@ class AllToAllDispatch:
     def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
         sent_PX, received_PX = self._exchange_counts(counts_E)
         send_splits, receive_splits = sent_PX.sum(1).tolist(), received_PX.sum(1).tolist()
-        x_QD = all_to_all_single_autograd(x_RD, receive_splits, send_splits, self.group)
+        x_QD = exchange_rows(x_RD, send_splits, receive_splits, self.group)
         y_QD = experts(x_QD, received_PX)
-        out: Tensor = all_to_all_single_autograd(y_QD.contiguous(), send_splits, receive_splits, self.group)
-        return out
+        return exchange_rows(y_QD.contiguous(), receive_splits, send_splits, self.group)
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
         """How many rows go out and come in, each (P, X) on the CPU: the splits are needed as Python numbers."""

@@ -69,9 +69,9 @@ def accelerated(folder: Path) -> tuple[Net, torch.optim.Optimizer, str | None, i
 def transformed(folder: Path) -> tuple[Net, torch.optim.Optimizer, str | None, int]:
     from transformers import Trainer, TrainingArguments
 
-    from elastic_moe.integrations.transformers import ElasticCallback
+    from elastic_moe.integrations.transformers import ElasticTrainerCallback
 
-    elastic = ElasticCallback(f"{folder}/checkpoints")
+    elastic = ElasticTrainerCallback(f"{folder}/checkpoints")
     arguments = TrainingArguments(
         output_dir=f"{folder}/out",
         max_steps=STEPS,
@@ -186,3 +186,12 @@ def test_the_package_imports_neither_torch_nor_a_framework() -> None:
     code = f"import elastic_moe.integrations, elastic_moe.integrations.session, sys; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "set()"
+
+
+def test_the_former_name_of_the_callback_works_for_one_release() -> None:
+    from elastic_moe.integrations import transformers
+
+    with pytest.warns(DeprecationWarning, match="is called ElasticTrainerCallback here"):
+        assert transformers.ElasticCallback is transformers.ElasticTrainerCallback
+    with pytest.raises(AttributeError, match="has no attribute 'Elastic'"):
+        _ = transformers.Elastic

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from elastic_moe.integrations.transformers import ElasticCallback
+from elastic_moe.integrations.transformers import ElasticTrainerCallback
 from tests.integrations.small import Rows, build, note, updates
 
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -16,7 +16,7 @@ class Trace(TrainerCallback):
         note(folder, "steps", step=state.global_step)
 
 
-elastic = ElasticCallback(f"{folder}/checkpoints")
+elastic = ElasticTrainerCallback(f"{folder}/checkpoints")
 arguments = TrainingArguments(
     output_dir=f"{folder}/out",
     max_steps=steps,
