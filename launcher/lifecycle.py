@@ -5,7 +5,21 @@ from __future__ import annotations
 from typing import Self
 
 
-class Lifecycle:
+class Closing:
+    """Something that is closed when it is no longer used; as a context manager, at the end of the block."""
+
+    def close(self) -> None:
+        """Let go of what is held. It does nothing the second time."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Lifecycle(Closing):
     """Something that holds threads, processes or sockets between `start` and `close`; a context manager of both."""
 
     def start(self) -> None:
@@ -19,6 +33,3 @@ class Lifecycle:
     def __enter__(self) -> Self:
         self.start()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import KV, Snapshot, Watch, WatchEvent
+from launcher.lifecycle import Closing
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class Changes:
     events: tuple[WatchEvent, ...]
 
 
-class Follower:
+class Follower(Closing):
     """Yields a `Snapshot` of the keys under `prefix`, and then their `Changes`, each exactly once.
 
     It has no thread: one thread calls `next` again and again. `relist` and `close` may be called from any thread, and
@@ -37,14 +36,6 @@ class Follower:
         self._watch: Watch | None = None  # None: list before watching
         self._closed = False
         self._lock = threading.Lock()  # of these two fields; never held while the store is asked
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def next(self, timeout_s: float) -> Snapshot | Changes:
         """Wait for news.

@@ -18,5 +18,5 @@ print(sorted(m for m in sys.modules if m.partition(".")[0] in ("launcher", "grpc
 
 def test_the_plug_in_is_there_and_imports_nothing() -> None:
     probe = subprocess.run([sys.executable, "-W", "error", "-c", PROBE], capture_output=True, text=True, check=True)
-    assert probe.stdout.split("\n")[:2] == ["True", "['launcher', 'launcher.plugin']"]
+    assert probe.stdout.split("\n")[:2] == ["True", "['launcher', 'launcher.errors', 'launcher.plugin']"]
     assert not probe.stderr
