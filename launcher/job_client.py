@@ -6,7 +6,6 @@ A client of the job's store, which takes no part in the job and never hosts the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 import uuid
@@ -41,7 +40,7 @@ def open_job(backend: str, endpoint: str, run_id: str, conf: str = "") -> Iterat
         UsageError: one of them is wrong, or nothing answers at the endpoint.
     """
     parsed = RendezvousConf.parse_text(conf)
-    options = dataclasses.replace(parsed.store_options(), is_host=False)
+    options = parsed.model_copy(update={"is_host": False})  # a client only, whatever the endpoint's name
     with connect(backend, endpoint, options, timeout_s=parsed.connect_timeout) as connection:
         yield JobClient(connection.kv, run_id, endpoint, store_outlives_nodes=backend == "etcd3")
 

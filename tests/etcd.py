@@ -76,7 +76,7 @@ class Server:
 
 def options(conf: Mapping[str, str]) -> StoreOptions:
     """What `--rdzv-conf` would make."""
-    return RendezvousConf.parse(conf).store_options()
+    return RendezvousConf.parse(conf)
 
 
 def config(endpoint: str, **conf: str) -> EtcdConfig:

@@ -55,12 +55,11 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
     Raises:
         UsageError: the store cannot be used as it was given, or this node has no such address.
     """
-    timeout_s = meeting.conf.connect_timeout
-    options = meeting.conf.store_options()
+    conf = meeting.conf
     host = socket.gethostname()
     with (
         connect(
-            meeting.backend, meeting.endpoint, options, local_addr=meeting.local_addr, timeout_s=timeout_s
+            meeting.backend, meeting.endpoint, conf, local_addr=meeting.local_addr, timeout_s=conf.connect_timeout
         ) as connection,
         contextlib.closing(_listen(connection.local_address)) as listener,
     ):
@@ -70,7 +69,7 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
             address=connection.local_address,
             port=listener.port,
             slots=slots,
-            zone=meeting.conf.zone,
+            zone=conf.zone,
         )
         yield Arrival(meeting, connection, node)
 

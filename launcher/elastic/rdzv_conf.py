@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from launcher.errors import UsageError
 from launcher.kv.options import StoreOptions
@@ -27,10 +25,10 @@ _FROM_TORCHRUN = "rank"
 """torchrun's launcher puts its `--node-rank` among the values for a static rendezvous; nobody has written it."""
 
 
-class RendezvousConf(BaseModel):
-    """`--rdzv-conf key=value,key=value`. Times are in seconds; torchrun's own names stay valid."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class RendezvousConf(StoreOptions):
+    """`--rdzv-conf key=value,key=value`, with how the store is reached. Times are in seconds; torchrun's own names stay
+    valid.
+    """
 
     lease_ttl: float = Field(2.0, ge=1.0, le=600)
     """A node that is silent for this long is lost. Its own agent stops its workers before."""
@@ -60,28 +58,6 @@ class RendezvousConf(BaseModel):
     """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
     zone: str = ""
     """Nodes of one zone get adjacent ranks."""
-    token_file: Path | None = None
-    """File with the secret that the embedded store wants from its clients."""
-    is_host: bool | None = None
-    """Whether this node hosts the embedded store, where the endpoint's name does not tell."""
-    protocol: Literal["http", "https"] | None = None
-    """etcd3: https for TLS; implied by certificates, and by https:// before an endpoint."""
-    cacert: Path | None = None
-    """etcd3: file with the certificates (PEM) of the authorities that etcd's certificate may come from."""
-    cert: Path | None = None
-    """etcd3: file with this client's certificate."""
-    key: Path | None = None
-    """etcd3: file with the private key of `cert`."""
-    user: str = ""
-    """etcd3: user name; the password comes from `password_file` or the environment (`Environment.etcd_password`)."""
-    password_file: Path | None = None
-    """etcd3: file with the password of `user`."""
-    prefix: str = ""
-    """etcd3: goes before every key, for a user who may not write others. Keys are `PREFIXelastic-moe/RUN_ID/...`."""
-
-    def store_options(self) -> StoreOptions:
-        """Return what concerns the connection to the store, as `launcher.kv.connect` wants it."""
-        return StoreOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StoreOptions)})
 
     def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
         """Return the rules by which a job of this configuration forms its rounds."""
