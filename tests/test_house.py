@@ -29,8 +29,6 @@ MANY_PARAMETERS = {
     "storage/format/stock.py: _rebuild_v3",
 }
 POSITIONAL_BOOLEANS = {
-    "elastic_moe/cli/transfer.py: _progress",
-    "elastic_moe/cli/transfer.py: as_json",
     "storage/format/safe_arrays.py: new_dtype",
     "storage/loading/loadplan.py: set_up_planner",
     "storage/loading/shareplan.py: should_share",

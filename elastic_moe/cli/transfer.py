@@ -69,13 +69,13 @@ def _copy(args: argparse.Namespace) -> int:
             outcomes = [_planned(row) if isinstance(row, Found) else row for row in looked]
         else:
             total_bytes = sum(row.size_bytes for row in looked if isinstance(row, Found))
-            with _progress(total_bytes, args.quiet) as advance:
+            with _progress(total_bytes, quiet=args.quiet) as advance:
                 copier = Copier(source.store, target.store, time.time(), advance)
                 outcomes = [copier.copy(row) if isinstance(row, Found) else row for row in looked]
         seconds = time.monotonic() - started_s
         retries = _sum(source.store.retries.snapshot(), target.store.retries.snapshot())
     if args.json:
-        print(json.dumps(as_json(outcomes, seconds, retries, args.dry_run), indent=2))
+        print(json.dumps(as_json(outcomes, seconds, retries, dry_run=args.dry_run), indent=2))
     else:
         _print(outcomes, seconds, retries)
     return 1 if any(row.state is CopyState.DAMAGED for row in outcomes) else 0
@@ -104,7 +104,7 @@ def _planned(found: Found) -> Outcome:
     )
 
 
-def as_json(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts, dry_run: bool) -> dict[str, Any]:
+def as_json(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts, *, dry_run: bool) -> dict[str, Any]:
     """The result for programs. Pure."""
     sent_bytes = sum(row.sent_bytes for row in outcomes)
     return {
@@ -158,7 +158,7 @@ def _sum(one: RetryCounts, other: RetryCounts) -> RetryCounts:
 
 
 @contextlib.contextmanager
-def _progress(total_bytes: int, quiet: bool) -> Iterator[Advance]:
+def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Advance]:
     """On stderr: a bar on a terminal, else a line every few seconds."""
     if quiet or not total_bytes:
         yield lambda num_bytes: None
