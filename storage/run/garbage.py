@@ -7,6 +7,7 @@ nobody can be asked; committed and quarantined checkpoints are never touched.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,22 @@ AGE_S_MIN = 3600.0
 """No save takes longer: younger things may be a living job's."""
 
 
+class GarbageKind(enum.StrEnum):
+    """What a thing was to its job; the value is what `ckpt gc` calls it."""
+
+    ATTEMPT = "attempt"
+    MANIFEST = "manifest"
+    PROBE = "probe"
+    HEARTBEAT = "beat"
+    UPLOAD = "upload"
+
+
 @dataclass(frozen=True)
 class Garbage:
     """One thing to remove: an attempt or manifest that commits nothing, a probe, a heartbeat, an unfinished upload."""
 
     name: str
-    kind: str
+    kind: GarbageKind
     num_objects: int
     size_bytes: int
     modified_unix_s: float
@@ -40,12 +51,13 @@ def find(store: ObjectStore, now_unix_s: float, age_s: float) -> list[Garbage]:
     Raises:
         Transient, Denied: by the store.
     """
-    states = retention.observe(store)
-    listed = {state.step: store.list(layout.step_folder(state.step) + "/") for state in states}
-    found = [garbage for state in states for garbage in of_step(state, listed[state.step], now_unix_s - age_s)]
-    found += of_names(store.list(PROBE_PREFIX), "probe", is_probe_name, now_unix_s - age_s)
-    found += of_names(store.list(layout.HEARTBEAT_PREFIX), "beat", layout.is_heartbeat_name, now_unix_s - age_s)
-    found += of_uploads(store.uploads(), now_unix_s - age_s)
+    before_unix_s = now_unix_s - age_s
+    probes, heartbeats = store.list(PROBE_PREFIX), store.list(layout.HEARTBEAT_PREFIX)
+    found = of_names(probes, GarbageKind.PROBE, is_probe_name, before_unix_s)
+    found += of_names(heartbeats, GarbageKind.HEARTBEAT, layout.is_heartbeat_name, before_unix_s)
+    found += of_uploads(store.uploads(), before_unix_s)
+    for state in retention.observe(store):
+        found += of_step(state, store.list(layout.step_folder(state.step) + "/"), before_unix_s)
     return sorted(found, key=lambda garbage: (garbage.name, garbage.kind))
 
 
@@ -64,17 +76,17 @@ def of_step(state: StepState, listed: Iterable[ObjectInfo], before_unix_s: float
         folder = f"{layout.step_folder(state.step)}/{layout.attempt_folder(attempt)}"
         own = [info for info in objects if info.key.startswith(folder + "/")]
         if (newest := _newest(own)) is not None and newest < before_unix_s:
-            garbage.append(_of_objects(folder, "attempt", own, newest))
+            garbage.append(_of_objects(folder, GarbageKind.ATTEMPT, own, newest))
     if not state.committed:
         copy = f"{layout.step_folder(state.step)}/{layout.MANIFEST}"
         own = [info for info in objects if info.key == copy]
         if (newest := _newest(own)) is not None and newest < before_unix_s:
-            garbage.append(_of_objects(copy, "manifest", own, newest))
+            garbage.append(_of_objects(copy, GarbageKind.MANIFEST, own, newest))
     return garbage
 
 
 def of_names(
-    listed: Iterable[ObjectInfo], kind: str, is_one: Callable[[str], bool], before_unix_s: float
+    listed: Iterable[ObjectInfo], kind: GarbageKind, is_one: Callable[[str], bool], before_unix_s: float
 ) -> list[Garbage]:
     """Probes (see `storage.stores.s3.probe`) and heartbeats (see `storage.run.heartbeat`) whose process died. Pure."""
     rows = [(info, _newest([info])) for info in listed if is_one(info.key)]
@@ -84,7 +96,7 @@ def of_names(
 def of_uploads(uploads: Iterable[Upload], before_unix_s: float) -> list[Garbage]:
     """Uploads that nobody has finished. Pure."""
     old = [upload for upload in uploads if upload.started_unix_s < before_unix_s]
-    return [Garbage(upload.key, "upload", 0, 0, upload.started_unix_s, upload=upload) for upload in old]
+    return [Garbage(upload.key, GarbageKind.UPLOAD, 0, 0, upload.started_unix_s, upload=upload) for upload in old]
 
 
 def remove(store: ObjectStore, garbage: Garbage) -> None:
@@ -98,7 +110,7 @@ def remove(store: ObjectStore, garbage: Garbage) -> None:
             return
 
 
-def _of_objects(name: str, kind: str, objects: Sequence[ObjectInfo], newest_unix_s: float) -> Garbage:
+def _of_objects(name: str, kind: GarbageKind, objects: Sequence[ObjectInfo], newest_unix_s: float) -> Garbage:
     size_bytes = sum(info.size_bytes for info in objects)
     return Garbage(name, kind, len(objects), size_bytes, newest_unix_s, tuple(info.key for info in objects))
 

@@ -15,7 +15,7 @@ from storage import Checkpointer, inspection, open_store
 from storage.errors import Transient
 from storage.format.layout import is_heartbeat_name
 from storage.run import garbage
-from storage.run.garbage import of_names, of_step, of_uploads
+from storage.run.garbage import GarbageKind, of_names, of_step, of_uploads
 from storage.run.retention import StepState
 from storage.saving import commit
 from storage.stores.keys import is_probe_name
@@ -66,10 +66,10 @@ def test_one_young_object_or_one_of_unknown_age_keeps_an_attempt(when: float | N
 def test_probes_and_uploads() -> None:
     probe = ".probe-" + "a" * 32
     listed = [ObjectInfo(probe, 5, "e", OLD), ObjectInfo(".probe-mine", 5, "e", OLD)]
-    assert [row.name for row in of_names(listed, "probe", is_probe_name, BEFORE)] == [probe]
-    assert of_names([ObjectInfo(probe, 5, "e", NEW)], "probe", is_probe_name, BEFORE) == []
+    assert [row.name for row in of_names(listed, GarbageKind.PROBE, is_probe_name, BEFORE)] == [probe]
+    assert of_names([ObjectInfo(probe, 5, "e", NEW)], GarbageKind.PROBE, is_probe_name, BEFORE) == []
     beats = [ObjectInfo("beat-" + "b" * 32, 2, "e", OLD), ObjectInfo("beat-" + "c" * 32, 2, "e", NEW)]
-    assert [row.name for row in of_names(beats, "beat", is_heartbeat_name, BEFORE)] == [beats[0].key]
+    assert [row.name for row in of_names(beats, GarbageKind.HEARTBEAT, is_heartbeat_name, BEFORE)] == [beats[0].key]
     uploads = [Upload("x", "1", OLD), Upload("y", "2", NEW)]
     assert [row.name for row in of_uploads(uploads, BEFORE)] == ["x"]
 

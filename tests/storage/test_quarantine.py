@@ -233,24 +233,3 @@ def test_a_late_copy_replaces_nothing_that_was_committed_meanwhile() -> None:
     with pytest.raises(AlreadyExists):
         commit.put_metadata(plain, "step-000000020/", b"a copy")
     assert store.read(METADATA) == b"newer"
-
-
-# the stores -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "honours"), [("local", True), ("memory", True), ("juicefs", False), ("moto", True), ("fsspec-s3", False)]
-)
-def test_one_version_is_removed_and_no_other(kind: str, honours: bool, make_url: Callable[[str], str]) -> None:
-    store = open_store(make_url(kind))
-    assert store.can(Capability.CONDITIONAL_DELETES) == honours
-    assert store.list("") == []
-    if not honours:
-        return
-    first: ObjectInfo = store.put("a/b", [b"first"])
-    second = store.put("a/b", [b"second"])
-    assert not store.delete_version("a/b", first.etag)
-    assert store.read("a/b") == b"second"
-    assert store.delete_version("a/b", second.etag)
-    assert store.list("") == []
-    assert store.delete_version("a/b", second.etag)  # what is gone already

@@ -73,6 +73,18 @@ def test_capabilities(kind: str, make_url: Callable[[str], str]) -> None:
     assert store.list("") == []
 
 
+def test_one_version_is_removed_and_no_other(store: ObjectStore) -> None:
+    if not store.can(Capability.CONDITIONAL_DELETES):
+        return
+    first = store.put("a/b", [b"first"])
+    second = store.put("a/b", [b"second"])
+    assert not store.delete_version("a/b", first.etag)
+    assert store.read("a/b") == b"second"
+    assert store.delete_version("a/b", second.etag)
+    assert store.list("") == []
+    assert store.delete_version("a/b", second.etag), "what is gone already"
+
+
 def test_large_objects(store: ObjectStore) -> None:
     """Larger than one part, in buffers whose borders are not the parts'."""
     data = memoryview(random.Random(1).randbytes(1 << 20) * 34)
