@@ -2,9 +2,10 @@
 
 For training    Checkpointer saves and restores a state, for a job (JobIdentity), as owner or as reader of a run
                 (Access); PerRank marks what each rank has of its own; CheckpointEvent names what a Listener hears;
-                ShardReader and ShardWriter are the same format and checks under `dcp.load` and `dcp.save`.
-Stores          open_store opens the ObjectStore behind a URL, register_scheme adds stores of your own; a
-                StoreWrapper is a store around another one.
+                ShardReader and ShardWriter are the same format and checks under `dcp.load` and `dcp.save`; an
+                AgreeingGroup is ranks that succeed or fail together.
+Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one; register_scheme adds
+                stores of your own, and a StoreWrapper is one around another.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
                 finds what dead jobs have left, and remove_garbage removes it.
 
@@ -42,15 +43,16 @@ if TYPE_CHECKING:
     from storage.run.garbage import remove as remove_garbage
     from storage.run.job import JobIdentity
     from storage.state.per_rank import PerRank
-    from storage.stores.objects import Capability, ObjectInfo, ObjectStore
-    from storage.stores.registry import open_store, register_scheme, with_options
+    from storage.stores.buffers import Buffer
+    from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
+    from storage.stores.registry import Opener, open_store, register_scheme, with_options
     from storage.stores.retry_policy import RetryCounts, RetryLog
     from storage.stores.wrapper import StoreWrapper
 
 __all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
 __all__ += ["CheckpointEvent", "Listener"]
-__all__ += ["Capability", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
-__all__ += ["open_store", "register_scheme", "with_options"]
+__all__ += ["Buffer", "Capability", "Fetch", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
+__all__ += ["Opener", "Upload", "open_store", "register_scheme", "with_options"]
 __all__ += [
     "CheckpointState",
     "Details",
@@ -76,8 +78,9 @@ _ROOMS = {
     "storage.run.job": "JobIdentity",
     "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
-    "storage.stores.objects": "Capability ObjectInfo ObjectStore",
-    "storage.stores.registry": "open_store register_scheme with_options",
+    "storage.stores.buffers": "Buffer",
+    "storage.stores.objects": "Capability Fetch ObjectInfo ObjectStore Upload",
+    "storage.stores.registry": "Opener open_store register_scheme with_options",
     "storage.stores.retry_policy": "RetryCounts RetryLog",
     "storage.stores.wrapper": "StoreWrapper",
 }

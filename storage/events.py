@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from storage.agent import AgentEnvironment
 from storage.stores.health import StoreAway, StoreBack
@@ -139,7 +139,7 @@ class Reporter:
         store.retries.health.tell = tell
 
     @contextlib.contextmanager
-    def retries(self, store: ObjectStore, during: str, **fields: Any) -> Iterator[None]:
+    def retries(self, store: ObjectStore, during: Literal["save", "restore"], **fields: Any) -> Iterator[None]:
         """Report `checkpoint_retried` afterwards, if the store needed further tries meanwhile."""
         before = store.retries.snapshot()
         try:

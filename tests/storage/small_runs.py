@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from storage import Checkpointer, inspection, register_scheme
+from storage import Checkpointer, ObjectStore, inspection, register_scheme
 from storage.stores.memory import MemoryStore
 
 Events = tuple[list[tuple[str, dict[str, Any]]], Callable[[str, dict[str, Any]], None]]
@@ -45,3 +45,11 @@ def opened(store: MemoryStore) -> str:
     scheme = f"test-{next(_names)}"
     register_scheme(scheme, lambda rest: store)
     return f"{scheme}://run"
+
+
+def damage_data(store: ObjectStore, step: int) -> None:
+    """Flip a bit in the middle of a data object of a step."""
+    (key, *_) = [info.key for info in store.list(f"step-{step:09d}/") if info.key.endswith(".distcp")]
+    data = bytearray(store.read(key))
+    data[len(data) // 2] ^= 1
+    store.put(key, [bytes(data)])

@@ -22,7 +22,7 @@ from storage.stores.objects import ObjectStore
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage.proxy import FaultProxy
-from tests.storage.small_runs import Events, save, state
+from tests.storage.small_runs import Events, damage_data, save, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -31,13 +31,6 @@ _NOBODY = 65534
 
 def contents(store: ObjectStore) -> dict[str, str]:
     return {info.key: info.etag for info in store.list("")}
-
-
-def damage_data(store: ObjectStore, step: int) -> None:
-    (key, *_) = [info.key for info in store.list(f"step-{step:09d}/") if info.key.endswith(".distcp")]
-    data = bytearray(store.read(key))
-    data[len(data) // 2] ^= 1
-    store.put(key, [bytes(data)])
 
 
 def damage_index(store: ObjectStore, step: int) -> None:

@@ -27,12 +27,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import storage
 from storage import torch_private
+from tests.private_names import used_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOM = Path(torch_private.__file__)
 
 
 def broken(what: str, where: str) -> str:
+    """The line that says what broke, and where it is used."""
     return f"torch {torch.__version__}: {what}, which storage/torch_private.py has for {where}"
 
 
@@ -93,7 +95,9 @@ def test_stock_metadata_names_its_classes(name: str, tmp_path: Path) -> None:
 
 def test_a_contiguous_tensor_has_its_number_in_stock_metadata() -> None:
     value = dcp_metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT.value
-    assert value == torch_private.CONTIGUOUS_FORMAT, broken(f"it is {value}", "CONTIGUOUS_FORMAT, format/dcp_pickle.py")
+    assert value == torch_private.CONTIGUOUS_FORMAT, broken(
+        f"that of a contiguous tensor is {value}", "CONTIGUOUS_FORMAT, format/dcp_pickle.py"
+    )
     assert _StorageInfo.__name__ == torch_private.STORAGE_INFO[1]
 
 
@@ -109,21 +113,27 @@ def test_extra_state_is_in_a_state_dict_under_its_name() -> None:
             return 1
 
     found = [*nn.Sequential(Module()).state_dict()]
-    assert found == [f"0.{torch_private.EXTRA_STATE}"], broken(f"it is {found}", "EXTRA_STATE, state/fit.py")
+    assert found == [f"0.{torch_private.EXTRA_STATE}"], broken(
+        f"extra state is named {found}", "EXTRA_STATE, state/fit.py"
+    )
 
 
 def test_a_compiled_module_keeps_its_own_under_its_name() -> None:
     module = nn.Linear(1, 1)
     compiled = torch.compile(module)
     where = "COMPILED_MODULE, state/modules.py"
-    assert getattr(compiled, torch_private.COMPILED_MODULE, None) is module, broken("it is elsewhere", where)
-    assert type(compiled).__name__ == "OptimizedModule", broken("its class has another name", where)
+    assert getattr(compiled, torch_private.COMPILED_MODULE, None) is module, broken(
+        "a compiled module keeps its own elsewhere", where
+    )
+    assert type(compiled).__name__ == "OptimizedModule", broken(
+        f"a compiled module is a {type(compiled).__name__}", where
+    )
 
 
 def test_a_module_with_checkpointed_activations_keeps_its_own_under_its_name() -> None:
     found = [*checkpoint_wrapper(nn.Linear(1, 1, bias=False)).named_modules()][1][0]
     where = "CHECKPOINTED_MODULE, the advice of state/misfit.py"
-    assert found == torch_private.CHECKPOINTED_MODULE, broken(f"it is {found}", where)
+    assert found == torch_private.CHECKPOINTED_MODULE, broken(f"the module inside is {found}", where)
 
 
 def test_fsdp1_keeps_its_module_and_marks_its_parameters() -> None:
@@ -142,7 +152,7 @@ def test_fsdp1_keeps_its_module_and_marks_its_parameters() -> None:
 def test_a_tensor_of_zeros_without_memory_is_known() -> None:
     zeros = torch._efficientzerotensor((2,))
     where = "is_without_memory, saving/staging.py and loading/requests.py"
-    assert torch_private.is_without_memory(zeros), broken("it is not known", where)
+    assert torch_private.is_without_memory(zeros), broken("zeros without memory do not tell", where)
     assert not torch_private.is_without_memory(torch.zeros(2))
 
 
@@ -157,7 +167,9 @@ def test_the_shards_of_a_sharded_tensor_are_told() -> None:
         found = torch_private.shards_of(whole)
         chunks = torch_private.local_chunks(whole)
     where = "shards_of, saving/describe.py"
-    assert found is not None and found[0].data_ptr() == part.data_ptr(), broken("they are not", where)
+    assert found is not None and found[0].data_ptr() == part.data_ptr(), broken(
+        "a ShardedTensor does not give its shards", where
+    )
     assert [(*chunk.offsets, *chunk.sizes) for chunk in chunks] == [(0, 2)]
     assert torch_private.shards_of(part) is None
 
@@ -165,7 +177,9 @@ def test_the_shards_of_a_sharded_tensor_are_told() -> None:
 def test_the_box_of_a_tensor_is_told() -> None:
     (chunk,) = torch_private.local_chunks(torch.ones(2, 3))
     where = "local_chunks, loading/loadplan.py"
-    assert (tuple(chunk.offsets), tuple(chunk.sizes)) == ((0, 0), (2, 3)), broken("it is another", where)
+    assert (tuple(chunk.offsets), tuple(chunk.sizes)) == ((0, 0), (2, 3)), broken(
+        f"the box of a tensor is {chunk}", where
+    )
 
 
 def test_an_optimizer_makes_its_state_and_no_step() -> None:
@@ -173,8 +187,8 @@ def test_an_optimizer_makes_its_state_and_no_step() -> None:
     optimizer = torch.optim.AdamW([parameter], lr=0.5)
     torch_private.init_optimizer_state(optimizer)
     where = "init_optimizer_state, state/optimizers.py"
-    assert "exp_avg" in optimizer.state[parameter], broken("there is no state", where)
-    assert parameter.tolist() == [1.0, 1.0], broken("it has made a step", where)
+    assert "exp_avg" in optimizer.state[parameter], broken("an optimizer has no state after it", where)
+    assert parameter.tolist() == [1.0, 1.0], broken("the optimizer has moved its parameters", where)
 
 
 def test_the_ranks_of_a_load_are_on_the_stack(tmp_path: Path) -> None:
@@ -204,7 +218,9 @@ def test_the_thread_of_an_async_save_has_its_name(tmp_path: Path) -> None:
     with alone_in_group():
         dcp.async_save({"w": torch.ones(2)}, storage_writer=Writer(tmp_path)).result(60)  # type: ignore[union-attr]
     where = "ASYNC_SAVE_THREAD, dcp/writer.py"
-    assert names[0].startswith(torch_private.ASYNC_SAVE_THREAD), broken(f"it is {names}", where)
+    assert names[0].startswith(torch_private.ASYNC_SAVE_THREAD), broken(
+        f"async_save writes in a thread named {names}", where
+    )
 
 
 def test_every_name_of_the_room_has_a_canary() -> None:
@@ -216,7 +232,11 @@ def test_every_name_of_the_room_has_a_canary() -> None:
 
 
 def test_no_other_file_of_storage_has_such_a_name() -> None:
-    """A private name there is of ours: some class or module of the package has it; and so is every text."""
+    """A private name there is of ours: some class or module of the package has it; and so is every text.
+
+    `used_in` goes by what is imported from torch; attributes of a tensor, say, are found by being nobody's here.
+    """
+    assert used_in("storage") == []
     package = Path(storage.__file__).parent
     sources = {path: ast.parse(path.read_text()) for path in package.rglob("*.py") if path != ROOM}
     used = [(path, node) for path, tree in sources.items() for node in ast.walk(tree) if is_private(name_of(node))]

@@ -1,0 +1,107 @@
+"""What a rank raises, or goes on with, by what another one has met. The other rank is what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from storage import (
+    AgreeingGroup,
+    CheckpointEvent,
+    Corrupt,
+    PeerFailed,
+    StorageError,
+    Transient,
+    UsageError,
+    WrongModel,
+    open_store,
+)
+from storage.events import Reporter
+from storage.loading.restorer import Restorer
+from storage.ranks.agreement import Failure
+from storage.ranks.steps import agreed_step
+from tests.storage.small_runs import damage_data, save
+
+
+class Pair(AgreeingGroup):
+    """Rank 0 of two; rank 1 sends `other` whenever the two send something."""
+
+    def __init__(self, other: object) -> None:
+        super().__init__(alone=True)
+        self.world_size = 2
+        self._other = json.dumps(other).encode()
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return [data, self._other]
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data, self._other]
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        assert data is not None
+        return data
+
+
+def outcome(mine: Exception | None, other: Exception | None) -> Exception | None:
+    """What rank 0 raises."""
+    told = None if other is None else Failure.of(other)
+    group = Pair(told and {"kind": told.kind, "text": told.text})
+
+    def call() -> None:
+        if mine is not None:
+            raise mine
+
+    try:
+        group.everywhere(call)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "raised"),
+    [
+        (None, None, None),
+        (None, WrongModel("no bias"), WrongModel("no bias")),
+        (None, ValueError("seven"), StorageError("ValueError: seven")),
+        (Corrupt("damaged"), None, Corrupt("damaged")),
+        (Corrupt("damaged"), Transient("away"), Transient("away")),
+        (PeerFailed("given up"), Corrupt("damaged"), Corrupt("damaged")),
+        (Transient("first"), Transient("second"), Transient("first")),
+        (ValueError("seven"), Transient("away"), ValueError("seven")),
+    ],
+)
+def test_what_is_raised(mine: Exception | None, other: Exception | None, raised: Exception | None) -> None:
+    found = outcome(mine, other)
+    assert (type(found), str(found)) == (type(raised), str(raised))
+
+
+def test_an_error_of_this_rank_is_raised_itself() -> None:
+    mine = Corrupt("damaged", key="a.distcp")
+    assert outcome(mine, None) is mine
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ([8, None], "rank 0 saves step 7, and rank 1 step 8; give all ranks the same"),
+        ([None, "step is -1"], "rank 1: step is -1"),
+    ],
+)
+def test_a_step_that_differs_is_refused(other: list[Any], says: str) -> None:
+    assert agreed_step(Pair([7, None]), 7) == 7
+    with pytest.raises(UsageError, match=says):
+        agreed_step(Pair(other), 7)
+
+
+def test_damage_that_only_another_rank_has_met_is_told_in_its_words(memory_url: str) -> None:
+    save(memory_url, 10)
+    store, heard = open_store(memory_url), list[tuple[CheckpointEvent, dict[str, Any]]]()
+    damage_data(store, 10)
+    report = Reporter(lambda event, fields: heard.append((event, fields)))
+    restorer = Restorer(store, None, Pair({"text": "a block is damaged", "key": None, "host": "node-2"}), report)
+    assert restorer._newest({}, unhealthy=False) is not None
+    assert restorer._judge(10, None) == "a block is damaged"
+    assert heard == [(CheckpointEvent.DAMAGED, {"step": 10, "reason": "a block is damaged"})]
