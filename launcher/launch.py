@@ -34,7 +34,6 @@ from launcher.drain.preemption import watchers as find_watchers
 from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
-from launcher.elastic.cooperative_stop import GracePeriods
 from launcher.elastic.joining import Arrival, Meeting, arrive, join, plan_no_mesh
 from launcher.elastic.logs import name_node
 from launcher.elastic.parts import AgentParts
@@ -47,6 +46,7 @@ from launcher.events import JOB_IS_OVER, EventLog, EventName
 from launcher.health.hangs import HangRules
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.watchdog import Watchdog
+from launcher.node.supervision import GracePeriods
 from launcher.reports.sentences import last_words
 from launcher.rounds.forming import Planner
 from launcher.torch_private import ask_no_dns

@@ -9,7 +9,6 @@ kills its workers.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -30,14 +29,15 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 
 from launcher.coordination.member import Member
 from launcher.drain.signals import handle_signals, stop_at_once
-from launcher.elastic.cooperative_stop import CooperativeStop
 from launcher.elastic.parts import AgentParts
+from launcher.elastic.supervisor import Supervisor
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, RendezvousTimeout
 from launcher.events import EventName
 from launcher.health import postmortem
 from launcher.health.devices import DeviceMemory
 from launcher.health.watchdog import WatchedWorkers
+from launcher.node.supervision import EndWorkers, FinishJob
 from launcher.rounds.records import HANG, SUCCEEDED, Failure, Round, Status
 from launcher.text import name_some
 from launcher.torch_private import AgentSteps
@@ -52,14 +52,6 @@ _POLL_S = 0.05
 _LINGER_S = 30.0
 _DEVICE_MEMORY_S = 15.0
 _KILL_S = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _End:
-    """Why a generation ends on this node, and how long its workers have from SIGTERM to SIGKILL."""
-
-    reason: str
-    grace_s: float
 
 
 class ElasticAgent(AgentSteps, LocalElasticAgent):
@@ -97,9 +89,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._workers = LocalWorkers(parts.runtime_dir, 0, ())
         self._started_s = 0.0
         self._drain = parts.drain
-        self._cooperative_stop = CooperativeStop(
-            member, parts.drain, parts.graces, self._emit, parts.watchdog.dump_stacks
-        )
+        self._supervisor = Supervisor(member, parts.drain, parts.graces, self._emit, parts.watchdog)
         self._supervising = False
         self._oom_kills_before = 0
         self._failures: list[Failure] = []
@@ -137,7 +127,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         pids = self.start_group(group.spec.max_restarts - (current.generation - 1))
         self.install_signal_handlers()  # torch has just installed its own
         self._started_s = time.monotonic()
-        self._cooperative_stop.begin(self._workers, self._started_s)
+        self._supervisor.begin(self._workers, self._started_s)
         self._vitals.begin(current)
         self._pids = list(pids.values())
         self._watch_workers(current)
@@ -199,7 +189,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     def _leave_if_asked(self) -> None:
         """Leave where no workers run that would have to stop first."""
         if request := self._drain.current:
-            self._cooperative_stop.tell_drain(request)
+            self._supervisor.tell_drain(request)
             raise Drained(request.reason, request.exit_code)
 
     def _closed(self) -> RunResult:
@@ -210,51 +200,21 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             return RunResult(WorkerState.SUCCEEDED)
         raise JobClosed(outcome)
 
-    def _supervise(self, generation: int) -> RunResult | _End:
+    def _supervise(self, generation: int) -> RunResult | EndWorkers:
         """Watch one generation to its end: the job's result, or why there has to be another round."""
         while True:
             self._member.wait(_POLL_S)
             if self._warm is not None:
                 self._warm.listen()
             self._vitals.look(self._workers)
-            exit_codes = {worker.exit_code for worker in self._worker_exits()}
-            if exit_codes - {0, None}:
-                self._report_failures()
-                return _End("worker failed", self._graces.stop_s)
-            if hang := self._watchdog.look(
-                time.monotonic(), exited=self._exited(), paused=self._cooperative_stop.is_awaited()
-            ):
-                return _End(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
-            reason = self._member.stop_requested(generation)
-            if reason and not self._cooperative_stop.ask(reason):
-                return _End(reason, self._graces.stop_s)
-            if self._member.store_silent() and self._workers.is_cooperative() and self._workers.asked_s is None:
-                reason = reason or "the store is silent"
-                self._cooperative_stop.ask(reason)  # saved now, no step is lost if this node has to stop its workers
-            broken = self._member.broken(generation)
-            if broken and not self._cooperative_stop.may_finish(broken):
-                if broken.hung and not self._member.fenced():
-                    self._watchdog.answer(broken.reason, self._member.announce)
-                # Workers of a node whose lease may have ended must be gone before others start in their place.
-                return _End(broken.reason, 0.0 if self._member.fenced() else self._graces.stop_s)
-            request = self._drain.current
-            if request and (why := self._cooperative_stop.follow_drain(request)):
-                return _End(f"{request.reason}: {why}", self._graces.stop_s)
-            reason = reason or (request.reason if request else self._cooperative_stop.why())
-            exited = exit_codes == {0}
-            if self._cooperative_stop.look(reason, exited=exited) and (exited or self._member.all_stop(generation)):
-                # Every rank has saved its state and needs no other any more: not worth an interpreter's last second.
-                return _End(reason, 0.0)
-            if exited and not self._cooperative_stop.done:
-                self._emit(EventName.WORKERS_DONE, **self._workers.last_step_fields())
-                if not self._finish(generation):
-                    return _End("its workers are done, the job is not", self._graces.stop_s)
-                # Not asked before all have ended well: where one has failed it ends the others in its own way.
-                result = self.check_group()
-                self.get_worker_group().state = result.state
-                return result
+            exit_codes = [worker.exit_code for worker in self._worker_exits()]
+            match self._supervisor.look(generation, exit_codes, self._exited):
+                case EndWorkers() as end:
+                    return end
+                case FinishJob():
+                    return self._finish(generation)
 
-    def _end_generation(self, end: _End) -> None:
+    def _end_generation(self, end: EndWorkers) -> None:
         """Stop what still runs and be ready for another round, or leave if this node drains."""
         if not end.reason.startswith(HANG):  # what follows from another node's failure may have its cause here
             self._report_failures()  # before SIGTERM blurs it
@@ -271,7 +231,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         last = self._workers.last_step_fields()
         self._emit(EventName.WORKERS_STOPPED, reason=end.reason, seconds=round(time.monotonic() - began_s, 3), **last)
         if request := self._drain.current:
-            if not self._cooperative_stop.done:
+            if not self._supervisor.have_yielded:
                 self._emit(EventName.DRAIN_CUT_SHORT, reason=end.reason, step=last["step"], seconds=request.grace_s)
             raise Drained(request.reason, request.exit_code)
         # Only now is the node ready: new workers would run out of device memory that the old ones still hold.
@@ -280,17 +240,18 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         ):
             self._emit(EventName.DEVICE_MEMORY_HELD, reason=held, seconds=_DEVICE_MEMORY_S)
 
-    def _finish(self, generation: int) -> bool:
-        """Wait until the other nodes' workers are done too; False if they are not and another round is needed."""
+    def _finish(self, generation: int) -> RunResult | EndWorkers:
+        """Wait until the other nodes' workers are done too: the job's result, or that another round is needed."""
+        self._emit(EventName.WORKERS_DONE, **self._workers.last_step_fields())
         self._member.announce(Status.DONE)
-        while True:
-            if self._member.outcome() == SUCCEEDED:
-                return True
-            if self._member.broken(generation):
-                return False
-            if self._cooperative_stop.overdue():
-                return False
+        while self._member.outcome() != SUCCEEDED:
+            if self._member.broken(generation) or self._supervisor.is_overdue():
+                return EndWorkers("its workers are done, the job is not", self._graces.stop_s)
             self._member.wait(_POLL_S)
+        # Not asked before all have ended well: where one has failed it ends the others in its own way.
+        result = self.check_group()
+        self.get_worker_group().state = result.state
+        return result
 
     # --- failures
 

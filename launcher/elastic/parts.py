@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.drain.draining import DrainRequests
-from launcher.elastic.cooperative_stop import GracePeriods
 from launcher.elastic.rendezvous import MemberRendezvous
 from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.events import EventLog
 from launcher.health.watchdog import Watchdog
+from launcher.node.supervision import GracePeriods
 from launcher.workers.leftovers import Leftovers
 from launcher.workers.warm import WarmStart
 

@@ -19,8 +19,6 @@ class LocalWorkers:
         self._channels = {rank: Channel.create(folder / f"worker-{generation}-{rank}") for rank in local_ranks}
         for channel in self._channels.values():
             self._stacks_path(channel).touch(0o600)
-        self.asked_s: float | None = None
-        """When the workers were asked to stop at a step boundary; None while they were not."""
 
     def path(self, local_rank: int) -> Path:
         """The file that a worker attaches."""
@@ -62,8 +60,7 @@ class LocalWorkers:
         return any(progress.phase is not WorkerPhase.STARTING for progress in self.progress().values())
 
     def request_stop(self, reason: StopReason) -> None:
-        """Ask all workers to stop at their next step boundary; `asked_s` stays that of the first request."""
-        self.asked_s = time.monotonic() if self.asked_s is None else self.asked_s
+        """Ask all workers to stop at their next step boundary."""
         for channel in self._channels.values():
             channel.request_stop(reason)
 

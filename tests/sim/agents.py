@@ -1,20 +1,23 @@
-"""The agent of a node and its workers, made up: `elastic.agent` is torch's loop around processes.
+"""The agent of a node and its workers. What is decided about workers is `Supervision`, which real agents run.
 
-It reads what `Member` lets it read, says what `MemberRendezvous` and `ElasticAgent` say, and in the same order.
+The rest is made up, because it is torch's loop around processes (`elastic.agent`, `elastic.rendezvous`): it reads what
+`Member` lets it read, and says what they say, in the same order. Workers are told here when to yield, fail or be stuck.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from launcher.node.events import Announced, Draining, HeldBack, Joining, PeersDoubted, PeerSilent
+from launcher.node.supervision import AskWorkers, EndWorkers, GracePeriods, Supervision, TellYielded, WorkersSeen
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.records import Failure, Round, Status
 
 if TYPE_CHECKING:
     from tests.sim.nodes import SimNode
 
-GRACE_S = 8.0  # from SIGTERM to SIGKILL
+GRACES = GracePeriods(stop_s=8.0, yield_s=4.0, attach_s=2.0)
 STAY_OUT_S = 5.0
 
 
@@ -28,6 +31,11 @@ class SimAgent:
         self.running = 0
         self.are_stuck = False
         """The workers neither stop when they are asked to nor on SIGTERM."""
+        self._failure: Failure | None = None
+        self._have_yielded = self._have_exited = False
+        self._is_cooperative = True
+        self._supervision = Supervision(GRACES, 0.0)
+        self._drain_until_s = math.inf
         self._joining = 0
         self._turn = 0  # what was planned for an earlier one is void
         self._is_stopping = False
@@ -68,7 +76,7 @@ class SimAgent:
         elif current is not None and current.complete:
             generation, self._joining = self._joining, 0
             if self._reaches_store_of(current):
-                self.running, self.are_stuck = generation, False
+                self._start(generation)
             else:
                 self._stay_out(current)
 
@@ -95,22 +103,65 @@ class SimAgent:
         self._node.feed(Announced(Status.READY))
 
     def _supervise(self, now_s: float) -> None:
-        """As `ElasticAgent._supervise`."""
-        if self._engine.view.fenced(now_s):
-            self._stop("this node's lease ended", at_once=True)
-        elif broken := self._engine.view.broken(self.running, now_s):
-            self._stop(broken.reason)
-        elif reason := self._engine.view.stop_requested(self.running):
-            self._stop(reason, yielded=not self.are_stuck)
+        """As `Supervisor.look`."""
+        view, record = self._engine.view, self._engine.own.record
+        seen = WorkersSeen(
+            have_failed=self._failure is not None,
+            have_exited=self._have_exited,
+            have_yielded=self._have_yielded,
+            are_cooperative=self._is_cooperative,
+            broken=view.broken(self.running, now_s),
+            fenced=view.fenced(now_s),
+            stop=view.stop_requested(self.running),
+            store_silent=self._engine.own.store_silent(now_s),
+            all_stopped=view.all_stopped(self.running),
+            drain=record.reason if record.draining else "",
+            drain_until_s=self._drain_until_s,
+        )
+        for order in self._supervision.step(seen, now_s):
+            match order:
+                case AskWorkers():
+                    self._yield()
+                case TellYielded(reason):
+                    self._node.feed(Announced(Status.STOPPING, reason, yielded=True))
+                case EndWorkers(reason, grace_s):
+                    self._stop(reason, grace_s)
 
-    def _stop(self, reason: str, *, yielded: bool = False, at_once: bool = False) -> None:
+    def _start(self, generation: int) -> None:
+        chance = self._world.random
+        self.running, self.are_stuck = generation, False
+        self._failure, self._have_yielded, self._have_exited = None, False, False
+        self._is_cooperative = chance.random() < 0.8
+        self._supervision = Supervision(GRACES, self._world.now_s)
+
+    def _yield(self) -> None:
+        """The workers come to a step boundary, and end a moment later; those that are stuck do not."""
+        generation = self.running
+
+        def come() -> None:
+            if self.running == generation and not self._is_stopping and not self.are_stuck and self._is_cooperative:
+                self._have_yielded = True
+                self._world.at(self._world.random.uniform(0.0, 1.0), end)
+                self.look()
+
+        def end() -> None:
+            if self.running == generation and not self._is_stopping:
+                self._have_exited = True
+                self.look()
+
+        self._world.at(self._world.random.uniform(0.0, 0.8), come)
+
+    def _stop(self, reason: str, grace_s: float) -> None:
         """As `ElasticAgent._end_generation`."""
         self._is_stopping = True
-        if at_once:
+        if grace_s == 0.0:
             self._stopped()
-        else:
-            self._later(0.4, self._stopped, at_least_s=GRACE_S if self.are_stuck else 0.0)
-            self._node.feed(Announced(Status.STOPPING, reason, yielded=yielded))
+            return
+        self._later(0.4, self._stopped, at_least_s=grace_s if self.are_stuck else 0.0)
+        if self._failure is not None:
+            self._node.feed(Announced(Status.STOPPING, "worker failed", self._failure))
+            self._node.feed(PeersDoubted())
+        self._node.feed(Announced(Status.STOPPING, reason))
 
     def _stopped(self) -> None:
         self._turn += 1
@@ -141,11 +192,8 @@ class SimAgent:
     def crash(self, kind: FailureClass, step: int) -> None:
         """A worker fails: never twice in the same way, which would rightly end the job."""
         place = f"{self._node.name} {self._world.now_s}"
-        failure = Failure(0, 1, "", self._world.now_s, kind=kind, step=step, place=place)
-        self._is_stopping = True
-        self._later(0.4, self._stopped, at_least_s=GRACE_S if self.are_stuck else 0.0)
-        self._node.feed(Announced(Status.STOPPING, "worker failed", failure))
-        self._node.feed(PeersDoubted())
+        self._failure = Failure(0, 1, "", self._world.now_s, kind=kind, step=step, place=place)
+        self.look()
 
     def be_unfit(self, seconds: float) -> None:
         """A check before the next round fails for a while."""
@@ -156,6 +204,7 @@ class SimAgent:
 
     def drain(self) -> None:
         """Somebody asks this node to leave."""
+        self._drain_until_s = self._world.now_s + 5.0
         self._node.feed(Draining("drain: asked to"))
 
     @property
