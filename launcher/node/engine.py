@@ -278,6 +278,8 @@ class NodeEngine:
     # --- what follows
 
     def _proceed(self, now_s: float) -> None:
+        if self.leader is not None:
+            self._depart(self.leader.pass_time(now_s))
         self._heed(now_s)
         self._stand_or_lead(now_s)
         self._ask_again(now_s)
@@ -363,7 +365,6 @@ class NodeEngine:
         self._follow(JOB)
 
     def _lead(self, leader: Leader, now_s: float) -> None:
-        self._depart(leader.pass_time(now_s))
         self._effects += leader.next(now_s)
         if leader.is_stale and self._is_listed:
             self._follow(EVERYTHING)
