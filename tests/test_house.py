@@ -19,7 +19,6 @@ MAX_PARAMETERS = 7
 
 # What broke a rule when the rule was made. These lists may only shrink: what is mended is taken off, nothing is added.
 LONG_FILES = {
-    "launcher/elastic/agent.py",
     "storage/format/dcp_metadata.py",
 }
 LONG_FUNCTIONS: set[str] = set()
