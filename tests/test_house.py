@@ -23,7 +23,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS = {
-    "launcher/rounds/policy.py: judge",
     "storage/format/safe_names.py: _tensor_v3",
     "storage/format/stock.py: _rebuild_v3",
 }

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from launcher.rounds.cuts import LISTEN_S, left_out
 from launcher.rounds.forming import Formation, Planner, form
 from launcher.rounds.mesh import MeshPlan
-from launcher.rounds.policy import Limits, brief, explain, judge, order_causes, readmit
+from launcher.rounds.policy import GenerationEnd, Limits, brief, explain, judge, order_causes, readmit
 from launcher.rounds.records import (
     HANG,
     LEFT,
@@ -302,10 +302,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
     if now_s < view.drained_s + rules.drain_settle_s:  # told to drain one after the other, they leave nobody behind
         return Wait("more nodes may drain", view.drained_s + rules.drain_settle_s)
     elapsed_s = now_s - view.formed_s
-    judged = judge(
-        current.history.aged(elapsed_s),
-        causes,
-        rules.limits,
+    end = GenerationEnd(
         # A hang is found after minutes: a generation that hung from its start has not lived.
         lived_s=0.0 if broken.hung else view.broken_s - view.formed_s,
         restarts=current.restarts,
@@ -313,6 +310,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         lost=bool(broken.lost),
         stopping=bool(current.stop),
     )
+    judged = judge(current.history.aged(elapsed_s), causes, rules.limits, end)
     if judged.verdict is not None:
         outcome = explain(causes, judged)
         return Propose(dataclasses.replace(current, outcome=outcome, verdict=judged.verdict, causes=causes))

@@ -91,27 +91,31 @@ def brief(causes: Sequence[FailedWorker]) -> tuple[FailedWorker, ...]:
     return tuple(replace(c, failure=replace(c.failure, traceback="")) for c in causes[:_MAX_BRIEF_CAUSES])
 
 
-def judge(
-    history: History,
-    causes: Sequence[FailedWorker],
-    limits: Limits,
-    *,
-    lived_s: float,
-    restarts: int,
-    max_restarts: int | None,
-    lost: bool,
-    stopping: bool,
-) -> Judgement:
-    """What follows from the end of a generation that lived for `lived_s` (0 if it was found to hang).
+@dataclass(frozen=True)
+class GenerationEnd:
+    """How a generation ended, apart from what failed in it."""
+
+    lived_s: float
+    """How long it ran; 0 if it was found to hang."""
+    restarts: int
+    """How many were charged so far."""
+    max_restarts: int | None
+    """At most so many are allowed; None: as many as the other rules allow."""
+    lost: bool
+    """A node of the round is gone, which explains any failure."""
+    stopping: bool
+    """The round was about to end, which explains lost connections."""
+
+
+def judge(history: History, causes: Sequence[FailedWorker], limits: Limits, end: GenerationEnd) -> Judgement:
+    """Say what follows from the end of a generation.
 
     Args:
-        causes: failed workers, root cause first; none if it ended otherwise.
-        restarts: charged so far, of at most `max_restarts` (None: as many as the other rules allow).
-        lost: a node of the round is gone, which explains any failure.
-        stopping: the round was about to end, which explains lost connections.
+        causes: the workers that failed in it, root cause first; none if it ended otherwise.
     """
+    lived_s, restarts, max_restarts = end.lived_s, end.restarts, end.max_restarts
     if not causes:
-        return Judgement(replace(history, worked=history.worked or lost or lived_s >= _TRIED_S, waived=()))
+        return Judgement(replace(history, worked=history.worked or end.lost or lived_s >= _TRIED_S, waived=()))
     root = causes[0].failure
     step = max(cause.failure.step for cause in causes)
     gained = root.step > history.best_step  # victims may have told of one step more, or have told nothing
@@ -123,7 +127,8 @@ def judge(
     )
     if ended := _hopeless(seen, root):
         return ended
-    explained = lost or root.kind is FailureClass.PREEMPTION or (stopping and root.kind is FailureClass.LOST_PEER)
+    explained = end.lost or root.kind is FailureClass.PREEMPTION
+    explained = explained or (end.stopping and root.kind is FailureClass.LOST_PEER)
     if explained:
         return Judgement(seen)
     if not gained and (repeated := _repeated(history, root)):

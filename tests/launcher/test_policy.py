@@ -14,6 +14,7 @@ from launcher.rounds.forming import Formation
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.policy import (
     Blame,
+    GenerationEnd,
     Judgement,
     Limits,
     backoff_s,
@@ -38,7 +39,7 @@ def cause(kind: FailureClass = FailureClass.SIGNAL, node: str = "a", **fields) -
 
 def after(history: History, *causes: FailedWorker, **fields) -> Judgement:
     settings = {"lived_s": 5.0, "restarts": 0, "max_restarts": None, "lost": False, "stopping": False, **fields}
-    return judge(history, causes, LIMITS, **settings)
+    return judge(history, causes, LIMITS, GenerationEnd(**settings))
 
 
 def lives(*failures: FailedWorker, **fields) -> Judgement:
