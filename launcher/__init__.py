@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from launcher.kv.connect import BACKENDS, unknown_backend
     from launcher.launch import LaunchOptions, launch_agent
     from launcher.reports.job_status import JobStatus, NodeStatus
-    from launcher.rounds.forming import Planner
+    from launcher.rounds.formation import Planner
     from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
     from launcher.rounds.records import Node
     from launcher.script.worker import Worker, WorkerContext, worker
@@ -66,7 +66,7 @@ _ROOMS = {
     "launcher.kv.connect": "BACKENDS unknown_backend",
     "launcher.launch": "LaunchOptions launch_agent",
     "launcher.reports.job_status": "JobStatus NodeStatus",
-    "launcher.rounds.forming": "Planner",
+    "launcher.rounds.formation": "Planner",
     "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
     "launcher.rounds.records": "Node",
     "launcher.script.worker": "Worker WorkerContext worker",

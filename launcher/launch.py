@@ -48,7 +48,7 @@ from launcher.health.preflight import Check, Preflight, PreflightRules, end_comm
 from launcher.health.watchdog import Watchdog
 from launcher.node.supervision import GracePeriods
 from launcher.reports.sentences import last_words
-from launcher.rounds.forming import Planner
+from launcher.rounds.formation import Planner
 from launcher.torch_private import ask_no_dns
 from launcher.workers.console import Console
 from launcher.workers.leftovers import Leftovers

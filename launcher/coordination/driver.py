@@ -58,7 +58,7 @@ from launcher.node.events import (
     Unanswered,
     Unheard,
 )
-from launcher.rounds.forming import Planner
+from launcher.rounds.formation import Planner
 from launcher.rounds.membership import decide
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from launcher.node.events import (
     PeerSilent,
     Started,
 )
-from launcher.rounds.forming import Planner
+from launcher.rounds.formation import Planner
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Breakage, Failure, Node, Round, Status
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from launcher.coordination.member import Member
-from launcher.coordination.reopen import is_running, reopen_failed
+from launcher.coordination.run_id_reuse import is_running, reopen_failed
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable, UsageError
 from launcher.events import Emit
 from launcher.health.liveness import LivenessListener
 from launcher.kv.connect import Connection, connect
-from launcher.rounds.forming import Planner
+from launcher.rounds.formation import Planner
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node
 

@@ -50,8 +50,8 @@ from launcher.node.local_view import LocalView
 from launcher.node.registration import IDLE, Registration
 from launcher.node.roster import Roster
 from launcher.node.round_events import tell
-from launcher.rounds.cuts import watched_by
 from launcher.rounds.membership import Rules
+from launcher.rounds.partitions import watched_by
 from launcher.rounds.records import (
     LEFT,
     LEFT_AT_ONCE,

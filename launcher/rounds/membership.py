@@ -26,9 +26,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.rounds.cuts import LISTEN_S, left_out
-from launcher.rounds.forming import Formation, Planner, form
+from launcher.rounds.exclusion import admit, needed, weigh
+from launcher.rounds.formation import Formation, Planner, form
 from launcher.rounds.mesh import MeshPlan
+from launcher.rounds.partitions import LISTEN_S, left_out
 from launcher.rounds.policy import GenerationEnd, Limits, brief, explain, judge, order_causes, readmit
 from launcher.rounds.records import (
     HANG,
@@ -43,7 +44,6 @@ from launcher.rounds.records import (
     describe,
     identity_of,
 )
-from launcher.rounds.standing import admit, needed, weigh
 from launcher.text import name_some
 
 _BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)

@@ -167,7 +167,7 @@ class Node:
     failure: Failure | None = None
     yielded: bool = False  # its workers stopped at a step boundary that all ranks agreed on
     worker_store: str = ""  # "ADDRESS PORT" of the store that it hosts for the workers of its generation
-    cannot_reach: tuple[str, ...] = ()  # participants of its generation that do not answer it (`cuts`)
+    cannot_reach: tuple[str, ...] = ()  # participants of its generation that do not answer it (`partitions`)
     seniority: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.health.liveness import LivenessListener, connect, is_refused
 from launcher.health.peers import PeerWatch
-from launcher.rounds.cuts import watched_by
+from launcher.rounds.partitions import watched_by
 from launcher.rounds.records import Participant, Round
 from tests.cluster import until
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from launcher.rounds.exclusion import admit, needed, weigh
 from launcher.rounds.failures import FailureClass
-from launcher.rounds.forming import Formation
+from launcher.rounds.formation import Formation
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.policy import (
     Blame,
@@ -27,7 +28,6 @@ from launcher.rounds.policy import (
     suspects,
 )
 from launcher.rounds.records import FailedWorker, Failure, Node, Participant, Round, Verdict
-from launcher.rounds.standing import admit, needed, weigh
 
 LIMITS = Limits(crash_loop=4, strikes=3, strike_window_s=600.0, exclusion_s=100.0)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
-from launcher.coordination.reopen import reopen_failed
+from launcher.coordination.run_id_reuse import reopen_failed
 from launcher.elastic.handlers import create_handler
 from launcher.kv.etcd.client import EtcdKV
 from launcher.rounds.records import Node, Participant, Round, Status

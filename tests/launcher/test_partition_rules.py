@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.rounds.cuts import LISTEN_S, left_out
 from launcher.rounds.history import History, Mark, MarkKind
 from launcher.rounds.membership import Propose, Rules, View, Wait, decide
+from launcher.rounds.partitions import LISTEN_S, left_out
 from launcher.rounds.records import Breakage, Node, Participant, Round, Status
 
 RULES = Rules(min_nodes=1, max_nodes=8, join_cooldown_s=0, join_settle_s=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.rounds.forming import Formation
+from launcher.rounds.formation import Formation
 from launcher.rounds.history import Exclusion, History, Mark, MarkKind
 from launcher.rounds.policy import Blame, Judgement, Limits, blame, exclude, mark, suspects, waive
 from launcher.rounds.records import FailedWorker, Node, identity_of

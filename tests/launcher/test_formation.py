@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.rounds.forming import form, rank_order
+from launcher.rounds.formation import form, rank_order
 from launcher.rounds.membership import Wait
 from launcher.rounds.mesh import Infeasible, MeshPlan
 from launcher.rounds.records import (
