@@ -11,12 +11,14 @@ from storage import inspection
 from storage.errors import Corrupt, NoCheckpoint, NotFound, UsageError
 from storage.format import layout
 from storage.format.completeness import gaps
+from storage.format.index import Index
 from storage.format.manifest import Manifest
 from storage.inspection import Location
 from storage.run import catalog
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import as_url, open_store
 from storage.transfer.copyplan import Checksums, DataObject, choose
+from storage.verified.twice import read_expected
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ class Found:
 
 @dataclass(frozen=True)
 class CopyContents:
-    """All that is known of a checkpoint while it is copied; nothing but `found` for stock DCP's."""
+    """All that is known of a checkpoint while it is copied: what its manifest says, or the index of stock DCP's."""
 
     found: Found
     manifest: Manifest | None = None
     checksums: Checksums | None = None
+    index: Index | None = None
 
 
 class CopyState(enum.StrEnum):
@@ -165,8 +168,8 @@ def _find(source: ObjectStore, job: CopyJob) -> CopyContents:
     commit, index = catalog.find_index(source, job.source_prefix)
     manifest = commit.manifest
     if manifest is None:
-        plain = sorted((entry.name, entry.size_bytes) for entry in index.objects)
-        return CopyContents(Found(job, commit.metadata, [DataObject(name, size) for name, size in plain], {}))
+        plain = [DataObject(entry.name, entry.size_bytes) for entry in index.objects]
+        return CopyContents(Found(job, commit.metadata, plain, {}), index=index)
     if job.step not in (None, manifest.step):
         raise UsageError(f"the source is of step {manifest.step}, and the target is to be step {job.step}")
     if problems := list(gaps(manifest)):
@@ -178,11 +181,10 @@ def _find(source: ObjectStore, job: CopyJob) -> CopyContents:
 def present_already(target: ObjectStore, found: Found) -> Outcome | None:
     """What there is to say if the target has a checkpoint there. Raises UsageError: it is another one."""
     prefix = found.job.target_prefix
-    try:
-        there = target.read(prefix + layout.METADATA)
-    except NotFound:
+    there = read_expected(target, prefix + layout.METADATA, found.metadata)
+    if there is None or catalog.is_set_aside(target, prefix, there):
         return None
-    return None if catalog.is_set_aside(target, prefix, there) else present(target, found, there)
+    return present(target, found, there)
 
 
 def present(target: ObjectStore, found: Found, there: bytes) -> Outcome:

@@ -1,12 +1,12 @@
 """Copy committed checkpoints from one store to another.
 
-    data objects, several at once and in parts, each part compared with the manifest's checksums before it is sent
+    data objects, several at once and in parts, each part compared with the checksums there are before it is sent
     -> the source's `.metadata` looked at once more -> sizes compared -> `commit.publish`, as every save ends
 
 So whoever reads the target sees a checkpoint whole or not at all, and a copy that was killed is taken up by the next
 one: an object that is there counts if every byte of it is right. The order, and that nothing is overwritten that is
-committed, are those of `saving.commit`. A checkpoint of stock DCP has no checksums of its own: what is at the target
-already is compared with the source, byte by byte.
+committed, are those of `saving.commit`. A checkpoint of stock DCP has only the checksums that its zips hold: what does
+not fit them when it is read twice is copied as it is, and what is at the target already is compared byte by byte.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from storage.transfer import copy_jobs
 from storage.transfer.copy_jobs import CopyContents, CopyJob, CopyState, Found, Outcome
 from storage.transfer.copyplan import DataObject
 from storage.transfer.verified_read import Advance, VerifiedRead
+from storage.verified.source import Source
 from storage.verified.twice import read_expected, read_verified
+from storage.verified.verifiers import BlockVerifier, Verifier
 
 log = logging.getLogger(__name__)
 
 _Open = Callable[..., VerifiedRead]
-"""Begins a pass over one object; takes `advance` and `stop`."""
+"""Begins a pass over one object; takes `advance`."""
 
 NUM_OBJECTS_AT_ONCE = 4
 NUM_PARTS_AT_ONCE = 16
@@ -88,7 +90,10 @@ class Copier:
                 self._publish(contents)
             except AlreadyExists:
                 # by another copy that was faster, or it was set aside here, and its objects are whole again
-                outcome = copy_jobs.present(self._target, found, self._target.read(job.target_prefix + layout.METADATA))
+                key = job.target_prefix + layout.METADATA
+                if (there := read_expected(self._target, key, found.metadata)) is None:
+                    raise NotFound(f"{key} is gone") from None
+                outcome = copy_jobs.present(self._target, found, there)
                 if outcome.state is not CopyState.PRESENT:
                     return outcome
         except Corrupt as error:
@@ -152,27 +157,52 @@ class Copier:
     def _ensure(self, contents: CopyContents, number: int, parts: Executor) -> bool:
         """See to it that the object is at the target; whether it had to be sent."""
         job, entry = contents.found.job, contents.found.objects[number]
-        sums = None if contents.checksums is None else contents.checksums.blocks(number)
         source_key, target_key = job.source_prefix + entry.name, job.target_prefix + entry.name
-        ours = functools.partial(VerifiedRead, self._source, source_key, entry.size_bytes, sums, is_owed=True)
-        theirs = functools.partial(VerifiedRead, self._target, target_key, entry.size_bytes, sums, is_owed=False)
+        has_sums = contents.checksums is not None
+        verifier = self._verifier_of(contents, number)
+
+        def ours(advance: Advance, *, is_verified: bool = True) -> VerifiedRead:
+            judge = verifier(source_key) if is_verified else None
+            return VerifiedRead(self._source, source_key, entry.size_bytes, judge, advance, self._stop, is_owed=True)
+
+        def theirs(advance: Advance) -> VerifiedRead:
+            judge = verifier(target_key) if has_sums else None
+            return VerifiedRead(self._target, target_key, entry.size_bytes, judge, advance, self._stop, is_owed=False)
+
         is_candidate = contents.found.sizes_there.get(entry.name) == entry.size_bytes
-        if is_candidate and self._is_there(entry, target_key, theirs, None if sums else ours, parts):
+        if is_candidate and self._is_there(entry, target_key, theirs, None if has_sums else ours, parts):
             return False
-        read_verified(self._source, source_key, lambda: self._send(entry, target_key, ours, parts))
+        try:
+            read_verified(self._source, source_key, lambda: self._send(entry, target_key, ours, parts))
+        except Corrupt as error:
+            if has_sums:
+                raise
+            # stock DCP lets planners store what is no zip, too
+            log.warning("%s; it is copied as it is", error)
+            self._send(entry, target_key, functools.partial(ours, is_verified=False), parts)
         return True
+
+    def _verifier_of(self, contents: CopyContents, number: int) -> Callable[[str], Verifier | None]:
+        """What makes a verifier for one pass over data object `number`, under the key that it is given."""
+        if contents.checksums is not None:
+            sums = contents.checksums.blocks(number)
+            return lambda key: BlockVerifier(key, sums)
+        index = contents.index
+        if index is None or index.transforms:
+            return lambda key: None
+        return lambda key: Source(self._source, index).object_verifier(number)
 
     def _is_there(self, entry: DataObject, key: str, theirs: _Open, ours: _Open | None, parts: Executor) -> bool:
         """Whether every byte of what lies at the target is right: by its checksums, or else compared with `ours`."""
         try:
-            there = theirs(advance=self._advance, stop=self._stop)
+            there = theirs(self._advance)
         except NotFound:
             return False  # removed since it was listed
-        original = None if ours is None else ours(advance=lambda num_bytes: None, stop=self._stop)
+        original = None if ours is None else ours(lambda num_bytes: None)
 
         def same(offset: int, length: int) -> bool:
-            pieces = there.fetch(offset, length)
-            return original is None or pieces == original.fetch(offset, length)
+            found = there.fetch(offset, length)
+            return original is None or found == original.fetch(offset, length)
 
         try:
             if all(run_all(parts, [functools.partial(same, *part) for part in parts_of_size(entry.size_bytes)])):
@@ -184,7 +214,7 @@ class Copier:
 
     def _send(self, entry: DataObject, key: str, ours: _Open, parts: Executor) -> None:
         """Raises Corrupt for what the source lacks, and NotFound for what the target does."""
-        read = ours(advance=self._advance, stop=self._stop)
+        read = ours(self._advance)
         try:
             self._target.put_from(key, entry.size_bytes, read.fetch, parts)
         except BaseException:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from storage.errors import Corrupt, StorageError
 from storage.stores.objects import ObjectStore
 from storage.verified.source import blaming, scratch
-from storage.verified.verifiers import BlockSums, BlockVerifier
+from storage.verified.verifiers import Verifier
 
 Advance = Callable[[int], None]
 
@@ -17,8 +17,8 @@ Advance = Callable[[int], None]
 class VerifiedRead:
     """One pass over an object: what is read of it is verified and counted. Thread-safe.
 
-    Without `sums` nothing says what its bytes must be. `is_owed`: the object has to be there, as in the source of a
-    copy, so its absence is damage.
+    Without a `verifier` nothing says what its bytes must be. `is_owed`: the object has to be there, as in the source of
+    a copy, so its absence is damage.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class VerifiedRead:
         store: ObjectStore,
         key: str,
         size_bytes: int,
-        sums: BlockSums | None,
+        verifier: Verifier | None,
         advance: Advance,
         stop: threading.Event,
         *,
@@ -44,7 +44,7 @@ class VerifiedRead:
             self._info = store.info(key)
         if self._info.size_bytes != size_bytes:
             raise Corrupt(f"{key} has {self._info.size_bytes} bytes, and must have {size_bytes}")
-        self._verifier = BlockVerifier(key, sums) if sums else None
+        self._verifier = verifier
 
     def fetch(self, offset: int, length: int) -> list[memoryview]:
         """Those bytes, in the version of the object that the pass began with.

@@ -17,7 +17,14 @@ from storage.format.index import Index
 from storage.stores.objects import ObjectStore
 from storage.verified.readplan import ItemPlace, Part
 from storage.verified.twice import read_verified
-from storage.verified.verifiers import BlockSums, BlockVerifier, StreamedZipVerifier, Verifier, ZipVerifier
+from storage.verified.verifiers import (
+    BlockSums,
+    BlockVerifier,
+    ObjectVerifier,
+    StreamedZipVerifier,
+    Verifier,
+    ZipVerifier,
+)
 
 if TYPE_CHECKING:
     from storage.format.stock import Layout  # needs torch
@@ -135,6 +142,19 @@ class Source:
         if layout is not None:
             return StreamedZipVerifier(key, start + layout.start, start + layout.stop, layout.crc32)
         return ZipVerifier(key, start, stop, is_joint=item in self.layouts)
+
+    def object_verifier(self, number: int) -> ObjectVerifier:
+        """What the bytes of data object `number` must be, in whatever parts they come. Raises Corrupt."""
+        items = self.index.items_by_object()[number].tolist()
+        source, _ = self.looked_at(items, map)
+        found: list[tuple[int, int, Verifier]] = []
+        for item in items:
+            place, verifier = self.place(item), source.verifier(item)
+            stop = place.offset + place.length
+            if isinstance(verifier, ZipVerifier):  # may lie in several parts, however short it is
+                verifier = ZipVerifier(self.index.object_of(item), place.offset, stop, is_joint=True)
+            found.append((place.offset, stop, verifier))
+        return ObjectVerifier(found)
 
     def place(self, item: int) -> ItemPlace:
         """Where the item lies, as plans know it."""

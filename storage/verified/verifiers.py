@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -186,3 +187,35 @@ class StreamedZipVerifier:
             crc = combine_crc32(crc, of_part, size)
         if self._crc32 not in (0, crc):
             raise Corrupt(f"{self._key} is damaged: checksum of its tensor does not match", self._key)
+
+
+class ObjectVerifier:
+    """Several items of one object, each judged by its own verifier as soon as all of its bytes have passed."""
+
+    is_joint = True
+
+    def __init__(self, verifiers: Sequence[tuple[int, int, Verifier]]) -> None:
+        """`verifiers` are of the items at bytes [start, stop), in the order of their places."""
+        self._verifiers = verifiers
+        self._left = dict.fromkeys(range(len(verifiers)))
+
+    @property
+    def is_complete(self) -> bool:
+        """See `Verifier.is_complete`."""
+        return not self._left
+
+    def take(self, at: int, data: memoryview) -> None:
+        """See `Verifier.take`."""
+        end = at + data.nbytes
+        first = bisect.bisect_right(self._verifiers, at, key=lambda row: row[1])
+        last = bisect.bisect_left(self._verifiers, end, key=lambda row: row[0])
+        for number in range(first, last):
+            start, stop, verifier = self._verifiers[number]
+            low, high = max(start, at), min(stop, end)
+            verifier.take(low, data[low - at : high - at])
+            if verifier.is_complete:
+                verifier.check()
+                self._left.pop(number, None)
+
+    def check(self) -> None:
+        """Do nothing: `take` has judged every item whose bytes have all come."""
