@@ -1,4 +1,4 @@
-"""A job: its sections, and how a TOML file, the environment and `--set` make one.
+"""A job's configuration: its sections, read from a TOML file, the environment and `--set`.
 
 Later wins: the sections' defaults, the file, ``{ENV_PREFIX}SECTION__FIELD`` in the environment, ``--set
 section.field=value``. The values of the last two are read as TOML, and what is no TOML value is a string, so
@@ -53,7 +53,7 @@ class MeshConfig(BaseModel):
 
 
 class JobConfig(BaseModel):
-    """All of a training job. Each section is declared beside the code that obeys it."""
+    """The whole configuration of a training job. Each section is declared beside the code that obeys it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +75,7 @@ class JobConfig(BaseModel):
 
 
 class Setting(NamedTuple):
-    """One value from outside the file, and what to call its origin in an error."""
+    """A value from outside the file, and what an error calls the place where it stands."""
 
     path: tuple[str, ...]
     value: Any
@@ -83,10 +83,10 @@ class Setting(NamedTuple):
 
 
 def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, str]) -> JobConfig:
-    """The job in the TOML file `path`, with the environment and `sets` ("section.field=value") laid over it.
+    """Read the job in the TOML file `path`, and lay the environment and `sets` ("section.field=value") over it.
 
     Raises:
-        UserError: The file is missing or no TOML, or a field is unknown or has a value it cannot have.
+        UserError: the file is missing or no TOML, or a field is unknown or has a value that it cannot have.
     """
     tree = _read(Path(path))
     settings = [*_from_environ(environ), *_from_sets(sets)]
@@ -99,7 +99,7 @@ def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, st
 
 
 def mesh_spec(job: JobConfig) -> MeshSpec:
-    """What the planner needs to know of `job`."""
+    """Take from `job` what the mesh planner has to know."""
     model, mesh = job.model, job.mesh
     return MeshSpec(
         global_batch=job.train.global_batch,
@@ -176,7 +176,7 @@ def _lay(tree: dict[str, Any], setting: Setting, path: Path) -> None:
 
 
 def _fields(model: type[BaseModel], section: str | None = None) -> list[str]:
-    """Field names of `model`, or of its section."""
+    """The names of the fields of `model`, or of one of its sections."""
     if section is None:
         return list(model.model_fields)
     inner = model.model_fields[section].annotation
@@ -184,7 +184,7 @@ def _fields(model: type[BaseModel], section: str | None = None) -> list[str]:
 
 
 def _explain(errors: Sequence[ErrorDetails], file: str, settings: Sequence[Setting]) -> str:
-    """The first mistake in one line: where it stands, which field, its value, what is allowed."""
+    """Tell the first mistake in one line: where it stands, which field, its value, what is allowed."""
     first = errors[0]
     loc = tuple(map(str, first["loc"]))
     # An unknown section is named alone; a section's own validator too, but blames no single field.

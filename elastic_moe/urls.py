@@ -1,4 +1,4 @@
-"""Paths in a configuration that a program makes: text, or any path object."""
+"""A type for configurations that programs make: a path or URL as text, or any path object."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def _text(value: Any) -> Any:
 
 
 PathOrUrl = Annotated[str, BeforeValidator(_text), Strict()]
-"""A str; a `Path` becomes one."""
+"""A field of this type is a str, and takes a `Path` too."""

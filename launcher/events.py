@@ -18,14 +18,14 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 JOB_IS_OVER = "the job is over"
-"""Why a node ends that has nothing to tell of its own end (`reason` of NODE_ENDED)."""
+"""The `reason` of NODE_ENDED where a node ends because its job has."""
 
 EventRecord = Mapping[str, Any]
 """One line of `events.jsonl`."""
 
 
 class EventName(StrEnum):
-    """What `event` says in a line of `events.jsonl`. docs/launcher.md has each one's fields, and who tells it."""
+    """The names of events; docs/launcher.md says who tells each of them, and with which fields."""
 
     # Nodes
     NODE_JOINED = "node_joined"
@@ -89,7 +89,7 @@ class EventName(StrEnum):
 
 
 class Emit(Protocol):
-    """How the parts of the launcher report: `emit(EventName.NODE_LOST, generation=3, **fields)`."""
+    """The function by which parts of the launcher report: `emit(EventName.NODE_LOST, generation=3, **fields)`."""
 
     def __call__(self, event: EventName, /, **fields: Any) -> None:
         """Record `event`; the field `generation` is 0 where it is not given."""
@@ -117,7 +117,7 @@ def append_event(path: Path, *, run_id: str, node: str, generation: int, event: 
 
 
 class EventLog:
-    """The events of one node, written to `path` and told to the log in one line each."""
+    """Writes the events of one node to `path`, and each to the log in one line. Thread-safe."""
 
     def __init__(self, path: Path | None, *, run_id: str, node: str) -> None:
         self.path = path
@@ -125,7 +125,7 @@ class EventLog:
         self._node = node
 
     def __call__(self, event: EventName, /, *, generation: int = 0, **fields: Any) -> None:
-        """Record `event`."""
+        """Write `event`."""
         told = " ".join(f"{key}={value}" for key, value in fields.items() if not isinstance(value, dict | list))
         log.info("[%s] generation %d: %s %s", self._node, generation, event, told)
         if self.path is not None:

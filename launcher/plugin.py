@@ -1,4 +1,4 @@
-"""The entry point that torch loads: nothing but a name for what `handlers` does.
+"""The entry point that torch loads to find our rendezvous handler.
 
 torch loads every plug-in whenever its rendezvous package is imported, in each worker too, and while its own modules
 are half imported. So nothing of torch or ours may be imported here before a handler is wanted.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def etcd3() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What the entry point in group `torchrun.handlers` names: a factory of the creator."""
+    """Return the function that makes a handler; the entry point in group `torchrun.handlers` names this factory."""
     return _create
 
 

@@ -1,4 +1,4 @@
-"""The log on the console: a time that says of which zone it is, since the lines of nodes are read side by side."""
+"""Writes the log to the console, with times that name their zone: lines of several nodes are read side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ZonedFormatter(logging.Formatter):
     """Date, time and offset from UTC: `2026-11-29 02:17:55.123+00:00`."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """Of the record, in this machine's time zone."""
+        """The time of the record, in this machine's time zone."""
         moment = datetime.datetime.fromtimestamp(record.created).astimezone()
         return moment.isoformat(sep=" ", timespec="milliseconds")
 

@@ -61,7 +61,7 @@ def register(verbs: Subparsers) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Write the order, and follow what becomes of it."""
+    """Give the order, and wait until the nodes have left."""
     if bool(args.nodes) == args.all:
         raise UserError("drain: name the nodes, or give --all")
     from launcher import DrainOrder
@@ -77,7 +77,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def choose(nodes: Sequence[Node], names: Collection[str]) -> list[str]:
-    """The ids of the nodes that a person means: by id, by --node-name, or by host.
+    """Find the ids of the nodes that a person means: by id, by --node-name, or by host.
 
     Raises:
         UserError: a name is nobody's, or several nodes'.
@@ -102,7 +102,7 @@ def _user() -> str:
 
 
 def _wait(job: JobClient, chosen: Sequence[str], timeout_s: float) -> int:
-    """Tell each step of each node until all have left."""
+    """Print what each node does until all have left, and return the exit code."""
     began_s = time.monotonic()
     told = dict.fromkeys(chosen, "")
     while True:

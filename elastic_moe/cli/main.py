@@ -23,8 +23,9 @@ _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 def build_parser(verb: str = "") -> Parser:
-    """The whole parser, or one of a single `verb`: what others import is not waited for. Imports no torch: only the
-    handlers of verbs that train do.
+    """Build the whole parser, or that of a single `verb`, which need not wait for what others import.
+
+    This imports no torch: only the handlers of verbs that train do.
     """
     parser = Parser(
         prog=PROG,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _call(act: Callable[[], int]) -> int:
-    """The exit code of `act`, with errors that carry one told in one line."""
+    """Call `act` and return its exit code; an error that carries one is told in one line."""
     try:
         code = act()
         sys.stdout.flush()

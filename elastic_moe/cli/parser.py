@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage block."""
+        """Exit with one line instead of argparse's usage block."""
         self.exit(USAGE_EXIT_CODE, f"{PROG}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -93,12 +93,12 @@ def _at_least(least: int, text: str) -> int:
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space as one blank."""
+    """Replace every run of white space by one blank."""
     return " ".join(text.split())
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
-    """Add `--set`, which ends in `sets`."""
+    """Add the option `--set`, whose values come as `args.sets`."""
     parser.add_argument(
         "--set",
         dest="sets",

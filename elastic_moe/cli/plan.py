@@ -94,7 +94,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _spec(args: argparse.Namespace) -> MeshSpec:
-    """The job's spec (or Mixtral's), with the flags laid over it."""
+    """The spec of the job that `--job` names, or Mixtral's, with the other options laid over it."""
     if args.job:
         from elastic_moe.config import load, mesh_spec  # pydantic is slow to import, and for a job alone
 
@@ -116,7 +116,7 @@ def _spec(args: argparse.Namespace) -> MeshSpec:
 
 
 def table(spec: MeshSpec, nodes: Iterable[int], slots_per_node: int) -> list[Row]:
-    """Plan every number of nodes on its own."""
+    """Plan the mesh for each number of nodes by itself."""
     rows = []
     for num_nodes in nodes:
         slots = num_nodes * slots_per_node
@@ -128,7 +128,7 @@ def table(spec: MeshSpec, nodes: Iterable[int], slots_per_node: int) -> list[Row
 
 
 def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
-    """What `--json` prints; its fields are described in the help."""
+    """The table as `--json` prints it; the help describes the fields."""
     plans: list[dict[str, Any]] = []
     for row in rows:
         outcome: dict[str, Any] = {"infeasible": row.infeasible}

@@ -87,7 +87,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _told(tell: Callable[[str, Sequence[EventRecord]], T], run_id: str, events: Sequence[EventRecord]) -> T:
-    """What `tell` makes of one run, if these are events as this version writes them."""
+    """Call `tell` on one job's events. Raises UserError if this version does not write such events."""
     try:
         return tell(run_id, events)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -96,7 +96,7 @@ def _told(tell: Callable[[str, Sequence[EventRecord]], T], run_id: str, events: 
 
 
 def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:
-    """What `--json` prints of one run."""
+    """One job's report as `--json` prints it."""
     clocks = offsets(events)
     events = set_right(events, clocks)
     result = account(events)
@@ -121,7 +121,7 @@ def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:
 
 
 def as_lines(run_id: str, events: Sequence[EventRecord]) -> list[str]:
-    """The report of one run for a person."""
+    """One job's report for a person."""
     clocks = offsets(events)
     events = set_right(events, clocks)
     result = account(events)
@@ -141,7 +141,7 @@ def as_lines(run_id: str, events: Sequence[EventRecord]) -> list[str]:
 
 
 def _failures(result: Goodput) -> list[str]:
-    """What failed, each root cause before what it took with it."""
+    """The lines of what failed: each root cause, then the failures that it took with it."""
     lines = []
     for one in result.interruptions:
         if one.cause in (Cause.FAILURE, Cause.NODE_LOSS, Cause.HANG, Cause.STORE):
@@ -182,7 +182,7 @@ def _checkpoints(events: Sequence[EventRecord]) -> list[str]:
 
 
 def _outage(outage: Outage) -> str:
-    """A store that was away, whether or not that interrupted anything."""
+    """The line of a store that was away, whether or not that interrupted anything."""
     name = f"{outage.store} {outage.where}".rstrip()
     lasted = (
         f"for {outage.ended_ts - outage.began_ts:.1f} s" if outage.ended_ts else "and nobody told that it came back"
@@ -192,7 +192,7 @@ def _outage(outage: Outage) -> str:
 
 
 def _detail(stops: Sequence[Interruption]) -> str:
-    """How long each took until training went on, and the steps it cost."""
+    """How long interruptions of one cause took until training went on, and the steps that they cost."""
     if not stops:
         return ""
     told = []

@@ -230,7 +230,7 @@ def _mib(text: str) -> float:
 
 
 def _limit(text: str) -> HangLimit:
-    """Seconds, or a word for none or a learnt limit."""
+    """Seconds, or `auto` or `off`; for argparse's `type`."""
     if text in tuple(Auto):
         return Auto(text)
     try:
@@ -240,14 +240,14 @@ def _limit(text: str) -> HangLimit:
 
 
 def _check_silence(given: argparse.Namespace) -> None:
-    """Silence is seen in files: without them every worker would look silent, or none."""
+    """Refuse --silence-timeout without output in files: every worker would look silent, or none."""
     streams = [part.rpartition(":")[2] for text in (given.redirects, given.tee) for part in text.split(",")]
     if given.silence_timeout is not None and set(streams) <= {"0"}:
         raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
 
 
 def _keep_apart_default(parser: argparse.ArgumentParser) -> None:
-    """torchrun takes no --max-restarts for 0; here that means that the policy decides."""
+    """Tell no --max-restarts from 0, which torchrun does not: without it the policy decides."""
     if parser.get_default("max_restarts") == 0:  # a string if PET_MAX_RESTARTS names one
         parser.set_defaults(max_restarts=None)
 
@@ -257,7 +257,7 @@ def _usage_error(message: str) -> NoReturn:
 
 
 def _choose_backend(given: argparse.Namespace) -> None:
-    """One node needs no store to meet at; several meet at an embedded one."""
+    """Choose where nodes meet if the user left it open: one node needs no store, several meet at an embedded one."""
     from launcher import BACKENDS, unknown_backend
 
     alone = given.standalone or given.nnodes in ("1", "1:1")
@@ -282,7 +282,7 @@ def _choose_backend(given: argparse.Namespace) -> None:
 
 
 def _check_script(given: argparse.Namespace) -> None:
-    """A missing script is told at once, not by every worker of every restart."""
+    """Refuse a script that is not there at once, instead of by every worker of every restart."""
     if not given.module and not given.no_python and not Path(given.training_script).is_file():
         raise UserError(f"script {given.training_script!r}: no such file")
 

@@ -1,4 +1,4 @@
-"""What verbs that look at stores share: their S3 options, and sizes in words."""
+"""The S3 options that verbs which look at stores share, and sizes in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from storage import with_options
 
 
 def with_s3_options(args: argparse.Namespace, *urls: str) -> list[str]:
-    """The URLs, those of `s3://` with --endpoint-url and --profile added. Raises UserError where there is none."""
+    """Add --endpoint-url and --profile to the URLs of `s3://`. Raises UserError if there is none to add them to."""
     given = {"endpoint_url": args.endpoint_url, "profile": args.profile}
     options = {name: value for name, value in given.items() if value is not None}
     if options and not any(url.startswith("s3://") for url in urls):
@@ -19,7 +19,7 @@ def with_s3_options(args: argparse.Namespace, *urls: str) -> list[str]:
 
 
 def size_text(size_bytes: int) -> str:
-    """Such as `3.2 MiB`. Pure."""
+    """A size in words, such as `3.2 MiB`. Pure."""
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

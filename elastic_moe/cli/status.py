@@ -77,7 +77,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
-    """Show every state to the end of the job; what to exit with."""
+    """Show every state to the end of the job, and return the exit code."""
     some_s = heard_s = time.monotonic()  # when there was last somebody, and when the store last answered
     for found, trouble in states:
         now_s = time.monotonic()
@@ -97,7 +97,7 @@ def _watch(states: Iterator[tuple[JobStatus, str]], show: _Show) -> int:
 
 
 def as_json(found: JobStatus, now_ts: float) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The state as `--json` prints it."""
     current = found.round
     failure, checkpoint = found.failure, found.checkpoint
     return {
@@ -128,7 +128,7 @@ def _node_json(node: NodeStatus) -> dict[str, Any]:
 
 
 def as_lines(found: JobStatus, now_ts: float) -> list[str]:
-    """The same for a person."""
+    """The state for a person."""
     lines = [f"job {found.run_id}: {found.state}, at {moment(now_ts)}"]
     if current := found.round:
         mesh = f", mesh {current.mesh}" if current.mesh else ""
@@ -150,7 +150,7 @@ def as_lines(found: JobStatus, now_ts: float) -> list[str]:
 
 
 def _signs(found: JobStatus, now_ts: float) -> list[str]:
-    """How the workers are, as far as anybody tells."""
+    """The lines of how the workers are, as far as nodes tell."""
     told = []
     if found.step >= 0:
         told.append(f"step {found.step}")
@@ -165,7 +165,7 @@ def _signs(found: JobStatus, now_ts: float) -> list[str]:
 
 
 def _ago(ts: float, now_ts: float) -> str:
-    """How long ago, in words. Clocks differ: what is to come was just now."""
+    """How long ago `ts` was, in words. Clocks differ: a time that is yet to come counts as now."""
     seconds = max(0.0, now_ts - ts)
     for unit, length_s, up_to_s in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800), ("d", 86400, math.inf)):
         if seconds < up_to_s:
@@ -184,7 +184,7 @@ def _row(node: NodeStatus, now_ts: float) -> tuple[str, ...]:
 
 
 class _Changes:
-    """Which states are news: neither an age that grows nor a step that is done is any."""
+    """Tells which states are news: one in which only ages have grown or steps were done is not."""
 
     def __init__(self) -> None:
         self._last: tuple[object, str] | None = None
@@ -214,7 +214,7 @@ def _json_lines() -> Iterator[_Show]:
 
 @contextlib.contextmanager
 def _live() -> Iterator[_Show]:
-    """Redraws in place on a terminal; elsewhere every state follows the one before."""
+    """Draw each state in the place of the one before on a terminal, and below it elsewhere."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text

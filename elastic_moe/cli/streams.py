@@ -14,7 +14,7 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 def open_closed() -> None:
-    """Let those that were closed (`>&-`) lead nowhere: else the next file or socket has their number, and what was
+    """Open streams that were closed (`>&-`) on nothing: else the next file or socket has their number, and what was
     meant for nobody is written into it.
     """
     for fd, name in enumerate(_NAMES):
@@ -59,7 +59,7 @@ def outlive_reader() -> None:
 
 
 def flush() -> None:
-    """Write what stdout holds, if that can be."""
+    """Write what stdout holds; if that fails, drop it."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -67,7 +67,7 @@ def flush() -> None:
 
 
 def drop_rest(fd: int = 1) -> None:
-    """What stdout (or stderr) still holds goes nowhere: Python would complain once more when it flushes it at exit."""
+    """Drop what stdout (or stderr) still holds: Python would complain once more when it flushes it at exit."""
     with contextlib.suppress(OSError, ValueError):  # a stream of a test's
         _lead_nowhere(getattr(sys, _NAMES[fd]).fileno())
 

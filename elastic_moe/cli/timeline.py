@@ -1,4 +1,4 @@
-"""What happened to a job, a line for each thing that a person would want to know. Pure: events in, lines out."""
+"""Tells what happened to a job, a line for each thing that a person would want to know. Pure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ROUTINE = {
     EventName.RESTORED,
     EventName.PROGRESS,
 }
-"""Happens at every round or every few steps and is told by the rounds; `report --json` counts them."""
+"""Events of every round or every few steps, of which the rounds tell enough; `report --json` counts them."""
 
 
 def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
-    """Lines with date and time, and the seconds since `began_ts`.
+    """Make a line of each event, with date and time, and the seconds since `began_ts`.
 
-    What several nodes tell alike is told once, repeats are counted.
+    What several nodes say alike is said once, and repeats are counted.
     """
     lines: list[str] = []
     last, repeats = "", 0
@@ -53,5 +53,5 @@ def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
 
 
 def moment(ts: float) -> str:
-    """Date and time in the reader's time zone, with its offset."""
+    """Write a time (epoch seconds) as date and time in the reader's time zone, with its offset."""
     return datetime.datetime.fromtimestamp(ts).astimezone().isoformat(timespec="seconds")

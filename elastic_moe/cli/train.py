@@ -57,7 +57,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _tell_agent(message: str, callstack: str) -> bool:
-    """Leave the reason of this worker's end where the agent looks for it; False where there is no agent.
+    """Write why this worker ends to where the agent looks for it. False if there is no agent.
 
     The format is that of torch's `ErrorHandler.record_exception` (torch/distributed/elastic/multiprocessing/errors),
     which cannot be imported for it: a mistake in the job is told without waiting for torch.

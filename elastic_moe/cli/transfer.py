@@ -82,7 +82,7 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _check_direction(args: argparse.Namespace) -> None:
-    """`push` with what is meant for `pull` would fill the wrong side. Raises UserError."""
+    """Refuse `push` with what is meant for `pull`, which would fill the wrong side. Raises UserError."""
     is_remote = ["://" in url and not url.startswith("file://") for url in (args.source, args.target)]
     if is_remote == ([True, False] if args.action == "push" else [False, True]):
         other = "pull" if args.action == "push" else "push"
@@ -90,7 +90,7 @@ def _check_direction(args: argparse.Namespace) -> None:
 
 
 def _planned(found: Found) -> Outcome:
-    """What a copy would do, as far as sizes tell."""
+    """The outcome that a copy would have, as far as sizes tell."""
     there = [entry for entry in found.objects if found.sizes_there.get(entry.name) == entry.size_bytes]
     there_bytes = sum(entry.size_bytes for entry in there)
     return Outcome(
@@ -105,7 +105,7 @@ def _planned(found: Found) -> Outcome:
 
 
 def as_json(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts, *, dry_run: bool) -> dict[str, Any]:
-    """The result for programs. Pure."""
+    """The result as `--json` prints it. Pure."""
     sent_bytes = sum(row.sent_bytes for row in outcomes)
     return {
         "dry_run": dry_run,
@@ -133,7 +133,7 @@ def _print(outcomes: Sequence[Outcome], seconds: float, retries: RetryCounts) ->
 
 
 def told(row: Outcome) -> str:
-    """One checkpoint's line. Pure."""
+    """The line of one checkpoint. Pure."""
     name = row.folder or "checkpoint"
     sent = f"{size_text(row.sent_bytes)} in {row.num_objects_sent} objects"
     there = f"{size_text(row.present_bytes)} in {row.num_objects_present} objects"
@@ -152,14 +152,14 @@ def told(row: Outcome) -> str:
 
 
 def _sum(one: RetryCounts, other: RetryCounts) -> RetryCounts:
-    """What both stores had to try again; a store that is both counts once for each of its two openings."""
+    """Add up what both stores had to try again; a store that is source and target counts once as each."""
     counts = Counter(one.num_by_cause) + Counter(other.num_by_cause)
     return RetryCounts(dict(sorted(counts.items())), one.waited_s + other.waited_s)
 
 
 @contextlib.contextmanager
 def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Advance]:
-    """On stderr: a bar on a terminal, else a line every few seconds."""
+    """Show progress on stderr: a bar on a terminal, else a line every few seconds."""
     if quiet or not total_bytes:
         yield lambda num_bytes: None
         return
@@ -178,7 +178,7 @@ def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Advance]:
 
 
 class ProgressLines:
-    """A line every few seconds, for logs. Thread-safe."""
+    """Tells progress in a line every few seconds, for logs. Thread-safe."""
 
     def __init__(self, total_bytes: int, clock: Callable[[], float], write: Callable[[str], None]) -> None:
         self._total_bytes = total_bytes
@@ -189,7 +189,7 @@ class ProgressLines:
         self._num_bytes = 0
 
     def advance(self, num_bytes: int) -> None:
-        """Count bytes, and tell if it is time."""
+        """Count bytes that were copied, and tell how many if it is time to."""
         with self._lock:
             self._num_bytes += num_bytes
             now_s = self._clock()

@@ -1,4 +1,4 @@
-"""What the account of a job's time is made of."""
+"""The parts of which the account of a job's time is made."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Interruption:
     generation: int
     """The generation that it ended."""
     began_ts: float
-    """When the last step was done that it let be done."""
+    """When the last step before it was done."""
     formed_ts: float | None
     resumed_ts: float | None
     """When a step began again; None if something else came in between, or the job ended."""
@@ -69,7 +69,7 @@ class Outage:
     where: str
     """The checkpoint store's URL."""
     nodes: tuple[str, ...]
-    """Those that told it."""
+    """The nodes that said so."""
     reason: str
     began_ts: float
     ended_ts: float | None
@@ -85,9 +85,9 @@ class Goodput:
     interruptions: tuple[Interruption, ...]
     outages: tuple[Outage, ...]
     outcome: str
-    """As `finished` told it last; "" where there is no such event (yet)."""
+    """What the last `finished` event says; "" without such an event."""
     end: str
-    """How the last nodes ended, where there is no outcome; "" if they may still run."""
+    """How the last nodes ended, if there is no outcome; "" if they may still run."""
     last_step: int | None
     steps_redone: int
     """Steps that were done more than once, as far as events tell."""

@@ -1,4 +1,4 @@
-"""Clocks of nodes that differ: by how much, from what must have come before what. Pure.
+"""By how much the clocks of nodes differ, concluded from what must have come before what. Pure.
 
 A node joins before the round that names it, starts its workers after it, and stops them before the next. So each round
 bounds how far a node's clock is off that of the node that led it. A clock within its bounds counts as right; any other
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from launcher.events import EventName, EventRecord
 
 _TOLERANCE_S = 0.05
-"""Of what is told by threads beside one another, the order of writing proves nothing."""
+"""Differences below this prove nothing: threads that run beside one another write in any order."""
 
 Bounds = tuple[float, float]
 """What has to be added to one node's time stamps to have another's: at least and at most."""
@@ -47,7 +47,7 @@ def _moved(event: EventRecord, seconds: float) -> EventRecord:
 
 
 def _bounds(events: Sequence[EventRecord]) -> dict[str, dict[str, Bounds]]:
-    """Of each pair of nodes in both directions, as far as rounds tell."""
+    """Bounds for each pair of nodes, in both directions, as far as rounds tell."""
     found: dict[str, dict[str, Bounds]] = defaultdict(dict)
     for leader, node, least, most in _told(events):
         for a, b, low, high in ((leader, node, least, most), (node, leader, -most, -least)):
@@ -57,7 +57,7 @@ def _bounds(events: Sequence[EventRecord]) -> dict[str, dict[str, Bounds]]:
 
 
 def _told(events: Sequence[EventRecord]) -> Iterator[tuple[str, str, float, float]]:
-    """Leader, node, and bounds of what is to be added to the node's time stamps."""
+    """Yield leader, node, and the least and the most that may be added to the node's time stamps."""
     joined: dict[str, float] = {}
     started: dict[tuple[object, str], float] = {}
     stopped: dict[tuple[object, str], float] = {}

@@ -1,4 +1,4 @@
-"""From log folders to events: whatever a full disk, a kill or a log rotation has made of the files."""
+"""Reads the events of log folders, whatever a full disk, a kill or a log rotation has made of the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BEGIN = b'{"ts":'  # of every line as it is written
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The event files that the paths name, each once; in folders also those that were rotated away.
+    """Find the event files that the paths name, each once; in folders also those that were rotated away.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -33,7 +33,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_events(files: Iterable[Path]) -> tuple[list[EventRecord], int]:
-    """All events of the files, each once, and how many lines were none (the last of a job that writes may be half).
+    """Read the events of the files, each once; and count the lines that are none (a job may be writing its last).
 
     A line that was cut short, on a full disk say, has the next one in it: that is found again.
 

@@ -31,10 +31,10 @@ Staged = Mapping[object, Sequence[float]]
 
 
 def account(events: Iterable[EventRecord]) -> Goodput:
-    """The account of one run's events, in any order.
+    """Account for one job's time from its events, which may come in any order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no event.
     """
     ordered = sorted(events, key=lambda event: float(event["ts"]))
     if not ordered:
@@ -71,7 +71,7 @@ def account(events: Iterable[EventRecord]) -> Goodput:
 
 
 def _stalls(ordered: Sequence[EventRecord]) -> Iterator[Span]:
-    """When a rank copied its state aside, waited for a commit or read a state: the slowest holds all others up."""
+    """The times in which a rank copied its state aside, waited for a commit or read a state: all others wait for it."""
     for event in ordered:
         if event["event"] in (EventName.CHECKPOINT_STAGED, EventName.CHECKPOINT_WAITED, EventName.RESTORED):
             ts = float(event["ts"])
@@ -79,7 +79,7 @@ def _stalls(ordered: Sequence[EventRecord]) -> Iterator[Span]:
 
 
 def _last_saves(ledger: Ledger, staged: Staged) -> Iterator[Span]:
-    """From the copy of a stretch's last state to its end: nothing is trained while it is written."""
+    """The times from the copy of a stretch's last state to its end: nothing is trained while that is written."""
     for stretch in ledger.stretches:
         ended_well = stretch is ledger.stretches[-1] and ledger.outcome == SUCCEEDED
         if stretch.steps.reached is not None and (stretch.yielded or ended_well):
@@ -91,7 +91,10 @@ def _last_saves(ledger: Ledger, staged: Staged) -> Iterator[Span]:
 def _lost_work(
     stretches: Sequence[Stretch], interruptions: list[Interruption], staged: Staged
 ) -> tuple[list[Span], int]:
-    """When work was done that was done again later, and how many steps; notes their number with the interruption."""
+    """When work was done that was done again later, and how many steps it was.
+
+    Their number goes to the interruption as well by which they were lost.
+    """
     lost: list[Span] = []
     num_redone = 0
     for i, stretch in enumerate(stretches):
@@ -114,14 +117,14 @@ def _lost_work(
 
 
 def _num_redone(before: Stretch, resumed_after: int) -> int | None:
-    """How many steps of a stretch were lost; None if there may have been some that nobody lived to tell."""
+    """How many steps of a stretch were lost; None if there may be more of which nobody lived to tell."""
     if before.steps.reached is None:
         return None
     return max(0, before.steps.reached - resumed_after) or (0 if before.steps.is_exact else None)
 
 
 def _state_ts(stretches: Sequence[Stretch], staged: Staged, step: int, *, before: float) -> float:
-    """When the state after `step` was last copied aside or, where nobody told that, reached."""
+    """When the state after `step` was last copied aside; where nobody told that, when it was reached."""
     if step <= 0:
         return stretches[0].began_ts
     if (staged_ts := _last_before(staged.get(step, ()), before)) is not None:
@@ -136,7 +139,7 @@ def _state_ts(stretches: Sequence[Stretch], staged: Staged, step: int, *, before
 
 
 def _staged(ordered: Iterable[EventRecord]) -> Staged:
-    """With the wait for the commit, where the training waited for it at once: it goes on from there."""
+    """When each step's state was copied aside. If the training then waited for the commit, it went on after that."""
     found: dict[object, list[float]] = collections.defaultdict(list)
     last: dict[object, tuple[object, float]] = {}
     for event in ordered:

@@ -1,4 +1,4 @@
-"""Who is in a job, as the store says. Pure: a roster in, a table out; what `elastic-moe status` shows."""
+"""What the store says of a job, for `elastic-moe status`: who is in it and how far it is. Pure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class NodeStatus:
     leads: bool
     draining: bool
     ranks: tuple[int, ...]
-    """Of the round's workers, those on this node; empty for a spare and for a node that has yet to get a place."""
+    """The ranks of the round's workers on this node; empty for a spare and for a node that waits for a place."""
     reason: str
     step: int = -1
-    """The last one that a worker has told to be complete; -1 where none has."""
+    """The last step that a worker has told to be complete; -1 if none has."""
     beat_ts: float = 0.0
     """Epoch seconds of the last heartbeat of the worker that has been silent for the longest; 0 where none has told."""
 
@@ -47,7 +47,7 @@ class JobStatus:
 
     run_id: str
     nodes: tuple[NodeStatus, ...]
-    """Oldest first."""
+    """The live nodes, oldest first."""
     round: Round | None
     broken: str
     """Why the round cannot go on; "" while it can."""
@@ -60,17 +60,17 @@ class JobStatus:
 
     @property
     def step(self) -> int:
-        """How far the job is, -1 where nobody tells."""
+        """The last step that any node has told to be complete; -1 if none has."""
         return max((node.step for node in self.nodes), default=-1)
 
     @property
     def beat_ts(self) -> float:
-        """The oldest of the participants' last heartbeats, 0 where nobody tells: all wait for the slowest."""
+        """The oldest of the participants' last heartbeats, as all wait for the slowest; 0 if nobody tells."""
         return min((node.beat_ts for node in self.nodes if node.ranks and node.beat_ts), default=0.0)
 
     @property
     def state(self) -> str:
-        """The job in a few words."""
+        """What the job does now, in a few words."""
         if self.round is None:
             return "waiting for the first round" if self.nodes else "unknown: no node and no round"
         if self.round.outcome:
@@ -86,7 +86,7 @@ class JobStatus:
 
 
 def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = None) -> JobStatus:
-    """What a view of a job says to a person, with what nodes have told of their workers, by node."""
+    """Put together a view of the job's records and, by node, what nodes have told of their workers."""
     current, told = view.round, vitals or {}
     broken = breakage(view) if current and not current.outcome else None
     nodes = tuple(

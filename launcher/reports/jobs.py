@@ -1,4 +1,4 @@
-"""Which of the events in a log folder belong to one job. Pure.
+"""Sorts the events of log folders by job. Pure.
 
 A run id names a job, but not every user gives one, and folders are used again: two jobs may run at once under one.
 Nodes of one job meet in rounds. What never met and ran at the same time are two jobs; what ran one after the other is
@@ -28,7 +28,7 @@ _AT_WORK = {
 
 @dataclass
 class _Life:
-    """When nodes that met were at work, and in which generations."""
+    """The time in which nodes that met were at work, and their generations."""
 
     roots: set[str]
     began_ts: float
@@ -40,7 +40,7 @@ class _Life:
         self.generations.add(event.get("generation"))
 
     def runs_beside(self, later: _Life) -> bool:
-        """Whether a later one cannot be the same job: it began meanwhile, and it did not go on counting."""
+        """Whether `later` cannot be the same job: it began meanwhile, and its generations are not further ones."""
         return later.began_ts < self.ended_ts and bool(self.generations & later.generations)
 
     def go_on(self, later: _Life) -> None:
@@ -50,7 +50,7 @@ class _Life:
 
 
 def jobs_of(events: Sequence[EventRecord]) -> list[tuple[str, list[EventRecord]]]:
-    """Run id and events of each job, in the order in which they began; `run (2)` is another job of the same id."""
+    """Run id and events of each job, in the order in which the jobs began; `run (2)` is another job of the same id."""
     of_run: dict[str, list[EventRecord]] = collections.defaultdict(list)
     for event in sorted(events, key=lambda event: float(event["ts"])):
         of_run[str(event.get("run_id", ""))].append(event)
@@ -62,7 +62,7 @@ def jobs_of(events: Sequence[EventRecord]) -> list[tuple[str, list[EventRecord]]
 
 
 def _apart(events: list[EventRecord]) -> list[list[EventRecord]]:
-    """The events of nodes that met, apart from those of others that trained at the same time."""
+    """Split one run id's events by job: nodes that met, and others that trained at the same time."""
     group: dict[str, str] = {}
 
     def root(node: str) -> str:

@@ -1,4 +1,4 @@
-"""A job as one state machine, which hears the events of all nodes and books each second to a cause. Pure.
+"""A job as one state machine, which reads the events of all nodes and books each second to a cause. Pure.
 
 The events, in the order of their time stamps, drive it::
 
@@ -19,14 +19,14 @@ from enum import StrEnum
 from launcher.events import EventName, EventRecord
 from launcher.reports.causes import EXPLAINS, Cause, Interruption
 from launcher.reports.outages import JOB_STORE, Silence
-from launcher.reports.reasons import UNSPECIFIC, Why, why_of, why_of_event
+from launcher.reports.reasons import UNSPECIFIC, Reason, reason_from, reason_in
 from launcher.reports.round_steps import RoundSteps
 from launcher.reports.sentences import sentence
 from launcher.rounds.records import identity_of
 
 
 class Phase(StrEnum):
-    """What the job does."""
+    """What the job does at one time."""
 
     FORMING = "forming"
     STARTING = "starting"
@@ -37,20 +37,20 @@ class Phase(StrEnum):
 
 @dataclass
 class Stretch:
-    """One stretch of training."""
+    """A time in which the job trained without an interruption."""
 
     steps: RoundSteps
     began_ts: float
     ended_ts: float
     yielded: bool = False
-    """Whether it stopped at a step boundary, with its state saved."""
+    """Whether the workers stopped at a step boundary and had saved their state."""
     ended_by: int | None = None
-    """Index of the interruption that ended it."""
+    """Index, in `Ledger.ended`, of the interruption that ended it."""
 
 
 @dataclass
 class _Open:
-    """An interruption that is not over."""
+    """An interruption that has not ended yet."""
 
     cause: Cause
     root: str
@@ -59,15 +59,15 @@ class _Open:
     began_ts: float
     formed_ts: float | None = None
     booked_s: float = 0.0
-    """How much of it is spent so far, the job not being closed meanwhile."""
+    """Seconds that are booked to it so far; those in which the job was closed are not among them."""
     failures: list[EventRecord] = field(default_factory=list)
     refused: bool = False
-    """Whether a peer is known to be gone, and not just not heard of."""
+    """Whether a peer's agent has refused a connection: that peer is gone, and not merely silent."""
     root_rank: int | None = None
-    """Whose failure it began with, where the leader has told."""
+    """The rank whose failure it began with; None until the leader has told."""
 
-    def explain(self, why: Why) -> None:
-        """Take a cause that explains what was known so far."""
+    def explain(self, why: Reason) -> None:
+        """Replace the cause by `why`, if that explains what was known so far."""
         if EXPLAINS.index(why.cause) > EXPLAINS.index(self.cause):
             self.cause, self.root, self.nodes = why.cause, why.root, why.nodes
         elif why.cause is self.cause is Cause.NODE_LOSS and not set(why.nodes) <= set(self.nodes):
@@ -76,7 +76,7 @@ class _Open:
             self.root, self.nodes = why.root, why.nodes
 
     def name_all(self, before: frozenset[str], after: frozenset[str]) -> None:
-        """A reason names the first few nodes that join or drain; the next round shows all."""
+        """Name all nodes that join or drain: a reason names the first few, the next round has every one."""
         changed = {Cause.JOIN: after - before, Cause.DRAIN: before - after}.get(self.cause)
         self.nodes = tuple(sorted(changed)) if changed else self.nodes
 
@@ -101,7 +101,10 @@ class _Open:
 
 
 class Ledger:
-    """Hears events in order; `close` comes last. `seconds` lacks what was spent in `stretches`."""
+    """The account while it is written: `hear` every event in order, then `close`.
+
+    `seconds` has what was not spent on training; `stretches` says when the job trained.
+    """
 
     def __init__(self, ordered: Sequence[EventRecord], rounds: Sequence[RoundSteps], silent: Sequence[Silence]) -> None:
         self._began_ts = self._since_ts = float(ordered[0]["ts"])
@@ -115,7 +118,7 @@ class Ledger:
         self._phase = Phase.FORMING
         self._steps = RoundSteps(0, frozenset(), self._since_ts)
         self._started: set[str] = set()
-        self._why_asked: Why | None = None
+        self._why_asked: Reason | None = None
         self._open: _Open | None = None
         self.seconds = dict.fromkeys(Cause, 0.0)
         self.stretches: list[Stretch] = []
@@ -123,7 +126,7 @@ class Ledger:
         self.outcome = ""
 
     def hear(self, event: EventRecord) -> None:
-        """Take one event; those without a meaning for the account change nothing."""
+        """Book one event; events that the account has no use for change nothing."""
         ts, node = float(event["ts"]), str(event.get("node", ""))
         self._refused.discard(node)
         match event["event"]:
@@ -138,10 +141,9 @@ class Ledger:
             case EventName.FIRST_STEP if event is self._steps.first:
                 self._train(max(self._steps.first_began_ts or ts, self._since_ts))
             case EventName.STOP_REQUESTED if event.get("generation") == self._steps.generation:
-                self._why_asked = why_of(str(event.get("reason", "")))
+                self._why_asked = reason_from(str(event.get("reason", "")))
             case EventName.DRAIN_STARTED if node in self._steps.participants and self._why_asked is None:
-                told = f"node {node} drains: {event.get('detail') or event.get('source')}"
-                self._why_asked = Why(Cause.DRAIN, told, (node,))
+                self._why_asked = Reason(Cause.DRAIN, sentence(event), (node,))
             case EventName.ROOT_CAUSE if self._is_open_for(event):
                 self._root_cause(event)
             case EventName.WORKERS_YIELDED if self.stretches and self._is_of_round(event):
@@ -165,7 +167,7 @@ class Ledger:
         self._live.add(node)
 
     def _gone_unheard(self, dead: set[str], ts: float) -> None:
-        """These nodes are started again, and the last that was heard of them is that they worked."""
+        """Take nodes for ended that are started again, though the last word of them was that they worked."""
         self._live -= dead
         if self._live or self._phase is Phase.CLOSED:
             return
@@ -173,7 +175,7 @@ class Ledger:
         last_ts = max([self._since_ts, *(word for word in words if word < ts)])
         nodes = tuple(sorted(dead))
         if self._phase in (Phase.TRAINING, Phase.STARTING):
-            why = Why(Cause.NODE_LOSS, f"node {', '.join(nodes)} ended without a word", nodes)
+            why = Reason(Cause.NODE_LOSS, f"node {', '.join(nodes)} ended without a word", nodes)
             self._interrupt({"event": "", "ts": last_ts}, why)
         self._pass_to(Phase.CLOSED, max(last_ts, self._since_ts))
 
@@ -192,7 +194,7 @@ class Ledger:
 
     @property
     def end(self) -> str:
-        """How the nodes of the last round ended, if none may still be there and no outcome is told."""
+        """How the nodes of the last round ended; "" while one may still be there, and where an outcome is told."""
         return "" if self._there or self.outcome else "; ".join(self._endings.values())
 
     @property
@@ -210,7 +212,7 @@ class Ledger:
     def _round_formed(self, event: EventRecord) -> None:
         ts = float(event["ts"])
         if self._phase is Phase.TRAINING:  # what ended it was not told
-            self._interrupt(event, why_of(str(event.get("reason", ""))))
+            self._interrupt(event, reason_from(str(event.get("reason", ""))))
         before, self._steps = self._steps, next(self._rounds)
         self._live |= self._steps.participants
         self._started = set()
@@ -221,7 +223,7 @@ class Ledger:
             self._open.name_all(before.participants, self._steps.participants)
 
     def _workers_started(self, node: str, ts: float) -> None:
-        """A script that never tells its steps trains once its last worker has started."""
+        """Count a script that never tells its steps as training once its last worker has started."""
         self._started.add(node)
         if not self._tells_steps and not self._steps.failed_at_start and self._started >= self._steps.participants:
             self._train(ts)
@@ -238,7 +240,7 @@ class Ledger:
 
     def _root_cause(self, event: EventRecord) -> None:
         assert self._open is not None
-        why = why_of_event(event, self._steps.participants)
+        why = reason_in(event, self._steps.participants)
         if why is None:
             return
         self._open.root_rank = event.get("rank")
@@ -251,24 +253,24 @@ class Ledger:
             self._end(self._open, self._since_ts)
             self._open = None
 
-    def _ending(self, event: EventRecord) -> Why | None:
-        """Why this event ends the current round's work, as far as it does."""
+    def _ending(self, event: EventRecord) -> Reason | None:
+        """Why this event ends the current round's work; None if it does not."""
         if event["event"] in (EventName.ROUND_FORMED, EventName.NODE_JOINED, EventName.ROOT_CAUSE):
             return None
-        why = why_of_event(event, self._steps.participants)
+        why = reason_in(event, self._steps.participants)
         of_other_round = event["event"] in _OF_ROUND and not self._is_of_round(event)
         if why is None or of_other_round:
             return None
         if event["event"] in (EventName.WORKERS_YIELDED, EventName.WORKERS_STOPPED) and self._why_asked is not None:
             return self._why_asked
         if why.root in UNSPECIFIC and (silence := self._silence_at(float(event["ts"]))):
-            return Why(Cause.STORE, f"the store did not answer: {silence.reason}", ())
+            return Reason(Cause.STORE, f"the store did not answer: {silence.reason}", ())
         return why
 
     def _silence_at(self, ts: float) -> Silence | None:
         return next((s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
 
-    def _interrupt(self, event: EventRecord, why: Why) -> None:
+    def _interrupt(self, event: EventRecord, why: Reason) -> None:
         ts = float(event["ts"])
         if self._phase in (Phase.TRAINING, Phase.STARTING):
             was_training = self._phase is Phase.TRAINING
@@ -291,16 +293,20 @@ class Ledger:
         if event["event"] == EventName.WORKER_FAILED:
             self._open.failures.append(event)
 
-    def _may_have_begun_earlier(self, why: Why) -> bool:
-        """Whether training stood before that was first noticed; of nodes that are known, no more is learnt."""
+    def _may_have_begun_earlier(self, why: Reason) -> bool:
+        """Whether `why` may tell that training had stopped before anybody noticed.
+
+        It cannot if it blames only nodes that are blamed already.
+        """
         assert self._open is not None
         ended_training = bool(self.stretches) and self.stretches[-1].ended_by == len(self.ended)
         return ended_training and not (why.nodes and set(why.nodes) <= set(self._open.nodes))
 
-    def _began_to_stand(self, event: EventRecord, why: Why) -> float:
-        """When training was over that this event shows to be over: steps tell, or else how long there was silence.
+    def _began_to_stand(self, event: EventRecord, why: Reason) -> float:
+        """When the training had stopped of which this event says that it has.
 
-        A step under way when it happened took at most as long as others; what is between is lost with it.
+        The last step's time tells, or else how long there had been silence. A step that was under way then took at
+        most as long as others do; the time after it is lost as well.
         """
         ts, stretch = float(event["ts"]), self.stretches[-1]
         silent_ts = ts - why.silent_s
@@ -314,22 +320,22 @@ class Ledger:
         return max(stretch.began_ts, done_ts, min(silent_ts, done_ts + self._steps.beat_s))
 
     def _is_saved_since(self, done_ts: float) -> bool:
-        """Whether the state at the boundary was saved before the workers ended: that is a stall of its own."""
+        """Whether the state at the boundary was saved before the workers ended; that time is a stall of its own."""
         return self._steps.saved_ts is not None and self._steps.saved_ts >= done_ts
 
     def _end(self, over: _Open, ts: float, *, resumed: bool = False, followed_by: str = "") -> None:
-        """Close an interruption. Where all nodes had lost the store, that is why nodes counted as lost."""
+        """Close an interruption. If all nodes had lost the store, that is the cause for which nodes counted as lost."""
         unheard = [s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or s.ended_ts >= over.began_ts)]
         if over.steps.participants <= {silence.node for silence in unheard} and not over.refused:
             root = f"the store did not answer: {unheard[0].reason}"
-            over.explain(Why(Cause.STORE, root))
+            over.explain(Reason(Cause.STORE, root))
             if over.cause is Cause.NODE_LOSS:
                 over.cause, over.root, over.nodes = Cause.STORE, root, ()
         self.seconds[over.cause] += over.booked_s
         self.ended.append(over.end(ts, resumed=resumed, followed_by=followed_by))
 
     def _pass_to(self, phase: Phase, ts: float) -> None:
-        """Book the time since the last change, and go on in another phase."""
+        """Book the time since the last change of phase, and go on in `phase`."""
         ts = max(ts, self._since_ts)
         span_s = ts - self._since_ts
         match self._phase:
@@ -347,7 +353,7 @@ class Ledger:
         self._phase, self._since_ts = phase, ts
 
     def close(self, ended_ts: float) -> None:
-        """Book what is open."""
+        """Book the rest, up to the last event."""
         self._pass_to(Phase.CLOSED, ended_ts)
         if self._open is not None:
             self._end(self._open, ended_ts)

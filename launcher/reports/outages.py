@@ -17,7 +17,7 @@ _BACK = {EventName.STORE_BACK: JOB_STORE, EventName.CHECKPOINT_STORE_BACK: CHECK
 
 @dataclass(frozen=True)
 class Silence:
-    """As one node or worker tells it."""
+    """One node's or worker's own account of such a time."""
 
     store: str
     where: str
@@ -28,7 +28,7 @@ class Silence:
 
 
 def silences(ordered: Iterable[EventRecord]) -> list[Silence]:
-    """What each node and worker tells, in the order in which they began to."""
+    """The silences that nodes and workers tell of, in the order in which they began."""
     found: list[Silence] = []
     under_way: dict[tuple[object, ...], int] = {}
     for event in ordered:
@@ -56,7 +56,7 @@ def silences(ordered: Iterable[EventRecord]) -> list[Silence]:
 
 
 def outages(found: Sequence[Silence]) -> tuple[Outage, ...]:
-    """Those of one store that overlap are one; one that nobody saw the end of has none."""
+    """Join the silences of each store that overlap. An outage whose end nobody told has none."""
     made: list[Outage] = []
     for (store, where), of_store in itertools.groupby(
         sorted(found, key=lambda s: (s.store, s.where)), key=lambda s: (s.store, s.where)
@@ -88,5 +88,5 @@ def _overlapping(of_store: Iterable[Silence]) -> Iterator[list[Silence]]:
 
 
 def _over_by(silence: Silence) -> float:
-    """Where its teller died, and did not say when it was over, others are likely to have told the rest."""
+    """Until when a silence reaches. If whoever told it died before its end, others are likely to have told the rest."""
     return silence.began_ts + _UNKNOWN_S if silence.ended_ts is None else silence.ended_ts

@@ -1,4 +1,4 @@
-"""What all events together tell of each round's steps: when the first began, how far it came, and when. Pure."""
+"""The steps of each round, as all events together tell them: when the first began, how far it came, when. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.events import EventName, EventRecord
 from launcher.rounds.failures import FailureClass
 
 _EXACT = {EventName.WORKERS_STOPPED, EventName.WORKERS_YIELDED, EventName.WORKER_FAILED, EventName.WORKERS_DONE}
-"""The agents' last word on how far their workers came."""
+"""Events in which agents say exactly how far their workers came."""
 
 _AT_START = (FailureClass.START_UP, FailureClass.USAGE)
 _NUM_LATE = 8  # rounds that may be formed before the last event of one has been written
@@ -20,29 +20,29 @@ _NUM_LATE = 8  # rounds that may be formed before the last event of one has been
 
 @dataclass
 class RoundSteps:
-    """One round. Times are epoch seconds."""
+    """What is known of one round's steps. Times are epoch seconds."""
 
     generation: int
     participants: frozenset[str]
     formed_ts: float
     first: EventRecord | None = None
-    """The first `first_step`."""
+    """The first event of that name."""
     reached: int | None = None
     """The last step that events tell of."""
     restored: tuple[float, int] | None = None
-    """When the last of its workers had a checkpoint in memory before the first step, and of which step it is."""
+    """When the last worker had read a checkpoint before the first step, and of which step that is."""
     every: int | None = None
-    """How many steps lie between two heartbeats; None where that is not told."""
+    """How many steps lie between two heartbeats; None if nobody told."""
     usual_step_s: float = 0.0
-    """As other rounds tell it."""
+    """How long a step takes in other rounds."""
     saved_ts: float | None = None
     """When the state after the last step that was saved had been copied aside."""
     restarts: list[tuple[float, int, int]] = field(default_factory=list)
-    """Returns to an earlier step in the middle of it: when that step was done, which one, and how far it had come."""
+    """Each return to an earlier step: when that step was done, which it was, and how far the round had come."""
     first_gone_ts: float | None = None
     """When the first of its workers had ended, as far as agents tell."""
     failed_at_start: bool = False
-    """Whether its program did not get to work at all."""
+    """Whether the program failed before it got to work."""
     _exact: int = -1
     _done: dict[int, float] = field(default_factory=dict)
     _told_step_s: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ class RoundSteps:
 
     @property
     def first_began_ts(self) -> float | None:
-        """When the first step began; None where no step is told."""
+        """When the first step began; None if no step is told."""
         if self.first is None:
             return None
         num_done = int(self.first["step"]) - (self.resumed_after or 0)  # more than one if it does not beat for each
@@ -117,12 +117,12 @@ class RoundSteps:
         return max(began_ts, self.formed_ts, self.restored[0] if self.restored else began_ts)
 
     def last_done_ts(self) -> float | None:
-        """When its last step was done; None where no agent told it."""
+        """When the last step was done; None if no agent told."""
         return self._done.get(self.reached) if self.reached is not None and self.is_exact else None
 
     @property
     def is_exact(self) -> bool:
-        """Whether an agent told how far it came: workers do not tell every step."""
+        """Whether an agent told how far the round came: workers do not tell every step."""
         return self.reached is not None and self._exact >= self.reached
 
     def done_ts(self, step: int) -> float | None:

@@ -61,6 +61,10 @@ def _spot(place: str) -> str:
     return place.partition(" at ")[2] or (place if ":" in place else "")
 
 
+def _drain_started(event: EventRecord) -> str:
+    return f"node {event.get('node')} drains: {event.get('detail') or event.get('source')}"
+
+
 def _hang_detected(event: EventRecord) -> str:
     return f"hang on {event.get('node')}: {event.get('message') or _own_fields(event)}"
 
@@ -82,7 +86,7 @@ _SENTENCES: Mapping[str, str | Callable[[EventRecord], str]] = {
     EventName.PREFLIGHT_FAILED: "{node} is not fit ({check}): {reason}; it looks again in {retry_s} s",
     EventName.PREFLIGHT_SLOW: "{node} stays out until its checks have ended, which take more than {seconds} s",
     EventName.PREFLIGHT_PASSED: "{node} is fit, after {seconds} s of checks",
-    EventName.DRAIN_STARTED: "{node} drains ({source}): {detail}; gone within {seconds} s",
+    EventName.DRAIN_STARTED: _drain_started,
     EventName.DRAIN_CUT_SHORT: "the drain of {node} is cut short after step {step}: {reason}",
     EventName.DRAIN_OVERRAN: "{node} was ended before its drain was done, after {seconds} s: {detail}",
     EventName.PREEMPTION_HINT: "{node} hears from {watcher}: {detail}",

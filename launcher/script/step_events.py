@@ -1,4 +1,4 @@
-"""Which heartbeats are told as events. Pure but for `claim`: time is an argument.
+"""Decides which heartbeats are told as events. Pure but for `claim`: time is an argument.
 
 `report` needs to know when a round trained, how far it came and which steps were done again, also of jobs that are
 killed with all their nodes. So these are told: the first step, each return to an earlier one, and now and then how far
@@ -21,7 +21,7 @@ NamedEvent = tuple[EventName, dict[str, Any]]
 
 
 class StepTeller:
-    """Of one worker, for all of its node."""
+    """Counts the heartbeats of one worker, which speaks for all of its node."""
 
     def __init__(self) -> None:
         self._step: int | None = None
@@ -30,7 +30,10 @@ class StepTeller:
         self._every: int | None = None
 
     def beat(self, step: int, now_s: float, step_s: float | None = None) -> NamedEvent | None:
-        """What to tell of `step`, done at the monotonic time `now_s` in `step_s` seconds, where they are known."""
+        """Count `step`, done at the monotonic time `now_s`; the event to tell of it, if one is due.
+
+        `step_s`: how long the step took, where the script knows.
+        """
         before, self._step = self._step, step
         if before is None:
             self._began_s = now_s
@@ -54,7 +57,7 @@ class StepTeller:
 
 
 def claim(channel: Path, generation: int) -> bool:
-    """Whether this worker tells for its node: the first of them that beats, by its channel's folder."""
+    """Whether this worker speaks for its node: the first one that beats does, as a file beside the channels shows."""
     try:
         os.close(os.open(channel.with_name(f"teller-{generation}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError:

@@ -37,12 +37,12 @@ class Straggler:
 
     @property
     def factor(self) -> float:
-        """How many times slower than the others."""
+        """How many times slower than the others it is."""
         return self.own_s / max(self.others_s, 1e-6)
 
 
 def find(figures: Sequence[Sequence[float]]) -> tuple[Straggler, ...]:
-    """The stragglers among ranks; `figures[rank]` is (arrival, work), both in seconds a step.
+    """Find the stragglers among ranks; `figures[rank]` is (arrival, work), both in seconds a step.
 
     A rank is one if its own time is 1.5 times the median of the others', and if what it is slower by is at least a
     tenth of the step: less costs nobody anything.
@@ -62,7 +62,7 @@ def find(figures: Sequence[Sequence[float]]) -> tuple[Straggler, ...]:
 
 
 class Pace:
-    """One rank's own times, step after step. All ranks count the same steps, so their windows end together."""
+    """Measures one rank's own times, step after step. All ranks count the same steps, so their windows end together."""
 
     def __init__(self) -> None:
         self._left: tuple[float, float] | None = None
@@ -72,11 +72,11 @@ class Pace:
         self._num_steps = 0
 
     def tell_busy(self, busy_s: float) -> None:
-        """How long this rank worked in the step that ends, as the script knows it."""
+        """Take from the script how long this rank worked in the step that ends."""
         self._busy_s = busy_s
 
     def arrive(self, now_s: float, cpu_s: float) -> tuple[float, float] | None:
-        """A step's boundary is reached; at the end of a window (arrival, work), the medians of its steps."""
+        """Note that a step boundary is reached. At the end of a window: the medians (arrival, work) of its steps."""
         if self._left is not None:
             left_s, left_cpu_s = self._left
             self._arrivals_s.append(now_s - left_s)
@@ -90,17 +90,17 @@ class Pace:
         return figures
 
     def leave(self, now_s: float, cpu_s: float) -> None:
-        """All ranks have reached the boundary; what follows is the next step's."""
+        """Note that all ranks have reached the boundary: the next step begins."""
         self._left = (now_s, cpu_s)
 
 
 def pack(figures: tuple[float, float], rank: int, world_size: int) -> list[float]:
-    """One rank's figures in everybody's vector, such that an all-reduce by maximum gathers all."""
+    """Put one rank's figures in their place of a vector of all ranks', which an all-reduce by maximum fills."""
     vector = [0.0] * (_NUM_FIGURES * world_size)
     vector[_NUM_FIGURES * rank : _NUM_FIGURES * (rank + 1)] = figures
     return vector
 
 
 def unpack(vector: Sequence[float]) -> list[tuple[float, float]]:
-    """Everybody's figures, by rank."""
+    """Take the figures of all ranks from that vector, by rank."""
     return list(zip(vector[::_NUM_FIGURES], vector[1::_NUM_FIGURES], strict=True))
