@@ -112,6 +112,7 @@ class NodeDriver(Lifecycle):
         self._retired: deque[Follower] = deque()  # to be closed
         self._refollow = threading.Event()
         self._logged = ""
+        self._has_failed = False  # the last step
         self._num_changes = self._num_changes_seen = 0
         self._closing = threading.Event()
         self._lanes = {lane: LaneThread(f"node-{lane.name.lower()}", self._carry_out) for lane in Lane}
@@ -136,15 +137,15 @@ class NodeDriver(Lifecycle):
             self._changed.notify_all()
             if self._follower is not None:
                 self._follower.close()
-            leases = [held.lease for held in self._leases.values()]
         self._peers.close()
         for lane in self._lanes.values():
             lane.close(_CLOSE_TIMEOUT_S)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_CLOSE_TIMEOUT_S)
-        for lease in leases:
-            lease.stop()
+        with self._lock:
+            for held in self._leases.values():
+                held.lease.stop()
 
     # --- events in
 
@@ -195,7 +196,13 @@ class NodeDriver(Lifecycle):
     def _step(self, event: Event) -> None:
         """With the lock held."""
         before = self._engine.visible
-        for effect in self._engine.step(event, time.monotonic()):
+        try:
+            effects = self._engine.step(event, time.monotonic())
+        except Exception:
+            log.exception("[%s] unexpected error at %s, listing anew", self._engine.node_id, type(event).__name__)
+            effects = self._engine.recover()
+            self._has_failed = True
+        for effect in effects:
             self._dispatch(effect)
         if self._engine.visible != before:
             self._num_changes += 1
@@ -254,6 +261,8 @@ class NodeDriver(Lifecycle):
                 held = _Held(next(self._lease_numbers), self._kv.lease(ttl_s))
                 with self._lock:
                     self._leases[held.seen.lease_id] = held
+                    if self._closing.is_set():
+                        held.lease.stop()
                 return Granted(task, held.lease.ttl_s, held.seen)
             case Get(key=key):
                 return Answered(task, self._kv.get(key))
@@ -310,6 +319,9 @@ class NodeDriver(Lifecycle):
                     self.feed(Listed(number, entries))
                 case Changes(events=events):
                     self.feed(Changed(number, events))
+            if self._has_failed:  # what failed may be in the listing
+                self._has_failed = False
+                self._closing.wait(_RETRY_S)
 
     def _keep_time(self) -> None:
         """Tell the engine whenever its time has come."""

@@ -86,7 +86,7 @@ class NodeEngine:
         self._lineage = lineage
         self._num_terms = itertools.count(1)
         self._following = 0  # the number of the last `Follow`
-        self._followed = ""  # and its prefix
+        self._followed = JOB  # and its prefix
         self._is_listed = False  # whether it has brought its listing
         self._grace_s = 0.0  # of the present term
         self._joined = 0  # the last generation of which this node may have started workers
@@ -124,6 +124,11 @@ class NodeEngine:
         self._take(event, now_s)
         if self._has_started and not self.has_left:
             self._proceed(now_s)
+        return tuple(self._effects)
+
+    def recover(self) -> tuple[Effect, ...]:
+        """After a step that failed: what it had found to be done, and to list anew."""
+        self._follow(self._followed)
         return tuple(self._effects)
 
     def _take(self, event: Event, now_s: float) -> None:
@@ -382,14 +387,9 @@ class NodeEngine:
             self._effects.append(Ring(doubted))
 
     def _note_why(self) -> None:
-        if self._unanswered:
-            self.why = "the store does not answer"
-        elif self.own.why:
-            self.why = self.own.why
-        elif self.leader is not None:
-            self.why = self.leader.why
-        else:
-            self.why = f"node {self.board.leader} leads" if self.board.leader else "a leader is being chosen"
+        led = f"node {self.board.leader} leads" if self.board.leader else "a leader is being chosen"
+        others = self.leader.why if self.leader is not None else led
+        self.why = "the store does not answer" if self._unanswered else self.own.why or others
 
     @property
     def _generation(self) -> int:

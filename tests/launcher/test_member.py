@@ -293,3 +293,13 @@ def test_a_record_deleted_by_hand_is_missed(job: Job, monkeypatch: pytest.Monkey
     job.hub.delete(f"{run_prefix('test')}{NODES}b", None)
     until("b is back", lambda: "b" in job.nodes(), WAIT_S)
     assert member.broken(1) is None
+
+
+def test_a_step_that_fails_does_not_end_a_members_threads(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = job.start("a")
+    job.join("a")
+    monkeypatch.setattr(member._engine.board, "apply", lambda changes: 1 // 0)
+    job.start("b")
+    until("it has failed", lambda: member._engine._following > 2, WAIT_S)
+    monkeypatch.undo()
+    assert until("heard of b", lambda: member.stop_requested(1), WAIT_S) == "join: b"
