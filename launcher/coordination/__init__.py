@@ -1,1 +1,1 @@
-"""The job in the store: this node's record and lease, who leads, what the leader does, and a look from outside."""
+"""The threads around a node's engine, what its agent sees of it, and a look at a job from outside."""

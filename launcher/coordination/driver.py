@@ -78,7 +78,7 @@ class _Held:
         self.seen = LeaseSeen(number, lease.deadline_s)
 
     def look(self) -> bool:
-        """Look at it; whether something has changed."""
+        """Look at it; returns whether something has changed."""
         before, silence = self.seen, self.lease.silence
         stands = LeaseSeen(before.lease_id, self.lease.deadline_s, self.lease.lost.is_set())
         self.seen = (
@@ -95,7 +95,7 @@ class NodeDriver(Lifecycle):
     """`start` first, `close` last; the other methods may be called from any thread."""
 
     def __init__(self, engine: NodeEngine, kv: KV, planner: Planner, emit: Emit) -> None:
-        """`kv`: the keys of the run."""
+        """`kv` is a view of the run's keys; `planner` plans the mesh of each round."""
         self._engine = engine
         self._kv = kv
         self._planner = planner
@@ -157,7 +157,7 @@ class NodeDriver(Lifecycle):
         self._finish()
 
     def read(self, look: Callable[[NodeEngine, float], R]) -> R:
-        """What `look(engine, now_s)` finds, with what is known of the lease as of this moment."""
+        """Return what `look(engine, now_s)` finds, with what is known of the lease as of this moment."""
         with self._lock:
             self._look_at_leases()
             found = look(self._engine, time.monotonic())
@@ -173,7 +173,7 @@ class NodeDriver(Lifecycle):
             self._num_changes_seen = self._num_changes
 
     def wait_for(self, look: Callable[[NodeEngine, float], R | None], timeout_s: float | None) -> R | None:
-        """What `look(engine, now_s)` finds as soon as it finds something; None after `timeout_s`, or once closed."""
+        """Return what `look(engine, now_s)` finds once it finds something; None after `timeout_s`, or once closed."""
         ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._lock:
@@ -188,13 +188,13 @@ class NodeDriver(Lifecycle):
                 return found
 
     def lease(self) -> Lease | None:
-        """The lease that this node's record lives under."""
+        """Return the lease that this node's record lives under."""
         with self._lock:
             held = self._engine.own.lease
             return self._leases[held.lease_id].lease if held and held.lease_id in self._leases else None
 
     def _step(self, event: Event) -> None:
-        """With the lock held."""
+        """Take an event in. The lock is held."""
         before = self._engine.visible
         try:
             effects = self._engine.step(event, time.monotonic())
@@ -211,12 +211,12 @@ class NodeDriver(Lifecycle):
             self._due.notify()
 
     def _look_at_leases(self) -> None:
-        """With the lock held: tell the engine how its leases stand. They renew themselves, on threads of their own."""
+        """Tell the engine how its leases stand: they renew themselves, on threads of their own. The lock is held."""
         if changed := tuple(held.seen for held in self._leases.values() if held.look()):
             self._step(LeasesSeen(changed))
 
     def _finish(self) -> None:
-        """Without the lock: what may take a while."""
+        """Do what may take a while, which is why the lock is not held."""
         with contextlib.suppress(IndexError):  # another thread is at it, too
             while self._retired:
                 self._retired.popleft().close()
@@ -227,7 +227,7 @@ class NodeDriver(Lifecycle):
     # --- effects out
 
     def _dispatch(self, effect: Effect) -> None:
-        """With the lock held: nothing here waits for anybody."""
+        """Begin to carry an effect out. The lock is held, so nothing here waits for anybody."""
         match effect:
             case Task():
                 self._lanes[effect.lane].put(effect)
@@ -288,7 +288,7 @@ class NodeDriver(Lifecycle):
         return Answered(task)
 
     def _why(self, error: Exception) -> str:
-        """What an error says; in the log once, since what the store refuses now, it refuses five times a second."""
+        """Say what an error says; log it once, since what the store refuses now, it refuses five times a second."""
         if isinstance(error, KVUnavailable):
             return str(error)
         why = f"{type(error).__name__}: {error}"
@@ -300,7 +300,7 @@ class NodeDriver(Lifecycle):
     # --- threads
 
     def _follow(self) -> None:
-        """News after news, whatever happens: a node whose thread ended would look alive and hear nothing."""
+        """Hear news after news, whatever happens: a node whose thread ended would look alive and hear nothing."""
         while not self._closing.is_set():
             self._refollow.clear()
             with self._lock:

@@ -7,7 +7,7 @@ from launcher.node.board import Board, run_prefix
 
 
 def look_up(kv: KV, run_id: str) -> Board:
-    """The job's records as of one moment. A board without nodes and round: there is no such job.
+    """Return the job's records as of one moment. A board without nodes and round: there is no such job.
 
     Raises:
         KVUnavailable

@@ -1,4 +1,4 @@
-"""What a store knows of a run id: that a job of that name ended, and whether it may be used again; or that one runs."""
+"""Tells from the store whether a run id is in use, and frees it where its job has failed and is gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reopen_failed(kv: KV, run_id: str) -> bool:
     """Forget a job that failed and that no node is part of any more, so that it can be launched again as it was.
 
     A scheduler that requeues a job starts it under the same id. A job that succeeded stays closed: a node that comes
-    late must not run it once more. Whether there was one to forget.
+    late must not run it once more. Returns whether there was one to forget.
 
     Raises:
         KVUnavailable
@@ -39,7 +39,7 @@ def reopen_failed(kv: KV, run_id: str) -> bool:
 
 
 def is_running(kv: KV, run_id: str) -> bool:
-    """Whether nodes are at work in this run: a node that joins them has them stop their workers.
+    """Tell whether nodes are at work in this run: a node that joins them has them stop their workers.
 
     Raises:
         KVUnavailable

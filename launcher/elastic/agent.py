@@ -187,13 +187,13 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
                 self._supervising = False
 
     def _leave_if_asked(self) -> None:
-        """Leave where no workers run that would have to stop first."""
+        """Leave, if this node was asked to, where no workers run that would have to stop first."""
         if request := self._drain.current:
             self._supervisor.tell_drain(request)
             raise Drained(request.reason, request.exit_code)
 
     def _closed(self) -> RunResult:
-        """The job ended without this node: it was a spare, or another node's failure was the last."""
+        """End as the job did, which ended without this node: it was a spare, or another node's failure was the last."""
         outcome = self._member.outcome()
         if outcome == SUCCEEDED:
             self.get_worker_group().workers = []
@@ -286,13 +286,13 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             )
 
     def error_file_of(self, rank: int) -> str:
-        """Where a worker of the last generation wrote the error that ended it, "" if it was not this node's."""
+        """Say where a worker of the last generation wrote the error that ended it, "" if it was not this node's."""
         return next((worker.error_file for worker in self._worker_exits() if worker.rank == rank), "")
 
     # --- hangs
 
     def _watch_workers(self, current: Round) -> None:
-        """Have the workers that were just started watched; their output too, on the node of rank 0."""
+        """Have the workers that were just started watched, and on the node of rank 0 their output too."""
         processes = self.processes()
         files = (*(p.stdout for p in processes), *(p.stderr for p in processes))
         silence = self._watchdog.rules.silence_s is not None and current.place_of(self._member.node_id) == 0
@@ -307,7 +307,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         )
 
     def _exited(self) -> set[int]:
-        """Local ranks of the workers that have ended."""
+        """Return the local ranks of the workers that have ended."""
         return {p.local_rank for p in self.processes() if not p.is_alive}
 
     def _global_ranks(self) -> dict[int, int]:
@@ -316,7 +316,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     # --- signals
 
     def install_signal_handlers(self) -> None:
-        """SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
+        """Have SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
         handle_signals(self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -329,7 +329,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     # --- the rest
 
     def stop_workers(self, signum: signal.Signals, timeout_s: float) -> None:
-        """As torch's, but never for longer than a drain or the lease leaves, also if that is known only meanwhile."""
+        """Stop the workers as torch does, but within what a drain or the lease leaves, as it is known by then."""
         ends_s = time.monotonic() + timeout_s
         alive = [process for process in self.processes() if process.is_alive]
         for process in alive:
@@ -345,7 +345,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self.kill_group(_KILL_S)
 
     def _end_leftovers(self, grace_s: float) -> list[int]:
-        """End what the workers have left running; the pids of all that was there."""
+        """End what the workers have left running; returns the pids of all that was there."""
         now_s = time.monotonic()
         found, left = self._leftovers.end(
             self._pids, max(0.0, min(grace_s, self._drain.kill_by(now_s + grace_s) - now_s))
@@ -364,7 +364,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._events(event, generation=self._rendezvous_handler.generation, **fields)
 
     def close(self) -> None:
-        """Let go of the channels; the workers are gone, and so is then what they have left."""
+        """End what the gone workers have left running, and let go of their channels."""
         succeeded = self.get_worker_group().state is WorkerState.SUCCEEDED
         self._end_leftovers(GRACE_AFTER_SUCCESS_S if succeeded else GRACE_S)
         self._workers.close()

@@ -43,7 +43,7 @@ class _Unreachable(Exception):
 
 
 def stay_out_s(num_failures: int) -> float:
-    """How long a node stays out after it could not reach the worker store so many times in a row."""
+    """Return how long a node stays out after it could not reach the worker store so many times in a row."""
     return min(_LONGEST_STAY_OUT_S, _FIRST_STAY_OUT_S * 2.0 ** min(num_failures - 1, 16))
 
 
@@ -130,7 +130,7 @@ class MemberRendezvous(RendezvousHandler):
             return RendezvousInfo(store, place, len(found.participants), info)
 
     def _is_fit(self) -> bool:
-        """Wait until this node is fit to run workers; False if there is nothing left to take part in."""
+        """Wait until this node is fit to run workers; returns False if there is nothing left to take part in."""
         if self._preflight is None:
             return True
         member = self._member
@@ -182,7 +182,7 @@ class MemberRendezvous(RendezvousHandler):
         return self._open(address, port), RendezvousStoreInfo(address, port)
 
     def _open(self, address: str, port: int) -> Any:
-        """The worker store as an agent sees it."""
+        """Open the worker store as an agent sees it."""
         return _LateStore(address, port)
 
     def _join(self, generation: int, worker_store: str = "") -> Round:
@@ -190,7 +190,7 @@ class MemberRendezvous(RendezvousHandler):
         return self._member.join(generation, timeout_s, worker_store=worker_store)
 
     def num_nodes_waiting(self) -> int:
-        """1 while the workers should be restarted: a participant is gone, or a better round can be formed."""
+        """Return 1 while the workers should be restarted: a participant is gone, or a better round can be formed."""
         if self.generation == 0:
             return 0
         broken = self._member.broken(self.generation)
@@ -200,7 +200,7 @@ class MemberRendezvous(RendezvousHandler):
         return bool(self._member.outcome())
 
     def set_closed(self) -> None:
-        """Nothing: a job is closed by its leader, when its work is done or its budget used, not by one agent."""
+        """Do nothing: a job is closed by its leader, when its work is done or its budget used, not by one agent."""
 
     def shutdown(self) -> bool:
         """Leave the job, so that the others need not wait for this node's lease."""
@@ -227,7 +227,7 @@ class _LateStore:
 
 
 def open_store(address: str, port: int) -> TCPStore:
-    """A client of the worker store. Raises torch's DistStoreError, a RuntimeError, where it cannot be reached."""
+    """Open a client of the worker store. Raises torch's DistStoreError, a RuntimeError, where it cannot be reached."""
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
     store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
     return store

@@ -1,4 +1,4 @@
-"""Which nodes may take part: exclusion of those that keep failing or coming and going. Pure.
+"""Decides which nodes may take part: those that keep failing, or coming and going, are excluded. Pure.
 
 A node is excluded by the round's history, not by its own record: it outlives the leader, and the agent of the node when
 that is started anew. The node reads it there and says EXCLUDED of itself until the leader ends it.
@@ -21,7 +21,7 @@ def weigh(
     departed: Mapping[str, str],
     limits: Limits,
 ) -> tuple[History, tuple[Exclusion, ...]]:
-    """What the end of a round says of its nodes: the history with that, and whom it suggests to exclude.
+    """Add what the end of a round says of its nodes to the history, and name those to exclude.
 
     Args:
         lost: participants that are no longer there, or out of the others' reach; `departed` tells how each went.
@@ -56,7 +56,7 @@ def admit(
     limits: Limits,
     form: Callable[[Sequence[Node]], Formation | None],
 ) -> tuple[Formation | None, History]:
-    """The best formation without excluded nodes, and the history that goes with it.
+    """Return the best formation without excluded nodes, and the history that goes with it.
 
     Better on a suspect node than not at all: the `new` exclusions are waived if nothing can be formed without them.
     """
@@ -69,6 +69,6 @@ def admit(
 
 
 def needed(nodes: Sequence[Node], history: History) -> tuple[str, ...]:
-    """Excluded nodes that are there, for a job that has too few others."""
+    """Name the excluded nodes that are there, for a job that has too few others."""
     names = {identity_of(n.node_id) for n in nodes if not n.draining}
     return tuple(sorted(name for name in names if history.excluded(name)))

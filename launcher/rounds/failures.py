@@ -1,4 +1,4 @@
-"""What a worker's end means: the class of a failure and the place it came from, from what the worker left. Pure.
+"""Tells from what a worker left which class its failure is of, and from where it came. Pure.
 
 The texts are those of the libraries that raise them: gloo's transport (`gloo/transport/tcp/pair.cc`), NCCL's
 `ncclGetErrorString` and its sockets, c10d's TCPStore and watchdog (`torch/csrc/distributed/c10d`), CUDA's
@@ -101,7 +101,7 @@ _MAY_PASS = {
 
 
 def classify(death: Death) -> FailureClass:
-    """The class of a failure."""
+    """Return the class of a failure."""
     if death.phase is WorkerPhase.GAVE_UP:
         return FailureClass.GAVE_UP
     text = f"{death.error.message}\n{death.error.traceback}" if death.error else ""
@@ -127,8 +127,11 @@ def classify(death: Death) -> FailureClass:
 
 
 def _is_bound_to_recur(death: Death) -> bool:
-    """Whether an exception at start would come again: of a script that is known to report steps, any that no network
-    or file system explains; of one that may be past its start without saying so, only what no start survives."""
+    """Tell whether an exception at start would come again.
+
+    Of a script that is known to report steps: any that no network or file system explains. Of one that may be past its
+    start without saying so: only what no start survives.
+    """
     assert death.error is not None
     kind = exception_type(death.error)
     if death.phase is WorkerPhase.ATTACHED:
@@ -137,7 +140,7 @@ def _is_bound_to_recur(death: Death) -> bool:
 
 
 def signal_of(exit_code: int | None) -> signal.Signals | None:
-    """The signal that ended a process: its own exit code, or 128 + N of a shell that stood for it."""
+    """Return the signal that ended a process: its own exit code, or 128 + N of a shell that stood for it."""
     if exit_code is None:
         return None
     signum = -exit_code if exit_code < 0 else exit_code - 128
@@ -148,7 +151,7 @@ def signal_of(exit_code: int | None) -> signal.Signals | None:
 
 
 def exception_type(error: WorkerError) -> str:
-    """The exception's name without its module: `OutOfMemoryError` of `torch.OutOfMemoryError: ...`."""
+    """Return the exception's name without its module: `OutOfMemoryError` of `torch.OutOfMemoryError: ...`."""
     return error.message.partition(":")[0].strip().rpartition(".")[2]
 
 
@@ -159,7 +162,7 @@ _LIBRARY = re.compile(
 
 
 def place_of(death: Death) -> str:
-    """Where a failure came from, equal for two that have the same cause: the exception's type and the innermost
+    """Say where a failure came from, equal for two that have the same cause: the exception's type and the innermost
     frame of the program's own code; without a traceback the way in which the process ended."""
     if death.error is None:
         signum = signal_of(death.exit_code)
@@ -175,8 +178,11 @@ def place_of(death: Death) -> str:
 
 
 def error_in(log: str, exit_code: int | None) -> WorkerError | None:
-    """What a worker's stderr says of its end: the last traceback if it ended as Python does after one, the exception
-    of a C++ library that aborted it. Of any other end a traceback in the log is an older story."""
+    """Find what a worker's stderr says of its end.
+
+    That is the last traceback if it ended as Python does after one, or the exception of a C++ library that aborted it.
+    Of any other end a traceback in the log is an older story.
+    """
     if exit_code == 1:
         return _traceback_in(log)
     if signal_of(exit_code) is signal.SIGABRT:
@@ -198,7 +204,7 @@ def _traceback_in(log: str) -> WorkerError | None:
 
 
 def shorten(text: str, max_chars: int = TRACEBACK_MAX_CHARS) -> str:
-    """A text within bounds: its beginning and, mostly, its end."""
+    """Shorten a text to its beginning and, mostly, its end."""
     if len(text) <= max_chars:
         return text
     head = max_chars // 4
@@ -206,6 +212,6 @@ def shorten(text: str, max_chars: int = TRACEBACK_MAX_CHARS) -> str:
 
 
 def first_line(text: str) -> str:
-    """The first line of a text, within bounds."""
+    """Return the first line of a text, shortened."""
     lines = text.strip().splitlines()
     return lines[0][:MESSAGE_MAX_CHARS] if lines else ""

@@ -1,4 +1,4 @@
-"""Which nodes make up a round, and in which order of ranks. Pure."""
+"""Decides which nodes make up a round, and in which order of ranks. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Formation:
 
     @property
     def world_size(self) -> int:
-        """Workers of all participants."""
+        """How many workers all participants have."""
         return sum(p.slots for p in self.participants)
 
 
@@ -36,7 +36,7 @@ def form(
     min_nodes: int,
     max_nodes: int,
 ) -> Formation | None:
-    """The largest feasible formation of `ready`, None where there is none of at least min nodes.
+    """Return the largest feasible formation of `ready`, None where there is none of at least min nodes.
 
     Nodes of the previous round come first, then by seniority; at most max nodes are taken, and where the planner
     finds no mesh the newest are left out one by one. Slots that the plan leaves idle get no worker.
@@ -63,7 +63,10 @@ def form(
 
 
 def rank_order(nodes: Sequence[Node], previous: Sequence[str]) -> list[Node]:
-    """Survivors keep their order; a newcomer goes behind the last node of its host, else of its zone, else last."""
+    """Put nodes in rank order.
+
+    Survivors keep theirs; a newcomer goes behind the last node of its host, else of its zone, else last.
+    """
     place = {node_id: i for i, node_id in enumerate(previous)}
     ordered = sorted((n for n in nodes if n.node_id in place), key=lambda n: place[n.node_id])
     hosts, zones = {n.host for n in ordered}, {n.zone for n in ordered if n.zone}

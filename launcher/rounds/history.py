@@ -60,7 +60,7 @@ class History:
     waived: tuple[str, ...] = ()
 
     def to_fields(self) -> dict[str, Any]:
-        """As JSON holds it: only what differs from an empty history, because every node reads it with the round."""
+        """Return what JSON holds: what differs from an empty history, because every node reads it with the round."""
         empty = asdict(History())
         return {name: value for name, value in asdict(self).items() if value != empty[name]}
 
@@ -73,11 +73,11 @@ class History:
         return cls(**{**fields, "marks": marks, "exclusions": exclusions, "waived": waived})
 
     def excluded(self, node: str) -> Exclusion | None:
-        """The exclusion that keeps a node out."""
+        """Return the exclusion that keeps a node out, if one does."""
         return next((e for e in self.exclusions if e.node == node and e.active), None)
 
     def aged(self, by_s: float) -> History:
-        """The same history told `by_s` later."""
+        """Return the same history as it is `by_s` later."""
         return replace(
             self,
             marks=tuple(replace(mark, age_s=mark.age_s + by_s) for mark in self.marks[-_MAX_MARKS:]),

@@ -52,7 +52,7 @@ _BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)
 
 @dataclass(frozen=True)
 class Rules:
-    """What the user asked for. Times in seconds."""
+    """What the user asked for. Times are in seconds."""
 
     min_nodes: int = 1
     max_nodes: int = 1
@@ -98,7 +98,7 @@ class View:
         return {n.node_id: n for n in self.nodes}
 
     def node(self, node_id: str) -> Node | None:
-        """The live record of a node."""
+        """Return the live record of a node, None where it has none."""
         return self._by_id.get(node_id)
 
 
@@ -129,7 +129,7 @@ Action = Wait | Propose | Evict
 
 
 def breakage(view: View) -> Breakage | None:
-    """Why the current round cannot go on, or None while it can. What was told once stays: nothing mends a round."""
+    """Say why the current round cannot go on, or None while it can. What was told once stays: nothing mends a round."""
     current = view.round
     if current is None:
         return None
@@ -151,13 +151,13 @@ def breakage(view: View) -> Breakage | None:
 
 
 def _has_yielded(view: View, node_id: str) -> bool:
-    """Whether a node that is out of the round stopped its workers at a step boundary: then all ranks stop there."""
+    """Tell whether a node that is out of the round stopped at a step boundary: then all ranks stop there."""
     node = view.node(node_id)
     return view.departed.get(node_id) == LEFT if node is None else node.yielded
 
 
 def _how_gone(view: View, current: Round, node_id: str) -> str | None:
-    """How a participant left the round, or could not join it; None while it takes part."""
+    """Say how a participant left the round, or why it could not join; None while it takes part."""
     node = view.node(node_id)
     if node is None:
         return None if node_id in view.awaited else view.departed.get(node_id, "lost")
@@ -170,7 +170,7 @@ def _how_gone(view: View, current: Round, node_id: str) -> str | None:
 
 
 def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
-    """What the leader should do now."""
+    """Decide what the leader does now."""
     current = view.round
     if current is None:
         return _first_round(view, rules, planner, now_s)
@@ -195,7 +195,7 @@ def decide(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
 
 
 def _is_news(broken: Breakage, told: Breakage | None) -> bool:
-    """Whether nodes whose workers run have to hear more than they were told."""
+    """Tell whether nodes whose workers run have to hear more than they were told."""
     if told is None:
         return True
     ends_yielding = told.graceful and not broken.graceful
@@ -204,7 +204,7 @@ def _is_news(broken: Breakage, told: Breakage | None) -> bool:
 
 
 def _busy(view: View, current: Round) -> list[Node]:
-    """Participants that have not yet said that their workers are stopped."""
+    """Return the participants that have not yet said that their workers are stopped."""
     present = (view.node(p.node_id) for p in current.participants)
     return [n for n in present if n and n.status in _BUSY]
 
@@ -217,13 +217,13 @@ def _await_stop(busy: Sequence[Node], since_s: float, rules: Rules, now_s: float
 
 
 def _cut_off(view: View, current: Round) -> tuple[str, ...]:
-    """Participants that must not be in one round with the others, as far as was reported."""
+    """Name the participants that must not be in one round with the others, as far as was reported."""
     members = [n for p in current.participants if (n := view.node(p.node_id)) and n.generation == current.generation]
     return left_out(_order_of(current), {n.node_id: n.cannot_reach for n in members})
 
 
 def _candidates(view: View) -> list[Node]:
-    """Nodes that a round may be formed of."""
+    """Return the nodes that a round may be formed of."""
     return [n for n in view.nodes if n.status is Status.READY and not n.draining]
 
 
@@ -357,7 +357,7 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
 
 
 def _causes(view: View, current: Round) -> tuple[FailedWorker, ...]:
-    """The workers that failed in this round, the root cause first."""
+    """Return the workers that failed in this round, the root cause first."""
     members = [n for p in current.participants if (n := view.node(p.node_id))]
     return order_causes(
         (view.fell.get(n.node_id, 0), FailedWorker(n.node_id, n.host, n.failure))
@@ -367,7 +367,7 @@ def _causes(view: View, current: Round) -> tuple[FailedWorker, ...]:
 
 
 def _next_generation(view: View) -> int:
-    """Above every generation that anybody joined: a store that was lost and hosted anew knows none of them."""
+    """Return one above every generation that anybody joined: a store that was hosted anew knows none of them."""
     return 1 + max([n.generation for n in view.nodes] + ([view.round.generation] if view.round else []))
 
 

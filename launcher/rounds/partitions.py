@@ -1,4 +1,4 @@
-"""Nodes that reach the store and not one another: who is left out of the next round. Pure.
+"""Decides who is left out of a round where nodes reach the store and not one another; and who watches whom. Pure.
 
 Leases tell nothing of such a cut, and a collective across it stands still. Each node reports whom it cannot reach; one
 cut is reported from both ends, or from one. Reports come within seconds of one another, so the leader listens until
@@ -18,7 +18,7 @@ another (`peers`: where in their keepalive period it hits them)."""
 
 
 def left_out(order: Sequence[str], unreachable: Mapping[str, Collection[str]]) -> tuple[str, ...]:
-    """The nodes to leave out so that no reported cut lies between two that stay, in rank order.
+    """Name the nodes to leave out so that no reported cut lies between two that stay, in rank order.
 
     The node with the most cuts goes first; of equals, the one of the highest rank, since the others' workers meet at
     the lowest.
@@ -47,7 +47,7 @@ _NUM_WATCHED = 2
 
 
 def watched_by(current: Round, node_id: str) -> tuple[Participant, ...]:
-    """The participants that `node_id` watches: the next ones in rank order, around the end."""
+    """Return the participants that `node_id` watches: the next ones in rank order, around the end."""
     order = current.participants
     own = current.place_of(node_id)
     if own is None:

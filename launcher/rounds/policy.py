@@ -1,4 +1,4 @@
-"""What follows from a failure: stop the job or restart it, after which delay, without which nodes. Pure.
+"""Decides what follows from a failure: whether the job stops or restarts, after which delay, without which nodes. Pure.
 
 The table of classes and what follows is in docs/launcher.md. Two rules stand behind it. What would happen again is not
 tried again: a refused argument, an error at start, an exception at the same place without a step gained. Everything
@@ -34,7 +34,7 @@ _OF_THE_PROGRAM = (FailureClass.PROGRAM, FailureClass.START_UP, FailureClass.USA
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is borne. Times in seconds."""
+    """How many failures a job and a node may have. Times are in seconds."""
 
     crash_loop: int = 6
     """Failures in a row without progress that end the job."""
@@ -47,7 +47,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What follows. With a `verdict` the job is over, `why` says for what reason; else it restarts after `delay_s`."""
+    """What follows from a failure.
+
+    With a `verdict` the job is over, and `why` says for what reason; else it restarts after `delay_s`.
+    """
 
     history: History
     charged: bool = False
@@ -65,12 +68,12 @@ class Blame(StrEnum):
 
 
 def severity(kind: FailureClass) -> int:
-    """0 for what failures follow from, more for what is likely to follow from others."""
+    """Rank a class of failure: 0 for what others follow from, more for what is likely to follow from them."""
     return _SEVERITY.get(kind, 0)
 
 
 def order_causes(reports: Iterable[tuple[int, FailedWorker]]) -> tuple[FailedWorker, ...]:
-    """All nodes' failed workers, the root cause first: by class, then by the order in which the leader heard of them.
+    """Put all nodes' failed workers in order, the root cause first: by class, then as the leader heard of them.
 
     Only the first keeps its traceback.
     """
@@ -87,7 +90,7 @@ def order_causes(reports: Iterable[tuple[int, FailedWorker]]) -> tuple[FailedWor
 
 
 def brief(causes: Sequence[FailedWorker]) -> tuple[FailedWorker, ...]:
-    """The causes for a round that goes on, which every node reads: the first few, without the traceback."""
+    """Shorten the causes for a round that goes on, which every node reads: the first few, without the traceback."""
     return tuple(replace(c, failure=replace(c.failure, traceback="")) for c in causes[:_MAX_BRIEF_CAUSES])
 
 
@@ -149,7 +152,7 @@ def judge(history: History, causes: Sequence[FailedWorker], limits: Limits, end:
 
 
 def _hopeless(history: History, root: Failure) -> Judgement | None:
-    """The end of the job where nothing else need be known than how it failed."""
+    """Return the end of the job, where it follows from how the job failed alone."""
     if root.kind is FailureClass.GAVE_UP:
         return Judgement(history, verdict=Verdict.FAILS_AGAIN, why="it gave up")
     if root.kind is FailureClass.USAGE and not history.worked:
@@ -160,7 +163,7 @@ def _hopeless(history: History, root: Failure) -> Judgement | None:
 
 
 def _repeated(history: History, root: Failure) -> str:
-    """Why a program error is the same as the one before, "" if it is not."""
+    """Say why a program error is the same as the one before; "" if it is not."""
     if root.kind not in _OF_THE_PROGRAM or not history.program_place:
         return ""
     if root.place == history.program_place:
@@ -171,7 +174,7 @@ def _repeated(history: History, root: Failure) -> str:
 
 
 def backoff_s(in_row: int) -> float:
-    """The delay before a restart after so many failures in a row: none, 1, 2, 4 ... 60 s."""
+    """Return the delay before a restart after so many failures in a row: none, 1, 2, 4 ... 60 s."""
     return 0.0 if in_row <= 1 else min(2.0 ** (in_row - 2), _BACKOFF_MAX_S)
 
 
@@ -179,7 +182,7 @@ def backoff_s(in_row: int) -> float:
 
 
 def blame(history: History, root: Failure) -> Blame:
-    """Whether a failure speaks against its node; `history` is that of the judgement."""
+    """Decide whether a failure speaks against its node; `history` is that of the judgement."""
     match root.kind:
         case FailureClass.START_UP | FailureClass.USAGE:
             return Blame.UNFIT if history.worked else Blame.NONE
@@ -192,12 +195,12 @@ def blame(history: History, root: Failure) -> Blame:
 
 
 def mark(history: History, marks: Iterable[Mark]) -> History:
-    """Remember what happened to nodes."""
+    """Return the history that remembers these marks as well."""
     return replace(history, marks=(*history.marks, *marks))
 
 
 def suspects(history: History, limits: Limits, unfit: Sequence[Mark] = ()) -> tuple[Exclusion, ...]:
-    """The nodes to exclude now: those with too many marks of one kind within the window, and the `unfit`."""
+    """Name the nodes to exclude now: those with too many marks of one kind within the window, and the `unfit`."""
     recent: dict[tuple[str, MarkKind], list[Mark]] = {}
     for one in history.marks:
         if one.age_s <= limits.strike_window_s:
@@ -216,7 +219,10 @@ def _exclusion(history: History, node: str, reason: str, limits: Limits) -> Excl
 
 
 def exclude(history: History, new: Sequence[Exclusion], limits: Limits) -> History:
-    """Take nodes out, and count anew: their marks are paid for, and what failed in a row may have been their fault."""
+    """Return the history in which these nodes are out, and all is counted anew.
+
+    Their marks are paid for, and what failed in a row may have been their fault.
+    """
     names = {e.node for e in new}
     forget_s = _FORGIVEN_AFTER_EXCLUSIONS * limits.exclusion_s
     kept = [e for e in history.exclusions if e.node not in names and (e.active or e.age_s <= forget_s)]
@@ -229,12 +235,12 @@ def exclude(history: History, new: Sequence[Exclusion], limits: Limits) -> Histo
 
 
 def waive(history: History, new: Sequence[Exclusion]) -> History:
-    """Keep nodes that should be excluded: the job cannot do without them."""
+    """Return the history in which nodes that should be excluded are kept: the job cannot do without them."""
     return replace(history, waived=tuple(f"{e.node} ({e.reason})" for e in new))
 
 
 def readmit(history: History, elapsed_s: float, needed: Sequence[str] = ()) -> History | None:
-    """The history with exclusions ended that are over, or whose nodes are `needed`; None where there is none.
+    """Return the history with exclusions ended that are over, or whose nodes are `needed`; None where there is none.
 
     It stays told as of its round: `elapsed_s` ago.
     """
@@ -246,6 +252,6 @@ def readmit(history: History, elapsed_s: float, needed: Sequence[str] = ()) -> H
 
 
 def explain(causes: Sequence[FailedWorker], judgement: Judgement) -> str:
-    """How a job ended, in one line."""
+    """Say in one line how a job ended."""
     text = f"failed: {describe(causes[0].failure)}"
     return f"{text}; {judgement.why}" if judgement.why else text

@@ -37,7 +37,7 @@ class Verdict(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """Of `elastic-moe run` on every node; 70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits(3)."""
+        """What `elastic-moe run` exits with on every node; 70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits(3)."""
         return _EXIT_CODES[self]
 
 
@@ -73,7 +73,7 @@ class Status(StrEnum):
 
 
 def parsed(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError, and nothing else, for whatever else it is."""
+    """Read a JSON object. Raises ValueError, and nothing else, for whatever else it is."""
     try:
         fields = json.loads(data)
     except RecursionError:
@@ -87,7 +87,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bo
 
 
 def checked(record: R) -> R:
-    """The record, if its plain fields are of the types that they say. Raises ValueError.
+    """Return the record if its plain fields are of the types that they say. Raises ValueError.
 
     JSON may have anything in their place, which would be found out where it is used: in the agent's main loop.
     """
@@ -116,7 +116,7 @@ def _texts(values: Any) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def odd_record() -> Iterator[None]:
-    """Raises ValueError, and nothing else, in the place of what a record of another shape raises."""
+    """Raise ValueError, and nothing else, in the place of what a record of another shape raises."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -171,7 +171,7 @@ class Node:
     seniority: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:
-        """The record as stored; `seniority` is the store's to say."""
+        """Return the record as it is stored; `seniority` is the store's to say."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # `asdict` copies, for 10x as long
         del fields["seniority"]
         fields["failure"] = self.failure and dataclasses.asdict(self.failure)
@@ -264,15 +264,15 @@ class Round:
 
     @property
     def world_size(self) -> int:
-        """Workers of all participants."""
+        """How many workers all participants have."""
         return sum(p.slots for p in self.participants)
 
     def place_of(self, node_id: str) -> int | None:
-        """Position of a node among the participants, None where it takes no part."""
+        """Return the position of a node among the participants, None where it takes no part."""
         return next((i for i, p in enumerate(self.participants) if p.node_id == node_id), None)
 
     def to_json(self) -> bytes:
-        """The round as stored: small, because every node reads every version of it."""
+        """Return the round as it is stored: small, because every node reads every version of it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("mesh", "broken"):
             fields[name] = fields[name] and dataclasses.asdict(fields[name])
@@ -316,7 +316,7 @@ def _checked_history(history: History) -> History:
 
 
 def describe(failure: Failure) -> str:
-    """A failure in one line."""
+    """Describe a failure in one line."""
     message = f": {failure.message}" if failure.message else ""
     if failure.kind is FailureClass.HANG:
         return f"worker of rank {failure.rank} hung{message}"
@@ -324,5 +324,5 @@ def describe(failure: Failure) -> str:
 
 
 def identity_of(node_id: str) -> str:
-    """What stays the same when a node's agent is started anew: its name, by default its host's."""
+    """Return what stays the same when a node's agent is started anew: its name, by default its host's."""
     return re.sub(r"-[0-9a-f]{8}$", "", node_id)

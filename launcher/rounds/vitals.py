@@ -25,12 +25,12 @@ class Vitals:
     checkpoint_ts: float = 0.0
 
     def to_json(self) -> bytes:
-        """As stored."""
+        """Return it as it is stored."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Vitals:
-        """Read what a node has told; a later version may tell more. Raises ValueError, TypeError: it is no such."""
+        """Read what a node has told; a later version may tell more. Raises ValueError or TypeError for all else."""
         told: Any = json.loads(data)
         if not isinstance(told, dict):
             raise TypeError("no object")
