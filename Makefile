@@ -51,7 +51,8 @@ test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults,
 	$(BIN)/python -m tests.sim 0 10000
 
 test-oldest: $(OLDEST_VENV)/.dev ## the core of the suite on the oldest torch that is supported; PyPI's is some gigabytes
-	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(OLDEST_TESTS)
+	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile \
+		-W 'ignore:TypedStorage is deprecated:UserWarning' $(OLDEST_TESTS) # stock DCP's writer in 2.10 says so
 
 fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the older checkpoint, or an error of our own
 	$(BIN)/python -W ignore -m tests.fuzz

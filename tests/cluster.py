@@ -138,6 +138,11 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is a process of that id; a zombie, which nobody has looked at yet, is none."""
+    return psutil.pid_exists(pid) and alive(psutil.Process(pid))
+
+
 class Cluster:
     """Nodes that meet at one store, an embedded one by default, and share one `events.jsonl`."""
 

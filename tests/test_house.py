@@ -18,21 +18,16 @@ MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 7
 
 # What broke a rule when the rule was made. These lists may only shrink: what is mended is taken off, nothing is added.
-LONG_FILES = {
-    "storage/format/dcp_metadata.py",
-}
+LONG_FILES = {}
 LONG_FUNCTIONS: set[str] = set()
-MANY_PARAMETERS = {
-    "storage/format/safe_names.py: _tensor_v3",
-    "storage/format/stock.py: _rebuild_v3",
-}
+MANY_PARAMETERS = {}
 POSITIONAL_BOOLEANS = {
     "storage/format/safe_arrays.py: new_dtype",
     "storage/loading/loadplan.py: set_up_planner",
     "storage/loading/shareplan.py: should_share",
     "storage/parallel.py: shutdown",
 }
-SHARED_CLASS_NAMES = {}
+SHARED_CLASS_NAMES: set[str] = set()
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from elastic_moe.demo.driver import _prepare
 from elastic_moe.demo.job import job_toml
 from elastic_moe.demo.processes import Processes, child_environ
 from elastic_moe.errors import UserError
+from tests.cluster import is_running, until
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -26,31 +25,16 @@ time.sleep(600)
 """
 
 
-def wait_until(condition: Callable[[], bool], deadline_in_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + deadline_in_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited too long"
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    """A zombie that nobody reaps (its parent was killed) is dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_node_is_killed_whole(tmp_path: Path) -> None:
     with Processes() as processes:
         node = processes.start("node", ["-c", STUBBORN], log_path=tmp_path / "node.log")
-        wait_until(lambda: node.tail(1) != [])
+        until("it says its first line", lambda: node.tail(1) != [])
         worker = int(node.tail(1)[0])
-        assert is_alive(worker)
+        assert is_running(worker)
         assert node.poll() is None
         node.kill()
         assert node.poll() == -signal.SIGKILL
-        wait_until(lambda: not is_alive(worker))
+        until("the worker is gone", lambda: not is_running(worker))
 
 
 def test_leaving_stops_what_still_runs(tmp_path: Path) -> None:
@@ -63,10 +47,10 @@ def test_leaving_kills_what_ignores_it(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("elastic_moe.demo.processes._STOP_GRACE_S", 0.2)
     with Processes() as processes:
         node = processes.start("node", ["-c", STUBBORN], log_path=tmp_path / "node.log")
-        wait_until(lambda: node.tail(1) != [])
+        until("it says its first line", lambda: node.tail(1) != [])
         worker = int(node.tail(1)[0])
     assert node.poll() == -signal.SIGKILL
-    wait_until(lambda: not is_alive(worker))
+    until("the worker is gone", lambda: not is_running(worker))
 
 
 def test_children_die_with_a_killed_demo(tmp_path: Path) -> None:
@@ -82,12 +66,12 @@ time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", demo]) as parent:
         try:
-            wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+            until("its child has started", lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
             pid = int(pid_file.read_text())
-            assert is_alive(pid)
+            assert is_running(pid)
         finally:
             parent.kill()
-    wait_until(lambda: not is_alive(pid))
+    until("its child is gone", lambda: not is_running(pid))
 
 
 def test_the_environment_of_children() -> None:

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from elastic_moe.trainer.signals import StopSignals
+from tests.cluster import until
 
 DEADLINE_S = 90.0
 JOB = """
@@ -46,11 +46,11 @@ class Training:
         self.process = subprocess.Popen(command, cwd=folder, env=clean, stderr=subprocess.PIPE, text=True)
 
     def reach(self, step: int) -> None:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while self.step() < step:
-            assert time.monotonic() < deadline_s, f"step {step} was not reached"
+        def is_there() -> bool:
             assert self.process.poll() is None, "the training ended"
-            time.sleep(0.02)
+            return self.step() >= step
+
+        until(f"step {step}", is_there, DEADLINE_S)
 
     def step(self) -> int:
         path = self.folder / "metrics.jsonl"

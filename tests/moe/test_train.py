@@ -19,6 +19,7 @@ from elastic_moe.errors import NotFinite, UserError
 from elastic_moe.trainer.schedule import learning_rate
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, StopReason, WorkerPhase
+from tests.cluster import until
 from tests.moe.cases import SMALL, fitted
 
 _context = multiprocessing.get_context("forkserver")
@@ -123,11 +124,11 @@ class World:
             process.join()
 
     def reach(self, step: int) -> None:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while min(channel.progress().step for channel in self.channels) < step:
-            assert time.monotonic() < deadline_s, f"step {step} was not reached"
+        def is_there() -> bool:
             assert any(process.is_alive() for process in self.processes), "the workers ended"
-            time.sleep(0.005)
+            return min(channel.progress().step for channel in self.channels) >= step
+
+        until(f"step {step}", is_there, DEADLINE_S)
 
     def exit_codes(self) -> list[int | None]:
         deadline_s = time.monotonic() + DEADLINE_S

@@ -9,9 +9,7 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from storage.loading.shared_parts import item_segments, long_ranges
 from storage.loading.shareplan import plan_shares
 from storage.stores.local import LocalStore
 from storage.stores.objects import Capability
+from tests.cluster import is_running, until
 
 # name -> (shape of the mesh, placements of a matrix)
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
@@ -272,7 +271,7 @@ def lose(url: str, victim: int) -> str:
     def killing(pid: int, address: int, into: Any) -> None:
         if len(into) > 1000:
             os.kill(pid, signal.SIGKILL)
-            wait_until_dead(pid)
+            until("it has no memory any more", lambda: not is_running(pid), within_s=30)
         read_memory(pid, address, into)
 
     register_scheme("losing", lambda rest: Counting(url))
@@ -285,19 +284,6 @@ def lose(url: str, victim: int) -> str:
         except Exception as error:
             return type(error).__name__
     return "nothing"
-
-
-def wait_until_dead(pid: int) -> None:
-    """Until it has no memory any more; it stays a zombie until its parent looks."""
-    deadline_s = time.monotonic() + 30
-    while time.monotonic() < deadline_s:
-        try:
-            if " Z " in Path(f"/proc/{pid}/stat").read_text():
-                return
-        except FileNotFoundError:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} is not dead")
 
 
 def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import CancelledError
 
 import pytest
 
 from storage.parallel import Pool, run_all
+from tests.cluster import until
 
 
 def test_calls_go_at_once_on_as_many_threads_as_are_allowed() -> None:
@@ -70,10 +70,7 @@ def test_what_a_call_held_is_let_go_when_it_has_ended() -> None:
         gone = weakref.ref(held)
         pool.submit(held.use).result(timeout=20)
         del held
-        deadline_s = time.monotonic() + 20
-        while gone() is not None and time.monotonic() < deadline_s:
-            time.sleep(0.001)
-        assert gone() is None
+        until("it is let go", lambda: gone() is None, within_s=20)
 
 
 def test_where_no_thread_can_be_started_the_caller_makes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
