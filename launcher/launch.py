@@ -23,8 +23,8 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
-from launcher.coordination.lookup import look_up
 from launcher.coordination.member import Member
+from launcher.coordination.run_id_reuse import is_running
 from launcher.coordination.vitals_publisher import VitalsPublisher
 from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainRequest, DrainRequests
@@ -46,6 +46,8 @@ from launcher.events import JOB_IS_OVER, EventLog, EventName
 from launcher.health.hangs import HangRules
 from launcher.health.preflight import Check, Preflight, PreflightRules, end_commands, standard_checks
 from launcher.health.watchdog import Watchdog
+from launcher.kv import Prefixed
+from launcher.node.board import NODES, run_prefix
 from launcher.node.supervision import GracePeriods
 from launcher.reports.sentences import last_words
 from launcher.rounds.formation import Planner
@@ -283,12 +285,13 @@ def _linger(arrival: Arrival) -> None:
     It is bounded by them: every node's record goes when it leaves, or with its lease.
     """
     kv, run_id, own_id = arrival.connection.kv, arrival.meeting.run_id, arrival.node.node_id
-    told = False
+    nodes = Prefixed(kv, f"{run_prefix(run_id)}{NODES}")
+    is_first = True
     try:
-        while others := (job := look_up(kv, run_id)).nodes.keys() - {own_id}:
-            if not told and not (job.round and job.round.outcome):
+        while others := {entry.key for entry in nodes.list("").entries} - {own_id}:
+            if is_first and is_running(kv, run_id):
                 log.warning("this node hosts the store: staying for %s; a signal ends it", ", ".join(sorted(others)))
-                told = True
+            is_first = False
             time.sleep(_LINGER_PERIOD_S)
     except KVUnavailable as error:
         log.warning("[%s] %s", own_id, error)

@@ -15,7 +15,7 @@ from launcher.drain.draining import DrainOrder
 from launcher.errors import Drained, JobClosed, KVUnavailable
 from launcher.events import Emit, EventName
 from launcher.kv import KV, Lease, Prefixed
-from launcher.node.board import NODES, run_prefix
+from launcher.node.board import run_prefix
 from launcher.node.engine import NodeEngine
 from launcher.node.events import (
     Announced,
@@ -109,15 +109,6 @@ class Member:
     def is_spare(self) -> bool:
         """Whether a round runs well without this node."""
         return self._read(lambda engine, now_s: engine.view.is_spare(now_s))
-
-    def others(self) -> list[str]:
-        """The other live nodes, asked from the store; also after `leave`."""
-        try:
-            keys = [entry.key for entry in Prefixed(self._kv, NODES).list("").entries]
-        except KVUnavailable as error:
-            log.warning("[%s] %s", self.node_id, error)
-            return []
-        return [node_id for node_id in keys if node_id != self.node_id]
 
     # --- what it waits for
 

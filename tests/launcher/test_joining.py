@@ -132,6 +132,21 @@ def test_a_node_prepares_itself_before_it_stops_a_job_at_work(endpoint: str) -> 
                 assert prepared == [1], "before it has joined"
 
 
+def test_the_host_of_the_store_stays_until_the_others_have_gone(
+    endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with arrive(meeting(endpoint), slots=1) as host, arrive(meeting(endpoint), slots=1, name="b") as other:
+        staying = threading.Thread(target=launch._linger, args=(host,))
+        with join(other, RULES, plan_no_mesh, quiet) as member:
+            until("a round", member.round, 10)
+            staying.start()
+            until("that is told", lambda: f"staying for {other.node.node_id}" in caplog.text, 10)
+            assert staying.is_alive()
+        staying.join(10)
+        assert not staying.is_alive()
+    launch._linger(host)  # there is no store any more to stay for
+
+
 def test_torchruns_handler_leaves_once(endpoint: str) -> None:
     handler = create_handler(RendezvousParameters("embedded", endpoint, "job", 1, 2, None, timeout=900))
     assert isinstance(handler, TorchrunRendezvous)
