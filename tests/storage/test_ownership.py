@@ -88,7 +88,8 @@ def test_readers_and_writers_close_what_they_have_opened(opens: Opens) -> None:
     found = {"w": torch.zeros(3)}
     with ShardWriter(f"{URL}/step-000000001") as writer:
         dcp.save({"w": torch.arange(3.0)}, storage_writer=writer)
-        assert opens() == [0], "one store, however often DCP resets it"
+        writer.reset(f"{URL}/step-000000002")
+        assert opens() == [0], "one store, however often DCP resets it to a step of the same run"
     with ShardReader(URL) as reader:
         dcp.load(found, storage_reader=reader)
         reader.reset("memory://another")
@@ -169,6 +170,8 @@ def test_a_bucket_that_is_closed_keeps_no_thread_and_no_connection(make_url: Cal
         assert store.list("")
         pools = [store._bucket._connections, store._bucket._client._connections, brisk._store._connections]  # type: ignore[attr-defined]
         assert all(pool._idle._connections for pool in pools)
+        brisk.close()
+        assert all(pool._idle._connections for pool in pools), "it goes with the store that it is of"
         assert store._pool._threads
     assert not any(pool._idle._connections for pool in pools)
     assert not any(thread.is_alive() for thread in store._pool._threads)
