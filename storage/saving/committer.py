@@ -41,6 +41,15 @@ class SaveJob:
     healthy: bool = True
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A job that was handed over. `stored` is set once its payloads are stored, or cannot be: their memory is free."""
+
+    job: SaveJob
+    stored: threading.Event
+    committed: Future[bool]
+
+
 class Committer:
     """Runs jobs on a thread of its own. All methods without underscore belong to the training's thread.
 
@@ -68,9 +77,7 @@ class Committer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="storage-save")  # its thread begins with the first job
         self._stop = threading.Event()
         self._live: set[str] = set()
-        self._last: tuple[SaveJob, Future[bool]] | None = None
-        self._stored = threading.Event()
-        self._stored.set()
+        self._last: _Running | None = None
 
     @property
     def fenced(self) -> str | None:
@@ -85,25 +92,26 @@ class Committer:
 
     def submit(self, job: SaveJob) -> None:
         """Take the job over. The payloads' memory is in use until `wait_stored` returns."""
-        self._stored = threading.Event()
-        self._last = (job, self._pool.submit(self._run, job, self._stored))
+        stored = threading.Event()
+        self._last = _Running(job, stored, self._pool.submit(self._run, job, stored))
 
     def wait_stored(self) -> None:
         """Block until the last job's payloads are stored (or have failed): their memory is free again."""
-        self._stored.wait()
+        if self._last is not None:
+            self._last.stored.wait()
 
     def wait(self) -> bool:
         """Block until the last job has ended; whether it committed (True if there was none)."""
-        return self._last is None or self._last[1].result()
+        return self._last is None or self._last.committed.result()
 
     def has_committed(self, step: int, *, healthy: bool) -> bool:
         """Whether the last job was for this step and committed; waits for it only if it was for this step.
 
         What was saved as unhealthy has not been if the step is healthy now.
         """
-        if self._last is None or self._last[0].attempt.step != step:
+        if self._last is None or self._last.job.attempt.step != step:
             return False
-        return self._last[1].result() and (self._last[0].healthy or not healthy)
+        return self._last.committed.result() and (self._last.job.healthy or not healthy)
 
     def forget(self) -> None:
         """Wait for the last job, and let its step be saved again: what it committed may turn out to be damaged."""
@@ -112,7 +120,7 @@ class Committer:
 
     def close(self, *, abandon: bool) -> None:
         """End the thread after the last job; with `abandon` it waits for no other rank any more."""
-        if self._last is not None and not self._last[1].done():
+        if self._last is not None and not self._last.committed.done():
             self._ownership.announce_end()
         if abandon:
             self._stop.set()

@@ -23,6 +23,8 @@ from storage.state.tree import tree_of
 
 log = logging.getLogger(__name__)
 
+_Described = tuple[Holdings, dict[int, EncodedItem]]
+
 
 def check_state(state: object) -> None:
     """Raise UsageError unless it is a dict."""
@@ -111,19 +113,10 @@ class Consensus:
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
-        try:
-            holdings, values = self._describe(state, compare_ranks=compare_ranks)
-        except Exception as error:
-            if not isinstance(error, (UsageError, ValueError)):
-                log.exception("the state cannot be described")
-            failure = Failure.of(error)
-            if isinstance(error, ValueError):
-                failure = Failure(UsageError.__name__, failure.text)
-            self._decide(step, _Report(False, bool(healthy), "", failure))
-            raise AssertionError("a failure of any rank is raised on all") from error
-        decision = self._decide(
-            step, _Report(self._has_plan_of(holdings), bool(healthy), combined(holdings.sums), None)
-        )
+        described = self._describe(state, compare_ranks=compare_ranks)
+        decision = self._decide(step, self._report(described, healthy=bool(healthy)))
+        assert not isinstance(described, Failure), "every rank's failure is raised on all"
+        holdings, values = described
         attempt = self._compare(holdings.sums) if decision.compare else decision.attempt
         if attempt is None:
             return None
@@ -134,14 +127,27 @@ class Consensus:
     def _has_plan_of(self, holdings: Holdings) -> bool:
         return self._plan is not None and self._plan.digest == holdings.digest
 
-    def _describe(self, state: Mapping[str, Any], *, compare_ranks: bool) -> tuple[Holdings, dict[int, EncodedItem]]:
-        """What this rank holds, and those of its values that it is likely to write, encoded."""
-        check_state(state)
-        compares = compare_ranks and self._group.world_size > 1
-        is_first = self._plan is None
-        holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
-        picks = self._plan.picks if self._plan and self._has_plan_of(holdings) else range(len(holdings.chunks))
-        return holdings, holdings.encode_values(picks)
+    def _describe(self, state: Mapping[str, Any], *, compare_ranks: bool) -> _Described | Failure:
+        """What this rank holds, and those of its values that it is likely to write, encoded; or why it cannot tell."""
+        try:
+            check_state(state)
+            compares = compare_ranks and self._group.world_size > 1
+            is_first = self._plan is None
+            holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
+            picks = self._plan.picks if self._plan and self._has_plan_of(holdings) else range(len(holdings.chunks))
+            return holdings, holdings.encode_values(picks)
+        except ValueError as error:
+            return Failure(UsageError.__name__, Failure.of(error).text)
+        except Exception as error:
+            if not isinstance(error, UsageError):
+                log.exception("the state cannot be described")
+            return Failure.of(error)
+
+    def _report(self, described: _Described | Failure, *, healthy: bool) -> _Report:
+        if isinstance(described, Failure):
+            return _Report(is_planned=False, healthy=healthy, sums="", failure=described)
+        holdings, _ = described
+        return _Report(self._has_plan_of(holdings), healthy, combined(holdings.sums), failure=None)
 
     def _decide(self, step: int, mine: _Report) -> _Decision:
         """What is to be done, by the reports of all ranks. Raises UsageError, Fenced, StorageError on all of them."""
