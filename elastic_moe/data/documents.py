@@ -175,7 +175,7 @@ def text_of_line(line: bytes, path: str, number: int, field: str) -> bytes | Non
 
 
 def texts_of_lines(lines: Iterator[bytes], path: str, field: str) -> Iterator[bytes]:
-    """The texts in lines of JSON."""
+    """Yield the texts in lines of JSON, without those of empty lines."""
     for number, line in enumerate(lines, start=1):
         if (text := text_of_line(line, path, number, field)) is not None:
             yield text

@@ -12,7 +12,7 @@ SNIFFED_BYTES = 64 << 10
 
 
 class DataFormat(StrEnum):
-    """What a file holds."""
+    """What a file of training data holds."""
 
     TEXT = "text"
     JSONL = "jsonl"

@@ -21,7 +21,7 @@ _LINES_PER_RUN = 5
 
 
 class Console:
-    """Writes to stdout. One progress at a time."""
+    """Writes sentences, and one progress bar at a time, to stdout."""
 
     def __init__(self) -> None:
         self._console = rich.console.Console(highlight=False, soft_wrap=True)
@@ -38,7 +38,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[None]:
-        """While `total` steps are trained."""
+        """Show a bar of `total` steps while the block runs."""
         self._name, self._total, self._told = name, total, 0
         if not self._console.is_terminal:
             yield
@@ -57,7 +57,7 @@ class Console:
                 self._bar = None
 
     def step(self, metrics: Record) -> None:
-        """A step is complete."""
+        """Move the bar on by a step."""
         if self._bar is not None:
             loss = f"loss {metrics['loss']:.3f}, {count(metrics['world_size'], 'rank')}"
             self._bar.update(self._task, completed=metrics["step"], loss=loss)
@@ -66,11 +66,11 @@ class Console:
             self.say(f"          {self._name}: step {metrics['step']} of {self._total}, loss {metrics['loss']:.3f}")
 
     def tail(self, name: str, path: Path, lines: Sequence[str]) -> None:
-        """The end of a process's log."""
+        """Show the end of a process's log."""
         self.say("", f"--- {name}, the end of {path}", *lines)
 
     def summary(self, summary: Summary, out: Path) -> None:
-        """The outcome and where its records are."""
+        """Show the outcome, and where its records are."""
         recovered = "-" if summary.recovered_s is None else f"{summary.recovered_s:.1f} s"
         paused = "-" if summary.paused_s is None else f"{summary.paused_s:.1f} s"
         difference = f"largest relative difference of a loss {summary.loss_rel_diff_max:.1e}"

@@ -51,7 +51,7 @@ class DemoFailed(Exception):
 
 
 class Demo:
-    """One demo in the folder `out`. `run` once."""
+    """One demo, whose records go to the folder `out`; `run` it once."""
 
     def __init__(self, out: Path, *, steps: int, seed: int, console: Console) -> None:
         self._out = out
@@ -161,7 +161,7 @@ class Demo:
         self._processes.start(name, ["-m", "elastic_moe", *run, *train], log_path=folder / "agent.log")
 
     def _kill_node(self, name: str) -> None:
-        """In the middle of a step, agent and workers at once."""
+        """Kill a node's agent and workers at once, in the middle of a step."""
         last = self._metrics[-1]
         time.sleep(last["step_s"] / 2)
         killed_ts = time.time()
@@ -184,7 +184,7 @@ class Demo:
     # --- what the driver waits for
 
     def _hear(self) -> int:
-        """Read what the nodes have written since, and tell it; how many steps were among it."""
+        """Read what the nodes have written since the last look, tell it, and return how many steps were in it."""
         events = merge(*(tail.read() for tail in self._tails.values()))
         metrics = self._metrics_tail.read()
         self._events = merge(self._events, events)
@@ -205,7 +205,7 @@ class Demo:
         self._wait(lambda: self._metrics[-1]["step"] >= step, f"step {step}", _STEP_DEADLINE_S)
 
     def _wait_for_generation(self, least: int, world_size: int) -> Record:
-        """The first step that a generation of this size completed."""
+        """Wait until a generation of this size has completed a step, and return that step."""
 
         def first() -> Record | None:
             later = (each for each in self._metrics if each["generation"] >= least)
@@ -240,7 +240,7 @@ class Demo:
             time.sleep(_POLL_S)
 
     def _check(self, process: Process, what: str) -> None:
-        """A process that ended before what is waited for: only the killed and the finished may."""
+        """Raise DemoFailed where a process has ended early: only those that were killed or are done may end."""
         code = process.poll()
         if code == 0 and not self._whole_again:
             raise DemoFailed(f"{process.name} ended while waiting for {what}: try more --steps")
@@ -249,7 +249,7 @@ class Demo:
 
 
 def _is_of(event: Record, name: str) -> bool:
-    """Node ids are the name that the demo gave and a suffix of their own for each start."""
+    """Whether a node id is of that node: it is the name that the demo gave, and a suffix for each start."""
     return str(event["node"]).startswith(f"{name}-") or event["node"] == name
 
 

@@ -36,7 +36,7 @@ class Process:
             )
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
+        """Return the exit code, or None while the process runs."""
         return self._child.poll()
 
     def kill(self) -> None:
@@ -48,19 +48,19 @@ class Process:
         self._child.wait()
 
     def interrupt(self) -> None:
-        """SIGINT: an agent stops its workers at once and leaves nothing behind."""
+        """Send SIGINT, on which an agent stops its workers at once and leaves nothing behind."""
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGINT)
 
     def wait(self) -> None:
-        """Until it has ended; it is killed after a grace."""
+        """Wait until the process has ended; kill it after a grace."""
         try:
             self._child.wait(_STOP_GRACE_S)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def tail(self, num_lines: int) -> list[str]:
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         return self.log_path.read_text(errors="replace").splitlines()[-num_lines:]
 
 

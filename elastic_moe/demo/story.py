@@ -37,7 +37,7 @@ class Story:
         }
 
     def hear(self, event: Record) -> Iterator[str]:
-        """The sentences that an event adds to the story: none or one."""
+        """Return what an event adds to the story: no sentence or one."""
         teller = self._tellers.get(event["event"])
         if teller and (sentence := teller(event)):
             yield self.stamped(event["ts"], sentence)
@@ -99,5 +99,5 @@ class Story:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 step`, `2 steps`."""
+    """Write a number with its noun: `1 step`, `2 steps`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -60,7 +60,7 @@ class Summary:
 def summarize(
     *, events: Sequence[Record], metrics: Sequence[Record], unbroken: Sequence[Record], steps: int, seed: int
 ) -> Summary:
-    """Judge a demo.
+    """Compute what a demo has proved from its events and metrics.
 
     Args:
         events: Both nodes' events and the driver's, in the order of time.
@@ -168,7 +168,7 @@ def _problems(
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """Return the number, or None where it is not finite: JSON knows no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

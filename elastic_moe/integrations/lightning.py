@@ -95,11 +95,11 @@ class ElasticCallback(Callback):  # type: ignore[misc, unused-ignore]
         self._is_healthy = True
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        """An evaluation makes progress too."""
+        """Send a heartbeat: an evaluation makes progress too."""
         worker.heartbeat(self._told_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last step is saved, whichever it is."""
+        """Save the last step, whichever it is."""
         if not self.stopped and trainer.global_step:
             state = self._state(trainer)
             self._session.checkpointer.announce_end()
@@ -107,11 +107,11 @@ class ElasticCallback(Callback):  # type: ignore[misc, unused-ignore]
                 self._session.checkpointer.save(trainer.global_step, state, wait=True, healthy=self._is_healthy)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the run go."""
+        """Close the checkpoints, so that another job may take the run."""
         self._session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Wait for no other rank."""
+        """Close the checkpoints without waiting for other ranks, which may have failed as well."""
         self._session.close(failed=True)
 
     def _others(self, trainer: Any) -> list[Any]:

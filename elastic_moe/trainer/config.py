@@ -36,7 +36,7 @@ class OptimConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """The run itself."""
+    """How long the model trains, on how much at a time, and in what precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -85,11 +85,11 @@ class DataProgress:
 
     @property
     def updates(self) -> int:
-        """Steps that have changed the model: as many as the moments have seen."""
+        """The number of steps that have changed the model, which is how many the moments have seen."""
         return self.step - self.skipped
 
     def count(self, *, skipped: bool) -> None:
-        """One step more."""
+        """Count a step as done."""
         self.step += 1
         self.skipped += skipped
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0

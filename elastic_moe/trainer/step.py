@@ -60,7 +60,7 @@ class Batches:
     device: torch.device
 
     def of_step(self, step: int) -> list[MicroBatch]:
-        """As many as the share has rounds, each full: padded with sequences that are not real.
+        """Yield a micro-batch for each round of the share, each full: padded with sequences that are not real.
 
         Raises:
             UserError: a token is outside the model's vocabulary.

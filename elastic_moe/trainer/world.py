@@ -21,7 +21,7 @@ _VECTOR_WIDTH = 32
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank.
+    """Choose the device that this rank trains on.
 
     Raises:
         UserError: cuda is asked for and there is none, or not one for each local rank.
