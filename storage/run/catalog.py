@@ -119,7 +119,7 @@ class _AskedByName(Mapping[str, ObjectInfo]):
         return 0
 
     def ask(self, names: Collection[str]) -> None:
-        """Ask for many at once: each is a request."""
+        """Ask for many objects at once: each is a request."""
         with Pool(_NUM_ASKED_AT_ONCE, thread_name_prefix="storage-look") as pool:
             self._known.update(zip(names, pool.map(self._ask, names), strict=True))
 

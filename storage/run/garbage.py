@@ -19,7 +19,7 @@ from storage.stores.keys import PROBE_PREFIX, is_probe_name
 from storage.stores.objects import ObjectInfo, ObjectStore, Upload
 
 AGE_S_MIN = 3600.0
-"""No save takes longer: younger things may be a living job's."""
+"""The least age of what is removed. No save takes longer: younger things may be a living job's."""
 
 
 class GarbageKind(enum.StrEnum):
@@ -100,7 +100,7 @@ def of_uploads(uploads: Iterable[Upload], before_unix_s: float) -> list[Garbage]
 
 
 def remove(store: ObjectStore, garbage: Garbage) -> None:
-    """Delete it. What is gone already is no error."""
+    """Delete one thing. What is gone already is no error."""
     for key in garbage.keys:
         store.delete(key)
     if garbage.upload is not None:

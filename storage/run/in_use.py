@@ -37,7 +37,7 @@ _LOOK_INTERVAL_S = 1.0
 
 
 class Liveness(enum.Enum):
-    """What a watch has found."""
+    """Whether another job lives, as far as its heartbeat tells."""
 
     UNKNOWN = "look on"
     ENDED = "it has ended"

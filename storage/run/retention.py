@@ -28,7 +28,7 @@ class StepState:
     attempt: str | None
     attempts: frozenset[str]
     metadata: bytes | None = field(default=None, repr=False)
-    """What commits it."""
+    """The content of its `.metadata`."""
     healthy: bool = True
     """Whether a restore may take it: neither saved as unhealthy, nor with a damaged manifest."""
 

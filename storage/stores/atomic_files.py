@@ -165,7 +165,7 @@ class AtomicFiles:
 
 
 def write_all(fd: int, buffers: Sequence[Buffer]) -> None:
-    """Write the buffers, one after the other, where the file stands."""
+    """Write the buffers, one after the other, at the file's position."""
     rest = views_of(buffers)
     while rest:
         rest = skip(rest, os.writev(fd, rest[:_IOV_MAX]))
@@ -191,7 +191,7 @@ def read_at(fd: int, buffers: Sequence[Buffer], offset: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive the death of the host."""
+    """Sync a folder, so that the names in it survive the death of the host."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -14,7 +14,7 @@ def views_of(buffers: Sequence[Buffer]) -> list[memoryview]:
 
 
 def size_of(views: Sequence[memoryview]) -> int:
-    """The bytes of all of them."""
+    """How many bytes the views have together."""
     return sum(view.nbytes for view in views)
 
 

@@ -57,7 +57,7 @@ class FsspecStore(ObjectStore):
 
     @property
     def url(self) -> str:
-        """As it was opened."""
+        """The URL that the store was opened by."""
         return self._url
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
@@ -281,7 +281,7 @@ def is_known(protocol: str) -> bool:
 
 
 def _size(info: Mapping[str, Any]) -> int | None:
-    """None where it is not told. Raises ValueError for what is no size."""
+    """The size that a file system tells; None where it tells none. Raises ValueError for what is no size."""
     size = info.get("size")
     if size is None:
         return None

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MODE = 0o600
 MODES = (MODE, 0o640, 0o644, 0o660, 0o664)
-"""That files may have: nobody but the owner and the group ever writes."""
+"""Modes that files may have: nobody but the owner and the group ever writes."""
 _CAPABILITIES = {Capability.CONDITIONAL_PUTS, Capability.GUARDED_READS, Capability.HOST_CACHE}
 _NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}

@@ -208,7 +208,7 @@ def exists(store: ObjectStore, key: str) -> bool:
 
 
 def read_if_there(store: ObjectStore, key: str) -> bytes | None:
-    """The whole object, or None."""
+    """Read the whole object; None if it is not there."""
     try:
         return store.read(key)
     except NotFound:

@@ -133,7 +133,7 @@ def _open_file(rest: str) -> ObjectStore:
 
 
 def _parse_mode(query: str) -> int:
-    """The one option of a folder. Raises BadURL."""
+    """The mode in the query of a `file://` URL, its one option. Raises BadURL."""
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("mode", "")
     if options or not text:

@@ -69,7 +69,7 @@ class RetryCounts:
     waited_s: float = 0.0
 
     def since(self, earlier: RetryCounts) -> RetryCounts:
-        """What came after `earlier`. Pure."""
+        """The counts of what came after `earlier`. Pure."""
         counts = {c: n - earlier.num_by_cause.get(c, 0) for c, n in sorted(self.num_by_cause.items())}
         return RetryCounts({c: n for c, n in counts.items() if n}, self.waited_s - earlier.waited_s)
 
@@ -98,7 +98,7 @@ class RetryLog:
             self._waited_s += wait_s
 
     def snapshot(self) -> RetryCounts:
-        """The counts so far."""
+        """Return the counts so far."""
         with self._lock:
             return RetryCounts(dict(self._num_by_cause), self._waited_s)
 

@@ -238,7 +238,7 @@ class Bucket(ObjectStore):
     # multipart --------------------------------------------------------------------------------------------------
 
     def create_upload(self, key: str) -> str:
-        """Begin a multipart upload; its id."""
+        """Begin a multipart upload and return its id."""
         return self._client.create_upload(self._location.prefix + key, self._request("put", key))
 
     def put_part(self, key: str, upload: str, number: int, views: Sequence[memoryview]) -> Sent:

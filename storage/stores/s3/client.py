@@ -104,7 +104,7 @@ class S3Client:
         self._client.meta.events.register("before-send.s3", self._send)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._connections.close()
         self._client.close()
 
@@ -130,7 +130,7 @@ class S3Client:
         return self._guarded(request, ask)
 
     def create_upload(self, key: str, request: Request) -> str:
-        """Begin a multipart upload; its id."""
+        """Begin a multipart upload and return its id."""
         arguments = {**self._arguments, "Key": key, **self._uploads}
         return self._guarded(
             request, lambda: needed(self._client.create_multipart_upload(**arguments), "UploadId", str)

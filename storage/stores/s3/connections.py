@@ -178,7 +178,7 @@ class _Idle:
             connection.close()
 
     def put(self, connection: http.client.HTTPConnection) -> None:
-        """Take one back."""
+        """Take a connection back that carries no request any more."""
         with self._lock:
             if not self._is_closed:
                 self._connections.append(connection)
@@ -186,14 +186,14 @@ class _Idle:
         connection.close()
 
     def drop(self) -> None:
-        """Close those that wait now."""
+        """Close the connections that wait now."""
         with self._lock:
             connections, self._connections = self._connections, []
         for connection in connections:
             connection.close()
 
     def close(self) -> None:
-        """Close those that wait, and those that come."""
+        """Close the connections that wait, and those that come back later."""
         with self._lock:
             self._is_closed = True
         self.drop()

@@ -16,7 +16,7 @@ def bare(etag: str) -> str:
 
 
 def marked(etag: str) -> str:
-    """Bare, but for the mark of a weak one: no server lets such a one match."""
+    """Without its quotes, but with the mark of a weak one, which no server lets match."""
     return (WEAK if etag.startswith(WEAK) else "") + bare(etag)
 
 

@@ -103,7 +103,7 @@ def uploads_of(answer: Mapping[str, Any], prefix: str) -> UploadsPage:
 
 
 def needed(answer: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    """A field that the answer must have. Raises ValueError."""
+    """Return a field that the answer must have. Raises ValueError where it lacks."""
     value = answer.get(name)
     if not isinstance(value, kind) or value == "":
         raise ValueError(f"it has no {name}")

@@ -100,7 +100,7 @@ def parse_url(rest: str) -> tuple[S3Location, S3Options]:
 
 
 def format_url(location: S3Location, options: S3Options) -> str:
-    """The URL that `parse_url` takes apart. Pure."""
+    """The URL of a location with its options: what `parse_url` takes apart. Pure."""
     path = f"s3://{location.bucket}/{quote(location.prefix.rstrip('/'))}".rstrip("/")
     given = options.model_dump(exclude_defaults=True)
     values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in given.items()}

@@ -31,7 +31,7 @@ class Probed(Protocol):
 
 @contextlib.contextmanager
 def _probe_object(store: Probed) -> Iterator[str]:
-    """Put an object of the probe's own; its key. It is removed at the end."""
+    """Put an object of the probe's own and yield its key; it is removed at the end."""
     key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
     store.put_object(key, [b"probe"], with_condition=False)
     try:

@@ -99,7 +99,7 @@ class Response:
         return body
 
     def read_start(self, size_bytes: int = _UNREAD_SIZE_BYTES) -> bytes:
-        """So much of the body, or all of it. Raises Interrupted."""
+        """Read so much of the body, or all of it if it is shorter. Raises Interrupted."""
         try:
             body = self._response.read(size_bytes)
         except http.client.IncompleteRead as error:

@@ -38,7 +38,7 @@ _Part = Callable[[], Sequence[memoryview]]
 
 @dataclass(frozen=True)
 class _Content:
-    """What goes up in parts."""
+    """The content of an object that goes up in parts."""
 
     parts: Sequence[_Part]
     if_absent: bool = False
@@ -164,7 +164,7 @@ class S3Store(RetryingStore):
 
 
 def open_s3(rest: str) -> S3Store:
-    """Open what follows `s3://`. Raises BadURL, Denied."""
+    """Open the bucket and prefix that follow `s3://`. Raises BadURL, Denied."""
     location, options = parse_url(rest)
     bucket = Bucket(location, options)
     with _limits_lock:
