@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from launcher import WorkerContext
+from launcher import Stop, WorkerContext
 from launcher import worker as _worker
 
 __all__ = [
+    "Stop",
     "WorkerContext",
     "context",
     "event",

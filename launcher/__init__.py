@@ -1,8 +1,8 @@
 """Launches PyTorch jobs on machines that come and go: who is in the job, on which mesh, and which processes run.
 
-In a script     worker tells the agent how far this rank is and learns from it when to stop: heartbeat, should_stop,
-                untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without an agent
-                nothing happens, and every call has a sensible answer.
+In a script     worker tells the agent how far this rank is and learns from it when to stop: heartbeat, should_stop
+                (a Stop), untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without
+                an agent nothing happens, and every call has a sensible answer.
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
 Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from launcher.rounds.formation import Planner
     from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
     from launcher.rounds.records import Node
-    from launcher.script.worker import Worker, WorkerContext, worker
+    from launcher.script.worker import Stop, Worker, WorkerContext, worker
     from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
     from launcher.workers.imports_ahead import Imports
     from launcher.workers.paths import keep_to_own
     from launcher.workers.warm import fork_zygote
 
-__all__ = ["Worker", "WorkerContext", "worker"]
+__all__ = ["Stop", "Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent", "unknown_backend"]
@@ -69,7 +69,7 @@ _ROOMS = {
     "launcher.rounds.formation": "Planner",
     "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
     "launcher.rounds.records": "Node",
-    "launcher.script.worker": "Worker WorkerContext worker",
+    "launcher.script.worker": "Stop Worker WorkerContext worker",
     "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",
     "launcher.workers.paths": "keep_to_own",

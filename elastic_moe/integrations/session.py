@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe import worker
 from elastic_moe.events import TrainerEvent
+from launcher import Stop
 
 if TYPE_CHECKING:
     from storage import Checkpointer
@@ -73,7 +74,7 @@ class Session:
         self, step: int, state: Mapping[str, Any], reason: str | None, *, last: bool = False, healthy: bool = True
     ) -> bool:
         """Save at a step boundary; whether to stop there, for `reason`. A collective."""
-        if reason == "drain" or last:
+        if reason == Stop.DRAIN or last:
             self.checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
         with worker.untimed():
             self.checkpointer.save(step, state, wait=bool(reason) or last, healthy=healthy)
@@ -83,7 +84,7 @@ class Session:
                 log.warning("step %d could not be saved: the stop (%s) waits for the next step", step, reason)
                 worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
                 return False
-            if reason == "drain":
+            if reason == Stop.DRAIN:
                 self.close()  # the job's next launch need not ask whether this one lives
         worker.yielded(step)
         self.stopped = reason

@@ -17,7 +17,7 @@ from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress
 from elastic_moe.trainer.step import Stepper, StepResult
 from elastic_moe.trainer.world import from_rank_0
-from launcher import WorkerContext, worker
+from launcher import Stop, WorkerContext, worker
 from storage import Checkpointer, CheckpointState, NoCheckpoint, StorageError, locate, summaries
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Loop:
             )
         while progress.step < job.train.steps:
             result = self._step()
-            reason = worker.should_stop() or ("drain" if self.signals.asked() else None)
+            reason = worker.should_stop() or (Stop.DRAIN if self.signals.asked() else None)
             last = progress.step == job.train.steps
             self._is_due = self._is_due or progress.step % job.checkpoint.every == 0
             if result.skipped:
@@ -69,7 +69,7 @@ class Loop:
             if result.skipped:
                 raise self._give_up(f"step {progress.step}, the last, was skipped, since {result.skipped}")
             if reason and not last and self._may_stop(reason):
-                if self.checkpointer is not None and reason == "drain":
+                if self.checkpointer is not None and reason == Stop.DRAIN:
                     self.checkpointer.close()  # if all nodes drain, the next launch need not ask whether this one lives
                 worker.yielded(progress.step)
                 return
@@ -87,7 +87,7 @@ class Loop:
     def _save(self, checkpointer: Checkpointer, result: StepResult, reason: str | None, *, last: bool) -> None:
         step = self.progress.step
         self._is_due = False
-        if reason == "drain" or last:
+        if reason == Stop.DRAIN or last:
             checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
         with worker.untimed():
             bad = first_not_finite(self.state)

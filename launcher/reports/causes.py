@@ -60,12 +60,19 @@ class Interruption:
         return None if self.ended_ts is None else self.ended_ts - self.began_ts
 
 
+class StoreKind(StrEnum):
+    """What a store is for."""
+
+    JOB = "job store"
+    """The one where nodes meet."""
+    CHECKPOINTS = "checkpoint store"
+
+
 @dataclass(frozen=True)
 class Outage:
     """A time in which nodes or workers had no answer from a store."""
 
-    store: str
-    """"job store", where nodes meet, or "checkpoint store"."""
+    store: StoreKind
     where: str
     """The checkpoint store's URL."""
     nodes: tuple[str, ...]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.rounds.membership import View, breakage
-from launcher.rounds.records import Failure, Round, describe
+from launcher.rounds.records import Failure, Round, Status, describe
 from launcher.rounds.vitals import Vitals
 
 
@@ -19,7 +19,7 @@ class NodeStatus:
     address: str
     zone: str
     slots: int
-    status: str
+    status: Status
     generation: int
     leads: bool
     draining: bool
@@ -96,7 +96,7 @@ def job_status(run_id: str, view: View, vitals: Mapping[str, Vitals] | None = No
             address=node.address,
             zone=node.zone,
             slots=node.slots,
-            status=node.status.value,
+            status=node.status,
             generation=node.generation,
             leads=node.node_id == view.leader,
             draining=node.draining,

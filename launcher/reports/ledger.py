@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from launcher.events import EventName, EventRecord
-from launcher.reports.causes import EXPLAINS, Cause, Interruption
-from launcher.reports.outages import JOB_STORE, Silence
+from launcher.reports.causes import EXPLAINS, Cause, Interruption, StoreKind
+from launcher.reports.outages import Silence
 from launcher.reports.reasons import UNSPECIFIC, Reason, reason_from, reason_in
 from launcher.reports.round_steps import RoundSteps
 from launcher.reports.sentences import sentence
@@ -110,7 +110,7 @@ class Ledger:
         self._began_ts = self._since_ts = float(ordered[0]["ts"])
         self._rounds: Iterator[RoundSteps] = iter(rounds)
         self._tells_steps = any(steps.first for steps in rounds)
-        self._silent = [silence for silence in silent if silence.store == JOB_STORE]
+        self._silent = [silence for silence in silent if silence.store is StoreKind.JOB]
         self._last_word: Mapping[str, float] = {str(e.get("node", "")): float(e["ts"]) for e in ordered}
         self._live: set[str] = set()
         self._refused: set[str] = set()  # whose agents refuse connections, and have not been heard of since

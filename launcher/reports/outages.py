@@ -7,19 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.events import EventName, EventRecord
-from launcher.reports.causes import Outage
+from launcher.reports.causes import Outage, StoreKind
 
-JOB_STORE, CHECKPOINT_STORE = "job store", "checkpoint store"
-_AWAY = {EventName.STORE_UNREACHABLE: JOB_STORE, EventName.CHECKPOINT_STORE_AWAY: CHECKPOINT_STORE}
+_AWAY = {EventName.STORE_UNREACHABLE: StoreKind.JOB, EventName.CHECKPOINT_STORE_AWAY: StoreKind.CHECKPOINTS}
 _UNKNOWN_S = 60.0
-_BACK = {EventName.STORE_BACK: JOB_STORE, EventName.CHECKPOINT_STORE_BACK: CHECKPOINT_STORE}
+_BACK = {EventName.STORE_BACK: StoreKind.JOB, EventName.CHECKPOINT_STORE_BACK: StoreKind.CHECKPOINTS}
 
 
 @dataclass(frozen=True)
 class Silence:
     """One node's or worker's own account of such a time."""
 
-    store: str
+    store: StoreKind
     where: str
     node: str
     reason: str
@@ -43,7 +42,7 @@ def silences(ordered: Iterable[EventRecord]) -> list[Silence]:
             event.get("url"),
             event.get("generation"),
         )
-        who = who if store == CHECKPOINT_STORE else who[:2]  # a worker that was started anew is another one
+        who = who if store is StoreKind.CHECKPOINTS else who[:2]  # a worker that was started anew is another one
         if name in _AWAY:
             under_way[who] = len(found)
             told = str(event.get("reason", "")), ts - seconds, None

@@ -17,12 +17,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 WINDOW = 32
 _FACTOR = 1.5
 _SHARE = 0.1
 _NUM_FIGURES = 2
-_BY = ("arrival", "work")
+
+
+class Figure(StrEnum):
+    """A rank's own part of a step, in the order in which ranks exchange them."""
+
+    ARRIVAL = "arrival"
+    WORK = "work"
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Straggler:
     """A rank that is slow: by which figure, its own seconds a step, the median of the others', and a step's length."""
 
     rank: int
-    by: str
+    by: Figure
     own_s: float
     others_s: float
     step_s: float
@@ -49,7 +56,7 @@ def find(figures: Sequence[Sequence[float]]) -> tuple[Straggler, ...]:
     """
     step_s = max((arrival for arrival, _ in figures), default=0.0)
     found: dict[int, Straggler] = {}
-    for place, by in enumerate(_BY):
+    for place, by in enumerate(Figure):
         values = [own[place] for own in figures]
         for rank, own_s in enumerate(values):
             others = values[:rank] + values[rank + 1 :]

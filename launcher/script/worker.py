@@ -26,6 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from launcher.environment import Environment
@@ -39,6 +40,15 @@ from launcher.workers.channel import Channel, StopReason
 log = logging.getLogger(__name__)
 
 _STEP_LIMIT = 1 << 63
+
+
+class Stop(StrEnum):
+    """Why a script is asked to stop at a step boundary, and to be run again."""
+
+    MEMBERSHIP = "membership"
+    """Nodes have come or gone, and the next round is to be formed."""
+    DRAIN = "drain"
+    """A node is to leave, perhaps all of them: the job may go on elsewhere, or not."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +144,8 @@ class Worker:
             if channel and not self._num_untimed:
                 channel.end_untimed()
 
-    def should_stop(self) -> str | None:
-        """Whether to stop at this step boundary, and why: "membership", "drain", or None.
+    def should_stop(self) -> Stop | None:
+        """Whether to stop at this step boundary, and why (a `Stop` is a str, "membership" or "drain"); None goes on.
 
         A collective: every rank must call it at the same step, and every rank gets the same answer, because the agents'
         requests reach the ranks at different moments. One all-reduce of one number on the default process group; every
@@ -144,7 +154,7 @@ class Worker:
         reason = self._channel.stop_request() if self._channel else StopReason.NONE
         if Environment.from_env(self._env).channel and int(self._env.get("WORLD_SIZE", "1")) > 1:
             reason = self._agree(reason)
-        return None if reason is StopReason.NONE else reason.name.lower()
+        return None if reason is StopReason.NONE else Stop[reason.name]
 
     def on_all_ranks(self, value: bool) -> bool:
         """Whether `value` is true on every rank. A collective on the default process group, where there is one."""
