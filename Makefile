@@ -49,6 +49,7 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
+	BUCKET_SEEDS=10000 $(BIN)/python -m pytest -q tests/launcher/test_bucket.py -k two_authors
 
 test-oldest: $(OLDEST_VENV)/.dev ## the core of the suite on the oldest torch that is supported; PyPI's is some gigabytes
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile \
@@ -58,7 +59,8 @@ fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the old
 	$(BIN)/python -W ignore -m tests.fuzz
 
 chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
-	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; done
+	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
+		CHAOS_STORES=folder $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
 
 check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian
 	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \

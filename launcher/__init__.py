@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from launcher.health.hangs import Auto, HangLimit, HangRules
     from launcher.health.preflight import Check, PreflightRules
     from launcher.job_client import JobClient, open_job
-    from launcher.kv.connect import BACKENDS, unknown_backend
+    from launcher.kv.connect import BACKENDS, OUTLIVING, looks_like_bucket, unknown_backend
     from launcher.launch import LaunchOptions, launch_agent
     from launcher.reports.job_status import JobStatus, NodeStatus
     from launcher.rounds.formation import Planner
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
-__all__ += ["BACKENDS", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent", "unknown_backend"]
+__all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
+__all__ += ["looks_like_bucket", "unknown_backend"]
 __all__ += ["keep_to_own", "tied_command"]
 __all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "NodeStatus", "open_job"]
 __all__ += ["Environment", "EventName", "EventRecord"]
@@ -63,7 +64,7 @@ _ROOMS = {
     "launcher.health.hangs": "Auto HangLimit HangRules",
     "launcher.health.preflight": "Check PreflightRules",
     "launcher.job_client": "JobClient open_job",
-    "launcher.kv.connect": "BACKENDS unknown_backend",
+    "launcher.kv.connect": "BACKENDS OUTLIVING looks_like_bucket unknown_backend",
     "launcher.launch": "LaunchOptions launch_agent",
     "launcher.reports.job_status": "JobStatus NodeStatus",
     "launcher.rounds.formation": "Planner",

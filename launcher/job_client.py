@@ -19,7 +19,7 @@ from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable
 from launcher.health.liveness import is_refused
 from launcher.kv import KV, Changes, Follower, Prefixed, Snapshot
-from launcher.kv.connect import connect
+from launcher.kv.connect import OUTLIVING, connect
 from launcher.kv.endpoint import parse_endpoint
 from launcher.node.board import DRAIN, run_prefix
 from launcher.node.roster import Roster
@@ -42,7 +42,7 @@ def open_job(backend: str, endpoint: str, run_id: str, conf: str = "") -> Iterat
     parsed = RendezvousConf.parse_text(conf)
     options = parsed.model_copy(update={"is_host": False})  # a client only, whatever the endpoint's name
     with connect(backend, endpoint, options, timeout_s=parsed.connect_timeout) as connection:
-        yield JobClient(connection.kv, run_id, endpoint, store_outlives_nodes=backend == "etcd3")
+        yield JobClient(connection.kv, run_id, endpoint, store_outlives_nodes=backend in OUTLIVING)
 
 
 @dataclass(frozen=True)

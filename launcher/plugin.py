@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
 
 
+def bucket() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """As `etcd3`, of the store on objects or in a folder: the back end's name is among the parameters."""
+    return _create
+
+
 def etcd3() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """Return the function that makes a handler; the entry point in group `torchrun.handlers` names this factory."""
     return _create

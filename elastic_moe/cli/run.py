@@ -258,12 +258,16 @@ def _usage_error(message: str) -> NoReturn:
 
 
 def _choose_backend(given: argparse.Namespace) -> None:
-    """Choose where nodes meet if the user left it open: one node needs no store, several meet at an embedded one."""
-    from launcher import BACKENDS, unknown_backend
+    """Choose where nodes meet if the user left it open: one node needs no store, several meet at an embedded one, or in
+    the folder or bucket that the endpoint names.
+    """
+    from launcher import BACKENDS, OUTLIVING, looks_like_bucket, unknown_backend
 
     alone = given.standalone or given.nnodes in ("1", "1:1")
     if given.rdzv_backend in ("static", "c10d"):
         given.rdzv_backend = "memory" if alone and not given.rdzv_endpoint else "embedded"
+        if looks_like_bucket(given.rdzv_endpoint):
+            given.rdzv_backend = "bucket"
     if given.rdzv_backend not in BACKENDS:
         raise UserError(f"--rdzv-backend {given.rdzv_backend}: {unknown_backend(given.rdzv_backend)}")
     if given.rdzv_backend == "embedded" and not given.rdzv_endpoint:
@@ -274,9 +278,13 @@ def _choose_backend(given: argparse.Namespace) -> None:
         )
     if given.rdzv_backend == "etcd3" and not given.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: etcd3 needs HOST:PORT of the etcd, or several, separated by commas")
+    if given.rdzv_backend == "bucket" and not given.rdzv_endpoint:
+        raise UserError("--rdzv-endpoint: bucket needs a folder that all nodes share, or a URL (s3://bucket/meet)")
     if given.rdzv_id in (None, "none"):
-        if given.rdzv_backend == "etcd3":  # an etcd outlives jobs: two that share a name would be one
-            raise UserError("--rdzv-id: jobs that share an etcd need names of their own; the same on all nodes of one")
+        if given.rdzv_backend in OUTLIVING:  # such a store outlives jobs: two that share a name would be one
+            raise UserError(
+                "--rdzv-id: jobs that share an etcd or a bucket need names of their own; the same on all nodes of one"
+            )
         given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
     if "/" in given.rdzv_id:  # it names a folder of --log-dir, and keys in the store
         raise UserError(f"--rdzv-id {given.rdzv_id!r}: may not hold a '/'")

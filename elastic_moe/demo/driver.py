@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ KILL_AT = 0.2
 STEPS_ALONE = 8
 
 _RECORDS = (
+    "meet",
     "checkpoints",
     "events.jsonl",
     "job.toml",
@@ -61,7 +61,7 @@ class Demo:
         self._processes = Processes()
         self._story = Story(time.time())
         self._job = out / "job.toml"
-        self._endpoint = ""
+        self._meet = out / "meet"
         self._tails = {name: Tail(out / name / "events.jsonl") for name in ("node-1", "node-2")}
         self._metrics_tail = Tail(out / "metrics.jsonl")
         self._events: list[Record] = []
@@ -107,9 +107,6 @@ class Demo:
 
     def _interrupted_run(self) -> None:
         with self._console.progress("two nodes", self._steps):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self._endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
             self._start_node("node-1")
             self._wait(lambda: self._heard(EventName.NODE_JOINED, "node-1"), "node 1 to join", _START_DEADLINE_S)
             self._start_node("node-2")
@@ -154,7 +151,7 @@ class Demo:
         self._tell("demo_node_started", name)
         folder = self._out / name
         run = ["run", "--nnodes", "1:2", "--nproc-per-node", str(SLOTS_PER_NODE), "--node-name", name]
-        run += ["--rdzv-backend", "embedded", "--rdzv-endpoint", self._endpoint, "--rdzv-id", "demo"]
+        run += ["--rdzv-backend", "bucket", "--rdzv-endpoint", str(self._meet), "--rdzv-id", "demo"]
         # The first round waits for both nodes, however slowly the second one imports torch.
         run += ["--rdzv-conf", f"last_call={_START_DEADLINE_S:g}", "--log-dir", str(folder)]
         train = ["--mesh", str(self._job), "-m", "elastic_moe", "train", str(self._job)]

@@ -104,7 +104,8 @@ def join(
         UsageError: the store does not answer any more.
     """
     meeting, kv = arrival.meeting, arrival.connection.kv
-    member = Member(kv, meeting.run_id, arrival.node, rules, planner, emit, lease_ttl_s=meeting.conf.lease_ttl)
+    ttl_s = meeting.conf.lease_ttl_s(meeting.backend)
+    member = Member(kv, meeting.run_id, arrival.node, rules, planner, emit, lease_ttl_s=ttl_s)
     try:
         reopen_failed(kv, meeting.run_id)
         if prepare is not None and is_running(kv, meeting.run_id):

@@ -21,6 +21,9 @@ _EXPECTED = {
 }
 """What a value should have been, by the type of pydantic's error, where its own words are none for a user."""
 
+_LEASE_TTL_S = 2.0
+_BUCKET_LEASE_TTL_S = 4.0  # each renewal is a request that costs
+
 _FROM_TORCHRUN = "rank"
 """torchrun's launcher puts its `--node-rank` among the values for a static rendezvous; nobody has written it."""
 
@@ -30,8 +33,8 @@ class RendezvousConf(StoreOptions):
     valid.
     """
 
-    lease_ttl: float = Field(2.0, ge=1.0, le=600)
-    """A node that is silent for this long is lost. Its own agent stops its workers before."""
+    lease_ttl: float | None = Field(None, ge=1.0, le=600)
+    """A node that is silent for this long is lost (default: 2; on a bucket 4). Its agent stops its workers before."""
     last_call: float = Field(2.0, ge=0, alias="last_call_timeout")
     """The first round, once it has min nodes, waits for so much quiet for more. Paid at the start only."""
     join_cooldown: float = Field(5.0, ge=0)
@@ -58,6 +61,10 @@ class RendezvousConf(StoreOptions):
     """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
     zone: str = ""
     """Nodes of one zone get adjacent ranks."""
+
+    def lease_ttl_s(self, backend: str) -> float:
+        """Return how long a node may be silent, by the store that its lease lies in."""
+        return self.lease_ttl or (_BUCKET_LEASE_TTL_S if backend == "bucket" else _LEASE_TTL_S)
 
     def rules(self, min_nodes: int, max_nodes: int, max_restarts: int | None = None) -> Rules:
         """Return the rules by which a job of this configuration forms its rounds."""

@@ -11,11 +11,14 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Self
 
 from launcher.environment import Environment
-from launcher.errors import UsageError
+from launcher.errors import KVUnavailable, UsageError
 from launcher.kv.base import KV
+from launcher.kv.bucket.client import BucketKV
+from launcher.kv.bucket.register import Register
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.endpoint import addresses_of, is_local, is_loopback, parse_endpoint, spelled
@@ -26,10 +29,15 @@ from launcher.kv.prefixed import Prefixed
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("embedded", "etcd3", "memory")
+BACKENDS = ("embedded", "bucket", "etcd3", "memory")
+OUTLIVING = ("bucket", "etcd3")
+"""Back ends whose store is there when a job has ended, for the next one of its name to find."""
+REGISTERS = "elastic_moe.registers"
+"""Group of entry points: functions from an endpoint to a `launcher.kv.bucket.register.Register`; one is `storage`."""
 _EMBEDDED_TIMEOUT_S = 10.0
 _ETCD_TIMEOUT_S = 6.0
 _LEAST_TIMEOUT_S = 3.0
+_DOCUMENTATION_ADDRESS = "192.0.2.1"  # RFC 5737: of no machine, and beyond the default route of any
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ def connect(
             return Connection(kv, local_addr or "127.0.0.1", hosts_store=False, close=kv.close)
         case "embedded":
             return _connect_embedded(endpoint, options, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S)
+        case "bucket":
+            return _connect_bucket(endpoint, local_addr)
         case "etcd3":
             return _connect_etcd(endpoint, options, local_addr, timeout_s or _ETCD_TIMEOUT_S)
         case _:
@@ -84,6 +94,33 @@ def unknown_backend(backend: str) -> str:
     if backend in ("etcd", "etcd-v2"):
         return "torch's own, for the v2 API that etcd no longer has; did you mean etcd3?"
     return f"unknown; choose one of {', '.join(BACKENDS)}"
+
+
+def looks_like_bucket(endpoint: str) -> bool:
+    """Whether an endpoint is a folder or a URL of objects, and no address."""
+    return "://" in endpoint or endpoint.startswith(("/", "./", "../", "~/"))
+
+
+def _connect_bucket(endpoint: str, local_addr: str | None) -> Connection:
+    found = {point.name: point for point in entry_points(group=REGISTERS)}
+    if "storage" not in found:
+        raise UsageError("--rdzv-backend bucket: the package elastic-moe is not installed, which knows object stores")
+    register: Register = found["storage"].load()(os.path.expanduser(endpoint))
+    kv = BucketKV(register)
+    try:
+        kv.get("")
+    except KVUnavailable as error:
+        kv.close()
+        raise UsageError(f"--rdzv-endpoint {endpoint}: {error}") from error
+    return Connection(kv, local_addr or _own_address(), hosts_store=False, close=kv.close)
+
+
+def _own_address() -> str:
+    """Return this machine's address on the way to others: that of its default route, else of its name."""
+    for address in (_DOCUMENTATION_ADDRESS, socket.gethostname()):
+        with contextlib.suppress(OSError, UsageError):
+            return _address_towards(addresses_of(address)[0])
+    return "127.0.0.1"
 
 
 def _connect_etcd(endpoint: str, options: StoreOptions, local_addr: str | None, timeout_s: float) -> Connection:

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from launcher.errors import KVUnavailable
 
 log = logging.getLogger(__name__)
 
-_RENEWALS_PER_TTL = 4
 _RETRY_S = 0.2
 
 
@@ -27,11 +26,13 @@ class StoreSilence:
 
 
 class Lease:
-    """Keeps itself alive from its own thread, over `renew`, four times per `ttl_s`, from `start` to `stop` or `revoke`.
+    """Keeps itself alive from its own thread, over `renew`, some times per `ttl_s`, from `start` to `stop` or `revoke`.
 
     `lost` is set once the store says that the lease is gone, or once nothing has shown for `ttl_s` that it stands: from
     then on the keys under it may have been deleted.
     """
+
+    renewals_per_ttl: ClassVar[float] = 4
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Lease:
         self._revoke = revoke
         self._close = close
         self._stands = stands
+        self._period_s = ttl_s / self.renewals_per_ttl
         self.silence: StoreSilence | None = None
         """While renewals are not answered: since when, and how."""
         self._stopped = threading.Event()
@@ -79,19 +81,19 @@ class Lease:
         return self._deadline_s
 
     def _keep_alive(self) -> None:
-        period_s = self.ttl_s / _RENEWALS_PER_TTL
+        period_s = self._period_s
         while not self._stopped.wait(period_s):
             sent_s = time.monotonic()
             try:
                 alive = self._renew()
             except Exception as error:  # noqa: BLE001 (a thread that ends here would leave a lease nobody knows lost)
                 alive = self._unanswered(sent_s, error)
-                period_s = max(0.0, min(self.ttl_s / _RENEWALS_PER_TTL, _RETRY_S) - (time.monotonic() - sent_s))
+                period_s = max(0.0, min(self._period_s, _RETRY_S) - (time.monotonic() - sent_s))
             else:
                 if alive:
                     self._deadline_s = sent_s + self.ttl_s
                     self.silence = None
-                period_s = self.ttl_s / _RENEWALS_PER_TTL
+                period_s = self._period_s
             if not alive:
                 if not self._stopped.is_set():
                     self.lost.set()

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import base64
+import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from launcher.errors import Compacted
 from launcher.kv.base import Entry, Snapshot, WatchEvent
@@ -114,6 +117,44 @@ class State:
         for lease_id in [i for i, grant in self._grants.items() if grant.ends_s <= now_s]:
             self.revoke(lease_id)
         return min((grant.ends_s for grant in self._grants.values()), default=None)
+
+    def fork(self) -> State:
+        """A copy without a history: its own changes are all that `events` knows of it."""
+        return State.load(self.dump())
+
+    def leases(self) -> dict[int, float]:
+        """The TTL of each lease, seconds."""
+        return {lease_id: grant.ttl_s for lease_id, grant in self._grants.items()}
+
+    def dump(self) -> dict[str, Any]:
+        """All but the history and the times at which leases end, as what JSON knows."""
+        return {
+            "revision": self.revision,
+            "next_lease": self._next_lease_id,
+            "entries": [
+                [entry.key, base64.b64encode(entry.value).decode(), entry.revision, entry.create_revision]
+                for entry in self._entries.values()
+            ],
+            "leases": [[lease_id, grant.ttl_s, sorted(grant.keys)] for lease_id, grant in self._grants.items()],
+        }
+
+    @classmethod
+    def load(cls, told: dict[str, Any]) -> State:
+        """The state that `dump` has told of; its leases end when they are revoked, and not with time.
+
+        Raises:
+            ValueError, KeyError, TypeError: it has told of none.
+        """
+        state = cls(first_lease_id=int(told["next_lease"]))
+        state.revision = int(told["revision"])
+        for key, value, revision, created in told["entries"]:
+            state._entries[str(key)] = Entry(
+                str(key), base64.b64decode(value, validate=True), int(revision), int(created)
+            )
+        for lease_id, ttl_s, keys in told["leases"]:
+            state._grants[int(lease_id)] = _Grant(float(ttl_s), math.inf, set(map(str, keys)))
+            state._lease_of |= {str(key): int(lease_id) for key in keys}
+        return state
 
     def extend_all(self, seconds: float) -> None:
         """Add `seconds` to every lease: the store itself was stopped for so long that nobody could renew."""

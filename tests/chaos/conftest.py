@@ -10,22 +10,27 @@ from typing import Protocol
 
 import pytest
 
-from tests.chaos.job import STORES, Job, etcd_on
+from tests.chaos.job import STORES, WITHOUT_SERVER, Job, etcd_on
 from tests.chaos.network import Loopback, network, why_no_cuts
 from tests.chaos.template import Template
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well.
+    """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well, those marked
+    `also_folder` without any server too.
 
     CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure.
     """
     if "flavour" not in metafunc.fixturenames:
         return
     chosen = tuple(filter(None, os.environ.get("CHAOS_STORES", "").split(",")))
-    assert set(chosen) <= set(STORES), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(STORES)}"
+    known = (*STORES, WITHOUT_SERVER)
+    assert set(chosen) <= set(known), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(known)}"
     also_secure = metafunc.definition.get_closest_marker("also_secure") is not None
-    metafunc.parametrize("flavour", chosen or (STORES if also_secure else STORES[:1]))
+    usual = STORES if also_secure else STORES[:1]
+    if metafunc.definition.get_closest_marker("also_folder") is not None:
+        usual = (*usual, WITHOUT_SERVER)
+    metafunc.parametrize("flavour", chosen or usual)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from tests.etcd import Server, etcdctl
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
 STORES = ("plain", "secure")
+WITHOUT_SERVER = "folder"
+"""A store on the shared storage: for tests in which no server is hurt."""
 _PASSWORD = "s3cret-words"
 
 
@@ -78,8 +80,8 @@ class Job(Cluster):
         self.work.mkdir()
         self._template = template
         self.hosts: dict[str, Host] = {}
-        self.endpoint = ",".join(member.endpoint for member in store.members)
-        self.backend = "etcd3"
+        self.endpoint = ",".join(member.endpoint for member in store.members) or str(folder / "meet")
+        self.backend = "etcd3" if store.members else "bucket"
 
     def spawn(self, name: str, arguments: list[str], environment: dict[str, str], log: int) -> Forked:
         """Fork the node on its host."""
@@ -183,8 +185,12 @@ def _all_of(node: Node) -> list[psutil.Process]:
 def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members: int) -> Iterator[Store]:
     """An etcd of that flavour, each member on a host of its own; gone afterwards.
 
-    "secure" wants client certificates, and a user with a password who may write under one prefix only.
+    "folder" is none: nodes meet on the shared storage. "secure" wants client certificates, and a user with a password
+    who may write under one prefix only.
     """
+    if flavour == WITHOUT_SERVER:
+        yield Store((), (), ("lease_ttl=2",), {})
+        return
     hosts = tuple(network.host(f"etcd-{i}") for i in range(num_members))
     tls: dict[str, str] = {}
     options: tuple[str, ...] = ()

@@ -48,6 +48,7 @@ def test_a_killed_worker(job: Job) -> None:
     assert job.told_as(Cause.FAILURE, "b").root.startswith(f"rank 1 on {failed['node']} was killed by SIGKILL")
 
 
+@pytest.mark.also_folder
 @pytest.mark.also_secure
 def test_a_killed_node_that_comes_back(job: Job) -> None:
     """The survivors go on; the node is taken in again at a step boundary, with no step done twice for it."""
@@ -74,6 +75,7 @@ def test_a_killed_agent(job: Job) -> None:
     job.told_as(Cause.NODE_LOSS, "b")
 
 
+@pytest.mark.also_folder
 def test_a_frozen_node_that_thaws(job: Job) -> None:
     """It is lost after its lease; once it thaws its workers stop before they begin a step, and it joins again."""
     a, b, c = three(job)

@@ -9,7 +9,10 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from elastic_moe.register import open_register
 from launcher.kv import KV, Prefixed
+from launcher.kv.bucket.client import REMOTE_PACE, BucketKV
+from launcher.kv.bucket.register import Register
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
@@ -56,11 +59,60 @@ def _etcd(request: pytest.FixtureRequest) -> Iterator[Connect]:
         yield lambda: Prefixed(clients.enter_context(connected(server.endpoint)), prefix)
 
 
+class CountedRegister:
+    """A register that counts what is asked of it; `StoreRegister`'s is the one in it."""
+
+    def __init__(self, register: Register) -> None:
+        self._register = register
+        self.count = 0
+
+    @property
+    def is_remote(self) -> bool:
+        return self._register.is_remote
+
+    def read(self, name: str) -> bytes | None:
+        self.count += 1
+        return self._register.read(name)
+
+    def create(self, name: str, content: bytes) -> bool:
+        self.count += 1
+        return self._register.create(name, content)
+
+    def write(self, name: str, content: bytes) -> None:
+        self.count += 1
+        self._register.write(name, content)
+
+    def names(self, prefix: str) -> list[str]:
+        self.count += 1
+        return self._register.names(prefix)
+
+    def remove(self, name: str) -> None:
+        self.count += 1
+        self._register.remove(name)
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _folder(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    folder = request.getfixturevalue("tmp_path") / "meet"
+    yield lambda: BucketKV(open_register(str(folder)))
+
+
+@contextlib.contextmanager
+def _bucket(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """As far away as an object store, in how it is asked."""
+    url = f"memory://{uuid.uuid4().hex}"
+    yield lambda: BucketKV(open_register(url), REMOTE_PACE)
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Connect]]] = {
     "memory": _memory,
     "prefixed": _prefixed,
     "embedded": _embedded,
     "etcd": _etcd,
+    "folder": _folder,
+    "bucket": _bucket,
 }
 """A back end is put under the whole contract by one line here: a fresh, empty store, and how to connect to it."""
 

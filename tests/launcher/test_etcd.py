@@ -18,7 +18,7 @@ from launcher.kv.connect import connect
 from launcher.kv.etcd.client import EtcdKV, _span, renewal_times
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.etcd.transport import etcdrpc
-from launcher.kv.lease import _RENEWALS_PER_TTL
+from launcher.kv.lease import Lease
 from launcher.kv.options import StoreOptions
 from launcher.node.registration import YIELD_FRACTION
 from launcher.rounds.membership import Rules
@@ -274,6 +274,6 @@ def test_a_conditional_write_is_not_sent_twice() -> None:
 def test_an_election_is_told_from_an_outage_before_workers_yield(ttl_s: float) -> None:
     """All endpoints hold the renewal that comes next after the last answered one."""
     timeout_s, first_share = renewal_times(ttl_s, 3)
-    asked_s = ttl_s / _RENEWALS_PER_TTL + timeout_s
+    asked_s = ttl_s / Lease.renewals_per_ttl + timeout_s
     assert asked_s < (YIELD_FRACTION - 0.04) * ttl_s
     assert first_share * timeout_s == pytest.approx(ttl_s / 4)

@@ -1,0 +1,93 @@
+"""Where agents meet without a server: the launcher's `Register` on an object store or a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from launcher import KVUnavailable, UsageError
+from storage import AlreadyExists, Capability, NotFound, ObjectStore, StorageError, open_store
+
+_TIMEOUT_S = 3.0
+_SIGN = "elastic-moe"
+
+
+class StoreRegister:
+    """A `launcher.kv.bucket.Register` on `store`, which is closed with it."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._quick = store.impatient(_TIMEOUT_S)
+
+    @property
+    def is_remote(self) -> bool:
+        return not self._store.url.startswith(("/", "file:", "memory:"))
+
+    def check(self) -> None:
+        """Raises UsageError where the store lets two writers through, or cannot be written."""
+        try:
+            honours = self._store.can(Capability.CONDITIONAL_PUTS)
+            self._quick.put(_SIGN, [b"nodes meet here\n"])
+        except StorageError as error:
+            raise UsageError(f"--rdzv-endpoint {self._store.url} cannot be used: {error}") from error
+        if not honours:
+            raise UsageError(
+                f"--rdzv-endpoint {self._store.url} honours no conditional puts (If-None-Match), without which two "
+                "nodes could lead at once: meet elsewhere, in a folder that all nodes share, or on etcd"
+            )
+
+    def read(self, name: str) -> bytes | None:
+        with self._told():
+            try:
+                return self._quick.read(name)
+            except NotFound:
+                return None
+
+    def create(self, name: str, content: bytes) -> bool:
+        with self._told():
+            try:
+                self._quick.put(name, [content], if_absent=True)
+            except AlreadyExists:
+                return False
+            return True
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._told():
+            self._quick.put(name, [content])
+
+    def names(self, prefix: str) -> list[str]:
+        with self._told():
+            return [info.key for info in self._quick.list(prefix)]
+
+    def remove(self, name: str) -> None:
+        with self._told():
+            self._quick.delete(name)
+
+    def close(self) -> None:
+        self._store.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            raise KVUnavailable(f"{self._store.url}: {error}") from error
+
+
+def open_register(url: str) -> StoreRegister:
+    """What the entry point `storage` in group `elastic_moe.registers` names.
+
+    Raises:
+        UsageError: no store has such a URL, or the store honours no conditional puts.
+    """
+    try:
+        store = open_store(url)
+    except (StorageError, ValueError) as error:
+        raise UsageError(f"--rdzv-endpoint {url}: {error}") from error
+    register = StoreRegister(store)
+    try:
+        register.check()
+    except BaseException:
+        register.close()
+        raise
+    return register

@@ -1,0 +1,335 @@
+"""The store on objects: one author for each version whatever answers get lost, and leases judged by what is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.cli.main import main
+from elastic_moe.register import StoreRegister, open_register
+from launcher.errors import Compacted, KVUnavailable, UsageError
+from launcher.kv.bucket.client import REMOTE_PACE, BucketKV, PollPace
+from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
+from launcher.kv.bucket.judge import Judge
+from launcher.kv.bucket.register import Create, Names, Pause, Read, Request, Steps
+from launcher.kv.bucket.version import LOG, TOMBSTONE, Version, beat_name, number_of, version_name
+from launcher.kv.state import State
+from storage import Capability
+from storage.stores.memory import MemoryStore
+from tests.cluster import until
+from tests.launcher.stores import CountedRegister
+
+SEEDS = range(int(os.environ.get("BUCKET_SEEDS", "150")))
+
+
+class FaultyObjects:
+    """Objects behind a network: answers get lost, puts land late or twice, listings lag, old versions are buried."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.objects: dict[str, bytes] = {}
+        self.late: list[Create] = []
+        self.lagging: list[str] = []
+        self.authors: dict[str, list[bytes]] = {}
+
+    def answer(self, request: Request) -> Any:
+        """What the client hears.
+
+        Raises:
+            KVUnavailable: nothing.
+        """
+        self._land_some()
+        fault = self.random.random()
+        if fault < 0.05:
+            raise KVUnavailable("lost on the way there")
+        match request:
+            case Read(name):
+                told: Any = self.objects.get(name)
+            case Names(prefix):
+                if self.random.random() < 0.5:
+                    self.lagging = sorted(self.objects)
+                told = [name for name in self.lagging if name.startswith(prefix)]
+            case Create():
+                if fault < 0.10:
+                    self.late.append(request)
+                    raise KVUnavailable("on its way for long")
+                told = self._create(request)
+                if fault < 0.15:
+                    self.late.append(request)  # and a second time
+            case Pause():
+                told = None
+        if fault > 0.95:
+            raise KVUnavailable("the answer was lost")
+        return told
+
+    def _create(self, request: Create) -> bool:
+        if request.name in self.objects:
+            return False
+        self.objects[request.name] = request.content
+        self.authors.setdefault(request.name, []).append(request.content)
+        return True
+
+    def _land_some(self) -> None:
+        while self.late and self.random.random() < 0.2:
+            self._create(self.late.pop(self.random.randrange(len(self.late))))
+
+    def bury(self, kept: int) -> None:
+        """What a client that has written a version does with those long before it."""
+        newest = max(map(number_of, self.objects), default=0)
+        for name in list(self.objects):
+            if number_of(name) <= newest - kept:
+                self.objects[name] = TOMBSTONE
+
+
+class Counter:
+    """A client that adds one to a counter by compare-and-swap, again and again, and may stop for long in between."""
+
+    def __init__(self, objects: FaultyObjects, name: str) -> None:
+        self.objects = objects
+        numbers = itertools.count()
+        self.journal = Journal(lambda: f"{name}-{next(numbers)}")
+        self.added: list[int] = []
+        self.unknown = 0
+        self.steps: Steps[int | None] | None = None
+        self.asked: Request | None = None
+        self.paused_turns = 0
+
+    def turn(self) -> None:
+        """One request."""
+        if self.paused_turns:
+            self.paused_turns -= 1
+            return
+        try:
+            if self.steps is None:
+                self.steps = self.journal.change(self._add)
+                self.asked = next(self.steps)
+                return
+            assert self.asked is not None
+            if self.objects.random.random() < 0.02:
+                self.paused_turns = self.objects.random.randrange(400)  # between its look and its write
+                return
+            try:
+                told = self.objects.answer(self.asked)
+            except KVUnavailable as error:
+                self.asked = self.steps.throw(error)
+            else:
+                self.asked = self.steps.send(told)
+        except StopIteration as end:
+            if end.value is not None:
+                self.added.append(end.value)
+            self.steps = None
+        except KVUnavailable:
+            self.unknown += 1
+            self.steps = None
+
+    def _add(self, state: State) -> int | None:
+        there = state.get("count")
+        value = int(there.value) + 1 if there else 1
+        written = state.put("count", b"%d" % value, there.revision if there else 0, None)
+        return value if written else None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_version_has_two_authors(seed: int) -> None:
+    """Whatever is lost, late, doubled or paused: what one client was told it has counted, no other has counted."""
+    objects = FaultyObjects(seed)
+    clients = [Counter(objects, name) for name in "abc"]
+    for _ in range(1500):
+        objects.random.choice(clients).turn()
+        if objects.random.random() < 0.05:
+            objects.bury(kept=5)
+    added = [value for client in clients for value in client.added]
+    assert len(added) == len(set(added)), f"seed {seed}: two clients were told the same number"
+    assert all(len(set(contents)) == 1 for contents in objects.authors.values()), f"seed {seed}"
+    for client in clients:
+        assert client.added == sorted(client.added), f"seed {seed}"
+    newest = max(map(number_of, objects.objects))
+    last = Version.from_bytes(newest, objects.objects[version_name(newest)]).state.get("count")
+    assert last is not None
+    unknown = sum(client.unknown for client in clients)
+    assert len(added) <= int(last.value) <= len(added) + unknown + len(objects.late) + len(clients), f"seed {seed}"
+    assert len(added) > 20, f"seed {seed}: hardly anything was counted"
+
+
+def test_a_writer_that_was_stopped_for_long_loses_its_race() -> None:
+    """Its version was written by others, buried, and is nobody's to write again."""
+    objects = FaultyObjects(0)
+    objects.random.random = lambda: 0.45  # type: ignore[method-assign]  # no fault
+    slow, quick = Counter(objects, "slow"), Counter(objects, "quick")
+    while not isinstance(slow.asked, Create):
+        slow.turn()
+    while len(quick.added) < 50:
+        quick.turn()
+    objects.bury(kept=3)
+    assert objects.objects[slow.asked.name] == TOMBSTONE
+    while not slow.added:
+        slow.turn()
+    assert slow.added == [51]
+
+
+# --- a client on a store
+
+
+@pytest.fixture
+def register() -> CountedRegister:
+    return CountedRegister(StoreRegister(MemoryStore(uuid.uuid4().hex)))
+
+
+def kv_on(register: CountedRegister) -> contextlib.closing[BucketKV]:
+    return contextlib.closing(BucketKV(register, PollPace(quick_s=0.01, slow_s=0.05)))
+
+
+def test_old_versions_are_buried_and_late_readers_jump(register: CountedRegister) -> None:
+    with kv_on(register) as writer, kv_on(register) as reader:
+        assert reader.get("k") is None
+        watch = writer.watch("", 1)
+        for number in range(KEPT_VERSIONS + 20):
+            writer.put("k", b"%d" % number)
+        deadline = itertools.count()
+        while register.read(version_name(10)) != TOMBSTONE:
+            assert next(deadline) < 1000
+            watch.next(0.01)
+        entry = reader.get("k")
+        assert entry is not None
+        assert entry.value == b"%d" % (KEPT_VERSIONS + 19)
+        with pytest.raises(Compacted):
+            reader.watch("", 2).next(0.1)
+        past = reader.watch("", entry.revision - 50).next(1)
+        assert [event.revision for event in past] == list(range(entry.revision - 50, entry.revision + 1))
+
+
+def test_a_quiet_client_asks_little(register: CountedRegister) -> None:
+    """Two nodes that only wait: requests are bounded by the pace, and none depends on how much was written before."""
+    pace = dataclasses.replace(REMOTE_PACE, hot_s=0.3)
+    with contextlib.closing(BucketKV(register, pace)) as first, contextlib.closing(BucketKV(register, pace)) as second:
+        leases = [first.lease(4.0), second.lease(4.0)]
+        for kv, lease in zip((first, second), leases, strict=True):
+            kv.put(f"n/{lease.lease_id}", b"node", lease=lease)
+        revision = second.list("").revision
+        watches = [first.watch("n/", revision + 1), second.watch("n/", revision + 1)]
+        until("both are quiet", lambda: time.monotonic() > max(first._hot_until_s, second._hot_until_s) + 1.0, 20)
+        before, began_s = register.count, time.monotonic()
+        for _ in range(4):
+            for watch in watches:
+                assert watch.next(1.0) == ()
+        seconds = time.monotonic() - began_s
+        assert register.count - before <= 2 * (2.0 * seconds + 1), "more than two requests a node and second"
+        assert not any(lease.lost.is_set() for lease in leases)
+
+
+def test_what_is_no_version_is_told(register: CountedRegister) -> None:
+    register.write(version_name(1), b"<html>a captive portal</html>")
+    with kv_on(register) as kv, pytest.raises(KVUnavailable, match="log/0000000000000001 is no version of a store"):
+        kv.get("a")
+
+
+class Unconditional(MemoryStore):
+    def can(self, capability: Capability) -> bool:
+        return False
+
+
+def test_a_store_that_lets_two_writers_through_is_refused() -> None:
+    with pytest.raises(UsageError, match="honours no conditional puts") as caught:
+        StoreRegister(Unconditional("unconditional")).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nowhere://bucket/x", "/proc/no/such/folder", "s3://"])
+def test_an_endpoint_that_is_no_store_is_told_in_one_line(url: str) -> None:
+    with pytest.raises(UsageError, match="--rdzv-endpoint") as caught:
+        open_register(url).check()
+    assert "\n" not in str(caught.value)
+
+
+# --- leases
+
+
+def judged(judge: Judge, leases: dict[int, float], own: list[int], beats: dict[int, bytes], now_s: float) -> list[int]:
+    looked = judge.begin(leases, own, 1.0, now_s)
+    for lease_id in looked:
+        judge.note(lease_id, beats.get(lease_id), now_s)
+    return judge.ended(leases, looked, now_s)
+
+
+def test_a_lease_ends_only_after_its_ttl_without_a_change() -> None:
+    judge, leases = Judge(), {1: 4.0, 2: 4.0}
+    for now_s in range(10):
+        assert judged(judge, leases, [2], {1: b"%d" % now_s}, float(now_s)) == []
+    ended = [now_s for now_s in range(10, 20) if judged(judge, leases, [2], {1: b"9"}, float(now_s))]
+    assert ended == [14, 15, 16, 17, 18, 19]
+
+
+def test_each_looks_at_one_other_and_at_all_while_that_one_is_silent() -> None:
+    leases = dict.fromkeys(range(1, 9), 4.0)
+    looked = {own: Judge().begin(leases, [own], 1.0, 0.0) for own in leases}
+    assert sorted(seen for (seen,) in looked.values()) == list(leases), "each is looked at by one"
+    judge = Judge()
+    for now_s in range(3):
+        judged(judge, leases, [4], {3: b"same"}, float(now_s))
+    assert judge.begin(leases, [4], 1.0, 3.0) == [1, 2, 3, 5, 6, 7, 8]
+    assert Judge().begin(leases, [], 1.0, 0.0) == [8]
+
+
+def test_a_judge_that_was_stopped_blames_nobody() -> None:
+    judge, leases = Judge(), {1: 4.0, 2: 4.0}
+    for now_s in range(3):
+        judged(judge, leases, [2], {1: b"x"}, float(now_s))
+    assert judged(judge, leases, [2], {1: b"x"}, 600.0) == []
+    ended = [now_s for now_s in range(601, 606) if judged(judge, leases, [2], {1: b"x"}, float(now_s))]
+    assert ended == [602, 603, 604, 605]
+
+
+def test_a_lease_whose_holder_lives_is_never_ended_however_late_a_look_is(register: CountedRegister) -> None:
+    with kv_on(register) as holder, kv_on(register) as other:
+        lease, second = holder.lease(1.0), other.lease(1.0)
+        assert holder.put("k", b"v", lease=lease) is not None
+        ends_s = lease.deadline_s + 3.0
+        while lease.deadline_s < ends_s:
+            assert not lease.lost.wait(0.1)
+        assert other.get("k") is not None
+        assert beat_name(lease.lease_id) in register.names("beat/")
+        second.revoke()
+        assert beat_name(second.lease_id) not in register.names("beat/")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "meet"
+
+
+def test_versions_are_json_that_tells_what_was_done(folder: Path) -> None:
+    with contextlib.closing(BucketKV(open_register(str(folder)))) as kv:
+        kv.put("a", b"\x00")
+    (name,) = (folder / LOG).iterdir()
+    told = json.loads(name.read_text())
+    assert told["number"] == 1
+    assert told["events"] == [
+        {"key": "a", "revision": 1, "entry": {"key": "a", "value": "AA==", "revision": 1, "create_revision": 1}}
+    ]
+    assert name.stat().st_mode & 0o777 == 0o600
+
+
+def test_run_and_status_name_the_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (
+            ["run", "--nnodes", "2", "--rdzv-endpoint", str(tmp_path), "x.py"],
+            "--rdzv-id: jobs that share an etcd or a b",
+        ),
+        (["run", "--nnodes", "2", "--rdzv-backend", "bucket", "x.py"], "--rdzv-endpoint: bucket needs a folder"),
+        (["status", "--rdzv-endpoint", str(tmp_path)], "--rdzv-id: needed"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
