@@ -17,6 +17,7 @@ from storage.format import layout
 from storage.run import catalog
 from storage.run.owner import Claim
 from storage.stores.objects import Capability, ObjectInfo, ObjectStore
+from storage.verified.twice import read_agreed, read_expected
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def set_aside(store: ObjectStore, judged: ObjectInfo) -> bool:
     """
     prefix = judged.key.removesuffix(layout.METADATA)
     try:
-        metadata = store.read(judged.key)
+        metadata = read_agreed(store, judged.key)
         if store.info(judged.key) != judged:
             return False
     except NotFound:
@@ -51,7 +52,7 @@ def withdraw(store: ObjectStore, prefix: str, metadata: bytes) -> None:
     """Undo a commit, unless another has taken its place."""
     with contextlib.suppress(NotFound):
         info = store.info(prefix + layout.METADATA)
-        if store.read(info.key) != metadata:
+        if read_expected(store, info.key, metadata) != metadata:
             return
         if store.can(Capability.CONDITIONAL_DELETES):
             store.delete_version(info.key, info.etag)
@@ -71,7 +72,7 @@ def find_aside(store: ObjectStore, prefix: str, claim: Claim | None = None) -> Q
     """
     try:
         info = store.info(prefix + layout.METADATA)
-        metadata = store.read(info.key)
+        metadata = read_agreed(store, info.key)
     except NotFound:
         return None
     if catalog.is_set_aside(store, prefix, metadata):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.errors import Cause, Corrupt
+from storage.errors import Cause, Corrupt, NotFound
 from storage.stores.objects import ObjectStore, read_if_there
 
 log = logging.getLogger(__name__)
@@ -51,4 +51,12 @@ def read_expected(store: ObjectStore, key: str, expected: bytes) -> bytes | None
 
     with contextlib.suppress(Corrupt):
         read_verified(store, key, read)
+    return found
+
+
+def read_agreed(store: ObjectStore, key: str) -> bytes:
+    """The whole object, of which no checksum is known: what two of at most three answers agree on. Raises NotFound."""
+    found = read_expected(store, key, store.read(key))
+    if found is None:
+        raise NotFound(f"{key} is gone")
     return found

@@ -13,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 
 from storage import Checkpointer, ShardReader, inspection, open_store
 from storage.errors import Corrupt, Disputed
-from storage.format import dcp_metadata
+from storage.format import dcp_metadata, layout
 from storage.format.manifest import Aborted, dump_aborted, load_aborted
+from storage.run import catalog, quarantine
 from storage.stores.memory import MemoryStore
 from storage.transfer import copy_jobs
 from storage.transfer.copying import Copier
@@ -182,6 +183,28 @@ def test_the_judge_sets_nothing_aside_for_a_flipped_answer(memory_url: str) -> N
         ckpt.restore(state(0))
     assert inspection.verify(store, PREFIX).problems == ()
     assert [row.state for row in inspection.summaries(inspection.Location(store, None))] == ["committed"]
+
+
+def test_what_is_set_aside_or_withdrawn_is_so_past_one_flipped_answer() -> None:
+    def aside(flip_at: int) -> None:
+        store = Flipping("aside")
+        store.put(f"{PREFIX}.metadata", [b"what commits it"])
+        judged = store.info(f"{PREFIX}.metadata")
+        store.watch(flip_at)
+        quarantine.set_aside(store, judged)
+        store.watch(None)
+        assert store.read(f"{PREFIX}{layout.quarantined_name(b'what commits it')}") == b"what commits it"
+        store.put(f"{PREFIX}.metadata", [b"what commits it"])
+        store.watch(flip_at)
+        assert quarantine.find_aside(store, PREFIX) is not None
+        store.delete(f"{PREFIX}{layout.quarantined_name(b'what commits it')}")
+        store.watch(flip_at)
+        quarantine.withdraw(store, PREFIX, b"what commits it")
+        store.watch(None)
+        assert not catalog.is_checkpoint(store, PREFIX)
+
+    for flip_at in range(3):
+        aside(flip_at)
 
 
 def test_a_sealed_document_is_read_past_one_flipped_answer() -> None:
