@@ -157,13 +157,13 @@ class Checkpointer:
             raise UsageError(f"the Checkpointer of {self._store.url} is closed; open another one")
         if self._started is None:
             try:
-                self._started = self._open()
+                self._started = self._meet()
             except BaseException:
                 self._close(abandon=True)
                 raise
         return self._started
 
-    def _open(self) -> _Started:
+    def _meet(self) -> _Started:
         store, report, take_over = self._store, self._report, self._access is Access.TAKE_OVER
         group = AgreeingGroup(self._process_group)
         if self._access is Access.READ:

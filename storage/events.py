@@ -38,7 +38,7 @@ class CheckpointEvent(enum.StrEnum):
     PASSED_OVER = "checkpoint_passed_over"
     """`step` that is read instead of the newer ones `passed_over`, and the `reason`."""
     DAMAGED = "checkpoint_damaged"
-    """With `read_only`: `step`, `reason`; it stays where it is."""
+    """To a reader, which sets nothing aside: `step`, `reason`."""
     QUARANTINED = "checkpoint_quarantined"
     """`step`, `reason`: it counts no more."""
     STAGED = "checkpoint_staged"

@@ -83,7 +83,7 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def ranks_of_dcp(value: object) -> tuple[bool, dist.ProcessGroup | None] | None:
-    """Of the object with which DCP makes its collectives, whether it makes any and in which group; else None."""
+    """Whether DCP's object for its collectives makes any, and in which group; None for any other object."""
     from torch.distributed.checkpoint.utils import _DistWrapper
 
     return (value.use_dist, value.group) if isinstance(value, _DistWrapper) else None

@@ -40,7 +40,7 @@ class Failure:
         return cls(kind, str(error) if isinstance(error, StorageError) else f"{kind}: {error}")
 
     def error(self, where: str = "") -> StorageError:
-        """The same error on another rank, with `where` before its line; a plain StorageError for other packages'."""
+        """Make the error again on another rank, with `where` before its line; a StorageError for another package's."""
         found = getattr(errors, self.kind, None)
         kind = found if isinstance(found, type) and issubclass(found, StorageError) else StorageError
         return kind(where + self.text)
