@@ -108,7 +108,7 @@ class _Round:
     incoming: list[Incoming] = field(default_factory=list)
 
 
-class Exchange:
+class PartExchange:
     """Carries the plan out, on the thread that calls `run`.
 
     What a plain tensor takes as it is is fetched or received there, and sent from there. A target hears of it only when

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from storage.errors import PeerFailed
 from storage.format.index import Index
 from storage.loading.casts import Casts
-from storage.loading.exchange import AgreedPlan, Exchange, agree, learn_crcs
+from storage.loading.exchange import AgreedPlan, PartExchange, agree, learn_crcs
 from storage.loading.host_memory import BOOT_ID, HostMemory
 from storage.loading.request_builder import Reads, reads_by_item, requests_of
 from storage.loading.requests import Requests
@@ -75,7 +75,7 @@ def read_items(
             axis = Axis(source.index)
             agreed = agree(group, requests, axis.blocks, axis.starts)
             shared_part_of = _SharedParts(axis, agreed, requests).part
-            traffic += Exchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
+            traffic += PartExchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
             received = axis.by_object(received_ranges(agreed.plan, group.rank))
         traffic += _read_rest(source, requests, received, pool)
 

@@ -55,7 +55,7 @@ def fit(state: Mapping[Any, Any], index: Index, rank: int, ignored: Ignored, *, 
     tree = tree_of({name: index.entries[name].path for name in names}, containers)
     objects = Objects(state)
     is_plain = not index.containers  # of stock DCP, or of ours before it had them: keys are known as text only
-    fitter = _Fitter(index.entries, objects, rank, ignored, strict=strict, is_plain=is_plain)
+    fitter = _StateFitter(index.entries, objects, rank, ignored, strict=strict, is_plain=is_plain)
     children = fitter.strictly(tree, dict(sorted(state.items(), key=lambda item: str(item[0]))), ())
     fitter.found.build = lambda read: {key: made(read) for key, made in children}
     return fitter.found
@@ -84,7 +84,7 @@ def finish(found: Fit, state: Mapping[Any, Any], read: Mapping[str, Any]) -> dic
     return dict(found.build(read))
 
 
-class _Fitter:
+class _StateFitter:
     """Walks a checkpoint's tree and a state together. `is_plain`: the checkpoint does not tell its keys' types."""
 
     def __init__(

@@ -301,13 +301,13 @@ def fail(url: str, layout: str, victim: int, fail_at: int) -> tuple[str, int]:
 def lack_memory(url: str, layout: str, victim: int, lacking: str) -> str:
     """Load where rank `victim` has no memory for what method `lacking` of the exchange makes; what is raised."""
 
-    def lack(self: exchange.Exchange, *args: object) -> None:
+    def lack(self: exchange.PartExchange, *args: object) -> None:
         raise MemoryError("none is left")
 
     register_scheme("far", Counting)
     with pytest.MonkeyPatch.context() as patch, Checkpointer(f"far://{url}") as ckpt, small_parts(16 << 10, 64 << 10):
         if dist.get_rank() == victim:
-            patch.setattr(exchange.Exchange, lacking, lack)
+            patch.setattr(exchange.PartExchange, lacking, lack)
         try:
             ckpt.restore(odd_state(Layout(layout), 0))
         except (StorageError, MemoryError) as error:
