@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from storage import Access, Checkpointer
-from storage.errors import BadURL, Cause, Denied
+from storage.errors import Cause, Denied
 from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.stores import retry_policy
@@ -195,31 +195,6 @@ def test_folders_that_exist_keep_their_modes_and_that_is_told(tmp_path: Path, ca
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "run/a").stat().st_mode) == 0o750
     assert stat.S_IMODE((tmp_path / "run/a/k").stat().st_mode) == 0o640
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("file:///run?mode=0666", "mode=0666 .* one of 0600, 0640, 0644, 0660, 0664"),
-        ("file:///run?mode=0777", "mode=0777"),
-        ("file:///run?mode=0400", "mode=0400"),
-        ("file:///run?mode=rw", "mode=rw"),
-        ("file:///run?mode=9", "mode=9"),
-        ("file:///run?mode=", "has the option mode"),
-        ("file:///run?umask=022", "has the option mode"),
-        ("file:///run?mode=0640&x=1", "has the option mode"),
-        ("file:///what?", "written as %3F"),
-        ("/run?mode=0640", r"file:///run\?mode=0640 instead"),
-        ("run?mode=0640", r"file:///.*/run\?mode=0640 instead"),
-        ("s3://bucket/run?request_payer=me", "request_payer=me"),
-        ("s3://bucket/run?checksum=md4", "checksum=md4"),
-    ],
-)
-def test_settings_that_are_wrong_are_told_in_one_line(url: str, says: str) -> None:
-    with pytest.raises(BadURL, match=says) as caught:
-        open_store(url)
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 2
 
 
 def test_steps_of_folders_with_a_mode() -> None:

@@ -1,0 +1,53 @@
+"""A URL that names no store, or a setting that is wrong: one line that says what to do, and holds no secret."""
+
+from __future__ import annotations
+
+import pytest
+
+from storage.errors import BadURL
+from storage.stores.registry import open_store
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "empty"),
+        ("gs://bucket/run", "install gcsfs"),
+        ("nothing://bucket/run", "nothing://"),
+        ("fsspec+nothing://bucket/run", "nothing://"),
+        ("file://host/run", "file:///absolute"),
+        ("file://", "file:///absolute"),
+        ("memory://", "name"),
+        ("s3://", "needs a bucket"),
+        ("s3:///run", "needs a bucket"),
+        ("s3://key:hunter2@bucket/run", "AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/run?secret_access_key=hunter2", "does not belong into a URL"),
+        ("s3://bucket/run?session_token=hunter2", "does not belong into a URL"),
+        ("s3://bucket/run?colour=red", "no option 'colour'"),
+        ("s3://bucket/run?part_size_mib=1", "part_size_mib=1"),
+        ("s3://bucket/run?sse=rot13", "sse=rot13"),
+        ("s3://bucket/run?endpoint_url=localhost:9000", "must be http://host"),
+        ("s3://bucket/../run", "refused"),
+        ("s3://bucket/run?profile=nobody-has-this", "no profile 'nobody-has-this'"),
+        ("s3://no/run?endpoint_url=https://u:hunter2@host", "must be http://host"),
+        ("file:///run?mode=0666", "mode=0666 .* one of 0600, 0640, 0644, 0660, 0664"),
+        ("file:///run?mode=0777", "mode=0777"),
+        ("file:///run?mode=0400", "mode=0400"),
+        ("file:///run?mode=rw", "mode=rw"),
+        ("file:///run?mode=9", "mode=9"),
+        ("file:///run?mode=", "has the option mode"),
+        ("file:///run?umask=022", "has the option mode"),
+        ("file:///run?mode=0640&x=1", "has the option mode"),
+        ("file:///what?", "written as %3F"),
+        ("/run?mode=0640", r"file:///run\?mode=0640 instead"),
+        ("run?mode=0640", r"file:///.*/run\?mode=0640 instead"),
+        ("s3://bucket/run?request_payer=me", "request_payer=me"),
+        ("s3://bucket/run?checksum=md4", "checksum=md4"),
+    ],
+)
+def test_bad_urls_are_told_in_one_line_without_secrets(url: str, says: str) -> None:
+    with pytest.raises(BadURL, match=says) as caught:
+        open_store(url)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.exit_code == 2
