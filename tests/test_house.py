@@ -17,15 +17,14 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 7
 
-# What broke a rule when the rule was made. These lists may only shrink: what is mended is taken off, nothing is added.
+# What breaks a rule for a reason that stays. The lists may only shrink: what is mended is taken off, nothing is added.
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS: set[str] = set()
 POSITIONAL_BOOLEANS = {
-    "storage/format/safe_arrays.py: new_dtype",
-    "storage/loading/loadplan.py: set_up_planner",
-    "storage/loading/shareplan.py: should_share",
-    "storage/parallel.py: shutdown",
+    "storage/format/safe_arrays.py: new_dtype",  # called as pickles call numpy's
+    "storage/loading/loadplan.py: set_up_planner",  # as DCP calls its planners
+    "storage/parallel.py: shutdown",  # as concurrent.futures' is called
 }
 SHARED_CLASS_NAMES: set[str] = set()
 

@@ -121,7 +121,11 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = store.can(Capability.HOST_CACHE)
-    return should_share(is_host_cached, [data[1:].decode() for data in told], any(data[0] for data in told))
+    return should_share(
+        [data[1:].decode() for data in told],
+        is_host_cached=is_host_cached,
+        has_stripes=any(data[0] for data in told),
+    )
 
 
 def _read_rest(source: Source, requests: Requests, received: dict[int, list[Range]], pool: Executor) -> Traffic:

@@ -66,15 +66,15 @@ class SharePlan:
         return int(self.round.max(initial=-1)) + 1
 
 
-def should_share(is_host_cached: bool, hosts: Sequence[str], has_stripes: bool) -> bool:
+def should_share(hosts: Sequence[str], *, is_host_cached: bool, has_stripes: bool) -> bool:
     """Whether what several ranks need is better sent from one to the others than read by each.
 
     Not where all ranks are on one host that keeps for each what another has read: that costs one copy, and sending
     costs several. Who needs stripes of an item reads and checks all of it, and is sent no more than the stripes.
 
     Args:
-        is_host_cached: whether the hosts keep what was read from the store.
         hosts: by rank.
+        is_host_cached: whether the hosts keep what was read from the store.
         has_stripes: whether any rank needs only stripes of some item.
     """
     return len(hosts) > 1 and (has_stripes or not is_host_cached or len(set(hosts)) > 1)

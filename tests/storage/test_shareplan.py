@@ -149,8 +149,8 @@ def test_a_thousand_ranks_are_planned_from_few_numbers() -> None:
 
 
 def test_ranks_of_one_host_read_whole_items_of_a_folder_each_for_itself() -> None:
-    assert not should_share(True, ["a", "a"], has_stripes=False)
-    assert should_share(True, ["a", "b"], has_stripes=False)  # a folder of another host's
-    assert should_share(True, ["a", "a"], has_stripes=True)
-    assert should_share(False, ["a", "a"], has_stripes=False)
-    assert not should_share(False, ["a"], has_stripes=True)
+    assert not should_share(["a", "a"], is_host_cached=True, has_stripes=False)
+    assert should_share(["a", "b"], is_host_cached=True, has_stripes=False)  # a folder of another host's
+    assert should_share(["a", "a"], is_host_cached=True, has_stripes=True)
+    assert should_share(["a", "a"], is_host_cached=False, has_stripes=False)
+    assert not should_share(["a"], is_host_cached=False, has_stripes=True)
