@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from launcher.errors import KVUnavailable
 
@@ -32,7 +32,7 @@ class Lease:
     then on the keys under it may have been deleted.
     """
 
-    renewals_per_ttl: ClassVar[float] = 4
+    renewals_per_ttl: float = 4
 
     def __init__(
         self,
@@ -59,7 +59,6 @@ class Lease:
         self._revoke = revoke
         self._close = close
         self._stands = stands
-        self._period_s = ttl_s / self.renewals_per_ttl
         self.silence: StoreSilence | None = None
         """While renewals are not answered: since when, and how."""
         self._stopped = threading.Event()
@@ -81,19 +80,19 @@ class Lease:
         return self._deadline_s
 
     def _keep_alive(self) -> None:
-        period_s = self._period_s
+        period_s = self.ttl_s / self.renewals_per_ttl
         while not self._stopped.wait(period_s):
             sent_s = time.monotonic()
             try:
                 alive = self._renew()
             except Exception as error:  # noqa: BLE001 (a thread that ends here would leave a lease nobody knows lost)
                 alive = self._unanswered(sent_s, error)
-                period_s = max(0.0, min(self._period_s, _RETRY_S) - (time.monotonic() - sent_s))
+                period_s = max(0.0, min(self.ttl_s / self.renewals_per_ttl, _RETRY_S) - (time.monotonic() - sent_s))
             else:
                 if alive:
                     self._deadline_s = sent_s + self.ttl_s
                     self.silence = None
-                period_s = self._period_s
+                period_s = self.ttl_s / self.renewals_per_ttl
             if not alive:
                 if not self._stopped.is_set():
                     self.lost.set()

@@ -27,7 +27,12 @@ def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert worlds[0] == 4
     assert worlds[-1] == 4
     assert 2 in worlds
-    for sentence in ("node-2 is killed whole", "mesh re-planned to expert parallel 2", "no step lost", "outcome"):
+    for sentence in (
+        "node-2 is killed whole",
+        "mesh re-planned to replicate 1 x shard 1 x expert 2",
+        "no step lost",
+        "outcome",
+    ):
         assert sentence in told
     assert (out / "story.png").stat().st_size > 20_000
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]

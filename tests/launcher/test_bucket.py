@@ -18,7 +18,7 @@ import pytest
 from elastic_moe.cli.main import main
 from elastic_moe.register import StoreRegister, open_register
 from launcher.errors import Compacted, KVUnavailable, UsageError
-from launcher.kv.bucket.client import REMOTE_PACE, BucketKV, PollPace
+from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
 from launcher.kv.bucket.judge import Judge
 from launcher.kv.bucket.register import Create, Names, Pause, Read, Request, Steps
@@ -186,7 +186,7 @@ def register() -> CountedRegister:
 
 
 def kv_on(register: CountedRegister) -> contextlib.closing[BucketKV]:
-    return contextlib.closing(BucketKV(register, PollPace(quick_s=0.01, slow_s=0.05)))
+    return contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=0.05)))
 
 
 def test_old_versions_are_buried_and_late_readers_jump(register: CountedRegister) -> None:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, Snapshot, WatchEvent
@@ -31,24 +31,27 @@ T = TypeVar("T")
 _TOMBSTONE_KEPT_S = 24 * 3600.0
 _SWEEP_EVERY_S = 3600.0
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
-_CHECKS_PER_TTL = 4.5
 
 
 @dataclass(frozen=True)
 class PollPace:
-    """How often a client looks for news, seconds. `hot_s`: how long it looks quickly after the last change."""
+    """How often a client looks, and tells that it is there.
+
+    Attributes:
+        quick_s, slow_s: seconds between two looks for news, for `hot_s` after the last change and later.
+        renewals_per_ttl: of its own leases. A worker is asked to yield at 0.6 of a lease without a renewal.
+        checks_per_ttl: looks at another's lease.
+    """
 
     quick_s: float
     slow_s: float
+    renewals_per_ttl: float
+    checks_per_ttl: float
     hot_s: float = 5.0
 
 
-LOCAL_PACE = PollPace(quick_s=0.01, slow_s=0.25)
-REMOTE_PACE = PollPace(quick_s=0.1, slow_s=3.0)
-
-
-class _RegisterLease(Lease):
-    renewals_per_ttl: ClassVar[float] = 2  # each is a request
+LOCAL_PACE = PollPace(quick_s=0.01, slow_s=0.25, renewals_per_ttl=4, checks_per_ttl=8)
+REMOTE_PACE = PollPace(quick_s=0.1, slow_s=3.0, renewals_per_ttl=3, checks_per_ttl=3.5)
 
 
 class BucketKV:
@@ -96,14 +99,16 @@ class BucketKV:
     def lease(self, ttl_s: float) -> Lease:
         granted_s = time.monotonic()
         lease_id = self._change(lambda state: state.grant(ttl_s, 0.0))
-        lease = _RegisterLease(
+        lease = Lease(
             lease_id,
             ttl_s,
             granted_s=granted_s,
             renew=lambda: self._renew(lease_id),
             revoke=lambda: self._revoke(lease_id),
             close=lambda: self._forget(lease_id),
-        ).start()
+        )
+        lease.renewals_per_ttl = self._pace.renewals_per_ttl
+        lease.start()
         with self._changed:
             self._leases[lease_id] = lease
         self._start()
@@ -240,7 +245,7 @@ class BucketKV:
         leases = self._journal.state.leases()
         if not leases or now_s < self._next_judging_s:
             return
-        period_s = min(leases.values()) / _CHECKS_PER_TTL
+        period_s = min(leases.values()) / self._pace.checks_per_ttl
         self._next_judging_s = now_s + period_s
         with self._changed:
             own = [lease_id for lease_id, lease in self._leases.items() if not lease.lost.is_set()]
