@@ -31,6 +31,7 @@ def test_every_public_name_is_there(package: str) -> None:
     door = importlib.import_module(package)
     assert len(set(door.__all__)) == len(door.__all__)
     assert set(door.__all__) <= set(dir(door))
+    assert set(door._PLACES) <= set(door.__all__), "what is found is told"
     for name in door.__all__:
         assert getattr(door, name) is not None
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing_of_that_name'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from elastic_moe.cli.drain import choose
@@ -13,6 +15,7 @@ from launcher.kv import Prefixed, WatchEvent
 from launcher.kv.memory import MemoryKV
 from launcher.node.board import DRAIN, JOB, Board, run_prefix
 from launcher.rounds.records import Node
+from tests.cluster import free_port
 
 
 def node(node_id: str, host: str) -> Node:
@@ -64,4 +67,15 @@ def test_an_order_is_seen_by_those_that_follow_the_job_and_goes_with_its_lease()
     assert list(board.drain_orders.values()) == [order]
     board.apply([WatchEvent(entry.key, None, 2)])
     assert not board.drain_orders
+    kv.close()
+
+
+def test_a_job_has_gone_with_a_store_that_its_last_node_hosted() -> None:
+    gone = f"127.0.0.1:{free_port()}"
+    kv = MemoryKV()
+    assert JobClient(kv, "job", gone, store_outlives_nodes=False).has_gone_with_its_store()
+    assert not JobClient(kv, "job", gone, store_outlives_nodes=True).has_gone_with_its_store()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"127.0.0.1:{server.getsockname()[1]}"
+        assert not JobClient(kv, "job", there, store_outlives_nodes=False).has_gone_with_its_store()
     kv.close()

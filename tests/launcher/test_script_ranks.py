@@ -9,11 +9,27 @@ import torch
 import torch.distributed as dist
 
 from launcher.script.ranks import collective_device, highest, use_own_device
+from launcher.script.worker import Worker
 from tests.accelerators import BACKENDS, Accelerators
 
 
 def test_without_a_group_each_agrees_with_itself() -> None:
     assert highest([2.0, 1.0]) == [2.0, 1.0]
+
+
+def test_ranks_agree_on_the_highest_and_on_what_holds_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second rank that has [0, 3], or says no."""
+    other = torch.tensor([0.0, 3.0], dtype=torch.float64)
+
+    def all_reduce(held: torch.Tensor, op: object) -> None:
+        theirs = other if len(held) == 2 else torch.ones(1, dtype=torch.float64)
+        held.copy_(torch.maximum(held, theirs) if op is dist.ReduceOp.MAX else torch.minimum(held, theirs))
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo")
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert highest([2.0, 1.0]) == [2.0, 3.0]
+    assert not Worker({}).on_all_ranks(True)
 
 
 @pytest.mark.parametrize(("config", "num", "expected"), BACKENDS)
