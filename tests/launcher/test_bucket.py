@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -21,7 +23,7 @@ from launcher.errors import Compacted, KVUnavailable, UsageError
 from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
 from launcher.kv.bucket.judge import Judge
-from launcher.kv.bucket.register import Create, Names, Pause, Read, Request, Steps
+from launcher.kv.bucket.register import Create, Names, Pause, Read, Request, Steps, answer
 from launcher.kv.bucket.version import LOG, TOMBSTONE, Version, beat_name, number_of, version_name
 from launcher.kv.state import State
 from storage import Capability
@@ -185,6 +187,13 @@ def register() -> CountedRegister:
     return CountedRegister(StoreRegister(MemoryStore(uuid.uuid4().hex)))
 
 
+def run(steps: Steps[Any], register: CountedRegister) -> None:
+    with contextlib.suppress(StopIteration):
+        request = next(steps)
+        while True:
+            request = steps.send(None if isinstance(request, Pause) else answer(register, request))
+
+
 def kv_on(register: CountedRegister) -> contextlib.closing[BucketKV]:
     return contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=0.05)))
 
@@ -257,8 +266,8 @@ def test_an_endpoint_that_is_no_store_is_told_in_one_line(url: str) -> None:
 def judged(judge: Judge, leases: dict[int, float], own: list[int], beats: dict[int, bytes], now_s: float) -> list[int]:
     looked = judge.begin(leases, own, 1.0, now_s)
     for lease_id in looked:
-        judge.note(lease_id, beats.get(lease_id), now_s)
-    return judge.ended(leases, looked, now_s)
+        judge.note(lease_id, beats.get(lease_id), now_s, now_s)
+    return judge.ended(leases, looked)
 
 
 def test_a_lease_ends_only_after_its_ttl_without_a_change() -> None:
@@ -278,6 +287,23 @@ def test_each_looks_at_one_other_and_at_all_while_that_one_is_silent() -> None:
         judged(judge, leases, [4], {3: b"same"}, float(now_s))
     assert judge.begin(leases, [4], 1.0, 3.0) == [1, 2, 3, 5, 6, 7, 8]
     assert Judge().begin(leases, [], 1.0, 0.0) == [8]
+
+
+def test_however_long_it_takes_to_look_at_all_only_who_is_silent_ends() -> None:
+    """A hundred nodes, of which one is silent; reading all their objects takes longer than a lease."""
+    leases = dict.fromkeys(range(1, 101), 4.0)
+    judge, now_s, ended, first_ended_s = Judge(), 0.0, set[int](), math.inf
+    for _ in range(12):
+        looked = judge.begin(leases, [51], 1.0, now_s)
+        for lease_id in looked:
+            now_s += 0.06
+            judge.note(lease_id, b"" if lease_id == 50 else b"%f" % now_s, now_s - 0.06, now_s)
+        if found := judge.ended(leases, looked):
+            ended.update(found)
+            first_ended_s = min(first_ended_s, now_s)
+        now_s = max(now_s, 1.0) if len(looked) > 1 else now_s + 1.0
+    assert ended == {50}
+    assert first_ended_s < 16.0, "not put off because a look took long"
 
 
 def test_a_judge_that_was_stopped_blames_nobody() -> None:
@@ -300,6 +326,38 @@ def test_a_lease_whose_holder_lives_is_never_ended_however_late_a_look_is(regist
         assert beat_name(lease.lease_id) in register.names("beat/")
         second.revoke()
         assert beat_name(second.lease_id) not in register.names("beat/")
+
+
+def test_a_renewal_that_came_too_late_is_none(register: CountedRegister, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another may have looked for the last time before it was written, and be about to end the lease."""
+    with kv_on(register) as holder:
+        lease, was_late = holder.lease(0.4), threading.Event()
+        write = register.write
+
+        def late(name: str, content: bytes) -> None:
+            if name == beat_name(lease.lease_id) and not was_late.is_set():
+                was_late.wait(lease.deadline_s - time.monotonic() + 0.05)
+                was_late.set()
+            write(name, content)
+
+        monkeypatch.setattr(register, "write", late)
+        assert was_late.wait(5)
+        assert lease.lost.wait(5)
+
+
+def test_writers_that_keep_one_from_writing_keep_none_from_renewing(register: CountedRegister) -> None:
+    """While others are first, again and again, what they wrote is learnt, and a renewal need not wait for the end."""
+    with contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=0.7))) as kv:
+        lease, ends_s = kv.lease(0.6), time.monotonic() + 2.0
+        rival = Journal(lambda: uuid.uuid4().hex)
+
+        def act(state: State) -> bool:
+            assert time.monotonic() < lease.deadline_s, "fenced"
+            if time.monotonic() < ends_s:
+                run(rival.change(lambda theirs: theirs.put("k", b"rival", None, None)), register)
+            return state.put("k", b"mine", None, None) is not None
+
+        assert kv._change(act)
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, Snapshot, WatchEvent
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
 from launcher.kv.bucket.judge import Judge
-from launcher.kv.bucket.register import Pause, Register, Steps, answer
+from launcher.kv.bucket.register import Create, Pause, Read, Register, Request, Steps, answer
 from launcher.kv.bucket.version import LOG, TOMBSTONE, beat_name, number_of, version_name
 from launcher.kv.lease import Lease
 from launcher.kv.state import State
@@ -31,6 +31,11 @@ T = TypeVar("T")
 _TOMBSTONE_KEPT_S = 24 * 3600.0
 _SWEEP_EVERY_S = 3600.0
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while the machine hibernates
+
+
+def _elapsed_s() -> float:
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class BucketKV:
         self._lock = threading.Lock()  # of the journal while its steps are carried out
         self._changed = threading.Condition()  # of what follows, and told when there is news
         self._trouble: KVUnavailable | None = None
-        self._synced_s = self._hot_until_s = time.monotonic()
+        self._synced_s = _elapsed_s()  # at this time it had read the newest version
+        self._hot_until_s = time.monotonic()
         self._leases: dict[int, Lease] = {}
         self._poller: threading.Thread | None = None
         self._closed = threading.Event()
@@ -103,7 +109,7 @@ class BucketKV:
             lease_id,
             ttl_s,
             granted_s=granted_s,
-            renew=lambda: self._renew(lease_id),
+            renew=lambda: self._renew(lease),
             revoke=lambda: self._revoke(lease_id),
             close=lambda: self._forget(lease_id),
         )
@@ -144,9 +150,24 @@ class BucketKV:
 
     def _forget_if_stale(self) -> None:
         """Begin anew where this process was stopped for so long that a name it takes for free may have been in use."""
-        if time.monotonic() - self._synced_s > _STALE_S:
+        if self._age_s() > _STALE_S:
             log.warning("this process was stopped for hours: what it knows of the store is void")
             self._journal = Journal(lambda: uuid.uuid4().hex)
+
+    def _age_s(self) -> float:
+        return _elapsed_s() - self._synced_s
+
+    def _ask(self, request: Request) -> Any:
+        """Have a request answered; note where that shows that the newest version is known."""
+        asked_s = _elapsed_s()
+        told = answer(self._register, request)
+        next_version = version_name(self._journal.number + 1)
+        match request:
+            case Read(name) if told is None and name == next_version:
+                self._synced_s = asked_s
+            case Create() if told:
+                self._synced_s = asked_s
+        return told
 
     def _carry_out(self, steps: Steps[T]) -> T:
         """Do the steps; with the lock held. News is told to who waits.
@@ -165,13 +186,12 @@ class BucketKV:
                         self._closed.wait(request.seconds * random.uniform(0.5, 1.5))
                         told = None
                     else:
-                        told = answer(self._register, request)
+                        told = self._ask(request)
                 except KVUnavailable as error:
                     request = steps.throw(error)
                 else:
                     request = steps.send(told)
         except StopIteration as end:
-            self._synced_s = time.monotonic()
             if self._journal.number != before:
                 self._tell_news()
             result: T = end.value
@@ -185,11 +205,16 @@ class BucketKV:
 
     # --- leases
 
-    def _renew(self, lease_id: int) -> bool:
-        self._register.write(beat_name(lease_id), uuid.uuid4().hex.encode())
-        if time.monotonic() - self._synced_s > self._pace.slow_s:  # the poller is behind
+    def _renew(self, lease: Lease) -> bool:
+        self._register.write(beat_name(lease.lease_id), uuid.uuid4().hex.encode())
+        # Who judges has counted from the write before: one that comes too late is perhaps not looked at any more.
+        is_in_time = time.monotonic() < lease.deadline_s
+        self._look_if_behind()
+        return is_in_time and lease.lease_id in self._journal.state.leases()
+
+    def _look_if_behind(self) -> None:
+        if self._age_s() > self._pace.slow_s:
             self._after_look(lambda state: None)
-        return lease_id in self._journal.state.leases()
 
     def _revoke(self, lease_id: int) -> None:
         self._forget(lease_id)
@@ -231,7 +256,8 @@ class BucketKV:
 
     def _wait(self) -> None:
         now_s = time.monotonic()
-        self._next_look_s = self._synced_s + (self._pace.quick_s if now_s < self._hot_until_s else self._pace.slow_s)
+        pause_s = self._pace.quick_s if now_s < self._hot_until_s else self._pace.slow_s
+        self._next_look_s = now_s - self._age_s() + pause_s
         due_s = self._next_look_s
         if self._journal.state.leases():
             due_s = min(due_s, self._next_judging_s)
@@ -251,9 +277,11 @@ class BucketKV:
             own = [lease_id for lease_id, lease in self._leases.items() if not lease.lost.is_set()]
         looked = self._judge.begin(leases, own, period_s, now_s)
         for lease_id in looked:
+            asked_s = time.monotonic()
             content = self._register.read(beat_name(lease_id))
-            self._judge.note(lease_id, content, time.monotonic())
-        for lease_id in self._judge.ended(leases, looked, time.monotonic()):
+            self._judge.note(lease_id, content, asked_s, time.monotonic())
+            self._look_if_behind()  # of many leases this takes long
+        for lease_id in self._judge.ended(leases, looked):
             log.info("lease %x was not renewed for %g s, and ends", lease_id, leases[lease_id])
             self._change(lambda state, lease_id=lease_id: state.revoke(lease_id))  # type: ignore[misc]
             self._register.remove(beat_name(lease_id))

@@ -19,7 +19,8 @@ _PAUSE_FACTOR = 3.0
 @dataclass
 class _Sight:
     content: bytes | None
-    since_s: float
+    since_s: float  # at this time it was there already
+    until_s: float  # at this time it still was
 
 
 class Judge:
@@ -52,12 +53,19 @@ class Judge:
             return others
         return [before]
 
-    def note(self, lease_id: int, content: bytes | None, now_s: float) -> None:
-        """What the holder's object held, read at `now_s` or later."""
+    def note(self, lease_id: int, content: bytes | None, asked_s: float, answered_s: float) -> None:
+        """What the holder's object held, by a read that took from `asked_s` to `answered_s`."""
+        self._last_s = answered_s
         sight = self._seen.get(lease_id)
         if sight is None or sight.content != content:
-            self._seen[lease_id] = _Sight(content, now_s)
+            self._seen[lease_id] = _Sight(content, since_s=answered_s, until_s=asked_s)
+        else:
+            sight.until_s = asked_s
 
-    def ended(self, leases: Mapping[int, float], looked: Collection[int], now_s: float) -> list[int]:
-        """Those of the leases that were just looked at which nobody has renewed for their TTL."""
-        return [i for i in looked if i in self._seen and now_s - self._seen[i].since_s > leases[i]]
+    def ended(self, leases: Mapping[int, float], looked: Collection[int]) -> list[int]:
+        """Those of the leases that were just looked at which nobody has renewed for their TTL.
+
+        Each by the read of its own object: with many, or a slow store, the first is read long before the last.
+        """
+        seen = self._seen
+        return [i for i in looked if i in seen and seen[i].until_s - seen[i].since_s > leases[i]]
