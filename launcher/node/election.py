@@ -9,6 +9,7 @@ one of them has an effect.
 from __future__ import annotations
 
 import logging
+import math
 
 from launcher.kv.base import WatchEvent
 from launcher.node.asking import RETRY_S, Asking
@@ -19,6 +20,7 @@ from launcher.node.events import Answered, Unanswered
 log = logging.getLogger(__name__)
 
 _LOST_RACE_S = 1.0  # until it is tried again though nothing was heard of a winner
+_LAST_WORDS_S = 5.0  # for so long they are waited for: what is under way for the job may hold them up
 _NUM_LAST_WORDS = 2  # the endpoint in use may be down; one that was carried out unheard makes the next one void
 
 
@@ -31,6 +33,7 @@ class Election:
         self._asking = Asking()
         self._heard_revision = 0  # of the board's leader
         self._num_words_left = _NUM_LAST_WORDS
+        self._gives_up_s = math.inf
         self.has_left = False
         """Whether the last words of `leave` were said, as far as the store let them be."""
 
@@ -42,7 +45,7 @@ class Election:
     @property
     def due_s(self) -> float:
         """When time alone makes another try possible."""
-        return self._asking.due_s
+        return min(self._asking.due_s, self._gives_up_s)
 
     def hear(self) -> None:
         """The board has changed."""
@@ -64,6 +67,9 @@ class Election:
 
     def proclaim(self, how: str, lease_id: int, now_s: float) -> list[Task]:
         """Tell the successor how this node goes; its lease is about to be revoked."""
+        self._gives_up_s = min(self._gives_up_s, now_s + _LAST_WORDS_S)
+        if now_s >= self._gives_up_s:
+            self.has_left = True
         if self.has_left or not self._asking.is_free(now_s):
             return []
         if not self.is_won or self._num_words_left == 0:  # a successor's claim is not written over

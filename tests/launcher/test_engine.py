@@ -164,6 +164,20 @@ def test_last_words_are_said_before_the_record_goes(node: Driven) -> None:
     assert node.engine.has_left
 
 
+def test_a_lead_that_is_stuck_does_not_keep_the_record_from_going(node: Driven) -> None:
+    """The last words wait for a planner that takes a minute, say: the others must not have to wait for the lease."""
+    lead(node)
+    node.tasks.clear()
+    node.feed(Leaving())
+    assert isinstance(node.next(Put), Put), "which is not carried out"
+    assert not node.tasks
+    node.pass_time(node.engine.due_s - node.now_s)
+    assert node.now_s <= 5.0
+    node.settle()
+    assert node.record() is None
+    assert node.engine.has_left
+
+
 def test_a_store_that_hangs_keeps_a_leader_from_leaving_only_so_often(node: Driven) -> None:
     lead(node)
     node.tasks.clear()
