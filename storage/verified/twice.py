@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.errors import Cause, Corrupt, NotFound
+from storage.errors import Cause, Corrupt
 from storage.stores.objects import ObjectStore, read_if_there
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,16 @@ def read_expected(store: ObjectStore, key: str, expected: bytes) -> bytes | None
 
 
 def read_agreed(store: ObjectStore, key: str) -> bytes:
-    """The whole object, of which no checksum is known: what two of at most three answers agree on. Raises NotFound."""
-    found = read_expected(store, key, store.read(key))
-    if found is None:
-        raise NotFound(f"{key} is gone")
-    return found
+    """The whole object, of which no checksum is known: what two of at most three answers agree on.
+
+    Raises NotFound, and Corrupt where no two agree.
+    """
+    answers = [store.read(key)]
+
+    def read() -> bytes:
+        answers.append(store.read(key))
+        if answers[-1] not in answers[:-1]:
+            raise Corrupt(f"{key} is read differently each time")
+        return answers[-1]
+
+    return read_verified(store, key, read)

@@ -19,7 +19,7 @@ from storage.run import catalog, quarantine
 from storage.stores.memory import MemoryStore
 from storage.transfer import copy_jobs
 from storage.transfer.copying import Copier
-from storage.verified.twice import read_document, read_verified
+from storage.verified.twice import read_agreed, read_document, read_verified
 from tests.storage.small_runs import opened, save, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -229,3 +229,14 @@ def test_the_second_read_may_go_another_way(caplog: pytest.LogCaptureFixture) ->
     assert "read again, it is whole; the first time: the first way" in caplog.text
     with pytest.raises(Corrupt, match="the first way"):
         read_verified(store, "it", first)
+
+
+@pytest.mark.parametrize(("answers", "agreed"), [("aa", "a"), ("aba", "a"), ("baa", "a"), ("aab", "a"), ("abc", None)])
+def test_two_of_three_answers_must_agree(monkeypatch: pytest.MonkeyPatch, answers: str, agreed: str | None) -> None:
+    store, left = open_store("memory://agreed"), iter(answers)
+    monkeypatch.setattr(type(store), "read", lambda *_: next(left).encode())
+    if agreed is None:
+        with pytest.raises(Corrupt, match="read differently each time"):
+            read_agreed(store, "it")
+    else:
+        assert read_agreed(store, "it") == agreed.encode()
