@@ -27,6 +27,7 @@ class StoreRegister:
         """Raises UsageError where the store lets two writers through, or cannot be written."""
         try:
             honours = self._store.can(Capability.CONDITIONAL_PUTS)
+            needs_locks = self._store.can(Capability.HOST_LOCKS)
             self._quick.put(_SIGN, [b"nodes meet here\n"])
         except StorageError as error:
             raise UsageError(f"--rdzv-endpoint {self._store.url} cannot be used: {error}") from error
@@ -34,6 +35,11 @@ class StoreRegister:
             raise UsageError(
                 f"--rdzv-endpoint {self._store.url} honours no conditional puts (If-None-Match), without which two "
                 "nodes could lead at once: meet elsewhere, in a folder that all nodes share, or on etcd"
+            )
+        if needs_locks:
+            raise UsageError(
+                f"--rdzv-endpoint {self._store.url} has no hard links, without which nodes of two hosts could lead at "
+                "once: meet at the URL of what is mounted there (s3://...), in another folder, or on etcd"
             )
 
     def read(self, name: str) -> bytes | None:

@@ -96,6 +96,23 @@ class AtomicFiles:
                 if not left:
                     raise
 
+    def can_link(self) -> bool:
+        """Whether there are hard links. Raises OSError."""
+        self._make_folder(self._root / TMP)
+        names = [self._root / TMP / uuid.uuid4().hex for _ in range(2)]
+        try:
+            os.close(os.open(names[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode))
+            os.link(*names)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return False
+        finally:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+        return True
+
     def _place_if_absent(self, temporary: Path, path: Path) -> None:
         try:
             os.link(temporary, path)

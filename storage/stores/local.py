@@ -60,7 +60,13 @@ class LocalStore(ObjectStore):
 
     def can(self, capability: Capability) -> bool:
         """See `ObjectStore.can`. Puts are conditional by hard links, or else by a lock; deletes by a lock only."""
-        return self._can_lock() if capability is Capability.CONDITIONAL_DELETES else capability in _CAPABILITIES
+        match capability:
+            case Capability.HOST_LOCKS:
+                with self._translated(""):
+                    return not self._files.can_link()
+            case Capability.CONDITIONAL_DELETES:
+                return self._can_lock()
+        return capability in _CAPABILITIES
 
     def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
         """See `ObjectStore.put`."""

@@ -56,6 +56,8 @@ class Capability(enum.Enum):
     CONDITIONAL_PUTS = "conditional puts"
     """Of two puts with `if_absent` at once, the server lets only one through. Without, a put looks first, and may miss
     a race."""
+    HOST_LOCKS = "host locks"
+    """Less than the others: puts are conditional by a file lock, which may be one of each host's own."""
     CONDITIONAL_DELETES = "conditional deletes"
     """`delete_version` removes one version of an object and spares any other."""
     GUARDED_READS = "guarded reads"

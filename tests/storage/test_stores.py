@@ -62,11 +62,14 @@ def test_put_joins_buffers_of_any_kind(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_capabilities(kind: str, make_url: Callable[[str], str]) -> None:
+def test_capabilities(kind: str, make_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "no-links":
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
     store = open_store(make_url(kind))
     expected = {
         Capability.CONDITIONAL_PUTS: kind in CONDITIONAL,
         Capability.CONDITIONAL_DELETES: kind in CONDITIONAL,
+        Capability.HOST_LOCKS: kind == "no-links",
         Capability.GUARDED_READS: not kind.startswith("fsspec"),
         Capability.HOST_CACHE: kind in ("local", "file-url", "no-links"),
     }
