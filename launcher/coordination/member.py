@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _START_TIMEOUT_S = 10.0
+_CROWDED_START_TIMEOUT_S = 60.0  # more, as long as nothing was refused: hundreds of nodes may be writing at once
 _LEAVE_TIMEOUT_S = 15.0
 
 
@@ -219,9 +220,12 @@ class Member:
         """
         self._driver.start()
         self._feed(Started(unfit))
-        is_in = self._driver.wait_for(lambda engine, now_s: engine.own.registered_revision or None, _START_TIMEOUT_S)
-        if is_in is None:
+        for timeout_s in (_START_TIMEOUT_S, _CROWDED_START_TIMEOUT_S):
+            is_in = self._driver.wait_for(lambda engine, now_s: engine.own.registered_revision or None, timeout_s)
             why = self._read(lambda engine, now_s: engine.own.why)
+            if is_in or why:
+                break
+        if is_in is None:
             self._driver.close()
             raise KVUnavailable(why or "the store does not answer")
 

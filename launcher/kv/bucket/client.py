@@ -104,7 +104,13 @@ class BucketKV:
 
     def lease(self, ttl_s: float) -> Lease:
         granted_s = time.monotonic()
-        lease_id = self._change(lambda state: state.grant(ttl_s, 0.0))
+
+        def grant(state: State) -> int:
+            nonlocal granted_s  # just before it is written: where many write, that takes many tries
+            granted_s = time.monotonic()
+            return state.grant(ttl_s, 0.0)
+
+        lease_id = self._change(grant)
         lease = Lease(
             lease_id,
             ttl_s,
