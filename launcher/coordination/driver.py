@@ -203,7 +203,10 @@ class NodeDriver(Lifecycle):
             effects = self._engine.recover()
             self._has_failed = True
         for effect in effects:
-            self._dispatch(effect)
+            try:
+                self._dispatch(effect)
+            except Exception:  # no thread can be started, say: what else is to be done still is
+                log.exception("[%s] not done: %s", self._engine.node_id, type(effect).__name__)
         if self._engine.visible != before:
             self._num_changes += 1
             self._changed.notify_all()
@@ -222,7 +225,10 @@ class NodeDriver(Lifecycle):
                 self._retired.popleft().close()
             while self._reports:
                 report = self._reports.popleft()
-                self._emit(report.event, generation=report.generation, **report.fields)
+                try:
+                    self._emit(report.event, generation=report.generation, **report.fields)
+                except Exception:  # the thread that came by would end
+                    log.exception("[%s] %s is not told", self._engine.node_id, report.event)
 
     # --- effects out
 

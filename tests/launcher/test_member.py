@@ -303,3 +303,17 @@ def test_a_step_that_fails_does_not_end_a_members_threads(job: Job, monkeypatch:
     until("it has failed", lambda: member._engine._following > 2, WAIT_S)
     monkeypatch.undo()
     assert until("heard of b", lambda: member.stop_requested(1), WAIT_S) == "join: b"
+
+
+def test_an_event_that_cannot_be_told_does_not_end_a_members_threads(job: Job) -> None:
+    told = job.told
+
+    def refuse(event: str, /, **fields: object) -> None:
+        told(event, **fields)
+        raise ValueError("not JSON")
+
+    job.told = refuse  # type: ignore[assignment]
+    job.start("a")
+    job.members["a"].drain("maintenance")
+    until("its record is written", lambda: job.nodes()["a"].draining, WAIT_S)
+    assert "node_joined" in told.names()
