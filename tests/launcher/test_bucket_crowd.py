@@ -1,4 +1,4 @@
-"""The store on objects where many write at once: that others are first takes time, and nothing else."""
+"""The store on objects where many write at once: that others are first takes time, and nothing else. Damage is told."""
 
 from __future__ import annotations
 
@@ -52,3 +52,17 @@ def test_a_node_waits_for_its_turn_and_not_for_a_store_that_is_away(job: Job, mo
     with pytest.raises(KVUnavailable, match="cut off"):
         job.start("b")
     monkeypatch.setattr(CuttableKV, "cut", False)
+
+
+def test_what_was_damaged_on_its_way_is_read_again_and_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(uuid.uuid4().hex)
+    register = StoreRegister(store)
+    with contextlib.closing(BucketKV(StoreRegister(store))) as writer, contextlib.closing(BucketKV(register)) as reader:
+        entry = writer.put("k", b"value")
+        whole = register.read
+        damage = lambda data: data and data.replace(b'"revision":1', b'"revision":3')  # noqa: E731
+        monkeypatch.setattr(register, "read", lambda name: damage(whole(name)))
+        with pytest.raises(KVUnavailable, match="its checksum does not match"):
+            reader.get("k")
+        monkeypatch.setattr(register, "read", whole)
+        assert reader.get("k") == entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from launcher.kv.state import State
 
 LOG = "log/"
 BEAT = "beat/"
+_SUM = b',"crc32":'
 TOMBSTONE = b""
 """What an old version's object holds: its name stays taken, so that nobody can write that version again."""
 
@@ -43,7 +45,7 @@ class Version:
     events: tuple[WatchEvent, ...]
 
     def to_bytes(self) -> bytes:
-        """JSON in UTF-8."""
+        """JSON in UTF-8, whose last field is the CRC32 of what it is without that."""
         told = {
             "number": self.number,
             "nonce": self.nonce,
@@ -52,7 +54,8 @@ class Version:
                 {"key": event.key, "revision": event.revision, "entry": _told(event.entry)} for event in self.events
             ],
         }
-        return json.dumps(told, separators=(",", ":")).encode()
+        body = json.dumps(told, separators=(",", ":")).encode()
+        return body[:-1] + _SUM + b"%d}" % zlib.crc32(body)
 
     @classmethod
     def from_bytes(cls, number: int, content: bytes) -> Version:
@@ -63,6 +66,9 @@ class Version:
         """
         try:
             told = json.loads(content)
+            body = content.rpartition(_SUM)[0] + b"}"
+            if told["crc32"] != zlib.crc32(body):  # one bit would go into all later versions
+                raise ValueError("its checksum does not match")
             if told["number"] != number:
                 raise ValueError(f"it says that it is version {told['number']}")
             events = tuple(WatchEvent(e["key"], _entry(e["entry"]), int(e["revision"])) for e in told["events"])
