@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import Entry, Snapshot, WatchEvent
+from launcher.kv.bucket.hedge import hedged
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
 from launcher.kv.bucket.judge import Judge
 from launcher.kv.bucket.register import Create, Pause, Read, Register, Request, Steps, answer
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 _TOMBSTONE_KEPT_S = 24 * 3600.0
 _SWEEP_EVERY_S = 3600.0
+_HEDGE_FRACTION = 0.125
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while the machine hibernates
 
@@ -212,7 +214,11 @@ class BucketKV:
     # --- leases
 
     def _renew(self, lease: Lease) -> bool:
-        self._register.write(beat_name(lease.lease_id), uuid.uuid4().hex.encode())
+        name, content = beat_name(lease.lease_id), uuid.uuid4().hex.encode()
+        if self._register.is_remote:  # one request in some thousands takes seconds, and a lease has few of them
+            hedged(lambda: self._register.write(name, content), _HEDGE_FRACTION * lease.ttl_s)
+        else:
+            self._register.write(name, content)
         # Who judges has counted from the write before: one that comes too late is perhaps not looked at any more.
         is_in_time = time.monotonic() < lease.deadline_s
         self._look_if_behind()
@@ -282,15 +288,22 @@ class BucketKV:
         with self._changed:
             own = [lease_id for lease_id, lease in self._leases.items() if not lease.lost.is_set()]
         looked = self._judge.begin(leases, own, period_s, now_s)
+        unread: KVUnavailable | None = None
         for lease_id in looked:
             asked_s = time.monotonic()
-            content = self._register.read(beat_name(lease_id))
-            self._judge.note(lease_id, content, asked_s, time.monotonic())
+            try:
+                content = self._register.read(beat_name(lease_id))
+            except KVUnavailable as error:
+                unread = error  # the others can be judged
+            else:
+                self._judge.note(lease_id, content, asked_s, time.monotonic())
             self._look_if_behind()  # of many leases this takes long
         for lease_id in self._judge.ended(leases, looked):
             log.info("lease %x was not renewed for %g s, and ends", lease_id, leases[lease_id])
             self._change(lambda state, lease_id=lease_id: state.revoke(lease_id))  # type: ignore[misc]
             self._register.remove(beat_name(lease_id))
+        if unread is not None:
+            raise unread
 
     def _clean(self) -> None:
         """Replace old versions by tombstones; remove tombstones that have stood for a day."""

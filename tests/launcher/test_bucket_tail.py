@@ -1,0 +1,101 @@
+"""The store on objects when a request takes long, or cannot be answered: what else goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+import uuid
+
+import pytest
+
+from elastic_moe.register import StoreRegister
+from launcher.errors import KVUnavailable
+from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
+from launcher.kv.bucket.hedge import hedged
+from launcher.kv.bucket.version import BEAT, beat_name
+from storage.stores.memory import MemoryStore
+from tests.cluster import until
+
+
+class FarRegister(StoreRegister):
+    """A store far away: every other renewal takes `stuck_s`, and one object cannot be read."""
+
+    stuck_s = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStore(uuid.uuid4().hex))
+        self.written: list[float] = []
+        self.unreadable = ""
+
+    @property
+    def is_remote(self) -> bool:
+        return True
+
+    def write(self, name: str, content: bytes) -> None:
+        if name.startswith(BEAT):
+            self.written.append(time.monotonic())
+            if len(self.written) % 2 and self.stuck_s:
+                time.sleep(self.stuck_s)
+        super().write(name, content)
+
+    def read(self, name: str) -> bytes | None:
+        if name == self.unreadable:
+            raise KVUnavailable(f"{name}: forbidden")
+        return super().read(name)
+
+
+def test_a_renewal_that_hangs_is_made_once_more_beside_itself() -> None:
+    """Each first try takes longer than the lease, and nobody is asked to yield."""
+    register = FarRegister()
+    register.stuck_s = 3.0
+    with contextlib.closing(BucketKV(register, REMOTE_PACE)) as kv:
+        lease = kv.lease(2.0)
+        ends_s = lease.deadline_s + 4.0
+        while lease.deadline_s < ends_s:
+            assert lease.deadline_s - time.monotonic() > 0.4 * lease.ttl_s, "workers would be asked to yield"
+            assert not lease.lost.wait(0.05)
+        assert len(register.written) >= 4
+
+
+def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
+    register = FarRegister()
+    pace = dataclasses.replace(LOCAL_PACE, slow_s=0.05)
+    with contextlib.closing(BucketKV(register, pace)) as holder, contextlib.closing(BucketKV(register, pace)) as judge:
+        first, second = holder.lease(0.5), holder.lease(0.5)
+        assert holder.put("k", b"v", lease=second) is not None
+        register.unreadable = beat_name(first.lease_id)
+        watch = judge.watch("", 1)
+        first.stop()
+        second.stop()
+        with contextlib.suppress(KVUnavailable):
+            watch.next(0.1)
+        until("the lease that can be looked at has ended", lambda: judge.get("k") is None, 20)
+        assert first.lease_id in judge._journal.state.leases()
+
+
+@pytest.mark.parametrize("results", [("ok",), ("slow", "ok"), ("fail", "ok"), ("slow", "fail")])
+def test_the_first_success_counts(results: tuple[str, ...]) -> None:
+    calls: list[str] = []
+    lock = threading.Lock()
+
+    def act() -> None:
+        with lock:
+            result = results[len(calls)]
+            calls.append(result)
+        if "slow" in result:
+            time.sleep(0.5)
+        if result == "fail":
+            raise KVUnavailable("no")
+
+    hedged(act, 0.05)  # where the second fails, the slow one succeeds after all
+    assert tuple(calls) == results
+
+
+def test_two_failures_are_one() -> None:
+    def act() -> None:
+        raise KVUnavailable("no")
+
+    with pytest.raises(KVUnavailable, match="no"):
+        hedged(act, 0.05)
