@@ -10,7 +10,7 @@ from typing import Protocol
 
 import pytest
 
-from tests.chaos.job import STORES, WITHOUT_SERVER, Job, etcd_on
+from tests.chaos.job import ON_OBJECTS, STORES, Job, etcd_on
 from tests.chaos.network import Loopback, network, why_no_cuts
 from tests.chaos.template import Template
 
@@ -24,12 +24,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "flavour" not in metafunc.fixturenames:
         return
     chosen = tuple(filter(None, os.environ.get("CHAOS_STORES", "").split(",")))
-    known = (*STORES, WITHOUT_SERVER)
+    known = (*STORES, *ON_OBJECTS)
     assert set(chosen) <= set(known), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(known)}"
     also_secure = metafunc.definition.get_closest_marker("also_secure") is not None
     usual = STORES if also_secure else STORES[:1]
     if metafunc.definition.get_closest_marker("also_folder") is not None:
-        usual = (*usual, WITHOUT_SERVER)
+        usual = (*usual, "folder")
     metafunc.parametrize("flavour", chosen or usual)
 
 

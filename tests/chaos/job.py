@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,12 @@ from tests.chaos.network import Host, Loopback, Network
 from tests.chaos.template import Forked, Template
 from tests.cluster import Cluster, Node, until
 from tests.etcd import Server, etcdctl
+from tests.s3 import BUCKET, S3Server
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
 STORES = ("plain", "secure")
-WITHOUT_SERVER = "folder"
-"""A store on the shared storage: for tests in which no server is hurt."""
+ON_OBJECTS = ("folder", "s3")
+"""Stores on the shared storage, and on an S3 server (moto): for tests in which the store is not hurt."""
 _PASSWORD = "s3cret-words"
 
 
@@ -35,6 +38,7 @@ class Store:
     hosts: tuple[Host, ...]
     conf: tuple[str, ...]
     tls: dict[str, str]
+    objects: S3Server | None = None
 
     def leader(self) -> int:
         """Which member leads."""
@@ -81,6 +85,9 @@ class Job(Cluster):
         self._template = template
         self.hosts: dict[str, Host] = {}
         self.endpoint = ",".join(member.endpoint for member in store.members) or str(folder / "meet")
+        if store.objects is not None:
+            self.endpoint = store.objects.url("meet")
+            self.environment.update(store.objects.environment)
         self.backend = "etcd3" if store.members else "bucket"
 
     def spawn(self, name: str, arguments: list[str], environment: dict[str, str], log: int) -> Forked:
@@ -185,11 +192,15 @@ def _all_of(node: Node) -> list[psutil.Process]:
 def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members: int) -> Iterator[Store]:
     """An etcd of that flavour, each member on a host of its own; gone afterwards.
 
-    "folder" is none: nodes meet on the shared storage. "secure" wants client certificates, and a user with a password
-    who may write under one prefix only.
+    "folder" and "s3" are none: nodes meet on the shared storage, or on an S3 server. "secure" wants client
+    certificates, and a user with a password who may write under one prefix only.
     """
-    if flavour == WITHOUT_SERVER:
+    if flavour == "folder":
         yield Store((), (), ("lease_ttl=2",), {})
+        return
+    if flavour == "s3":
+        with moto_on(folder, network.host("s3")) as objects:
+            yield Store((), (), ("lease_ttl=2",), {}, objects)
         return
     hosts = tuple(network.host(f"etcd-{i}") for i in range(num_members))
     tls: dict[str, str] = {}
@@ -217,6 +228,23 @@ def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members
         yield store
     finally:
         store.stop()
+
+
+@contextlib.contextmanager
+def moto_on(folder: Path, host: Host) -> Iterator[S3Server]:
+    """An S3 server on a host, with one bucket; gone afterwards."""
+    endpoint = f"http://{host.address}:9000"
+    command = [*host.enter, sys.executable, "-m", "moto.server", "-H", host.address, "-p", "9000"]
+    bucket = f"import urllib.request as u; u.urlopen(u.Request('{endpoint}/{BUCKET}', method='PUT'), timeout=5)"
+    with (folder / "moto.log").open("ab") as log:
+        server = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=log, stderr=log)
+        try:
+            made = [*host.enter, sys.executable, "-c", bucket]
+            until("the S3 server answers", lambda: subprocess.run(made, stderr=log, check=False).returncode == 0)
+            yield S3Server("moto", endpoint, "test-access-key", "test-secret-key")
+        finally:
+            server.kill()
+            server.wait(30)
 
 
 _USERS = (
