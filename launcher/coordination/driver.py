@@ -107,6 +107,7 @@ class NodeDriver(Lifecycle):
         self._leases: dict[int, _Held] = {}
         self._lease_numbers = itertools.count(1)
         self._reports: deque[Report] = deque()  # not yet told
+        self._telling = threading.Lock()  # whoever holds it tells
         self._follower: Follower | None = None
         self._following = 0
         self._retired: deque[Follower] = deque()  # to be closed
@@ -146,6 +147,9 @@ class NodeDriver(Lifecycle):
         with self._lock:
             for held in self._leases.values():
                 held.lease.stop()
+        if self._telling.acquire(timeout=_CLOSE_TIMEOUT_S):  # a thread that nobody waits for may be at it
+            self._tell_reports()
+            self._telling.release()
 
     # --- events in
 
@@ -223,12 +227,20 @@ class NodeDriver(Lifecycle):
         with contextlib.suppress(IndexError):  # another thread is at it, too
             while self._retired:
                 self._retired.popleft().close()
-            while self._reports:
-                report = self._reports.popleft()
-                try:
-                    self._emit(report.event, generation=report.generation, **report.fields)
-                except Exception:  # the thread that came by would end
-                    log.exception("[%s] %s is not told", self._engine.node_id, report.event)
+        # In the order in which the steps found them: one thread at a time, which tells what others bring meanwhile.
+        while self._reports and self._telling.acquire(blocking=False):
+            try:
+                self._tell_reports()
+            finally:
+                self._telling.release()
+
+    def _tell_reports(self) -> None:
+        while self._reports:
+            report = self._reports.popleft()
+            try:
+                self._emit(report.event, generation=report.generation, **report.fields)
+            except Exception:  # the thread that came by would end
+                log.exception("[%s] %s is not told", self._engine.node_id, report.event)
 
     # --- effects out
 

@@ -295,7 +295,8 @@ class NodeEngine:
     def _heed(self, now_s: float) -> None:
         """Act on what the board says of this node itself."""
         current, record = self.board.round, self.own.record
-        if self.own.fenced(now_s) or not self._is_listed:  # what was learnt before may be of another store
+        # That one who leaves is gone is no news; what was learnt before a listing may be of another store.
+        if self._is_leaving or self.own.fenced(now_s) or not self._is_listed:
             return
         if (
             current is not None

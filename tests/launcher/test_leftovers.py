@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -136,8 +137,14 @@ def test_descendants_are_found_whoever_tells_them(monkeypatch: pytest.MonkeyPatc
     if not told:
         exists = os.path.exists
         monkeypatch.setattr(os.path, "exists", lambda path: not str(path).endswith("/children") and exists(path))
-    with subprocess.Popen(["sh", "-c", "sleep 600 & sh -c 'sleep 600; :' & wait"]) as process:
-        until("a shell and two below it", lambda: len(process_tree.descendants([process.pid])) == 3)
+    command = ["sh", "-c", "sleep 600 & sh -c 'sleep 600; :' & wait"]
+    with subprocess.Popen(command) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)  # also where a look finds something else: the block waits for it
+
+        def names() -> list[str]:  # a shell that was forked has yet to become a sleep
+            return sorted(found.name for found in process_tree.descendants([process.pid]).values())
+
+        until("a shell and two sleeps below it", lambda: names() == ["sh", "sleep", "sleep"])
         (inner,) = [pid for pid, found in process_tree.descendants([process.pid]).items() if found.name == "sh"]
         assert sorted(p.name for p in process_tree.descendants([process.pid], without=[inner]).values()) == ["sleep"]
         begun_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -317,3 +318,19 @@ def test_an_event_that_cannot_be_told_does_not_end_a_members_threads(job: Job) -
     job.members["a"].drain("maintenance")
     until("its record is written", lambda: job.nodes()["a"].draining, WAIT_S)
     assert "node_joined" in told.names()
+
+
+def test_events_are_told_in_the_order_in_which_they_were_found(job: Job) -> None:
+    """Whichever threads tell them, and however long one takes: a report reads them by their times."""
+    told: list[str] = []
+
+    def slow(event: str, /, **fields: object) -> None:
+        if event == "node_joined":
+            time.sleep(0.5)
+        told.append(str(event))
+
+    job.told = slow  # type: ignore[assignment]
+    job.start("a")
+    job.members["a"].evict("b", "its agent is gone")
+    job.members.pop("a").leave()
+    assert told[:2] == ["node_joined", "peer_lost"]
