@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ _MODEL, _FIELDS, _STEP, _SEQ_LEN = "model.", "data.model.", "data.step", "data.s
 
 
 class TrainedModel:
-    """The newest checkpoint of a run, or one step of it.
+    """The newest checkpoint of a run, or one step of it; a context manager, since its store stays open.
 
     Attributes:
         config: of its model.
@@ -36,11 +36,29 @@ class TrainedModel:
             StorageError: there is none at `url`, or it cannot be read.
             UserError: it is none of `elastic-moe train`, or was saved before these kept their model's fields.
         """
-        location = locate(url)
-        folder = location.prefix if location.prefix is not None else checkpoints(location)[0]
+        with locate(url) as location:
+            folder = location.prefix if location.prefix is not None else checkpoints(location)[0]
         # One step from here on: a job that trains on saves newer ones meanwhile.
         self._url = url if location.prefix is not None else f"{url.rstrip('/')}/{folder.rstrip('/')}"
-        self._metadata = ShardReader(self._url).read_metadata()
+        self._reader = ShardReader(self._url)
+        try:
+            self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self._reader.close()
+
+    def _look(self) -> None:
+        self._metadata = self._reader.read_metadata()
         known = self._metadata.state_dict_metadata
         fields = [name for name in known if name.startswith(_FIELDS)]
         if not fields or _STEP not in known:
@@ -85,5 +103,5 @@ class TrainedModel:
         with warnings.catch_warnings():
             # DCP finds it worth a warning that there is no process group.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            load(state, storage_reader=ShardReader(self._url), no_dist=True)
+            load(state, storage_reader=self._reader, no_dist=True)
         return state

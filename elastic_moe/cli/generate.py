@@ -50,20 +50,20 @@ def handle(args: argparse.Namespace) -> int:
     if not prompt:
         raise UserError("--prompt is empty: a model goes on from one byte at least")
     (url,) = with_s3_options(args, args.url)
-    trained = TrainedModel(url)
-    if trained.config.vocab_size != NUM_BYTES:
-        raise UserError(
-            f"the model at {args.url} has {trained.config.vocab_size} tokens, and only bytes are known here: export "
-            "it, and give the folder its tokenizer"
+    with TrainedModel(url) as trained:
+        if trained.config.vocab_size != NUM_BYTES:
+            raise UserError(
+                f"the model at {args.url} has {trained.config.vocab_size} tokens, and only bytes are known here: "
+                "export it, and give the folder its tokenizer"
+            )
+        out = sys.stdout.buffer
+        out.write(prompt)
+        tokens = sample(
+            trained.decoder(), prompt, args.tokens, temperature=args.temperature, seed=args.seed, window=trained.seq_len
         )
-    out = sys.stdout.buffer
-    out.write(prompt)
-    tokens = sample(
-        trained.decoder(), prompt, args.tokens, temperature=args.temperature, seed=args.seed, window=trained.seq_len
-    )
-    for token in tokens:
-        out.write(bytes([token]))
-        out.flush()
+        for token in tokens:
+            out.write(bytes([token]))
+            out.flush()
     out.write(b"\n")
     return 0
 

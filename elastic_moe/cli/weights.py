@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,13 +70,13 @@ def _export(args: argparse.Namespace) -> int:
     from elastic_moe.trained import TrainedModel
 
     (url,) = with_s3_options(args, args.url)
-    trained = TrainedModel(url)
 
     def tell(done: int, total: int) -> None:
         if not args.quiet and sys.stderr.isatty():
             print(f"\r{done} of {total} parts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    export(trained, args.folder, args.dtype, tell)
+    with TrainedModel(url) as trained:
+        export(trained, args.folder, args.dtype, tell)
     print(f"step {trained.step} of {args.url} is in {args.folder}")
     return 0
 
@@ -99,16 +100,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def job_text(config: ModelConfig, folder: Path) -> str:
-    """A job file of `config` that begins with the weights in `folder`."""
+    """A job file of `config` that begins with the weights in `folder`. What JSON makes of such values is TOML too."""
     fields = config.model_dump(exclude_none=True, exclude=set(TRAINING_FIELDS))
-    model = [f"{name} = {_toml(value)}" for name, value in fields.items()]
-    return "\n".join(["[model]", *model, "", "[train]", f"init_from = {_toml(str(folder))}"]) + "\n"
-
-
-def _toml(value: str | float | bool) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+    model = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(["[model]", *model, "", "[train]", f"init_from = {json.dumps(str(folder))}"]) + "\n"

@@ -30,7 +30,7 @@ class RouterTerms(NamedTuple):
 class Router(nn.Module):
     """Scores every expert for every token, and chooses the best `top_k`.
 
-    Computes in fp32 whatever the model does: in bf16 two or three tokens in a hundred would go to other experts.
+    Computes in fp32 whatever the model does: in bf16 some tokens would go to other experts.
 
     With `score` "softmax" the scores of a token are its softmax over all experts (Mixtral), with "sigmoid" each is the
     sigmoid of its own logit (DeepSeek-V3, arXiv:2412.19437 eq. 15). With `norm_topk` the weights of the chosen ones are

@@ -64,11 +64,11 @@ class TrainConfig(BaseModel):
     keep_gathered: bool = False
     """Keep parameters gathered from the first to the last micro-batch of a step: less communication for more memory."""
     recompute: bool = False
-    """Keep a layer's input alone for the backward pass, and compute the layer again there: about a third more time, for
-    much less memory. Changes no bit of the result."""
+    """Keep a layer's input alone for the backward pass, and compute the layer again there: more time for less
+    memory. Changes no bit of the result."""
     compile: bool = False
-    """Let torch.compile make one graph of each layer's attention; needs a C++ compiler on the CPU. Takes a minute at
-    each start, and changes the last bits of the result, so it cannot be `exact`."""
+    """Let torch.compile make one graph of each layer's attention; needs a C++ compiler on the CPU. Takes its time
+    at each start, and changes the last bits of the result, so it cannot be `exact`."""
     max_skipped: int = Field(3, ge=1)
     """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
     code 70, to be looked into before it is started again."""

@@ -118,10 +118,6 @@ class State:
             self.revoke(lease_id)
         return min((grant.ends_s for grant in self._grants.values()), default=None)
 
-    def fork(self) -> State:
-        """A copy without a history: its own changes are all that `events` knows of it."""
-        return State.load(self.dump())
-
     def leases(self) -> dict[int, float]:
         """The TTL of each lease, seconds."""
         return {lease_id: grant.ttl_s for lease_id, grant in self._grants.items()}
@@ -140,7 +136,7 @@ class State:
 
     @classmethod
     def load(cls, told: dict[str, Any]) -> State:
-        """The state that `dump` has told of; its leases end when they are revoked, and not with time.
+        """The state that `dump` has told of, without its history; its leases end when they are revoked, not with time.
 
         Raises:
             ValueError, KeyError, TypeError: it has told of none.

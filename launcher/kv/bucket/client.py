@@ -215,7 +215,7 @@ class BucketKV:
 
     def _renew(self, lease: Lease) -> bool:
         name, content = beat_name(lease.lease_id), uuid.uuid4().hex.encode()
-        if self._register.is_remote:  # one request in some thousands takes seconds, and a lease has few of them
+        if self._register.is_remote:  # now and then a request takes seconds, and a lease has few of them
             hedged(lambda: self._register.write(name, content), _HEDGE_FRACTION * lease.ttl_s)
         else:
             self._register.write(name, content)

@@ -73,9 +73,10 @@ class Journal:
             yield from self.catch_up()
             is_fresh = True
         for _ in range(_TRIES):
-            draft = self.state.fork()
+            before = self.state.dump()
+            draft = State.load(before)
             result = act(draft)
-            if draft.dump() == self.state.dump():
+            if draft.dump() == before:
                 if is_fresh:
                     return result  # there is nothing to be done
                 yield from self.catch_up()  # what `act` has seen may be of before
