@@ -18,15 +18,18 @@ from launcher.kv.bucket.version import BEAT, beat_name
 from storage.stores.memory import MemoryStore
 from tests.cluster import until
 
+_STUCK_S = 10.0
+
 
 class FarRegister(StoreRegister):
-    """A store far away: every other renewal takes `stuck_s`, and one object cannot be read."""
+    """A store far away: every other renewal hangs, and one object cannot be read."""
 
-    stuck_s = 0.0
+    is_stuck = False
 
     def __init__(self) -> None:
         super().__init__(MemoryStore(uuid.uuid4().hex))
         self.written: list[float] = []
+        self.released = threading.Event()
         self.unreadable = ""
 
     @property
@@ -36,8 +39,8 @@ class FarRegister(StoreRegister):
     def write(self, name: str, content: bytes) -> None:
         if name.startswith(BEAT):
             self.written.append(time.monotonic())
-            if len(self.written) % 2 and self.stuck_s:
-                time.sleep(self.stuck_s)
+            if len(self.written) % 2 and self.is_stuck:
+                self.released.wait(_STUCK_S)
         super().write(name, content)
 
     def read(self, name: str) -> bytes | None:
@@ -49,7 +52,7 @@ class FarRegister(StoreRegister):
 def test_a_renewal_that_hangs_is_made_once_more_beside_itself() -> None:
     """Each first try takes longer than the lease, and nobody is asked to yield."""
     register = FarRegister()
-    register.stuck_s = 3.0
+    register.is_stuck = True
     with contextlib.closing(BucketKV(register, REMOTE_PACE)) as kv:
         lease = kv.lease(2.0)
         ends_s = lease.deadline_s + 4.0
@@ -57,6 +60,7 @@ def test_a_renewal_that_hangs_is_made_once_more_beside_itself() -> None:
             assert lease.deadline_s - time.monotonic() > 0.4 * lease.ttl_s, "workers would be asked to yield"
             assert not lease.lost.wait(0.05)
         assert len(register.written) >= 4
+        register.released.set()
 
 
 def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
@@ -79,13 +83,16 @@ def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
 def test_the_first_success_counts(results: tuple[str, ...]) -> None:
     calls: list[str] = []
     lock = threading.Lock()
+    second_is_begun = threading.Event()
 
     def act() -> None:
         with lock:
             result = results[len(calls)]
             calls.append(result)
-        if "slow" in result:
-            time.sleep(0.5)
+        if len(calls) == 2:
+            second_is_begun.set()
+        if result == "slow":
+            assert second_is_begun.wait(_STUCK_S)
         if result == "fail":
             raise KVUnavailable("no")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -323,14 +322,16 @@ def test_an_event_that_cannot_be_told_does_not_end_a_members_threads(job: Job) -
 def test_events_are_told_in_the_order_in_which_they_were_found(job: Job) -> None:
     """Whichever threads tell them, and however long one takes: a report reads them by their times."""
     told: list[str] = []
+    found_another = threading.Event()
 
     def slow(event: str, /, **fields: object) -> None:
         if event == "node_joined":
-            time.sleep(0.5)
+            assert found_another.wait(WAIT_S)
         told.append(str(event))
 
     job.told = slow  # type: ignore[assignment]
     job.start("a")
     job.members["a"].evict("b", "its agent is gone")
+    found_another.set()
     job.members.pop("a").leave()
     assert told[:2] == ["node_joined", "peer_lost"]
