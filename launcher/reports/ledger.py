@@ -118,6 +118,7 @@ class Ledger:
         self._phase = Phase.FORMING
         self._steps = RoundSteps(0, frozenset(), self._since_ts)
         self._started: set[str] = set()
+        self._done: set[str] = set()  # the nodes whose workers have reached their end: they leave, and break nothing
         self._why_asked: Reason | None = None
         self._open: _Open | None = None
         self.seconds = dict.fromkeys(Cause, 0.0)
@@ -146,6 +147,8 @@ class Ledger:
                 self._why_asked = Reason(Cause.DRAIN, sentence(event), (node,))
             case EventName.ROOT_CAUSE if self._is_open_for(event):
                 self._root_cause(event)
+            case EventName.WORKERS_DONE if self._is_of_round(event):
+                self._done.add(node)
             case EventName.WORKERS_YIELDED if self.stretches and self._is_of_round(event):
                 self.stretches[-1].yielded = True
             case EventName.FINISHED:
@@ -215,7 +218,7 @@ class Ledger:
             self._interrupt(event, reason_from(str(event.get("reason", ""))))
         before, self._steps = self._steps, next(self._rounds)
         self._live |= self._steps.participants
-        self._started = set()
+        self._started, self._done = set(), set()
         self._why_asked = None
         self._pass_to(Phase.STARTING, ts)
         if self._open is not None:
@@ -259,7 +262,7 @@ class Ledger:
             return None
         why = reason_in(event, self._steps.participants)
         of_other_round = event["event"] in _OF_ROUND and not self._is_of_round(event)
-        if why is None or of_other_round:
+        if why is None or of_other_round or event.get(EventName.NODE_LEFT) in self._done:
             return None
         if event["event"] in (EventName.WORKERS_YIELDED, EventName.WORKERS_STOPPED) and self._why_asked is not None:
             return self._why_asked
@@ -268,7 +271,9 @@ class Ledger:
         return why
 
     def _silence_at(self, ts: float) -> Silence | None:
-        return next((s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
+        """A silence of the store at that time, to a node of this round."""
+        heard_of = (s for s in self._silent if s.node in self._steps.participants)
+        return next((s for s in heard_of if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
 
     def _interrupt(self, event: EventRecord, why: Reason) -> None:
         ts = float(event["ts"])

@@ -15,6 +15,7 @@ _EXACT = {EventName.WORKERS_STOPPED, EventName.WORKERS_YIELDED, EventName.WORKER
 """Events in which agents say exactly how far their workers came."""
 
 _AT_START = (FailureClass.START_UP, FailureClass.USAGE)
+_NUM_USUAL = 3  # so many steps tell what is usual, though one of them took long
 _NUM_LATE = 8  # rounds that may be formed before the last event of one has been written
 
 
@@ -95,11 +96,15 @@ class RoundSteps:
     @property
     def step_s(self) -> float:
         """How long a step usually takes; 0 where that is not known."""
-        if self._told_step_s:
-            return statistics.median(self._told_step_s)
+        told = self._told_step_s
+        if len(told) >= _NUM_USUAL:
+            return statistics.median(told)
         marks = sorted(self._done.items())
         if len(marks) > 1 and marks[-1][1] > marks[0][1]:
-            return (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
+            meanwhile_s = (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
+            return min([meanwhile_s, *told])  # the only one that is told may be that in which the node was frozen
+        if told:
+            return min(told)
         return float(self.first.get("step_s", self.usual_step_s)) if self.first else 0.0
 
     @property

@@ -150,9 +150,9 @@ class Job(Cluster):
         """What `report` makes of the events so far."""
         return account(self.events())
 
-    def told_as(self, cause: Cause, *names: str, generation: int = 1, within_s: float = 0.1) -> Interruption:
+    def told_as(self, cause: Cause, *names: str, generation: int = 1, within_s: float = 0.25) -> Interruption:
         """The report's account of what ended this generation: this cause, these nodes, and the seconds that the steps'
-        own times show, give or take a tenth (`within_s` at least: what two cores take to wake a process).
+        own times show, give or take a tenth (`within_s` at least: what two loaded cores take to wake a process).
         """
         found = [i for i in self.account().interruptions if i.generation == generation]
         assert [i.cause for i in found] == [cause], self.told(found)

@@ -69,6 +69,41 @@ def test_a_job_without_an_interruption(job: Job) -> None:
     assert (result.wall_s, result.outcome, result.interruptions) == (42, "succeeded", ())
 
 
+def test_a_node_that_leaves_with_its_work_done_has_drained_nothing(job: Job) -> None:
+    job.say(40, "workers_done", A, step=30, step_ts=39.5)
+    job.say(40, "workers_done", B, step=30, step_ts=39.5)
+    job.say(41, "node_left", A, node_left=B)
+    job.say(42, "finished", outcome="succeeded")
+    assert account(job.events).interruptions == ()
+
+
+def test_the_silence_of_the_store_to_a_node_that_joins_explains_nothing(job: Job) -> None:
+    c = "c-00000003"
+    job.say(32, "store_unreachable", c, seconds=1, reason="deadline exceeded")
+    job.say(33, "node_joined", c)
+    for node in (A, B):
+        job.say(34, "workers_yielded", node, reason="workers of another node were asked to stop", step=25)
+    job.say(34, "stop_requested", reason=f"join: {c}")
+    job.say(35, "store_back", c, seconds=4)
+    for node in (A, B):
+        job.say(35, "workers_stopped", node, reason=f"join: {c}", step=25)
+    job.form(36, A, B, c, reason=f"join: {c}")
+    job.train(38, step=26)
+    (stop,) = account(job.events).interruptions
+    assert (stop.cause, stop.nodes) == (Cause.JOIN, (c,))
+
+
+def test_the_step_in_which_a_node_was_frozen_is_not_what_a_step_takes() -> None:
+    job = training()
+    job.say(33, "node_lost", node_lost=B, reason="lost: its lease ended", silent_s=2)
+    job.say(33.1, "workers_stopped", reason="node b-2 lost: its lease ended", step=6, step_ts=16.0)
+    job.say(36, "progress", B, step=6, step_s=5, every=1)
+    job.form(34, A, reason="node b-2 lost: its lease ended")
+    job.train(36, step=7, step_s=1)
+    (stop,) = account(job.events).interruptions
+    assert stop.began_ts == 17, "the step after the last that was done was under way"
+
+
 def test_a_lost_node_explains_the_workers_that_failed_with_it_and_costs_what_was_not_saved(job: Job) -> None:
     job.say(35.0, "worker_failed", rank=0, exit_code=1, step=24, message="Connection reset by peer")
     job.say(35.2, "node_lost", node_lost=B, reason="lost: its lease ended")
