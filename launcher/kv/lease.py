@@ -54,6 +54,7 @@ class Lease:
         self.lease_id = lease_id
         self.ttl_s = ttl_s
         self.lost = threading.Event()
+        self._granted_s = granted_s
         self._deadline_s = granted_s + ttl_s
         self._renew = renew
         self._revoke = revoke
@@ -81,6 +82,7 @@ class Lease:
 
     def _keep_alive(self) -> None:
         period_s = self.ttl_s / self.renewals_per_ttl
+        period_s = max(0.0, period_s - (time.monotonic() - self._granted_s))  # the grant may have been long on its way
         while not self._stopped.wait(period_s):
             sent_s = time.monotonic()
             try:

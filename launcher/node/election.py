@@ -33,6 +33,7 @@ class Election:
         self._asking = Asking()
         self._heard_revision = 0  # of the board's leader
         self._num_words_left = _NUM_LAST_WORDS
+        self._said_revision = 0  # of the claim that says already how this node goes
         self._gives_up_s = math.inf
         self.has_left = False
         """Whether the last words of `leave` were said, as far as the store let them be."""
@@ -59,10 +60,16 @@ class Election:
             return []
         return [self._asking.ask(Put(Lane.LEAD, LEADER, self._node_id.encode(), 0, lease_id))]
 
-    def resign(self, now_s: float) -> list[Task]:
-        """Let another node lead at once: the lease may stand for as long as this node's workers cannot be stopped."""
+    def resign(self, how: str, lease_id: int | None, now_s: float) -> list[Task]:
+        """Let another node lead at once: the lease may stand for as long as this node's workers cannot be stopped.
+
+        `how` this node went, where it has evicted itself: no other node would know.
+        """
         if not self.is_won or not self._asking.is_free(now_s):
             return []
+        if how and lease_id is not None and self._board.leader_revision != self._said_revision:
+            self._said_revision = self._board.leader_revision
+            return [self._say(how, lease_id)]
         return [self._asking.ask(Delete(Lane.LEAD, LEADER, self._board.leader_revision))]
 
     def proclaim(self, how: str, lease_id: int, now_s: float) -> list[Task]:
@@ -76,8 +83,11 @@ class Election:
             self.has_left = True
             return []
         self._num_words_left -= 1
+        return [self._say(how, lease_id)]
+
+    def _say(self, how: str, lease_id: int) -> Task:
         words = f"{self._node_id} {how}".encode()
-        return [self._asking.ask(Put(Lane.LEAD, LEADER, words, self._board.leader_revision, lease_id))]
+        return self._asking.ask(Put(Lane.LEAD, LEADER, words, self._board.leader_revision, lease_id))
 
     def depose(self, node_id: str) -> list[Task]:
         """Delete the claim of a node that is known to be dead."""
@@ -93,6 +103,9 @@ class Election:
         match event.task:
             case Put(value=value) if b" " in value:
                 self._num_words_left = 0
+                if event.entry is not None:
+                    self._said_revision = event.entry.revision
+                    self._board.apply([WatchEvent(LEADER, event.entry, event.entry.revision)])
             case Put() if event.entry is None:  # who won is about to be heard
                 self._asking.close(now_s, pause_s=_LOST_RACE_S)
             case Put():

@@ -91,6 +91,7 @@ class NodeEngine:
         self._grace_s = 0.0  # of the present term
         self._joined = 0  # the last generation of which this node may have started workers
         self._has_started = self._is_leaving = False
+        self._evicted_as = ""  # by itself as the leader, since it last registered
         self._unanswered = ""  # why the store cannot be followed now
         self._ask_again_s = -math.inf
         self._effects: list[Effect] = []
@@ -211,6 +212,7 @@ class NodeEngine:
         was_fenced = self.own.fenced(now_s)
         self._effects += self.own.answered(event, now_s)
         if was_fenced and not self.own.fenced(now_s):  # registered
+            self._evicted_as = ""
             self._follow(JOB)
         self._election.answered(event, now_s)
         if self.leader is not None and (written := self.leader.answered(event, now_s)):
@@ -226,6 +228,7 @@ class NodeEngine:
         generation = self._generation
         for gone in departures:
             if gone.node_id == self.node_id:
+                self._evicted_as = gone.how
                 self._fence(gone.how)
             elif gone.how in (LEFT, LEFT_AT_ONCE):
                 self._report(EventName.NODE_LEFT, generation=generation, node_left=gone.node_id)
@@ -343,7 +346,7 @@ class NodeEngine:
             return
         if self.own.fenced(now_s) or lease is None:
             self._end_term(now_s)
-            self._effects += self._election.resign(now_s)
+            self._effects += self._election.resign(self._evicted_as, lease.lease_id if lease else None, now_s)
             return
         if self._is_listed:
             self._effects += self._election.campaign(lease.lease_id, now_s)

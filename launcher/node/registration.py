@@ -315,4 +315,4 @@ class Registration:
             log.warning("[%s] the lease had ended; joined anew", self.record.node_id)
             # With what else was under it, if it stands yet: a claim to lead, say.
             done.append(Revoke(Lane.RECORD, before.lease_id))
-        return done
+        return [*self._back(now_s), *done]

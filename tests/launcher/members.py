@@ -9,7 +9,7 @@ from launcher.coordination.member import Member
 from launcher.errors import KVError, KVUnavailable
 from launcher.health.liveness import LivenessListener
 from launcher.kv.memory import Hub, MemoryKV
-from launcher.node.board import NODES, run_prefix
+from launcher.node.board import LEADER, NODES, run_prefix
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node, Round, Status
 from tests.cluster import until
@@ -82,6 +82,11 @@ class Job:
         """The records in the store."""
         entries = self.hub.list(f"{run_prefix('test')}{NODES}").entries
         return {n.node_id: n for n in (Node.from_json(e.value, e.create_revision) for e in entries)}
+
+    def leader(self) -> str:
+        """Who leads, by the store; "" if nobody does."""
+        entry = self.hub.get(f"{run_prefix('test')}{LEADER}")
+        return entry.value.decode().partition(" ")[0] if entry else ""
 
     def stop_workers(self, *names: str) -> None:
         for name in names:

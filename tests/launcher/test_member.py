@@ -150,10 +150,12 @@ def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
     assert job.told.names().count("finished") == 1
 
 
-def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job) -> None:
+@pytest.mark.parametrize("leader", ["a", "b"])
+def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job, leader: str) -> None:
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
-    for name in "ab":
+    for name in sorted("ab", key=lambda name: name != leader):
         job.start(name)
+        until("the first one leads", lambda: job.leader() == leader, WAIT_S)
     job.join("a", "b")
     job.stop_workers("a")  # b goes on as if it had heard nothing
     formed = job.members["a"].wait_round(WAIT_S)

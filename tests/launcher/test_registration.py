@@ -130,6 +130,16 @@ def test_a_silence_is_told_once_and_its_end_too(node: Driven) -> None:
     assert node.reports() == ["node_joined", "store_unreachable", "store_back"]
 
 
+def test_a_silence_ends_with_the_lease_that_is_granted_after_it(node: Driven) -> None:
+    (lease_id,) = node.seen
+    node.feed(LeasesSeen((LeaseSeen(lease_id, node.now_s + TTL_S, silent_since_s=0.0, silence="no answer"),)))
+    node.now_s += 2 * TTL_S
+    node.feed(LeasesSeen((LeaseSeen(lease_id, TTL_S, lost=True, silent_since_s=0.0, silence="no answer"),)))
+    node.feed(Announced(Status.READY))
+    node.settle()
+    assert node.reports() == ["node_joined", "store_unreachable", "store_back", "node_joined"]
+
+
 def test_a_lease_that_was_lost_is_replaced_once_the_workers_are_stopped(node: Driven) -> None:
     node.feed(RUNNING)
     node.settle()
