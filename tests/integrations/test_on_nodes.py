@@ -35,9 +35,9 @@ def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str) -> None:
     first = nodes.start("first", *work, conf="last_call=60")
     nodes.wait_event("node_joined")
     second = nodes.start("second", *work, conf="last_call=60")
-    until("both have saved", lambda: reached(12, 2))
+    until("both have saved", lambda: any(event["step"] >= 10 for event in nodes.events("checkpoint_committed")))
     second.kill()
-    until("the survivor goes on", lambda: reached(13, 1))
+    until("the survivor goes on", lambda: reached(1, 1))
     (tmp_path / "hurry").touch()
     assert first.wait() == 0, first.output
     assert read_lines(tmp_path / "done.jsonl") == [{"rank": 0, "world_size": 1, "step": STEPS, "updates": STEPS}]
