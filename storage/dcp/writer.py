@@ -29,9 +29,9 @@ from storage.format.tensors import oddity
 from storage.format.values import check_value
 from storage.parallel import before_pools_close
 from storage.run import catalog, replacing
+from storage.run.attempt import Attempt, StateContents
 from storage.run.job import Origin
 from storage.saving import commit
-from storage.saving.commit import Attempt, StateContents
 from storage.saving.describe import chunk_of
 from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads

@@ -21,31 +21,20 @@ that is put beside the first of these looks is nobody else's.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import tenacity
 
 from storage.errors import AlreadyExists, Corrupt, Fenced, StorageError, Transient, Unconfirmed
 from storage.format import layout
-from storage.format.checksum import crc32c
-from storage.format.containers import Container, Path
-from storage.format.index import of_manifest
-from storage.format.manifest import (
-    ItemTable,
-    Manifest,
-    ObjectEntry,
-    Receipt,
-    TensorEntry,
-    ValueEntry,
-    dump_manifest,
-)
+from storage.format.manifest import Manifest, ObjectEntry, dump_manifest
 from storage.parallel import run_concurrently
 from storage.run import catalog, quarantine
-from storage.run.job import Origin
+from storage.run.attempt import Attempt as Attempt
+from storage.run.attempt import StateContents as StateContents
+from storage.run.attempt import build_manifest as build_manifest
 from storage.run.owner import Claim
 from storage.stores.objects import ObjectStore, read_if_there
 from storage.verified.twice import read_expected
@@ -57,77 +46,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One try to save one step."""
-
-    prefix: str
-    step: int
-    id: str
-    world_size: int
-
-    @classmethod
-    def of_step(cls, step: int, id: str, world_size: int) -> Attempt:
-        """An attempt in a run's folder for `step`. Raises UsageError."""
-        return cls(layout.step_folder(step) + "/", layout.as_step(step), id, world_size)
-
-
-@dataclass(frozen=True)
-class StateContents:
-    """What the state holds, by flattened key."""
-
-    tensors: dict[str, TensorEntry]
-    values: dict[str, ValueEntry]
-    containers: tuple[Container, ...] = ()
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """The path of each key."""
-        tensors = {key: entry.path for key, entry in self.tensors.items()}
-        return tensors | {key: entry.path for key, entry in self.values.items()}
-
-
 def _check_objects(store: ObjectStore, attempt: Attempt, objects: Sequence[ObjectEntry]) -> None:
     """Compare what the ranks say with what the store has. Raises Corrupt."""
     folder = attempt.prefix + layout.attempt_folder(attempt.id) + "/"
     listed = {info.key.removeprefix(attempt.prefix): info for info in store.list(folder)}
     catalog.check_objects(store, attempt.prefix, objects, listed)
-
-
-def build_manifest(
-    attempt: Attempt,
-    origin: Origin,
-    contents: StateContents,
-    receipts: Sequence[Receipt],
-    created_unix_s: float,
-    *,
-    healthy: bool = True,
-) -> tuple[Manifest, bytes]:
-    """The manifest that joins the receipts, and the `.metadata` it commits with. Pure."""
-    from storage.format.dcp_pickle import dump_metadata
-
-    objects = [entry for receipt in receipts for entry in receipt.objects]
-    ends = list(itertools.accumulate((len(receipt.objects) for receipt in receipts), initial=0))
-    draft = Manifest(
-        step=attempt.step,
-        attempt=attempt.id,
-        created_unix_s=created_unix_s,
-        world_size=attempt.world_size,
-        generation=origin.generation,
-        lineage=origin.lineage,
-        mesh=origin.mesh,
-        healthy=healthy,
-        metadata_size_bytes=0,
-        metadata_crc32c=0,
-        objects=tuple(objects),
-        tensors=contents.tensors,
-        values=contents.values,
-        containers=contents.containers,
-        items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
-    )
-    metadata = dump_metadata(of_manifest(attempt.prefix, draft), attempt.id)
-    sums = {"metadata_size_bytes": len(metadata), "metadata_crc32c": crc32c(metadata)}
-    return draft.model_copy(update=sums), metadata
 
 
 def publish(

@@ -19,7 +19,7 @@ from storage.format.items import EncodedItem
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.tensors import oddity
 from storage.format.values import encode_value
-from storage.saving.commit import StateContents
+from storage.run.attempt import StateContents
 from storage.saving.saveplan import Chunk, Share, dump_share
 from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload

@@ -29,8 +29,8 @@ from storage.format.manifest import (
     load_receipt,
 )
 from storage.parallel import run_concurrently
+from storage.run.attempt import Attempt
 from storage.run.owner import Claim
-from storage.saving.commit import Attempt
 from storage.stores.objects import ObjectInfo, ObjectStore, parts_of_size
 from storage.verified.twice import read_document
 

@@ -23,8 +23,8 @@ from storage.format import layout
 from storage.format.manifest import ObjectEntry
 from storage.parallel import Pool, run_all
 from storage.run import catalog, garbage
+from storage.run.attempt import Attempt
 from storage.saving import commit
-from storage.saving.commit import Attempt
 from storage.stores.objects import ObjectStore, parts_of_size
 from storage.transfer import copy_jobs
 from storage.transfer.copy_jobs import CopyContents, CopyJob, CopyState, Found, Outcome

@@ -50,9 +50,10 @@ from storage.loading.reading import Axis
 from storage.loading.request_builder import reads_by_item, requests_of
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog
+from storage.run.attempt import Attempt, StateContents, build_manifest
 from storage.run.job import Origin
 from storage.run.owner import Claim, Owner, claim
-from storage.saving.commit import Attempt, StateContents, build_manifest, publish
+from storage.saving.commit import publish
 from storage.saving.receipts import Patience, await_receipts, put_receipt
 from storage.verified.source import Source
 from tests.ranks import Ranks

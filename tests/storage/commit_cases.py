@@ -10,9 +10,9 @@ import numpy as np
 from storage.format.checksum import pack_crcs
 from storage.format.manifest import ItemEntry, ItemTable, Manifest, ObjectEntry, Receipt, TensorEntry
 from storage.run import owner
+from storage.run.attempt import Attempt, StateContents
 from storage.run.job import Origin
 from storage.saving import commit
-from storage.saving.commit import Attempt, StateContents
 from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo, ObjectStore

@@ -16,8 +16,8 @@ from storage.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
+from storage.run.attempt import Attempt, StateContents, build_manifest
 from storage.run.job import Origin
-from storage.saving.commit import Attempt, StateContents, build_manifest
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
 ATTEMPT = "00000000-1111-2222-3333-444444444444"

@@ -28,8 +28,8 @@ from storage.format.manifest import (
     load_manifest,
     load_receipt,
 )
+from storage.run.attempt import Attempt, StateContents, build_manifest
 from storage.run.job import Origin
-from storage.saving.commit import Attempt, StateContents, build_manifest
 
 ATTEMPT = "00000000-1111-2222-3333-444444444444"
 BLOCK_SIZE_BYTES = 16384

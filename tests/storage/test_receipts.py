@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from storage.errors import Fenced, Transient
 from storage.format.manifest import HEAD_SIZE_BYTES, Head, Receipt, dump_manifest, load_head
 from storage.run import owner
+from storage.run.attempt import Attempt
 from storage.saving import commit, receipts
-from storage.saving.commit import Attempt
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from tests.storage.commit_cases import (
