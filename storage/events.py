@@ -28,7 +28,8 @@ class CheckpointEvent(enum.StrEnum):
     """The name of an event, as listeners and `events.jsonl` have it; under each, its fields beside `rank`."""
 
     RESTORED = "restored"
-    """`step`, `seconds`, `bytes` of the state, `fetched_bytes` and `received_bytes` by this rank."""
+    """`step`, `seconds`, `bytes` of the state, `fetched_bytes` and `received_bytes` by this rank; where nodes hold some
+    of it in memory also what of the fetched bytes came `from_own`, `from_peer`, `from_store`, and `attempt`."""
     RESTORED_IN_PART = "restored_in_part"
     """With `strict=False`: `step`, `num_missing`, `missing` and `num_left_out`, `left_out` (some of the names)."""
     PER_RANK_RESIZED = "per_rank_resized"
@@ -61,6 +62,23 @@ class CheckpointEvent(enum.StrEnum):
     """`url`, `seconds` for which it was away."""
     UNCONDITIONAL = "checkpoint_unconditional"
     """`url` of a store that does not honour conditional puts."""
+    COPIED = "checkpoint_copied"
+    """A node holds a copy of another's part in memory: `step`, `of_rank`, `to` that node, `bytes`, `seconds`."""
+    COPY_FAILED = "checkpoint_copy_failed"
+    """The part of rank `of_rank` in `attempt` has no copy on node `to`: `reason`. The next save tries again."""
+    PEER_REFUSED = "checkpoint_peer_refused"
+    """Somebody at `address` has asked for states in memory, and was told nothing: `reason`."""
+    SOURCE_FAILED = "checkpoint_source_failed"
+    """In a restore of `step`, from memory of `node` (`tier` "own" or "peer"), which was left out from there on:
+    `reason`."""
+    HELD_IN_PART = "checkpoint_held_in_part"
+    """A state of `step` in memory of nodes is newer than the store's, and passed over: `reason`."""
+    MEMORY_AWAY = "checkpoint_memory_away"
+    """This node's memory of states does not answer, and is gone on without: `reason`."""
+    DISTRUSTED = "checkpoint_distrusted"
+    """The states of `steps` in memory are not gone on from any more, and the store's are: `reason`."""
+    STORE_UNASKED = "checkpoint_store_unasked"
+    """`step` is restored from memory while the store, which may have a newer one, does not answer: `reason`."""
     TAKEN_OVER = "checkpoint_taken_over"
     """`url`, `by` this job, `of` another, which had not let it go; the `reason` why that does not count."""
     FENCED = "checkpoint_fenced"
@@ -74,6 +92,7 @@ _USUAL = {
     CheckpointEvent.STAGED,
     CheckpointEvent.COMMITTED,
     CheckpointEvent.WAITED,
+    CheckpointEvent.COPIED,
 }
 """Those that the log has as information; all others are warnings."""
 

@@ -36,6 +36,7 @@ _ATTEMPT_NAMED = re.compile(rb"attempt-([0-9a-f-]{8,64})/__")
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
 _DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
+_DATA_OF = re.compile(r"attempt-([0-9a-f-]{8,64})/(?:[^/]+/)*__(\d+)_\d+\.distcp")
 _BEAT = re.compile(r"beat-[0-9a-f]{32}")
 
 
@@ -79,6 +80,12 @@ def attempts_in(metadata: bytes) -> list[str]:
 def data_name(attempt: str, rank: int, index: int) -> str:
     """A data object's name below its step; also `relative_path` in the stock metadata."""
     return f"{attempt_folder(attempt)}/__{rank}_{index}.distcp"
+
+
+def parse_data_name(name: str) -> tuple[str, int] | None:
+    """The attempt and the rank of a data object, by its name below its step; None for other objects."""
+    match = _DATA_OF.fullmatch(name)
+    return (match[1], int(match[2])) if match else None
 
 
 def is_data_name(name: str) -> bool:

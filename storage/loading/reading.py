@@ -121,8 +121,9 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
     told = group.all_gather(bytes([bool(requests.striped())]) + host.encode())
     is_host_cached = store.can(Capability.HOST_CACHE)
+    is_everywhere = store.can(Capability.ON_EVERY_HOST)  # then all may count as one host
     return should_share(
-        [data[1:].decode() for data in told],
+        ["" if is_everywhere else data[1:].decode() for data in told],
         is_host_cached=is_host_cached,
         has_stripes=any(data[0] for data in told),
     )

@@ -7,18 +7,21 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from storage import inspection
-from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, UnloadableValue, WrongModel
+from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, Transient, UnloadableValue, WrongModel
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.dcp_view import metadata_of
 from storage.format.index import Index
+from storage.held.distrust import NUM_RESTORES_MAX
+from storage.held.nearest import NearestStore
 from storage.loading.casts import Casts
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
+from storage.loading.memory_tier import HeldIndex, MemoryAccess, MemoryTier
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog, quarantine
@@ -32,16 +35,22 @@ from storage.verified.source import Traffic
 
 log = logging.getLogger(__name__)
 
+_STORE_S = 5.0
+"""A store that says nothing for so long is away, as far as a state in memory is concerned."""
 _NUM_TRIES = 100
 """Of checkpoints that turn out to be no good: another job may save, and remove, faster than this one can read."""
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What a rank has read: bytes that its state needed, and what it fetched for them."""
+    """What a rank has read: bytes that its state needed, and what it fetched for them.
+
+    `near`: where that came from, if nodes hold some of it in memory.
+    """
 
     needed_bytes: int
     traffic: Traffic
+    near: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,16 @@ class Restorer:
     Without a `claim` nothing is written: a damaged checkpoint is passed over, and stays as it is.
     """
 
-    def __init__(self, store: ObjectStore, claim: Claim | None, group: AgreeingGroup, report: Reporter) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        claim: Claim | None,
+        group: AgreeingGroup,
+        report: Reporter,
+        memory: MemoryAccess | None = None,
+    ) -> None:
         self._store = store
+        self._memory = memory
         self._claim = claim
         self._group = group
         self._report = report
@@ -82,9 +99,14 @@ class Restorer:
         """
         started_s = time.monotonic()
         with self._report.retries(self._store, "restore"):
-            step, read = self._restore(
-                state, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
-            )
+            tier = self._memory.open(self._report) if self._memory is not None else None
+            try:
+                step, read = self._restore(
+                    state, tier, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
+                )
+            finally:
+                if tier is not None:
+                    tier.close()
         if read is not None:
             self._report(
                 CheckpointEvent.RESTORED,
@@ -93,12 +115,14 @@ class Restorer:
                 bytes=read.needed_bytes,
                 fetched_bytes=read.traffic.fetched_bytes,
                 received_bytes=read.traffic.received_bytes,
+                **read.near,
             )
         return step
 
     def _restore(
         self,
         state: MutableMapping[Any, Any],
+        tier: MemoryTier | None,
         *,
         strict: bool,
         ignored: Ignored,
@@ -106,22 +130,66 @@ class Restorer:
         allow_casts: bool,
     ) -> tuple[int, _Read | None]:
         damaged: dict[int, str] = {}
+        lost: set[str] = set()  # attempts in memory of which bytes turned out not to be had
         while True:
-            index = self._group.share(lambda: self._newest(damaged, unhealthy=unhealthy), Index.load)
-            if index is None:
+            chosen = self._group.share(
+                functools.partial(self._choose, tier, damaged, lost, unhealthy=unhealthy), HeldIndex.load
+            )
+            if chosen is None:
                 return 0, None
+            index = chosen.index
             found = self._group.everywhere(
                 functools.partial(fit, state, index, self._group.rank, ignored, strict=strict)
             )
             self._settle(found, index, strict=strict)
-            result = self._read(found.wants, index, allow_casts=allow_casts)
+            result = self._read(found.wants, chosen, tier, allow_casts=allow_casts)
             if isinstance(result, _Read):
                 values = self._group.everywhere(functools.partial(finish, found, state, found.wants))
                 self._group.everywhere(functools.partial(state.update, values))
+                self._went_on(chosen, tier)
                 return index.step, result
+            if not chosen.is_stored:
+                lost.add(index.save_id)
+                continue
             damaged[index.step] = self._judge(index.step, result.own)
             if len(damaged) >= _NUM_TRIES:
                 raise Corrupt(f"{len(damaged)} checkpoints in {self._store.url} are no good: {damaged[index.step]}")
+
+    def _choose(
+        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
+    ) -> HeldIndex | None:
+        """The state to go on from (coordinator): one in memory if it is newer than the store's newest."""
+        if tier is not None and tier.states:
+            found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
+            if found is not None:
+                return found
+        index = self._newest(damaged, unhealthy=unhealthy)
+        return None if index is None else HeldIndex(index)
+
+    def _newest_held(
+        self, tier: MemoryTier, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
+    ) -> HeldIndex | None:
+        """The newest state in memory, unless the store has a newer one; if it does not answer, that is not known."""
+        stored, away = None, None
+        try:
+            stored = tier.find_stored(self._store.impatient(_STORE_S), damaged, unhealthy=unhealthy)
+        except Transient as error:
+            away = str(error)
+        worn_out = tier.worn_out if stored is not None else []
+        found = tier.newest(stored, {*lost, *worn_out}, self._report, unhealthy=unhealthy)
+        if found is not None and away is not None:
+            self._report(CheckpointEvent.STORE_UNASKED, step=found.index.step, reason=away)
+        return found
+
+    def _went_on(self, chosen: HeldIndex, tier: MemoryTier | None) -> None:
+        """Count for a state in memory that it was gone on from, or drop those that were too often in vain."""
+        if self._memory is None or tier is None:
+            return
+        if not chosen.is_stored:
+            self._memory.went_on(chosen.index.save_id, chosen.index.step, self._report)
+        elif tier.worn_out:
+            reason = f"the job has gone on from one of them {NUM_RESTORES_MAX} times, and staged nothing since"
+            self._memory.distrust(reason, self._report)
 
     def _newest(self, damaged: Mapping[int, str], *, unhealthy: bool) -> Index | None:
         """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all.
@@ -163,8 +231,11 @@ class Restorer:
             )
         return None
 
-    def _read(self, wants: dict[str, Any], index: Index, *, allow_casts: bool) -> _Read | _Damaged:
+    def _read(
+        self, wants: dict[str, Any], chosen: HeldIndex, tier: MemoryTier | None, *, allow_casts: bool
+    ) -> _Read | _Damaged:
         """Read into the tensors of `wants`, and put values there. All ranks have read, find damage, or raise alike."""
+        index, near = chosen.index, None if tier is None else tier.nearest(self._store, chosen, self._report)
         planner = SafeLoadPlanner(index)
         planner.set_up_planner(wants, metadata_of(index), self._group.is_coordinator)
         items = self._group.everywhere(lambda: planner.create_local_plan().items)
@@ -174,14 +245,14 @@ class Restorer:
         def read() -> _Read:
             nonlocal own
             try:
-                traffic = read_items(self._store, index, items, planner, self._group, casts=casts)
+                traffic = read_items(near or self._store, index, items, planner, self._group, casts=casts)
             except Corrupt as error:
                 own = error
                 raise
             except (UnloadableValue, WrongModel) as error:
                 where = f"the checkpoint of step {index.step} in {self._store.url}"
                 raise type(error)(f"{where}: {error}") from None
-            return _Read(needed_bytes(items, index.entries), traffic)
+            return _Read(needed_bytes(items, index.entries), traffic, _told(near, index))
 
         try:
             result = self._group.everywhere(read)
@@ -274,6 +345,12 @@ class Restorer:
         self._claim.check()
         if quarantine.set_aside(self._store, version):
             self._report(CheckpointEvent.QUARANTINED, step=step, reason=reason)
+
+
+def _told(near: NearestStore | None, index: Index) -> Mapping[str, Any]:
+    if near is None:
+        return {}
+    return {"attempt": index.save_id, **{f"from_{tier}": num for tier, num in near.num_bytes_by.items()}}
 
 
 def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:

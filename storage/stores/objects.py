@@ -64,6 +64,8 @@ class Capability(enum.Enum):
     """The server checks `if_match` in the same request that reads. Without, it is compared before."""
     HOST_CACHE = "host cache"
     """Bytes that a process has read are kept by its host for other processes: so the page cache does for a folder."""
+    ON_EVERY_HOST = "on every host"
+    """All bytes of the checkpoint that is read are in the memory of each host that reads it."""
 
 
 class ObjectStore(abc.ABC):
@@ -178,6 +180,13 @@ class ObjectStore(abc.ABC):
         store: requests that go nowhere remote do not wait.
         """
         return self
+
+    def doubt(self, key: str, reason: str) -> bool:
+        """What this thread has just read of the object turned out to be damaged: whether there is another copy to read.
+
+        The one that it came from is not read again. By default there is one copy of each object.
+        """
+        return False
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Let go of threads and connections. Closing twice is harmless."""

@@ -76,6 +76,10 @@ class StoreWrapper(ObjectStore):
         """See `ObjectStore.impatient`."""
         return self._store.impatient(timeout_s)
 
+    def doubt(self, key: str, reason: str) -> bool:
+        """See `ObjectStore.doubt`."""
+        return self._store.doubt(key, reason)
+
     def close(self) -> None:
         """See `ObjectStore.close`."""
         self._store.close()

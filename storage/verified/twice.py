@@ -19,19 +19,25 @@ def read_verified(store: ObjectStore, name: str, read: Callable[[], T], again: C
     """What `read` returns, which reads from the store and raises Corrupt where that is not what was written.
 
     Then it is read once more, by `again` where that has to go another way. If it is whole now, a retry is counted in
-    the store's log and told under `name`.
+    the store's log and told under `name`, which is the object's key where it is one object. Of a store that has other
+    copies of it (`ObjectStore.doubt`) the next one is read, until none is left but the last, which is read twice.
 
     Raises:
         Corrupt: it is damaged the second time, too.
         Whatever else `read` and `again` raise.
     """
+    read_again = again or read
     try:
         return read()
     except Corrupt as error:
-        found = (again or read)()
-        store.retries.add(Cause.DAMAGED, 0.0)
-        log.warning("read again, %s is whole; the first time: %s", name, error)
-        return found
+        first = error
+    while store.doubt(name, str(first)):
+        with contextlib.suppress(Corrupt):
+            return read_again()
+    found = read_again()
+    store.retries.add(Cause.DAMAGED, 0.0)
+    log.warning("read again, %s is whole; the first time: %s", name, first)
+    return found
 
 
 def read_document(store: ObjectStore, key: str, load: Callable[[bytes], T]) -> T:

@@ -1,0 +1,176 @@
+"""Which state in memory is the one to go on from, and what it is made of. Pure.
+
+The parts that nodes hold of one attempt make a state if together they have every byte of it. What a rank has staged of
+its own for a save is all needed; of states of which every rank has staged all that it holds, replicas make up for ranks
+that are gone, and one copy of each chunk is taken and the others are its twins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from storage.errors import Corrupt
+from storage.format.completeness import gaps
+from storage.format.manifest import ItemTable, Manifest
+from storage.held.papers import PartLabel, PartPapers
+from storage.run.attempt import draft_manifest
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """The newest checkpoint of the store."""
+
+    step: int
+    generation: int = 0
+    attempt: str = ""
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """See `PartLabel.age`."""
+        return self.generation, self.step
+
+
+@dataclass(frozen=True)
+class HeldState:
+    """A state of which some nodes hold parts: by rank the nodes that do, each in the order of `offers`.
+
+    `contents_of`: the ranks whose papers say what all of it is.
+    """
+
+    label: PartLabel
+    holders: Mapping[int, tuple[int, ...]]
+    contents_of: tuple[int, ...]
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks of whose parts nobody holds one."""
+        return [rank for rank in range(self.label.world_size) if rank not in self.holders]
+
+    @property
+    def why_not(self) -> str:
+        """Why it can be known without its papers that bytes are missing; "" if it cannot."""
+        if not self.contents_of:
+            return "nobody holds what it is made of"
+        if self.missing and not self.label.is_all:
+            ranks = ", ".join(map(str, self.missing[:8])) + (" and more" if len(self.missing) > 8 else "")
+            return f"nobody holds the part of rank{'s' if len(self.missing) > 1 else ''} {ranks}"
+        return ""
+
+
+def held_states(offers: Sequence[Sequence[PartLabel]], lineage: str) -> list[HeldState]:
+    """The states of `lineage` that the nodes hold parts of, newest first.
+
+    `offers`: by node, what it holds of the run. Parts of one attempt that contradict each other about it, as only those
+    of a broken node can, are left out: those that come later.
+    """
+    labels: dict[str, PartLabel] = {}
+    holders: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    contents: dict[str, set[int]] = defaultdict(set)
+    for node, offered in enumerate(offers):
+        for label in offered:
+            if label.lineage != lineage or not is_same_state(labels.setdefault(label.attempt, label), label):
+                continue
+            holders[label.attempt][label.rank].append(node)
+            if label.has_contents:
+                contents[label.attempt].add(label.rank)
+    found = [
+        HeldState(label, {rank: tuple(nodes) for rank, nodes in holders[id].items()}, tuple(sorted(contents[id])))
+        for id, label in labels.items()
+    ]
+    return sorted(found, key=lambda state: (state.label.age, state.label.attempt), reverse=True)
+
+
+def is_same_state(one: PartLabel, other: PartLabel) -> bool:
+    """Whether two labels say the same of the state that they are parts of."""
+    of_part = {"rank": 0, "size_bytes": 0, "has_contents": False, "run": ""}
+    return one.model_copy(update=of_part) == other.model_copy(update=of_part)
+
+
+def worth_a_look(states: Sequence[HeldState], stored: StoredState | None, *, unhealthy: bool) -> list[HeldState]:
+    """Those that are newer than what the store has, newest first.
+
+    A state of an earlier generation than the stored one's is of a history that was not gone on from, and one of the
+    stored one's own attempt is that checkpoint.
+    """
+    return [
+        state
+        for state in states
+        if (unhealthy or state.label.healthy)
+        and (stored is None or (state.label.generation >= stored.generation and state.label.step > stored.step))
+    ]
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The same bytes at several places: `length` of them at `start` of object `name`, and at those of `others`."""
+
+    name: str
+    start: int
+    length: int
+    others: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class JoinedState:
+    """A state of which every byte is held: its index as a manifest, and what of it has other names as well."""
+
+    manifest: Manifest
+    twins: tuple[Twins, ...] = ()
+
+
+def join(papers: Sequence[PartPapers]) -> JoinedState:
+    """The state that those parts of one attempt make, in the order of their ranks.
+
+    Raises:
+        Corrupt: bytes are missing; the message says which.
+    """
+    parts = sorted(papers, key=lambda part: part.label.rank)
+    of_all = next((part for part in parts if part.contents is not None), None)
+    if of_all is None or of_all.contents is None:
+        raise Corrupt("nobody holds what it is made of")
+    label, receipts = of_all.label, [part.receipt for part in parts]
+    draft = draft_manifest(
+        label.of_attempt,
+        of_all.origin,
+        of_all.contents.contents,
+        receipts,
+        of_all.created_unix_s,
+        healthy=label.healthy,
+    )
+    joined = _without_twins(draft) if label.is_all else JoinedState(draft)
+    for gap in itertools.islice(gaps(joined.manifest), 1):
+        raise Corrupt(gap)
+    return joined
+
+
+def _without_twins(draft: Manifest) -> JoinedState:
+    """The manifest with the first of each chunk's copies. One that is not the same, byte for byte, is no twin."""
+    first: dict[tuple[object, ...], int] = {}
+    taken: list[int] = []
+    others: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for number, item in enumerate(draft.items.rows()):
+        chosen = first.setdefault((item.key, item.offsets), number)
+        if chosen == number:
+            taken.append(number)
+        elif _sum_of(draft.items, chosen) == (item.length, item.crc32c, item.block_crcs):
+            others[chosen].append((draft.objects[item.object].name, item.offset))
+    table = draft.items
+    twins = tuple(
+        Twins(draft.objects[int(table.object[row])].name, int(table.offset[row]), int(table.length[row]), tuple(found))
+        for row, found in others.items()
+    )
+    if len(taken) == len(table):
+        return JoinedState(draft, twins)
+    return JoinedState(draft.model_copy(update={"items": _rows_of(table, taken)}), twins)
+
+
+def _sum_of(table: ItemTable, row: int) -> tuple[int, int, str]:
+    return int(table.length[row]), int(table.crc32c[row]), table.block_crcs[row]
+
+
+def _rows_of(table: ItemTable, rows: Sequence[int]) -> ItemTable:
+    kept = set(rows)
+    return ItemTable.of(item for number, item in enumerate(table.rows()) if number in kept)

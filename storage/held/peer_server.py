@@ -1,0 +1,221 @@
+"""Serves what a node holds to the services and ranks of others, who know its token, and takes copies in for them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storage.errors import Corrupt, Denied, NotFound, StorageError, Transient
+from storage.format.sealed import Document
+from storage.held.copy_buffer import Allocate, CopyBuffer
+from storage.held.inventory import Inventory
+from storage.held.papers import PartPapers, dump_labels, dump_papers, load_papers
+from storage.held.wire import (
+    STALL_S,
+    AskBytes,
+    AskLabels,
+    AskPapers,
+    Follows,
+    HoldCopy,
+    PeerRefusal,
+    Ready,
+    Wire,
+    WireError,
+    welcome,
+)
+
+log = logging.getLogger(__name__)
+
+_NUM_CONNECTIONS_MAX = 256
+_NUM_STRANGERS_MAX = 16
+_IDLE_S = 600.0
+_GREETING_S = 5.0
+_TEXT_MAX = 1000
+
+
+@dataclass(frozen=True)
+class CopyRules:
+    """How much of others' parts a node holds: `allocate` finds the memory, of `bytes_max` in all."""
+
+    allocate: Allocate
+    bytes_max: int
+
+
+class PeerServer:
+    """Listens from `start` to `close`, a thread for each connection.
+
+    Args:
+        inventory: what is served, and where copies come.
+        token: what the other side has to know.
+        copies: None where this node takes no copies.
+        refused: hears why a connection was refused.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        token: str,
+        copies: CopyRules | None,
+        refused: Callable[[str, str], None] = lambda who, why: None,
+    ) -> None:
+        self._inventory = inventory
+        self._token = token
+        self._copies = copies
+        self._refused = refused
+        self._listener: socket.socket | None = None
+        self._threads: set[threading.Thread] = set()
+        self._wires: set[Wire] = set()
+        self._num_strangers = 0
+        self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()  # copies, so that memory for two is not counted twice
+        self._is_closed = False
+
+    def start(self, address: str = "127.0.0.1", port: int = 0) -> int:
+        """Listen; the port, which is a free one where none is given. Raises OSError."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, port), family=family, backlog=128)
+        self._spawn(self._accept, "storage-peers")
+        return int(self._listener.getsockname()[1])
+
+    def close(self) -> None:
+        """End all connections and threads. Closing twice is harmless."""
+        with self._lock:
+            self._is_closed = True
+            wires, threads = list(self._wires), list(self._threads)
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        for wire in wires:
+            wire.close()
+        for thread in threads:
+            thread.join()
+
+    def _spawn(self, call: Callable[[], None], name: str) -> None:
+        def run() -> None:
+            try:
+                call()
+            finally:
+                with self._lock:
+                    self._threads.discard(thread)
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while True:
+            try:
+                connection, address = self._listener.accept()
+            except OSError as error:
+                with self._lock:
+                    if self._is_closed:
+                        return
+                log.warning("a connection of a peer cannot be accepted: %s", error)
+                time.sleep(0.05)  # of too many descriptors there are fewer later
+                continue
+            with self._lock:
+                is_full = self._num_strangers >= _NUM_STRANGERS_MAX or len(self._wires) >= _NUM_CONNECTIONS_MAX
+                if is_full or self._is_closed:
+                    connection.close()
+                    continue
+                wire = Wire(connection, _GREETING_S, time.monotonic() + _GREETING_S)
+                self._wires.add(wire)
+                self._num_strangers += 1
+            self._spawn(functools.partial(self._converse, wire, address[0]), "storage-peer")
+
+    def _converse(self, wire: Wire, who: str) -> None:
+        is_stranger = True
+        try:
+            welcome(wire, self._token)
+            with self._lock:
+                self._num_strangers -= 1
+            is_stranger = False
+            wire.trust(STALL_S)
+            while True:
+                wire.wait(_IDLE_S)
+                self._answer(wire, wire.receive(AskLabels, AskPapers, AskBytes, HoldCopy))
+        except Denied as error:
+            self._refused(who, str(error))
+        except StorageError as error:
+            log.debug("the connection of %s ends: %s", who, error)
+        finally:
+            with self._lock:
+                self._wires.discard(wire)
+                self._num_strangers -= is_stranger
+            wire.close()
+
+    def _answer(self, wire: Wire, asked: Document) -> None:
+        """Answer one question. Raises WireError where the connection is of no more use."""
+        try:
+            if isinstance(asked, AskBytes):
+                self._send_bytes(wire, asked)
+            elif isinstance(asked, HoldCopy):
+                self._hold(wire, asked)
+            else:
+                wire_bytes = self._papers(asked)
+                wire.send(Follows(length=len(wire_bytes)), [memoryview(wire_bytes)])
+        except WireError:
+            raise
+        except (NotFound, Corrupt, Transient) as error:
+            cause = next(kind for kind in (NotFound, Corrupt, Transient) if isinstance(error, kind))
+            wire.send(PeerRefusal(cause=cause.__name__, text=str(error)[:_TEXT_MAX]))
+
+    def _papers(self, asked: Document) -> bytes:
+        if isinstance(asked, AskPapers):
+            with self._inventory.reading(asked.attempt, asked.rank) as part:
+                return dump_papers(part.papers)
+        return dump_labels(self._inventory.labels())
+
+    def _send_bytes(self, wire: Wire, asked: AskBytes) -> None:
+        with self._inventory.reading(asked.attempt, asked.rank) as part:
+            held = part.objects.get(asked.name)
+            if held is None:
+                raise NotFound(f"{asked.name} is no object of that part")
+            if asked.offset + asked.length > held.size_bytes:
+                stop = asked.offset + asked.length
+                raise Corrupt(f"{asked.name} ends at {held.size_bytes}, wanted bytes up to {stop}")
+            wire.send(Follows(length=asked.length), held.views(asked.offset, asked.length))
+
+    def _hold(self, wire: Wire, asked: HoldCopy) -> None:
+        """Take a copy in. Nothing of it is held before all of it is what its papers say."""
+        papers = load_papers(wire.receive_bytes(asked.length), f"the papers from {asked.of_node}")
+        with self._one_at_a_time:
+            buffer = self._buffer(papers, asked.of_node)
+            try:
+                wire.send(Ready())
+                for view in buffer.objects():
+                    wire.receive_into([view])
+            except BaseException as error:
+                buffer.close()
+                if not isinstance(error, Corrupt):
+                    raise
+                with contextlib.suppress(WireError):
+                    wire.send(PeerRefusal(cause="Corrupt", text=str(error)[:_TEXT_MAX]))
+                # the rest is on its way, so nothing else can be said on this connection
+                raise WireError(f"a copy from {asked.of_node} is damaged: {error}") from None
+            self._inventory.add(buffer.part())
+        wire.send(Ready())
+
+    def _buffer(self, papers: PartPapers, of_node: str) -> CopyBuffer:
+        """Memory for a copy. Raises Transient."""
+        if self._copies is None:
+            raise Transient("holds no copies")
+        self._inventory.prepare(papers.label, of_node)
+        size_bytes, held_bytes = papers.label.size_bytes, self._inventory.copied_bytes
+        if held_bytes + size_bytes > self._copies.bytes_max:
+            raise Transient(
+                f"holds {held_bytes} bytes of copies, and {size_bytes} more would be more than {self._copies.bytes_max}"
+            )
+        try:
+            return CopyBuffer(papers, of_node, self._copies.allocate)
+        except (MemoryError, OSError) as error:
+            raise Transient(f"has no memory for a copy of {size_bytes} bytes: {error}") from None

@@ -1,0 +1,251 @@
+"""Restores from the memory of nodes: the newest state, the nearest good bytes, and never a wrong one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from storage.errors import Transient
+from storage.held.inventory import HeldObject, HeldPart
+from storage.held.mapped import MappedPart
+from storage.stores.objects import ObjectStore
+from storage.stores.wrapper import StoreWrapper
+from tests.storage.held_cases import SIZE_BYTES, Seen, Staged, Told, add, check, damaged, nodes, of, restore, store_with
+
+
+class Away(StoreWrapper):
+    """A store that does not answer."""
+
+    def folders(self, prefix: str) -> list[str]:
+        raise Transient("nobody listens")
+
+    read = read_into = info = list = folders  # type: ignore[assignment]
+
+    def impatient(self, timeout_s: float) -> ObjectStore:
+        return self
+
+
+def test_a_whole_state_in_memory_that_is_newer_than_the_stores_is_taken() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        staged = Staged(20)
+        add(a, staged, 0)
+        add(b, staged, 1)
+        check(20, restore(store_with(10), Seen([a, b]), told))
+    (fields,) = of(told, "restored")
+    assert fields["from_own"] > SIZE_BYTES / 2 < fields["from_peer"]
+    assert (fields["attempt"], "from_store" in fields) == (staged.id, False)
+    assert [name for name, _ in told] == ["restored"]
+
+
+@pytest.mark.parametrize("has_mine", [True, False], ids=["half of it held", "another attempt"])
+def test_a_newer_checkpoint_of_the_store_is_taken(has_mine: bool) -> None:
+    told: Told = []
+    with nodes(["a"]) as (a,):
+        add(a, Staged(20), 0, 1)
+        if has_mine:
+            add(a, Staged(40), 0)
+        check(30, restore(store_with(10, 30), Seen([a]), told))
+    assert [name for name, _ in told] == (["checkpoint_held_in_part"] if has_mine else []) + ["restored"]
+    assert "from_own" not in of(told, "restored")[0]
+
+
+def test_a_state_of_an_earlier_generation_than_the_stores_newest_is_not_gone_back_to() -> None:
+    with nodes(["a"]) as (a,):
+        add(a, Staged(50, generation=2), 0, 1)
+        check(30, restore(store_with(30, generation=3), Seen([a]), []))
+        check(50, restore(store_with(30, generation=2), Seen([a]), []))
+
+
+def test_bytes_of_a_stored_checkpoint_come_from_memory_where_that_very_attempt_is_held() -> None:
+    store, told = store_with(10, 30), Told()
+    (name,) = [key for key in store._objects if key.startswith("step-000000030/attempt-") and "manifest" in key]
+    staged = Staged(30, world_size=1, id=name.split("/")[1].removeprefix("attempt-"))
+    with nodes(["a"]) as (a,):
+        part = staged.part(0)
+        objects = {
+            key.removeprefix("step-000000030/"): HeldObject([data])
+            for key, (data, _) in store._objects.items()
+            if key.startswith("step-000000030/") and key.endswith(".distcp")
+        }
+        a.add(HeldPart(part.papers, objects))
+        check(30, restore(store, Seen([a]), told))
+    (fields,) = of(told, "restored")
+    assert fields["from_own"] > SIZE_BYTES
+    assert "from_store" not in fields
+
+
+def test_a_damaged_slot_is_told_and_the_peers_copy_is_read_instead() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        staged = Staged(20)
+        add(a, staged, 0, 1, change=damaged)
+        add(b, staged, 0, 1)
+        check(20, restore(store_with(10), Seen([a, b]), told))
+    failed = of(told, "checkpoint_source_failed")
+    assert {(row["node"], row["tier"], row["step"]) for row in failed} == {("a", "own", 20)}
+    assert all("checksum at byte" in row["reason"] for row in failed)
+    assert of(told, "restored")[0]["from_peer"] > SIZE_BYTES
+
+
+def test_where_every_copy_is_damaged_the_state_before_is_taken_and_then_the_stores() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        older, newer = Staged(20), Staged(30)
+        for node in (a, b):
+            add(node, older, 0, 1)
+            add(node, newer, 0, change=damaged)
+            add(node, newer, 1)
+        check(20, restore(store_with(10), Seen([a, b]), told))
+        assert {row["node"] for row in of(told, "checkpoint_source_failed")} == {"a", "b"}
+        for node in (a, b):
+            add(node, older, 0, 1, change=damaged)
+        check(10, restore(store_with(10), Seen([a, b]), told))
+
+
+def test_of_replicas_what_is_damaged_in_one_is_read_from_another() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        staged = Staged(20, is_all=True)
+        add(a, staged, 0, change=damaged)
+        add(b, staged, 1)
+        check(20, restore(store_with(10), Seen([a, b]), told))
+        assert {row["node"] for row in of(told, "checkpoint_source_failed")} == {"a"}
+        check(20, restore(store_with(10), Seen([b]), []))  # its node is gone: the other replica is all of it
+
+
+def test_replicas_of_two_steps_make_no_state() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        add(a, Staged(20), 0)
+        add(b, Staged(21), 1)
+        check(10, restore(store_with(10), Seen([a, b]), told))
+    assert [fields["step"] for fields in of(told, "checkpoint_held_in_part")] == [21, 20]
+
+
+def test_a_node_that_goes_while_it_is_read_from_costs_only_its_bytes() -> None:
+    told: Told = []
+    with nodes(["a", "b", "c"]) as (a, b, c):
+        staged = Staged(20)
+        add(a, staged, 0)
+        for node in (b, c):
+            add(node, staged, 1)
+        seen = Seen([a, b, c])
+        tier = seen.open(None)  # type: ignore[arg-type]
+        seen.open = lambda report: tier  # type: ignore[method-assign]
+        b.close()
+        check(20, restore(store_with(10), seen, told))
+    assert {row["node"] for row in of(told, "checkpoint_source_failed")} == {"b"}
+
+
+def test_the_store_is_not_waited_for_where_memory_has_a_state() -> None:
+    told: Told = []
+    with nodes(["a"]) as (a,):
+        add(a, Staged(20), 0, 1)
+        check(20, restore(Away(store_with(10)), Seen([a]), told))
+        assert "nobody listens" in of(told, "checkpoint_store_unasked")[0]["reason"]
+        a.drop(None, "for the test")
+        with pytest.raises(Transient):
+            restore(Away(store_with(10)), Seen([a]), told)
+
+
+def test_an_unhealthy_state_in_memory_is_passed_over() -> None:
+    with nodes(["a"]) as (a,):
+        add(a, Staged(20, healthy=False), 0, 1)
+        check(10, restore(store_with(10), Seen([a]), []))
+        check(20, restore(store_with(10), Seen([a]), [], unhealthy=True))
+
+
+def test_a_state_that_turns_out_bad_soon_is_dropped_with_all_in_memory_and_the_stores_is_taken() -> None:
+    told: Told = []
+    store = store_with(10)
+    with nodes(["a"], told) as (a,):
+        add(a, Staged(20), 0, 1)
+        check(20, restore(store, Seen([a]), []))
+        add(a, Staged(21, generation=2, healthy=False), 0, 1)
+        check(10, restore(store, Seen([a]), []))
+        (fields,) = of(told, "checkpoint_distrusted")
+        assert (fields["steps"], "step 20, restored from memory" in fields["reason"]) == ([20, 21], True)
+        add(a, Staged(11, generation=3), 0, 1)
+        check(11, restore(store, Seen([a]), []))  # once: what is staged from then on is trusted again
+
+
+def test_a_state_that_is_gone_on_from_in_vain_three_times_is_dropped() -> None:
+    told: Told = []
+    store = store_with(10)
+    with nodes(["a"], told) as (a,):
+        add(a, Staged(20), 0, 1)
+        assert [restore(store, Seen([a]), [])[0] for _ in range(5)] == [20, 20, 20, 10, 10]
+    assert of(told, "checkpoint_distrusted")[0]["steps"] == [20]
+
+
+def test_a_state_in_memory_is_kept_where_the_store_has_nothing() -> None:
+    with nodes(["a"]) as (a,):
+        add(a, Staged(20), 0, 1)
+        assert [restore(store_with(), Seen([a]), [])[0] for _ in range(5)] == [20] * 5
+
+
+class Shared:
+    """Memory in a file without a name."""
+
+    def __init__(self, size_bytes: int) -> None:
+        import mmap
+
+        self.fd = os.memfd_create("test")
+        os.ftruncate(self.fd, max(1, size_bytes))
+        self.memory = memoryview(mmap.mmap(self.fd, max(1, size_bytes)))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+
+def in_shared_memory(part: HeldPart) -> HeldPart:
+    """The part as one is that lies in a slot: its long pieces in memory that can be mapped, others elsewhere."""
+    memory, objects, at = Shared(part.label.size_bytes), {}, 0
+    for name, held in part.objects.items():
+        pieces: list[Any] = []
+        for piece in held.pieces:
+            if piece.nbytes > 4096:
+                memory.memory[at : at + piece.nbytes] = piece
+                pieces.append(memory.memory[at : at + piece.nbytes])
+                at += piece.nbytes
+            else:
+                pieces.append(piece)
+        objects[name] = HeldObject(pieces)
+    return HeldPart(part.papers, objects, part.of_node, (memory,), memory.close)
+
+
+def test_memory_of_this_node_is_mapped_and_what_is_overwritten_there_meanwhile_is_found() -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        staged = Staged(20)
+        parts = [in_shared_memory(staged.part(rank)) for rank in (0, 1)]
+        for part in parts:
+            a.add(part)
+        add(b, staged, 0, 1)
+        a._server.close()  # nothing of it is read by its socket but the papers, which b has as well
+        check(20, restore(store_with(10), Seen([a, b], local=a), told))
+        assert of(told, "restored")[0]["from_own"] > SIZE_BYTES
+        parts[1].memories[0].memory[100] ^= 255
+        told.clear()
+        check(20, restore(store_with(10), Seen([a, b], local=a), told))
+        fields = of(told, "restored")[0]
+        assert fields["from_own"] > SIZE_BYTES / 2 < fields["from_peer"]
+        assert "checksum at byte" in of(told, "checkpoint_source_failed")[-1]["reason"]
+
+
+def test_descriptors_do_not_pile_up_and_a_map_of_nonsense_is_refused() -> None:
+    part = in_shared_memory(Staged(20).part(0))
+    with nodes(["a"]) as (a,):
+        a.add(part)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            MappedPart(a.mapped(part.key))
+        import gc
+
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
