@@ -4,6 +4,7 @@ In a script     worker tells the agent how far this rank is and learns from it w
                 (a Stop), untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without
                 an agent nothing happens, and every call has a sensible answer.
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
+                node_loss says what losing one of its nodes costs, a NodeLoss.
 Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
                 group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from launcher.rounds.formation import Planner
     from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
     from launcher.rounds.records import Node
+    from launcher.rounds.redundancy import NodeLoss, node_loss
     from launcher.script.worker import Stop, Worker, WorkerContext, worker
     from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from launcher.workers.warm import fork_zygote
 
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
-__all__ += ["Infeasible", "MeshPlan", "MeshSpec", "Priced", "plan", "price"]
+__all__ += ["Infeasible", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "node_loss", "plan", "price"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
 __all__ += ["looks_like_bucket", "unknown_backend"]
@@ -70,6 +72,7 @@ _ROOMS = {
     "launcher.rounds.formation": "Planner",
     "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
     "launcher.rounds.records": "Node",
+    "launcher.rounds.redundancy": "NodeLoss node_loss",
     "launcher.script.worker": "Stop Worker WorkerContext worker",
     "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",

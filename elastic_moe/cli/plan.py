@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.parser import add_set, natural_int, node_range, positive_int
 from elastic_moe.errors import UserError
-from launcher import Infeasible, MeshSpec, Priced, price
+from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -23,7 +23,13 @@ on ranks of 141 GiB (H200).
 --json writes one object: "spec" (what was planned for), and "plans", one for
 each number of nodes: "nodes", "slots", and either "mesh" (replicate, shard,
 expert, idle, micro_batch, rounds), "step_s" and "memory_bytes" (both modelled,
-for one rank), or "infeasible" with the reason.
+for one rank) and "node_loss", or "infeasible" with the reason.
+
+What losing one node costs ("a lost node", "node_loss"): "0 steps" where the
+other nodes hold replicas of all that it held, so that the state after the last
+complete step goes on; else what was done since a copy of the state went to a
+peer ("to the last peer save"), or since the last one in the store ("to the last
+checkpoint"). Among meshes that are equally fast, those that lose no step win.
 
 Exit codes: 0 some world size has a mesh, 1 none has, 2 wrong usage.
 """
@@ -48,12 +54,13 @@ _MIXTRAL = MeshSpec(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The plan of one number of nodes: `priced`, or the reason why there is none."""
+    """The plan of one number of nodes: `priced` and what the loss of one costs, or the reason why there is none."""
 
     nodes: int
     slots: int
     priced: Priced | None
     infeasible: str = ""
+    loss: NodeLoss | None = None
 
 
 def register(verbs: Subparsers) -> None:
@@ -121,7 +128,8 @@ def table(spec: MeshSpec, nodes: Iterable[int], slots_per_node: int) -> list[Row
     for num_nodes in nodes:
         slots = num_nodes * slots_per_node
         try:
-            rows.append(Row(num_nodes, slots, price(slots, spec, ranks_per_node=slots_per_node)))
+            priced = price(slots, spec, ranks_per_node=slots_per_node)
+            rows.append(Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node)))
         except Infeasible as error:
             rows.append(Row(num_nodes, slots, None, str(error)))
     return rows
@@ -137,6 +145,7 @@ def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
                 "mesh": dataclasses.asdict(row.priced.plan),
                 "step_s": row.priced.step_s,
                 "memory_bytes": row.priced.memory_bytes,
+                "node_loss": row.loss,
             }
         plans.append({"nodes": row.nodes, "slots": row.slots, **outcome})
     return {"spec": dataclasses.asdict(spec), "plans": plans}
@@ -144,7 +153,7 @@ def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
 
 def _print_table(rows: Iterable[Row]) -> None:
     heads = ("nodes", "slots", "replicate", "shard", "expert", "idle", "batch", "step", "memory")
-    print(" ".join(f"{head:>9}" for head in heads))
+    print(" ".join(f"{head:>9}" for head in heads) + "  a lost node")
     for row in rows:
         start = f"{row.nodes:>9} {row.slots:>9}"
         if row.priced is None:
@@ -154,7 +163,7 @@ def _print_table(rows: Iterable[Row]) -> None:
         batch = f"{mesh.rounds} x {mesh.micro_batch}"
         cells = [mesh.replicate, mesh.shard, mesh.expert, mesh.idle, batch, _seconds(step_s)]
         cells.append(f"{need_bytes / _GIB:.1f} GiB")
-        print(" ".join([start, *(f"{cell:>9}" for cell in cells)]))
+        print(" ".join([start, *(f"{cell:>9}" for cell in cells)]) + f"  {row.loss}")
 
 
 def _seconds(time_s: float) -> str:

@@ -22,6 +22,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from launcher.rounds.redundancy import survives_node_loss
+
 # Plans whose modelled step times differ by less are equally fast: the model is no more exact than that.
 TIE = 0.02
 
@@ -211,14 +213,17 @@ def price(
         raise Infeasible(_why_infeasible(world_size, spec, straddling, leanest_bytes))
     limit_s = min(option.step_s for option in priced) * (1 + TIE)
     close = [option for option in priced if option.step_s <= limit_s]
-    return min(close, key=lambda option: preference(option, spec, previous))
+    return min(close, key=lambda option: preference(option, spec, previous, ranks_per_node))
 
 
-def preference(option: Priced, spec: MeshSpec, previous: MeshPlan | None) -> tuple[float, ...]:
+def preference(
+    option: Priced, spec: MeshSpec, previous: MeshPlan | None, ranks_per_node: int | Sequence[int]
+) -> tuple[float, ...]:
     """The order among plans that are equally fast; the smallest wins."""
     mesh = option.plan
     return (
         previous is not None and mesh.expert != previous.expert,  # a new degree moves every expert
+        not survives_node_loss(mesh, ranks_per_node),  # or a lost node costs steps, each time
         mesh.idle,
         expert_padding(mesh, spec) > 1,
         mesh.replicate < 2,  # no live copy of the state

@@ -92,14 +92,17 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert mesh["replicate"] * mesh["shard"] * mesh["expert"] + mesh["idle"] == row["slots"]
         assert row["step_s"] > 0
         assert row["memory_bytes"] <= answer["spec"]["memory_cap_bytes"]
+        assert row["node_loss"] == ("0 steps" if row["nodes"] > 1 else "to the last checkpoint")
 
 
 def test_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", "--nodes", "1:2", "--memory-gib", "80") == 0
     head, infeasible, feasible = capsys.readouterr().out.splitlines()
-    assert head.split() == ["nodes", "slots", "replicate", "shard", "expert", "idle", "batch", "step", "memory"]
+    heads = ["nodes", "slots", "replicate", "shard", "expert", "idle", "batch", "step", "memory", "a", "lost", "node"]
+    assert head.split() == heads
     assert "no mesh for 8 slots: the leanest needs" in infeasible
     assert feasible.split()[:6] == ["2", "16", "1", "2", "8", "0"]
+    assert feasible.endswith("  to the last peer save")
     assert call("plan", "--nodes", "1", "--memory-gib", "1") == 1
 
 

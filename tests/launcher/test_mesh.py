@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.rounds.mesh import TIE, Infeasible, MeshPlan, MeshSpec, expert_padding, memory_bytes, plan, price, step_s
+from launcher.rounds.redundancy import NodeLoss, node_loss
 
 # Makes nearly every layout equally fast, so that the order among equals decides.
 FREE_COMMUNICATION = {"intra_node_bytes_per_s": 1e30, "inter_node_bytes_per_s": 1e30, "latency_s": 1e-30}
@@ -75,6 +76,13 @@ def broken_rules(mesh: MeshPlan, world_size: int, spec: MeshSpec, ranks_per_node
     return [rule for rule, holds in rules.items() if not holds]
 
 
+def is_held_elsewhere(mesh: MeshPlan, ranks_per_node: int | list[int]) -> bool:
+    """Whether the others hold each node's parts of the state, rank by rank."""
+    block = mesh.shard * mesh.expert
+    homes = [(rank % block, node_of_rank(ranks_per_node, rank)) for rank in range(mesh.world_size)]
+    return all(len({node for part, node in homes if part == wanted}) > 1 for wanted in range(block))
+
+
 def brute_force(world_size: int, spec: MeshSpec, ranks_per_node: int | list[int]) -> list[MeshPlan]:
     """Every plan that breaks no rule, micro-batches that waste a round's worth of samples included."""
     found = []
@@ -124,6 +132,9 @@ def test_no_other_plan_is_better(
     assert chosen in close
     if previous is not None and any(mesh.expert == previous.expert for mesh in close):
         close = [mesh for mesh in close if mesh.expert == previous.expert]
+        assert chosen in close
+    if any(is_held_elsewhere(mesh, ranks_per_node) for mesh in close):
+        close = [mesh for mesh in close if is_held_elsewhere(mesh, ranks_per_node)]
         assert chosen in close
     assert chosen.idle == min(mesh.idle for mesh in close)
     close = [mesh for mesh in close if mesh.idle == chosen.idle]
@@ -184,6 +195,28 @@ def test_a_live_copy_is_preferred_among_equals() -> None:
     spec = moe(**FREE_COMMUNICATION, expert=2)
     assert plan(4, spec, ranks_per_node=2).replicate == 2
     assert plan(8, spec, ranks_per_node=2).replicate == 4
+
+
+@given(replicate=st.integers(1, 6), shard=st.integers(1, 6), expert=st.integers(1, 4), ranks_per_node=nodes)
+@settings(max_examples=200, deadline=None)
+def test_what_a_lost_node_costs(replicate: int, shard: int, expert: int, ranks_per_node: int | list[int]) -> None:
+    mesh = MeshPlan(replicate, shard, expert, 0, 1, 1)
+    if slots(ranks_per_node, mesh.world_size) < mesh.world_size:
+        return
+    num_nodes = len({node_of_rank(ranks_per_node, rank) for rank in range(mesh.world_size)})
+    expected = NodeLoss.PEER_SAVE if num_nodes > 1 else NodeLoss.CHECKPOINT
+    if is_held_elsewhere(mesh, ranks_per_node):
+        expected = NodeLoss.NO_STEP
+    assert node_loss(mesh, ranks_per_node) is expected
+
+
+def test_replicas_across_nodes_are_preferred_among_equals() -> None:
+    """Seven ranks fit memory as one replica only, six as three; six sequences take as long on either."""
+    spec = moe(**FREE_COMMUNICATION, num_experts=0, expert_params=0, global_batch=6, max_micro_batch=1)
+    cap_bytes = memory_bytes(MeshPlan(3, 2, 1, 0, 1, 1), spec)
+    spec = spec.replace(memory_cap_bytes=cap_bytes)
+    assert plan(7, spec, ranks_per_node=[4, 3]) == MeshPlan(1, 7, 1, 0, 1, 1)
+    assert plan(7, spec.replace(max_idle=1), ranks_per_node=[4, 3]) == MeshPlan(3, 2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
