@@ -63,6 +63,7 @@ class EventName(StrEnum):
     WORKERS_DONE = "workers_done"
     WORKERS_LINGER = "workers_linger"
     WORKER_FAILED = "worker_failed"
+    LIVE_STATE_CAPTURED = "live_state_captured"
     YIELD_TIMED_OUT = "yield_timed_out"
     HANG_DETECTED = "hang_detected"
     STACKS_DUMPED = "stacks_dumped"

@@ -39,6 +39,7 @@ from launcher.elastic.logs import name_node
 from launcher.elastic.parts import AgentParts
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.sidecar import Sidecar
 from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.environment import Environment
 from launcher.errors import Drained, JobClosed, KVUnavailable
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 
 _ZYGOTE_TIMEOUT_S = 60.0
 _LINGER_PERIOD_S = 0.1
+_CAPTURE_S = 10.0  # some 20 GB a rank over PCIe, or from a busy memory
 _LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: the same on one node, ambiguous on several
 
 
@@ -96,6 +98,8 @@ class LaunchOptions:
     """What must be well on this node before each round."""
     checks: tuple[Check, ...] = ()
     """Further checks, run with those of `preflight`."""
+    sidecar: Sidecar | None = None
+    """What keeps the workers' state when they are ended within a step; running already, and closed by who made it."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOptions) -> int:
@@ -145,7 +149,9 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             stack.enter_context(warm)
         preflight = _preflight(extras, events)
         unfit = preflight.first()
-        graces = GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout)
+        capture_s = _CAPTURE_S if extras.sidecar is not None else 0.0
+        stop_s = float(config.shutdown_timeout or 0)
+        graces = GracePeriods(stop_s=stop_s, yield_s=conf.yield_timeout, capture_s=capture_s)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=graces.stop_s)
         deadline = DrainDeadline(drain, functools.partial(_tell_overrun, events), _end_at_once)
         deadline.start()  # and closed where this node may stay for others only: it watches over all that ends the rest
@@ -191,6 +197,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             leftovers=stack.enter_context(Leftovers(runtime_dir, warm, keep=keep)),
             watchdog=Watchdog(extras.hangs, extras.log_dir, events),
             vitals=VitalsCollector(publisher, runtime_dir),
+            sidecar=extras.sidecar,
         )
         return _run(config, member, parts)
 

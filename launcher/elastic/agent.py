@@ -84,6 +84,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._leftovers = parts.leftovers
         self._watchdog = parts.watchdog
         self._vitals = parts.vitals
+        self._sidecar = parts.sidecar
         self._device_memory = DeviceMemory()
         self._pids: list[int] = []
         self._workers = LocalWorkers(parts.runtime_dir, 0, ())
@@ -219,6 +220,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         if not end.reason.startswith(HANG):  # what follows from another node's failure may have its cause here
             self._report_failures()  # before SIGTERM blurs it
         self._member.announce(Status.STOPPING, reason=end.reason)
+        self._capture(end.capture_s)
         began_s = time.monotonic()
         self.stop_workers(signal.SIGTERM, end.grace_s)
         # Forked workers must be gone as well before anybody hears that this node is ready (torch waited only for what
@@ -327,6 +329,19 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         stop_at_once(signum, frame)
 
     # --- the rest
+
+    def _capture(self, timeout_s: float) -> None:
+        """Have the state of workers kept that are about to be ended, unless this node has no time for it."""
+        began_s = time.monotonic()
+        if self._sidecar is None or timeout_s <= 0:
+            return
+        capture = self._sidecar.capture(timeout_s)
+        while not capture.done() and time.monotonic() < self._drain.kill_by(began_s + timeout_s):
+            if self._member.fenced():
+                break
+            time.sleep(0.002)
+        seconds = round(time.monotonic() - began_s, 3)
+        self._emit(EventName.LIVE_STATE_CAPTURED, seconds=seconds, **capture.told())
 
     def stop_workers(self, signum: signal.Signals, timeout_s: float) -> None:
         """Stop the workers as torch does, but within what a drain or the lease leaves, as it is known by then."""

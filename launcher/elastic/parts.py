@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.drain.draining import DrainRequests
 from launcher.elastic.rendezvous import MemberRendezvous
+from launcher.elastic.sidecar import Sidecar
 from launcher.elastic.vitals_collector import VitalsCollector
 from launcher.events import EventLog
 from launcher.health.watchdog import Watchdog
@@ -33,3 +34,4 @@ class AgentParts:
     leftovers: Leftovers
     watchdog: Watchdog
     vitals: VitalsCollector
+    sidecar: Sidecar | None = None

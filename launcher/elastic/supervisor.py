@@ -68,7 +68,7 @@ class Supervisor:
         seen = self._see(generation, set(exit_codes))
         awaited = self._supervision.are_awaited(now_s)
         if not seen.have_failed and (hang := self._watchdog.look(now_s, exited=exited(), paused=awaited)):
-            return EndWorkers(self._watchdog.report(hang, self._member.announce), self._graces.stop_s)
+            return self._supervision.end_within_step(self._watchdog.report(hang, self._member.announce))
         for order in self._supervision.step(seen, now_s):
             if isinstance(order, EndWorkers | FinishJob):
                 return order

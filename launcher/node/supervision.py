@@ -23,6 +23,8 @@ class GracePeriods:
     """For workers that report progress to reach a step boundary and save, when asked to."""
     attach_s: float = 15.0
     """For a started worker to report progress at all; a script that never does is stopped without asking."""
+    capture_s: float = 0.0
+    """For the sidecar to keep the state of workers that are ended within a step; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,14 @@ class ExplainHang:
 
 @dataclass(frozen=True)
 class EndWorkers:
-    """End the generation on this node; its workers have `grace_s` from SIGTERM to SIGKILL."""
+    """End the generation on this node; its workers have `grace_s` from SIGTERM to SIGKILL.
+
+    Before that their state is kept, within `capture_s`: they have not saved it, as those that stop at a step boundary.
+    """
 
     reason: str
     grace_s: float
+    capture_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,10 @@ class Supervision:
         """Whether they were asked to stop and may still be about to; then nobody counts their time as a hang."""
         return self._asked_s is not None and now_s <= self._asked_s + self._graces.yield_s
 
+    def end_within_step(self, reason: str) -> EndWorkers:
+        """How workers are ended that have not come to a step boundary."""
+        return EndWorkers(reason, self._graces.stop_s, 0.0 if self.have_yielded else self._graces.capture_s)
+
     def step(self, seen: WorkersSeen, now_s: float) -> tuple[Order, ...]:
         """What to do now, in this order; nothing more after an `EndWorkers` or a `FinishJob`."""
         orders: list[Order] = []
@@ -121,11 +131,10 @@ class Supervision:
 
     def _judge(self, seen: WorkersSeen, now_s: float, orders: list[Order]) -> Order | None:
         """How it ends, None while it goes on; `orders` come first."""
-        stop_s = self._graces.stop_s
         if seen.have_failed:
-            return EndWorkers("worker failed", stop_s)
+            return self.end_within_step("worker failed")
         if seen.stop and not self._ask(seen.stop, seen, now_s, orders):
-            return EndWorkers(seen.stop, stop_s)
+            return self.end_within_step(seen.stop)
         reason = seen.stop
         if seen.store_silent and seen.are_cooperative and self._asked_s is None:
             reason = reason or "the store is silent"
@@ -136,9 +145,9 @@ class Supervision:
             if broken.hung and not seen.fenced:
                 orders.append(ExplainHang(broken.reason))
             # Workers of a node whose lease may have ended must be gone before others start in their place.
-            return EndWorkers(broken.reason, 0.0 if seen.fenced else stop_s)
+            return EndWorkers(broken.reason, 0.0) if seen.fenced else self.end_within_step(broken.reason)
         if seen.drain and (why := self._drain(seen, now_s, orders)):
-            return EndWorkers(f"{seen.drain}: {why}", stop_s)
+            return self.end_within_step(f"{seen.drain}: {why}")
         reason = reason or seen.drain or self._asked_for or "workers of another node were asked to stop"
         if seen.have_yielded and not self.have_yielded:
             self.have_yielded = True

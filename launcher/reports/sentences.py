@@ -65,6 +65,13 @@ def _drain_started(event: EventRecord) -> str:
     return f"node {event.get('node')} drains: {event.get('detail') or event.get('source')}"
 
 
+def _live_state_captured(event: EventRecord) -> str:
+    steps = sorted({int(step) for step in (event.get("steps") or {}).values()})
+    kept = f"the state after step {' and '.join(map(str, steps))} is kept" if steps else "no state is kept"
+    missed = "".join(f"; rank {rank}: {why}" for rank, why in sorted((event.get("missed") or {}).items()))
+    return f"the workers of {event.get('node')} cannot go on: {kept}{missed}"
+
+
 def _hang_detected(event: EventRecord) -> str:
     return f"hang on {event.get('node')}: {event.get('message') or _own_fields(event)}"
 
@@ -103,6 +110,7 @@ _SENTENCES: Mapping[str, str | Callable[[EventRecord], str]] = {
     EventName.WORKERS_DONE: "the workers of {node} are done after step {step}",
     EventName.WORKERS_LINGER: "workers of {node} are still there after {seconds} s: {pids}",
     EventName.WORKER_FAILED: _worker_failed,
+    EventName.LIVE_STATE_CAPTURED: _live_state_captured,
     EventName.YIELD_TIMED_OUT: "the workers of {node} reach no step boundary within {seconds} s: {reason}",
     EventName.HANG_DETECTED: _hang_detected,
     EventName.STACKS_DUMPED: "the stacks of {node}'s workers are in {path}: {reason}",

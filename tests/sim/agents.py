@@ -17,7 +17,7 @@ from launcher.rounds.records import Failure, Round, Status
 if TYPE_CHECKING:
     from tests.sim.nodes import SimNode
 
-GRACES = GracePeriods(stop_s=8.0, yield_s=4.0, attach_s=2.0)
+GRACES = GracePeriods(stop_s=8.0, yield_s=4.0, attach_s=2.0, capture_s=1.0)
 STAY_OUT_S = 5.0
 
 
@@ -124,8 +124,8 @@ class SimAgent:
                     self._yield()
                 case TellYielded(reason):
                     self._node.feed(Announced(Status.STOPPING, reason, yielded=True))
-                case EndWorkers(reason, grace_s):
-                    self._stop(reason, grace_s)
+                case EndWorkers(reason, grace_s, capture_s):
+                    self._stop(reason, grace_s, capture_s)
 
     def _start(self, generation: int) -> None:
         chance = self._world.random
@@ -151,13 +151,13 @@ class SimAgent:
 
         self._world.at(self._world.random.uniform(0.0, 0.8), come)
 
-    def _stop(self, reason: str, grace_s: float) -> None:
-        """As `ElasticAgent._end_generation`."""
+    def _stop(self, reason: str, grace_s: float, capture_s: float) -> None:
+        """As `ElasticAgent._end_generation`; keeping the workers' state takes up to `capture_s`."""
         self._is_stopping = True
         if grace_s == 0.0:
             self._stopped()
             return
-        self._later(0.4, self._stopped, at_least_s=grace_s if self.are_stuck else 0.0)
+        self._later(0.4 + capture_s, self._stopped, at_least_s=grace_s if self.are_stuck else 0.0)
         if self._failure is not None:
             self._node.feed(Announced(Status.STOPPING, "worker failed", self._failure))
             self._node.feed(PeersDoubted())
