@@ -26,7 +26,10 @@ PEER_GONE = Breakage("node b lost", graceful=False)
         (WorkersSeen(broken=PEER_GONE), EndWorkers("node b lost", 7.0, 10.0)),
         (WorkersSeen(stop="join: c"), EndWorkers("join: c", 7.0, 10.0)),
         (WorkersSeen(broken=PEER_GONE, fenced=True), EndWorkers("node b lost", 0.0)),
-        (WorkersSeen(have_yielded=True, have_exited=True, stop="join: c"), EndWorkers("join: c", 0.0)),
+        (
+            WorkersSeen(have_yielded=True, all_stopped=True, are_cooperative=True),
+            EndWorkers("workers of another node were asked to stop", 0.0),
+        ),
     ],
     ids=["failed", "peer lost", "cannot be asked", "fenced", "yielded"],
 )
