@@ -1,10 +1,9 @@
-"""Real nodes on this machine: `elastic-moe run` processes of their own, ended whatever a test does."""
+"""Real nodes on this machine: each an `elastic-moe run` of its own, ended whatever a test does."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 import socket
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
+
+from tests.template import child_environment, template
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
@@ -34,11 +35,6 @@ def free_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
-
-
-def child_environment(**more: str) -> dict[str, str]:
-    """This process's environment for one that it starts, which is to find the same modules, and `more`."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
 def until(what: str, condition: Callable[[], T | None], within_s: float = DEADLINE_S) -> T:
@@ -148,6 +144,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_fresh = False
+        """Whether agents are new interpreters, and not forks of one that has made their imports."""
         self.backend = "embedded"
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.environment: dict[str, str] = {}
@@ -173,6 +171,8 @@ class Cluster:
 
     def spawn(self, name: str, arguments: list[str], environment: dict[str, str], log: int) -> Process:
         """Run `elastic-moe ARGUMENTS` for the node of this name, in a session of its own."""
+        if not self.is_fresh:
+            return template().start("elastic-moe", arguments, environment, log)
         command = [sys.executable, "-m", "elastic_moe", *arguments]
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -27,8 +27,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.cluster import child_environment, free_port, read_lines, until
+from tests.cluster import free_port, read_lines, until
 from tests.etcd import etcd
+from tests.template import child_environment
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "steps.py")
 START_S = 120.0

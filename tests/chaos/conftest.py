@@ -1,4 +1,4 @@
-"""What the chaos tests share: the template that nodes are forked from, and a job on a network of its own."""
+"""What the chaos tests share: a job on a network of its own, and the kinds of store it runs on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from tests.chaos.job import ON_OBJECTS, STORES, Job, etcd_on
 from tests.chaos.network import Loopback, network, why_no_cuts
-from tests.chaos.template import Template
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,15 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("flavour", chosen or usual)
 
 
-@pytest.fixture(scope="session")
-def template() -> Iterator[Template]:
-    made = Template()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 class Starter(Protocol):
     """Makes a job, with an etcd of so many members; several of one test tell themselves apart by their folder."""
 
@@ -49,7 +39,7 @@ class Starter(Protocol):
 
 
 @pytest.fixture
-def start_job(tmp_path: Path, template: Template, flavour: str, request: pytest.FixtureRequest) -> Iterator[Starter]:
+def start_job(tmp_path: Path, flavour: str, request: pytest.FixtureRequest) -> Iterator[Starter]:
     if (why := why_no_cuts()) and request.node.get_closest_marker("cuts"):
         pytest.skip(why)
     with contextlib.ExitStack() as stack:
@@ -59,7 +49,7 @@ def start_job(tmp_path: Path, template: Template, flavour: str, request: pytest.
             own.mkdir(exist_ok=True)
             net = Loopback() if why else stack.enter_context(network(own))
             store = stack.enter_context(etcd_on(own, net, flavour, num_members))
-            made = Job(own, net, template, store)
+            made = Job(own, net, store)
             stack.callback(made.end)
             return made
 

@@ -18,10 +18,10 @@ from launcher.reports.goodput import Cause, Goodput, Interruption, account
 from tests.certificates import Authority
 from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
-from tests.chaos.template import Forked, Template
 from tests.cluster import Cluster, Node, until
 from tests.etcd import Server, etcdctl
 from tests.s3 import BUCKET, S3Server
+from tests.template import Forked, template
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
 STORES = ("plain", "secure")
@@ -76,13 +76,12 @@ class Job(Cluster):
     grants them (2 s), so that a test of a loss is short too.
     """
 
-    def __init__(self, folder: Path, network: Network | Loopback, template: Template, store: Store) -> None:
+    def __init__(self, folder: Path, network: Network | Loopback, store: Store) -> None:
         super().__init__(folder)
         self.network = network
         self.store = store
         self.work = folder / "work"
         self.work.mkdir()
-        self._template = template
         self.hosts: dict[str, Host] = {}
         self.endpoint = ",".join(member.endpoint for member in store.members) or str(folder / "meet")
         if store.objects is not None:
@@ -94,7 +93,7 @@ class Job(Cluster):
         """Fork the node on its host."""
         if name not in self.hosts:
             self.hosts[name] = self.network.host(name)
-        return self._template.start(arguments, environment, log, self.hosts[name])
+        return template().start("elastic-moe", arguments, environment, log, host=self.hosts[name])
 
     def nodes(
         self, *names: str, nnodes: str, conf: str = "", options: tuple[str, ...] = (), script: tuple[str, ...] = ()

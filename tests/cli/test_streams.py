@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import child_environment
+from tests.template import child_environment
 
 PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:300"
 NOTHING_THERE = "ckpt ls nowhere"

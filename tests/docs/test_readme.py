@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import child_environment, until
+from tests.cluster import until
+from tests.template import child_environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

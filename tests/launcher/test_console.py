@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from launcher.workers import pump
-from tests.cluster import child_environment, read_lines, until
+from tests.cluster import read_lines, until
+from tests.template import child_environment
 
 TALKS = str(Path(__file__).parent / "scripts" / "talks.py")
 

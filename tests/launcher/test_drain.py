@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import Cluster, Node, alive, child_environment, read_lines, until
+from tests.cluster import Cluster, Node, alive, read_lines, until
+from tests.template import child_environment
 
 SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, STUBBORN = str(SCRIPTS / "cooperative.py"), str(SCRIPTS / "stubborn.py")

@@ -15,8 +15,9 @@ import pytest
 from launcher.errors import UsageError
 from launcher.kv.connect import connect
 from tests.certificates import Authority
-from tests.cluster import child_environment, free_port, until
+from tests.cluster import free_port, until
 from tests.etcd import Server, config, connected, etcd, etcdctl, gather, gather_in_spite, options
+from tests.template import child_environment
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.workers.runtime import remove_abandoned, runtime_dir
-from tests.cluster import child_environment
+from tests.template import child_environment
 
 HOLDER = """
 import pathlib, subprocess, sys, tempfile

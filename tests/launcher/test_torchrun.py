@@ -21,8 +21,9 @@ from launcher.elastic.handlers import create_handler
 from launcher.kv.etcd.client import EtcdKV
 from launcher.rounds.records import Node, Participant, Round, Status
 from tests.cluster import Node as RunNode
-from tests.cluster import child_environment, free_port, read_lines, until
+from tests.cluster import free_port, read_lines, until
 from tests.etcd import Server, client
+from tests.template import child_environment, template
 
 SCRIPTS = Path(__file__).parent / "scripts"
 STOCK, PLAIN, FAILS = (str(SCRIPTS / name) for name in ("stock.py", "plain.py", "fails.py"))
@@ -33,11 +34,14 @@ pytestmark = pytest.mark.slow
 class StockNode(RunNode):
     """A stock torchrun and the workers it starts."""
 
-    def __init__(self, folder: Path, name: str, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, name: str, arguments: list[str], *, is_fresh: bool = False) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
         environment = child_environment(OMP_NUM_THREADS="1")
         with self._log.open("ab") as log:
+            if not is_fresh:
+                self.process = template().start("torchrun", arguments, environment, log.fileno())
+                return
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *arguments],
                 stdout=log,
@@ -65,6 +69,8 @@ class Job:
         self.folder = folder
         self.endpoint = server.endpoint
         self.run_id = uuid.uuid4().hex[:8]
+        self.is_fresh = False
+        """Whether nodes are new interpreters, and not forks of one that has made their imports."""
         self._nodes: list[StockNode] = []
 
     def start(
@@ -81,7 +87,7 @@ class Job:
         arguments = ["--rdzv-backend=etcd3", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.run_id}"]
         arguments += [f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
         arguments += [f"--rdzv-conf={conf}", script, *(script_arguments or (str(self.folder),))]
-        node = StockNode(self.folder, name, arguments)
+        node = StockNode(self.folder, name, arguments, is_fresh=self.is_fresh)
         self._nodes.append(node)
         return node
 
@@ -139,6 +145,7 @@ def other(nodes: tuple[StockNode, StockNode], node: StockNode) -> StockNode:
 
 
 def test_a_killed_node_is_lost_and_taken_in_again(job: Job) -> None:
+    job.is_fresh = True
     nodes = job.start_two(STOCK, conf="last_call=60,join_cooldown=0.5")
     victim = job.node_of(next(s for s in job.started() if s["RANK"] == 0))  # it hosts the workers' store
     victim.kill()

@@ -1,36 +1,50 @@
-"""Nodes as forks of one process that has made an agent's imports: real agents, at a tenth of the processor time.
+"""Commands as forks of one process that has made an agent's imports: real ones, at a tenth of the processor time.
 
-`python -m tests.chaos.template SOCKET_FD` takes one message a node: {"argv", "env", "host"} with the descriptors of a
-pipe that gets the exit status, the node's output, and perhaps a network namespace. The fork enters that namespace, is
-its own session, and runs `elastic-moe` from there on as a new process would; no thread and no gRPC exist before. Its
-imports_ahead is a fork of it, as ever, with nothing more to import.
-The nodes end with this process, and this process with the one that holds the other end of its socket.
+`python -m tests.template SOCKET_FD` takes one message a command: {"program", "argv", "env", "cwd", "host"} with the
+descriptors of a pipe that gets the exit status, of its output and its errors, and perhaps of a network namespace. The
+fork enters that namespace, is its own session, and runs `elastic-moe`, torchrun or a script from there on as a new
+process would; no thread and no gRPC exist before. An agent's imports_ahead is a fork of it, as ever, with nothing more
+to import. What cannot be seen so is how a new interpreter comes to that point: tests of that start one.
+The commands end with this process, and this process with the one that holds the other end of its socket.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from tests.chaos.network import CLONE_NEWNET, Host
-from tests.cluster import child_environment
 
 _CLONE_NEWUTS, _CLONE_NEWNS = 0x04000000, 0x00020000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _MAX_MESSAGE_BYTES = 1 << 18
 
+Program = Literal["elastic-moe", "torchrun", "python"]
+"""What is run; of python only `SCRIPT [ARGUMENT...]`."""
+HERE = Host("here", "127.0.0.1", None)
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for one that it starts, which is to find the same modules, and `more`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+
 
 class Forked:
-    """A node's agent, seen from the test: as much of `subprocess.Popen` as `tests.cluster.Node` uses."""
+    """A command, seen from the test: as much of `subprocess.Popen` as `tests.cluster.Node` uses."""
 
     def __init__(self, pid: int, status: int) -> None:
         self.pid = pid
@@ -49,7 +63,7 @@ class Forked:
         """Raises subprocess.TimeoutExpired."""
         if self.returncode is None:
             if not self._selector.select(timeout):
-                raise subprocess.TimeoutExpired(f"node {self.pid}", timeout)
+                raise subprocess.TimeoutExpired(f"command {self.pid}", timeout)
             told = os.read(self._status, 64)
             self._selector.close()
             os.close(self._status)
@@ -74,17 +88,28 @@ class Template:
         environment = child_environment(OMP_NUM_THREADS="1")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.template", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.template", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
 
-    def start(self, argv: list[str], env: dict[str, str], log: int, host: Host) -> Forked:
-        """Run `elastic-moe ARGV` on a host, with `log` as its output."""
+    def start(
+        self,
+        program: Program,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        output: int | tuple[int, int],
+        *,
+        cwd: Path | None = None,
+        host: Host = HERE,
+    ) -> Forked:
+        """Run `PROGRAM ARGV` on a host, with the descriptor `output` for all it says, or one each for both streams."""
         status_r, status_w = os.pipe()
-        fds = [status_w, log] + ([] if host.namespace is None else [host.namespace])
-        message = json.dumps({"argv": argv, "env": env, "host": host.name, "files": dict(host.files)}).encode()
+        out, err = output if isinstance(output, tuple) else (output, output)
+        fds = [status_w, out, err] + ([] if host.namespace is None else [host.namespace])
+        told = {"program": program, "argv": list(argv), "env": dict(env), "cwd": str(cwd or Path.cwd())}
+        message = json.dumps({**told, "host": host.name, "files": dict(host.files)}).encode()
         try:
             socket.send_fds(self._socket, [message], fds)
             answer = self._socket.recv(64)
@@ -94,17 +119,48 @@ class Template:
             raise RuntimeError("the template ended")
         return Forked(int(answer), status_r)
 
+    def run(
+        self,
+        program: Program,
+        *argv: str,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout_s: float = 120.0,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, as `subprocess.run` does; what it says goes through files in `folder`."""
+        with (
+            (folder / "forked.out").open("w+", errors="replace") as out,
+            (folder / "forked.err").open("w+", errors="replace") as err,
+        ):
+            forked = self.start(program, argv, env or child_environment(), (out.fileno(), err.fileno()), cwd=cwd)
+            try:
+                code = forked.wait(timeout_s)
+            finally:
+                forked.kill()
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess([program, *argv], code, out.read(), err.read())
+
     def close(self) -> None:
-        """End it, and every node."""
+        """End it, and every command."""
         self._socket.close()
         self._process.wait(30)
+
+
+@functools.cache
+def template() -> Template:
+    """The one of this process, which is started when it is first asked for."""
+    made = Template()
+    atexit.register(made.close)
+    return made
 
 
 # --- in the template
 
 
 def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork a node a message; returns in the fork only."""
+    """Fork a command a message; returns in the fork only."""
     wake_r, wake_w = os.pipe()
     for fd in (wake_r, wake_w):
         os.set_blocking(fd, False)
@@ -121,11 +177,11 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 os.read(wake_r, 4096)
             _reap(pipes)
             try:
-                message, fds, _, _ = socket.recv_fds(requests, _MAX_MESSAGE_BYTES, 3)
+                message, fds, _, _ = socket.recv_fds(requests, _MAX_MESSAGE_BYTES, 4)
             except BlockingIOError:
                 continue
             if not message:
-                os._exit(0)  # the kernel ends the nodes with us
+                os._exit(0)  # the kernel ends the commands with us
             gc.freeze()  # a fork that ends need not look at what it did not make: a second of processor time each
             pid = os.fork()
             if pid == 0:
@@ -158,15 +214,17 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
 
     process_tree.die_with(os.getppid())
     os.setsid()
-    if len(fds) > 1:
-        _move_to(fds[1], request["host"], request["files"])
-    for target in (1, 2):
-        os.dup2(fds[0], target)
+    out, err, *namespace = fds
+    if namespace:
+        _move_to(namespace[0], request["host"], request["files"])
+    for fd, target in ((out, 1), (err, 2)):
+        os.dup2(fd, target)
     for fd in fds:
         os.close(fd)
+    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = ["elastic-moe", *request["argv"]]
+    sys.argv = [request["program"], *request["argv"]]
 
 
 def _move_to(namespace: int, name: str, files: dict[str, str]) -> None:
@@ -185,12 +243,28 @@ def _move_to(namespace: int, name: str, files: dict[str, str]) -> None:
         check(libc.mount(source.encode(), path.encode(), None, _MS_BIND, None), f"mount --bind {source} {path}")
 
 
-def main() -> int:
-    """Serve; in each fork, run one node."""
+def _run(program: Program) -> object:
+    """What the command's `__main__` would do; its exit code, or what Python takes for one."""
+    if program == "elastic-moe":
+        from elastic_moe.cli.main import main as elastic_moe
+
+        return elastic_moe()
+    if program == "torchrun":
+        from torch.distributed.run import main as torchrun
+
+        return torchrun()
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    return None
+
+
+def main() -> object:
+    """Serve; in each fork, run one command."""
     import torch.distributed.run  # noqa: F401
 
+    import elastic_moe.cli.main  # noqa: F401
     import launcher.launch  # noqa: F401
-    from elastic_moe.cli.main import main as elastic_moe
     from launcher.workers import imports_ahead
 
     imports = imports_ahead.Imports()
@@ -200,8 +274,8 @@ def main() -> int:
     assert not imports_ahead.unfit_to_fork(), imports_ahead.unfit_to_fork()
     request, fds = _serve(socket.socket(fileno=int(sys.argv[1])))
     _become(request, fds)
-    return elastic_moe()
+    return _run(request["program"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main())  # type: ignore[arg-type]
