@@ -136,7 +136,10 @@ def alive(process: psutil.Process) -> bool:
 
 def is_running(pid: int) -> bool:
     """Whether there is a process of that id; a zombie, which nobody has looked at yet, is none."""
-    return psutil.pid_exists(pid) and alive(psutil.Process(pid))
+    try:
+        return alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Cluster:

@@ -29,6 +29,7 @@ from launcher.rounds.mesh import MeshPlan
 from launcher.rounds.records import FailedWorker, Failure, Node, Participant, Round, Status, Verdict
 from launcher.rounds.vitals import Vitals
 from tests.cluster import Cluster, cluster, until
+from tests.template import template
 
 SCRIPT = str(Path(__file__).parents[1] / "launcher" / "scripts" / "cooperative.py")
 ROUND = Round(
@@ -316,9 +317,9 @@ def test_a_store_that_is_away_is_waited_for_unless_it_never_answered(monkeypatch
     memory.close()
 
 
-def ask(endpoint: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "elastic_moe", "status", "--rdzv-endpoint", endpoint, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def ask(nodes: Cluster, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ("status", "--rdzv-endpoint", nodes.endpoint, *options)
+    return template().run("elastic-moe", *command, folder=nodes.folder, timeout_s=60)
 
 
 @pytest.mark.slow
@@ -329,16 +330,16 @@ def test_a_real_job_from_its_start_to_its_end(tmp_path: Path) -> None:
         watcher = watching(nodes)
         try:
             spare = nodes.start("second", SCRIPT, str(tmp_path), nnodes="1:1")
-            told = until("the spare is seen", lambda: seen(nodes.endpoint, num_nodes=2))
+            told = until("the spare is seen", lambda: seen(nodes, num_nodes=2))
             assert told["state"] == "running"
-            told = until("the workers' steps are told", lambda: telling(nodes.endpoint))
+            told = until("the workers' steps are told", lambda: telling(nodes))
             ages_s = [told["ts"] - ts for ts in (told["heartbeat_ts"], told["round"]["formed_ts"])]
             assert told["step"] >= 0 and all(-1.0 < age_s < 60.0 for age_s in ages_s), told
             assert [(n["node_id"].rpartition("-")[0], n["ranks"], n["leads"]) for n in told["nodes"]] == [
                 ("first", [0], True),
                 ("second", [], False),
             ]
-            unknown = ask(nodes.endpoint, "--rdzv-id", "another")
+            unknown = ask(nodes, "--rdzv-id", "another")
             assert (unknown.returncode, unknown.stderr) == (1, "")
             (tmp_path / "finish").touch()
             output, errors = watcher.communicate(timeout=60)
@@ -350,7 +351,8 @@ def test_a_real_job_from_its_start_to_its_end(tmp_path: Path) -> None:
     states = [json.loads(line)["state"] for line in output.splitlines()]
     assert "running" in states
     assert states[-1] == "succeeded"
-    assert ask(nodes.endpoint).returncode == 2, "nobody answers any more"
+    gone = ask(nodes, "--rdzv-conf", "connect_timeout=0.2")
+    assert gone.returncode == 2, "nobody answers any more"
     result = account(nodes.events())
     assert (result.outcome, result.interruptions) == ("succeeded", ())
     assert sum(result.seconds.values()) == pytest.approx(result.wall_s)
@@ -362,11 +364,11 @@ def watching(nodes: Cluster) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def telling(endpoint: str) -> dict[str, Any] | None:
-    told = seen(endpoint, num_nodes=2)
+def telling(nodes: Cluster) -> dict[str, Any] | None:
+    told = seen(nodes, num_nodes=2)
     return told if told and told["step"] >= 0 else None
 
 
-def seen(endpoint: str, num_nodes: int) -> dict[str, Any] | None:
-    told: dict[str, Any] = json.loads(ask(endpoint, "--rdzv-id", "test", "--json").stdout)
+def seen(nodes: Cluster, num_nodes: int) -> dict[str, Any] | None:
+    told: dict[str, Any] = json.loads(ask(nodes, "--rdzv-id", "test", "--json").stdout)
     return told if len(told["nodes"]) == num_nodes else None

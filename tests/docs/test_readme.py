@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import until
-from tests.template import child_environment
+from tests.cluster import is_running, until
+from tests.template import Forked, child_environment, template
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -42,14 +42,20 @@ KILL_SEED = int(os.environ.get("README_SEED", "0"))
 @pytest.mark.slow
 def test_the_script_from_a_fresh_a_finished_and_a_half_finished_state(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    answers = [ANSWER.findall(elastic_moe(tmp_path, "run", "--nproc-per-node", "2", "train.py").stdout)]
+    run = ("run", "--nproc-per-node", "2", "train.py")
+    command = [sys.executable, "-m", "elastic_moe", *run]
+    fresh = subprocess.run(
+        command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert fresh.returncode == 0, fresh.stderr
+    answers = [ANSWER.findall(fresh.stdout)]
     listed = elastic_moe(tmp_path, "ckpt", "ls", "checkpoints/linear")
     assert "100" in listed.stdout
-    answers.append(ANSWER.findall(elastic_moe(tmp_path, "run", "--nproc-per-node", "2", "train.py").stdout))
+    answers.append(ANSWER.findall(elastic_moe(tmp_path, *run).stdout))
     for step in (80, 100):
         shutil.rmtree(tmp_path / f"checkpoints/linear/step-{step:09d}")
     (tmp_path / "train.py").write_text(ABSENT + SCRIPT)
-    answers.append(ANSWER.findall(elastic_moe(tmp_path, "run", "--nproc-per-node", "2", "train.py").stdout))
+    answers.append(ANSWER.findall(elastic_moe(tmp_path, *run).stdout))
     assert len(answers[0]) == 1 and answers[0] == answers[1] == answers[2]
 
 
@@ -97,26 +103,23 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(folder: Path, *arguments: str) -> Iterator[Forked]:
     """A run of the command line, which is killed (SIGKILL: the agent, whose workers die with it) in the end."""
-    environment = child_environment()
-    command = [sys.executable, "-m", "elastic_moe", *arguments]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    with Path(os.devnull).open("wb") as nowhere:
+        process = template().start("elastic-moe", arguments, child_environment(), nowhere.fileno(), cwd=folder)
     try:
         yield process
     finally:
-        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        family = [process.pid]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has come to its end
+            family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.kill()
-        process.wait()
-        until("the workers are gone", lambda: not any(map(psutil.pid_exists, family)), within_s=30)
+        process.wait(30)
+        until("the workers are gone", lambda: not any(map(is_running, family)))
 
 
 def elastic_moe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = child_environment()
-    command = [sys.executable, "-m", "elastic_moe", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = template().run("elastic-moe", *arguments, folder=folder, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -6,14 +6,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.cluster import Cluster, Node, alive, read_lines, until
-from tests.template import child_environment
+from tests.template import template
 
 SCRIPTS = Path(__file__).parent / "scripts"
 COOPERATIVE, STUBBORN = str(SCRIPTS / "cooperative.py"), str(SCRIPTS / "stubborn.py")
@@ -81,10 +80,8 @@ def test_nodes_that_are_all_told_to_leave_save_once_and_form_no_round_for_nothin
 
 
 def drain(nodes: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "elastic_moe", "drain", *arguments]
-    command += ["--rdzv-endpoint", nodes.endpoint, "--rdzv-id", "test"]
-    environment = child_environment()
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = ("drain", *arguments, "--rdzv-endpoint", nodes.endpoint, "--rdzv-id", "test")
+    return template().run("elastic-moe", *command, folder=nodes.folder)
 
 
 def test_nodes_leave_on_command_one_and_then_all(nodes: Cluster, tmp_path: Path) -> None:
