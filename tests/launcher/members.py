@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,6 +67,17 @@ class Job:
         member.start()
         self.clients[name], self.members[name] = kv, member
         return member
+
+    def start_led(self, leader: str, *others: str) -> None:
+        """Start the leader, and the others once it leads: who registers first need not be who comes to lead.
+
+        The first round waits for all of them, however long a busy machine takes to start them.
+        """
+        self.rules = dataclasses.replace(self.rules, max_nodes=1 + len(others), last_call_s=60.0)
+        first = self.start(leader)
+        until(f"{leader} leads", lambda: first._engine.leader, WAIT_S)
+        for name in others:
+            self.start(name)
 
     def join(self, *names: str) -> Round:
         """The named nodes join the next round, which is the same for all."""

@@ -25,8 +25,7 @@ from tests.launcher.members import WAIT_S, Job, Told, broken
 
 
 def test_nodes_that_come_together_form_one_round(job: Job) -> None:
-    for name in "abc":
-        job.start(name)
+    job.start_led("a", "b", "c")
     formed = job.join("a", "b", "c")
     assert formed.generation == 1
     assert [p.node_id for p in formed.participants] == ["a", "b", "c"]
@@ -44,8 +43,7 @@ def test_a_node_joins_no_round_while_the_store_is_silent_to_it(job: Job, monkeyp
 
 
 def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
-    for name in "abc":
-        job.start(name)
+    job.start_led("a", "b", "c")
     job.join("a", "b", "c")
     lease = job.members["b"].lease()
     assert lease is not None
@@ -57,8 +55,7 @@ def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
 
 
 def test_the_loss_of_the_leader_is_no_special_case(job: Job) -> None:
-    for name in "abc":
-        job.start(name)
+    job.start_led("a", "b", "c")
     job.join("a", "b", "c")
     job.members["a"].leave()
     assert broken(job.members["b"], 1) == "node a left at once"
@@ -68,8 +65,7 @@ def test_the_loss_of_the_leader_is_no_special_case(job: Job) -> None:
 
 
 def test_an_evicted_node_must_stop_and_comes_back_as_the_youngest(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     job.members["b"].evict("a", "connection refused")
     until("a knows", job.members["a"].fenced, WAIT_S)
@@ -114,6 +110,7 @@ def test_a_short_cut_is_ridden_out(job: Job) -> None:
 
 
 def test_joiners_are_taken_in_together(job: Job) -> None:
+    job.rules = dataclasses.replace(job.rules, join_settle_s=1.5)
     job.start("a")
     job.join("a")
     job.start("b")
@@ -125,8 +122,7 @@ def test_joiners_are_taken_in_together(job: Job) -> None:
 
 
 def test_a_finished_job_closes_for_all(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     for name in "ab":
         job.members[name].announce(Status.DONE)
@@ -137,8 +133,7 @@ def test_a_finished_job_closes_for_all(job: Job) -> None:
 
 
 def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     failure = Failure(rank=0, exit_code=1, message="ValueError: no", ts=1.0)
     job.members["a"].announce(Status.READY, reason="worker failed", failure=failure)
@@ -153,9 +148,7 @@ def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
 @pytest.mark.parametrize("leader", ["a", "b"])
 def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job, leader: str) -> None:
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
-    for name in sorted("ab", key=lambda name: name != leader):
-        job.start(name)
-        until("the first one leads", lambda: job.leader() == leader, WAIT_S)
+    job.start_led(*sorted("ab", key=lambda name: name != leader))
     job.join("a", "b")
     job.stop_workers("a")  # b goes on as if it had heard nothing
     formed = job.members["a"].wait_round(WAIT_S)
@@ -169,8 +162,7 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
     """The next round is formed at once, and nobody is left to be told who was lost."""
     monkeypatch.setattr("launcher.node.registration.CHECK_PERIOD_S", 1000.0)
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     job.stop_workers("a")
     job.members["a"].wait_round(WAIT_S)
@@ -181,8 +173,7 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
 
 def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> None:
     job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     lease = job.members["a"].lease()
     assert lease is not None
@@ -192,8 +183,7 @@ def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> 
 
 
 def test_a_node_that_stays_out_stays_out_though_its_lease_ends(job: Job) -> None:
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     until("a leads", lambda: job.members["a"]._engine.leader, WAIT_S)
     waits = threading.Thread(target=job.members["b"].stay_out, args=("cannot reach the store", WAIT_S), daemon=True)
@@ -268,8 +258,7 @@ def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> No
     job.rules = dataclasses.replace(
         job.rules, max_restarts=None, limits=Limits(strikes=1, exclusion_s=0.5), join_cooldown_s=0.0
     )
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     job.join("a", "b")
     broken = Failure(rank=1, exit_code=1, message="ECC", ts=1.0, kind=FailureClass.DEVICE)
     job.members["b"].announce(Status.READY, reason="worker failed", failure=broken)
