@@ -123,7 +123,7 @@ class Node:
         """Leave nothing behind."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def alive(process: psutil.Process) -> bool:

@@ -113,4 +113,4 @@ def _serving(command: Callable[[int], list[str]], environment: Mapping[str, str]
         yield port
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)

@@ -145,7 +145,7 @@ class Template:
     def close(self) -> None:
         """End it, and every command."""
         self._socket.close()
-        self._process.wait(30)
+        self._process.wait(60)
 
 
 @functools.cache

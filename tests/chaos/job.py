@@ -28,6 +28,8 @@ STORES = ("plain", "secure")
 ON_OBJECTS = ("folder", "s3")
 """Stores on the shared storage, and on an S3 server (moto): for tests in which the store is not hurt."""
 _PASSWORD = "s3cret-words"
+BUSY_S = 0.5
+"""What two busy cores take at most to wake a process: so much later it may tell what has happened."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ class Job(Cluster):
         """What `report` makes of the events so far."""
         return account(self.events())
 
-    def told_as(self, cause: Cause, *names: str, generation: int = 1, within_s: float = 0.25) -> Interruption:
+    def told_as(self, cause: Cause, *names: str, generation: int = 1, within_s: float = BUSY_S) -> Interruption:
         """The report's account of what ended this generation: this cause, these nodes, and the seconds that the steps'
-        own times show, give or take a tenth (`within_s` at least: what two loaded cores take to wake a process).
+        own times show, give or take a tenth (`within_s` at least).
         """
         found = [i for i in self.account().interruptions if i.generation == generation]
         assert [i.cause for i in found] == [cause], self.told(found)
@@ -243,7 +245,7 @@ def moto_on(folder: Path, host: Host) -> Iterator[S3Server]:
             yield S3Server("moto", endpoint, "test-access-key", "test-secret-key")
         finally:
             server.kill()
-            server.wait(30)
+            server.wait(60)
 
 
 _USERS = (

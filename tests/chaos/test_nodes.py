@@ -13,7 +13,7 @@ import time
 import pytest
 
 from launcher.reports.goodput import Cause
-from tests.chaos.job import Job, freeze, thaw
+from tests.chaos.job import BUSY_S, Job, freeze, thaw
 from tests.cluster import Node, alive, until
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 ALL = "last_call=60,join_cooldown=1"
 """The first round waits for max nodes, so that all are in generation 1; a node that returns is soon taken in."""
 
-START_S = 2.0
+START_S = 3.0
 """A stock script tells no steps: to `report` it trains once the last of its workers has started, on a busy machine so
 long before its first step at most. Nor does anybody know when in a lease its node froze.
 """
@@ -69,7 +69,7 @@ def test_a_killed_agent(job: Job) -> None:
     a, b, c = three(job)
     tree = b.tree()
     b.kill_agent()
-    until("nothing of the node left", lambda: not any(alive(p) for p in tree), within_s=2)
+    until("nothing of the node left", lambda: not any(alive(p) for p in tree))
     job.steps(2, after=1)
     job.finish(a, c)
     job.told_as(Cause.NODE_LOSS, "b")
@@ -114,7 +114,7 @@ def test_two_nodes_lost_at_once(job: Job) -> None:
     told = job.account()
     assert {i.cause for i in told.interruptions} == {Cause.NODE_LOSS}
     ended_s, began_s = job.history().pause(1)
-    assert told.seconds[Cause.NODE_LOSS] == pytest.approx(began_s - ended_s, rel=0.1, abs=0.1)
+    assert told.seconds[Cause.NODE_LOSS] == pytest.approx(began_s - ended_s, rel=0.1, abs=BUSY_S)
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "leader"])
@@ -153,7 +153,7 @@ def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> 
     job.finish(*nodes.values(), thawed=("c",))
     lost = job.account().interruptions[0]
     assert (lost.cause, [n[0] for n in lost.nodes]) == (Cause.NODE_LOSS, [name]), job.told(lost)
-    assert lost.seconds == pytest.approx(first_s - struck_s, rel=0.1, abs=0.1), job.told(lost)
+    assert lost.seconds == pytest.approx(first_s - struck_s, rel=0.1, abs=BUSY_S), job.told(lost)
 
 
 def test_a_node_that_flaps(job: Job) -> None:
@@ -188,7 +188,7 @@ def test_eight_nodes_join_together(job: Job) -> None:
     joined = [i for i in job.account().interruptions if i.cause is Cause.JOIN]
     assert {node.rpartition("-")[0] for i in joined for node in i.nodes} == {node.name for node in more}
     ended_s, began_s = job.history().pause(1)
-    assert joined[0].seconds == pytest.approx(began_s - ended_s, rel=0.1, abs=0.1)
+    assert joined[0].seconds == pytest.approx(began_s - ended_s, rel=0.1, abs=BUSY_S)
 
 
 @pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["cooperative", "stock"])
@@ -204,5 +204,5 @@ def test_a_worker_that_ignores_sigterm(job: Job, stock: tuple[str, ...]) -> None
     job.steps(1, after=drained)
     job.finish(a)
     assert not job.events("workers_linger")
-    job.told_as(Cause.DRAIN, "b", within_s=START_S if stock else 0.1)
-    job.told_as(Cause.NODE_LOSS, "c", generation=drained, within_s=START_S if stock else 0.1)
+    job.told_as(Cause.DRAIN, "b", within_s=START_S if stock else BUSY_S)
+    job.told_as(Cause.NODE_LOSS, "c", generation=drained, within_s=START_S if stock else BUSY_S)

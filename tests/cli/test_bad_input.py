@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cluster import free_port
+from tests.template import child_environment, template
 
 JOB = """
 [model]
@@ -31,15 +33,8 @@ url = "checkpoints"
 
 def elastic_moe(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     """Exit code and stderr of the command run in `folder`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "elastic_moe", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = child_environment(OMP_NUM_THREADS="1", **environ)
+    done = template().run("elastic-moe", *arguments, folder=folder, cwd=folder, env=environment)
     return done.returncode, done.stderr
 
 
@@ -75,9 +70,7 @@ def test_training(trained: Path, sets: list[str], line: str) -> None:
 def test_an_endpoint_that_nobody_listens_at(tmp_path: Path) -> None:
     """192.0.2.0/24 is kept free of hosts (RFC 5737), so this node cannot be the endpoint's host either."""
     (tmp_path / "job.toml").write_text(JOB)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = free_port()
     run = ["run", "--nnodes", "1:2", "--rdzv-endpoint", f"192.0.2.1:{port}", "--rdzv-conf", "connect_timeout=1"]
     train = ["-m", "elastic_moe", "train", "job.toml"]
     code, stderr = elastic_moe(tmp_path, *run, *train, ELASTIC_MOE_TOKEN="secret")
@@ -99,7 +92,16 @@ def test_a_mistake_under_run(tmp_path: Path) -> None:
 
 def test_a_fault_keeps_its_traceback_and_exit_code(trained: Path) -> None:
     """`train` ends without the interpreter's own clean-up; nothing that was to be printed may be lost by that."""
-    code, stderr = elastic_moe(trained, "train", "job.toml", WORLD_SIZE="many")
-    assert code == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_moe", "train", "job.toml"],
+        cwd=trained,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "many"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    stderr = done.stderr
+    assert done.returncode == 1
     assert stderr.count("Traceback (most recent call last)") == 1
     assert stderr.splitlines()[-1] == "ValueError: invalid literal for int() with base 10: 'many'"

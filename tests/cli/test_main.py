@@ -72,7 +72,9 @@ def test_torch_is_not_imported(code: str, tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text("[model]\nnum_experts = 4\n")
     script = f"""
 import sys
+import launcher.kv.connect
 from elastic_moe.cli.main import main
+launcher.kv.connect._LEAST_TIMEOUT_S = 0.1
 try:
     {code}
 except SystemExit:
@@ -173,7 +175,14 @@ BAD_INPUT = [
 @pytest.mark.parametrize(
     ("argv", "line"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_bad_input(argv: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    argv: list[str],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launcher.kv.connect._LEAST_TIMEOUT_S", 0.1)
     (tmp_path / "job.toml").write_text("[model]\nnum_experts = 8\n")
     assert call(*(word.replace("{tmp}", str(tmp_path)) for word in argv)) == 2
     captured = capsys.readouterr()

@@ -346,7 +346,7 @@ def test_a_real_job_from_its_start_to_its_end(tmp_path: Path) -> None:
             assert (watcher.returncode, errors) == (0, "")
         finally:
             watcher.kill()
-            watcher.wait(10)
+            watcher.wait(60)
         assert (first.wait(), spare.wait()) == (0, 0)
     states = [json.loads(line)["state"] for line in output.splitlines()]
     assert "running" in states

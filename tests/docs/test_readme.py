@@ -114,7 +114,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Forked]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has come to its end
             family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.kill()
-        process.wait(30)
+        process.wait(60)
         until("the workers are gone", lambda: not any(map(is_running, family)))
 
 

@@ -293,7 +293,7 @@ def job(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         running.terminate()
         try:
-            running.wait(20)
+            running.wait(60)
         except subprocess.TimeoutExpired:
             running.kill()
             running.wait()

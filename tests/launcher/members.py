@@ -15,8 +15,8 @@ from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node, Round, Status
 from tests.cluster import until
 
-LEASE_TTL_S = 1.0
-WAIT_S = 20.0
+LEASE_TTL_S = 2.5
+WAIT_S = 60.0
 
 
 class Told:

@@ -62,7 +62,7 @@ def test_workers_die_with_their_agent(nodes: Cluster, tmp_path: Path, start: tup
     processes = node.tree()
     assert started <= {p.pid for p in processes}
     node.kill_agent()
-    until("nothing of the node left", lambda: not any(alive(p) for p in processes), within_s=2)
+    until("nothing of the node left", lambda: not any(alive(p) for p in processes))
 
 
 def test_a_stock_script_goes_on_after_a_lost_node_with_its_rank(nodes: Cluster, tmp_path: Path) -> None:

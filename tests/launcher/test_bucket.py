@@ -227,7 +227,7 @@ def test_a_quiet_client_asks_little(register: CountedRegister) -> None:
             kv.put(f"n/{lease.lease_id}", b"node", lease=lease)
         revision = second.list("").revision
         watches = [first.watch("n/", revision + 1), second.watch("n/", revision + 1)]
-        until("both are quiet", lambda: time.monotonic() > max(first._hot_until_s, second._hot_until_s) + 1.0, 20)
+        until("both are quiet", lambda: time.monotonic() > max(first._hot_until_s, second._hot_until_s) + 1.0)
         before, began_s = register.count, time.monotonic()
         for _ in range(4):
             for watch in watches:
@@ -323,7 +323,7 @@ def test_a_judge_that_was_stopped_blames_nobody() -> None:
 
 def test_a_lease_whose_holder_lives_is_never_ended_however_late_a_look_is(register: CountedRegister) -> None:
     with kv_on(register) as holder, kv_on(register) as other:
-        lease, second = holder.lease(1.0), other.lease(1.0)
+        lease, second = holder.lease(3.0), other.lease(3.0)
         assert holder.put("k", b"v", lease=lease) is not None
         ends_s = lease.deadline_s + 3.0
         while lease.deadline_s < ends_s:
@@ -347,14 +347,14 @@ def test_a_renewal_that_came_too_late_is_none(register: CountedRegister, monkeyp
             write(name, content)
 
         monkeypatch.setattr(register, "write", late)
-        assert was_late.wait(5)
-        assert lease.lost.wait(5)
+        assert was_late.wait(60)
+        assert lease.lost.wait(60)
 
 
 def test_writers_that_keep_one_from_writing_keep_none_from_renewing(register: CountedRegister) -> None:
     """While others are first, again and again, what they wrote is learnt, and a renewal need not wait for the end."""
-    with contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=0.7))) as kv:
-        lease, ends_s = kv.lease(0.6), time.monotonic() + 2.0
+    with contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=2.2))) as kv:
+        lease, ends_s = kv.lease(2.0), time.monotonic() + 4.5
         rival = Journal(lambda: uuid.uuid4().hex)
 
         def act(state: State) -> bool:

@@ -16,7 +16,7 @@ from launcher.kv.lease import Lease
 from storage.stores.memory import MemoryStore
 from tests.launcher.members import CuttableKV, Job
 
-_TTL_S = 1.0
+_TTL_S = 3.0
 
 
 def test_a_lease_counts_from_when_it_was_written_at_last(monkeypatch: pytest.MonkeyPatch) -> None:

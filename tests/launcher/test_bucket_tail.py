@@ -75,7 +75,7 @@ def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
         second.stop()
         with contextlib.suppress(KVUnavailable):
             watch.next(0.1)
-        until("the lease that can be looked at has ended", lambda: judge.get("k") is None, 20)
+        until("the lease that can be looked at has ended", lambda: judge.get("k") is None)
         assert first.lease_id in judge._journal.state.leases()
 
 

@@ -93,7 +93,7 @@ def test_a_worker_process_keeps_the_contract(path: Path, tmp_path: Path) -> None
             assert "MeshPlan(replicate=1, shard=2, expert=2" in context
             assert agent.progress().step == 7
             agent.request_stop(StopReason.MEMBERSHIP)
-            assert worker.wait(20) == 0
+            assert worker.wait(60) == 0
         finally:
             worker.kill()
     assert agent.progress().phase is WorkerPhase.YIELDED

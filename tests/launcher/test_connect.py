@@ -131,7 +131,7 @@ def test_a_name_that_stays_unknown_is_told_after_the_time_that_was_given(monkeyp
     begun_s = time.monotonic()
     with pytest.raises(UsageError, match="host 'job-0' is unknown: Name or service not known"):
         connect("embedded", "job-0:5", timeout_s=0.2)
-    assert 0.2 <= time.monotonic() - begun_s < 5
+    assert 0.2 <= time.monotonic() - begun_s < 30
     with pytest.raises(UsageError, match="is no host name"):
         addresses_of("a..b", 20)  # nothing to wait for
 

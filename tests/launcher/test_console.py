@@ -59,7 +59,7 @@ class Pumped:
     def end(self) -> str:
         """What it told."""
         os.close(self.write)
-        assert self.process.wait(20) == 0
+        assert self.process.wait(60) == 0
         with os.fdopen(self._notices) as notices:
             return notices.read()
 
@@ -83,7 +83,7 @@ def test_all_that_was_written_arrives_in_order_whatever_the_target_takes_at_once
         got = b""
         while len(got) < len(text):
             got += os.read(read, 1 << 14)
-        assert writer.wait(20) == 0
+        assert writer.wait(60) == 0
     assert got == text
     assert pumped.end() == ""
 

@@ -26,8 +26,8 @@ def steps_of(folder: Path) -> list[int]:
     return [s["step"] for s in read_lines(folder / "steps.jsonl")]
 
 
-def two_that_train(nodes: Cluster, folder: Path, conf: str = "") -> tuple[Node, Node]:
-    work = ("--drain-grace", "5", COOPERATIVE, str(folder))
+def two_that_train(nodes: Cluster, folder: Path, conf: str = "", grace_s: int = 60) -> tuple[Node, Node]:
+    work = ("--drain-grace", str(grace_s), COOPERATIVE, str(folder))
     first = nodes.start("first", *work, conf=f"last_call=60,is_host=true{conf}")
     second = nodes.start("second", *work, conf=f"last_call=60,is_host=false,connect_timeout=60{conf}")
     until("steps", lambda: steps_of(folder)[3:])
@@ -36,7 +36,7 @@ def two_that_train(nodes: Cluster, folder: Path, conf: str = "") -> tuple[Node, 
 
 def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: Cluster, tmp_path: Path) -> None:
     """Every other limit is far above the time that this test waits."""
-    options = ("--shutdown-timeout", "600", "--drain-grace", "3", STUBBORN, str(tmp_path))
+    options = ("--shutdown-timeout", "600", "--drain-grace", "6", STUBBORN, str(tmp_path))
     node = nodes.start("only", *options, nnodes="1:1", conf="yield_timeout=600")
     until("a worker", lambda: read_lines(tmp_path / "started.jsonl"))
     worker = psutil.Process(read_lines(tmp_path / "started.jsonl")[0]["pid"])
@@ -44,7 +44,7 @@ def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: C
     assert node.wait() == TERMINATED
     assert not alive(worker)
     (started,) = nodes.events("drain_started")
-    assert (started["source"], started["detail"], started["seconds"]) == ("signal", "SIGTERM", 3)
+    assert (started["source"], started["detail"], started["seconds"]) == ("signal", "SIGTERM", 6)
     (cut,) = nodes.events("drain_cut_short")
     assert cut["step"] == 3
     assert "no step boundary" in cut["reason"]
@@ -53,7 +53,7 @@ def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: C
 
 
 def test_a_store_that_does_not_answer_does_not_make_the_agent_overstay(nodes: Cluster, tmp_path: Path) -> None:
-    first, second = two_that_train(nodes, tmp_path, ",lease_ttl=600,timeout=600")
+    first, second = two_that_train(nodes, tmp_path, ",lease_ttl=600,timeout=600", grace_s=5)
     os.kill(first.process.pid, signal.SIGSTOP)  # its agent hosts the store; its worker trains on
     try:
         second.signal(signal.SIGTERM)

@@ -135,7 +135,7 @@ def test_the_deadline_ends_a_process_that_overstays_even_if_it_cannot_tell(telli
     try:
         assert not ended.wait(0.3), "nobody has asked"
         requests.ask_signal(signal.SIGTERM, 0.0)
-        assert ended.wait(20)
+        assert ended.wait(60)
         assert codes == [143]
         assert told.is_set() is not bool(telling)
     finally:
@@ -150,6 +150,6 @@ def test_a_deadline_that_is_closed_ends_nothing() -> None:
     deadline.start()
     deadline.close()
     requests.ask_signal(signal.SIGTERM, 0.0)
-    deadline._thread.join(20)
+    deadline._thread.join(60)
     assert not deadline._thread.is_alive()
     assert codes == []

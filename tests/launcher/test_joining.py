@@ -47,7 +47,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     def left() -> set[str]:
         return {thread.name for thread in set(threading.enumerate()) - before}
 
-    until("no thread is left", lambda: not left(), 10)
+    until("no thread is left", lambda: not left())
     socket.create_server(("127.0.0.1", port)).close()
 
 
@@ -127,7 +127,7 @@ def test_a_node_prepares_itself_before_it_stops_a_job_at_work(endpoint: str) -> 
         prepare = lambda: prepared.append(len(nodes(first)))  # noqa: E731
         with join(first, RULES, plan_no_mesh, quiet, prepare=prepare) as member:
             assert prepared == [], "nobody is at work"
-            until("a round", member.round, 10)
+            until("a round", member.round)
             with join(second, RULES, plan_no_mesh, quiet, prepare=prepare):
                 assert prepared == [1], "before it has joined"
 
@@ -138,11 +138,11 @@ def test_the_host_of_the_store_stays_until_the_others_have_gone(
     with arrive(meeting(endpoint), slots=1) as host, arrive(meeting(endpoint), slots=1, name="b") as other:
         staying = threading.Thread(target=launch._linger, args=(host,))
         with join(other, RULES, plan_no_mesh, quiet) as member:
-            until("a round", member.round, 10)
+            until("a round", member.round)
             staying.start()
-            until("that is told", lambda: f"staying for {other.node.node_id}" in caplog.text, 10)
+            until("that is told", lambda: f"staying for {other.node.node_id}" in caplog.text)
             assert staying.is_alive()
-        staying.join(10)
+        staying.join(60)
         assert not staying.is_alive()
     launch._linger(host)  # there is no store any more to stay for
 

@@ -114,17 +114,17 @@ def test_cancelling_a_watch_ends_a_waiting_next(connect: Connect) -> None:
     thread = threading.Thread(target=lambda: result.append(watch.next(30)))
     thread.start()
     watch.cancel()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert result == [()]
 
 
 def test_a_lease_renews_itself(connect: Connect) -> None:
     kv = connect()
-    lease = kv.lease(0.6)
+    lease = kv.lease(2.0)
     kv.put("l", b"1", lease=lease)
     before_s = lease.deadline_s
-    ends_s = time.monotonic() + 10
+    ends_s = time.monotonic() + 60
     while lease.deadline_s < before_s + 1.5:
         assert time.monotonic() < ends_s, "the lease was not renewed"
         assert kv.get("l") is not None
@@ -148,7 +148,7 @@ def test_keys_go_when_their_lease_is_revoked(connect: Connect) -> None:
 
 def test_keys_go_when_nobody_renews(connect: Connect) -> None:
     kv = connect()
-    lease = kv.lease(0.5)
+    lease = kv.lease(1.0)
     entry = kv.put("l", b"1", lease=lease)
     assert entry is not None
     watch = connect().watch("l", entry.revision + 1)
@@ -170,7 +170,7 @@ def test_a_lease_that_the_store_ended_is_lost(connect: Connect) -> None:
     kv = connect()
     lease = kv.lease(0.4)
     lease._revoke()  # `revoke` would stop its renewals first
-    assert lease.lost.wait(10)
+    assert lease.lost.wait(60)
 
 
 def test_forgotten_history_is_compacted() -> None:
@@ -231,7 +231,7 @@ class TestEmbedded:
             server.close()
             with pytest.raises(KVUnavailable):
                 kv.get("a")
-            assert lease.lost.wait(10)
+            assert lease.lost.wait(60)
             assert time.monotonic() >= lease.deadline_s
         finally:
             kv.close()

@@ -54,7 +54,7 @@ def test_nothing_that_a_worker_started_outlives_it(
         os.killpg(node.process.pid, signal.SIGKILL)  # all of its process group, as a shell does
     else:
         node.terminate()
-    until("all of it is gone", lambda: not [kind for kind, process in left.items() if alive(process)], 10)
+    until("all of it is gone", lambda: not [kind for kind, process in left.items() if alive(process)])
     assert unrelated.poll() is None
 
 
@@ -86,7 +86,7 @@ def guard(*program: str, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", -15), ("kill -9 $$", -9)])
 def test_a_guardian_ends_as_its_program_and_ends_what_that_leaves(script: str, code: int) -> None:
     with guard("sh", "-c", f"setsid sleep 600 >/dev/null 2>&1 & echo $!; {script}") as process:
-        assert process.wait(20) == code
+        assert process.wait(60) == code
         assert process.stdout is not None
         assert process.stderr is not None
         child = int(process.stdout.readline())
@@ -97,7 +97,7 @@ def test_a_guardian_ends_as_its_program_and_ends_what_that_leaves(script: str, c
 def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile() -> None:
     breeds = "trap '' TERM; while :; do sleep 600 & sleep 0.01; done"
     with guard("sh", "-c", f'setsid sh -c "{breeds}" >/dev/null 2>&1 & echo $!; sleep 0.1; exit 1') as process:
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
         assert process.stderr is not None
         told = process.stderr.read()
     pids = [int(part.rstrip("),\n")) for part in told.split() if part.rstrip("),\n").isdigit()]
@@ -111,7 +111,7 @@ def test_a_guardian_keeps_what_it_is_told_to_keep() -> None:
     with guard(
         "sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!", **Environment(keep_children=True).to_env()
     ) as process:
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stdout is not None
         child = int(process.stdout.readline())
         assert process_tree.look_up(child) is not None
@@ -128,7 +128,7 @@ def test_a_signal_goes_to_the_process_that_was_seen_and_to_no_other() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.2)
         seen.send(signal.SIGKILL)
-        assert process.wait(20) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
         seen.send(signal.SIGKILL)
 
 
@@ -148,8 +148,8 @@ def test_descendants_are_found_whoever_tells_them(monkeypatch: pytest.MonkeyPatc
         (inner,) = [pid for pid, found in process_tree.descendants([process.pid]).items() if found.name == "sh"]
         assert sorted(p.name for p in process_tree.descendants([process.pid], without=[inner]).values()) == ["sleep"]
         begun_s = time.monotonic()
-        ended, left = process_tree.end(lambda: process_tree.descendants([process.pid]), 5.0)
-        assert time.monotonic() - begun_s < 4, "who ends on SIGTERM is not waited for longer"
+        ended, left = process_tree.end(lambda: process_tree.descendants([process.pid]), 60.0)
+        assert time.monotonic() - begun_s < 30, "who ends on SIGTERM is not waited for longer"
         assert (len(ended), left) == (3, [])
         process.kill()
 

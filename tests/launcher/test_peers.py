@@ -112,9 +112,9 @@ def test_a_neighbour_whose_first_link_fails_is_linked_anew(
     bell = LivenessListener("127.0.0.1")
     bell.start()
     peers.watch([Participant("slow", 1, "127.0.0.1", bell.port)])
-    until("linked", lambda: tries[1:], 10)
+    until("linked", lambda: tries[1:])
     bell.close()
-    until("reported", lambda: reports, 10)
+    until("reported", lambda: reports)
 
 
 def linked(port: int) -> set[str]:

@@ -14,6 +14,7 @@ from launcher.reports.goodput import Cause, account
 from tests.cluster import cluster, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
+BUSY_S = 0.5  # what two busy cores take to wake a process, which tells that much later what has happened
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +36,11 @@ def test_a_script_as_readme_shows_it(mode: str, tmp_path: Path) -> None:
 
     (stop,) = told.interruptions
     assert (stop.cause, stop.steps_redone, told.steps_redone, told.last_step) == (Cause.FAILURE, 18, 18, 60)
-    assert stop.seconds == pytest.approx(second[0]["b"] - first[-1]["e"], rel=0.1)
-    assert told.seconds[Cause.LOST_WORK] == pytest.approx(first[-1]["e"] - first[12]["b"], rel=0.1)
+    assert stop.seconds == pytest.approx(second[0]["b"] - first[-1]["e"], rel=0.1, abs=BUSY_S)
+    assert told.seconds[Cause.LOST_WORK] == pytest.approx(first[-1]["e"] - first[12]["b"], rel=0.1, abs=BUSY_S)
     kept_s = sum(s["e"] - s["b"] for s in [*first[:12], *second])
     assert told.seconds[Cause.TRAINING] + told.seconds[Cause.CHECKPOINT] == pytest.approx(
-        first[11]["e"] - first[0]["b"] + told.ended_ts - second[0]["b"], rel=0.1
+        first[11]["e"] - first[0]["b"] + told.ended_ts - second[0]["b"], rel=0.1, abs=BUSY_S
     )
     assert told.seconds[Cause.TRAINING] >= 0.9 * kept_s
     if mode != "own":

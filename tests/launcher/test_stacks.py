@@ -55,7 +55,7 @@ def running(folder: Path, script: str, *, watched: bool = True) -> Iterator[tupl
 )
 def test_a_process_that_sleeps_or_holds_the_gil_tells_where(tmp_path: Path, script: str, function: str) -> None:
     with running(tmp_path, script) as (process, worker):
-        found = collect({0: worker})[0]
+        found = collect({0: worker}, wait_s=60.0)[0]
         assert process.poll() is None, "it goes on"
     assert f"in {function}\n" in found.text
     assert found.text.startswith(f"rank 3, pid {worker.pid}, step 7")
@@ -70,7 +70,7 @@ def test_a_stopped_process_is_told_as_stopped_and_made_to_tell_where(tmp_path: P
     with running(tmp_path, SLEEPS) as (_, worker):
         os.kill(worker.pid, signal.SIGSTOP)
         until("it is stopped", lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
-        found = collect({0: worker})[0]
+        found = collect({0: worker}, wait_s=60.0)[0]
     assert found.evidence.stopped
     assert "stopped by a signal" in found.text
     assert "in sleeps" in found.text

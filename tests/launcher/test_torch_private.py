@@ -89,7 +89,7 @@ def test_the_processes_of_an_agent_are_told_with_their_files(tmp_path: Path) -> 
             started.error_files[0],
         ]
         found.send(signal.SIGTERM)
-        assert found.process.wait(10) == -signal.SIGTERM, broken("the handler's `close` sends no signal", "send")
+        assert found.process.wait(60) == -signal.SIGTERM, broken("the handler's `close` sends no signal", "send")
         assert not found.is_alive
     finally:
         started.close()

@@ -73,9 +73,13 @@ def read(kv: MemoryKV) -> Vitals:
     return Vitals() if entry is None else Vitals.from_json(entry.value)
 
 
-def beat(channels: LocalWorkers, local_rank: int, step: int) -> None:
+def beat(channels: LocalWorkers, local_rank: int, step: int, ago_s: float = 0.0) -> None:
+    """A heartbeat of some time ago."""
     worker = Channel.attach(channels.path(local_rank))
-    worker.beat(step)
+    now_ns = time.monotonic_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic_ns", lambda: now_ns() - int(ago_s * 1e9))
+        worker.beat(step)
     worker.close()
 
 
@@ -88,9 +92,7 @@ def test_what_workers_and_checkpointers_say_is_told(
     vitals.look(channels)
     told = until("nothing is told of workers that say nothing", lambda: kv.get(KEY) and read(kv))
     assert told == Vitals(2, failure_ts=1_000.0, failure="worker of rank 3 was killed by SIGKILL: boom (on b-2)")
-    beat(channels, 0, step=6)
-    slow_ts = time.time()
-    time.sleep(0.2)  # so long is the other one silent
+    beat(channels, 0, step=6, ago_s=1000.0)
     beat(channels, 1, step=7)
     monkeypatch.setenv("ELASTIC_MOE_CHECKPOINT", str(vitals.checkpoint_path))
     with Checkpointer(str(tmp_path / "run")) as ckpt:
@@ -103,8 +105,8 @@ def test_what_workers_and_checkpointers_say_is_told(
 
     told = until("the checkpoint is told", newest)
     assert (told.step, told.checkpoint_step) == (7, 6)
-    assert told.beat_ts == pytest.approx(slow_ts, abs=0.1)  # of the one that has been silent for longer
-    assert told.checkpoint_ts == pytest.approx(time.time(), abs=30.0)
+    assert told.beat_ts == pytest.approx(time.time() - 1000.0, abs=100.0)  # of the one that has been silent for longer
+    assert told.checkpoint_ts == pytest.approx(time.time(), abs=100.0)
     assert stat.S_IMODE(vitals.checkpoint_path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint"]
     channels.close()

@@ -15,7 +15,7 @@ import pytest
 from elastic_moe.trainer.signals import StopSignals
 from tests.cluster import until
 
-DEADLINE_S = 90.0
+DEADLINE_S = 120.0
 JOB = """
 [model]
 dim = 32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -19,11 +18,11 @@ from elastic_moe.errors import NotFinite, UserError
 from elastic_moe.trainer.schedule import learning_rate
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import Channel, StopReason, WorkerPhase
-from tests.cluster import until
+from tests.cluster import free_port, until
 from tests.moe.cases import SMALL, fitted
 
 _context = multiprocessing.get_context("forkserver")
-DEADLINE_S = 90.0
+DEADLINE_S = 120.0
 
 
 def job(folder: Path, **train: Any) -> JobConfig:
@@ -88,9 +87,7 @@ class World:
         prepare: Callable[[], None] = as_it_is,
     ) -> None:
         world_size = world_size or plan.world_size
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.channels = []
         self.processes: list[BaseProcess] = []
         self.errors = [folder / f"error-{generation}-{rank}" for rank in range(world_size)]

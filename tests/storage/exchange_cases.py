@@ -271,7 +271,7 @@ def lose(url: str, victim: int) -> str:
     def killing(pid: int, address: int, into: Any) -> None:
         if len(into) > 1000:
             os.kill(pid, signal.SIGKILL)
-            until("it has no memory any more", lambda: not is_running(pid), within_s=30)
+            until("it has no memory any more", lambda: not is_running(pid))
         read_memory(pid, address, into)
 
     register_scheme("losing", lambda rest: Counting(url))

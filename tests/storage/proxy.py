@@ -281,7 +281,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case "stall":
                 self.close_connection = True
                 self.wfile.write(head + body[:half])
-                self.server.proxy.released.wait(30)
+                self.server.proxy.released.wait(60)
             case "truncate":
                 self.close_connection = True
                 self.wfile.write(head + body[:half])

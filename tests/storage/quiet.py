@@ -24,7 +24,7 @@ class QuietServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
-        self._thread.join(30)
+        self._thread.join(60)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no news here."""

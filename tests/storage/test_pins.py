@@ -218,7 +218,7 @@ def weak() -> Iterator[tuple[str, list[str | None]]]:
         thread.start()
         yield f"s3://{BUCKET}/run?anonymous=true&endpoint_url=http://127.0.0.1:{server.server_address[1]}", asked
         server.shutdown()
-        thread.join(30)
+        thread.join(60)
 
 
 def test_a_weak_etag_is_compared_and_not_sent(weak: tuple[str, list[str | None]]) -> None:

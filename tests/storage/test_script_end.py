@@ -39,7 +39,7 @@ main_has_ended = threading.Event()
 class Slow(LocalStore):
     def put(self, key, buffers, **options):
         if key.endswith(".distcp"):
-            assert main_has_ended.wait(30)
+            assert main_has_ended.wait(60)
         with ThreadPoolExecutor(1) as pool:  # as those do that put a large object in parts
             return pool.submit(super().put, key, buffers, **options).result()
 
@@ -76,7 +76,7 @@ main_has_ended = threading.Event()
 class Pooling(LocalStore):
     def put(self, key, buffers, **options):
         if key.endswith(".distcp"):
-            assert main_has_ended.wait(30)
+            assert main_has_ended.wait(60)
             with ThreadPoolExecutor(1) as pool:  # as a client of another package may have one
                 return pool.submit(super().put, key, buffers, **options).result()
         return super().put(key, buffers, **options)
