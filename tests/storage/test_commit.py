@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from tests.storage.commit_cases import ATTEMPT, DATA, FOLDER, MANIFEST, METADATA, STEP, Scripted, built, owner_of, ready
 from tests.storage.pausing import ORDERS, abreast
+from tests.template import template
 
 in_any_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -222,6 +221,8 @@ stored.wait(60)
 
 
 def test_a_save_whose_checkpointer_was_dropped_outlasts_the_script(tmp_path: Path) -> None:
-    found = subprocess.run([sys.executable, "-c", _ENDS, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    (tmp_path / "script.py").write_text(_ENDS)
+    (run := tmp_path / "run").mkdir()
+    found = template().run("python", str(tmp_path / "script.py"), str(run), folder=tmp_path)
     assert (found.returncode, found.stdout) == (0, "no pool takes calls any more\n"), found.stderr
-    assert catalog.committed_steps(open_store(str(tmp_path))) == [1]
+    assert catalog.committed_steps(open_store(str(run))) == [1]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,10 +17,10 @@ from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from storage.transfer import copying
 from tests.s3 import S3Server
+from tests.storage import copy_cases
 from tests.storage.copied_runs import contents, run
 from tests.storage.small_runs import opened
-
-ROOT = Path(__file__).parents[2]
+from tests.template import child_environment, template
 
 
 class Watcher:
@@ -49,17 +46,10 @@ class Watcher:
                 self.problems += inspection.verify(self._store, f"step-{step:09d}/").problems
 
 
-def kill_copy(number: int, source: Path, url: str, environment: Mapping[str, str]) -> str:
+def kill_copy(number: int, source: Path, url: str, environment: Mapping[str, str], folder: Path) -> str:
     """Run a copy that dies before its write number `number`; before which, or "" if it did not come so far."""
-    command = [sys.executable, "-m", "tests.storage.copy_cases", str(number), "ckpt", "push", str(source), url]
-    done = subprocess.run(
-        [*command, "--step", "20", "--quiet"],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    command = (copy_cases.__file__, str(number), "ckpt", "push", str(source), url, "--step", "20", "--quiet")
+    done = template().run("python", *command, folder=folder, env=child_environment(**environment))
     assert done.returncode in (0, -9), done.stderr
     return done.stdout.partition("killed before ")[2].strip() if done.returncode else ""
 
@@ -70,6 +60,7 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
     kind: str,
     source: Path,
     make_url: Callable[[str], str],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -88,7 +79,7 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
         path, mark, query = base.partition("?")
         url = f"{path}-{number}{mark}{query}" + ("&part_size_mib=5" if server else "")
         with Watcher(url) as watcher:
-            killed.append(kill_copy(number, source, url, environment))
+            killed.append(kill_copy(number, source, url, environment, tmp_path))
         assert watcher.problems == []
         store = open_store(url)
         assert catalog.committed_steps(store) == []
