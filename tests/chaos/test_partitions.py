@@ -97,7 +97,7 @@ def test_a_node_cut_from_its_peers(job: Job, one_way: bool) -> None:
     nodes = three(job, f"{ALL},lease_ttl=5")
     cut = network_of(job).cut_way if one_way else network_of(job).cut
     cut(job.hosts["b"], job.hosts["a"], job.hosts["c"])
-    alone = job.steps(2, num=100, after=1)
+    alone = job.steps(2, num=40, after=1)
     assert len(job.events("round_formed")) <= 3, job.told()
     network_of(job).heal()
     job.steps(3, after=alone)

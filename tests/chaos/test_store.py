@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -9,13 +10,15 @@ import pytest
 
 from launcher.reports.goodput import Cause
 from tests.chaos.conftest import Starter
-from tests.chaos.job import Job
+from tests.chaos.job import BUSY_S, Job
 from tests.cluster import Node, until
 
 pytestmark = pytest.mark.slow
 
 CONF = "last_call=60,join_cooldown=1,lease_ttl=5"
 """Leases that ride out an election."""
+AWAY_S = float(os.environ.get("CHAOS_AWAY_S", "12"))
+"""For how long a whole etcd is away: more than two leases."""
 
 
 def three(job: Job) -> tuple[Node, Node, Node]:
@@ -59,7 +62,6 @@ def test_the_leader_of_the_etcd_cluster_is_lost(start_job: Starter, fault: str) 
     only_the_store(job)
 
 
-@pytest.mark.also_secure
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
 def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
     """The leases stand: training does not stop."""
@@ -71,7 +73,7 @@ def test_all_of_etcd_is_away_for_a_second(job: Job, fault: str) -> None:
     assert not job.account().interruptions, job.told()
 
 
-def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
+def test_all_of_etcd_is_away_for_longer_than_a_lease(start_job: Starter) -> None:
     """Killed and started again in one job, frozen in another. Dead members end no lease, and nodes see that they are
     dead: training goes on. Of frozen ones nobody can tell: it resumes by itself, with no step lost.
     """
@@ -81,7 +83,7 @@ def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
     since_s = time.monotonic()
     for fault, job in jobs.items():
         leave(job, fault)
-    time.sleep(30)
+    time.sleep(AWAY_S)
     away_s = {}
     for fault, job in jobs.items():
         come_back(job, fault)
@@ -92,13 +94,13 @@ def test_all_of_etcd_is_away_for_half_a_minute(start_job: Starter) -> None:
         told = job.account()
         (outage,) = told.outages
         assert outage.ended_ts is not None
-        assert outage.ended_ts - outage.began_ts == pytest.approx(away_s[fault], rel=0.1), job.told(outage)
+        assert outage.ended_ts - outage.began_ts == pytest.approx(away_s[fault], rel=0.1, abs=3.0), job.told(outage)
         assert {node[0] for node in outage.nodes} == set("abc")
     assert jobs["killed"].history().generations() == [1], jobs["killed"].told()
     assert not jobs["killed"].account().interruptions
     only_the_store(jobs["frozen"])
     ended_s, began_s = jobs["frozen"].history().pause(1)
-    assert jobs["frozen"].account().seconds[Cause.STORE] == pytest.approx(began_s - ended_s, rel=0.1)
+    assert jobs["frozen"].account().seconds[Cause.STORE] == pytest.approx(began_s - ended_s, rel=0.1, abs=BUSY_S)
 
 
 def only_the_store(job: Job) -> None:

@@ -13,14 +13,20 @@ from elastic_moe.demo import driver
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Real processes: a node is killed and comes back; the losses are those of an unbroken run."""
+    """Real processes: a node is killed and comes back; the losses are those of an unbroken run.
+
+    Where it comes back too late for so few steps, it does what the demo advises.
+    """
     out = tmp_path / "demo"
-    code = main(["demo", "--out", str(out), "--steps", "100", "--seed", "1"])
-    told = capfd.readouterr().out
-    assert code == 0, told
+    for steps in (80, 240):
+        code = main(["demo", "--out", str(out), "--steps", str(steps), "--seed", "1"])
+        told, errors = capfd.readouterr()
+        if "try more --steps" not in errors:
+            break
+    assert code == 0, told + errors
     summary = json.loads((out / "summary.json").read_text())
     assert summary["ok"], summary["problems"]
-    assert summary["steps"] == 100
+    assert summary["steps"] == steps
     assert summary["steps_lost_on_return"] == 0
     assert summary["loss_rel_diff_max"] == 0.0
     worlds = [generation["world_size"] for generation in summary["generations"]]
