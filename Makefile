@@ -14,6 +14,8 @@ OLDEST_TESTS := $(addprefix tests/,docs/test_install.py moe/test_experts.py moe/
 	$(addprefix storage/,test_checkpointer.py test_dcp.py test_exchange.py test_metadata.py test_sharded.py \
 		test_state.py test_state_ranks.py test_stock.py test_torch_private.py))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The suite starts hundreds of processes: without bytecode on disk each would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 

@@ -69,21 +69,21 @@ MADE: dict[str, Callable[[Path], Lifecycle]] = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_what_was_made_may_be_closed_unstarted_and_twice(name: str, tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     made = MADE[name](tmp_path)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     made.close()
     made.close()
 
 
 @pytest.mark.parametrize("name", ["deadline", "leftovers", "listener", "notices", "peers", "store's server", "vitals"])
 def test_a_context_manager_starts_and_closes(name: str, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     with MADE[name](tmp_path) as made:
         pass
     made.close()
-    assert not [t.name for t in threading.enumerate() if t.name in ("liveness", "peers", "member-vitals")], (
-        "these are waited for"
-    )
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not left & {"liveness", "peers", "member-vitals"}, "these are waited for"
 
 
 def test_a_listener_listens_while_it_is_open() -> None:

@@ -88,7 +88,7 @@ def test_a_neighbour_that_is_already_dead_is_reported(peers: PeerWatch, reports:
 
 def test_a_link_that_breaks_is_not_a_death(peers: PeerWatch, reports: Reports) -> None:
     with socket.create_server(("127.0.0.1", 0)) as alive:
-        alive.settimeout(20)
+        alive.settimeout(60)
         port = alive.getsockname()[1]
         peers.watch([Participant("alive", 1, "127.0.0.1", port)])
         alive.accept()[0].close()

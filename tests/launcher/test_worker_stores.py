@@ -32,8 +32,7 @@ def test_every_generation_has_a_worker_store_of_its_own(job: Job) -> None:
 
 def two(job: Job) -> dict[str, MemberRendezvous]:
     """The handlers of two nodes, which are in the job already."""
-    for name in "ab":
-        job.start(name)
+    job.start_led("a", "b")
     return {
         name: MemberRendezvous(member, backend="memory", run_id="test", address="127.0.0.1", timeout_s=WAIT_S)
         for name, member in job.members.items()
