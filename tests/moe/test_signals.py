@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from elastic_moe.trainer.signals import StopSignals
 from tests.cluster import until
+from tests.template import template
 
 DEADLINE_S = 120.0
 JOB = """
@@ -39,11 +38,13 @@ class Training:
         self.folder = folder
         (folder / "job.toml").write_text(JOB)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_MOE_")}
-        command = [sys.executable, "-m", "elastic_moe", "train", "job.toml"]
-        if world_size > 1:
-            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m", "elastic_moe"]
-            command = [sys.executable, *run, "train", "job.toml"]
-        self.process = subprocess.Popen(command, cwd=folder, env=clean, stderr=subprocess.PIPE, text=True)
+        train = ("train", "job.toml")
+        with (folder / "told").open("wb") as told:
+            if world_size > 1:
+                run = ("--standalone", f"--nproc-per-node={world_size}", "-m", "elastic_moe", *train)
+                self.process = template().start("torchrun", run, clean, told.fileno(), cwd=folder)
+            else:
+                self.process = template().start("elastic-moe", train, clean, told.fileno(), cwd=folder)
 
     def reach(self, step: int) -> None:
         def is_there() -> bool:
@@ -67,16 +68,17 @@ def training(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Trainin
     started = Training(tmp_path, request.param)
     yield started
     started.process.kill()
-    started.process.communicate()
+    started.process.wait(DEADLINE_S)
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(training: Training, request: pytest.FixtureRequest) -> None:
     training.reach(3)
     training.process.send_signal(signal.SIGTERM)
-    _, told = training.process.communicate(timeout=DEADLINE_S)
+    code = training.process.wait(DEADLINE_S)
+    told = (training.folder / "told").read_text()
     assert training.saved() == [training.step()]
     if "alone" in request.node.callspec.id:  # torchrun has an exit code of its own
-        assert training.process.returncode == 75
+        assert code == 75
         step = training.step()
         assert f"SIGTERM stopped the training after step {step}, its state is in checkpoints" in told.splitlines()[-1]
 
