@@ -20,6 +20,8 @@ from tests.template import child_environment, template
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
+LEASE_TTL_S = 6.0
+"""Of nodes in whose tests no lease has to end: a busy machine may keep an agent from renewing for seconds."""
 FIRST_PORT = 12_000  # of the servers of tests
 
 
@@ -156,6 +158,8 @@ class Cluster:
 
     def start(self, name: str, *arguments: str, nnodes: str = "1:2", nproc: int = 1, conf: str = "") -> Node:
         """Start a node; `arguments` are further options, the script and its arguments."""
+        if "lease_ttl=" not in conf:
+            conf = ",".join(filter(None, (conf, f"lease_ttl={LEASE_TTL_S:g}")))
         options = ["--nnodes", nnodes, "--nproc-per-node", str(nproc), "--rdzv-endpoint", self.endpoint]
         options += [
             "--rdzv-backend",
@@ -167,7 +171,7 @@ class Cluster:
             "--shutdown-timeout",
             "5",
         ]
-        options += ["--rdzv-conf", conf] if conf else []
+        options += ["--rdzv-conf", conf]
         node = Node(self, name, [*options, *arguments])
         self._nodes.append(node)
         return node

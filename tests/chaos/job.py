@@ -28,6 +28,7 @@ STORES = ("plain", "secure")
 ON_OBJECTS = ("folder", "s3")
 """Stores on the shared storage, and on an S3 server (moto): for tests in which the store is not hurt."""
 _PASSWORD = "s3cret-words"
+LEASE_TTL_S = 3.0
 BUSY_S = 0.5
 """What two busy cores take at most to wake a process: so much later it may tell what has happened."""
 
@@ -74,8 +75,8 @@ class Store:
 class Job(Cluster):
     """Nodes that share an etcd, and a folder that stands for the shared storage.
 
-    Every node has a host of its own, which stays when the node is started again. nodes' leases are as short as etcd
-    grants them (2 s), so that a test of a loss is short too.
+    Every node has a host of its own, which stays when the node is started again. Nodes' leases are short, so that a
+    test of a loss is short too; a second longer than etcd's least, since a busy machine keeps agents from renewing.
     """
 
     def __init__(self, folder: Path, network: Network | Loopback, store: Store) -> None:
@@ -113,6 +114,8 @@ class Job(Cluster):
     ) -> Node:
         """Start a node."""
         settings = ",".join((*self.store.conf, *([conf] if conf else [])))
+        if "lease_ttl=" not in settings:
+            settings += f"{',' if settings else ''}lease_ttl={LEASE_TTL_S:g}"
         return self.start(name, *options, SCRIPT, str(self.work), *script, nnodes=nnodes, conf=settings)
 
     # --- what it did
@@ -197,11 +200,11 @@ def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members
     certificates, and a user with a password who may write under one prefix only.
     """
     if flavour == "folder":
-        yield Store((), (), ("lease_ttl=2",), {})
+        yield Store((), (), (), {})
         return
     if flavour == "s3":
         with moto_on(folder, network.host("s3")) as objects:
-            yield Store((), (), ("lease_ttl=2",), {}, objects)
+            yield Store((), (), (), {}, objects)
         return
     hosts = tuple(network.host(f"etcd-{i}") for i in range(num_members))
     tls: dict[str, str] = {}

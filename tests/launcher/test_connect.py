@@ -68,11 +68,11 @@ def test_bad_endpoints_are_told_in_one_line(endpoint: str, told: str) -> None:
 
 def test_a_free_port_is_found_and_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTIC_MOE_TOKEN", "t")
-    first = connect("embedded", "localhost:0", timeout_s=5)
+    first = connect("embedded", "localhost:0", timeout_s=60)
     try:
         (told,) = [record.getMessage() for record in caplog.records]
         assert told.startswith("the store listens at localhost:")
-        second = connect("embedded", told.rpartition(" ")[2], StoreOptions(is_host=False), timeout_s=5)
+        second = connect("embedded", told.rpartition(" ")[2], StoreOptions(is_host=False), timeout_s=60)
         first.kv.put("a", b"1")
         assert second.kv.get("a") is not None
         second.close()
@@ -85,12 +85,12 @@ def test_a_free_port_is_found_and_told(caplog: pytest.LogCaptureFixture, monkeyp
 
 
 def test_ipv6() -> None:
-    first = connect("embedded", "[::1]:0", timeout_s=5)
+    first = connect("embedded", "[::1]:0", timeout_s=60)
     first.close()
     endpoint = f"[::1]:{free_port()}"
-    first = connect("embedded", endpoint, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=60)
     try:
-        second = connect("embedded", endpoint, timeout_s=5)
+        second = connect("embedded", endpoint, timeout_s=60)
         assert (first.hosts_store, second.hosts_store, second.local_address) == (True, False, "::1")
         second.close()
     finally:
@@ -141,7 +141,7 @@ def test_all_addresses_of_a_name_are_tried_and_one_is_hosted_on(monkeypatch: pyt
     Names(monkeypatch, store=(0, ["127.0.0.3", "127.0.0.2"]))
     monkeypatch.setattr(launcher.kv.endpoint, "is_local", lambda host: True)
     port = free_port()
-    first = connect("embedded", f"store:{port}", timeout_s=5)
+    first = connect("embedded", f"store:{port}", timeout_s=60)
     try:
         assert first.hosts_store
         assert first.kv.address == "127.0.0.2"  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def test_all_addresses_of_a_name_are_tried_and_one_is_hosted_on(monkeypatch: pyt
     server = EmbeddedServer("127.0.0.3", port, token="")
     server.start()
     try:
-        second = connect("embedded", f"store:{port}", StoreOptions(is_host=False), timeout_s=5)
+        second = connect("embedded", f"store:{port}", StoreOptions(is_host=False), timeout_s=60)
         assert second.kv.address == "127.0.0.3"  # type: ignore[attr-defined]
         second.close()
     finally:
@@ -168,9 +168,9 @@ def test_addresses_are_in_the_same_order_on_every_node(monkeypatch: pytest.Monke
 
 def test_the_first_hosts_and_the_second_connects() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    first = connect("embedded", endpoint, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=60)
     try:
-        second = connect("embedded", endpoint, timeout_s=5)
+        second = connect("embedded", endpoint, timeout_s=60)
         assert (first.hosts_store, second.hosts_store) == (True, False)
         assert second.local_address == "127.0.0.1"
         first.kv.put("a", b"1")
@@ -190,7 +190,7 @@ def test_beyond_loopback_a_token_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_node_that_must_host_says_why_it_cannot() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    first = connect("embedded", endpoint, timeout_s=5)
+    first = connect("embedded", endpoint, timeout_s=60)
     try:
         with pytest.raises(UsageError, match="cannot be bound"):
             connect("embedded", endpoint, StoreOptions(is_host=True), timeout_s=1)

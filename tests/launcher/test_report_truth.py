@@ -54,9 +54,9 @@ def test_the_store_went_with_its_host(tmp_path: Path, capsys: pytest.CaptureFixt
     """Its own node is the root cause, not the survivor whose workers fail next; and the survivor's end is told."""
     with cluster(tmp_path) as job:
         script = (str(SCRIPTS / "cooperative.py"), str(tmp_path))
-        host = job.start("host", *script, nnodes="2:2")
+        host = job.start("host", *script, nnodes="2:2", conf="lease_ttl=3")
         until("the host", lambda: "waiting: 1 of at least 2" in host.output)
-        survivor = job.start("survivor", *script, nnodes="2:2")
+        survivor = job.start("survivor", *script, nnodes="2:2", conf="lease_ttl=3")
         until("steps", lambda: read_lines(tmp_path / "steps.jsonl")[5:])
         host.kill()
         job.wait_event("workers_stopped")
