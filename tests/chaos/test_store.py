@@ -15,9 +15,9 @@ from tests.cluster import Node, until
 
 pytestmark = pytest.mark.slow
 
-CONF = "last_call=60,join_cooldown=1,lease_ttl=5"
+CONF = "last_call=60,join_cooldown=1,lease_ttl=6"
 """Leases that ride out an election."""
-AWAY_S = float(os.environ.get("CHAOS_AWAY_S", "12"))
+AWAY_S = float(os.environ.get("CHAOS_AWAY_S", "13"))
 """For how long a whole etcd is away: more than two leases."""
 
 
