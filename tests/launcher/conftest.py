@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.health import liveness
 from launcher.rounds.membership import Rules
 from tests.cluster import Cluster, cluster
 from tests.etcd import Server, client, etcd
@@ -17,7 +18,8 @@ __all__ = ["connect", "etcd_server", "job"]
 
 
 @pytest.fixture
-def job() -> Iterator[Job]:
+def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    monkeypatch.setattr(liveness, "_PATIENCE_S", 0.02)  # of listeners that end, for callers that nobody makes here
     made = Job(Rules(min_nodes=1, max_nodes=4, last_call_s=0.3, join_cooldown_s=0.2, join_settle_s=0.1, max_restarts=0))
     yield made
     for member in made.members.values():
