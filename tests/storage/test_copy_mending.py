@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,7 +210,8 @@ def test_only_uploads_of_long_ago_are_given_up(
     assert ids() == [begun]
     target.delete(METADATA)
     now_unix_s = time.time()
-    monkeypatch.setattr("elastic_moe.cli.transfer.time.time", lambda: now_unix_s + 25 * 3600.0)
+    later = SimpleNamespace(time=lambda: now_unix_s + 25 * 3600.0, monotonic=time.monotonic)
+    monkeypatch.setattr("elastic_moe.cli.transfer.time", later)
     assert main(["ckpt", "push", source, url, "--quiet"]) == 0
     assert ids() == []
 
