@@ -73,7 +73,8 @@ def test_a_copy_that_is_killed_anywhere_is_never_half_there_and_goes_on(
     killed = []
     later_unix_s = time.time() + copying.ABANDONED_AGE_S + 3600.0
     # uploads of the dead are given up by then; files that are being written are as new to the store as they are
-    monkeypatch.setattr("elastic_moe.cli.transfer.time", SimpleNamespace(time=lambda: later_unix_s, monotonic=time.monotonic))
+    later = SimpleNamespace(time=lambda: later_unix_s, monotonic=time.monotonic)
+    monkeypatch.setattr("elastic_moe.cli.transfer.time", later)
     # locally 5 objects, 2 manifests, .metadata; on S3 one of the objects is 3 parts and their completion
     for number in (0, 3, 5, 7) if server is None else (5, 7, 9, 10):
         path, mark, query = base.partition("?")
