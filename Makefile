@@ -78,8 +78,9 @@ check-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## what needs a GPU to be seen, in 
 bench-start: $(VENV)/.dev ## from the command to the end of a job that does nothing, ours and torchrun in turn
 	$(BIN)/python -m tests.bench.start
 
-bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn
+bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock torchrun in turn; what the real trainer does again
 	$(BIN)/python -m tests.bench.recovery
+	$(BIN)/python -m tests.bench.trainer_recovery
 
 bench-rendezvous: $(VENV)/.dev ## how fast 8 to 512 nodes form a round, beside torch's c10d
 	$(BIN)/python -m tests.bench.rendezvous

@@ -65,6 +65,15 @@ class JobConfig(BaseModel):
     mesh: MeshConfig = Field(default={}, validate_default=True)
 
     @model_validator(mode="after")
+    def _validates_on_something(self) -> Self:
+        if self.train.validate_every is not None and not self.data.validation:
+            raise ValueError(
+                f"train.validate_every = {self.train.validate_every} has nothing to validate on: set data.validation to"
+                " the part of the samples to hold out, such as 0.01"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_divide(self) -> Self:
         if self.mesh.expert is not None and self.model.num_experts % self.mesh.expert:
             raise ValueError(

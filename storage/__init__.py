@@ -1,7 +1,8 @@
 """Checkpoints: bytes with names, committed whole or not at all.
 
 For training    Checkpointer saves and restores a state, for a job (JobIdentity), as owner or as reader of a run
-                (Access); PerRank marks what each rank has of its own; CheckpointEvent names what a Listener hears;
+                (Access), as its SavingOptions say: how often (Every, which parse_every reads), and what to do about a
+                Backlog; PerRank marks what each rank has of its own; CheckpointEvent names what a Listener hears;
                 ShardReader and ShardWriter are the same format and checks under `dcp.load` and `dcp.save`; an
                 AgreeingGroup is ranks that succeed or fail together.
 Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one; register_scheme adds
@@ -21,7 +22,7 @@ from storage import errors
 from storage.errors import *  # noqa: F403 - the tree, by its own __all__
 
 if TYPE_CHECKING:
-    from storage.checkpointer import Access, Checkpointer
+    from storage.checkpointer import Checkpointer
     from storage.dcp import ShardReader, ShardWriter
     from storage.events import CheckpointEvent, Listener
     from storage.inspection import (
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
         summaries,
         verify,
     )
+    from storage.options import Access
+    from storage.pace.rules import Backlog, Every, parse_every
     from storage.ranks.agreement import AgreeingGroup
     from storage.run.garbage import AGE_S_MIN as GARBAGE_AGE_S_MIN
     from storage.run.garbage import Garbage
     from storage.run.garbage import find as find_garbage
     from storage.run.garbage import remove as remove_garbage
     from storage.run.job import JobIdentity
+    from storage.saving.options import SavingOptions
     from storage.state.per_rank import PerRank
     from storage.stores.buffers import Buffer
     from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
@@ -50,7 +54,7 @@ if TYPE_CHECKING:
     from storage.stores.wrapper import StoreWrapper
 
 __all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
-__all__ += ["CheckpointEvent", "Listener"]
+__all__ += ["Backlog", "CheckpointEvent", "Every", "Listener", "SavingOptions", "parse_every"]
 __all__ += ["Buffer", "Capability", "Fetch", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["Opener", "Upload", "open_store", "register_scheme", "with_options"]
 __all__ += [
@@ -69,13 +73,16 @@ __all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
 _ROOMS = {
-    "storage.checkpointer": "Access Checkpointer",
+    "storage.checkpointer": "Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",
     "storage.inspection": "CheckpointState Details Location Summary Verification checkpoints details locate summaries"
     " verify",
+    "storage.options": "Access",
+    "storage.pace.rules": "Backlog Every parse_every",
     "storage.ranks.agreement": "AgreeingGroup",
     "storage.run.job": "JobIdentity",
+    "storage.saving.options": "SavingOptions",
     "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",
     "storage.state.per_rank": "PerRank",
     "storage.stores.buffers": "Buffer",

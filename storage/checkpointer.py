@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import torch.distributed as dist
 
@@ -20,31 +18,20 @@ from storage.errors import UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
 from storage.loading.restorer import Restorer
+from storage.options import Access, CheckpointerOptions, divided, translated
+from storage.pace.rules import Tier
 from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import JobIdentity
 from storage.saving.committer import Committer
 from storage.saving.consensus import check_state
 from storage.saving.ownership import Ownership
+from storage.saving.pacer import Pacer
 from storage.saving.saver import Saver
 from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
 
 log = logging.getLogger(__name__)
-
-
-class Access(enum.Enum):
-    """What a `Checkpointer` is to a run."""
-
-    CLAIM = "claim"
-    """Its owner, if no other job that is alive has claimed the run. Who claimed it before can no longer commit."""
-    TAKE_OVER = "take over"
-    """Its owner, without asking whether another job lives that has claimed the run."""
-    READ = "read"
-    """A reader, whoever owns the run and saves into it: nothing is claimed, and nothing written.
-
-    A damaged checkpoint is passed over (an event, checkpoint_damaged) and stays where it is.
-    """
 
 
 @dataclass(frozen=True)
@@ -54,18 +41,7 @@ class _Started:
     restorer: Restorer
     ownership: Ownership | None = None
     saver: Saver | None = None
-
-
-class FormerOptions(TypedDict, total=False):
-    """What options of `Checkpointer` were called before. They work for one release, with a DeprecationWarning."""
-
-    generation: int | None
-    lineage: str | None
-    run_id: str | None
-    mesh: Mapping[str, Any] | None
-    take_over: bool
-    read_only: bool
-    compare_ranks: bool
+    pacer: Pacer | None = None
 
 
 class Checkpointer:
@@ -78,6 +54,8 @@ class Checkpointer:
             while step < steps:
                 ...
                 ckpt.save(step, state)
+
+    With `every=` the script calls `save` after each step all the same, and most calls do nothing; see `SavingOptions`.
 
     `state` is a dict of what the training needs to go on: modules, optimizers, schedulers and whatever else has a
     `state_dict` and a `load_state_dict`, as they are; tensors, DTensors, nested dicts and lists, plain Python values;
@@ -99,7 +77,7 @@ class Checkpointer:
         on_event: called with each `CheckpointEvent` and its fields, from background threads as well. What happens to
             the run (commits, damage, owners) is told on the coordinator (rank 0), what happens to a rank on that rank.
             Under `elastic-moe run` all of these go to its events.jsonl too, with or without a listener.
-        former: options as they were called before, see `FormerOptions`.
+        options: when to save, and how, see `storage.options`; and some as they were called before, see `FormerOptions`.
 
     A run that another job has claimed and not closed is watched for 30 to 60 s; the next generation of the same job, by
     its lineage or torchrun's `--rdzv-id`, takes it at once.
@@ -118,12 +96,13 @@ class Checkpointer:
         job: JobIdentity | None = None,
         process_group: dist.ProcessGroup | None = None,
         on_event: Listener | None = None,
-        **former: Unpack[FormerOptions],
+        **options: Unpack[CheckpointerOptions],
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        self._plan, former = divided(options)
         if former:
-            access, job = _translated(former, access, job)
+            access, job = translated(former, access, job)
         self._compares_ranks = former.get("compare_ranks", True)
         if access is Access.READ and layout.split_step_url(as_url(url))[1]:
             raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
@@ -170,8 +149,16 @@ class Checkpointer:
             return _Started(Restorer(store, None, group, report))
         ownership = Ownership(store, group, self._origin.claimant(), report, take_over=take_over)
         self._opened.enter_context(ownership)
-        committer = Committer(store, ownership, self._origin, report, keep=self._keep, timeout_s=self._timeout_s)
-        return _Started(Restorer(store, ownership.claim, group, report), ownership, Saver(group, committer, report))
+        plan, timeout_s = self._plan, self._timeout_s
+        committer = Committer(
+            *(store, ownership, self._origin, report),
+            keep=self._keep,
+            timeout_s=timeout_s,
+            prefix_spread=plan.prefix_spread,
+        )
+        saver = Saver(group, committer, report, plan, timeout_s=timeout_s)
+        pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
+        return _Started(Restorer(store, ownership.claim, group, report), ownership, saver, pacer)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -181,21 +168,40 @@ class Checkpointer:
     ) -> None:
         self._close(abandon=error is not None)
 
+    def due(self, step: int) -> bool:
+        """Whether `save(step, ...)` would save, by `every` and `ram_every`; for whom it costs to put a state together.
+
+        To be called as `save` is: on all ranks, for the same step. It may be a collective.
+
+        Raises:
+            UsageError: `step` is no step, or the run is read only.
+        """
+        return self._savers()[1].due(step) is not None
+
+    def wants(self, step: int) -> bool:
+        """Whether `save(step, state)` would look at the state: to save it, or to compare replicas. Call it as `due`."""
+        saver, pacer = self._savers()
+        return pacer.due(step) is not None or saver.compares(step)
+
     def save(
         self,
         step: int,
         state: Mapping[str, Any],
         *,
         wait: bool = False,
+        now: bool = False,
         healthy: bool = True,
         compare_ranks: bool = True,
     ) -> None:
-        """Save `state` as the checkpoint of `step`.
+        """Save `state` as the checkpoint of `step`, if it is time to.
+
+        It is where there is no `every`, where `every` says so, and with `now` or `wait`. A call that saves nothing
+        costs no collective, but for the few by which ranks agree on the time.
 
         Returns once the state is copied; storing and committing go on in the background, and the state may change
-        meanwhile. Waits first until the earlier save has stored its copy. With `wait` it returns only when the save
-        has committed or failed. A failed save is an event and a warning, not an exception: the training goes on.
-        A step that this Checkpointer has just committed is not saved again.
+        meanwhile. Where an earlier save has not stored its copy yet, `backlog` says what happens. With `wait` it
+        returns only when the save has committed or failed. A failed save is an event and a warning, not an exception:
+        the training goes on. A step that this Checkpointer has just committed is not saved again.
 
         `healthy=False`, on any rank, says that the state is not to go on from (a loss or a parameter that is not
         finite): it is kept to look into, restores pass it over, it makes no healthy checkpoint go, and makes way itself
@@ -210,14 +216,33 @@ class Checkpointer:
                 commit again.
             UsageError: the state cannot be saved, or `step` is no whole number from 0 to 2**63 - 1, or not the same
                 number on every rank; raised on every rank. Or the run is read only.
+            ReplicasDiffer: with `check_replicas`, where no majority says who is right; on every rank.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
-        saver = self._start().saver
-        if saver is None:
-            raise UsageError(f"{self._store.url} was opened with Access.READ, so nothing can be saved to it")
-        saver.save(step, state, healthy=healthy, compare_ranks=compare_ranks and self._compares_ranks)
+        saver, pacer = self._savers()
+        self._note(step, state)
+        tier = Tier.STORE if wait or now else pacer.due(step)
+        saver.check_replicas(step, state, saves=tier is not None)
+        if tier is None:
+            return
+        pacer.began(step, tier)
+        is_saving = False
+        try:
+            compares = compare_ranks and self._compares_ranks
+            is_saving = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=wait)
+        finally:
+            pacer.returned(is_saving=is_saving)
         if wait:
             saver.wait()
+
+    def _savers(self) -> tuple[Saver, Pacer]:
+        started = self._start()
+        if started.saver is None or started.pacer is None:
+            raise UsageError(f"{self._store.url} was opened with Access.READ, so nothing can be saved to it")
+        return started.saver, started.pacer
+
+    def _note(self, step: int, state: Mapping[str, Any]) -> None:
+        """`state` is that of a complete step, whether it is saved or not. No collective."""
 
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""
@@ -289,9 +314,12 @@ class Checkpointer:
         patterns = [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
             raise UsageError(f"ignore is {ignore!r}; it must be a name or pattern, or a list of them")
-        return started.restorer.restore(
+        step = started.restorer.restore(
             state, strict=strict, ignored=Ignored(patterns), unhealthy=unhealthy, allow_casts=allow_casts
         )
+        if started.pacer is not None and step:
+            started.pacer.resume(step)
+        return step
 
     def _close(self, *, abandon: bool) -> None:
         self._is_closed = True
@@ -313,20 +341,3 @@ def _close_at_exit() -> None:
 
 
 before_pools_close(_close_at_exit)
-
-
-def _translated(former: FormerOptions, access: Access, job: JobIdentity | None) -> tuple[Access, JobIdentity | None]:
-    """What options by their former names ask for, in today's. Raises UsageError, TypeError."""
-    if unknown := former.keys() - FormerOptions.__annotations__.keys():
-        raise TypeError(f"Checkpointer got an unexpected keyword argument {min(unknown)!r}")
-    warnings.warn(
-        f"{', '.join(former)} of Checkpointer: say access=Access.READ or TAKE_OVER, job=JobIdentity(...), and"
-        " save(..., compare_ranks=...)",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    if former.get("read_only") and former.get("take_over"):
-        raise UsageError("take_over is for jobs that save; with read_only nothing is taken from another job")
-    access = Access.READ if former.get("read_only") else Access.TAKE_OVER if former.get("take_over") else access
-    said = {field.name: former[field.name] for field in fields(JobIdentity) if field.name in former}  # type: ignore[literal-required]
-    return access, replace(job or JobIdentity(), **said)

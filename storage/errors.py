@@ -11,6 +11,7 @@ StorageError
 ├── Denied             the store, or our own rules, refuse the access
 │   └── Forbidden          these credentials may not do this, or (where they may not list) there is no such object
 ├── PeerFailed         another of the ranks that work together has failed, and says why
+├── ReplicasDiffer     ranks hold differently what must be the same, and no majority says who is right
 ├── Fenced             a newer owner has taken this run over; this process may no longer commit
 └── UsageError         the caller's mistake; the message is one line that says what to do
     ├── BadURL             no store by that URL
@@ -42,6 +43,7 @@ __all__ = [
     "NotFound",
     "OnlyUnhealthy",
     "PeerFailed",
+    "ReplicasDiffer",
     "StorageError",
     "Transient",
     "Unconfirmed",
@@ -146,6 +148,10 @@ class Forbidden(Denied):
 
 class PeerFailed(StorageError):
     """This rank gave up what it did together with others, since one of them has failed; that one raises the reason."""
+
+
+class ReplicasDiffer(StorageError):
+    """Copies of one piece of the state differ between ranks, which nobody can set right: go back to a checkpoint."""
 
 
 class Fenced(StorageError):

@@ -48,6 +48,16 @@ class CheckpointEvent(enum.StrEnum):
     """`step`, `seconds` since `save` was called, `bytes` of the whole checkpoint; `healthy`, where it is not."""
     FAILED = "checkpoint_failed"
     """`step`, `seconds`, `reason`: nothing of it can be seen."""
+    SKIPPED = "checkpoint_skipped"
+    """`step` was due and is not saved, and the `reason`: earlier saves take all the memory for copies."""
+    REPLACED = "checkpoint_replaced"
+    """`step` was copied, and gives its place up to `by` before any of it was stored."""
+    PACE = "checkpoint_pace"
+    """With `every="auto"`: `step`, the `seconds` between saves at least, as a save costs the training `cost_s`, takes
+    `save_s`, and the run has seen so many `failures`, which makes `mtbf_s` between two."""
+    REPLICA_DIFFERS = "checkpoint_replica_differs"
+    """After `step`, rank `on_rank` on `host` holds something else than the ranks `others` under `num` names, `name` the
+    first; `healed`: it is given what most of them hold."""
     NOT_NEWEST = "checkpoint_not_newest"
     """`step` was committed, and there is a newer one, `newest`, that a restore would take."""
     CLEANUP_FAILED = "checkpoint_cleanup_failed"
@@ -93,6 +103,7 @@ _USUAL = {
     CheckpointEvent.COMMITTED,
     CheckpointEvent.WAITED,
     CheckpointEvent.COPIED,
+    CheckpointEvent.PACE,
 }
 """Those that the log has as information; all others are warnings."""
 
@@ -116,12 +127,20 @@ class Reporter:
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
+        self._also: list[weakref.WeakMethod[Callable[[CheckpointEvent, Mapping[str, Any]], None]]] = []
+
+    def also(self, call: Callable[[CheckpointEvent, Mapping[str, Any]], None]) -> None:
+        """Let a method of this package hear each event as well, as long as its object lives."""
+        self._also.append(weakref.WeakMethod(call))
 
     def __call__(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report one event; may be called from any thread."""
         ts = time.time()
         text = ", ".join(f"{name} {value}" for name, value in fields.items())
         log.log(logging.INFO if event in _USUAL else logging.WARNING, "%s: %s", event, text)
+        for inner in self._also:
+            if (hear := inner()) is not None:
+                hear(event, fields)
         before, _hearing.event = getattr(_hearing, "event", None), event
         try:
             if self._listener is not None:

@@ -23,3 +23,5 @@ class DataConfig(BaseModel):
     Text and JSON lines may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`)."""
     text_field: str = Field("text", min_length=1, validation_alias=AliasChoices("text_field", "jsonl_field"))
     """The field of each JSON line, or the column, that holds the text."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Part of the samples, picked evenly at random, that is never trained on; see `train.validate_every`."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 
 _NUM_FEISTEL_ROUNDS = 8
+_SPLIT_SEED = -1  # no job has it
 
 
 def ids(seed: int, step: int, global_batch: int, num_samples: int) -> Int64s:
@@ -30,6 +31,37 @@ def ids(seed: int, step: int, global_batch: int, num_samples: int) -> Int64s:
         of_epoch = epochs == epoch
         out[of_epoch] = permute(draws[of_epoch] % num_samples, num_samples, seed=seed, epoch=int(epoch))
     return out
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples to train on and samples held out, at random but the same in every run over a corpus of that length.
+
+    Attributes:
+        num_samples: of the corpus.
+        num_held_out: of these; with none, samples keep their numbers.
+    """
+
+    num_samples: int
+    num_held_out: int = 0
+
+    @classmethod
+    def of(cls, num_samples: int, part: float) -> Split:
+        """Hold out `part` of the samples, at least one if it is more than 0, and leave at least one."""
+        wanted = max(1, round(part * num_samples)) if part else 0
+        return cls(num_samples, min(wanted, num_samples - 1))
+
+    def trained(self, seed: int, step: int, global_batch: int) -> Int64s:
+        """The samples of a training step, as `ids` draws them from those that are not held out."""
+        drawn = ids(seed, step, global_batch, self.num_samples - self.num_held_out)
+        return self._placed(drawn) if self.num_held_out else drawn
+
+    def held_out(self, start: int, stop: int) -> Int64s:
+        """A range of the samples held out, in an order that never changes."""
+        return self._placed(np.arange(start, min(stop, self.num_held_out)) + self.num_samples - self.num_held_out)
+
+    def _placed(self, numbers: Int64s) -> Int64s:
+        return permute(numbers, self.num_samples, seed=_SPLIT_SEED, epoch=0)
 
 
 def permute(indices: Int64s, num_items: int, *, seed: int, epoch: int) -> Int64s:

@@ -74,7 +74,8 @@ class Elastic:
     def end_step(self, step: int, *, save: bool = False, last: bool = False, healthy: bool = True) -> bool:
         """To be called after each optimizer step, on all ranks: `step` are complete. True says to stop here.
 
-        Saves if `save` says so, at the `last` step, and before a stop. `healthy=False` marks a state not to go on from,
+        Saves if `save` says so, or the option `every` where it is given, at the `last` step, and before a stop.
+        `healthy=False` marks a state not to go on from,
         as after a loss that is not finite.
         """
         return self._session.end_step(step, self._state, save=save, last=last, healthy=healthy)

@@ -23,7 +23,7 @@ from torch import nn
 
 from elastic_moe import worker
 from elastic_moe.integrations.session import Session
-from storage import PerRank
+from storage import Every, PerRank, parse_every
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,16 +46,15 @@ class ElasticCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     Args:
         url: where the checkpoints go.
-        every: optimizer steps between two of them; also at the end, and before a stop.
+        every: optimizer steps between two of them, a time such as "5min", or "auto", see `storage.Checkpointer`; there
+            is one at the end and before a stop in any case.
         keep: how many healthy ones stay.
         options: further ones of `storage.Checkpointer`.
     """
 
-    def __init__(self, url: str, *, every: int = 100, keep: int = 3, **options: Any) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}: it must be a number of steps, at least 1")
-        self._session = Session(url, keep=keep, **options)
-        self._every = every
+    def __init__(self, url: str, *, every: Every = 100, keep: int = 3, **options: Any) -> None:
+        parse_every(every)  # a mistake is told before anything is set up
+        self._session = Session(url, keep=keep, every=every, **options)
         self._told_step = 0
         self._is_healthy = True
 
@@ -88,9 +87,7 @@ class ElasticCallback(Callback):  # type: ignore[misc, unused-ignore]
         if step == self._told_step or self.stopped:
             return
         self._told_step = step
-        if self._session.end_step(
-            step, lambda: self._state(trainer), save=step % self._every == 0, healthy=self._is_healthy
-        ):
+        if self._session.end_step(step, lambda: self._state(trainer), healthy=self._is_healthy):
             trainer.should_stop = True
         self._is_healthy = True
 

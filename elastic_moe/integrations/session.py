@@ -59,11 +59,19 @@ class Session:
     ) -> bool:
         """To be called after each step, on all ranks; whether to stop.
 
-        Tells the agent of the step, saves `state()` if `save` says so, if it is the `last` step, or if the agent asks
-        for a stop, and then stops once that save is safe.
+        Tells the agent of the step, saves `state()` if `save` says so, if `every` does where the Session has got it, if
+        it is the `last` step, or if the agent asks for a stop, and then stops once that save is safe.
         """
         reason = self.boundary(step)
-        return bool(reason or save or last) and self.save(step, state(), reason, last=last, healthy=healthy)
+        if reason or save or last or self.is_due(step):
+            return self.save(step, state(), reason, last=last, healthy=healthy, now=save)
+        if self._options.get("every") is not None and self.checkpointer.wants(step):
+            self.checkpointer.save(step, state())  # which saves nothing, but looks at it
+        return False
+
+    def is_due(self, step: int) -> bool:
+        """Whether `every`, an option of the Checkpointer, says that `step` is to be saved. May be a collective."""
+        return self._options.get("every") is not None and self.checkpointer.due(step)
 
     def boundary(self, step: int) -> str | None:
         """Tell the agent that `step` steps are complete; why it asks for a stop, if it does. A collective."""
@@ -71,13 +79,24 @@ class Session:
         return worker.should_stop()
 
     def save(
-        self, step: int, state: Mapping[str, Any], reason: str | None, *, last: bool = False, healthy: bool = True
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        reason: str | None,
+        *,
+        last: bool = False,
+        healthy: bool = True,
+        now: bool = True,
     ) -> bool:
-        """Save at a step boundary; whether to stop there, for `reason`. A collective."""
+        """Save at a step boundary; whether to stop there, for `reason`. A collective.
+
+        Args:
+            now: save whatever `every` says.
+        """
         if reason == Stop.DRAIN or last:
             self.checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
         with worker.untimed():
-            self.checkpointer.save(step, state, wait=bool(reason) or last, healthy=healthy)
+            self.checkpointer.save(step, state, wait=bool(reason) or last, now=now, healthy=healthy)
             if not reason or last:
                 return False
             if not worker.on_all_ranks(self.checkpointer.wait()):

@@ -37,10 +37,10 @@ _OTHERS = ("model", "optimizer", "scheduler", "scaler", "rng")
 class ElasticTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Heartbeats, stops and sharded checkpoints for a `Trainer`.
 
-    It saves when the Trainer would (`save_strategy`, `save_steps`; also at the end, and before a stop), in its place: a
-    checkpoint holds model, optimizer, scheduler, the Trainer's own state and each rank's random state, and goes to any
-    other number of ranks. What is saved after a loss or a gradient norm that was logged as not finite counts as
-    unhealthy.
+    It saves when the Trainer would (`save_strategy`, `save_steps`; also at the end, and before a stop), in its place,
+    and when `every` says so, if it is given: a checkpoint holds model, optimizer, scheduler, the Trainer's own state
+    and each rank's random state, and goes to any other number of ranks. What is saved after a loss or a gradient norm
+    that was logged as not finite counts as unhealthy.
 
     Args:
         url: where the checkpoints go.
@@ -146,6 +146,8 @@ class ElasticTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-igno
             self._reason = self._session.boundary(state.global_step)
             if self._reason is not None or state.global_step >= state.max_steps:
                 control.should_save = control.should_training_stop = True
+            elif self._session.is_due(state.global_step):
+                control.should_save = True
         return control
 
     def _save(self, trainer: Any) -> None:
@@ -154,7 +156,10 @@ class ElasticTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-igno
         if self._session.stopped:
             return
         step, last = trainer.state.global_step, trainer.state.global_step >= trainer.state.max_steps
-        stops = self._session.save(step, self._state(trainer), self._reason, last=last, healthy=self._is_healthy)
+        now = not self._session.is_due(step)
+        stops = self._session.save(
+            step, self._state(trainer), self._reason, last=last, healthy=self._is_healthy, now=now
+        )
         if self._reason is not None and not last:
             trainer.control.should_training_stop = stops  # not if it could not be saved
 

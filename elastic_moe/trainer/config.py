@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from elastic_moe.urls import PathOrUrl
+from storage import UsageError, parse_every
 
 
 class OptimConfig(BaseModel):
-    """AdamW (arXiv:1711.05101), with a linear warm-up and a cosine decay that are pure functions of the step."""
+    """AdamW (arXiv:1711.05101), with a linear warm-up and a decay that are pure functions of the step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -20,9 +21,15 @@ class OptimConfig(BaseModel):
     """Learning rate after the last step, as a part of `lr`."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate grows linearly."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How it falls from there: along half a cosine to the end; or not at all up to a last part, over which it falls
+    linearly (warm-up, stable, decay: MiniCPM, arXiv:2404.06395). Before that part begins, a job may be made longer."""
+    wsd_decay: float = Field(0.1, gt=0, le=1)
+    """That last part, as a part of all steps."""
     decay_steps: int | None = Field(None, ge=1)
     """The step at which the learning rate has fallen to its least; none means the `train.steps` that the job began
-    with. So a job that is made longer trains on at the least rate, unless this is set."""
+    with. So a job that is made longer trains on at the least rate, unless this is set or `wsd` has not begun to fall.
+    """
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -30,7 +37,7 @@ class OptimConfig(BaseModel):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the mean square."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decay of weight matrices; norms are never decayed."""
+    """Decay of weight matrices, the embedding and the head among them; routers, norms and biases are never decayed."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest global L2 norm of the gradient; none leaves it alone."""
 
@@ -72,6 +79,11 @@ class TrainConfig(BaseModel):
     max_skipped: int = Field(3, ge=1)
     """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
     code 70, to be looked into before it is started again."""
+    validate_every: int | None = Field(None, ge=1)
+    """Steps between two validations on what `data.validation` holds out, and one after the last step; none does none.
+    """
+    validation_sequences: int = Field(256, ge=1)
+    """Sequences of a validation, at most: always the first of those held out."""
     metrics: PathOrUrl | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)
@@ -100,9 +112,32 @@ class CheckpointConfig(BaseModel):
 
     url: PathOrUrl | None = None
     """Folder or store URL that the run's checkpoints are kept in; none keeps no checkpoint."""
-    every: int = Field(50, ge=1)
-    """Steps between two checkpoints; the last step is always kept."""
+    every: int | str = 50
+    """Steps between two checkpoints; a time between them, such as `"30s"` or `"5min"`; or `"auto"`: the next one once
+    the last is committed, but not more often than it pays, by what a save costs and how often the job fails (Young and
+    Daly's interval). The last step is always kept."""
+    ram_every: int | str | None = None
+    """The same, but for `"auto"`, for states that stay in their node's memory and in a peer's, between the others."""
+    backlog: Literal["wait", "skip", "replace"] = "wait"
+    """What becomes of a checkpoint that is due while the memory for copies holds earlier ones: the training waits,
+    for a while and not for ever; it is left out; or it takes the place of one that has not begun to be stored."""
+    prefix_spread: int = Field(1, ge=1, le=256)
+    """Over how many prefixes the data of a checkpoint is spread in the bucket: S3 limits requests by prefix."""
+    check_replicas: int | None = Field(None, ge=1)
+    """Steps between two comparisons of what replicas hold, bit by bit, and before each save: silent corruption. A
+    replica that differs is told by rank and host, and given what most hold; where no majority is, the job goes back to
+    its last checkpoint. None compares nothing."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints kept; unhealthy ones (with a NaN) do not count, and push out no healthy one."""
     take_over: bool = False
     """Take the URL from another job that saves there, without asking whether it is alive: it can save no more then."""
+
+    @field_validator("every", "ram_every", mode="before")
+    @classmethod
+    def _says_when(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            try:
+                parse_every(value, str(info.field_name), allows_auto=info.field_name == "every")
+            except UsageError as error:
+                raise ValueError(str(error)) from None
+        return value

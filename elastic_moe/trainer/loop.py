@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
 from elastic_moe.events import TrainerEvent
 from elastic_moe.trainer.health import first_not_finite, go_back_to
-from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
+from elastic_moe.trainer.metrics import MetricsFile, SaveCounts, StepMetrics
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress
 from elastic_moe.trainer.step import Stepper, StepResult
@@ -39,7 +39,7 @@ class Loop:
     checkpointer: Checkpointer | None
     metrics: MetricsFile | None
     signals: StopSignals
-    _is_due: bool = field(default=False, init=False)
+    saves: SaveCounts
 
     def run(self) -> None:
         """Step to the last, or to a stop.
@@ -57,15 +57,14 @@ class Loop:
             result = self._step()
             reason = worker.should_stop() or (Stop.DRAIN if self.signals.asked() else None)
             last = progress.step == job.train.steps
-            self._is_due = self._is_due or progress.step % job.checkpoint.every == 0
             if result.skipped:
                 self._mind_skipped(result)
                 if not last:
                     if reason:
                         worker.event(TrainerEvent.STOP_POSTPONED, step=progress.step, reason=reason)
                     continue
-            if self.checkpointer is not None and (reason or last or self._is_due):
-                self._save(self.checkpointer, result, reason, last=last)
+            if self.checkpointer is not None:
+                self._tend(self.checkpointer, result, reason, last=last)
             if result.skipped:
                 raise self._give_up(f"step {progress.step}, the last, was skipped, since {result.skipped}")
             if reason and not last and self._may_stop(reason):
@@ -80,13 +79,31 @@ class Loop:
         self.progress.count(skipped=bool(result.skipped))
         step_s = time.perf_counter() - began_s
         worker.heartbeat(self.progress.step, step_s=step_s)
+        val_loss = self._validate()
         if self.here.rank == 0:
-            self._report(result, step_s)
+            self._report(result, step_s, val_loss)
         return result
+
+    def _validate(self) -> float | None:
+        """The loss on what is held out, at the steps that are to have one. A collective there."""
+        train, step = self.job.train, self.progress.step
+        if train.validate_every is None or (step % train.validate_every and step != train.steps):
+            return None
+        with worker.untimed():
+            loss = self.stepper.validate()
+        return loss if math.isfinite(loss) else None
+
+    def _tend(self, checkpointer: Checkpointer, result: StepResult, reason: str | None, *, last: bool) -> None:
+        """Save the state if it is time to; let the Checkpointer know of it in any case."""
+        began_s = time.perf_counter()
+        if reason or last or checkpointer.due(self.progress.step):
+            self._save(checkpointer, result, reason, last=last)
+        else:
+            checkpointer.save(self.progress.step, self.state)
+        self.saves.blocked_s = time.perf_counter() - began_s
 
     def _save(self, checkpointer: Checkpointer, result: StepResult, reason: str | None, *, last: bool) -> None:
         step = self.progress.step
-        self._is_due = False
         if reason == Stop.DRAIN or last:
             checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
         with worker.untimed():
@@ -147,7 +164,7 @@ class Loop:
             told += f", the very state that fails: to go on from that of step {good}, remove it"
         return NotFinite(told)
 
-    def _report(self, result: StepResult, step_s: float) -> None:
+    def _report(self, result: StepResult, step_s: float, val_loss: float | None) -> None:
         train, step = self.job.train, self.progress.step
         if self.metrics is not None:
             plan = self.stepper.meshes.plan
@@ -165,14 +182,18 @@ class Loop:
                     mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
                     ts=time.time(),
                     skipped=result.skipped,
+                    val_loss=val_loss,
+                    save_s=round(self.saves.blocked_s, 4),
+                    saves_left_out=self.saves.left_out,
                 )
             )
-        if step % train.log_every == 0 or step == train.steps:
+        if step % train.log_every == 0 or step == train.steps or val_loss is not None:
             log.info(
-                "step %d/%d  loss %.4f  grad norm %.3f  %.0f tokens/s",
+                "step %d/%d  loss %.4f%s  grad norm %.3f  %.0f tokens/s",
                 step,
                 train.steps,
                 result.loss,
+                "" if val_loss is None else f"  validation {val_loss:.4f}",
                 result.grad_norm,
                 train.global_batch * train.seq_len / step_s,
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from elastic_moe.errors import UserError
+from storage import CheckpointEvent
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class StepMetrics:
         mesh: its replicate, shard and expert degrees.
         ts: when the step was complete, epoch seconds.
         skipped: why the step has changed nothing; "" for one that has.
+        val_loss: mean cross entropy over the sequences held out, nats; None where the step had no validation.
+        save_s: seconds for which a checkpoint held the training up after the step before, this rank's clock.
+        saves_left_out: checkpoints that were due since this process began and were not saved, since earlier ones took
+            all the memory for copies.
     """
 
     step: int
@@ -45,6 +51,21 @@ class StepMetrics:
     mesh: dict[str, int]
     ts: float
     skipped: str = ""
+    val_loss: float | None = None
+    save_s: float = 0.0
+    saves_left_out: int = 0
+
+
+@dataclass
+class SaveCounts:
+    """What the checkpoints of this process have cost so far, as its metrics tell it."""
+
+    blocked_s: float = 0.0
+    left_out: int = 0
+
+    def hear(self, event: CheckpointEvent, fields: Mapping[str, Any]) -> None:
+        """Count what a Checkpointer tells."""
+        self.left_out += event in (CheckpointEvent.SKIPPED, CheckpointEvent.REPLACED)
 
 
 class MetricsFile:

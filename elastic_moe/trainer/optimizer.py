@@ -14,8 +14,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def build_optimizer(model: nn.Module, optim: OptimConfig, *, exact: bool = False) -> AdamW:
     """AdamW with its state already there, zeros, so that a checkpoint can be loaded into it.
 
-    Groups by role: the experts, other matrices, norms (which do not decay). Within one group all parameters are on
-    one mesh, which the fused kernel needs.
+    Groups by role: the experts, other matrices, and what does not decay: norms, biases, and routers, whose logits a
+    decay would pull together. Within one group all parameters are on one mesh, which the fused kernel needs.
 
     Args:
         exact: do without the fused kernel, which rounds an element by its place in the tensor: another way of
@@ -23,14 +23,16 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, exact: bool = False
     """
     experts: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
-    norms: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, param in model.named_parameters():
-        home = norms if param.ndim == 1 else experts if ".experts." in name else matrices
-        home.append(param)
+        if param.ndim == 1 or ".router." in name:
+            undecayed.append(param)
+        else:
+            (experts if ".experts." in name else matrices).append(param)
     groups = [
         {"params": experts, "weight_decay": optim.weight_decay},
         {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=not exact)
     for param in model.parameters():

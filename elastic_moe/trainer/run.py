@@ -14,16 +14,18 @@ from elastic_moe.errors import Stopped
 from elastic_moe.huggingface.folder import WeightFolder
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import build_mesh, init_weights, read_weights
+from elastic_moe.trainer.config import CheckpointConfig
 from elastic_moe.trainer.loop import Loop
-from elastic_moe.trainer.metrics import MetricsFile
+from elastic_moe.trainer.metrics import MetricsFile, SaveCounts
 from elastic_moe.trainer.optimizer import set_step
+from elastic_moe.trainer.schedule import may_move
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.world import choose_device, choose_plan, process_group
 from launcher import Environment, worker
-from storage import Access, Checkpointer, JobIdentity
+from storage import Access, Checkpointer, JobIdentity, SavingOptions
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def train(job: JobConfig) -> None:
             metrics = None
             if here.rank == 0 and job.train.metrics is not None:
                 metrics = stack.enter_context(MetricsFile(job.train.metrics))
-            checkpointer = None
+            saves, checkpointer = SaveCounts(), None
             if job.checkpoint.url is not None:
                 checkpointer = stack.enter_context(
                     Checkpointer(
@@ -63,14 +65,26 @@ def train(job: JobConfig) -> None:
                         keep=job.checkpoint.keep,
                         job=JobIdentity(mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert}),
                         access=Access.TAKE_OVER if job.checkpoint.take_over else Access.CLAIM,
+                        on_event=saves.hear,
+                        **_saving_options(job.checkpoint),
                     )
                 )
             if checkpointer is None or not restore(checkpointer, state, stepper, progress):
                 first_weights(stepper.model, job)
-            Loop(job, here, stepper, progress, state, checkpointer, metrics, signals).run()
+            Loop(job, here, stepper, progress, state, checkpointer, metrics, signals, saves).run()
         if signals.received and progress.step < job.train.steps:
             where = f"its state is in {job.checkpoint.url}" if job.checkpoint.url else "without a checkpoint.url"
             raise Stopped(f"{signals.received.name} stopped the training after step {progress.step}, {where}")
+
+
+def _saving_options(config: CheckpointConfig) -> SavingOptions:
+    return {
+        "every": config.every,
+        "ram_every": config.ram_every,
+        "backlog": config.backlog,
+        "prefix_spread": config.prefix_spread,
+        "check_replicas": config.check_replicas,
+    }
 
 
 def first_weights(model: Decoder, job: JobConfig) -> None:
@@ -103,6 +117,8 @@ def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper,
     set_step(stepper.optimizer, progress.updates)
     if stepper.optim.decay_steps is not None:
         progress.horizon = stepper.optim.decay_steps
+    elif may_move(step, progress.horizon, stepper.train.steps, stepper.optim):
+        progress.horizon = stepper.train.steps  # the rate has not begun to fall, so nothing jumps
     elif progress.horizon != stepper.train.steps:
         log.warning(
             "train.steps is %d, and the learning rate decays until step %d as before: optim.decay_steps changes that",

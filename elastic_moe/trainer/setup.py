@@ -8,7 +8,7 @@ import torch
 
 from elastic_moe.config import JobConfig
 from elastic_moe.data.corpus import open_corpus
-from elastic_moe.data.order import share
+from elastic_moe.data.order import Split, share
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
 from elastic_moe.trainer.optimizer import build_optimizer
@@ -42,6 +42,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,
+        split=Split.of(corpus.num_samples, job.data.validation),
         seed=train.seed,
         global_batch=train.global_batch,
         vocab_size=job.model.vocab_size,
@@ -56,5 +57,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
-    data = DataState(train.seed, train.global_batch, train.seq_len, corpus.fingerprint, job.model.model_dump())
+    data = DataState(
+        train.seed, train.global_batch, train.seq_len, corpus.fingerprint, job.model.model_dump(), job.data.validation
+    )
     return stepper, DataProgress(data, stepper.horizon)

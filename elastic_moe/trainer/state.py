@@ -23,6 +23,7 @@ class DataState:
 
     Attributes:
         fingerprint: of the corpus, see `elastic_moe.data.corpus.fingerprint`.
+        validation: part of the samples that is held out.
         model: every field of the job's `ModelConfig`; empty in checkpoints of before it was kept.
     """
 
@@ -31,6 +32,7 @@ class DataState:
     seq_len: int
     fingerprint: str
     model: Mapping[str, Any] = field(default_factory=dict)
+    validation: float = 0.0
 
     def check(self, saved: DataState) -> None:
         """Compare with what a checkpoint was trained on.
@@ -45,6 +47,7 @@ class DataState:
             )
         for name in ("seed", "global_batch", "seq_len"):
             _refuse_change(f"train.{name}", getattr(saved, name), getattr(self, name))
+        _refuse_change("data.validation", saved.validation, self.validation)
         if not saved.model:
             log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
             return

@@ -5,6 +5,7 @@ Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from elastic_moe.data.corpus import Corpus
-from elastic_moe.data.order import Share, ids
+from elastic_moe.data.order import Int64s, Share, Split
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
@@ -53,6 +54,7 @@ class Batches:
     """This rank's micro-batches of any step."""
 
     corpus: Corpus
+    split: Split
     seed: int
     global_batch: int
     vocab_size: int
@@ -65,7 +67,20 @@ class Batches:
         Raises:
             UserError: a token is outside the model's vocabulary.
         """
-        chosen = ids(self.seed, step, self.global_batch, self.corpus.num_samples)[self.share.start : self.share.stop]
+        return self._of_samples(self.split.trained(self.seed, step, self.global_batch))
+
+    def held_out(self, at_most: int) -> Iterator[list[MicroBatch]]:
+        """Yield batches of samples that are never trained on, the same in every run, `at_most` sequences in all.
+
+        Raises:
+            UserError: a token is outside the model's vocabulary.
+        """
+        stop = min(at_most, self.split.num_held_out)
+        for start in range(0, stop, self.global_batch):
+            yield self._of_samples(self.split.held_out(start, min(start + self.global_batch, stop)))
+
+    def _of_samples(self, samples: Int64s) -> list[MicroBatch]:
+        chosen = samples[self.share.start : self.share.stop]
         windows = torch.from_numpy(self.corpus.windows(chosen))
         if len(windows) and (highest := int(windows.max())) >= self.vocab_size:
             raise UserError(
@@ -142,6 +157,19 @@ class Stepper:
             for block, load_E in zip(self.model.blocks, load_LE, strict=True):
                 move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
         return StepResult(loss, grad_norm, lr, load_LE.cpu())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean cross entropy over the sequences held out, nats, the same on all ranks. A collective, and no step."""
+        train, total = self.train, torch.zeros((), dtype=torch.float64, device=self.batches.device)
+        for micro_batches in self.batches.held_out(train.validation_sequences):
+            for windows_BS, real_B in micro_batches:
+                begin_round(self.model, last=False)  # gathered parameters go again: the next step has others
+                out: DecoderOutput = self.model(windows_BS[:, :-1], real_B)
+                total += token_loss(out.logits_BSV, windows_BS[:, 1:], real_B)
+        dist.all_reduce(total)
+        num_sequences = min(train.validation_sequences, self.batches.split.num_held_out)
+        return float(total.item()) / (num_sequences * train.seq_len)
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""

@@ -33,6 +33,7 @@ from storage.run.attempt import Attempt, StateContents
 from storage.run.job import Origin
 from storage.saving import commit
 from storage.saving.describe import chunk_of
+from storage.saving.options import SavingPlan
 from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
 from storage.torch_private import ASYNC_SAVE_THREAD
@@ -73,6 +74,7 @@ class ShardWriter(CheckpointFolder, StorageWriter):
         overwrite: replace a checkpoint that is committed there, ours or stock DCP's. It stays whole until the new one
             is committed by one put, and its data is removed after that: who is reading it then gets an error that
             names what is missing.
+        prefix_spread: over how many prefixes, 256 at most, the data is spread: S3 limits requests by prefix.
 
     Raises (from `dcp.save`, as the cause in its CheckpointException): AlreadyExists without `overwrite`, before
         anything is written; UnsupportedValue, Corrupt, Denied, Transient; see `storage.errors`.
@@ -80,8 +82,9 @@ class ShardWriter(CheckpointFolder, StorageWriter):
 
     _opened: ClassVar = (*CheckpointFolder._opened, "_buffer")
 
-    def __init__(self, url: Url, *, overwrite: bool = False) -> None:
+    def __init__(self, url: Url, *, overwrite: bool = False, prefix_spread: int = 1) -> None:
         self._overwrite = overwrite
+        self._prefix_spread = SavingPlan.of(prefix_spread=prefix_spread).prefix_spread
         self._open(url)
 
     def _open(self, url: object) -> None:
@@ -118,7 +121,8 @@ class ShardWriter(CheckpointFolder, StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Hand one fresh attempt to every rank (coordinator)."""
-        self._attempt_id, self._world_size = str(uuid.uuid4()), len(plans)
+        self._attempt_id = layout.with_spread(str(uuid.uuid4()), self._prefix_spread)
+        self._world_size = len(plans)
         tickets.receive(self._attempt_id, 0)  # a process by itself sends nothing; among several it gets its own as well
         return [
             dataclasses.replace(plan, storage_data=Ticket(self._attempt_id, rank)) for rank, plan in enumerate(plans)

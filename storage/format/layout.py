@@ -6,6 +6,7 @@ RUN/step-000000120/.metadata                    stock DCP metadata: it is there 
 RUN/step-000000120/manifest.json                index with checksums (see `manifest`), a copy of the attempt's
 RUN/step-000000120/attempt-<uuid>/manifest.json the index of that attempt, never overwritten
 RUN/step-000000120/attempt-<uuid>/__<rank>_<i>.distcp    data of one attempt, never overwritten
+RUN/step-000000120/attempt-<uuid>-<n>/<xx>/__<rank>_<i>.distcp    the same, spread over n prefixes
 RUN/step-000000120/attempt-<uuid>/receipt-<rank>.json    what that rank wrote, or why it could not
 RUN/step-000000120/attempt-<uuid>/aborted.json           why the coordinator gave the attempt up
 RUN/step-000000120/quarantined-<sha256>.metadata  a `.metadata` that counts no more: its checkpoint was found corrupt
@@ -27,16 +28,20 @@ METADATA = ".metadata"
 MANIFEST = "manifest.json"
 ABORTED = "aborted.json"
 
+PREFIX_SPREAD_MAX = 256
+"""The most prefixes over which the data of an attempt can be spread."""
+
 STEP_LIMIT = 1 << 63
 """Steps are below it, for they travel as 64 bits with a sign."""
 
 _STEP = re.compile(r"step-(\d{9,19})")
 _ATTEMPT = re.compile(r"attempt-([0-9a-f-]{8,64})")
-_ATTEMPT_NAMED = re.compile(rb"attempt-([0-9a-f-]{8,64})/__")
+_ATTEMPT_NAMED = re.compile(rb"attempt-([0-9a-f-]{8,64})/(?:[0-9a-f]{2}/)?__")
+_SPREAD = re.compile(r"[0-9a-f-]{32,60}-([0-9a-f]{1,3})")  # no id of others ends in so short a part
 _ATTEMPT_MANIFEST = re.compile(r"attempt-[0-9a-f-]{8,64}/manifest\.json")
 _RECEIPT = re.compile(r"receipt-(\d{6,})\.json")
-_DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/__\d+_\d+\.distcp")
 _DATA_OF = re.compile(r"attempt-([0-9a-f-]{8,64})/(?:[^/]+/)*__(\d+)_\d+\.distcp")
+_DATA = re.compile(r"attempt-[0-9a-f-]{8,64}/(?:([0-9a-f]{2})/)?__\d+_\d+\.distcp")
 _BEAT = re.compile(r"beat-[0-9a-f]{32}")
 
 
@@ -77,9 +82,25 @@ def attempts_in(metadata: bytes) -> list[str]:
     return sorted({found.decode() for found in _ATTEMPT_NAMED.findall(metadata)})
 
 
+def with_spread(attempt: str, prefix_spread: int) -> str:
+    """The id of an attempt like `attempt` whose data objects lie under so many prefixes: at least 1, at most 256.
+
+    The number is in the id: whoever names an object of the attempt, on whichever rank or service, does so alike.
+    """
+    return attempt if prefix_spread == 1 else f"{attempt}-{prefix_spread:x}"
+
+
 def data_name(attempt: str, rank: int, index: int) -> str:
-    """A data object's name below its step; also `relative_path` in the stock metadata."""
-    return f"{attempt_folder(attempt)}/__{rank}_{index}.distcp"
+    """A data object's name below its step; also `relative_path` in the stock metadata.
+
+    Where the attempt is spread, a folder of two digits is between. Objects take turns, those of a rank as well as those
+    of neighbours, and the folders lie evenly among all that there could be: a store that divides its keys into ranges,
+    as S3 does, can tell them apart by the first digit.
+    """
+    match = _SPREAD.fullmatch(attempt)
+    spread = int(match[1], 16) if match else 1
+    between = f"{(rank + index) % spread * PREFIX_SPREAD_MAX // spread:02x}/" if spread > 1 else ""
+    return f"{attempt_folder(attempt)}/{between}__{rank}_{index}.distcp"
 
 
 def parse_data_name(name: str) -> tuple[str, int] | None:
@@ -91,6 +112,12 @@ def parse_data_name(name: str) -> tuple[str, int] | None:
 def is_data_name(name: str) -> bool:
     """Whether `data_name` could have made `name`."""
     return _DATA.fullmatch(name) is not None
+
+
+def is_spread(name: str) -> bool:
+    """Whether a data object's name is that of an attempt that is spread over prefixes."""
+    match = _DATA.fullmatch(name)
+    return match is not None and match[1] is not None
 
 
 def manifest_name(attempt: str) -> str:

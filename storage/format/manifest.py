@@ -1,6 +1,7 @@
 """`manifest.json`: the index of one checkpoint, and the receipts it is made of.
 
-A sealed document (`sealed`), version 2. It answers without a pickle where every byte of every tensor is, and
+A sealed document (`sealed`), version 2, or 3 where data objects are spread over prefixes, since older programs refuse
+such names as damage. It answers without a pickle where every byte of every tensor is, and
 what its checksum must be:
 
 - `objects`: the data objects with their sizes, and the etags that the store gave when they were written (an etag
@@ -38,7 +39,9 @@ from storage.format.containers import Container, Path
 from storage.format.sealed import Document, check_seal, seal, unseal
 
 MANIFEST_VERSION = 2
-_VERSIONS_READ = (1, 2)
+SPREAD_VERSION = 3
+"""The version of a manifest whose objects are spread over prefixes (see `layout.data_name`)."""
+_VERSIONS_READ = (1, MANIFEST_VERSION, SPREAD_VERSION)
 HEAD_SIZE_BYTES = 16 * 1024
 """Enough of a manifest for `load_head`, unless its mesh or lineage are described at unusual length."""
 _KIND = "manifest"
@@ -277,7 +280,7 @@ def load_manifest(data: bytes, name: str = layout.MANIFEST) -> Manifest:
             raise
     if manifest is None or version not in _VERSIONS_READ:
         raise UsageError(
-            f"{name} has version {version}, this program reads up to {MANIFEST_VERSION}; use the newer program"
+            f"{name} has version {version}, this program reads up to {_VERSIONS_READ[-1]}; use the newer program"
         )
     return manifest
 

@@ -13,7 +13,15 @@ from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.format.containers import Container, Path
 from storage.format.index import of_manifest
-from storage.format.manifest import ItemTable, Manifest, Receipt, TensorEntry, ValueEntry
+from storage.format.manifest import (
+    MANIFEST_VERSION,
+    SPREAD_VERSION,
+    ItemTable,
+    Manifest,
+    Receipt,
+    TensorEntry,
+    ValueEntry,
+)
 from storage.run.job import Origin
 
 
@@ -58,7 +66,9 @@ def draft_manifest(
 ) -> Manifest:
     """The manifest that joins the receipts, of a checkpoint that no `.metadata` commits yet."""
     ends = list(itertools.accumulate((len(receipt.objects) for receipt in receipts), initial=0))
+    is_spread = any(layout.is_spread(entry.name) for receipt in receipts for entry in receipt.objects)
     return Manifest(
+        version=SPREAD_VERSION if is_spread else MANIFEST_VERSION,
         step=attempt.step,
         attempt=attempt.id,
         created_unix_s=created_unix_s,

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from dataclasses import dataclass
 
 from pydantic import ConfigDict, Field
 
 from storage.errors import Corrupt, Fenced, NotFound
-from storage.format.layout import OWNER
+from storage.format.layout import OWNER, heartbeat_name
 from storage.format.sealed import Document, seal, unseal
-from storage.stores.objects import ObjectStore
+from storage.stores.objects import ObjectStore, exists
 from storage.verified.twice import read_document
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ class Owner(Document):
     """One claim; `token` tells two claims of the same epoch apart (the last one written stands).
 
     `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none. `rendezvous` is torchrun's
-    `--rdzv-id`, "" if torchrun has not started the process.
+    `--rdzv-id`, "" if torchrun has not started the process. `failures` counts the claims before it that nobody has let
+    go, `since_unix_s` is when the first one was made; 0 where that is not known.
     """
 
     # a later version may say more about an owner: what fences is here already
@@ -42,6 +45,8 @@ class Owner(Document):
     run_id: str = ""
     host: str = ""
     rendezvous: str = ""
+    failures: int = Field(0, ge=0)
+    since_unix_s: float = Field(0.0, ge=0)
 
     @property
     def is_recognisable(self) -> bool:
@@ -53,6 +58,14 @@ class Owner(Document):
         """How messages call this owner."""
         name = f"job {self.run_id!r}" if self.run_id else "another job"
         return f"{name} (generation {self.generation}{f', on {self.host}' if self.host else ''})"
+
+
+@dataclass(frozen=True)
+class FailuresSeen:
+    """How often the run's owners have ended without letting it go, in `age_s` since the first claim."""
+
+    failures: int
+    age_s: float
 
 
 def next_owner(recorded: Owner | None, wanted: Owner) -> Owner:
@@ -105,7 +118,16 @@ def claim(store: ObjectStore, wanted: Owner) -> tuple[Owner, Owner | None]:
         # tokens still fence every living owner off; only the order of generations is lost
         log.warning("taking the run over without knowing its last owner: %s", error)
         recorded = None
-    return _record(store, next_owner(recorded, wanted)), recorded
+    return _record(store, next_owner(recorded, _with_history(store, recorded, wanted))), recorded
+
+
+def _with_history(store: ObjectStore, recorded: Owner | None, wanted: Owner) -> Owner:
+    """`wanted`, with what the run has seen before it: who has let go has removed the heartbeat."""
+    if recorded is None:
+        return wanted.model_copy(update={"since_unix_s": time.time()})
+    was_cut = exists(store, heartbeat_name(recorded.token))
+    since_unix_s = recorded.since_unix_s or time.time()
+    return wanted.model_copy(update={"failures": recorded.failures + was_cut, "since_unix_s": since_unix_s})
 
 
 def _record(store: ObjectStore, owner: Owner) -> Owner:
@@ -123,6 +145,11 @@ class Claim:
         self._store = store
         self._owner = owner
         self._lock = threading.Lock()
+
+    @property
+    def failures(self) -> FailuresSeen:
+        """What the run has seen of failures up to now."""
+        return FailuresSeen(self._owner.failures, max(0.0, time.time() - self._owner.since_unix_s))
 
     def check(self) -> None:
         """Raise Fenced unless the run is still ours. A late claim of an older generation is claimed back."""

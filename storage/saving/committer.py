@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from storage.errors import Fenced, StorageError, Unconfirmed
 from storage.events import CheckpointEvent, Reporter
+from storage.format import layout
 from storage.format.manifest import ItemTable, Receipt
 from storage.run import retention
 from storage.run.job import Origin
@@ -56,6 +57,7 @@ class Committer:
     Args:
         keep: how many healthy checkpoints a commit leaves.
         timeout_s: how long ranks wait for each other once they have stored their part.
+        prefix_spread: over how many prefixes the data of a save is spread.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Committer:
         *,
         keep: int,
         timeout_s: float,
+        prefix_spread: int = 1,
     ) -> None:
         self._store = store
         self._ownership = ownership
@@ -74,6 +77,7 @@ class Committer:
         self._keep = keep
         self._report = report
         self._timeout_s = timeout_s
+        self._prefix_spread = prefix_spread
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="storage-save")  # its thread begins with the first job
         self._stop = threading.Event()
         self._live: set[str] = set()
@@ -86,19 +90,29 @@ class Committer:
 
     def new_attempt(self) -> str:
         """The id of a fresh attempt, which counts as live from now on (coordinator)."""
-        attempt = str(uuid.uuid4())
+        attempt = layout.with_spread(str(uuid.uuid4()), self._prefix_spread)
         self._live.add(attempt)
         return attempt
 
     def submit(self, job: SaveJob) -> None:
-        """Take the job over. The payloads' memory is in use until `wait_stored` returns."""
+        """Take the job over. The payloads' memory is in use until `await_free` says it is not."""
         stored = threading.Event()
         self._last = _Running(job, stored, self._pool.submit(self._run, job, stored))
 
-    def wait_stored(self) -> None:
-        """Block until the last job's payloads are stored (or have failed): their memory is free again."""
-        if self._last is not None:
-            self._last.stored.wait()
+    @property
+    def holds(self) -> bool:
+        """Whether states can stay in memory that outlives this process."""
+        return False
+
+    def await_free(self, timeout_s: float) -> str:
+        """Block until the last job's payloads are stored (or have failed): their memory is free again.
+
+        Why it is not, after so long; "" if it is.
+        """
+        last = self._last
+        if last is None or last.stored.wait(timeout_s):
+            return ""
+        return f"step {last.job.attempt.step} has been on its way to the store for {_since(last.job):.1f} s"
 
     def wait(self) -> bool:
         """Block until the last job has ended; whether it committed (True if there was none)."""

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from storage.events import CheckpointEvent, Reporter
+from storage.pace.rules import Backlog, EverySteps, Tier
+from storage.pace.schedule import Timer
 from storage.ranks.agreement import AgreeingGroup
-from storage.ranks.steps import agreed_step
+from storage.ranks.steps import agree_on_step
 from storage.saving.commit import Attempt
 from storage.saving.committer import Committer, SaveJob
 from storage.saving.consensus import Consensus
+from storage.saving.options import SavingPlan
+from storage.saving.replicas import ReplicaCheck
 from storage.saving.staging import StagingBuffer
 
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
@@ -20,25 +24,46 @@ _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 class Saver:
     """Saves for one group of ranks. `save` is a collective; all methods belong to the training's thread."""
 
-    def __init__(self, group: AgreeingGroup, committer: Committer, report: Reporter) -> None:
+    def __init__(
+        self,
+        group: AgreeingGroup,
+        committer: Committer,
+        report: Reporter,
+        plan: SavingPlan,
+        *,
+        timeout_s: float,
+    ) -> None:
         self._group = group
         self._committer = committer
         self._report = report
+        self._plan = plan
+        self._timeout_s = timeout_s
+        self._is_ram_away = False
+        self._replicas = ReplicaCheck(group, report)
+        self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
         self._buffer = StagingBuffer()
 
-    def save(self, step: int, state: Mapping[str, Any], *, healthy: bool, compare_ranks: bool) -> None:
-        """Return once the state is copied; the rest goes on in the background.
+    def save(
+        self, step: int, state: Mapping[str, Any], tier: Tier, *, healthy: bool, compare_ranks: bool, must: bool
+    ) -> bool:
+        """Return once the state is copied; the rest goes on in the background. Whether a save has begun, on all ranks.
+
+        None has where the step is committed already, and where the memory for copies is full: then it is waited for,
+        with `must` whatever is said of a backlog, but not for ever.
 
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
         started_s = time.monotonic()
-        step = agreed_step(self._group, step)
-        self._committer.wait_stored()
+        step, busy = agree_on_step(self._group, step, self._why_not(tier, must=must))
+        if busy:
+            self._skip(step, tier, busy)
+            return False
+        self._is_ram_away = self._is_ram_away and tier is not Tier.RAM
         agreed = self._consensus.reach(step, state, healthy=healthy, compare_ranks=compare_ranks)
         if agreed is None:
-            return
+            return False
         payloads, staging_error = agreed.stage(self._buffer)
         self._report(
             CheckpointEvent.STAGED,
@@ -57,6 +82,31 @@ class Saver:
                 healthy=agreed.healthy,
             )
         )
+        return True
+
+    def _why_not(self, tier: Tier, *, must: bool) -> str:
+        """Why this rank cannot begin a save, once it has waited for as long as it is to; "" if it can."""
+        if tier is Tier.RAM and not self._committer.holds:
+            return "no checkpoint service holds states in memory here, which ram_every asks for"
+        return self._committer.await_free(self._timeout_s if must or self._plan.backlog is Backlog.WAIT else 0.0)
+
+    def _skip(self, step: int, tier: Tier, reason: str) -> None:
+        """Tell that a save is left out: each one for the store, those for memory once for as long as it is away."""
+        is_told = tier is Tier.RAM and self._is_ram_away
+        self._is_ram_away = self._is_ram_away or tier is Tier.RAM
+        if self._group.is_coordinator and not is_told:
+            self._report(CheckpointEvent.SKIPPED, step=step, reason=reason)
+
+    def compares(self, step: int) -> bool:
+        """Whether replicas are to be compared at `step` though nothing is saved. No collective."""
+        return self._compared is not None and self._compared.asks(step)
+
+    def check_replicas(self, step: int, state: Mapping[str, Any], *, saves: bool) -> None:
+        """Compare replicas, where that is asked for and due, as it is before each save. Raises ReplicasDiffer."""
+        if self._compared is None or not (saves or self.compares(step)):
+            return
+        self._compared.passed(step)
+        self._replicas.check(step, state)
 
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""

@@ -80,11 +80,12 @@ class Job:
         self.folder = folder
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._environment = child_environment(OMP_NUM_THREADS="1")
+        self.script: tuple[str, ...] = (SCRIPT, str(folder))
 
     def start_node(self) -> subprocess.Popen[bytes]:
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             node = subprocess.Popen(
-                [*self._launcher.command, SCRIPT, str(self.folder)],
+                [*self._launcher.command, *self.script],
                 env=self._environment,
                 stdout=log,
                 stderr=log,

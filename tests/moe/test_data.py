@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.data.corpus import Corpus
-from elastic_moe.data.order import ids, permute, share
+from elastic_moe.data.order import Split, ids, permute, share
 from elastic_moe.errors import UserError
 from elastic_moe.trainer.step import Batches
 
@@ -58,12 +58,33 @@ def test_ranks_together_train_each_sample_once(world_size: int, global_batch: in
     trained = []
     for rank in range(world_size):
         part = share(global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, rounds=rounds)
-        of_rank = Batches(corpus, 5, global_batch, 1 << 16, part, torch.device("cpu")).of_step(step)
+        split = Split(corpus.num_samples)
+        of_rank = Batches(corpus, split, 5, global_batch, 1 << 16, part, torch.device("cpu")).of_step(step)
         assert len(of_rank) == rounds
         for windows_BS, real_B in of_rank:
             assert windows_BS.shape == (micro_batch, 5)
             trained += windows_BS[real_B][:, 0].tolist()
     assert trained == [4 * int(i) for i in ids(5, step, global_batch, corpus.num_samples)]
+
+
+@settings(deadline=None)
+@given(num_samples=st.integers(2, 300), part=st.floats(0.001, 0.9), global_batch=batches)
+def test_what_is_held_out_is_never_trained_on(num_samples: int, part: float, global_batch: int) -> None:
+    split = Split.of(num_samples, part)
+    held_out = split.held_out(0, num_samples).tolist()
+    assert 1 <= len(held_out) == len(set(held_out)) == split.num_held_out < num_samples
+    num_steps = -(-(num_samples - len(held_out)) // global_batch)
+    trained = {int(i) for step in range(num_steps) for i in split.trained(3, step, global_batch)}
+    assert trained.isdisjoint(held_out)
+    assert trained | set(held_out) == set(range(num_samples))
+
+
+def test_without_a_part_held_out_the_order_is_as_ever() -> None:
+    split = Split.of(1000, 0.0)
+    assert split.trained(7, 3, 6).tolist() == [685, 109, 63, 352, 271, 341]
+    assert split.held_out(0, 9).tolist() == []
+    held_out = Split.of(1000, 0.01).held_out
+    assert held_out(2, 4).tolist() == held_out(0, 10).tolist()[2:4]
 
 
 def test_a_share_that_cannot_hold_the_batch_is_refused() -> None:
@@ -87,4 +108,4 @@ def test_a_vocabulary_too_small_is_told(tmp_path: Path) -> None:
     corpus = Corpus((np.full(100, 99, dtype=np.uint16),), "", seq_len=4)
     whole = share(2, rank=0, world_size=1, micro_batch=2, rounds=1)
     with pytest.raises(UserError, match=r"token 99 but model\.vocab_size is 64"):
-        Batches(corpus, 0, 2, 64, whole, torch.device("cpu")).of_step(0)
+        Batches(corpus, Split(corpus.num_samples), 0, 2, 64, whole, torch.device("cpu")).of_step(0)

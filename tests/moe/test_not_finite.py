@@ -19,6 +19,7 @@ from elastic_moe.errors import NotFinite
 from elastic_moe.parallel import build_mesh, init_weights
 from elastic_moe.trainer import loop, step
 from elastic_moe.trainer.health import first_not_finite, go_back_to
+from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress, DataState
@@ -188,6 +189,7 @@ class Script:
         self.poisoned_at = 0
         self.state: dict[str, Any] = {"model": {"w": torch.ones(2)}}
         self.yielded_at = 0
+        self._asked = 0
         for name, replaced in {
             "heartbeat": lambda step, **_: None,
             "should_stop": lambda: "drain" if 0 < self.asked_at <= self.progress.step else None,
@@ -205,23 +207,24 @@ class Script:
         skipped = "the loss is nan" if done + 1 in self.bad_steps else ""
         return StepResult(1.0, 1.0, 1e-3, torch.ones(1, 1), skipped, math.nan if skipped else 0.0)
 
-    def save(self, step: int, state: Any, wait: bool, healthy: bool) -> None:
-        self.saved.append(_Saved(step, healthy))
+    def due(self, step: int) -> bool:
+        before, self._asked = self._asked, step
+        return step // 4 > before // 4
+
+    def save(self, step: int, state: Any, wait: bool = False, healthy: bool | None = None) -> None:
+        self.saved += [_Saved(step, healthy)] if healthy is not None else []  # else it is only told of a step
 
     def wait(self) -> bool:
         return True
 
     def announce_end(self) -> None: ...
-
     def close(self) -> None: ...
 
     def run(self, steps: int, **train: Any) -> None:
-        what = JobConfig.model_validate(
-            {"train": {"steps": steps, **train}, "checkpoint": {"url": "somewhere", "every": 4}}
-        )
+        what = JobConfig.model_validate({"train": {"steps": steps, **train}, "checkpoint": {"url": "somewhere"}})
         here = WorkerContext(0, 0, 1, 0, "", "", None)
         signals = StopSignals(under_agent=True)
-        loop.Loop(what, here, self, self.progress, self.state, self, None, signals).run()  # type: ignore[arg-type]
+        loop.Loop(what, here, self, self.progress, self.state, self, None, signals, SaveCounts()).run()  # type: ignore[arg-type]
 
 
 def test_a_save_that_is_due_waits_for_a_step_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,11 +230,15 @@ def test_a_run_ends_and_a_longer_one_goes_on(tmp_path: Path) -> None:
     """From its checkpoint alone, and at the least learning rate, where its schedule had ended."""
     for generation, (steps, prepare) in enumerate(((3, as_it_is), (5, draw_nothing)), start=1):
         what = job(tmp_path, steps=steps)
+        validates = what.train.model_copy(update={"validate_every": 2, "validation_sequences": 2})
+        held_out = what.data.model_copy(update={"validation": 0.01})
+        what = what.model_copy(update={"train": validates, "data": held_out})
         with World(tmp_path, what, fitted(what), generation, prepare=prepare) as world:
             assert world.exit_codes() == [0]
             assert world.channels[0].progress().phase is WorkerPhase.RUNNING
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics if line["val_loss"] is not None] == [2, 3, 4, 5]
     horizon_3 = [learning_rate(step, 3, what.optim) for step in range(5)]
     assert [line["lr"] for line in metrics] == horizon_3
     assert horizon_3 != [learning_rate(step, 5, what.optim) for step in range(5)]

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model import ModelConfig
+from elastic_moe.model.decoder import Decoder
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import build_optimizer
-from elastic_moe.trainer.schedule import learning_rate
+from elastic_moe.trainer.schedule import learning_rate, may_move
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.world import check_compiler, check_exact, check_plan, choose_plan
 from elastic_moe.worker import WorkerContext
 from launcher.rounds.mesh import MeshPlan
+from tests.moe.cases import SMALL
 
 ALONE = WorkerContext(rank=0, local_rank=0, world_size=1, generation=0, lineage="", run_id="", mesh=None)
 
@@ -38,10 +40,51 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 @settings(deadline=None)
-@given(warmup=st.integers(0, 30), num_steps=st.integers(1, 30), step=st.integers(0, 40))
-def test_learning_rate_is_always_sound(warmup: int, num_steps: int, step: int) -> None:
-    rate = learning_rate(step, num_steps, OptimConfig(lr=1.0, warmup_steps=warmup))
-    assert 0 < rate <= 1
+@given(
+    warmup=st.integers(0, 30),
+    num_steps=st.integers(1, 30),
+    step=st.integers(0, 40),
+    schedule=st.sampled_from(["cosine", "wsd"]),
+)
+def test_learning_rate_is_always_sound(warmup: int, num_steps: int, step: int, schedule: str) -> None:
+    optim = OptimConfig.model_validate({"lr": 1.0, "warmup_steps": warmup, "schedule": schedule})
+    assert 0 < learning_rate(step, num_steps, optim) <= 1
+
+
+def test_wsd_is_stable_up_to_its_last_part() -> None:
+    optim = OptimConfig(lr=1.0, lr_min_ratio=0.1, warmup_steps=4, schedule="wsd", wsd_decay=0.25)
+    rates = [learning_rate(step, 40, optim) for step in range(44)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:30] == [1.0] * 26
+    assert rates[30:40] == pytest.approx([1 - 0.09 * done for done in range(1, 11)])
+    assert rates[39:] == pytest.approx([0.1] * 5)
+
+
+def test_a_stable_run_may_be_made_longer_and_one_that_falls_not() -> None:
+    optim = OptimConfig(warmup_steps=4, schedule="wsd", wsd_decay=0.25)
+    assert may_move(20, 40, 100, optim)
+    assert may_move(29, 40, 100, optim)
+    assert not may_move(30, 40, 100, optim)
+    assert not may_move(25, 40, 30, optim)  # it should have fallen already
+    assert not may_move(20, 40, 100, OptimConfig(warmup_steps=4))
+    longer = [learning_rate(step, 100, optim) for step in range(30)]
+    assert longer == [learning_rate(step, 40, optim) for step in range(30)]
+
+
+def test_norms_and_routers_do_not_decay() -> None:
+    model = Decoder(SMALL)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
+    names = {id(param): name for name, param in model.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays.keys() == dict(model.named_parameters()).keys()
+    for name, decay in decays.items():
+        assert decay == (0.0 if "norm" in name or ".router." in name else 0.1), name
+    assert {0.0, 0.1} == set(decays.values())
+
+
+def test_a_validation_on_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="has nothing to validate on: set data"):
+        JobConfig.model_validate({"train": {"validate_every": 5}})
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
 
 from elastic_moe.config import JobConfig
 from elastic_moe.data import DataConfig
 from elastic_moe.model.attention import Attention
 from elastic_moe.model.decoder import Block
+from elastic_moe.parallel import build_mesh, init_weights
+from elastic_moe.trainer.setup import set_up
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, Leg, fitted, train_leg
 from tests.ranks import Ranks
@@ -145,6 +148,31 @@ def test_resumed_on_the_same_mesh_is_bitwise_the_same(ranks: Ranks, tmp_path: Pa
     assert first.losses + second.losses == unbroken.losses
     assert first.norms + second.norms == unbroken.norms
     assert all(torch.equal(second.weights[name], tensor) for name, tensor in unbroken.weights.items())
+
+
+def validated(what: JobConfig, plan: MeshPlan) -> list[float]:
+    """The validation losses before and after some steps, and the training's between."""
+    stepper, _ = set_up(what, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
+    init_weights(stepper.model, what.train.seed)
+    before = stepper.validate()
+    trained = [stepper.step(step).loss for step in range(6)]
+    return [before, stepper.validate(), *trained]
+
+
+def test_a_validation_is_the_same_on_any_world_and_leaves_no_trace(ranks: Ranks) -> None:
+    what = job({"validation_sequences": 13}).model_copy(update={"data": DataConfig(validation=0.001)})
+    alone = ranks.run(validated, what, fitted(what), world_size=1)[0]
+    first, second = ranks.run(validated, what, fitted(what, shard=1, expert=2), world_size=2)
+    assert first == second == pytest.approx(alone, rel=1e-6)
+    assert alone[1] < alone[0] - 0.1
+    unseen = ranks.run(losses_alone, what, fitted(what), world_size=1)[0]
+    assert alone[2:] == unseen  # to the last bit
+
+
+def losses_alone(what: JobConfig, plan: MeshPlan) -> list[float]:
+    stepper, _ = set_up(what, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
+    init_weights(stepper.model, what.train.seed)
+    return [stepper.step(step).loss for step in range(6)]
 
 
 def test_bfloat16_trains(ranks: Ranks, tmp_path: Path) -> None:

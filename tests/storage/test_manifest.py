@@ -72,8 +72,8 @@ def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
 
 
 def test_a_newer_manifest_is_no_damage() -> None:
-    newer = dump_manifest(golden_manifest().model_copy(update={"version": 3}))
-    with pytest.raises(UsageError, match="version 3"):
+    newer = dump_manifest(golden_manifest().model_copy(update={"version": 4}))
+    with pytest.raises(UsageError, match="version 4"):
         load_manifest(newer)
 
 
