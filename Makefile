@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -84,6 +84,9 @@ bench-recovery: $(VENV)/.dev ## from a fault to the next step, ours and stock to
 
 bench-rendezvous: $(VENV)/.dev ## how fast 8 to 512 nodes form a round, beside torch's c10d
 	$(BIN)/python -m tests.bench.rendezvous
+
+bench-meeting: $(VENV)/.dev ## nodes that meet in a folder and on S3: how fast rounds form, losses are mended, and what it costs
+	$(BIN)/python -m tests.bench.meeting
 
 bench-metadata: $(VENV)/.dev ## from an index of 256k entries to every rank's plan, beside stock DCP
 	$(BIN)/python -m tests.bench.metadata

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+from urllib.parse import unquote, urlsplit
 
+from elastic_moe.mounts import mount_that_remembers_absence
 from launcher import KVUnavailable, UsageError
 from storage import AlreadyExists, Capability, NotFound, ObjectStore, StorageError, open_store
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3.0
 _SIGN = "elastic-moe"
@@ -21,7 +26,11 @@ class StoreRegister:
 
     @property
     def is_remote(self) -> bool:
-        return not self._store.url.startswith(("/", "file:", "memory:"))
+        return not self._is_folder and not self._store.url.startswith("memory:")
+
+    @property
+    def _is_folder(self) -> bool:
+        return self._store.url.startswith(("/", "file:"))
 
     def check(self) -> None:
         """Raises UsageError where the store lets two writers through, or cannot be written."""
@@ -40,6 +49,13 @@ class StoreRegister:
             raise UsageError(
                 f"--rdzv-endpoint {self._store.url} has no hard links, without which nodes of two hosts could lead at "
                 "once: meet at the URL of what is mounted there (s3://...), in another folder, or on etcd"
+            )
+        if self._is_folder and (mount := mount_that_remembers_absence(_path(self._store.url))):
+            log.warning(
+                "--rdzv-endpoint %s: NFS at %s remembers for up to a minute that a file was not there, so nodes hear "
+                "late of one another; mount it with lookupcache=positive",
+                self._store.url,
+                mount,
             )
 
     def read(self, name: str) -> bytes | None:
@@ -78,6 +94,10 @@ class StoreRegister:
             yield
         except StorageError as error:
             raise KVUnavailable(f"{self._store.url}: {error}") from error
+
+
+def _path(url: str) -> str:
+    return url if url.startswith("/") else unquote(urlsplit(url).path)
 
 
 def open_register(url: str) -> StoreRegister:

@@ -19,6 +19,7 @@ from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable
 from launcher.health.liveness import is_refused
 from launcher.kv import KV, Changes, Follower, Prefixed, Snapshot
+from launcher.kv.aside import told
 from launcher.kv.connect import OUTLIVING, connect
 from launcher.kv.endpoint import parse_endpoint
 from launcher.node.board import DRAIN, run_prefix
@@ -102,7 +103,8 @@ class _VitalsReader:
     """What the nodes have told of their workers, asked for now and then: nobody needs to hear each of it."""
 
     def __init__(self, kv: KV, run_id: str) -> None:
-        self._told = Prefixed(kv, vitals_prefix(run_id))
+        self._kv = kv
+        self._prefix = vitals_prefix(run_id)
         self._known: dict[str, Vitals] = {}
         self._read_s = -math.inf
 
@@ -110,9 +112,9 @@ class _VitalsReader:
         """By node."""
         if now_s >= self._read_s + _VITALS_S:
             self._known = {}
-            for entry in self._told.list("").entries:
+            for key, value in told(self._kv, self._prefix).items():
                 with contextlib.suppress(ValueError, TypeError):  # of a version that tells it in another way
-                    self._known[entry.key] = Vitals.from_json(entry.value)
+                    self._known[key.removeprefix(self._prefix)] = Vitals.from_json(value)
             self._read_s = now_s
         return self._known
 

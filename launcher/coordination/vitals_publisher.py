@@ -1,4 +1,5 @@
-"""Publishes how this node's workers are, for `elastic-moe status`, by a small put now and then that nobody waits for.
+"""Publishes how this node's workers are, for `elastic-moe status`, by a small put now and then that nobody waits for;
+on a bucket, where each put of a key is read by all, along with its lease's renewals.
 
 The keys are of their own, so that no node is sent what others publish. All nodes together make at most
 `PUTS_PER_S_MAX` puts a second, and each one in `INTERVAL_S_MIN`: of a thousand nodes each publishes every 100 s.
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from launcher.errors import KVError
 from launcher.kv import KV, Lease
+from launcher.kv.aside import tell
 from launcher.lifecycle import Lifecycle
 from launcher.rounds.vitals import Vitals
 
@@ -84,7 +86,7 @@ class VitalsPublisher(Lifecycle):
             if vitals is None or lease is None or put == (vitals, lease):
                 continue
             try:
-                self._kv.put(self._key, vitals.to_json(), lease=lease)
+                tell(self._kv, self._key, vitals.to_json(), lease)
                 put, is_told = (vitals, lease), False
             except KVError as error:
                 if not is_told:

@@ -80,6 +80,10 @@ class Lease:
         """
         return self._deadline_s
 
+    def count_from(self, granted_s: float) -> None:
+        """It was granted only now, no earlier than this: it stands for a TTL from then on."""
+        self._deadline_s = max(self._deadline_s, granted_s + self.ttl_s)
+
     def _keep_alive(self) -> None:
         period_s = self.ttl_s / self.renewals_per_ttl
         period_s = max(0.0, period_s - (time.monotonic() - self._granted_s))  # the grant may have been long on its way
@@ -92,7 +96,7 @@ class Lease:
                 period_s = max(0.0, min(self.ttl_s / self.renewals_per_ttl, _RETRY_S) - (time.monotonic() - sent_s))
             else:
                 if alive:
-                    self._deadline_s = sent_s + self.ttl_s
+                    self._deadline_s = max(self._deadline_s, sent_s + self.ttl_s)
                     self.silence = None
                 period_s = self.ttl_s / self.renewals_per_ttl
             if not alive:

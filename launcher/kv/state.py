@@ -98,6 +98,10 @@ class State:
         self._grants[lease_id] = _Grant(ttl_s, now_s + ttl_s)
         return lease_id
 
+    def adopt(self, lease_id: int, ttl_s: float) -> None:
+        """Grant a lease under an id that its holder has made up; it ends when it is revoked, not with time."""
+        self._grants.setdefault(lease_id, _Grant(ttl_s, math.inf))
+
     def renew(self, lease_id: int, now_s: float) -> bool:
         """Start the lease's TTL anew. Returns False if the lease has ended."""
         grant = self._grants.get(lease_id)
@@ -151,6 +155,15 @@ class State:
             state._grants[int(lease_id)] = _Grant(float(ttl_s), math.inf, set(map(str, keys)))
             state._lease_of |= {str(key): int(lease_id) for key in keys}
         return state
+
+    def fork(self) -> State:
+        """A copy without the history, which may be changed on its own."""
+        copy = State(first_lease_id=self._next_lease_id)
+        copy.revision = self.revision
+        copy._entries = dict(self._entries)
+        copy._lease_of = dict(self._lease_of)
+        copy._grants = {i: _Grant(grant.ttl_s, grant.ends_s, set(grant.keys)) for i, grant in self._grants.items()}
+        return copy
 
     def extend_all(self, seconds: float) -> None:
         """Add `seconds` to every lease: the store itself was stopped for so long that nobody could renew."""

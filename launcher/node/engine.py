@@ -168,21 +168,19 @@ class NodeEngine:
             case Listed() | Changed() | Tick():  # of what is no longer followed
                 pass
             case _:
-                self._wish(event)
+                self._wish(event, now_s)
 
-    def _wish(self, event: Event) -> None:
+    def _wish(self, event: Event, now_s: float) -> None:
         record = self.own.record
         match event:
             case Started(unfit):
                 self._has_started = True
                 self.own.hold_back(unfit)
             case Announced(status, reason, failure, yielded):
-                self.own.announce(
-                    status,
-                    reason=reason or record.reason,
-                    failure=failure or record.failure,
-                    yielded=yielded or record.yielded,
-                )
+                kept: dict[str, Any] = {"reason": reason or record.reason, "failure": failure or record.failure}
+                self.own.announce(status, yielded=yielded or record.yielded, **kept)
+                if self.view.is_known(self.own.record):
+                    self.own.linger(now_s)
                 if status in (Status.STOPPING, Status.READY):
                     self._effects.append(WatchPeers(()))
             case Joining(generation, worker_store):

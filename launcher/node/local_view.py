@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.drain.draining import DrainOrder
 from launcher.node.board import Board
 from launcher.node.registration import Registration
-from launcher.rounds.records import SUCCEEDED, Breakage, Round
+from launcher.rounds.records import SUCCEEDED, Breakage, Node, Round, Status
 
 
 class LocalView:
@@ -63,6 +63,13 @@ class LocalView:
         ):
             return None
         return current
+
+    def is_known(self, record: Node) -> bool:
+        """Whether `record` says no more of this node than that its workers are being stopped, as all were told to."""
+        current = self._board.round
+        told = current.broken if current is not None and current.generation == record.generation else None
+        is_told = told is not None and not told.graceful
+        return is_told and record.status is Status.STOPPING and record.failure is None
 
     def all_stopped(self, generation: int) -> bool:
         """Whether no participant's workers of `generation` need one another any more."""

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FENCE_FRACTION = 0.15
 YIELD_FRACTION = 0.6
 CHECK_PERIOD_S = 10.0
+_LINGER_S = 0.25
 IDLE = (Status.READY, Status.EXCLUDED)
 """What a node says that has no workers: it may come back as a new, youngest node."""
 
@@ -73,7 +74,7 @@ class Registration:
         self._fenced = True
         self._unfit = ""
         self._waits = True  # for a round: then its record says whether it may take part
-        self._checked_s = -math.inf
+        self._checked_s = self._lingers_until_s = -math.inf
         self._silent_since_s: float | None = None
         self._leaving: list[str] | None = None  # what is still to be done for that
         self._asking = Asking()
@@ -116,6 +117,8 @@ class Registration:
         if self.is_gone:
             return math.inf
         times = [self._asking.due_s if self._has_work() else math.inf]
+        if not (self._fenced or self._in_doubt) and self._leaving is None:
+            times = [max(times[0], self._lingers_until_s)]
         if not self._fenced and self.lease is not None:
             times += [self.lease.fence_s, max(self._asking.due_s, self._checked_s + CHECK_PERIOD_S)]
         return min(times)
@@ -131,12 +134,18 @@ class Registration:
 
     def change(self, **fields: Any) -> None:
         """Change fields of the record."""
+        self._lingers_until_s = -math.inf
         self.record = dataclasses.replace(self.record, **fields)
 
     def announce(self, status: Status, **fields: Any) -> None:
         """Say what this node does now."""
         self._waits = status is Status.READY
         self.change(status=status, **fields)
+
+    def linger(self, now_s: float) -> None:
+        """What the record says by now tells nobody anything: it is about to change again, and need be written only if
+        that takes long."""
+        self._lingers_until_s = now_s + _LINGER_S
 
     def hold_back(self, unfit: str) -> None:
         """Say that this node finds itself unfit to take part, and why; "" once it is fit. `stand` does not end that."""
@@ -203,11 +212,10 @@ class Registration:
         if self._fenced:
             return self._register(now_s) if self.record.status in IDLE else []
         assert self.lease is not None
-        if self._in_doubt or (self._stored == self.record and now_s >= self._checked_s + CHECK_PERIOD_S):
+        is_to_be_written = self._stored != self.record and now_s >= self._lingers_until_s
+        if self._in_doubt or (not is_to_be_written and now_s >= self._checked_s + CHECK_PERIOD_S):
             return [self._asking.ask(Get(Lane.RECORD, self._key))]
-        if self._stored != self.record:
-            return [self._write(self.lease)]
-        return []
+        return [self._write(self.lease)] if is_to_be_written else []
 
     def _write(self, lease: HeldLease) -> Put:
         self._writing = self.record

@@ -364,7 +364,9 @@ class Ledger:
             self._end(self._open, ended_ts)
 
 
-_LONGER_SILENT = 1.25  # a lease is renewed four times; a round waits for a node that is silent from its beginning on
+# Found so many leases after the last renewal, at most: it is renewed four times in its length; on a bucket three times,
+# and looked at every third and a half, twice. A round waits for a node that is silent from its beginning on.
+_LONGER_SILENT = 1.6
 _OF_ROUND = {
     EventName.ROUND_BROKEN,
     EventName.HANG_DETECTED,

@@ -112,11 +112,12 @@ def _ours(
     from launcher.coordination.member import Member
     from launcher.elastic.rendezvous import MemberRendezvous
     from launcher.health.liveness import LivenessListener
-    from launcher.kv.connect import connect
+    from launcher.kv.connect import connect, looks_like_bucket
     from launcher.rounds.membership import Rules
     from launcher.rounds.records import Node, Status
 
-    connection = connect("etcd3", endpoint, timeout_s=60.0)
+    backend = "bucket" if looks_like_bucket(endpoint) else "etcd3"
+    connection = connect(backend, endpoint, timeout_s=60.0)
     bell = LivenessListener("127.0.0.1")
     bell.start()
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
@@ -124,7 +125,7 @@ def _ours(
     member = Member(
         connection.kv, run_id, node, rules, lambda slots, mesh: None, lambda *a, **k: None, lease_ttl_s=lease_ttl_s
     )
-    handler = MemberRendezvous(member, backend="etcd3", run_id=run_id, address="127.0.0.1", timeout_s=DEADLINE_S)
+    handler = MemberRendezvous(member, backend=backend, run_id=run_id, address="127.0.0.1", timeout_s=DEADLINE_S)
     started = threading.Event()
 
     def join() -> object:
@@ -219,6 +220,14 @@ class Measured:
     reform_cpu_s: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where nodes meet, and how many requests it has had, renewals apart where they can be told apart."""
+
+    endpoint: str
+    num_requests: Callable[[], float]
+
+
 @contextlib.contextmanager
 def spread(
     kind: str, endpoint: str, num_nodes: int, num_processes: int, lease_ttl_s: float
@@ -263,18 +272,32 @@ def requests_of(server: Server) -> float:
     return sum(float(value) for labels, value in rows if "LeaseKeepAlive" not in labels)
 
 
+@contextlib.contextmanager
+def on_etcd() -> Iterator[Place]:
+    """A real one."""
+    with tempfile.TemporaryDirectory() as folder, etcd(Path(folder)) as server:
+        client(server.endpoint).close()
+        yield Place(server.endpoint, lambda: requests_of(server))
+
+
 def measure(kind: str, num_nodes: int, loss: str, num_processes: int, lease_ttl_s: float) -> Measured:
+    """One life of a job, where its kind meets."""
+    if kind != "elastic-moe":
+        return live(kind, num_nodes, loss, num_processes, lease_ttl_s)
+    with on_etcd() as place:
+        return live(kind, num_nodes, loss, num_processes, lease_ttl_s, place)
+
+
+def live(
+    kind: str, num_nodes: int, loss: str, num_processes: int, lease_ttl_s: float, place: Place | None = None
+) -> Measured:
     """One life of a job: it forms, loses a node, and forms again."""
-    ours = kind == "elastic-moe"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        server = stack.enter_context(etcd(Path(folder))) if ours else None
-        if server is not None:
-            client(server.endpoint).close()
-        endpoint = server.endpoint if server else f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        endpoint = place.endpoint if place else f"127.0.0.1:{free_port()}"
         stay, victim = stack.enter_context(spread(kind, endpoint, num_nodes, num_processes, lease_ttl_s))
         everyone = [*stay, victim]
         cpu_s = sum(process.ask("tell")["cpu_s"] for process in everyone)
-        requests = requests_of(server) if server else 0.0
+        requests = place.num_requests() if place else 0.0
         began_s = time.monotonic()
         for process in everyone:
             process.send("start")
@@ -290,16 +313,16 @@ def measure(kind: str, num_nodes: int, loss: str, num_processes: int, lease_ttl_
             None,
             (formed_cpu_s - cpu_s) / num_nodes,
         )
-        if server is None:
+        if place is None:
             return found
-        now = requests_of(server)
+        now = place.num_requests()
         found.form_requests, requests = (now - requests) / num_nodes, now
         cpu_s = sum(process.ask("tell")["cpu_s"] for process in stay)
         victim.signal(signal.SIGSTOP if loss == "frozen" else signal.SIGKILL)
         lost_s = time.monotonic()
         again_s, again_cpu_s = gather(stay, "again", num_nodes - 1)
         found.reform_s = again_s - lost_s
-        found.reform_requests = (requests_of(server) - requests) / (num_nodes - 1)
+        found.reform_requests = (place.num_requests() - requests) / (num_nodes - 1)
         found.reform_cpu_s = (again_cpu_s - cpu_s) / (num_nodes - 1)
         return found
 

@@ -1,4 +1,4 @@
-"""The store on objects: one author for each version whatever answers get lost, and leases judged by what is seen."""
+"""The store on objects: what it asks of them, what is refused, and leases judged by what is seen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
-import random
 import threading
 import time
 import uuid
@@ -20,165 +20,18 @@ import pytest
 from elastic_moe.cli.main import main
 from elastic_moe.register import StoreRegister, open_register
 from launcher.errors import Compacted, KVUnavailable, UsageError
+from launcher.kv.bucket.beat import beat_name
 from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
 from launcher.kv.bucket.judge import Judge
-from launcher.kv.bucket.register import Create, Names, Pause, Read, Request, Steps, answer
-from launcher.kv.bucket.version import LOG, TOMBSTONE, Version, beat_name, number_of, version_name
-from launcher.kv.state import State
+from launcher.kv.bucket.ops import PutKey
+from launcher.kv.bucket.register import Pause, Steps, answer
+from launcher.kv.bucket.version import LOG, TOMBSTONE, version_name
 from storage import Capability
 from storage.stores.memory import MemoryStore
 from tests.cluster import until
 from tests.launcher.stores import CountedRegister
 from tests.storage.refused_calls import refuse
-
-SEEDS = range(int(os.environ.get("BUCKET_SEEDS", "150")))
-
-
-class FaultyObjects:
-    """Objects behind a network: answers get lost, puts land late or twice, listings lag, old versions are buried."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.objects: dict[str, bytes] = {}
-        self.late: list[Create] = []
-        self.lagging: list[str] = []
-        self.authors: dict[str, list[bytes]] = {}
-
-    def answer(self, request: Request) -> Any:
-        """What the client hears.
-
-        Raises:
-            KVUnavailable: nothing.
-        """
-        self._land_some()
-        fault = self.random.random()
-        if fault < 0.05:
-            raise KVUnavailable("lost on the way there")
-        match request:
-            case Read(name):
-                told: Any = self.objects.get(name)
-            case Names(prefix):
-                if self.random.random() < 0.5:
-                    self.lagging = sorted(self.objects)
-                told = [name for name in self.lagging if name.startswith(prefix)]
-            case Create():
-                if fault < 0.10:
-                    self.late.append(request)
-                    raise KVUnavailable("on its way for long")
-                told = self._create(request)
-                if fault < 0.15:
-                    self.late.append(request)  # and a second time
-            case Pause():
-                told = None
-        if fault > 0.95:
-            raise KVUnavailable("the answer was lost")
-        return told
-
-    def _create(self, request: Create) -> bool:
-        if request.name in self.objects:
-            return False
-        self.objects[request.name] = request.content
-        self.authors.setdefault(request.name, []).append(request.content)
-        return True
-
-    def _land_some(self) -> None:
-        while self.late and self.random.random() < 0.2:
-            self._create(self.late.pop(self.random.randrange(len(self.late))))
-
-    def bury(self, kept: int) -> None:
-        """What a client that has written a version does with those long before it."""
-        newest = max(map(number_of, self.objects), default=0)
-        for name in list(self.objects):
-            if number_of(name) <= newest - kept:
-                self.objects[name] = TOMBSTONE
-
-
-class Counter:
-    """A client that adds one to a counter by compare-and-swap, again and again, and may stop for long in between."""
-
-    def __init__(self, objects: FaultyObjects, name: str) -> None:
-        self.objects = objects
-        numbers = itertools.count()
-        self.journal = Journal(lambda: f"{name}-{next(numbers)}")
-        self.added: list[int] = []
-        self.unknown = 0
-        self.steps: Steps[int | None] | None = None
-        self.asked: Request | None = None
-        self.paused_turns = 0
-
-    def turn(self) -> None:
-        """One request."""
-        if self.paused_turns:
-            self.paused_turns -= 1
-            return
-        try:
-            if self.steps is None:
-                self.steps = self.journal.change(self._add)
-                self.asked = next(self.steps)
-                return
-            assert self.asked is not None
-            if self.objects.random.random() < 0.02:
-                self.paused_turns = self.objects.random.randrange(400)  # between its look and its write
-                return
-            try:
-                told = self.objects.answer(self.asked)
-            except KVUnavailable as error:
-                self.asked = self.steps.throw(error)
-            else:
-                self.asked = self.steps.send(told)
-        except StopIteration as end:
-            if end.value is not None:
-                self.added.append(end.value)
-            self.steps = None
-        except KVUnavailable:
-            self.unknown += 1
-            self.steps = None
-
-    def _add(self, state: State) -> int | None:
-        there = state.get("count")
-        value = int(there.value) + 1 if there else 1
-        written = state.put("count", b"%d" % value, there.revision if there else 0, None)
-        return value if written else None
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_version_has_two_authors(seed: int) -> None:
-    """Whatever is lost, late, doubled or paused: what one client was told it has counted, no other has counted."""
-    objects = FaultyObjects(seed)
-    clients = [Counter(objects, name) for name in "abc"]
-    for _ in range(1500):
-        objects.random.choice(clients).turn()
-        if objects.random.random() < 0.05:
-            objects.bury(kept=5)
-    added = [value for client in clients for value in client.added]
-    assert len(added) == len(set(added)), f"seed {seed}: two clients were told the same number"
-    assert all(len(set(contents)) == 1 for contents in objects.authors.values()), f"seed {seed}"
-    for client in clients:
-        assert client.added == sorted(client.added), f"seed {seed}"
-    newest = max(map(number_of, objects.objects))
-    last = Version.from_bytes(newest, objects.objects[version_name(newest)]).state.get("count")
-    assert last is not None
-    unknown = sum(client.unknown for client in clients)
-    assert len(added) <= int(last.value) <= len(added) + unknown + len(objects.late) + len(clients), f"seed {seed}"
-    assert len(added) > 20, f"seed {seed}: hardly anything was counted"
-
-
-def test_a_writer_that_was_stopped_for_long_loses_its_race() -> None:
-    """Its version was written by others, buried, and is nobody's to write again."""
-    objects = FaultyObjects(0)
-    objects.random.random = lambda: 0.45  # type: ignore[method-assign]  # no fault
-    slow, quick = Counter(objects, "slow"), Counter(objects, "quick")
-    while not isinstance(slow.asked, Create):
-        slow.turn()
-    while len(quick.added) < 50:
-        quick.turn()
-    objects.bury(kept=3)
-    assert objects.objects[slow.asked.name] == TOMBSTONE
-    while not slow.added:
-        slow.turn()
-    assert slow.added == [51]
-
 
 # --- a client on a store
 
@@ -272,7 +125,7 @@ def test_an_endpoint_that_is_no_store_is_told_in_one_line(url: str) -> None:
 
 
 def judged(judge: Judge, leases: dict[int, float], own: list[int], beats: dict[int, bytes], now_s: float) -> list[int]:
-    looked = judge.begin(leases, own, 1.0, now_s)
+    looked = judge.begin(leases, own, now_s)
     for lease_id in looked:
         judge.note(lease_id, beats.get(lease_id), now_s, now_s)
     return judge.ended(leases, looked)
@@ -286,30 +139,40 @@ def test_a_lease_ends_only_after_its_ttl_without_a_change() -> None:
     assert ended == [14, 15, 16, 17, 18, 19]
 
 
+def test_one_that_is_silent_is_looked_at_when_its_lease_is_over() -> None:
+    judge, leases = Judge(), {1: 4.0, 2: 4.0}
+    judged(judge, leases, [2], {1: b"x"}, 0.5)
+    assert judge.due_s(leases) == math.inf
+    for now_s in (2.4, 3.4):
+        judged(judge, leases, [2], {1: b"x"}, now_s)
+    assert 4.5 < judge.due_s(leases) < 4.6
+    assert judged(judge, leases, [2], {1: b"x"}, judge.due_s(leases)) == [1]
+
+
 def test_each_looks_at_one_other_and_at_all_while_that_one_is_silent() -> None:
     leases = dict.fromkeys(range(1, 9), 4.0)
-    looked = {own: Judge().begin(leases, [own], 1.0, 0.0) for own in leases}
+    looked = {own: Judge().begin(leases, [own], 0.0) for own in leases}
     assert sorted(seen for (seen,) in looked.values()) == list(leases), "each is looked at by one"
     judge = Judge()
     for now_s in range(3):
         judged(judge, leases, [4], {3: b"same"}, float(now_s))
-    assert judge.begin(leases, [4], 1.0, 3.0) == [1, 2, 3, 5, 6, 7, 8]
-    assert Judge().begin(leases, [], 1.0, 0.0) == [8]
+    assert judge.begin(leases, [4], 3.0) == [3, 2, 1, 8, 7, 6, 5]
+    assert Judge().begin(leases, [], 0.0) == [8]
 
 
 def test_however_long_it_takes_to_look_at_all_only_who_is_silent_ends() -> None:
-    """A hundred nodes, of which one is silent; reading all their objects takes longer than a lease."""
+    """A hundred nodes, of which one is silent; reading all their objects takes a while."""
     leases = dict.fromkeys(range(1, 101), 4.0)
     judge, now_s, ended = Judge(), 0.0, list[tuple[int, float]]()
     for _ in range(12):
-        looked = judge.begin(leases, [51], 1.0, now_s)
+        looked = judge.begin(leases, [51], now_s)
+        asked_s, now_s = now_s, now_s + (1.5 if len(looked) > 1 else 0.0)
         for lease_id in looked:
-            now_s += 0.06
-            judge.note(lease_id, b"" if lease_id == 50 else b"%f" % now_s, now_s - 0.06, now_s)
+            judge.note(lease_id, b"" if lease_id == 50 else b"%f" % now_s, asked_s, now_s)
         ended += [(lease_id, now_s) for lease_id in judge.ended(leases, looked)]
-        now_s = max(now_s, 1.0) if len(looked) > 1 else now_s + 1.0
+        now_s += 0.2 if len(looked) > 1 else 1.0
     assert {lease_id for lease_id, _ in ended} == {50}
-    assert ended[0][1] < 16.0, "not put off because a look took long"
+    assert ended[0][1] < 10.0, "not put off because a look took long"
 
 
 def test_a_judge_that_was_stopped_blames_nobody() -> None:
@@ -317,8 +180,18 @@ def test_a_judge_that_was_stopped_blames_nobody() -> None:
     for now_s in range(3):
         judged(judge, leases, [2], {1: b"x"}, float(now_s))
     assert judged(judge, leases, [2], {1: b"x"}, 600.0) == []
-    ended = [now_s for now_s in range(601, 606) if judged(judge, leases, [2], {1: b"x"}, float(now_s))]
-    assert ended == [602, 603, 604, 605]
+    ended = [now_s for now_s in range(601, 607) if judged(judge, leases, [2], {1: b"x"}, float(now_s))]
+    assert ended == [605, 606]
+
+
+def test_an_old_renewal_that_lands_once_more_after_newer_ones_ends_no_lease() -> None:
+    """Found by the simulation: a judge that had looked at others meanwhile saw again what it had seen last."""
+    judge, leases = Judge(), {1: 4.0, 2: 4.0, 3: 4.0}
+    judge.begin(leases, [2], 0.0)
+    judge.note(1, b"39", 0.0, 0.0)
+    judge.begin(leases, [2], 4.5)
+    judge.note(1, b"39", 4.5, 4.5)
+    assert judge.ended(leases, [1]) == []
 
 
 def test_a_lease_whose_holder_lives_is_never_ended_however_late_a_look_is(register: CountedRegister) -> None:
@@ -351,19 +224,25 @@ def test_a_renewal_that_came_too_late_is_none(register: CountedRegister, monkeyp
         assert lease.lost.wait(60)
 
 
-def test_writers_that_keep_one_from_writing_keep_none_from_renewing(register: CountedRegister) -> None:
+def test_writers_that_keep_one_from_writing_keep_none_from_renewing(
+    register: CountedRegister, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While others are first, again and again, what they wrote is learnt, and a renewal need not wait for the end."""
     with contextlib.closing(BucketKV(register, dataclasses.replace(LOCAL_PACE, slow_s=2.2))) as kv:
         lease, ends_s = kv.lease(2.0), time.monotonic() + 4.5
-        rival = Journal(lambda: uuid.uuid4().hex)
+        assert kv.put("l", b"granted with it", lease=lease) is not None
+        rival, create = Journal(lambda: uuid.uuid4().hex), register.create
+        unhindered = CountedRegister(register._register)
 
-        def act(state: State) -> bool:
+        def overtaken(name: str, content: bytes) -> bool:
             assert time.monotonic() < lease.deadline_s, "fenced"
-            if time.monotonic() < ends_s:
-                run(rival.change(lambda theirs: theirs.put("k", b"rival", None, None)), register)
-            return state.put("k", b"mine", None, None) is not None
+            if time.monotonic() < ends_s and name == version_name(kv._journal.number + 1):
+                run(rival.change([PutKey("k", b"rival")]), unhindered)
+            return create(name, content)
 
-        assert kv._change(act)
+        monkeypatch.setattr(register, "create", overtaken)
+        assert kv.put("k", b"mine") is not None
+        assert time.monotonic() > ends_s
 
 
 @pytest.fixture

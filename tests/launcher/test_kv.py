@@ -9,9 +9,11 @@ import pytest
 
 from launcher.errors import Compacted, KVUnavailable, UsageError
 from launcher.kv import WatchEvent
+from launcher.kv.aside import tell, told
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.state import State
+from tests.cluster import until
 from tests.etcd import gather
 from tests.launcher.stores import Connect
 
@@ -171,6 +173,18 @@ def test_a_lease_that_the_store_ended_is_lost(connect: Connect) -> None:
     lease = kv.lease(0.4)
     lease._revoke()  # `revoke` would stop its renewals first
     assert lease.lost.wait(60)
+
+
+def test_what_is_told_aside_is_seen_as_long_as_its_lease_stands(connect: Connect) -> None:
+    kv, other = connect(), connect()
+    lease = kv.lease(2.0)
+    kv.put("l", b"", lease=lease)
+    for value in (b"\x00one", b"two"):
+        tell(kv, "aside/a", value, lease)
+        until("it is seen", lambda value=value: told(other, "aside/") == {"aside/a": value})  # type: ignore[misc]
+    assert told(other, "elsewhere/") == {}
+    lease.revoke()
+    until("it has gone with its lease", lambda: told(other, "aside/") == {})
 
 
 def test_forgotten_history_is_compacted() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from launcher.node.effects import Get, Grant, Put, Task
-from launcher.node.events import Announced, LeaseSeen, LeasesSeen, Started
+from launcher.node.events import Announced, Draining, Joining, LeaseSeen, LeasesSeen, Started
 from launcher.node.registration import CHECK_PERIOD_S, FENCE_FRACTION, YIELD_FRACTION
-from launcher.rounds.records import Node, Status
+from launcher.rounds.records import Breakage, Node, Status
 from tests.launcher.engines import TTL_S, Driven
+from tests.launcher.situations import FAILURE, round_of
 
-RUNNING, STOPPING = Announced(Status.RUNNING), Announced(Status.STOPPING)
+RUNNING, STOPPING, READY = map(Announced, (Status.RUNNING, Status.STOPPING, Status.READY))
 
 
 @pytest.fixture
@@ -66,6 +67,46 @@ def test_a_write_that_was_not_heard_of_is_found_and_the_next_one_follows(node: D
     node.pass_time(1.0)
     node.carry_out(Get)  # the record is not as it was
     node.carry_out(Put)
+    assert node.status() is Status.STOPPING
+
+
+def in_a_round(node: Driven, **broken: object) -> None:
+    """It takes part in generation 1, which the leader has told to be broken."""
+    node.feed(Joining(1))
+    node.settle()
+    told = Breakage("node b lost", **{"graceful": False, **broken})  # type: ignore[arg-type]
+    node.store.put("job/leader", b"b", None, None)
+    node.store.put("job/round", round_of("a", "b", broken=told).to_json(), None, None)
+    node.listen()
+    node.settle()
+
+
+def test_one_whose_workers_soon_have_stopped_as_all_were_told_to_writes_once(node: Driven) -> None:
+    in_a_round(node)
+    node.feed(STOPPING)
+    assert not node.tasks
+    node.feed(READY)
+    node.carry_out(Put)
+    assert node.status() is Status.READY
+    assert not node.tasks
+
+
+def test_one_whose_workers_do_not_stop_soon_says_that_they_are_being_stopped(node: Driven) -> None:
+    in_a_round(node)
+    node.feed(STOPPING)
+    assert node.engine.due_s == pytest.approx(node.now_s + 0.25)
+    node.pass_time(0.3)
+    node.settle()
+    assert node.status() is Status.STOPPING
+
+
+@pytest.mark.parametrize("is_news", ["a failure", "graceful", "draining"])
+def test_what_is_news_is_written_at_once(node: Driven, is_news: str) -> None:
+    in_a_round(node, graceful=is_news == "graceful")
+    node.feed(Announced(Status.STOPPING, failure=FAILURE) if is_news == "a failure" else STOPPING)
+    if is_news == "draining":
+        node.feed(Draining("drain"))
+    node.settle()
     assert node.status() is Status.STOPPING
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from launcher.kv.bucket.ops import DeleteKey
 from launcher.node.board import NODES
 from launcher.rounds.failures import FailureClass
 from tests.sim.nodes import SimNode
@@ -59,7 +60,9 @@ class Fault:
     def freeze(self, victim: SimNode) -> None:
         if not victim.frozen:
             victim.frozen = True
-            self._later(victim.thaw)
+            # On objects a writer may also be stopped for a minute between its look and its write.
+            is_long = self._world.objects is not None and self._other < 0.2
+            self._world.at(60.0 if is_long else self._length_s, victim.thaw)
 
     # --- its workers
 
@@ -94,18 +97,22 @@ class Fault:
 
     def delete_record(self, victim: SimNode) -> None:
         """By hand, say."""
-        if self._world.store_up:
+        if self._world.objects is not None:
+            self._world.objects.change_by_hand(DeleteKey(f"{NODES}{victim.name}"))
+        elif self._world.store_up:
             self._world.store.delete(f"{NODES}{victim.name}")
 
     def take_store_away(self, victim: SimNode) -> None:
         world = self._world
         if not world.store_up:
             return
-        world.store_up, world.store_refuses = False, self._how == "killed"
+        world.store_up, world.store_refuses = False, self._how == "killed" and world.objects is None
         stopped_s = world.now_s
 
         def up() -> None:
             world.store_up = True
+            if world.objects is not None:  # it has no part in leases
+                return
             if self._how == "paused":  # the embedded store's host was
                 world.store.extend_all(world.now_s - stopped_s)
             elif self._how == "killed":  # etcd's leader gives every lease its TTL when it is elected
@@ -116,7 +123,7 @@ class Fault:
 
     def lose_store(self, victim: SimNode) -> None:
         """It is hosted anew, and knows nothing."""
-        if self._world.store_up and self._other < 0.3:
+        if self._world.store_up and self._other < 0.3 and self._world.objects is None:
             self._world.lose_store()
 
 

@@ -4,6 +4,7 @@ What stands for threads and sockets is made up here, with the reason:
 
 * the lanes of `NodeDriver` carry one task out after the other; here each takes a while, may come to nothing, may be
   carried out unheard, or late. (`NodeDriver` itself is threads.)
+* a store on objects has more of its own: `bucket`.
 * `kv.lease.Lease` renews itself on a thread; here every quarter of its TTL, and with the same proof of standing.
 * `health.peers` and `health.liveness` are sockets; here a dead peer refuses, a cut-off one is silent.
 
@@ -57,12 +58,12 @@ from launcher.node.events import (
 from launcher.rounds.membership import decide
 from launcher.rounds.records import Node
 from tests.sim.agents import SimAgent
+from tests.sim.bucket import SimBucket
 from tests.sim.world import SimKV, Violation
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-TTL_S = 2.0
 TURN_S = 1.0
 KEEPALIVE_S = 5.0  # until a link that was cut counts as such
 LEAVE_S = 15.0
@@ -76,6 +77,11 @@ class SimLease:
     seen: LeaseSeen
     renewed: bool = True
 
+    def count_from(self, since_s: float, ttl_s: float) -> None:
+        """As `Lease.count_from`."""
+        self.seen = dataclasses.replace(self.seen, deadline_s=max(self.seen.deadline_s, since_s + ttl_s))
+        self.renewed = True
+
 
 class SimNode:
     """What a node's process is, and its kernel."""
@@ -85,11 +91,12 @@ class SimNode:
         self.name = name
         self.alive, self.frozen, self.cut, self.flaky = True, False, False, False
         record = Node(node_id=name, host=f"host-{name[0]}", address="", port=0, slots=slots)
-        self.engine = NodeEngine(record, world.rules, lease_ttl_s=TTL_S, lineage=name)
+        self.engine = NodeEngine(record, world.rules, lease_ttl_s=world.ttl_s, lineage=name)
         self.agent = SimAgent(self)
-        self._kv = SimKV(world, lambda: self.reaches_store)
+        self._bucket = SimBucket(self) if world.objects is not None else None
+        self._kv = self._bucket or SimKV(world, lambda: self.reaches_store)
         self._lanes: dict[Lane, deque[Task]] = {lane: deque() for lane in Lane}
-        self._leases: dict[int, SimLease] = {}
+        self.leases: dict[int, SimLease] = {}
         self._follower: Follower | None = None
         self._following = 0
         self._watched: dict[str, float] = {}  # peer -> since when
@@ -109,7 +116,7 @@ class SimNode:
     def holds_lease(self) -> bool:
         """Whether the lease of its record stands, as the store knows."""
         held = self.engine.own.lease
-        return held is not None and held.lease_id in self.world.store._grants
+        return held is not None and held.lease_id in self.world.store.leases()
 
     @property
     def reaches_store(self) -> bool:
@@ -144,7 +151,7 @@ class SimNode:
             self._dispatch(effect)
 
     def _look_at_leases(self) -> None:
-        if renewed := [lease for lease in self._leases.values() if lease.renewed]:
+        if renewed := [lease for lease in self.leases.values() if lease.renewed]:
             for lease in renewed:
                 lease.renewed = False
             self._step(LeasesSeen(tuple(lease.seen for lease in renewed)))
@@ -205,7 +212,7 @@ class SimNode:
                 if len(lane) == 1:
                     self._begin(effect)
             case Abandon(lease_id):
-                del self._leases[lease_id]
+                del self.leases[lease_id]
             case Follow(number, prefix):
                 self._following, self._follower = number, Follower(self._kv, prefix)  # type: ignore[arg-type]
                 self.expect_news()
@@ -233,6 +240,9 @@ class SimNode:
         if self.frozen:
             self.world.at(0.2, lambda: self._carry_out(task))
             return
+        if self._bucket is not None and not isinstance(task, Decide):
+            self._bucket.carry_out(task, lambda answer: self._answered(task, answer))
+            return
         lane.popleft()
         if lane:
             self._begin(lane[0])
@@ -251,6 +261,18 @@ class SimNode:
         else:
             self.feed(self._apply(task, is_heard=True))
 
+    def _answered(self, task: Task, answer: Event) -> None:
+        lane = self._lanes[task.lane]
+        lane.popleft()
+        if lane:
+            self._begin(lane[0])
+        self.feed(answer)
+
+    def add_lease(self, seen: LeaseSeen) -> SimLease:
+        """One more of this node's."""
+        lease = self.leases[seen.lease_id] = SimLease(seen.lease_id, seen)
+        return lease
+
     def _apply(self, task: Task, *, is_heard: bool) -> Event:
         store, now_s = self.world.store, self.world.now_s
         if not self.world.store_up:  # too late: it is lost
@@ -261,7 +283,7 @@ class SimNode:
                 self.world.expires_s = min(self.world.expires_s, now_s + ttl_s)
                 lease = SimLease(lease_id, LeaseSeen(lease_id, now_s + ttl_s))
                 if is_heard:
-                    self._leases[lease_id] = lease
+                    self.leases[lease_id] = lease
                     self.world.at(ttl_s / 4, lambda: self._renew(lease))
                 return Granted(task, ttl_s, lease.seen)
             case Get(key=key):
@@ -273,28 +295,28 @@ class SimNode:
                 store.delete(key, revision)
             case Revoke(lease_id=lease_id):
                 if is_heard:
-                    del self._leases[lease_id]
+                    del self.leases[lease_id]
                 store.revoke(lease_id)
         return Answered(task)
 
     def _renew(self, lease: SimLease) -> None:
         """As `Lease._keep_alive`."""
         now_s, before = self.world.now_s, lease.seen
-        if not self.alive or before.lost or before.lease_id not in self._leases:
+        if not self.alive or before.lost or before.lease_id not in self.leases:
             return
         if self.frozen:
             self.world.at(0.01, lambda: self._renew(lease))
             return
-        pause_s = TTL_S / 4
+        pause_s = self.world.ttl_s / 4
         if self.reaches_store:
             if self.world.store.renew(lease.lease_id, now_s):
-                lease.seen = LeaseSeen(before.lease_id, now_s + TTL_S)
+                lease.seen = LeaseSeen(before.lease_id, now_s + self.world.ttl_s)
             else:
                 lease.seen = dataclasses.replace(before, lost=True)
         else:
             # A proof that no lease ends counts if it comes before this one may have ended.
             stands = self.world.store_refuses and not self.cut and not self.world.store_up
-            deadline_s = now_s + TTL_S if stands and now_s < before.deadline_s else before.deadline_s
+            deadline_s = now_s + self.world.ttl_s if stands and now_s < before.deadline_s else before.deadline_s
             since_s = now_s if before.silent_since_s is None else before.silent_since_s
             lost = now_s >= deadline_s
             lease.seen = LeaseSeen(before.lease_id, deadline_s, lost, since_s, "no answer", stands)

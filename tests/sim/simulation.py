@@ -14,6 +14,7 @@ from launcher.rounds.policy import Limits
 from launcher.rounds.records import SUCCEEDED, Round
 from tests.sim.faults import Fault
 from tests.sim.nodes import SimNode
+from tests.sim.objects import SimObjects
 from tests.sim.world import Violation, World
 
 FAULTS_UNTIL_S = 60.0
@@ -21,8 +22,11 @@ SETTLED_BY_S = 60.0
 QUIET_S = 5.0
 
 
-def simulate(seed: int) -> World:
-    """One life of a job with faults for a minute and a minute of quiet; raises `Violation`."""
+def simulate(seed: int, *, on_objects: bool | None = None) -> World:
+    """One life of a job with faults for a minute and a minute of quiet; raises `Violation`.
+
+    `on_objects`: whether its nodes meet on a bucket; None: every other seed does.
+    """
     chance = random.Random(f"faults {seed}")
     num_nodes = chance.randint(2, 7)
     rules = Rules(
@@ -41,6 +45,9 @@ def simulate(seed: int) -> World:
     )
     rules = dataclasses.replace(rules, min_nodes=min(rules.min_nodes, rules.max_nodes))
     world = World(seed, rules, State(history_events=chance.choice([20, 200])))
+    if on_objects if on_objects is not None else random.Random(f"place {seed}").random() < 0.5:
+        world.objects = SimObjects(world)
+        world.ttl_s, world.slow_s = 4.0, 3.0
     names = itertools.count()
 
     def start() -> None:
@@ -77,6 +84,8 @@ def _run_until_settled(world: World) -> None:
 
 def _end_faults(world: World, start: Callable[[], None]) -> None:
     world.cuts.clear()
+    if world.objects is not None:
+        world.objects.fault = min(world.objects.fault, 0.005)
     for node in list(world.nodes.values()):
         node.cut = node.flaky = False
         if node.frozen:

@@ -26,8 +26,9 @@ def test_no_seed_breaks_an_invariant(first: int) -> None:
 
 @pytest.mark.parametrize("seed", FOUND)
 def test_what_a_seed_has_found_stays_mended(seed: int) -> None:
-    simulate(seed)
+    simulate(seed, on_objects=False)
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:
-    assert simulate(7).log == simulate(7).log
+    for on_objects in (False, True):
+        assert simulate(7, on_objects=on_objects).log == simulate(7, on_objects=on_objects).log

@@ -15,10 +15,11 @@ from launcher.kv import Entry, Snapshot, WatchEvent
 from launcher.kv.state import State
 from launcher.node.board import ROUND
 from launcher.rounds.membership import Rules
-from launcher.rounds.records import Round
+from launcher.rounds.records import Participant, Round
 
 if TYPE_CHECKING:
     from tests.sim.nodes import SimNode
+    from tests.sim.objects import SimObjects
 
 LOST_S = 3.0
 OVERLAP_S = 1.0
@@ -38,6 +39,10 @@ class World:
     store: State = field(default_factory=lambda: State(history_events=200))
     now_s: float = 0.0
     nodes: dict[str, SimNode] = field(default_factory=dict)
+    objects: SimObjects | None = None
+    """Of a store on objects: `store` is then its newest version."""
+    ttl_s: float = 2.0
+    slow_s: float = 0.5  # between two looks for news where nothing happens, at most
     store_up: bool = True
     store_refuses: bool = False  # down as etcd is without its processes: refused connections prove that no lease ends
     cuts: dict[frozenset[str], float] = field(default_factory=dict)  # between two nodes -> since when
@@ -49,6 +54,7 @@ class World:
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._round_revision = 0
+        self._members: dict[int, tuple[Participant, ...]] = {}
         self._overlap_since_s: float | None = None
         self._told_revision = 0
         self._num_stores = 1
@@ -65,7 +71,7 @@ class World:
                 self.expires_s = self.store.expire(self.now_s) or math.inf
             action()
             self._check()
-            if self.store.revision != self._told_revision:
+            if self.objects is None and self.store.revision != self._told_revision:
                 self._told_revision = self.store.revision
                 for node in self.nodes.values():
                     node.expect_news()
@@ -84,15 +90,23 @@ class World:
         self.store = State(history_events=200, first_lease_id=1_000_000 * self._num_stores)
         self._told_revision, self._round_revision, self.lost_s = -1, 0, self.now_s
         self.highest_generation = 0  # within a lineage only
+        self._members.clear()
 
-    def _check(self) -> None:
+    def check_round(self) -> None:
+        """No generation is given twice, and none has two rounds."""
         entry = self.store.get(ROUND)
         if entry is not None and entry.revision != self._round_revision:
             self._round_revision = entry.revision
-            generation = Round.from_json(entry.value).generation
-            if generation < self.highest_generation:
-                raise Violation(f"generation {generation} after {self.highest_generation}")
-            self.highest_generation = generation
+            current = Round.from_json(entry.value)
+            if current.generation < self.highest_generation:
+                raise Violation(f"generation {current.generation} after {self.highest_generation}")
+            members = self._members.setdefault(current.generation, current.participants)
+            if members != current.participants:
+                raise Violation(f"two rounds of generation {current.generation}: {members}, {current.participants}")
+            self.highest_generation = current.generation
+
+    def _check(self) -> None:
+        self.check_round()
         running = [n for n in self.nodes.values() if n.running and not n.frozen]
         if not running or self.now_s < self.lost_s + LOST_S:
             return
@@ -104,7 +118,7 @@ class World:
             self._overlap_since_s = None
         elif self._overlap_since_s is None:
             self._overlap_since_s = self.now_s
-        elif self.now_s > self._overlap_since_s + OVERLAP_S:
+        elif self.now_s > self._overlap_since_s + OVERLAP_S + self.slow_s:
             raise Violation(f"workers of generations {sorted(active)} run at once")
 
 

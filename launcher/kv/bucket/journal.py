@@ -4,40 +4,67 @@ A client knows a version and reads the next one until there is none. To change s
 another was first, it learns that one and tries again. Nothing ever rests on a listing, nor on which of two writes came
 later. What an old version's object held is replaced by a tombstone, and its name stays taken: a writer that was stopped
 for an hour between its look and its write finds the name taken, as one that lost a race by a millisecond does.
+
+Where many write at once that would take each its own version, one after the other. So whoever lost twice writes down
+what it wishes; one of them, whose turn it is, writes a version with the wishes of all (Hendler and others, "Flat
+combining and the synchronization-parallelism tradeoff", 2010), and the others read there what came of theirs. Whose
+turn it is decides nothing: if that one is gone, others do the same a moment later. A version tells which wishes it and
+those before it have granted, so none is granted twice.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import WatchEvent
-from launcher.kv.bucket.register import Create, Names, Pause, Read, Steps
+from launcher.kv.bucket.ops import WISH, Op, Result, Wish, carry_out, turn_name, wish_name
+from launcher.kv.bucket.register import Create, Names, Overwrite, Pause, Read, Steps, Together
 from launcher.kv.bucket.version import LOG, TOMBSTONE, Version, number_of, version_name
 from launcher.kv.state import HISTORY_EVENTS, State
 
 T = TypeVar("T")
 
 KEPT_VERSIONS = 128
-"""So many of the newest versions keep their content."""
-_TRIES = 200
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.1
+"""So many of the newest versions keep their content: more than a wish has to be granted in."""
+_NUM_TRIES_ALONE = 3
+_NUM_WISHES = 8
+_NUM_WISHES_READ_MAX = 256
+_NUM_PAUSES, _PAUSE_GROWTH = 6, 1.5
+_FIRST_REST_S, _LONGEST_REST_S = 0.005, 0.1
 
 
 class Journal:
     """One client's knowledge of the store. Its steps must not be interleaved with one another."""
 
-    def __init__(self, nonces: Callable[[], str]) -> None:
-        """`nonces` gives a text that nobody has given before."""
+    def __init__(
+        self, nonces: Callable[[], str], pause_s: float = 0.005, num_tries_alone: int = _NUM_TRIES_ALONE
+    ) -> None:
+        """`nonces` gives a text that nobody has given before; `pause_s`: the first one before another look."""
         self.state = State()
         self.number = 0
+        self.authored: list[int] = []
+        """Versions that this client has written. Whoever tidies up empties it, and the next."""
+        self.litter: list[str] = []
+        """Objects that this client has written and that nobody needs any more."""
         self._nonces = nonces
+        self._pause_s = pause_s
+        self._num_tries_alone = num_tries_alone
         self._began = False
+        self._recent: dict[str, int] = {}  # as in the newest version
+        self._wish: str = ""  # of the steps under way
+        self._granted: tuple[Result, ...] | None = None  # and what came of it
+        self._has_lost_sight = False
         self._history: deque[WatchEvent] = deque()
         self._oldest = 1  # changes of this version and all later ones are in the history
         self._known_from = 1  # their first revision
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether the wish of the change that is under way is in a version that is known."""
+        return self._granted is not None
 
     # --- steps
 
@@ -58,37 +85,42 @@ class Journal:
                 self._learn(Version.from_bytes(self.number + 1, content))
         return self.number != before
 
-    def change(self, act: Callable[[State], T]) -> Steps[T]:
-        """Write a version in which `act` was done, and return what `act` returned.
+    def change(self, ops: Sequence[Op]) -> Steps[tuple[Result, ...]]:
+        """Have a version written in which `ops` were carried out in this order, and return what came of each.
 
-        Args:
-            act: changes the state that it is given, or finds that it must not; called again where another was first.
+        None is written where there is nothing to be done.
 
         Raises:
-            KVUnavailable: whether it was written is not known, or too many others write.
+            KVUnavailable: whether it was written is not known.
         """
         is_fresh = False
-        pause_s = _FIRST_PAUSE_S
+        self._begin("")
         if not self._began:
             yield from self.catch_up()
             is_fresh = True
-        for _ in range(_TRIES):
-            before = self.state.dump()
-            draft = State.load(before)
-            result = act(draft)
-            if draft.dump() == before:
+        num_tries = 0
+        while num_tries < self._num_tries_alone:
+            draft = self.state.fork()
+            results = tuple(carry_out(op, draft) for op in ops)
+            if (draft.revision, draft.leases()) == (self.state.revision, self.state.leases()):
                 if is_fresh:
-                    return result  # there is nothing to be done
-                yield from self.catch_up()  # what `act` has seen may be of before
+                    return results  # there is nothing to be done
+                yield from self.catch_up()  # what was seen may be of before
                 is_fresh = True
                 continue
-            events = draft.events("", self.state.revision + 1)
-            version = Version(self.number + 1, self._nonces(), draft, events)
-            if (yield from self._write(version)):
-                return result
-            is_fresh = yield from self.catch_up()
-            yield Pause(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            num_tries += 1
+            if (yield from self._write(draft, {}, {})):
+                return results
+            is_fresh = False
+        for _ in range(_NUM_WISHES):
+            wish = Wish(wish_name(self._nonces()), self.number, tuple(ops))
+            try:
+                yield from self._have_granted(wish)
+                if self._granted is not None:
+                    return self._granted
+            finally:
+                self._wish = ""
+                self.litter.append(wish.name)
         raise KVUnavailable("others write all the time")
 
     def look_back(self, revision: int) -> Steps[None]:
@@ -108,22 +140,114 @@ class Journal:
             if self._oldest == 1:
                 self._known_from = 1
 
-    def _write(self, version: Version) -> Steps[bool]:
-        content = version.to_bytes()
+    # --- with others
+
+    def _have_granted(self, wish: Wish) -> Steps[None]:
+        """Have `wish` in a version, whoever writes it; or learn that it will be in none.
+
+        Raises:
+            KVUnavailable: neither is known.
+        """
+        self._begin(wish.name)
+        is_own_turn = yield from self._take_turn(Overwrite(wish.name, wish.to_bytes()))
+        rest_s = _FIRST_REST_S
+        while self._granted is None and self.number < wish.until:
+            before = self.number
+            try:
+                if is_own_turn:
+                    yield from self._write_for_all(wish)
+                else:
+                    yield from self._wait_for_another()
+                if is_own_turn and self._granted is None:  # somebody was first who wishes nothing
+                    yield Pause(rest_s)
+                    yield from self.catch_up()
+                    rest_s = min(2 * rest_s, _LONGEST_REST_S)
+            except KVUnavailable:
+                if self._granted is None:
+                    raise
+            if self._has_lost_sight and self._granted is None:
+                raise KVUnavailable("whether it was written is forgotten")
+            if self.number == before:
+                is_own_turn = not is_own_turn  # whose turn it was is gone, or slow
+            elif self._granted is None:
+                is_own_turn = yield from self._take_turn()
+
+    def _begin(self, wish: str) -> None:
+        self._wish, self._granted, self._has_lost_sight = wish, None, False
+
+    def _take_turn(self, *beside: Overwrite) -> Steps[bool]:
+        name = turn_name(self.number + 1)
+        told = yield Together((*beside, Create(name, b"")))
+        if told[-1] is True:
+            self.litter.append(name)
+        return told[-1] is True
+
+    def _wait_for_another(self) -> Steps[None]:
+        pause_s = self._pause_s
+        for _ in range(_NUM_PAUSES):
+            yield Pause(pause_s)
+            if (yield from self.catch_up()):
+                return
+            pause_s *= _PAUSE_GROWTH
+
+    def _write_for_all(self, own: Wish) -> Steps[None]:
+        others = yield from self._collect(own)
+        draft = self.state.fork()
+        granted: dict[str, tuple[Result, ...]] = {}
+        until: dict[str, int] = {}
+        for wish in self._grantable([own, *others]):
+            granted[wish.name] = tuple(carry_out(op, draft) for op in wish.ops)
+            until[wish.name] = wish.until
+        yield from self._write(draft, granted, until)
+
+    def _grantable(self, wishes: Iterable[Wish]) -> list[Wish]:
+        return [w for w in wishes if w.name not in self._recent and w.base <= self.number < w.until]
+
+    def _collect(self, own: Wish) -> Steps[list[Wish]]:
+        """What others wish, as far as a listing shows; what it does not is for the next version."""
+        (listed,) = yield Together((Names(WISH),))
+        found = [] if isinstance(listed, KVUnavailable) else listed
+        names = [name for name in found if name != own.name and name not in self._recent][:_NUM_WISHES_READ_MAX]
+        if not names:
+            return []
+        contents = yield Together(tuple(map(Read, names)))
+        wishes = []
+        for name, content in zip(names, contents, strict=True):
+            try:
+                wishes.append(Wish.from_bytes(name, content if isinstance(content, bytes) else b""))
+            except ValueError:  # gone meanwhile, unreadable or damaged: its author will see to it
+                continue
+        return wishes
+
+    def _write(self, draft: State, granted: dict[str, tuple[Result, ...]], until: dict[str, int]) -> Steps[bool]:
+        """Write the next version. Returns whether this client did; else the one that another wrote is learnt.
+
+        Raises:
+            KVUnavailable: it is not known.
+        """
+        number = self.number + 1
+        events = draft.events("", self.state.revision + 1)
+        recent = {name: last for name, last in {**self._recent, **until}.items() if last > number}
+        version = Version(number, self._nonces(), draft, events, granted, recent)
+        name, content = version_name(number), version.to_bytes()
         try:
-            created = yield Create(version_name(version.number), content)
+            is_created = yield Create(name, content)
         except KVUnavailable:
-            there = yield Read(version_name(version.number))
+            there = yield Read(name)
             if there is None:
                 raise  # it may land yet
-            created = there == content
-        if not created:
+        else:
             # Told that another was there: it may be this one, that a try before was not heard to have written.
-            there = yield Read(version_name(version.number))
-            created = there == content
-        if created:
-            self._learn(version)
-        return bool(created)
+            there = content if is_created else (yield Read(name))
+        if there != content:
+            if there:
+                self._learn(Version.from_bytes(number, there))
+            else:  # it is long past
+                yield from self.catch_up()
+            return False
+        self.authored.append(number)
+        self._learn(version)
+        return True
 
     def _jump(self) -> Steps[None]:
         """Go on from the newest version that a listing shows."""
@@ -141,10 +265,13 @@ class Journal:
 
     def _learn(self, version: Version) -> None:
         if version.number != self.number + 1:
+            self._has_lost_sight = True
             self._history.clear()
             self._oldest = version.number
             self._known_from = version.events[0].revision if version.events else version.state.revision + 1
-        self.number, self.state = version.number, version.state
+        self.number, self.state, self._recent = version.number, version.state, dict(version.recent)
+        if self._wish in version.granted:
+            self._granted = version.granted[self._wish]
         if len(self._history) + len(version.events) > HISTORY_EVENTS:
             self._history.clear()
             self._oldest, self._known_from = version.number + 1, version.state.revision + 1

@@ -63,6 +63,14 @@ class Create:
 
 
 @dataclass(frozen=True)
+class Overwrite:
+    """Answered by None once the object has this content."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Names:
     """Answered by the names that begin with `prefix`."""
 
@@ -76,7 +84,17 @@ class Pause:
     seconds: float
 
 
-Request = Read | Create | Names | Pause
+@dataclass(frozen=True)
+class Together:
+    """Requests that need not wait for one another; answered by a list of their answers.
+
+    In the place of one that was not answered is its KVUnavailable: none is thrown.
+    """
+
+    requests: tuple[Read | Create | Overwrite | Names, ...]
+
+
+Request = Read | Create | Overwrite | Names | Pause | Together
 Steps = Generator[Request, Any, T]
 """A sequence of requests, each of which is sent its answer, or thrown KVUnavailable; it returns a T.
 
@@ -85,7 +103,7 @@ So what is done with objects is pure: threads carry it out on a `Register`, the 
 
 
 def answer(register: Register, request: Request) -> Any:
-    """Carry one request out, but for a pause.
+    """Carry one request out: no pause, nor several together.
 
     Raises:
         KVUnavailable: the register does not answer.
@@ -95,6 +113,8 @@ def answer(register: Register, request: Request) -> Any:
             return register.read(name)
         case Create(name, content):
             return register.create(name, content)
+        case Overwrite(name, content):
+            return register.write(name, content)
         case Names(prefix):
             return register.names(prefix)
     raise KVUnavailable(f"not a request: {request}")

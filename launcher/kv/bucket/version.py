@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import KVUnavailable
 from launcher.kv.base import Entry, WatchEvent
+from launcher.kv.bucket.ops import Result
 from launcher.kv.state import State
 
 LOG = "log/"
-BEAT = "beat/"
 _SUM = b',"crc32":'
 TOMBSTONE = b""
 """What an old version's object holds: its name stays taken, so that nobody can write that version again."""
@@ -30,19 +31,22 @@ def number_of(name: str) -> int:
     return int(digits) if name.startswith(LOG) and digits.isdecimal() else 0
 
 
-def beat_name(lease_id: int) -> str:
-    """The object that the holder of a lease writes."""
-    return f"{BEAT}{lease_id:x}"
-
-
 @dataclass(frozen=True)
 class Version:
-    """The store after `events`, which its author `nonce` has added to version `number` - 1."""
+    """The store after `events`, which its author `nonce` has added to version `number` - 1.
+
+    Attributes:
+        granted: the wishes that are in it, and what came of each of their changes.
+        recent: all wishes that are in it or in a version before, and must not be granted again: until which version
+            somebody might.
+    """
 
     number: int
     nonce: str
     state: State
     events: tuple[WatchEvent, ...]
+    granted: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
+    recent: Mapping[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """JSON in UTF-8, whose last field is the CRC32 of what it is without that."""
@@ -53,6 +57,8 @@ class Version:
             "events": [
                 {"key": event.key, "revision": event.revision, "entry": _told(event.entry)} for event in self.events
             ],
+            "granted": self.granted,
+            "recent": self.recent,
         }
         body = json.dumps(told, separators=(",", ":")).encode()
         return body[:-1] + _SUM + b"%d}" % zlib.crc32(body)
@@ -72,9 +78,18 @@ class Version:
             if told["number"] != number:
                 raise ValueError(f"it says that it is version {told['number']}")
             events = tuple(WatchEvent(e["key"], _entry(e["entry"]), int(e["revision"])) for e in told["events"])
-            return cls(number, str(told["nonce"]), State.load(told["state"]), events)
+            granted = {str(name): tuple(map(_result, results)) for name, results in told["granted"].items()}
+            recent = {str(name): int(until) for name, until in told["recent"].items()}
+            return cls(number, str(told["nonce"]), State.load(told["state"]), events, granted, recent)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise KVUnavailable(f"{version_name(number)} is no version of a store: {error!r}") from error
+
+
+def _result(told: Any) -> Result:
+    if told is None or isinstance(told, bool):
+        return told
+    revision, created = told
+    return int(revision), int(created)
 
 
 def _told(entry: Entry | None) -> dict[str, Any] | None:
