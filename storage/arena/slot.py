@@ -1,0 +1,143 @@
+"""`Slot`: memory that other processes get by its descriptor. It has no name, so `kill -9` leaves nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from storage.arena.free_memory import free_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
+_PAGE_BYTES = mmap.PAGESIZE
+_POPULATED_AT_ONCE_BYTES = 64 * 1024 * 1024
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
+_WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Slot:
+    """Bytes in memory that is there, whole, from the beginning: whoever writes to it meets no lack of memory.
+
+    The memory goes when the last process that has its descriptor or a view of it has let go, or was killed. Its size is
+    sealed, so no holder of the descriptor can take pages away from another (a SIGBUS). Not thread-safe.
+
+    Attributes:
+        memory: all of it, writable.
+        address: where that begins in this process.
+    """
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._map = mmap.mmap(fd, size_bytes)
+        self._fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)  # of a slot that nobody has any more, too
+        self.size_bytes = size_bytes
+        self.memory = memoryview(self._map)
+        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+
+    @classmethod
+    def create(cls, size_bytes: int) -> Self:
+        """A slot of at least that size, in huge pages where the system gives them to shared memory.
+
+        Raises:
+            MemoryError: this machine, or this process's cgroup, has not so much memory left.
+        """
+        page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else _PAGE_BYTES
+        size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
+        if (free := free_bytes()) is not None and size_bytes > free:
+            raise _lack(size_bytes, f"only {_mib(free)} are free")
+        with contextlib.ExitStack() as on_failure, _told(size_bytes):
+            fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            on_failure.callback(os.close, fd)
+            os.ftruncate(fd, size_bytes)
+            slot = cls(fd, size_bytes)
+            on_failure.pop_all()
+            on_failure.callback(slot.close)
+            slot._populate()
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            on_failure.pop_all()
+        return slot
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Self:
+        """The slot behind a descriptor that another process has sent, which belongs to the slot from here on.
+
+        Raises:
+            ValueError: it is no slot: its size could change. The descriptor is closed.
+        """
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(os.close, fd)
+            try:
+                if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                    raise ValueError("the memory that was sent can be made smaller by its sender; it is no slot")
+                slot = cls(fd, os.fstat(fd).st_size)
+            except OSError as error:
+                raise ValueError(f"the descriptor that was sent is no slot: {error}") from None
+            on_failure.pop_all()
+        return slot
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, which stays the slot's. Raises ValueError if it is closed."""
+        if not self._close_fd.alive:
+            raise ValueError("the slot is closed")
+        return self._fd
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        """Where in the slot a tensor begins that was staged in it."""
+        if not tensor.nbytes:
+            return 0
+        offset = tensor.data_ptr() - self.address
+        if not 0 <= offset <= self.size_bytes - tensor.nbytes:
+            raise ValueError("the tensor does not lie in this slot")
+        return offset
+
+    def close(self) -> None:
+        """Let go of it; closing twice is harmless. Tensors over it stay valid, and keep its memory until they go."""
+        if not self._close_fd.alive:
+            return
+        self._close_fd()
+        self.memory.release()
+        with contextlib.suppress(BufferError):  # somebody has a view, with which the mapping will go
+            self._map.close()
+
+    def _populate(self) -> None:
+        """Have all pages made, and entered into this process's tables, so that no copy waits for that."""
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, self.size_bytes, _POPULATED_AT_ONCE_BYTES):  # other threads run in between
+            length = min(_POPULATED_AT_ONCE_BYTES, self.size_bytes - start)
+            try:
+                self._map.madvise(_MADV_POPULATE_WRITE, start, length)
+            except OSError as error:
+                if error.errno not in _WITHOUT:
+                    raise
+                os.posix_fallocate(self._fd, start, length)
+                np.frombuffer(self._map, np.uint8)[start : start + length : _PAGE_BYTES] = 0
+
+
+@contextlib.contextmanager
+def _told(size_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _lack(size_bytes, str(error)) from None
+
+
+def _lack(size_bytes: int, why: str) -> MemoryError:
+    return MemoryError(f"no room to stage {_mib(size_bytes)} of the state: {why}")
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.0f} MiB"
