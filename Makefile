@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -93,6 +93,9 @@ bench-metadata: $(VENV)/.dev ## from an index of 256k entries to every rank's pl
 
 bench-storage: $(VENV)/.dev ## saves to S3 and loads from it, beside stock DCP on s3fs, s3torchconnector and raw GETs
 	$(BIN)/python -m tests.bench.storage
+
+bench-stall: $(VENV)/.dev ## what a save costs a training that goes on, ours and dcp.async_save in turn
+	$(BIN)/python -m tests.bench.stall
 
 check: lint types layers test ## what CI runs
 

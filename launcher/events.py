@@ -84,6 +84,7 @@ class EventName(StrEnum):
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_FAILED = "checkpoint_failed"
     CHECKPOINT_NOT_NEWEST = "checkpoint_not_newest"
+    CHECKPOINT_COPY_WAITED = "checkpoint_copy_waited"
     CHECKPOINT_WAITED = "checkpoint_waited"
     CHECKPOINT_STORE_AWAY = "checkpoint_store_away"
     CHECKPOINT_STORE_BACK = "checkpoint_store_back"

@@ -1,10 +1,10 @@
 """Checkpoints: bytes with names, committed whole or not at all.
 
 For training    Checkpointer saves and restores a state, for a job (JobIdentity), as owner or as reader of a run
-                (Access), as its SavingOptions say: how often (Every, which parse_every reads), and what to do about a
-                Backlog; PerRank marks what each rank has of its own; CheckpointEvent names what a Listener hears;
-                ShardReader and ShardWriter are the same format and checks under `dcp.load` and `dcp.save`; an
-                AgreeingGroup is ranks that succeed or fail together.
+                (Access), as its SavingOptions say: how often (Every, which parse_every reads), what to do about a
+                Backlog, and when a save returns (Staging); PerRank marks what each rank has of its own; CheckpointEvent
+                names what a Listener hears; ShardReader and ShardWriter are the same format and checks under
+                `dcp.load` and `dcp.save`; an AgreeingGroup is ranks that succeed or fail together.
 Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one; register_scheme adds
                 stores of your own, and a StoreWrapper is one around another.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
@@ -22,6 +22,7 @@ from storage import errors
 from storage.errors import *  # noqa: F403 - the tree, by its own __all__
 
 if TYPE_CHECKING:
+    from storage.arena.staging import Staging
     from storage.checkpointer import Checkpointer
     from storage.dcp import ShardReader, ShardWriter
     from storage.events import CheckpointEvent, Listener
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from storage.stores.wrapper import StoreWrapper
 
 __all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
-__all__ += ["Backlog", "CheckpointEvent", "Every", "Listener", "SavingOptions", "parse_every"]
+__all__ += ["Backlog", "CheckpointEvent", "Every", "Listener", "SavingOptions", "Staging", "parse_every"]
 __all__ += ["Buffer", "Capability", "Fetch", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["Opener", "Upload", "open_store", "register_scheme", "with_options"]
 __all__ += [
@@ -73,6 +74,7 @@ __all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
 _ROOMS = {
+    "storage.arena.staging": "Staging",
     "storage.checkpointer": "Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",
     "storage.events": "CheckpointEvent Listener",

@@ -198,10 +198,10 @@ class Checkpointer:
         It is where there is no `every`, where `every` says so, and with `now` or `wait`. A call that saves nothing
         costs no collective, but for the few by which ranks agree on the time.
 
-        Returns once the state is copied; storing and committing go on in the background, and the state may change
-        meanwhile. Where an earlier save has not stored its copy yet, `backlog` says what happens. With `wait` it
-        returns only when the save has committed or failed. A failed save is an event and a warning, not an exception:
-        the training goes on. A step that this Checkpointer has just committed is not saved again.
+        Returns once the state is copied (see `Staging`); storing and committing go on in the background, and the state
+        may change meanwhile. Where an earlier save has not stored its copy yet, `backlog` says what happens. With
+        `wait` it returns only when the save has committed or failed. A failed save is an event and a warning, not an
+        exception: the training goes on. A step that this Checkpointer has just committed is not saved again.
 
         `healthy=False`, on any rank, says that the state is not to go on from (a loss or a parameter that is not
         finite): it is kept to look into, restores pass it over, it makes no healthy checkpoint go, and makes way itself

@@ -61,6 +61,11 @@ def is_without_memory(tensor: torch.Tensor) -> bool:
     return tensor._is_zerotensor()
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How many changes torch has counted of the memory that the tensor looks at; None where it counts none."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def shards_of(value: object) -> list[torch.Tensor] | None:
     """This rank's tensors of a `ShardedTensor`; None of anything else."""
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor

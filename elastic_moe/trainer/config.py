@@ -129,6 +129,9 @@ class CheckpointConfig(BaseModel):
     its last checkpoint. None compares nothing."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints kept; unhealthy ones (with a NaN) do not count, and push out no healthy one."""
+    staging: Literal["sync", "overlapped"] = "overlapped"
+    """`overlapped`: a save returns while parameters and moments are still copied, beside the next step's forward and
+    backward passes, and the optimizer waits for the rest. `sync`: it returns once all is copied."""
     take_over: bool = False
     """Take the URL from another job that saves there, without asking whether it is alive: it can save no more then."""
 

@@ -83,6 +83,7 @@ def _saving_options(config: CheckpointConfig) -> SavingOptions:
         "ram_every": config.ram_every,
         "backlog": config.backlog,
         "prefix_spread": config.prefix_spread,
+        "staging": config.staging,
         "check_replicas": config.check_replicas,
     }
 

@@ -26,6 +26,12 @@ __all__ = ["Cause", "Goodput", "Interruption", "Outage", "account", "covered"]
 _AT_ONCE_S = 0.05
 
 Span = tuple[float, float]
+_STALLS = {
+    EventName.CHECKPOINT_STAGED,
+    EventName.CHECKPOINT_COPY_WAITED,
+    EventName.CHECKPOINT_WAITED,
+    EventName.RESTORED,
+}
 Staged = Mapping[object, Sequence[float]]
 """Step -> when ranks had copied their states aside and went on."""
 
@@ -73,7 +79,7 @@ def account(events: Iterable[EventRecord]) -> Goodput:
 def _stalls(ordered: Sequence[EventRecord]) -> Iterator[Span]:
     """The times in which a rank copied its state aside, waited for a commit or read a state: all others wait for it."""
     for event in ordered:
-        if event["event"] in (EventName.CHECKPOINT_STAGED, EventName.CHECKPOINT_WAITED, EventName.RESTORED):
+        if event["event"] in _STALLS:
             ts = float(event["ts"])
             yield ts - float(event.get("seconds", 0.0)), ts
 

@@ -129,6 +129,7 @@ _SENTENCES: Mapping[str, str | Callable[[EventRecord], str]] = {
     EventName.CHECKPOINT_COMMITTED: "the checkpoint of step {step} is committed",
     EventName.CHECKPOINT_FAILED: "the checkpoint of step {step} failed: {reason}",
     EventName.CHECKPOINT_NOT_NEWEST: "the checkpoint of step {step} is committed, and that of step {newest} is newer",
+    EventName.CHECKPOINT_COPY_WAITED: "rank {rank} on {node} waited {seconds} s for the copy of its state",
     EventName.CHECKPOINT_WAITED: "rank {rank} on {node} waited {seconds} s for a commit",
     EventName.CHECKPOINT_STORE_AWAY: "rank {rank} on {node}: {url} has not answered for {seconds} s: {reason}",
     EventName.CHECKPOINT_STORE_BACK: "rank {rank} on {node}: {url} answers again, after {seconds} s",

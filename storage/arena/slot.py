@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -36,13 +36,17 @@ class Slot:
     Attributes:
         memory: all of it, writable.
         address: where that begins in this process.
+        is_pinned: whether devices copy to it by themselves, see `storage.arena.device.pin`.
     """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         self._map = mmap.mmap(fd, size_bytes)
         self._fd = fd
-        self._close_fd = weakref.finalize(self, os.close, fd)  # of a slot that nobody has any more, too
+        self._ends = contextlib.ExitStack()
+        self._ends.callback(os.close, fd)
+        self._close = weakref.finalize(self, self._ends.close)  # of a slot that nobody has any more, too
         self.size_bytes = size_bytes
+        self.is_pinned = False
         self.memory = memoryview(self._map)
         self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
 
@@ -90,7 +94,7 @@ class Slot:
     @property
     def fd(self) -> int:
         """The descriptor, which stays the slot's. Raises ValueError if it is closed."""
-        if not self._close_fd.alive:
+        if not self._close.alive:
             raise ValueError("the slot is closed")
         return self._fd
 
@@ -103,14 +107,17 @@ class Slot:
             raise ValueError("the tensor does not lie in this slot")
         return offset
 
+    def before_close(self, call: Callable[[], object]) -> None:
+        """Have `call`, which must not hold this slot, made when it is closed."""
+        self._ends.callback(call)
+
     def close(self) -> None:
         """Let go of it; closing twice is harmless. Tensors over it stay valid, and keep its memory until they go."""
-        if not self._close_fd.alive:
+        if not self._close.alive:
             return
-        self._close_fd()
+        self._close()
         self.memory.release()
-        with contextlib.suppress(BufferError):  # somebody has a view, with which the mapping will go
-            self._map.close()
+        del self._map  # it goes with the last view of it
 
     def _populate(self) -> None:
         """Have all pages made, and entered into this process's tables, so that no copy waits for that."""

@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from storage.arena.arena import Arena
+from storage.arena.moves import lies_plainly
+from storage.arena.stager import Stager, in_place
 from storage.dcp import tickets
 from storage.dcp.folder import CheckpointFolder, Url
 from storage.dcp.tickets import Ticket
@@ -34,7 +37,6 @@ from storage.run.job import Origin
 from storage.saving import commit
 from storage.saving.describe import chunk_of
 from storage.saving.options import SavingPlan
-from storage.saving.staging import StagingBuffer, as_staged
 from storage.saving.writing import Payload, write_payloads
 from storage.torch_private import ASYNC_SAVE_THREAD
 
@@ -80,8 +82,6 @@ class ShardWriter(CheckpointFolder, StorageWriter):
         anything is written; UnsupportedValue, Corrupt, Denied, Transient; see `storage.errors`.
     """
 
-    _opened: ClassVar = (*CheckpointFolder._opened, "_buffer")
-
     def __init__(self, url: Url, *, overwrite: bool = False, prefix_spread: int = 1) -> None:
         self._overwrite = overwrite
         self._prefix_spread = SavingPlan.of(prefix_spread=prefix_spread).prefix_spread
@@ -89,7 +89,6 @@ class ShardWriter(CheckpointFolder, StorageWriter):
 
     def _open(self, url: object) -> None:
         super()._open(url)
-        self._buffer = StagingBuffer()
         self._attempt_id = ""
         self._world_size = 1
 
@@ -150,13 +149,15 @@ class ShardWriter(CheckpointFolder, StorageWriter):
                 payloads.append(Payload(chunk_of(item), EncodedItem((data,), 0, len(data))))
         # DCP keeps the state as it is until this returns (`async_save` has made a copy of its own), so that only what
         # lies in another way, or on another device, has to be copied
-        copied = iter(self._buffer.stage([tensor for _, tensor in tensors if as_staged(tensor) is None]))
-        for item, tensor in tensors:
-            plain = as_staged(tensor)
-            payloads.append(Payload(chunk_of(item), next(copied) if plain is None else plain))
+        others = [(item.index.fqn, tensor) for item, tensor in tensors if not lies_plainly(tensor)]
         ticket = tickets.take(plan.storage_data)
         self._attempt_id = ticket.attempt_id
-        objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
+        with _copied(others) as copies:
+            copied = iter(copies)
+            for item, tensor in tensors:
+                content = in_place(tensor) if lies_plainly(tensor) else next(copied)
+                payloads.append(Payload(chunk_of(item), content))
+            objects, entries = write_payloads(self._store, self._prefix, ticket.attempt_id, ticket.rank, payloads)
         index_of = {chunk_of(item).identity: item.index for item in plan.items}
         return [
             WriteResult(
@@ -183,6 +184,20 @@ class ShardWriter(CheckpointFolder, StorageWriter):
         metadata.storage_meta = self.storage_meta()
         if replaced is not None:
             replacing.remove(self._store, self._prefix, replaced)
+
+
+@contextlib.contextmanager
+def _copied(tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+    """Copies of named tensors in CPU memory, whose place goes with the block."""
+    if not tensors:
+        yield []
+        return
+    with contextlib.closing(Arena(1)) as arena, contextlib.closing(Stager(arena)) as stager:
+        staged = stager.stage(tensors)
+        try:
+            yield staged.tensors
+        finally:
+            staged.release()
 
 
 def _receipt(attempt: str, results: list[WriteResult]) -> Receipt:

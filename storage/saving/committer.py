@@ -9,6 +9,7 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from storage.arena.stager import Staged
 from storage.errors import Fenced, StorageError, Unconfirmed
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 class SaveJob:
     """One save of one rank. `contents` is known to the coordinator only.
 
-    Each entry of `payloads` is staged already, unless `staging_error` says why there are none. `healthy`: whether all
-    ranks say so of the state.
+    The tensors of `payloads` lie in `staged`, and stand once that has been waited for, unless `staging_error` says why
+    there are none. `healthy`: whether all ranks say so of the state.
     """
 
     attempt: Attempt
@@ -38,6 +39,7 @@ class SaveJob:
     payloads: list[Payload]
     contents: StateContents | None
     started_s: float
+    staged: Staged | None = None
     staging_error: str | None = None
     healthy: bool = True
 
@@ -151,7 +153,7 @@ class Committer:
             self._report(CheckpointEvent.FAILED, step=step, seconds=_since(job), bytes=0, reason=reason)
             return False
         finally:
-            stored.set()
+            _free(job, stored)
             self._live.discard(job.attempt.id)
         if job.contents is not None:
             unhealthy = {} if job.healthy else {"healthy": False}
@@ -162,7 +164,7 @@ class Committer:
     def _save(self, job: SaveJob, stored: threading.Event) -> int:
         """Store, and commit or wait for the commit; bytes of the whole checkpoint (coordinator) or of this rank."""
         receipt = self._store_payloads(job)
-        stored.set()
+        _free(job, stored)
         deadline_s = time.monotonic() + self._timeout_s
         if job.contents is None:
             receipts.put_receipt(self._store, job.attempt, receipt)
@@ -192,6 +194,8 @@ class Committer:
         error = job.staging_error
         if error is None:
             try:
+                if job.staged is not None:
+                    job.staged.wait()
                 objects, items = write_payloads(self._store, attempt.prefix, attempt.id, job.rank, job.payloads)
                 return Receipt(rank=job.rank, attempt=attempt.id, objects=objects, items=ItemTable.of(items))
             except Exception as failure:  # noqa: BLE001 - reported by the receipt
@@ -220,6 +224,13 @@ class Committer:
     def _note(self, error: Exception) -> None:
         if isinstance(error, Fenced):
             self._ownership.note(error)
+
+
+def _free(job: SaveJob, stored: threading.Event) -> None:
+    """The memory of the job's payloads may be used again."""
+    if job.staged is not None and not stored.is_set():
+        job.staged.release()
+    stored.set()
 
 
 def _since(job: SaveJob) -> float:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from storage.arena.pending import StagingListener
+from storage.arena.stager import Staged, Stager
 from storage.errors import Corrupt, Fenced, UsageError
 from storage.format import layout
 from storage.format.items import EncodedItem
@@ -16,7 +18,6 @@ from storage.saving.commit import StateContents
 from storage.saving.committer import Committer
 from storage.saving.describe import Holdings, contents_of, describe
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
-from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import combined, differing
 from storage.state.tree import tree_of
@@ -89,12 +90,12 @@ class Agreed:
     picks: tuple[int, ...]
     values: dict[int, EncodedItem]
 
-    def stage(self, buffer: StagingBuffer) -> tuple[list[Payload], str | None]:
+    def stage(self, stager: Stager, listener: StagingListener) -> tuple[list[Payload], Staged | None, str | None]:
         """A copy of what this rank writes, or why there is none: it must still tell the others."""
         try:
-            return self.holdings.stage(self.picks, self.values, buffer), None
+            return *self.holdings.stage(self.picks, self.values, stager, listener), None
         except Exception as error:  # noqa: BLE001 - told by the receipt
-            return [], f"{type(error).__name__}: {error}"
+            return [], None, f"{type(error).__name__}: {error}"
 
 
 class Consensus:

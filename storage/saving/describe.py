@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from storage.arena.pending import StagingListener
+from storage.arena.stager import Staged, Stager
 from storage.errors import UnsupportedValue
 from storage.format.containers import Container, Path
 from storage.format.items import EncodedItem
@@ -21,7 +23,6 @@ from storage.format.tensors import oddity
 from storage.format.values import encode_value
 from storage.run.attempt import StateContents
 from storage.saving.saveplan import Chunk, Share, dump_share
-from storage.saving.staging import StagingBuffer
 from storage.saving.writing import Payload
 from storage.state.fingerprint import fingerprint
 from storage.state.objects import Objects, open_state
@@ -58,19 +59,22 @@ class Holdings:
             if self.chunks[position].sizes is None
         }
 
-    def stage(self, picks: Collection[int], values: dict[int, EncodedItem], buffer: StagingBuffer) -> list[Payload]:
-        """Copy the content of the picked chunks, so that the state may change from here on.
+    def stage(
+        self, picks: Collection[int], values: dict[int, EncodedItem], stager: Stager, listener: StagingListener
+    ) -> tuple[list[Payload], Staged]:
+        """Copy the content of the picked chunks, so that the state may change as `Staging` says.
 
-        `values`: the values that are encoded already, by position. Raises UnsupportedValue.
+        `values`: the values that are encoded already, by position. Raises UnsupportedValue, MemoryError.
         """
         missing = [position for position in picks if position not in values]
         values = {**values, **self.encode_values(missing)}
         tensors = [position for position in missing if position not in values]
-        staged = buffer.stage([self._tensor(position) for position in tensors])
-        return [
+        staged = stager.stage([(self.chunks[p].key, self._tensor(p)) for p in tensors], listener)
+        payloads = [
             *(Payload(self.chunks[position], item) for position, item in values.items() if position in picks),
-            *(Payload(self.chunks[p], tensor) for p, tensor in zip(tensors, staged, strict=True)),
+            *(Payload(self.chunks[p], tensor) for p, tensor in zip(tensors, staged.tensors, strict=True)),
         ]
+        return payloads, staged
 
     def _tensor(self, position: int) -> torch.Tensor:
         tensor = self.planner.resolve_data(self.items[position])

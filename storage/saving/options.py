@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Self, TypedDict, Unpack
+from typing import Literal, Self, TypedDict, Unpack
 
+from storage.arena.staging import Staging
 from storage.errors import UsageError
 from storage.format.layout import PREFIX_SPREAD_MAX
 from storage.pace.rules import Backlog, Every, Rule, parse_backlog, parse_every
@@ -25,6 +26,9 @@ class SavingOptions(TypedDict, total=False):
     "skip" it, or "replace" one that has not begun to be stored."""
     prefix_spread: int
     """Over how many prefixes, 256 at most, the data of one checkpoint is spread: S3 limits requests by prefix."""
+    staging: Staging | Literal["sync", "overlapped"]
+    """When `save` returns, see `Staging`: "sync", the default, once the state is copied; "overlapped" while parameters
+    and the optimizers' state are still copied, beside the passes that follow."""
     check_replicas: int | None
     """After how many steps the ranks compare what they hold in common, bit by bit; also in each save. None: never."""
 
@@ -38,6 +42,7 @@ class SavingPlan:
     backlog: Backlog = Backlog.WAIT
     prefix_spread: int = 1
     check_replicas: int | None = None
+    staging: Staging = Staging.SYNC
 
     @classmethod
     def of(cls, **options: Unpack[SavingOptions]) -> Self:
@@ -56,8 +61,16 @@ class SavingPlan:
             ram_every=None if ram_every is None else parse_every(ram_every, "ram_every", allows_auto=False),
             backlog=parse_backlog(options.get("backlog", Backlog.WAIT)),
             prefix_spread=int(spread),
+            staging=_parse_staging(options.get("staging", Staging.SYNC)),
             check_replicas=None if check is None else int(check),
         )
+
+
+def _parse_staging(given: str) -> Staging:
+    if given not in set(Staging):
+        known = " or ".join(repr(staging.value) for staging in Staging)
+        raise UsageError(f"staging is {given!r}; it must be {known}")
+    return Staging(given)
 
 
 def _check_whole(name: str, value: object, what: str, limit: int | None = None) -> None:

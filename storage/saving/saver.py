@@ -6,6 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from storage.arena.arena import Arena
+from storage.arena.changes import StateChanged
+from storage.arena.stager import Stager
 from storage.events import CheckpointEvent, Reporter
 from storage.pace.rules import Backlog, EverySteps, Tier
 from storage.pace.schedule import Timer
@@ -16,7 +19,6 @@ from storage.saving.committer import Committer, SaveJob
 from storage.saving.consensus import Consensus
 from storage.saving.options import SavingPlan
 from storage.saving.replicas import ReplicaCheck
-from storage.saving.staging import StagingBuffer
 
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 
@@ -42,7 +44,8 @@ class Saver:
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
-        self._buffer = StagingBuffer()
+        self._arena = Arena()
+        self._stager = Stager(self._arena, plan.staging)
 
     def save(
         self, step: int, state: Mapping[str, Any], tier: Tier, *, healthy: bool, compare_ranks: bool, must: bool
@@ -64,12 +67,13 @@ class Saver:
         agreed = self._consensus.reach(step, state, healthy=healthy, compare_ranks=compare_ranks)
         if agreed is None:
             return False
-        payloads, staging_error = agreed.stage(self._buffer)
+        payloads, staged, staging_error = agreed.stage(self._stager, _Told(self._report, step))
         self._report(
             CheckpointEvent.STAGED,
             step=step,
             seconds=round(time.monotonic() - started_s, 4),
             bytes=sum(payload.chunk.size_bytes for payload in payloads),
+            **({"overlapped": True} if staged is not None and staged.is_pending else {}),
         )
         self._committer.submit(
             SaveJob(
@@ -78,6 +82,7 @@ class Saver:
                 payloads=payloads,
                 contents=agreed.contents,
                 started_s=started_s,
+                staged=staged,
                 staging_error=staging_error,
                 healthy=agreed.healthy,
             )
@@ -123,3 +128,22 @@ class Saver:
     def close(self, *, abandon: bool) -> None:
         """End after the last save; with `abandon` it waits for no other rank any more."""
         self._committer.close(abandon=abandon)
+        self._stager.close()
+        self._arena.close()
+
+
+class _Told:
+    """Tells of a save what is found out while it is copied behind the training's back."""
+
+    def __init__(self, report: Reporter, step: int) -> None:
+        self._report = report
+        self._step = step
+
+    def held(self, seconds: float) -> None:
+        """See `StagingListener`."""
+        self._report.tell_agent(CheckpointEvent.COPY_WAITED, step=self._step, seconds=round(seconds, 4))
+
+    def changed(self, error: StateChanged) -> None:
+        """See `StagingListener`."""
+        reason = f"{error}; saves block until all is copied from now on"
+        self._report(CheckpointEvent.STATE_CHANGED, step=self._step, name=error.name, reason=reason)

@@ -26,7 +26,7 @@ OBJECT_SIZE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Payload:
-    """A chunk with its content: a staged tensor (see `storage.saving.staging`), or a value that is encoded already."""
+    """A chunk with its content: a staged tensor (see `storage.arena.stager`), or a value that is encoded already."""
 
     chunk: Chunk
     content: torch.Tensor | EncodedItem

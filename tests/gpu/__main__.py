@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.gpu import staging_checks  # noqa: F401 - registers its checks
 from tests.gpu.checks import CHECKS, LIMITS_S, NEEDED, ROOT
 
 TIME_S_MAX = 350.0

@@ -13,6 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.arena.arena import Arena
+from storage.arena.moves import lies_plainly
+from storage.arena.stager import Stager, in_place
 from storage.errors import Corrupt, UnsupportedValue
 from storage.format import layout
 from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c, pack_crcs, unpack_crcs
@@ -21,7 +24,6 @@ from storage.format.tensors import bytes_of
 from storage.format.values import decode_value, encode_value
 from storage.format.zips import check_zip
 from storage.saving.encoding import Encoding
-from storage.saving.staging import StagingBuffer, as_staged
 from tests.storage.golden_manifest import ATTEMPT
 
 
@@ -78,9 +80,11 @@ TENSORS = [
 
 
 def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
-    buffer = StagingBuffer()
+    stager = Stager(Arena(1))
     for _ in range(2):  # the second time in reused memory
-        for tensor, staged in zip(TENSORS, buffer.stage(TENSORS), strict=True):
+        copy = stager.stage([("t", tensor) for tensor in TENSORS])
+        copy.release()
+        for tensor, staged in zip(TENSORS, copy.tensors, strict=True):
             item = Encoding(item_of(staged))
             data = b"".join(item.views(0, item.length))
             loaded = torch.load(io.BytesIO(data), weights_only=True)
@@ -93,7 +97,7 @@ def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
 
 def test_staging_does_not_share_memory_with_the_state() -> None:
     tensor = torch.ones(100)
-    (copy,) = StagingBuffer().stage([tensor])
+    (copy,) = Stager(Arena()).stage([("t", tensor)]).tensors
     tensor.zero_()
     assert copy.sum() == 100
 
@@ -143,9 +147,10 @@ def test_listing_needs_no_torch() -> None:
 
 def test_only_what_lies_otherwise_is_copied_before_it_is_written() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    rows = as_staged(whole[1:])
-    assert rows is not None and rows.data_ptr() == whole[1:].data_ptr()
+    assert lies_plainly(whole[1:])
+    rows = in_place(whole[1:])
+    assert rows.data_ptr() == whole[1:].data_ptr()
     assert torch.equal(rows, whole[1:])
     assert rows.untyped_storage().nbytes() == rows.nbytes  # or torch.save would write all of `whole`
-    assert as_staged(whole.t()) is None
-    assert as_staged(torch.ones(2, dtype=torch.complex64).conj()) is None
+    assert not lies_plainly(whole.t())
+    assert not lies_plainly(torch.ones(2, dtype=torch.complex64).conj())

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from storage.arena.arena import Arena
+from storage.arena.stager import Stager
 from storage.format.checksum import crc32, crc32c
 from storage.format.framing import DESCRIPTOR, framing_of
 from storage.format.items import EncodedItem, FramedItem, Framings, item_of
 from storage.format.tensors import bytes_of, tensor_over
 from storage.saving.encoding import Encoding
-from storage.saving.staging import StagingBuffer
 
 DTYPES = (
     torch.float32,
@@ -205,9 +206,9 @@ def test_the_checksum_of_zips_is_zlibs() -> None:
 
 
 def test_staged_tensors_share_framings() -> None:
-    """The buffer's alignment, and where in it a tensor lies, make no difference."""
-    framings, buffer = Framings(), StagingBuffer()
+    """The slot's alignment, and where in it a tensor lies, make no difference."""
+    framings, stager = Framings(), Stager(Arena())
     tensors = [torch.rand(33, 5) for _ in range(5)]
-    for tensor, staged in zip(tensors, buffer.stage(tensors), strict=True):
+    for tensor, staged in zip(tensors, stager.stage([("t", tensor) for tensor in tensors]).tensors, strict=True):
         assert joined(item_of(staged, framings)) == stock(tensor)
     assert framings.find((torch.float32, (33, 5), (5, 1))) is not None

@@ -151,9 +151,21 @@ def test_fsdp1_keeps_its_module_and_marks_its_parameters() -> None:
 
 def test_a_tensor_of_zeros_without_memory_is_known() -> None:
     zeros = torch._efficientzerotensor((2,))
-    where = "is_without_memory, saving/staging.py and loading/requests.py"
+    where = "is_without_memory, arena/moves.py and loading/requests.py"
     assert torch_private.is_without_memory(zeros), broken("zeros without memory do not tell", where)
     assert not torch_private.is_without_memory(torch.zeros(2))
+
+
+def test_the_changes_of_a_tensor_are_counted_with_those_of_its_views() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    seen = weight.detach()[0]
+    before = torch_private.version_of(seen)
+    with torch.no_grad():
+        weight[1].mul_(2)
+    where = "version_of, arena/changes.py"
+    assert before is not None and torch_private.version_of(seen) != before, broken("a change is not counted", where)
+    with torch.inference_mode():
+        assert torch_private.version_of(torch.ones(1)) is None
 
 
 def test_the_shards_of_a_sharded_tensor_are_told() -> None:

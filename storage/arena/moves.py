@@ -1,0 +1,120 @@
+"""Tensors on their way into a slot, in pieces that several threads may copy at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from storage.format.tensors import bytes_of
+from storage.torch_private import is_without_memory
+
+PIECE_BYTES = 16 * 1024 * 1024
+NUM_THREADS_MAX = 8
+
+
+@dataclass(frozen=True)
+class Move:
+    """One tensor: `source` is the training's, `target` contiguous, of the same dtype and shape, in the slot."""
+
+    name: str
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+def lies_plainly(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes lie in CPU memory as those of a contiguous copy would."""
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return plain and not is_without_memory(tensor)
+
+
+def pieces_of(moves: Collection[Move]) -> Iterator[Callable[[], None]]:
+    """Calls that together copy all of them, none of more than 16 MiB where that can be told from outside."""
+    for move in moves:
+        if not move.source.numel():
+            continue
+        if lies_plainly(move.source):
+            for start in range(0, move.source.nbytes, PIECE_BYTES):
+                yield functools.partial(_copy_bytes, move, start)
+        else:
+            yield functools.partial(_copy, move)
+
+
+def _copy_bytes(move: Move, start: int) -> None:
+    stop = start + PIECE_BYTES
+    # numpy's copy is one memmove on this thread, without the GIL; torch's would take the compute threads of a step
+    np.copyto(
+        np.frombuffer(bytes_of(move.target), np.uint8)[start:stop],
+        np.frombuffer(bytes_of(move.source), np.uint8)[start:stop],
+    )
+
+
+def _copy(move: Move) -> None:
+    with torch.no_grad():
+        move.target.copy_(move.source.detach())
+
+
+def num_copy_threads() -> int:
+    """How many threads a rank copies with: its share of the host's processors. One seldom fills the memory's bus."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    num_ranks = int(local) if local.isdecimal() and int(local) else 1
+    return max(1, min(NUM_THREADS_MAX, len(os.sched_getaffinity(0)) // num_ranks))
+
+
+class SharedWork:
+    """Calls that are made once each, by as many threads as come to `help`. Thread-safe.
+
+    Args:
+        at_end: made once, after the last call has ended, by whoever made that; before `wait` returns.
+
+    Of several failures, those of `at_end` included, the first is kept, and what has not begun is left out.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], None]], at_end: Callable[[], None] = lambda: None) -> None:
+        self._calls = deque([*calls, None])
+        self._num_left = len(self._calls)
+        self._at_end = at_end
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return self._ended.is_set()
+
+    def help(self) -> None:
+        """Make calls until none is left that nobody has begun."""
+        while True:
+            try:
+                call = self._calls.popleft()
+            except IndexError:
+                return
+            if call is not None and self._failure is None:
+                self._make(call)
+            with self._lock:
+                self._num_left -= 1
+                if self._num_left:
+                    continue
+            self._make(self._at_end)
+            self._ended.set()
+
+    def wait(self) -> None:
+        """Help, and block until all has ended. Raises the first failure, to each that waits."""
+        self.help()
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _make(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised to all that wait
+            with self._lock:
+                self._failure = self._failure or error

@@ -1,0 +1,171 @@
+"""`Stager`: a rank's copy of the tensors of a save, made before `save` returns, or behind the training's back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from storage.arena.arena import Arena
+from storage.arena.changes import StateChanged, witnesses
+from storage.arena.device import DeviceCopy, SideStreams, pin
+from storage.arena.moves import Move, SharedWork, num_copy_threads, pieces_of
+from storage.arena.optimizers import OptimizerWatch
+from storage.arena.pending import PendingCopy, StagingListener
+from storage.arena.slot import Slot
+from storage.arena.staging import Staging
+from storage.format.tensors import bytes_of, tensor_over
+from storage.parallel import Pool
+
+_ALIGNMENT_BYTES = 64
+
+
+class Staged:
+    """A copy in a slot. `tensors` lie there, contiguous, each the whole of a storage of its own.
+
+    Their content stands once `wait` has returned.
+    """
+
+    def __init__(
+        self, slot: Slot, tensors: list[torch.Tensor], pending: PendingCopy | None, release: Callable[[], None]
+    ) -> None:
+        self.slot = slot
+        self.tensors = tensors
+        self._pending = pending
+        self._release = release
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it was not whole when `stage` returned."""
+        return self._pending is not None
+
+    def wait(self) -> None:
+        """Block until the copy is whole; any thread. Raises StateChanged if it is not what was to be saved."""
+        if self._pending is not None:
+            self._pending.wait()
+
+    def release(self) -> None:
+        """The slot may be overwritten: what was in it is stored, or not wanted. Waits for what still writes to it."""
+        if self._pending is not None:
+            self._pending.drain()
+        self._release()
+
+
+class Stager:
+    """Copies tensors into slots of an arena. `stage` and `close` belong to one thread.
+
+    Args:
+        arena: where the slots come from; `stage` blocks until one is free.
+    """
+
+    def __init__(self, arena: Arena, staging: Staging = Staging.SYNC) -> None:
+        self._arena = arena
+        self._num_threads = num_copy_threads()
+        self._pool = Pool(self._num_threads, "storage-copy")
+        self._streams = SideStreams()
+        self._pending: PendingCopy | None = None
+        self._turn = 0
+        self._is_overlapped = staging is Staging.OVERLAPPED
+        self._watch = OptimizerWatch(self._before_step) if self._is_overlapped else None
+
+    def stage(self, tensors: Sequence[tuple[str, torch.Tensor]], listener: StagingListener | None = None) -> Staged:
+        """Copy named tensors. With OVERLAPPED and a listener, what optimizers own is copied after this has returned.
+
+        Raises:
+            MemoryError: there is no memory for a slot.
+        """
+        slot, moves = self._lay_out(tensors)
+        try:
+            pending = self._begin(slot, moves, listener)
+        except BaseException:
+            self._arena.give_back(slot)
+            raise
+        return Staged(slot, [move.target for move in moves], pending, lambda: self._free(slot, pending))
+
+    def close(self) -> None:
+        """End its threads, and watch optimizers no more; slots are the arena's."""
+        if self._watch is not None:
+            self._watch.close()
+        self._pool.shutdown(wait=False)
+
+    def _lay_out(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Slot, list[Move]]:
+        starts, end = [], 0
+        for _, tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        while (slot := self._arena.take(end)) is None:
+            self._arena.wait_free()
+        return slot, [
+            Move(name, tensor, tensor_over(slot.memory[start:], tensor.dtype, tuple(tensor.shape)))
+            for (name, tensor), start in zip(tensors, starts, strict=True)
+        ]
+
+    def _begin(self, slot: Slot, moves: Sequence[Move], listener: StagingListener | None) -> PendingCopy | None:
+        late, at_once = self._divided(moves) if listener is not None else ([], list(moves))
+        copies: list[DeviceCopy] = []
+        if any(move.source.is_cuda for move in moves):
+            pin(slot)
+            copies = self._streams.begin(_on_devices(at_once), _on_devices(late))
+        work = SharedWork(list(pieces_of(_on_host(at_once))))
+        for _ in range(self._num_threads - 1):
+            self._pool.submit(work.help)
+        work.wait()
+        if not late or listener is None:
+            for copy in copies:
+                copy.wait()
+            return None
+        self._turn += 1
+        host, devices = witnesses(_on_host(late), self._turn), witnesses(_on_devices(late), self._turn)
+        pending = self._pending = PendingCopy(host, devices, copies, _Listening(self, listener))
+        for _ in range(max(1, self._num_threads // 4)):  # the compute has the processors meanwhile
+            self._pool.submit(pending.work.help)
+        return pending
+
+    def _divided(self, moves: Iterable[Move]) -> tuple[list[Move], list[Move]]:
+        """Those of what changes in an optimizer's step only, and the others."""
+        owned = self._watch.storages() if self._watch is not None and self._is_overlapped else set()
+        late: list[Move] = []
+        at_once: list[Move] = []
+        for move in moves:
+            is_late = move.source.untyped_storage().data_ptr() in owned
+            (late if is_late else at_once).append(move)
+        return late, at_once
+
+    def _before_step(self) -> None:
+        if (pending := self._pending) is not None:
+            pending.hold_step()
+
+    def _free(self, slot: Slot, pending: PendingCopy | None) -> None:
+        if pending is not None and self._pending is pending:
+            self._pending = None  # with it go its references to the state
+        self._arena.give_back(slot)
+
+    def give_up_overlap(self) -> None:
+        """Copy all before `stage` returns from here on: something here changes the state too early."""
+        self._is_overlapped = False
+
+
+class _Listening:
+    """Lets a stager know of a change, and passes on what it hears."""
+
+    def __init__(self, stager: Stager, listener: StagingListener) -> None:
+        self._stager = stager
+        self.held = listener.held
+        self._changed = listener.changed
+
+    def changed(self, error: StateChanged) -> None:
+        self._stager.give_up_overlap()
+        self._changed(error)
+
+
+def in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that lies plainly (`lies_plainly`) as `Staged` would have it, but in its own memory."""
+    return tensor_over(bytes_of(tensor), tensor.dtype, tuple(tensor.shape))
+
+
+def _on_host(moves: Iterable[Move]) -> list[Move]:
+    return [move for move in moves if not move.source.is_cuda]
+
+
+def _on_devices(moves: Iterable[Move]) -> list[Move]:
+    return [move for move in moves if move.source.is_cuda]

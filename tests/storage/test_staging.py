@@ -1,0 +1,292 @@
+"""What is copied when, and that what is copied behind the training's back is the state of the save."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import optimizer as torch_optimizer
+
+from storage.arena import moves, pending
+from storage.arena import stager as stagers
+from storage.arena.moves import Move, SharedWork
+from storage.arena.stager import Staged
+from storage.arena.staging import Staging
+from storage.parallel import Pool
+from tests.storage.staging_rig import Rig, copies, same
+
+NUM_STAGINGS = int(os.environ.get("ARENA_STAGINGS", "100"))
+
+
+@contextlib.contextmanager
+def alone_in_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with contextlib.closing(Rig()) as made:
+        yield made
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizers_step_waits_until_what_it_owns_is_copied(rig: Rig, name: str) -> None:
+    optimizer = OPTIMIZERS[name](rig.model.parameters())
+    rig.train(optimizer)
+    named = rig.named(optimizer)
+    expected = copies(named)
+    staged = rig.stage(named)
+    assert staged.is_pending
+    assert not same(staged, expected), "nobody has copied anything yet"
+    rig.train(optimizer)
+    assert same(staged, expected)
+    assert not same(staged, copies(rig.named(optimizer)))
+    staged.wait()
+    assert not rig.heard.changes
+    staged.release()
+
+
+def test_several_optimizers_and_several_backward_passes(rig: Rig) -> None:
+    first = torch.optim.AdamW(rig.model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(rig.model[2].parameters(), lr=0.1)
+    rig.train(first, second)
+    named = rig.named(first, second)
+    for order in ((first, second), (second, first)):
+        expected = copies(named)
+        staged = rig.stage(named)
+        rig.train(*order, num_backwards=3)
+        assert same(staged, expected)
+        staged.wait()
+        staged.release()
+
+
+def test_a_step_on_another_thread_waits_as_well(rig: Rig) -> None:
+    """As where each parameter has an optimizer of its own, which steps in the backward pass."""
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in rig.model.parameters()]
+    rig.train(*optimizers)
+    expected = copies(rig.named())
+    staged = rig.stage(rig.named())
+    for parameter in rig.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    threads = [threading.Thread(target=optimizer.step) for optimizer in optimizers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same(staged, expected)
+    staged.release()
+
+
+def test_what_no_optimizer_owns_is_copied_before_the_save_returns(rig: Rig) -> None:
+    """Buffers change in the forward pass: those of a BatchNorm here."""
+    optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    named = [*rig.named(), ("averaged", torch.randn(100))]
+    expected = copies(named)
+    staged = rig.stage(named)
+    owned = {name for name, _ in rig.model.named_parameters()}
+    for (name, _), found, before in zip(named, staged.tensors, expected, strict=True):
+        assert torch.equal(found, before) != (name in owned), name
+    named[-1][1].zero_()
+    rig.train(optimizer)
+    assert same(staged, expected)
+    staged.wait()
+    staged.release()
+
+
+def test_nothing_is_late_before_an_optimizer_has_stepped_or_with_one_that_torch_does_not_know(rig: Rig) -> None:
+    class Own:
+        """An optimizer that does not derive from torch's."""
+
+        def step(self) -> None:
+            for parameter in rig.model.parameters():
+                parameter.data.add_(1)
+
+    rig.train(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    expected = copies(rig.named())
+    staged = rig.stage(rig.named())
+    assert not staged.is_pending
+    Own().step()
+    assert same(staged, expected)
+
+
+def test_synchronous_staging_watches_no_optimizer() -> None:
+    before = len(torch_optimizer._global_optimizer_pre_hooks)
+    sync = Rig(Staging.SYNC)
+    optimizer = torch.optim.SGD(sync.model.parameters(), lr=0.1)
+    sync.train(optimizer)
+    expected = copies(sync.named())
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+    staged = sync.stage(sync.named())
+    assert not staged.is_pending
+    sync.train(optimizer)
+    assert same(staged, expected)
+
+
+def test_a_stager_that_is_closed_or_gone_leaves_no_hook() -> None:
+    before = len(torch_optimizer._global_optimizer_pre_hooks)
+    closed, gone = Rig(), Rig()
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == before + 2
+    closed.stager.close()
+    del gone
+    gc.collect()
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+
+
+def test_sharded_parameters_are_the_optimizers_too(rig: Rig) -> None:
+    with alone_in_group():
+        fully_shard(rig.model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(rig.model.parameters(), lr=0.1, fused=True)
+        rig.train(optimizer)
+        named = [(name, getattr(t, "to_local", lambda t=t: t)()) for name, t in rig.named(optimizer)]
+        expected = copies(named)
+        staged = rig.stage(named)
+        rows = zip(named, staged.tensors, expected, strict=True)
+        late = {name for (name, _), found, before in rows if not torch.equal(found, before)}
+        assert {"0.weight", "2.weight", "0.exp_avg"} <= late
+        assert not {name for name in late if "running" in name}
+        rig.train(optimizer)
+        assert same(staged, expected)
+        staged.wait()
+
+
+# what goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_between_save_and_step_leaves_the_next_save_as_usual(rig: Rig) -> None:
+    optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    expected = copies(rig.named())
+    staged = rig.stage(rig.named())
+    with contextlib.suppress(ZeroDivisionError):
+        raise ZeroDivisionError
+    staged.wait()
+    assert same(staged, expected)
+    staged.release()
+    staged = rig.stage(rig.named())
+    rig.train(optimizer)
+    assert same(staged, expected)
+
+
+def test_a_copy_that_fails_is_told_to_who_stores_it_and_not_to_the_step(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(move: Move, start: int) -> None:
+        raise RuntimeError("the memory is broken")
+
+    optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    monkeypatch.setattr(moves, "_copy_bytes", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        rig.stager.stage(rig.named())
+    assert rig.arena.num_free == 1
+    monkeypatch.undo()
+    lazily = rig.model[0].weight
+    staged = rig.stage([("w", lazily.detach())])
+    staged._pending.work._calls.appendleft(lambda: fails(None, 0))  # type: ignore[arg-type, union-attr]
+    staged._pending.work._num_left += 1  # type: ignore[union-attr]
+    rig.train(optimizer)
+    with pytest.raises(RuntimeError, match="broken"):
+        staged.wait()
+    staged.release()
+    assert rig.arena.num_free == 1
+
+
+def test_lack_of_memory_is_raised_and_takes_no_slot(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stagers, "_ALIGNMENT_BYTES", 1 << 50)
+    with pytest.raises(MemoryError, match="no room to stage"):
+        rig.stage(rig.named())
+    assert rig.arena.num_free == 1
+
+
+def test_many_stagings_cost_one_slot(rig: Rig) -> None:
+    rig.stager._pool = Pool(2)
+    optimizer = torch.optim.AdamW(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    hooks = len(torch_optimizer._global_optimizer_pre_hooks)
+    made: list[weakref.ref[Staged]] = []
+    for number in range(NUM_STAGINGS):
+        staged = rig.stage(rig.named(optimizer))
+        made.append(weakref.ref(staged))
+        rig.train(optimizer)
+        staged.wait()
+        staged.release()
+        if number == 0:
+            size_bytes, descriptors = rig.arena.size_bytes, slots_open()
+    assert rig.arena.size_bytes == size_bytes
+    assert slots_open() <= descriptors  # others' may have gone meanwhile
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    assert rig.stager._pending is None
+    del staged
+    gc.collect()
+    assert not [found for found in made if found() is not None]
+
+
+def slots_open() -> int:
+    found = 0
+    for link in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += "memfd:elastic-moe-slot" in os.readlink(f"/proc/self/fd/{link}")
+    return found
+
+
+def test_shared_work_is_done_once_by_all_that_help() -> None:
+    done: list[int] = []
+    ends: list[int] = []
+    work = SharedWork([lambda n=n: done.append(n) for n in range(500)], lambda: ends.append(len(done)))
+    helpers = [threading.Thread(target=work.help) for _ in range(3)]
+    for helper in helpers:
+        helper.start()
+    work.wait()
+    for helper in helpers:
+        helper.join()
+    assert sorted(done) == list(range(500))
+    assert ends == [500]
+    empty = SharedWork([])
+    empty.wait()
+    assert empty.has_ended
+
+
+def test_the_first_failure_of_shared_work_leaves_out_the_rest() -> None:
+    done: list[int] = []
+
+    def fails() -> Any:
+        raise ValueError("first")
+
+    work = SharedWork([lambda: done.append(1), fails, lambda: done.append(2)])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="first"):
+            work.wait()
+    assert done == [1]
+
+
+def test_a_rank_copies_with_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    for local, expected in (("1", 8), ("16", 4), ("100", 1), ("none", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert moves.num_copy_threads() == expected
+    assert pending._TOLD_S_MIN > 0
