@@ -27,11 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 
 _context = multiprocessing.get_context("forkserver")
-# What takes long to import is imported once, in the server that the ranks are forked from: torch (FSDP2 imports the
-# compiler at its first use), and boto3.
-_context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "storage", "storage.stores.s3.client"]
-)
+_context.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailure(AssertionError):

@@ -99,7 +99,8 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list):
         return all(map(same, left, right))
     if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and left.shape == right.shape and left.tolist() == right.tolist()
+        bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (left, right)]
+        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
     return bool(left == right)
 
 

@@ -107,13 +107,12 @@ def test_a_save_of_several_ranks_commits_in_spite_of_it(run: Run, kind: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["sharded"], indirect=True)
-@pytest.mark.parametrize("kind", ["throttle", "error", "refuse", "corrupt_put"])
 @pytest.mark.parametrize(
-    ("method", "contains", "told"),
+    ("kind", "method", "contains", "told"),
     [
-        ("PUT", "__1_0", "rank 1 failed: Transient"),
-        ("PUT", "__2_1", "rank 2 failed: Transient"),
-        ("PUT", "/.metadata", "tried"),
+        *((kind, "PUT", "__1_0", "rank 1 failed: Transient") for kind in ("throttle", "error", "refuse")),
+        *((kind, "PUT", "__2_1", "rank 2 failed: Transient") for kind in ("refuse", "corrupt_put")),
+        *((kind, "PUT", "/.metadata", "tried") for kind in ("throttle", "error", "corrupt_put")),
     ],
 )
 def test_one_that_stays_fails_the_save_on_all_ranks_and_publishes_nothing(
