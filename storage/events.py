@@ -66,6 +66,12 @@ class CheckpointEvent(enum.StrEnum):
     """`step` was committed, and there is a newer one, `newest`, that a restore would take."""
     CLEANUP_FAILED = "checkpoint_cleanup_failed"
     """After the commit of `step` old ones could not be removed: `reason`."""
+    LIVE_STAGED = "checkpoint_live_staged"
+    """The training cannot go on, and the state after its last complete `step` is in memory: `seconds`, `bytes`."""
+    LIVE_MISSED = "checkpoint_live_missed"
+    """The state after `step` was to be staged so, and could not: `reason`."""
+    LIVE_OFF = "checkpoint_live_off"
+    """From here on this rank's state cannot be staged when a peer is lost: `reason`."""
     WAITED = "checkpoint_waited"
     """For the account of the job's time alone: `seconds` for which the training waited for a commit."""
     RETRIED = "checkpoint_retried"
@@ -105,6 +111,7 @@ _USUAL = {
     CheckpointEvent.PER_RANK_RESIZED,
     CheckpointEvent.STAGED,
     CheckpointEvent.COMMITTED,
+    CheckpointEvent.LIVE_STAGED,
     CheckpointEvent.WAITED,
     CheckpointEvent.COPIED,
     CheckpointEvent.PACE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,14 +69,15 @@ class Holdings:
         missing = [position for position in picks if position not in values]
         values = {**values, **self.encode_values(missing)}
         tensors = [position for position in missing if position not in values]
-        staged = stager.stage([(self.chunks[p].key, self._tensor(p)) for p in tensors], listener)
+        staged = stager.stage([(self.chunks[p].key, self.tensor(p)) for p in tensors], listener)
         payloads = [
             *(Payload(self.chunks[position], item) for position, item in values.items() if position in picks),
             *(Payload(self.chunks[p], tensor) for p, tensor in zip(tensors, staged.tensors, strict=True)),
         ]
         return payloads, staged
 
-    def _tensor(self, position: int) -> torch.Tensor:
+    def tensor(self, position: int) -> torch.Tensor:
+        """The tensor of a chunk, in the state's own memory."""
         tensor = self.planner.resolve_data(self.items[position])
         assert isinstance(tensor, torch.Tensor)
         return tensor
@@ -93,6 +94,17 @@ def describe(
         UnsupportedValue: a tensor that is more than its numbers (`oddity`); see also `storage.state.tree.flatten`.
     """
     flat, objects = open_state(state, rank)
+    holdings = holdings_of(flat, rank)
+    sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)} if compares else {}
+    if compares:
+        sums |= {name: fingerprint(length) for name, length in flat.lengths.items()}
+    if compares_parameters:
+        sums |= {name: fingerprint(p, _PARAMETER_SAMPLE_BYTES) for name, p in objects.unsynchronised()}
+    return replace(holdings, sums=sums)
+
+
+def holdings_of(flat: Flat, rank: int) -> Holdings:
+    """What `describe` finds in a state that was taken apart, without `sums`. Raises UnsupportedValue."""
     check_tensors(flat.leaves)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
@@ -100,12 +112,7 @@ def describe(
     chunks = tuple(chunk_of(item, flat.paths[item.index.fqn]) for item in items)
     share = Share(chunks, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
-    sums = {name: fingerprint(flat.leaves[name]) for name in _shared(flat, objects)} if compares else {}
-    if compares:
-        sums |= {name: fingerprint(length) for name, length in flat.lengths.items()}
-    if compares_parameters:
-        sums |= {name: fingerprint(p, _PARAMETER_SAMPLE_BYTES) for name, p in objects.unsynchronised()}
-    return Holdings(planner, items, chunks, share.containers, sums, digest)
+    return Holdings(planner, items, chunks, share.containers, {}, digest)
 
 
 def _shared(flat: Flat, objects: Objects) -> list[str]:

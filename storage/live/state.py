@@ -1,0 +1,231 @@
+"""`LiveState`: a rank's state after its last complete step, ready to be staged whenever the training cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from storage.arena.slot import Slot
+from storage.errors import StorageError, UsageError
+from storage.events import CheckpointEvent, Reporter
+from storage.live.capture import room_for, stage
+from storage.live.lock import StepLock
+from storage.live.notes import Note, NoteTaker
+from storage.parallel import Pool
+from storage.ranks.agreement import AgreeingGroup
+from storage.saving.commit import Attempt, StateContents
+from storage.saving.describe import contents_of
+from storage.saving.saveplan import dump_share, load_share
+from storage.saving.writing import Payload
+
+log = logging.getLogger(__name__)
+
+_APPLY_S = 1.0
+"""How long an optimizer's step is waited for that is being applied."""
+_RESCUE_S = 10.0
+"""How long a process that an error ends takes at most to stage its state."""
+
+_contents = TypeAdapter(StateContents)
+
+
+@dataclass(frozen=True)
+class LivePart:
+    """All that a rank holds of the state, in a slot: a part of an attempt that is in memory only.
+
+    `contents`: what all ranks hold, so that whoever has some of the parts knows whether they are all of the state.
+    """
+
+    attempt: Attempt
+    rank: int
+    slot: Slot
+    payloads: list[Payload]
+    contents: StateContents
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What the ranks agree on, valid while this rank's holdings keep their digest."""
+
+    token: uuid.UUID
+    contents: StateContents
+    digest: str
+
+
+class LiveState:
+    """Of one rank. Notes come from the training's thread, requests to capture from any.
+
+    Args:
+        publish: hands a part to the service, which keeps it when this process is gone. Raises StorageError.
+    """
+
+    def __init__(self, group: AgreeingGroup, publish: Callable[[LivePart], None], report: Reporter) -> None:
+        self._group = group
+        self._publish = publish
+        self._report = report
+        self._lock: StepLock[Note] = StepLock()
+        self._taker = NoteTaker(group.rank, self._lock.optimizers)
+        self._agreed: _Agreed | None = None
+        self._why_off: str | None = None  # this rank's reason
+        self._is_over = False  # for all ranks
+        self._capturing = threading.Lock()
+        self._slot: Slot | None = None  # made ahead
+        self._captured: int | None = None
+        self._pool = Pool(1, "storage-live")
+
+    def start(self) -> Self:
+        """Hear of optimizers' steps from here on."""
+        self._lock.start()
+        return self
+
+    def note(self, step: int, state: Mapping[Any, Any]) -> None:
+        """The step is complete, and this is the state after it. A collective the first time, and cheap after that.
+
+        What goes wrong is told, and costs no more than the live state: the training goes on.
+        """
+        if self._agreed is None:
+            self.saved(step, state)
+        elif (note := self._take(step, state)) is not None:
+            if note.digest == self._agreed.digest:
+                self._lock.note(note)
+            else:
+                self._lock.clear("the state has other tensors than when the ranks agreed on it: the next save tells")
+
+    def saved(self, step: int, state: Mapping[Any, Any], *, healthy: bool = True) -> None:
+        """As `note`, after a save: a collective, in which the ranks agree anew if the state of any is another.
+
+        A state that is not `healthy` is none to go on from, so it is not noted.
+        """
+        if self._is_over:
+            return
+        note = self._take(step, state)
+        agreed = self._agreed
+        if self._group.any(note is None or agreed is None or note.digest != agreed.digest):
+            self._agree(note)
+        if not healthy:
+            self._lock.clear(f"step {step} is not healthy")
+        elif note is not None and not self._is_over:
+            self._lock.note(note)
+
+    def forget(self, why: str) -> None:
+        """The state is about to be changed, by a restore: there is no step to go back to until the next note."""
+        self._lock.clear(why)
+
+    def ask(self, timeout_s: float, answer: Callable[[int | str], None]) -> None:
+        """Have the state staged by a thread of its own; `answer` hears the step, or why there is none."""
+        self._pool.submit(lambda: answer(self.capture(timeout_s)))
+
+    def capture(self, timeout_s: float, *, patient: bool = True) -> int | str:
+        """Stage the state after the last complete step, and hand it to the service: its step, or why there is none.
+
+        `patient`: a step that is being applied is waited for.
+        """
+        began_s = time.monotonic()
+        if self._why_off is not None:
+            return self._why_off
+        with self._capturing, self._lock.held(min(timeout_s, _APPLY_S) if patient else 0.0) as note:
+            if isinstance(note, str):
+                return note
+            if self._captured == note.step:
+                return note.step
+            try:
+                self._stage(note, began_s + timeout_s)
+            except (StorageError, MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+                reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+                self._report(CheckpointEvent.LIVE_MISSED, step=note.step, reason=reason)
+                return reason
+            self._captured = note.step
+            seconds = round(time.monotonic() - began_s, 4)
+            self._report(CheckpointEvent.LIVE_STAGED, step=note.step, seconds=seconds, bytes=note.size_bytes)
+            return note.step
+
+    def close(self, *, rescue: bool) -> None:
+        """End; with `rescue`, since an error ends the training, the state is staged first."""
+        if rescue and self._agreed is not None and self._why_off is None:
+            found = self.capture(_RESCUE_S, patient=False)  # it is this very thread that would note the step
+            if isinstance(found, str):
+                log.warning("the state in memory is lost: %s", found)
+        self._lock.close()
+        self._pool.shutdown(wait=True)
+        with self._capturing:
+            slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.close()
+
+    def _stage(self, note: Note, deadline_s: float) -> None:
+        """Raises NotCaptured, StorageError, MemoryError, RuntimeError."""
+        agreed, size_bytes = self._agreed, room_for(note)
+        assert agreed is not None, "there is a note, so the ranks have agreed"
+        slot, self._slot = self._slot, None
+        if slot is None or slot.size_bytes < size_bytes:
+            slot = Slot.create(size_bytes)
+        try:
+            payloads = stage(note, slot.memory, deadline_s)
+            attempt = Attempt.of_step(note.step, str(uuid.uuid5(agreed.token, str(note.step))), self._group.world_size)
+            self._publish(LivePart(attempt, self._group.rank, slot, payloads, agreed.contents))
+        finally:
+            slot.close()  # the service has it
+
+    def _take(self, step: int, state: Mapping[Any, Any]) -> Note | None:
+        """This rank's note; None if there can be none any more, which is told."""
+        if self._why_off is not None:
+            return None
+        try:
+            return self._taker.take(step, state)
+        except Exception as error:  # noqa: BLE001 - a state_dict may fail in any way; a save will tell it
+            self._turn_off(str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}")
+            return None
+
+    def _agree(self, note: Note | None) -> None:
+        """A collective: what all ranks hold."""
+        if self._group.any(note is None):
+            self._is_over = True
+            if self._why_off is None:
+                self._turn_off("another rank cannot note its state")
+            return
+        assert note is not None
+        gathered = self._group.gather(dump_share(self._taker.share))
+        contents: StateContents | None = None
+
+        def join() -> str:
+            nonlocal contents
+            try:
+                contents = contents_of([load_share(data) for data in gathered or []])
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            return uuid.uuid4().hex
+
+        try:
+            token = self._group.on_coordinator(join)
+        except StorageError as error:
+            self._is_over = True
+            self._turn_off(str(error))
+            return
+        data = self._group.broadcast(_contents.dump_json(contents) if contents is not None else None)
+        self._agreed = _Agreed(uuid.UUID(token), contents or _contents.validate_json(data), note.digest)
+        self._captured = None
+        self._pool.submit(lambda: self._make_slot(room_for(note)))
+
+    def _make_slot(self, size_bytes: int) -> None:
+        """Have the memory ready: when it is needed there is no time."""
+        with self._capturing:
+            if self._slot is not None and self._slot.size_bytes >= size_bytes:
+                return
+            before, self._slot = self._slot, None
+            if before is not None:
+                before.close()
+            try:
+                self._slot = Slot.create(size_bytes)
+            except MemoryError as error:
+                self._report(CheckpointEvent.LIVE_OFF, reason=str(error))
+
+    def _turn_off(self, why: str) -> None:
+        self._why_off = why
+        self._lock.close()
+        self._report(CheckpointEvent.LIVE_OFF, reason=why)
