@@ -162,6 +162,6 @@ def test_a_head_is_right_or_not_there_wherever_it_is_cut() -> None:
     first = next(size for size, head in enumerate(found) if head is not None)
     assert data[:first].endswith(b',"objects":[')
     assert set(found[first:]) == {whole}
-    assert load_head(data.replace(b'"version":2', b'"version":3')) is None
+    assert load_head(data.replace(b'"version":2', b'"version":4')) is None
     for garbage in (b"", b"[1]", b"7", b'{"manifest":"objects"}', b'{"manifest":["objects"]}', os.urandom(64)):
         assert load_head(garbage) is None
