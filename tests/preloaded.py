@@ -5,8 +5,12 @@ torch (FSDP2 imports the compiler at its first use), our packages, and what boto
 
 import gc
 import importlib
+import os
 
 from storage import open_store
+from tests import unsynced
+
+os.fsync = unsynced.fsync
 
 for _name in (
     "torch._dynamo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -92,7 +93,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             warm.close()
 
 
-def seen(command: list[str], folder: Path) -> dict[str, Any]:
+@functools.cache
+def seen(folder: Path, *command: str) -> dict[str, Any]:
     done = subprocess.run(
         command,
         cwd=folder,
@@ -117,11 +119,11 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any
 @pytest.mark.parametrize(("place", "form"), CASES, indirect=["place"])
 def test_all_that_differs_has_a_reason(place: tuple[Path, str], form: str) -> None:
     folder, zygote = place
-    boots = [sys.executable, "-I", "-S", boot.__file__, str(os.getpid())]
-    program = [sys.executable, "-u", *FORMS[form]]
-    plain = seen(program, folder)
-    cold = seen([*boots, COLD, *program], folder)
-    forked = seen([*boots, zygote, *program], folder)
+    boots = (sys.executable, "-I", "-S", boot.__file__, str(os.getpid()))
+    program = (sys.executable, "-u", *FORMS[form])
+    plain = seen(folder, *program)
+    cold = seen(folder, *boots, COLD, *program)
+    forked = seen(folder, *boots, zygote, *program)
     unlisted = {k: v for k, v in differing(plain, cold).items() if k not in OF_WORKERS}
     assert not unlisted, "python and a cold worker"
     unlisted = {k: v for k, v in differing(cold, forked).items() if k not in OF_FORKED}
@@ -133,8 +135,8 @@ def test_all_that_differs_has_a_reason(place: tuple[Path, str], form: str) -> No
 def test_what_is_listed_does_differ(place: tuple[Path, str]) -> None:
     """A reason that is none any more goes."""
     folder, zygote = place
-    boots = [sys.executable, "-I", "-S", boot.__file__, str(os.getpid())]
-    program = [sys.executable, "-u", *FORMS["script"]]
-    plain, cold = seen(program, folder), seen([*boots, COLD, *program], folder)
+    boots = (sys.executable, "-I", "-S", boot.__file__, str(os.getpid()))
+    program = (sys.executable, "-u", *FORMS["script"])
+    plain, cold = seen(folder, *program), seen(folder, *boots, COLD, *program)
     assert differing(plain, cold).keys() == OF_WORKERS.keys()
-    assert differing(cold, seen([*boots, zygote, *program], folder)).keys() == OF_FORKED.keys()
+    assert differing(cold, seen(folder, *boots, zygote, *program)).keys() == OF_FORKED.keys()

@@ -129,10 +129,15 @@ def cases_of(steps: Sequence[Step]) -> list[Case]:
     return found
 
 
+CONDITIONAL = ("claim", "end of an upload", "receipt", "attempt's manifest", "manifest", "commit")
+"""Steps in which a server that honours conditions could answer otherwise than one that ignores them."""
+
+
 def on_servers(steps: Sequence[Step]) -> list[object]:
-    """All cases on a real gateway; those that leave most behind on another server, too."""
+    """All cases on a real gateway; those that leave most behind on a server that honours conditions, too."""
     rows = [("juicefs", case) for case in cases_of(steps)]
-    rows += [("moto", case) for case in cases_of(steps) if len(case.victims) == WORLD_SIZE]
+    conditional = [step for step in steps if step.name in CONDITIONAL or step in STEPS_OF_A_FAILURE]
+    rows += [("moto", case) for case in cases_of(conditional) if len(case.victims) == WORLD_SIZE]
     return [pytest.param(server, case, id=f"{server}-{case}") for server, case in rows]
 
 
