@@ -72,6 +72,7 @@ def test_capabilities(kind: str, make_url: Callable[[str], str], monkeypatch: py
         Capability.HOST_LOCKS: kind == "no-links",
         Capability.GUARDED_READS: not kind.startswith("fsspec"),
         Capability.HOST_CACHE: kind in ("local", "file-url", "no-links"),
+        Capability.ON_EVERY_HOST: False,
     }
     assert {capability: store.can(capability) for capability in Capability} == expected
     assert store.list("") == []
