@@ -61,7 +61,7 @@ fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the old
 	$(BIN)/python -W ignore -m tests.fuzz
 
 chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
-	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure CHAOS_AWAY_S=30 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
+	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure,beside CHAOS_AWAY_S=30 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
 		CHAOS_STORES=folder,s3 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
 
 check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian

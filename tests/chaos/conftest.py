@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well, those marked
     `also_folder` without any server too.
 
-    CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure.
+    CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure,beside.
     """
     if "flavour" not in metafunc.fixturenames:
         return
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     known = (*STORES, *ON_OBJECTS)
     assert set(chosen) <= set(known), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(known)}"
     also_secure = metafunc.definition.get_closest_marker("also_secure") is not None
-    usual = STORES if also_secure else STORES[:1]
+    usual = STORES[:2] if also_secure else STORES[:1]
     if metafunc.definition.get_closest_marker("also_folder") is not None:
         usual = (*usual, "folder")
     metafunc.parametrize("flavour", chosen or usual)

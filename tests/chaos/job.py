@@ -19,16 +19,18 @@ from tests.certificates import Authority
 from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
 from tests.cluster import Cluster, Node, until
-from tests.etcd import Server, etcdctl
+from tests.etcd import ALONE, Beside, Server, etcdctl, leader_of
 from tests.s3 import BUCKET, S3Server
 from tests.template import Forked, template
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
-STORES = ("plain", "secure")
+STORES = ("plain", "secure", "beside")
 ON_OBJECTS = ("folder", "s3")
 """Stores on the shared storage, and on an S3 server (moto): for tests in which the store is not hurt."""
+ENDS_SOON = "lease_ttl=3"
+"""For tests that wait for a lease to end."""
+_LEASE = "lease_ttl=10"
 _PASSWORD = "s3cret-words"
-LEASE_TTL_S = 3.0
 BUSY_S = 0.5
 """What two busy cores take at most to wake a process: so much later it may tell what has happened."""
 
@@ -45,16 +47,7 @@ class Store:
 
     def leader(self) -> int:
         """Which member leads."""
-
-        def find() -> list[int] | None:
-            with contextlib.suppress(AssertionError):
-                for i, member in enumerate(self.members):
-                    (told,) = json.loads(etcdctl(member, "endpoint", "status", "-w", "json", tls=self.tls))
-                    if told["Status"]["leader"] == told["Status"]["header"]["member_id"]:
-                        return [i]
-            return None
-
-        return until("a leader of the etcd cluster", find)[0]
+        return self.members.index(leader_of(self.members, self.tls))
 
     def stop(self) -> None:
         """SIGKILL to all members."""
@@ -75,8 +68,8 @@ class Store:
 class Job(Cluster):
     """Nodes that share an etcd, and a folder that stands for the shared storage.
 
-    Every node has a host of its own, which stays when the node is started again. Nodes' leases are short, so that a
-    test of a loss is short too; a second longer than etcd's least, since a busy machine keeps agents from renewing.
+    Every node has a host of its own, which stays when the node is started again. Leases are longer than a busy machine
+    keeps a process waiting; where a test waits for one to end, it says `ENDS_SOON`.
     """
 
     def __init__(self, folder: Path, network: Network | Loopback, store: Store) -> None:
@@ -113,9 +106,7 @@ class Job(Cluster):
         self, name: str, *, nnodes: str, conf: str = "", options: tuple[str, ...] = (), script: tuple[str, ...] = ()
     ) -> Node:
         """Start a node."""
-        settings = ",".join((*self.store.conf, *([conf] if conf else [])))
-        if "lease_ttl=" not in settings:
-            settings += f"{',' if settings else ''}lease_ttl={LEASE_TTL_S:g}"
+        settings = ",".join((_LEASE, *self.store.conf, *([conf] if conf else [])))
         return self.start(name, *options, SCRIPT, str(self.work), *script, nnodes=nnodes, conf=settings)
 
     # --- what it did
@@ -196,8 +187,8 @@ def _all_of(node: Node) -> list[psutil.Process]:
 def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members: int) -> Iterator[Store]:
     """An etcd of that flavour, each member on a host of its own; gone afterwards.
 
-    "folder" and "s3" are none: nodes meet on the shared storage, or on an S3 server. "secure" wants client
-    certificates, and a user with a password who may write under one prefix only.
+    "beside" is what `elastic-moe etcd` starts on them. "folder" and "s3" are none: nodes meet on the shared storage, or
+    on an S3 server. "secure" wants client certificates, and a user with a password who may write under one prefix only.
     """
     if flavour == "folder":
         yield Store((), (), (), {})
@@ -215,9 +206,12 @@ def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members
         options = ("--cert-file", served["cert"], "--key-file", served["key"], "--client-cert-auth")
         options += ("--trusted-ca-file", served["cacert"])
         options += ("--bcrypt-cost", "4")  # the default costs etcd a tenth of a second of processor time per login
+    if num_members == 1:
+        options += ALONE
     scheme = "https" if tls else "http"
+    kind = Beside if flavour == "beside" else Server
     members = tuple(
-        Server(folder, host.name, *options, scheme=scheme, address=host.address, enter=host.enter) for host in hosts
+        kind(folder, host.name, *options, scheme=scheme, address=host.address, enter=host.enter) for host in hosts
     )
     everyone = ",".join(member.cluster for member in members)
     store = Store(members, hosts, _conf(folder, tls), tls)

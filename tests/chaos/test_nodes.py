@@ -13,7 +13,7 @@ import time
 import pytest
 
 from launcher.reports.goodput import Cause
-from tests.chaos.job import BUSY_S, Job, freeze, thaw
+from tests.chaos.job import BUSY_S, ENDS_SOON, Job, freeze, thaw
 from tests.cluster import Node, alive, until
 
 pytestmark = pytest.mark.slow
@@ -27,9 +27,12 @@ long before its first step at most. Nor does anybody know when in a lease its no
 """
 
 
-def three(job: Job, **options: tuple[str, ...]) -> tuple[Node, Node, Node]:
+FROZEN = f"{ALL},{ENDS_SOON}"
+
+
+def three(job: Job, conf: str = ALL, **options: tuple[str, ...]) -> tuple[Node, Node, Node]:
     """Nodes a, b and c that work together; a is the oldest, leads, and has rank 0."""
-    a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=ALL, **options)
+    a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=conf, **options)
     assert job.steps(3) == 1
     return a, b, c
 
@@ -78,7 +81,7 @@ def test_a_killed_agent(job: Job) -> None:
 @pytest.mark.also_folder
 def test_a_frozen_node_that_thaws(job: Job) -> None:
     """It is lost after its lease; once it thaws its workers stop before they begin a step, and it joins again."""
-    a, b, c = three(job)
+    a, b, c = three(job, FROZEN)
     freeze(b)
     alone = job.steps(2, after=1)
     thaw(b)
@@ -90,7 +93,7 @@ def test_a_frozen_node_that_thaws(job: Job) -> None:
 
 def test_a_frozen_node_of_a_stock_script(job: Job) -> None:
     """The same for a script that knows nothing of us; thawed, the node joins again, and ends with the others."""
-    a, b, c = three(job, script=("--stock",))
+    a, b, c = three(job, FROZEN, script=("--stock",))
     freeze(b)
     job.steps(2, after=1)
     thaw(b)
@@ -138,7 +141,7 @@ def test_the_node_that_matters(job: Job, victim: str) -> None:
 def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> None:
     """The round of three was proposed and is not joined by all; the other two form the next one."""
     assert callable(fault)
-    started = [*job.nodes("a", "b", nnodes="2:3", conf=ALL), job.node("c", nnodes="2:3", conf=ALL)]
+    started = [*job.nodes("a", "b", nnodes="2:3", conf=FROZEN), job.node("c", nnodes="2:3", conf=FROZEN)]
     nodes = {node.name: node for node in started}
     victim = nodes.pop(name)
     job.wait_event("round_formed")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 
 from launcher.reports.goodput import Cause
-from tests.chaos.job import Job
+from tests.chaos.job import ENDS_SOON, Job
 from tests.chaos.network import Network
 from tests.cluster import Node
 
 pytestmark = [pytest.mark.slow, pytest.mark.cuts]
 
-ALL = "last_call=60,join_cooldown=1"
+ALL = f"last_call=60,join_cooldown=1,{ENDS_SOON}"
 
 
 def three(job: Job, conf: str = ALL) -> tuple[Node, Node, Node]:

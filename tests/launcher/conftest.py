@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from launcher.health import liveness
+from launcher.kv.lease import Lease
 from launcher.rounds.membership import Rules
 from tests.cluster import Cluster, cluster
-from tests.etcd import Server, client, etcd
+from tests.etcd import LONG_TTL_S, Server, client, etcd
 from tests.launcher.members import Job
 from tests.launcher.stores import connect, etcd_server
 
@@ -34,6 +35,12 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
     """Nodes of one job on a store of its own, and their files in a folder beside the test's."""
     with cluster(tmp_path / "nodes") as made:
         yield made
+
+
+@pytest.fixture
+def renewed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of `LONG_TTL_S` are renewed every second: what renewals do shows soon, and a busy machine ends none."""
+    monkeypatch.setattr(Lease, "renewals_per_ttl", LONG_TTL_S)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from launcher.errors import UsageError
 from launcher.kv.connect import connect
 from tests.certificates import Authority
 from tests.cluster import free_port, until
-from tests.etcd import Server, config, connected, etcd, etcdctl, gather, gather_in_spite, options
+from tests.etcd import LONG_TTL_S, Server, config, connected, etcd, etcdctl, gather, gather_in_spite, options
 from tests.template import child_environment
 
 pytestmark = pytest.mark.slow
@@ -57,10 +57,10 @@ def conf(authority: Authority, secure: Server) -> dict[str, str]:
 
 
 class TestSecurity:
-    def test_a_user_with_rights_on_a_prefix(self, secure: Server, conf: dict[str, str]) -> None:
+    def test_a_user_with_rights_on_a_prefix(self, secure: Server, conf: dict[str, str], renewed_often: None) -> None:
         with connected(secure.endpoint, **conf, prefix="/jobs/") as kv:
             watch = kv.watch("/jobs/", 1)
-            lease = kv.lease(2)
+            lease = kv.lease(LONG_TTL_S)
             assert kv.put("/jobs/k", b"1", lease=lease) is not None
             assert len(gather(watch, 1)) == 1
             deadline_s = lease.deadline_s

@@ -83,7 +83,8 @@ class Job:
         max_restarts: int = 3,
         conf: str = "last_call=60",
     ) -> StockNode:
-        """Start a node. A script's argument is the job's folder, if none is given."""
+        """Start a node. A script's argument is the job's folder, if none is given. Leases are long."""
+        conf = conf if "lease_ttl" in conf else f"{conf},lease_ttl=15"
         arguments = ["--rdzv-backend=etcd3", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={self.run_id}"]
         arguments += [f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
         arguments += [f"--rdzv-conf={conf}", script, *(script_arguments or (str(self.folder),))]
@@ -161,7 +162,7 @@ def test_a_killed_node_is_lost_and_taken_in_again(job: Job) -> None:
 
 
 def test_a_frozen_node_is_lost_joins_again_when_it_thaws_and_may_die_unnoticed(job: Job) -> None:
-    conf = "last_call=60,join_cooldown=0.5"
+    conf = "last_call=60,join_cooldown=0.5,lease_ttl=3"
     nodes = job.start("larger", PLAIN, nproc=2, conf=conf), job.start("smaller", PLAIN, conf=conf)
     assert sorted((s["RANK"], s["WORLD_SIZE"]) for s in job.wait_started(3)) == [(0, 3), (1, 3), (2, 3)]
     larger, smaller = nodes

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _DIAGNOSIS_TIMEOUT_S = 1.0
 _DIAGNOSIS_STEP_TIMEOUT_S = 0.5  # it connects, asks, and asks once more with TLS
 _RETRY_S = 0.2
+_RENEWALS_RECONNECT_S = 0.1  # an etcd that is back has a part of a TTL left to answer in: none of it is slept away
 
 
 class EtcdKV:
@@ -42,7 +43,7 @@ class EtcdKV:
         self._config = config
         endpoints, token = Endpoints(len(config.endpoints)), AuthToken()
         self._calls = Transport(config, endpoints, token)
-        self._renewals = Transport(config, endpoints, token)
+        self._renewals = Transport(config, endpoints, token, reconnect_s=_RENEWALS_RECONNECT_S)
         self._members = EtcdMembers(self._renewals, config.endpoints)
         self._leases: list[Lease] = []
         self._watches: list[EtcdWatch] = []

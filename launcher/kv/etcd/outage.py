@@ -4,6 +4,11 @@ Only a leader of the cluster ends leases, and one that is elected gives every le
 etcd's server/lease/lessor.go). So at the moment in which every member either refuses connections, its process not being
 there, or says that it does not lead, whoever leads later was elected after: no lease ends before a TTL from then.
 
+A member that is started again listens before it serves: it has its data to read and a leader to find. A connection that
+was refused a moment ago and now hangs says that a process is there, and no more. Its leader may have been elected right
+after the last refusal and have been frozen before it served, and leases end by the time that it was frozen for. So the
+last refusal is the last proof, and etcd has a TTL from it to answer a renewal in (workers yield at 0.6 of it).
+
 Silence proves nothing: a member that does not answer may lead, and have lost only the way to this node. Nor does the
 refusal of an address that is not a member's own (a load balancer's, a tunnel's): an endpoint counts for a member if it
 is an address that this member, and no other, tells its clients to use, and if that member answered there.

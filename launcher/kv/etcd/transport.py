@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 3.0
 
+RECONNECT_S: Final = 0.4
+"""An endpoint that refuses is tried again after so long."""
+
 _OPTIONS: Final = (
     # a stream's reader waits in gRPC, instead of waking ten times a second to ask a thread of gRPC's own
     ("SingleThreadedUnaryStream", 1),
@@ -57,7 +60,6 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),  # whether a call may be sent twice is decided here
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 400),  # after an outage a lease is renewed within a fraction of its TTL
     ("grpc.keepalive_time_ms", 10_000),  # etcd hangs up on clients that ping more often than every 5 s
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -214,8 +216,12 @@ Rpc = Callable[[EndpointChannel], Callable[..., Any]]
 class Transport:
     """One connection per endpoint, opened when needed. For any number of threads."""
 
-    def __init__(self, config: EtcdConfig, endpoints: Endpoints, token: AuthToken) -> None:
+    def __init__(
+        self, config: EtcdConfig, endpoints: Endpoints, token: AuthToken, *, reconnect_s: float = RECONNECT_S
+    ) -> None:
+        """`reconnect_s`: while an endpoint refuses, it is tried again so often."""
         self.endpoints = endpoints
+        self._options = (*_OPTIONS, ("grpc.max_reconnect_backoff_ms", int(reconnect_s * 1000)))
         self._config = config
         self._token = token
         self._lock = threading.Lock()
@@ -244,9 +250,9 @@ class Transport:
     def _open(self, target: str) -> Any:
         tls = self._config.tls
         if tls is None:
-            return grpc.insecure_channel(target, options=_OPTIONS)
+            return grpc.insecure_channel(target, options=self._options)
         credentials = grpc.ssl_channel_credentials(tls.cacert, tls.key, tls.cert)
-        return grpc.secure_channel(target, credentials, options=_OPTIONS)
+        return grpc.secure_channel(target, credentials, options=self._options)
 
     def call(
         self,
