@@ -9,6 +9,8 @@ Launching       launch_agent runs one node's agent, as `elastic-moe run` does: L
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
                 group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
 From outside    open_job is a JobClient: nodes, follow (JobStatus after JobStatus), drain (with a DrainOrder).
+A store         EtcdHost keeps an installed etcd (find_binary) in its EtcdPlace beside the nodes, as `elastic-moe etcd`;
+                parse_members, find_own and read_tls read what that is told, is_loopback tells whether it needs TLS.
 Afterwards      EventName names the events of `events.jsonl`, each of whose lines is an EventRecord; launcher.reports
                 makes from them the account of a job's time.
 Environment     holds what agents set for their workers, and users for agents.
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
     from launcher.health.preflight import Check, PreflightRules
     from launcher.job_client import JobClient, open_job
     from launcher.kv.connect import BACKENDS, OUTLIVING, looks_like_bucket, unknown_backend
+    from launcher.kv.endpoint import is_loopback
+    from launcher.kv.etcd.host import EtcdHost
+    from launcher.kv.etcd.place import EtcdPlace, find_binary, find_own, read_tls
+    from launcher.kv.etcd.seats import MAX_SEATS, parse_members
     from launcher.launch import LaunchOptions, launch_agent
     from launcher.reports.job_status import JobStatus, NodeStatus
     from launcher.rounds.formation import Planner
@@ -52,6 +58,7 @@ __all__ += ["Infeasible", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "node_lo
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
 __all__ += ["looks_like_bucket", "unknown_backend"]
+__all__ += ["MAX_SEATS", "EtcdHost", "EtcdPlace", "find_binary", "find_own", "is_loopback", "parse_members", "read_tls"]
 __all__ += ["keep_to_own", "tied_command"]
 __all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "NodeStatus", "open_job"]
 __all__ += ["Environment", "EventName", "EventRecord"]
@@ -67,6 +74,10 @@ _ROOMS = {
     "launcher.health.preflight": "Check PreflightRules",
     "launcher.job_client": "JobClient open_job",
     "launcher.kv.connect": "BACKENDS OUTLIVING looks_like_bucket unknown_backend",
+    "launcher.kv.endpoint": "is_loopback",
+    "launcher.kv.etcd.host": "EtcdHost",
+    "launcher.kv.etcd.place": "EtcdPlace find_binary find_own read_tls",
+    "launcher.kv.etcd.seats": "MAX_SEATS parse_members",
     "launcher.launch": "LaunchOptions launch_agent",
     "launcher.reports.job_status": "JobStatus NodeStatus",
     "launcher.rounds.formation": "Planner",

@@ -6,6 +6,7 @@
     ├── UsageError                   the user's mistake: one line, exit code 2
     ├── KVError
     │   ├── KVUnavailable            the store does not answer now; the caller may try again
+    │   │   └── StoreHostSilent      the same, of a store that one of the nodes hosts
     │   └── Compacted                a watch asked for revisions that the store has forgotten; list again
     ├── JobClosed                    the job ended: succeeded, or failed with a reason
     ├── Drained                      this node was asked to leave, and does; exit code 75, or 128 + signal
@@ -20,6 +21,7 @@ __all__ = [
     "KVUnavailable",
     "LauncherError",
     "RendezvousTimeout",
+    "StoreHostSilent",
     "UsageError",
 ]
 
@@ -45,6 +47,15 @@ class KVError(LauncherError):
 
 class KVUnavailable(KVError):
     """No answer from the store. A write may or may not have happened: read before writing again."""
+
+
+class StoreHostSilent(KVUnavailable):
+    """The node that hosts the store does not answer; `refused`: its machine does, and the store's process is gone."""
+
+    def __init__(self, what: str, node_id: str, *, refused: bool) -> None:
+        super().__init__(what)
+        self.node_id = node_id
+        self.refused = refused
 
 
 class Compacted(KVError):

@@ -40,6 +40,7 @@ class EventName(StrEnum):
     PEER_LOST = "peer_lost"
     STORE_UNREACHABLE = "store_unreachable"
     STORE_BACK = "store_back"
+    STORE_HOST_LOST = "store_host_lost"
     WORKERS_STORE_UNREACHABLE = "workers_store_unreachable"
     PREFLIGHT_FAILED = "preflight_failed"
     PREFLIGHT_SLOW = "preflight_slow"

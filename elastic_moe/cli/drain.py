@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.job_options import add_job_options, open_named_job
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
     from launcher import JobClient, Node
 
-_POLL_S = 0.25
 _EPILOG = """\
 The workers of all nodes stop at one step boundary and save, the node leaves,
 the others go on without it. Its agent ends with exit code 75. Nodes of a stock
@@ -105,9 +104,9 @@ def _wait(job: JobClient, chosen: Sequence[str], timeout_s: float) -> int:
     """Print what each node does until all have left, and return the exit code."""
     began_s = time.monotonic()
     told = dict.fromkeys(chosen, "")
-    while True:
-        states = _states(job, chosen)
-        for node_id, state in states.items():
+    for states in _states(job):
+        for node_id in chosen:
+            state = states.get(node_id, "left")
             if state != told[node_id]:
                 told[node_id] = state
                 print(f"{time.monotonic() - began_s:6.1f} s  {node_id}: {state}", flush=True)
@@ -117,15 +116,20 @@ def _wait(job: JobClient, chosen: Sequence[str], timeout_s: float) -> int:
         if time.monotonic() - began_s >= timeout_s:
             print(f"not gone within {timeout_s:g} s: {', '.join(remaining)}", file=sys.stderr)
             return 1
-        time.sleep(_POLL_S)
+    raise AssertionError("a job is followed for ever")
 
 
-def _states(job: JobClient, chosen: Sequence[str]) -> dict[str, str]:
-    """What each chosen node does now, as far as the store tells."""
+def _states(job: JobClient) -> Iterator[dict[str, str]]:
+    """What each live node does, whenever something has changed and each second."""
+    states: dict[str, str] = {}
     try:
-        status = {node.node_id: node.status.value for node in job.nodes()}
+        for status, trouble in job.follow():
+            if not trouble:
+                states = {node.node_id: node.status.value for node in status.nodes}
+            elif job.has_gone_with_its_store():
+                states = {}
+            yield states
     except KVUnavailable:
         if not job.has_gone_with_its_store():
-            return {}
-        status = {}
-    return {node_id: status.get(node_id, "left") for node_id in chosen}
+            raise
+        yield {}

@@ -18,7 +18,7 @@ from typing import NoReturn
 from elastic_moe.cli import streams
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, PrintVersion, one_line
 
-_VERBS = ("run", "train", "generate", "demo", "plan", "ckpt", "status", "drain", "report")
+_VERBS = ("run", "train", "generate", "demo", "plan", "ckpt", "status", "drain", "report", "etcd")
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 

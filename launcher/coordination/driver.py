@@ -85,7 +85,12 @@ class _Held:
             stands
             if silence is None
             else dataclasses.replace(
-                stands, silent_since_s=silence.since_s, silence=silence.reason, stands=silence.stands
+                stands,
+                silent_since_s=silence.since_s,
+                silence=silence.reason,
+                stands=silence.stands,
+                host=silence.host,
+                refused=silence.refused,
             )
         )
         return self.seen != before

@@ -57,14 +57,20 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
     """
     conf = meeting.conf
     host = socket.gethostname()
+    node_id = f"{name or host}-{uuid.uuid4().hex[:8]}"
     with (
         connect(
-            meeting.backend, meeting.endpoint, conf, local_addr=meeting.local_addr, timeout_s=conf.connect_timeout
+            meeting.backend,
+            meeting.endpoint,
+            conf,
+            local_addr=meeting.local_addr,
+            timeout_s=conf.connect_timeout,
+            node_id=node_id,
         ) as connection,
         contextlib.closing(_listen(connection.local_address)) as listener,
     ):
         node = Node(
-            node_id=f"{name or host}-{uuid.uuid4().hex[:8]}",
+            node_id=node_id,
             host=host,
             address=connection.local_address,
             port=listener.port,

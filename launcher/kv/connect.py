@@ -65,10 +65,12 @@ def connect(
     *,
     local_addr: str | None = None,
     timeout_s: float | None = None,
+    node_id: str = "",
 ) -> Connection:
     """Open the store.
 
     Args:
+        node_id: who opens it; the others are told where that node hosts the store.
         timeout_s: how long to wait for the store; None: as long as its kind deserves (an embedded one comes with the
             first node, an etcd should be there before).
 
@@ -80,7 +82,7 @@ def connect(
             kv = MemoryKV()
             return Connection(kv, local_addr or "127.0.0.1", hosts_store=False, close=kv.close)
         case "embedded":
-            return _connect_embedded(endpoint, options, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S)
+            return _connect_embedded(endpoint, options, local_addr, timeout_s or _EMBEDDED_TIMEOUT_S, node_id)
         case "bucket":
             return _connect_bucket(endpoint, local_addr)
         case "etcd3":
@@ -154,14 +156,17 @@ def _resolvable(config: EtcdConfig) -> str:
     return addresses_of(config.endpoints[-1][0])[0]
 
 
-def _connect_embedded(endpoint: str, options: StoreOptions, local_addr: str | None, timeout_s: float) -> Connection:
+def _connect_embedded(
+    endpoint: str, options: StoreOptions, local_addr: str | None, timeout_s: float, node_id: str
+) -> Connection:
     may_host = options.is_host is not False
     host, port = parse_endpoint(endpoint, free_port=may_host)
     ends_s = time.monotonic() + timeout_s
     addresses = addresses_of(host, timeout_s)
     token = _token(options, required=not all(map(is_loopback, addresses)))
     # A name of several addresses is hosted on one that all nodes agree on; whoever comes tries all of them.
-    server = _try_host(addresses[0], port, token, must=options.is_host is True) if may_host else None
+    hosted = EmbeddedServer(addresses[0], port, token=token, node_id=node_id) if may_host else None
+    server = _try_host(hosted, must=options.is_host is True) if hosted else None
     if not port and not server:
         raise UsageError(f"--rdzv-endpoint {endpoint!r}: a free port can be found on this machine only")
     if not port and server:
@@ -198,16 +203,16 @@ def _token(options: StoreOptions, *, required: bool) -> str:
     return token
 
 
-def _try_host(address: str, port: int, token: str, *, must: bool) -> EmbeddedServer | None:
+def _try_host(server: EmbeddedServer, *, must: bool) -> EmbeddedServer | None:
     """Host the store if the endpoint is this machine's and nobody does yet. `must`: fail where that cannot be."""
-    server = EmbeddedServer(address, port, token=token)
     try:
         server.start()
     except OSError as error:
         # Another node of this machine was first, or the address is another machine's.
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not must:
             return None
-        raise UsageError(f"--rdzv-endpoint {spelled(address, port)} cannot be bound: {error.strerror}") from error
+        where = spelled(server.host, server.port)
+        raise UsageError(f"--rdzv-endpoint {where} cannot be bound: {error.strerror}") from error
     return server
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from launcher.errors import KVUnavailable
+from launcher.errors import KVUnavailable, StoreHostSilent
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ class StoreSilence:
     since_s: float
     reason: str
     stands: bool
+    host: str = ""
+    """Id of the node that hosts the store, where one does."""
+    refused: bool = False
+    """Whether it refuses connections: its process is gone, and the store with it."""
 
 
 class Lease:
@@ -115,11 +119,14 @@ class Lease:
             stands = False
         if stands and time.monotonic() < self._deadline_s:  # later, it may have ended before the store was asked
             self._deadline_s = asked_s + self.ttl_s
-        if self.silence is None or self.silence.stands != stands:
+        before = self.silence
+        host, refused = (error.node_id, error.refused) if isinstance(error, StoreHostSilent) else ("", False)
+        if before is None or before.stands != stands:
             how = "but the store ends no lease now" if stands else "it may end"
             log.warning("lease %x not renewed, %s: %s", self.lease_id, how, error)
-            since_s = self.silence.since_s if self.silence else sent_s
-            self.silence = StoreSilence(since_s, str(error), stands)
+        if before is None or (before.stands, before.host, before.refused) != (stands, host, refused):
+            since_s = before.since_s if before else sent_s
+            self.silence = StoreSilence(since_s, str(error), stands, host, refused)
         return time.monotonic() < self._deadline_s
 
     def stop(self) -> None:

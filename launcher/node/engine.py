@@ -299,15 +299,10 @@ class NodeEngine:
         # That one who leaves is gone is no news; what was learnt before a listing may be of another store.
         if self._is_leaving or self.own.fenced(now_s) or not self._is_listed:
             return
-        if (
-            current is not None
-            and current.complete
-            and current.broken is None
-            and record.status is Status.RUNNING
-            and record.generation == current.generation != self._joined
-        ):
-            self._joined = current.generation
-            self._effects.append(WatchPeers(watched_by(current, self.node_id)))
+        works = current if current and current.complete and current.broken is None else None
+        if works and record.status is Status.RUNNING and record.generation == works.generation != self._joined:
+            self._joined = works.generation
+            self._effects.append(WatchPeers(watched_by(works, self.node_id)))
         if self.board.counts_as_lost(self.node_id, self.own.registered_revision) or self._is_superseded():
             self._fence("taken for lost")
         else:
@@ -326,7 +321,7 @@ class NodeEngine:
     @property
     def _wants_election(self) -> bool:
         if self._is_leaving:
-            return self.own.lease is not None and not self._election.has_left
+            return self.own.lease is not None and not self._election.has_left and not self.own.store_host.lost
         if self.own.is_fenced:
             return self._election.is_won
         return self._is_listed and not self.board.leader
@@ -336,10 +331,10 @@ class NodeEngine:
         lease = self.own.lease
         if self._is_leaving:
             self.leader = None
-            if lease is not None and not self._election.has_left:
+            if lease is not None and self._wants_election:
                 how = LEFT if self.own.record.yielded else LEFT_AT_ONCE
                 self._effects += self._election.proclaim(how, lease.lease_id, now_s)
-            if (lease is None or self._election.has_left) and not self.own.is_leaving:
+            if not self._wants_election and not self.own.is_leaving:
                 self.own.leave()
             return
         if self.own.fenced(now_s) or lease is None:
@@ -390,8 +385,8 @@ class NodeEngine:
 
     def _note_why(self) -> None:
         led = f"node {self.board.leader} leads" if self.board.leader else "a leader is being chosen"
-        others = self.leader.why if self.leader is not None else led
-        self.why = "the store does not answer" if self._unanswered else self.own.why or others
+        others = self.own.why or (self.leader.why if self.leader else led)
+        self.why = self.own.store_host.lost or ("the store does not answer" if self._unanswered else others)
 
     @property
     def _generation(self) -> int:

@@ -33,7 +33,8 @@ class LeaseSeen:
     """How a lease of this node's stands: surely until `deadline_s`, or it is `lost`.
 
     `silent_since_s`: since when renewals are not answered, None while they are; `silence` says how, and `stands`
-    whether the store is known to end no lease meanwhile.
+    whether the store is known to end no lease meanwhile. Where a node hosts the store, `host` is its id, and `refused`
+    says that it refuses connections.
     """
 
     lease_id: int
@@ -42,6 +43,8 @@ class LeaseSeen:
     silent_since_s: float | None = None
     silence: str = ""
     stands: bool = False
+    host: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from launcher.node.asking import RETRY_S, Asking
 from launcher.node.board import NODES
 from launcher.node.effects import Abandon, Effect, Get, Grant, Lane, Put, Report, Revoke
 from launcher.node.events import Answered, Granted, LeaseSeen, Unanswered
+from launcher.node.store_host import StoreHost
 from launcher.rounds.history import Exclusion
 from launcher.rounds.records import LEFT, Node, Status
 
@@ -76,6 +77,7 @@ class Registration:
         self._waits = True  # for a round: then its record says whether it may take part
         self._checked_s = self._lingers_until_s = -math.inf
         self._silent_since_s: float | None = None
+        self.store_host = StoreHost()
         self._leaving: list[str] | None = None  # what is still to be done for that
         self._asking = Asking()
 
@@ -119,6 +121,8 @@ class Registration:
         times = [self._asking.due_s if self._has_work() else math.inf]
         if not (self._fenced or self._in_doubt) and self._leaving is None:
             times = [max(times[0], self._lingers_until_s)]
+        if self.lease is not None:
+            times.append(self.store_host.due_s(self.lease.seen))
         if not self._fenced and self.lease is not None:
             times += [self.lease.fence_s, max(self._asking.due_s, self._checked_s + CHECK_PERIOD_S)]
         return min(times)
@@ -192,6 +196,7 @@ class Registration:
         return [Report(EventName.STORE_UNREACHABLE, self.record.generation, fields)]
 
     def _back(self, now_s: float) -> list[Effect]:
+        self.store_host.back()
         if self._silent_since_s is None:
             return []
         seconds = round(now_s - self._silent_since_s, 3)
@@ -205,6 +210,12 @@ class Registration:
         """What to do now."""
         if self.fenced(now_s):
             self.fence()
+        told: list[Effect] = []
+        if self.lease is not None and not self.is_leaving:
+            told += self.store_host.look(self.lease.seen, self.record.generation, now_s, is_over=self._fenced)
+        return [*told, *self._ask(now_s)]
+
+    def _ask(self, now_s: float) -> list[Effect]:
         if not self._asking.is_free(now_s) or self.is_gone:
             return []
         if self._leaving is not None:

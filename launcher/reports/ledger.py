@@ -62,13 +62,14 @@ class _Open:
     """Seconds that are booked to it so far; those in which the job was closed are not among them."""
     failures: list[EventRecord] = field(default_factory=list)
     refused: bool = False
-    """Whether a peer's agent has refused a connection: that peer is gone, and not merely silent."""
+    """Whether a peer's agent has refused a connection, or the store its host: it is gone, and not merely silent."""
     root_rank: int | None = None
     """The rank whose failure it began with; None until the leader has told."""
 
     def explain(self, why: Reason) -> None:
         """Replace the cause by `why`, if that explains what was known so far."""
-        if EXPLAINS.index(why.cause) > EXPLAINS.index(self.cause):
+        deeper = why.cause is self.cause and why.is_deeper and set(self.nodes) <= set(why.nodes)
+        if deeper or EXPLAINS.index(why.cause) > EXPLAINS.index(self.cause):
             self.cause, self.root, self.nodes = why.cause, why.root, why.nodes
         elif why.cause is self.cause is Cause.NODE_LOSS and not set(why.nodes) <= set(self.nodes):
             self.root, self.nodes = f"{self.root}; {why.root}", (*self.nodes, *why.nodes)
@@ -131,8 +132,8 @@ class Ledger:
         ts, node = float(event["ts"]), str(event.get("node", ""))
         self._refused.discard(node)
         match event["event"]:
-            case EventName.PEER_LOST:
-                self._refused.add(str(event.get("peer", "")))
+            case EventName.PEER_LOST | EventName.STORE_HOST_LOST:
+                self._refused.add(str(event.get("peer") or event.get("node_lost", "")))
             case EventName.NODE_JOINED:
                 self._joined(node, ts)
             case EventName.ROUND_FORMED:
@@ -294,7 +295,7 @@ class Ledger:
             began_ts = min(self._began_to_stand(event, why), self._open.began_ts)
             self._open.began_ts = self._since_ts = self.stretches[-1].ended_ts = began_ts
         self._open.explain(why)
-        self._open.refused |= event["event"] == EventName.PEER_LOST
+        self._open.refused |= event["event"] in (EventName.PEER_LOST, EventName.STORE_HOST_LOST)
         if event["event"] == EventName.WORKER_FAILED:
             self._open.failures.append(event)
 

@@ -29,6 +29,8 @@ class Reason:
     """The nodes in which it began."""
     silent_s: float = 0.0
     """For how long nothing had been heard before that was noticed."""
+    is_deeper: bool = False
+    """Whether it says more of the same nodes than others of its cause do."""
 
 
 def reason_in(event: EventRecord, participants: Collection[str]) -> Reason | None:
@@ -39,6 +41,8 @@ def reason_in(event: EventRecord, participants: Collection[str]) -> Reason | Non
         case EventName.NODE_LOST if event.get("node_lost") in participants:
             lost = str(event["node_lost"])
             return Reason(Cause.NODE_LOSS, sentence(event), (lost,), float(event.get("silent_s", 0.0)))
+        case EventName.STORE_HOST_LOST:
+            return Reason(Cause.NODE_LOSS, sentence(event), (str(event.get("node_lost", "")),), is_deeper=True)
         case EventName.PEER_LOST if event.get("peer") in participants:
             return Reason(Cause.NODE_LOSS, sentence(event), (str(event["peer"]),))
         case EventName.NODE_LEFT if event.get("node_left") in participants:

@@ -89,6 +89,7 @@ _SENTENCES: Mapping[str, str | Callable[[EventRecord], str]] = {
     EventName.PEER_LOST: "node {peer} lost: {reason}",
     EventName.STORE_UNREACHABLE: "{node} has lost the store: {reason}",
     EventName.STORE_BACK: "{node} has the store again, after {seconds} s",
+    EventName.STORE_HOST_LOST: "the store went with node {node_lost}, which hosted it: {reason}",
     EventName.WORKERS_STORE_UNREACHABLE: "{node} stays out for {seconds} s: {reason}",
     EventName.PREFLIGHT_FAILED: "{node} is not fit ({check}): {reason}; it looks again in {retry_s} s",
     EventName.PREFLIGHT_SLOW: "{node} stays out until its checks have ended, which take more than {seconds} s",

@@ -15,7 +15,7 @@ from elastic_moe.cli.parser import node_range
 from elastic_moe.errors import UserError
 
 HELP = Path(__file__).parent / "help"
-VERBS = ["", "train", "demo", "plan", "ckpt", "status", "drain", "report"]
+VERBS = ["", "train", "demo", "plan", "ckpt", "status", "drain", "report", "etcd"]
 
 
 def call(*argv: str) -> int:
@@ -64,6 +64,7 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         "main(['train', 'job.toml', '--set', 'train.stepz=1'])",
         "main(['demo', '--steps', '1'])",
         "main(['drain', 'a', '--rdzv-endpoint', '127.0.0.1:9', '--rdzv-conf', 'connect_timeout=0.1'])",
+        "main(['etcd', '--members', '127.0.0.1:9', '--binary', '/no/etcd'])",
         "main(['status', '--rdzv-endpoint', '127.0.0.1:1', '--rdzv-conf', 'connect_timeout=0.1'])",
         f"main(['report', {str(Path(__file__).parent / 'report')!r}])",
     ],

@@ -230,7 +230,7 @@ def test_an_unexpected_answer_of_the_store_does_not_end_a_members_threads(job: J
 
 def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     port = free_port()
-    server = EmbeddedServer("127.0.0.1", port, token="t")
+    server = EmbeddedServer("127.0.0.1", port, token="t", node_id="host-1")
     server.start()
     bell, told = LivenessListener("127.0.0.1"), Told()
     bell.start()
@@ -242,11 +242,19 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
         member.join(member.wait_round(WAIT_S).generation, WAIT_S)
         server.close()
         until("fenced", member.fenced, WAIT_S)
+        until("told", lambda: "store_host_lost" in told.names(), WAIT_S)
+        member.announce(Status.READY, reason="stopped")
+        with pytest.raises(
+            TimeoutError, match=r"node host-1, which hosted the store, is gone .*: the job goes on once"
+        ):
+            member.wait_round(0.05)
         server = EmbeddedServer("127.0.0.1", port, token="t")
         server.start()
-        member.announce(Status.READY, reason="stopped")
         assert member.wait_round(WAIT_S).generation == 2, "counts on, though the new store knows nothing"
         assert not member.fenced()
+        assert "node host-1" not in member._engine.why
+        ((_, fields),) = [event for event in told.events if event[0] == "store_host_lost"]
+        assert (fields["node_lost"], fields["refused"]) == ("host-1", True)
     finally:
         member.leave()
         kv.close()

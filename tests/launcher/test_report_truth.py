@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -50,25 +49,40 @@ def test_a_script_as_readme_shows_it(mode: str, tmp_path: Path) -> None:
         assert names.count("checkpoint_staged") == 2 * 2
 
 
-def test_the_store_went_with_its_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own node is the root cause, not the survivor whose workers fail next; and the survivor's end is told."""
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_the_store_went_with_its_host(tmp_path: Path, capsys: pytest.CaptureFixture[str], comes_back: bool) -> None:
+    """Its own node is the root cause, not the survivor whose workers fail next. Started again as it was, the job goes
+    on by itself; else the survivor waits as long as it was told to, and its last words say what to do.
+    """
     with cluster(tmp_path) as job:
         script = (str(SCRIPTS / "cooperative.py"), str(tmp_path))
         host = job.start("host", *script, nnodes="2:2", conf="lease_ttl=3")
         until("the host", lambda: "waiting: 1 of at least 2" in host.output)
-        survivor = job.start("survivor", *script, nnodes="2:2", conf="lease_ttl=3")
+        conf = "lease_ttl=3,timeout=600" if comes_back else "lease_ttl=3,timeout=3"
+        survivor = job.start("survivor", *script, nnodes="2:2", conf=conf)
         until("steps", lambda: read_lines(tmp_path / "steps.jsonl")[5:])
         host.kill()
-        job.wait_event("workers_stopped")
-        job.wait_event("store_unreachable")
-        survivor.signal(signal.SIGTERM)
-        assert survivor.wait() == 128 + signal.SIGTERM, survivor.output
+        lost = job.wait_event("store_host_lost")
+        assert (lost["node"][:8], lost["node_lost"][:4], lost["refused"]) == ("survivor", "host", True)
+        if comes_back:
+            host = job.start("host", *script, nnodes="2:2")
+            done = len(read_lines(tmp_path / "steps.jsonl"))
+            until("steps", lambda: read_lines(tmp_path / "steps.jsonl")[done + 5 :])
+            (tmp_path / "finish").touch()
+            assert (survivor.wait(), host.wait()) == (0, 0), survivor.output
+        else:
+            assert survivor.wait() == 75, survivor.output
+            (last,) = [
+                line for line in survivor.output.splitlines() if "no round within 3 s" in line and "error" in line
+            ]
+            assert f"node {lost['node_lost']}, which hosted the store, is gone" in last
+            assert "--rdzv-endpoint /shared/meet" in last
         told = account(job.events())
-    (stop,) = told.interruptions
-    assert (stop.cause, [n.rpartition("-")[0] for n in stop.nodes]) == (Cause.NODE_LOSS, ["host"])
-    assert "is gone (connection refused)" in stop.root
-    assert (stop.resumed_ts, told.outcome) == (None, "")
-    assert re.fullmatch(r"survivor-\w{8}: stopped by SIGTERM", told.end)
+    stop = told.interruptions[0]
+    assert (stop.cause, stop.nodes) == (Cause.NODE_LOSS, (lost["node_lost"],))
+    assert stop.root.startswith(f"the store went with node {lost['node_lost']}, which hosted it: the store at 127.")
+    assert (stop.resumed_ts is not None, told.outcome) == ((True, "succeeded") if comes_back else (False, ""))
+    assert comes_back or re.match(r"survivor-\w{8}: no round within 3 s \(node host-", told.end)
     assert cli.main(["report", str(tmp_path), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert run["outages"][0]["store"] == "job store"

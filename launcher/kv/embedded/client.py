@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.errors import Compacted, KVError, KVUnavailable, UsageError
+from launcher.errors import Compacted, KVError, KVUnavailable, StoreHostSilent, UsageError
 from launcher.frames import ProtocolError, receive, send
 from launcher.kv.base import Entry, Snapshot, WatchEvent
 from launcher.kv.embedded import wire
@@ -33,6 +33,8 @@ class _Addresses:
     def __init__(self, hosts: Sequence[str], port: int) -> None:
         self._hosts = tuple(hosts)
         self.port = port
+        self.node_id = ""
+        """Of the node that hosts the store, as it has told."""
 
     def __str__(self) -> str:
         return ", ".join(spelled(host, self.port) for host in self._hosts)
@@ -94,19 +96,25 @@ class _Session:
                 raise UsageError(f"rendezvous endpoint {self._addresses}: {error}") from error
             except (OSError, EOFError) as error:
                 self._drop()
-                raise KVUnavailable(f"the store at {self._addresses} does not answer: {error}") from error
+                raise self._unavailable(error) from error
         if "compacted" in answer:
             raise Compacted(answer["compacted"])
         if "error" in answer:
             raise KVError(answer["error"])
         return answer
 
+    def _unavailable(self, error: Exception) -> KVUnavailable:
+        what = f"the store at {self._addresses} does not answer: {error}"
+        if not self._addresses.node_id:
+            return KVUnavailable(what)
+        return StoreHostSilent(what, self._addresses.node_id, refused=isinstance(error, ConnectionRefusedError))
+
     def _open(self, timeout_s: float) -> socket.socket:
         sock = self._addresses.connect(timeout_s)
         try:
             sock.settimeout(timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.store_id = wire.greet_as_client(sock, self._token, timeout_s)
+            self.store_id, self._addresses.node_id = wire.greet_as_client(sock, self._token, timeout_s)
         except BaseException:
             sock.close()
             raise

@@ -53,7 +53,7 @@ class _Handler(socketserver.BaseRequestHandler):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.connections.add(sock)
         try:
-            wire.greet_as_server(sock, server.token, server.store_id, _HANDSHAKE_TIMEOUT_S)
+            wire.greet_as_server(sock, server.token, server.store_id, _HANDSHAKE_TIMEOUT_S, server.node_id)
             if not server.strangers.leave(sock):
                 return  # it had to go for another
             sock.settimeout(_IDLE_TIMEOUT_S)
@@ -115,9 +115,10 @@ class _TCPServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 1024
 
-    def __init__(self, address: tuple[str, int], token: str) -> None:
+    def __init__(self, address: tuple[str, int], token: str, node_id: str) -> None:
         self.hub = Hub()
         self.token = token
+        self.node_id = node_id
         self.store_id = secrets.token_hex(8)
         self.connections: set[socket.socket] = set()
         self.strangers = BoundedConnections(num_max())  # whoever has not shown yet that it knows the token
@@ -138,11 +139,12 @@ class _TCPServer(socketserver.ThreadingTCPServer):
 class EmbeddedServer(Lifecycle):
     """The embedded store, which serves clients between `start` and `close`."""
 
-    def __init__(self, host: str, port: int, *, token: str) -> None:
-        """`port`: 0 takes any that is free; `self.port` tells which, from `start` on."""
+    def __init__(self, host: str, port: int, *, token: str, node_id: str = "") -> None:
+        """`port`: 0 takes any that is free; `self.port` tells which, from `start` on. `node_id`: who hosts it."""
         self.host = host
         self.port = port
         self._token = token
+        self._node_id = node_id
         self._server: _TCPServer | None = None
 
     def start(self) -> None:
@@ -151,7 +153,7 @@ class EmbeddedServer(Lifecycle):
         Raises:
             OSError: the address cannot be bound (in use: another node already hosts the store).
         """
-        self._server = server = _TCPServer((self.host, self.port), self._token)
+        self._server = server = _TCPServer((self.host, self.port), self._token, self._node_id)
         self.port = server.server_address[1]
         threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="kv-server", daemon=True

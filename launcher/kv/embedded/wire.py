@@ -19,8 +19,11 @@ MAX_HANDSHAKE_BYTES = 1024
 PROTOCOL = "elastic-moe-kv/1"
 
 
-def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: float) -> None:
+def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: float, node_id: str = "") -> None:
     """Greet a client as its server, and set the socket's time-out.
+
+    Args:
+        node_id: of the node that hosts the store; told to who knows the token.
 
     Raises:
         ProtocolError: the client does not know the token, or speaks another protocol.
@@ -35,14 +38,14 @@ def greet_as_server(sock: socket.socket, token: str, store_id: str, within_s: fl
     if not _same(answer.get("proof"), _proof(token, "client", nonce, theirs)):
         send(sock, {"refused": "wrong token"})
         raise ProtocolError("a client with a wrong token")
-    send(sock, {"proof": _proof(token, "server", theirs, nonce)})
+    send(sock, {"proof": _proof(token, "server", theirs, nonce), "node": node_id})
 
 
-def greet_as_client(sock: socket.socket, token: str, within_s: float) -> str:
+def greet_as_client(sock: socket.socket, token: str, within_s: float) -> tuple[str, str]:
     """Greet a server as its client.
 
     Returns:
-        The store's id: another one where the store was lost and made anew.
+        The store's id, another one where the store was lost and made anew; and the id of the node that hosts it.
 
     Raises:
         ProtocolError: the server speaks another protocol, or has another token.
@@ -57,7 +60,7 @@ def greet_as_client(sock: socket.socket, token: str, within_s: float) -> str:
     answer = receive(sock, MAX_HANDSHAKE_BYTES, ends_s=ends_s)
     if not _same(answer.get("proof"), _proof(token, "server", nonce, theirs)):
         raise ProtocolError("the token is not the server's")
-    return str(hello.get("store", ""))
+    return str(hello.get("store", "")), str(answer.get("node", ""))
 
 
 def _same(given: object, proof: str) -> bool:
