@@ -42,6 +42,8 @@ class Environment:
     """The node's `events.jsonl`."""
     checkpoint: Path | None = None
     """The file in which a Checkpointer says what it has committed last."""
+    service: Path | None = None
+    """The socket of the node's checkpoint service."""
     keep_children: bool = False
     """Whether processes that workers have started may outlive them; a user may set it for an agent as well."""
     token: str | None = field(default=None, repr=False)
@@ -63,7 +65,11 @@ class Environment:
             run_id=held.get("run_id", ""),
             node=held.get("node", ""),
             mesh=held.get("mesh"),
-            **{name: Path(held[name]) for name in ("channel", "stacks", "events", "checkpoint") if name in held},
+            **{
+                name: Path(held[name])
+                for name in ("channel", "stacks", "events", "checkpoint", "service")
+                if name in held
+            },
             keep_children="keep_children" in held,
             token=held.get("token"),
             etcd_password=held.get("etcd_password"),

@@ -51,6 +51,7 @@ class EventName(StrEnum):
     PREEMPTION_HINT = "preemption_hint"
     PREEMPTION_WATCH_FAILED = "preemption_watch_failed"
     CONSOLE_LOST = "console_lost"
+    SIDECAR_TROUBLE = "sidecar_trouble"
     # Rounds
     ROUND_FORMED = "round_formed"
     ROUND_BROKEN = "round_broken"

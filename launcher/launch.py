@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,7 +99,9 @@ class LaunchOptions:
     checks: tuple[Check, ...] = ()
     """Further checks, run with those of `preflight`."""
     sidecar: Sidecar | None = None
-    """What keeps the workers' state when they are ended within a step; running already, and closed by who made it."""
+    """What runs beside the workers, and outlives them."""
+    sidecar_grace_s: float = 60.0
+    """How long it may take to finish what the workers have left to it, when the node ends."""
 
 
 def launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOptions) -> int:
@@ -149,12 +151,12 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             stack.enter_context(warm)
         preflight = _preflight(extras, events)
         unfit = preflight.first()
-        capture_s = _CAPTURE_S if extras.sidecar is not None else 0.0
-        stop_s = float(config.shutdown_timeout or 0)
-        graces = GracePeriods(stop_s=stop_s, yield_s=conf.yield_timeout, capture_s=capture_s)
+        graces = _graces(config, conf, extras)
         drain = DrainRequests(grace_s=extras.drain_grace_s, stop_s=graces.stop_s)
         deadline = DrainDeadline(drain, functools.partial(_tell_overrun, events), _end_at_once)
         deadline.start()  # and closed where this node may stay for others only: it watches over all that ends the rest
+        if extras.sidecar is not None:
+            stack.enter_context(_beside(extras.sidecar, runtime_dir, events, drain, extras.sidecar_grace_s))
         if arrival.connection.hosts_store:
             stack.callback(_linger, arrival)
             stack.callback(deadline.close)
@@ -200,6 +202,26 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             sidecar=extras.sidecar,
         )
         return _run(config, member, parts)
+
+
+def _graces(config: LaunchConfig, conf: RendezvousConf, extras: LaunchOptions) -> GracePeriods:
+    capture_s = _CAPTURE_S if extras.sidecar is not None else 0.0
+    return GracePeriods(stop_s=float(config.shutdown_timeout or 0), yield_s=conf.yield_timeout, capture_s=capture_s)
+
+
+@contextlib.contextmanager
+def _beside(sidecar: Sidecar, folder: Path, events: EventLog, drain: DrainRequests, grace_s: float) -> Iterator[None]:
+    """Run the sidecar within the block; what workers have left to it is finished after this node has left."""
+    sidecar.start(folder, lambda reason: events(EventName.SIDECAR_TROUBLE, reason=reason))
+    try:
+        yield
+    except SignalException:  # a second one: at once
+        grace_s = 0.0
+        raise
+    finally:
+        now_s = time.monotonic()
+        sidecar.drain(max(0.0, drain.kill_by(now_s + grace_s) - now_s))
+        sidecar.close()
 
 
 def _warm_start(

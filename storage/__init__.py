@@ -4,7 +4,8 @@ For training    Checkpointer saves and restores a state, for a job (JobIdentity)
                 (Access), as its SavingOptions say: how often (Every, which parse_every reads), what to do about a
                 Backlog, and when a save returns (Staging); PerRank marks what each rank has of its own; CheckpointEvent
                 names what a Listener hears; ShardReader and ShardWriter are the same format and checks under
-                `dcp.load` and `dcp.save`; an AgreeingGroup is ranks that succeed or fail together.
+                `dcp.load` and `dcp.save`; an AgreeingGroup is ranks that succeed or fail together; a
+                CheckpointService is what an agent has for them.
 Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one; register_scheme adds
                 stores of your own, and a StoreWrapper is one around another.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from storage.run.garbage import remove as remove_garbage
     from storage.run.job import JobIdentity
     from storage.saving.options import SavingOptions
+    from storage.service.sidecar import CheckpointService
     from storage.state.per_rank import PerRank
     from storage.stores.buffers import Buffer
     from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
@@ -55,7 +57,16 @@ if TYPE_CHECKING:
     from storage.stores.wrapper import StoreWrapper
 
 __all__ = ["Access", "AgreeingGroup", "Checkpointer", "JobIdentity", "PerRank", "ShardReader", "ShardWriter"]
-__all__ += ["Backlog", "CheckpointEvent", "Every", "Listener", "SavingOptions", "Staging", "parse_every"]
+__all__ += [
+    "Backlog",
+    "CheckpointEvent",
+    "CheckpointService",
+    "Every",
+    "Listener",
+    "SavingOptions",
+    "Staging",
+    "parse_every",
+]
 __all__ += ["Buffer", "Capability", "Fetch", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
 __all__ += ["Opener", "Upload", "open_store", "register_scheme", "with_options"]
 __all__ += [
@@ -86,6 +97,7 @@ _ROOMS = {
     "storage.run.job": "JobIdentity",
     "storage.saving.options": "SavingOptions",
     "storage.run.garbage": "GARBAGE_AGE_S_MIN=AGE_S_MIN Garbage find_garbage=find remove_garbage=remove",
+    "storage.service.sidecar": "CheckpointService",
     "storage.state.per_rank": "PerRank",
     "storage.stores.buffers": "Buffer",
     "storage.stores.objects": "Capability Fetch ObjectInfo ObjectStore Upload",

@@ -27,11 +27,17 @@ class AgentEnvironment:
     """Path of the file to which events are appended."""
     checkpoint: str = ""
     """Path of the file that says which checkpoint was committed last."""
+    service: str = ""
+    """Path of the socket of this node's checkpoint service."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> AgentEnvironment:
         """Read the variables."""
         return cls(**{f.name: env.get(cls.variable(f.name), "") for f in dataclasses.fields(cls)})
+
+    def variables(self) -> dict[str, str]:
+        """The variables that are set."""
+        return {self.variable(f.name): value for f in dataclasses.fields(self) if (value := getattr(self, f.name))}
 
     @staticmethod
     def variable(name: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -23,11 +25,14 @@ from storage.pace.rules import Tier
 from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import JobIdentity
-from storage.saving.committer import Committer
+from storage.saving.committer import Committer, InProcess
 from storage.saving.consensus import check_state
 from storage.saving.ownership import Ownership
 from storage.saving.pacer import Pacer
 from storage.saving.saver import Saver
+from storage.saving.uploads import SaveRules, Uploads
+from storage.service.choice import backend_for, held_by
+from storage.service.client import Saves
 from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
 
@@ -147,15 +152,15 @@ class Checkpointer:
         group = AgreeingGroup(self._process_group)
         if self._access is Access.READ:
             return _Started(Restorer(store, None, group, report))
-        ownership = Ownership(store, group, self._origin.claimant(), report, take_over=take_over)
+        find_held = functools.partial(held_by, store.url, self._origin, self._plan.service)
+        ownership = Ownership(store, group, self._origin.claimant(), report, take_over=take_over, find_held=find_held)
         self._opened.enter_context(ownership)
-        plan, timeout_s = self._plan, self._timeout_s
-        committer = Committer(
-            *(store, ownership, self._origin, report),
-            keep=self._keep,
-            timeout_s=timeout_s,
-            prefix_spread=plan.prefix_spread,
-        )
+        plan, timeout_s, stop = self._plan, self._timeout_s, threading.Event()
+        rules = SaveRules(self._keep, timeout_s)
+        direct = InProcess(Uploads(store, ownership, self._origin, report, rules, stop), stop)
+        saves = Saves(store.url, group.rank, self._origin, rules)
+        backend = backend_for(saves, direct, ownership, report, plan.service)
+        committer = Committer(ownership, backend, prefix_spread=plan.prefix_spread)
         saver = Saver(group, committer, report, plan, timeout_s=timeout_s)
         pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
         return _Started(Restorer(store, ownership.claim, group, report), ownership, saver, pacer)
@@ -310,6 +315,8 @@ class Checkpointer:
         started = self._start()
         if started.saver is not None:
             started.saver.forget()
+        if started.ownership is not None:
+            started.ownership.settle()
         check_state(state)
         patterns = [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):

@@ -101,8 +101,14 @@ class CheckpointEvent(enum.StrEnum):
     """`step` is restored from memory while the store, which may have a newer one, does not answer: `reason`."""
     TAKEN_OVER = "checkpoint_taken_over"
     """`url`, `by` this job, `of` another, which had not let it go; the `reason` why that does not count."""
+    ADOPTED = "checkpoint_adopted"
+    """`url`, `steps` that workers which are gone had saved, and that the services of the nodes will commit."""
     FENCED = "checkpoint_fenced"
     """`url`, `by` the job that has the run now, `reason`: the next save raises."""
+    DIRECT = "checkpoint_direct"
+    """`url`, `reason` why this process, and not the node's checkpoint service, carries its saves out."""
+    SERVICE_BACK = "checkpoint_service_back"
+    """`url`: after `checkpoint_direct`, saves go to the node's service again."""
 
 
 _USUAL = {
@@ -134,10 +140,15 @@ def note_written(event: str) -> None:
 
 
 class Reporter:
-    """Passes events on. What fails on the way is logged: telling about a checkpoint must not harm it."""
+    """Passes events on. What fails on the way is logged: telling about a checkpoint must not harm it.
 
-    def __init__(self, listener: Listener | None) -> None:
+    Args:
+        env: the variables that name the agent's files; default this process's.
+    """
+
+    def __init__(self, listener: Listener | None, env: Mapping[str, str] | None = None) -> None:
         self._listener = listener
+        self._env = os.environ if env is None else env
         self._also: list[weakref.WeakMethod[Callable[[CheckpointEvent, Mapping[str, Any]], None]]] = []
 
     def also(self, call: Callable[[CheckpointEvent, Mapping[str, Any]], None]) -> None:
@@ -161,13 +172,13 @@ class Reporter:
         finally:
             is_written, _hearing.event = _hearing.event is None, before
         if not is_written:
-            append_for_agent(os.environ, ts, event, fields)
+            append_for_agent(self._env, ts, event, fields)
         if event == CheckpointEvent.COMMITTED:
-            note_for_agent(os.environ, ts, fields)
+            note_for_agent(self._env, ts, fields)
 
     def tell_agent(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report what only the account of the job's time needs."""
-        append_for_agent(os.environ, time.time(), event, fields)
+        append_for_agent(self._env, time.time(), event, fields)
 
     def watch(self, store: ObjectStore) -> None:
         """Report from now on when the store has been away for a while, and when it is back.

@@ -30,6 +30,8 @@ MEMORY_FORMAT = ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"
 """The enum of memory formats in DCP's metadata."""
 CONTIGUOUS_FORMAT = 0
 """The value in `MEMORY_FORMAT` of contiguous tensors."""
+STRIDED = "torch.strided"
+"""What `GET_LAYOUT` takes for a dense tensor's layout."""
 STATE_DICT_VERSIONS = "_metadata"
 """The attribute of a module's `state_dict` with the versions of its modules."""
 

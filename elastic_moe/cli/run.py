@@ -23,6 +23,7 @@ from launcher import Auto, HangLimit, HangRules, MeshPlan, PreflightRules, plan
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
     from launcher import Planner
+    from storage import CheckpointService
 
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
@@ -101,6 +102,7 @@ def handle(args: argparse.Namespace) -> int:
             commands=tuple(given.preflight),
             timeout_s=given.preflight_timeout,
         ),
+        sidecar=_checkpoint_service(given),
         events_path=Path(given.log_dir).absolute() / "events.jsonl" if given.log_dir else None,
     )
     gc.freeze()  # what the imports made is no garbage; looking through it again and again stops the agent for 50 ms
@@ -133,6 +135,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="let processes that workers have started outlive them (default: they are ended with their worker)",
     )
+    _add_service(ours)
     _add_leaving(ours)
     _add_watching(ours)
     _add_preflight(ours)
@@ -144,6 +147,29 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _choose_backend(given)
     _check_script(given)
     return given
+
+
+def _add_service(ours: argparse._ArgumentGroup) -> None:
+    ours.add_argument(
+        "--no-checkpoint-service",
+        action="store_true",
+        help="let workers store their checkpoints themselves (default: a process of this node does, at low priority, "
+        "and goes on when they have died)",
+    )
+    ours.add_argument(
+        "--upload-limit",
+        type=positive_float,
+        metavar="MIB",
+        help="that process stores at most so many MiB a second (default: as fast as it goes)",
+    )
+
+
+def _checkpoint_service(given: argparse.Namespace) -> CheckpointService | None:
+    import storage
+
+    if given.no_checkpoint_service:
+        return None
+    return storage.CheckpointService(None if given.upload_limit is None else given.upload_limit * 2**20)
 
 
 def _add_leaving(ours: argparse._ArgumentGroup) -> None:

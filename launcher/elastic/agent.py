@@ -154,6 +154,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             stacks=self._workers.stacks_path(local_rank),
             events=self._events.path,
             checkpoint=self._vitals.checkpoint_path,
+            service=Path(self._sidecar.address) if self._sidecar else None,
         )
         environment.update(told.to_env())
 
@@ -336,6 +337,8 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         if self._sidecar is None or timeout_s <= 0:
             return
         capture = self._sidecar.capture(timeout_s)
+        if capture is None:
+            return
         while not capture.done() and time.monotonic() < self._drain.kill_by(began_s + timeout_s):
             if self._member.fenced():
                 break

@@ -35,3 +35,4 @@ class AgentParts:
     watchdog: Watchdog
     vitals: VitalsCollector
     sidecar: Sidecar | None = None
+    """Runs beside the workers, and outlives them."""

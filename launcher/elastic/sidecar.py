@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
+
+Tell = Callable[[str], object]
+"""Hears in one line what has become of a sidecar."""
 
 
 class Capture(Protocol):
@@ -17,10 +21,26 @@ class Capture(Protocol):
 
 
 class Sidecar(Protocol):
-    """For the agent's main thread. No method raises, or takes long."""
+    """A process that workers talk to, by a socket. For the agent's main thread; one `start`, one `close`.
 
-    def capture(self, timeout_s: float) -> Capture:
+    No method but `drain` and `close` takes long, and none but `start` raises.
+    """
+
+    @property
+    def address(self) -> str:
+        """The path of that socket, which workers are told; known after `start`."""
+
+    def start(self, folder: Path, tell: Tell) -> None:
+        """Start it, before any workers, with what it keeps in `folder`. It is kept running until `close`."""
+
+    def capture(self, timeout_s: float) -> Capture | None:
         """Have the workers' state kept as it is after their last complete step, for they are about to be ended.
 
-        It returns at once; after `timeout_s` what is not there will not come.
+        It returns at once; after `timeout_s` what is not there will not come. None where no worker has asked for it.
         """
+
+    def drain(self, grace_s: float) -> None:
+        """Have it finish, in that time, what workers which are gone have left to it."""
+
+    def close(self) -> None:
+        """End it. Closing twice is harmless."""

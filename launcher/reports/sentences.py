@@ -99,6 +99,7 @@ _SENTENCES: Mapping[str, str | Callable[[EventRecord], str]] = {
     EventName.DRAIN_OVERRAN: "{node} was ended before its drain was done, after {seconds} s: {detail}",
     EventName.PREEMPTION_HINT: "{node} hears from {watcher}: {detail}",
     EventName.PREEMPTION_WATCH_FAILED: "{node} has no answer from {watcher}: {reason}",
+    EventName.SIDECAR_TROUBLE: "the checkpoint service of {node}: {reason}",
     EventName.CONSOLE_LOST: "what {node} writes to {stream} is dropped from here on: {reason}",
     EventName.ROUND_FORMED: _round_formed,
     EventName.ROUND_BROKEN: "generation {generation} cannot go on: {reason}",

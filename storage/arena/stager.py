@@ -48,6 +48,7 @@ class Staged:
         """The slot may be overwritten: what was in it is stored, or not wanted. Waits for what still writes to it."""
         if self._pending is not None:
             self._pending.drain()
+        self.tensors.clear()
         self._release()
 
 

@@ -26,7 +26,7 @@ from storage.dcp.folder import CheckpointFolder, Url
 from storage.dcp.tickets import Ticket
 from storage.errors import AlreadyExists, UnsupportedValue, UsageError
 from storage.format import layout
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, TensorEntry, ValueEntry
 from storage.format.tensors import oddity
 from storage.format.values import check_value

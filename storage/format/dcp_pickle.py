@@ -13,11 +13,9 @@ import io
 import struct
 from collections.abc import Iterator
 
-import torch
-
 from storage.format.columns import Ints
 from storage.format.index import Entry, Index
-from storage.torch_private import CONTIGUOUS_FORMAT, GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO
+from storage.torch_private import CONTIGUOUS_FORMAT, GET_LAYOUT, MEMORY_FORMAT, STORAGE_INFO, STRIDED
 
 _DCP = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"  # DCP's own version of this layout (filesystem.CURRENT_DCP_VERSION)
@@ -147,7 +145,7 @@ class _Writer:
         known = self._memo.get(("properties", dtype))
         if known is not None:
             return known
-        layout = self._global(*GET_LAYOUT) + self._text(str(torch.strided)) + b"\x85R"
+        layout = self._global(*GET_LAYOUT) + self._text(STRIDED) + b"\x85R"
         form = self._global(*MEMORY_FORMAT) + _integer(CONTIGUOUS_FORMAT) + b"\x85R"
         state = b"(" + self._global("torch", dtype) + layout + b"\x89" + form + b"\x89t"
         opcodes = self._global(_DCP, "TensorProperties") + _NEW + state + b"b"

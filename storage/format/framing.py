@@ -58,6 +58,37 @@ class Framing:
         return bytes(tail)
 
 
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item ready to be stored: the concatenation of `buffers`.
+
+    The tensor's own memory is among the buffers, uncopied, `raw_offset` bytes from the start; it must not change
+    before the item is stored.
+    """
+
+    buffers: tuple[Buffer, ...]
+    raw_offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class FramedItem:
+    """A tensor's item of which all is known but the CRC32 of its bytes. These must not change before it is stored."""
+
+    framing: Framing
+    data: memoryview
+
+    @property
+    def raw_offset(self) -> int:
+        """Where the tensor's bytes begin."""
+        return len(self.framing.head)
+
+    @property
+    def length(self) -> int:
+        """The length of the whole item, in bytes."""
+        return len(self.framing.head) + self.data.nbytes + len(self.framing.last)
+
+
 def framing_of(head: bytes, data: Buffer, tail: bytes) -> Framing | None:
     """The framing of the zip that is `head`, a tensor's bytes and `tail`; None unless it makes the same zip again."""
     try:

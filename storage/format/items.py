@@ -7,13 +7,12 @@ import logging
 import threading
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from storage.format.checksum import crc32
-from storage.format.framing import Framing, framing_of, is_misread
+from storage.format.framing import EncodedItem, FramedItem, Framing, framing_of, is_misread
 from storage.format.tensors import bytes_of
 from storage.format.zips import member_start
 from storage.stores.buffers import Buffer
@@ -24,37 +23,6 @@ NUM_FRAMINGS = 1024
 
 _Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
 """A tensor's dtype, shape and strides."""
-
-
-@dataclass(frozen=True)
-class EncodedItem:
-    """An item ready to be stored: the concatenation of `buffers`.
-
-    The tensor's own memory is among the buffers, uncopied, `raw_offset` bytes from the start; it must not change
-    before the item is stored.
-    """
-
-    buffers: tuple[Buffer, ...]
-    raw_offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class FramedItem:
-    """A tensor's item of which all is known but the CRC32 of its bytes. These must not change before it is stored."""
-
-    framing: Framing
-    data: memoryview
-
-    @property
-    def raw_offset(self) -> int:
-        """Where the tensor's bytes begin."""
-        return len(self.framing.head)
-
-    @property
-    def length(self) -> int:
-        """The length of the whole item, in bytes."""
-        return len(self.framing.head) + self.data.nbytes + len(self.framing.last)
 
 
 class _Collector:

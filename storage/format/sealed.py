@@ -25,7 +25,12 @@ D = TypeVar("D", bound=Document)
 
 def seal(kind: str, document: Document) -> bytes:
     """The bytes of the sealed document."""
-    body = TypeAdapter(type(document)).dump_json(document)  # bytes at once: `model_dump_json` would go through a str
+    # bytes at once: `model_dump_json` would go through a str
+    return seal_bytes(kind, TypeAdapter(type(document)).dump_json(document))
+
+
+def seal_bytes(kind: str, body: bytes) -> bytes:
+    """The bytes of a sealed document whose JSON is `body`."""
     return b"".join((_head(kind, crc32c(body)), body, b"}\n"))
 
 

@@ -17,7 +17,7 @@ import torch
 from storage.errors import Corrupt, UnloadableValue, UnsupportedValue, one_line
 from storage.format import safe_names, safe_pickle
 from storage.format.equality import is_plain, same
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.format.safe_pickle import Malformed, Refused, UnknownName
 from storage.format.zips import ZIP_ERRORS, Window, member_start
 from storage.stores.buffers import Buffer

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from storage.errors import UnsupportedValue
 from storage.format.containers import Container
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.format.values import encode_value
 from storage.saving.describe import Holdings, holdings_of
 from storage.saving.saveplan import Chunk, Share

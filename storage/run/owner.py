@@ -33,6 +33,8 @@ class Owner(Document):
     `run_id` and `host` say whose it is; `run_id` is the job's name, "" if it has none. `rendezvous` is torchrun's
     `--rdzv-id`, "" if torchrun has not started the process. `failures` counts the claims before it that nobody has let
     go, `since_unix_s` is when the first one was made; 0 where that is not known.
+    `adopts` are attempts of claims before this one that may still be committed: nodes' services hold all of what their
+    dead workers had staged.
     """
 
     # a later version may say more about an owner: what fences is here already
@@ -47,6 +49,7 @@ class Owner(Document):
     rendezvous: str = ""
     failures: int = Field(0, ge=0)
     since_unix_s: float = Field(0.0, ge=0)
+    adopts: tuple[str, ...] = ()
 
     @property
     def is_recognisable(self) -> bool:
@@ -151,16 +154,52 @@ class Claim:
         """What the run has seen of failures up to now."""
         return FailuresSeen(self._owner.failures, max(0.0, time.time() - self._owner.since_unix_s))
 
+    @property
+    def owner(self) -> Owner:
+        """The claim as it is recorded."""
+        return self._owner
+
+    @property
+    def token(self) -> str:
+        """What tells this claim from all others."""
+        return self._owner.token
+
     def check(self) -> None:
         """Raise Fenced unless the run is still ours. A late claim of an older generation is claimed back."""
+        self._check("")
+
+    def of_attempt(self, attempt: str) -> AttemptClaim:
+        """The hold of one attempt: it stands as well where a newer claim has adopted the attempt."""
+        return AttemptClaim(self, attempt)
+
+    def _check(self, attempt: str) -> bool:
+        """As `check`, for an attempt; whether the run is ours, and not a newer owner's who has adopted the attempt."""
         with self._lock:
             recorded = read_owner(self._store)
             if recorded == self._owner:
-                return
+                return True
+            if recorded is not None and attempt in recorded.adopts:
+                return False
             if recorded is None or not is_late(recorded, self._owner):
                 raise fenced(recorded, self._owner)
             log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
             self._owner = _record(self._store, next_owner(recorded, self._owner))
+            return True
+
+
+class AttemptClaim(Claim):
+    """A claim in all that concerns one of its attempts."""
+
+    def __init__(self, claim: Claim, attempt: str) -> None:
+        super().__init__(claim._store, claim.owner)
+        self._claim = claim
+        self._attempt = attempt
+        self.is_adopted = False
+        """Whether a newer owner was found to have the run, which lets this attempt be committed."""
+
+    def check(self) -> None:
+        """See `Claim.check`."""
+        self.is_adopted = not self._claim._check(self._attempt)
 
 
 def fenced(recorded: Owner | None, mine: Owner) -> Fenced:

@@ -121,18 +121,23 @@ def _observe_step(store: ObjectStore, step: int) -> StepState:
 
 
 def clean(
-    store: ObjectStore, claim: Claim, keep: int, live_attempts: Callable[[], Collection[str]], saved_step: int
+    store: ObjectStore,
+    claim: Claim,
+    keep: int,
+    live_among: Callable[[Collection[str]], Collection[str]],
+    saved_step: int,
 ) -> Cleaned:
     """Remove what `decide` says after a commit of `saved_step`.
 
-    The folders are looked at before `live_attempts` is asked and the claim is checked: an attempt that this or a
-    later owner starts meanwhile cannot be among what was seen and is not known as live.
+    `live_among`: which of the attempts seen may be under way. The folders are looked at before the claim is checked:
+    what a later owner starts meanwhile cannot be among what was seen.
 
     Raises:
         Fenced: the run has another owner; nothing was removed.
     """
     states = observe(store)
-    removals = decide(states, keep, live_attempts(), saved_step)
+    seen = frozenset().union(*(state.attempts for state in states))
+    removals = decide(states, keep, live_among(seen), saved_step)
     claim.check()
     state_of = {state.step: state for state in states}
     for removal in removals:

@@ -12,9 +12,9 @@ from storage.arena.pending import StagingListener
 from storage.arena.stager import Staged, Stager
 from storage.errors import Corrupt, Fenced, UsageError
 from storage.format import layout
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.ranks.agreement import AgreeingGroup, Failure
-from storage.saving.commit import StateContents
+from storage.run.attempt import StateContents
 from storage.saving.committer import Committer
 from storage.saving.describe import Holdings, contents_of, describe
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share

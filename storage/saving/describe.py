@@ -17,7 +17,7 @@ from storage.arena.pending import StagingListener
 from storage.arena.stager import Staged, Stager
 from storage.errors import UnsupportedValue
 from storage.format.containers import Container, Path
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.tensors import oddity
 from storage.format.values import encode_value

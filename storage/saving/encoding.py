@@ -8,10 +8,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from storage.format.checksum import BlockCrcs, bites, block_size_bytes, crc32
-from storage.format.items import EncodedItem, FramedItem
+from storage.format.framing import EncodedItem, FramedItem
 
 
 class Encoding:
@@ -47,12 +47,14 @@ class Encoding:
                 return False
             try:
                 self._made_bytes += next(self._course)
+                if self._made_bytes >= self.length:
+                    self._course.close()  # its frame and this object hold each other, and with them the item's memory
             except Exception as error:
                 self._failure = error
                 raise
             return True
 
-    def _encoded(self, item: EncodedItem) -> Iterator[int]:
+    def _encoded(self, item: EncodedItem) -> Generator[int, None, None]:
         """Take the next bytes into the checksums; returns their length."""
         for buffer in item.buffers:
             self._made.append(memoryview(buffer).cast("B"))
@@ -60,7 +62,7 @@ class Encoding:
                 self.crcs.add(bite)
                 yield bite.nbytes
 
-    def _framed(self, item: FramedItem) -> Iterator[int]:
+    def _framed(self, item: FramedItem) -> Generator[int, None, None]:
         self._made += [memoryview(item.framing.head), item.data]
         self.crcs.add(self._made[0])
         yield len(item.framing.head)

@@ -29,6 +29,11 @@ class SavingOptions(TypedDict, total=False):
     staging: Staging | Literal["sync", "overlapped"]
     """When `save` returns, see `Staging`: "sync", the default, once the state is copied; "overlapped" while parameters
     and the optimizers' state are still copied, beside the passes that follow."""
+    service: bool | None
+    """Whether the checkpoint service of this node, a process that outlives this one, carries saves out. None, the
+    default: that of an agent does, where there is one. True: without an agent this Checkpointer starts one, at its
+    first save. False: this process does. What no other process can open (`memory://`, stores of `register_scheme`) is
+    always saved by this one, and an event `checkpoint_direct` says so."""
     check_replicas: int | None
     """After how many steps the ranks compare what they hold in common, bit by bit; also in each save. None: never."""
 
@@ -43,6 +48,7 @@ class SavingPlan:
     prefix_spread: int = 1
     check_replicas: int | None = None
     staging: Staging = Staging.SYNC
+    service: bool | None = None
 
     @classmethod
     def of(cls, **options: Unpack[SavingOptions]) -> Self:
@@ -62,6 +68,7 @@ class SavingPlan:
             backlog=parse_backlog(options.get("backlog", Backlog.WAIT)),
             prefix_spread=int(spread),
             staging=_parse_staging(options.get("staging", Staging.SYNC)),
+            service=_parse_service(options.get("service")),
             check_replicas=None if check is None else int(check),
         )
 
@@ -71,6 +78,12 @@ def _parse_staging(given: str) -> Staging:
         known = " or ".join(repr(staging.value) for staging in Staging)
         raise UsageError(f"staging is {given!r}; it must be {known}")
     return Staging(given)
+
+
+def _parse_service(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise UsageError(f"service is {value!r}; it must be True, False or None")
 
 
 def _check_whole(name: str, value: object, what: str, limit: int | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Self
 
 from storage.errors import Fenced, UsageError
@@ -10,8 +11,10 @@ from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import heartbeat, in_use, owner
+from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
 from storage.run.owner import Claim, Owner
+from storage.saving.adoption import FindHeld, UnfinishedPart, adoptable, dump_parts, load_parts, settle
 from storage.stores.objects import Capability, ObjectStore
 
 
@@ -21,10 +24,18 @@ class Ownership:
     Args:
         claimant: the job's claim, of which that of the coordinator counts.
         take_over: do not ask whether another job, which has the run, is alive.
+        find_held: what this node's service still has to store for workers that are gone.
     """
 
     def __init__(
-        self, store: ObjectStore, group: AgreeingGroup, claimant: Owner, report: Reporter, *, take_over: bool
+        self,
+        store: ObjectStore,
+        group: AgreeingGroup,
+        claimant: Owner,
+        report: Reporter,
+        *,
+        take_over: bool,
+        find_held: FindHeld = tuple,
     ) -> None:
         self._store = store
         self._group = group
@@ -34,6 +45,8 @@ class Ownership:
         self._claim: Claim | None = None
         self._heartbeat: Heartbeat | None = None  # coordinator
         self._fenced: str | None = None
+        self._find_held = find_held
+        self._adopted: list[Attempt] = []  # coordinator
 
     @property
     def claim(self) -> Claim:
@@ -53,7 +66,8 @@ class Ownership:
     def start(self) -> Self:
         """Claim the run. A collective. Raises InUse, Fenced, UsageError, Transient, Denied."""
         try:
-            claimed = self._group.on_coordinator(lambda: self._claim_run().model_dump())
+            held = load_parts(self._group.gather(dump_parts(self._find_held)) or [])
+            claimed = self._group.on_coordinator(lambda: self._claim_run(held).model_dump())
             self._claim = Claim(self._store, Owner(**claimed))
             self._group.everywhere(self._check_shared)
             self._group.on_coordinator(self._check_conditions)
@@ -68,6 +82,11 @@ class Ownership:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def settle(self) -> None:
+        """Wait for what was adopted: it is newer than what is committed. A collective; raises nothing."""
+        self._group.on_coordinator(lambda: settle(self._store, self._adopted))
+        self._adopted = []
+
     def announce_end(self) -> None:
         """Tell who waits for the run that it will soon be let go."""
         if self._heartbeat is not None:
@@ -78,13 +97,15 @@ class Ownership:
         if self._heartbeat is not None:
             self._heartbeat.close()
 
-    def _claim_run(self) -> Owner:
-        """Claim the run (coordinator). Raises InUse, Fenced."""
+    def _claim_run(self, held: Collection[UnfinishedPart]) -> Owner:
+        """Claim the run (coordinator), and what services `held` hold of it. Raises InUse, Fenced."""
         find = in_use.find_other if self._take_over else in_use.await_free
         other = find(self._store, self._claimant)
         heartbeat.write(self._store, self._claimant.token, 0)  # before the claim: one without a beat is free to take
         try:
-            mine, before = owner.claim(self._store, self._claimant)
+            self._adopted = adoptable(self._store, held)
+            adopts = tuple(attempt.id for attempt in self._adopted)
+            mine, before = owner.claim(self._store, self._claimant.model_copy(update={"adopts": adopts}))
         except Fenced:
             self._store.delete(layout.heartbeat_name(self._claimant.token))
             raise
@@ -92,6 +113,9 @@ class Ownership:
         self._heartbeat = Heartbeat(self._store, mine, replaced_token, self._report).start()
         # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
         weakref.finalize(self, self._heartbeat.stop).atexit = False
+        if adopts:
+            steps = [attempt.step for attempt in self._adopted]
+            self._report(CheckpointEvent.ADOPTED, url=self._store.url, steps=steps)
         if other is not None:
             of = other.owner.who
             self._report(CheckpointEvent.TAKEN_OVER, url=self._store.url, by=mine.who, of=of, reason=other.reason)

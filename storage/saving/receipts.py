@@ -5,6 +5,7 @@ Nothing here needs a collective, and it may run while the training uses the proc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -94,6 +95,17 @@ def put_receipt(store: ObjectStore, attempt: Attempt, receipt: Receipt) -> None:
     store.put(attempt.prefix + layout.receipt_name(attempt.id, receipt.rank), [dump_receipt(receipt)], if_absent=True)
 
 
+def find_receipt(store: ObjectStore, attempt: Attempt, rank: int) -> Receipt | None:
+    """The receipt that says that the rank's part is stored, if there is one."""
+    key = attempt.prefix + layout.receipt_name(attempt.id, rank)
+    try:
+        receipt = _read_receipt(store, key)
+    except (NotFound, Corrupt):
+        return None
+    is_good = receipt.error is None and (receipt.rank, receipt.attempt) == (rank, attempt.id)
+    return receipt if is_good else None
+
+
 def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, claim: Claim) -> list[Receipt]:
     """Every rank's receipt, by rank.
 
@@ -157,6 +169,13 @@ def put_aborted(store: ObjectStore, attempt: Attempt, reason: str) -> None:
     store.put(attempt.prefix + layout.aborted_name(attempt.id), [dump_aborted(note)])
 
 
+def check_not_aborted(store: ObjectStore, attempt: Attempt) -> None:
+    """Raise StorageError, with the coordinator's reason, if it has told the other ranks that it gave the attempt up."""
+    key = attempt.prefix + layout.aborted_name(attempt.id)
+    with contextlib.suppress(NotFound):
+        raise StorageError(read_document(store, key, lambda data: load_aborted(data, key)).reason)
+
+
 def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> None:
     """Return when the coordinator has committed the attempt.
 
@@ -164,15 +183,20 @@ def await_outcome(store: ObjectStore, attempt: Attempt, patience: Patience) -> N
         StorageError: it was aborted; the message is the coordinator's reason.
         Transient: nothing was heard in time.
     """
-    aborted_key = attempt.prefix + layout.aborted_name(attempt.id)
 
     def look() -> bool | None:
-        try:
-            raise StorageError(read_document(store, aborted_key, lambda data: load_aborted(data, aborted_key)).reason)
-        except NotFound:
-            return _is_committed(store, attempt) or None
+        check_not_aborted(store, attempt)
+        return _is_committed(store, attempt) or None
 
     patience.until(lambda: "the coordinator to commit", look)
+
+
+def committed_bytes(store: ObjectStore, attempt: Attempt) -> int | None:
+    """The size of the attempt's data objects if it is committed, else None."""
+    if not _is_committed(store, attempt):
+        return None
+    key = attempt.prefix + layout.manifest_name(attempt.id)
+    return read_document(store, key, functools.partial(load_manifest, name=key)).size_bytes
 
 
 def _is_committed(store: ObjectStore, attempt: Attempt) -> bool:

@@ -14,11 +14,12 @@ from storage.pace.rules import Backlog, EverySteps, Tier
 from storage.pace.schedule import Timer
 from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.steps import agree_on_step
-from storage.saving.commit import Attempt
-from storage.saving.committer import Committer, SaveJob
+from storage.run.attempt import Attempt
+from storage.saving.committer import Committer
 from storage.saving.consensus import Consensus
 from storage.saving.options import SavingPlan
 from storage.saving.replicas import ReplicaCheck
+from storage.saving.uploads import SaveJob
 
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 

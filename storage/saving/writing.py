@@ -6,17 +6,19 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from storage.format import layout
 from storage.format.checksum import pack_crcs
-from storage.format.items import EncodedItem, item_of
+from storage.format.framing import EncodedItem, FramedItem
 from storage.format.manifest import ItemEntry, ObjectEntry
 from storage.parallel import Pool, run_all
 from storage.saving.encoding import Encoding, ObjectContent
 from storage.saving.saveplan import Chunk
 from storage.stores.objects import ObjectStore
+
+if TYPE_CHECKING:  # the service, which has no torch, writes what workers have made items of
+    import torch
 
 NUM_THREADS = 4
 NUM_PART_THREADS = 16
@@ -26,15 +28,31 @@ OBJECT_SIZE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Payload:
-    """A chunk with its content: a staged tensor (see `storage.arena.stager`), or a value that is encoded already."""
+    """A chunk with its content: a staged tensor (see `storage.arena.stager`), or an item: of a tensor, or a value."""
 
     chunk: Chunk
-    content: torch.Tensor | EncodedItem
+    content: torch.Tensor | EncodedItem | FramedItem
 
     @property
     def size_bytes(self) -> int:
-        """Size of the content; a tensor's item is longer by its framing."""
-        return self.content.nbytes if isinstance(self.content, torch.Tensor) else self.content.length
+        """Size of the content; a tensor's item is longer by its framing, and is as long as the tensor here."""
+        match self.content:
+            case EncodedItem(buffers=(_, data, _)) if self.chunk.sizes is not None:
+                return len(data)
+            case EncodedItem(length=length):
+                return length
+            case FramedItem(data=data):
+                return data.nbytes
+            case tensor:
+                return tensor.nbytes
+
+    def item(self) -> EncodedItem | FramedItem:
+        """The content as it is stored. Of a tensor's bytes the checksums may be made here, which takes a while."""
+        if isinstance(self.content, EncodedItem | FramedItem):
+            return self.content
+        from storage.format.items import item_of
+
+        return item_of(self.content)
 
 
 def pack(sizes_bytes: Sequence[int]) -> list[list[int]]:
@@ -89,15 +107,10 @@ def write_payloads(
     return tuple(entry for entry, _ in written), tuple(item for _, items in written for item in items)
 
 
-def _encoding(payload: Payload) -> Encoding:
-    content = payload.content
-    return Encoding(item_of(content) if isinstance(content, torch.Tensor) else content)
-
-
 def _write_object(
     store: ObjectStore, prefix: str, name: str, index: int, payloads: Sequence[Payload], parts: Executor
 ) -> tuple[ObjectEntry, list[ItemEntry]]:
-    content = ObjectContent([_encoding(payload) for payload in payloads])
+    content = ObjectContent([Encoding(payload.item()) for payload in payloads])
     # nothing else has this name, since the attempt's is random: there is no need to look whether it is taken
     info = store.put_from(prefix + name, content.size_bytes, content.fetch, parts)
     entries = [

@@ -25,6 +25,15 @@ def register_scheme(scheme: str, opener: Opener) -> None:
     _openers[scheme.lower()] = opener
 
 
+def is_everywhere(url: str) -> bool:
+    """Whether another process that opens `url` opens the same: not memory, nor a store that this one has registered."""
+    match = _SCHEME.match(url)
+    if match is None:
+        return True
+    scheme = match[1].lower()
+    return "memory" not in scheme and _openers.get(scheme) in (None, _open_file, _open_s3)
+
+
 def as_url(url: object) -> str:
     """What a script gave for a URL, as text: a str, or a path object.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launcher.elastic.agent import ElasticAgent
-from launcher.elastic.sidecar import Capture, Sidecar
+from launcher.elastic.sidecar import Capture, Sidecar, Tell
 from launcher.node.supervision import EndWorkers, GracePeriods, Supervision, WorkersSeen
 from launcher.reports import sentence
 from launcher.rounds.records import Breakage
@@ -50,6 +51,17 @@ class Keeper(Sidecar, Capture):
     def __init__(self, num_looks: float) -> None:
         self.num_looks = num_looks
         self.asked_s: list[float] = []
+
+    address = ""
+
+    def start(self, folder: Path, tell: Tell) -> None:
+        raise NotImplementedError
+
+    def drain(self, grace_s: float) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
 
     def capture(self, timeout_s: float) -> Capture:
         self.asked_s.append(timeout_s)

@@ -23,6 +23,7 @@ FULL = Environment(
     stacks=Path("/run/worker-3-0.stacks"),
     events=Path("/log/events.jsonl"),
     checkpoint=Path("/run/checkpoint"),
+    service=Path("/run/service/service.sock"),
     keep_children=True,
     token="secret-1",
     etcd_password="secret-2",
@@ -39,7 +40,7 @@ def test_what_is_written_is_read() -> None:
 def test_what_is_not_there_is_the_default() -> None:
     assert Environment.from_env({}) == Environment()
     assert Environment.from_env({Environment.variable(name): "" for name in FIELDS}) == Environment()
-    unset = {"mesh", "channel", "stacks", "events", "checkpoint", "keep_children", "token", "etcd_password"}
+    unset = {"mesh", "channel", "stacks", "events", "checkpoint", "service", "keep_children", "token", "etcd_password"}
     assert set(Environment().to_env()) == {Environment.variable(name) for name in FIELDS - unset}
 
 

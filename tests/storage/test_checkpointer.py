@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_cleaning_spares_attempts_that_start_meanwhile(memory_url: str) -> None:
     for attempt in ("dead0000", "beef1111"):
         store.put(f"step-000000020/attempt-{attempt}/__0_0.distcp", [b"data"])
 
-    def live() -> set[str]:
+    def live(seen: Collection[str]) -> set[str]:
         store.put("step-000000020/attempt-beef2222/__0_0.distcp", [b"started after the look"])
         return {"beef1111"}
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.format.checksum import BlockCrcs, block_size_bytes, crc32c
-from storage.format.items import EncodedItem, FramedItem, Framings, item_of
+from storage.format.framing import EncodedItem, FramedItem
+from storage.format.items import Framings, item_of
 from storage.parallel import run_all
 from storage.saving.encoding import Encoding, ObjectContent
 from storage.saving.saveplan import Chunk

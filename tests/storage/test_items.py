@@ -15,8 +15,8 @@ import torch
 from storage.arena.arena import Arena
 from storage.arena.stager import Stager
 from storage.format.checksum import crc32, crc32c
-from storage.format.framing import DESCRIPTOR, framing_of
-from storage.format.items import EncodedItem, FramedItem, Framings, item_of
+from storage.format.framing import DESCRIPTOR, EncodedItem, FramedItem, framing_of
+from storage.format.items import Framings, item_of
 from storage.format.tensors import bytes_of, tensor_over
 from storage.saving.encoding import Encoding
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from storage.errors import UnsupportedValue
-from storage.format.items import EncodedItem
+from storage.format.framing import EncodedItem
 from storage.format.values import decode_value
 from storage.live import notes
 from storage.live.capture import NotCaptured, room_for, stage

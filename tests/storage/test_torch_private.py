@@ -99,6 +99,8 @@ def test_a_contiguous_tensor_has_its_number_in_stock_metadata() -> None:
         f"that of a contiguous tensor is {value}", "CONTIGUOUS_FORMAT, format/dcp_pickle.py"
     )
     assert _StorageInfo.__name__ == torch_private.STORAGE_INFO[1]
+    found = str(torch.strided)
+    assert found == torch_private.STRIDED, broken(f"that of a dense layout is {found}", "STRIDED, format/dcp_pickle.py")
 
 
 def test_a_state_dict_has_its_versions_in_an_attribute() -> None:
@@ -253,7 +255,7 @@ def test_no_other_file_of_storage_has_such_a_name() -> None:
     sources = {path: ast.parse(path.read_text()) for path in package.rglob("*.py") if path != ROOM}
     used = [(path, node) for path, tree in sources.items() for node in ast.walk(tree) if is_private(name_of(node))]
     ours = {name_of(node) for _, node in used if is_made(node)}
-    ours |= {"_getframe", "_register_atexit", "_strip_protocol"}  # Python's and fsspec's
+    ours |= {"_exit", "_getframe", "_register_atexit", "_strip_protocol"}  # Python's and fsspec's
     constants = [value for name, value in vars(torch_private).items() if name.strip("_").isupper()]
     theirs = {text for value in constants for text in (value if isinstance(value, tuple) else (value,))}
     found = [

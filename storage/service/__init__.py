@@ -1,0 +1,1 @@
+"""The checkpoint service: one process a node that takes over what ranks have staged, and outlives them."""

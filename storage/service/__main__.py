@@ -1,0 +1,47 @@
+"""`python -m storage.service`: the checkpoint service of a node. Its agent or a Checkpointer starts it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.service import keeper
+
+if TYPE_CHECKING:
+    import socket
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Keep a service running until it has nothing more to do."""
+    parser = argparse.ArgumentParser(prog="python -m storage.service", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--socket", type=Path, required=True, help="where to listen, in a folder of mode 0700")
+    parser.add_argument("--rate-limit", type=float, metavar="BYTES", help="send at most so many bytes a second")
+    parser.add_argument("--nice", type=int, default=19, help="niceness of the process (default %(default)s)")
+    parser.add_argument("--linger", type=float, default=10.0, metavar="S", help="end after S seconds with nobody there")
+    parser.add_argument("--detach", action="store_true", help="go on as no child of who has called")
+    parser.add_argument("--lifeline", type=int, metavar="FD", help="a pipe that ends with whoever wants the service")
+    options = parser.parse_args(arguments)
+    if options.detach and os.fork():
+        os._exit(0)
+    keeper.settle(options.socket, options.nice)
+    if options.lifeline is not None:
+        os.set_inheritable(options.lifeline, False)
+    serve = functools.partial(_serve, options)
+    return keeper.keep(options.socket, serve, options.lifeline)
+
+
+def _serve(options: argparse.Namespace, listener: socket.socket, link: socket.socket, state: keeper.State) -> None:
+    from storage.service.process import serve
+    from storage.service.server import ServerOptions
+
+    rules = ServerOptions(rate_bytes_per_s=options.rate_limit, linger_s=options.linger)
+    serve(listener, link, state, rules, options.lifeline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

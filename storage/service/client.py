@@ -1,0 +1,373 @@
+"""A worker's side of the service: hands over what was staged, and hears what becomes of it.
+
+Where there is no service, or it is lost and does not come back in time, what it has not brought to its end is done by
+this process: the way of a save is the same, and whoever goes it takes what is there already.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.agent import AgentEnvironment
+from storage.arena.slot import Slot
+from storage.errors import Fenced, StorageError
+from storage.events import CheckpointEvent, Reporter
+from storage.parallel import Pool
+from storage.run.job import Origin
+from storage.saving.committer import InProcess, Running
+from storage.saving.ownership import Ownership
+from storage.saving.uploads import SaveJob, SaveRules, Tried
+from storage.saving.writing import Payload
+from storage.service import table
+from storage.service.channel import Channel, close_all
+from storage.service.messages import (
+    AskStatus,
+    Ended,
+    Heard,
+    Hello,
+    Identity,
+    ProtocolError,
+    Rejected,
+    Released,
+    ServiceMessage,
+    Stage,
+    StagedAttempt,
+    Told,
+    Welcome,
+)
+from storage.service.surroundings import digest, why_not
+
+log = logging.getLogger(__name__)
+
+RESTART_S = 20.0
+"""For so long a service that is lost is waited for, which may be starting again."""
+_CONNECT_S = 5.0  # of a save that finds no connection yet
+_ASK_S = 10.0
+_SILENCE_S = 90.0
+"""A service that has something to do and answers nothing for so long is frozen."""
+_END_S = 5.0
+
+
+class Connector(Protocol):
+    """The way to the service."""
+
+    def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
+        """A connection, tried again until then. Raises OSError, ProtocolError."""
+
+
+@dataclass(frozen=True)
+class Saves:
+    """What is the same in all saves of one rank: where to, whose, and by which rules."""
+
+    url: str
+    rank: int
+    origin: Origin
+    rules: SaveRules
+
+
+@dataclass
+class _Handed:
+    """A job that is the service's. `is_sent`: it may have begun; `is_released`: its slot may hold something else."""
+
+    running: Running
+    stage: Stage
+    table: Slot
+    slot: Slot | None
+    is_sent: bool = False
+    is_released: bool = False
+
+    @property
+    def tried(self) -> Tried:
+        """What the service may have done of it."""
+        return Tried.STORED if self.is_released else Tried.BEGUN if self.is_sent else Tried.NOT_YET
+
+
+class ServiceBackend:
+    """A `storage.saving.committer.Backend` that hands jobs to the service. `start` begins to look for it."""
+
+    def __init__(
+        self, connector: Connector, direct: InProcess, ownership: Ownership, saves: Saves, report: Reporter
+    ) -> None:
+        self._connector = connector
+        self._direct = direct
+        self._ownership = ownership
+        self._saves = saves
+        self._report = report
+        self._state = threading.Condition()
+        self._handed: dict[str, _Handed] = {}
+        self._directly: list[Running] = []
+        self._pool = Pool(1, "storage-hand-over")
+        self._late: list[Future[None]] = []  # of copies that were not whole when their save returned
+        self._channel: Channel | None = None
+        self._never: str | None = None  # why the service will not do for this process
+        self._is_away = False
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def session(self) -> str:
+        """What the service knows this rank by."""
+        return f"{self._ownership.claim.token}-{self._saves.rank}"
+
+    def start(self) -> None:
+        """Look for the service, on a thread that also listens to it; harmless where that is done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="storage-service", daemon=True)
+            self._thread.start()
+
+    def submit(self, running: Running) -> None:
+        """See `Backend.submit`. When it returns, the save is the service's, if there is one."""
+        self.start()
+        if self._goes_directly():
+            self._submit_directly(running, Tried.NOT_YET)
+            return
+        staged = running.job.staged
+        if staged is not None and staged.is_pending:
+            self._late.append(self._pool.submit(self._hand_over, running))
+        else:
+            self._hand_over(running)
+
+    def _hand_over(self, running: Running) -> None:
+        """Hand a job over that is staged, or about to be."""
+        try:
+            handed = self._pack(running)
+        except (MemoryError, OSError, StorageError) as error:
+            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=f"no table of it can be made: {error}")
+            self._submit_directly(running, Tried.NOT_YET)
+            return
+        with self._state:
+            self._handed[handed.stage.attempt.id] = handed
+            self._state.notify_all()
+            if not self._is_away:
+                self._state.wait_for(lambda: self._channel is not None or self._is_away, _CONNECT_S)
+            channel = self._channel
+            if channel is not None:
+                self._send(channel, handed)
+        if handed.slot is None:  # the table has a copy of all of it
+            running.free()
+
+    def close(self, *, abandon: bool) -> None:
+        """See `Backend.close`. What is abandoned goes on without this process, if the service has it."""
+        wait(self._late)
+        with self._state:
+            if not abandon:
+                self._state.wait_for(lambda: not self._handed)
+        self._direct.close(abandon=abandon)
+        with self._state:
+            self._is_closed = True
+            self._state.notify_all()
+            channel, left = self._channel, list(self._handed.values())
+        if channel is not None:
+            channel.close()
+        if self._thread is not None:
+            self._thread.join(_END_S)
+        for handed in left:
+            handed.running.free()
+            handed.running.committed.cancel()
+        self._pool.shutdown()
+
+    # --- handing over
+
+    def _goes_directly(self) -> bool:
+        """Saves of a rank end in the order in which they began, so none overtakes one that this process carries out."""
+        with self._state:
+            self._directly = [running for running in self._directly if not running.committed.done()]
+            return bool(self._directly) or self._never is not None or self._is_closed
+
+    def _submit_directly(self, running: Running, tried: Tried) -> None:
+        with self._state:
+            self._directly.append(running)
+        self._direct.submit(running, tried)
+
+    def _pack(self, running: Running) -> _Handed:
+        job, saves = running.job, self._saves
+        attempt = job.attempt
+        told = AgentEnvironment.from_env(os.environ).variables() | {"RANK": os.environ.get("RANK", "")}
+        stage = Stage(
+            session=self.session,
+            url=saves.url,
+            attempt=StagedAttempt(
+                prefix=attempt.prefix, step=attempt.step, id=attempt.id, world_size=attempt.world_size, rank=job.rank
+            ),
+            owner=self._ownership.claim.owner,
+            origin=Identity(**vars(saves.origin)),
+            keep=saves.rules.keep,
+            timeout_s=saves.rules.timeout_s,
+            started_s=job.started_s,
+            created_unix_s=job.created_unix_s,
+            healthy=job.healthy,
+            told=told,
+        )
+        payloads, slot, error = _whole(job)
+        return _Handed(running, stage, table.write(payloads, slot, job.contents, error), slot)
+
+    def _send(self, channel: Channel, handed: _Handed) -> None:
+        """Send it; where that fails, whoever listens finds the connection ended, and sends it again."""
+        stage = handed.stage.model_copy(update={"tried": handed.tried})
+        fds = [handed.table.fd] if handed.slot is None else [handed.table.fd, handed.slot.fd]
+        handed.is_sent = True
+        try:
+            channel.send(stage, fds)
+        except OSError as error:
+            log.warning("step %d was not taken by the service: %s", stage.attempt.step, error)
+            channel.close()
+
+    # --- listening
+
+    def _run(self) -> None:
+        patience_s = RESTART_S
+        while True:
+            with self._state:
+                if self._is_away:  # it is looked for again when there is something for it to do
+                    self._state.wait_for(lambda: self._is_closed or bool(self._handed))
+                    before = list(self._directly)
+                else:
+                    before = []
+                if self._is_closed:
+                    return
+            wait([running.committed for running in before])  # nothing overtakes what this process carries out
+            try:
+                channel, welcome = self._connector.connect(
+                    Hello(pid=os.getpid(), session=self.session, environment=digest(os.environ)), patience_s
+                )
+            except (OSError, ProtocolError) as error:
+                self._lose(str(error), forever=isinstance(error, ProtocolError))
+                patience_s = 0.0
+                continue
+            if (why := why_not(self._saves.url, digest(os.environ), welcome.environment)) is not None:
+                channel.close()
+                self._lose(why, forever=True)
+                return
+            patience_s = RESTART_S
+            self._take_up(channel)
+            self._listen(channel)
+            channel.close()
+            with self._state:
+                self._channel = None
+
+    def _take_up(self, channel: Channel) -> None:
+        with self._state:
+            was_away, self._is_away = self._is_away, False
+            for handed in self._handed.values():
+                self._send(channel, handed)
+            self._channel = channel
+            self._state.notify_all()
+        if was_away:
+            self._report(CheckpointEvent.SERVICE_BACK, url=self._saves.url)
+
+    def _listen(self, channel: Channel) -> None:
+        """Hear what the service says, until the connection ends or it says nothing for too long."""
+        heard_s = asked_s = time.monotonic()
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        try:
+            while not self._is_closed:
+                if poll.poll(1000):
+                    received = channel.receive()
+                    if received is None:
+                        return
+                    heard_s = time.monotonic()
+                    self._hear(channel, *received)
+                    continue
+                now_s = time.monotonic()
+                if not self._handed:
+                    heard_s = now_s
+                elif now_s - heard_s > _SILENCE_S:
+                    log.warning("the checkpoint service has not answered for %.0f s", now_s - heard_s)
+                    return
+                elif now_s - max(heard_s, asked_s) > _ASK_S:
+                    asked_s = now_s
+                    channel.send(AskStatus())
+        except (OSError, ProtocolError) as error:
+            if not self._is_closed:
+                log.warning("the connection to the checkpoint service has ended: %s", error)
+
+    def _hear(self, channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
+        close_all(fds)
+        match message:
+            case Released(attempt=attempt):
+                self._release(attempt)
+            case Told(number=number, event=event, fields=fields):
+                self._tell(event, fields)
+                channel.send(Heard(number=number))
+            case Ended(number=number, attempt=attempt):
+                self._end(message)
+                channel.send(Heard(number=number))
+            case Rejected(attempt=attempt, reason=reason) if attempt:
+                self._refuse(attempt, reason)
+
+    def _tell(self, event: str, fields: dict[str, object]) -> None:
+        try:
+            known = CheckpointEvent(event)
+        except ValueError:
+            log.warning("the service tells of %s, which is not known here: %s", event, fields)
+            return
+        self._report(known, **fields)
+
+    def _release(self, attempt: str) -> None:
+        with self._state:
+            handed = self._handed.get(attempt)
+            if handed is not None:
+                handed.is_released = True
+                handed.running.free()
+
+    def _end(self, ended: Ended) -> None:
+        if ended.fenced is not None:
+            self._ownership.note(Fenced(ended.fenced))
+        with self._state:
+            handed = self._handed.pop(ended.attempt, None)
+            if handed is not None:
+                handed.table.close()
+                handed.running.free()
+                handed.running.committed.set_result(ended.committed)
+            self._state.notify_all()
+
+    def _refuse(self, attempt: str, reason: str) -> None:
+        with self._state:
+            handed = self._handed.pop(attempt, None)
+        if handed is not None:
+            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
+            self._take_back(handed)
+
+    # --- without the service
+
+    def _lose(self, reason: str, *, forever: bool) -> None:
+        """Go on in this process with all that the service has not brought to its end."""
+        with self._state:
+            was_away, self._is_away = self._is_away, True
+            if forever:
+                self._never = reason
+            handed, self._handed = list(self._handed.values()), {}
+            self._state.notify_all()
+            is_closed = self._is_closed
+        if not was_away and not is_closed:
+            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
+        for one in handed:
+            self._take_back(one)
+
+    def _take_back(self, handed: _Handed) -> None:
+        """Carry out here what was the service's, from the memory in which it was handed over."""
+        before = handed.running
+        staged = table.read(handed.table, handed.slot)
+        job = SaveJob(**vars(before.job) | {"payloads": staged.payloads, "staging_error": staged.staging_error})
+        running = Running(job, before.stored, before.committed)
+        before.committed.add_done_callback(lambda _: handed.table.close())
+        self._submit_directly(running, handed.tried)
+
+
+def _whole(job: SaveJob) -> tuple[list[Payload], Slot | None, str | None]:
+    """The payloads once they stand, and where they lie; or why there are none."""
+    if job.staging_error is not None or job.staged is None:
+        return job.payloads, None, job.staging_error
+    try:
+        job.staged.wait()
+    except Exception as error:  # noqa: BLE001 - told by the receipt, as what fails while staging is
+        return [], None, f"{type(error).__name__}: {error}"
+    return job.payloads, job.staged.slot, None

@@ -1,0 +1,254 @@
+"""What the service does with what was staged: one lane for each rank, in which its saves go one after the other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from storage.arena.slot import Slot
+from storage.errors import Fenced, StorageError
+from storage.events import CheckpointEvent, Reporter
+from storage.format.manifest import Receipt
+from storage.run.attempt import Attempt
+from storage.run.heartbeat import Heartbeat
+from storage.run.job import Origin
+from storage.run.owner import Claim, Owner
+from storage.saving.uploads import SaveJob, SaveRules, Uploads
+from storage.service import table
+from storage.service.messages import Released, Stage, Stored
+from storage.service.pace import Pace, PacedStore
+from storage.service.sessions import Session
+from storage.service.table import HandedOver
+from storage.stores.objects import ObjectStore
+from storage.stores.registry import open_store
+
+log = logging.getLogger(__name__)
+
+_NUM_CRASHES_MAX = 3
+
+
+@dataclass
+class Parcel:
+    """One rank's part of a save, from when it was staged until its slots are let go.
+
+    `safe` names it to the keeper.
+    """
+
+    stage: Stage
+    staged: HandedOver
+    safe: str
+    num_crashes: int = 0
+    held: int = field(default=1, init=False)
+    """By how many the slots are read; they are let go when it comes to 0."""
+
+    def job(self) -> SaveJob:
+        """The save as who uploads it takes it."""
+        stage, attempt = self.stage, self.stage.attempt
+        return SaveJob(
+            attempt=Attempt(attempt.prefix, attempt.step, attempt.id, attempt.world_size),
+            rank=attempt.rank,
+            payloads=self.staged.payloads,
+            contents=self.staged.contents,
+            started_s=stage.started_s,
+            staging_error=self.staged.staging_error,
+            healthy=stage.healthy,
+            created_unix_s=stage.created_unix_s,
+        )
+
+
+class Safe(Protocol):
+    """Who keeps what was staged if this process dies. Thread-safe."""
+
+    def keep(self, name: str, stage: Stage, fds: Sequence[int]) -> None:
+        """Keep copies of the descriptors, and what to do with them, until `done`. Harmless where that was done."""
+
+    def stored(self, name: str) -> None:
+        """It was stored: its slot may come to hold something else."""
+
+    def done(self, name: str) -> None:
+        """It has come to its end."""
+
+
+class Holder(Protocol):
+    """Who keeps staged states in memory after they were stored. Thread-safe."""
+
+    def stored(self, parcel: Parcel, receipt: Receipt) -> bool:
+        """Its part is stored, as the receipt says. True: its slots are wanted, until `Lane.release` is called."""
+
+    def ended(self, parcel: Parcel, *, committed: bool) -> None:
+        """The save has committed, or failed."""
+
+
+class RunHold:
+    """A worker's claim on a run, in the service's hands."""
+
+    def __init__(self, store: ObjectStore, owner: Owner) -> None:
+        self._claim = Claim(store, owner)
+        self.fenced: str | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """See `storage.saving.uploads.Hold`."""
+        return self._claim
+
+    def note(self, error: Fenced) -> None:
+        """See `storage.saving.uploads.Hold`."""
+        self.fenced = str(error)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all lanes have in common. `storing` bounds how many store at once."""
+
+    pace: Pace
+    safe: Safe
+    holder: Holder | None
+    storing: threading.Semaphore
+    on_idle: Callable[[Lane], object]
+
+
+class Lane:
+    """The saves of one session, in order, on a thread that ends when there are none."""
+
+    def __init__(self, session: Session, shared: Shared) -> None:
+        self.session = session
+        self._shared = shared
+        self._lock = threading.Lock()
+        self._queue: deque[Parcel] = deque()
+        self._thread: threading.Thread | None = None
+        self._opened = ExitStack()
+        self._store: ObjectStore | None = None
+        self._pulse: Heartbeat | None = None
+        self.num_ended = 0
+
+    @property
+    def unfinished(self) -> list[Parcel]:
+        """What has not come to its end, in order."""
+        with self._lock:
+            return list(self._queue)
+
+    def put(self, parcel: Parcel) -> None:
+        """Take a parcel over. What the lane has already is not taken twice."""
+        with self._lock:
+            if any(waiting.stage.attempt == parcel.stage.attempt for waiting in self._queue):
+                self._let_go(parcel)
+                return
+            self._queue.append(parcel)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=f"lane-{self.session.name}", daemon=True)
+                self._thread.start()
+
+    def release(self, parcel: Parcel) -> None:
+        """Somebody who held the parcel's slots reads them no more; the last one lets them go."""
+        with self._lock:
+            parcel.held -= 1
+            if parcel.held:
+                return
+        self.session.send(Released(attempt=parcel.stage.attempt.id))
+        self._let_go(parcel)
+
+    def watch(self) -> None:
+        """Called now and then: a claim whose worker is gone beats on for as long as there is something to commit."""
+        with self._lock:
+            parcel = next((parcel for parcel in self._queue if parcel.staged.contents is not None), None)
+            store = self._store
+            if parcel is None or store is None or self._pulse is not None or self.session.is_worker_alive:
+                return
+            # nobody is there to be told that the run has a newer owner; the save finds it out by itself
+            self._pulse = Heartbeat(store, parcel.stage.owner, None, Reporter(None, {})).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    pulse, self._pulse = self._pulse, None
+                    opened, self._opened, self._store = self._opened, ExitStack(), None
+                    break
+                parcel = self._queue[0]
+            self._run(parcel)
+            with self._lock:
+                self._queue.popleft()
+                self.num_ended += 1
+        if pulse is not None:
+            pulse.close()
+        opened.close()
+        self._shared.on_idle(self)
+
+    def _run(self, parcel: Parcel) -> None:
+        stage, fenced, committed = parcel.stage, None, False
+        report = Reporter(self.session.listener, stage.told)
+        try:
+            if parcel.num_crashes > _NUM_CRASHES_MAX:
+                raise StorageError(f"the service has crashed {parcel.num_crashes} times while it had this save")
+            store = self._open(stage.url)
+            report.watch(store)
+            hold = RunHold(store, stage.owner)
+            rules = SaveRules(keep=stage.keep, timeout_s=stage.timeout_s)
+            uploads = Uploads(store, hold, Origin(**dict(stage.origin)), report, rules, self._shared.pace.stop)
+            committed, fenced = self._upload(uploads, parcel), hold.fenced
+        except Exception as error:
+            log.exception("step %d of %s cannot be saved", stage.attempt.step, stage.url)
+            reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            report(CheckpointEvent.FAILED, step=stage.attempt.step, seconds=0.0, bytes=0, reason=reason)
+            self.release(parcel)
+        if self._shared.holder is not None:
+            self._shared.holder.ended(parcel, committed=committed)
+        self.session.end(stage.attempt.id, committed=committed, fenced=fenced)
+        self._shared.safe.done(parcel.safe)
+
+    def _upload(self, uploads: Uploads, parcel: Parcel) -> bool:
+        def stored(receipt: Receipt | None) -> None:
+            self._shared.storing.release()  # those that wait for other ranks' parts keep nobody from storing theirs
+            self._shared.safe.stored(parcel.safe)
+            if receipt is not None and receipt.error is None:
+                self.session.send(Stored(attempt=parcel.stage.attempt.id))
+                self._offer(parcel, receipt)
+            self.release(parcel)
+
+        self._shared.storing.acquire()
+        return uploads.run(parcel.job(), stored, tried=parcel.stage.tried)
+
+    def _offer(self, parcel: Parcel, receipt: Receipt) -> None:
+        if (holder := self._shared.holder) is None:
+            return
+        with self._lock:
+            parcel.held += 1
+        if not holder.stored(parcel, receipt):
+            self.release(parcel)
+
+    def _open(self, url: str) -> ObjectStore:
+        with self._lock:
+            if self._store is None or self._store.url != url:
+                self._opened.close()
+                store = PacedStore(open_store(url), self._shared.pace)
+                self._opened.callback(store.close)
+                self._store = store
+            return self._store
+
+    def _let_go(self, parcel: Parcel) -> None:
+        parcel.staged.payloads.clear()
+        for slot in parcel.staged.slots:
+            slot.close()
+
+
+def unpack(stage: Stage, fds: list[int], safe: str, num_crashes: int = 0) -> Parcel:
+    """The parcel of what was staged, whose descriptors are the parcel's from here on.
+
+    Raises:
+        Corrupt, ValueError: what came is no table, or does not fit together.
+    """
+    with ExitStack() as on_failure:
+        slots = []
+        for fd in fds:
+            slot = Slot.from_fd(fd)
+            on_failure.callback(slot.close)
+            slots.append(slot)
+        staged = table.read(slots[0], slots[1] if len(slots) > 1 else None)
+        on_failure.pop_all()
+    return Parcel(stage, staged, safe, num_crashes)

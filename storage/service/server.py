@@ -1,0 +1,379 @@
+"""The service's process: takes what ranks have staged, brings it to its end, and answers who asks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from storage.errors import StorageError
+from storage.service.channel import Channel, close_all, welcome
+from storage.service.lanes import Holder, Lane, Safe, Shared, unpack
+from storage.service.messages import (
+    Accepted,
+    AskStatus,
+    AskUnfinished,
+    Drain,
+    Drained,
+    Heard,
+    Hello,
+    ProtocolError,
+    Rejected,
+    ServiceMessage,
+    ServiceStatus,
+    Stage,
+    Unfinished,
+    Welcome,
+)
+from storage.service.pace import Pace
+from storage.service.sessions import Session, Sessions
+from storage.service.surroundings import digest
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_NUM_CONNECTIONS_MAX = 256
+_RESERVE_S_MAX, _RESERVE_SHARE = 5.0, 0.2
+
+M = TypeVar("M", bound=ServiceMessage)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a service behaves.
+
+    Args:
+        rate_bytes_per_s: at most so much is sent to stores; None: as fast as it goes.
+        num_storing_max: how many ranks' parts are stored at once.
+        linger_s: it ends when nobody has been connected, and nothing was to do, for so long.
+        orphan_s: what is unfinished is given up so long after its agent has gone without a word.
+        wind_up_s: so long, at least, what was given up may take to say so.
+    """
+
+    rate_bytes_per_s: float | None = None
+    num_storing_max: int = 4
+    linger_s: float = 10.0
+    orphan_s: float = 300.0
+    wind_up_s: float = 1.0
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """What a process before this one had taken over: the bytes of a `Stage`, and its descriptors."""
+
+    safe: str
+    stage: Stage
+    fds: list[int]
+    num_crashes: int = 0
+
+
+class ServiceCaller:
+    """One connection, as a handler sees it."""
+
+    def __init__(self, channel: Channel, hello: Hello, session: Session | None) -> None:
+        self.channel = channel
+        self.hello = hello
+        self.session = session
+
+    def answer(self, message: ServiceMessage) -> None:
+        """Send to whoever has asked. Raises OSError."""
+        self.channel.send(message)
+
+
+Handler = Callable[[ServiceCaller, Any, list[int]], None]
+"""Gets the connection, a message, and the descriptors that came with it, which are its own to close."""
+
+
+@dataclass
+class _Drain:
+    """`reserve_s`: of the grace, kept for telling that what is not finished was given up; that ends at `ends_s`."""
+
+    deadline_s: float
+    reserve_s: float
+    num_ended_before: int
+    told: list[ServiceCaller] = field(default_factory=list)
+    num_abandoned: int = 0
+    ends_s: float | None = None
+
+
+class Server:
+    """Serves one listening socket, from `run` until there is nothing more to do or `stop` is called.
+
+    Args:
+        safe: keeps what was staged, should this process die.
+        holder: keeps staged states in memory.
+        lifeline: a descriptor that ends (is at its end of file) with the agent that has started the service.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        options: ServerOptions,
+        safe: Safe,
+        *,
+        holder: Holder | None = None,
+        lifeline: int | None = None,
+        num_restarts: int = 0,
+    ) -> None:
+        self._listener = listener
+        self._options = options
+        self._lifeline = lifeline
+        self._num_restarts = num_restarts
+        self._environment = digest(os.environ)
+        self._safe = safe
+        self._pace = Pace(options.rate_bytes_per_s)
+        storing = threading.Semaphore(options.num_storing_max)
+        self._shared = Shared(self._pace, safe, holder, storing, self._lane_is_idle)
+        self._lock = threading.RLock()
+        self._sessions = Sessions()
+        self._lanes: dict[str, Lane] = {}
+        self._num_ended = 0
+        self._num_connections = 0
+        self._callers: set[ServiceCaller] = set()
+        self._drain: _Drain | None = None
+        self._stop = threading.Event()
+        self._handlers: dict[type[ServiceMessage], Handler] = {}
+        self.handle(Stage, self._stage)
+        self.handle(Heard, self._heard)
+        self.handle(AskUnfinished, self._unfinished)
+        self.handle(AskStatus, self._status)
+        self.handle(Drain, self._begin_drain)
+
+    def handle(self, kind: type[M], handler: Callable[[ServiceCaller, M, list[int]], None]) -> None:
+        """Have messages of that class handled; before `run`."""
+        self._handlers[kind] = handler
+
+    def take_up(self, records: Sequence[TakenOver]) -> None:
+        """Go on with what a process before this one had taken over."""
+        for record in records:
+            self._take(record.stage, record.fds, record.safe, record.num_crashes)
+
+    def run(self) -> None:
+        """Serve. Returns when there is nothing more to do."""
+        self._listener.settimeout(_TICK_S)
+        idle_since_s, orphaned_s = time.monotonic(), None
+        while not self._stop.is_set():
+            self._accept()
+            now_s = time.monotonic()
+            for lane in self._all_lanes():
+                lane.watch()
+            if self._is_busy():
+                idle_since_s = now_s
+            if self._look_at_drain(now_s):
+                break
+            if self._has_owner():
+                continue
+            orphaned_s = now_s if orphaned_s is None else orphaned_s
+            if now_s - orphaned_s >= self._options.orphan_s and self._all_unfinished():
+                self._give_up("whoever had started the service has gone")
+            if now_s - idle_since_s >= self._options.linger_s:
+                break
+        self._end()
+
+    def stop(self) -> None:
+        """Let `run` return; what is under way is given up."""
+        self._stop.set()
+
+    # --- connections
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            return
+        except OSError as error:
+            log.warning("a connection was not taken: %s", error)
+            self._stop.wait(_TICK_S)
+            return
+        with self._lock:
+            if self._num_connections >= _NUM_CONNECTIONS_MAX:
+                connection.close()
+                return
+            self._num_connections += 1
+        threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._converse(connection)
+        finally:
+            with self._lock:
+                self._num_connections -= 1
+            self._tidy()
+
+    def _converse(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(None)
+            channel, hello = welcome(connection, Welcome(pid=os.getpid(), environment=self._environment))
+        except (ProtocolError, OSError) as error:
+            log.warning("a connection was refused: %s", error)
+            return
+        session = self._sessions.of(hello.session) if hello.session else None
+        caller = ServiceCaller(channel, hello, session)
+        with self._lock:
+            self._callers.add(caller)
+        if session is not None:
+            session.attach(channel, hello.pid)
+        try:
+            while (received := channel.receive()) is not None:
+                self._dispatch(caller, *received)
+        except (ProtocolError, OSError) as error:
+            log.warning("a connection of process %d has ended: %s", hello.pid, error)
+        finally:
+            channel.close()
+            if session is not None:
+                session.detach(channel)
+            with self._lock:
+                self._callers.discard(caller)
+
+    def _dispatch(self, caller: ServiceCaller, message: ServiceMessage, fds: list[int]) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            close_all(fds)
+            raise ProtocolError(f"{type(message).__name__} is not for the service")
+        handler(caller, message, fds)
+
+    # --- what callers want
+
+    def _stage(self, caller: ServiceCaller, stage: Stage, fds: list[int]) -> None:
+        if self._drain is not None or self._pace.stop.is_set():
+            close_all(fds)
+            caller.answer(Rejected(reason="the service is ending", attempt=stage.attempt.id))
+            return
+        safe = f"{stage.session}/{stage.attempt.id}"
+        if problem := self._take(stage, fds, safe, 0):
+            caller.answer(Rejected(reason=problem, attempt=stage.attempt.id))
+            return
+        caller.answer(Accepted(attempt=stage.attempt.id))
+
+    def _take(self, stage: Stage, fds: list[int], safe: str, num_crashes: int) -> str | None:
+        """Take a save over; why not, where that cannot be."""
+        try:
+            parcel = unpack(stage, fds, safe, num_crashes)
+        except (StorageError, ValueError, OSError) as error:
+            log.warning("what was staged for step %d cannot be taken: %s", stage.attempt.step, error)
+            self._safe.done(safe)
+            return str(error)
+        self._safe.keep(safe, stage, [slot.fd for slot in parcel.staged.slots])
+        with self._lock:
+            session = self._sessions.of(stage.session)
+            lane = self._lanes.get(stage.session)
+            if lane is None:
+                lane = self._lanes[stage.session] = Lane(session, self._shared)
+            lane.put(parcel)
+        return None
+
+    def _heard(self, caller: ServiceCaller, heard: Heard, fds: list[int]) -> None:
+        if caller.session is not None:
+            caller.session.heard(heard.number)
+
+    def _unfinished(self, caller: ServiceCaller, ask: AskUnfinished, fds: list[int]) -> None:
+        parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url]
+        caller.answer(Unfinished(attempts=tuple(parcel.stage.attempt for parcel in parcels)))
+
+    def _status(self, caller: ServiceCaller, ask: AskStatus, fds: list[int]) -> None:
+        unfinished = self._all_unfinished()
+        caller.answer(
+            ServiceStatus(
+                pid=os.getpid(),
+                num_unfinished=len(unfinished),
+                staged_bytes=sum(parcel.staged.size_bytes for parcel in unfinished),
+                num_ended=self._num_ended_now(),
+                num_restarts=self._num_restarts,
+            )
+        )
+
+    def _begin_drain(self, caller: ServiceCaller, drain: Drain, fds: list[int]) -> None:
+        with self._lock:
+            deadline_s = time.monotonic() + drain.grace_s
+            if self._drain is None:
+                reserve_s = min(_RESERVE_S_MAX, _RESERVE_SHARE * drain.grace_s)
+                self._drain = _Drain(deadline_s, reserve_s, self._num_ended_now())
+            self._drain.deadline_s = min(self._drain.deadline_s, deadline_s)
+            self._drain.told.append(caller)
+
+    # --- the end
+
+    def _look_at_drain(self, now_s: float) -> bool:
+        """Whether everything has ended that was under way when the drain began, or nothing more is waited for."""
+        drain = self._drain
+        if drain is None:
+            return False
+        if unfinished := self._all_unfinished():
+            if drain.ends_s is None and now_s >= drain.deadline_s - drain.reserve_s:
+                drain.num_abandoned = len(unfinished)
+                drain.ends_s = max(drain.deadline_s, now_s + self._options.wind_up_s)
+                self._give_up("this node leaves, and its time is over")
+            if drain.ends_s is None or now_s < drain.ends_s:
+                return False
+        num_ended = self._num_ended_now() - drain.num_ended_before + len(unfinished)
+        done = Drained(num_finished=max(0, num_ended - drain.num_abandoned), num_abandoned=drain.num_abandoned)
+        for caller in drain.told:
+            try:
+                caller.answer(done)
+            except OSError as error:
+                log.info("the end of the drain cannot be told: %s", error)
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        """Have what is under way end: its parts are not stored, and other ranks are told."""
+        log.warning("%d saves are given up: %s", len(self._all_unfinished()), reason)
+        self._pace.reason = reason
+        self._pace.stop.set()
+
+    def _end(self) -> None:
+        self._pace.stop.set()
+        self._listener.close()
+        with self._lock:
+            callers = list(self._callers)
+        for caller in callers:
+            caller.channel.close()
+
+    def _has_owner(self) -> bool:
+        """Whether somebody will still want the service: the agent that has started it, or who is connected."""
+        if self._lifeline is not None:
+            if not _is_at_end(self._lifeline):
+                return True
+            os.close(self._lifeline)
+            self._lifeline = None
+        with self._lock:
+            return self._num_connections > 0
+
+    def _is_busy(self) -> bool:
+        with self._lock:
+            return self._num_connections > 0 or bool(self._all_unfinished())
+
+    def _all_lanes(self) -> list[Lane]:
+        with self._lock:
+            return list(self._lanes.values())
+
+    def _all_unfinished(self) -> list[Any]:
+        return [parcel for lane in self._all_lanes() for parcel in lane.unfinished]
+
+    def _num_ended_now(self) -> int:
+        return self._num_ended + sum(lane.num_ended for lane in self._all_lanes())
+
+    def _lane_is_idle(self, lane: Lane) -> None:
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Forget sessions of which nobody is connected and nothing is left to do."""
+        with self._lock:
+            connected = {caller.session for caller in self._callers}
+            for name, lane in list(self._lanes.items()):
+                if lane.session not in connected and not lane.unfinished:
+                    self._num_ended += lane.num_ended
+                    del self._lanes[name]
+                    self._sessions.forget(name)
+
+
+def _is_at_end(fd: int) -> bool:
+    """Whether everybody has gone who could write to that pipe."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))

@@ -1,0 +1,127 @@
+"""The workers that are connected to the service: which rank of which Checkpointer, and what each has heard."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from storage.events import CheckpointEvent, note_written
+from storage.service.channel import Channel
+from storage.service.messages import Ended, ServiceMessage, Told
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_HEARD_S_MAX = 30.0
+"""A worker that does not answer for so long is frozen, or dead without its connection having closed."""
+
+
+class Session:
+    """One rank of one Checkpointer, connected or not. Thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
+        self._pid: int | None = None
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, threading.Event] = {}
+        self._heard: set[int] = set()
+
+    @property
+    def is_worker_alive(self) -> bool:
+        """Whether the process of that rank runs, be it connected or not."""
+        with self._lock:
+            return self._pid is not None and is_alive(self._pid)
+
+    def attach(self, channel: Channel, pid: int) -> None:
+        """The rank has connected."""
+        with self._lock:
+            self._channel, self._pid = channel, pid
+
+    def detach(self, channel: Channel) -> None:
+        """A connection has ended; whoever waits for it to hear something waits no more."""
+        with self._lock:
+            if self._channel is not channel:
+                return
+            self._channel = None
+            for event in self._waiting.values():
+                event.set()
+
+    def send(self, message: ServiceMessage) -> None:
+        """Send to the worker, if there is one."""
+        with self._lock:
+            channel = self._channel
+        if channel is None:
+            return
+        try:
+            channel.send(message)
+        except OSError as error:
+            log.info("session %s cannot be told: %s", self.name, error)
+
+    def heard(self, number: int) -> None:
+        """The worker has dealt with that message."""
+        with self._lock:
+            self._heard.add(number)
+            if (event := self._waiting.get(number)) is not None:
+                event.set()
+
+    def listener(self, event: CheckpointEvent, fields: dict[str, Any]) -> None:
+        """A `storage.events.Listener`: the worker, if there is one, tells its own listeners and its agent."""
+        if self._ask(lambda number: Told(number=number, event=str(event), fields=fields)):
+            note_written(event)
+
+    def end(self, attempt: str, *, committed: bool, fenced: str | None) -> bool:
+        """Tell the worker what has become of an attempt; whether it has heard."""
+        return self._ask(lambda number: Ended(number=number, attempt=attempt, committed=committed, fenced=fenced))
+
+    def _ask(self, make: Callable[[int], ServiceMessage]) -> bool:
+        number, answered = next(self._numbers), threading.Event()
+        with self._lock:
+            if self._channel is None:
+                return False
+            self._waiting[number] = answered
+        self.send(make(number))
+        deadline_s = time.monotonic() + _HEARD_S_MAX
+        # a child that the worker has forked keeps the connection open when the worker has died
+        while not answered.wait(_LOOK_S) and self.is_worker_alive and time.monotonic() < deadline_s:
+            pass
+        with self._lock:
+            del self._waiting[number]
+            is_heard = number in self._heard
+            self._heard.discard(number)
+        return is_heard
+
+
+class Sessions:
+    """All of them, by name. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+
+    def of(self, name: str) -> Session:
+        """The session of that name, which is made where there is none."""
+        with self._lock:
+            return self._sessions.setdefault(name, Session(name))
+
+    def forget(self, name: str) -> None:
+        """Nothing of that session is left to do."""
+        with self._lock:
+            self._sessions.pop(name, None)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, and is not only waited for by its parent."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")

@@ -1,0 +1,118 @@
+"""The checkpoint service as an agent's sidecar: started with it, kept running, drained when it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from storage.service import address, starting
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str], object]
+"""Told in one line what has become of the service."""
+
+_RESTART_S = (0.0, 0.5, 2.0, 5.0)
+_END_S = 5.0
+_LINGER_S = 1.0
+_ANSWER_S = 5.0
+
+
+class CheckpointService:
+    """The service of one node, from `start` to `close`. It ends by itself, too, where its agent is killed.
+
+    Until a worker saves something it is one small process that waits.
+
+    Args:
+        rate_bytes_per_s: at most so much is sent to stores.
+    """
+
+    def __init__(self, rate_bytes_per_s: float | None = None) -> None:
+        self._rate_bytes_per_s = rate_bytes_per_s
+        self._path = Path()
+        self._tell: Tell = log.warning
+        self._lifeline: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: threading.Thread | None = None
+        self._is_closing = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """Where it listens: what workers are told."""
+        return str(self._path)
+
+    def start(self, folder: Path, tell: Tell) -> None:
+        """Start it with its socket below `folder`, the agent's own; `tell` hears when it has to be started again."""
+        self._path, self._tell = folder / "service" / "service.sock", tell
+        ends = os.pipe()
+        self._lifeline = ends[1]
+        self._process = self._run(ends[0])
+        self._watcher = threading.Thread(target=self._watch, args=(ends[0],), name="checkpoint-service", daemon=True)
+        self._watcher.start()
+
+    def capture(self, timeout_s: float) -> None:
+        """Nothing is captured: no worker has asked for it."""
+
+    def drain(self, grace_s: float) -> None:
+        """Have it finish what is under way, and give up what is not finished in time, which it then tells."""
+        if self._process is None or not address.used(self._path).exists():
+            return
+        from storage.service.channel import connect  # a service that nobody used has cost the agent nothing
+        from storage.service.messages import Drain, Drained, Hello, ProtocolError
+
+        try:
+            channel, _ = connect(self._path, Hello(pid=os.getpid()))
+            with contextlib.closing(channel):
+                channel.limit_receive(grace_s + _ANSWER_S)
+                channel.send(Drain(grace_s=grace_s))
+                received = channel.receive()
+        except (OSError, ProtocolError) as error:
+            self._tell(f"it cannot be drained: {error}")
+            return
+        if received is not None and isinstance(received[0], Drained) and received[0].num_abandoned:
+            self._tell(f"{received[0].num_abandoned} saves were given up, as there was no more time")
+
+    def close(self) -> None:
+        """End it. Closing twice is harmless."""
+        self._is_closing.set()
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
+        if self._process is None:
+            return
+        try:
+            self._process.wait(_LINGER_S + _END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # what it has forked goes with it
+            self._process.wait()
+        if self._watcher is not None:
+            self._watcher.join()
+
+    def _run(self, lifeline: int) -> subprocess.Popen[bytes]:
+        rate = [] if self._rate_bytes_per_s is None else ["--rate-limit", str(self._rate_bytes_per_s)]
+        command = [*starting.command_line(self._path), "--lifeline", str(lifeline), "--linger", str(_LINGER_S), *rate]
+        return subprocess.Popen(command, env=starting.environment(os.environ), pass_fds=[lifeline])
+
+    def _watch(self, lifeline: int) -> None:
+        """Start it again where it has ended."""
+        num_ends = 0
+        try:
+            while True:
+                assert self._process is not None
+                code = self._process.wait()
+                if self._is_closing.wait(_RESTART_S[min(num_ends, len(_RESTART_S) - 1)]):
+                    return
+                num_ends += 1
+                self._tell(f"it has ended (exit code {code}), and is started again")
+                try:
+                    self._process = self._run(lifeline)
+                except OSError as error:
+                    self._tell(f"it cannot be started: {error}")
+                    return
+        finally:
+            os.close(lifeline)

@@ -1,0 +1,215 @@
+"""What a rank hands to the service beside its tensors: the list of what is to be written, in a slot of its own.
+
+The table is JSON, and behind it what is no tensor, or does not lie in the slot of tensors. So whoever has the two
+descriptors has the whole save, and needs no torch to make objects of it: of the items of tensors that `torch.save`
+would make, the framing comes ready.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from storage.arena.slot import Slot
+from storage.errors import Corrupt
+from storage.format.containers import Container
+from storage.format.framing import EncodedItem, FramedItem, Framing
+from storage.format.manifest import TensorEntry, ValueEntry
+from storage.format.sealed import check_seal, seal_bytes
+from storage.run.attempt import StateContents
+from storage.saving.saveplan import Chunk
+from storage.saving.writing import Payload
+
+_KIND = "table"
+_HEAD = struct.Struct("!Q")  # size of the JSON
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes of the slot of tensors, or (`in_table`) behind the table's JSON."""
+
+    offset: int
+    length: int
+    in_table: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FramingRow:
+    """A `Framing`, whose two ends lie behind the JSON."""
+
+    head: Place
+    last: Place
+    data_places: tuple[int, ...]
+    identity_at: int
+    identity_places: tuple[int, ...]
+    crcs_before: int
+    crcs_after: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadRow:
+    """One payload: the bytes of a tensor, to be framed by `framing`, or pieces that are the item as it is."""
+
+    chunk: Chunk
+    pieces: tuple[Place, ...]
+    framing: int | None = None
+    raw_offset: int = 0
+
+
+@dataclass(frozen=True)
+class ContentsRow:
+    """`StateContents`, as the coordinator has it."""
+
+    tensors: dict[str, TensorEntry]
+    values: dict[str, ValueEntry]
+    containers: tuple[Container, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The JSON of a table. `staging_error`: why there are no payloads."""
+
+    payloads: tuple[PayloadRow, ...]
+    framings: tuple[FramingRow, ...] = ()
+    contents: ContentsRow | None = None
+    staging_error: str | None = None
+
+
+_table = TypeAdapter(Table)
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What is to be written, over the memory that it lies in. That must stay as it is for as long as this is used."""
+
+    payloads: list[Payload]
+    contents: StateContents | None
+    staging_error: str | None
+    slots: tuple[Slot, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of all slots."""
+        return sum(slot.size_bytes for slot in self.slots)
+
+
+@dataclass
+class _Blob:
+    """What will lie behind the JSON."""
+
+    parts: list[memoryview] = field(default_factory=list)
+    size_bytes: int = 0
+
+    def add(self, data: memoryview) -> Place:
+        place = Place(self.size_bytes, data.nbytes, in_table=True)
+        self.parts.append(data)
+        self.size_bytes += -(-data.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return place
+
+
+def write(
+    payloads: Sequence[Payload], slot: Slot | None, contents: StateContents | None, staging_error: str | None
+) -> Slot:
+    """A slot with the table of the payloads; `slot` is where their tensors lie. What lies elsewhere is copied.
+
+    Raises MemoryError.
+    """
+    blob, framings, rows = _Blob(), dict[Framing, int](), []
+    framing_rows: list[FramingRow] = []
+    reach = (0, 0) if slot is None else (slot.address, slot.address + slot.size_bytes)
+
+    def place_of(buffer: object) -> Place:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        address = _address(view)
+        if reach[0] <= address and address + view.nbytes <= reach[1] and view.nbytes:
+            return Place(address - reach[0], view.nbytes)
+        return blob.add(view)
+
+    for payload in payloads:
+        item = payload.item()
+        if isinstance(item, EncodedItem):
+            pieces = tuple(place_of(buffer) for buffer in item.buffers)
+            rows.append(PayloadRow(payload.chunk, pieces, raw_offset=item.raw_offset))
+            continue
+        number = framings.get(item.framing)
+        if number is None:
+            number = framings[item.framing] = len(framing_rows)
+            framing_rows.append(_framing_row(item.framing, blob))
+        rows.append(PayloadRow(payload.chunk, (place_of(item.data),), framing=number))
+    of_contents = None if contents is None else ContentsRow(contents.tensors, contents.values, contents.containers)
+    body = seal_bytes(_KIND, _table.dump_json(Table(tuple(rows), tuple(framing_rows), of_contents, staging_error)))
+    table = Slot.create(_begin(len(body)) + blob.size_bytes)
+    table.memory[: _HEAD.size] = _HEAD.pack(len(body))
+    table.memory[_HEAD.size : _HEAD.size + len(body)] = body
+    at = _begin(len(body))
+    for part in blob.parts:
+        table.memory[at : at + part.nbytes] = part
+        at += -(-part.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return table
+
+
+def read(table: Slot, slot: Slot | None) -> HandedOver:
+    """What `write` has written. Raises Corrupt."""
+    (length,) = _HEAD.unpack(table.memory[: _HEAD.size])
+    if _HEAD.size + length > table.size_bytes:
+        raise Corrupt("the table of what was staged is damaged: it is longer than its slot")
+    body = check_seal(_KIND, bytes(table.memory[_HEAD.size : _HEAD.size + length]), "the table of what was staged")
+    try:
+        found = _table.validate_json(body)
+    except ValidationError as error:
+        raise Corrupt(f"the table of what was staged: {error.errors()[0]['msg']}") from None
+    behind = table.memory[_begin(length) :]
+
+    def bytes_at(place: Place) -> memoryview:
+        memory = behind if place.in_table else slot.memory if slot is not None else behind[:0]
+        if min(place.offset, place.length) < 0 or place.offset + place.length > memory.nbytes:
+            raise Corrupt("the table of what was staged names bytes that are not in its slot")
+        return memory[place.offset : place.offset + place.length]
+
+    framings = [_framing(row, bytes_at) for row in found.framings]
+    payloads = []
+    for row in found.payloads:
+        pieces = tuple(bytes_at(place) for place in row.pieces)
+        if row.framing is None:
+            item: EncodedItem | FramedItem = EncodedItem(pieces, row.raw_offset, sum(piece.nbytes for piece in pieces))
+        elif row.framing < len(framings) and len(pieces) == 1:
+            item = FramedItem(framings[row.framing], pieces[0])
+        else:
+            raise Corrupt("the table of what was staged names a framing that is not in it")
+        payloads.append(Payload(row.chunk, item))
+    of_contents = found.contents
+    contents = None if of_contents is None else StateContents(**vars(of_contents))
+    slots = (table,) if slot is None else (table, slot)
+    return HandedOver(payloads, contents, found.staging_error, slots)
+
+
+def _begin(length: int) -> int:
+    """Where what lies behind a JSON of that length begins."""
+    return -(-(_HEAD.size + length) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _framing_row(framing: Framing, blob: _Blob) -> FramingRow:
+    return FramingRow(
+        blob.add(memoryview(framing.head)),
+        blob.add(memoryview(framing.last)),
+        *(framing.data_places, framing.identity_at, framing.identity_places),
+        *(framing.crcs_before, framing.crcs_after),
+    )
+
+
+def _framing(row: FramingRow, bytes_at: Callable[[Place], memoryview]) -> Framing:
+    return Framing(
+        bytes(bytes_at(row.head)),
+        bytes(bytes_at(row.last)),
+        *(row.data_places, row.identity_at, row.identity_places),
+        *(row.crcs_before, row.crcs_after),
+    )
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0

@@ -1,0 +1,153 @@
+"""A checkpoint service within the test's process, and one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from storage import open_store
+from storage.run import catalog
+from storage.service import address, starting
+from storage.service.channel import Channel, connect
+from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
+from storage.service.server import Server, ServerOptions
+
+T = TypeVar("T")
+
+PATIENCE_S = 60.0
+
+
+def until(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
+    """What `look` finds at last that is neither None nor false."""
+    deadline_s = time.monotonic() + patience_s
+    while not (found := look()):
+        assert time.monotonic() < deadline_s, f"waited in vain for {what}"
+        time.sleep(0.01)
+    return found
+
+
+class ListSafe:
+    """A keeper's side that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def keep(self, name: str, stage: Stage, fds: Sequence[int]) -> None:
+        self.told.append(("keep", name))
+
+    def stored(self, name: str) -> None:
+        self.told.append(("stored", name))
+
+    def done(self, name: str) -> None:
+        self.told.append(("done", name))
+
+
+class InThread:
+    """A server on a thread of this process."""
+
+    def __init__(self, path: Path, options: ServerOptions) -> None:
+        self.path, self.safe = path, ListSafe()
+        self.server = Server(address.listen(path), options, self.safe)
+        self.thread = threading.Thread(target=self.server.run, name="service", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.stop()
+        if self.thread.ident is not None:
+            self.thread.join(PATIENCE_S)
+            assert not self.thread.is_alive()
+
+    def status(self) -> ServiceStatus:
+        return status(self.path)
+
+
+@contextlib.contextmanager
+def in_thread(path: Path, options: ServerOptions | None = None) -> Iterator[InThread]:
+    """A server that serves within the block."""
+    service = InThread(path, options or ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S))
+    service.start()
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+@contextlib.contextmanager
+def connected(path: Path, session: str = "") -> Iterator[Channel]:
+    """A connection to the service at `path`."""
+    channel, _ = connect(path, Hello(pid=os.getpid(), session=session))
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def asked(channel: Channel, message: ServiceMessage) -> ServiceMessage:
+    """What it answers."""
+    channel.send(message)
+    received = channel.receive()
+    assert received is not None
+    return received[0]
+
+
+def status(path: Path) -> ServiceStatus:
+    """How the service at `path` is."""
+    with connected(path) as channel:
+        found = asked(channel, AskStatus())
+    assert isinstance(found, ServiceStatus)
+    return found
+
+
+class Process:
+    """A service of its own: the keeper that was started, and the service that this has forked."""
+
+    def __init__(self, path: Path, *arguments: str) -> None:
+        self.path = path
+        self.keeper = subprocess.Popen(
+            [*starting.command_line(path), "--nice", "0", *arguments], env=starting.environment(os.environ)
+        )
+
+    def status(self) -> ServiceStatus | None:
+        with contextlib.suppress(OSError):
+            return status(self.path)
+        return None
+
+    def pid(self) -> int:
+        return until("the service", self.status).pid
+
+    def kill_service(self) -> None:
+        os.kill(self.pid(), signal.SIGKILL)
+
+    def log(self) -> str:
+        return starting.log_of(self.path).read_text()
+
+
+@contextlib.contextmanager
+def process(path: Path, *arguments: str) -> Iterator[Process]:
+    """A service of its own within the block."""
+    service = Process(path, *arguments)
+    try:
+        yield service
+    finally:
+        service.keeper.kill()
+        service.keeper.wait(PATIENCE_S)
+
+
+def committed(url: Path) -> list[int]:
+    """The committed steps of a run, newest first."""
+    return catalog.committed_steps(open_store(url))
+
+
+def events_in(path: Path) -> list[dict[str, Any]]:
+    """The events of an agent's file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,290 @@
+"""Saves that the checkpoint service carries out, here on a thread of the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import Checkpointer, CheckpointEvent, register_scheme
+from storage.agent import AgentEnvironment
+from storage.service import lanes
+from storage.service.client import ServiceBackend
+from storage.service.messages import AskUnfinished, Drain, Drained, Unfinished
+from storage.service.server import ServerOptions
+from storage.stores.local import LocalStore
+from storage.stores.objects import ObjectStore
+from tests.storage.service_cases import InThread, asked, committed, connected, events_in, in_thread, until
+from tests.storage.small_runs import Events, state
+
+SERVICE = AgentEnvironment.variable("service")
+NAMES = ("with", "without")
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
+    """The service of an agent, which the environment names."""
+    monkeypatch.setenv(SERVICE, str(tmp_path / "node" / "service.sock"))
+    with in_thread(tmp_path / "node" / "service.sock") as service:
+        yield service
+
+
+class Gate:
+    """Holds puts of the service up until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.reached = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
+class Gated(LocalStore):
+    """A folder whose data objects, or `.metadata`, wait at a gate."""
+
+    def __init__(self, root: str, gate: Gate, where: str) -> None:
+        super().__init__(root)
+        self._gate, self._where = gate, where
+
+    def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if self._where in key:
+            self._gate.pass_through()
+        return super().put(key, *args, **kwargs)
+
+    def put_from(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if self._where in key:
+            self._gate.pass_through()
+        return super().put_from(key, *args, **kwargs)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Data objects of the service wait at it."""
+    gate = Gate()
+
+    def open_store(url: str) -> ObjectStore:
+        return Gated(url, gate, ".distcp")
+
+    monkeypatch.setattr(lanes, "open_store", open_store)
+    yield gate
+    gate.opened.set()
+
+
+def names(events: Events) -> list[str]:
+    return [str(name) for name, _ in events[0]]
+
+
+def test_the_service_commits_and_the_worker_hears_of_it(tmp_path: Path, service: InThread, events: Events) -> None:
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state(step), wait=True)
+        assert ckpt.wait()
+        other = state(0)
+        assert ckpt.restore(other) == 2
+    assert other["n"] == 2
+    assert names(events) == [
+        *["checkpoint_staged", "checkpoint_committed"] * 2,
+        "restored",
+    ]
+    assert {fields["bytes"] for name, fields in events[0] if name == CheckpointEvent.COMMITTED} != {0}
+    (first, second) = {name for what, name in service.safe.told if what == "done"}
+    assert first.partition("/")[0] == second.partition("/")[0], "one session"
+    until("the service to be done", lambda: service.status().num_unfinished == 0)
+    assert service.status().num_ended == 2
+
+
+def test_the_same_state_is_stored_alike_with_and_without(tmp_path: Path, service: InThread) -> None:
+    for name, uses_it in zip(NAMES, (None, False), strict=True):
+        with Checkpointer(tmp_path / name, service=uses_it) as ckpt:
+            ckpt.save(1, state(1), wait=True)
+    found = [
+        {info.key.rpartition("/")[2]: info.size_bytes for info in LocalStore(tmp_path / n).list("")} for n in NAMES
+    ]
+    assert {name for name in found[0] if not name.startswith("beat-")} == set(found[1])
+    assert found[0]["__0_0.distcp"] == found[1]["__0_0.distcp"]
+
+
+def test_a_save_is_committed_whose_worker_is_gone(
+    tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(AgentEnvironment.variable("events"), str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(AgentEnvironment.variable("checkpoint"), str(tmp_path / "checkpoint"))
+    monkeypatch.setenv(AgentEnvironment.variable("node"), "a")
+    monkeypatch.setenv("RANK", "0")
+    ckpt = Checkpointer(tmp_path / "run", on_event=events[1])
+    ckpt.start()
+    ckpt.save(7, state(7))
+    assert gate.reached.wait(60)
+    ckpt._close(abandon=True)  # as far as the service can tell, as good as dead
+    assert "checkpoint_committed" not in names(events)
+    gate.opened.set()
+    until("the commit", lambda: committed(tmp_path / "run") == [7])
+    (told,) = until(
+        "the event", lambda: [e for e in events_in(tmp_path / "events.jsonl") if e["event"] == "checkpoint_committed"]
+    )
+    assert (told["step"], told["node"], told["rank"]) == (7, "a", 0)
+    assert '"step": 7' in (tmp_path / "checkpoint").read_text()
+
+
+def test_slots_are_free_once_stored_and_nothing_is_kept(tmp_path: Path, service: InThread) -> None:
+    num_fds = len(os.listdir("/proc/self/fd"))
+    with Checkpointer(tmp_path / "run", keep=1) as ckpt:
+        for step in range(1, 11):
+            ckpt.save(step, state(step))
+        assert ckpt.wait()
+    until("the service to be done", lambda: service.status().staged_bytes == 0)
+    until("descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds)
+
+
+def test_a_failed_save_is_told_with_its_reason(tmp_path: Path, service: InThread, events: Events) -> None:
+    folder = tmp_path / "run"
+    with Checkpointer(folder, on_event=events[1]) as ckpt:
+        ckpt.start()
+        (folder / "step-000000001").write_bytes(b"in the way")
+        ckpt.save(1, state(1), wait=True)
+        assert not ckpt.wait()
+        ckpt.save(2, state(2), wait=True)
+        assert ckpt.wait()
+    (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
+    assert failed["step"] == 1
+    assert failed["reason"]
+
+
+def test_without_a_service_the_worker_saves_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
+) -> None:
+    monkeypatch.setenv(SERVICE, str(tmp_path / "node" / "service.sock"))
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with contextlib.ExitStack() as later, Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state(step), wait=True)
+        assert ckpt.wait()
+        assert committed(tmp_path / "run") == [2, 1]
+        service = later.enter_context(in_thread(tmp_path / "node" / "service.sock"))  # it is there at last
+        ckpt.save(3, state(3), wait=True)
+        assert ckpt.wait()
+        until("the service to be done", lambda: service.status().num_ended == 1)
+    direct = [fields for name, fields in events[0] if name == CheckpointEvent.DIRECT]
+    assert [fields["reason"] for fields in direct] == [
+        f"no checkpoint service listens at {tmp_path}/node/service.sock"
+    ], "told once"
+    assert names(events).count("checkpoint_service_back") == 1
+
+
+def test_what_the_service_had_is_saved_by_the_worker_when_it_is_lost(
+    tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        service.close()
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [1]
+    assert "checkpoint_direct" in names(events)
+
+
+@pytest.mark.parametrize("how", ["scheme", "environment"])
+def test_what_the_service_cannot_open_alike_is_saved_by_the_worker(
+    how: str, tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, told = f"{tmp_path}/run", "credentials or proxies"
+    if how == "scheme":
+        register_scheme("mine", lambda rest: LocalStore(tmp_path / "run"))
+        monkeypatch.setattr(LocalStore, "url", property(lambda self: "mine://run"))
+        url, told = "mine://run", "this process only"
+    else:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    with Checkpointer(url, on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1), wait=True)
+        assert ckpt.wait()
+    assert service.status().num_ended == 0
+    (direct,) = [fields for name, fields in events[0] if name == CheckpointEvent.DIRECT]
+    assert told in direct["reason"]
+
+
+def test_a_drain_finishes_what_is_under_way(tmp_path: Path, service: InThread, gate: Gate) -> None:
+    with Checkpointer(tmp_path / "run") as ckpt, connected(service.path) as agent:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        agent.send(Drain(grace_s=60.0))
+        gate.opened.set()
+        received = agent.receive()
+        assert received is not None
+        assert received[0] == Drained(num_finished=1, num_abandoned=0)
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [1]
+    service.thread.join(60)
+    assert not service.thread.is_alive()
+
+
+def test_a_drain_gives_up_what_takes_too_long_and_says_so(
+    tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 of two waits for the receipt of the other, which never comes."""
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt, connected(service.path) as agent:
+        monkeypatch.setattr("storage.saving.receipts.await_receipts", _never)
+        ckpt.save(1, state(1))
+        until("the service to have it", lambda: service.status().num_unfinished == 1)
+        agent.send(Drain(grace_s=0.0))
+        received = agent.receive()
+        assert received is not None
+        assert not ckpt.wait()
+    (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
+    assert failed["reason"] == "closed while waiting for the receipt of rank 1"
+
+
+def _never(store: object, attempt: object, patience: Any, claim: object) -> Any:
+    return patience.until(lambda: "the receipt of rank 1", lambda: None)
+
+
+def test_it_says_what_is_unfinished(tmp_path: Path, service: InThread, gate: Gate) -> None:
+    url = f"{tmp_path}/run"
+    with Checkpointer(url) as ckpt, connected(service.path) as other:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        found = asked(other, AskUnfinished(url=url))
+        assert isinstance(found, Unfinished)
+        assert [(part.step, part.rank, part.world_size) for part in found.attempts] == [(1, 0, 1)]
+        assert asked(other, AskUnfinished(url=f"{url}-2")) == Unfinished()
+        gate.opened.set()
+        assert ckpt.wait()
+
+
+def test_a_service_ends_when_nobody_wants_it(tmp_path: Path) -> None:
+    with in_thread(tmp_path / "node" / "service.sock", ServerOptions(linger_s=0.2)) as service:
+        service.thread.join(60)
+        assert not service.thread.is_alive()
+
+
+def test_it_stays_as_long_as_its_agent(tmp_path: Path) -> None:
+    read_fd, write_fd = os.pipe()
+    service = InThread(tmp_path / "node" / "service.sock", ServerOptions(linger_s=0.0))
+    service.server._lifeline = read_fd
+    service.start()
+    assert service.status().num_unfinished == 0
+    service.thread.join(1.0)
+    assert service.thread.is_alive()
+    os.close(write_fd)
+    service.thread.join(60)
+    assert not service.thread.is_alive()
+    service.close()
+
+
+def test_a_worker_that_never_answers_is_not_waited_for(
+    tmp_path: Path, service: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.sessions._HEARD_S_MAX", 0.0)
+    monkeypatch.setattr("storage.service.sessions._LOOK_S", 0.01)
+    monkeypatch.setattr(ServiceBackend, "_hear", lambda *args: None)
+    ckpt = Checkpointer(tmp_path / "run").start()
+    ckpt.save(1, state(1))
+    until("the commit", lambda: committed(tmp_path / "run") == [1])
+    until("the service to be done", lambda: service.status().num_ended == 1)
+    ckpt._close(abandon=True)

@@ -1,0 +1,211 @@
+"""Whatever is killed: a save that had returned is committed, or said to have failed; and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from storage import Checkpointer
+from storage.agent import AgentEnvironment
+from storage.service.sidecar import CheckpointService
+from storage.service.ways import OwnService
+from tests.ranks import Ranks
+from tests.storage.service_cases import committed, events_in, process, status, until
+from tests.storage.small_runs import Events, state
+
+SERVICE = AgentEnvironment.variable("service")
+NUM_KILLS = int(os.environ.get("SERVICE_KILLS", "3"))
+
+
+@pytest.fixture
+def agents_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of an agent's worker; its file of events."""
+    monkeypatch.setenv(SERVICE, str(tmp_path / "node" / "service.sock"))
+    monkeypatch.setenv(AgentEnvironment.variable("events"), str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(AgentEnvironment.variable("lineage"), "one launch")
+    return tmp_path / "events.jsonl"
+
+
+def outcomes(events: Path, step: int) -> list[str]:
+    """What was said to have become of a step."""
+    ends = ("checkpoint_committed", "checkpoint_failed")
+    return [event["event"] for event in events_in(events) if event.get("step") == step and event["event"] in ends]
+
+
+def die_after_saving(url: str, environment: dict[str, str], step: int) -> None:
+    """Save with all ranks, and be killed 10 ms after that has returned on each of them."""
+    os.environ.update(environment)
+    Checkpointer(url).save(step, {"w": torch.full((200_000,), float(step)), "n": step})
+    dist.barrier()
+    time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(AgentEnvironment.variable("")[:-1])}
+
+
+def test_workers_that_are_killed_after_their_save_have_saved(tmp_path: Path, agents_files: Path, ranks: Ranks) -> None:
+    with process(tmp_path / "node" / "service.sock"):
+        for step in range(1, NUM_KILLS + 1):
+            ranks.run_losing([0, 1], die_after_saving, f"{tmp_path}/run", environment(), step, world_size=2)
+            until(f"the outcome of step {step}", functools.partial(outcomes, agents_files, step))
+            assert outcomes(agents_files, step) == ["checkpoint_committed"]
+            assert committed(tmp_path / "run")[0] == step
+    with Checkpointer(tmp_path / "run") as ckpt:
+        assert ckpt.restore({"w": torch.zeros(200_000), "n": 0}) == NUM_KILLS
+
+
+def test_a_service_that_is_killed_comes_back_and_commits(tmp_path: Path, agents_files: Path, events: Events) -> None:
+    rng = random.Random(7)
+    with (
+        process(tmp_path / "node" / "service.sock", "--rate-limit", "20e6") as service,
+        Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt,
+    ):
+        for step in range(1, NUM_KILLS + 1):
+            ckpt.save(step, {"w": torch.full((1_000_000,), float(step)), "n": step})
+            time.sleep(rng.uniform(0.0, 0.3))
+            service.kill_service()
+            assert ckpt.wait(), f"step {step}: {events[0]}"
+        assert until("it is back", service.status).num_restarts == NUM_KILLS
+    ends = [str(name) for name, _ in events[0] if name in ("checkpoint_committed", "checkpoint_failed")]
+    assert ends == ["checkpoint_committed"] * NUM_KILLS
+
+
+def test_workers_and_service_are_killed_at_once(tmp_path: Path, agents_files: Path, ranks: Ranks) -> None:
+    """What the service had taken over is taken up by the next one, which the keeper starts."""
+    with process(tmp_path / "node" / "service.sock", "--rate-limit", "1e6") as service:
+        ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
+        until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
+        service.kill_service()
+        until("an outcome", lambda: outcomes(agents_files, 1))
+        assert outcomes(agents_files, 1) == ["checkpoint_committed"]
+        assert until("it is back", service.status).num_restarts == 1
+
+
+def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(
+    tmp_path: Path, agents_files: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with (
+        process(tmp_path / "node" / "service.sock", "--rate-limit", "1e5") as service,
+        Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt,
+    ):
+        ckpt.save(1, state(1) | {"w": torch.zeros(200_000)})
+        pid = service.pid()
+        service.keeper.kill()
+        assert ckpt.wait()
+        until("the service to be gone", lambda: not psutil.pid_exists(pid))
+    assert "checkpoint_direct" in [str(name) for name, _ in events[0]]
+
+
+@pytest.mark.parametrize("order", ["agent first", "service first", "worker first"])
+def test_nothing_is_left_of_agent_service_and_worker(order: str, tmp_path: Path, agents_files: Path) -> None:
+    agent = subprocess.Popen([sys.executable, "-c", AGENT, str(tmp_path / "node")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert agent.stdout is not None
+        keeper = int(agent.stdout.readline())
+        path = tmp_path / "node" / "service" / "service.sock"
+        until("the service", lambda: path.exists() and status(path))
+        with connecting(path) as child:
+            family = [psutil.Process(keeper), *psutil.Process(keeper).children()]
+            assert len(family) == 2
+            victims = {"agent": [agent.pid], "service": [p.pid for p in family], "worker": [child.pid]}
+            first = order.split()[0]
+            for name in (first, *(other for other in victims if other != first)):
+                for pid in victims[name]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+    finally:
+        agent.kill()
+        agent.communicate()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+@contextlib.contextmanager
+def connecting(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is connected to the service."""
+    child = subprocess.Popen([sys.executable, "-c", WORKER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "connected\n"
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from storage.service.channel import connect
+from storage.service.messages import Hello
+channel, _ = connect(Path(sys.argv[1]), Hello(pid=os.getpid(), session="a"))
+print("connected", flush=True)
+time.sleep(600)
+"""
+AGENT = """
+import sys, time
+from pathlib import Path
+from storage import CheckpointService
+service = CheckpointService()
+service.start(Path(sys.argv[1]), print)
+print(service._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_agents_service_is_started_again_and_ends_with_it(tmp_path: Path) -> None:
+    told: list[str] = []
+    service = CheckpointService()
+    service.start(tmp_path, told.append)
+    try:
+        path = Path(service.address)
+        until("the socket", path.exists)
+        first = service._process
+        assert first is not None
+        first.kill()
+        until("another", lambda: service._process is not first)
+        assert told == ["it has ended (exit code -9), and is started again"]
+        with Checkpointer(tmp_path / "run", service=False) as ckpt:
+            ckpt.save(1, state(1), wait=True)
+        service.drain(0.0)
+    finally:
+        service.close()
+    assert not path.exists()
+    assert len(told) == 1
+
+
+def test_a_checkpointer_starts_a_service_of_its_own(
+    tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    found: list[Path] = []
+    start = OwnService.start
+
+    def starting(self: OwnService) -> None:
+        self._arguments = ("--linger", "0")
+        found.append(self.path)
+        start(self)
+
+    monkeypatch.setattr(OwnService, "start", starting)
+    with Checkpointer(tmp_path / "run", service=True, on_event=events[1]) as ckpt:
+        assert not found, "it starts with the first save"
+        ckpt.save(1, state(1), wait=True)
+        assert ckpt.wait()
+    assert [str(name) for name, _ in events[0]] == ["checkpoint_staged", "checkpoint_committed"]
+    until("the service to have gone", lambda: not found[0].exists())
