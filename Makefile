@@ -47,7 +47,7 @@ demo: $(VENV)/.demo ## train a small MoE over two nodes, lose one, go on, take i
 	$(BIN)/elastic-moe demo --out $(OUT)
 
 test: $(VENV)/.dev ## the whole test suite
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder # but by tests/order.py
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000

@@ -2,6 +2,13 @@
 
 import os
 
-from tests import unsynced
+import pytest
+
+from tests import order, unsynced
 
 os.fsync = unsynced.fsync
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=order.place)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import order
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("elastic_moe", "launcher", "storage")
 MAX_FILE_LINES = 400
@@ -41,12 +43,15 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def functions(*folders: str) -> Iterator[tuple[str, Function]]:
+@cache
+def functions(*folders: str) -> list[tuple[str, Function]]:
     """Every function, by its file and name."""
-    for path in files(*folders):
-        for node in ast.walk(parsed(path)):
-            if isinstance(node, Function):
-                yield f"{path.relative_to(ROOT)}: {node.name}", node
+    return [
+        (f"{path.relative_to(ROOT)}: {node.name}", node)
+        for path in files(*folders)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, Function)
+    ]
 
 
 def positional(function: Function) -> list[ast.arg]:
@@ -116,6 +121,10 @@ def test_the_house_is_kept(rule: Callable[[], set[str]], listed: set[str]) -> No
     found = rule()
     assert sorted(found - listed) == [], rule.__doc__
     assert sorted(listed - found) == [], "these are mended: take them off the list"
+
+
+def test_the_files_that_are_begun_first_are_there() -> None:
+    assert [path for path in order.FIRST if not (ROOT / "tests" / path).is_file()] == []
 
 
 def test_docs_name_tests_that_are_there() -> None:
