@@ -52,14 +52,7 @@ from launcher.node.roster import Roster
 from launcher.node.round_events import tell
 from launcher.rounds.membership import Rules
 from launcher.rounds.partitions import watched_by
-from launcher.rounds.records import (
-    LEFT,
-    LEFT_AT_ONCE,
-    Node,
-    Participant,
-    Status,
-    identity_of,
-)
+from launcher.rounds.records import LEFT, LEFT_AT_ONCE, Node, Participant, Status, identity_of
 
 log = logging.getLogger(__name__)
 
