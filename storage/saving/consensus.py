@@ -105,6 +105,7 @@ class Consensus:
         self._group = group
         self._committer = committer
         self._plan: _Plan | None = None
+        self._before: Holdings | None = None
 
     def reach(self, step: int, state: Mapping[str, Any], *, healthy: bool, compare_ranks: bool) -> Agreed | None:
         """What is to be saved; None if the step is committed already. On all ranks the same, or the same error.
@@ -134,7 +135,14 @@ class Consensus:
             check_state(state)
             compares = compare_ranks and self._group.world_size > 1
             is_first = self._plan is None
-            holdings = describe(state, self._group.rank, compares=compares, compares_parameters=compares and is_first)
+            holdings = describe(
+                state,
+                self._group.rank,
+                compares=compares,
+                compares_parameters=compares and is_first,
+                before=self._before,
+            )
+            self._before = holdings.without_state()
             picks = self._plan.picks if self._plan and self._has_plan_of(holdings) else range(len(holdings.chunks))
             return holdings, holdings.encode_values(picks)
         except ValueError as error:

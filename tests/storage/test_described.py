@@ -1,0 +1,75 @@
+"""A state that is as it was, but for its numbers, is not planned anew; any other is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from storage.saving.describe import Holdings, describe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone_in_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(*placements: Any, rows: int = 4) -> DTensor:
+    mesh = init_device_mesh("cpu", (1,) * len(placements))
+    return DTensor.from_local(torch.randn(rows, 3), mesh, placements, run_check=False)
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    made = {"w": sharded(Shard(0)), "plain": torch.randn(5), "deep": {"list": [1, torch.ones(2)], "text": "a"}, "n": 3}
+    return {**made, **changes}
+
+
+def told(holdings: Holdings) -> tuple[Any, ...]:
+    return holdings.chunks, holdings.containers, holdings.digest, [item.index for item in holdings.items]
+
+
+def test_other_numbers_are_planned_as_before() -> None:
+    before = describe(state(), 0).without_state()
+    new = state(n=4)
+    found = describe(new, 0, before=before)
+    assert found.items is before.items
+    assert told(found) == told(describe(new, 0))
+    (position,) = (at for at, chunk in enumerate(found.chunks) if chunk.key == "plain")
+    assert found.tensor(position).data_ptr() == new["plain"].data_ptr()
+    assert found.sums == describe(new, 0).sums
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plain": torch.randn(6)},
+        {"plain": torch.randn(5).double()},
+        {"plain": 5},
+        {"n": torch.ones(1)},
+        {"deep": {"list": (1, torch.ones(2)), "text": "a"}},
+        {"deep": {"list": [1, torch.ones(2), 2], "text": "a"}},
+        {"more": 1},
+        {"deep": {"list": [1, torch.ones(2)]}, "deep.text": "a"},
+        {7: "a key of another type"},
+    ],
+)
+def test_anything_else_is_planned_anew(changes: dict[Any, Any]) -> None:
+    before = describe(state(), 0).without_state()
+    new = {**state(), **changes}
+    assert told(describe(new, 0, before=before)) == told(describe(new, 0)) != told(before)
+
+
+@pytest.mark.parametrize("placements", [(Shard(1),), (Replicate(), Shard(0)), (Shard(0),)], ids=str)
+def test_other_shards_are_planned_anew(placements: tuple[Any, ...]) -> None:
+    before = describe(state(), 0).without_state()
+    new = state(w=sharded(*placements, rows=8))
+    assert told(describe(new, 0, before=before)) == told(describe(new, 0)) != told(before)
+    same = state(w=sharded(*placements))
+    assert (describe(same, 0, before=before).items is before.items) == (placements == (Shard(0),))
