@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 
+from tests.bench.far_register import SCHEME, far_kv
 from tests.cluster import free_port
 from tests.etcd import Server, client, etcd
 
@@ -117,14 +118,13 @@ def _ours(
     from launcher.rounds.records import Node, Status
 
     backend = "bucket" if looks_like_bucket(endpoint) else "etcd3"
-    connection = connect(backend, endpoint, timeout_s=60.0)
+    kv = far_kv(endpoint) if endpoint.startswith(SCHEME) else connect(backend, endpoint, timeout_s=60.0).kv
+    kv.get("")
     bell = LivenessListener("127.0.0.1")
     bell.start()
     node = Node(name, name, "127.0.0.1", bell.port, slots=8)
     rules = Rules(min_nodes=num_nodes - 1, max_nodes=num_nodes, last_call_s=60.0)
-    member = Member(
-        connection.kv, run_id, node, rules, lambda slots, mesh: None, lambda *a, **k: None, lease_ttl_s=lease_ttl_s
-    )
+    member = Member(kv, run_id, node, rules, lambda slots, mesh: None, lambda *a, **k: None, lease_ttl_s=lease_ttl_s)
     handler = MemberRendezvous(member, backend=backend, run_id=run_id, address="127.0.0.1", timeout_s=DEADLINE_S)
     started = threading.Event()
 
