@@ -51,7 +51,7 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
-	BUCKET_SEEDS=10000 $(BIN)/python -m pytest -q tests/launcher/test_bucket.py -k two_authors
+	BUCKET_SEEDS=10000 $(BIN)/python -m pytest -q tests/launcher/test_bucket_journal.py
 
 test-oldest: $(OLDEST_VENV)/.dev ## the core of the suite on the oldest torch that is supported; PyPI's is some gigabytes
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile \

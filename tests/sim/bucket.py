@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.sim.nodes import SimLease, SimNode
 
 RENEWALS_PER_TTL, CHECKS_PER_TTL = 3.0, 3.5
-HOT_S, QUICK_S, TURN_S = 5.0, 0.1, 0.03
+SLOWS_DOWN, QUICK_S, TURN_S = 0.15, 0.1, 0.03
 HEDGE_FRACTION = 0.125
 KEPT_VERSIONS = Wish.WINDOW + 8
 """Fewer than in earnest, so that some are buried in a life; more than a wish may wait for."""
@@ -49,7 +49,7 @@ class SimBucket:
         self._queue: deque[tuple[Callable[[], Steps[Any]], Callable[[Any], None]]] = deque()
         self._steps: Steps[Any] | None = None
         self._unwritten_s = 0.0  # then what is being changed was in no version yet
-        self._hot_until_s = 0.0
+        self._news_s = 0.0
         self._looked_s = -math.inf
         self._beats = itertools.count()
         self._ungranted: set[int] = set()
@@ -81,7 +81,7 @@ class SimBucket:
         else:
             self._ask(request)
         if self.journal.number != before:
-            self._hot_until_s = self._world.now_s + HOT_S
+            self._news_s = self._world.now_s
             self._node.expect_news()
 
     def _ask(self, request: Request) -> None:
@@ -278,8 +278,8 @@ class SimBucket:
     def _poll(self) -> None:
         if not self._node.alive:
             return
-        is_hot = self._world.now_s < self._hot_until_s or self.trouble
-        self._world.at(QUICK_S if is_hot else self._world.slow_s, self._poll)
+        since_s = 0.0 if self.trouble else self._world.now_s - self._news_s
+        self._world.at(min(max(QUICK_S, SLOWS_DOWN * since_s), self._world.slow_s), self._poll)
         self._look()
 
     def _look(self) -> None:

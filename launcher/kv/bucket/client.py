@@ -35,7 +35,9 @@ class PollPace:
     """How often a client looks, and tells that it is there.
 
     Attributes:
-        quick_s, slow_s: seconds between two looks for news, for `hot_s` after the last change and later.
+        quick_s, slow_s: seconds between two looks for news, at least and at most.
+        slows_down: a look is as far from the last one as this part of the time since something changed: who has waited
+            for long waits a little longer. And twice as far as it takes, where that is long.
         renewals_per_ttl: of its own leases. A worker is asked to yield at 0.6 of a lease without a renewal.
         checks_per_ttl: looks at another's lease.
         turn_s: the first pause while another writes what many wish: what that takes, about.
@@ -46,7 +48,7 @@ class PollPace:
     renewals_per_ttl: float
     checks_per_ttl: float
     turn_s: float
-    hot_s: float = 5.0
+    slows_down: float = 0.15
 
 
 LOCAL_PACE = PollPace(quick_s=0.01, slow_s=0.25, renewals_per_ttl=4, checks_per_ttl=8, turn_s=0.005)
@@ -62,7 +64,8 @@ class BucketKV:
         self._journal = SharedJournal(register, self._pace.turn_s, self._tell_news)
         self._changed = threading.Condition()  # of what follows, and told when there is news
         self._trouble: KVUnavailable | None = None
-        self._hot_until_s = time.monotonic()
+        self._news_s = time.monotonic()  # when something changed last
+        self._look_took_s = 0.0
         self._leases: dict[int, Lease] = {}
         self._ungranted: set[int] = set()  # those of them that are in no version yet
         self._granting = threading.Lock()
@@ -146,7 +149,7 @@ class BucketKV:
         return self._journal.change(op).results[0]
 
     def _tell_news(self) -> None:
-        self._hot_until_s = time.monotonic() + self._pace.hot_s
+        self._news_s = time.monotonic()
         with self._changed:
             self._changed.notify_all()
         self._wake.set()
@@ -221,7 +224,9 @@ class BucketKV:
             trouble = None
             try:
                 if woken or self._trouble is not None or time.monotonic() >= self._next_look_s:
+                    began_s = time.monotonic()
                     self._journal.look()
+                    self._look_took_s = time.monotonic() - began_s
                 self._mind_leases()
                 self._upkeep.tidy(time.monotonic())
             except KVUnavailable as error:
@@ -237,7 +242,9 @@ class BucketKV:
 
     def _wait(self) -> None:
         now_s = time.monotonic()
-        pause_s = self._pace.quick_s if now_s < self._hot_until_s else self._pace.slow_s
+        pace = self._pace
+        pause_s = max(pace.quick_s, pace.slows_down * (now_s - self._news_s), 2 * self._look_took_s)
+        pause_s = min(pause_s, pace.slow_s)
         self._next_look_s = now_s - self._journal.age_s + pause_s
         due_s = self._next_look_s
         if self._journal.state.leases():
