@@ -1,12 +1,22 @@
-"""What all tests share: nothing of theirs has to outlive this machine, so nobody waits for its disk."""
+"""What all tests share: nobody waits for the disk, since nothing of theirs has to outlive this machine."""
 
 import os
 
+import hypothesis
 import pytest
 
 from tests import order, unsynced
 
 os.fsync = unsynced.fsync
+# A busy machine is no fault of what is tested: no example is too slow. Nor does a run fail by chance: SUITE_RANDOM=1
+# looks for examples that have not been tried.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="SUITE_RANDOM" not in os.environ,
+)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

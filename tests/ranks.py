@@ -30,6 +30,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
 
 
+TIMEOUT_S = 150.0
+"""Of a run: a busy machine takes that long for some."""
+
+
 class RankFailure(AssertionError):
     """A rank failed; the message holds its number and its traceback."""
 
@@ -55,7 +59,7 @@ class Ranks:
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Call `function(*args)` on every rank, inside an initialised process group; the results by rank.
 
         Raises:
@@ -65,7 +69,12 @@ class Ranks:
         return [results[rank] for rank in range(world_size)]
 
     def run_losing(
-        self, dying: Collection[int], function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 60
+        self,
+        dying: Collection[int],
+        function: Callable[..., Any],
+        *args: Any,
+        world_size: int,
+        timeout_s: float = TIMEOUT_S,
     ) -> dict[int, Any]:
         """The same where the ranks `dying` are killed meanwhile (see `pids`); the results by rank of all that gave one.
 

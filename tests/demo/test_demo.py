@@ -12,6 +12,7 @@ from elastic_moe.demo import driver
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Real processes: a node is killed and comes back; the losses are those of an unbroken run.
 
