@@ -42,6 +42,10 @@ class Environment:
     """The node's `events.jsonl`."""
     checkpoint: Path | None = None
     """The file in which a Checkpointer says what it has committed last."""
+    zone: str = ""
+    """The failure domain that the node is in, `--rdzv-conf zone`."""
+    address: str = ""
+    """Under which other nodes reach the node."""
     service: Path | None = None
     """The socket of the node's checkpoint service."""
     keep_children: bool = False
@@ -64,6 +68,8 @@ class Environment:
             lineage=held.get("lineage", ""),
             run_id=held.get("run_id", ""),
             node=held.get("node", ""),
+            zone=held.get("zone", ""),
+            address=held.get("address", ""),
             mesh=held.get("mesh"),
             **{
                 name: Path(held[name])

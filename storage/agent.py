@@ -27,6 +27,10 @@ class AgentEnvironment:
     """Path of the file to which events are appended."""
     checkpoint: str = ""
     """Path of the file that says which checkpoint was committed last."""
+    zone: str = ""
+    """The failure domain that the node is in, as whoever launched it says."""
+    address: str = ""
+    """Under which other nodes reach the node."""
     service: str = ""
     """Path of the socket of this node's checkpoint service."""
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from storage.errors import UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
+from storage.loading.memory_tier import MemoryAccess
 from storage.loading.restorer import Restorer
 from storage.options import Access, CheckpointerOptions, divided, translated
 from storage.pace.rules import Tier
@@ -31,8 +32,8 @@ from storage.saving.ownership import Ownership
 from storage.saving.pacer import Pacer
 from storage.saving.saver import Saver
 from storage.saving.uploads import SaveRules, Uploads
-from storage.service.choice import backend_for, held_by
-from storage.service.client import Saves
+from storage.service.choice import backend_for, held_by, memory_of
+from storage.service.handed import Saves
 from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
 
@@ -153,7 +154,16 @@ class Checkpointer:
         if self._access is Access.READ:
             return _Started(Restorer(store, None, group, report))
         find_held = functools.partial(held_by, store.url, self._origin, self._plan.service)
-        ownership = Ownership(store, group, self._origin.claimant(), report, take_over=take_over, find_held=find_held)
+        memory = self._memory(group)
+        ownership = Ownership(
+            store,
+            group,
+            self._origin.claimant(),
+            report,
+            take_over=take_over,
+            find_held=find_held,
+            can_wait=memory.has_a_state(report),
+        )
         self._opened.enter_context(ownership)
         plan, timeout_s, stop = self._plan, self._timeout_s, threading.Event()
         rules = SaveRules(self._keep, timeout_s)
@@ -163,7 +173,15 @@ class Checkpointer:
         committer = Committer(ownership, backend, prefix_spread=plan.prefix_spread)
         saver = Saver(group, committer, report, plan, timeout_s=timeout_s)
         pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
-        return _Started(Restorer(store, ownership.claim, group, report), ownership, saver, pacer)
+        restorer = Restorer(store, ownership.claim, group, report, memory, ownership)
+        return _Started(restorer, ownership, saver, pacer)
+
+    def _memory(self, group: AgreeingGroup) -> MemoryAccess:
+        """What nodes hold in memory of this job's states."""
+        local = memory_of(self._store.url, self._origin, self._plan.service)
+        if local is not None:
+            self._opened.callback(local.close)
+        return MemoryAccess(local, self._store.url, self._origin.lineage, group)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -315,8 +333,6 @@ class Checkpointer:
         started = self._start()
         if started.saver is not None:
             started.saver.forget()
-        if started.ownership is not None:
-            started.ownership.settle()
         check_state(state)
         patterns = [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):

@@ -82,6 +82,8 @@ class CheckpointEvent(enum.StrEnum):
     """`url`, `seconds` for which it was away."""
     UNCONDITIONAL = "checkpoint_unconditional"
     """`url` of a store that does not honour conditional puts."""
+    HELD = "checkpoint_held"
+    """This rank's part of a save that is not stored (`ram_every`) is in memory: `step`, `seconds`, `bytes`."""
     COPIED = "checkpoint_copied"
     """A node holds a copy of another's part in memory: `step`, `of_rank`, `to` that node, `bytes`, `seconds`."""
     COPY_FAILED = "checkpoint_copy_failed"
@@ -99,6 +101,8 @@ class CheckpointEvent(enum.StrEnum):
     """The states of `steps` in memory are not gone on from any more, and the store's are: `reason`."""
     STORE_UNASKED = "checkpoint_store_unasked"
     """`step` is restored from memory while the store, which may have a newer one, does not answer: `reason`."""
+    CLAIMED_LATER = "checkpoint_claimed_later"
+    """The job goes on from memory while the store at `url` is away, and claims it with its first commit: `reason`."""
     TAKEN_OVER = "checkpoint_taken_over"
     """`url`, `by` this job, `of` another, which had not let it go; the `reason` why that does not count."""
     ADOPTED = "checkpoint_adopted"
@@ -120,6 +124,7 @@ _USUAL = {
     CheckpointEvent.LIVE_STAGED,
     CheckpointEvent.WAITED,
     CheckpointEvent.COPIED,
+    CheckpointEvent.HELD,
     CheckpointEvent.PACE,
 }
 """Those that the log has as information; all others are warnings."""

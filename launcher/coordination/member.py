@@ -55,7 +55,7 @@ class Member:
         lease_ttl_s: float,
     ) -> None:
         self.rules = rules
-        self.node_id = node.node_id
+        self.node_id, self.zone, self.address = node.node_id, node.zone, node.address
         self._kv = Prefixed(kv, run_prefix(run_id))
         self._emit = emit
         self._engine = NodeEngine(node, rules, lease_ttl_s=lease_ttl_s, lineage=uuid.uuid4().hex)

@@ -149,6 +149,8 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             lineage=current.lineage,
             run_id=self._rendezvous_handler.get_run_id(),
             node=self._member.node_id,
+            zone=self._member.zone,
+            address=self._member.address,
             mesh=current.mesh.to_json() if current.mesh else None,
             channel=self._workers.path(local_rank),
             stacks=self._workers.stacks_path(local_rank),

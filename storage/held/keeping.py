@@ -16,7 +16,8 @@ class KeepingStore(StoreWrapper):
     """`store`, and of each object that is put by `put_from` the pieces of memory that it was fetched from.
 
     What was fetched once is whole, its checksums are made. Without `stores` nothing goes to the store: for a state that
-    is held in memory only. Whoever wraps a store so does not close the wrapper.
+    is held in memory only. The pieces keep no memory alive: that is for whoever has staged what is put. Whoever wraps a
+    store so does not close the wrapper.
     """
 
     def __init__(self, store: ObjectStore, *, stores: bool = True) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from storage.errors import Corrupt, NotFound, StorageError
+from storage.errors import Corrupt, NotFound, StorageError, Transient
 from storage.format.columns import IntColumn
 from storage.format.sealed import Document, seal, unseal
 from storage.held.inventory import HeldObject, HeldPart, PartKey
@@ -128,8 +128,10 @@ class OwnMemory:
             if key not in self._parts:
                 try:
                     self._parts[key] = MappedPart(self._ask(key))
-                except (NotFound, Corrupt) as error:
+                except StorageError as error:
                     self._parts[key] = error
+                except OSError as error:
+                    self._parts[key] = Transient(f"the memory of {self.name} cannot be mapped: {error}")
             found = self._parts[key]
         if isinstance(found, StorageError):
             raise found

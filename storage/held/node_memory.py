@@ -45,21 +45,22 @@ class NodeIdentity:
 
 
 class NodeMemory:
-    """Holds parts, serves them, and copies this node's own to a buddy. Between `start` and `close`; thread-safe.
+    """Holds parts, serves them, and copies this node's own to a buddy. Thread-safe.
+
+    It holds from the beginning, serves and copies from `start` on, and ends with `close`.
 
     Args:
-        identity: who this node is.
         copies: how much it holds for others; None: nothing.
         rate: of the bytes that are copied to the buddy.
         tell: hears events.
     """
 
-    def __init__(self, identity: NodeIdentity, copies: CopyRules | None, rate: RateLimit, tell: Tell) -> None:
+    def __init__(self, copies: CopyRules | None, rate: RateLimit, tell: Tell) -> None:
         self.inventory = Inventory()
-        self._identity = identity
+        self._copies = copies
         self._rate = rate
         self._tell = tell
-        self._server = PeerServer(self.inventory, identity.token, copies, self._refused)
+        self._server: PeerServer | None = None
         self._card: PeerCard | None = None
         self._distrust = Distrust()
         self._stop = threading.Event()
@@ -69,9 +70,10 @@ class NodeMemory:
         self._is_copying = False
         self._thread: threading.Thread | None = None
 
-    def start(self) -> NodeMemory:
-        """Listen, and begin to copy. Raises OSError."""
-        who = self._identity
+    def start(self, who: NodeIdentity) -> NodeMemory:
+        """Listen as the memory of that node, and begin to copy. Raises OSError."""
+        assert self._card is None, "it is started once"
+        self._server = PeerServer(self.inventory, who.token, self._copies, self._refused)
         port = self._server.start(who.address, who.port)
         self._card = PeerCard(
             node=who.node, host=who.host, zone=who.zone, address=who.address, port=port, token=who.token
@@ -88,7 +90,8 @@ class NodeMemory:
             buddy, self._buddy = self._buddy, None
         if buddy is not None:
             buddy.close()
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         if self._thread is not None:
             self._thread.join()
         self.inventory.drop()
@@ -100,7 +103,7 @@ class NodeMemory:
 
     def meet(self, cards: Sequence[PeerCard]) -> None:
         """See `LocalMemory.meet`. A new buddy is given what is held now."""
-        found = buddy_of(self._identity.node, cards)
+        found = buddy_of(self.card().node, cards)
         with self._changed:
             if found == (self._buddy and self._buddy.card):
                 return
@@ -173,7 +176,7 @@ class NodeMemory:
         try:
             with self.inventory.reading(*key) as part:
                 fields: dict[str, Any] = {"step": part.label.step, "of_rank": part.label.rank, "to": buddy.name}
-                buddy.hold(self._identity.node, part, self._rate, self._stop)
+                buddy.hold(self.card().node, part, self._rate, self._stop)
                 fields["bytes"] = part.label.size_bytes
         except StorageError as error:
             if not self._stop.is_set():

@@ -70,9 +70,14 @@ class MemoryTier:
         self._peers = [
             Peer(offer.card, Nearness.OWN if number == own else Nearness.PEER) for number, offer in enumerate(offers)
         ]
-        self._sources: list[ByteSource] = list(self._peers)
-        if own is not None and local is not None:
-            self._sources[own] = OwnMemory(offers[own].card.node, local.mapped)
+        self._sources: list[list[ByteSource]] = [[peer] for peer in self._peers]
+        if own is not None and local is not None:  # what cannot be mapped is read as another node would read it
+            self._sources[own].insert(0, OwnMemory(offers[own].card.node, local.mapped))
+
+    @property
+    def has_a_state(self) -> bool:
+        """Whether a state seems to be held whole; the same on all ranks."""
+        return any(not state.why_not for state in self.states)
 
     @property
     def worn_out(self) -> list[str]:
@@ -130,7 +135,7 @@ class MemoryTier:
         if state is None:
             return None
         holders = {
-            (index.save_id, rank): sorted((self._sources[node] for node in nodes), key=_distance)
+            (index.save_id, rank): sorted((s for node in nodes for s in self._sources[node]), key=_distance)
             for rank, nodes in state.holders.items()
         }
 
@@ -218,6 +223,14 @@ class MemoryAccess:
         found = [offers[node] for node in nodes if node in offers]
         own = next((number for number, offer in enumerate(found) if mine and offer.card.node == mine.node), None)
         return MemoryTier(found, own, self._local, self._lineage)
+
+    def has_a_state(self, report: Reporter) -> bool:
+        """Whether nodes hold a state that could be gone on from if the store were away."""
+        tier = self.open(report)
+        if tier is None:
+            return False
+        tier.close()
+        return tier.has_a_state
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         """Tell the memory of this node that the job goes on from a state of it. No collective; all ranks call it."""

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from storage import inspection
 from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, Transient, UnloadableValue, WrongModel
@@ -60,10 +60,22 @@ class _Damaged:
     own: Corrupt | None
 
 
+class Adopted(Protocol):
+    """Saves of this job's dead workers that are still going to be committed, by those who hold them."""
+
+    @property
+    def adopted_step(self) -> int:
+        """The newest of them; -1 if there is none."""
+
+    def settle(self) -> None:
+        """Wait until they are committed, or given up."""
+
+
 class Restorer:
     """Reads for one group of ranks. Every method without underscore is a collective.
 
-    Without a `claim` nothing is written: a damaged checkpoint is passed over, and stays as it is.
+    Without a `claim` nothing is written: a damaged checkpoint is passed over, and stays as it is. What was `adopted` is
+    waited for, unless memory has a state that is as new.
     """
 
     def __init__(
@@ -73,8 +85,10 @@ class Restorer:
         group: AgreeingGroup,
         report: Reporter,
         memory: MemoryAccess | None = None,
+        adopted: Adopted | None = None,
     ) -> None:
         self._store = store
+        self._adopted = adopted
         self._memory = memory
         self._claim = claim
         self._group = group
@@ -159,17 +173,21 @@ class Restorer:
         self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
     ) -> HeldIndex | None:
         """The state to go on from (coordinator): one in memory if it is newer than the store's newest."""
-        if tier is not None and tier.states:
+        found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
+        if self._adopted is not None and self._adopted.adopted_step > (-1 if found is None else found.index.step):
+            self._adopted.settle()
             found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
-            if found is not None:
-                return found
+        if found is not None:
+            return found
         index = self._newest(damaged, unhealthy=unhealthy)
         return None if index is None else HeldIndex(index)
 
     def _newest_held(
-        self, tier: MemoryTier, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
+        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
     ) -> HeldIndex | None:
         """The newest state in memory, unless the store has a newer one; if it does not answer, that is not known."""
+        if tier is None or not tier.states:
+            return None
         stored, away = None, None
         try:
             stored = tier.find_stored(self._store.impatient(_STORE_S), damaged, unhealthy=unhealthy)

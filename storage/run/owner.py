@@ -176,8 +176,8 @@ class Claim:
         """As `check`, for an attempt; whether the run is ours, and not a newer owner's who has adopted the attempt."""
         with self._lock:
             recorded = read_owner(self._store)
-            if recorded == self._owner:
-                return True
+            if recorded is not None and recorded.token == self._owner.token:
+                return True  # of this very claim, perhaps recorded by another process that holds it as well
             if recorded is not None and attempt in recorded.adopts:
                 return False
             if recorded is None or not is_late(recorded, self._owner):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from storage.format import layout
 from storage.format.manifest import Receipt
+from storage.pace.rules import Tier
 from storage.run import attempt_ids
 from storage.saving.ownership import Ownership
 from storage.saving.uploads import SaveJob, Tried, Uploads
@@ -17,22 +18,30 @@ from storage.saving.uploads import SaveJob, Tried, Uploads
 
 @dataclass(frozen=True)
 class Running:
-    """A job that was handed over. `stored` is set once its payloads are stored, or cannot be: their memory is free."""
+    """A job that was handed over. `stored` is set once its payloads are stored, or cannot be, and `freed` once nobody
+    reads their memory any more: the service may hold a state there for longer.
+    """
 
     job: SaveJob
     stored: threading.Event = field(default_factory=threading.Event)
     committed: Future[bool] = field(default_factory=Future)
+    freed: threading.Event = field(default_factory=threading.Event)
 
     def free(self) -> None:
         """The memory of the job's payloads may be used again. Any thread; harmless where that was said."""
-        if self.job.staged is not None and not self.stored.is_set():
+        if self.job.staged is not None and not self.freed.is_set():
             self.job.staged.release()
+        self.freed.set()
         self.job.payloads.clear()  # whoever asks later what has become of the job holds none of it
         self.stored.set()
 
 
 class Backend(Protocol):
     """Who carries jobs out, one after the other. All methods belong to the training's thread."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether states stay in memory that outlives this process."""
 
     def submit(self, running: Running) -> None:
         """Take a job over; settles `running` in time, whatever happens."""
@@ -47,6 +56,8 @@ class InProcess:
     Args:
         stop: the one that `uploads` heeds.
     """
+
+    holds = False
 
     def __init__(self, uploads: Uploads, stop: threading.Event) -> None:
         self._uploads = uploads
@@ -109,7 +120,7 @@ class Committer:
     @property
     def holds(self) -> bool:
         """Whether states can stay in memory that outlives this process."""
-        return False
+        return self._backend.holds
 
     def await_free(self, timeout_s: float) -> str:
         """Block until the last job's payloads are stored (or have failed): their memory is free again.
@@ -131,7 +142,7 @@ class Committer:
 
         What was saved as unhealthy has not been if the step is healthy now.
         """
-        if self._last is None or self._last.job.attempt.step != step:
+        if self._last is None or self._last.job.attempt.step != step or self._last.job.tier is not Tier.STORE:
             return False
         return self._last.committed.result() and (self._last.job.healthy or not healthy)
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Collection
 from typing import Self
 
-from storage.errors import Fenced, UsageError
+from storage.errors import Corrupt, Fenced, Transient, UsageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.ranks.agreement import AgreeingGroup
@@ -17,6 +17,10 @@ from storage.run.owner import Claim, Owner
 from storage.saving.adoption import FindHeld, UnfinishedPart, adoptable, dump_parts, load_parts, settle
 from storage.stores.objects import Capability, ObjectStore
 
+_AWAY_S = 5.0
+_NOT_RECORDED = 0
+"""The epoch of a claim that no store knows yet; those that are recorded begin with 1."""
+
 
 class Ownership:
     """Claims a run for all ranks of a group, from `start` to `close`. The coordinator's heartbeat is all ranks'.
@@ -25,6 +29,8 @@ class Ownership:
         claimant: the job's claim, of which that of the coordinator counts.
         take_over: do not ask whether another job, which has the run, is alive.
         find_held: what this node's service still has to store for workers that are gone.
+        can_wait: the job goes on from memory if the store is away: then its claim is recorded with its first commit,
+            unless a job of another lineage has the run by then. All ranks say the same.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Ownership:
         *,
         take_over: bool,
         find_held: FindHeld = tuple,
+        can_wait: bool = False,
     ) -> None:
         self._store = store
         self._group = group
@@ -46,6 +53,7 @@ class Ownership:
         self._heartbeat: Heartbeat | None = None  # coordinator
         self._fenced: str | None = None
         self._find_held = find_held
+        self._can_wait = can_wait
         self._adopted: list[Attempt] = []  # coordinator
 
     @property
@@ -69,6 +77,8 @@ class Ownership:
             held = load_parts(self._group.gather(dump_parts(self._find_held)) or [])
             claimed = self._group.on_coordinator(lambda: self._claim_run(held).model_dump())
             self._claim = Claim(self._store, Owner(**claimed))
+            if self._claim.owner.epoch == _NOT_RECORDED:
+                return self
             self._group.everywhere(self._check_shared)
             self._group.on_coordinator(self._check_conditions)
         except BaseException:
@@ -82,9 +92,14 @@ class Ownership:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def adopted_step(self) -> int:
+        """The newest step that was adopted, and not waited for yet; -1 if there is none (coordinator)."""
+        return max((attempt.step for attempt in self._adopted), default=-1)
+
     def settle(self) -> None:
-        """Wait for what was adopted: it is newer than what is committed. A collective; raises nothing."""
-        self._group.on_coordinator(lambda: settle(self._store, self._adopted))
+        """Wait for what was adopted: it is newer than what is committed (coordinator). Raises nothing."""
+        settle(self._store, self._adopted)
         self._adopted = []
 
     def announce_end(self) -> None:
@@ -99,6 +114,11 @@ class Ownership:
 
     def _claim_run(self, held: Collection[UnfinishedPart]) -> Owner:
         """Claim the run (coordinator), and what services `held` hold of it. Raises InUse, Fenced."""
+        if self._can_wait and (why := self._why_away()) is not None:
+            self._report(CheckpointEvent.CLAIMED_LATER, url=self._store.url, reason=why)
+            mine = self._claimant.model_copy(update={"epoch": _NOT_RECORDED})
+            self._beat(mine, None)
+            return mine
         find = in_use.find_other if self._take_over else in_use.await_free
         other = find(self._store, self._claimant)
         heartbeat.write(self._store, self._claimant.token, 0)  # before the claim: one without a beat is free to take
@@ -110,9 +130,7 @@ class Ownership:
             self._store.delete(layout.heartbeat_name(self._claimant.token))
             raise
         replaced_token = None if before is None else before.token
-        self._heartbeat = Heartbeat(self._store, mine, replaced_token, self._report).start()
-        # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
-        weakref.finalize(self, self._heartbeat.stop).atexit = False
+        self._beat(mine, replaced_token)
         if adopts:
             steps = [attempt.step for attempt in self._adopted]
             self._report(CheckpointEvent.ADOPTED, url=self._store.url, steps=steps)
@@ -120,6 +138,21 @@ class Ownership:
             of = other.owner.who
             self._report(CheckpointEvent.TAKEN_OVER, url=self._store.url, by=mine.who, of=of, reason=other.reason)
         return mine
+
+    def _why_away(self) -> str | None:
+        """Why the store cannot be asked for its owner now; None if it can."""
+        try:
+            owner.read_owner(self._store.impatient(_AWAY_S))
+        except Transient as error:
+            return str(error)
+        except Corrupt:
+            pass
+        return None
+
+    def _beat(self, mine: Owner, replaced_token: str | None) -> None:
+        self._heartbeat = Heartbeat(self._store, mine, replaced_token, self._report).start()
+        # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
+        weakref.finalize(self, self._heartbeat.stop).atexit = False
 
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""

@@ -21,6 +21,9 @@ from storage.saving.options import SavingPlan
 from storage.saving.replicas import ReplicaCheck
 from storage.saving.uploads import SaveJob
 
+_NUM_SLOTS = 2
+_NUM_SLOTS_HELD = 4
+"""Two states stay in memory while one is stored and the next is staged. A slot is made when it is first needed."""
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 
 
@@ -45,7 +48,7 @@ class Saver:
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
-        self._arena = Arena()
+        self._arena = Arena(_NUM_SLOTS_HELD if committer.holds else _NUM_SLOTS)
         self._stager = Stager(self._arena, plan.staging)
 
     def save(
@@ -86,6 +89,7 @@ class Saver:
                 staged=staged,
                 staging_error=staging_error,
                 healthy=agreed.healthy,
+                tier=tier,
             )
         )
         return True

@@ -15,13 +15,14 @@ from storage.arena.slot import Slot
 from storage.errors import AlreadyExists, Fenced, StorageError, Unconfirmed
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import ItemTable, Receipt
+from storage.pace.rules import Tier
 from storage.run import attempt_ids, retention
 from storage.run.attempt import Attempt, StateContents, build_manifest
 from storage.run.job import Origin
 from storage.run.owner import Claim
 from storage.saving import commit, receipts
 from storage.saving.receipts import Patience
-from storage.saving.writing import Payload, write_payloads
+from storage.saving.writing import MadeObjects, Payload, put_made, write_payloads
 from storage.stores.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ class SaveJob:
     """The same at every try, and so is the manifest."""
     staged: StagedMemory | None = None
     """Where the tensors of `payloads` lie; they stand once it has been waited for."""
+    tier: Tier = Tier.STORE
+    made: MadeObjects | None = None
+    """The objects of `payloads`, if they were made already."""
 
 
 class Tried(enum.StrEnum):
@@ -199,7 +203,10 @@ class Uploads:
             try:
                 if job.staged is not None:
                     job.staged.wait()
-                objects, items = write_payloads(self._store, attempt.prefix, attempt.id, job.rank, job.payloads)
+                if job.made is not None:
+                    objects, items = put_made(self._store, attempt.prefix, job.made), job.made.items
+                else:
+                    objects, items = write_payloads(self._store, attempt.prefix, attempt.id, job.rank, job.payloads)
                 return Receipt(rank=job.rank, attempt=attempt.id, objects=objects, items=ItemTable.of(items))
             except Exception as failure:  # noqa: BLE001 - reported by the receipt
                 error = f"{type(failure).__name__}: {failure}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from storage.format import layout
 from storage.format.checksum import pack_crcs
@@ -53,6 +53,28 @@ class Payload:
         from storage.format.items import item_of
 
         return item_of(self.content)
+
+
+class Content(Protocol):
+    """The bytes of an object that is made, wherever they lie."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many they are."""
+
+    def views(self, offset: int, length: int) -> Sequence[memoryview]:
+        """Some of them."""
+
+
+@dataclass(frozen=True)
+class MadeObjects:
+    """A rank's part of a save of which all checksums are made: entries and items as `write_payloads` returns them, and
+    the objects by name. The store has none of it yet, so the entries know no etag.
+    """
+
+    entries: tuple[ObjectEntry, ...]
+    items: tuple[ItemEntry, ...]
+    objects: Mapping[str, Content]
 
 
 def pack(sizes_bytes: Sequence[int]) -> list[list[int]]:
@@ -105,6 +127,21 @@ def write_payloads(
         ]
         written = run_all(pool, calls)
     return tuple(entry for entry, _ in written), tuple(item for _, items in written for item in items)
+
+
+def put_made(store: ObjectStore, prefix: str, made: MadeObjects) -> tuple[ObjectEntry, ...]:
+    """Store objects that are made, as they are; their entries. Raises what the store raises."""
+
+    def put(entry: ObjectEntry) -> ObjectEntry:
+        content = made.objects[entry.name]
+        info = store.put_from(prefix + entry.name, content.size_bytes, content.views, parts)
+        return ObjectEntry(name=entry.name, size_bytes=info.size_bytes, etag=info.etag)
+
+    with (
+        Pool(NUM_THREADS, thread_name_prefix="storage-write") as pool,
+        Pool(NUM_PART_THREADS, thread_name_prefix="storage-part") as parts,
+    ):
+        return tuple(run_all(pool, [functools.partial(put, entry) for entry in made.entries]))
 
 
 def _write_object(

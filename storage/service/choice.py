@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from storage.agent import AgentEnvironment
@@ -13,7 +14,10 @@ from storage.saving.adoption import UnfinishedPart
 from storage.saving.committer import Backend, InProcess
 from storage.saving.ownership import Ownership
 from storage.service.channel import connect
-from storage.service.client import Saves, ServiceBackend
+from storage.service.client import ServiceBackend
+from storage.service.handed import Saves
+from storage.service.held_messages import AskCard
+from storage.service.local_memory import ServiceMemory
 from storage.service.messages import AskUnfinished, Hello, ProtocolError, Unfinished
 from storage.service.ways import OwnService, ServiceAt
 from storage.stores.registry import is_everywhere
@@ -47,6 +51,16 @@ def _name(url: str, origin: Origin) -> str:
     return "\n".join((url, origin.lineage, origin.rendezvous, origin.run_id))
 
 
+def memory_of(url: str, origin: Origin, wanted: bool | None) -> ServiceMemory | None:
+    """The states in memory of this node's service; None where there is no agent, so no service that outlives a job."""
+    told = AgentEnvironment.from_env(os.environ)
+    path = _path(url, origin, wanted)
+    if path is None or not told.service or not told.node:
+        return None
+    who = AskCard(node=told.node, zone=told.zone, **({"address": told.address} if told.address else {}))
+    return ServiceMemory(ServiceAt(path), who)
+
+
 def backend_for(
     saves: Saves, direct: InProcess, ownership: Ownership, report: Reporter, wanted: bool | None
 ) -> Backend:
@@ -54,7 +68,8 @@ def backend_for(
 
     `wanted` is `service` of `Checkpointer`.
     """
-    path = AgentEnvironment.from_env(os.environ).service
+    told = AgentEnvironment.from_env(os.environ)
+    path = told.service
     if wanted is False or (wanted is None and not path):
         return direct
     if not is_everywhere(saves.url):
@@ -62,6 +77,7 @@ def backend_for(
         report(CheckpointEvent.DIRECT, url=saves.url, reason=reason)
         return direct
     if path:
+        saves = replace(saves, holds=bool(told.node))
         backend = ServiceBackend(ServiceAt(Path(path)), direct, ownership, saves, report)
         backend.start()
         return backend

@@ -12,21 +12,18 @@ import select
 import threading
 import time
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Protocol
 
 from storage.agent import AgentEnvironment
-from storage.arena.slot import Slot
 from storage.errors import Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.parallel import Pool
-from storage.run.job import Origin
 from storage.saving.committer import InProcess, Running
 from storage.saving.ownership import Ownership
-from storage.saving.uploads import SaveJob, SaveRules, Tried
-from storage.saving.writing import Payload
+from storage.saving.uploads import SaveJob, Tried
 from storage.service import table
 from storage.service.channel import Channel, close_all
+from storage.service.handed import Handed, Saves, whole
 from storage.service.messages import (
     AskStatus,
     Ended,
@@ -39,6 +36,7 @@ from storage.service.messages import (
     ServiceMessage,
     Stage,
     StagedAttempt,
+    Stored,
     Told,
     Welcome,
 )
@@ -62,33 +60,6 @@ class Connector(Protocol):
         """A connection, tried again until then. Raises OSError, ProtocolError."""
 
 
-@dataclass(frozen=True)
-class Saves:
-    """What is the same in all saves of one rank: where to, whose, and by which rules."""
-
-    url: str
-    rank: int
-    origin: Origin
-    rules: SaveRules
-
-
-@dataclass
-class _Handed:
-    """A job that is the service's. `is_sent`: it may have begun; `is_released`: its slot may hold something else."""
-
-    running: Running
-    stage: Stage
-    table: Slot
-    slot: Slot | None
-    is_sent: bool = False
-    is_released: bool = False
-
-    @property
-    def tried(self) -> Tried:
-        """What the service may have done of it."""
-        return Tried.STORED if self.is_released else Tried.BEGUN if self.is_sent else Tried.NOT_YET
-
-
 class ServiceBackend:
     """A `storage.saving.committer.Backend` that hands jobs to the service. `start` begins to look for it."""
 
@@ -101,7 +72,8 @@ class ServiceBackend:
         self._saves = saves
         self._report = report
         self._state = threading.Condition()
-        self._handed: dict[str, _Handed] = {}
+        self._handed: dict[str, Handed] = {}
+        self._kept: dict[str, Running] = {}  # has ended, and the service holds its slot
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over")
         self._late: list[Future[None]] = []  # of copies that were not whole when their save returned
@@ -115,6 +87,11 @@ class ServiceBackend:
     def session(self) -> str:
         """What the service knows this rank by."""
         return f"{self._ownership.claim.token}-{self._saves.rank}"
+
+    @property
+    def holds(self) -> bool:
+        """See `Backend.holds`."""
+        return self._saves.holds and self._never is None
 
     def start(self) -> None:
         """Look for the service, on a thread that also listens to it; harmless where that is done."""
@@ -171,6 +148,7 @@ class ServiceBackend:
         for handed in left:
             handed.running.free()
             handed.running.committed.cancel()
+        self._let_go_of_kept()
         self._pool.shutdown()
 
     # --- handing over
@@ -186,7 +164,7 @@ class ServiceBackend:
             self._directly.append(running)
         self._direct.submit(running, tried)
 
-    def _pack(self, running: Running) -> _Handed:
+    def _pack(self, running: Running) -> Handed:
         job, saves = running.job, self._saves
         attempt = job.attempt
         told = AgentEnvironment.from_env(os.environ).variables() | {"RANK": os.environ.get("RANK", "")}
@@ -203,12 +181,13 @@ class ServiceBackend:
             started_s=job.started_s,
             created_unix_s=job.created_unix_s,
             healthy=job.healthy,
+            tier=job.tier,
             told=told,
         )
-        payloads, slot, error = _whole(job)
-        return _Handed(running, stage, table.write(payloads, slot, job.contents, error), slot)
+        payloads, slot, error = whole(job)
+        return Handed(running, stage, table.write(payloads, slot, job.contents, error), slot)
 
-    def _send(self, channel: Channel, handed: _Handed) -> None:
+    def _send(self, channel: Channel, handed: Handed) -> None:
         """Send it; where that fails, whoever listens finds the connection ended, and sends it again."""
         stage = handed.stage.model_copy(update={"tried": handed.tried})
         fds = [handed.table.fd] if handed.slot is None else [handed.table.fd, handed.slot.fd]
@@ -251,6 +230,7 @@ class ServiceBackend:
             channel.close()
             with self._state:
                 self._channel = None
+            self._let_go_of_kept()  # a service that has started anew holds nothing any more
 
     def _take_up(self, channel: Channel) -> None:
         with self._state:
@@ -292,6 +272,8 @@ class ServiceBackend:
     def _hear(self, channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
         close_all(fds)
         match message:
+            case Stored(attempt=attempt):
+                self._store(attempt)
             case Released(attempt=attempt):
                 self._release(attempt)
             case Told(number=number, event=event, fields=fields):
@@ -311,12 +293,26 @@ class ServiceBackend:
             return
         self._report(known, **fields)
 
+    def _store(self, attempt: str) -> None:
+        """Its part is stored; the slot may still be held in memory, until a newer state is."""
+        with self._state:
+            if (handed := self._handed.get(attempt)) is not None:
+                handed.running.stored.set()
+
     def _release(self, attempt: str) -> None:
         with self._state:
             handed = self._handed.get(attempt)
             if handed is not None:
                 handed.is_released = True
-                handed.running.free()
+            running = self._kept.pop(attempt, None) if handed is None else handed.running
+        if running is not None:
+            running.free()
+
+    def _let_go_of_kept(self) -> None:
+        with self._state:
+            kept, self._kept = list(self._kept.values()), {}
+        for running in kept:
+            running.free()
 
     def _end(self, ended: Ended) -> None:
         if ended.fenced is not None:
@@ -325,7 +321,11 @@ class ServiceBackend:
             handed = self._handed.pop(ended.attempt, None)
             if handed is not None:
                 handed.table.close()
-                handed.running.free()
+                if handed.slot is None or handed.is_released or not self._saves.holds:
+                    handed.running.free()
+                else:
+                    self._kept[ended.attempt] = handed.running
+                handed.running.stored.set()
                 handed.running.committed.set_result(ended.committed)
             self._state.notify_all()
 
@@ -352,22 +352,11 @@ class ServiceBackend:
         for one in handed:
             self._take_back(one)
 
-    def _take_back(self, handed: _Handed) -> None:
+    def _take_back(self, handed: Handed) -> None:
         """Carry out here what was the service's, from the memory in which it was handed over."""
         before = handed.running
         staged = table.read(handed.table, handed.slot)
         job = SaveJob(**vars(before.job) | {"payloads": staged.payloads, "staging_error": staged.staging_error})
-        running = Running(job, before.stored, before.committed)
+        running = Running(job, before.stored, before.committed, before.freed)
         before.committed.add_done_callback(lambda _: handed.table.close())
         self._submit_directly(running, handed.tried)
-
-
-def _whole(job: SaveJob) -> tuple[list[Payload], Slot | None, str | None]:
-    """The payloads once they stand, and where they lie; or why there are none."""
-    if job.staging_error is not None or job.staged is None:
-        return job.payloads, None, job.staging_error
-    try:
-        job.staged.wait()
-    except Exception as error:  # noqa: BLE001 - told by the receipt, as what fails while staging is
-        return [], None, f"{type(error).__name__}: {error}"
-    return job.payloads, job.staged.slot, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,11 +16,13 @@ from storage.arena.slot import Slot
 from storage.errors import Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import Receipt
+from storage.pace.rules import Tier
 from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
 from storage.run.job import Origin
 from storage.run.owner import Claim, Owner
-from storage.saving.uploads import SaveJob, SaveRules, Uploads
+from storage.saving.uploads import SaveJob, SaveRules, Tried, Uploads
+from storage.saving.writing import MadeObjects
 from storage.service import table
 from storage.service.messages import Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
@@ -45,6 +49,9 @@ class Parcel:
     num_crashes: int = 0
     held: int = field(default=1, init=False)
     """By how many the slots are read; they are let go when it comes to 0."""
+    made: MadeObjects | None = field(default=None, init=False)
+    """The objects as which it is held in memory; known once it is `ready` to be stored."""
+    ready: threading.Event = field(default_factory=threading.Event, init=False)
 
     def job(self) -> SaveJob:
         """The save as who uploads it takes it."""
@@ -57,6 +64,8 @@ class Parcel:
             started_s=stage.started_s,
             staging_error=self.staged.staging_error,
             healthy=stage.healthy,
+            tier=stage.tier,
+            made=self.made,
             created_unix_s=stage.created_unix_s,
         )
 
@@ -75,13 +84,13 @@ class Safe(Protocol):
 
 
 class Holder(Protocol):
-    """Who keeps staged states in memory after they were stored. Thread-safe."""
+    """Who keeps staged states in memory, whether or not they are ever stored. Thread-safe."""
 
-    def stored(self, parcel: Parcel, receipt: Receipt) -> bool:
-        """Its part is stored, as the receipt says. True: its slots are wanted, until `Lane.release` is called."""
+    def hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
+        """Keep it, and return the objects that it is kept as, so that these are stored; None if it is not kept.
 
-    def ended(self, parcel: Parcel, *, committed: bool) -> None:
-        """The save has committed, or failed."""
+        `release` is called once when its slots are read no more, unless it is not kept.
+        """
 
 
 class RunHold:
@@ -121,6 +130,8 @@ class Lane:
         self._lock = threading.Lock()
         self._queue: deque[Parcel] = deque()
         self._thread: threading.Thread | None = None
+        self._to_hold: deque[Parcel] = deque()
+        self._hold_thread: threading.Thread | None = None
         self._opened = ExitStack()
         self._store: ObjectStore | None = None
         self._pulse: Heartbeat | None = None
@@ -139,6 +150,11 @@ class Lane:
                 self._let_go(parcel)
                 return
             self._queue.append(parcel)
+            self._to_hold.append(parcel)
+            if self._hold_thread is None:
+                name = f"hold-{self.session.name}"
+                self._hold_thread = threading.Thread(target=self._hold_all, name=name, daemon=True)
+                self._hold_thread.start()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"lane-{self.session.name}", daemon=True)
                 self._thread.start()
@@ -182,6 +198,12 @@ class Lane:
 
     def _run(self, parcel: Parcel) -> None:
         stage, fenced, committed = parcel.stage, None, False
+        parcel.ready.wait()
+        if stage.tier is Tier.RAM:
+            self.release(parcel)
+            self.session.end(stage.attempt.id, committed=parcel.made is not None, fenced=None)
+            self._shared.safe.done(parcel.safe)
+            return
         report = Reporter(self.session.listener, stage.told)
         try:
             if parcel.num_crashes > _NUM_CRASHES_MAX:
@@ -197,10 +219,44 @@ class Lane:
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             report(CheckpointEvent.FAILED, step=stage.attempt.step, seconds=0.0, bytes=0, reason=reason)
             self.release(parcel)
-        if self._shared.holder is not None:
-            self._shared.holder.ended(parcel, committed=committed)
         self.session.end(stage.attempt.id, committed=committed, fenced=fenced)
         self._shared.safe.done(parcel.safe)
+
+    def _hold_all(self) -> None:
+        """Have parcels kept in memory, in order: a state there neither waits for the store nor fails with it."""
+        while True:
+            with self._lock:
+                if not self._to_hold:
+                    self._hold_thread = None
+                    return
+                parcel = self._to_hold.popleft()
+            try:
+                parcel.made = self._hold(parcel)
+            except Exception:
+                log.exception("step %d is not held in memory", parcel.stage.attempt.step)
+            finally:
+                parcel.ready.set()
+
+    def _hold(self, parcel: Parcel) -> MadeObjects | None:
+        stage = parcel.stage
+        report = Reporter(self.session.listener, stage.told)
+        made, holder = None, self._shared.holder
+        if holder is not None and stage.tried is not Tried.STORED:
+            with self._lock:
+                parcel.held += 1
+            made = holder.hold(parcel, report, functools.partial(self.release, parcel))
+            if made is None:
+                self.release(parcel)
+        if stage.tier is Tier.RAM:
+            step, seconds = stage.attempt.step, round(time.monotonic() - stage.started_s, 3)
+            if made is not None:
+                num_bytes = sum(entry.size_bytes for entry in made.entries)
+                report(CheckpointEvent.HELD, step=step, seconds=seconds, bytes=num_bytes)
+                self.session.send(Stored(attempt=stage.attempt.id))
+            else:
+                reason = "this node's service holds no states in memory"
+                report(CheckpointEvent.FAILED, step=step, seconds=seconds, bytes=0, reason=reason)
+        return made
 
     def _upload(self, uploads: Uploads, parcel: Parcel) -> bool:
         def stored(receipt: Receipt | None) -> None:
@@ -208,19 +264,10 @@ class Lane:
             self._shared.safe.stored(parcel.safe)
             if receipt is not None and receipt.error is None:
                 self.session.send(Stored(attempt=parcel.stage.attempt.id))
-                self._offer(parcel, receipt)
             self.release(parcel)
 
         self._shared.storing.acquire()
         return uploads.run(parcel.job(), stored, tried=parcel.stage.tried)
-
-    def _offer(self, parcel: Parcel, receipt: Receipt) -> None:
-        if (holder := self._shared.holder) is None:
-            return
-        with self._lock:
-            parcel.held += 1
-        if not holder.stored(parcel, receipt):
-            self.release(parcel)
 
     def _open(self, url: str) -> ObjectStore:
         with self._lock:

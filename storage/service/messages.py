@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from storage.format.sealed import Document
+from storage.pace.rules import Tier
 from storage.run.owner import Owner
 from storage.saving.uploads import Tried
 
@@ -95,6 +96,8 @@ class Stage(ServiceMessage):
     With it come one or two descriptors of slots (`storage.arena.slot`): first the table (`storage.service.table`) of
     what is to be written, then the one that holds the tensors, where they are not in the table's as well.
 
+    Of `tier` RAM it stays in memory and is not stored.
+
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
     """
@@ -109,6 +112,7 @@ class Stage(ServiceMessage):
     started_s: float
     created_unix_s: float
     healthy: bool = True
+    tier: Tier = Tier.STORE
     told: dict[str, str] = Field(default_factory=dict)
     tried: Tried = Tried.NOT_YET
 

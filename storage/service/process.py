@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from storage.saving.uploads import Tried
 from storage.service.keeper import KeeperSafe, State
+from storage.service.memory import HeldStates
 from storage.service.messages import Stage
 from storage.service.server import Server, ServerOptions, TakenOver
 
@@ -32,10 +33,13 @@ def serve(
 ) -> None:
     """Serve until there is nothing more to do, first what a process before this one has left."""
     safe = _Safe(KeeperSafe(link, list(state.kept)))
-    server = Server(listener, options, safe, lifeline=lifeline, num_restarts=state.num_restarts)
+    held = HeldStates(options.rate_bytes_per_s)
+    server = Server(listener, options, safe, holder=held, lifeline=lifeline, num_restarts=state.num_restarts)
+    held.serve(server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.take_up(_records(state))
     server.run()
+    held.close()
 
 
 def _records(state: State) -> list[TakenOver]:

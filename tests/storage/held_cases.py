@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from storage import Checkpointer, JobIdentity
+from storage.arena.slot import Slot
 from storage.events import Reporter
 from storage.format.manifest import ItemTable, Receipt, TensorEntry, ValueEntry
 from storage.format.values import encode_value
@@ -88,7 +89,7 @@ class Staged:
             payloads.append(Payload(value, encode_value("n", self.step)))
         attempt = Attempt.of_step(self.step, self.id, self.world_size)
         keeping = KeepingStore(MemoryStore("nothing"), stores=False)
-        objects, items = write_payloads(keeping, attempt.prefix, attempt.id, rank, payloads)
+        entries, items = write_payloads(keeping, attempt.prefix, attempt.id, rank, payloads)
         contents = StateContents(
             {"w": TensorEntry(dtype="float32", shape=tuple(tensor.shape), path=("w",))},
             {"n": ValueEntry(path=("n",))},
@@ -102,18 +103,20 @@ class Staged:
             attempt=self.id,
             world_size=self.world_size,
             rank=rank,
-            size_bytes=sum(entry.size_bytes for entry in objects),
+            size_bytes=sum(entry.size_bytes for entry in entries),
             healthy=self.healthy,
             is_all=self.is_all,
             has_contents=has_contents,
         )
         papers = PartPapers(
             label=label,
-            receipt=Receipt(rank=rank, attempt=self.id, objects=objects, items=ItemTable.of(items)),
+            receipt=Receipt(rank=rank, attempt=self.id, objects=entries, items=ItemTable.of(items)),
             created_unix_s=0.0,
             contents=Contents.of(contents) if has_contents else None,
         )
-        return HeldPart(papers, keeping.objects(attempt.prefix), release=release)
+        kept = keeping.objects(attempt.prefix)  # in memory of the tensor, which goes with this function
+        objects = {name: HeldObject([bytes(piece) for piece in held.pieces]) for name, held in kept.items()}
+        return HeldPart(papers, objects, release=release)
 
 
 Told = list[tuple[str, dict[str, Any]]]
@@ -133,9 +136,9 @@ def nodes(
             def tell(event: str, name: str = name, **fields: Any) -> None:
                 seen.append((str(event), {"by": name, **fields}))
 
-            node = NodeMemory(NodeIdentity(name, f"host-{name}"), copies, RateLimit(None), tell)
+            node = NodeMemory(copies, RateLimit(None), tell)
             stack.callback(node.close)
-            found.append(node.start())
+            found.append(node.start(NodeIdentity(name, f"host-{name}")))
         yield found
 
 
@@ -216,3 +219,19 @@ def check(step: int, found: tuple[int, dict[str, Any]], world_size: int = 2) -> 
     restored, state = found
     assert (restored, state["n"]) == (step, step)
     assert torch.equal(state["w"], whole(step, world_size))
+
+
+def in_shared_memory(part: HeldPart) -> HeldPart:
+    """The part as one is that lies in a slot: its long pieces in memory that can be mapped, others elsewhere."""
+    memory, objects, at = Slot.create(part.label.size_bytes), {}, 0
+    for name, held in part.objects.items():
+        pieces: list[Any] = []
+        for piece in held.pieces:
+            if piece.nbytes > 4096:
+                memory.memory[at : at + piece.nbytes] = piece
+                pieces.append(memory.memory[at : at + piece.nbytes])
+                at += piece.nbytes
+            else:
+                pieces.append(piece)
+        objects[name] = HeldObject(pieces)
+    return HeldPart(part.papers, objects, part.of_node, (memory,), memory.close)

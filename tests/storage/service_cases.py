@@ -17,6 +17,7 @@ from storage import open_store
 from storage.run import catalog
 from storage.service import address, starting
 from storage.service.channel import Channel, connect
+from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
 from storage.service.server import Server, ServerOptions
 
@@ -53,9 +54,11 @@ class ListSafe:
 class InThread:
     """A server on a thread of this process."""
 
-    def __init__(self, path: Path, options: ServerOptions) -> None:
-        self.path, self.safe = path, ListSafe()
-        self.server = Server(address.listen(path), options, self.safe)
+    def __init__(self, path: Path, options: ServerOptions, held: HeldStates | None = None) -> None:
+        self.path, self.safe, self.held = path, ListSafe(), held
+        self.server = Server(address.listen(path), options, self.safe, holder=held)
+        if held is not None:
+            held.serve(self.server)
         self.thread = threading.Thread(target=self.server.run, name="service", daemon=True)
 
     def start(self) -> None:
@@ -66,15 +69,17 @@ class InThread:
         if self.thread.ident is not None:
             self.thread.join(PATIENCE_S)
             assert not self.thread.is_alive()
+        if self.held is not None:
+            self.held.close()
 
     def status(self) -> ServiceStatus:
         return status(self.path)
 
 
 @contextlib.contextmanager
-def in_thread(path: Path, options: ServerOptions | None = None) -> Iterator[InThread]:
-    """A server that serves within the block."""
-    service = InThread(path, options or ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S))
+def in_thread(path: Path, options: ServerOptions | None = None, held: HeldStates | None = None) -> Iterator[InThread]:
+    """A server that serves within the block, with a memory of states if it is given one."""
+    service = InThread(path, options or ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S), held)
     service.start()
     try:
         yield service

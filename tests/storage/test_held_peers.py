@@ -34,6 +34,7 @@ from tests.storage.held_cases import (
     restore,
     store_with,
 )
+from tests.storage.service_cases import until
 
 WAIT_S = 60.0
 
@@ -168,7 +169,8 @@ def test_who_does_not_know_the_token_is_told_nothing() -> None:
         add(a, Staged(20), 0)
         with pytest.raises(Denied, match="a the token is not this node's"):
             Peer(a.card().model_copy(update={"token": "0" * 64})).labels()
-        assert [row["reason"] for row in of(told, "checkpoint_peer_refused")] == ["the token is not this node's"]
+        (fields,) = until("the event", lambda: of(told, "checkpoint_peer_refused"))
+        assert fields["reason"] == "the token is not this node's"
         with contextlib.closing(Peer(a.card())) as peer:
             assert len(peer.labels()) == 1
 

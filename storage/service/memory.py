@@ -1,0 +1,161 @@
+"""The node's memory of states, in the service: holds what is staged before it is stored, and answers about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from storage.arena.slot import Slot
+from storage.errors import StorageError
+from storage.events import CheckpointEvent, Reporter
+from storage.format.manifest import ItemTable, Receipt
+from storage.held.inventory import HeldPart
+from storage.held.keeping import KeepingStore
+from storage.held.node_memory import NodeIdentity, NodeMemory
+from storage.held.papers import Contents, PartLabel, PartPapers
+from storage.held.peer_server import CopyRules
+from storage.held.rate import RateLimit
+from storage.saving.writing import MadeObjects, write_payloads
+from storage.service.channel import close_all
+from storage.service.held_messages import (
+    AskCard,
+    AskHeld,
+    AskPart,
+    DropHeld,
+    HeldHere,
+    MeetNodes,
+    NodeCard,
+    Noted,
+    NoteRestored,
+    NotHeld,
+    PartHere,
+)
+from storage.service.lanes import Parcel
+from storage.service.messages import Rejected
+from storage.service.server import Server, ServiceCaller
+from storage.stores.memory import MemoryStore
+
+log = logging.getLogger(__name__)
+
+
+def copies_bytes_max() -> int:
+    """How much is held for other nodes: what half of this machine's memory is."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class HeldStates:
+    """A `storage.service.lanes.Holder`, and the handlers of all messages about states in memory.
+
+    Args:
+        rate_bytes_per_s: at most so much is copied to the buddy; None: as fast as it goes.
+    """
+
+    def __init__(self, rate_bytes_per_s: float | None = None) -> None:
+        rules = CopyRules(Slot.create, copies_bytes_max())
+        self.node = NodeMemory(rules, RateLimit(rate_bytes_per_s), self._tell)
+        self._lock = threading.Lock()
+        self._is_started = False
+        self._report = Reporter(None, {})
+
+    def serve(self, server: Server) -> None:
+        """Have the server's messages about memory come here; before it runs."""
+        server.handle(AskCard, self._card)
+        server.handle(MeetNodes, self._meet)
+        server.handle(AskHeld, self._held)
+        server.handle(AskPart, self._part)
+        server.handle(NoteRestored, self._restored)
+        server.handle(DropHeld, self._drop)
+
+    def close(self) -> None:
+        """End all threads, and let go of all that is held."""
+        self.node.close()
+
+    def hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
+        """See `storage.service.lanes.Holder`."""
+        with self._lock:
+            self._report = report
+            if not self._is_started or parcel.staged.staging_error is not None:
+                return None  # nobody has asked for this node's memory, so nobody would restore from it
+        stage, attempt = parcel.stage, parcel.stage.attempt
+        keeping = KeepingStore(MemoryStore("held"), stores=False)
+        try:
+            entries, items = write_payloads(keeping, attempt.prefix, attempt.id, attempt.rank, parcel.staged.payloads)
+        except (StorageError, OSError, MemoryError) as error:
+            log.warning("step %d is not held in memory: %s", attempt.step, error)
+            return None
+        contents, objects = parcel.staged.contents, keeping.objects(attempt.prefix)
+        label = PartLabel(
+            run=stage.url,
+            lineage=stage.origin.lineage,
+            generation=stage.origin.generation,
+            step=attempt.step,
+            attempt=attempt.id,
+            world_size=attempt.world_size,
+            rank=attempt.rank,
+            size_bytes=sum(entry.size_bytes for entry in entries),
+            healthy=stage.healthy,
+            has_contents=contents is not None,
+        )
+        papers = PartPapers(
+            label=label,
+            receipt=Receipt(rank=attempt.rank, attempt=attempt.id, objects=entries, items=ItemTable.of(items)),
+            created_unix_s=stage.created_unix_s,
+            mesh=stage.origin.mesh,
+            contents=None if contents is None else Contents.of(contents),
+        )
+        self.node.add(HeldPart(papers, objects, memories=tuple(parcel.staged.slots), release=release))
+        return MadeObjects(entries, items, objects)
+
+    def _tell(self, event: CheckpointEvent, **fields: Any) -> None:
+        with self._lock:
+            report = self._report
+        report(event, **fields)
+
+    def _card(self, caller: ServiceCaller, ask: AskCard, fds: list[int]) -> None:
+        close_all(fds)
+        with self._lock:
+            if not self._is_started:
+                who = NodeIdentity(ask.node, socket.gethostname(), ask.zone, ask.address)
+                try:
+                    self.node.start(who)
+                except OSError as error:
+                    caller.answer(Rejected(reason=f"cannot listen at {ask.address}: {error}"))
+                    return
+                self._is_started = True
+        caller.answer(NodeCard(card=self.node.card()))
+
+    def _meet(self, caller: ServiceCaller, told: MeetNodes, fds: list[int]) -> None:
+        close_all(fds)
+        self.node.meet(told.cards)
+        caller.answer(Noted())
+
+    def _held(self, caller: ServiceCaller, ask: AskHeld, fds: list[int]) -> None:
+        close_all(fds)
+        labels = tuple(self.node.labels(ask.run))
+        caller.answer(HeldHere(labels=labels, num_restores=self.node.num_restores()))
+
+    def _part(self, caller: ServiceCaller, ask: AskPart, fds: list[int]) -> None:
+        close_all(fds)
+        try:
+            found = self.node.mapped((ask.attempt, ask.rank))
+        except (StorageError, OSError) as error:
+            caller.answer(NotHeld(reason=str(error)))
+            return
+        try:
+            caller.channel.send(PartHere(), found)
+        finally:
+            close_all(found)
+
+    def _restored(self, caller: ServiceCaller, note: NoteRestored, fds: list[int]) -> None:
+        close_all(fds)
+        self.node.restored(note.attempt, note.step)
+        caller.answer(Noted())
+
+    def _drop(self, caller: ServiceCaller, drop: DropHeld, fds: list[int]) -> None:
+        close_all(fds)
+        self.node.drop(drop.attempts, drop.reason)
+        caller.answer(Noted())

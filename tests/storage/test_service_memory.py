@@ -1,0 +1,235 @@
+"""States that the checkpoint service holds in memory: before they are stored, after their workers, and for others."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage import Checkpointer, JobIdentity, open_store
+from storage.agent import AgentEnvironment
+from storage.errors import Transient
+from storage.run import owner
+from storage.service import lanes
+from storage.service.memory import HeldStates
+from storage.stores.local import LocalStore
+from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread, until
+
+_NUM_FDS_HELD = 2 * 2 * 2 + 1
+"""Two states of two slots each, a descriptor and one of its mapping for each; and a connection."""
+Told = list[tuple[str, dict[str, Any]]]
+
+
+def tensors(number: int) -> dict[str, Any]:
+    return {"w": torch.arange(300_000, dtype=torch.float32) + number, "n": number}
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
+    """The service of an agent, with its memory of states."""
+    for name, text in {"service": str(tmp_path / "node" / "service.sock"), "node": "a"}.items():
+        monkeypatch.setenv(AgentEnvironment.variable(name), text)
+    with in_thread(tmp_path / "node" / "service.sock", held=HeldStates()) as service:
+        yield service
+
+
+@pytest.fixture
+def shut(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The store takes no data object from the service until this is set."""
+    opened = threading.Event()
+
+    class Shut(LocalStore):
+        def put_from(self, key: str, *args: Any, **kwargs: Any) -> Any:
+            assert opened.wait(PATIENCE_S)
+            return super().put_from(key, *args, **kwargs)
+
+    monkeypatch.setattr(lanes, "open_store", lambda url: Shut(url))
+    yield opened
+    opened.set()
+
+
+class Away(LocalStore):
+    """A folder that does not answer while this is set."""
+
+    is_away = threading.Event()
+
+    def __getattribute__(self, name: str) -> Any:
+        if Away.is_away.is_set() and name in ("put", "put_from", "read", "read_into", "info", "list", "folders"):
+            raise Transient("nobody listens")
+        return super().__getattribute__(name)
+
+
+def job(generation: int) -> JobIdentity:
+    return JobIdentity(lineage="l", generation=generation)
+
+
+def held(node: InThread) -> list[int]:
+    assert node.held is not None
+    return [label.step for label in node.held.node.inventory.labels()]
+
+
+def restored(url: Path, generation: int) -> tuple[int, dict[str, Any], Told]:
+    told: Told = []
+    state = tensors(0)
+    with Checkpointer(
+        url, job=job(generation), on_event=lambda event, fields: told.append((str(event), fields))
+    ) as ckpt:
+        step = ckpt.restore(state)
+    return step, state, told
+
+
+def test_a_state_that_is_not_stored_yet_is_restored_from_memory(
+    tmp_path: Path, node: InThread, shut: threading.Event
+) -> None:
+    before = Checkpointer(tmp_path / "run", job=job(1)).start()
+    before.save(7, tensors(7))
+    until("the state to be held", lambda: held(node) == [7])
+    before._close(abandon=True)
+    step, state, told = restored(tmp_path / "run", 2)
+    assert (step, state["n"], torch.equal(state["w"], tensors(7)["w"])) == (7, 7, True)
+    fields = dict(told)["restored"]
+    assert fields["from_own"] > 300_000 * 4
+    assert not {"from_peer", "from_store"} & fields.keys()
+    assert committed(tmp_path / "run") == []  # nobody has waited for that
+    shut.set()
+    until("the commit", lambda: committed(tmp_path / "run") == [7])
+
+
+def test_while_the_store_is_away_a_job_goes_on_from_memory_and_claims_the_run_later(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.checkpointer.open_store", Away)
+    monkeypatch.setattr(lanes, "open_store", Away)
+    try:
+        with Checkpointer(tmp_path / "run", job=job(1)) as ckpt:
+            ckpt.save(7, tensors(7), wait=True)
+            Away.is_away.set()
+            ckpt.save(8, tensors(8), wait=True)
+        told: Told = []
+        state = tensors(0)
+        with Checkpointer(
+            tmp_path / "run", job=job(2), on_event=lambda e, fields: told.append((str(e), fields))
+        ) as ckpt:
+            assert (ckpt.restore(state), state["n"], torch.equal(state["w"], tensors(8)["w"])) == (8, 8, True)
+            assert [name for name, _ in told] == [
+                "checkpoint_claimed_later",
+                "checkpoint_store_unasked",
+                "restored",
+            ]
+            Away.is_away.clear()
+            ckpt.save(9, tensors(9), wait=True)
+            assert ckpt.wait()
+            ckpt.save(10, tensors(10), wait=True)
+            assert ckpt.wait()
+    finally:
+        Away.is_away.clear()
+    assert committed(tmp_path / "run") == [10, 9, 7]
+    recorded = owner.read_owner(open_store(tmp_path / "run"))
+    assert recorded is not None and recorded.generation == 2
+
+
+def test_without_a_state_in_memory_a_store_that_is_away_ends_the_start(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.checkpointer.open_store", Away)
+    Away.is_away.set()
+    try:
+        with pytest.raises(Transient, match="nobody listens"):
+            Checkpointer(tmp_path / "run", job=job(1)).start()
+    finally:
+        Away.is_away.clear()
+
+
+def test_of_a_committed_checkpoint_the_bytes_come_from_memory(tmp_path: Path, node: InThread) -> None:
+    with Checkpointer(tmp_path / "run", job=job(1)) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, tensors(step), wait=True)
+        assert held(node) == [3, 2]
+    step, state, told = restored(tmp_path / "run", 2)
+    assert (step, torch.equal(state["w"], tensors(3)["w"])) == (3, True)
+    assert dict(told)["restored"]["from_own"] > 300_000 * 4
+    assert [name for name, _ in told] == ["restored"]
+
+
+def test_what_is_stored_from_memory_is_what_is_stored_without(tmp_path: Path, node: InThread) -> None:
+    for name, uses_it in (("with", None), ("without", False)):
+        with Checkpointer(tmp_path / name, job=job(1), service=uses_it) as ckpt:
+            ckpt.save(1, tensors(1), wait=True)
+    (one,), (other,) = ((tmp_path / name).rglob("__0_0.distcp") for name in ("with", "without"))
+    assert one.read_bytes() == other.read_bytes()
+    step, state, _ = restored(tmp_path / "without", 2)
+    assert (step, torch.equal(state["w"], tensors(1)["w"])) == (1, True)
+
+
+def test_a_slot_that_was_overwritten_costs_no_more_than_the_way_to_the_store(tmp_path: Path, node: InThread) -> None:
+    with Checkpointer(tmp_path / "run", job=job(1)) as ckpt:
+        ckpt.save(1, tensors(1), wait=True)
+    assert node.held is not None
+    (label,) = node.held.node.inventory.labels()
+    with node.held.node.inventory.reading(label.attempt, label.rank) as part:
+        for slot in part.memories:
+            slot.memory[len(slot.memory) // 2] ^= 1
+    step, state, told = restored(tmp_path / "run", 2)
+    assert (step, torch.equal(state["w"], tensors(1)["w"])) == (1, True)
+    failed = [fields for name, fields in told if name == "checkpoint_source_failed"]
+    assert {fields["tier"] for fields in failed} == {"own"}
+    assert dict(told)["restored"]["from_store"] > 0
+
+
+def test_memory_that_is_held_is_let_go_with_the_service(tmp_path: Path, node: InThread) -> None:
+    num_fds = len(os.listdir("/proc/self/fd"))
+    with Checkpointer(tmp_path / "run", job=job(1), keep=1) as ckpt:
+        for step in range(1, 21):
+            ckpt.save(step, tensors(step), wait=True)
+        assert held(node) == [20, 19]
+    until("descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds + _NUM_FDS_HELD)
+    assert node.held is not None
+    node.held.close()
+    until("all of them", lambda: len(os.listdir("/proc/self/fd")) <= num_fds)
+
+
+def test_a_service_that_is_gone_is_told_and_gone_on_without(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.local_memory._CONNECT_S", 0.1)
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.1)
+    with Checkpointer(tmp_path / "run", job=job(1)) as ckpt:
+        ckpt.save(1, tensors(1), wait=True)
+    node.close()
+    step, state, told = restored(tmp_path / "run", 2)
+    assert (step, torch.equal(state["w"], tensors(1)["w"])) == (1, True)
+    away = [fields["reason"] for name, fields in told if name == "checkpoint_memory_away"]
+    assert away and all("the checkpoint service does not answer" in reason for reason in away)
+
+
+def test_a_save_for_memory_is_held_and_not_stored(tmp_path: Path, node: InThread) -> None:
+    told: Told = []
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        told.append((str(event), fields))
+
+    with Checkpointer(tmp_path / "run", job=job(1), on_event=tell, every=4, ram_every=1) as ckpt:
+        for step in range(1, 7):
+            ckpt.save(step, tensors(step))
+    assert committed(tmp_path / "run") == [4]
+    assert [fields["step"] for name, fields in told if name == "checkpoint_held"] == [1, 2, 3, 5, 6]
+    assert held(node) == [6, 5]
+    step, state, _ = restored(tmp_path / "run", 2)
+    assert (step, torch.equal(state["w"], tensors(6)["w"])) == (6, True)
+
+
+def test_a_save_for_memory_does_not_wait_for_one_that_the_store_is_slow_to_take(
+    tmp_path: Path, node: InThread, shut: threading.Event
+) -> None:
+    before = Checkpointer(tmp_path / "run", job=job(1), every=10, ram_every=1, backlog="wait").start()
+    before.save(10, tensors(10))
+    until("the first to be held", lambda: held(node) == [10])
+    shut.set()
+    before.save(11, tensors(11))
+    until("the second", lambda: held(node) == [11, 10])
+    before.close()
