@@ -243,6 +243,7 @@ class Checkpointer:
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
         """
         saver, pacer = self._savers()
+        saver.go_on()
         self._note(step, state)
         tier = Tier.STORE if wait or now else pacer.due(step)
         saver.check_replicas(step, state, saves=tier is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -132,6 +133,10 @@ class Committer:
             return ""
         seconds = time.monotonic() - last.job.started_s
         return f"step {last.job.attempt.step} has been on its way to the store for {seconds:.1f} s"
+
+    def await_end(self, timeout_s: float) -> bool:
+        """Block until the last job has ended, for at most so long; whether it has, or there was none."""
+        return self._last is None or bool(futures.wait([self._last.committed], timeout_s).done)
 
     def wait(self) -> bool:
         """Block until the last job has ended; whether it committed (True if there was none)."""

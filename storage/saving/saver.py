@@ -10,11 +10,12 @@ from storage.arena.arena import Arena
 from storage.arena.changes import StateChanged
 from storage.arena.stager import Stager
 from storage.events import CheckpointEvent, Reporter
-from storage.pace.rules import Backlog, EverySteps, Tier
+from storage.pace.rules import EverySteps, Tier
 from storage.pace.schedule import Timer
 from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.steps import agree_on_step
 from storage.run.attempt import Attempt
+from storage.saving.backlog import SaveQueue
 from storage.saving.committer import Committer
 from storage.saving.consensus import Consensus
 from storage.saving.options import SavingPlan
@@ -43,7 +44,7 @@ class Saver:
         self._committer = committer
         self._report = report
         self._plan = plan
-        self._timeout_s = timeout_s
+        self._queue = SaveQueue(committer, report, plan.backlog, timeout_s)
         self._is_ram_away = False
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
@@ -63,10 +64,13 @@ class Saver:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
         started_s = time.monotonic()
-        step, busy = agree_on_step(self._group, step, self._why_not(tier, must=must))
+        why_not = self._why_not(tier, must=must)
+        step, busy, waiting = agree_on_step(self._group, step, why_not, self._queue.waiting)
         if busy:
             self._skip(step, tier, busy)
             return False
+        if waiting:
+            self._queue.drop(by=step)
         self._is_ram_away = self._is_ram_away and tier is not Tier.RAM
         agreed = self._consensus.reach(step, state, healthy=healthy, compare_ranks=compare_ranks)
         if agreed is None:
@@ -79,7 +83,7 @@ class Saver:
             bytes=sum(payload.chunk.size_bytes for payload in payloads),
             **({"overlapped": True} if staged is not None and staged.is_pending else {}),
         )
-        self._committer.submit(
+        self._queue.put(
             SaveJob(
                 attempt=Attempt.of_step(step, agreed.attempt, self._group.world_size),
                 rank=self._group.rank,
@@ -98,7 +102,7 @@ class Saver:
         """Why this rank cannot begin a save, once it has waited for as long as it is to; "" if it can."""
         if tier is Tier.RAM and not self._committer.holds:
             return "no checkpoint service holds states in memory here, which ram_every asks for"
-        return self._committer.await_free(self._timeout_s if must or self._plan.backlog is Backlog.WAIT else 0.0)
+        return self._queue.why_full(must=must)
 
     def _skip(self, step: int, tier: Tier, reason: str) -> None:
         """Tell that a save is left out: each one for the store, those for memory once for as long as it is away."""
@@ -106,6 +110,10 @@ class Saver:
         self._is_ram_away = self._is_ram_away or tier is Tier.RAM
         if self._group.is_coordinator and not is_told:
             self._report(CheckpointEvent.SKIPPED, step=step, reason=reason)
+
+    def go_on(self) -> None:
+        """To be called now and then: hands over what waits for the save before it."""
+        self._queue.go_on()
 
     def compares(self, step: int) -> bool:
         """Whether replicas are to be compared at `step` though nothing is saved. No collective."""
@@ -121,6 +129,7 @@ class Saver:
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""
         began_s = time.monotonic()
+        self._queue.flush()
         committed = self._committer.wait()
         if (waited_s := time.monotonic() - began_s) >= _TOLD_S_MIN:
             self._report.tell_agent(CheckpointEvent.WAITED, seconds=round(waited_s, 3))
@@ -128,10 +137,13 @@ class Saver:
 
     def forget(self) -> None:
         """Wait for the last save, and let its step be saved again: what it committed may turn out to be damaged."""
+        self._queue.flush()
         self._committer.forget()
 
     def close(self, *, abandon: bool) -> None:
-        """End after the last save; with `abandon` it waits for no other rank any more."""
+        """End after the last save; with `abandon` it waits for no other rank any more, and what waits is given up."""
+        if not abandon:
+            self._queue.flush()
         self._committer.close(abandon=abandon)
         self._stager.close()
         self._arena.close()

@@ -86,12 +86,12 @@ def test_an_error_of_this_rank_is_raised_itself() -> None:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ([8, None, ""], "rank 0 saves step 7, and rank 1 step 8; give all ranks the same"),
-        ([None, "step is -1", ""], "rank 1: step is -1"),
+        ([8, None, "", ""], "rank 0 saves step 7, and rank 1 step 8; give all ranks the same"),
+        ([None, "step is -1", "", ""], "rank 1: step is -1"),
     ],
 )
 def test_a_step_that_differs_is_refused(other: list[Any], says: str) -> None:
-    assert agreed_step(Pair([7, None, ""]), 7) == 7
+    assert agreed_step(Pair([7, None, "", ""]), 7) == 7
     with pytest.raises(UsageError, match=says):
         agreed_step(Pair(other), 7)
 

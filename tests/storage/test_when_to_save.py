@@ -24,6 +24,7 @@ from storage.saving.options import SavingPlan
 from storage.saving.pacer import Pacer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Fetch, ObjectInfo
+from tests.cluster import until
 from tests.ranks import Ranks
 from tests.storage.small_runs import Events, opened, state, states
 
@@ -211,6 +212,76 @@ def test_a_save_that_meets_a_backlog_is_skipped_where_that_is_asked_for(events: 
     (skipped,) = told(events, "checkpoint_skipped")
     assert skipped["step"] == 2
     assert "rank 0: step 1 has been on its way to the store for" in skipped["reason"]
+
+
+def test_what_has_not_begun_gives_way_and_what_has_goes_on(events: Events) -> None:
+    store = Gate()
+    with Checkpointer(opened(store), every=1, keep=9, backlog="replace", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert store.is_met.wait(60)
+        for step in (2, 3, 4):  # each waits, and the next one takes its place
+            ckpt.save(step, state(step))
+        store.is_open.set()
+        assert ckpt.wait()
+        found = state(0)
+        assert ckpt.restore(found) == 4
+        assert found["n"] == 4
+    assert saved(events) == [1, 2, 3, 4]
+    assert [(row["step"], row["by"]) for row in told(events, "checkpoint_replaced")] == [(2, 3), (3, 4)]
+    assert [row["step"] for row in told(events, "checkpoint_committed")] == [1, 4]
+    assert not told(events, "checkpoint_skipped")
+
+
+def test_what_waits_goes_on_with_the_next_call_though_that_saves_nothing(events: Events) -> None:
+    store = Gate()
+    with Checkpointer(opened(store), every=2, keep=9, backlog="replace", on_event=events[1]) as ckpt:
+        for step in (1, 2, 3, 4):
+            ckpt.save(step, state(step))
+        store.is_open.set()
+        until("step 2 is committed", lambda: told(events, "checkpoint_committed"))
+        ckpt.save(5, state(5))
+        until("step 4 is committed", lambda: told(events, "checkpoint_committed")[1:])
+    assert [row["step"] for row in told(events, "checkpoint_committed")] == [2, 4]
+
+
+def test_what_must_be_saved_waits_for_all_before_it(events: Events) -> None:
+    store = Gate()
+    with Checkpointer(opened(store), every=1, keep=9, backlog="replace", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        ckpt.save(2, state(2))
+        store.is_open.set()
+        ckpt.save(3, state(3), wait=True)
+    assert [row["step"] for row in told(events, "checkpoint_committed")] == [1, 2, 3]
+
+
+def uneven_ranks(folder: str) -> tuple[list[int], list[str]]:
+    """Rank 1 has begun what waits on rank 0: then it cannot give way."""
+    import torch.distributed as dist
+
+    from storage.saving.committer import Committer
+
+    heard: list[str] = []
+    has_ended = dist.get_rank() == 1
+    steps: list[int] = []
+
+    def hear(event: CheckpointEvent, fields: dict[str, Any]) -> None:
+        heard.extend([f"{event} {fields['step']}"] if event == CheckpointEvent.SKIPPED else [])
+        steps.extend([fields["step"]] if event == CheckpointEvent.COMMITTED else [])
+
+    original = Committer.await_end
+    with Checkpointer(folder, backlog="replace", keep=9, on_event=hear) as ckpt, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Committer, "await_end", lambda self, timeout_s: has_ended)
+        for step in (1, 2, 3):
+            ckpt.save(step, {"w": torch.ones(4)})
+        patch.setattr(Committer, "await_end", original)
+        assert ckpt.wait()
+    return steps, heard
+
+
+def test_what_has_begun_on_one_rank_goes_on_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    (steps, heard), _ = ranks.run(uneven_ranks, str(tmp_path), world_size=2)
+    assert steps == [1]
+    assert heard == ["checkpoint_skipped 2", "checkpoint_skipped 3"]
 
 
 def test_saves_for_memory_are_left_out_where_nothing_holds_them_and_told_once(memory_url: str, events: Events) -> None:

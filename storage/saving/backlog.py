@@ -1,0 +1,79 @@
+"""Between a save that is copied and the one before it, which is still under way: at most one waits."""
+
+from __future__ import annotations
+
+import time
+
+from storage.events import CheckpointEvent, Reporter
+from storage.pace.rules import Backlog
+from storage.saving.committer import Committer
+from storage.saving.uploads import SaveJob
+
+
+class SaveQueue:
+    """Hands saves to the committer; with `Backlog.REPLACE` one of them waits here while the one before is under way.
+
+    It can be taken back for as long as it waits, since nobody else knows of it. It goes on with the next call of any
+    method once the one before has ended, and dies with this process. All methods belong to the training's thread.
+    """
+
+    def __init__(self, committer: Committer, report: Reporter, policy: Backlog, timeout_s: float) -> None:
+        self._committer = committer
+        self._report = report
+        self._policy = policy
+        self._timeout_s = timeout_s
+        self._waiting: SaveJob | None = None
+
+    @property
+    def waiting(self) -> str:
+        """The attempt that waits; "" if there is none."""
+        self.go_on()
+        return "" if self._waiting is None else self._waiting.attempt.id
+
+    def why_full(self, *, must: bool) -> str:
+        """Why there is no memory for another copy, after a wait of as long as the policy says; "" if there is.
+
+        Args:
+            must: wait for all that is under way whatever the policy is, though not for ever.
+        """
+        self.go_on()
+        if self._policy is Backlog.REPLACE and not must:
+            return ""  # one is under way at most, and what waits gives way
+        patience_s = self._timeout_s if must or self._policy is Backlog.WAIT else 0.0
+        ends_s = time.monotonic() + patience_s
+        if self._waiting is not None:
+            if not self._committer.await_end(patience_s):
+                return self._committer.await_free(0.0) or "the save before has not ended"
+            self.go_on()
+        return self._committer.await_free(max(0.0, ends_s - time.monotonic()))
+
+    def put(self, job: SaveJob) -> None:
+        """Take a save over."""
+        if self._policy is Backlog.REPLACE and not self._committer.await_end(0.0):
+            assert self._waiting is None, "what waits was to be dropped before"
+            self._waiting = job
+            return
+        self._committer.submit(job)
+
+    def drop(self, by: int) -> None:
+        """Let what waits give its place to the save of step `by`."""
+        job, self._waiting = self._waiting, None
+        if job is None:
+            return
+        if job.staged is not None:
+            job.staged.wait()  # its copy may be under way
+            job.staged.release()
+        if job.contents is not None:
+            self._report(CheckpointEvent.REPLACED, step=job.attempt.step, by=by)
+
+    def go_on(self) -> None:
+        """Hand over what waits, if the one before has ended."""
+        if self._waiting is not None and self._committer.await_end(0.0):
+            job, self._waiting = self._waiting, None
+            self._committer.submit(job)
+
+    def flush(self) -> None:
+        """Hand over what waits, after a wait for the one before."""
+        if self._waiting is not None:
+            self._committer.wait()
+            self.go_on()
