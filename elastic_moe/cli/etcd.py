@@ -113,7 +113,8 @@ def _place(args: argparse.Namespace) -> Any:
     own, address = find_own(seats, given)
     config = read_tls(seats, args.cacert, args.cert, args.key)
     _check_open(address, insecure=args.insecure, has_tls=config.tls is not None)
-    data_dir = args.data_dir or _state_dir() / f"etcd-{own.name}"
+    data_dir = (args.data_dir or _state_dir() / f"etcd-{own.name}").absolute()
+    _make(data_dir)
     return EtcdPlace(
         seats=seats,
         num_seats=num_seats,
@@ -121,7 +122,7 @@ def _place(args: argparse.Namespace) -> Any:
         address=address,
         config=config,
         binary=binary,
-        data_dir=data_dir.absolute(),
+        data_dir=data_dir,
         replace_after_s=args.replace_after,
         tie=tied_command,
     )
@@ -135,6 +136,16 @@ def _check_open(address: str, *, insecure: bool, has_tls: bool) -> None:
             f"--members: etcd would let in anybody who reaches {address}: give --cacert, --cert and --key, "
             "or --insecure where the network is closed"
         )
+
+
+def _make(data_dir: Path) -> None:
+    """Make the folder for data, for nobody else's eyes; etcd's log goes beside it."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--data-dir {data_dir}: {error.strerror}") from error
+    if not os.access(data_dir.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--data-dir {data_dir}: etcd's log goes beside it, where nothing may be written")
 
 
 def _state_dir() -> Path:

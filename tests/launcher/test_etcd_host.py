@@ -131,6 +131,10 @@ class TestWrongUse:
             ((), "--binary /no/etcd: No such file or directory"),
             (("--binary", sys.executable), "is no etcd; install it"),
             (("--binary", str(BINARIES / "etcd"), "--seats", "2"), "--seats 2: --members names 1 machines only"),
+            (
+                ("--binary", str(BINARIES / "etcd"), "--data-dir", "/proc/no/data"),
+                "--data-dir /proc/no/data: No such file",
+            ),
             (("--members", "a,b,c,d,e,f,g,h"), "--seats: 8 members make etcd slow"),
             (("--binary", str(BINARIES / "etcd"), "--self", "h"), "--self h: is not one of --members 127.0.0.1:9"),
             (("--binary", str(BINARIES / "etcd"), "--cert", "c.pem"), "--cacert, --key: missing; TLS needs"),
