@@ -22,8 +22,13 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
         yield made
 
 
-@pytest.mark.parametrize("framework", ["transformers", "accelerate", "lightning"])
-def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str) -> None:
+@pytest.mark.parametrize(
+    ("framework", "start"),
+    [("transformers", ()), ("accelerate", ("--cold-workers",)), ("lightning", ("--cold-workers",))],
+    ids=["transformers", "accelerate", "lightning"],
+)
+def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str, start: tuple[str, ...]) -> None:
+    """With one of them nodes learn what its workers import, which is to import it twice more on each of them."""
     pytest.importorskip(framework)
 
     def reached(step: int, world_size: int) -> bool:
@@ -31,7 +36,7 @@ def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str) -> None:
         return any(line["step"] >= step and line["world_size"] == world_size for line in told)
 
     nodes.environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    work = (str(SCRIPTS / f"with_{framework}.py"), str(tmp_path), str(STEPS))
+    work = (*start, str(SCRIPTS / f"with_{framework}.py"), str(tmp_path), str(STEPS))
     first = nodes.start("first", *work, conf="last_call=60")
     nodes.wait_event("node_joined")
     second = nodes.start("second", *work, conf="last_call=60")
