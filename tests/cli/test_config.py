@@ -66,7 +66,7 @@ def test_toml_values(job: Path) -> None:
             ["checkpoint.zzz=8"],
             {},
             "--set checkpoint.zzz: unknown key checkpoint.zzz; known are url, every, ram_every, backlog, "
-            "prefix_spread, check_replicas, keep, take_over",
+            "prefix_spread, check_replicas, keep, staging, take_over",
         ),
         (["steps=3"], {}, "--set steps: write SECTION.FIELD=VALUE; did you mean train.steps?"),
         (["train.steps"], {}, "--set train.steps: there is no value; write SECTION.FIELD=VALUE"),
