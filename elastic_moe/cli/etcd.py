@@ -88,7 +88,7 @@ def handle(args: argparse.Namespace) -> int:
         from launcher import EtcdHost
     except ImportError as error:
         raise UserError(
-            f"etcd: {error}; pip install python3-etcd3 grpcio, or elastic-moe with its extra etcd"
+            f"etcd: {error}; pip install python3-etcd3 grpcio, or install elastic-moe with its extra etcd"
         ) from error
     host = EtcdHost(_place(args), _tell_json if args.json else _tell)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
