@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from storage.events import CheckpointEvent, Reporter
-from storage.pace.rules import Backlog
+from storage.pace.rules import Backlog, Tier
 from storage.saving.committer import Committer
 from storage.saving.uploads import SaveJob
 
@@ -30,26 +30,30 @@ class SaveQueue:
         self.go_on()
         return "" if self._waiting is None else self._waiting.attempt.id
 
-    def why_full(self, *, must: bool) -> str:
+    def why_full(self, tier: Tier, *, must: bool) -> str:
         """Why there is no memory for another copy, after a wait of as long as the policy says; "" if there is.
+
+        What stays in memory waits for no store: for the last one of its kind alone.
 
         Args:
             must: wait for all that is under way whatever the policy is, though not for ever.
         """
         self.go_on()
+        patience_s = self._timeout_s if must or self._policy is Backlog.WAIT else 0.0
+        if tier is Tier.RAM:
+            return self._committer.await_free(patience_s, tier)
         if self._policy is Backlog.REPLACE and not must:
             return ""  # one is under way at most, and what waits gives way
-        patience_s = self._timeout_s if must or self._policy is Backlog.WAIT else 0.0
         ends_s = time.monotonic() + patience_s
         if self._waiting is not None:
             if not self._committer.await_end(patience_s):
-                return self._committer.await_free(0.0) or "the save before has not ended"
+                return self._committer.await_free(0.0, tier) or "the save before has not ended"
             self.go_on()
-        return self._committer.await_free(max(0.0, ends_s - time.monotonic()))
+        return self._committer.await_free(max(0.0, ends_s - time.monotonic()), tier)
 
     def put(self, job: SaveJob) -> None:
         """Take a save over."""
-        if self._policy is Backlog.REPLACE and not self._committer.await_end(0.0):
+        if self._policy is Backlog.REPLACE and job.tier is Tier.STORE and not self._committer.await_end(0.0):
             assert self._waiting is None, "what waits was to be dropped before"
             self._waiting = job
             return

@@ -100,7 +100,7 @@ class Committer:
         self._backend = backend
         self._prefix_spread = prefix_spread
         self._num_attempts = 0
-        self._last: Running | None = None
+        self._last: dict[Tier, Running] = {}
 
     @property
     def fenced(self) -> str | None:
@@ -115,49 +115,53 @@ class Committer:
 
     def submit(self, job: SaveJob) -> None:
         """Take the job over. The payloads' memory is in use until `await_free` says it is not."""
-        self._last = Running(job)
-        self._backend.submit(self._last)
+        self._last[job.tier] = running = Running(job)
+        self._backend.submit(running)
 
     @property
     def holds(self) -> bool:
         """Whether states can stay in memory that outlives this process."""
         return self._backend.holds
 
-    def await_free(self, timeout_s: float) -> str:
-        """Block until the last job's payloads are stored (or have failed): their memory is free again.
+    def await_free(self, timeout_s: float, tier: Tier) -> str:
+        """Block until the payloads of the last job of that tier are stored (or have failed).
 
-        Why it is not, after so long; "" if it is.
+        Why they are not, after so long; "" if they are.
         """
-        last = self._last
+        last = self._last.get(tier)
         if last is None or last.stored.wait(timeout_s):
             return ""
         seconds = time.monotonic() - last.job.started_s
-        return f"step {last.job.attempt.step} has been on its way to the store for {seconds:.1f} s"
+        where = "the store" if tier is Tier.STORE else "the service's memory"
+        return f"step {last.job.attempt.step} has been on its way to {where} for {seconds:.1f} s"
 
     def await_end(self, timeout_s: float) -> bool:
-        """Block until the last job has ended, for at most so long; whether it has, or there was none."""
-        return self._last is None or bool(futures.wait([self._last.committed], timeout_s).done)
+        """Block until the last job for the store has ended, for at most so long; whether it has, or there was none."""
+        last = self._last.get(Tier.STORE)
+        return last is None or bool(futures.wait([last.committed], timeout_s).done)
 
     def wait(self) -> bool:
-        """Block until the last job has ended; whether it committed (True if there was none)."""
-        return self._last is None or self._last.committed.result()
+        """Block until the last job has ended, of each tier; whether they committed (True if there was none)."""
+        outcomes = [last.committed.result() for last in self._last.values()]
+        return all(outcomes)
 
     def has_committed(self, step: int, *, healthy: bool) -> bool:
         """Whether the last job was for this step and committed; waits for it only if it was for this step.
 
         What was saved as unhealthy has not been if the step is healthy now.
         """
-        if self._last is None or self._last.job.attempt.step != step or self._last.job.tier is not Tier.STORE:
+        last = self._last.get(Tier.STORE)
+        if last is None or last.job.attempt.step != step:
             return False
-        return self._last.committed.result() and (self._last.job.healthy or not healthy)
+        return last.committed.result() and (last.job.healthy or not healthy)
 
     def forget(self) -> None:
         """Wait for the last job, and let its step be saved again: what it committed may turn out to be damaged."""
         self.wait()
-        self._last = None
+        self._last.clear()
 
     def close(self, *, abandon: bool) -> None:
         """End after the last job; with `abandon` no other rank is waited for any more."""
-        if self._last is not None and not self._last.committed.done():
+        if not all(last.committed.done() for last in self._last.values()):
             self._ownership.announce_end()
         self._backend.close(abandon=abandon)

@@ -10,7 +10,7 @@ from storage.arena.arena import Arena
 from storage.arena.changes import StateChanged
 from storage.arena.stager import Stager
 from storage.events import CheckpointEvent, Reporter
-from storage.pace.rules import EverySteps, Tier
+from storage.pace.rules import Backlog, EverySteps, Tier
 from storage.pace.schedule import Timer
 from storage.ranks.agreement import AgreeingGroup
 from storage.ranks.steps import agree_on_step
@@ -44,6 +44,7 @@ class Saver:
         self._committer = committer
         self._report = report
         self._plan = plan
+        self._timeout_s = timeout_s
         self._queue = SaveQueue(committer, report, plan.backlog, timeout_s)
         self._is_ram_away = False
         self._replicas = ReplicaCheck(group, report)
@@ -65,7 +66,8 @@ class Saver:
         """
         started_s = time.monotonic()
         why_not = self._why_not(tier, must=must)
-        step, busy, waiting = agree_on_step(self._group, step, why_not, self._queue.waiting)
+        waits = self._queue.waiting if tier is Tier.STORE else ""
+        step, busy, waiting = agree_on_step(self._group, step, why_not, waits)
         if busy:
             self._skip(step, tier, busy)
             return False
@@ -102,7 +104,12 @@ class Saver:
         """Why this rank cannot begin a save, once it has waited for as long as it is to; "" if it can."""
         if tier is Tier.RAM and not self._committer.holds:
             return "no checkpoint service holds states in memory here, which ram_every asks for"
-        return self._queue.why_full(must=must)
+        if why := self._queue.why_full(tier, must=must):
+            return why
+        if tier is Tier.STORE and self._queue.waiting:
+            return ""  # which gives its memory up
+        patience_s = self._timeout_s if must or self._plan.backlog is Backlog.WAIT else 0.0
+        return "" if self._arena.wait_free(patience_s) else "all the memory for copies is in use"
 
     def _skip(self, step: int, tier: Tier, reason: str) -> None:
         """Tell that a save is left out: each one for the store, those for memory once for as long as it is away."""

@@ -294,6 +294,29 @@ def test_saves_for_memory_are_left_out_where_nothing_holds_them_and_told_once(me
     assert "no checkpoint service holds states in memory" in skipped["reason"]
 
 
+def test_saves_for_memory_wait_for_no_store(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    from storage.saving.committer import InProcess, Running
+
+    submit = InProcess.submit
+
+    def held(self: InProcess, running: Running, *tried: Any) -> None:
+        if running.job.tier is Tier.STORE:
+            return submit(self, running, *tried)
+        running.free()
+        return running.committed.set_result(True)
+
+    monkeypatch.setattr(InProcess, "holds", True)
+    monkeypatch.setattr(InProcess, "submit", held)
+    store = Gate()
+    with Checkpointer(opened(store), every=4, ram_every=1, backlog="skip", on_event=events[1]) as ckpt:
+        for step in range(4, 9):
+            ckpt.save(step, state(step))
+        assert saved(events) == [4, 5, 6, 7]
+        assert [row["step"] for row in told(events, "checkpoint_skipped")] == [8]  # the next one for the store
+        store.is_open.set()
+        assert ckpt.wait()
+
+
 def test_a_backlog_is_waited_for_but_not_for_ever(events: Events) -> None:
     store = Gate()
     with Checkpointer(opened(store), timeout_s=0.2, on_event=events[1]) as ckpt:
@@ -339,7 +362,7 @@ def busy_ranks(folder: str) -> list[str]:
     heard: list[str] = []
     mine = dist.get_rank() == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Committer, "await_free", lambda self, timeout_s: "the disk is slow" if mine else "")
+        patch.setattr(Committer, "await_free", lambda *_: "the disk is slow" if mine else "")
         with Checkpointer(folder, backlog="skip", on_event=lambda e, f: heard.append(f"{e} {json.dumps(f)}")) as ckpt:
             ckpt.save(1, {"w": torch.ones(4)})
     return heard
