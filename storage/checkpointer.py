@@ -19,6 +19,7 @@ import torch.distributed as dist
 from storage.errors import UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
+from storage.live.session import LiveSession, live_session
 from storage.loading.memory_tier import MemoryAccess
 from storage.loading.restorer import Restorer
 from storage.options import Access, CheckpointerOptions, divided, translated
@@ -48,6 +49,7 @@ class _Started:
     ownership: Ownership | None = None
     saver: Saver | None = None
     pacer: Pacer | None = None
+    live: LiveSession | None = None
 
 
 class Checkpointer:
@@ -174,7 +176,8 @@ class Checkpointer:
         saver = Saver(group, committer, report, plan, timeout_s=timeout_s)
         pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
         restorer = Restorer(store, ownership.claim, group, report, memory, ownership)
-        return _Started(restorer, ownership, saver, pacer)
+        live = live_session(store.url, self._origin, group, report, plan.service)
+        return _Started(restorer, ownership, saver, pacer, live)
 
     def _memory(self, group: AgreeingGroup) -> MemoryAccess:
         """What nodes hold in memory of this job's states."""
@@ -244,9 +247,11 @@ class Checkpointer:
         """
         saver, pacer = self._savers()
         saver.go_on()
-        self._note(step, state)
+        live = self._start().live
         tier = Tier.STORE if wait or now else pacer.due(step)
         saver.check_replicas(step, state, saves=tier is not None)
+        if live is not None and (tier is None or live.state.is_agreed):  # else they agree once it is saved
+            live.state.note(step, state, healthy=healthy)
         if tier is None:
             return
         pacer.began(step, tier)
@@ -256,17 +261,32 @@ class Checkpointer:
             is_saving = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=wait)
         finally:
             pacer.returned(is_saving=is_saving)
+        if live is not None and is_saving:
+            live.state.saved(step, state, healthy=healthy)
         if wait:
             saver.wait()
+
+    def note(self, step: int, state: Mapping[str, Any]) -> None:
+        """Say that a step is complete, and that this is the state after it, as each `save` says.
+
+        For a loop in which ranks meet between a step and its `save`: a peer may be lost there. If one is, and the
+        others hold all of the state together, they go on from here, and nothing is done again. That is under an agent
+        with its checkpoint service only; elsewhere this does nothing. Call it on all ranks; the first call is a
+        collective, the others take references, and copies of what is small.
+
+        Raises:
+            UsageError: `step` is no step, or the run is read only.
+        """
+        self._savers()
+        live = self._start().live
+        if live is not None:
+            live.state.note(layout.as_step(step), state)
 
     def _savers(self) -> tuple[Saver, Pacer]:
         started = self._start()
         if started.saver is None or started.pacer is None:
             raise UsageError(f"{self._store.url} was opened with Access.READ, so nothing can be saved to it")
         return started.saver, started.pacer
-
-    def _note(self, step: int, state: Mapping[str, Any]) -> None:
-        """`state` is that of a complete step, whether it is saved or not. No collective."""
 
     def wait(self) -> bool:
         """Block until the last save has committed or failed; True if it committed, or there was none."""
@@ -332,6 +352,8 @@ class Checkpointer:
             Transient, Denied: by the store.
         """
         started = self._start()
+        if started.live is not None:
+            started.live.state.forget("a restore has begun")
         if started.saver is not None:
             started.saver.forget()
         check_state(state)
@@ -348,6 +370,8 @@ class Checkpointer:
     def _close(self, *, abandon: bool) -> None:
         self._is_closed = True
         with self._opened:  # lets the run go and closes the store, whatever becomes of the last save
+            if self._started is not None and self._started.live is not None:
+                self._started.live.close(rescue=abandon)
             if self._started is not None and self._started.saver is not None:
                 self._started.saver.close(abandon=abandon)
 

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 _STEPS_LEAST = 80  # fewer are over before the killed node is back
 _EPILOG = """\
 Two nodes of two workers each train a small Mixture-of-Experts model on this
-machine. Node 2 is killed, node 1 goes on with another mesh, node 2 comes back.
-The same job is then trained unbroken in one process, and the losses compared.
+machine, each node a replica. Node 2 is killed, node 1 goes on from the state
+that its workers had after their last step, node 2 comes back. With --sharded
+each node holds a half of the state, so node 1 goes back to the last checkpoint,
+on another mesh. The same job is then trained unbroken in one process, and the
+losses compared.
 
 DIR gets summary.json, events.jsonl, metrics.jsonl and story.png.
 
@@ -38,6 +41,8 @@ def register(verbs: Subparsers) -> None:
         "--steps", type=positive_int, default=140, metavar="N", help=f"default 140, at least {_STEPS_LEAST}"
     )
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="default 0")
+    parser.add_argument("--sharded", action="store_true", help="one replica of the state, a half on each node")
+    parser.add_argument("--freeze", action="store_true", help="stop node 2 (SIGSTOP) instead of killing it")
     parser.set_defaults(handler=handle, ends_with_reader=True)
 
 
@@ -52,10 +57,12 @@ def handle(args: argparse.Namespace) -> int:
             "the demo draws with matplotlib: pip install matplotlib, or install elastic-moe with its extra demo"
         )
     from elastic_moe.demo.console import Console
-    from elastic_moe.demo.driver import Demo
+    from elastic_moe.demo.driver import Demo, Fault, Script
 
     console = Console()
     out = args.out.absolute()
-    summary = Demo(out, steps=args.steps, seed=args.seed, console=console).run()
+    fault = Fault.FROZEN if args.freeze else Fault.KILLED
+    script = Script(steps=args.steps, seed=args.seed, sharded=args.sharded, fault=fault)
+    summary = Demo(out, script, console).run()
     console.summary(summary, out)
     return 0 if summary.ok else 1

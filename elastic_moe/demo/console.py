@@ -79,7 +79,7 @@ class Console:
         self.say(
             "",
             f"outcome                    {'ok' if summary.ok else 'NOT OK'}",
-            f"node killed to next step   {recovered}, {summary.steps_replayed} steps done again",
+            f"node lost to next step     {recovered}, {summary.steps_replayed} steps done again",
             f"node taken in              pause of {paused}, {summary.steps_lost_on_return} steps lost",
             f"loss                       {summary.loss_first:.3f} to {summary.loss_last:.3f} in {summary.steps} steps",
             f"against the unbroken run   {difference}",

@@ -5,10 +5,13 @@ Every wait is for a condition in what the nodes wrote, with a deadline, while th
 
 from __future__ import annotations
 
+import enum
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_moe.demo.console import Console
@@ -50,13 +53,31 @@ class DemoFailed(Exception):
     exit_code = 1
 
 
+class Fault(enum.Enum):
+    """What happens to node 2."""
+
+    KILLED = "killed"
+    FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is to be played. `sharded`: one replica of the state, of which each node holds a half."""
+
+    steps: int
+    seed: int
+    sharded: bool = False
+    fault: Fault = Fault.KILLED
+
+
 class Demo:
     """One demo, whose records go to the folder `out`; `run` it once."""
 
-    def __init__(self, out: Path, *, steps: int, seed: int, console: Console) -> None:
+    def __init__(self, out: Path, script: Script, console: Console) -> None:
         self._out = out
-        self._steps = steps
-        self._seed = seed
+        self._script = script
+        self._steps = script.steps
+        self._seed = script.seed
         self._console = console
         self._processes = Processes()
         self._story = Story(time.time())
@@ -78,7 +99,13 @@ class Demo:
         _prepare(self._out)
         checkpoints = self._out / "checkpoints"
         self._job.write_text(
-            job_toml(steps=self._steps, seed=self._seed, metrics=self._metrics_tail.path, checkpoints=checkpoints)
+            job_toml(
+                steps=self._steps,
+                seed=self._seed,
+                metrics=self._metrics_tail.path,
+                checkpoints=checkpoints,
+                sharded=self._script.sharded,
+            )
         )
         try:
             with self._processes:
@@ -112,9 +139,10 @@ class Demo:
             self._start_node("node-2")
             self._wait(lambda: bool(self._metrics), "the first step", _START_DEADLINE_S)
             self._wait_for_step(max(2, round(KILL_AT * self._steps)))
-            self._kill_node("node-2")
+            self._lose_node("node-2")
             alone = self._wait_for_generation(self._generation() + 1, SLOTS_PER_NODE)
             self._wait_for_step(alone["step"] + STEPS_ALONE)
+            self._processes.all["node-2"].kill()  # one that was frozen ends here
             self._start_node("node-2")
             self._wait_for_generation(alone["generation"] + 1, 2 * SLOTS_PER_NODE)
             self._whole_again = True
@@ -157,15 +185,19 @@ class Demo:
         train = ["--mesh", str(self._job), "-m", "elastic_moe", "train", str(self._job)]
         self._processes.start(name, ["-m", "elastic_moe", *run, *train], log_path=folder / "agent.log")
 
-    def _kill_node(self, name: str) -> None:
-        """Kill a node's agent and workers at once, in the middle of a step."""
-        last = self._metrics[-1]
-        time.sleep(last["step_s"] / 2)
-        killed_ts = time.time()
-        self._processes.all[name].kill()
-        self._tell("demo_node_killed", name, ts=killed_ts, step=last["step"], num_workers=SLOTS_PER_NODE)
+    def _lose_node(self, name: str) -> None:
+        """Kill or freeze a node's agent and workers at once, in the middle of a step."""
+        last, process = self._metrics[-1], self._processes.all[name]
+        time.sleep(last["step_s"] * random.Random(self._seed).random())
+        lost_ts = time.time()
+        if self._script.fault is Fault.KILLED:
+            process.kill()
+        else:
+            process.freeze()
+        fields = {"step": last["step"], "num_workers": SLOTS_PER_NODE, "fault": self._script.fault.value}
+        self._tell("demo_node_killed", name, ts=lost_ts, **fields)
 
-    def _tell(self, event: str, node: str, *, ts: float | None = None, **fields: int) -> None:
+    def _tell(self, event: str, node: str, *, ts: float | None = None, **fields: int | str) -> None:
         """Record an event of the driver's own."""
         record: Record = {
             "ts": time.time() if ts is None else ts,

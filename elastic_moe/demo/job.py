@@ -8,8 +8,9 @@ from pathlib import Path
 # The first line of the job file, by which a later demo knows the folder as its own to overwrite.
 MARK = "# Written by `elastic-moe demo`; its folder is overwritten by the next demo."
 
-# One replica and two expert-parallel ways: four ranks shard every parameter (FSDP) beside that, two cannot, so
-# the loss of a node moves all of the state to another layout.
+# Two expert-parallel ways, so that a node of two workers is a replica, and the other one holds all that it held. With
+# one replica instead (`sharded`) four ranks shard every parameter (FSDP) beside that, two cannot, so the loss of a node
+# takes a half of the state with it and moves all of it to another layout.
 #
 # Exact, because the losses are compared to the last bit: sums in another order differ by 1e-8 in fp32, and a router
 # amplifies that (1e-5 after 90 steps, 1e-3 after 150), which would hide a fault as small.
@@ -47,13 +48,14 @@ keep = 3
 
 [mesh]
 expert = 2
-replicate = 1
 """
+_ONE_REPLICA = "replicate = 1\n"
 
 
-def job_toml(*, steps: int, seed: int, metrics: Path, checkpoints: Path) -> str:
+def job_toml(*, steps: int, seed: int, metrics: Path, checkpoints: Path, sharded: bool) -> str:
     """The TOML text of the job whose metrics and checkpoints go to these paths."""
-    return _JOB.format(
+    job = _JOB + (_ONE_REPLICA if sharded else "")
+    return job.format(
         mark=MARK,
         steps=steps,
         seed=seed,

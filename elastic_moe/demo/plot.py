@@ -113,7 +113,7 @@ def _mark_faults(axes: Axes, summary: Summary, events: Sequence[Record]) -> None
     if killed is None:
         return
     after = f"\nnext step after {summary.recovered_s:.1f} s" if summary.recovered_s is not None else ""
-    _mark(axes, killed["step"], f"{killed['node']} killed{after}", _FAULT, 0.5)
+    _mark(axes, killed["step"], f"{killed['node']} {killed['fault']}{after}", _FAULT, 0.5)
     back = next((g for g in summary.generations if g.reason.startswith("join") and g.steps), None)
     if back and back.steps:
         paused = f"\npause of {summary.paused_s:.1f} s" if summary.paused_s is not None else ""

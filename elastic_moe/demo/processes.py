@@ -40,12 +40,21 @@ class Process:
         return self._child.poll()
 
     def kill(self) -> None:
-        """SIGKILL it and all its descendants at one moment, as a machine that loses power."""
+        """SIGKILL it and all its descendants at one moment, as a machine that loses power; harmless if it has ended."""
         self.killed = True
+        self._send(signal.SIGKILL)
+        self._child.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP it and all its descendants, as a machine that hangs: its connections stay, and nobody answers."""
+        self._send(signal.SIGSTOP)
+
+    def _send(self, signum: signal.Signals) -> None:
+        if self._child.poll() is not None:
+            return
         for pid in (self._child.pid, *descendants(self._child.pid)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._child.wait()
+                os.kill(pid, signum)
 
     def interrupt(self) -> None:
         """Send SIGINT, on which an agent stops its workers at once and leaves nothing behind."""

@@ -27,6 +27,7 @@ class Story:
             EventName.NODE_JOINED: sentence,
             EventName.NODE_LOST: self._node_lost,
             EventName.ROUND_FORMED: self._formed,
+            EventName.LIVE_STATE_CAPTURED: sentence,
             EventName.RESTORED: self._restored,
             EventName.STOP_REQUESTED: sentence,
             EventName.WORKER_FAILED: sentence,
@@ -66,13 +67,14 @@ class Story:
     def _killed(self, event: Record) -> str:
         self._kill = event
         self._lost.add(event["node"])
+        signal = {"killed": "SIGKILL", "frozen": "SIGSTOP"}[event["fault"]]
         return (
-            f"{event['node']} is killed whole (SIGKILL: its agent and {count(event['num_workers'], 'worker')}) "
-            f"while step {event['step'] + 1} runs"
+            f"{event['node']} is {event['fault']} whole ({signal}: its agent and"
+            f" {count(event['num_workers'], 'worker')}) while step {event['step'] + 1} runs"
         )
 
     def _node_lost(self, event: Record) -> str:
-        noticed = f", {event['ts'] - self._kill['ts']:.1f} s after the kill" if self._kill else ""
+        noticed = f", {event['ts'] - self._kill['ts']:.1f} s after it was {self._kill['fault']}" if self._kill else ""
         return sentence(event) + noticed
 
     def _formed(self, event: Record) -> str:
@@ -92,7 +94,8 @@ class Story:
         again = last["step"] + 1 - record["step"]
         lost = f"{count(again, 'step')} done again" if again > 0 else "no step lost"
         if self._kill and last["generation"] == self._kill["generation"]:
-            waited = f"{record['ts'] - self._kill['ts']:.1f} s after the kill"
+            waited = f"{record['ts'] - self._kill['ts']:.1f} s after {self._kill['node']} was {self._kill['fault']}"
+            lost = f"{count(max(0, again), 'step')} done again"
         else:
             waited = f"{record['ts'] - last['ts']:.1f} s after step {last['step']}"
         return f"training goes on: step {record['step']}, loss {record['loss']:.3f}, {waited}, {lost}"

@@ -77,6 +77,8 @@ class Loop:
         began_s = time.perf_counter()
         result = self.stepper.step(self.progress.step)
         self.progress.count(skipped=bool(result.skipped))
+        if self.checkpointer is not None and not result.skipped:
+            self.checkpointer.note(self.progress.step, self.state)  # before ranks meet again, which may be in vain
         step_s = time.perf_counter() - began_s
         worker.heartbeat(self.progress.step, step_s=step_s)
         val_loss = self._validate()

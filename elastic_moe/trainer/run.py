@@ -127,4 +127,5 @@ def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper,
             progress.horizon,
         )
     stepper.horizon = progress.horizon
+    checkpointer.note(progress.step, state)
     return True

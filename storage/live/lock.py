@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
@@ -62,6 +62,11 @@ class StepLock(Generic[T]):
             self._changed.wait_for(self._is_free)
             self._note, self._why_not, self._is_changing = None, why, False
             self._changed.notify_all()
+
+    def is_noted(self, is_same: Callable[[T], bool]) -> bool:
+        """Whether there is a note, and it is of the step that is asked for."""
+        with self._changed:
+            return self._note is not None and is_same(self._note)
 
     @contextlib.contextmanager
     def held(self, timeout_s: float) -> Iterator[T | str]:

@@ -84,24 +84,29 @@ class LiveState:
         self._lock.start()
         return self
 
-    def note(self, step: int, state: Mapping[Any, Any]) -> None:
+    @property
+    def is_agreed(self) -> bool:
+        """Whether the ranks have agreed on what the state is, so that a note needs no collective."""
+        return self._agreed is not None or self._is_over
+
+    def note(self, step: int, state: Mapping[Any, Any], *, healthy: bool = True) -> None:
         """The step is complete, and this is the state after it. A collective the first time, and cheap after that.
 
-        What goes wrong is told, and costs no more than the live state: the training goes on.
+        What goes wrong is told, and costs no more than the live state: the training goes on. A step that is noted is
+        not noted again, and one that is not `healthy` is none to go on from.
         """
         if self._agreed is None:
-            self.saved(step, state)
-        elif (note := self._take(step, state)) is not None:
+            self.saved(step, state, healthy=healthy)
+        elif not healthy:
+            self._lock.clear(f"step {step} is not healthy")
+        elif not self._lock.is_noted(lambda note: note.step == step) and (note := self._take(step, state)) is not None:
             if note.digest == self._agreed.digest:
                 self._lock.note(note)
             else:
                 self._lock.clear("the state has other tensors than when the ranks agreed on it: the next save tells")
 
     def saved(self, step: int, state: Mapping[Any, Any], *, healthy: bool = True) -> None:
-        """As `note`, after a save: a collective, in which the ranks agree anew if the state of any is another.
-
-        A state that is not `healthy` is none to go on from, so it is not noted.
-        """
+        """As `note`, after a save: a collective, in which the ranks agree anew if the state of any is another."""
         if self._is_over:
             return
         note = self._take(step, state)

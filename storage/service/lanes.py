@@ -290,6 +290,11 @@ def unpack(stage: Stage, fds: list[int], safe: str, num_crashes: int = 0) -> Par
     Raises:
         Corrupt, ValueError: what came is no table, or does not fit together.
     """
+    return Parcel(stage, unpack_slots(fds), safe, num_crashes)
+
+
+def unpack_slots(fds: list[int]) -> HandedOver:
+    """What was staged in the slots behind the descriptors, which belong to it from here on. Raises as `unpack`."""
     with ExitStack() as on_failure:
         slots = []
         for fd in fds:
@@ -298,4 +303,4 @@ def unpack(stage: Stage, fds: list[int], safe: str, num_crashes: int = 0) -> Par
             slots.append(slot)
         staged = table.read(slots[0], slots[1] if len(slots) > 1 else None)
         on_failure.pop_all()
-    return Parcel(stage, staged, safe, num_crashes)
+    return staged

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 
 from storage.saving.uploads import Tried
+from storage.service.capturing import LiveKeeper
 from storage.service.keeper import KeeperSafe, State
 from storage.service.memory import HeldStates
 from storage.service.messages import Stage
@@ -36,6 +37,7 @@ def serve(
     held = HeldStates(options.rate_bytes_per_s)
     server = Server(listener, options, safe, holder=held, lifeline=lifeline, num_restarts=state.num_restarts)
     held.serve(server)
+    LiveKeeper(held.node.add).serve(server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.take_up(_records(state))
     server.run()

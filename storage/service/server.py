@@ -109,6 +109,9 @@ class Server:
         safe: keeps what was staged, should this process die.
         holder: keeps staged states in memory.
         lifeline: a descriptor that ends (is at its end of file) with the agent that has started the service.
+
+    Attributes:
+        on_leave: called with each connection that has ended; filled before `run`.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Server:
         self._callers: set[ServiceCaller] = set()
         self._drain: _Drain | None = None
         self._stop = threading.Event()
+        self.on_leave: list[Callable[[ServiceCaller], object]] = []
         self._handlers: dict[type[ServiceMessage], Handler] = {}
         self.handle(Stage, self._stage)
         self.handle(Heard, self._heard)
@@ -230,6 +234,8 @@ class Server:
                 session.detach(channel)
             with self._lock:
                 self._callers.discard(caller)
+            for hear in self.on_leave:
+                hear(caller)
 
     def _dispatch(self, caller: ServiceCaller, message: ServiceMessage, fds: list[int]) -> None:
         handler = self._handlers.get(type(message))

@@ -9,8 +9,12 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.service import address, starting
+
+if TYPE_CHECKING:
+    from storage.service.capture_request import CaptureRequest
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +59,13 @@ class CheckpointService:
         self._watcher = threading.Thread(target=self._watch, args=(ends[0],), name="checkpoint-service", daemon=True)
         self._watcher.start()
 
-    def capture(self, timeout_s: float) -> None:
-        """Nothing is captured: no worker has asked for it."""
+    def capture(self, timeout_s: float) -> CaptureRequest | None:
+        """Have the live state of all workers kept, within that time; it goes on by itself. None: there is no worker."""
+        if self._process is None or not address.used(self._path).exists():
+            return None
+        from storage.service.capture_request import CaptureRequest  # a service that nobody used has cost nothing
+
+        return CaptureRequest(self._path, timeout_s).start()
 
     def drain(self, grace_s: float) -> None:
         """Have it finish what is under way, and give up what is not finished in time, which it then tells."""

@@ -86,7 +86,7 @@ def play() -> Play:
         event(3.0, "node_joined", "node-2-bbbbbbbb", 0, slots=2),
         formed(3.1, 1, "first round", FOUR, "node-1-aaaaaaaa", "node-2-bbbbbbbb"),
         event(3.2, "workers_started", "node-2-bbbbbbbb", 1, pids=[11, 12], ranks=[2, 3]),
-        event(20.7, "demo_node_killed", "node-2", 1, step=21, num_workers=2),
+        event(20.7, "demo_node_killed", "node-2", 1, step=21, num_workers=2, fault="killed"),
         event(21.0, "worker_failed", "node-1-aaaaaaaa", 1, rank=1, exit_code=1),
         event(21.1, "node_lost", "node-1-aaaaaaaa", 1, node_lost="node-2-bbbbbbbb", reason=lost),
         formed(21.2, 2, f"node node-2-bbbbbbbb {lost}", TWO, "node-1-aaaaaaaa"),

@@ -83,7 +83,7 @@ def test_only_an_earlier_demo_is_overwritten(tmp_path: Path) -> None:
     fresh = tmp_path / "new" / "out"
     _prepare(fresh)
     assert list(fresh.iterdir()) == []
-    job = job_toml(steps=60, seed=0, metrics=fresh / "metrics.jsonl", checkpoints=fresh / "checkpoints")
+    job = job_toml(steps=60, seed=0, metrics=fresh / "metrics.jsonl", checkpoints=fresh / "checkpoints", sharded=True)
     (fresh / "job.toml").write_text(job)
     (fresh / "metrics.jsonl").write_text("old\n")
     _prepare(fresh)
@@ -105,7 +105,7 @@ def test_the_job_is_valid_and_its_paths_survive_quoting(tmp_path: Path) -> None:
 
     odd = tmp_path / 'a "quoted" \\ folder'
     path = tmp_path / "job.toml"
-    path.write_text(job_toml(steps=70, seed=3, metrics=odd / "m", checkpoints=odd / "c"))
+    path.write_text(job_toml(steps=70, seed=3, metrics=odd / "m", checkpoints=odd / "c", sharded=False))
     job = load(path, environ={})
     assert (job.train.steps, job.train.seed) == (70, 3)
     assert (job.train.metrics, job.checkpoint.url) == (str(odd / "m"), str(odd / "c"))

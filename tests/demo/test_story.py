@@ -16,10 +16,10 @@ TOLD = """\
   10.5 s  training: step 1, loss 5.329
   20.7 s  node-2 is killed whole (SIGKILL: its agent and 2 workers) while step 22 runs
   21.0 s  rank 1 on node-1 failed with exit code 1
-  21.1 s  node-2 lost: its agent at 127.0.0.1:5 is gone (connection refused), 0.4 s after the kill
+  21.1 s  node-2 lost: its agent at 127.0.0.1:5 is gone (connection refused), 0.4 s after it was killed
   21.2 s  generation 2 (node-2 lost): 2 ranks on node-1; mesh re-planned to replicate 1 x shard 1 x expert 2, 1 round of 8 samples a rank
   22.9 s  rank 0 on node-1 has the state after step 20
-  23.5 s  training goes on: step 21, loss 3.225, 2.8 s after the kill, 1 step done again
+  23.5 s  training goes on: step 21, loss 3.225, 2.8 s after node-2 was killed, 1 step done again
   25.0 s  node-2 is started again
   28.0 s  node-2 joins with 2 slots
   32.6 s  workers are asked to stop at a step boundary: join: node-2

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from storage import AgreeingGroup, Checkpointer, CheckpointEvent, UsageError, open_store
+from storage import AgreeingGroup, Checkpointer, CheckpointEvent, UsageError, checkpointer, open_store
 from storage.events import Reporter
 from storage.pace.rules import Tier
 from storage.ranks.group import Group
@@ -100,13 +100,35 @@ def test_a_call_that_saves_nothing_costs_no_collective(memory_url: str, collecti
         assert len(collectives) > 3
 
 
+class Noting:
+    """A live session that only remembers what was noted."""
+
+    is_agreed = True
+
+    def __init__(self, *given: object) -> None:
+        self.noted: list[int] = []
+        self.saves: list[int] = []
+        self.state = self
+
+    def note(self, step: int, state: object, *, healthy: bool = True) -> None:
+        self.noted.append(step)
+
+    def saved(self, step: int, state: object, *, healthy: bool = True) -> None:
+        self.saves.append(step)
+
+    def close(self, *, rescue: bool) -> None:
+        assert not rescue
+
+
 def test_each_call_notes_its_step(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    noted: list[int] = []
-    monkeypatch.setattr(Checkpointer, "_note", lambda self, step, state: noted.append(step))
+    live = Noting()
+    monkeypatch.setattr(checkpointer, "live_session", lambda *given: live)
     with Checkpointer(memory_url, every=3) as ckpt:
         for step in range(1, 7):
             ckpt.save(step, state(step))
-    assert noted == [1, 2, 3, 4, 5, 6]
+        ckpt.note(7, state(7))
+    assert live.noted == [1, 2, 3, 4, 5, 6, 7]
+    assert live.saves == [3, 6]
 
 
 def test_an_odd_step_is_refused_whether_it_is_due_or_not(memory_url: str) -> None:
