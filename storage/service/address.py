@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -39,6 +40,11 @@ def used(path: Path) -> Path:
     return path.with_suffix(".used")
 
 
+def kept(path: Path) -> Path:
+    """A folder with a note for each save that the service at `path` has to bring to its end."""
+    return path.with_suffix(".kept")
+
+
 def sweep(folder: Path, besides: Path) -> None:
     """Remove what services have left in the folder that were killed."""
     for found in folder.glob("*.sock"):
@@ -55,6 +61,7 @@ def remove(path: Path) -> None:
     for file in (path, used(path), path.with_suffix(".log"), path.with_suffix(".lock")):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
+    shutil.rmtree(kept(path), ignore_errors=True)
 
 
 def listen(path: Path) -> socket.socket:

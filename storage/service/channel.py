@@ -136,7 +136,8 @@ def connect(path: Path, hello: Hello) -> tuple[Channel, Welcome]:
             connection.connect(short)
         if channel.peer_uid not in (os.getuid(), 0):
             raise PermissionError(f"the service at {path} is user {channel.peer_uid}'s, not this user's")
-        channel.send(hello)
+        with contextlib.suppress(BrokenPipeError):  # a service that has refused it already has said why
+            channel.send(hello)
         answer = channel.receive()
         if answer is None:
             raise ConnectionResetError(f"the service at {path} has closed the connection")

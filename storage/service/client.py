@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 
 RESTART_S = 20.0
 """For so long a service that is lost is waited for, which may be starting again."""
-_CONNECT_S = 5.0  # of a save that finds no connection yet
 _ASK_S = 10.0
 _SILENCE_S = 90.0
 """A service that has something to do and answers nothing for so long is frozen."""
@@ -54,7 +53,13 @@ _END_S = 5.0
 
 
 class Connector(Protocol):
-    """The way to the service."""
+    """The way to the service.
+
+    Attributes:
+        patience_s: for so long a save waits for the first connection, so that it is safe when it returns.
+    """
+
+    patience_s: float
 
     def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
         """A connection, tried again until then. Raises OSError, ProtocolError."""
@@ -123,7 +128,7 @@ class ServiceBackend:
             self._handed[handed.stage.attempt.id] = handed
             self._state.notify_all()
             if not self._is_away:
-                self._state.wait_for(lambda: self._channel is not None or self._is_away, _CONNECT_S)
+                self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
             channel = self._channel
             if channel is not None:
                 self._send(channel, handed)
@@ -170,6 +175,7 @@ class ServiceBackend:
         told = AgentEnvironment.from_env(os.environ).variables() | {"RANK": os.environ.get("RANK", "")}
         stage = Stage(
             session=self.session,
+            pid=os.getpid(),
             url=saves.url,
             attempt=StagedAttempt(
                 prefix=attempt.prefix, step=attempt.step, id=attempt.id, world_size=attempt.world_size, rank=job.rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -46,10 +47,48 @@ class Kept:
     num_crashes: int = 0
 
 
+class Notes:
+    """Files that outlive this process as well: they say what it had, should it be killed with all that it holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def take(self) -> list[str]:
+        """What was noted by a keeper before this one, which is gone: the JSON of each `Stage`."""
+        found = []
+        for file in sorted(self._folder.glob("*.json")):
+            with contextlib.suppress(OSError):
+                found.append(file.read_text())
+                file.unlink()
+        return found
+
+    def add(self, name: str, stage: str) -> None:
+        """Note one down; a full disk costs the note."""
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            with open(os.open(self._file(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(stage)
+        except OSError as error:
+            log.warning("what is staged cannot be noted down in %s: %s", self._folder, error)
+
+    def drop(self, name: str) -> None:
+        """It has come to its end."""
+        with contextlib.suppress(OSError):
+            self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
+
+
 @dataclass
 class State:
-    """What outlives the service's process: what it has to do, by name, and how often it has crashed."""
+    """What outlives the service's process: what it has to do, by name, and how often it has crashed.
 
+    `lost` are stages of which a keeper that was killed has left nothing but a note.
+    """
+
+    notes: Notes
+    lost: list[str] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
     num_restarts: int = 0
 
@@ -59,10 +98,12 @@ class State:
         match what:
             case "keep":
                 self.kept[name] = Kept(stage, fds)
+                self.notes.add(name, stage)
                 return
             case "stored" if name in self.kept:
                 self.kept[name].is_stored = True
             case "done":
+                self.notes.drop(name)
                 for fd in self.kept.pop(name, Kept("", [])).fds:
                     os.close(fd)
         for fd in fds:
@@ -124,14 +165,15 @@ class _Keeping:
         self._listener = listener
         self._path = path
         self._serve = serve
-        self._state = State()
+        notes = Notes(address.kept(path))
+        self._state = State(notes, notes.take())
         self._child = 0
         self._is_ending = False
 
     def run(self, lifeline: int | None) -> int:
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, which is for the training
-        if not self._await_caller(lifeline):
+        if not self._state.lost and not self._await_caller(lifeline):
             return 0
         num_in_a_row, began_s = 0, time.monotonic()
         while True:
@@ -141,6 +183,7 @@ class _Keeping:
             for kept in self._state.kept.values():
                 kept.num_crashes += 1
             self._state.num_restarts += 1
+            self._state.lost.clear()
             num_in_a_row = 1 if time.monotonic() - began_s > _QUIET_S else num_in_a_row + 1
             log.warning("the checkpoint service has ended (status %d); it is started again", status)
             time.sleep(_BACKOFF_S[min(num_in_a_row, len(_BACKOFF_S)) - 1])

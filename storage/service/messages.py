@@ -103,6 +103,7 @@ class Stage(ServiceMessage):
     """
 
     session: str
+    pid: int
     url: str
     attempt: StagedAttempt
     owner: Owner

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Sequence
 
 from storage.saving.uploads import Tried
 from storage.service.capturing import LiveKeeper
 from storage.service.keeper import KeeperSafe, State
+from storage.service.lost import tell_lost
 from storage.service.memory import HeldStates
 from storage.service.messages import Stage
 from storage.service.server import Server, ServerOptions, TakenOver
@@ -40,6 +42,8 @@ def serve(
     LiveKeeper(held.node.add).serve(server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.take_up(_records(state))
+    lost = [Stage.model_validate_json(stage) for stage in state.lost]
+    threading.Thread(target=tell_lost, args=(lost,), name="lost", daemon=True).start()
     server.run()
     held.close()
 

@@ -23,6 +23,8 @@ _NOBODY = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError)
 class ServiceAt:
     """The service that listens at a path, whoever has started it."""
 
+    patience_s = 60.0
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -41,8 +43,10 @@ class ServiceAt:
 class OwnService:
     """A service that the processes of this user share which ask for it by one name; the first of them starts it.
 
-    It ends by itself when nobody is connected any more, and nothing is left to do.
+    It ends by itself when nobody is connected any more, and nothing is left to do. No save waits until it has started.
     """
+
+    patience_s = 0.0
 
     def __init__(self, name: str, arguments: tuple[str, ...] = ()) -> None:
         self.path = address.path_for(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from storage import Checkpointer, CheckpointEvent, register_scheme
+from storage import Checkpointer, CheckpointEvent, JobIdentity, register_scheme
 from storage.agent import AgentEnvironment
+from storage.run.heartbeat import Heartbeat
+from storage.saving import adoption
 from storage.service import lanes
 from storage.service.client import ServiceBackend
 from storage.service.messages import AskUnfinished, Drain, Drained, Unfinished
 from storage.service.server import ServerOptions
+from storage.service.sessions import Session
 from storage.stores.local import LocalStore
 from storage.stores.objects import ObjectStore
 from tests.storage.service_cases import InThread, asked, committed, connected, events_in, in_thread, until
@@ -130,6 +134,53 @@ def test_a_save_is_committed_whose_worker_is_gone(
     )
     assert (told["step"], told["node"], told["rank"]) == (7, "a", 0)
     assert '"step": 7' in (tmp_path / "checkpoint").read_text()
+
+
+def test_the_next_workers_adopt_what_the_service_still_stores(
+    tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = adoption.settle
+
+    def open_and_settle(*args: Any) -> None:
+        assert committed(tmp_path / "run") == []
+        gate.opened.set()
+        settle(*args)
+
+    monkeypatch.setattr("storage.saving.ownership.settle", open_and_settle)
+    first = Checkpointer(tmp_path / "run", job=JobIdentity(lineage="a", generation=1)).start()
+    first.save(7, state(7))
+    assert gate.reached.wait(60)
+    first._close(abandon=True)
+    with Checkpointer(tmp_path / "run", job=JobIdentity(lineage="a", generation=2), on_event=events[1]) as second:
+        other = state(0)
+        assert second.restore(other) == 7
+        second.save(8, state(8), wait=True)
+        assert second.wait()
+    assert other["n"] == 7
+    assert committed(tmp_path / "run") == [8, 7]
+    (adopted,) = [fields for name, fields in events[0] if name == CheckpointEvent.ADOPTED]
+    assert adopted["steps"] == [7]
+    assert "checkpoint_failed" not in names(events)
+
+
+def test_a_claim_beats_on_while_there_is_something_to_commit_and_its_worker_is_gone(
+    tmp_path: Path, service: InThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "Heartbeat", functools.partial(Heartbeat, interval_s=0.05))
+    monkeypatch.setattr(Session, "is_worker_alive", False)
+    ckpt = Checkpointer(tmp_path / "run").start()
+    ckpt.save(7, state(7))
+    assert gate.reached.wait(60)
+    ckpt._close(abandon=True)  # lets the run go
+
+    def beats() -> list[str]:
+        return [path.read_text() for path in (tmp_path / "run").glob("beat-*")]
+
+    first = until("a beat", beats)
+    until("another beat", lambda: beats() not in ([], first))
+    gate.opened.set()
+    until("the commit", lambda: committed(tmp_path / "run") == [7])
+    until("the run to be let go", lambda: not beats())
 
 
 def test_slots_are_free_once_stored_and_nothing_is_kept(tmp_path: Path, service: InThread) -> None:

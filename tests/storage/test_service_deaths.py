@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from storage import Checkpointer
 from storage.agent import AgentEnvironment
+from storage.service import address
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
 from tests.ranks import Ranks
@@ -27,7 +29,7 @@ from tests.storage.service_cases import committed, events_in, process, status, u
 from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")
-NUM_KILLS = int(os.environ.get("SERVICE_KILLS", "3"))
+NUM_KILLS = int(os.environ.get("SERVICE_KILLS", "1"))
 
 
 @pytest.fixture
@@ -87,13 +89,31 @@ def test_a_service_that_is_killed_comes_back_and_commits(tmp_path: Path, agents_
 
 def test_workers_and_service_are_killed_at_once(tmp_path: Path, agents_files: Path, ranks: Ranks) -> None:
     """What the service had taken over is taken up by the next one, which the keeper starts."""
-    with process(tmp_path / "node" / "service.sock", "--rate-limit", "1e6") as service:
-        ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
+    with process(tmp_path / "node" / "service.sock", "--rate-limit", "4e5") as service, ThreadPoolExecutor(1) as beside:
+        dying = beside.submit(
+            ranks.run_losing, [0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1
+        )
         until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
         service.kill_service()
+        dying.result()
         until("an outcome", lambda: outcomes(agents_files, 1))
         assert outcomes(agents_files, 1) == ["checkpoint_committed"]
         assert until("it is back", service.status).num_restarts == 1
+
+
+def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
+    tmp_path: Path, agents_files: Path, ranks: Ranks
+) -> None:
+    path = tmp_path / "node" / "service.sock"
+    with process(path, "--rate-limit", "1e4") as service:
+        ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
+        until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
+    assert outcomes(agents_files, 1) == []
+    with process(path):
+        until("an outcome", lambda: outcomes(agents_files, 1))
+    assert outcomes(agents_files, 1) == ["checkpoint_failed"]
+    assert committed(tmp_path / "run") == []
+    assert not list(address.kept(path).glob("*"))
 
 
 def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(

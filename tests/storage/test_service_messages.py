@@ -31,6 +31,7 @@ from tests.storage.service_cases import connected, in_thread
 
 STAGE = Stage(
     session="token-0",
+    pid=1,
     url="/runs/a",
     attempt=StagedAttempt(prefix="step-000000010/", step=10, id="a" * 8, world_size=2, rank=1),
     owner=Owner(lineage="a", generation=3, epoch=7, token="token"),
