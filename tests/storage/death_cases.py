@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from storage import Checkpointer, JobIdentity
+from storage.errors import Cause
 from storage.stores import retry_policy
 from storage.stores.s3 import bucket
 
@@ -44,8 +45,14 @@ def shards(step: int) -> dict[str, Any]:
 
 def impatient() -> None:
     """Failures that stay are given up soon, in this process from now on."""
-    for cause, rule in retry_policy.RULES.items():
-        retry_policy.RULES[cause] = retry_policy.Rule(min(rule.num_tries, 3), 0.001, 0.01, 60.0)  # type: ignore[index]
+    for cause, rule in impatient_rules().items():
+        retry_policy.RULES[cause] = rule  # type: ignore[index]
+
+
+def impatient_rules() -> dict[Cause, retry_policy.Rule]:
+    """What is tried again then, and how often."""
+    rules = retry_policy.RULES.items()
+    return {cause: retry_policy.Rule(min(rule.num_tries, 3), 0.001, 0.01, 60.0) for cause, rule in rules}
 
 
 def save(url: str, environment: Mapping[str, str], step: int, timeouts_s: list[float]) -> bool | None:

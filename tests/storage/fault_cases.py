@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from storage import Checkpointer
+from storage.agent import AgentEnvironment
 from storage.errors import StorageError
 from tests.storage.death_cases import impatient
 
@@ -37,16 +38,22 @@ def is_state(state: Mapping[str, Any], step: int, layout: str) -> bool:
     return state["n"] == step and all(torch.equal(found.to_local(), w.to_local()) for found, w in tensors)
 
 
-def save(url: str, environment: Mapping[str, str], step: int, layout: str) -> list[tuple[str, dict[str, Any]]]:
-    """Save the step, and go on training; the events."""
+def save(
+    url: str, environment: Mapping[str, str], step: int, layout: str, service: str = ""
+) -> list[tuple[str, dict[str, Any]]]:
+    """Save the step, by the service that listens at `service` if there is one, and go on training; the events."""
     os.environ.update(environment)
+    os.environ[AgentEnvironment.variable("service")] = service
     impatient()
     events: list[tuple[str, dict[str, Any]]] = []
-    with Checkpointer(url, keep=9, on_event=lambda name, fields: events.append((name, fields))) as ckpt:
-        ckpt.save(step, make_state(step, layout), wait=True)
-        gradient = torch.ones(3)
-        dist.all_reduce(gradient)
-        assert gradient.tolist() == [dist.get_world_size()] * 3
+    try:
+        with Checkpointer(url, keep=9, on_event=lambda name, fields: events.append((name, fields))) as ckpt:
+            ckpt.save(step, make_state(step, layout), wait=True)
+            gradient = torch.ones(3)
+            dist.all_reduce(gradient)
+            assert gradient.tolist() == [dist.get_world_size()] * 3
+    finally:
+        del os.environ[AgentEnvironment.variable("service")]  # this process has other tests to run
     return events
 
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from storage import inspection, open_store
 from storage.run import catalog
+from storage.stores import retry_policy
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import fault_cases as cases
+from tests.storage.death_cases import impatient_rules
 from tests.storage.proxy import KINDS, Fault, FaultProxy
+from tests.storage.service_cases import in_thread
 
 WORLD_SIZE = 3
 ALWAYS = 1_000_000
@@ -39,9 +43,12 @@ def no_faults(proxy: FaultProxy) -> Iterator[None]:
 class Run:
     """A run with one checkpoint, whose tensors are laid out over the ranks in one of the two ways."""
 
-    def __init__(self, server: S3Server, proxy: FaultProxy, ranks: Ranks, layout: str) -> None:
+    def __init__(
+        self, server: S3Server, proxy: FaultProxy, ranks: Ranks, layout: str, service: Path | None = None
+    ) -> None:
         self._prefix = uuid.uuid4().hex
         self._environment = server.environment
+        self._service = "" if service is None else str(service)
         self._proxy = proxy
         self._ranks = ranks
         self._layout = layout
@@ -54,7 +61,7 @@ class Run:
         """Save a new step with the faults; its number and every rank's events."""
         step, kind = next(_steps), faults[0].kind if faults else ""
         self._proxy.faults[:] = faults
-        args = (self._url(kind), self._environment, step, self._layout)
+        args = (self._url(kind), self._environment, step, self._layout, self._service)
         events = self._ranks.run(cases.save, *args, world_size=WORLD_SIZE)
         self._proxy.faults.clear()
         return step, events
@@ -75,6 +82,49 @@ def saved(_juicefs: S3Server, proxy: FaultProxy, ranks: Ranks) -> Iterator[dict[
         for name, value in _juicefs.environment.items():
             patch.setenv(name, value)
         yield {layout: Run(_juicefs, proxy, ranks, layout) for layout in cases.PLACEMENTS}
+
+
+@pytest.fixture(scope="module")
+def served(
+    _juicefs: S3Server, proxy: FaultProxy, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    """A run that the checkpoint service saves for all ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _juicefs.environment.items():
+            patch.setenv(name, value)
+        for cause, rule in impatient_rules().items():
+            patch.setitem(retry_policy.RULES, cause, rule)
+        with in_thread(tmp_path_factory.mktemp("service") / "node" / "service.sock") as service:
+            yield Run(_juicefs, proxy, ranks, "sharded", service.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["error", "throttle", "corrupt_put"])
+def test_the_service_commits_in_spite_of_it(served: Run, kind: str) -> None:
+    places = [("PUT", "__1_"), ("PUT", "__2_"), ("PUT", "receipt-000001"), ("GET", ".metadata"), ("PUT", ".metadata")]
+    faults = [Fault(kind, method, contains) for method, contains in places]
+    step, events = served.save(*faults)
+    assert sum(fault.num_done for fault in faults) >= 2
+    names = [{name for name, _ in of_rank} for of_rank in events]
+    assert ["checkpoint_committed" in found for found in names] == [True, False, False], events
+    assert not {"checkpoint_failed", "checkpoint_direct"} & set().union(*names)
+    assert inspection.verify(served.store, f"step-{step:09d}/").problems == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "contains", "told"),
+    [("error", "__1_0", "rank 1 failed: Transient"), ("corrupt_put", "/.metadata", "tried")],
+)
+def test_what_stays_fails_the_services_save_on_all_ranks(served: Run, kind: str, contains: str, told: str) -> None:
+    before = catalog.committed_steps(served.store)
+    step, events = served.save(Fault(kind, "PUT", contains, times=ALWAYS))
+    for of_rank in events:
+        (failure,) = (fields for name, fields in of_rank if name == "checkpoint_failed")
+        assert failure["step"] == step
+        assert told in str(failure["reason"])
+        assert not {"checkpoint_committed", "checkpoint_direct"} & {name for name, _ in of_rank}
+    assert catalog.committed_steps(served.store) == before
 
 
 @pytest.fixture
