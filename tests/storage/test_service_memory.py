@@ -20,6 +20,7 @@ from storage.service.memory import HeldStates
 from storage.stores.local import LocalStore
 from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread, until
 
+_NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
 _NUM_FDS_HELD = 2 * 2 * 2 + 1
 """Two states of two slots each, a descriptor and one of its mapping for each; and a connection."""
 Told = list[tuple[str, dict[str, Any]]]
@@ -184,9 +185,9 @@ def test_a_slot_that_was_overwritten_costs_no_more_than_the_way_to_the_store(tmp
 def test_memory_that_is_held_is_let_go_with_the_service(tmp_path: Path, node: InThread) -> None:
     num_fds = len(os.listdir("/proc/self/fd"))
     with Checkpointer(tmp_path / "run", job=job(1), keep=1) as ckpt:
-        for step in range(1, 21):
+        for step in range(1, _NUM_SAVES + 1):
             ckpt.save(step, tensors(step), wait=True)
-        assert held(node) == [20, 19]
+        assert held(node) == [_NUM_SAVES, _NUM_SAVES - 1]
     until("descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds + _NUM_FDS_HELD)
     assert node.held is not None
     node.held.close()
