@@ -23,6 +23,7 @@ from storage.held.rate import RateLimit
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 5.0
 Tell = Callable[..., None]
 """From an event and its fields; any thread."""
 
@@ -53,9 +54,12 @@ class NodeMemory:
         copies: how much it holds for others; None: nothing.
         rate: of the bytes that are copied to the buddy.
         tell: hears events.
+        grace_s: how long after nodes have met a new buddy is given what was staged before: while a job restores, it
+            needs the machine for itself.
     """
 
-    def __init__(self, copies: CopyRules | None, rate: RateLimit, tell: Tell) -> None:
+    def __init__(self, copies: CopyRules | None, rate: RateLimit, tell: Tell, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
         self.inventory = Inventory()
         self._copies = copies
         self._rate = rate
@@ -66,7 +70,7 @@ class NodeMemory:
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._buddy: Peer | None = None
-        self._due: dict[int, PartKey] = {}  # by rank: its newest part, which is to be copied
+        self._due: dict[int, tuple[PartKey, float]] = {}  # by rank its newest part, and from when on it is to be copied
         self._is_copying = False
         self._thread: threading.Thread | None = None
 
@@ -102,14 +106,14 @@ class NodeMemory:
         return self._card
 
     def meet(self, cards: Sequence[PeerCard]) -> None:
-        """See `LocalMemory.meet`. A new buddy is given what is held now."""
+        """See `LocalMemory.meet`. A new buddy is given what is held now, once the job has had time to restore."""
         found = buddy_of(self.card().node, cards)
         with self._changed:
             if found == (self._buddy and self._buddy.card):
                 return
             before, self._buddy = self._buddy, None if found is None else Peer(found)
             for label in reversed(self.inventory.own_labels()):
-                self._due[label.rank] = (label.attempt, label.rank)
+                self._due[label.rank] = (label.attempt, label.rank), time.monotonic() + self._grace_s
             self._changed.notify_all()
         if before is not None:
             before.close()
@@ -122,7 +126,7 @@ class NodeMemory:
             self.drop(None, why)
             return
         with self._changed:
-            self._due[part.label.rank] = part.key
+            self._due[part.label.rank] = part.key, 0.0
             self._changed.notify_all()
 
     def labels(self, run: str) -> list[PartLabel]:
@@ -166,8 +170,12 @@ class NodeMemory:
                 self._changed.wait_for(lambda: self._stop.is_set() or (self._due and self._buddy is not None))
                 if self._stop.is_set() or self._buddy is None:
                     return
-                rank = min(self._due)
-                key, buddy = self._due.pop(rank), self._buddy
+                rank, (key, begins_s) = min(self._due.items(), key=lambda due: due[1][1])
+                if (left_s := begins_s - time.monotonic()) > 0:
+                    self._changed.wait(left_s)
+                    continue
+                del self._due[rank]
+                buddy = self._buddy
                 self._is_copying = True
             self._copy(key, buddy)
 
@@ -175,6 +183,8 @@ class NodeMemory:
         started_s = time.monotonic()
         try:
             with self.inventory.reading(*key) as part:
+                if part.label in buddy.labels():
+                    return
                 fields: dict[str, Any] = {"step": part.label.step, "of_rank": part.label.rank, "to": buddy.name}
                 buddy.hold(self.card().node, part, self._rate, self._stop)
                 fields["bytes"] = part.label.size_bytes

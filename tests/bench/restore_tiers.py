@@ -2,7 +2,7 @@
 
 Two ranks stand for two nodes of this machine, each with a checkpoint service of its own, and have saved a state of
 `--mib` in all, in rows, to an S3 gateway. Each node's memory then holds its own part and its buddy's. The ranks restore
-it `--repeats` times in turn:
+it `--repeats` times each way:
 
 own memory      each from its node's
 a join          the second rank's node has just come, and has nothing: all that it needs is in the first one's memory
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -45,7 +46,7 @@ NUM_TENSORS = 16
 WORLD_SIZE = 2
 TIMEOUT_S = 600.0
 OWN, JOIN, S3 = "own memory", "a join", "S3"
-WAYS = (OWN, JOIN, S3)
+WAYS = (OWN, S3, JOIN)
 
 
 def state_of(mib: int, number: int) -> dict[str, Any]:
@@ -134,30 +135,18 @@ def run(mib: int, repeats: int, folder: Path) -> dict[str, Any]:
         server = stack.enter_context(juicefs_gateway(folder))
         os.environ.update(server.environment)
         url = server.url("restore")
-        nodes = [folder / name / "service.sock" for name in ("a", "b", "c")]
+        nodes = [folder / f"n{number}" / "service.sock" for number in range(2 + repeats)]
         for node in nodes:
             stack.enter_context(process(node, "--linger", "600"))
         environment = dict(server.environment)
         ranks.run(save, url, nodes[:2], environment, mib, world_size=WORLD_SIZE, timeout_s=TIMEOUT_S)
-        generation = 1
-        for _ in range(repeats):
-            for way in WAYS:
-                generation += 1
-                where = [nodes[0], nodes[2]] if way == JOIN else nodes[:2]
-                told = ranks.run(
-                    restore,
-                    url,
-                    where,
-                    environment,
-                    mib,
-                    generation,
-                    way != S3,
-                    world_size=WORLD_SIZE,
-                    timeout_s=TIMEOUT_S,
-                )
-                assert all(same for _, _, same in told), way
-                found[way].append(max(seconds for seconds, _, _ in told))
-                print(way, [(round(seconds, 3), fields) for seconds, fields, _ in told], file=sys.stderr)
+        for generation, (way, repeat) in enumerate(itertools.product(WAYS, range(repeats)), 2):
+            where = [nodes[0], nodes[2 + repeat]] if way == JOIN else nodes[:2]  # who joins has not been there before
+            asked = (url, where, environment, mib, generation, way != S3)
+            told = ranks.run(restore, *asked, world_size=WORLD_SIZE, timeout_s=TIMEOUT_S)
+            assert all(same for _, _, same in told), way
+            found[way].append(max(seconds for seconds, _, _ in told))
+            print(way, [(round(seconds, 3), fields) for seconds, fields, _ in told], file=sys.stderr)
             found["link"].append(link_s(mib * MIB // WORLD_SIZE))
     return found
 

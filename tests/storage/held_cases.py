@@ -136,7 +136,7 @@ def nodes(
             def tell(event: str, name: str = name, **fields: Any) -> None:
                 seen.append((str(event), {"by": name, **fields}))
 
-            node = NodeMemory(copies, RateLimit(None), tell)
+            node = NodeMemory(copies, RateLimit(None), tell, grace_s=0.0)
             stack.callback(node.close)
             found.append(node.start(NodeIdentity(name, f"host-{name}")))
         yield found
