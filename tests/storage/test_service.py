@@ -28,6 +28,7 @@ from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")
 NAMES = ("with", "without")
+NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_claim_beats_on_while_there_is_something_to_commit_and_its_worker_is_g
 def test_slots_are_free_once_stored_and_nothing_is_kept(tmp_path: Path, service: InThread) -> None:
     num_fds = len(os.listdir("/proc/self/fd"))
     with Checkpointer(tmp_path / "run", keep=1) as ckpt:
-        for step in range(1, 11):
+        for step in range(1, NUM_SAVES + 1):
             ckpt.save(step, state(step))
         assert ckpt.wait()
     until("the service to be done", lambda: service.status().staged_bytes == 0)
