@@ -36,6 +36,7 @@ _MAX_MESSAGE_BYTES = 1 << 18
 Program = Literal["elastic-moe", "torchrun", "python"]
 """What is run; of python only `SCRIPT [ARGUMENT...]`."""
 HERE = Host("here", "127.0.0.1", None)
+_AT_START = dict(os.environ)  # before the first test has changed it
 
 
 def child_environment(**more: str) -> dict[str, str]:
@@ -85,7 +86,7 @@ class Template:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = child_environment(OMP_NUM_THREADS="1")
+        environment = {**_AT_START, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.template", str(theirs.fileno())],
