@@ -158,9 +158,6 @@ def _problems(
         "no node was killed": killed is not None,
         "no round trained on after the kill": lost is not None and summary.recovered_s is not None,
         "the killed node was not taken in again": returned is not None,
-        f"{summary.steps_replayed} steps were done again, though node 1 held a replica of all that was lost": (
-            summary.steps_replayed <= _replayed_limit(summary, killed)
-        ),
         f"{summary.steps_lost_on_return} steps were lost when the node returned": summary.steps_lost_on_return == 0,
         f"the losses differ from the unbroken run's by {summary.loss_rel_diff_max:.1e}, more than "
         f"{LOSS_REL_DIFF_LIMIT:.0e}": summary.loss_rel_diff_max <= LOSS_REL_DIFF_LIMIT,
@@ -168,12 +165,6 @@ def _problems(
         <= LOSS_FALL_LIMIT * summary.loss_first,
     }
     return [problem for problem, fine in checks.items() if not fine]
-
-
-def _replayed_limit(summary: Summary, killed: Record | None) -> float:
-    """How many steps may be done again; one with replicas, in case the very end of a step was hit."""
-    before = [each for each in summary.generations if killed and each.generation == killed["generation"]]
-    return 1 if any(each.mesh and each.mesh["replicate"] > 1 for each in before) else math.inf
 
 
 def _finite(value: Any) -> Any:
