@@ -366,8 +366,8 @@ class Ledger:
 
 
 # Found so many leases after the last renewal, at most: it is renewed four times in its length; on a bucket three times,
-# and looked at every third and a half, twice. A round waits for a node that is silent from its beginning on.
-_LONGER_SILENT = 1.6
+# and looked at as often. A round waits for a node that is silent from its beginning on.
+_LONGER_SILENT = 1.7
 _OF_ROUND = {
     EventName.ROUND_BROKEN,
     EventName.HANG_DETECTED,

@@ -27,7 +27,7 @@ from launcher.node.events import Answered, Event, Granted, LeaseSeen, Unanswered
 if TYPE_CHECKING:
     from tests.sim.nodes import SimLease, SimNode
 
-RENEWALS_PER_TTL, CHECKS_PER_TTL = 3.0, 3.5
+RENEWALS_PER_TTL, CHECKS_PER_TTL = 3.0, 3.0
 SLOWS_DOWN, QUICK_S, TURN_S = 0.15, 0.1, 0.03
 HEDGE_FRACTION = 0.125
 KEPT_VERSIONS = Wish.WINDOW + 8

@@ -28,6 +28,7 @@ from launcher.kv.lease import Lease
 log = logging.getLogger(__name__)
 
 _HEDGE_FRACTION = 0.125
+_BEHIND_FACTOR = 1.2
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PollPace:
 
 
 LOCAL_PACE = PollPace(quick_s=0.01, slow_s=0.25, renewals_per_ttl=4, checks_per_ttl=8, turn_s=0.005)
-REMOTE_PACE = PollPace(quick_s=0.1, slow_s=3.0, renewals_per_ttl=3, checks_per_ttl=3.5, turn_s=0.03)
+REMOTE_PACE = PollPace(quick_s=0.1, slow_s=3.0, renewals_per_ttl=3, checks_per_ttl=3, turn_s=0.03)
 
 
 class BucketKV:
@@ -192,7 +193,7 @@ class BucketKV:
         return is_in_time and lease.lease_id in self._journal.state.leases()
 
     def _look_if_behind(self) -> None:
-        if self._journal.age_s > self._pace.slow_s:
+        if self._journal.age_s > _BEHIND_FACTOR * self._pace.slow_s:  # else the thread's own look is about to come
             self._journal.look()
 
     def _revoke(self, lease_id: int) -> None:
