@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -51,6 +52,7 @@ metrics = {metrics}
 [checkpoint]
 url = {url}
 every = {every}
+{more}
 
 [mesh]
 expert = 1
@@ -65,11 +67,14 @@ class Row:
     name: str
     on_s3: bool
     one: str
+    more: str = ""
+    """Of the section `[checkpoint]`."""
 
 
 ROWS = [
     Row("halves, folder", False, "replicate"),
     Row("halves, S3", True, "replicate"),
+    Row("halves, S3 and RAM", True, "replicate", "ram_every = 2"),
     Row("two replicas, folder", False, "shard"),
     Row("two replicas, S3", True, "shard"),
 ]
@@ -107,7 +112,7 @@ def training(row: Row, dim: int, server: S3Server) -> Iterator[TrainerJob]:
         url = server.url(f"bench-{number}") if row.on_s3 else str(folder / "checkpoints")
         metrics = json.dumps(str(folder / "metrics.jsonl"))
         (folder / "job.toml").write_text(
-            _JOB.format(dim=dim, metrics=metrics, url=json.dumps(url), every=EVERY, mesh=row.one)
+            _JOB.format(dim=dim, metrics=metrics, url=json.dumps(url), every=EVERY, mesh=row.one, more=row.more)
         )
         command = (sys.executable, "-m", "elastic_moe", "run", "--nnodes", "1:2", "--nproc-per-node", "1")
         command += ("--max-restarts", "3", "--rdzv-id", f"bench-{number}", "--rdzv-endpoint", endpoint)
@@ -156,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/bench-recovery-trainer.json"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of all that ends what was started
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{machine}; {args.repeats} times each, a checkpoint every {EVERY} steps")
     print(f"{'state':24}{'next step s':>11}{'min':>8}{'max':>9}{'new step s':>12}{'steps redone':>16}", flush=True)
