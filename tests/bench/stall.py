@@ -4,7 +4,8 @@ Two ranks (gloo, a thread each) train a stack of layers, whose state (parameters
 folder in memory and to an S3 gateway, by each of these ways in turn, `--repeats` times:
 
 no save, one memcpy      what there is to compare with: the copy goes into memory that is in use already
-ours, sync / overlapped  `Checkpointer(staging=...)`
+ours, sync / overlapped  `Checkpointer(staging=..., service=False)`
+service, sync / ...      the same with `service=True`: a process of the node stores and commits, at low priority
 dcp.save                 stock, `FileSystemWriter` and `FsspecWriter`
 async thread / process   stock `dcp.async_save`, with a process group of its own
 async shared             the same in a thread, with `DefaultStager` in shared memory
@@ -100,9 +101,9 @@ class StallBench:
 
     def _once(self, target: str, way: str, repeat: int) -> list[StallRun]:
         args, name = self._args, f"{repeat}-{WAYS.index(way)}"
-        where, environment = str(self._folder / name), {"AWS_ENDPOINT_URL_S3": ""}
+        where, environment = str(self._folder / name), {"XDG_RUNTIME_DIR": str(self._folder)}
         if target == "s3" and self._server is not None:
-            where, environment = f"{BUCKET_URL}/{name}", dict(self._server.environment)
+            where, environment = f"{BUCKET_URL}/{name}", environment | self._server.environment
             environment.pop("AWS_ENDPOINT_URL_S3")
         task = StallTask(
             way=way,

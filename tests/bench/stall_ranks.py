@@ -32,10 +32,15 @@ from tests.bench.storage_ranks import _send_md5
 from tests.s3 import BUCKET
 
 NOTHING, MEMCPY = "no save", "one memcpy"
-SYNC, OVERLAPPED = "ours, sync", "ours, overlapped"
+OURS: dict[str, dict[str, Any]] = {
+    "ours, sync": {"staging": "sync", "service": False},
+    "ours, overlapped": {"staging": "overlapped", "service": False},
+    "service, sync": {"staging": "sync", "service": True},
+    "service, overlapped": {"staging": "overlapped", "service": True},
+}
 DCP, THREAD, PROCESS, SHARED = "dcp.save", "async thread", "async process", "async shared"
 PYPI = "torch_checkpointing"
-WAYS = (NOTHING, MEMCPY, SYNC, OVERLAPPED, DCP, THREAD, PROCESS, SHARED, PYPI)
+WAYS = (NOTHING, MEMCPY, *OURS, DCP, THREAD, PROCESS, SHARED, PYPI)
 WIDTH = 2048
 LAYER_BYTES = WIDTH * WIDTH * 4
 
@@ -243,8 +248,8 @@ def way_of(task: StallTask) -> Way:
             return Way(task)
         case "one memcpy":
             return Memcpy(task)
-        case "ours, sync" | "ours, overlapped":
-            return Ours(task, staging=task.way.removeprefix("ours, "))
+        case way if way in OURS:
+            return Ours(task, **OURS[way])
         case "torch_checkpointing":
             return Pypi(task)
         case _:
@@ -335,15 +340,21 @@ def _measure(task: StallTask, training: Training, way: Way) -> StallRun:
 
 
 def _cpu_s() -> float:
-    """CPU time of this process and of its children, ended ones included."""
-    own = psutil.Process()
-    mine = own.cpu_times()
-    total = mine.user + mine.system + mine.children_user + mine.children_system
-    for child in own.children(recursive=True):
+    """CPU time of this process and of its children, ended ones included; of rank 0 that of the service as well."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    if dist.get_rank() == 0:
+        sockets = os.environ["XDG_RUNTIME_DIR"]
+        for found in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                line = found.cmdline()
+                if "storage.service" in line and any(word.startswith(sockets) for word in line):
+                    processes.append(found)
+    total = 0.0
+    for process in {process.pid: process for process in processes}.values():
         with contextlib.suppress(psutil.Error):
-            its = child.cpu_times()
-            total += its.user + its.system
-    return float(total)
+            its = process.cpu_times()
+            total += its.user + its.system + its.children_user + its.children_system
+    return total
 
 
 BUCKET_URL = f"s3://{BUCKET}"
