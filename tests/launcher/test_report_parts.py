@@ -273,9 +273,10 @@ class TestAccount:
         assert (told.seconds[Cause.START], one.began_ts, one.resumed_ts, told.steps_redone) == (10, 45, 50, 10)
         assert told.seconds[Cause.LOST_WORK] == 15, "what came after the last heartbeat, too"
 
-    def test_a_commit_that_is_waited_for_is_a_stall(self, job: Job) -> None:
+    @pytest.mark.parametrize("event", ["checkpoint_waited", "checkpoint_copy_waited"])
+    def test_a_commit_or_a_copy_that_is_waited_for_is_a_stall(self, job: Job, event: str) -> None:
         job.save(20, step=10, seconds=0.5)
-        job.say(23, "checkpoint_waited", seconds=3)
+        job.say(23, event, seconds=3)
         job.say(40, "progress", step=30, step_s=1)
         assert account(job.events).seconds[Cause.CHECKPOINT] == 3.5
 

@@ -216,6 +216,17 @@ def test_a_copy_that_fails_is_told_to_who_stores_it_and_not_to_the_step(
     assert rig.arena.num_free == 1
 
 
+def test_a_slot_is_free_once_nothing_is_written_into_it_any_more(rig: Rig) -> None:
+    optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    staged = rig.stage(rig.named())
+    assert staged._pending is not None and not staged._pending.work.has_ended
+    assert rig.arena.num_free == 0
+    staged.release()
+    assert staged._pending.work.has_ended
+    assert rig.arena.num_free == 1
+
+
 def test_lack_of_memory_is_raised_and_takes_no_slot(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stagers, "_ALIGNMENT_BYTES", 1 << 50)
     with pytest.raises(MemoryError, match="no room to stage"):
@@ -269,6 +280,25 @@ def test_shared_work_is_done_once_by_all_that_help() -> None:
     empty = SharedWork([])
     empty.wait()
     assert empty.has_ended
+
+
+def test_shared_work_has_not_ended_before_its_end_was_made() -> None:
+    began, gate = threading.Event(), threading.Event()
+
+    def end() -> None:
+        began.set()
+        assert gate.wait(60)
+
+    work = SharedWork([], end)
+    helper = threading.Thread(target=work.help)
+    helper.start()
+    try:
+        assert began.wait(60)
+        assert not work.has_ended
+    finally:
+        gate.set()
+        helper.join()
+    work.wait()
 
 
 def test_the_first_failure_of_shared_work_leaves_out_the_rest() -> None:
