@@ -99,7 +99,7 @@ def test_a_failed_save_is_told(agents_file: Path, tmp_path: Path, monkeypatch: p
         raise Transient("the store is on fire")
 
     with Checkpointer(str(tmp_path / "run")) as checkpointer:
-        monkeypatch.setattr("storage.saving.committer.write_payloads", fail)
+        monkeypatch.setattr("storage.saving.uploads.write_payloads", fail)
         checkpointer.save(1, {"w": torch.ones(10)}, wait=True)
     (failed,) = (line for line in read_lines(agents_file) if line["event"] == "checkpoint_failed")
     assert "the store is on fire" in failed["reason"]

@@ -83,7 +83,6 @@ def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
     stager = Stager(Arena(1))
     for _ in range(2):  # the second time in reused memory
         copy = stager.stage([("t", tensor) for tensor in TENSORS])
-        copy.release()
         for tensor, staged in zip(TENSORS, copy.tensors, strict=True):
             item = Encoding(item_of(staged))
             data = b"".join(item.views(0, item.length))
@@ -93,6 +92,7 @@ def test_items_are_stock_and_hold_the_tensor_where_they_say() -> None:
             assert data[item.raw_offset : item.raw_offset + loaded.nbytes] == bytes_of(loaded.contiguous())
             assert len(data) == item.length
             check_zip([(0, memoryview(data))], "item")
+        copy.release()
 
 
 def test_staging_does_not_share_memory_with_the_state() -> None:
