@@ -94,7 +94,9 @@ def corrupted(folder: str, odd_ranks: tuple[int, ...], where: str) -> tuple[list
 
 @pytest.mark.parametrize("where", ["weight", "moment"])
 def test_the_odd_replica_out_is_named_and_given_what_most_hold(ranks: Ranks, tmp_path: Path, where: str) -> None:
-    (told, error, whole, newest), *others = ranks.run(corrupted, str(tmp_path), (1,), where, world_size=3)
+    (told, error, whole, newest), *others = ranks.run(
+        corrupted, str(tmp_path), (1,), where, world_size=3, timeout_s=180
+    )
     assert error == "" and whole and newest == 4
     assert all(row[1:] == ("", True, 4) and row[0] == [] for row in others)
     (row,) = told
@@ -104,7 +106,7 @@ def test_the_odd_replica_out_is_named_and_given_what_most_hold(ranks: Ranks, tmp
 
 
 def test_two_that_differ_stop_the_job_before_anything_is_saved(ranks: Ranks, tmp_path: Path) -> None:
-    found = ranks.run(corrupted, str(tmp_path), (1,), "weight", world_size=2)
+    found = ranks.run(corrupted, str(tmp_path), (1,), "weight", world_size=2, timeout_s=180)
     for _, error, whole, newest in found:
         assert "after step 4 rank 0 and rank 1 hold 'model.first.weight" in error
         assert newest == 1 and whole  # the last state that was the same on both
@@ -131,7 +133,7 @@ def sharded(folder: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_a_shard_is_compared_with_its_copy_alone(ranks: Ranks, tmp_path: Path) -> None:
-    (error, heard), *_ = ranks.run(sharded, str(tmp_path), world_size=4)
+    (error, heard), *_ = ranks.run(sharded, str(tmp_path), world_size=4, timeout_s=180)
     assert error.startswith("after step 2 rank 1 and rank 3 hold 'weight[4]' differently")
     assert [(row["on_rank"], row["others"]) for row in heard if row["event"] == "checkpoint_replica_differs"] == [
         (1, [3]),

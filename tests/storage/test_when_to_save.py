@@ -301,7 +301,7 @@ def uneven_ranks(folder: str) -> tuple[list[int], list[str]]:
 
 
 def test_what_has_begun_on_one_rank_goes_on_on_all(ranks: Ranks, tmp_path: Path) -> None:
-    (steps, heard), _ = ranks.run(uneven_ranks, str(tmp_path), world_size=2)
+    (steps, heard), _ = ranks.run(uneven_ranks, str(tmp_path), world_size=2, timeout_s=180)
     assert steps == [1]
     assert heard == ["checkpoint_skipped 2", "checkpoint_skipped 3"]
 
@@ -371,7 +371,7 @@ def ranks_by_time(folder: str) -> list[int]:
 
 
 def test_ranks_save_the_same_steps_by_the_coordinators_clock(ranks: Ranks, tmp_path: Path) -> None:
-    one, two = ranks.run(ranks_by_time, str(tmp_path), world_size=2)
+    one, two = ranks.run(ranks_by_time, str(tmp_path), world_size=2, timeout_s=180)
     assert one == two
     assert len(one) == 3
 
@@ -391,6 +391,6 @@ def busy_ranks(folder: str) -> list[str]:
 
 
 def test_one_busy_rank_lets_all_skip(ranks: Ranks, tmp_path: Path) -> None:
-    first, second = ranks.run(busy_ranks, str(tmp_path), world_size=2)
+    first, second = ranks.run(busy_ranks, str(tmp_path), world_size=2, timeout_s=180)
     assert first == ['checkpoint_skipped {"step": 1, "reason": "rank 1: the disk is slow"}']
     assert second == []
