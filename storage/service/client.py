@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 RESTART_S = 20.0
 """For so long a service that is lost is waited for, which may be starting again."""
 _ASK_S = 10.0
+_ENDS = (CheckpointEvent.COMMITTED, CheckpointEvent.FAILED)
 _SILENCE_S = 90.0
 """A service that has something to do and answers nothing for so long is frozen."""
 _END_S = 5.0
@@ -79,6 +80,7 @@ class ServiceBackend:
         self._state = threading.Condition()
         self._handed: dict[str, Handed] = {}
         self._kept: dict[str, Running] = {}  # has ended, and the service holds its slot
+        self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over")
         self._late: list[Future[None]] = []  # of copies that were not whole when their save returned
@@ -297,6 +299,11 @@ class ServiceBackend:
         except ValueError:
             log.warning("the service tells of %s, which is not known here: %s", event, fields)
             return
+        if known in _ENDS:
+            outcome = (known, fields.get("step"))
+            if outcome in self._told:  # by a service that was killed before it could say that the save has ended
+                return
+            self._told.add(outcome)
         self._report(known, **fields)
 
     def _store(self, attempt: str) -> None:
@@ -325,6 +332,7 @@ class ServiceBackend:
             self._ownership.note(Fenced(ended.fenced))
         with self._state:
             handed = self._handed.pop(ended.attempt, None)
+            self._told.clear()  # a rank's saves end in order
             if handed is not None:
                 handed.table.close()
                 if handed.slot is None or handed.is_released or not self._saves.holds:
