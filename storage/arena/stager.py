@@ -27,12 +27,16 @@ class Staged:
     """
 
     def __init__(
-        self, slot: Slot, tensors: list[torch.Tensor], pending: PendingCopy | None, release: Callable[[], None]
+        self,
+        slot: Slot,
+        tensors: list[torch.Tensor],
+        pending: PendingCopy | None,
+        free: Callable[[Callable[[Arena, Slot], None]], None],
     ) -> None:
         self.slot = slot
         self.tensors = tensors
         self._pending = pending
-        self._release = release
+        self._free = free
 
     @property
     def is_pending(self) -> bool:
@@ -46,10 +50,17 @@ class Staged:
 
     def release(self) -> None:
         """The slot may be overwritten: what was in it is stored, or not wanted. Waits for what still writes to it."""
+        self._end(Arena.give_back)
+
+    def abandon(self) -> None:
+        """As `release`, but the slot is used no more: another process may still read it, and must find what it was."""
+        self._end(Arena.drop)
+
+    def _end(self, leave: Callable[[Arena, Slot], None]) -> None:
         if self._pending is not None:
             self._pending.drain()
         self.tensors.clear()
-        self._release()
+        self._free(leave)
 
 
 class Stager:
@@ -81,7 +92,7 @@ class Stager:
         except BaseException:
             self._arena.give_back(slot)
             raise
-        return Staged(slot, [move.target for move in moves], pending, lambda: self._free(slot, pending))
+        return Staged(slot, [move.target for move in moves], pending, lambda leave: self._free(slot, pending, leave))
 
     def close(self) -> None:
         """End its threads, and watch optimizers no more; slots are the arena's."""
@@ -115,6 +126,8 @@ class Stager:
             for copy in copies:
                 copy.wait()
             return None
+        if self._pending is not None:
+            self._pending.drain()  # no step came in between, and the next one waits for one copy only
         self._turn += 1
         host, devices = witnesses(_on_host(late), self._turn), witnesses(_on_devices(late), self._turn)
         pending = self._pending = PendingCopy(host, devices, copies, _Listening(self, listener))
@@ -136,10 +149,10 @@ class Stager:
         if (pending := self._pending) is not None:
             pending.hold_step()
 
-    def _free(self, slot: Slot, pending: PendingCopy | None) -> None:
+    def _free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
         if pending is not None and self._pending is pending:
             self._pending = None  # with it go its references to the state
-        self._arena.give_back(slot)
+        leave(self._arena, slot)
 
     def give_up_overlap(self) -> None:
         """Copy all before `stage` returns from here on: something here changes the state too early."""

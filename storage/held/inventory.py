@@ -22,6 +22,8 @@ from storage.stores.buffers import Buffer, views_of
 NUM_STATES = 2
 _NUM_UNFINISHED = 2
 """States that some rank of a node has staged and another has not: more are never under way, so those have failed."""
+_NUM_HELD_MAX = 3
+"""Of one rank, so that of the four slots that it has one is always free."""
 
 PartKey = tuple[str, int]
 """The attempt, and the rank whose part it is."""
@@ -106,7 +108,8 @@ class Inventory:
     """The parts that a node holds. Thread-safe.
 
     Of its own ranks, and of each node that it has copies of, it holds the parts of the newest `num_states` states that
-    all of those ranks have staged, and of two that some of them have staged.
+    all of those ranks have staged, and of two newer ones that some of them have staged: of three in all. What is older
+    than a state that all have staged will not be staged by the others any more, since each stages in order.
     """
 
     def __init__(self, num_states: int = NUM_STATES) -> None:
@@ -200,10 +203,9 @@ class Inventory:
         newest = max(ranks)
         expected = {part.label.rank for part in parts if part.label.generation == newest[0]}
         is_whole = {age: age[0] < newest[0] or ranks[age] >= expected for age in ranks}
-        kept = {
-            *[age for age in sorted(ranks, reverse=True) if is_whole[age]][: self._num_states],
-            *[age for age in sorted(ranks, reverse=True) if not is_whole[age]][:_NUM_UNFINISHED],
-        }
+        whole = [age for age in sorted(ranks, reverse=True) if is_whole[age]]
+        under_way = [age for age in sorted(ranks, reverse=True) if not whole or age > whole[0]][:_NUM_UNFINISHED]
+        kept = {*under_way, *whole[: min(self._num_states, _NUM_HELD_MAX - len(under_way))]}
         return [part.key for part in parts if part.label.age not in kept]
 
     def _drop(self, keys: Collection[PartKey]) -> list[_Shelf]:

@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from storage.errors import Corrupt, Denied, NotFound, StorageError, Transient
@@ -73,7 +73,8 @@ class PeerServer:
         self._wires: set[Wire] = set()
         self._num_strangers = 0
         self._lock = threading.Lock()
-        self._one_at_a_time = threading.Lock()  # copies, so that memory for two is not counted twice
+        self._reserving = threading.Lock()
+        self._reserved_bytes = 0  # of copies on their way in, which the inventory does not count yet
         self._is_closed = False
 
     def start(self, address: str = "127.0.0.1", port: int = 0) -> int:
@@ -188,8 +189,7 @@ class PeerServer:
     def _hold(self, wire: Wire, asked: HoldCopy) -> None:
         """Take a copy in. Nothing of it is held before all of it is what its papers say."""
         papers = load_papers(wire.receive_bytes(asked.length), f"the papers from {asked.of_node}")
-        with self._one_at_a_time:
-            buffer = self._buffer(papers, asked.of_node)
+        with self._buffer(papers, asked.of_node) as buffer:
             try:
                 wire.send(Ready())
                 for view in buffer.objects():
@@ -205,17 +205,26 @@ class PeerServer:
             self._inventory.add(buffer.part())
         wire.send(Ready())
 
-    def _buffer(self, papers: PartPapers, of_node: str) -> CopyBuffer:
-        """Memory for a copy. Raises Transient."""
+    @contextlib.contextmanager
+    def _buffer(self, papers: PartPapers, of_node: str) -> Iterator[CopyBuffer]:
+        """Memory for a copy, which counts as reserved within the block; others come in beside it. Raises Transient."""
         if self._copies is None:
             raise Transient("holds no copies")
         self._inventory.prepare(papers.label, of_node)
-        size_bytes, held_bytes = papers.label.size_bytes, self._inventory.copied_bytes
-        if held_bytes + size_bytes > self._copies.bytes_max:
-            raise Transient(
-                f"holds {held_bytes} bytes of copies, and {size_bytes} more would be more than {self._copies.bytes_max}"
-            )
+        size_bytes, bytes_max = papers.label.size_bytes, self._copies.bytes_max
+        with self._reserving:
+            held_bytes = self._inventory.copied_bytes + self._reserved_bytes
+            if held_bytes + size_bytes > bytes_max:
+                raise Transient(
+                    f"holds {held_bytes} bytes of copies, and {size_bytes} more would be more than {bytes_max}"
+                )
+            self._reserved_bytes += size_bytes
         try:
-            return CopyBuffer(papers, of_node, self._copies.allocate)
-        except (MemoryError, OSError) as error:
-            raise Transient(f"has no memory for a copy of {size_bytes} bytes: {error}") from None
+            try:
+                buffer = CopyBuffer(papers, of_node, self._copies.allocate)
+            except (MemoryError, OSError) as error:
+                raise Transient(f"has no memory for a copy of {size_bytes} bytes: {error}") from None
+            yield buffer
+        finally:
+            with self._reserving:
+                self._reserved_bytes -= size_bytes

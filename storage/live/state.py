@@ -119,8 +119,12 @@ class LiveState:
             self._lock.note(note)
 
     def forget(self, why: str) -> None:
-        """The state is about to be changed, by a restore: there is no step to go back to until the next note."""
+        """The state is about to be changed, by a restore: there is no step to go back to until the next note.
+
+        On all ranks: with that note, a collective, they agree anew, so that the same step of before is another attempt.
+        """
         self._lock.clear(why)
+        self._agreed = None
 
     def ask(self, timeout_s: float, answer: Callable[[int | str], None]) -> None:
         """Have the state staged by a thread of its own; `answer` hears the step, or why there is none."""

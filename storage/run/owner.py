@@ -172,6 +172,16 @@ class Claim:
         """The hold of one attempt: it stands as well where a newer claim has adopted the attempt."""
         return AttemptClaim(self, attempt)
 
+    def disown(self) -> None:
+        """Let the attempts that were adopted be committed no more: the job goes on without them.
+
+        Raises Fenced, Transient, Denied, Corrupt.
+        """
+        with self._lock:
+            recorded = read_owner(self._store)
+            if recorded is not None and recorded.token == self._owner.token:
+                self._owner = _record(self._store, self._owner.model_copy(update={"adopts": ()}))
+
     def _check(self, attempt: str) -> bool:
         """As `check`, for an attempt; whether the run is ours, and not a newer owner's who has adopted the attempt."""
         with self._lock:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from storage.errors import StorageError
+from storage.errors import StorageError, Transient
 from storage.format import layout
 from storage.ranks.group import COORDINATOR
 from storage.run.attempt import Attempt
@@ -88,11 +88,16 @@ def adoptable(store: ObjectStore, parts: Collection[UnfinishedPart]) -> list[Att
     return sorted(found, key=lambda attempt: (attempt.step, attempt.id))
 
 
-def settle(store: ObjectStore, adopted: Sequence[Attempt], patience_s: float = SETTLE_S) -> None:
-    """Wait until the newest of the adopted attempts has been committed, or given up."""
+def settle(store: ObjectStore, adopted: Sequence[Attempt], patience_s: float | None = None) -> bool:
+    """Wait until the newest of the adopted attempts has been committed, or given up. Whether it may yet be committed:
+    it has taken too long.
+    """
+    patience_s = SETTLE_S if patience_s is None else patience_s
     patience = Patience(time.monotonic() + patience_s, threading.Event())
     for attempt in adopted[-1:]:
         try:
             receipts.await_outcome(store, attempt, patience)
         except StorageError as error:
             log.warning("step %d, which workers that are gone had saved, is not committed: %s", attempt.step, error)
+            return isinstance(error, Transient)
+    return False

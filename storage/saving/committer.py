@@ -20,18 +20,23 @@ from storage.saving.uploads import SaveJob, Tried, Uploads
 @dataclass(frozen=True)
 class Running:
     """A job that was handed over. `stored` is set once its payloads are stored, or cannot be, and `freed` once nobody
-    reads their memory any more: the service may hold a state there for longer.
+    reads their memory any more: the service may hold a state there for longer. `is_shared`: a process that this one has
+    lost sight of may read it for ever, so it is not used again.
     """
 
     job: SaveJob
     stored: threading.Event = field(default_factory=threading.Event)
     committed: Future[bool] = field(default_factory=Future)
     freed: threading.Event = field(default_factory=threading.Event)
+    is_shared: bool = False
 
     def free(self) -> None:
         """The memory of the job's payloads may be used again. Any thread; harmless where that was said."""
         if self.job.staged is not None and not self.freed.is_set():
-            self.job.staged.release()
+            if self.is_shared:
+                self.job.staged.abandon()
+            else:
+                self.job.staged.release()
         self.freed.set()
         self.job.payloads.clear()  # whoever asks later what has become of the job holds none of it
         self.stored.set()

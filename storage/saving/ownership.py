@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Collection
 from typing import Self
 
-from storage.errors import Corrupt, Fenced, Transient, UsageError
+from storage.errors import Corrupt, Fenced, StorageError, Transient, UsageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.ranks.agreement import AgreeingGroup
@@ -16,6 +17,8 @@ from storage.run.heartbeat import Heartbeat
 from storage.run.owner import Claim, Owner
 from storage.saving.adoption import FindHeld, UnfinishedPart, adoptable, dump_parts, load_parts, settle
 from storage.stores.objects import Capability, ObjectStore
+
+log = logging.getLogger(__name__)
 
 _AWAY_S = 5.0
 _NOT_RECORDED = 0
@@ -99,7 +102,11 @@ class Ownership:
 
     def settle(self) -> None:
         """Wait for what was adopted: it is newer than what is committed (coordinator). Raises nothing."""
-        settle(self._store, self._adopted)
+        if settle(self._store, self._adopted):
+            try:
+                self.claim.disown()
+            except StorageError as error:
+                log.warning("what was adopted may yet be committed beside what is saved from here on: %s", error)
         self._adopted = []
 
     def announce_end(self) -> None:

@@ -43,6 +43,9 @@ class StagedMemory(Protocol):
     def release(self) -> None:
         """Let the slot be overwritten; releasing twice is harmless."""
 
+    def abandon(self) -> None:
+        """Let go of the slot for good: another process may still read it, so nothing else may come into it."""
+
 
 @dataclass(frozen=True)
 class SaveJob:

@@ -26,13 +26,17 @@ def path_for(name: str) -> Path:
 def lock(path: Path) -> int | None:
     """A descriptor that holds the lock on the socket at `path`, as only a living service does; None if one does."""
     make_private(path.parent)
-    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+    while True:
+        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.with_suffix(".lock").stat()):
+                return fd
+        os.close(fd)  # of one that has ended since, and has removed its file
 
 
 def used(path: Path) -> Path:
@@ -96,6 +100,6 @@ def short_path(path: Path) -> Iterator[str]:
 def make_private(folder: Path) -> None:
     """Make the folder, where there is none; no other user may look into it. Raises PermissionError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise PermissionError(f"{folder} is open to other users; the service's socket needs a folder of mode 0700")

@@ -22,6 +22,8 @@ from storage.service.messages import AskUnfinished, Hello, ProtocolError, Unfini
 from storage.service.ways import OwnService, ServiceAt
 from storage.stores.registry import is_everywhere
 
+_ANSWER_S = 30.0
+
 
 def held_by(url: str, origin: Origin, wanted: bool | None) -> Sequence[UnfinishedPart]:
     """What the service of this node, if there is one, still has to store of a run. Raises OSError, ProtocolError."""
@@ -29,6 +31,7 @@ def held_by(url: str, origin: Origin, wanted: bool | None) -> Sequence[Unfinishe
         return ()
     channel, _ = connect(path, Hello(pid=os.getpid()))
     try:
+        channel.limit_receive(_ANSWER_S)  # all ranks wait for this one
         channel.send(AskUnfinished(url=url))
         received = channel.receive()
     finally:

@@ -12,10 +12,11 @@ import select
 import threading
 import time
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Protocol
 
 from storage.agent import AgentEnvironment
-from storage.errors import Fenced, StorageError
+from storage.errors import Corrupt, Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.parallel import Pool
 from storage.saving.committer import InProcess, Running
@@ -114,6 +115,7 @@ class ServiceBackend:
             return
         staged = running.job.staged
         if staged is not None and staged.is_pending:
+            self._late = [late for late in self._late if not late.done()]
             self._late.append(self._pool.submit(self._hand_over, running))
         else:
             self._hand_over(running)
@@ -325,7 +327,7 @@ class ServiceBackend:
         with self._state:
             kept, self._kept = list(self._kept.values()), {}
         for running in kept:
-            running.free()
+            replace(running, is_shared=True).free()
 
     def _end(self, ended: Ended) -> None:
         if ended.fenced is not None:
@@ -348,7 +350,7 @@ class ServiceBackend:
             handed = self._handed.pop(attempt, None)
         if handed is not None:
             self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
-            self._take_back(handed)
+            self._take_back(handed, is_shared=False)
 
     # --- without the service
 
@@ -364,13 +366,22 @@ class ServiceBackend:
         if not was_away and not is_closed:
             self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
         for one in handed:
-            self._take_back(one)
+            # a service that is frozen has not gone: when it goes on, it stores what it finds in the slot
+            self._take_back(one, is_shared=one.is_sent)
 
-    def _take_back(self, handed: Handed) -> None:
+    def _take_back(self, handed: Handed, *, is_shared: bool) -> None:
         """Carry out here what was the service's, from the memory in which it was handed over."""
         before = handed.running
-        staged = table.read(handed.table, handed.slot)
+        try:
+            staged = table.read(handed.table, handed.slot)
+        except Corrupt as error:
+            step = before.job.attempt.step
+            self._report(CheckpointEvent.FAILED, step=step, seconds=0.0, bytes=0, reason=str(error))
+            handed.table.close()
+            replace(before, is_shared=is_shared).free()
+            before.committed.set_result(False)
+            return
         job = SaveJob(**vars(before.job) | {"payloads": staged.payloads, "staging_error": staged.staging_error})
-        running = Running(job, before.stored, before.committed, before.freed)
+        running = Running(job, before.stored, before.committed, before.freed, is_shared)
         before.committed.add_done_callback(lambda _: handed.table.close())
         self._submit_directly(running, handed.tried)

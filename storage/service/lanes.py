@@ -24,6 +24,7 @@ from storage.run.owner import Claim, Owner
 from storage.saving.uploads import SaveJob, SaveRules, Tried, Uploads
 from storage.saving.writing import MadeObjects
 from storage.service import table
+from storage.service.channel import close_all
 from storage.service.messages import Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
 from storage.service.sessions import Session
@@ -218,6 +219,7 @@ class Lane:
             log.exception("step %d of %s cannot be saved", stage.attempt.step, stage.url)
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             report(CheckpointEvent.FAILED, step=stage.attempt.step, seconds=0.0, bytes=0, reason=reason)
+            self._shared.safe.stored(parcel.safe)  # or a crash now has it stored from a slot that is used again
             self.release(parcel)
         self.session.end(stage.attempt.id, committed=committed, fenced=fenced)
         self._shared.safe.done(parcel.safe)
@@ -244,7 +246,10 @@ class Lane:
         if holder is not None and stage.tried is not Tried.STORED:
             with self._lock:
                 parcel.held += 1
-            made = holder.hold(parcel, report, functools.partial(self.release, parcel))
+            try:
+                made = holder.hold(parcel, report, functools.partial(self.release, parcel))
+            except Exception:  # the slots go back all the same, and the save goes on
+                log.exception("step %d is not held in memory", stage.attempt.step)
             if made is None:
                 self.release(parcel)
         if stage.tier is Tier.RAM:
@@ -296,11 +301,13 @@ def unpack(stage: Stage, fds: list[int], safe: str, num_crashes: int = 0) -> Par
 def unpack_slots(fds: list[int]) -> HandedOver:
     """What was staged in the slots behind the descriptors, which belong to it from here on. Raises as `unpack`."""
     with ExitStack() as on_failure:
-        slots = []
-        for fd in fds:
-            slot = Slot.from_fd(fd)
-            on_failure.callback(slot.close)
-            slots.append(slot)
+        left, slots = list(fds), list[Slot]()
+        on_failure.callback(lambda: close_all(left))
+        while left:
+            slots.append(Slot.from_fd(left.pop(0)))
+            on_failure.callback(slots[-1].close)
+        if not slots:
+            raise ValueError("what was staged came without descriptors")
         staged = table.read(slots[0], slots[1] if len(slots) > 1 else None)
         on_failure.pop_all()
     return staged

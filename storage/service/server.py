@@ -217,9 +217,9 @@ class Server:
         except (ProtocolError, OSError) as error:
             log.warning("a connection was refused: %s", error)
             return
-        session = self._sessions.of(hello.session) if hello.session else None
-        caller = ServiceCaller(channel, hello, session)
-        with self._lock:
+        with self._lock:  # or the session is forgotten in between, and what it waits for is told to nobody
+            session = self._sessions.of(hello.session) if hello.session else None
+            caller = ServiceCaller(channel, hello, session)
             self._callers.add(caller)
         if session is not None:
             session.attach(channel, hello.pid)

@@ -16,10 +16,11 @@ import pytest
 from storage.errors import Corrupt, Denied, NotFound, StorageError
 from storage.held.buddies import PeerCard
 from storage.held.inventory import HeldObject, HeldPart, Memory
+from storage.held.papers import dump_papers
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
-from storage.held.wire import PROTOCOL
+from storage.held.wire import PROTOCOL, HoldCopy, Ready
 from tests.storage.held_cases import (
     Anonymous,
     Seen,
@@ -139,6 +140,20 @@ def test_no_more_than_two_copies_of_a_part_are_in_memory_at_once() -> None:
             assert a.copied(WAIT_S)
         assert [step for step, _, _ in held(b)] == [40, 30]
     assert (len(sizes), max(live), num_closed[0]) == (4, 2, 4)
+
+
+def test_a_copy_that_comes_slowly_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.held.peer_server.STALL_S", WAIT_S)
+    told: Told = []
+    with nodes(["a", "b"], told) as (a, b):
+        meet([a, b])
+        papers = dump_papers(Staged(10).part(0).papers)
+        with contextlib.closing(Peer(b.card())._connect()) as slow:
+            slow.send(HoldCopy(of_node="c", length=len(papers)), [memoryview(papers)])
+            slow.receive(Ready)
+            add(a, Staged(20), 0)
+            assert a.copied(WAIT_S)
+            assert (of(told, "checkpoint_copy_failed"), [step for step, _, _ in held(b)]) == ([], [20])
 
 
 def test_reading_from_a_peer() -> None:

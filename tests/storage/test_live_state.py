@@ -49,6 +49,18 @@ def test_a_rank_that_cannot_note_its_state_keeps_nobody_waiting(ranks: Ranks) ->
     assert all("odd" in text for text in outcomes_1)
 
 
+def test_the_same_step_after_a_restore_is_another_attempt() -> None:
+    rank = live_cases.Rank(())
+    found = []
+    for _ in range(2):
+        rank.live.note(1, rank.state)
+        found.append(rank.live.capture(60.0))
+        rank.live.forget("a restore has begun")
+    rank.live.close(rescue=False)
+    assert found == [1, 1]
+    assert len({part.attempt.id for part in rank.parts}) == 2
+
+
 def test_a_state_that_grows_is_agreed_on_anew_by_the_next_save(ranks: Ranks) -> None:
     changed = "the state has other tensors than when the ranks agreed on it: the next save tells"
     expected = [1, changed, 3, 4, True, "step 5 is not healthy"]

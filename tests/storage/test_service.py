@@ -242,6 +242,23 @@ def test_what_the_service_had_is_saved_by_the_worker_when_it_is_lost(
     assert "checkpoint_direct" in names(events)
 
 
+def test_nothing_else_comes_into_a_slot_that_a_lost_service_may_still_read(
+    tmp_path: Path, service: InThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        (lane,) = service.server._all_lanes()
+        _, slot = lane.unfinished[0].staged.slots
+        before = bytes(slot.memory)
+        service.close()  # as far as the worker can tell: its thread is in the midst of storing the slot
+        for step in (1, 2, 3):
+            ckpt.save(step, state(step), wait=True)
+        assert bytes(slot.memory) == before
+    assert committed(tmp_path / "run") == [3, 2, 1]
+
+
 @pytest.mark.parametrize("how", ["scheme", "environment"])
 def test_what_the_service_cannot_open_alike_is_saved_by_the_worker(
     how: str, tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch

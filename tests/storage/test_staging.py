@@ -84,6 +84,20 @@ def test_several_optimizers_and_several_backward_passes(rig: Rig) -> None:
         staged.release()
 
 
+def test_a_second_save_before_the_step_leaves_the_first_as_it_was(rig: Rig) -> None:
+    rig.arena._num_slots = 2
+    optimizer = torch.optim.AdamW(rig.model.parameters(), lr=0.1)
+    rig.train(optimizer)
+    named = rig.named(optimizer)
+    expected = copies(named)
+    first, second = rig.stage(named), rig.stage(named)
+    rig.train(optimizer)
+    for staged in (first, second):
+        staged.wait()
+        assert same(staged, expected)
+        staged.release()
+
+
 def test_a_step_on_another_thread_waits_as_well(rig: Rig) -> None:
     """As where each parameter has an optimizer of its own, which steps in the backward pass."""
     optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in rig.model.parameters()]

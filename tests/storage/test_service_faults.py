@@ -1,0 +1,188 @@
+"""What a checkpoint service, and who has to do with it, makes of what should not happen."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import Checkpointer, CheckpointEvent, JobIdentity
+from storage.agent import AgentEnvironment
+from storage.held.keeping import KeepingStore
+from storage.run.job import Origin
+from storage.saving import adoption
+from storage.service import address, choice, lanes
+from storage.service.channel import welcome
+from storage.service.memory import HeldStates
+from storage.service.messages import Welcome
+from storage.service.sessions import Session, Sessions
+from storage.stores.objects import ObjectStore
+from tests.storage.service_cases import InThread, committed, connected, in_thread, until
+from tests.storage.small_runs import Events, state
+from tests.storage.test_service import Gate, Gated
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
+    """The service of an agent, with its memory of states."""
+    for name, text in {"service": str(tmp_path / "node" / "service.sock"), "node": "a"}.items():
+        monkeypatch.setenv(AgentEnvironment.variable(name), text)
+    with in_thread(tmp_path / "node" / "service.sock", held=HeldStates()) as service:
+        yield service
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Data objects of the service wait at it."""
+    gate = Gate()
+
+    def open_store(url: str) -> ObjectStore:
+        return Gated(url, gate, ".distcp")
+
+    monkeypatch.setattr(lanes, "open_store", open_store)
+    yield gate
+    gate.opened.set()
+
+
+def test_a_list_of_what_was_staged_that_is_damaged_fails_that_save_alone(
+    tmp_path: Path, node: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        (lane,) = node.server._all_lanes()
+        table, _ = lane.unfinished[0].staged.slots
+        table.memory[20] ^= 1
+        node.close()
+        assert not ckpt.wait()
+        ckpt.save(2, state(2), wait=True)
+    assert committed(tmp_path / "run") == [2]
+    (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
+    assert (failed["step"], "table of what was staged" in failed["reason"]) == (1, True)
+
+
+def test_what_cannot_be_held_is_stored_and_its_memory_comes_back(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: KeepingStore, prefix: str) -> Any:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(KeepingStore, "objects", fail)
+    with Checkpointer(tmp_path / "run", keep=9, timeout_s=30.0) as ckpt:
+        for step in range(1, 7):
+            ckpt.save(step, state(step), wait=True)
+    assert committed(tmp_path / "run") == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_slot_that_is_given_back_is_read_by_no_service_that_comes_after(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str) -> ObjectStore:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(lanes, "open_store", fail)
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state(1), wait=True)
+    until("the end of it", lambda: "done" in dict(node.safe.told))
+    assert [what for what, _ in node.safe.told] == ["keep", "stored", "done"]
+
+
+def test_what_takes_too_long_to_be_adopted_is_committed_no_more(
+    tmp_path: Path, node: InThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adoption, "SETTLE_S", 0.0)
+    monkeypatch.setattr(HeldStates, "hold", lambda *args: None)  # else the job goes on from memory
+    first = Checkpointer(tmp_path / "run", job=JobIdentity(lineage="a", generation=1)).start()
+    first.save(7, state(7))
+    assert gate.reached.wait(60)
+    first._close(abandon=True)
+    with Checkpointer(tmp_path / "run", job=JobIdentity(lineage="a", generation=2)) as second:
+        assert second.restore(state(0)) == 0
+        gate.opened.set()
+        until("the end of what was adopted", lambda: node.status().num_unfinished == 0)
+        second.save(3, state(3), wait=True)
+    assert committed(tmp_path / "run") == [3]
+
+
+def test_descriptors_of_what_cannot_be_taken_are_closed() -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ValueError, match="no slot"):
+        lanes.unpack_slots([os.memfd_create("a"), os.memfd_create("b")])
+    assert os.listdir("/proc/self/fd") == before
+    with pytest.raises(ValueError, match="without descriptors"):
+        lanes.unpack_slots([])
+
+
+def test_a_service_that_never_says_what_it_has_to_do_keeps_no_start_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "node" / "service.sock"
+    monkeypatch.setenv(AgentEnvironment.variable("service"), str(path))
+    monkeypatch.setattr(choice, "_ANSWER_S", 0.01)
+    ended = threading.Event()
+    with address.listen(path) as listener:
+
+        def greet() -> None:
+            channel, _ = welcome(listener.accept()[0], Welcome(pid=1))
+            assert ended.wait(60)
+            channel.close()
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        try:
+            with pytest.raises(TimeoutError):
+                choice.held_by(str(tmp_path), Origin(), None)
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_who_connects_again_is_not_forgotten_meanwhile(node: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, tidy, name = Sessions.of, threading.Event(), "token-0"
+
+    def tidy_up() -> None:
+        node.server._tidy()
+        tidy.set()
+
+    def slowly(self: Sessions, session: str) -> Session:
+        found = of(self, session)
+        tidying = threading.Thread(target=tidy_up)
+        tidying.start()
+        tidying.join(0.2)  # it waits for whoever connects
+        return found
+
+    lane = lanes.Lane(of(node.server._sessions, name), node.server._shared)
+    node.server._lanes[name] = lane
+    monkeypatch.setattr(Sessions, "of", slowly)
+    with connected(node.path, name):
+        assert tidy.wait(60)
+        assert of(node.server._sessions, name) is lane.session
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flock, removed = tmp_path / "node" / "service.sock", fcntl.flock, list[Path]()
+
+    def remove_first(fd: int, how: int) -> None:
+        if not removed:  # as the service does which had it
+            removed.append(path.with_suffix(".lock"))
+            removed[0].unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    fd = address.lock(path)
+    assert fd is not None
+    assert address.lock(path) is None
+    os.close(fd)
+
+
+def test_a_folder_by_another_name_is_no_place_for_a_socket(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "private")
+    with pytest.raises(PermissionError, match="needs a folder"):
+        address.listen(tmp_path / "link" / "service.sock")
