@@ -96,7 +96,8 @@ class CheckpointEvent(enum.StrEnum):
     HELD_IN_PART = "checkpoint_held_in_part"
     """A state of `step` in memory of nodes is newer than the store's, and passed over: `reason`."""
     MEMORY_AWAY = "checkpoint_memory_away"
-    """This node's memory of states does not answer, and is gone on without: `reason`."""
+    """This node's memory of states does not answer, or its service was started again and holds none until the workers
+    start again; it is gone on without: `reason`."""
     DISTRUSTED = "checkpoint_distrusted"
     """The states of `steps` in memory are not gone on from any more, and the store's are: `reason`."""
     STORE_UNASKED = "checkpoint_store_unasked"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from storage.agent import AgentEnvironment
 from storage.arena.slot import Slot
 from storage.errors import StorageError
 from storage.events import CheckpointEvent, Reporter
@@ -41,6 +42,10 @@ from storage.stores.memory import MemoryStore
 
 log = logging.getLogger(__name__)
 
+_STARTED_AGAIN = (
+    "the node's checkpoint service was started again: it holds no states in memory until the workers start again"
+)
+
 
 def copies_bytes_max() -> int:
     """How much is held for other nodes: what half of this machine's memory is."""
@@ -59,6 +64,7 @@ class HeldStates:
         self.node = NodeMemory(rules, RateLimit(rate_bytes_per_s), self._tell)
         self._lock = threading.Lock()
         self._is_started = False
+        self._is_told = False
         self._report = Reporter(None, {})
 
     def serve(self, server: Server) -> None:
@@ -78,8 +84,15 @@ class HeldStates:
         """See `storage.service.lanes.Holder`."""
         with self._lock:
             self._report = report
-            if not self._is_started or parcel.staged.staging_error is not None:
-                return None  # nobody has asked for this node's memory, so nobody would restore from it
+            is_lost = (
+                not self._is_started and not self._is_told and bool(AgentEnvironment.from_env(parcel.stage.told).node)
+            )
+            self._is_told = self._is_told or is_lost
+            is_wanted = self._is_started and parcel.staged.staging_error is None
+        if is_lost:  # the worker's Checkpointer has asked when it started, so that was another process
+            report(CheckpointEvent.MEMORY_AWAY, reason=_STARTED_AGAIN)
+        if not is_wanted:
+            return None  # nobody has asked for this node's memory, so nobody would restore from it
         stage, attempt = parcel.stage, parcel.stage.attempt
         keeping = KeepingStore(MemoryStore("held"), stores=False)
         try:

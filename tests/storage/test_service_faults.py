@@ -80,6 +80,20 @@ def test_what_cannot_be_held_is_stored_and_its_memory_comes_back(
     assert committed(tmp_path / "run") == [6, 5, 4, 3, 2, 1]
 
 
+def test_a_service_that_was_started_again_says_that_it_holds_nothing(
+    tmp_path: Path, node: InThread, events: Events
+) -> None:
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1), wait=True)
+        node.close()
+        with in_thread(node.path, held=HeldStates()) as again:
+            for step in (2, 3):
+                ckpt.save(step, state(step), wait=True)
+            assert again.status().num_ended == 2
+    assert [str(name) for name, _ in events[0]].count("checkpoint_memory_away") == 1
+    assert committed(tmp_path / "run") == [3, 2, 1]
+
+
 def test_a_slot_that_is_given_back_is_read_by_no_service_that_comes_after(
     tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
