@@ -14,6 +14,7 @@ answer in time fails the run with its number and traceback, and ends all process
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+_AT_START = dict(os.environ)  # before the first test has changed it
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
@@ -150,13 +153,15 @@ def _end(workers: Collection[_Worker]) -> None:
 
 def _start() -> _Worker:
     ours, theirs = _context.Pipe()
-    process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = _context.Process(target=_serve, args=(theirs, _AT_START), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.clear()  # the process that ranks are forked from has that of the test which first asked for some
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ def stacks(nodes: Cluster, rank: int) -> str:
 
 @pytest.mark.parametrize(
     ("how", "options"),
-    [("stop", LIMIT), ("silent", ("--silence-timeout", "4", "--tee", "3", "--max-restarts", "1", "--cold-workers"))],
+    [("stop", LIMIT), ("silent", ("--silence-timeout", "10", "--tee", "3", "--max-restarts", "1", "--cold-workers"))],
 )
 def test_a_hung_worker_is_found_told_and_restarted(
     nodes: Cluster, tmp_path: Path, how: str, options: tuple[str, ...]
