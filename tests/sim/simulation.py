@@ -85,7 +85,7 @@ def _run_until_settled(world: World) -> None:
 def _end_faults(world: World, start: Callable[[], None]) -> None:
     world.cuts.clear()
     if world.objects is not None:
-        world.objects.fault = min(world.objects.fault, 0.005)
+        world.objects.fault = 0.0  # whatever is on its way by then lands late all the same
     for node in list(world.nodes.values()):
         node.cut = node.flaky = False
         if node.frozen:
