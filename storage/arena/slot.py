@@ -16,7 +16,7 @@ import numpy as np
 from storage.arena.free_memory import free_bytes
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 _PAGE_BYTES = mmap.PAGESIZE
@@ -97,15 +97,6 @@ class Slot:
         if not self._close.alive:
             raise ValueError("the slot is closed")
         return self._fd
-
-    def offset_of(self, tensor: torch.Tensor) -> int:
-        """Where in the slot a tensor begins that was staged in it."""
-        if not tensor.nbytes:
-            return 0
-        offset = tensor.data_ptr() - self.address
-        if not 0 <= offset <= self.size_bytes - tensor.nbytes:
-            raise ValueError("the tensor does not lie in this slot")
-        return offset
 
     def before_close(self, call: Callable[[], object]) -> None:
         """Have `call`, which must not hold this slot, made when it is closed."""

@@ -29,7 +29,6 @@ from storage.service.messages import Hello, ProtocolError, Rejected, ServiceMess
 
 _CONNECT_S = 2.0
 _ANSWER_S = 30.0
-_LOST_S = 2.0
 
 M = TypeVar("M", bound=ServiceMessage)
 

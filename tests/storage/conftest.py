@@ -102,3 +102,19 @@ def make_url(request: pytest.FixtureRequest, tmp_path: object, memory_url: str) 
                 return f"{tmp_path}/run"
 
     return make
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Data objects of the service wait at it."""
+    from storage.service import lanes
+    from tests.storage.service_cases import Gate, Gated
+
+    gate = Gate()
+
+    def open_store(url: str) -> Gated:
+        return Gated(url, gate, ".distcp")
+
+    monkeypatch.setattr(lanes, "open_store", open_store)
+    yield gate
+    gate.opened.set()

@@ -20,6 +20,7 @@ from storage.service.channel import Channel, connect
 from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
 from storage.service.server import Server, ServerOptions
+from storage.stores.local import LocalStore
 
 T = TypeVar("T")
 
@@ -74,6 +75,35 @@ class InThread:
 
     def status(self) -> ServiceStatus:
         return status(self.path)
+
+
+class Gate:
+    """Holds puts of the service up until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.reached = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
+class Gated(LocalStore):
+    """A folder whose data objects, or `.metadata`, wait at a gate."""
+
+    def __init__(self, root: str, gate: Gate, where: str) -> None:
+        super().__init__(root)
+        self._gate, self._where = gate, where
+
+    def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if self._where in key:
+            self._gate.pass_through()
+        return super().put(key, *args, **kwargs)
+
+    def put_from(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if self._where in key:
+            self._gate.pass_through()
+        return super().put_from(key, *args, **kwargs)
 
 
 @contextlib.contextmanager

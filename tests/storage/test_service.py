@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from storage.service.messages import AskUnfinished, Drain, Drained, Unfinished
 from storage.service.server import ServerOptions
 from storage.service.sessions import Session
 from storage.stores.local import LocalStore
-from storage.stores.objects import ObjectStore
-from tests.storage.service_cases import InThread, asked, committed, connected, events_in, in_thread, until
+from tests.storage.service_cases import Gate, InThread, asked, committed, connected, events_in, in_thread, until
 from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")
@@ -37,48 +35,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThrea
     monkeypatch.setenv(SERVICE, str(tmp_path / "node" / "service.sock"))
     with in_thread(tmp_path / "node" / "service.sock") as service:
         yield service
-
-
-class Gate:
-    """Holds puts of the service up until it is opened."""
-
-    def __init__(self) -> None:
-        self.opened, self.reached = threading.Event(), threading.Event()
-
-    def pass_through(self) -> None:
-        self.reached.set()
-        assert self.opened.wait(60)
-
-
-class Gated(LocalStore):
-    """A folder whose data objects, or `.metadata`, wait at a gate."""
-
-    def __init__(self, root: str, gate: Gate, where: str) -> None:
-        super().__init__(root)
-        self._gate, self._where = gate, where
-
-    def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
-        if self._where in key:
-            self._gate.pass_through()
-        return super().put(key, *args, **kwargs)
-
-    def put_from(self, key: str, *args: Any, **kwargs: Any) -> Any:
-        if self._where in key:
-            self._gate.pass_through()
-        return super().put_from(key, *args, **kwargs)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Data objects of the service wait at it."""
-    gate = Gate()
-
-    def open_store(url: str) -> ObjectStore:
-        return Gated(url, gate, ".distcp")
-
-    monkeypatch.setattr(lanes, "open_store", open_store)
-    yield gate
-    gate.opened.set()
 
 
 def names(events: Events) -> list[str]:

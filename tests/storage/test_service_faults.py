@@ -23,9 +23,8 @@ from storage.service.memory import HeldStates
 from storage.service.messages import Welcome
 from storage.service.sessions import Session, Sessions
 from storage.stores.objects import ObjectStore
-from tests.storage.service_cases import InThread, committed, connected, in_thread, until
+from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread, until
 from tests.storage.small_runs import Events, state
-from tests.storage.test_service import Gate, Gated
 
 
 @pytest.fixture
@@ -35,19 +34,6 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
         monkeypatch.setenv(AgentEnvironment.variable(name), text)
     with in_thread(tmp_path / "node" / "service.sock", held=HeldStates()) as service:
         yield service
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Data objects of the service wait at it."""
-    gate = Gate()
-
-    def open_store(url: str) -> ObjectStore:
-        return Gated(url, gate, ".distcp")
-
-    monkeypatch.setattr(lanes, "open_store", open_store)
-    yield gate
-    gate.opened.set()
 
 
 def test_a_list_of_what_was_staged_that_is_damaged_fails_that_save_alone(
