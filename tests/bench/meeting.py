@@ -103,12 +103,12 @@ def launcher(meeting: Meeting, nnodes: str, last_call_s: float) -> Launcher:
 def training(meeting: Meeting, num_nodes: int, nnodes: str, last_call_s: float = 60.0) -> Iterator[Job]:
     """A job that has done ten steps on all of its nodes; they are started in order."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(launcher(meeting, nnodes, last_call_s), Path(folder))
+        job, log = Job(launcher(meeting, nnodes, last_call_s), Path(folder)), Path(folder, "node-0.log")
         try:
             for index in range(num_nodes):
                 job.start_node()
-                if index == 0:
-                    time.sleep(1.5)  # so the first one is the oldest, and leads
+                if index == 0:  # the oldest leads
+                    until("the first node has joined", lambda: "node_joined" in log.read_text() or job.ended(), START_S)
             until("ten steps of all", lambda: job.steps(num_nodes)[10:] or job.ended(), START_S)
             assert not job.ended(), job.last_words()
             yield job
