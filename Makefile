@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-plan bench-startup check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -99,6 +99,12 @@ bench-stall: $(VENV)/.dev ## what a save costs a training that goes on, ours and
 
 bench-restore: $(VENV)/.dev ## a state out of its node's memory, another node's, and S3
 	$(BIN)/python -m tests.bench.restore_tiers
+
+bench-plan: $(VENV)/.dev ## what the planner says of memory and step times, and what is measured
+	$(BIN)/python -m tests.bench.plan
+
+bench-startup: $(VENV)/.dev ## from a worker's start to its first step, resumed and not, by the model's size
+	$(BIN)/python -m tests.bench.startup
 
 check: lint types layers test ## what CI runs
 

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
+from elastic_moe.machine import MachineSpeed, read_calibration
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
 from launcher import Environment, MeshSpec
@@ -27,10 +28,8 @@ ENV_PREFIX = f"{Environment.prefix}_"
 _GIB = 1 << 30
 
 
-class MeshConfig(BaseModel):
+class MeshConfig(MachineSpeed):
     """What the mesh planner is told beyond the model: pins, limits, and the machines' speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     expert: int | None = Field(None, ge=1)
     """Fixes the expert-parallel degree; it must divide `model.num_experts`."""
@@ -42,14 +41,8 @@ class MeshConfig(BaseModel):
     """Slots that may stay without a worker where fewer ranks are as fast."""
     memory_gib: float | None = Field(None, gt=0)
     """Memory of one rank; none plans without a limit."""
-    flops_per_s: float = Field(3e14, gt=0)
-    """Floating-point operations per second that a rank achieves."""
-    intra_node_bytes_per_s: float = Field(2e11, gt=0)
-    """Bandwidth of a rank to another of its node."""
-    inter_node_bytes_per_s: float = Field(2e10, gt=0)
-    """Bandwidth of a rank to another node."""
-    latency_s: float = Field(2e-5, gt=0)
-    """Fixed cost of a collective."""
+    calibration: str | None = None
+    """File of measured speeds (`python -m elastic_moe.calibrate`), over which the other fields are laid."""
 
 
 class JobConfig(BaseModel):
@@ -101,6 +94,7 @@ def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, st
     settings = [*_from_environ(environ), *_from_sets(sets)]
     for setting in settings:
         _lay(tree, setting, Path(path))
+    _lay_over_calibration(tree)
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
@@ -109,9 +103,9 @@ def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, st
 
 def mesh_spec(job: JobConfig) -> MeshSpec:
     """Take from `job` what the mesh planner has to know."""
-    model, mesh = job.model, job.mesh
+    model, mesh, train = job.model, job.mesh, job.train
     return MeshSpec(
-        global_batch=job.train.global_batch,
+        global_batch=train.global_batch,
         num_experts=model.num_experts,
         top_k=model.top_k,
         dense_params=model.num_dense_params,
@@ -119,18 +113,22 @@ def mesh_spec(job: JobConfig) -> MeshSpec:
         num_layers=model.num_layers,
         model_dim=model.dim,
         ffn_dim=model.expert_dim,
-        tokens_per_sample=job.train.seq_len,
+        shared_dim=model.shared_expert_dim,
+        query_dim=model.num_heads * model.head_width,
+        key_dim=model.num_kv_heads * model.head_width,
+        vocab_size=model.vocab_size,
+        tokens_per_sample=train.seq_len,
         max_idle=mesh.max_idle,
-        max_micro_batch=job.train.micro_batch_limit,
+        max_micro_batch=train.micro_batch_limit,
+        recompute=train.recompute,
+        keep_gathered=train.keep_gathered,
         memory_cap_bytes=None if mesh.memory_gib is None else round(mesh.memory_gib * _GIB),
         expert=mesh.expert,
         shard=mesh.shard,
         replicate=mesh.replicate,
-        flops_per_s=mesh.flops_per_s,
-        intra_node_bytes_per_s=mesh.intra_node_bytes_per_s,
-        inter_node_bytes_per_s=mesh.inter_node_bytes_per_s,
-        latency_s=mesh.latency_s,
-        activation_bytes=4 if job.train.dtype == "float32" else 2,
+        activation_bytes=4 if train.dtype == "float32" else 2,
+        reduce_bytes=8 if train.exact else 4,
+        **{name: getattr(mesh, name) for name in MachineSpeed.model_fields},
     )
 
 
@@ -182,6 +180,13 @@ def _lay(tree: dict[str, Any], setting: Setting, path: Path) -> None:
     if not isinstance(table, dict):
         raise UserError(f"{path}: {section} = {table!r} is a value; it must be a section, [{section}]")
     table[field] = setting.value
+
+
+def _lay_over_calibration(tree: dict[str, Any]) -> None:
+    """Put the speeds of the file that `mesh.calibration` names under those that the job gives."""
+    mesh = tree.get("mesh")
+    if isinstance(mesh, dict) and isinstance(path := mesh.get("calibration"), str):
+        tree["mesh"] = {**read_calibration(path), **mesh}
 
 
 def _fields(model: type[BaseModel], section: str | None = None) -> list[str]:

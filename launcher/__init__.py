@@ -4,7 +4,8 @@ In a script     worker tells the agent how far this rank is and learns from it w
                 (a Stop), untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without
                 an agent nothing happens, and every call has a sensible answer.
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
-                node_loss says what losing one of its nodes costs, a NodeLoss.
+                memory_use says what a rank's memory holds on it, a MemoryUse, and step_time how long a step takes, a
+                StepTime; node_loss says what losing one of its nodes costs, a NodeLoss.
 Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
                 group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
@@ -43,9 +44,12 @@ if TYPE_CHECKING:
     from launcher.launch import LaunchOptions, launch_agent
     from launcher.reports.job_status import JobStatus, NodeStatus
     from launcher.rounds.formation import Planner
-    from launcher.rounds.mesh import Infeasible, MeshPlan, MeshSpec, Priced, plan, price
+    from launcher.rounds.memory import MemoryUse, memory_use
+    from launcher.rounds.mesh import Infeasible, MeshPlan, Priced, plan, price
     from launcher.rounds.records import Node
     from launcher.rounds.redundancy import NodeLoss, node_loss
+    from launcher.rounds.spec import MeshSpec
+    from launcher.rounds.speed import StepTime, step_time
     from launcher.script.worker import Stop, Worker, WorkerContext, worker
     from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
@@ -54,7 +58,8 @@ if TYPE_CHECKING:
     from launcher.workers.warm import fork_zygote
 
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
-__all__ += ["Infeasible", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "node_loss", "plan", "price"]
+__all__ += ["Infeasible", "MemoryUse", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "StepTime"]
+__all__ += ["memory_use", "node_loss", "plan", "price", "step_time"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
 __all__ += ["looks_like_bucket", "unknown_backend"]
@@ -81,9 +86,12 @@ _ROOMS = {
     "launcher.launch": "LaunchOptions launch_agent",
     "launcher.reports.job_status": "JobStatus NodeStatus",
     "launcher.rounds.formation": "Planner",
-    "launcher.rounds.mesh": "Infeasible MeshPlan MeshSpec Priced plan price",
+    "launcher.rounds.memory": "MemoryUse memory_use",
+    "launcher.rounds.mesh": "Infeasible MeshPlan Priced plan price",
     "launcher.rounds.records": "Node",
     "launcher.rounds.redundancy": "NodeLoss node_loss",
+    "launcher.rounds.spec": "MeshSpec",
+    "launcher.rounds.speed": "StepTime step_time",
     "launcher.script.worker": "Stop Worker WorkerContext worker",
     "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",

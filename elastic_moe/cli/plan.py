@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from elastic_moe.cli.parser import add_set, natural_int, node_range, positive_int
+from elastic_moe.cli.parser import add_set, natural_int, positive_int
+from elastic_moe.cli.planning import GIB, Row, add_machines, as_json, job_spec, seconds, table
 from elastic_moe.errors import UserError
-from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
+from launcher import MeshSpec
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
 _EPILOG = """\
 Without --job the model has the shape of Mixtral 8x7B with --experts experts,
-on ranks of 141 GiB (H200).
+its layers computed again in the backward pass, on ranks of 141 GiB (H200).
 
 --json writes one object: "spec" (what was planned for), and "plans", one for
 each number of nodes: "nodes", "slots", and either "mesh" (replicate, shard,
 expert, idle, micro_batch, rounds), "step_s" and "memory_bytes" (both modelled,
-for one rank) and "node_loss", or "infeasible" with the reason.
+for one rank), "step" and "memory" (what they are made of) and "node_loss", or
+"infeasible" with the reason, and "leanest" (the same of the plan that takes the
+least memory) where memory is what does not suffice.
 
 What losing one node costs ("a lost node", "node_loss"): "0 steps" where the
 other nodes hold replicas of all that it held, so that the state after the last
@@ -34,33 +35,24 @@ checkpoint"). Among meshes that are equally fast, those that lose no step win.
 Exit codes: 0 some world size has a mesh, 1 none has, 2 wrong usage.
 """
 
-_GIB = 1 << 30
-
-# Mixtral 8x7B (arXiv:2401.04088): 32 layers, dim 4096, expert width 14336, 8 experts, sequences of 4096 tokens.
+# Mixtral 8x7B, the preset of that name: 32 layers, dim 4096, expert width 14336, 8 experts, sequences of 4096 tokens.
 _MIXTRAL_EXPERT_PARAMS = 32 * 3 * 4096 * 14336
-_MIXTRAL = MeshSpec(
+MIXTRAL = MeshSpec(
     global_batch=1024,
     num_experts=8,
     top_k=2,
-    dense_params=1_605_640_192,
+    dense_params=1_605_636_096,
     expert_params=8 * _MIXTRAL_EXPERT_PARAMS,
     num_layers=32,
     model_dim=4096,
     ffn_dim=14336,
+    query_dim=4096,
+    key_dim=1024,
+    vocab_size=32_000,
     tokens_per_sample=4096,
-    memory_cap_bytes=141 * _GIB,
+    recompute=True,
+    memory_cap_bytes=141 * GIB,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The plan of one number of nodes: `priced` and what the loss of one costs, or the reason why there is none."""
-
-    nodes: int
-    slots: int
-    priced: Priced | None
-    infeasible: str = ""
-    loss: NodeLoss | None = None
 
 
 def register(verbs: Subparsers) -> None:
@@ -71,14 +63,12 @@ def register(verbs: Subparsers) -> None:
         description="Show the device mesh that a job gets for every number of nodes.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--nodes", type=node_range, default=range(1, 17), metavar="MIN:MAX", help="default 1:16")
-    parser.add_argument("--slots-per-node", type=positive_int, default=8, metavar="N", help="default 8")
+    add_machines(parser, "memory of one rank")
     parser.add_argument("--job", metavar="JOB.toml", help="plan for this job")
     add_set(parser)
     parser.add_argument("--experts", type=natural_int, metavar="N", help="experts in a layer; 0 for a dense model")
     parser.add_argument("--global-batch", type=positive_int, metavar="N", help="samples in a step")
     parser.add_argument("--max-idle", type=natural_int, metavar="N", help="slots that may stay idle")
-    parser.add_argument("--memory-gib", type=positive_int, metavar="GIB", help="memory of one rank")
     parser.add_argument("--expert-parallel", type=positive_int, metavar="N", help="fix the expert-parallel degree")
     parser.add_argument("--json", action="store_true", help="write JSON")
     parser.set_defaults(handler=handle)
@@ -92,7 +82,7 @@ def handle(args: argparse.Namespace) -> int:
             f"--expert-parallel {spec.expert} does not divide {spec.num_experts} experts: "
             "each part needs as many experts as every other"
         )
-    rows = table(spec, args.nodes, args.slots_per_node)
+    rows = table(spec, args)
     if args.json:
         print(json.dumps(as_json(spec, rows), indent=2))
     else:
@@ -102,53 +92,28 @@ def handle(args: argparse.Namespace) -> int:
 
 def _spec(args: argparse.Namespace) -> MeshSpec:
     """The spec of the job that `--job` names, or Mixtral's, with the other options laid over it."""
+    measured: dict[str, float] = {}
     if args.job:
-        from elastic_moe.config import load, mesh_spec  # pydantic is slow to import, and for a job alone
-
-        spec = mesh_spec(load(args.job, sets=args.sets, environ=os.environ))
+        spec = job_spec(args.job, args)
     elif args.sets:
         raise UserError("--set changes a field of a job: name the job with --job JOB.toml")
     else:
-        spec = _MIXTRAL
+        spec = MIXTRAL
+        if args.calibration:
+            from elastic_moe.machine import read_calibration
+
+            measured = read_calibration(args.calibration)
     changes: dict[str, int | float | None] = {
+        **measured,
         "global_batch": args.global_batch,
         "max_idle": args.max_idle,
-        "memory_cap_bytes": args.memory_gib * _GIB if args.memory_gib else None,
+        "memory_cap_bytes": args.memory_gib * GIB if args.memory_gib else None,
         "expert": args.expert_parallel,
     }
     if args.experts is not None:
         each = spec.expert_params // spec.num_experts if spec.num_experts else 0
         changes |= {"num_experts": args.experts, "expert_params": each * args.experts}
     return spec.replace(**{name: value for name, value in changes.items() if value is not None})
-
-
-def table(spec: MeshSpec, nodes: Iterable[int], slots_per_node: int) -> list[Row]:
-    """Plan the mesh for each number of nodes by itself."""
-    rows = []
-    for num_nodes in nodes:
-        slots = num_nodes * slots_per_node
-        try:
-            priced = price(slots, spec, ranks_per_node=slots_per_node)
-            rows.append(Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node)))
-        except Infeasible as error:
-            rows.append(Row(num_nodes, slots, None, str(error)))
-    return rows
-
-
-def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
-    """The table as `--json` prints it; the help describes the fields."""
-    plans: list[dict[str, Any]] = []
-    for row in rows:
-        outcome: dict[str, Any] = {"infeasible": row.infeasible}
-        if row.priced:
-            outcome = {
-                "mesh": dataclasses.asdict(row.priced.plan),
-                "step_s": row.priced.step_s,
-                "memory_bytes": row.priced.memory_bytes,
-                "node_loss": row.loss,
-            }
-        plans.append({"nodes": row.nodes, "slots": row.slots, **outcome})
-    return {"spec": dataclasses.asdict(spec), "plans": plans}
 
 
 def _print_table(rows: Iterable[Row]) -> None:
@@ -159,15 +124,8 @@ def _print_table(rows: Iterable[Row]) -> None:
         if row.priced is None:
             print(f"{start}  {row.infeasible}")
             continue
-        mesh, step_s, need_bytes = row.priced
+        mesh = row.priced.plan
         batch = f"{mesh.rounds} x {mesh.micro_batch}"
-        cells = [mesh.replicate, mesh.shard, mesh.expert, mesh.idle, batch, _seconds(step_s)]
-        cells.append(f"{need_bytes / _GIB:.1f} GiB")
+        cells = [mesh.replicate, mesh.shard, mesh.expert, mesh.idle, batch, seconds(row.priced.step_s)]
+        cells.append(f"{row.priced.memory_bytes / GIB:.1f} GiB")
         print(" ".join([start, *(f"{cell:>9}" for cell in cells)]) + f"  {row.loss}")
-
-
-def _seconds(time_s: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if time_s >= scale:
-            return f"{time_s / scale:.1f} {unit}"
-    return f"{time_s * 1e6:.1f} us"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.console import log_to_console
+from elastic_moe.cli.dry_run import add_dry_run, dry_run, refuse_without
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
 from elastic_moe.errors import NotFinite
 from launcher import Environment
@@ -25,6 +26,11 @@ Fields are laid over each other: defaults, JOB.toml, the environment
 
 On several processes:
   elastic-moe run ... --mesh JOB.toml -m elastic_moe train JOB.toml
+
+--dry-run prints one line for each number of nodes: the mesh that it would train
+on, and what one rank's memory holds when it holds the most; where nothing fits,
+of the mesh that takes the least. Its exit codes: 0 the job fits on some number
+of nodes, 1 on none, 2 wrong usage.
 """
 
 
@@ -38,11 +44,15 @@ def register(verbs: Subparsers) -> None:
     )
     parser.add_argument("job", metavar="JOB.toml", help="the job's sections: model, data, optim, train, ...")
     add_set(parser)
+    add_dry_run(parser)
     parser.set_defaults(handler=handle, ends_at_once=True)
 
 
 def handle(args: argparse.Namespace) -> int:
     """Train to the end, or to a stop that the launcher asked for."""
+    if args.dry_run:
+        return dry_run(args)
+    refuse_without(args)
     log_to_console()
     try:
         return _train(args)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from elastic_moe.model.presets import PresetName, with_preset
 
 
 class ModelConfig(BaseModel):
@@ -12,6 +15,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    preset: PresetName | None = None
+    """A known shape, over which the other fields are laid: one that is set, in the file or elsewhere, wins."""
     vocab_size: int = Field(256, ge=2)
     """Number of token ids; 256 for text read as bytes."""
     dim: int = Field(128, ge=2)
@@ -58,6 +63,12 @@ class ModelConfig(BaseModel):
     """Step of the `bias` update."""
     z_loss_coeff: float = Field(0.0, ge=0)
     """Weight of the squared log-partition of the router's logits (ST-MoE, arXiv:2202.08906); 0 for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, given: Any) -> Any:
+        # The name goes: models are the same whose fields are, however they were written down.
+        return with_preset(given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,0 +1,155 @@
+"""Measure for the mesh planner how fast this machine is: `python -m elastic_moe.calibrate JOB.toml --out FILE`.
+
+On several ranks under `elastic-moe run`, as many as the node has cores or devices: what they share is shared then.
+Two layers of the job's own model go forward and backward on two numbers of tokens, whose difference is what tokens
+cost, and the rest what a layer does; a copy and collectives tell the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from elastic_moe.config import JobConfig, load, mesh_spec
+from elastic_moe.errors import UserError
+from elastic_moe.machine import write_calibration
+from elastic_moe.model import ModelConfig
+from elastic_moe.model.decoder import Decoder, token_loss
+from elastic_moe.parallel import Meshes, Precision, begin_round, build_mesh, init_weights, materialize, parallelize
+from elastic_moe.trainer.world import choose_device, process_group
+from launcher import MeshPlan, MeshSpec, step_time
+
+_MIB = 1 << 20
+_COPY_BYTES = 64 * _MIB
+_MESSAGE_BYTES = 8 * _MIB
+_NUM_LAYERS = 2
+_SEQUENCES = (1, 4)
+_REPEATS = 5
+_LEAST_S = 1e-6
+
+
+def measure(job: JobConfig, device: torch.device) -> dict[str, float]:
+    """The fields of `MachineSpeed` that this world can tell, the same on every rank. A collective."""
+    found = {"memory_bytes_per_s": _memory_speed(device), **_links(device)}
+    if device.type == "cpu":
+        found["cores_per_node"] = len(os.sched_getaffinity(0))
+    return found | _layers(job, device, mesh_spec(job).replace(**{**found, "cores_per_node": None}))
+
+
+def _memory_speed(device: torch.device) -> float:
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / _least_s(lambda: target.copy_(source), device)
+
+
+def _links(device: torch.device) -> dict[str, float]:
+    """Latency and bandwidth; nothing where there is one rank."""
+    num_ranks = dist.get_world_size()
+    if num_ranks == 1:
+        return {}
+    small = torch.zeros(1, device=device)
+    fixed_s = _least_s(lambda: dist.all_reduce(small), device)
+    part = torch.zeros(_MESSAGE_BYTES // 4, device=device)
+    whole = torch.zeros(num_ranks * part.numel(), device=device)
+    gather_s = _least_s(lambda: dist.all_gather_into_tensor(whole, part), device)
+    reduce_s = _least_s(lambda: dist.reduce_scatter_tensor(part, whole), device)
+    moved = (num_ranks - 1) * _MESSAGE_BYTES
+    # What the first rank beyond this one costs stands for each: a collective of one rank talks to nobody.
+    hop_s = fixed_s / num_ranks
+    return {
+        "latency_s": hop_s,
+        "hop_s": hop_s,
+        # A step gathers twice as often as it reduces.
+        "intra_node_bytes_per_s": moved / max(_LEAST_S, (2 * gather_s + reduce_s) / 3 - fixed_s),
+    }
+
+
+def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, float]:
+    """What tokens and layers cost, without any communication: every rank is a replica that reduces nothing."""
+    num_layers = min(_NUM_LAYERS, job.model.num_layers)
+    config = job.model.model_copy(update={"num_layers": num_layers})
+    meshes = build_mesh(MeshPlan(dist.get_world_size(), 1, 1, 0, 1, 2), device)
+    model = _model(job, config, meshes, device)
+    times_s = [_pass_s(model, sequences, job.train.seq_len, device) for sequences in _SEQUENCES]
+    spec = spec.replace(
+        num_layers=num_layers, dense_params=config.num_dense_params, expert_params=config.num_expert_params
+    )
+    few, many = (sequences * job.train.seq_len for sequences in _SEQUENCES)
+    token_s = max(_LEAST_S / many, (times_s[1] - times_s[0]) / (many - few))
+    one = step_time(MeshPlan(1, 1, 1, 0, 1, 1), spec.replace(flops_per_s=1.0), ranks_per_node=1)
+    flops_per_token = one.compute / spec.tokens_per_sample
+    launch_s = (times_s[0] - few * token_s - one.weights) / num_layers
+    return {"flops_per_s": flops_per_token / token_s, "layer_launch_s": max(_LEAST_S, launch_s)}
+
+
+def _model(job: JobConfig, config: ModelConfig, meshes: Meshes, device: torch.device) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config)
+    compute = torch.bfloat16 if job.train.dtype == "bfloat16" else torch.float32
+    parallelize(model, meshes, Precision(compute=compute))
+    materialize(model, device)
+    init_weights(model, job.train.seed)
+    model.recompute = job.train.recompute
+    return model
+
+
+def _pass_s(model: Decoder, sequences: int, positions: int, device: torch.device) -> float:
+    tokens = torch.randint(model.config.vocab_size, (sequences, positions + 1), device=device)
+    real = torch.ones(sequences, dtype=torch.bool, device=device)
+
+    def once() -> None:
+        begin_round(model, last=False)
+        out = model(tokens[:, :-1], real)
+        token_loss(out.logits_BSV, tokens[:, 1:], real).backward()
+
+    return _least_s(once, device)
+
+
+def _least_s(action: Callable[[], object], device: torch.device) -> float:
+    """The least time of a few, all ranks at once: what disturbs one is not the machine's. The slowest rank's."""
+    times_s = []
+    for turn in range(_REPEATS + 1):
+        dist.barrier()
+        _finish(device)
+        began_s = time.perf_counter()
+        action()
+        _finish(device)
+        if turn:  # the first one allocates
+            times_s.append(time.perf_counter() - began_s)
+    least = torch.tensor(min(times_s), dtype=torch.float64)
+    dist.all_reduce(least, op=dist.ReduceOp.MAX)
+    return max(_LEAST_S, float(least))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the file from rank 0."""
+    parser = argparse.ArgumentParser(prog="python -m elastic_moe.calibrate", description=__doc__)
+    parser.add_argument("job", metavar="JOB.toml", help="whose model's layers are measured")
+    parser.add_argument("--out", default="machine.json", metavar="FILE", help="default machine.json")
+    args = parser.parse_args(argv)
+    try:
+        job = load(args.job, environ=os.environ)
+        device = choose_device(job.train.device, int(os.environ.get("LOCAL_RANK", "0")))
+        with process_group(device):
+            found = measure(job, device)
+            if dist.get_rank() == 0:
+                write_calibration(args.out, found)
+    except UserError as error:
+        sys.stderr.write(f"calibrate: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

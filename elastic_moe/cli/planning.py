@@ -1,0 +1,95 @@
+"""What `plan` and `train --dry-run` share: machines to plan for, a plan for each number of nodes. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from elastic_moe.cli.parser import node_range, positive_int
+from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
+
+GIB = 1 << 30
+DEFAULT_NODES = range(1, 17)
+DEFAULT_SLOTS_PER_NODE = 8
+
+
+def add_machines(parser: argparse.ArgumentParser | argparse._ArgumentGroup, memory_help: str) -> None:
+    """Add the options that say which machines to plan for; None where they are not given."""
+    parser.add_argument("--nodes", type=node_range, metavar="MIN:MAX", help="default 1:16")
+    parser.add_argument("--slots-per-node", type=positive_int, metavar="N", help="default 8")
+    parser.add_argument("--memory-gib", type=positive_int, metavar="GIB", help=memory_help)
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="speeds that `python -m elastic_moe.calibrate` has measured"
+    )
+
+
+def job_spec(path: str, args: argparse.Namespace) -> MeshSpec:
+    """The spec of the job in `path`, with `--set` and `--calibration` laid over it. Raises UserError as `load` does."""
+    from elastic_moe.config import load, mesh_spec  # pydantic is slow to import, and for a job alone
+
+    sets = [*args.sets, *([f"mesh.calibration={json.dumps(args.calibration)}"] if args.calibration else [])]
+    return mesh_spec(load(path, sets=sets, environ=os.environ))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The plan of one number of nodes: `priced` and what the loss of one costs, or the reason why there is none.
+
+    Where only memory does not suffice, `leanest` is what would take the least.
+    """
+
+    nodes: int
+    slots: int
+    priced: Priced | None
+    infeasible: str = ""
+    loss: NodeLoss | None = None
+    leanest: Priced | None = None
+
+
+def table(spec: MeshSpec, args: argparse.Namespace) -> list[Row]:
+    """Plan the mesh for each number of nodes by itself."""
+    rows = []
+    slots_per_node = args.slots_per_node or DEFAULT_SLOTS_PER_NODE
+    for num_nodes in args.nodes or DEFAULT_NODES:
+        slots = num_nodes * slots_per_node
+        try:
+            priced = price(slots, spec, ranks_per_node=slots_per_node)
+            rows.append(Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node)))
+        except Infeasible as error:
+            rows.append(Row(num_nodes, slots, None, str(error), leanest=error.leanest))
+    return rows
+
+
+def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
+    """The table as `--json` prints it; the help of `plan` describes the fields."""
+    plans: list[dict[str, Any]] = []
+    for row in rows:
+        outcome: dict[str, Any] = {"infeasible": row.infeasible}
+        if row.leanest:
+            outcome["leanest"] = _modelled(row.leanest)
+        if row.priced:
+            outcome = {**_modelled(row.priced), "node_loss": row.loss}
+        plans.append({"nodes": row.nodes, "slots": row.slots, **outcome})
+    return {"spec": dataclasses.asdict(spec), "plans": plans}
+
+
+def _modelled(priced: Priced) -> dict[str, Any]:
+    return {
+        "mesh": dataclasses.asdict(priced.plan),
+        "step_s": priced.step_s,
+        "step": dataclasses.asdict(priced.step),
+        "memory_bytes": priced.memory_bytes,
+        "memory": dataclasses.asdict(priced.memory),
+    }
+
+
+def seconds(time_s: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if time_s >= scale:
+            return f"{time_s / scale:.1f} {unit}"
+    return f"{time_s * 1e6:.1f} us"

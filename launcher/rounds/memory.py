@@ -1,0 +1,183 @@
+"""What one rank's memory holds when it holds the most. Pure: from a mesh and a spec to bytes, term by term.
+
+FSDP2 (torch/distributed/fsdp/_fully_shard, 2.13) has three kinds of units: the root (embedding, head, last norm), each
+layer's experts, and the rest of each layer. A unit is gathered where it computes: the root from the start of a pass to
+its end, a layer's two while it runs. Gradients are reduced and cut into shards with the last pass of a step; those of
+the passes before it are added up whole. So a step holds the most at one of five moments, each of which is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from launcher.rounds.layouts import expert_padding, expert_unevenness
+
+if TYPE_CHECKING:
+    from launcher.rounds.mesh import MeshPlan
+    from launcher.rounds.spec import MeshSpec
+
+_PARAM_BYTES = 4
+_MOMENTS_BYTES = 8
+_FLOAT64_BYTES = 8
+_LOSS_BYTES = 4  # logits are made fp32 for the loss
+_MATRICES_OF_EXPERT = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes of one rank, at the moment at which they are the most."""
+
+    params: int
+    """fp32 parameters, this rank's shards."""
+    optimizer: int
+    """The two moments of AdamW, fp32."""
+    gradients: int
+    """Gradients, fp32: of passes before the last one whole, then in shards."""
+    activations: int
+    """What layers keep for the backward pass."""
+    logits: int
+    """Logits, their softmax, and the gradients of both."""
+    gathered: int
+    """Parameters of the units that compute, whole."""
+    working: int
+    """What a unit's backward pass or the optimizer takes for a moment: gradients that are being reduced, products."""
+    runtime: int
+    """What libraries and the memory's allocator take along with a step."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def memory_use(mesh: MeshPlan, spec: MeshSpec) -> MemoryUse:
+    """Modelled memory of one rank in the fullest moment of a step."""
+    sizes = _Sizes(mesh, spec)
+    moments = (sizes.at_loss(), sizes.in_layer(last=True), sizes.in_layer(last=False), sizes.at_end(), sizes.in_step())
+    return max(moments, key=lambda use: use.total)
+
+
+class _Sizes:
+    """The numbers that the moments of a step are made of, in bytes unless their name says otherwise."""
+
+    def __init__(self, mesh: MeshPlan, spec: MeshSpec) -> None:
+        self.mesh, self.spec = mesh, spec
+        self.num_shards = mesh.shard * mesh.expert
+        self.layer_experts_num = spec.layer_expert_params / mesh.expert * expert_unevenness(mesh, spec)
+        self.whole_num = spec.dense_params + self.layer_experts_num * spec.num_layers
+        experts = spec.expert_params / mesh.expert / mesh.shard * expert_padding(mesh, spec)
+        self.own_num = spec.dense_params / self.num_shards + experts
+        self.tokens = mesh.micro_batch * spec.tokens_per_sample
+        exact = spec.reduce_bytes == _FLOAT64_BYTES
+        self.expert_bytes = _FLOAT64_BYTES if exact else spec.activation_bytes
+
+        wide = spec.activation_bytes
+        self.root = spec.root_params * wide
+        self.layer = spec.layer_dense_params * wide
+        self.experts = self.layer_experts_num * self.expert_bytes
+        self.accumulated = self.whole_num * spec.reduce_bytes if mesh.rounds > 1 else 0
+        self.of_layer = self.tokens * layer_activation_bytes(spec)
+        inputs = self.tokens * spec.model_dim * wide * spec.num_layers
+        self.activations = inputs if spec.recompute else self.of_layer * spec.num_layers
+        self.logits = self.tokens * spec.vocab_size * wide
+        # Softmax, its gradient and that of the logits, beside the logits themselves.
+        self.at_the_loss = self.tokens * spec.vocab_size * 3 * _LOSS_BYTES
+
+    def use(
+        self,
+        *,
+        gradients: float = 0,
+        activations: float = 0,
+        logits: float = 0,
+        gathered: float = 0,
+        working: float = 0,
+    ) -> MemoryUse:
+        """What is held at any time, and the terms of one moment."""
+        if self.spec.keep_gathered:
+            everything = (self.whole_num - self.layer_experts_num * self.spec.num_layers) * self.spec.activation_bytes
+            gathered = everything + self.experts * self.spec.num_layers
+        terms = (
+            self.own_num * _PARAM_BYTES,
+            self.own_num * _MOMENTS_BYTES,
+            gradients,
+            activations,
+            logits,
+            gathered,
+            working,
+            0,
+        )
+        return MemoryUse(*map(math.ceil, terms))
+
+    def at_loss(self) -> MemoryUse:
+        """The forward pass is done, and the logits' gradient is made."""
+        return self.use(
+            gradients=self.accumulated,
+            activations=self.activations,
+            logits=self.logits + self.at_the_loss,
+            gathered=self.root,
+        )
+
+    def in_layer(self, *, last: bool) -> MemoryUse:
+        """The backward pass of the last layer, its first; or of the first one, with most gradients in shards."""
+        spec = self.spec
+        left = 1.0 if last else 1 / spec.num_layers
+        shards = (1 - left) * self.own_num * _PARAM_BYTES
+        again = self.of_layer if spec.recompute else 0
+        return self.use(
+            gradients=self.accumulated * left + shards + self.root / 2,  # the head's; the embedding comes at the end
+            activations=self.activations * left + again,
+            logits=self.logits,
+            gathered=self.root + self.layer + self.experts,
+            working=max(
+                self.experts + self.tokens * _expert_work_bytes(spec),
+                self.reducing(self.layer_experts_num, self.expert_bytes),
+            ),
+        )
+
+    def at_end(self) -> MemoryUse:
+        """The root's gradients are reduced, after those of all layers."""
+        spec = self.spec
+        return self.use(
+            gradients=self.own_num * _PARAM_BYTES,
+            logits=self.logits,
+            gathered=self.root,
+            working=self.reducing(spec.root_params, spec.activation_bytes),
+        )
+
+    def in_step(self) -> MemoryUse:
+        """Gradients are clipped: the squares of one tensor are float64."""
+        spec = self.spec
+        largest = max(
+            self.layer_experts_num / _MATRICES_OF_EXPERT / self.mesh.shard,
+            spec.vocab_size * spec.model_dim / self.num_shards,
+        )
+        return self.use(gradients=self.own_num * _PARAM_BYTES, logits=self.logits, working=2 * _FLOAT64_BYTES * largest)
+
+    def reducing(self, numbers: float, wide: int) -> float:
+        """Gradients of `wide` bytes each, what of them is sent, and what comes out of it."""
+        return numbers * (wide + self.spec.reduce_bytes * (1 + 1 / self.num_shards))
+
+
+def layer_activation_bytes(spec: MeshSpec) -> float:
+    """Bytes that one layer keeps for each token: the inputs of what has a gradient.
+
+    Of each of two norms its input, the normalised one and its output; queries, keys, values and what attention makes of
+    them, twice; of each row its input, gate, up, the activation of the gate, and its output; in fp32 the router's
+    input, where that is not what it is anyway, logits, scores and shares. (`Experts` computes the last product's input
+    again.)
+    """
+    query_dim = spec.query_dim or spec.model_dim
+    key_dim = spec.key_dim or query_dim
+    rows = spec.top_k if spec.num_experts else 1
+    numbers = 6 * spec.model_dim + 3 * query_dim + 2 * key_dim
+    numbers += rows * (2 * spec.model_dim + 3 * spec.ffn_dim) + 4 * spec.shared_dim
+    router = 3 * spec.num_experts + (spec.model_dim if spec.activation_bytes < _LOSS_BYTES else 0)
+    return numbers * spec.activation_bytes + router * _LOSS_BYTES
+
+
+def _expert_work_bytes(spec: MeshSpec) -> float:
+    """Bytes that the experts' backward pass takes for each token: gradients of what they have kept."""
+    rows = spec.top_k if spec.num_experts else 1
+    return rows * (2 * spec.model_dim + 4 * spec.ffn_dim) * spec.activation_bytes

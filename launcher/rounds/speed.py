@@ -1,0 +1,132 @@
+"""How long a step takes on a mesh, term by term. Pure: nothing overlaps, and only ratios decide a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launcher.rounds.layouts import expert_padding, expert_unevenness
+
+if TYPE_CHECKING:
+    from launcher.rounds.mesh import MeshPlan
+    from launcher.rounds.spec import MeshSpec
+
+# Passes over a layer's parameters in one forward and backward pass: gathered twice (read and written), read by forward
+# and backward, and their gradient written.
+_PASSES_OVER_PARAMS = 7
+# AdamW reads parameter, gradient and two moments and writes three of them; clipping reads the gradient.
+_STEP_BYTES_PER_PARAM = 4 * 8
+_PARAM_BYTES = 4
+_EXCHANGES = 5  # of a layer: how many rows, rows there and back, and the gradients of both ways
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    """Products of matrices."""
+    launch: float
+    """What each layer costs whatever its size."""
+    weights: float
+    """Parameters that pass through memory, however few tokens meet them."""
+    exchange: float
+    """Rows between expert-parallel ranks."""
+    gather: float
+    """Parameters gathered for each pass, twice."""
+    reduce: float
+    """Gradients over the shards, once a step."""
+    replicas: float
+    """Gradients over the replicas, once a step."""
+    optimizer: float
+    """The update of this rank's shards."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return math.fsum(dataclasses.astuple(self))
+
+
+def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[int]) -> StepTime:
+    """Modelled time of one optimizer step, nothing overlapped.
+
+    A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
+    fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
+    backward), and gathers parameters twice. A step ends with gradients reduced over the shards and over the replicas,
+    and with the optimizer. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link,
+    round a ring. Ranks that share fewer cores than they are take turns.
+    """
+    tokens = mesh.micro_batch * spec.tokens_per_sample
+    uneven = expert_unevenness(mesh, spec)
+    sparsity = min(1.0, spec.top_k / spec.num_experts) * uneven if spec.num_experts else 1.0
+    block = mesh.shard * mesh.expert
+    links = _Links(mesh, spec, ranks_per_node)
+
+    looked_up = spec.vocab_size * spec.model_dim  # the embedding is no product
+    active = max(0, spec.dense_params - looked_up) + spec.expert_params * sparsity
+    whole = spec.dense_params + spec.expert_params / mesh.expert * uneven
+    experts_own = spec.expert_params / mesh.expert / mesh.shard * expert_padding(mesh, spec)
+    own = spec.dense_params / block + experts_own
+    rows_bytes = tokens * spec.top_k * uneven * spec.model_dim * spec.activation_bytes
+
+    def over_shards(bytes_per_param: int) -> float:
+        """Every unit's collective over its shards once: parameters gathered, or gradients reduced."""
+        dense = links.collective_s(block, block, spec.layer_dense_params * bytes_per_param)
+        experts = links.collective_s(mesh.shard, block, experts_own * mesh.shard / spec.num_layers * bytes_per_param)
+        root = links.collective_s(block, block, spec.root_params * bytes_per_param) if spec.root_params else 0.0
+        return spec.num_layers * (dense + (experts if spec.expert_params else 0.0)) + root
+
+    rounds, turns = mesh.rounds, links.turns
+    # Of a round's work a third is the forward pass, which is done again where layers are computed anew, and where loads
+    # are counted ahead of the rounds.
+    again = 1 + (spec.recompute + (spec.counts_first and rounds > 1)) / 3
+    gathers = 1 if spec.keep_gathered else 2 * rounds
+    return StepTime(
+        compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
+        launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
+        weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
+        exchange=turns * rounds * _EXCHANGES * spec.num_layers * links.exchange_s(rows_bytes),
+        gather=turns * gathers * over_shards(spec.activation_bytes),
+        reduce=turns * over_shards(spec.reduce_bytes),
+        replicas=turns * 2 * links.collective_s(mesh.replicate, mesh.world_size, own * spec.reduce_bytes),
+        optimizer=turns * own * _STEP_BYTES_PER_PARAM / spec.memory_bytes_per_s,
+    )
+
+
+class _Links:
+    """What it costs ranks of a mesh to talk, and how many of them take turns on a core."""
+
+    def __init__(self, mesh: MeshPlan, spec: MeshSpec, ranks_per_node: int | Sequence[int]) -> None:
+        self.spec, self.mesh = spec, mesh
+        self.stride, widest = node_stride(ranks_per_node, mesh.world_size)
+        fullest = min(widest, mesh.world_size)
+        self.turns = max(1.0, fullest / spec.cores_per_node) if spec.cores_per_node else 1.0
+
+    def collective_s(self, num_ranks: int, span: int, size_bytes: float) -> float:
+        """A collective of `num_ranks` ranks that lie within `span` consecutive ones."""
+        if num_ranks == 1:
+            return 0.0
+        spec, inside = self.spec, not self.stride % span
+        bandwidth = spec.intra_node_bytes_per_s if inside else spec.inter_node_bytes_per_s
+        fixed_s = spec.latency_s + (num_ranks - 1) * spec.hop_s
+        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / bandwidth
+
+    def exchange_s(self, rows_bytes: float) -> float:
+        """One of a layer's exchanges, on the average: that of the counts moves next to nothing."""
+        part = (_EXCHANGES - 1) / _EXCHANGES
+        return self.collective_s(self.mesh.expert, self.mesh.expert, rows_bytes * part)
+
+
+def node_stride(ranks_per_node: int | Sequence[int], size: int) -> tuple[int, int]:
+    """The largest block of ranks that no node boundary cuts (0: one node holds all), and the widest node.
+
+    Blocks of n ranks that start at multiples of n stay inside nodes exactly when n divides every boundary,
+    that is, when it divides their greatest common divisor.
+    """
+    if isinstance(ranks_per_node, int):
+        return (ranks_per_node if size > ranks_per_node else 0), ranks_per_node
+    boundaries = [end for end in itertools.accumulate(ranks_per_node) if end < size]
+    return math.gcd(*boundaries), max(ranks_per_node)

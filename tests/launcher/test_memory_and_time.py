@@ -1,0 +1,109 @@
+"""What the planner says of a rank's memory and a step's time, term by term."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from launcher.rounds.memory import memory_use
+from launcher.rounds.mesh import Infeasible, MeshPlan, price
+from launcher.rounds.spec import MeshSpec
+from launcher.rounds.speed import step_time
+
+GIB = 1 << 30
+# Mixtral 8x7B in bf16, whole sequences kept.
+MIXTRAL = MeshSpec(
+    global_batch=256,
+    num_experts=8,
+    dense_params=1_605_636_096,
+    expert_params=32 * 8 * 3 * 4096 * 14336,
+    num_layers=32,
+    model_dim=4096,
+    ffn_dim=14336,
+    query_dim=4096,
+    key_dim=1024,
+    vocab_size=32_000,
+    tokens_per_sample=4096,
+)
+
+
+def mesh(replicate: int = 1, shard: int = 1, expert: int = 1, micro_batch: int = 1, rounds: int = 1) -> MeshPlan:
+    return MeshPlan(replicate, shard, expert, 0, micro_batch, rounds)
+
+
+def test_parameters_and_moments_are_shards() -> None:
+    whole, part = memory_use(mesh(), MIXTRAL), memory_use(mesh(1, 4, 8), MIXTRAL)
+    total = MIXTRAL.dense_params + MIXTRAL.expert_params
+    assert whole.params == 4 * total and whole.optimizer == 8 * total
+    assert (part.params, part.optimizer) == (4 * total // 32, 8 * total // 32)
+    assert memory_use(mesh(4, 1, 8), MIXTRAL).params == 4 * (MIXTRAL.dense_params // 8 + MIXTRAL.expert_params // 8)
+
+
+def test_gradients_of_several_rounds_are_whole() -> None:
+    """Only the last round's are reduced: until then a rank holds those of all that it computes with, in fp32."""
+    one, two = (memory_use(mesh(1, 4, 8, rounds=rounds), MIXTRAL) for rounds in (1, 2))
+    whole = 4 * (MIXTRAL.dense_params + MIXTRAL.expert_params // 8)
+    assert two.gradients >= whole > one.gradients
+    exact = memory_use(mesh(1, 4, 8, rounds=2), MIXTRAL.replace(reduce_bytes=8))
+    assert exact.gradients >= 2 * whole
+
+
+def test_logits_are_counted() -> None:
+    spec = MIXTRAL.replace(vocab_size=1 << 20, num_layers=1, expert_params=0, num_experts=0)
+    logits_bytes = 4096 * (1 << 20) * (2 + 3 * 4)
+    assert memory_use(mesh(1, 32), spec.replace(dense_params=1 << 20)).logits == logits_bytes
+
+
+def test_layers_that_are_computed_again_keep_their_input() -> None:
+    kept, again = (memory_use(mesh(1, 4, 8, 4), MIXTRAL.replace(recompute=flag)) for flag in (False, True))
+    inputs = 4 * 4096 * 4096 * 2 * 32
+    of_layer = kept.activations / 32
+    assert of_layer < again.activations <= inputs + of_layer < kept.activations / 10
+
+
+def test_gathered_layers() -> None:
+    """The root, and one layer; all of them where they stay gathered."""
+    once = memory_use(mesh(1, 4, 8), MIXTRAL)
+    kept = memory_use(mesh(1, 4, 8), MIXTRAL.replace(keep_gathered=True))
+    dense, experts = MIXTRAL.layer_dense_params, MIXTRAL.layer_expert_params / 8
+    assert once.gathered == pytest.approx(2 * (MIXTRAL.root_params + dense + experts), rel=1e-6)
+    assert kept.gathered == pytest.approx(2 * (MIXTRAL.root_params + 32 * (dense + experts)), rel=1e-6)
+
+
+def test_what_does_not_fit_is_not_offered() -> None:
+    spec = MIXTRAL.replace(memory_cap_bytes=80 * GIB, recompute=True)
+    for slots in (16, 32, 64, 128):
+        assert price(slots, spec, ranks_per_node=8).memory_bytes <= 80 * GIB
+    with pytest.raises(Infeasible) as caught:
+        price(8, spec, ranks_per_node=8)
+    leanest = caught.value.leanest
+    assert leanest is not None and leanest.memory_bytes > 80 * GIB
+    assert f"{leanest.memory_bytes / GIB:.2f} GiB" in str(caught.value)
+
+
+def test_ranks_that_share_cores_take_turns() -> None:
+    alone = step_time(mesh(8), MIXTRAL, ranks_per_node=8)
+    shared = step_time(mesh(8), MIXTRAL.replace(cores_per_node=2), ranks_per_node=8)
+    assert shared.total == pytest.approx(4 * alone.total)
+    apart = step_time(mesh(8), MIXTRAL.replace(cores_per_node=2), ranks_per_node=2)
+    assert apart.compute == alone.compute
+
+
+def test_every_replica_updates_all_that_it_holds() -> None:
+    """On a machine whose memory is slow, replicas cost more than shards."""
+    spec = MIXTRAL.replace(memory_bytes_per_s=1e9)
+    assert step_time(mesh(8), spec, ranks_per_node=8).optimizer == pytest.approx(
+        8 * step_time(mesh(1, 8), spec, ranks_per_node=8).optimizer
+    )
+
+
+def test_terms_of_a_step() -> None:
+    once, twice = (step_time(mesh(2, 2, 2, rounds=rounds), MIXTRAL, ranks_per_node=8) for rounds in (1, 2))
+    for name, value in dataclasses.asdict(once).items():
+        factor = 1 if name in ("reduce", "replicas", "optimizer") else 2
+        assert value > 0 and dataclasses.asdict(twice)[name] == pytest.approx(factor * value), name
+    again = step_time(mesh(2, 2, 2), MIXTRAL.replace(recompute=True), ranks_per_node=8)
+    assert again.compute == pytest.approx(once.compute * 4 / 3)
+    kept = step_time(mesh(2, 2, 2, rounds=2), MIXTRAL.replace(keep_gathered=True), ranks_per_node=8)
+    assert kept.gather == pytest.approx(once.gather / 2)

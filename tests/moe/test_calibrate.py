@@ -1,0 +1,44 @@
+"""The probe that tells the mesh planner how fast a machine is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_moe import calibrate
+from elastic_moe.config import JobConfig, load
+from elastic_moe.machine import MachineSpeed, read_calibration, write_calibration
+from tests.moe.cases import SMALL
+from tests.ranks import Ranks
+
+JOB = {"model": SMALL.model_dump(), "train": {"seq_len": 16, "device": "cpu"}}
+
+
+def measured(fields: dict[str, Any]) -> dict[str, float]:
+    return calibrate.measure(JobConfig.model_validate(fields), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_rank_finds_the_same_speeds(ranks: Ranks, world_size: int, tmp_path: Path) -> None:
+    found = ranks.run(measured, JOB, world_size=world_size)
+    assert all(speeds == found[0] for speeds in found)
+    links = {"intra_node_bytes_per_s", "latency_s", "hop_s"} if world_size > 1 else set()
+    assert set(found[0]) == {"memory_bytes_per_s", "flops_per_s", "layer_launch_s", "cores_per_node"} | links
+    assert all(0 < value < math.inf for value in found[0].values())
+    write_calibration(tmp_path / "new" / "machine.json", found[0])
+    assert read_calibration(tmp_path / "new" / "machine.json") == found[0]
+    (tmp_path / "job.toml").write_text(f"[mesh]\ncalibration = '{tmp_path}/new/machine.json'\nlatency_s = 9.0\n")
+    mesh = load(tmp_path / "job.toml", environ={}).mesh
+    assert {name: getattr(mesh, name) for name in MachineSpeed.model_fields if name in found[0]} == {
+        **found[0],
+        **({"latency_s": 9.0} if world_size > 1 else {}),
+    }
+
+
+def test_a_missing_job_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert calibrate.main([str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr().err == f"calibrate: job file {tmp_path}/none.toml does not exist\n"
