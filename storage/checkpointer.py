@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
-import sys
 import threading
-import weakref
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import torch.distributed as dist
 
+from storage import at_exit
 from storage.errors import UsageError
 from storage.events import Listener, Reporter
 from storage.format import layout
@@ -24,7 +22,6 @@ from storage.loading.memory_tier import MemoryAccess
 from storage.loading.restorer import Restorer
 from storage.options import Access, CheckpointerOptions, divided, translated
 from storage.pace.rules import Tier
-from storage.parallel import before_pools_close
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import JobIdentity
 from storage.saving.committer import Committer, InProcess
@@ -37,8 +34,6 @@ from storage.service.choice import backend_for, held_by, memory_of
 from storage.service.handed import Saves
 from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Checkpointer:
         self._report.watch(self._store)
         self._started: _Started | None = None
         self._is_closed = False
-        _open.add(self)
+        at_exit.register(self, Checkpointer._close)
 
     def start(self) -> Self:
         """Claim the run, unless it is only read; harmless where that is done. A collective.
@@ -282,6 +277,25 @@ class Checkpointer:
         if live is not None:
             live.state.note(layout.as_step(step), state)
 
+    def finish_step(self, step: int, state: Mapping[str, Any], apply: Callable[[], object]) -> None:
+        """Have `apply` do the last part of a step, the part in which no rank needs another, and note the step.
+
+        That is the optimizer's step, and whatever else makes `state` the one after `step`; it must not communicate.
+        Where the node's service keeps states for a lost peer (see `note`) all ranks meet before it, in one small
+        all-reduce: no rank applies the step before each has all it needs to. If a peer is lost there, a thread beside
+        applies it for a rank that waits, so that survivors are never a step apart. Elsewhere this is `apply()` alone.
+
+        Raises:
+            UsageError: as `note`.
+            Exception: what `apply` raises.
+        """
+        self._savers()
+        live, step = self._start().live, layout.as_step(step)
+        if live is not None:
+            live.state.finish(step, state, apply)
+        else:
+            apply()
+
     def _savers(self) -> tuple[Saver, Pacer]:
         started = self._start()
         if started.saver is None or started.pacer is None:
@@ -374,18 +388,3 @@ class Checkpointer:
                 self._started.live.close(rescue=abandon)
             if self._started is not None and self._started.saver is not None:
                 self._started.saver.close(abandon=abandon)
-
-
-_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-
-
-def _close_at_exit() -> None:
-    """Close what a script has left open. One that an exception has ended waits for no other rank."""
-    for checkpointer in list(_open):
-        try:
-            checkpointer._close(abandon=getattr(sys, "last_value", None) is not None)
-        except Exception:
-            log.exception("a checkpointer that was left open cannot be closed")
-
-
-before_pools_close(_close_at_exit)

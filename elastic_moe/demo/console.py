@@ -6,7 +6,7 @@ On a terminal a bar stays below the sentences; elsewhere (a log, CI) a line now 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich.console
@@ -80,9 +80,14 @@ class Console:
             "",
             f"outcome                    {'ok' if summary.ok else 'NOT OK'}",
             f"node lost to next step     {recovered}, {summary.steps_replayed} steps done again",
+            *([f"  of which                 {_listed(summary.phases_s)}"] if summary.phases_s else []),
             f"node taken in              pause of {paused}, {summary.steps_lost_on_return} steps lost",
             f"loss                       {summary.loss_first:.3f} to {summary.loss_last:.3f} in {summary.steps} steps",
             f"against the unbroken run   {difference}",
             f"records                    {out}/summary.json, events.jsonl, metrics.jsonl, story.png",
             *(f"PROBLEM: {problem}" for problem in summary.problems),
         )
+
+
+def _listed(phases_s: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases_s.items())

@@ -20,7 +20,9 @@ _STOP_GRACE_S = 10.0
 class Process:
     """One child with its output in a file. The kernel kills it when the demo dies, however that dies."""
 
-    def __init__(self, name: str, arguments: Sequence[str], *, log_path: Path) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], *, log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log_path = log_path
         self.killed = False
@@ -31,7 +33,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=child_environ(os.environ),
+                env=child_environ(os.environ) | dict(environment or {}),
                 start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends its children in order
             )
 
@@ -79,9 +81,11 @@ class Processes:
     def __init__(self) -> None:
         self.all: dict[str, Process] = {}
 
-    def start(self, name: str, arguments: Sequence[str], *, log_path: Path) -> Process:
-        """Start a child; one of the same name must have ended before."""
-        process = Process(name, arguments, log_path=log_path)
+    def start(
+        self, name: str, arguments: Sequence[str], *, log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start a child, with more variables if there are any; one of the same name must have ended before."""
+        process = Process(name, arguments, log_path=log_path, environment=environment)
         self.all[name] = process
         return process
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from elastic_moe.demo.phases import phases
 from elastic_moe.demo.records import Record, by_generation, last_by_step
 from launcher import EventName
 
@@ -39,6 +40,8 @@ class Summary:
     loss_last: float
     recovered_s: float | None
     """From the kill to the survivors' first completed step."""
+    phases_s: dict[str, float]
+    """What that time went to, see `phases`."""
     paused_s: float | None
     """From the last step without the returned node to the first with it."""
     steps_replayed: int
@@ -82,9 +85,10 @@ def summarize(
         ),
         default=math.nan,
     )
-    recovered_s = None
+    recovered_s, phases_s = None, {}
     if killed and lost and (after := done.get(lost.generation)):
         recovered_s = round(after[0]["ts"] - killed["ts"], 3)
+        phases_s = phases(events, killed["ts"], after[0]["ts"])
     paused_s = None
     if lost and returned and (before := done.get(lost.generation)) and (after := done.get(returned.generation)):
         paused_s = round(after[0]["ts"] - before[-1]["ts"], 3)
@@ -94,6 +98,7 @@ def summarize(
         loss_first=losses[0] if losses else math.nan,
         loss_last=losses[-1] if losses else math.nan,
         recovered_s=recovered_s,
+        phases_s=phases_s,
         paused_s=paused_s,
         steps_replayed=_done_again(done, lost),
         steps_lost_on_return=_done_again(done, returned),

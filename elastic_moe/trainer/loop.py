@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,22 +78,46 @@ class Loop:
 
     def _step(self) -> StepResult:
         began_s = time.perf_counter()
-        result = self.stepper.step(self.progress.step)
-        self.progress.count(skipped=bool(result.skipped))
-        if self.checkpointer is not None and not result.skipped:
-            self.checkpointer.note(self.progress.step, self.state)  # before ranks meet again, which may be in vain
-        step_s = time.perf_counter() - began_s
-        worker.heartbeat(self.progress.step, step_s=step_s)
-        val_loss = self._validate()
-        if self.here.rank == 0:
-            self._report(result, step_s, val_loss)
+        result = self.stepper.step(self.progress.step, functools.partial(self._finish, began_s))
+        if result.skipped:
+            self.progress.count(skipped=True)
+            self._tell(result, began_s)
+        if self._validates(self.progress.step):
+            step_s = time.perf_counter() - began_s
+            self._report(result, step_s, self._validate())
         return result
 
+    def _finish(self, began_s: float, result: StepResult, apply: Callable[[], None]) -> None:
+        """Apply a step, count and tell it: before ranks meet again, which may be in vain, and it can be gone on from.
+
+        Where a peer is lost another thread may do so in place of this one, which waits for the peer and will be ended.
+        """
+        training = threading.current_thread()
+
+        def finish() -> None:
+            apply()
+            self.progress.count(skipped=False)
+            self._tell(result, began_s, is_last_word=threading.current_thread() is not training)
+
+        if self.checkpointer is None:
+            finish()
+        else:
+            self.checkpointer.finish_step(self.progress.step + 1, self.state, finish)
+
+    def _tell(self, result: StepResult, began_s: float, *, is_last_word: bool = False) -> None:
+        """Tell of a step that was done; one that is validated is told after that, if there is an after."""
+        step, step_s = self.progress.step, time.perf_counter() - began_s
+        worker.heartbeat(step, step_s=step_s)
+        if is_last_word or not self._validates(step):
+            self._report(result, step_s, None)
+
+    def _validates(self, step: int) -> bool:
+        """Whether the loss on what is held out is computed after that step."""
+        every = self.job.train.validate_every
+        return every is not None and (step % every == 0 or step == self.job.train.steps)
+
     def _validate(self) -> float | None:
-        """The loss on what is held out, at the steps that are to have one. A collective there."""
-        train, step = self.job.train, self.progress.step
-        if train.validate_every is None or (step % train.validate_every and step != train.steps):
-            return None
+        """The loss on what is held out. A collective."""
         with worker.untimed():
             loss = self.stepper.validate()
         return loss if math.isfinite(loss) else None
@@ -167,6 +194,9 @@ class Loop:
         return NotFinite(told)
 
     def _report(self, result: StepResult, step_s: float, val_loss: float | None) -> None:
+        """Tell of the last step, on rank 0."""
+        if self.here.rank != 0:
+            return
         train, step = self.job.train, self.progress.step
         if self.metrics is not None:
             plan = self.stepper.meshes.plan

@@ -5,7 +5,7 @@ Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,10 @@ class StepResult(NamedTuple):
     """Why the step has changed nothing; "" for one that has."""
     own_loss: float = 0.0
     """Of a skipped step, what this rank's sequences added to the sum of losses."""
+
+
+Finish = Callable[[StepResult, Callable[[], None]], None]
+"""Hears of a step's result, and has it applied: by a call that changes the state of this rank alone."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,11 @@ class Stepper:
         self.optim = optim
         self.horizon = optim.decay_steps or train.steps
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, finish: Finish | None = None) -> StepResult:
         """Do the step that follows `step` completed ones. A collective.
 
-        One whose loss or gradient is not finite leaves parameters, moments and biases as they are, on all ranks.
+        One whose loss or gradient is not finite leaves parameters, moments and biases as they are, on all ranks, and
+        has nothing to `finish`, which otherwise decides when its update is applied; without it that is at once.
         """
         own_loss, load_LE = self._accumulate(self.batches.of_step(step))
         loss_sum, load_LE = self._add_over_ranks(own_loss, load_LE)
@@ -150,13 +155,21 @@ class Stepper:
         if skipped := why_to_skip(loss, grad_norm):
             self.optimizer.zero_grad()
             return StepResult(loss, grad_norm, lr, load_LE.cpu(), skipped, float(own_loss.item()))
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.model.config.balance == "bias":
-            for block, load_E in zip(self.model.blocks, load_LE, strict=True):
-                move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
-        return StepResult(loss, grad_norm, lr, load_LE.cpu())
+
+        def apply() -> None:
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.model.config.balance == "bias":
+                for block, load_E in zip(self.model.blocks, load_LE, strict=True):
+                    move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
+
+        result = StepResult(loss, grad_norm, lr, load_LE.cpu())
+        if finish is None:
+            apply()
+        else:
+            finish(result, apply)
+        return result
 
     @torch.no_grad()
     def validate(self) -> float:

@@ -20,6 +20,7 @@ from storage.held.papers import PartLabel
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules, PeerServer
 from storage.held.rate import RateLimit
+from storage.priority import step_back
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class NodeMemory:
             return self._changed.wait_for(lambda: not self._due and not self._is_copying, timeout_s)
 
     def _copy_all(self) -> None:
+        step_back()
         while not self._stop.is_set():
             with self._changed:
                 self._is_copying = False

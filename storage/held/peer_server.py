@@ -29,6 +29,7 @@ from storage.held.wire import (
     WireError,
     welcome,
 )
+from storage.priority import step_back
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ class PeerServer:
 
     def _hold(self, wire: Wire, asked: HoldCopy) -> None:
         """Take a copy in. Nothing of it is held before all of it is what its papers say."""
+        step_back()  # who sends copies reads nothing on that connection that a restore would wait for
         papers = load_papers(wire.receive_bytes(asked.length), f"the papers from {asked.of_node}")
         with self._buffer(papers, asked.of_node) as buffer:
             try:

@@ -37,7 +37,7 @@ def stage(note: Note, memory: memoryview, deadline_s: float) -> list[Payload]:
     """
     payloads = [Payload(chunk, item) for chunk, item in note.values]
     start = 0
-    with _beside_training(note, deadline_s):
+    with beside_training(note.ready, deadline_s):
         for noted in note.tensors:
             if time.monotonic() > deadline_s:
                 raise NotCaptured(f"step {note.step} could not be copied in time")
@@ -65,17 +65,24 @@ def _tell(note: Note, changed: list[NotedTensor]) -> str:
 
 
 @contextlib.contextmanager
-def _beside_training(note: Note, deadline_s: float) -> Iterator[None]:
-    """On CUDA, copy in a stream of its own: the training's may be waiting for a kernel that never ends."""
-    if note.ready is None:
+def beside_training(ready: torch.cuda.Event | None, deadline_s: float) -> Iterator[None]:
+    """On CUDA, do what follows in a stream of its own, from the moment `ready` of the training's on.
+
+    That one may be waiting for a kernel that never ends. Raises NotCaptured: the device does not come that far in time.
+    """
+    if ready is None:
         yield
         return
-    stream = torch.cuda.Stream(note.ready.device)
-    stream.wait_event(note.ready)
-    with torch.cuda.stream(stream):
-        yield
-    done = stream.record_event()
-    while not done.query():
+    with torch.cuda.device(ready.device):
+        _await(ready, deadline_s)
+        stream = torch.cuda.Stream(ready.device)
+        with torch.cuda.stream(stream):
+            yield
+        _await(stream.record_event(), deadline_s)
+
+
+def _await(event: torch.cuda.Event, deadline_s: float) -> None:
+    while not event.query():
         if time.monotonic() > deadline_s:
-            raise NotCaptured(f"the device did not copy step {note.step} in time")
+            raise NotCaptured("the device does not come to it in time")
         time.sleep(_DEVICE_POLL_S)

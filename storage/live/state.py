@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from storage.arena.slot import Slot
 from storage.errors import StorageError, UsageError
 from storage.events import CheckpointEvent, Reporter
-from storage.live.capture import room_for, stage
+from storage.live.capture import beside_training, room_for, stage
+from storage.live.door import Door, Turn
 from storage.live.lock import StepLock
 from storage.live.notes import Note, NoteTaker
 from storage.parallel import Pool
@@ -70,6 +71,7 @@ class LiveState:
         self._publish = publish
         self._report = report
         self._lock: StepLock[Note] = StepLock()
+        self._door = Door()
         self._taker = NoteTaker(group.rank, self._lock.optimizers)
         self._agreed: _Agreed | None = None
         self._why_off: str | None = None  # this rank's reason
@@ -118,11 +120,32 @@ class LiveState:
         elif note is not None and not self._is_over:
             self._lock.note(note)
 
+    def finish(self, step: int, state: Mapping[Any, Any], apply: Callable[[], object]) -> None:
+        """Apply a step on all ranks, or on all that survive, and note it; see `door`. A collective.
+
+        `apply` is called once: here, or by the thread that captures. It communicates with nobody.
+        """
+        if self._agreed is None or self._is_over:  # nothing could be captured
+            apply()
+            self.note(step, state)
+            return
+
+        def finish() -> None:
+            apply()
+            self.note(step, state)
+
+        turn = Turn(step, finish)
+        self._door.come(turn)
+        self._group.any(False)  # nobody is through before all have come
+        turn.take()
+        self._door.leave()
+
     def forget(self, why: str) -> None:
         """The state is about to be changed, by a restore: there is no step to go back to until the next note.
 
         On all ranks: with that note, a collective, they agree anew, so that the same step of before is another attempt.
         """
+        self._door.leave()
         self._lock.clear(why)
         self._agreed = None
 
@@ -133,22 +156,39 @@ class LiveState:
     def capture(self, timeout_s: float, *, patient: bool = True) -> int | str:
         """Stage the state after the last complete step, and hand it to the service: its step, or why there is none.
 
-        `patient`: a step that is being applied is waited for.
+        The training begins no further step by `finish` then, as this process is to be ended; one that has come to its
+        door is applied here, and staged as well. `patient`: a step that is being applied is waited for.
         """
+        deadline_s = time.monotonic() + timeout_s
+        with self._capturing:
+            turn = self._door.shut()
+            if self._why_off is not None:
+                return self._why_off
+            found = self._capture_noted(deadline_s, _APPLY_S if patient else 0.0)
+            if turn is None or (isinstance(found, int) and found >= turn.step):
+                return found
+            try:
+                with beside_training(turn.ready, deadline_s):
+                    turn.take()
+            except Exception as error:  # noqa: BLE001 - the script's own
+                self._report(CheckpointEvent.LIVE_MISSED, step=turn.step, reason=_told(error))
+                return found
+            later = self._capture_noted(deadline_s, _APPLY_S)
+            return found if isinstance(later, str) else later
+
+    def _capture_noted(self, deadline_s: float, patience_s: float) -> int | str:
+        """Stage what is noted, if that was not done; its step, or why there is none."""
         began_s = time.monotonic()
-        if self._why_off is not None:
-            return self._why_off
-        with self._capturing, self._lock.held(min(timeout_s, _APPLY_S) if patient else 0.0) as note:
+        with self._lock.held(max(0.0, min(deadline_s - began_s, patience_s))) as note:
             if isinstance(note, str):
                 return note
             if self._captured == note.step:
                 return note.step
             try:
-                self._stage(note, began_s + timeout_s)
+                self._stage(note, deadline_s)
             except (StorageError, MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-                reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-                self._report(CheckpointEvent.LIVE_MISSED, step=note.step, reason=reason)
-                return reason
+                self._report(CheckpointEvent.LIVE_MISSED, step=note.step, reason=_told(error))
+                return _told(error)
             self._captured = note.step
             seconds = round(time.monotonic() - began_s, 4)
             self._report(CheckpointEvent.LIVE_STAGED, step=note.step, seconds=seconds, bytes=note.size_bytes)
@@ -160,6 +200,7 @@ class LiveState:
             found = self.capture(_RESCUE_S, patient=False)  # it is this very thread that would note the step
             if isinstance(found, str):
                 log.warning("the state in memory is lost: %s", found)
+        self._door.open()
         self._lock.close()
         self._pool.shutdown(wait=True)
         with self._capturing:
@@ -188,7 +229,7 @@ class LiveState:
         try:
             return self._taker.take(step, state)
         except Exception as error:  # noqa: BLE001 - a state_dict may fail in any way; a save will tell it
-            self._turn_off(str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}")
+            self._turn_off(_told(error))
             return None
 
     def _agree(self, note: Note | None) -> None:
@@ -238,3 +279,7 @@ class LiveState:
         self._why_off = why
         self._lock.close()
         self._report(CheckpointEvent.LIVE_OFF, reason=why)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from storage.priority import let_background_step_back
 from storage.service import keeper
 
 if TYPE_CHECKING:
@@ -21,14 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m storage.service", description=__doc__, allow_abbrev=False)
     parser.add_argument("--socket", type=Path, required=True, help="where to listen, in a folder of mode 0700")
     parser.add_argument("--rate-limit", type=float, metavar="BYTES", help="send at most so many bytes a second")
-    parser.add_argument("--nice", type=int, default=19, help="niceness of the process (default %(default)s)")
+    parser.add_argument("--nice", type=int, default=19, help="of threads that store and copy (default %(default)s)")
     parser.add_argument("--linger", type=float, default=10.0, metavar="S", help="end after S seconds with nobody there")
     parser.add_argument("--detach", action="store_true", help="go on as no child of who has called")
     parser.add_argument("--lifeline", type=int, metavar="FD", help="a pipe that ends with whoever wants the service")
     options = parser.parse_args(arguments)
     if options.detach and os.fork():
         os._exit(0)
-    keeper.settle(options.socket, options.nice)
+    keeper.settle(options.socket)
+    let_background_step_back(options.nice)
     if options.lifeline is not None:
         os.set_inheritable(options.lifeline, False)
     serve = functools.partial(_serve, options)

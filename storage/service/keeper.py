@@ -33,8 +33,6 @@ _QUIET_S = 60.0
 _LOOK_MS = 1000
 _FIRST_CALLER_S = 60.0
 _PR_SET_PDEATHSIG = 1
-_IOPRIO_SYSCALLS = {"x86_64": 251, "aarch64": 30}
-_IOPRIO_LEAST = (2 << 13) | 7  # best effort, the last of its levels: idle would starve beside a busy disk
 
 
 @dataclass
@@ -258,8 +256,8 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def settle(path: Path, niceness: int) -> None:
-    """Become a process of its own: nobody's output is held open, no terminal's signals come, others go first."""
+def settle(path: Path) -> None:
+    """Become a process of its own: nobody's output is held open, and no terminal's signals come."""
     address.make_private(path.parent)
     os.chdir("/")
     with contextlib.suppress(OSError):  # it leads one already
@@ -271,12 +269,3 @@ def settle(path: Path, niceness: int) -> None:
     for fd in {log_fd, null_fd} - {0, 1, 2}:
         os.close(fd)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s checkpoint service [%(process)d]: %(message)s")
-    _step_back(niceness)
-
-
-def _step_back(niceness: int) -> None:
-    """Let other processes have the processor and the disk first."""
-    with contextlib.suppress(OSError):
-        os.nice(niceness)
-    if (number := _IOPRIO_SYSCALLS.get(os.uname().machine)) is not None:
-        ctypes.CDLL(None, use_errno=True).syscall(number, 1, 0, _IOPRIO_LEAST)

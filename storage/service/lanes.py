@@ -17,6 +17,7 @@ from storage.errors import Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import Receipt
 from storage.pace.rules import Tier
+from storage.priority import step_back
 from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
 from storage.run.job import Origin
@@ -180,6 +181,7 @@ class Lane:
             self._pulse = Heartbeat(store, parcel.stage.owner, None, Reporter(None, {})).start()
 
     def _work(self) -> None:
+        step_back()
         while True:
             with self._lock:
                 if not self._queue:
@@ -226,6 +228,7 @@ class Lane:
 
     def _hold_all(self) -> None:
         """Have parcels kept in memory, in order: a state there neither waits for the store nor fails with it."""
+        step_back()
         while True:
             with self._lock:
                 if not self._to_hold:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import subprocess
@@ -22,6 +24,9 @@ Tell = Callable[[str], object]
 """Told in one line what has become of the service."""
 
 _RESTART_S = (0.0, 0.5, 2.0, 5.0)
+_LOOK_S = 0.5
+_SETTLED_S = 3.0
+"""After a worker's first word its job is likely to train, and no more to start."""
 _END_S = 5.0
 _LINGER_S = 1.0
 _ANSWER_S = 5.0
@@ -42,7 +47,7 @@ class CheckpointService:
         self._tell: Tell = log.warning
         self._lifeline: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._is_closing = threading.Event()
 
     @property
@@ -56,8 +61,10 @@ class CheckpointService:
         ends = os.pipe()
         self._lifeline = ends[1]
         self._process = self._run(ends[0])
-        self._watcher = threading.Thread(target=self._watch, args=(ends[0],), name="checkpoint-service", daemon=True)
-        self._watcher.start()
+        calls = (functools.partial(self._watch, ends[0]), self._prepare)
+        self._threads = [threading.Thread(target=call, name="checkpoint-service", daemon=True) for call in calls]
+        for thread in self._threads:
+            thread.start()
 
     def capture(self, timeout_s: float) -> CaptureRequest | None:
         """Have the live state of all workers kept, within that time; it goes on by itself. None: there is no worker."""
@@ -99,13 +106,21 @@ class CheckpointService:
         except subprocess.TimeoutExpired:
             self._process.kill()  # what it has forked goes with it
             self._process.wait()
-        if self._watcher is not None:
-            self._watcher.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self, lifeline: int) -> subprocess.Popen[bytes]:
         rate = [] if self._rate_bytes_per_s is None else ["--rate-limit", str(self._rate_bytes_per_s)]
         command = [*starting.command_line(self._path), "--lifeline", str(lifeline), "--linger", str(_LINGER_S), *rate]
         return subprocess.Popen(command, env=starting.environment(os.environ), pass_fds=[lifeline])
+
+    def _prepare(self) -> None:
+        """Import what a capture needs, pydantic for one: when it is needed a job waits for it."""
+        while not address.used(self._path).exists():
+            if self._is_closing.wait(_LOOK_S):
+                return
+        if not self._is_closing.wait(_SETTLED_S):
+            importlib.import_module("storage.service.capture_request")
 
     def _watch(self, lifeline: int) -> None:
         """Start it again where it has ended."""

@@ -26,6 +26,9 @@ def test_a_good_demo(play: Any) -> None:
     assert summary.ok
     assert (summary.steps, summary.seed) == (STEPS, 7)
     assert summary.recovered_s == pytest.approx(23.5 - 20.7)
+    told = {"noticed": 0.4, "round formed": 0.1, "state restored": 1.7, "first step": 0.6}
+    assert summary.phases_s == pytest.approx(told), "workers that nobody has told of started within the next phase"
+    assert sum(summary.phases_s.values()) == pytest.approx(summary.recovered_s)
     assert summary.paused_s == pytest.approx(34.5 - 33.0)
     assert (summary.steps_replayed, summary.steps_lost_on_return) == (1, 0)
     assert summary.loss_rel_diff_max == pytest.approx(1e-7, rel=1e-4)

@@ -23,11 +23,11 @@ from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress, DataState
-from elastic_moe.trainer.step import StepResult
+from elastic_moe.trainer.step import Finish, StepResult
 from launcher import WorkerContext, worker
 from launcher.rounds.mesh import MeshPlan
 from launcher.workers.channel import StopReason, WorkerPhase
-from storage import Checkpointer, inspection
+from storage import inspection
 from tests.moe.cases import fitted
 from tests.moe.test_train import World, job, lines, unsaved
 from tests.moe.test_training import job as step_job
@@ -201,11 +201,17 @@ class Script:
         monkeypatch.setattr(loop.Loop, "_report", lambda *_: None)
         monkeypatch.setattr(loop, "_healthy_steps", lambda url: [s.step for s in self.saved if s.healthy])
 
-    def step(self, done: int) -> StepResult:
+    def step(self, done: int, finish: Finish) -> StepResult:
         if done + 1 == self.poisoned_at:
             self.state["model"]["w"][1] = math.nan
         skipped = "the loss is nan" if done + 1 in self.bad_steps else ""
-        return StepResult(1.0, 1.0, 1e-3, torch.ones(1, 1), skipped, math.nan if skipped else 0.0)
+        result = StepResult(1.0, 1.0, 1e-3, torch.ones(1, 1), skipped, math.nan if skipped else 0.0)
+        if not skipped:
+            finish(result, lambda: None)
+        return result
+
+    def finish_step(self, step: int, state: Any, apply: Callable[[], object]) -> None:
+        apply()
 
     def due(self, step: int) -> bool:
         before, self._asked = self._asked, step
@@ -217,7 +223,6 @@ class Script:
     def wait(self) -> bool:
         return True
 
-    def note(self, step: int, state: Any) -> None: ...
     def announce_end(self) -> None: ...
     def close(self) -> None: ...
 
@@ -285,20 +290,6 @@ def test_a_state_that_is_not_finite_is_saved_as_such_and_ends_the_job(monkeypatc
     assert ("state_not_finite", {"step": 8, "tensor": "model.w"}) in script.events
 
 
-def test_a_checkpoint_from_before_steps_were_skipped_is_gone_on_from(tmp_path: Path) -> None:
-    class Before(DataProgress):
-        def state_dict(self) -> dict[str, Any]:
-            return {name: value for name, value in super().state_dict().items() if not name.startswith("skipped")}
-
-    before, now = Before(DATA, horizon=20), DataProgress(DATA, horizon=20)
-    before.step, now.skipped = 8, 3
-    with Checkpointer(str(tmp_path)) as checkpointer:
-        checkpointer.save(8, {"data": before, "model": {"w": torch.ones(2)}}, wait=True)
-        assert checkpointer.restore({"data": now, "model": {"w": torch.zeros(2)}}) == 8
-    assert (now.step, now.skipped, now.skipped_in_row, now.updates) == (8, 0, 0, 8)
-    assert now.loaded == DATA
-
-
 # --- whole jobs
 
 
@@ -307,9 +298,9 @@ def spoil_losses(fault: Fault) -> None:
     now = [0]
     original_step, original_loss = step.Stepper.step, step.token_loss  # type: ignore[attr-defined]
 
-    def counted(self: step.Stepper, done: int) -> StepResult:
+    def counted(self: step.Stepper, done: int, finish: Finish | None = None) -> StepResult:
         now[0] = done + 1
-        return original_step(self, done)
+        return original_step(self, done, finish)
 
     step.Stepper.step = counted  # type: ignore[method-assign]
     step.token_loss = lambda *args: original_loss(*args) * fault(now[0])  # type: ignore[attr-defined]
@@ -323,8 +314,8 @@ def poison(at: int, rank: int) -> None:
     """Let an update leave a NaN in an expert that one rank holds."""
     original = step.Stepper.step
 
-    def poisoned(self: step.Stepper, done: int) -> StepResult:
-        result = original(self, done)
+    def poisoned(self: step.Stepper, done: int, finish: Finish | None = None) -> StepResult:
+        result = original(self, done, finish)
         if done + 1 == at and dist.get_rank() == rank:
             param = next(p for n, p in self.model.named_parameters() if ".experts." in n)
             param.to_local().data.flatten()[0] = math.nan  # type: ignore[attr-defined, operator]

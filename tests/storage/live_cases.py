@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from storage.events import Reporter
 from storage.live.state import LivePart, LiveState
 from storage.ranks.agreement import AgreeingGroup
+from tests.cluster import until
 
 DEADLINE_S = 60.0
 Local = dict[str, torch.Tensor]
@@ -94,9 +95,9 @@ class Rank:
             for name, value in self.model.state_dict().items()
         }
 
-    def has_captured(self, expected: Local) -> bool:
-        """Whether the last part is that state."""
-        found = self.contents[-1]
+    def has_captured(self, expected: Local, number: int = -1) -> bool:
+        """Whether the part of that number, by default the last, is that state."""
+        found = self.contents[number]
         return all(torch.equal(found[name], value) for name, value in expected.items() if value.numel())
 
 
@@ -153,6 +154,40 @@ def captures_while_it_hangs(folder: str) -> list[Any]:
         dist.barrier()
     rank.live.close(rescue=False)
     return answers
+
+
+def captures_at_the_door(folder: str) -> list[Any]:
+    """Ranks 2 and 3 come to the door of step 2 only when the states of 0 and 1 have been staged, who wait there."""
+    rank = Rank((2, 2))
+    answers: list[int | str] = []
+
+    def apply() -> None:
+        rank.optimizer.step()
+        rank.state["step"] = 2
+
+    def ask() -> None:
+        until("the door", lambda: rank.live._door._turn, DEADLINE_S)
+        answers.append(rank.live.capture(DEADLINE_S))
+        Path(folder, str(rank.rank)).touch()
+
+    rank.train(1)
+    rank.live.note(1, rank.state)
+    before = rank.local()
+    rank.optimizer.zero_grad()
+    rank.loss().backward()
+    asking = threading.Thread(target=ask, daemon=True)
+    if rank.rank < 2:
+        asking.start()
+    else:
+        until("what is staged", lambda: all(Path(folder, str(each)).exists() for each in range(2)), DEADLINE_S)
+    rank.live.finish(2, rank.state, apply)
+    if asking.is_alive():
+        asking.join(DEADLINE_S)
+    steps = [part.attempt.step for part in rank.parts]
+    right = [rank.has_captured(each, number) for number, each in enumerate((before, rank.local())) if rank.parts]
+    updates = {int(state["step"]) for state in rank.optimizer.state.values()}
+    rank.live.close(rescue=False)
+    return [answers, steps, right, sorted(updates)]
 
 
 def tells_what_all_hold() -> list[Any]:

@@ -20,6 +20,13 @@ def test_a_capture_while_a_collective_hangs(ranks: Ranks, tmp_path: Path) -> Non
     assert ranks.run(live_cases.captures_while_it_hangs, str(tmp_path), world_size=2) == [[1], []]
 
 
+def test_a_step_is_applied_beside_a_training_that_waits_for_a_peer(ranks: Ranks, tmp_path: Path) -> None:
+    """Both states are staged, before and after it; where the peer comes after all, nothing is applied twice."""
+    waiting, late = [[2], [1, 2], [True, True], [2]], [[], [], [], [2]]
+    expected = [waiting, waiting, late, late]
+    assert ranks.run(live_cases.captures_at_the_door, str(tmp_path), world_size=4) == expected
+
+
 def test_every_part_says_what_all_ranks_hold(ranks: Ranks) -> None:
     told = ranks.run(live_cases.tells_what_all_hold, world_size=4)
     attempts, numbers, sizes, shapes, values = zip(*told, strict=True)

@@ -1,0 +1,36 @@
+"""Which threads let others go first: those that store and copy behind a training, and none that anybody waits for.
+
+A process cannot take back what it has given up of its priority, so it is given up thread by thread, as Linux has it. A
+thread hands its priority on to those that it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+
+_IOPRIO_SYSCALLS = {"x86_64": 251, "aarch64": 30}
+_IOPRIO_LEAST = (2 << 13) | 7  # best effort, the last of its levels: idle would starve beside a busy disk
+
+
+class _Background:
+    """What threads in the background step back to; None: they do not."""
+
+    niceness: int | None = None
+
+
+def let_background_step_back(niceness: int) -> None:
+    """In this process, have `step_back` mean that niceness; before it, it means nothing."""
+    _Background.niceness = niceness
+
+
+def step_back() -> None:
+    """Let other threads and processes have the processor and the disk before the calling thread, for good."""
+    if _Background.niceness is None:
+        return
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _Background.niceness)
+    if (number := _IOPRIO_SYSCALLS.get(os.uname().machine)) is not None:
+        ctypes.CDLL(None, use_errno=True).syscall(number, 1, 0, _IOPRIO_LEAST)
