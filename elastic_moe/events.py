@@ -12,3 +12,4 @@ class TrainerEvent(StrEnum):
     STEP_SKIPPED = "step_skipped"
     LOSS_NOT_FINITE = "loss_not_finite"
     STATE_NOT_FINITE = "state_not_finite"
+    DATA_CHANGED = "data_changed"

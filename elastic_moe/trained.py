@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from elastic_moe.data.tokenizer import TokenizerFiles
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder
 from storage import ShardReader, checkpoints, locate
 
 _MODEL, _FIELDS, _STEP, _SEQ_LEN = "model.", "data.model.", "data.step", "data.seq_len"
+_TOKENIZER = "data.tokenizer_files"
 
 
 class TrainedModel:
@@ -27,6 +29,7 @@ class TrainedModel:
         config: of its model.
         step: after which it was saved.
         seq_len: tokens in a sequence that it was trained on.
+        tokenizer: that of its job; None of one that was trained on bytes, or on ids.
     """
 
     def __init__(self, url: str) -> None:
@@ -76,6 +79,8 @@ class TrainedModel:
             ) from None
         self.step: int = values[_STEP]
         self.seq_len: int = values[_SEQ_LEN]
+        packed = self._load({_TOKENIZER: None})[_TOKENIZER] if _TOKENIZER in known else b""
+        self.tokenizer = TokenizerFiles.unpacked(packed) if packed else None
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters or buffers of the model by their names, whole, fp32, on the CPU, every byte verified.

@@ -12,10 +12,13 @@ from elastic_moe.errors import UserError
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
+    from elastic_moe.data.tokenizer import ByteTokenizer, FileTokenizer
+    from elastic_moe.trained import TrainedModel
 
 _EPILOG = """\
-For models that were trained on bytes, on one process and the CPU. The sample
-goes to standard output as it is drawn, and says nothing else.
+On one process and the CPU. The model's tokenizer is in its checkpoint, unless
+it was trained on token ids alone. The sample goes to standard output as it is
+drawn, and says nothing else.
 
 Exit codes: 0 done; 1 the checkpoint is damaged; 2 wrong usage, or there is no
 checkpoint of `elastic-moe train` at the URL.
@@ -32,7 +35,10 @@ def register(verbs: Subparsers) -> None:
     )
     parser.add_argument("url", metavar="URL", help="a run's folder or URL, or one step of it")
     parser.add_argument("--prompt", default="\n", help="the text to go on from (default: a new line)")
-    parser.add_argument("--tokens", type=positive_int, default=200, metavar="N", help="how many bytes (default 200)")
+    parser.add_argument("--tokens", type=positive_int, default=200, metavar="N", help="how many tokens (default 200)")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="a tokenizer.json or its folder, where the checkpoint has none"
+    )
     parser.add_argument("--temperature", type=_temperature, default=0.8, help="0 takes the likeliest (default 0.8)")
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="of the draws (default 0)")
     parser.add_argument("--endpoint-url", metavar="URL", help="another server than AWS for s3:// URLs")
@@ -42,30 +48,49 @@ def register(verbs: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> int:
     """Print the prompt and what follows it."""
-    from elastic_moe.huggingface.tokenizer import NUM_BYTES
     from elastic_moe.model.sampling import sample
     from elastic_moe.trained import TrainedModel
 
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if not prompt:
-        raise UserError("--prompt is empty: a model goes on from one byte at least")
+        raise UserError("--prompt is empty: a model goes on from one token at least")
     (url,) = with_s3_options(args, args.url)
     with TrainedModel(url) as trained:
-        if trained.config.vocab_size != NUM_BYTES:
-            raise UserError(
-                f"the model at {args.url} has {trained.config.vocab_size} tokens, and only bytes are known here: "
-                "export it, and give the folder its tokenizer"
-            )
+        tokenizer = _tokenizer(trained, args)
+        ids = [int(each) for each in tokenizer.encode([prompt], "--prompt")[0]]
+        if not ids:
+            raise UserError(f"--prompt is {args.prompt!r}, which the tokenizer makes no token of: give another")
         out = sys.stdout.buffer
         out.write(prompt)
-        tokens = sample(
-            trained.decoder(), prompt, args.tokens, temperature=args.temperature, seed=args.seed, window=trained.seq_len
+        drawn = sample(
+            trained.decoder(), ids, args.tokens, temperature=args.temperature, seed=args.seed, window=trained.seq_len
         )
-        for token in tokens:
-            out.write(bytes([token]))
+        for text in tokenizer.decode(ids, drawn):
+            out.write(text)
             out.flush()
     out.write(b"\n")
     return 0
+
+
+def _tokenizer(trained: TrainedModel, args: argparse.Namespace) -> ByteTokenizer | FileTokenizer:
+    from elastic_moe.data.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
+
+    vocab_size = trained.config.vocab_size
+    if args.tokenizer is not None:
+        found = FileTokenizer(read_tokenizer(args.tokenizer), args.tokenizer)
+    elif trained.tokenizer is not None:
+        found = FileTokenizer(trained.tokenizer, "the checkpoint's tokenizer")
+    elif vocab_size == ByteTokenizer.num_tokens:
+        return ByteTokenizer()
+    else:
+        raise UserError(
+            f"the model at {args.url} has {vocab_size} tokens, and its checkpoint no tokenizer: give one by --tokenizer"
+        )
+    if found.num_tokens > vocab_size:
+        raise UserError(
+            f"--tokenizer has {found.num_tokens} tokens and the model at {args.url} {vocab_size}: give its own"
+        )
+    return found
 
 
 def _temperature(text: str) -> float:

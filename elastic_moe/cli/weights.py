@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic_moe.cli.parser import positive_int
 from elastic_moe.cli.s3_options import with_s3_options
+from elastic_moe.errors import UserError
 from elastic_moe.model.config import TRAINING_FIELDS
 
 if TYPE_CHECKING:
@@ -16,18 +18,21 @@ if TYPE_CHECKING:
     from elastic_moe.model.config import ModelConfig
 
 _EXPORT_EPILOG = """\
-The folder holds a Mixtral: config.json, safetensors, and a tokenizer where the
-model was trained on bytes. `transformers` loads it by its path. One layer is in
+The folder holds a Mixtral: config.json, safetensors, and the tokenizer that the
+model was trained with. `transformers` loads it by its path. One layer is in
 memory at a time; the folder has its name once all of it is there.
 
 Exit codes: 0 done; 1 the checkpoint is damaged; 2 wrong usage, there is no
 checkpoint, or Mixtral has no such model.
 """
 _IMPORT_EPILOG = """\
-The job file is the folder's model and trains on from its weights: each rank
-reads what it holds of them when the job starts for the first time.
+The job file is the folder's model and trains on from its weights, with its
+tokenizer: each rank reads what it holds of them when the job starts for the
+first time. A dense Llama or Mistral is upcycled (arXiv:2212.05055): each expert
+begins as a copy of its layer's feed-forward network and routers at random, so
+that the model begins by computing what the dense one does.
 
-Exit codes: 0 done; 2 the folder is no Mixtral, not whole, or has a key that
+Exit codes: 0 done; 2 the folder is none of these, not whole, or has a key that
 would change what the model computes in a way that is not known here.
 """
 
@@ -60,8 +65,10 @@ def register(actions: Subparsers) -> None:
         description="Write a job file that trains on from a folder of transformers.",
         epilog=_IMPORT_EPILOG,
     )
-    action.add_argument("folder", metavar="FOLDER", type=Path, help="holds config.json and safetensors of a Mixtral")
+    action.add_argument("folder", metavar="FOLDER", type=Path, help="holds config.json and safetensors")
     action.add_argument("--out", metavar="JOB.toml", type=Path, help="the file to write (default: standard output)")
+    action.add_argument("--upcycle-experts", type=positive_int, metavar="N", help="make N experts of a dense layer")
+    action.add_argument("--top-k", type=positive_int, metavar="K", help="experts a token then goes to (default 2)")
     action.set_defaults(handler=_import)
 
 
@@ -82,10 +89,16 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from elastic_moe.errors import UserError
+    from elastic_moe.huggingface.config import Upcycling
     from elastic_moe.huggingface.folder import WeightFolder
 
-    text = job_text(WeightFolder(str(args.folder)).config, args.folder.resolve())
+    if args.upcycle_experts is None and args.top_k is not None:
+        raise UserError("--top-k is for --upcycle-experts: a Mixtral has its own")
+    upcycling = args.upcycle_experts and Upcycling(args.upcycle_experts, 2 if args.top_k is None else args.top_k)
+    found = WeightFolder(str(args.folder), upcycling)
+    if upcycling and not found.is_dense:
+        raise UserError(f"{args.folder} has experts already: --upcycle-experts is for dense models")
+    text = job_text(found.config, args.folder.resolve())
     if args.out is None:
         print(text, end="")
         return 0
@@ -100,7 +113,14 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def job_text(config: ModelConfig, folder: Path) -> str:
-    """A job file of `config` that begins with the weights in `folder`. What JSON makes of such values is TOML too."""
+    """A job file of `config` that begins with the weights and the tokenizer in `folder`.
+
+    What JSON makes of such values is TOML too.
+    """
+    from elastic_moe.data.tokenizer import FILE
+
     fields = config.model_dump(exclude_none=True, exclude=set(TRAINING_FIELDS))
     model = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["[model]", *model, "", "[train]", f"init_from = {json.dumps(str(folder))}"]) + "\n"
+    path = json.dumps(str(folder))
+    data = ["", "[data]", f"tokenizer = {path}"] if (folder / FILE).exists() else []
+    return "\n".join(["[model]", *model, *data, "", "[train]", f"init_from = {path}"]) + "\n"

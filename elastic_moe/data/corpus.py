@@ -1,51 +1,51 @@
-"""Read a corpus into arrays of tokens.
+"""Open a corpus as rows of tokens, of which only what is trained on is in memory.
 
-A text is its UTF-8 bytes, and a zero byte ends each document. Local files stay on the disk but for what is trained on;
-remote and compressed text is read into memory.
+Local text that is trained on as bytes, and local token ids, are read where they lie. Everything else becomes token ids
+in a cache of the node first (`elastic_moe.data.cache`), once for all its processes and jobs.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
+import logging
 import lzma
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.data.cache import TokenCache, TokenSink, default_folder, parts_to_check
 from elastic_moe.data.config import DataConfig
-from elastic_moe.data.documents import (
-    Documents,
-    JoinedDocuments,
-    JsonLines,
-    LoadedTexts,
-    ParquetTexts,
-    TextFiles,
-    texts_of_lines,
-)
-from elastic_moe.data.formats import SNIFFED_BYTES, DataFormat, FileKind, recognise, refuse_binary
+from elastic_moe.data.documents import JoinedArrays, TextFiles
+from elastic_moe.data.formats import SNIFFED_BYTES, DataFormat, refuse_binary
 from elastic_moe.data.order import Int64s
+from elastic_moe.data.progress import ReadProgress
+from elastic_moe.data.sources import (
+    Piece,
+    SourceFile,
+    check_tokens,
+    find_sources,
+    pieces,
+    stdlib_files,
+    token_header,
+)
+from elastic_moe.data.tokenizer import FileTokenizer, Ids, TextTokenizer, TokenizerFiles, open_tokenizer
 from elastic_moe.errors import UserError
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]] | JoinedDocuments
+log = logging.getLogger(__name__)
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]] | TextFiles | JoinedArrays
 
 _END_OF_DOCUMENT = b"\0"
-_TOKEN_DTYPES = (np.uint8, np.uint16, np.uint32)
-# Of the standard library: what distributions strip or move, so that machines with one Python version agree.
-_STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo"}
-# Shards larger than this are fingerprinted by pages spread over them: nobody reads terabytes at a start.
-_WHOLE_FINGERPRINT_BYTES = 256 << 20
-_CHUNK_TOKENS = 8 << 20
-_PAGE_BYTES = 64 << 10
-_NUM_PAGES = 64
+_FILE_BYTES = 64 << 20  # of sources that become one file of the cache, where they are smaller
+_BATCH_BYTES = 4 << 20  # of text that is tokenized at once
+_COPY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,20 @@ class Corpus:
 
     Attributes:
         shards: 1-D arrays of uint8, uint16 or uint32 token ids.
-        fingerprint: hex digest of the contents; equal corpora have equal fingerprints.
+        fingerprint: hex digest of the contents; equal corpora have equal fingerprints. Another tokenizer or another
+            way of packing makes it another.
         seq_len: tokens in a sample. A sample's window holds one more: the target of its last token.
+        end_of_document: the token that ends documents, where attention ends with them; None where it does not.
+        tokenizer: what it was tokenized by; None of bytes and of ids whose tokenizer is not known.
+        tokenizer_digest: of that; "" for None.
     """
 
     shards: tuple[Tokens, ...]
     fingerprint: str
     seq_len: int
+    end_of_document: int | None = None
+    tokenizer: TokenizerFiles | None = None
+    tokenizer_digest: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -86,36 +93,41 @@ class Corpus:
         return out
 
 
-def open_corpus(config: DataConfig, seq_len: int) -> Corpus:
+def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None) -> Corpus:
     """Read, or map, the corpus that `config` names.
 
+    Args:
+        vocab_size: of the model, which must have every token; None leaves it open.
+
     Raises:
-        UserError: there is nothing to read, it is not what `format` says, or it is shorter than one sample.
+        UserError: there is nothing to read, it is not what `format` says, it is shorter than one sample, or its
+            tokenizer has tokens that the model has not.
     """
-    shards: list[Tokens]
-    if config.url == "stdlib":
-        shards = [as_bytes(path.read_bytes() for path in stdlib_files())]
-    else:
-        shards = _read_url(config)
-    corpus = Corpus(tuple(shards), fingerprint(shards), seq_len)
+    tokenizer = open_tokenizer(config)
+    if vocab_size is not None and isinstance(tokenizer, FileTokenizer) and tokenizer.num_tokens > vocab_size:
+        raise UserError(
+            f"data.tokenizer {config.tokenizer} has {tokenizer.num_tokens} tokens and model.vocab_size is {vocab_size}:"
+            f" set model.vocab_size to {tokenizer.num_tokens} or more"
+        )
+    try:
+        shards, holds_ids = _shards(config, tokenizer)
+    except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"data.url {config.url!r} cannot be read: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        # fsspec's answer to a protocol that it does not know.
+        raise UserError(f"data.url {config.url!r}: {error}") from error
+    end = _end_of_document(config, tokenizer, holds_ids=holds_ids) if config.document_mask else None
+    digest = fingerprint(shards)
+    if tokenizer.digest or end is not None:
+        digest = hashlib.sha256(f"{digest} {tokenizer.digest} {end}".encode()).hexdigest()
+    files = tokenizer.files if isinstance(tokenizer, FileTokenizer) else None
+    corpus = Corpus(tuple(shards), digest, seq_len, end, files, tokenizer.digest)
     if corpus.num_samples == 0:
         raise UserError(
             f"data.url {config.url!r} holds {corpus.num_tokens} tokens, less than one sample of "
             f"train.seq_len {seq_len} and its last target: use more data or shorter sequences"
         )
     return corpus
-
-
-def stdlib_files() -> list[Path]:
-    """Source files of the running Python's standard library, in the order of their names."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _STDLIB_EXCLUDED]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise UserError(f"data.url is 'stdlib' but {root} holds no Python sources: name a text in data.url")
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def as_bytes(documents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
@@ -128,89 +140,127 @@ def fingerprint(shards: Sequence[Tokens]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.dtype.str} {len(shard)}\n".encode())
-        if shard.nbytes <= _WHOLE_FINGERPRINT_BYTES:
-            for start in range(0, len(shard), _CHUNK_TOKENS):
-                digest.update(np.ascontiguousarray(shard[start : start + _CHUNK_TOKENS]).data)
-            continue
-        page = _PAGE_BYTES // shard.itemsize
-        for start in np.linspace(0, len(shard) - page, _NUM_PAGES, dtype=np.int64):
-            digest.update(np.ascontiguousarray(shard[start : start + page]).data)
+        for part in parts_to_check(shard):
+            digest.update(part.data)
     return digest.hexdigest()
 
 
-def _read_url(config: DataConfig) -> list[Tokens]:
-    try:
-        fs, path = fsspec.core.url_to_fs(config.url)
-        paths = _expand(fs, path)
-        kinds = [recognise(path, config.format) for path in paths]
-        if len(formats := {kind.format for kind in kinds}) > 1:
-            raise UserError(
-                f"data.url {config.url!r} mixes {' and '.join(sorted(formats))} files: name one kind of them"
-            )
-        if formats == {DataFormat.TOKENS}:
-            return [_token_shard(fs, path) for path in paths]
-        sniff = config.format == "auto"
-        files = list(zip(paths, kinds, strict=True))
-        if formats == {DataFormat.TEXT} and _is_local(fs) and not any(kind.compression for kind in kinds):
-            return [JoinedDocuments([_text_files(paths, sniff=sniff)])]
-        return [JoinedDocuments([_documents(fs, path, kind, config, sniff=sniff) for path, kind in files])]
-    except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"data.url {config.url!r} cannot be read: {error}") from error
-    except ValueError as error:
-        # fsspec's answer to a protocol that it does not know.
-        raise UserError(f"data.url {config.url!r}: {error}") from error
+def _shards(config: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Tokens], bool]:
+    """The rows of a corpus, and whether its files hold token ids already."""
+    if config.url == "stdlib" and not tokenizer.digest:
+        return [as_bytes(path.read_bytes() for path in stdlib_files())], False
+    sources = find_sources(config)
+    first = sources[0]
+    if first.kind.format is DataFormat.TOKENS:
+        if first.is_local:
+            return [_local_tokens(source.path) for source in sources], True
+        return list(_cached([[source] for source in sources], config, tokenizer)), True
+    in_place = first.kind.format is DataFormat.TEXT and first.is_local and not tokenizer.digest
+    if in_place and not any(source.kind.compression for source in sources):
+        return [_text_files(sources, sniff=config.format == "auto")], False
+    parts = _cached(_grouped(sources), config, tokenizer)
+    return [parts[0] if len(parts) == 1 else JoinedArrays(parts)], False
 
 
-def _expand(fs: Any, path: str) -> list[str]:
-    if any(sign in path for sign in "*?["):
-        paths = [found for found in fs.glob(path) if not fs.isdir(found)]
-    elif fs.isdir(path):
-        paths = fs.find(path)
-    else:
-        paths = [path]
-    if not paths:
-        raise FileNotFoundError("no file of that name")
-    return sorted(paths)
+def _end_of_document(config: DataConfig, tokenizer: TextTokenizer, *, holds_ids: bool) -> int:
+    if not holds_ids or config.tokenizer is not None:
+        return tokenizer.end_of_document
+    if not isinstance(config.end_of_document, int):
+        raise UserError(
+            "data.document_mask = true needs to know which token ends a document: set data.end_of_document to its id, "
+            "or data.tokenizer"
+        )
+    return config.end_of_document
 
 
-def _is_local(fs: Any) -> bool:
-    return "file" in np.atleast_1d(fs.protocol)
-
-
-def _text_files(paths: list[str], *, sniff: bool) -> TextFiles:
+def _text_files(sources: Sequence[SourceFile], *, sniff: bool) -> TextFiles:
+    paths = [source.path for source in sources]
     for path in paths if sniff else ():
         with open(path, "rb") as file:
             refuse_binary(path, file.read(SNIFFED_BYTES))
     return TextFiles(paths)
 
 
-def _documents(fs: Any, path: str, kind: FileKind, config: DataConfig, *, sniff: bool) -> Documents:
-    """The documents of one file; in memory where they are compressed or remote."""
-    if kind.format is DataFormat.PARQUET:
-        return ParquetTexts(lambda: fs.open(path, "rb"), path, config.text_field)
-    if kind.format is DataFormat.JSONL and _is_local(fs) and not kind.compression:
-        return JsonLines(path, config.text_field)
-    with fs.open(path, "rb", compression=kind.compression or None) as file:
-        if kind.format is DataFormat.JSONL:
-            return LoadedTexts(list(texts_of_lines(file, path, config.text_field)))
-        text = file.read()
-    if sniff:
-        refuse_binary(path, text[:SNIFFED_BYTES])
-    return LoadedTexts([text])
-
-
-def _token_shard(fs: Any, path: str) -> Tokens:
-    shard: npt.NDArray[np.unsignedinteger[Any]]
+def _local_tokens(path: str) -> Tokens:
     try:
-        if _is_local(fs):
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            shard = np.load(io.BytesIO(fs.cat_file(path)), allow_pickle=False)
-    except ValueError as error:
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
         raise UserError(f"token shard {path} is not a .npy array: {error}") from error
-    if shard.ndim != 1 or shard.dtype not in _TOKEN_DTYPES:
-        raise UserError(
-            f"token shard {path} is {shard.dtype} of shape {shard.shape}: it must be a 1-D array of uint8, uint16 "
-            "or uint32"
-        )
+    if not isinstance(shard, np.ndarray):
+        raise UserError(f"token shard {path} is an archive of arrays: save one array as .npy")
+    check_tokens(shard.dtype, shard.shape, path)
     return shard
+
+
+def _grouped(sources: Sequence[SourceFile]) -> list[list[SourceFile]]:
+    """Consecutive small files together: a group is what a process of several makes at a time, and not again."""
+    groups: list[list[SourceFile]] = []
+    room = 0
+    for source in sources:
+        if source.num_bytes > room:
+            groups.append([])
+            room = _FILE_BYTES
+        groups[-1].append(source)
+        room -= source.num_bytes
+    return groups
+
+
+def _cached(groups: list[list[SourceFile]], config: DataConfig, tokenizer: TextTokenizer) -> list[Ids]:
+    """Token ids of each group of files, by way of the node's cache."""
+    progress = ReadProgress(config.url, sum(source.num_bytes for group in groups for source in group))
+    folder = Path(config.cache) if config.cache is not None else default_folder(os.environ)
+    cache = TokenCache(folder, round(config.cache_gib * (1 << 30)))
+    keys = [_key(group, config, tokenizer) for group in groups]
+    makes = [functools.partial(_write_group, group, config, tokenizer, progress) for group in groups]
+    found = cache.arrays(dict(zip(keys, makes, strict=True)))
+    progress.close()
+    return [found[key] for key in keys]
+
+
+def _key(group: Sequence[SourceFile], config: DataConfig, tokenizer: TextTokenizer) -> str:
+    how = [tokenizer.digest, config.format, config.text_field]
+    return hashlib.sha256("\n".join([*how, *(source.identity for source in group)]).encode()).hexdigest()[:40]
+
+
+def _write_group(
+    group: Sequence[SourceFile], config: DataConfig, tokenizer: TextTokenizer, progress: ReadProgress, sink: TokenSink
+) -> None:
+    for source in group:
+        if source.kind.format is DataFormat.TOKENS:
+            _copy_tokens(source, progress, sink)
+            continue
+        sink.append(np.empty(0, tokenizer.dtype))  # the type of a file without documents
+        waiting: list[Piece] = []
+        num_bytes = 0
+        for piece in pieces(source, config, progress):
+            waiting.append(piece)
+            num_bytes += len(piece.text)
+            if num_bytes >= _BATCH_BYTES:
+                _tokenize(waiting, source.path, tokenizer, sink)
+                waiting, num_bytes = [], 0
+        _tokenize(waiting, source.path, tokenizer, sink)
+
+
+def _tokenize(batch: list[Piece], path: str, tokenizer: TextTokenizer, sink: TokenSink) -> None:
+    end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
+    for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch], path), strict=True):
+        sink.append(ids)
+        if piece.is_last:
+            sink.append(end)
+
+
+def _copy_tokens(source: SourceFile, progress: ReadProgress, sink: TokenSink) -> None:
+    with source.fs.open(source.path, "rb") as file:
+        dtype, count = token_header(file, source.path)
+        sink.append(np.empty(0, dtype))
+        left = count * dtype.itemsize
+        rest = b""
+        while left and (part := file.read(min(left, _COPY_BYTES))):
+            left -= len(part)
+            progress.add(len(part))
+            part = rest + part
+            whole = len(part) - len(part) % dtype.itemsize
+            sink.append(np.frombuffer(part[:whole], dtype))
+            rest = part[whole:]
+    if left:
+        raise UserError(f"token shard {source.path} is not a .npy array: it is {left} bytes shorter than it says")

@@ -1,14 +1,25 @@
-"""Mixtral's `config.json` and our `ModelConfig`: each key is used, is known to change nothing here, or is refused."""
+"""Mixtral's `config.json` and our `ModelConfig`: each key is used, is known to change nothing here, or is refused.
+
+So is that of a dense Llama or Mistral, whose layers can become experts: sparse upcycling (arXiv:2212.05055).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
+
+
+class Upcycling(NamedTuple):
+    """What becomes of each feed-forward network of a dense model: so many experts, copies that begin alike."""
+
+    num_experts: int
+    top_k: int
+
 
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -26,9 +37,15 @@ _FIELDS = {
 _DEFAULTS = {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
 """What `transformers` takes for keys of `MixtralConfig` that a file leaves out, where ours would be another."""
 _THETA = 1e6
+_OF_EXPERTS = ("num_local_experts", "num_experts_per_tok")
+_DENSE: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "vocab_size": 32000},
+    "mistral": {"rms_norm_eps": 1e-6, "vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+"""The same of `LlamaConfig` and `MistralConfig`; the former has as many key heads as query heads."""
+_DENSE_THETA = 1e4
 
 _REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model_type": (lambda value: value == "mixtral", "only mixtral is read"),
     "hidden_act": (lambda value: value == "silu", "experts here are SwiGLU, with silu"),
     "sliding_window": (lambda value: value is None, "attention here sees all positions before a token"),
     "tie_word_embeddings": (lambda value: not value, "embedding and head are two matrices here"),
@@ -50,29 +67,67 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def model_config(theirs: Mapping[str, Any], origin: str) -> ModelConfig:
+def is_dense(theirs: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` describes a model without experts that can be given some."""
+    return str(theirs.get("model_type")) in _DENSE
+
+
+def is_tied(theirs: Mapping[str, Any]) -> bool:
+    """Whether a dense model's embedding is its head too."""
+    return is_dense(theirs) and bool(theirs.get("tie_word_embeddings", False))
+
+
+def model_config(theirs: Mapping[str, Any], origin: str, upcycling: Upcycling | None = None) -> ModelConfig:
     """The model that a `config.json` describes.
 
     Args:
         theirs: the file's keys.
         origin: the file, for errors.
+        upcycling: what becomes of a dense model's layers; none refuses such models.
 
     Raises:
-        UserError: it is not Mixtral, or a key would change what the model computes in a way that is not known here.
+        UserError: it is no Mixtral, nor a dense model to upcycle, or a key would change what the model computes in a
+            way that is not known here.
     """
-    if "model_type" not in theirs:
-        raise UserError(f"{origin}: there is no model_type; only mixtral is read")
+    kind = theirs.get("model_type")
+    if kind != "mixtral" and not is_dense(theirs):
+        told = "there is no model_type" if kind is None else f"model_type is {kind!r}"
+        raise UserError(f"{origin}: {told}; mixtral is read, and {' and '.join(sorted(_DENSE))} to upcycle")
+    if not is_dense(theirs):
+        _check_keys(theirs, origin)
+        given = {ours: theirs.get(key, _DEFAULTS.get(key)) for key, ours in _FIELDS.items()}
+        return _validated(given | {"rope_theta": _rope_theta(theirs, origin, _THETA)}, origin)
+    if upcycling is None:
+        raise UserError(f"{origin}: a {kind} has no experts: import it with --upcycle-experts")
+    whole = _DENSE[str(kind)] | dict(theirs)
+    _check_keys({key: value for key, value in whole.items() if key != "tie_word_embeddings"}, origin)
+    if upcycling.top_k < 2:
+        raise UserError(
+            "a model that is upcycled begins as the dense one only where the weights of a token's experts add up to 1: "
+            f"with top_k {upcycling.top_k} they do not, it must be 2 or more"
+        )
+    given = {ours: whole.get(key) for key, ours in _FIELDS.items() if key not in _OF_EXPERTS}
+    if given["num_kv_heads"] is None:
+        given["num_kv_heads"] = given["num_heads"]
+    return _validated(given | upcycling._asdict() | {"rope_theta": _rope_theta(theirs, origin, _DENSE_THETA)}, origin)
+
+
+def _check_keys(theirs: Mapping[str, Any], origin: str) -> None:
+    known = {*_FIELDS, *_WITHOUT_EFFECT, "model_type", "rope_theta", "rope_parameters"}
+    if is_dense(theirs):
+        known -= set(_OF_EXPERTS)
     for key, value in theirs.items():
         if key in _REQUIRED:
             fits, why = _REQUIRED[key]
             if not fits(value):
                 raise UserError(f"{origin}: {key} is {value!r}: {why}")
-        elif key not in _FIELDS and key not in _WITHOUT_EFFECT and key not in ("rope_theta", "rope_parameters"):
+        elif key not in known:
             raise UserError(f"{origin}: {key} is {value!r}, and it is not known here what that changes")
-    given = {ours: theirs.get(key, _DEFAULTS.get(key)) for key, ours in _FIELDS.items()}
-    fields = {name: value for name, value in given.items() if value is not None}
+
+
+def _validated(given: Mapping[str, Any], origin: str) -> ModelConfig:
     try:
-        return ModelConfig.model_validate({**fields, "rope_theta": _rope_theta(theirs, origin)})
+        return ModelConfig.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
@@ -81,7 +136,7 @@ def model_config(theirs: Mapping[str, Any], origin: str) -> ModelConfig:
         ) from None
 
 
-def _rope_theta(theirs: Mapping[str, Any], origin: str) -> float:
+def _rope_theta(theirs: Mapping[str, Any], origin: str, default: float) -> float:
     """Base of the rotary embedding: `transformers` 5 keeps it with what scales the positions."""
     parameters = theirs.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
@@ -93,7 +148,9 @@ def _rope_theta(theirs: Mapping[str, Any], origin: str) -> float:
             continue
         raise UserError(f"{origin}: rope_parameters.{key} is {value!r}: rotary positions are not scaled here")
     theta = parameters.get("rope_theta", theirs.get("rope_theta"))
-    return _THETA if theta is None else float(theta)
+    if theta is not None and not isinstance(theta, (int, float)):
+        raise UserError(f"{origin}: rope_theta is {theta!r}, not a number")
+    return default if theta is None else float(theta)
 
 
 def mixtral_config(ours: ModelConfig, *, num_positions: int, dtype: str) -> dict[str, Any]:

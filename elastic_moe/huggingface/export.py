@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe.data.tokenizer import CONFIG_FILE, FILE, FileTokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.huggingface.config import mixtral_config
 from elastic_moe.huggingface.names import Source, layers, published
@@ -22,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int, int], None]) -> None:
-    """Write `folder`: config, weights, and a tokenizer where the model was trained on bytes.
+    """Write `folder`: config, weights, and the tokenizer that the model was trained with, also where it is of bytes.
 
     A layer is in memory at a time. The folder has its name only once all of it is there.
 
@@ -36,9 +37,8 @@ def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int,
         StorageError: the checkpoint is damaged, or cannot be read.
     """
     config = mixtral_config(trained.config, num_positions=trained.seq_len, dtype=dtype)
-    of_bytes = trained.config.vocab_size == NUM_BYTES
-    if of_bytes:
-        config["eos_token_id"] = END_OF_DOCUMENT
+    tokenizer, end = _tokenizer_files(trained)
+    config["eos_token_id"] = end
     if folder.exists():
         raise UserError(f"{folder} exists: name another folder, or remove it")
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
@@ -46,17 +46,26 @@ def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int,
         unfinished.mkdir(parents=True)
         _write_weights(trained, unfinished, DTYPES[dtype], tell)
         _write_json(unfinished / "config.json", config)
-        if of_bytes:
-            _write_json(unfinished / "tokenizer.json", byte_tokenizer())
-            _write_json(
-                unfinished / "tokenizer_config.json",
-                {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": trained.seq_len},
-            )
+        for name, content in tokenizer.items():
+            (unfinished / name).write_bytes(content)
         unfinished.rename(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tokenizer_files(trained: TrainedModel) -> tuple[dict[str, bytes], int | None]:
+    """The files of a model's tokenizer, by their names, and the token that ends its documents; none of an unknown."""
+    told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": trained.seq_len}
+    if trained.tokenizer is not None:
+        tokenizer = FileTokenizer(trained.tokenizer, "the checkpoint's tokenizer")
+        told["eos_token"] = tokenizer.name_of(tokenizer.end_of_document)
+        config = trained.tokenizer.config or _json(told)
+        return {FILE: trained.tokenizer.tokenizer, CONFIG_FILE: config}, tokenizer.end_of_document
+    if trained.config.vocab_size != NUM_BYTES:
+        return {}, None
+    return {FILE: _json(byte_tokenizer()), CONFIG_FILE: _json(told)}, END_OF_DOCUMENT
 
 
 def _write_weights(trained: TrainedModel, folder: Path, dtype: torch.dtype, tell: Callable[[int, int], None]) -> None:
@@ -93,4 +102,8 @@ def _theirs(ours: Mapping[str, Tensor], sources: Mapping[str, Source], dtype: to
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_json(content))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

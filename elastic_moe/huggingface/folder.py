@@ -11,34 +11,57 @@ import torch
 from torch import Tensor
 
 from elastic_moe.errors import UserError
-from elastic_moe.huggingface.config import model_config
-from elastic_moe.huggingface.names import fused, published, their_shape
+from elastic_moe.huggingface.config import Upcycling, is_dense, is_tied, model_config
+from elastic_moe.huggingface.names import Source, dense, fused, published, their_shape
 from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
 
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _WITHOUT_USE = "rotary_emb.inv_freq"  # a buffer that early files hold
+_HEAD = "lm_head.weight"
 
 
 class WeightFolder:
-    """The weights in a folder that `transformers` has written or that was published, under our names."""
+    """The weights in a folder that `transformers` has written or that was published, under our names.
 
-    def __init__(self, path: str) -> None:
-        """Raises UserError: the folder is not a Mixtral's, or is not whole."""
+    Attributes:
+        config: of the model that they are of, or become.
+        is_dense: whether theirs has no experts, so that each feed-forward network is copied into all of its layer's.
+    """
+
+    def __init__(self, path: str, upcycling: Upcycling | None = None) -> None:
+        """Args:
+            upcycling: what becomes of a dense model's layers; none refuses such models.
+
+        Raises:
+            UserError: the folder is not a Mixtral's, or a dense model's to upcycle, or is not whole.
+        """
         self._path = Path(path)
-        self.config = model_config(read_json(self._path / _CONFIG), str(self._path / _CONFIG))
+        theirs = read_json(self._path / _CONFIG)
+        self.config = model_config(theirs, str(self._path / _CONFIG), upcycling)
+        self.is_dense = is_dense(theirs)
         self._files = _files_by_name(self._path)
         self._opened: dict[Path, Any] = {}
-        form = fused if any(name.endswith(".experts.gate_up_proj") for name in self._files) else published
-        self._sources = form(self.config)
+        self._sources = self._form(is_tied=is_tied(theirs))
         names = [name for source in self._sources.values() for name in source.names]
         if missing := [name for name in names if name not in self._files]:
             raise UserError(f"{path}: the tensor {missing[0]} is missing ({len(missing)} of its config's model are)")
-        if unused := [name for name in sorted(self._files.keys() - set(names)) if not name.endswith(_WITHOUT_USE)]:
+        ignored = (_WITHOUT_USE, _HEAD) if is_tied(theirs) else (_WITHOUT_USE,)
+        if unused := [name for name in sorted(self._files.keys() - set(names)) if not name.endswith(ignored)]:
             raise UserError(
                 f"{path}: its config's model has no use for the tensor {unused[0]} ({len(unused)} are left): are there "
                 f"more layers or experts than {_CONFIG} says?"
             )
+
+    def _form(self, *, is_tied: bool) -> dict[str, Source]:
+        if self.is_dense:
+            return dense(self.config, is_tied=is_tied)
+        is_fused = any(name.endswith(".experts.gate_up_proj") for name in self._files)
+        return fused(self.config) if is_fused else published(self.config)
+
+    def holds(self, name: str) -> bool:
+        """Whether one of our parameters is here; routers of a dense model are not."""
+        return name in self._sources
 
     def check_model(self, config: ModelConfig) -> None:
         """Raises UserError where a job's model computes something else than the folder's."""
@@ -63,6 +86,9 @@ class WeightFolder:
             UserError: the file's tensor has another shape.
         """
         source = self._sources[name]
+        if source.is_copied:
+            box = self._box(source.names[0], starts[1:], sizes[1:], tuple(shape[1:]))
+            return box.expand(tuple(sizes))  # without a copy for each expert
         if not source.is_stacked:
             starts = list(starts)
             if source.first_row:

@@ -37,6 +37,8 @@ class Source(NamedTuple):
     is_stacked: bool
     first_row: int = 0
     """Of a stacked tensor in one: where ours begins in their second dimension."""
+    is_copied: bool = False
+    """Whether theirs is what each index of our first dimension has."""
 
 
 def published(config: ModelConfig) -> dict[str, Source]:
@@ -64,6 +66,26 @@ def fused(config: ModelConfig) -> dict[str, Source]:
         sources[f"{ours}.experts.gate_EFD"] = Source(gate_up, is_stacked=False)
         sources[f"{ours}.experts.up_EFD"] = Source(gate_up, is_stacked=False, first_row=config.expert_dim)
         sources[f"{ours}.experts.down_EDF"] = Source((f"{theirs}.experts.down_proj",), is_stacked=False)
+    return sources
+
+
+_DENSE_EXPERTS = {"gate_EFD": "gate_proj", "down_EDF": "down_proj", "up_EFD": "up_proj"}
+
+
+def dense(config: ModelConfig, *, is_tied: bool) -> dict[str, Source]:
+    """The same in files of a dense model, whose feed-forward networks are copied into experts. Routers are in none.
+
+    Args:
+        is_tied: whether its embedding is its head too.
+    """
+    sources = published(config)
+    for layer in range(config.num_layers):
+        del sources[f"layers.{layer}.moe.router.weight"]
+        for ours, theirs in _DENSE_EXPERTS.items():
+            name = f"model.layers.{layer}.mlp.{theirs}.weight"
+            sources[f"layers.{layer}.moe.experts.{ours}"] = Source((name,), is_stacked=False, is_copied=True)
+    if is_tied:
+        sources["head.weight"] = sources["embed.weight"]
     return sources
 
 

@@ -27,8 +27,23 @@ def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     return x_BSNH * cos_SH[:, None].to(x_BSNH.dtype) + turned * sin_SH[:, None].to(x_BSNH.dtype)
 
 
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """Which positions each position sees, bool (B, 1, S, S): itself, and those before it in its document.
+
+    Args:
+        documents_BS: int64, the document of each position; a number stands for one document of a sequence.
+    """
+    num_positions = documents_BS.shape[1]
+    before_SS = torch.ones(num_positions, num_positions, dtype=torch.bool, device=documents_BS.device).tril()
+    return ((documents_BS[:, :, None] == documents_BS[:, None, :]) & before_SS)[:, None]
+
+
 class Attention(nn.Module):
-    """Multi-head attention, (B, S, D) to (B, S, D), each position seeing itself and those before it."""
+    """Multi-head attention, (B, S, D) to (B, S, D), each position seeing itself and those before it.
+
+    With a mask it sees those that the mask has for it. Both ways run in kernels that hold no (S, S) scores for each
+    head, on the CPU and on CUDA; there the one that takes a mask knows no groups, so each query head gets its keys.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,17 +55,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, key_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, config.dim, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_width)
         cos_SH, sin_SH = rotary_tables(x_BSD.shape[1], self.head_width, self.rope_theta, x_BSD.device)
         q_BSNH = rotate(self.q_proj(x_BSD).view(heads), cos_SH, sin_SH)
         k_BSGH = rotate(self.k_proj(x_BSD).view(heads), cos_SH, sin_SH)
         v_BSGH = self.v_proj(x_BSD).view(heads)
+        per_group = q_BSNH.shape[2] // k_BSGH.shape[2]
+        if mask_B1SS is not None and per_group > 1:
+            k_BSGH, v_BSGH = (x_BSGH.repeat_interleave(per_group, dim=2) for x_BSGH in (k_BSGH, v_BSGH))
         mixed_BNSH = F.scaled_dot_product_attention(
             q_BSNH.transpose(1, 2),
             k_BSGH.transpose(1, 2),
             v_BSGH.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
             enable_gqa=q_BSNH.shape[2] != k_BSGH.shape[2],
         )
         out: Tensor = self.o_proj(mixed_BNSH.transpose(1, 2).flatten(2))

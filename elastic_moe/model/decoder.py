@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic_moe.model.attention import Attention
+from elastic_moe.model.attention import Attention, document_mask
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.router import RouterTerms
@@ -47,13 +47,13 @@ class Block(nn.Module):
         """
         self._attend = torch.compile(self._attend_eagerly, backend=backend)
 
-    def forward(self, x_BSD: Tensor, real_B: Tensor) -> tuple[Tensor, RouterTerms]:
-        x_BSD = self._attend(x_BSD)
+    def forward(self, x_BSD: Tensor, real_B: Tensor, mask_B1SS: Tensor | None = None) -> tuple[Tensor, RouterTerms]:
+        x_BSD = self._attend(x_BSD, mask_B1SS)
         mixed_BSD, terms = self.moe(self.moe_norm(x_BSD), real_B)
         return x_BSD + mixed_BSD, terms
 
-    def _attend_eagerly(self, x_BSD: Tensor) -> Tensor:
-        out: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def _attend_eagerly(self, x_BSD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
+        out: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD), mask_B1SS)
         return out
 
 
@@ -73,23 +73,30 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, real_B: Tensor | None = None) -> DecoderOutput:
+    def forward(
+        self, tokens_BS: Tensor, real_B: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> DecoderOutput:
         """Run the model.
 
         Args:
             tokens_BS: int64 token ids.
             real_B: bool, False for padding sequences, left out of every term; None means that all are real.
+            documents_BS: int64, the document that each token is in, to whose tokens its attention keeps; None lets
+                it see the whole sequence before it.
         """
         if real_B is None:
             real_B = torch.ones(tokens_BS.shape[0], dtype=torch.bool, device=tokens_BS.device)
+        mask_B1SS = None if documents_BS is None else document_mask(documents_BS)  # one for all layers
         x_BSD = self.embed(tokens_BS)
         terms = []
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 # Nothing in a layer is drawn at random.
-                x_BSD, of_layer = checkpoint(block, x_BSD, real_B, use_reentrant=False, preserve_rng_state=False)
+                x_BSD, of_layer = checkpoint(
+                    block, x_BSD, real_B, mask_B1SS, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BSD, of_layer = block(x_BSD, real_B)
+                x_BSD, of_layer = block(x_BSD, real_B, mask_B1SS)
             terms.append(of_layer)
         return DecoderOutput(
             logits_BSV=self.head(self.norm(x_BSD)),
@@ -104,11 +111,14 @@ class Decoder(nn.Module):
         return [cast(Block, block) for block in self.layers]
 
 
-def token_loss(logits_BSV: Tensor, targets_BS: Tensor, real_B: Tensor) -> Tensor:
+def token_loss(logits_BSV: Tensor, targets_BS: Tensor, real_B: Tensor, counted_BS: Tensor | None = None) -> Tensor:
     """Sum of the next-token cross entropies over the real sequences, nats, as a float64 scalar.
 
-    Each sequence is summed on its own in fp32, and sequences are added in float64, so that the sum does not
-    depend on the batch that a sequence is in.
+    With `counted_BS`, bool, those of other positions are left out. Each sequence is summed on its own in fp32, and
+    sequences are added in float64, so that the sum does not depend on the batch that a sequence is in.
     """
     loss_BS = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
-    return (loss_BS.view_as(targets_BS).sum(dim=1) * real_B).double().sum()
+    loss_BS = loss_BS.view_as(targets_BS)
+    if counted_BS is not None:
+        loss_BS = loss_BS.masked_fill(~counted_BS, 0.0)
+    return (loss_BS.sum(dim=1) * real_B).double().sum()

@@ -28,11 +28,14 @@ def init_weights(model: Decoder, seed: int) -> None:
     Each rank draws its own shards, on their device: no communication, and the same bits on any mesh.
     """
     for name, param in model.named_parameters():
-        local = _local(param)
-        if param.ndim == 1:
-            local.fill_(1.0)
-        else:
-            fill_normal(local, _starts(param), tuple(param.shape), _name_key(seed, name), model.config.init_std)
+        _draw(param, _name_key(seed, name), model.config.init_std)
+
+
+def _draw(param: Tensor, key: int, std: float) -> None:
+    if param.ndim == 1:
+        _local(param).fill_(1.0)
+    else:
+        fill_normal(_local(param), _starts(param), tuple(param.shape), key, std)
 
 
 def _name_key(seed: int, name: str) -> int:
@@ -44,14 +47,24 @@ def _name_key(seed: int, name: str) -> int:
 class WeightSource(Protocol):
     """Whole parameters that are read by boxes."""
 
+    def holds(self, name: str) -> bool:
+        """Whether the parameter `name` is one of them; one that is not is drawn as for a model from scratch."""
+
     def read(self, name: str, starts: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The box at `starts` of `sizes` of the parameter `name`, which has `shape`."""
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, source: WeightSource) -> None:
-    """Fill every parameter from `source`: each rank reads its own shards. No communication."""
+def read_weights(model: Decoder, source: WeightSource, seed: int = 0) -> None:
+    """Fill every parameter from `source`: each rank reads its own shards. No communication.
+
+    Args:
+        seed: of what the source does not hold.
+    """
     for name, param in model.named_parameters():
+        if not source.holds(name):
+            _draw(param, _name_key(seed, name), model.config.init_std)
+            continue
         local = _local(param)
         starts = [min(start, size) for start, size in zip(_starts(param), param.shape, strict=True)]
         local.copy_(source.read(name, starts, local.shape, param.shape))

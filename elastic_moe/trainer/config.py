@@ -52,8 +52,9 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the initial weights and the order of the samples."""
     init_from: PathOrUrl | None = None
-    """Folder of a Mixtral in Hugging Face's form whose weights a first start takes in place of random ones; `[model]`
-    must describe it (`elastic-moe ckpt import` writes such a job file). Each rank reads what it holds."""
+    """Folder of a Mixtral in Hugging Face's form whose weights a first start takes in place of random ones, or of a
+    dense Llama or Mistral, whose layers become experts; `[model]` must describe what comes of it (`elastic-moe ckpt
+    import` writes such a job file). Each rank reads what it holds."""
     global_batch: int = Field(32, ge=1)
     """Sequences in a step, whatever the world size: ranks share them, and accumulate what does not fit."""
     seq_len: int = Field(128, ge=1)

@@ -8,9 +8,13 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from elastic_moe.config import JobConfig
+from elastic_moe.data import DataConfig
 from elastic_moe.errors import Stopped
+from elastic_moe.events import TrainerEvent
+from elastic_moe.huggingface.config import Upcycling
 from elastic_moe.huggingface.folder import WeightFolder
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import build_mesh, init_weights, read_weights
@@ -69,7 +73,7 @@ def train(job: JobConfig) -> None:
                         **_saving_options(job.checkpoint),
                     )
                 )
-            if checkpointer is None or not restore(checkpointer, state, stepper, progress):
+            if checkpointer is None or not restore(checkpointer, state, stepper, progress, job.data):
                 first_weights(stepper.model, job)
             Loop(job, here, stepper, progress, state, checkpointer, metrics, signals, saves).run()
         if signals.received and progress.step < job.train.steps:
@@ -97,13 +101,16 @@ def first_weights(model: Decoder, job: JobConfig) -> None:
     if job.train.init_from is None:
         init_weights(model, job.train.seed)
         return
-    folder = WeightFolder(job.train.init_from)
+    folder = WeightFolder(job.train.init_from, Upcycling(job.model.num_experts, job.model.top_k))
     folder.check_model(job.model)
-    read_weights(model, folder)
-    log.info("the weights in %s are trained on", job.train.init_from)
+    read_weights(model, folder, job.train.seed)
+    how = ", whose layers each become experts that begin alike," if folder.is_dense else ""
+    log.info("the weights in %s%s are trained on", job.train.init_from, how)
 
 
-def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress) -> bool:
+def restore(
+    checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress, config: DataConfig
+) -> bool:
     """Load the newest good checkpoint; whether there is one.
 
     Raises:
@@ -113,7 +120,12 @@ def restore(checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper,
     if step == 0:
         return False
     if progress.loaded is not None:
-        progress.data.check(progress.loaded)
+        changed = progress.data.check(progress.loaded, may_change=config.may_change)
+        if changed and dist.get_rank() == 0:
+            log.warning(
+                "the checkpoint of step %d was trained %s, and the job goes on with what it has now", step, changed
+            )
+            worker.event(TrainerEvent.DATA_CHANGED, step=step, reason=changed)
     progress.step = step
     set_step(stepper.optimizer, progress.updates)
     if stepper.optim.decay_steps is not None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
+import torch.distributed as dist
 
 from elastic_moe.config import JobConfig
-from elastic_moe.data.corpus import open_corpus
+from elastic_moe.data.corpus import Corpus, open_corpus
 from elastic_moe.data.order import Split, share
+from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
+from elastic_moe.trainer.batches import Batches
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
-from elastic_moe.trainer.step import Batches, Stepper
+from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.world import check_compiler, check_exact, check_same_everywhere
+
+log = logging.getLogger(__name__)
 
 
 def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> tuple[Stepper, DataProgress]:
@@ -28,7 +34,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         check_exact(job.model)
     if train.compile:
         check_compiler(device, os.environ)
-    corpus = open_corpus(job.data, train.seq_len)
+    corpus = open_corpus(job.data, train.seq_len, job.model.vocab_size)
     check_same_everywhere(corpus.fingerprint, device)
     with torch.device("meta"):
         model = Decoder(job.model)
@@ -42,7 +48,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,
-        split=Split.of(corpus.num_samples, job.data.validation),
+        split=_split(job, corpus),
         seed=train.seed,
         global_batch=train.global_batch,
         vocab_size=job.model.vocab_size,
@@ -57,7 +63,41 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
-    data = DataState(
-        train.seed, train.global_batch, train.seq_len, corpus.fingerprint, job.model.model_dump(), job.data.validation
+    return stepper, DataProgress(_data_state(job, corpus), stepper.horizon)
+
+
+def _data_state(job: JobConfig, corpus: Corpus) -> DataState:
+    return DataState(
+        seed=job.train.seed,
+        global_batch=job.train.global_batch,
+        seq_len=job.train.seq_len,
+        fingerprint=corpus.fingerprint,
+        model=job.model.model_dump(),
+        validation=job.data.validation,
+        tokenizer=corpus.tokenizer_digest,
+        document_mask=job.data.document_mask,
+        tokenizer_files=corpus.tokenizer.packed() if corpus.tokenizer else b"",
     )
-    return stepper, DataProgress(data, stepper.horizon)
+
+
+def _split(job: JobConfig, corpus: Corpus) -> Split:
+    """Which samples are trained on.
+
+    Raises:
+        UserError: none would be held out, or there is a sample to train on.
+    """
+    split = Split.of(corpus.num_samples, job.data.validation)
+    if job.data.validation and not split.num_held_out:
+        raise UserError(
+            f"data.validation = {job.data.validation:g} of one sample holds none out: use more data, or shorter "
+            "sequences (train.seq_len)"
+        )
+    num_trained = split.num_samples - split.num_held_out
+    if num_trained < job.train.global_batch and dist.get_rank() == 0:
+        log.warning(
+            "data.url holds %d samples to train on, fewer than the %d of a step (train.global_batch): each step sees "
+            "some of them more than once",
+            num_trained,
+            job.train.global_batch,
+        )
+    return split

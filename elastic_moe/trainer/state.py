@@ -22,9 +22,13 @@ class DataState:
     """What a run must go on with: with these, the samples of every step are known, and what is made of them.
 
     Attributes:
-        fingerprint: of the corpus, see `elastic_moe.data.corpus.fingerprint`.
+        fingerprint: of the corpus, see `elastic_moe.data.corpus.Corpus`.
         validation: part of the samples that is held out.
         model: every field of the job's `ModelConfig`; empty in checkpoints of before it was kept.
+        tokenizer: digest of the tokenizer; "" for bytes, or ids that come without one.
+        document_mask: whether attention ends with documents.
+        tokenizer_files: the tokenizer itself, see `elastic_moe.data.tokenizer.TokenizerFiles.packed`, for samples and
+            exports of the model; b"" without one.
     """
 
     seed: int
@@ -33,21 +37,48 @@ class DataState:
     fingerprint: str
     model: Mapping[str, Any] = field(default_factory=dict)
     validation: float = 0.0
+    tokenizer: str = ""
+    document_mask: bool = False
+    tokenizer_files: bytes = b""
 
-    def check(self, saved: DataState) -> None:
+    def check(self, saved: DataState, *, may_change: bool = False) -> str:
         """Compare with what a checkpoint was trained on.
+
+        Args:
+            saved: the checkpoint's.
+            may_change: the job's `data.may_change`.
+
+        Returns:
+            What of the data has changed, as it may; "" if nothing has.
 
         Raises:
             UserError: the job would go on with other samples or another model than it began with.
         """
-        if saved.fingerprint != self.fingerprint:
+        if (changed := self._changed_data(saved)) and not may_change:
             raise UserError(
-                f"the checkpoint was trained on other data (fingerprint {saved.fingerprint[:12]}, now "
-                f"{self.fingerprint[:12]}): give the same data.url, or another checkpoint.url to start afresh"
+                f"the checkpoint was trained {changed}: set that back, set data.may_change to go on with the new, or "
+                "give another checkpoint.url to start afresh"
             )
         for name in ("seed", "global_batch", "seq_len"):
             _refuse_change(f"train.{name}", getattr(saved, name), getattr(self, name))
-        _refuse_change("data.validation", saved.validation, self.validation)
+        self._check_model(saved)
+        return changed
+
+    def _changed_data(self, saved: DataState) -> str:
+        if saved.tokenizer != self.tokenizer:
+            kinds = [
+                f"data.tokenizer {digest[:12]}" if digest else "bytes" for digest in (saved.tokenizer, self.tokenizer)
+            ]
+            return f"on other tokens ({kinds[0]}, now {kinds[1]})"
+        if saved.document_mask != self.document_mask:
+            return f"with data.document_mask = {str(saved.document_mask).lower()}"
+        if saved.fingerprint != self.fingerprint:
+            return f"on other data (data.url's fingerprint was {saved.fingerprint[:12]}, now {self.fingerprint[:12]})"
+        if saved.validation != self.validation:
+            return f"with data.validation = {saved.validation}, now {self.validation}"
+        return ""
+
+    def _check_model(self, saved: DataState) -> None:
         if not saved.model:
             log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
             return

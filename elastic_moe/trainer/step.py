@@ -5,8 +5,7 @@ Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,24 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW
 
-from elastic_moe.data.corpus import Corpus
-from elastic_moe.data.order import Int64s, Share, Split
-from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.decoder import Decoder, DecoderOutput, token_loss
+from elastic_moe.model.decoder import Decoder, DecoderOutput
 from elastic_moe.model.router import move_bias
 from elastic_moe.parallel import Meshes, begin_round, clip_gradients
+from elastic_moe.trainer.batches import Batches, MicroBatch, count_targets
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
 from elastic_moe.trainer.health import why_to_skip
 from elastic_moe.trainer.optimizer import set_learning_rate
 from elastic_moe.trainer.schedule import learning_rate
-
-
-class MicroBatch(NamedTuple):
-    """Windows, int64 (B, S + 1), and which of them are real, bool (B,): the others are padding."""
-
-    windows_BS: Tensor
-    real_B: Tensor
 
 
 class StepResult(NamedTuple):
@@ -53,62 +43,20 @@ Finish = Callable[[StepResult, Callable[[], None]], None]
 """Hears of a step's result, and has it applied: by a call that changes the state of this rank alone."""
 
 
-@dataclass(frozen=True)
-class Batches:
-    """This rank's micro-batches of any step."""
-
-    corpus: Corpus
-    split: Split
-    seed: int
-    global_batch: int
-    vocab_size: int
-    share: Share
-    device: torch.device
-
-    def of_step(self, step: int) -> list[MicroBatch]:
-        """Yield a micro-batch for each round of the share, each full: padded with sequences that are not real.
-
-        Raises:
-            UserError: a token is outside the model's vocabulary.
-        """
-        return self._of_samples(self.split.trained(self.seed, step, self.global_batch))
-
-    def held_out(self, at_most: int) -> Iterator[list[MicroBatch]]:
-        """Yield batches of samples that are never trained on, the same in every run, `at_most` sequences in all.
-
-        Raises:
-            UserError: a token is outside the model's vocabulary.
-        """
-        stop = min(at_most, self.split.num_held_out)
-        for start in range(0, stop, self.global_batch):
-            yield self._of_samples(self.split.held_out(start, min(start + self.global_batch, stop)))
-
-    def _of_samples(self, samples: Int64s) -> list[MicroBatch]:
-        chosen = samples[self.share.start : self.share.stop]
-        windows = torch.from_numpy(self.corpus.windows(chosen))
-        if len(windows) and (highest := int(windows.max())) >= self.vocab_size:
-            raise UserError(
-                f"the data holds token {highest} but model.vocab_size is {self.vocab_size}: raise it above the token"
-            )
-        slots = self.share.rounds * self.share.micro_batch
-        padded = windows.new_zeros((slots, self.corpus.seq_len + 1))
-        padded[: len(windows)] = windows
-        real = torch.arange(slots) < len(windows)
-        return [
-            MicroBatch(windows_BS.to(self.device), real_B.to(self.device))
-            for windows_BS, real_B in zip(
-                padded.split(self.share.micro_batch), real.split(self.share.micro_batch), strict=True
-            )
-        ]
-
-
-def objective(out: DecoderOutput, loss: Tensor, config: ModelConfig, train: TrainConfig) -> Tensor:
+def objective(out: DecoderOutput, loss: Tensor, num_targets: Tensor, config: ModelConfig, train: TrainConfig) -> Tensor:
     """What a micro-batch adds to the objective of the global batch, a float64 scalar.
 
     Every term is a sum over sequences, divided by a count of the *global* batch: any split adds up to the same.
+
+    Args:
+        out: of the model.
+        loss: its sum of token losses.
+        num_targets: tokens that the whole global batch predicts.
+        config: says which terms there are.
+        train: says how large the global batch is.
     """
     num_tokens = train.global_batch * train.seq_len
-    total = loss / num_tokens
+    total = loss / num_targets
     if config.balance == "sequence":
         total = total + config.balance_coeff * out.balance.double() / train.global_batch
     if config.z_loss_coeff:
@@ -147,11 +95,13 @@ class Stepper:
         One whose loss or gradient is not finite leaves parameters, moments and biases as they are, on all ranks, and
         has nothing to `finish`, which otherwise decides when its update is applied; without it that is at once.
         """
-        own_loss, load_LE = self._accumulate(self.batches.of_step(step))
+        micro_batches = self.batches.of_step(step)
+        num_targets = self._num_targets(micro_batches)
+        own_loss, load_LE = self._accumulate(micro_batches, num_targets)
         loss_sum, load_LE = self._add_over_ranks(own_loss, load_LE)
         grad_norm = clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm)
         lr = learning_rate(step, self.horizon, self.optim)
-        loss = float(loss_sum.item()) / (self.train.global_batch * self.train.seq_len)
+        loss = float(loss_sum.item()) / float(num_targets.item())
         if skipped := why_to_skip(loss, grad_norm):
             self.optimizer.zero_grad()
             return StepResult(loss, grad_norm, lr, load_LE.cpu(), skipped, float(own_loss.item()))
@@ -174,24 +124,33 @@ class Stepper:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean cross entropy over the sequences held out, nats, the same on all ranks. A collective, and no step."""
-        train, total = self.train, torch.zeros((), dtype=torch.float64, device=self.batches.device)
-        for micro_batches in self.batches.held_out(train.validation_sequences):
-            for windows_BS, real_B in micro_batches:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.batches.device)
+        for micro_batches in self.batches.held_out(self.train.validation_sequences):
+            for micro_batch in micro_batches:
                 begin_round(self.model, last=False)  # gathered parameters go again: the next step has others
-                out: DecoderOutput = self.model(windows_BS[:, :-1], real_B)
-                total += token_loss(out.logits_BSV, windows_BS[:, 1:], real_B)
-        dist.all_reduce(total)
-        num_sequences = min(train.validation_sequences, self.batches.split.num_held_out)
-        return float(total.item()) / (num_sequences * train.seq_len)
+                loss = micro_batch.loss(micro_batch.forward(self.model))
+                sums += torch.stack((loss, micro_batch.num_targets()))
+        dist.all_reduce(sums)
+        loss_sum, num_targets = sums.tolist()
+        return float(loss_sum / max(1.0, num_targets))
 
-    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+    def _num_targets(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """How many tokens the global batch predicts, a float64 scalar. A collective, where that is not known."""
+        if self.batches.corpus.end_of_document is None:
+            all_of_them = float(self.train.global_batch * self.train.seq_len)
+            return torch.tensor(all_of_them, dtype=torch.float64, device=self.batches.device)
+        count = count_targets(micro_batches)
+        dist.all_reduce(count)
+        return count.clamp(min=1)  # a batch may hold the ends of documents and nothing else
+
+    def _accumulate(self, micro_batches: list[MicroBatch], num_targets: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""
         losses, loads = [], []
-        for i, (windows_BS, real_B) in enumerate(micro_batches):
+        for i, micro_batch in enumerate(micro_batches):
             begin_round(self.model, last=i + 1 == len(micro_batches), keep_gathered=self.train.keep_gathered)
-            out: DecoderOutput = self.model(windows_BS[:, :-1], real_B)
-            loss = token_loss(out.logits_BSV, windows_BS[:, 1:], real_B)
-            objective(out, loss, self.model.config, self.train).backward()
+            out = micro_batch.forward(self.model)
+            loss = micro_batch.loss(out)
+            objective(out, loss, num_targets, self.model.config, self.train).backward()
             losses.append(loss.detach())
             loads.append(out.load_LE)
         return torch.stack(losses).sum(), torch.stack(loads).sum(dim=0)

@@ -138,6 +138,6 @@ def check_same_everywhere(fingerprint: str, device: torch.device) -> None:
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
     if int(both[0]) != -int(both[1]):
         raise UserError(
-            "data.url does not hold the same data on every node: copy it, or (for 'stdlib') install one Python "
-            "version everywhere"
+            "data.url does not hold the same data on every node, or data.tokenizer is not the same: copy them, or (for "
+            "'stdlib') install one Python version everywhere"
         )

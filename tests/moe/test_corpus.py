@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from elastic_moe.data import DataConfig, documents
-from elastic_moe.data.corpus import as_bytes, fingerprint, open_corpus, stdlib_files
-from elastic_moe.data.documents import JoinedDocuments, LoadedTexts
+from elastic_moe.data import DataConfig
+from elastic_moe.data.corpus import as_bytes, fingerprint, open_corpus
+from elastic_moe.data.documents import JoinedArrays, TextFiles
+from elastic_moe.data.sources import stdlib_files
 from elastic_moe.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where token ids are kept between openings: a folder of each test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches" / "elastic-moe"
+
 
 DOCUMENTS = ["one document", "", "a second, längere one", "third"]
 
@@ -83,26 +93,50 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(texts=st.lists(st.lists(st.binary(max_size=5), max_size=4), max_size=4), data=st.data())
-def test_any_range_of_joined_documents(texts: list[list[bytes]], data: st.DataObject) -> None:
-    joined = JoinedDocuments([LoadedTexts(part) for part in texts])
-    expected = b"".join(text + b"\0" for part in texts for text in part)
-    assert len(joined) == joined.nbytes == len(expected)
+@given(texts=st.lists(st.binary(max_size=5), max_size=6), data=st.data())
+def test_any_range_of_texts(tmp_path_factory: pytest.TempPathFactory, texts: list[bytes], data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("texts")
+    for i, text in enumerate(texts):
+        (folder / str(i)).write_bytes(text)
+    files = TextFiles([str(folder / str(i)) for i in range(len(texts))])
+    expected = b"".join(text + b"\0" for text in texts)
+    assert len(files) == files.nbytes == len(expected)
     start = data.draw(st.integers(0, len(expected)))
     stop = data.draw(st.integers(start, len(expected) + 2))
-    assert joined[start:stop].tobytes() == expected[start:stop]
+    assert files[start:stop].tobytes() == expected[start:stop]
 
 
-def test_local_text_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A corpus larger than a rank's memory trains: nothing keeps more of it than a few samples."""
-    urls = [folder_of_texts(tmp_path / "texts"), json_lines(tmp_path / "texts.jsonl"), columns(tmp_path / "a.parquet")]
+@settings(deadline=None)
+@given(parts=st.lists(st.lists(st.integers(0, 999), max_size=4), min_size=1, max_size=4), data=st.data())
+def test_any_range_of_joined_arrays(parts: list[list[int]], data: st.DataObject) -> None:
+    joined = JoinedArrays([np.array(part, dtype=np.uint16) for part in parts])
+    expected = [token for part in parts for token in part]
+    assert len(joined) == len(expected)
+    assert joined.nbytes == 2 * len(expected)
+    start = data.draw(st.integers(0, len(expected)))
+    stop = data.draw(st.integers(start, len(expected) + 2))
+    assert joined[start:stop].tolist() == expected[start:stop]
 
-    def refuse(texts: object) -> None:
-        raise AssertionError("all texts are in memory")
 
-    monkeypatch.setattr(documents.LoadedTexts, "__init__", refuse)
-    for url in urls:
-        assert open_corpus(DataConfig(url=url), seq_len=5).num_tokens == sum(len(d.encode()) + 1 for d in DOCUMENTS)
+def test_no_corpus_is_read_into_memory(tmp_path: Path, cache: Path) -> None:
+    """A corpus larger than a rank's memory trains: text lies where it lay, all else is mapped."""
+    (texts,) = open_corpus(DataConfig(url=folder_of_texts(tmp_path / "texts")), seq_len=5).shards
+    assert isinstance(texts, TextFiles)
+    assert not cache.exists()
+    for url in (json_lines(tmp_path / "texts.jsonl"), columns(tmp_path / "a.parquet")):
+        (shard,) = open_corpus(DataConfig(url=url), seq_len=5).shards
+        assert isinstance(shard, np.memmap)
+    assert len(list(cache.glob("*.tokens"))) == 2
+
+
+def test_what_a_folder_holds_beside_its_data_is_left_out(tmp_path: Path) -> None:
+    folder = folder_of_texts(tmp_path / "texts")
+    expected = open_corpus(DataConfig(url=folder), seq_len=5).fingerprint
+    (tmp_path / "texts" / "_SUCCESS").touch()
+    (tmp_path / "texts" / ".part.crc").write_bytes(b"\0\1")
+    (tmp_path / "texts" / ".git").mkdir()
+    (tmp_path / "texts" / ".git" / "index").write_bytes(b"\0\1")
+    assert open_corpus(DataConfig(url=folder), seq_len=5).fingerprint == expected
 
 
 @pytest.mark.parametrize(
@@ -169,10 +203,15 @@ def test_mistakes_in_parquet_files_are_told(tmp_path: Path) -> None:
         ("missing.txt", None, {}, "cannot be read"),
         ("short.txt", b"abc", {}, "less than one sample"),
         ("bad.jsonl", b'{"text": "x"}\n{"other": 1}\n', {}, "line 2: not a JSON object with a field 'text'"),
-        ("bad.jsonl", b'{"text": 3}\n', {}, "line 1: field 'text' is not a string"),
+        ("bad.jsonl", b'{"text": 3}\n', {}, "line 1: field 'text' is int, not a string"),
         ("bad.npy", b"no array", {}, "is not a .npy array"),
         ("x.txt", b"abc", {"format": "tokens"}, "is not a .npy array"),
+        ("bad.jsonl", b'{"text": "a\\ud800"}\n', {}, "field 'text' has half of a character"),
+        ("bad.jsonl", b'{"text": "' + b"[" * 100_000 + b"\n", {}, "line 1: not a JSON object"),
+        ("bad.jsonl", b"[" * 100_000 + b"\n", {}, "line 1: not a JSON object"),
         ("bad.txt.gz", b"abc", {}, "cannot be read"),
+        ("cut.txt.gz", gzip.compress(b"some text" * 99)[:-20], {}, "cannot be read"),
+        ("a.txt.zst", b"abc", {}, "zst|cannot be read"),
         ("bad.jsonl.xz", b"abc", {}, "cannot be read"),
     ],
 )
@@ -184,6 +223,12 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         open_corpus(DataConfig(url=str(tmp_path / name), **config), seq_len=8)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is neither a file nor a folder"):
+        open_corpus(DataConfig(url=str(tmp_path / "pipe")), seq_len=8)
 
 
 def test_an_unknown_protocol_is_told() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastic_moe.data.corpus import Corpus
 from elastic_moe.data.order import Split, ids, permute, share
 from elastic_moe.errors import UserError
-from elastic_moe.trainer.step import Batches
+from elastic_moe.trainer.batches import Batches
 
 worlds = st.integers(1, 16)
 batches = st.integers(1, 70)
@@ -61,7 +61,7 @@ def test_ranks_together_train_each_sample_once(world_size: int, global_batch: in
         split = Split(corpus.num_samples)
         of_rank = Batches(corpus, split, 5, global_batch, 1 << 16, part, torch.device("cpu")).of_step(step)
         assert len(of_rank) == rounds
-        for windows_BS, real_B in of_rank:
+        for windows_BS, real_B, *_ in of_rank:
             assert windows_BS.shape == (micro_batch, 5)
             trained += windows_BS[real_B][:, 0].tolist()
     assert trained == [4 * int(i) for i in ids(5, step, global_batch, corpus.num_samples)]

@@ -122,7 +122,7 @@ def test_a_config_comes_back_as_it_was() -> None:
     ("change", "message"),
     [
         ({"sliding_window": 4096}, "sliding_window is 4096: attention here sees all positions"),
-        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe': only mixtral is read"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; mixtral is read, and llama and mistral to upcycle"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),

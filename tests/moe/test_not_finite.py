@@ -17,7 +17,7 @@ from torch import Tensor
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite
 from elastic_moe.parallel import build_mesh, init_weights
-from elastic_moe.trainer import loop, step
+from elastic_moe.trainer import batches, loop, step
 from elastic_moe.trainer.health import first_not_finite, go_back_to
 from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.setup import set_up
@@ -58,7 +58,7 @@ def nan_loss(rank: int, num_rounds: int) -> None:
         calls += 1
         return original(*args) * (math.nan if dist.get_rank() == rank and calls == num_rounds else 1.0)
 
-    original, step.token_loss = step.token_loss, token_loss  # type: ignore[attr-defined]
+    original, batches.token_loss = batches.token_loss, token_loss  # type: ignore[attr-defined]
 
 
 def inf_gradient() -> None:
@@ -82,7 +82,7 @@ def nan_term(term: str) -> None:
 
 def skip_one(what: JobConfig, plan: MeshPlan, spoil: Callable[[], None]) -> tuple[str, list[str], list[str]]:
     """Why a spoilt second step was skipped, what it has changed, and what the next one has."""
-    kept = step.token_loss, step.objective  # type: ignore[attr-defined]
+    kept = batches.token_loss, step.objective  # type: ignore[attr-defined]
     stepper, _ = set_up(what, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
     init_weights(stepper.model, what.train.seed)
     assert stepper.step(0).skipped == ""
@@ -91,7 +91,7 @@ def skip_one(what: JobConfig, plan: MeshPlan, spoil: Callable[[], None]) -> tupl
         spoil()
         result = stepper.step(1)
     finally:
-        step.token_loss, step.objective = kept  # type: ignore[attr-defined]
+        batches.token_loss, step.objective = kept  # type: ignore[attr-defined]
     after = snapshot(stepper)
     assert all(param.grad is None for param in stepper.model.parameters()), "a gradient is left for the next step"
     assert stepper.step(2).skipped == ""
@@ -296,14 +296,14 @@ def test_a_state_that_is_not_finite_is_saved_as_such_and_ends_the_job(monkeypatc
 def spoil_losses(fault: Fault) -> None:
     """Multiply what `fault` says into the losses of a worker process."""
     now = [0]
-    original_step, original_loss = step.Stepper.step, step.token_loss  # type: ignore[attr-defined]
+    original_step, original_loss = step.Stepper.step, batches.token_loss  # type: ignore[attr-defined]
 
     def counted(self: step.Stepper, done: int, finish: Finish | None = None) -> StepResult:
         now[0] = done + 1
         return original_step(self, done, finish)
 
     step.Stepper.step = counted  # type: ignore[method-assign]
-    step.token_loss = lambda *args: original_loss(*args) * fault(now[0])  # type: ignore[attr-defined]
+    batches.token_loss = lambda *args: original_loss(*args) * fault(now[0])  # type: ignore[attr-defined]
 
 
 def nan_at(steps: tuple[int, ...], rank: int, at: int) -> float:

@@ -127,7 +127,16 @@ DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64, model
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fingerprint": "b" * 64}, "trained on other data"),
+        (
+            {"fingerprint": "b" * 64},
+            r"trained on other data .*was bbbbbbbbbbbb, now aaaaaaaaaaaa.* set data\.may_change",
+        ),
+        (
+            {"tokenizer": "c" * 64, "fingerprint": "b" * 64},
+            r"on other tokens \(data\.tokenizer cccccccccccc, now bytes\)",
+        ),
+        ({"document_mask": True, "fingerprint": "b" * 64}, r"trained with data\.document_mask = true: set that back"),
+        ({"validation": 0.5}, r"trained with data\.validation = 0\.5, now 0\.0"),
         ({"seed": 2}, "train.seed is 1 but the checkpoint was trained with 2"),
         ({"global_batch": 9}, "train.global_batch is 8 but the checkpoint was trained with 9"),
         ({"seq_len": 16}, "train.seq_len is 32 but the checkpoint was trained with 16"),
@@ -141,6 +150,16 @@ DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64, model
 def test_a_checkpoint_of_other_data_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DATA.check(replace(DATA, **change))
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "b" * 64}, {"tokenizer": "c" * 64}, {"validation": 0.5}])
+def test_data_may_change_where_the_job_says_so(change: dict[str, Any]) -> None:
+    """And nothing else: a step would be of another size, or another model."""
+    assert DATA.check(DATA, may_change=True) == ""
+    assert DATA.check(replace(DATA, **change), may_change=True).startswith(("on other", "with data.validation"))
+    for other in ({"seq_len": 16}, {"model": MODEL | {"top_k": 1}}):
+        with pytest.raises(UserError, match="but the checkpoint was trained with"):
+            DATA.check(replace(DATA, **change, **other), may_change=True)
 
 
 @pytest.mark.parametrize(
