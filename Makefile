@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-plan bench-startup check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -96,6 +96,9 @@ bench-storage: $(VENV)/.dev ## saves to S3 and loads from it, beside stock DCP o
 
 bench-stall: $(VENV)/.dev ## what a save costs a training that goes on, ours and dcp.async_save in turn
 	$(BIN)/python -m tests.bench.stall
+
+bench-tiny: $(VENV)/.dev ## how far a job of defaults comes in ten minutes, and whether all of its experts are used
+	$(BIN)/python -m tests.bench.tiny_loss
 
 bench-restore: $(VENV)/.dev ## a state out of its node's memory, another node's, and S3
 	$(BIN)/python -m tests.bench.restore_tiers
