@@ -179,7 +179,8 @@ class Checkpointer:
         local = memory_of(self._store.url, self._origin, self._plan.service)
         if local is not None:
             self._opened.callback(local.close)
-        return MemoryAccess(local, self._store.url, self._origin.lineage, group)
+        compares = self._plan.check_replicas is not None
+        return MemoryAccess(local, self._store.url, self._origin.lineage, group, compares=compares)
 
     def __enter__(self) -> Self:
         return self.start()

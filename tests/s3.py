@@ -25,6 +25,13 @@ class S3Server:
     endpoint_url: str
     access_key: str
     secret_key: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """End it, and refuse all requests from here on."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(60)
 
     def url(self, prefix: str) -> str:
         """The store's URL for a prefix of the bucket; credentials come from `environment`."""
@@ -68,8 +75,8 @@ def juicefs_gateway(folder: Path) -> Iterator[S3Server]:
     def command(port: int) -> list[str]:
         return [binary, "gateway", *options, meta, f"127.0.0.1:{port}"]
 
-    with _serving(command, environment, log) as port:
-        yield S3Server("juicefs", f"http://127.0.0.1:{port}", key, secret)
+    with _serving(command, environment, log) as (port, process):
+        yield S3Server("juicefs", f"http://127.0.0.1:{port}", key, secret, process)
 
 
 @contextlib.contextmanager
@@ -79,8 +86,8 @@ def moto_server(folder: Path) -> Iterator[S3Server]:
     def command(port: int) -> list[str]:
         return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
 
-    with _serving(command, dict(os.environ), folder / "moto.log") as port:
-        server = S3Server("moto", f"http://127.0.0.1:{port}", "test-access-key", "test-secret-key")
+    with _serving(command, dict(os.environ), folder / "moto.log") as (port, process):
+        server = S3Server("moto", f"http://127.0.0.1:{port}", "test-access-key", "test-secret-key", process)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("PUT", f"/{BUCKET}")
         assert connection.getresponse().status == 200
@@ -89,7 +96,9 @@ def moto_server(folder: Path) -> Iterator[S3Server]:
 
 
 @contextlib.contextmanager
-def _serving(command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path) -> Iterator[int]:
+def _serving(
+    command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Run a server until the end of the block; it dies with this process as well."""
     port = free_port()
     with log.open("ab") as output:
@@ -110,7 +119,7 @@ def _serving(command: Callable[[int], list[str]], environment: Mapping[str, str]
 
     try:
         until(f"{command(port)[0]} answers", answers)
-        yield port
+        yield port, process
     finally:
         process.kill()
         process.wait(60)

@@ -8,11 +8,12 @@ that are gone, and one copy of each chunk is taken and the others are its twins.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.errors import Corrupt
+from storage.format import layout
 from storage.format.completeness import gaps
 from storage.format.manifest import ItemTable, Manifest
 from storage.held.papers import PartLabel, PartPapers
@@ -114,11 +115,27 @@ class Twins:
 
 
 @dataclass(frozen=True)
+class DifferingCopies:
+    """Ranks whose copies of a piece of the state are others than those of `others`; `name` is the piece's.
+
+    `is_decided`: the others are the majority, and theirs is taken. Else it is the lowest rank's.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    others: tuple[int, ...]
+    is_decided: bool
+
+
+@dataclass(frozen=True)
 class JoinedState:
-    """A state of which every byte is held: its index as a manifest, and what of it has other names as well."""
+    """A state of which every byte is held: its index as a manifest, what of it has other names as well, and which of
+    those are not the same.
+    """
 
     manifest: Manifest
     twins: tuple[Twins, ...] = ()
+    differing: tuple[DifferingCopies, ...] = ()
 
 
 def join(papers: Sequence[PartPapers]) -> JoinedState:
@@ -147,24 +164,43 @@ def join(papers: Sequence[PartPapers]) -> JoinedState:
 
 
 def _without_twins(draft: Manifest) -> JoinedState:
-    """The manifest with the first of each chunk's copies. One that is not the same, byte for byte, is no twin."""
-    first: dict[tuple[object, ...], int] = {}
-    taken: list[int] = []
-    others: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for number, item in enumerate(draft.items.rows()):
-        chosen = first.setdefault((item.key, item.offsets), number)
-        if chosen == number:
-            taken.append(number)
-        elif _sum_of(draft.items, chosen) == (item.length, item.crc32c, item.block_crcs):
-            others[chosen].append((draft.objects[item.object].name, item.offset))
+    """The manifest with one of each chunk's copies. One that is not the same, byte for byte, is no twin of it.
+
+    Of tensors' copies that differ it is the majority's, as one that differs alone is most likely wrong; else, and of
+    values, which ranks may have each of its own, the first.
+    """
     table = draft.items
-    twins = tuple(
-        Twins(draft.objects[int(table.object[row])].name, int(table.offset[row]), int(table.length[row]), tuple(found))
-        for row, found in others.items()
-    )
-    if len(taken) == len(table):
-        return JoinedState(draft, twins)
-    return JoinedState(draft.model_copy(update={"items": _rows_of(table, taken)}), twins)
+    copies: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, item in enumerate(table.rows()):
+        copies[item.key, item.offsets].append(number)
+    twins, taken, differing = [], [], []
+    for rows in copies.values():
+        sums = {row: _sum_of(table, row) for row in rows}
+        most, num = Counter(sums.values()).most_common(1)[0]
+        is_tensor = bool(table.offsets.num_dims[rows[0]] >= 0)
+        is_decided = is_tensor and 2 * num > len(rows)
+        alike = [row for row in rows if sums[row] == (most if is_decided else sums[rows[0]])]
+        taken.append(alike[0])
+        if alike[1:]:
+            others = tuple((_name_of(draft, row), int(table.offset[row])) for row in alike[1:])
+            start, length = int(table.offset[alike[0]]), int(table.length[alike[0]])
+            twins.append(Twins(_name_of(draft, alike[0]), start, length, others))
+        if is_tensor and len(alike) < len(rows):
+            odd = tuple(_rank_of(draft, row) for row in rows if row not in alike)
+            others_of = tuple(_rank_of(draft, row) for row in alike)
+            differing.append(DifferingCopies(table.key[alike[0]], odd, others_of, is_decided))
+    if len(taken) < len(table):
+        draft = draft.model_copy(update={"items": _rows_of(table, taken)})
+    return JoinedState(draft, tuple(twins), tuple(differing))
+
+
+def _name_of(draft: Manifest, row: int) -> str:
+    return draft.objects[int(draft.items.object[row])].name
+
+
+def _rank_of(draft: Manifest, row: int) -> int:
+    part = layout.parse_data_name(_name_of(draft, row))
+    return -1 if part is None else part[1]
 
 
 def _sum_of(table: ItemTable, row: int) -> tuple[int, int, str]:

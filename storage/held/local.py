@@ -29,8 +29,8 @@ class LocalMemory(Protocol):
     def num_restores(self) -> dict[str, int]:
         """How often the job has gone on from each attempt that is held, and staged nothing since."""
 
-    def mapped(self, part: PartKey) -> Sequence[int]:
-        """Descriptors of a part, the caller's to close (see `storage.held.mapped`). Raises NotFound."""
+    def descriptors(self, part: PartKey) -> Sequence[int]:
+        """Descriptors of a part, the caller's to close (see `storage.held.own_memory`). Raises NotFound."""
 
     def restored(self, attempt: str, step: int) -> None:
         """The job goes on from that attempt."""

@@ -18,7 +18,7 @@ from storage.errors import NotFound, StorageError
 from storage.format import layout
 from storage.held.choice import Twins
 from storage.held.inventory import PartKey
-from storage.stores.buffers import size_of, skip
+from storage.stores.buffers import size_of, split
 from storage.stores.objects import Capability, ObjectStore
 from storage.stores.wrapper import StoreWrapper
 
@@ -31,6 +31,10 @@ class Nearness(enum.StrEnum):
     PEER = "peer"
     """Another node's."""
     STORE = "store"
+
+
+_BITE_BYTES = {Nearness.OWN: 2 * 1024 * 1024, Nearness.PEER: 4 * 1024 * 1024}
+_TURN_BYTES = 4 * 1024 * 1024
 
 
 class ByteSource(Protocol):
@@ -165,7 +169,7 @@ class NearestStore(StoreWrapper):
             return self._store.read_into(key, offset, buffers, if_match=if_match)
         at, rest = offset, list(buffers)
         for stop, places in self._places.of(name, offset, offset + size_bytes):
-            piece, rest = _split(rest, stop - at)
+            piece, rest = split(rest, stop - at)
             found = self._read_near(places, piece)
             if found is None:
                 etag = self._read_far(key, at, piece, if_match)
@@ -173,6 +177,12 @@ class NearestStore(StoreWrapper):
                 served.add(found)
             at = stop
         return "" if served else etag
+
+    def bite_bytes(self, key: str) -> int | None:
+        """See `ObjectStore.bite_bytes`: small ones out of memory."""
+        places = next(iter(self._places.of(key.removeprefix(self._prefix), 0, 1)), (0, []))[1]
+        nearest = next((source for source, _ in self._options(places) if not self._is_lost(source)), None)
+        return self._store.bite_bytes(key) if nearest is None else _BITE_BYTES[nearest.nearness]
 
     def doubt(self, key: str, reason: str) -> bool:
         """See `ObjectStore.doubt`."""
@@ -183,8 +193,7 @@ class NearestStore(StoreWrapper):
 
     def _read_near(self, places: Sequence[_Place], buffers: Sequence[memoryview]) -> tuple[ByteSource, PartKey] | None:
         """Fill the buffers from the nearest source that can, and return it with what was read of it."""
-        options = [(source, place) for place in places for source in self._holders.get(place.part, ())]
-        for source, place in sorted(options, key=lambda option: list(Nearness).index(option[0].nearness)):
+        for source, place in self._options(places):
             with self._lock:
                 if id(source) in self._lost or (id(source), place.part) in self._left_out:
                     continue
@@ -199,6 +208,18 @@ class NearestStore(StoreWrapper):
                     self._bytes[source.nearness] += size_of(buffers)
                 return source, place.part
         return None
+
+    def _options(self, places: Sequence[_Place]) -> list[tuple[ByteSource, _Place]]:
+        """Who has those bytes, and where, the nearest first; of several other nodes they take turns to be the first."""
+        found = [(source, place) for place in places for source in self._holders.get(place.part, ())]
+        own = [option for option in found if option[0].nearness is Nearness.OWN]
+        others = [option for option in found if option[0].nearness is not Nearness.OWN]
+        turn = places[0].offset // _TURN_BYTES % len(others) if others else 0
+        return [*own, *others[turn:], *others[:turn]]
+
+    def _is_lost(self, source: ByteSource) -> bool:
+        with self._lock:
+            return id(source) in self._lost
 
     def _read_far(self, key: str, offset: int, buffers: Sequence[memoryview], if_match: str | None) -> str:
         if not self._is_stored:
@@ -221,15 +242,3 @@ class NearestStore(StoreWrapper):
             self._lost.add(id(source))
         if is_news:
             self._tell(source, reason)
-
-
-def _split(views: Sequence[memoryview], num_bytes: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first bytes of the views, and the rest of them."""
-    rest = skip(views, num_bytes)
-    head, left = [], num_bytes
-    for view in views:
-        if not left:
-            break
-        head.append(view[:left])
-        left -= head[-1].nbytes
-    return head, rest

@@ -15,7 +15,7 @@ from storage.events import CheckpointEvent
 from storage.held.buddies import PeerCard, buddy_of
 from storage.held.distrust import Distrust
 from storage.held.inventory import HeldPart, Inventory, PartKey
-from storage.held.mapped import descriptors_of
+from storage.held.own_memory import descriptors_of
 from storage.held.papers import PartLabel
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules, PeerServer
@@ -138,8 +138,8 @@ class NodeMemory:
         """See `LocalMemory.num_restores`."""
         return self._distrust.num_restores()
 
-    def mapped(self, part: PartKey) -> list[int]:
-        """See `LocalMemory.mapped`."""
+    def descriptors(self, part: PartKey) -> list[int]:
+        """See `LocalMemory.descriptors`."""
         with self.inventory.reading(*part) as held:
             return descriptors_of(held)
 

@@ -32,6 +32,8 @@ from storage.stores.objects import parts_of_size
 
 _CONNECT_S = 3.0
 _NUM_IDLE_MAX = 16
+_NUM_READS_MAX = 4
+"""At once, of one rank: more connections bring no more bytes, and a service has to hear many ranks."""
 
 
 class Peer:
@@ -47,6 +49,7 @@ class Peer:
         self._stall_s = stall_s
         self._lock = threading.Lock()
         self._idle: list[Wire] = []
+        self._reading = threading.BoundedSemaphore(_NUM_READS_MAX)
         self._is_closed = False
 
     @property
@@ -82,7 +85,7 @@ class Peer:
         at = offset
         for views in cut(buffers, READ_BYTES_MAX):
             length = size_of(views)
-            with self._connection() as wire:
+            with self._reading, self._connection() as wire:
                 wire.send(AskBytes(attempt=attempt, rank=rank, name=name, offset=at, length=length))
                 if wire.receive(Follows).length != length:
                     raise WireError("has sent another number of bytes than it was asked for")

@@ -74,6 +74,7 @@ class PeerServer:
         self._wires: set[Wire] = set()
         self._num_strangers = 0
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._reserving = threading.Lock()
         self._reserved_bytes = 0  # of copies on their way in, which the inventory does not count yet
         self._is_closed = False
@@ -87,8 +88,9 @@ class PeerServer:
 
     def close(self) -> None:
         """End all connections and threads. Closing twice is harmless."""
-        with self._lock:
+        with self._changed:
             self._is_closed = True
+            self._changed.notify_all()
             wires, threads = list(self._wires), list(self._threads)
         if self._listener is not None:
             with contextlib.suppress(OSError):
@@ -124,9 +126,10 @@ class PeerServer:
                 log.warning("a connection of a peer cannot be accepted: %s", error)
                 time.sleep(0.05)  # of too many descriptors there are fewer later
                 continue
-            with self._lock:
-                is_full = self._num_strangers >= _NUM_STRANGERS_MAX or len(self._wires) >= _NUM_CONNECTIONS_MAX
-                if is_full or self._is_closed:
+            with self._changed:
+                # many ranks may come at once: those that are too many wait in the backlog until others are known
+                self._changed.wait_for(lambda: self._num_strangers < _NUM_STRANGERS_MAX or self._is_closed)
+                if self._is_closed or len(self._wires) >= _NUM_CONNECTIONS_MAX:
                     connection.close()
                     continue
                 wire = Wire(connection, _GREETING_S, time.monotonic() + _GREETING_S)
@@ -138,8 +141,7 @@ class PeerServer:
         is_stranger = True
         try:
             welcome(wire, self._token)
-            with self._lock:
-                self._num_strangers -= 1
+            self._is_known()
             is_stranger = False
             wire.trust(STALL_S)
             while True:
@@ -152,8 +154,15 @@ class PeerServer:
         finally:
             with self._lock:
                 self._wires.discard(wire)
-                self._num_strangers -= is_stranger
+            if is_stranger:
+                self._is_known()
             wire.close()
+
+    def _is_known(self) -> None:
+        """One stranger less: it has told who it is, or has gone."""
+        with self._changed:
+            self._num_strangers -= 1
+            self._changed.notify_all()
 
     def _answer(self, wire: Wire, asked: Document) -> None:
         """Answer one question. Raises WireError where the connection is of no more use."""

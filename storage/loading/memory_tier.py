@@ -13,11 +13,20 @@ from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.index import Index, check_whole, of_manifest
 from storage.held.buddies import PeerCard
-from storage.held.choice import HeldState, StoredState, Twins, held_states, is_same_state, join, worth_a_look
+from storage.held.choice import (
+    HeldState,
+    JoinedState,
+    StoredState,
+    Twins,
+    held_states,
+    is_same_state,
+    join,
+    worth_a_look,
+)
 from storage.held.distrust import worn_out
 from storage.held.local import LocalMemory, Offer, dump_offer, load_offer
-from storage.held.mapped import OwnMemory
 from storage.held.nearest import ByteSource, NearestStore, Nearness, Places
+from storage.held.own_memory import OwnMemory
 from storage.held.papers import PartPapers
 from storage.held.peer_client import Peer
 from storage.parallel import Pool, run_all
@@ -62,17 +71,29 @@ class MemoryTier:
         offers: what each node has, the same on all ranks.
         own: this rank's node, by its number in `offers`; None where it has no memory.
         local: that node's memory, from within.
+        compares: no state is gone on from of which ranks hold a tensor differently, and no majority says who is right.
     """
 
-    def __init__(self, offers: Sequence[Offer], own: int | None, local: LocalMemory | None, lineage: str) -> None:
+    def __init__(
+        self,
+        offers: Sequence[Offer],
+        own: int | None,
+        local: LocalMemory | None,
+        lineage: str,
+        *,
+        compares: bool = False,
+    ) -> None:
         self._offers = offers
+        self._compares = compares
         self.states = held_states([offer.labels for offer in offers], lineage)
         self._peers = [
             Peer(offer.card, Nearness.OWN if number == own else Nearness.PEER) for number, offer in enumerate(offers)
         ]
         self._sources: list[list[ByteSource]] = [[peer] for peer in self._peers]
-        if own is not None and local is not None:  # what cannot be mapped is read as another node would read it
-            self._sources[own].insert(0, OwnMemory(offers[own].card.node, local.mapped))
+        self._own: OwnMemory | None = None
+        if own is not None and local is not None:  # what it cannot read so is read as another node would read it
+            self._own = OwnMemory(offers[own].card.node, local.descriptors)
+            self._sources[own].insert(0, self._own)
 
     @property
     def has_a_state(self) -> bool:
@@ -105,9 +126,11 @@ class MemoryTier:
         return None
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, and let go of this node's memory."""
         for peer in self._peers:
             peer.close()
+        if self._own is not None:
+            self._own.close()
 
     def newest(
         self, stored: StoredState | None, passed_over: Collection[str], report: Reporter, *, unhealthy: bool
@@ -170,9 +193,33 @@ class MemoryTier:
             calls = [functools.partial(self._papers, state, rank, report) for rank in sorted(state.holders)]
             found = [papers for papers in run_all(pool, calls) if papers is not None]
         joined = join(found)
+        self._tell_differing(state, joined, report)
         prefix = layout.step_folder(state.label.step) + "/"
         index = check_whole(check_sizes(of_manifest(prefix, joined.manifest)))
         return HeldIndex(index, joined.twins, is_stored=False)
+
+    def _tell_differing(self, state: HeldState, joined: JoinedState, report: Reporter) -> None:
+        """Tell which ranks hold something else than most. Raises Corrupt where it is not known which of them are right.
+
+        Without `compares` that is as it is for a save: the lowest rank's is taken, as of buffers that DDP lets differ.
+        """
+        for found in joined.differing:
+            if not found.is_decided and not self._compares:
+                continue
+            for rank in found.ranks:
+                report(
+                    CheckpointEvent.REPLICA_DIFFERS,
+                    step=state.label.step,
+                    on_rank=rank,
+                    host=self._offers[state.holders[rank][0]].card.host,
+                    num=1,
+                    name=found.name,
+                    others=list(found.others),
+                    healed=found.is_decided,
+                )
+            if not found.is_decided:
+                ranks = " and ".join(f"rank {rank}" for rank in (*found.others[:1], *found.ranks[:1]))
+                raise Corrupt(f"{ranks} hold {found.name!r} differently, and no majority says who is right")
 
     def _papers(self, state: HeldState, rank: int, report: Reporter) -> PartPapers | None:
         """The papers of a part, from the first of its holders that has them; None if none has."""
@@ -198,9 +245,13 @@ class MemoryAccess:
         local: the memory of this rank's node; None where it has none.
         run: the URL of the run.
         lineage: of the job: states of another one are not gone on from.
+        compares: see `MemoryTier`.
     """
 
-    def __init__(self, local: LocalMemory | None, run: str, lineage: str, group: AgreeingGroup) -> None:
+    def __init__(
+        self, local: LocalMemory | None, run: str, lineage: str, group: AgreeingGroup, *, compares: bool = False
+    ) -> None:
+        self._compares = compares
         self._local = local
         self._run = run
         self._lineage = lineage
@@ -222,7 +273,7 @@ class MemoryAccess:
         offers = {offer.card.node: offer for offer in map(load_offer, filter(None, told))}
         found = [offers[node] for node in nodes if node in offers]
         own = next((number for number, offer in enumerate(found) if mine and offer.card.node == mine.node), None)
-        return MemoryTier(found, own, self._local, self._lineage)
+        return MemoryTier(found, own, self._local, self._lineage, compares=self._compares)
 
     def has_a_state(self, report: Reporter) -> bool:
         """Whether nodes hold a state that could be gone on from if the store were away."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +36,7 @@ from storage.verified.verifiers import Verifier
 T = TypeVar("T")
 
 NUM_THREADS = 16  # AWS gives a connection 85 to 90 MB/s
+_NUM_NEAR_THREADS = 4
 _HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
 
 
@@ -143,16 +147,25 @@ def _read_rest(source: Source, requests: Requests, received: dict[int, list[Rang
 
     traffic = Traffic()
     parts = plan_parts(requests.places, requests.wants, received)
-    for part, memories in windowed_by_size(pool, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
-        traffic += Traffic(1, part.stop - part.start)
-        for segment, memory in zip(part.segments, memories, strict=True):
-            if memory is None:
-                requests.filled(segment)
-            else:
-                requests.deliver(segment, memory)
+    with _readers(source, parts, pool) as readers:
+        for part, memories in windowed_by_size(readers, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
+            traffic += Traffic(1, part.stop - part.start)
+            for segment, memory in zip(part.segments, memories, strict=True):
+                if memory is None:
+                    requests.filled(segment)
+                else:
+                    requests.deliver(segment, memory)
     for ring in requests.rings.values():
         ring.drain()
     return traffic
+
+
+def _readers(source: Source, parts: Sequence[Part], pool: Executor) -> AbstractContextManager[Executor]:
+    """The pool; a smaller one where all is in memory: no server is waited for, and threads only take turns."""
+    objects = {part.object for part in parts}
+    if all(source.store.bite_bytes(source.key_of(number)) is not None for number in objects):
+        return Pool(min(_NUM_NEAR_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="storage-near")
+    return contextlib.nullcontext(pool)
 
 
 class Axis:

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import socket
-import time
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from storage.held.nearest import NearestStore
 from storage.loading.casts import Casts
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
 from storage.loading.memory_tier import HeldIndex, MemoryAccess, MemoryTier
+from storage.loading.phases import Phases
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import catalog, quarantine
@@ -94,6 +94,7 @@ class Restorer:
         self._group = group
         self._report = report
         self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
+        self._phases = Phases()
         self._told: set[ObjectInfo] = set()  # damaged, and left where they are
 
     def restore(
@@ -111,9 +112,10 @@ class Restorer:
             WrongModel, UnloadableValue, UsageError, Corrupt, Disputed, Fenced, Transient, Denied: as
             `Checkpointer.restore` says.
         """
-        started_s = time.monotonic()
+        self._phases = Phases()
         with self._report.retries(self._store, "restore"):
             tier = self._memory.open(self._report) if self._memory is not None else None
+            self._phases.ended("ask")
             try:
                 step, read = self._restore(
                     state, tier, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
@@ -125,7 +127,7 @@ class Restorer:
             self._report(
                 CheckpointEvent.RESTORED,
                 step=step,
-                seconds=round(time.monotonic() - started_s, 3),
+                **self._phases.told(),
                 bytes=read.needed_bytes,
                 fetched_bytes=read.traffic.fetched_bytes,
                 received_bytes=read.traffic.received_bytes,
@@ -151,16 +153,20 @@ class Restorer:
             )
             if chosen is None:
                 return 0, None
+            self._phases.ended("choose")
             index = chosen.index
             found = self._group.everywhere(
                 functools.partial(fit, state, index, self._group.rank, ignored, strict=strict)
             )
             self._settle(found, index, strict=strict)
+            self._phases.ended("fit")
             result = self._read(found.wants, chosen, tier, allow_casts=allow_casts)
+            self._phases.ended("read")
             if isinstance(result, _Read):
                 values = self._group.everywhere(functools.partial(finish, found, state, found.wants))
                 self._group.everywhere(functools.partial(state.update, values))
                 self._went_on(chosen, tier)
+                self._phases.ended("load")
                 return index.step, result
             if not chosen.is_stored:
                 lost.add(index.save_id)

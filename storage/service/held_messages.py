@@ -47,7 +47,7 @@ class HeldHere(ServiceMessage):
 
 
 class AskPart(ServiceMessage):
-    """The memory of a part; answered by `PartHere` with descriptors (see `storage.held.mapped`), or `NotHeld`."""
+    """The memory of a part; answered by `PartHere` with descriptors (see `storage.held.own_memory`), or `NotHeld`."""
 
     attempt: str
     rank: int = Field(ge=0)

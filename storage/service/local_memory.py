@@ -70,8 +70,8 @@ class ServiceMemory:
         """See `LocalMemory.num_restores`."""
         return self._ask(AskHeld(run=""), HeldHere)[0].num_restores
 
-    def mapped(self, part: PartKey) -> Sequence[int]:
-        """See `LocalMemory.mapped`."""
+    def descriptors(self, part: PartKey) -> Sequence[int]:
+        """See `LocalMemory.descriptors`."""
         attempt, rank = part
         return self._ask(AskPart(attempt=attempt, rank=rank), PartHere)[1]
 

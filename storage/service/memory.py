@@ -154,7 +154,7 @@ class HeldStates:
     def _part(self, caller: ServiceCaller, ask: AskPart, fds: list[int]) -> None:
         close_all(fds)
         try:
-            found = self.node.mapped((ask.attempt, ask.rank))
+            found = self.node.descriptors((ask.attempt, ask.rank))
         except (StorageError, OSError) as error:
             caller.answer(NotHeld(reason=str(error)))
             return

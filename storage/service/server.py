@@ -370,12 +370,15 @@ class Server:
     def _tidy(self) -> None:
         """Forget sessions of which nobody is connected and nothing is left to do."""
         with self._lock:
-            connected = {caller.session for caller in self._callers}
-            for name, lane in list(self._lanes.items()):
-                if lane.session not in connected and not lane.unfinished:
+            connected = {caller.session.name for caller in self._callers if caller.session is not None}
+            for name in self._sessions.names():
+                lane = self._lanes.get(name)
+                if name in connected or (lane is not None and lane.unfinished):
+                    continue
+                if lane is not None:
                     self._num_ended += lane.num_ended
                     del self._lanes[name]
-                    self._sessions.forget(name)
+                self._sessions.forget(name)
 
 
 def _is_at_end(fd: int) -> bool:

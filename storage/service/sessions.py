@@ -111,6 +111,11 @@ class Sessions:
         with self._lock:
             return self._sessions.setdefault(name, Session(name))
 
+    def names(self) -> list[str]:
+        """Those that there are."""
+        with self._lock:
+            return list(self._sessions)
+
     def forget(self, name: str) -> None:
         """Nothing of that session is left to do."""
         with self._lock:

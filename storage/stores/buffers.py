@@ -29,6 +29,17 @@ def skip(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
     return list(views[index:])
 
 
+def split(views: Sequence[memoryview], num_bytes: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first bytes of the views, and the rest of them."""
+    head, left = [], num_bytes
+    for view in views:
+        if not left:
+            break
+        head.append(view[:left])
+        left -= head[-1].nbytes
+    return head, skip(views, num_bytes)
+
+
 def cut(views: Sequence[memoryview], part_bytes: int) -> Iterator[list[memoryview]]:
     """The views, cut into parts of `part_bytes`; the last may be smaller."""
     rest = list(views)

@@ -181,6 +181,13 @@ class ObjectStore(abc.ABC):
         """
         return self
 
+    def bite_bytes(self, key: str) -> int | None:
+        """How much of the object is best read at once, to be verified while the processor's cache still has it.
+
+        By default (None) as much as there is to read: each read is a request.
+        """
+        return None
+
     def doubt(self, key: str, reason: str) -> bool:
         """What this thread has just read of the object turned out to be damaged: whether there is another copy to read.
 

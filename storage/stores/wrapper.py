@@ -76,6 +76,10 @@ class StoreWrapper(ObjectStore):
         """See `ObjectStore.impatient`."""
         return self._store.impatient(timeout_s)
 
+    def bite_bytes(self, key: str) -> int | None:
+        """See `ObjectStore.bite_bytes`."""
+        return self._store.bite_bytes(key)
+
     def doubt(self, key: str, reason: str) -> bool:
         """See `ObjectStore.doubt`."""
         return self._store.doubt(key, reason)

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -22,6 +22,8 @@ PART_SIZE_BYTES = 16 * 1024 * 1024
 GAP_SIZE_BYTES = 0
 
 Range = tuple[int, int]
+Slice = tuple[int, int, int]
+"""Of which of several memories, from where to where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,25 @@ def _split(segment: Segment, block_size_bytes: int, part_size_bytes: int) -> Ite
             last, stop = segment.last_block, segment.stop
         yield between(segment, block_size_bytes, start, stop)
         first, start = last, stop
+
+
+def bites(part: Part, block_size_bytes: Callable[[int], int], size_bytes: int) -> Iterator[tuple[Part, list[Slice]]]:
+    """The part cut into such of at most `size_bytes` (and an eighth), between blocks; what lies between its segments is
+    left out where that is a cut. With each, by segment, where it lies in which segment of the part.
+
+    `block_size_bytes`: of an item's blocks, by its number.
+    """
+    group: list[Segment] = []
+    places: list[Slice] = []
+    for number, whole in enumerate(part.segments):
+        for segment in _split(whole, block_size_bytes(whole.item), size_bytes):
+            if group and segment.stop - group[0].start > size_bytes + size_bytes // 8:
+                yield Part(part.object, group[0].start, group[-1].stop, tuple(group)), places
+                group, places = [], []
+            group.append(segment)
+            places.append((number, segment.start - whole.start, segment.stop - whole.start))
+    if group:
+        yield Part(part.object, group[0].start, group[-1].stop, tuple(group)), places
 
 
 def _merge(index: int, segments: Iterable[Segment], part_size_bytes: int, gap_size_bytes: int) -> list[Part]:

@@ -15,7 +15,7 @@ import numpy as np
 from storage.errors import Corrupt, NotFound
 from storage.format.index import Index
 from storage.stores.objects import ObjectStore
-from storage.verified.readplan import ItemPlace, Part
+from storage.verified.readplan import ItemPlace, Part, bites
 from storage.verified.twice import read_verified
 from storage.verified.verifiers import (
     BlockSums,
@@ -168,11 +168,23 @@ class Source:
         Raises Corrupt: something is missing, or damaged when it is read twice.
         """
 
-        def read() -> None:
-            self._read(part, memories)
-            self.verify(part, memories)
+        key = self._key(part)
 
-        read_verified(self.store, self._key(part), read)
+        def read() -> None:
+            size_bytes = self.store.bite_bytes(key)
+            if size_bytes is None:
+                self._read(part, memories)
+                self.verify(part, memories)
+                return
+            for bite, places in bites(part, self._block_size_bytes, size_bytes):
+                views = [memories[number][start:stop] for number, start, stop in places]
+                self._read(bite, views)
+                self.verify(bite, views)
+
+        read_verified(self.store, key, read)
+
+    def _block_size_bytes(self, item: int) -> int:
+        return int(self.index.columns.block_size_bytes[item])
 
     def _read(self, part: Part, memories: Sequence[memoryview]) -> None:
         views, end = [], part.start
@@ -210,8 +222,12 @@ class Source:
         with blaming(key):
             self.pins.met(key, self.store.read_into(key, start, views, if_match=self.pins.of(key)))
 
+    def key_of(self, number: int) -> str:
+        """The key of data object `number`."""
+        return self.index.prefix + self.index.objects[number].name
+
     def _key(self, part: Part) -> str:
-        return self.index.prefix + self.index.objects[part.object].name
+        return self.key_of(part.object)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ _ids = itertools.count(1)
 
 
 class Anonymous:
-    """Memory that no other process can map."""
+    """Memory that no other process can read."""
 
     fd = -1
 
@@ -152,7 +152,10 @@ def meet(found: Sequence[NodeMemory]) -> list[PeerCard]:
 class Seen:
     """What the only rank of a restore sees of several nodes, the first of which is its own."""
 
-    def __init__(self, found: Sequence[NodeMemory], local: LocalMemory | None = None, run: str = RUN) -> None:
+    def __init__(
+        self, found: Sequence[NodeMemory], local: LocalMemory | None = None, run: str = RUN, *, compares: bool = False
+    ) -> None:
+        self._compares = compares
         self._nodes = found
         self._local = local
         self._run = run
@@ -162,7 +165,7 @@ class Seen:
             Offer(card=node.card(), labels=tuple(node.labels(self._run)), num_restores=node.num_restores())
             for node in self._nodes
         ]
-        return MemoryTier(offers, 0, self._local, LINEAGE)
+        return MemoryTier(offers, 0, self._local, LINEAGE, compares=self._compares)
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         for node in self._nodes:
@@ -188,12 +191,12 @@ def of(told: Told, event: str) -> list[dict[str, Any]]:
     return [fields for name, fields in told if name == event]
 
 
-def store_with(*steps: int, generation: int = 1) -> MemoryStore:
+def store_with(*steps: int, generation: int = 1, world_size: int = 2) -> MemoryStore:
     """A run in a store, with those steps of the same kind of state."""
     url = fresh_memory_url()
     with Checkpointer(url, job=JobIdentity(lineage=LINEAGE, generation=generation)) as ckpt:
         for step in steps:
-            ckpt.save(step, {"w": whole(step, 2), "n": step}, wait=True)
+            ckpt.save(step, {"w": whole(step, world_size), "n": step}, wait=True)
     return MemoryStore.named(url.removeprefix("memory://"))
 
 
@@ -222,7 +225,7 @@ def check(step: int, found: tuple[int, dict[str, Any]], world_size: int = 2) -> 
 
 
 def in_shared_memory(part: HeldPart) -> HeldPart:
-    """The part as one is that lies in a slot: its long pieces in memory that can be mapped, others elsewhere."""
+    """The part as one is that lies in a slot: its long pieces in memory with a descriptor, others elsewhere."""
     memory, objects, at = Slot.create(part.label.size_bytes), {}, 0
     for name, held in part.objects.items():
         pieces: list[Any] = []

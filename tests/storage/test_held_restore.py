@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from storage.errors import Transient
+from storage.errors import Corrupt, NotFound, Transient
+from storage.format.manifest import ItemTable
 from storage.held.inventory import HeldObject, HeldPart
-from storage.held.mapped import MappedPart
+from storage.held.own_memory import OwnPart
 from storage.stores.objects import ObjectStore
 from storage.stores.wrapper import StoreWrapper
 from tests.storage.held_cases import (
@@ -128,6 +129,53 @@ def test_of_replicas_what_is_damaged_in_one_is_read_from_another() -> None:
         check(20, restore(store_with(10), Seen([b]), []))  # its node is gone: the other replica is all of it
 
 
+def odd(part: HeldPart) -> HeldPart:
+    """The part with another tensor, of which all checksums are right: as a rank stages it whose memory is at fault."""
+    other = Staged(21, 3, is_all=True, id=part.label.attempt).part(part.label.rank)
+    items = [item for item in other.papers.receipt.items.rows() if item.key == "w"]
+    kept = [item for item in part.papers.receipt.items.rows() if item.key != "w"]
+    assert [item.length for item in items] == [i.length for i in part.papers.receipt.items.rows() if i.key == "w"]
+    receipt = part.papers.receipt.model_copy(update={"items": ItemTable.of([*items, *kept])})
+    assert other.label.size_bytes == part.label.size_bytes
+    data = {name: bytearray(b"".join(held.pieces)) for name, held in part.objects.items()}
+    for item in items:
+        entry = receipt.objects[item.object].name
+        data[entry][item.offset : item.offset + item.length] = b"".join(
+            other.objects[entry].views(item.offset, item.length)
+        )
+    return HeldPart(
+        part.papers.model_copy(update={"receipt": receipt}), {name: HeldObject([held]) for name, held in data.items()}
+    )
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_of_three_replicas_what_one_holds_differently_is_not_taken(at: int) -> None:
+    told: Told = []
+    with nodes(["a", "b", "c"]) as found:
+        staged = Staged(20, 3, is_all=True)
+        for rank, node in enumerate(found):
+            add(node, staged, rank, change=odd if rank == at else lambda part: part)
+        check(20, restore(store_with(10), Seen(found), told, world_size=3), world_size=3)
+    (fields,) = of(told, "checkpoint_replica_differs")
+    others = [rank for rank in range(3) if rank != at]
+    assert (fields["on_rank"], fields["host"], fields["name"]) == (at, f"host-{'abc'[at]}", "w")
+    assert (fields["others"], fields["healed"], fields["step"]) == (others, True, 20)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_of_two_replicas_that_differ_nobody_knows_who_is_right(compares: bool) -> None:
+    told: Told = []
+    with nodes(["a", "b"]) as (a, b):
+        staged = Staged(20, 3, is_all=True)
+        add(a, staged, 0)
+        add(b, staged, 1, change=odd)
+        seen = Seen([a, b], compares=compares)
+        step, _ = restore(store_with(10, world_size=3), seen, told, world_size=3)
+    assert step == (10 if compares else 20)
+    assert [row["healed"] for row in of(told, "checkpoint_replica_differs")] == [False] * compares
+    assert ["differently" in row["reason"] for row in of(told, "checkpoint_held_in_part")] == [True] * compares
+
+
 def test_replicas_of_two_steps_make_no_state() -> None:
     told: Told = []
     with nodes(["a", "b"]) as (a, b):
@@ -199,7 +247,7 @@ def test_a_state_in_memory_is_kept_where_the_store_has_nothing() -> None:
         assert [restore(store_with(), Seen([a]), [])[0] for _ in range(5)] == [20] * 5
 
 
-def test_memory_of_this_node_is_mapped_and_what_is_overwritten_there_meanwhile_is_found() -> None:
+def test_memory_of_this_node_is_read_by_descriptor_and_what_is_overwritten_there_meanwhile_is_found() -> None:
     told: Told = []
     with nodes(["a", "b"]) as (a, b):
         staged = Staged(20)
@@ -224,8 +272,36 @@ def test_descriptors_do_not_pile_up_and_a_map_of_nonsense_is_refused() -> None:
         a.add(part)
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
-            MappedPart(a.mapped(part.key))
+            OwnPart(a.descriptors(part.key))
         import gc
 
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) <= before + 2
+        others = a.descriptors(part.key)
+        with pytest.raises(Corrupt):
+            OwnPart(others[::-1])
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def read_all(own: OwnPart, part: HeldPart) -> None:
+    for name, held in part.objects.items():
+        own.read_into(name, 0, [memoryview(bytearray(held.size_bytes))])
+
+
+def test_memory_that_its_holder_makes_shorter_is_a_source_that_fails() -> None:
+    part = in_shared_memory(Staged(20).part(0))
+    with nodes(["a"]) as (a,):
+        a.add(part)
+        descriptors = a.descriptors(part.key)
+        own = OwnPart(descriptors)
+        for name, held in part.objects.items():
+            whole = bytearray(held.size_bytes)
+            halves = memoryview(whole)[: held.size_bytes // 3], memoryview(whole)[held.size_bytes // 3 :]
+            own.read_into(name, 0, halves)
+            assert whole == b"".join(held.pieces)
+            with pytest.raises(NotFound):
+                own.read_into(name, 1, halves)
+        os.ftruncate(descriptors[0], 8)
+        with pytest.raises(NotFound, match="shorter"):
+            read_all(own, part)
+        own.close()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.format.checksum import block_size_bytes
-from storage.verified.readplan import ItemPlace, Part, Want, box_stripes, plan_parts
+from storage.verified.readplan import ItemPlace, Part, Want, bites, box_stripes, plan_parts
 
 
 @st.composite
@@ -137,3 +137,26 @@ def test_resharding_fetches_hardly_more_than_it_needs(size_mib: int, saved_by: i
 
 def pairs(cuts: list[int]) -> list[tuple[int, tuple[int, int]]]:
     return list(enumerate(itertools.pairwise(cuts)))
+
+
+@given(reads(), st.sampled_from([1, 8, 20, 1000]))
+@settings(max_examples=200, deadline=None)
+def test_bites_of_a_part_are_all_of_it_between_blocks_and_no_longer_than_asked_for(
+    read: tuple[list[ItemPlace], list[Want], int, int], size_bytes: int
+) -> None:
+    items, wants, part_size, gap_size = read
+    for part in plan_parts(dict(enumerate(items)), wants, part_size_bytes=part_size, gap_size_bytes=gap_size):
+        found: list[list[tuple[int, int]]] = [[] for _ in part.segments]
+        for bite, places in bites(part, lambda item: items[item].block_size_bytes, size_bytes):
+            blocks = [items[segment.item].block_size_bytes for segment in bite.segments]
+            assert len(bite.segments) == 1 or bite.stop - bite.start <= size_bytes + size_bytes // 8
+            assert bite.stop - bite.start <= max(size_bytes + size_bytes // 8, *blocks)
+            for segment, (number, start, stop) in zip(bite.segments, places, strict=True):
+                whole = part.segments[number]
+                assert (segment.start, segment.stop) == (whole.start + start, whole.start + stop)
+                assert segment.item_start % items[segment.item].block_size_bytes == 0
+                assert segment.direct == whole.direct
+                found[number].append((start, stop))
+        for whole, ranges in zip(part.segments, found, strict=True):
+            assert ranges[0][0] == 0 and ranges[-1][1] == whole.stop - whole.start
+            assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))

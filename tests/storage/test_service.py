@@ -17,7 +17,7 @@ from storage.run.heartbeat import Heartbeat
 from storage.saving import adoption
 from storage.service import lanes
 from storage.service.client import ServiceBackend
-from storage.service.messages import AskUnfinished, Drain, Drained, Unfinished
+from storage.service.messages import AskStatus, AskUnfinished, Drain, Drained, ServiceStatus, Unfinished
 from storage.service.server import ServerOptions
 from storage.service.sessions import Session
 from storage.stores.local import LocalStore
@@ -280,6 +280,13 @@ def test_it_says_what_is_unfinished(tmp_path: Path, service: InThread, gate: Gat
         assert asked(other, AskUnfinished(url=f"{url}-2")) == Unfinished()
         gate.opened.set()
         assert ckpt.wait()
+
+
+def test_who_never_stages_anything_is_forgotten(service: InThread) -> None:
+    for number in range(5):
+        with connected(service.path, session=f"s-{number}") as other:
+            assert isinstance(asked(other, AskStatus()), ServiceStatus)
+    until("nobody to be known", lambda: service.server._sessions.names() == [])
 
 
 def test_a_service_ends_when_nobody_wants_it(tmp_path: Path) -> None:
