@@ -121,6 +121,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         local_ranks = [worker.local_rank for worker in group.workers]
         self._workers = LocalWorkers(self._runtime_dir, current.generation, local_ranks)
         self._failures = []
+        self._expect(current)
         self._oom_kills_before = postmortem.oom_kills()
         zygote = self._warm.socket_path() if self._warm else COLD
         group.spec.args = tuple(boot.command(self._command, zygote)[1:])
@@ -140,6 +141,11 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
             warm=zygote != COLD,
         )
         return pids
+
+    def _expect(self, current: Round) -> None:
+        """Tell the sidecar that its part in a restore comes: not before the first round, when there is none."""
+        if self._sidecar is not None and current.generation > 1:
+            self._sidecar.expect()
 
     def add_environment(self, environment: dict[str, str | None], local_rank: int) -> None:
         """Add the round, this node, and the paths that the worker shares with its agent."""

@@ -33,6 +33,12 @@ class Sidecar(Protocol):
     def start(self, folder: Path, tell: Tell) -> None:
         """Start it, before any workers, with what it keeps in `folder`. It is kept running until `close`."""
 
+    def expect(self) -> None:
+        """Workers are about to start that may have a state to restore: have ready by then what takes a moment.
+
+        It returns at once.
+        """
+
     def capture(self, timeout_s: float) -> Capture | None:
         """Have the workers' state kept as it is after their last complete step, for they are about to be ended.
 

@@ -35,6 +35,10 @@ _SEND_S_MAX = 30.0  # a process that is stopped does not read
 _HANDSHAKE_S = 30.0
 
 
+class SaidNothing(ProtocolError):
+    """Somebody has connected, and gone: who only wants the service to be there does."""
+
+
 class Channel:
     """One end of a connection. Any thread may send; one receives."""
 
@@ -166,7 +170,7 @@ def welcome(connection: socket.socket, answer: Welcome) -> tuple[Channel, Hello]
         connection.settimeout(_HANDSHAKE_S)
         received = channel.receive()
         if received is None:
-            raise ProtocolError("it said nothing")
+            raise SaidNothing("it said nothing")
         hello, fds = received
         close_all(fds)
         if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:

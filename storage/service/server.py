@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from storage.errors import StorageError
-from storage.service.channel import Channel, close_all, welcome
+from storage.service.channel import Channel, SaidNothing, close_all, welcome
 from storage.service.lanes import Holder, Lane, Safe, Shared, unpack
 from storage.service.messages import (
     Accepted,
@@ -215,7 +215,8 @@ class Server:
             connection.settimeout(None)
             channel, hello = welcome(connection, Welcome(pid=os.getpid(), environment=self._environment))
         except (ProtocolError, OSError) as error:
-            log.warning("a connection was refused: %s", error)
+            level = logging.INFO if isinstance(error, SaidNothing) else logging.WARNING
+            log.log(level, "a connection was refused: %s", error)
             return
         with self._lock:  # or the session is forgotten in between, and what it waits for is told to nobody
             session = self._sessions.of(hello.session) if hello.session else None

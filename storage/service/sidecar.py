@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -65,6 +66,20 @@ class CheckpointService:
         self._threads = [threading.Thread(target=call, name="checkpoint-service", daemon=True) for call in calls]
         for thread in self._threads:
             thread.start()
+
+    def expect(self) -> None:
+        """Have the service's process started, though nobody has asked it anything: so no restore waits for its imports.
+
+        Where the job has saved nothing so far it costs one process that waits.
+        """
+        if self._process is None or address.used(self._path).exists():
+            return
+        with (
+            contextlib.suppress(OSError),  # it does not listen yet, and its first caller will start it
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as caller,
+            address.short_path(self._path) as path,
+        ):
+            caller.connect(path)
 
     def capture(self, timeout_s: float) -> CaptureRequest | None:
         """Have the live state of all workers kept, within that time; it goes on by itself. None: there is no worker."""

@@ -51,11 +51,15 @@ class Keeper(Sidecar, Capture):
     def __init__(self, num_looks: float) -> None:
         self.num_looks = num_looks
         self.asked_s: list[float] = []
+        self.num_expected = 0
 
     address = ""
 
     def start(self, folder: Path, tell: Tell) -> None:
         raise NotImplementedError
+
+    def expect(self) -> None:
+        self.num_expected += 1
 
     def drain(self, grace_s: float) -> None:
         raise NotImplementedError
@@ -103,6 +107,15 @@ def test_the_agent_waits_until_the_state_is_kept() -> None:
     assert event == "live_state_captured"
     assert fields["steps"] == {0: 7, 1: 7}
     assert sentence({"event": event, "node": "a", **fields}).endswith("cannot go on: the state after step 7 is kept")
+
+
+def test_the_sidecar_is_told_of_a_restore_before_workers_start_that_are_not_the_first() -> None:
+    keeper = Keeper(0)
+    agent = Ending(keeper)
+    for generation in (1, 2):
+        agent._expect(SimpleNamespace(generation=generation))  # type: ignore[arg-type]
+    assert keeper.num_expected == 1
+    Ending(None)._expect(SimpleNamespace(generation=2))  # type: ignore[arg-type]
 
 
 def test_a_fenced_node_and_one_that_drains_have_no_time_for_it() -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from storage import Checkpointer
 from storage.agent import AgentEnvironment
-from storage.service import address
+from storage.service import address, starting
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
 from tests.ranks import Ranks
@@ -189,7 +189,11 @@ time.sleep(600)
 """
 
 
-def test_an_agents_service_is_started_again_and_ends_with_it(tmp_path: Path) -> None:
+def test_an_agents_service_is_started_again_is_there_when_it_is_expected_and_ends_with_it(tmp_path: Path) -> None:
+    def is_used() -> bool:
+        service.expect()
+        return address.used(path).exists()
+
     told: list[str] = []
     service = CheckpointService()
     service.start(tmp_path, told.append)
@@ -203,6 +207,9 @@ def test_an_agents_service_is_started_again_and_ends_with_it(tmp_path: Path) -> 
         assert told == ["it has ended (exit code -9), and is started again"]
         with Checkpointer(tmp_path / "run", service=False) as ckpt:
             ckpt.save(1, state(1), wait=True)
+        until("its process", is_used)
+        assert status(path).num_unfinished == 0
+        assert starting.log_of(path).read_text() == "", "who only wanted it to be there is no stranger"
         service.drain(0.0)
     finally:
         service.close()
