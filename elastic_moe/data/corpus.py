@@ -116,7 +116,10 @@ def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None)
     except ValueError as error:
         # fsspec's answer to a protocol that it does not know.
         raise UserError(f"data.url {config.url!r}: {error}") from error
-    end = _end_of_document(config, tokenizer, holds_ids=holds_ids) if config.document_mask else None
+    end = None
+    if config.document_mask:
+        end = _end_of_document(config, tokenizer, holds_ids=holds_ids)
+        _check_end(end, shards, vocab_size)
     digest = fingerprint(shards)
     if tokenizer.digest or end is not None:
         digest = hashlib.sha256(f"{digest} {tokenizer.digest} {end}".encode()).hexdigest()
@@ -173,6 +176,16 @@ def _end_of_document(config: DataConfig, tokenizer: TextTokenizer, *, holds_ids:
     return config.end_of_document
 
 
+def _check_end(end: int, shards: Sequence[Tokens], vocab_size: int | None) -> None:
+    """Raises UserError where the model has no token that ends documents; warns where the data seem to have none."""
+    if vocab_size is not None and end >= vocab_size:
+        raise UserError(
+            f"data.end_of_document is {end} and model.vocab_size is {vocab_size}: it is no token of the model"
+        )
+    if not any((part == end).any() for shard in shards for part in parts_to_check(shard)):
+        log.warning("data: no token %d, which ends documents, was found: data.document_mask keeps nothing apart", end)
+
+
 def _text_files(sources: Sequence[SourceFile], *, sniff: bool) -> TextFiles:
     paths = [source.path for source in sources]
     for path in paths if sniff else ():
@@ -197,7 +210,7 @@ def _grouped(sources: Sequence[SourceFile]) -> list[list[SourceFile]]:
     groups: list[list[SourceFile]] = []
     room = 0
     for source in sources:
-        if source.num_bytes > room:
+        if not groups or source.num_bytes > room:
             groups.append([])
             room = _FILE_BYTES
         groups[-1].append(source)

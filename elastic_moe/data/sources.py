@@ -191,7 +191,9 @@ def _source(fs: Any, path: str, info: dict[str, Any], kind: FileKind) -> SourceF
     told = {key.lower(): value for key, value in info.items()}
     versions = [f"{key}={told[key]}" for key in _VERSION_KEYS if told.get(key) is not None]
     if info.get("type") == "other":  # a pipe would be waited for
-        raise UserError(f"data.url: {path} is neither a file nor a folder")
+        raise UserError(
+            f"data.url: {path} is neither a file nor a folder; a link to a folder within a folder is not followed"
+        )
     if not versions:
         log.info("data: %s does not say when it was changed: it counts as the same while its size is", path)
     content = "\n".join([f"{np.atleast_1d(fs.protocol)[0]}://{path}", str(info.get("size")), *versions])

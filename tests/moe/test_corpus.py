@@ -185,9 +185,11 @@ def test_a_text_that_is_cut_while_it_is_trained_on_is_told(tmp_path: Path) -> No
 
 def test_mistakes_in_parquet_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"no parquet at all")
+    (tmp_path / "empty.parquet").touch()
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "other.parquet")
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("bad.parquet", {}, "is not a parquet file"),
+        ("empty.parquet", {}, "is not a parquet file"),
         ("other.parquet", {}, "has no column 'text', but body, n: set data.text_field"),
         ("other.parquet", {"text_field": "n"}, "'n' is int, not a string"),
     ]

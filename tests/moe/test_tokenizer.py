@@ -96,7 +96,7 @@ def test_the_fingerprint_includes_tokenizer_and_packing(tmp_path: Path) -> None:
     assert again.fingerprint == prints[2]
 
 
-def test_ids_of_ones_own_go_with_a_tokenizer(tmp_path: Path) -> None:
+def test_ids_of_ones_own_go_with_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "ids.npy", np.arange(99, dtype=np.uint16))
     config = DataConfig(url=str(tmp_path / "ids.npy"), tokenizer=saved(tmp_path / "tokenizer"), document_mask=True)
     corpus = open_corpus(config, seq_len=4)
@@ -107,6 +107,11 @@ def test_ids_of_ones_own_go_with_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set data\.end_of_document to its id"):
         open_corpus(bare, seq_len=4)
     assert open_corpus(bare.model_copy(update={"end_of_document": 7}), seq_len=4).end_of_document == 7
+    beyond = bare.model_copy(update={"end_of_document": 1000})
+    with pytest.raises(UserError, match=r"end_of_document is 1000 and model\.vocab_size is 256"):
+        open_corpus(beyond, seq_len=4, vocab_size=256)
+    assert open_corpus(beyond, seq_len=4).end_of_document == 1000
+    assert "no token 1000, which ends documents, was found" in caplog.text
 
 
 @pytest.mark.parametrize(
