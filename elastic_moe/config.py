@@ -32,7 +32,7 @@ class MeshConfig(MachineSpeed):
     """What the mesh planner is told beyond the model: pins, limits, and the machines' speed."""
 
     expert: int | None = Field(None, ge=1)
-    """Fixes the expert-parallel degree; it must divide `model.num_experts`."""
+    """Fixes the expert-parallel degree: at most `model.num_experts`, which it need not divide."""
     shard: int | None = Field(None, ge=1)
     """Fixes the number of FSDP shards."""
     replicate: int | None = Field(None, ge=1)
@@ -67,11 +67,11 @@ class JobConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _experts_divide(self) -> Self:
-        if self.mesh.expert is not None and self.model.num_experts % self.mesh.expert:
+    def _experts_for_all(self) -> Self:
+        if self.mesh.expert is not None and self.mesh.expert > self.model.num_experts:
             raise ValueError(
-                f"mesh.expert = {self.mesh.expert} does not divide model.num_experts = {self.model.num_experts}: "
-                "each expert-parallel rank holds as many experts as every other"
+                f"mesh.expert = {self.mesh.expert} is more than model.num_experts = {self.model.num_experts}: "
+                "some expert-parallel ranks would never hold an expert"
             )
         return self
 

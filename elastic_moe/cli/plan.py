@@ -77,10 +77,10 @@ def register(verbs: Subparsers) -> None:
 def handle(args: argparse.Namespace) -> int:
     """Print the table; 1 when no world size has a mesh."""
     spec = _spec(args)
-    if spec.expert is not None and (spec.num_experts or 1) % spec.expert:
+    if spec.expert is not None and spec.expert > max(1, spec.num_experts):
         raise UserError(
-            f"--expert-parallel {spec.expert} does not divide {spec.num_experts} experts: "
-            "each part needs as many experts as every other"
+            f"--expert-parallel {spec.expert} is more than there are experts ({spec.num_experts}): "
+            "some ranks would never hold one"
         )
     rows = table(spec, args)
     if args.json:

@@ -168,7 +168,8 @@ def mixtral_config(ours: ModelConfig, *, num_positions: int, dtype: str) -> dict
         f"model.score = {ours.score!r}": ours.score != "softmax",
         f"model.norm_topk = {str(ours.normalizes).lower()} (model.top_k = {ours.top_k})": not ours.normalizes,
         f"model.route_scale = {ours.route_scale:g}": ours.route_scale != 1.0,
-        f"model.balance = {ours.balance!r}, whose biases choose experts,": ours.balance == "bias",
+        f"model.balance = {ours.balance!r}, whose biases choose experts,": ours.moves_bias,
+        f"model.top_groups = {ours.top_groups}": ours.limits_groups,
     }
     if missing := [name for name, is_set in lacks.items() if is_set]:
         raise UserError(f"a Mixtral has nothing for {missing[0]}: this model cannot be exported as one")

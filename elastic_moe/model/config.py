@@ -37,7 +37,7 @@ class ModelConfig(BaseModel):
     """Standard deviation of every initial weight matrix."""
 
     num_experts: int = Field(8, ge=1)
-    """Experts in each MoE layer. The expert-parallel degree must divide it."""
+    """Experts in each MoE layer. Expert-parallel ranks need not divide it: the last ones then hold fewer."""
     top_k: int = Field(2, ge=1)
     """Experts that process each token."""
     expert_dim: int = Field(256, ge=1)
@@ -53,12 +53,21 @@ class ModelConfig(BaseModel):
     the weight would always be 1, and the router would learn nothing from it."""
     route_scale: float = Field(1.0, gt=0)
     """Factor of the routed experts' weights, after they were divided (DeepSeek-V3's 2.5)."""
-    balance: Literal["sequence", "bias", "none"] = "sequence"
-    """How the experts' loads are kept level. `sequence`: an auxiliary loss for each sequence (DeepSeek-V3,
-    arXiv:2412.19437 eq. 17). `bias`: no loss, but a selection bias moved once a step against the whole batch's
-    load (arXiv:2408.15664). Neither depends on how the batch is split over ranks and micro-batches."""
+    num_groups: int = Field(1, ge=1)
+    """Groups of equally many consecutive experts, of which `top_groups` are chosen for a token before its experts are:
+    so it goes to few nodes (DeepSeek-V3's node-limited routing, arXiv:2412.19437 section 2.1.2)."""
+    top_groups: int | None = Field(None, ge=1)
+    """Groups that a token's experts may come from: those whose two best experts have the largest sum of scores, biases
+    included; none means all."""
+    balance: Literal["sequence", "global", "bias", "quantile", "forced", "none"] = "sequence"
+    """How the experts' loads are kept level, by something that does not depend on how a batch is split over ranks and
+    micro-batches. `sequence`: an auxiliary loss for each sequence (DeepSeek-V3, arXiv:2412.19437 eq. 17). `global`: the
+    same over the whole batch of a step (arXiv:2501.11873). `bias`: no loss, but a selection bias that is moved a little
+    once a step (arXiv:2408.15664). `quantile`: a selection bias that is set once a step to what would have made the
+    loads equal (Quantile Balancing, kexue.fm/archives/11619). `forced`: experts in turn, whatever the router says, for
+    benchmarks alone. `none`: nothing."""
     balance_coeff: float = Field(1e-2, ge=0)
-    """Weight of the `sequence` loss."""
+    """Weight of the `sequence` or `global` loss."""
     balance_rate: float = Field(1e-3, ge=0)
     """Step of the `bias` update."""
     z_loss_coeff: float = Field(0.0, ge=0)
@@ -88,7 +97,34 @@ class ModelConfig(BaseModel):
                 "norm_topk = true with top_k = 1 makes every weight 1, from which a router learns nothing: leave "
                 "norm_topk out, or raise top_k"
             )
+        self._check_groups()
         return self
+
+    def _check_groups(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts {self.num_experts} is not a multiple of num_groups {self.num_groups}")
+        allowed = self.num_groups if self.top_groups is None else self.top_groups
+        if allowed > self.num_groups:
+            raise ValueError(f"top_groups {allowed} is more than num_groups {self.num_groups}")
+        if self.top_k > (reach := allowed * (self.num_experts // self.num_groups)):
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {reach} experts of top_groups {allowed} groups: raise top_groups"
+            )
+        if self.balance == "quantile" and self.limits_groups:
+            raise ValueError(
+                'balance = "quantile" cannot be had with top_groups, which keep tokens from experts: set '
+                'balance = "bias"'
+            )
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token's experts come from some groups only."""
+        return self.top_groups is not None and self.top_groups < self.num_groups
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether a selection bias is a part of what the model computes."""
+        return self.balance in ("bias", "quantile")
 
     @property
     def normalizes(self) -> bool:

@@ -1,6 +1,6 @@
 """The decoder.
 
-Shape suffixes: B sequences, S positions, V vocabulary, D model dim, L layers, E experts.
+Shape suffixes: B sequences, S positions, V vocabulary, D model dim, L layers, E experts, H bins of margins.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from elastic_moe.model.router import RouterTerms
 
 
 class DecoderOutput(NamedTuple):
-    """Logits, and what the routers of all layers left: see `RouterTerms`."""
+    """Logits, and what the routers of all layers left, added up or one layer after another: see `RouterTerms`."""
 
     logits_BSV: Tensor
     load_LE: Tensor
     balance: Tensor
     z: Tensor
+    probs_LE: Tensor
+    entropy_L: Tensor
+    margins_LEH: Tensor
 
 
 class Block(nn.Module):
@@ -103,6 +106,9 @@ class Decoder(nn.Module):
             load_LE=torch.stack([t.load_E for t in terms]),
             balance=torch.stack([t.balance for t in terms]).sum(),
             z=torch.stack([t.z for t in terms]).sum(),
+            probs_LE=torch.stack([t.probs_E for t in terms]),
+            entropy_L=torch.stack([t.entropy for t in terms]),
+            margins_LEH=torch.stack([t.margins_EH for t in terms]),
         )
 
     @property

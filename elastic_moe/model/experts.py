@@ -70,6 +70,10 @@ class Experts(nn.Module):
             x_RD: rows ordered by source, and by expert within a source.
             counts_PE: int64, on the CPU: rows of each source for each expert; they add up to R.
         """
+        if not counts_PE.shape[1]:
+            # No expert is held here. FSDP2 cannot reduce gradients of nothing, so the parameters get none; and that it
+            # is called at all keeps FSDP2's order of gathers, which must be that of the other ranks.
+            return x_RD.clone()
         weights = tuple(
             w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
         )

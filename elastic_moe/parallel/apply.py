@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.experts import Experts
 from elastic_moe.parallel.dispatch import AllToAllDispatch
 from elastic_moe.parallel.meshes import EXPERT, Meshes
+from launcher import cuts_through, placement_obstacle
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,19 @@ def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = No
     averaging would make the experts' gradients EP times too large, for they saw the tokens of EP ranks.)
 
     Raises:
-        UserError: the experts cannot be divided by the plan's expert-parallel degree.
+        UserError: the experts cannot be laid out on the mesh.
     """
     precision = precision or Precision()
     plan, num_experts = meshes.plan, model.config.num_experts
-    if num_experts % plan.expert:
-        raise UserError(
-            f"model.num_experts {num_experts} is not divisible by the mesh's expert-parallel degree "
-            f"{plan.expert}: choose a mesh whose expert dimension divides it"
-        )
+    widths = (model.config.dim, model.config.expert_dim)
+    if why := placement_obstacle(num_experts, widths, expert=plan.expert, shard=plan.shard):
+        raise UserError(f"the mesh {plan} does not fit the model: {why}")
     for block in model.blocks:
         experts = block.moe.experts
         experts.exact = precision.exact
         if plan.expert > 1:
             _split_experts(experts, meshes.sparse[EXPERT])
-            block.moe.dispatch = AllToAllDispatch(meshes.expert_group)
+            block.moe.dispatch = AllToAllDispatch(meshes.expert_group, num_experts)
         if precision.router_policy is not None:
             fully_shard(block.moe.router, mesh=meshes.for_dense, mp_policy=precision.router_policy)
         # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
@@ -89,7 +88,7 @@ def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = No
             experts,
             mesh=mesh,
             mp_policy=precision.experts_policy,
-            shard_placement_fn=_placement(experts, num_experts // plan.expert, _num_shards(mesh)),
+            shard_placement_fn=_placement(num_experts, widths, expert=plan.expert, shard=_num_shards(mesh)),
         )
         fully_shard(block, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
     fully_shard(model, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
@@ -111,12 +110,8 @@ def _num_shards(mesh: DeviceMesh) -> int:
 
 
 def _placement(
-    experts: Experts, num_local_experts: int, num_shards: int
+    num_experts: int, widths: Sequence[int], *, expert: int, shard: int
 ) -> Callable[[nn.Parameter], Shard | None] | None:
-    """Where FSDP2 cuts a part of the experts: between experts where that is even, else through each of them.
-
-    It cuts unevenly along dimension 0 only, so that is what remains where the widths do not divide either.
-    """
-    widths = experts.gate_EFD.shape[1:]
-    through = num_local_experts % num_shards and not any(width % num_shards for width in widths)
+    """Where FSDP2 cuts a part of the experts; None is along dimension 0, between them."""
+    through = cuts_through(num_experts, widths, expert=expert, shard=shard)
     return (lambda param: Shard(1)) if through else None

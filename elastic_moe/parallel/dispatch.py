@@ -1,39 +1,46 @@
 """Tokens to their experts' ranks and back.
 
-Shape suffixes: R rows sent, Q rows received, P ranks of the expert-parallel group, E experts of the layer,
-X = E / P experts held here, D model dim.
+Shape suffixes: R rows sent, Q rows received, P ranks of the expert-parallel group, E experts of the layer, X experts
+held here, D model dim.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe.model.experts import Experts
 from elastic_moe.torch_private import exchange_rows
+from launcher import experts_per_rank
 
 
 class AllToAllDispatch:
     """Exchange rows over an expert-parallel group: counts first, then the rows themselves, and the results back.
 
-    Nothing is padded and nothing dropped; a rank may send or receive no row at all, and still takes part.
+    Nothing is padded and nothing dropped; a rank may send or receive no row, or hold no expert, and still takes part.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
         self.group = group
         self.num_ranks = group.size()
+        of_rank = experts_per_rank(num_experts, self.num_ranks)
+        self.num_held = of_rank[group.rank()]
+        self.num_missing = self.num_ranks * of_rank[0] - num_experts
 
     def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
         sent_PX, received_PX = self._exchange_counts(counts_E)
         send_splits, receive_splits = sent_PX.sum(1).tolist(), received_PX.sum(1).tolist()
         x_QD = exchange_rows(x_RD, send_splits, receive_splits, self.group)
-        y_QD = experts(x_QD, received_PX)
+        y_QD = experts(x_QD, received_PX[:, : self.num_held])
         return exchange_rows(y_QD.contiguous(), receive_splits, send_splits, self.group)
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """How many rows go out and come in, each (P, X) on the CPU: the splits are needed as Python numbers."""
-        received_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_E, counts_E.contiguous(), group=self.group)
-        sent, received = torch.stack((counts_E, received_E)).cpu()
-        return sent.view(self.num_ranks, -1), received.view(self.num_ranks, -1)
+        """How many rows go out and come in, each (P, most experts of a rank) on the CPU, for the splits are needed as
+        Python numbers. Ranks that hold fewer experts get no row for those that they lack."""
+        sent = F.pad(counts_E, (0, self.num_missing))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        both_PX = torch.stack((sent, received)).cpu().view(2, self.num_ranks, -1)
+        return both_PX[0], both_PX[1]

@@ -34,6 +34,10 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         check_exact(job.model)
     if train.compile:
         check_compiler(device, os.environ)
+    if job.model.balance == "forced" and rank == 0:
+        log.warning(
+            'model.balance = "forced" sends tokens to experts in turn: for benchmarks, what is trained is no model'
+        )
     corpus = open_corpus(job.data, train.seq_len, job.model.vocab_size)
     check_same_everywhere(corpus.fingerprint, device)
     with torch.device("meta"):

@@ -1,6 +1,6 @@
 """One optimizer step on the global batch, shared by the ranks and accumulated over rounds.
 
-Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts.
+Shape suffixes: B sequences of a micro-batch, S positions, L layers, E experts, H bins of margins.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch.optim import AdamW
 
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder, DecoderOutput
-from elastic_moe.model.router import move_bias
+from elastic_moe.model.quantile import set_bias
+from elastic_moe.model.router import global_balance, move_bias
 from elastic_moe.parallel import Meshes, begin_round, clip_gradients
 from elastic_moe.trainer.batches import Batches, MicroBatch, count_targets
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
 from elastic_moe.trainer.health import why_to_skip
 from elastic_moe.trainer.optimizer import set_learning_rate
+from elastic_moe.trainer.routing import RoutingStats, routing_stats
 from elastic_moe.trainer.schedule import learning_rate
 
 
@@ -37,13 +39,45 @@ class StepResult(NamedTuple):
     """Why the step has changed nothing; "" for one that has."""
     own_loss: float = 0.0
     """Of a skipped step, what this rank's sequences added to the sum of losses."""
+    routing: RoutingStats | None = None
+    """How level the loads are."""
+
+
+class StepSums(NamedTuple):
+    """What micro-batches of a step leave beside their gradients, float64; they add up over micro-batches and ranks."""
+
+    loss: Tensor
+    load_LE: Tensor
+    entropy_L: Tensor
+    margins_LEH: Tensor
+
+    @classmethod
+    def of(cls, out: DecoderOutput, loss: Tensor) -> StepSums:
+        return cls(loss.detach(), out.load_LE, out.entropy_L, out.margins_LEH)
+
+    def plus(self, other: StepSums) -> StepSums:
+        return StepSums(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def over_ranks(self) -> StepSums:
+        """The sums of all ranks. A collective: one all-reduce for everything."""
+        packed = torch.cat([tensor.flatten() for tensor in self])
+        dist.all_reduce(packed)
+        parts = packed.split([tensor.numel() for tensor in self])
+        return StepSums(*(part.view_as(tensor) for part, tensor in zip(parts, self, strict=True)))
 
 
 Finish = Callable[[StepResult, Callable[[], None]], None]
 """Hears of a step's result, and has it applied: by a call that changes the state of this rank alone."""
 
 
-def objective(out: DecoderOutput, loss: Tensor, num_targets: Tensor, config: ModelConfig, train: TrainConfig) -> Tensor:
+def objective(
+    out: DecoderOutput,
+    loss: Tensor,
+    num_targets: Tensor,
+    config: ModelConfig,
+    train: TrainConfig,
+    load_LE: Tensor | None = None,
+) -> Tensor:
     """What a micro-batch adds to the objective of the global batch, a float64 scalar.
 
     Every term is a sum over sequences, divided by a count of the *global* batch: any split adds up to the same.
@@ -54,11 +88,14 @@ def objective(out: DecoderOutput, loss: Tensor, num_targets: Tensor, config: Mod
         num_targets: tokens that the whole global batch predicts.
         config: says which terms there are.
         train: says how large the global batch is.
+        load_LE: with `balance` "global", the loads of the whole global batch.
     """
     num_tokens = train.global_batch * train.seq_len
     total = loss / num_targets
     if config.balance == "sequence":
         total = total + config.balance_coeff * out.balance.double() / train.global_batch
+    if load_LE is not None:
+        total = total + config.balance_coeff * global_balance(out.probs_LE, load_LE) / train.global_batch
     if config.z_loss_coeff:
         total = total + config.z_loss_coeff * out.z.double() / num_tokens
     return total
@@ -97,29 +134,43 @@ class Stepper:
         """
         micro_batches = self.batches.of_step(step)
         num_targets = self._num_targets(micro_batches)
-        own_loss, load_LE = self._accumulate(micro_batches, num_targets)
-        loss_sum, load_LE = self._add_over_ranks(own_loss, load_LE)
-        grad_norm = clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm)
-        lr = learning_rate(step, self.horizon, self.optim)
-        loss = float(loss_sum.item()) / float(num_targets.item())
-        if skipped := why_to_skip(loss, grad_norm):
+        own = self._accumulate(micro_batches, num_targets)
+        sums = own.over_ranks()
+        num_tokens = self.train.global_batch * self.train.seq_len
+        result = StepResult(
+            loss=float(sums.loss.item()) / float(num_targets.item()),
+            grad_norm=clip_gradients(self.model.parameters(), self.meshes, self.optim.clip_norm),
+            lr=learning_rate(step, self.horizon, self.optim),
+            load_LE=sums.load_LE.cpu(),
+            routing=routing_stats(sums.load_LE, sums.entropy_L, num_tokens, self.model.config.top_k),
+        )
+        if skipped := why_to_skip(result.loss, result.grad_norm):
             self.optimizer.zero_grad()
-            return StepResult(loss, grad_norm, lr, load_LE.cpu(), skipped, float(own_loss.item()))
+            return result._replace(skipped=skipped, own_loss=float(own.loss.item()))
 
         def apply() -> None:
-            set_learning_rate(self.optimizer, lr)
+            set_learning_rate(self.optimizer, result.lr)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.model.config.balance == "bias":
-                for block, load_E in zip(self.model.blocks, load_LE, strict=True):
-                    move_bias(block.moe.router.expert_bias, load_E, self.model.config.balance_rate)
+            self._move_biases(sums)
 
-        result = StepResult(loss, grad_norm, lr, load_LE.cpu())
         if finish is None:
             apply()
         else:
             finish(result, apply)
         return result
+
+    def _move_biases(self, sums: StepSums) -> None:
+        """Let the experts' selection biases follow the whole batch's loads, on all ranks alike."""
+        config = self.model.config
+        if not config.moves_bias:
+            return
+        for block, load_E, margins_EH in zip(self.model.blocks, sums.load_LE, sums.margins_LEH, strict=True):
+            bias = block.moe.router.expert_bias
+            if config.balance == "bias":
+                move_bias(bias, load_E, config.balance_rate)
+            else:
+                set_bias(bias, margins_EH, config.top_k)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -143,20 +194,34 @@ class Stepper:
         dist.all_reduce(count)
         return count.clamp(min=1)  # a batch may hold the ends of documents and nothing else
 
-    def _accumulate(self, micro_batches: list[MicroBatch], num_targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of all micro-batches, reduced over ranks with the last; this rank's loss sum and loads."""
-        losses, loads = [], []
+    def _accumulate(self, micro_batches: list[MicroBatch], num_targets: Tensor) -> StepSums:
+        """Gradients of all micro-batches, reduced over ranks with the last; and this rank's sums."""
+        sums: StepSums | None = None
+        is_global = self.model.config.balance == "global"
+        load_LE = self._count_loads(micro_batches) if is_global and len(micro_batches) > 1 else None
         for i, micro_batch in enumerate(micro_batches):
             begin_round(self.model, last=i + 1 == len(micro_batches), keep_gathered=self.train.keep_gathered)
             out = micro_batch.forward(self.model)
+            if is_global and len(micro_batches) == 1:
+                load_LE = out.load_LE.clone()
+                dist.all_reduce(load_LE)
             loss = micro_batch.loss(out)
-            objective(out, loss, num_targets, self.model.config, self.train).backward()
-            losses.append(loss.detach())
-            loads.append(out.load_LE)
-        return torch.stack(losses).sum(), torch.stack(loads).sum(dim=0)
+            objective(out, loss, num_targets, self.model.config, self.train, load_LE).backward()
+            of_this = StepSums.of(out, loss)
+            sums = of_this if sums is None else sums.plus(of_this)
+        assert sums is not None, "every rank has at least one round"
+        return sums
 
-    def _add_over_ranks(self, loss: Tensor, load_LE: Tensor) -> tuple[Tensor, Tensor]:
-        """One all-reduce for everything that a step reports."""
-        packed = torch.cat((loss[None], load_LE.flatten()))
-        dist.all_reduce(packed)
-        return packed[0], packed[1:].view_as(load_LE)
+    @torch.no_grad()
+    def _count_loads(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """The loads of the whole batch before any of it is learned from, (L, E) on all ranks. A collective.
+
+        The loss's gradient needs them from the first micro-batch on, so with several each goes forward twice.
+        """
+        loads = []
+        for micro_batch in micro_batches:
+            begin_round(self.model, last=False, keep_gathered=self.train.keep_gathered)
+            loads.append(micro_batch.forward(self.model).load_LE)
+        load_LE = torch.stack(loads).sum(dim=0)
+        dist.all_reduce(load_LE)
+        return load_LE

@@ -14,7 +14,7 @@ from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.worker import WorkerContext
-from launcher import Infeasible, MeshPlan, plan
+from launcher import Infeasible, MeshPlan, placement_obstacle, plan
 
 # fp32 numbers that two AVX-512 registers hold; torch's CPU kernels work on one or two at a time.
 _VECTOR_WIDTH = 32
@@ -92,11 +92,9 @@ def check_plan(mesh: MeshPlan, job: JobConfig, world_size: int) -> None:
         raise UserError(
             f"the mesh plan ({mesh}) needs {mesh.world_size} ranks and WORLD_SIZE is {world_size}: {advice}"
         )
-    if job.model.num_experts % mesh.expert:
-        raise UserError(
-            f"model.num_experts = {job.model.num_experts} is not divisible by the mesh plan's expert degree "
-            f"{mesh.expert}: {advice}"
-        )
+    widths = (job.model.dim, job.model.expert_dim)
+    if why := placement_obstacle(job.model.num_experts, widths, expert=mesh.expert, shard=mesh.shard):
+        raise UserError(f"the mesh plan ({mesh}) does not fit the model: {why}; {advice}")
     held = mesh.micro_batch * mesh.rounds * world_size
     if held < job.train.global_batch:
         raise UserError(

@@ -91,10 +91,10 @@ def test_toml_values(job: Path) -> None:
             "ELASTIC_MOE__STEPS: write ELASTIC_MOE__SECTION__FIELD; did you mean train.steps?",
         ),
         (
-            ["mesh.expert=3"],
+            ["mesh.expert=9"],
             {},
-            "{job}: mesh.expert = 3 does not divide model.num_experts = 8: "
-            "each expert-parallel rank holds as many experts as every other",
+            "{job}: mesh.expert = 9 is more than model.num_experts = 8: "
+            "some expert-parallel ranks would never hold an expert",
         ),
         (["model.top_k=9"], {}, "{job}: model: top_k 9 is more than num_experts 8"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +45,18 @@ SMALL = ModelConfig(
 )
 
 
+VARIANT = os.environ.get("MOE_VARIANT", "")
+"""Of every model that is built here: `compile`, `recompute`, or both with a comma. To run all of tests/moe so."""
+
+
+def vary(model: Decoder, variant: str = VARIANT, backend: str = "inductor") -> None:
+    """Let a model compute as `train.compile` and `train.recompute` would have it."""
+    model.recompute = model.recompute or "recompute" in variant
+    if "compile" in variant:
+        for block in model.blocks:
+            block.compile_attention(backend)
+
+
 def layout(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
     return MeshPlan(replicate=replicate, shard=shard, expert=expert, idle=0, micro_batch=2, rounds=1)
 
@@ -55,6 +69,7 @@ def build(config: ModelConfig, plan: MeshPlan, precision: Precision | None = Non
     parallelize(model, meshes, precision)
     materialize(model, "cpu")
     init_weights(model, seed=0)
+    vary(model)
     return model, meshes
 
 
@@ -89,7 +104,13 @@ def gradients(
         begin_round(model, last=i + 1 == num_rounds, keep_gathered=keep_gathered)
         objective(model, part, num_sequences=8).backward()
     norm = clip_gradients(model.parameters(), meshes, max_norm)
-    return gather_full({name: p.grad for name, p in model.named_parameters() if p.grad is not None}), norm
+    return gather_full(dict(grads(model))), norm
+
+
+def grads(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every gradient; a rank that holds no expert has none of theirs."""
+    for name, param in model.named_parameters():
+        yield name, torch.zeros_like(param) if param.grad is None else param.grad
 
 
 class Leg(NamedTuple):
@@ -103,6 +124,8 @@ class Leg(NamedTuple):
 def train_leg(job: JobConfig, plan: MeshPlan, first: int, last: int, folder: Path) -> Leg:
     """Steps `first` to `last` of `job` on one mesh, from and to stock DCP checkpoints in `folder`."""
     stepper, progress = set_up(job, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
+    if not job.train.exact:  # exact mode cannot be compiled
+        vary(stepper.model)
     state = training_state(stepper.model, stepper.optimizer, progress)
     if first:
         dcp.load(state, checkpoint_id=folder / str(first))

@@ -137,7 +137,7 @@ def dispatched(owner: int | None) -> tuple[Tensor, Tensor, Tensor]:
     for part, whole in zip(mine.parameters(), experts.parameters(), strict=True):
         part.data.copy_(whole.data[rank * half : (rank + 1) * half])
     assert dist.group.WORLD is not None
-    got = AllToAllDispatch(dist.group.WORLD)(x, counts, mine)
+    got = AllToAllDispatch(dist.group.WORLD, config.num_experts)(x, counts, mine)
     (got * got).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(got, expected)

@@ -57,9 +57,21 @@ def test_clipping_scales_every_gradient_alike(
     assert all(relative_error(got[name], expected[name] / 3) <= 1e-5 for name in expected)
 
 
-def test_gradients_of_uneven_shards(ranks: Ranks) -> None:
-    """Three shards of 8 experts whose widths 3 does not divide either: parts of 3, 3 and 2 experts."""
-    config = SMALL.model_copy(update={"num_experts": 8})
-    expected, _ = ranks.run(gradients, config, layout(), world_size=1)[0]
-    for got, _ in ranks.run(gradients, config, layout(shard=3), world_size=3):
+UNEVEN = {
+    "8 on FS3": (8, 64, layout(shard=3)),  # whose widths 3 does not divide either: shards of 3, 3 and 2 experts
+    "8 on EP3": (8, 64, layout(expert=3)),
+    "5 on EP4": (5, 64, layout(expert=4)),  # 2, 2, 1 and none
+    "5 on FS2xEP2": (5, 64, layout(shard=2, expert=2)),  # each shard half of every expert of its part
+    "5 on R2xEP2, odd": (5, 63, layout(replicate=2, expert=2)),  # computed one by one
+    "5 on EP4, odd": (5, 63, layout(expert=4)),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_gradients_of_uneven_parts_and_shards(ranks: Ranks, case: str) -> None:
+    num_experts, expert_dim, plan = UNEVEN[case]
+    config = SMALL.model_copy(update={"num_experts": num_experts, "expert_dim": expert_dim})
+    expected, expected_norm = ranks.run(gradients, config, layout(), world_size=1)[0]
+    for got, norm in ranks.run(gradients, config, plan, world_size=plan.world_size):
         assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5
+        assert norm == pytest.approx(expected_norm, rel=1e-6)

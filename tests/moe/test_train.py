@@ -176,6 +176,7 @@ def test_a_run_through_a_stop_and_a_kill_equals_an_unbroken_one(tmp_path: Path) 
     broken.mkdir()
     unbroken.mkdir()
     what = job(broken, steps=400)
+    what = what.model_copy(update={"model": what.model.model_copy(update={"balance": "quantile", "num_experts": 5})})
     with World(broken, what, fitted(what, expert=2), generation=1) as first:
         first.reach(2)
         first.channels[1].request_stop(StopReason.MEMBERSHIP)

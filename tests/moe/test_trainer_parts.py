@@ -91,13 +91,14 @@ def test_a_validation_on_nothing_is_refused() -> None:
     ("plan", "message"),
     [
         (MeshPlan(1, 2, 2, 0, 8, 1), "needs 4 ranks and WORLD_SIZE is 6"),
-        (MeshPlan(1, 2, 3, 0, 8, 1), "num_experts = 8 is not divisible by the mesh plan's expert degree 3"),
+        (MeshPlan(1, 2, 3, 0, 8, 1), "8 experts on 3 expert-parallel ranks make unequal parts"),
         (MeshPlan(3, 2, 1, 0, 1, 2), "holds 12 sequences a step and train.global_batch is 32"),
         (MeshPlan(3, 1, 2, 0, 6, 1), "micro-batch is 6 and the job allows 4"),
     ],
 )
 def test_a_plan_for_another_job_is_refused(plan: MeshPlan, message: str) -> None:
-    job = JobConfig.model_validate({"train": {"global_batch": 32, "max_micro_batch": 4}})
+    train = {"global_batch": 32, "max_micro_batch": 4}
+    job = JobConfig.model_validate({"train": train, "model": {"expert_dim": 255}})
     with pytest.raises(UserError) as caught:
         check_plan(plan, job, world_size=6)
     assert message in str(caught.value)

@@ -17,7 +17,7 @@ def mesh(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
 
 SAVED = {
     "FS2xEP2": (cases.EVEN, mesh(shard=2, expert=2)),
-    "EP3": (cases.EVEN, mesh(expert=3)),
+    "EP4": (cases.EVEN, mesh(expert=4)),  # 2, 2, 2 and no expert
     "R2xFS2": (cases.EVEN, mesh(replicate=2, shard=2)),
     "uneven FS2xEP2": (cases.UNEVEN, mesh(shard=2, expert=2)),
 }
@@ -26,6 +26,7 @@ LOADED = {
     "FS2": mesh(shard=2),
     "EP2": mesh(expert=2),
     "R2": mesh(replicate=2),
+    "EP3": mesh(expert=3),
     "FS3": mesh(shard=3),
     "FS2xEP2": mesh(shard=2, expert=2),
 }
