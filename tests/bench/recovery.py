@@ -27,6 +27,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from tests.bench.family import ends_with_its_family
 from tests.cluster import free_port, read_lines, until
 from tests.etcd import etcd
 from tests.template import child_environment
@@ -251,7 +252,7 @@ def main() -> None:
         f"{'fault':24}{'launcher':18}{'median s':>10}{'min':>9}{'max':>9}{'steps redone':>14}{'ratio':>9}", flush=True
     )
     results = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
-    with tempfile.TemporaryDirectory() as folder, etcd(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as at, ends_with_its_family(Path(at)), etcd(Path(at)) as server:
         for name in args.faults:
             fault = FAULTS[name]
             got: dict[str, list[Recovery]] = {launcher: [] for launcher in fault.launchers}

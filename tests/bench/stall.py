@@ -11,6 +11,8 @@ async thread / process   stock `dcp.async_save`, with a process group of its own
 async shared             the same in a thread, with `DefaultStager` in shared memory
 torch_checkpointing      from PyPI, folder only, where it is installed, or lies in a folder named by --pypi
 
+`--quick` takes one turn of the ways that the bars speak of. A signal ends it, and all that it has started.
+
 Columns, medians over all saves of all repeats: `blocked`, seconds in the call and in waits of the optimizer's step for
 a copy (the longest of the ranks); `lengthened`, by how much the run took longer for each save than without; `commit`,
 from the call to the checkpoint being whole; `CPU`, seconds of the ranks and their children per GiB beyond those of the
@@ -30,52 +32,43 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from tests.bench import stall_ranks
-from tests.bench.stall_ranks import BUCKET_URL, LAYER_BYTES, MEMCPY, NOTHING, PYPI, WAYS, StallRun, StallTask
+from tests.bench.family import ends_with_its_family
+from tests.bench.stall_bars import ASYNC, MEMCPY, NOTHING, Cells, StallCell, aligned, bars, lengthened_s, memcpys, table
+from tests.bench.stall_ranks import BUCKET_URL, LAYER_BYTES, PYPI, WAYS, StallRun, StallTask
 from tests.ranks import Ranks
 from tests.s3 import S3Server, juicefs_gateway
 
 MIB = 1024 * 1024
 WORLD_SIZE = 2
 TIMEOUT_S = 600.0
+QUICK_WAYS = (NOTHING, MEMCPY, "service, sync", "service, overlapped", *ASYNC)
+"""The ways that the bars speak of, as they are under an agent."""
 
 
-@dataclass
-class StallCell:
-    """One way to one target: a value a save, or a run."""
-
-    target: str
-    way: str
-    blocked_s: list[float] = field(default_factory=list)
-    held_s: list[float] = field(default_factory=list)
-    commit_s: list[float] = field(default_factory=list)
-    steps_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-    state_bytes: int = 0
-
-    def add(self, by_rank: Sequence[StallRun]) -> None:
-        """One more run."""
-        self.blocked_s += [
-            max(call + held for call, held in zip(calls, helds, strict=True))
-            for calls, helds in zip(
-                zip(*(run.call_s for run in by_rank), strict=True),
-                zip(*(run.held_s for run in by_rank), strict=True),
-                strict=True,
-            )
-        ]
-        self.held_s += [max(helds) for helds in zip(*(run.held_s for run in by_rank), strict=True)]
-        self.commit_s += by_rank[0].commit_s
-        self.steps_s.append(max(run.steps_s for run in by_rank))
-        self.cpu_s.append(sum(run.cpu_s for run in by_rank))
-        self.step_s.append(max(run.step_s for run in by_rank))
-        self.state_bytes = sum(run.state_bytes for run in by_rank)
+def add(cell: StallCell, by_rank: Sequence[StallRun]) -> None:
+    """One more run."""
+    cell.blocked_s += [
+        max(call + held for call, held in zip(calls, helds, strict=True))
+        for calls, helds in zip(
+            zip(*(run.call_s for run in by_rank), strict=True),
+            zip(*(run.held_s for run in by_rank), strict=True),
+            strict=True,
+        )
+    ]
+    cell.held_s += [max(helds) for helds in zip(*(run.held_s for run in by_rank), strict=True)]
+    cell.commit_s += by_rank[0].commit_s
+    cell.steps_s.append(max(run.steps_s for run in by_rank))
+    cell.cpu_s.append(sum(run.cpu_s for run in by_rank))
+    cell.step_s.append(max(run.step_s for run in by_rank))
+    cell.passes_s.append(min(run.passes_s for run in by_rank))
+    cell.state_bytes = sum(run.state_bytes for run in by_rank)
 
 
 class StallBench:
@@ -88,19 +81,25 @@ class StallBench:
         self.cells: dict[tuple[str, str], StallCell] = {}
 
     def run(self) -> None:
-        """All of them, and a line to stderr for each."""
-        for repeat in range(self._args.repeats):
-            for target in self._args.targets:
-                for way in self._args.ways:
-                    if way == PYPI and target != "folder":
-                        continue
-                    cell = self.cells.setdefault((target, way), StallCell(target, way))
-                    cell.add(self._once(target, way, repeat))
-                    told = f"{target} {way}: blocked {cell.blocked_s[-1]:.3f} s, run {cell.steps_s[-1]:.2f} s"
-                    print(f"{repeat + 1}/{self._args.repeats} {told}", file=sys.stderr, flush=True)
+        """All of them, and a line to stderr for each.
 
-    def _once(self, target: str, way: str, repeat: int) -> list[StallRun]:
-        args, name = self._args, f"{repeat}-{WAYS.index(way)}"
+        The run without saves, with which all are compared, is made before the others and after them.
+        """
+        turns = [(target, way) for target in self._args.targets for way in self._ways(target)] * self._args.repeats
+        began_s = time.monotonic()
+        for number, (target, way) in enumerate(turns):
+            cell = self.cells.setdefault((target, way), StallCell(target, way))
+            add(cell, self._once(target, way, number))
+            told = f"{target} {way}: blocked {cell.blocked_s[-1]:.3f} s, run {cell.steps_s[-1]:.2f} s"
+            left_s = (time.monotonic() - began_s) / (number + 1) * (len(turns) - number - 1)
+            print(f"{number + 1}/{len(turns)}, {left_s:.0f} s left: {told}", file=sys.stderr, flush=True)
+
+    def _ways(self, target: str) -> list[str]:
+        ways = [way for way in self._args.ways if way != PYPI or target == "folder"]
+        return [*ways, NOTHING] if NOTHING in ways else ways
+
+    def _once(self, target: str, way: str, number: int) -> list[StallRun]:
+        args, name = self._args, f"run-{number}"
         where, environment = str(self._folder / name), {"XDG_RUNTIME_DIR": str(self._folder)}
         if target == "s3" and self._server is not None:
             where, environment = f"{BUCKET_URL}/{name}", environment | self._server.environment
@@ -129,24 +128,20 @@ COLUMNS = ("", "way", "n", "blocked s", "x memcpy", "lengthened s", "commit s", 
 WIDTHS = (-7, -21, 4, 11, 10, 14, 10, 11)
 
 
-def row_of(cell: StallCell, cells: dict[tuple[str, str], StallCell], num_saves: int) -> str:
+def row_of(cell: StallCell, cells: Cells, num_saves: int) -> str:
     """What the table says of a cell, beside those that it is compared with."""
-    memcpy, nothing = cells.get((cell.target, MEMCPY)), cells.get((cell.target, NOTHING))
-    blocked_s = statistics.median(cell.blocked_s)
-    ratio = f"{blocked_s / statistics.median(memcpy.blocked_s):.2f}x" if memcpy else ""
-    longer = cpu = ""
-    if nothing is not None and cell.way != NOTHING:
-        longer_s = statistics.median(cell.steps_s) - statistics.median(nothing.steps_s)
-        longer = f"{longer_s / num_saves:.3f}"
+    times, longer_s, nothing = memcpys(cell, cells), lengthened_s(cell, cells, num_saves), None
+    cpu = ""
+    if longer_s is not None:
+        nothing = cells[cell.target, NOTHING]
         extra_s = statistics.median(cell.cpu_s) - statistics.median(nothing.cpu_s)
         cpu = f"{extra_s / num_saves / (cell.state_bytes / MIB / 1024):.2f}"
-    commit = f"{statistics.median(cell.commit_s):.2f}" if cell.commit_s else ""
-    return aligned((cell.target, cell.way, f"{len(cell.blocked_s)}", f"{blocked_s:.4f}", ratio, longer, commit, cpu))
-
-
-def aligned(texts: Sequence[str]) -> str:
-    """A line of the table."""
-    return "".join(f"{text:{'<' if width < 0 else '>'}{abs(width)}}" for text, width in zip(texts, WIDTHS, strict=True))
+    texts = (
+        *(cell.target, cell.way, f"{len(cell.blocked_s)}", f"{statistics.median(cell.blocked_s):.4f}"),
+        *("" if times is None else f"{times:.2f}x", "" if longer_s is None else f"{longer_s:.3f}"),
+        *(f"{statistics.median(cell.commit_s):.2f}" if cell.commit_s else "", cpu),
+    )
+    return aligned(texts, WIDTHS)
 
 
 @contextlib.contextmanager
@@ -156,6 +151,7 @@ def bench(args: argparse.Namespace) -> Iterator[StallBench]:
         tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-stall-") as folder,
         contextlib.ExitStack() as stack,
     ):
+        stack.enter_context(ends_with_its_family(Path(folder)))
         server = stack.enter_context(juicefs_gateway(Path(folder))) if "s3" in args.targets else None
         yield StallBench(args, Path(folder), server)
 
@@ -165,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mib", type=int, default=1056, help="of the whole state, about")
+    parser.add_argument("--quick", action="store_true", help="about 3 minutes: one turn of the ways the bars speak of")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-saves", type=int, default=3, help="in a run, after one that is not measured")
     parser.add_argument("--steps-between", type=int, default=8)
@@ -175,13 +172,32 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pypi", type=Path, help="a folder in which torch_checkpointing is installed")
     parser.add_argument("--out", type=Path, default=Path("out/bench-stall.json"))
     args = parser.parse_args(arguments)
+    if args.quick:
+        args.repeats, args.ways = 1, [way for way in QUICK_WAYS if way in args.ways]
     if args.pypi is not None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(args.pypi)]))
         sys.path.append(str(args.pypi))
-    if importlib.util.find_spec("torch_checkpointing") is None:
+    if PYPI in args.ways and importlib.util.find_spec("torch_checkpointing") is None:
         args.ways = [way for way in args.ways if way != PYPI]
         print("torch_checkpointing is not installed: left out", file=sys.stderr)
     return args
+
+
+def told(cells: Cells, args: argparse.Namespace) -> str:
+    """The tables, for a reader."""
+    quiet = [cell for cell in cells.values() if cell.way == NOTHING]
+    steps = [f"{statistics.median(cell.step_s):.3f} s ({statistics.median(cell.passes_s):.3f} s)" for cell in quiet]
+    runs = "run" if args.repeats == 1 else "runs"
+    lines = [
+        f"{args.num_saves} saves a run, {args.steps_between} steps between, {args.repeats} {runs}",
+        f"a step (its forward and backward) without saves: {', '.join(steps)}",
+        "",
+        aligned(COLUMNS, WIDTHS),
+        *(row_of(cell, cells, args.num_saves) for cell in cells.values()),
+    ]
+    if found := bars(cells, args.num_saves):
+        lines += ["", table(found)]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -189,12 +205,8 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     with bench(args) as running:
         running.run()
-    print(f"{machine}; {args.num_saves} saves a run, {args.steps_between} steps between, {args.repeats} runs")
-    print(aligned(COLUMNS))
-    for cell in running.cells.values():
-        print(row_of(cell, running.cells, args.num_saves))
-    steps = [statistics.median(cell.step_s) for cell in running.cells.values() if cell.way == NOTHING]
-    print("a step takes " + ", ".join(f"{step_s:.3f} s" for step_s in steps))
+    print(machine)
+    print(told(running.cells, args))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine, "options": {key: str(value) for key, value in vars(args).items()}}
     args.out.write_text(

@@ -28,17 +28,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 from storage import Checkpointer, CheckpointEvent
 from storage.arena.pending import PendingCopy
+from tests.bench.family import services
+from tests.bench.stall_bars import DCP, MEMCPY, NOTHING, PROCESS, SHARED, THREAD
 from tests.bench.storage_ranks import _send_md5
 from tests.s3 import BUCKET
 
-NOTHING, MEMCPY = "no save", "one memcpy"
 OURS: dict[str, dict[str, Any]] = {
     "ours, sync": {"staging": "sync", "service": False},
     "ours, overlapped": {"staging": "overlapped", "service": False},
     "service, sync": {"staging": "sync", "service": True},
     "service, overlapped": {"staging": "overlapped", "service": True},
 }
-DCP, THREAD, PROCESS, SHARED = "dcp.save", "async thread", "async process", "async shared"
 PYPI = "torch_checkpointing"
 WAYS = (NOTHING, MEMCPY, *OURS, DCP, THREAD, PROCESS, SHARED, PYPI)
 WIDTH = 2048
@@ -74,6 +74,8 @@ class StallRun:
     state_bytes: int
     step_s: float
     """Median of the steps without a save."""
+    passes_s: float
+    """Of these, of what comes before the optimizer."""
 
 
 class Way:
@@ -268,14 +270,17 @@ class Training:
         self._tokens = torch.randn(task.num_tokens, WIDTH)
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def step(self, way: Way) -> None:
-        """Forward, backward, a word with the other ranks, and the optimizer."""
+    def step(self, way: Way) -> float:
+        """Forward, backward, a word with the other ranks, and the optimizer; seconds of all but the last."""
+        began_s = time.perf_counter()
         loss = self._model(self._tokens).square().mean()
         loss.backward()
         dist.all_reduce(loss.detach())
+        passes_s = time.perf_counter() - began_s
         with way.lock():
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
+        return passes_s
 
     def state(self) -> dict[str, Any]:
         """The very tensors that are trained, sharded over the ranks by rows."""
@@ -316,7 +321,7 @@ def _measure(task: StallTask, training: Training, way: Way) -> StallRun:
     training.step(way)
     way.finish()
     way.commits_s.clear()
-    calls_s, helds_s, quiet_s = [], [], []
+    calls_s, helds_s, quiet_s, passes_s = [], [], [], []
     dist.barrier()
     cpu_s, began_s = _cpu_s(), time.perf_counter()
     for number in range(2, task.num_saves + 2):
@@ -326,29 +331,25 @@ def _measure(task: StallTask, training: Training, way: Way) -> StallRun:
         calls_s.append(time.perf_counter() - at_s)
         for later in range(task.steps_between):
             at_s = time.perf_counter()
-            training.step(way)
+            of_passes_s = training.step(way)
             if later:
                 quiet_s.append(time.perf_counter() - at_s)
+                passes_s.append(of_passes_s)
         helds_s.append(way.held_s)
     dist.barrier()
     steps_s = time.perf_counter() - began_s
     way.finish()
     dist.barrier()
     size_bytes = sum(tensor.to_local().nbytes for tensor in state.values())
-    quiet = float(np.median(quiet_s))
-    return StallRun(steps_s, calls_s, helds_s, list(way.commits_s), _cpu_s() - cpu_s, size_bytes, quiet)
+    quiet, passes = float(np.median(quiet_s)), float(np.median(passes_s))
+    return StallRun(steps_s, calls_s, helds_s, list(way.commits_s), _cpu_s() - cpu_s, size_bytes, quiet, passes)
 
 
 def _cpu_s() -> float:
     """CPU time of this process and of its children, ended ones included; of rank 0 that of the service as well."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     if dist.get_rank() == 0:
-        sockets = os.environ["XDG_RUNTIME_DIR"]
-        for found in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                line = found.cmdline()
-                if "storage.service" in line and any(word.startswith(sockets) for word in line):
-                    processes.append(found)
+        processes += services(Path(os.environ["XDG_RUNTIME_DIR"]))
     total = 0.0
     for process in {process.pid: process for process in processes}.values():
         with contextlib.suppress(psutil.Error):
