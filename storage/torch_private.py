@@ -51,6 +51,8 @@ _FSDP1_FLATTENED = "_fsdp_flattened"
 
 ASYNC_SAVE_THREAD = "AsyncCheckpointExecutor"
 """How the names of the threads begin in which `dcp.async_save` saves."""
+ASYNC_SAVE_PROCESS = "_checkpointing_subprocess"
+"""The function that runs in the process in which it does."""
 
 
 def is_flattened_by_fsdp1(parameter: torch.Tensor) -> bool:

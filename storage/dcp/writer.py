@@ -31,6 +31,8 @@ from storage.format.manifest import ItemEntry, ItemTable, ObjectEntry, Receipt, 
 from storage.format.tensors import oddity
 from storage.format.values import check_value
 from storage.parallel import before_pools_close
+from storage.priority import let_background_step_back, step_back
+from storage.ranks.callers import is_in_process_of_dcp
 from storage.run import catalog, replacing
 from storage.run.attempt import Attempt, StateContents
 from storage.run.job import Origin
@@ -41,6 +43,8 @@ from storage.saving.writing import Payload, write_payloads
 from storage.torch_private import ASYNC_SAVE_THREAD
 
 log = logging.getLogger(__name__)
+
+_NICENESS = 19  # as the checkpoint service's
 
 
 def _finish_saves() -> None:
@@ -91,6 +95,12 @@ class ShardWriter(CheckpointFolder, StorageWriter):
         super()._open(url)
         self._attempt_id = ""
         self._world_size = 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if is_in_process_of_dcp():  # whose threads that store are still to be started
+            let_background_step_back(_NICENESS)
+            step_back()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Find out whether anything is in the way (coordinator). Raises AlreadyExists, UsageError."""

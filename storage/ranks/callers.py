@@ -1,4 +1,4 @@
-"""Finds the ranks that take part in the `dcp.load` that is under way: DCP knows them, and does not tell its readers."""
+"""Who has called: the ranks of the `dcp.load` under way, which DCP does not tell its readers, or a process of DCP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from storage.torch_private import ranks_of_dcp
+from storage.torch_private import ASYNC_SAVE_PROCESS, ranks_of_dcp
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,13 @@ def find_caller() -> Caller | None:
                 return Caller(not makes_collectives, group)
         frame = frame.f_back
     return None
+
+
+def is_in_process_of_dcp() -> bool:
+    """Whether this is the process in which `dcp.async_save` saves with `AsyncCheckpointerType.PROCESS`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == ASYNC_SAVE_PROCESS:
+            return True
+        frame = frame.f_back
+    return False

@@ -332,3 +332,18 @@ def test_errors_reach_other_processes() -> None:
     for kind in kinds:
         sent = pickle.loads(pickle.dumps(kind("why")))
         assert (type(sent), str(sent)) == (kind, "why")
+
+
+def test_a_writer_steps_back_in_the_process_of_async_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_back: list[str] = []
+    monkeypatch.setattr("storage.dcp.writer.step_back", lambda: steps_back.append("now"))
+    sent = pickle.dumps(ShardWriter(tmp_path / "latest"))
+
+    def _checkpointing_subprocess() -> None:
+        with pickle.loads(sent):
+            pass
+
+    with pickle.loads(sent):
+        assert not steps_back, "this process is the training's"
+    _checkpointing_subprocess()
+    assert steps_back == ["now"]

@@ -237,6 +237,13 @@ def test_the_thread_of_an_async_save_has_its_name(tmp_path: Path) -> None:
     )
 
 
+def test_the_process_of_async_save_runs_a_function_of_that_name() -> None:
+    from torch.distributed.checkpoint._async_process_executor import _AsyncCheckpointProcess
+
+    found = getattr(_AsyncCheckpointProcess, torch_private.ASYNC_SAVE_PROCESS, None)
+    assert callable(found), broken("async_save's process runs another function", "ASYNC_SAVE_PROCESS, dcp/writer.py")
+
+
 def test_every_name_of_the_room_has_a_canary() -> None:
     here = Path(__file__).read_text()
     names = [name for name in vars(torch_private) if name.isupper() or callable(vars(torch_private)[name])]
