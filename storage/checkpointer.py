@@ -251,13 +251,13 @@ class Checkpointer:
         if tier is None:
             return
         pacer.began(step, tier)
-        is_saving = False
+        begun = None
         try:
-            compares = compare_ranks and self._compares_ranks
-            is_saving = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=wait)
+            compares, asks = compare_ranks and self._compares_ranks, live is not None and live.state.asks
+            begun = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=wait, asks=asks)
         finally:
-            pacer.returned(is_saving=is_saving)
-        if live is not None and is_saving:
+            pacer.returned(is_saving=begun is not None)
+        if live is not None and begun is not None and begun.agree:
             live.state.saved(step, state, healthy=healthy)
         if wait:
             saver.wait()

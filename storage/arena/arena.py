@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
+from storage.arena.free_memory import free_bytes
 from storage.arena.slot import Slot
+
+log = logging.getLogger(__name__)
 
 
 class Arena:
@@ -19,6 +23,7 @@ class Arena:
         self._lock = threading.Condition()
         self._free: list[Slot] = []
         self._used: list[Slot] = []
+        self._is_making = False
         self._is_closed = False
 
     @property
@@ -26,6 +31,12 @@ class Arena:
         """How many slots could be taken now."""
         with self._lock:
             return self._num_slots - len(self._used)
+
+    @property
+    def num_made(self) -> int:
+        """How many slots there are, used and free."""
+        with self._lock:
+            return len(self._free) + len(self._used)
 
     @property
     def size_bytes(self) -> int:
@@ -41,6 +52,7 @@ class Arena:
             ValueError: the arena is closed.
         """
         with self._lock:
+            self._lock.wait_for(lambda: not self._is_making)
             if self._is_closed:
                 raise ValueError("the arena is closed")
             if len(self._used) == self._num_slots:
@@ -56,6 +68,34 @@ class Arena:
                 slot = Slot.create(size_bytes)
             self._used.append(slot)
             return slot
+
+    def prepare(self, size_bytes: int) -> None:
+        """Make a slot ahead, so that no save waits for its pages to be made; any thread.
+
+        Where there is a spare one, or as many as may be, nothing is done; nor where memory is short: a spare slot that
+        leaves less than its own size is worth none of it.
+        """
+        with self._lock:
+            if self._is_closed or self._is_making or self._free or len(self._used) >= self._num_slots:
+                return
+            self._is_making = True
+        slot = None
+        try:
+            if (free := free_bytes()) is None or free >= 2 * size_bytes:
+                slot = Slot.create(size_bytes)
+        except MemoryError as error:
+            log.info("no slot is made ahead: %s", error)
+        finally:
+            self._end_making(slot)
+
+    def _end_making(self, slot: Slot | None) -> None:
+        with self._lock:
+            self._is_making = False
+            if slot is not None and self._is_closed:
+                slot.close()
+            elif slot is not None:
+                self._free.append(slot)
+            self._lock.notify_all()
 
     def wait_free(self, timeout_s: float | None = None) -> bool:
         """Block until a slot could be taken, for at most that long; whether one can."""

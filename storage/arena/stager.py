@@ -68,10 +68,12 @@ class Stager:
 
     Args:
         arena: where the slots come from; `stage` blocks until one is free.
+        keeps_spare: make the next slot while this one is in use.
     """
 
-    def __init__(self, arena: Arena, staging: Staging = Staging.SYNC) -> None:
+    def __init__(self, arena: Arena, staging: Staging = Staging.SYNC, *, keeps_spare: bool = False) -> None:
         self._arena = arena
+        self._keeps_spare = keeps_spare
         self._num_threads = num_copy_threads()
         self._pool = Pool(self._num_threads, "storage-copy")
         self._streams = SideStreams()
@@ -92,6 +94,8 @@ class Stager:
         except BaseException:
             self._arena.give_back(slot)
             raise
+        if self._keeps_spare:
+            self._pool.submit(self._arena.prepare, slot.size_bytes)
         return Staged(slot, [move.target for move in moves], pending, lambda leave: self._free(slot, pending, leave))
 
     def close(self) -> None:

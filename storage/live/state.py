@@ -76,6 +76,7 @@ class LiveState:
         self._agreed: _Agreed | None = None
         self._why_off: str | None = None  # this rank's reason
         self._is_over = False  # for all ranks
+        self._is_outdated = False  # what they have agreed on, by this rank's last note
         self._capturing = threading.Lock()
         self._slot: Slot | None = None  # made ahead
         self._captured: int | None = None
@@ -91,6 +92,11 @@ class LiveState:
         """Whether the ranks have agreed on what the state is, so that a note needs no collective."""
         return self._agreed is not None or self._is_over
 
+    @property
+    def asks(self) -> bool:
+        """Whether this rank wants all to agree anew, in `saved`: they never have, or its last note does not fit."""
+        return not self._is_over and (self._agreed is None or self._is_outdated)
+
     def note(self, step: int, state: Mapping[Any, Any], *, healthy: bool = True) -> None:
         """The step is complete, and this is the state after it. A collective the first time, and cheap after that.
 
@@ -101,20 +107,21 @@ class LiveState:
             self.saved(step, state, healthy=healthy)
         elif not healthy:
             self._lock.clear(f"step {step} is not healthy")
-        elif not self._lock.is_noted(lambda note: note.step == step) and (note := self._take(step, state)) is not None:
-            if note.digest == self._agreed.digest:
+        elif not self._lock.is_noted(lambda note: note.step == step):
+            note = self._take(step, state)
+            self._is_outdated = note is None or note.digest != self._agreed.digest
+            if note is not None and not self._is_outdated:
                 self._lock.note(note)
-            else:
+            elif note is not None:
                 self._lock.clear("the state has other tensors than when the ranks agreed on it: the next save tells")
 
     def saved(self, step: int, state: Mapping[Any, Any], *, healthy: bool = True) -> None:
-        """As `note`, after a save: a collective, in which the ranks agree anew if the state of any is another."""
+        """As `note`, after a save before which some rank has asked for it: a collective, in which they agree anew."""
         if self._is_over:
             return
         note = self._take(step, state)
-        agreed = self._agreed
-        if self._group.any(note is None or agreed is None or note.digest != agreed.digest):
-            self._agree(note)
+        self._agree(note)
+        self._is_outdated = False
         if not healthy:
             self._lock.clear(f"step {step} is not healthy")
         elif note is not None and not self._is_over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from storage.format.columns import Array
 from storage.ranks.devices import collective_device
 
 COORDINATOR = 0
+SHORT_BYTES = 248
+"""So much of a message goes with its length: what is no longer takes one collective, and what is, two."""
+_LENGTH = struct.Struct("<Q")
+_HEAD_BYTES = _LENGTH.size + SHORT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,38 +63,36 @@ class Group:
         if self.world_size == 1:
             assert data is not None
             return data
-        size = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64, device=self._device)
-        dist.broadcast(size, group=self._group, group_src=COORDINATOR)
-        payload = self._tensor(data or b"", int(size.item()))
-        if payload.numel():
-            dist.broadcast(payload, group=self._group, group_src=COORDINATOR)
-        return _bytes(payload)
+        head = self._head(data or b"")
+        dist.broadcast(head, group=self._group, group_src=COORDINATOR)
+        length, short = _parsed(head)
+        if length <= SHORT_BYTES:
+            return short
+        rest = self._tensor((data or b"")[SHORT_BYTES:], length - SHORT_BYTES)
+        dist.broadcast(rest, group=self._group, group_src=COORDINATOR)
+        return short + _bytes(rest)
 
     def gather(self, data: bytes) -> list[bytes] | None:
         """Every rank's `data` by rank on the coordinator, None on the others."""
         if self.world_size == 1:
             return [data]
-        sizes = self._sizes(data)
-        payload = self._tensor(data, max(sizes))
-        if not payload.numel():
-            return [b""] * self.world_size if self.is_coordinator else None
-        gathered = [torch.empty_like(payload) for _ in sizes] if self.is_coordinator else None
-        dist.gather(payload, gathered, group=self._group, group_dst=COORDINATOR)
-        if gathered is None:
-            return None
-        return [_bytes(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+        heads = self._heads(data)
+        rests: list[torch.Tensor] | None = None
+        if (rest := self._rest(data, heads)) is not None:
+            rests = [torch.empty_like(rest) for _ in heads] if self.is_coordinator else None
+            dist.gather(rest, rests, group=self._group, group_dst=COORDINATOR)
+        return _whole(heads, rests) if self.is_coordinator else None
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's `data` by rank, on every rank; meant for short ones."""
         if self.world_size == 1:
             return [data]
-        sizes = self._sizes(data)
-        payload = self._tensor(data, max(sizes))
-        if not payload.numel():
-            return [b""] * self.world_size
-        gathered = [torch.empty_like(payload) for _ in sizes]
-        dist.all_gather(gathered, payload, group=self._group)
-        return [_bytes(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+        heads = self._heads(data)
+        rests: list[torch.Tensor] | None = None
+        if (rest := self._rest(data, heads)) is not None:
+            rests = [torch.empty_like(rest) for _ in heads]
+            dist.all_gather(rests, rest, group=self._group)
+        return _whole(heads, rests)
 
     def all_gather_long(self, data: bytes) -> list[bytes]:
         """As `all_gather`, for data that may be long, and longer on one rank than on another: nothing is padded."""
@@ -143,6 +146,21 @@ class Group:
         dist.all_gather(sizes, mine, group=self._group)
         return [int(size.item()) for size in sizes]
 
+    def _head(self, data: bytes) -> torch.Tensor:
+        return self._tensor(_LENGTH.pack(len(data)) + data[:SHORT_BYTES], _HEAD_BYTES)
+
+    def _heads(self, data: bytes) -> list[tuple[int, bytes]]:
+        """The length and the first bytes of every rank's data. A collective."""
+        mine = self._head(data)
+        heads = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(heads, mine, group=self._group)
+        return [_parsed(head) for head in heads]
+
+    def _rest(self, data: bytes, heads: Sequence[tuple[int, bytes]]) -> torch.Tensor | None:
+        """What of the data is not in its head, as long as the longest of all ranks'; None where all were short."""
+        length = max(length for length, _ in heads) - SHORT_BYTES
+        return self._tensor(data[SHORT_BYTES:], length) if length > 0 else None
+
     def _tensor(self, data: bytes, length: int) -> torch.Tensor:
         padded = np.zeros(length, np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
@@ -152,6 +170,21 @@ class Group:
 def _counters() -> defaultdict[int, Iterator[int]]:
     """A counter for each peer, from 0: the tags of its messages."""
     return defaultdict(itertools.count)
+
+
+def _parsed(head: torch.Tensor) -> tuple[int, bytes]:
+    data = _bytes(head)
+    (length,) = _LENGTH.unpack_from(data)
+    return length, data[_LENGTH.size : _LENGTH.size + length]
+
+
+def _whole(heads: Sequence[tuple[int, bytes]], rests: Sequence[torch.Tensor] | None) -> list[bytes]:
+    """The data of all ranks, of their heads and what did not go into these."""
+    if rests is None:
+        return [short for _, short in heads]
+    return [
+        short + _bytes(rest[: max(0, length - SHORT_BYTES)]) for (length, short), rest in zip(heads, rests, strict=True)
+    ]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

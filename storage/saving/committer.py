@@ -14,6 +14,7 @@ from storage.format.manifest import Receipt
 from storage.pace.rules import Tier
 from storage.run import attempt_ids
 from storage.saving.ownership import Ownership
+from storage.saving.proposal import Fate
 from storage.saving.uploads import SaveJob, Tried, Uploads
 
 
@@ -52,6 +53,19 @@ class Backend(Protocol):
     def submit(self, running: Running) -> None:
         """Take a job over; settles `running` in time, whatever happens."""
 
+    def park(self, running: Running) -> bool:
+        """Take a job over that is not to begin before `go_on`, or before this process has died; whether it was.
+
+        Where it was not, nothing outlives this process. One that is parked gives way to the next job, if that comes
+        without `go_on`; its memory is freed then.
+        """
+
+    def go_on(self, running: Running) -> None:
+        """Let a job begin that was parked; settles it as `submit` does."""
+
+    def give_way(self, running: Running) -> None:
+        """A job that was parked is not wanted any more: another one is about to take its place."""
+
     def close(self, *, abandon: bool) -> None:
         """End after the last job; with `abandon`, without waiting for other ranks."""
 
@@ -73,6 +87,16 @@ class InProcess:
     def submit(self, running: Running, tried: Tried = Tried.NOT_YET) -> None:
         """See `Backend.submit`. `tried`: what somebody else may have done of it."""
         self._pool.submit(self._run, running, tried)
+
+    def park(self, running: Running) -> bool:
+        """See `Backend.park`. Nothing here outlives this process."""
+        return False
+
+    def go_on(self, running: Running) -> None:
+        """See `Backend.go_on`. Nothing was parked."""
+
+    def give_way(self, running: Running) -> None:
+        """See `Backend.give_way`. Nothing was parked."""
 
     def close(self, *, abandon: bool) -> None:
         """See `Backend.close`."""
@@ -106,6 +130,7 @@ class Committer:
         self._prefix_spread = prefix_spread
         self._num_attempts = 0
         self._last: dict[Tier, Running] = {}
+        self._under_way: dict[Tier, list[Running]] = {tier: [] for tier in Tier}
 
     @property
     def fenced(self) -> str | None:
@@ -120,25 +145,40 @@ class Committer:
 
     def submit(self, job: SaveJob) -> None:
         """Take the job over. The payloads' memory is in use until `await_free` says it is not."""
-        self._last[job.tier] = running = Running(job)
+        running = Running(job)
+        self._begin(running)
         self._backend.submit(running)
+
+    def park(self, job: SaveJob) -> Running | None:
+        """Have a job kept that is to wait, so that it outlives this process; None where it cannot be."""
+        running = Running(job)
+        return running if self._backend.park(running) else None
+
+    def go_on(self, running: Running) -> None:
+        """Let a job begin that was parked."""
+        self._begin(running)
+        self._backend.go_on(running)
+
+    def give_way(self, running: Running) -> None:
+        """A job that was parked makes way for the one that is about to be handed over."""
+        self._backend.give_way(running)
 
     @property
     def holds(self) -> bool:
         """Whether states can stay in memory that outlives this process."""
         return self._backend.holds
 
-    def await_free(self, timeout_s: float, tier: Tier) -> str:
-        """Block until the payloads of the last job of that tier are stored (or have failed).
+    def await_free(self, timeout_s: float, tier: Tier, in_line: int = 1) -> str:
+        """Block until fewer than `in_line` jobs of that tier have payloads that are not stored (and have not failed).
 
-        Why they are not, after so long; "" if they are.
+        Why there are more, after so long; "" if there are not.
         """
-        last = self._last.get(tier)
-        if last is None or last.stored.wait(timeout_s):
+        under_way = [running for running in self._under_way[tier] if not running.stored.is_set()]
+        if len(under_way) < in_line or (first := under_way[-in_line]).stored.wait(timeout_s):
             return ""
-        seconds = time.monotonic() - last.job.started_s
+        seconds = time.monotonic() - first.job.started_s
         where = "the store" if tier is Tier.STORE else "the service's memory"
-        return f"step {last.job.attempt.step} has been on its way to {where} for {seconds:.1f} s"
+        return f"step {first.job.attempt.step} has been on its way to {where} for {seconds:.1f} s"
 
     def await_end(self, timeout_s: float) -> bool:
         """Block until the last job for the store has ended, for at most so long; whether it has, or there was none."""
@@ -149,6 +189,17 @@ class Committer:
         """Block until the last job has ended, of each tier; whether they committed (True if there was none)."""
         outcomes = [last.committed.result() for last in self._last.values()]
         return all(outcomes)
+
+    def fate_of(self, step: int) -> Fate:
+        """What is known of the last job for the store, if it was for this step; waits for nothing."""
+        last = self._last.get(Tier.STORE)
+        if last is None or last.job.attempt.step != step:
+            return Fate.NONE
+        if not last.committed.done() or last.committed.cancelled() or last.committed.exception() is not None:
+            return Fate.UNDER_WAY  # or what `has_committed` raises
+        if not last.committed.result():
+            return Fate.NONE
+        return Fate.COMMITTED if last.job.healthy else Fate.UNHEALTHY
 
     def has_committed(self, step: int, *, healthy: bool) -> bool:
         """Whether the last job was for this step and committed; waits for it only if it was for this step.
@@ -164,6 +215,11 @@ class Committer:
         """Wait for the last job, and let its step be saved again: what it committed may turn out to be damaged."""
         self.wait()
         self._last.clear()
+
+    def _begin(self, running: Running) -> None:
+        tier = running.job.tier
+        self._last[tier] = running
+        self._under_way[tier] = [*(other for other in self._under_way[tier] if not other.stored.is_set()), running]
 
     def close(self, *, abandon: bool) -> None:
         """End after the last job; with `abandon` no other rank is waited for any more."""

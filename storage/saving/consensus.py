@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from storage.arena.pending import StagingListener
 from storage.arena.stager import Staged, Stager
-from storage.errors import Corrupt, Fenced, UsageError
-from storage.format import layout
+from storage.errors import Corrupt, UsageError
 from storage.format.framing import EncodedItem
 from storage.ranks.agreement import AgreeingGroup, Failure
 from storage.run.attempt import StateContents
 from storage.saving.committer import Committer
 from storage.saving.describe import Holdings, contents_of, describe
+from storage.saving.proposal import Decision, Fate, Proposal, decide
 from storage.saving.saveplan import assign, dump_picks, dump_share, load_picks, load_share
 from storage.saving.writing import Payload
 from storage.state.fingerprint import combined, differing
@@ -36,47 +36,15 @@ def check_state(state: object) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who writes what, valid while every rank's holdings keep their digest. `contents`: coordinator only."""
+    """Who writes what, valid while every rank's holdings keep their digest. `contents`: coordinator only.
 
+    `number` counts the plans from 1, the same on all ranks.
+    """
+
+    number: int
     digest: str
     picks: tuple[int, ...]
     contents: StateContents | None
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What a rank tells the coordinator of its part of a save.
-
-    `is_planned`: the plan of the save before fits. `sums`: one fingerprint of all that every rank must hold alike.
-    """
-
-    is_planned: bool
-    healthy: bool
-    sums: str
-    failure: Failure | None
-
-    def dump(self) -> bytes:
-        """JSON for the way to the coordinator."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def load(cls, data: bytes) -> _Report:
-        """What `dump` dumped."""
-        told = json.loads(data)
-        return cls(**{**told, "failure": told["failure"] and Failure(**told["failure"])})
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """What the coordinator makes of the reports: what the ranks have to do before the save, and its attempt.
-
-    `attempt` is None where nothing is to be saved, and not known yet where the ranks have to `compare` first.
-    """
-
-    healthy: bool
-    attempt: str | None = None
-    compare: bool = False
-    plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,26 +73,36 @@ class Consensus:
         self._group = group
         self._committer = committer
         self._plan: _Plan | None = None
+        self._num_plans = 0
         self._before: Holdings | None = None
 
-    def reach(self, step: int, state: Mapping[str, Any], *, healthy: bool, compare_ranks: bool) -> Agreed | None:
-        """What is to be saved; None if the step is committed already. On all ranks the same, or the same error.
+    def reach(self, mine: Proposal, state: Mapping[str, Any], *, compare_ranks: bool) -> tuple[Decision, Agreed | None]:
+        """What all ranks decide, and what is to be saved, if anything is. On all ranks the same, or the same error.
 
-        With `compare_ranks`, what ranks hold differently under one name is refused.
+        Where the state has the shape that it had in the save before, and no rank has much to say, that is one
+        collective. The state is looked at before it, on each rank, since the `state_dict` of some objects is a
+        collective too. With `compare_ranks`, what ranks hold differently under one name is refused.
+
+        Args:
+            mine: what there is to say of this rank but for its state.
 
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
         described = self._describe(state, compare_ranks=compare_ranks)
-        decision = self._decide(step, self._report(described, healthy=bool(healthy)))
+        told = self._group.all_gather(self._proposal(mine, described).dump())
+        decision = decide([Proposal.load(data) for data in told])
+        if decision.skip or self._is_there(decision):
+            return decision, None
         assert not isinstance(described, Failure), "every rank's failure is raised on all"
+        assert decision.attempt is not None
         holdings, values = described
-        attempt = self._compare(holdings.sums) if decision.compare else decision.attempt
-        if attempt is None:
-            return None
+        if decision.compare:
+            self._compare(holdings.sums)
         if decision.plan or self._plan is None:
             self._plan = self._replan(holdings)
-        return Agreed(attempt, decision.healthy, self._plan.contents, holdings, self._plan.picks, values)
+        plan = self._plan
+        return decision, Agreed(decision.attempt, decision.healthy, plan.contents, holdings, plan.picks, values)
 
     def _has_plan_of(self, holdings: Holdings) -> bool:
         return self._plan is not None and self._plan.digest == holdings.digest
@@ -152,43 +130,34 @@ class Consensus:
                 log.exception("the state cannot be described")
             return Failure.of(error)
 
-    def _report(self, described: _Described | Failure, *, healthy: bool) -> _Report:
+    def _proposal(self, mine: Proposal, described: _Described | Failure) -> Proposal:
         if isinstance(described, Failure):
-            return _Report(is_planned=False, healthy=healthy, sums="", failure=described)
-        holdings, _ = described
-        return _Report(self._has_plan_of(holdings), healthy, combined(holdings.sums), failure=None)
+            mine = replace(mine, failure=described)
+        else:
+            holdings, _ = described
+            number = self._plan.number if self._plan is not None and self._has_plan_of(holdings) else 0
+            mine = replace(mine, sums=combined(holdings.sums), plan=number)
+        if not self._group.is_coordinator:
+            return mine
+        committer = self._committer
+        fate = Fate.NONE if mine.step is None else committer.fate_of(mine.step)
+        return replace(mine, attempt=committer.new_attempt(), fenced=committer.fenced, fate=fate)
 
-    def _decide(self, step: int, mine: _Report) -> _Decision:
-        """What is to be done, by the reports of all ranks. Raises UsageError, Fenced, StorageError on all of them."""
-        reports = [_Report.load(data) for data in self._group.gather(mine.dump()) or []]
+    def _is_there(self, decision: Decision) -> bool:
+        """Whether the step is committed already; a save of it that is under way is waited for."""
+        step, healthy = decision.step, decision.healthy
+        is_there = decision.attempt is None or (
+            decision.awaits
+            and bool(self._group.on_coordinator(lambda: self._committer.has_committed(step, healthy=healthy)))
+        )
+        if is_there:
+            log.info("step %d is committed already; not saved again", step)
+        return is_there
 
-        def decide() -> dict[str, Any]:
-            layout.step_folder(step)
-            if self._committer.fenced is not None:
-                raise Fenced(self._committer.fenced)
-            for rank, report in enumerate(reports):
-                if report.failure is not None:
-                    raise report.failure.error(f"rank {rank}: " if len(reports) > 1 else "")
-            healthy = all(report.healthy for report in reports)
-            if self._committer.has_committed(step, healthy=healthy):
-                log.info("step %d is committed already; not saved again", step)
-                return asdict(_Decision(healthy))
-            differ = len({report.sums for report in reports}) > 1
-            attempt = None if differ else self._committer.new_attempt()
-            return asdict(_Decision(healthy, attempt, differ, not all(report.is_planned for report in reports)))
-
-        return _Decision(**self._group.on_coordinator(decide))
-
-    def _compare(self, sums: Mapping[str, str]) -> str:
-        """An attempt, if ranks have different names and not different things under one. Raises UsageError."""
+    def _compare(self, sums: Mapping[str, str]) -> None:
+        """Raise UsageError if ranks have different things under one name, and not just different names."""
         gathered = self._group.gather(json.dumps(dict(sums)).encode())
-
-        def compare() -> str:
-            check_alike([json.loads(data) for data in gathered or []])
-            return self._committer.new_attempt()
-
-        attempt: str = self._group.on_coordinator(compare)
-        return attempt
+        self._group.on_coordinator(lambda: check_alike([json.loads(data) for data in gathered or []]))
 
     def _replan(self, holdings: Holdings) -> _Plan:
         gathered = self._group.gather(dump_share(holdings.share))
@@ -209,7 +178,8 @@ class Consensus:
             return dump_picks(picks).decode()
 
         picks = load_picks(self._group.on_coordinator(plan).encode())
-        return _Plan(holdings.digest, picks[self._group.rank], contents)
+        self._num_plans += 1
+        return _Plan(self._num_plans, holdings.digest, picks[self._group.rank], contents)
 
 
 def check_alike(sums_of_rank: Sequence[Mapping[str, str]]) -> None:

@@ -13,16 +13,18 @@ from storage.events import CheckpointEvent, Reporter
 from storage.pace.rules import Backlog, EverySteps, Tier
 from storage.pace.schedule import Timer
 from storage.ranks.agreement import AgreeingGroup
-from storage.ranks.steps import agree_on_step
 from storage.run.attempt import Attempt
 from storage.saving.backlog import SaveQueue
 from storage.saving.committer import Committer
 from storage.saving.consensus import Consensus
 from storage.saving.options import SavingPlan
+from storage.saving.proposal import Decision, Proposal, as_step
 from storage.saving.replicas import ReplicaCheck
 from storage.saving.uploads import SaveJob
 
 _NUM_SLOTS = 2
+_NUM_SLOTS_PARKED = 3
+"""What waits in the service gives its memory up only when the next one has taken its place."""
 _NUM_SLOTS_HELD = 4
 """Two states stay in memory while one is stored and the next is staged. A slot is made when it is first needed."""
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
@@ -50,16 +52,27 @@ class Saver:
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
-        self._arena = Arena(_NUM_SLOTS_HELD if committer.holds else _NUM_SLOTS)
-        self._stager = Stager(self._arena, plan.staging)
+        self._arena = Arena(_num_slots(committer, plan))
+        self._stager = Stager(self._arena, plan.staging, keeps_spare=plan.backlog is Backlog.WAIT or committer.holds)
 
     def save(
-        self, step: int, state: Mapping[str, Any], tier: Tier, *, healthy: bool, compare_ranks: bool, must: bool
-    ) -> bool:
-        """Return once the state is copied; the rest goes on in the background. Whether a save has begun, on all ranks.
+        self,
+        step: object,
+        state: Mapping[str, Any],
+        tier: Tier,
+        *,
+        healthy: bool,
+        compare_ranks: bool,
+        must: bool,
+        asks: bool = False,
+    ) -> Decision | None:
+        """Return once the state is copied; the rest goes on in the background. What the ranks have decided, all alike.
 
-        None has where the step is committed already, and where the memory for copies is full: then it is waited for,
-        with `must` whatever is said of a backlog, but not for ever.
+        None where no save has begun: the step is committed already, or the memory for copies is full: then it is waited
+        for, with `must` whatever is said of a backlog, but not for ever.
+
+        Args:
+            asks: see `Proposal`.
 
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
@@ -67,16 +80,17 @@ class Saver:
         started_s = time.monotonic()
         why_not = self._why_not(tier, must=must)
         waits = self._queue.waiting if tier is Tier.STORE else ""
-        step, busy, waiting = agree_on_step(self._group, step, why_not, waits)
-        if busy:
-            self._skip(step, tier, busy)
-            return False
-        if waiting:
-            self._queue.drop(by=step)
+        mine = Proposal(*as_step(step), why_not, waits, bool(healthy), asks=asks)
+        decision, agreed = self._consensus.reach(mine, state, compare_ranks=compare_ranks)
+        step = decision.step
+        if decision.skip:
+            self._skip(step, tier, decision.skip)
+            return None
         self._is_ram_away = self._is_ram_away and tier is not Tier.RAM
-        agreed = self._consensus.reach(step, state, healthy=healthy, compare_ranks=compare_ranks)
         if agreed is None:
-            return False
+            return None
+        if decision.gives_way:
+            self._queue.drop(by=step)
         payloads, staged, staging_error = agreed.stage(self._stager, _Told(self._report, step))
         self._report(
             CheckpointEvent.STAGED,
@@ -98,16 +112,16 @@ class Saver:
                 tier=tier,
             )
         )
-        return True
+        return decision
 
     def _why_not(self, tier: Tier, *, must: bool) -> str:
         """Why this rank cannot begin a save, once it has waited for as long as it is to; "" if it can."""
         if tier is Tier.RAM and not self._committer.holds:
             return "no checkpoint service holds states in memory here, which ram_every asks for"
-        if why := self._queue.why_full(tier, must=must):
+        if why := self._queue.why_full(tier, must=must, has_room=self._arena.num_made > 1):
             return why
-        if tier is Tier.STORE and self._queue.waiting:
-            return ""  # which gives its memory up
+        if tier is Tier.STORE and self._queue.gives_memory:
+            return ""
         patience_s = self._timeout_s if must or self._plan.backlog is Backlog.WAIT else 0.0
         return "" if self._arena.wait_free(patience_s) else "all the memory for copies is in use"
 
@@ -149,11 +163,19 @@ class Saver:
 
     def close(self, *, abandon: bool) -> None:
         """End after the last save; with `abandon` it waits for no other rank any more, and what waits is given up."""
-        if not abandon:
+        if abandon:
+            self._queue.abandon()
+        else:
             self._queue.flush()
         self._committer.close(abandon=abandon)
         self._stager.close()
         self._arena.close()
+
+
+def _num_slots(committer: Committer, plan: SavingPlan) -> int:
+    if committer.holds:
+        return _NUM_SLOTS_HELD
+    return _NUM_SLOTS_PARKED if plan.backlog is Backlog.REPLACE and plan.service is not False else _NUM_SLOTS
 
 
 class _Told:

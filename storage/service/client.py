@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
-import time
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Protocol
 
-from storage.agent import AgentEnvironment
 from storage.errors import Corrupt, Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.parallel import Pool
@@ -24,19 +21,17 @@ from storage.saving.ownership import Ownership
 from storage.saving.uploads import SaveJob, Tried
 from storage.service import table
 from storage.service.channel import Channel, close_all
-from storage.service.handed import Handed, Saves, whole
+from storage.service.handed import Handed, Saves, stage_of, whole
+from storage.service.listening import listen
 from storage.service.messages import (
-    AskStatus,
     Ended,
+    GoOn,
     Heard,
     Hello,
-    Identity,
     ProtocolError,
     Rejected,
     Released,
     ServiceMessage,
-    Stage,
-    StagedAttempt,
     Stored,
     Told,
     Welcome,
@@ -47,10 +42,7 @@ log = logging.getLogger(__name__)
 
 RESTART_S = 20.0
 """For so long a service that is lost is waited for, which may be starting again."""
-_ASK_S = 10.0
 _ENDS = (CheckpointEvent.COMMITTED, CheckpointEvent.FAILED)
-_SILENCE_S = 90.0
-"""A service that has something to do and answers nothing for so long is frozen."""
 _END_S = 5.0
 
 
@@ -81,6 +73,9 @@ class ServiceBackend:
         self._state = threading.Condition()
         self._handed: dict[str, Handed] = {}
         self._kept: dict[str, Running] = {}  # has ended, and the service holds its slot
+        self._waiting: set[str] = set()  # attempts that are not to begin yet
+        self._given_way: set[str] = set()  # of these, those that are not wanted any more, before they are handed over
+        self._taken_back: dict[str, Handed] = {}  # and those that a service was lost with
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over")
@@ -112,7 +107,47 @@ class ServiceBackend:
         self.start()
         if self._goes_directly():
             self._submit_directly(running, Tried.NOT_YET)
-            return
+        else:
+            self._begin(running)
+
+    def park(self, running: Running) -> bool:
+        """See `Backend.park`."""
+        self.start()
+        if self._goes_directly():
+            return False
+        self._waiting.add(running.job.attempt.id)
+        self._begin(running)
+        return True
+
+    def go_on(self, running: Running) -> None:
+        """See `Backend.go_on`."""
+        attempt = running.job.attempt.id
+        with self._state:
+            self._waiting.discard(attempt)
+            handed, taken_back = self._handed.get(attempt), self._taken_back.pop(attempt, None)
+            if handed is not None:
+                handed.waits = False
+                if self._channel is not None:
+                    self._say(self._channel, GoOn(attempt=attempt))
+        if taken_back is not None:
+            self._take_back(taken_back, is_shared=taken_back.is_sent)
+
+    def give_way(self, running: Running) -> None:
+        """See `Backend.give_way`. The service hears of it by the next job."""
+        attempt = running.job.attempt.id
+        with self._state:
+            self._waiting.discard(attempt)
+            handed, taken_back = self._handed.pop(attempt, None), self._taken_back.pop(attempt, None)
+            if handed is None and taken_back is None:
+                self._given_way.add(attempt)
+            elif handed is not None and handed.is_sent and self._channel is not None:
+                handed.table.close()
+                self._kept[attempt] = running
+                handed = None
+        if (left := handed or taken_back) is not None:
+            left.close(is_shared=left.is_sent)
+
+    def _begin(self, running: Running) -> None:
         staged = running.job.staged
         if staged is not None and staged.is_pending:
             self._late = [late for late in self._late if not late.done()]
@@ -125,11 +160,21 @@ class ServiceBackend:
         try:
             handed = self._pack(running)
         except (MemoryError, OSError, StorageError) as error:
-            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=f"no table of it can be made: {error}")
+            reason = f"no table of it can be made: {error}"
+            if running.job.attempt.id in self._waiting:  # it must not begin by itself
+                self._fail(running, reason)
+                return
+            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
             self._submit_directly(running, Tried.NOT_YET)
             return
         with self._state:
-            self._handed[handed.stage.attempt.id] = handed
+            attempt = handed.stage.attempt.id
+            if attempt in self._given_way:  # before its copy was whole
+                self._given_way.discard(attempt)
+                handed.close(is_shared=False)
+                return
+            handed.waits = attempt in self._waiting
+            self._handed[attempt] = handed
             self._state.notify_all()
             if not self._is_away:
                 self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
@@ -174,39 +219,27 @@ class ServiceBackend:
         self._direct.submit(running, tried)
 
     def _pack(self, running: Running) -> Handed:
-        job, saves = running.job, self._saves
-        attempt = job.attempt
-        told = AgentEnvironment.from_env(os.environ).variables() | {"RANK": os.environ.get("RANK", "")}
-        stage = Stage(
-            session=self.session,
-            pid=os.getpid(),
-            url=saves.url,
-            attempt=StagedAttempt(
-                prefix=attempt.prefix, step=attempt.step, id=attempt.id, world_size=attempt.world_size, rank=job.rank
-            ),
-            owner=self._ownership.claim.owner,
-            origin=Identity(**vars(saves.origin)),
-            keep=saves.rules.keep,
-            timeout_s=saves.rules.timeout_s,
-            started_s=job.started_s,
-            created_unix_s=job.created_unix_s,
-            healthy=job.healthy,
-            tier=job.tier,
-            told=told,
-        )
+        job = running.job
+        stage = stage_of(job, self.session, self._ownership.claim.owner, self._saves)
         payloads, slot, error = whole(job)
         return Handed(running, stage, table.write(payloads, slot, job.contents, error), slot)
 
     def _send(self, channel: Channel, handed: Handed) -> None:
         """Send it; where that fails, whoever listens finds the connection ended, and sends it again."""
-        stage = handed.stage.model_copy(update={"tried": handed.tried})
-        fds = [handed.table.fd] if handed.slot is None else [handed.table.fd, handed.slot.fd]
+        stage, fds = handed.message()
         handed.is_sent = True
         try:
             channel.send(stage, fds)
         except OSError as error:
             log.warning("step %d was not taken by the service: %s", stage.attempt.step, error)
             channel.close()
+
+    def _say(self, channel: Channel, message: ServiceMessage) -> None:
+        """Send what is said anew with the next connection, should this one have ended."""
+        try:
+            channel.send(message)
+        except OSError as error:
+            log.info("the service cannot be told %s: %s", type(message).__name__, error)
 
     # --- listening
 
@@ -236,7 +269,7 @@ class ServiceBackend:
                 return
             patience_s = RESTART_S
             self._take_up(channel)
-            self._listen(channel)
+            listen(channel, self._hear, lambda: bool(self._handed), lambda: self._is_closed)
             channel.close()
             with self._state:
                 self._channel = None
@@ -251,33 +284,6 @@ class ServiceBackend:
             self._state.notify_all()
         if was_away:
             self._report(CheckpointEvent.SERVICE_BACK, url=self._saves.url)
-
-    def _listen(self, channel: Channel) -> None:
-        """Hear what the service says, until the connection ends or it says nothing for too long."""
-        heard_s = asked_s = time.monotonic()
-        poll = select.poll()
-        poll.register(channel.fileno(), select.POLLIN)
-        try:
-            while not self._is_closed:
-                if poll.poll(1000):
-                    received = channel.receive()
-                    if received is None:
-                        return
-                    heard_s = time.monotonic()
-                    self._hear(channel, *received)
-                    continue
-                now_s = time.monotonic()
-                if not self._handed:
-                    heard_s = now_s
-                elif now_s - heard_s > _SILENCE_S:
-                    log.warning("the checkpoint service has not answered for %.0f s", now_s - heard_s)
-                    return
-                elif now_s - max(heard_s, asked_s) > _ASK_S:
-                    asked_s = now_s
-                    channel.send(AskStatus())
-        except (OSError, ProtocolError) as error:
-            if not self._is_closed:
-                log.warning("the connection to the checkpoint service has ended: %s", error)
 
     def _hear(self, channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
         close_all(fds)
@@ -348,9 +354,12 @@ class ServiceBackend:
     def _refuse(self, attempt: str, reason: str) -> None:
         with self._state:
             handed = self._handed.pop(attempt, None)
+            if handed is not None and handed.waits:
+                handed.is_sent, self._taken_back[attempt] = False, handed
         if handed is not None:
             self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
-            self._take_back(handed, is_shared=False)
+            if not handed.waits:
+                self._take_back(handed, is_shared=False)
 
     # --- without the service
 
@@ -360,7 +369,9 @@ class ServiceBackend:
             was_away, self._is_away = self._is_away, True
             if forever:
                 self._never = reason
-            handed, self._handed = list(self._handed.values()), {}
+            handed = [handed for handed in self._handed.values() if not handed.waits]
+            self._taken_back |= {attempt: handed for attempt, handed in self._handed.items() if handed.waits}
+            self._handed = {}
             self._state.notify_all()
             is_closed = self._is_closed
         if not was_away and not is_closed:
@@ -375,13 +386,15 @@ class ServiceBackend:
         try:
             staged = table.read(handed.table, handed.slot)
         except Corrupt as error:
-            step = before.job.attempt.step
-            self._report(CheckpointEvent.FAILED, step=step, seconds=0.0, bytes=0, reason=str(error))
             handed.table.close()
-            replace(before, is_shared=is_shared).free()
-            before.committed.set_result(False)
+            self._fail(replace(before, is_shared=is_shared), str(error))
             return
         job = SaveJob(**vars(before.job) | {"payloads": staged.payloads, "staging_error": staged.staging_error})
         running = Running(job, before.stored, before.committed, before.freed, is_shared)
         before.committed.add_done_callback(lambda _: handed.table.close())
         self._submit_directly(running, handed.tried)
+
+    def _fail(self, running: Running, reason: str) -> None:
+        self._report(CheckpointEvent.FAILED, step=running.job.attempt.step, seconds=0.0, bytes=0, reason=reason)
+        running.free()
+        running.committed.set_result(False)

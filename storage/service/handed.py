@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
+from storage.agent import AgentEnvironment
 from storage.arena.slot import Slot
 from storage.run.job import Origin
+from storage.run.owner import Owner
 from storage.saving.committer import Running
 from storage.saving.uploads import SaveJob, SaveRules, Tried
 from storage.saving.writing import Payload
-from storage.service.messages import Stage
+from storage.service.messages import Identity, Stage, StagedAttempt
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,15 @@ class Saves:
 
 @dataclass
 class Handed:
-    """A job that is the service's. `is_sent`: it may have begun; `is_released`: its slot may hold something else."""
+    """A job that is the service's. `is_sent`: it may have begun, unless it `waits`; `is_released`: its slot may hold
+    something else.
+    """
 
     running: Running
     stage: Stage
     table: Slot
     slot: Slot | None
+    waits: bool = False
     is_sent: bool = False
     is_released: bool = False
 
@@ -39,6 +45,39 @@ class Handed:
     def tried(self) -> Tried:
         """What the service may have done of it."""
         return Tried.STORED if self.is_released else Tried.BEGUN if self.is_sent else Tried.NOT_YET
+
+    def message(self) -> tuple[Stage, list[int]]:
+        """What tells the service of it, and the descriptors that go with it."""
+        fds = [self.table.fd] if self.slot is None else [self.table.fd, self.slot.fd]
+        return self.stage.model_copy(update={"tried": self.tried, "waits": self.waits}), fds
+
+    def close(self, *, is_shared: bool) -> None:
+        """Let go of it unfinished; with `is_shared` another process may still read it."""
+        self.table.close()
+        replace(self.running, is_shared=is_shared).free()
+
+
+def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
+    """What the service has to know of a job."""
+    attempt = job.attempt
+    told = AgentEnvironment.from_env(os.environ).variables() | {"RANK": os.environ.get("RANK", "")}
+    return Stage(
+        session=session,
+        pid=os.getpid(),
+        url=saves.url,
+        attempt=StagedAttempt(
+            prefix=attempt.prefix, step=attempt.step, id=attempt.id, world_size=attempt.world_size, rank=job.rank
+        ),
+        owner=owner,
+        origin=Identity(**vars(saves.origin)),
+        keep=saves.rules.keep,
+        timeout_s=saves.rules.timeout_s,
+        started_s=job.started_s,
+        created_unix_s=job.created_unix_s,
+        healthy=job.healthy,
+        tier=job.tier,
+        told=told,
+    )
 
 
 def whole(job: SaveJob) -> tuple[list[Payload], Slot | None, str | None]:

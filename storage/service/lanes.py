@@ -28,7 +28,7 @@ from storage.service import table
 from storage.service.channel import close_all
 from storage.service.messages import Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
-from storage.service.sessions import Session
+from storage.service.sessions import Session, is_alive
 from storage.service.table import HandedOver
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import open_store
@@ -54,6 +54,12 @@ class Parcel:
     made: MadeObjects | None = field(default=None, init=False)
     """The objects as which it is held in memory; known once it is `ready` to be stored."""
     ready: threading.Event = field(default_factory=threading.Event, init=False)
+    waits: bool = field(init=False)
+    """Whether it is not to begin yet."""
+    has_given_way: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.waits = self.stage.waits
 
     def job(self) -> SaveJob:
         """The save as who uploads it takes it."""
@@ -129,7 +135,7 @@ class Lane:
     def __init__(self, session: Session, shared: Shared) -> None:
         self.session = session
         self._shared = shared
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._queue: deque[Parcel] = deque()
         self._thread: threading.Thread | None = None
         self._to_hold: deque[Parcel] = deque()
@@ -146,11 +152,15 @@ class Lane:
             return list(self._queue)
 
     def put(self, parcel: Parcel) -> None:
-        """Take a parcel over. What the lane has already is not taken twice."""
+        """Take a parcel over. What the lane has already is not taken twice; what waits in it gives way."""
         with self._lock:
-            if any(waiting.stage.attempt == parcel.stage.attempt for waiting in self._queue):
+            known = next((known for known in self._queue if known.stage.attempt == parcel.stage.attempt), None)
+            if known is not None:
+                known.waits = known.waits and parcel.waits
+                self._lock.notify_all()
                 self._let_go(parcel)
                 return
+            given_way = self._make_way(parcel)
             self._queue.append(parcel)
             self._to_hold.append(parcel)
             if self._hold_thread is None:
@@ -160,6 +170,15 @@ class Lane:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"lane-{self.session.name}", daemon=True)
                 self._thread.start()
+        for other in given_way:
+            self._end_unbegun(other)
+
+    def go_on(self, attempt: str | None = None) -> None:
+        """What waits of that attempt, or all that does, may begin."""
+        with self._lock:
+            for parcel in self._queue:
+                parcel.waits = parcel.waits and parcel.stage.attempt.id != (attempt or parcel.stage.attempt.id)
+            self._lock.notify_all()
 
     def release(self, parcel: Parcel) -> None:
         """Somebody who held the parcel's slots reads them no more; the last one lets them go."""
@@ -171,8 +190,15 @@ class Lane:
         self._let_go(parcel)
 
     def watch(self) -> None:
-        """Called now and then: a claim whose worker is gone beats on for as long as there is something to commit."""
+        """Called now and then: what a worker has left behind that is gone is seen to its end.
+
+        What was waiting for its word begins, and its claim beats on for as long as there is something to commit.
+        """
         with self._lock:
+            for left in self._queue:
+                if left.waits and not is_alive(left.stage.pid):
+                    left.waits = False
+                    self._lock.notify_all()
             parcel = next((parcel for parcel in self._queue if parcel.staged.contents is not None), None)
             store = self._store
             if parcel is None or store is None or self._pulse is not None or self.session.is_worker_alive:
@@ -184,6 +210,7 @@ class Lane:
         step_back()
         while True:
             with self._lock:
+                self._lock.wait_for(lambda: not self._queue or not self._queue[0].waits)
                 if not self._queue:
                     self._thread = None
                     pulse, self._pulse = self._pulse, None
@@ -236,11 +263,15 @@ class Lane:
                     return
                 parcel = self._to_hold.popleft()
             try:
-                parcel.made = self._hold(parcel)
+                parcel.made = None if parcel.has_given_way else self._hold(parcel)
             except Exception:
                 log.exception("step %d is not held in memory", parcel.stage.attempt.step)
             finally:
-                parcel.ready.set()
+                with self._lock:
+                    parcel.ready.set()
+                    has_given_way = parcel.has_given_way
+                if has_given_way:
+                    self._end_unbegun(parcel)
 
     def _hold(self, parcel: Parcel) -> MadeObjects | None:
         stage = parcel.stage
@@ -265,6 +296,19 @@ class Lane:
                 reason = "this node's service holds no states in memory"
                 report(CheckpointEvent.FAILED, step=step, seconds=seconds, bytes=0, reason=reason)
         return made
+
+    def _make_way(self, parcel: Parcel) -> list[Parcel]:
+        """Take out of the queue what `parcel` takes the place of; what of it nobody else will let go of."""
+        given_way = [other for other in self._queue if other.waits and parcel.stage.tier is Tier.STORE]
+        for other in given_way:
+            self._queue.remove(other)
+            other.has_given_way = True
+        self._lock.notify_all()
+        return [other for other in given_way if other.ready.is_set()]
+
+    def _end_unbegun(self, parcel: Parcel) -> None:
+        self.release(parcel)
+        self._shared.safe.done(parcel.safe)
 
     def _upload(self, uploads: Uploads, parcel: Parcel) -> bool:
         def stored(receipt: Receipt | None) -> None:

@@ -16,7 +16,7 @@ from storage.pace.rules import Tier
 from storage.run.owner import Owner
 from storage.saving.uploads import Tried
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """One more with every change after which the two sides would misunderstand each other."""
 
 
@@ -96,7 +96,8 @@ class Stage(ServiceMessage):
     With it come one or two descriptors of slots (`storage.arena.slot`): first the table (`storage.service.table`) of
     what is to be written, then the one that holds the tensors, where they are not in the table's as well.
 
-    Of `tier` RAM it stays in memory and is not stored.
+    With `waits` it is not begun before `GoOn` comes, or the worker has died; it gives way to the next `Stage` of its
+    session. Of `tier` RAM it stays in memory and is not stored.
 
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
@@ -114,8 +115,15 @@ class Stage(ServiceMessage):
     created_unix_s: float
     healthy: bool = True
     tier: Tier = Tier.STORE
+    waits: bool = False
     told: dict[str, str] = Field(default_factory=dict)
     tried: Tried = Tried.NOT_YET
+
+
+class GoOn(ServiceMessage):
+    """What was staged to wait is to be stored now. Of an attempt that does not wait it says nothing."""
+
+    attempt: str
 
 
 class Accepted(ServiceMessage):

@@ -21,6 +21,7 @@ from storage.service.messages import (
     AskUnfinished,
     Drain,
     Drained,
+    GoOn,
     Heard,
     Hello,
     ProtocolError,
@@ -144,6 +145,7 @@ class Server:
         self.on_leave: list[Callable[[ServiceCaller], object]] = []
         self._handlers: dict[type[ServiceMessage], Handler] = {}
         self.handle(Stage, self._stage)
+        self.handle(GoOn, self._go_on)
         self.handle(Heard, self._heard)
         self.handle(AskUnfinished, self._unfinished)
         self.handle(AskStatus, self._status)
@@ -275,6 +277,12 @@ class Server:
             lane.put(parcel)
         return None
 
+    def _go_on(self, caller: ServiceCaller, told: GoOn, fds: list[int]) -> None:
+        with self._lock:
+            lane = self._lanes.get(caller.session.name) if caller.session is not None else None
+        if lane is not None:
+            lane.go_on(told.attempt)
+
     def _heard(self, caller: ServiceCaller, heard: Heard, fds: list[int]) -> None:
         if caller.session is not None:
             caller.session.heard(heard.number)
@@ -332,6 +340,8 @@ class Server:
         log.warning("%d saves are given up: %s", len(self._all_unfinished()), reason)
         self._pace.reason = reason
         self._pace.stop.set()
+        for lane in self._all_lanes():
+            lane.go_on()  # to the same end: what waits is said to have failed, too
 
     def _end(self) -> None:
         self._pace.stop.set()

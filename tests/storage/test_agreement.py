@@ -14,14 +14,12 @@ from storage import (
     PeerFailed,
     StorageError,
     Transient,
-    UsageError,
     WrongModel,
     open_store,
 )
 from storage.events import Reporter
 from storage.loading.restorer import Restorer
 from storage.ranks.agreement import Failure
-from storage.ranks.steps import agreed_step
 from tests.storage.small_runs import damage_data, save
 
 
@@ -81,19 +79,6 @@ def test_what_is_raised(mine: Exception | None, other: Exception | None, raised:
 def test_an_error_of_this_rank_is_raised_itself() -> None:
     mine = Corrupt("damaged", key="a.distcp")
     assert outcome(mine, None) is mine
-
-
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
-        ([8, None, "", ""], "rank 0 saves step 7, and rank 1 step 8; give all ranks the same"),
-        ([None, "step is -1", "", ""], "rank 1: step is -1"),
-    ],
-)
-def test_a_step_that_differs_is_refused(other: list[Any], says: str) -> None:
-    assert agreed_step(Pair([7, None, "", ""]), 7) == 7
-    with pytest.raises(UsageError, match=says):
-        agreed_step(Pair(other), 7)
 
 
 def test_damage_that_only_another_rank_has_met_is_told_in_its_words(memory_url: str) -> None:

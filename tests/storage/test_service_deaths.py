@@ -101,6 +101,29 @@ def test_workers_and_service_are_killed_at_once(tmp_path: Path, agents_files: Pa
         assert until("it is back", service.status).num_restarts == 1
 
 
+def die_while_one_waits(url: str, environment: dict[str, str], step: int) -> None:
+    """Save twice with all ranks, the second while the first is being stored, and be killed."""
+    os.environ.update(environment)
+    ckpt = Checkpointer(url, keep=9, backlog="replace")
+    for number in (step, step + 1):
+        ckpt.save(number, {"w": torch.full((200_000,), float(number)), "n": number})
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_waits_is_saved_though_workers_and_service_are_killed(
+    tmp_path: Path, agents_files: Path, ranks: Ranks
+) -> None:
+    with process(tmp_path / "node" / "service.sock", "--rate-limit", "2e6") as service:
+        for step in range(1, 2 * NUM_KILLS, 2):
+            ranks.run_losing([0, 1], die_while_one_waits, f"{tmp_path}/run", environment(), step, world_size=2)
+            service.kill_service()
+            for number in (step, step + 1):
+                until(f"the outcome of step {number}", functools.partial(outcomes, agents_files, number))
+                assert outcomes(agents_files, number) == ["checkpoint_committed"]
+        assert committed(tmp_path / "run")[:2] == [2 * NUM_KILLS, 2 * NUM_KILLS - 1]
+
+
 def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
     tmp_path: Path, agents_files: Path, ranks: Ranks
 ) -> None:

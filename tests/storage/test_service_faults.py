@@ -76,7 +76,7 @@ def test_a_service_that_was_started_again_says_that_it_holds_nothing(
         with in_thread(node.path, held=HeldStates()) as again:
             for step in (2, 3):
                 ckpt.save(step, state(step), wait=True)
-            assert again.status().num_ended == 2
+            until("the end of both", lambda: again.status().num_ended == 2)
     assert [str(name) for name, _ in events[0]].count("checkpoint_memory_away") == 1
     assert committed(tmp_path / "run") == [3, 2, 1]
 

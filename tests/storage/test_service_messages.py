@@ -120,8 +120,8 @@ def test_what_is_not_this_protocol_ends_the_connection(data: bytes) -> None:
 
 def test_another_version_is_refused_with_a_reason(tmp_path: Path) -> None:
     with in_thread(tmp_path / "run" / "service.sock") as service:
-        with pytest.raises(ProtocolError, match="speaks version 1 of its protocol, and not 2"):
-            connect(service.path, Hello(version=2, pid=os.getpid()))
+        with pytest.raises(ProtocolError, match="speaks version 2 of its protocol, and not 1"):
+            connect(service.path, Hello(version=1, pid=os.getpid()))
         with connected(service.path):
             pass  # it goes on serving others
 
@@ -129,8 +129,8 @@ def test_another_version_is_refused_with_a_reason(tmp_path: Path) -> None:
 def test_a_service_of_another_version_is_told_of(tmp_path: Path) -> None:
     path = tmp_path / "run" / "service.sock"
     with address.listen(path) as listener:
-        other = _answering(listener, {"Welcome": {"version": 2, "pid": 1, "news": "x"}})
-        with pytest.raises(ProtocolError, match="another protocol than version 1"):
+        other = _answering(listener, {"Welcome": {"version": 1, "pid": 1, "news": "x"}})
+        with pytest.raises(ProtocolError, match="another protocol than version 2"):
             connect(path, Hello(pid=os.getpid()))
         other.join(60)
 

@@ -183,6 +183,38 @@ def test_a_lack_of_memory_takes_no_slot_away(monkeypatch: pytest.MonkeyPatch) ->
     assert arena.num_free == 1
 
 
+def test_a_spare_slot_is_made_ahead_where_it_may_be_and_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(2)
+    first = arena.take(MIB)
+    assert first is not None
+    monkeypatch.setattr("storage.arena.arena.free_bytes", lambda: 2 * MIB - 1)
+    arena.prepare(MIB)
+    assert arena.num_made == 1, "it would leave less than its own size"
+    monkeypatch.setattr("storage.arena.arena.free_bytes", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "create", _no_memory)
+        arena.prepare(MIB)
+    assert arena.num_made == 1
+    arena.prepare(MIB)
+    assert (arena.num_made, arena.num_free) == (2, 1)
+    arena.prepare(MIB)  # there is a spare one
+    assert arena.num_made == 2
+    monkeypatch.setattr(Slot, "create", _no_memory)
+    second = arena.take(MIB)
+    assert second is not None
+    arena.prepare(MIB)  # there are as many as may be
+    assert arena.take(1) is None
+    for slot in (first, second):
+        arena.give_back(slot)
+    arena.close()
+    arena.prepare(MIB)
+    assert arena.size_bytes == 0
+
+
+def _no_memory(size_bytes: int) -> Slot:
+    raise MemoryError(f"no room for {size_bytes}")
+
+
 @pytest.mark.parametrize(
     ("version", "lines"),
     [

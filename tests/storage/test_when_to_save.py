@@ -97,13 +97,14 @@ def test_a_call_that_saves_nothing_costs_no_collective(memory_url: str, collecti
             ckpt.save(step, state(step))
         assert collectives == []
         ckpt.save(10, state(10))
-        assert len(collectives) > 3
+        assert collectives == ["all_gather", "gather", "broadcast"]
 
 
 class Noting:
     """A live session that only remembers what was noted."""
 
     is_agreed = True
+    asks = False
 
     def __init__(self, *given: object) -> None:
         self.noted: list[int] = []
@@ -112,6 +113,7 @@ class Noting:
 
     def note(self, step: int, state: object, *, healthy: bool = True) -> None:
         self.noted.append(step)
+        self.asks = step == 6
 
     def saved(self, step: int, state: object, *, healthy: bool = True) -> None:
         self.saves.append(step)
@@ -128,7 +130,7 @@ def test_each_call_notes_its_step(memory_url: str, monkeypatch: pytest.MonkeyPat
             ckpt.save(step, state(step))
         ckpt.note(7, state(7))
     assert live.noted == [1, 2, 3, 4, 5, 6, 7]
-    assert live.saves == [3, 6]
+    assert live.saves == [6], "they agree anew where a rank has asked for it, and only there"
 
 
 def test_an_odd_step_is_refused_whether_it_is_due_or_not(memory_url: str) -> None:
@@ -344,12 +346,14 @@ def test_a_backlog_is_waited_for_but_not_for_ever(events: Events) -> None:
     with Checkpointer(opened(store), timeout_s=0.2, on_event=events[1]) as ckpt:
         ckpt.save(1, state(1))
         assert store.is_met.wait(60)
-        ckpt.save(2, state(2))  # after 0.2 s
-        assert [fields["step"] for fields in told(events, "checkpoint_skipped")] == [2]
+        until("a spare slot", lambda: ckpt._savers()[0]._arena.num_made == 2)
+        ckpt.save(2, state(2))  # is in line
+        ckpt.save(3, state(3))  # after 0.2 s
+        assert [fields["step"] for fields in told(events, "checkpoint_skipped")] == [3]
         store.is_open.set()
         ckpt.wait()
-        ckpt.save(3, state(3), wait=True)
-    assert saved(events) == [1, 3]
+        ckpt.save(4, state(4), wait=True)
+    assert saved(events) == [1, 2, 4]
 
 
 def ranks_by_time(folder: str) -> list[int]:

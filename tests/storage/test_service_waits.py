@@ -1,0 +1,157 @@
+"""What waits for the save before it (`backlog="replace"`): kept by the service, so that it outlives its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage import Checkpointer
+from storage.agent import AgentEnvironment
+from storage.service.client import ServiceBackend
+from tests.storage.service_cases import Gate, InThread, committed, in_thread, until
+from tests.storage.small_runs import Events, opened, state
+from tests.storage.test_when_to_save import Gate as GatedMemory
+
+REPLACE: dict[str, Any] = {"backlog": "replace", "keep": 9}
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
+    """The service of an agent, which the environment names."""
+    monkeypatch.setenv(AgentEnvironment.variable("service"), str(tmp_path / "node" / "service.sock"))
+    with in_thread(tmp_path / "node" / "service.sock") as service:
+        yield service
+
+
+def told(events: Events, name: str) -> list[Any]:
+    return [fields["step"] for event, fields in events[0] if event == name]
+
+
+def waiting(service: InThread) -> list[int]:
+    """The steps that wait there for a word."""
+    return [parcel.stage.attempt.step for parcel in service.server._all_unfinished() if parcel.waits]
+
+
+def test_what_waits_gives_way_in_the_service_too(tmp_path: Path, service: InThread, gate: Gate, events: Events) -> None:
+    with Checkpointer(tmp_path / "run", on_event=events[1], **REPLACE) as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        for step in (2, 3, 4):
+            ckpt.save(step, state(step))
+            until(f"step {step} to wait", lambda step=step: waiting(service) == [step])
+            until("memory for the next", lambda: ckpt._savers()[0]._arena.wait_free(0.0))
+        gate.opened.set()
+        assert ckpt.wait()
+        found = state(0)
+        assert ckpt.restore(found) == 4
+        assert found["n"] == 4
+    assert told(events, "checkpoint_replaced") == [2, 3]
+    assert told(events, "checkpoint_committed") == [1, 4]
+    assert not told(events, "checkpoint_skipped")
+    until("the service to hold nothing", lambda: service.status().staged_bytes == 0)
+    kept = {name for what, name in service.safe.told if what == "keep"}
+    assert kept == {name for what, name in service.safe.told if what == "done"}
+
+
+@pytest.mark.parametrize("how", ["killed", "an error"])
+def test_what_waits_is_saved_though_its_worker_is_gone(
+    how: str, tmp_path: Path, service: InThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = Checkpointer(tmp_path / "run", **REPLACE).start()
+    ckpt.save(1, state(1))
+    assert gate.reached.wait(60)
+    ckpt.save(2, state(2))
+    until("step 2 to wait", lambda: waiting(service) == [2])
+    gate.opened.set()
+    until("step 1 to be committed", lambda: committed(tmp_path / "run") == [1])
+    assert waiting(service) == [2], "its worker lives"
+    if how == "killed":
+        monkeypatch.setattr("storage.service.lanes.is_alive", lambda pid: False)
+        until("step 2 to be committed", lambda: committed(tmp_path / "run") == [2, 1])
+    ckpt._close(abandon=True)
+    until("step 2 to be committed", lambda: committed(tmp_path / "run") == [2, 1])
+
+
+def test_a_service_that_comes_back_lets_it_wait_on(tmp_path: Path, service: InThread, gate: Gate) -> None:
+    """The worker says again what it had said; what had waited, and does not any more, begins."""
+    with Checkpointer(tmp_path / "run", **REPLACE) as ckpt:
+        backend = ckpt._savers()[0]._committer._backend
+        assert isinstance(backend, ServiceBackend)
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        ckpt.save(2, state(2))
+        until("step 2 to wait", lambda: waiting(service) == [2])
+        with backend._state:
+            before = backend._channel
+            assert before is not None
+            before.close()
+        until("another connection", lambda: backend._channel not in (None, before))
+        assert waiting(service) == [2]
+        backend._say = lambda *_: None  # type: ignore[method-assign]  # the word is lost with a connection
+        gate.opened.set()
+        until("step 1 to be committed", lambda: committed(tmp_path / "run") == [1])
+        queue = ckpt._savers()[0]._queue
+        until("step 2 not to wait for step 1", lambda: queue.waiting == "")
+        with backend._state:
+            assert backend._channel is not None
+            backend._channel.close()
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [2, 1]
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_lost_service_had_waits_in_the_worker(
+    goes_on: bool, tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with Checkpointer(tmp_path / "run", on_event=events[1], **REPLACE) as ckpt:
+        backend = ckpt._savers()[0]._committer._backend
+        assert isinstance(backend, ServiceBackend)
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        ckpt.save(2, state(2))
+        until("step 2 to wait", lambda: waiting(service) == [2])
+        service.close()
+        until("the worker to have it back", lambda: backend._taken_back)
+        if not goes_on:
+            ckpt.save(3, state(3))
+        assert ckpt.wait()
+        gate.opened.set()  # of the service, which is still in the midst of it
+    assert committed(tmp_path / "run") == ([2, 1] if goes_on else [3, 1])
+    assert told(events, "checkpoint_replaced") == ([] if goes_on else [2])
+
+
+def test_a_copy_that_is_not_whole_gives_way_before_it_is_handed_over(
+    tmp_path: Path, service: InThread, gate: Gate, events: Events
+) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(100_000))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    with Checkpointer(tmp_path / "run", staging="overlapped", on_event=events[1], **REPLACE) as ckpt:
+        for step in (1, 2, 3, 4):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            ckpt.save(step, {"w": parameter, "n": step})
+        gate.opened.set()
+        assert ckpt.wait()
+        found = {"w": torch.zeros(100_000), "n": 0}
+        newest = max(told(events, "checkpoint_staged"))
+        assert ckpt.restore(found) == newest == found["n"]
+    assert sorted(told(events, "checkpoint_committed") + told(events, "checkpoint_replaced")) == told(
+        events, "checkpoint_staged"
+    )
+
+
+def test_without_a_service_what_waits_is_told_to_be_lost(events: Events) -> None:
+    store = GatedMemory()
+    ckpt = Checkpointer(opened(store), every=1, on_event=events[1], **REPLACE).start()
+    ckpt.save(1, state(1))
+    assert store.is_met.wait(60)
+    ckpt.save(2, state(2))
+    store.is_open.set()
+    ckpt._close(abandon=True)
+    failed = {fields["step"]: fields["reason"] for event, fields in events[0] if event == "checkpoint_failed"}
+    assert "no checkpoint service keeps what waits" in failed[2]
