@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -108,6 +108,8 @@ bench-plan: $(VENV)/.dev ## what the planner says of memory and step times, and 
 
 bench-startup: $(VENV)/.dev ## from a worker's start to its first step, resumed and not, by the model's size
 	$(BIN)/python -m tests.bench.startup
+bench-train: $(VENV)/.dev ## our layer of experts and our step beside transformers', a loop and a dense model; QUICK=--quick in three minutes
+	$(BIN)/python -W ignore -m tests.bench.train $(QUICK)
 
 check: lint types layers test ## what CI runs
 
