@@ -108,6 +108,7 @@ bench-plan: $(VENV)/.dev ## what the planner says of memory and step times, and 
 
 bench-startup: $(VENV)/.dev ## from a worker's start to its first step, resumed and not, by the model's size
 	$(BIN)/python -m tests.bench.startup
+
 bench-train: $(VENV)/.dev ## our layer of experts and our step beside transformers', a loop and a dense model; QUICK=--quick in three minutes
 	$(BIN)/python -W ignore -m tests.bench.train $(QUICK)
 

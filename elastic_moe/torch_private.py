@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
@@ -21,4 +22,13 @@ def exchange_rows(
     public `all_to_all_single` has no gradient.
     """
     out: Tensor = all_to_all_single_autograd(x_RD, list(receive_splits), list(send_splits), group)
+    return out
+
+
+def onednn_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """`x @ weight.T` by oneDNN, (R, O), which torch takes for fp32 only where a model is compiled. Not differentiable.
+
+    The operands may lie transposed. A new shape costs half a millisecond.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
     return out

@@ -7,6 +7,7 @@ fields of torch's classes that a class of ours has touched or replaced by derivi
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
@@ -43,7 +44,8 @@ def own_names(of: type) -> set[str]:
     named = {name for name in dir(of) if _is_private(name)}
     for parent in of.__mro__:
         if parent.__module__.partition(".")[0] == "torch":
-            named.update(re.findall(r"\bself\.(_(?!_)\w+)", inspect.getsource(parent)))
+            with contextlib.suppress(OSError):  # torch makes some in C, such as those below autograd.Function
+                named.update(re.findall(r"\bself\.(_(?!_)\w+)", inspect.getsource(parent)))
     return named
 
 

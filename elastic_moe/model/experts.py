@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.swiglu import Weights, expert_rows
 
 log = logging.getLogger(__name__)
 
 _GROUPED_STRIDE_BYTES = 16
+
+# On a CPU one kernel is a loop over the experts, in C++ for each product: below so many operations of one expert in one
+# product that saves more than an expert's rows gain from staying in the cache, or from oneDNN (docs/benchmarks.md).
+_APART_FROM_FLOPS = 4e6
 
 
 def grouped_obstacle(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]) -> str | None:
@@ -40,7 +45,7 @@ def grouped_obstacle(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]
 
 @functools.cache
 def uses_grouped(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]) -> bool:
-    """Whether these experts run in one kernel; where they do not, the log says why, once."""
+    """Whether these experts can run in one kernel; where they cannot, the log says why, once."""
     obstacle = grouped_obstacle(device_type, dtype, dims)
     if obstacle:
         log.info("experts run one by one: %s", obstacle)
@@ -68,43 +73,46 @@ class Experts(nn.Module):
 
         Args:
             x_RD: rows ordered by source, and by expert within a source.
-            counts_PE: int64, on the CPU: rows of each source for each expert; they add up to R.
+            counts_PE: int64: rows of each source for each expert; they add up to R. Where an accelerator runs all
+                experts in one kernel they may lie there: the host need not wait for them.
         """
         if not counts_PE.shape[1]:
             # No expert is held here. FSDP2 cannot reduce gradients of nothing, so the parameters get none; and that it
             # is called at all keeps FSDP2's order of gathers, which must be that of the other ranks.
             return x_RD.clone()
-        weights = tuple(
+        gate, up, down = (
             w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
         )
-        if self.exact:
-            rows_of_source = x_RD.split(counts_PE.sum(1).tolist())
-            return torch.cat(
-                [
-                    self._swiglu(rows, counts, tuple(w.to(x_RD.dtype) for w in weights))
-                    for rows, counts in zip(rows_of_source, counts_PE, strict=True)
-                ]
-            )
-        if counts_PE.shape[0] == 1:
-            return self._swiglu(x_RD, counts_PE[0], weights)
-        order_R = expert_major_order(counts_PE).to(x_RD.device)
-        y_RD = self._swiglu(x_RD[order_R], counts_PE.sum(0), weights)
-        return y_RD[torch.argsort(order_R)]
-
-    def _swiglu(self, x_RD: Tensor, counts_E: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        gate, up, down = weights
-        grouped = uses_grouped(x_RD.device.type, x_RD.dtype, tuple(gate.shape[1:]))
-        products = grouped_products if grouped else looped_products
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        hidden_RF = F.silu(products(x_RD, gate, ends_E)) * products(x_RD, up, ends_E)
-        return products(hidden_RF, down, ends_E)
+        if not self.exact:
+            return expert_rows(x_RD, (gate, up, down), counts_PE, in_one=_goes_in_one(x_RD, gate))
+        counts_PE = counts_PE.cpu()
+        rows_of_source = x_RD.split(counts_PE.sum(1).tolist())
+        return torch.cat(
+            [
+                _composed(rows, counts, (gate.to(x_RD.dtype), up.to(x_RD.dtype), down.to(x_RD.dtype)))
+                for rows, counts in zip(rows_of_source, counts_PE, strict=True)
+            ]
+        )
 
 
-def expert_major_order(counts_PE: Tensor) -> Tensor:
-    """The permutation, int64 (R,), that takes rows ordered by (source, expert) to (expert, source)."""
-    num_sources, num_experts = counts_PE.shape
-    expert_of_block = torch.arange(num_experts).repeat(num_sources)
-    return torch.argsort(expert_of_block.repeat_interleave(counts_PE.flatten()), stable=True)
+def _goes_in_one(x_RD: Tensor, gate_EFD: Tensor) -> bool:
+    """Whether all experts run in one kernel for each product, or one after the other in the products of their own."""
+    num_experts, *dims = gate_EFD.shape
+    flops = 2.0 * len(x_RD) / max(1, num_experts) * dims[0] * dims[1]
+    if x_RD.device.type == "cpu" and flops >= _APART_FROM_FLOPS:
+        return False
+    return uses_grouped(x_RD.device.type, x_RD.dtype, tuple(dims))
+
+
+def _composed(x_RD: Tensor, counts_E: Tensor, weights: Weights) -> Tensor:
+    """The experts as autograd derives them: it adds up what float64 parameters get from each source in float64."""
+    gate, up, down = weights
+    products = (
+        grouped_products if uses_grouped(x_RD.device.type, x_RD.dtype, tuple(gate.shape[1:])) else looped_products
+    )
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    hidden_RF = F.silu(products(x_RD, gate, ends_E)) * products(x_RD, up, ends_E)
+    return products(hidden_RF, down, ends_E)
 
 
 def grouped_products(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

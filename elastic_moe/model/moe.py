@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.experts import Experts
 from elastic_moe.model.router import Router, RouterTerms
+from elastic_moe.model.rows import RowOrder, combine_rows, gather_rows
 
 
 class Dispatcher(Protocol):
@@ -31,7 +32,7 @@ class LocalDispatch:
     """All experts are on this rank."""
 
     def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
-        out: Tensor = experts(x_RD, counts_E[None].cpu())
+        out: Tensor = experts(x_RD, counts_E[None])
         return out
 
 
@@ -67,14 +68,10 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor, real_B: Tensor) -> tuple[Tensor, RouterTerms]:
         weights_TK, chosen_TK, terms = self.router(x_BSD, real_B)
         x_TD = x_BSD.flatten(0, 1)
-        order_R = torch.argsort(chosen_TK.flatten(), stable=True)
+        order = RowOrder.by_expert(chosen_TK)
         counts_E = torch.bincount(chosen_TK.flatten(), minlength=self.num_experts)
-        # Each row is copied from its token's K slots, not added into the token: sums over K then run in a fixed
-        # order, forward and backward, on any device and for any split of the batch.
-        slots_RD = x_TD[:, None].expand(-1, self.top_k, -1).flatten(0, 1)
-        y_RD = self.dispatch(slots_RD[order_R], counts_E, self.experts)
-        y_TKD = y_RD[torch.argsort(order_R)].unflatten(0, (-1, self.top_k))
-        y_TD = (y_TKD * weights_TK[..., None].to(y_TKD.dtype)).sum(dim=1)
+        y_RD = self.dispatch(gather_rows(x_TD, order), counts_E, self.experts)
+        y_TD = combine_rows(y_RD, weights_TK, order)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BSD), terms

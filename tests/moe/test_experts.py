@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.experts import (
     Experts,
-    expert_major_order,
     grouped_obstacle,
     grouped_products,
     looped_products,
@@ -97,14 +94,6 @@ def test_odd_widths_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> No
     assert [r.message for r in caplog.records] == [
         "experts run one by one: dimension 10 of torch.float32 is not a multiple of 16 bytes"
     ]
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5))
-def test_expert_major_order(counts: list[list[int]]) -> None:
-    labels = [(source, expert) for source, row in enumerate(counts) for expert, n in enumerate(row) for _ in range(n)]
-    order = expert_major_order(torch.tensor(counts))
-    assert [labels[i] for i in order] == sorted(labels, key=lambda label: (label[1], label[0]))
 
 
 @pytest.mark.parametrize("exact", [False, True])

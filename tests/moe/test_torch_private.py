@@ -30,5 +30,15 @@ def test_rows_are_exchanged_and_their_gradients_come_back(ranks: Ranks) -> None:
     assert ranks.run(there_and_back, world_size=2) == [([1.0], [1.0, 2.0, 2.0]), ([2.0, 3.0], [])], changed
 
 
+def test_onednn_multiplies_matrices_that_lie_transposed_as_well() -> None:
+    from elastic_moe.torch_private import onednn_linear
+
+    changed = f"torch {torch.__version__}: mkldnn::_linear_pointwise has changed, by which fp32 experts go on the CPU"
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(24, 40, generator=draw), torch.randn(56, 40, generator=draw)
+    for rows, matrix in ((x, weight), (x.T.contiguous().T, weight.T.contiguous().T), (x[:, :16], weight[:, :16])):
+        torch.testing.assert_close(onednn_linear(rows, matrix), rows @ matrix.T, msg=changed)
+
+
 def test_no_other_file_uses_private_names_of_torch() -> None:
     assert used_in("elastic_moe") == [], "these belong into elastic_moe/torch_private.py, with a canary here"
