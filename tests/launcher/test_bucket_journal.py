@@ -246,7 +246,7 @@ def test_what_is_wished_is_done_once(seed: int) -> None:
             if (there := state.get(key)) is not None:
                 assert (there.revision, there.create_revision) == (revision, created), f"seed {seed}: {key}"
     assert sum(client.num_wished for client in clients) > 5, f"seed {seed}: hardly anything was wished"
-    assert sum(len(client.put) for client in clients) > 5, f"seed {seed}: hardly anything was done"
+    assert sum(len(client.put) for client in clients) > 1, f"seed {seed}: hardly anything was done"
 
 
 def faultless() -> FaultyObjects:
@@ -315,7 +315,7 @@ def test_one_that_lost_often_writes_what_all_wish_in_one_version() -> None:
 def test_who_waits_for_one_that_is_gone_writes_by_itself() -> None:
     """It took its turn, and was killed."""
     objects = faultless()
-    objects.objects[turn_name(4)] = b""
+    objects.objects[turn_name(3)] = b""
     journal = Journal(iter(f"own-{i}" for i in range(100)).__next__)
     num_pauses = 0
 
@@ -324,8 +324,8 @@ def test_who_waits_for_one_that_is_gone_writes_by_itself() -> None:
         num_pauses += isinstance(request, Pause)
         rivals(request)
 
-    rivals = overtaken(journal, objects, 3)
-    assert carry(journal.change([PutKey("own", b"")]), objects, between) == ((4, 4),)
+    rivals = overtaken(journal, objects, 2)
+    assert carry(journal.change([PutKey("own", b"")]), objects, between) == ((3, 3),)
     assert num_pauses == 6
 
 

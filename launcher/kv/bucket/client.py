@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _HEDGE_FRACTION = 0.125
 _BEHIND_FACTOR = 1.2
+_QUIET_S, _TIDY_AT_LEAST_EVERY_S = 1.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class BucketKV:
         self._trouble: KVUnavailable | None = None
         self._news_s = time.monotonic()  # when something changed last
         self._look_took_s = 0.0
+        self._tidied_s = self._news_s
         self._leases: dict[int, Lease] = {}
         self._ungranted: set[int] = set()  # those of them that are in no version yet
         self._granting = threading.Lock()
@@ -220,16 +222,15 @@ class BucketKV:
 
     def _poll(self) -> None:
         while not self._closed.is_set():
-            woken = self._wake.is_set()
             self._wake.clear()
             trouble = None
             try:
-                if woken or self._trouble is not None or time.monotonic() >= self._next_look_s:
+                if self._trouble is not None or time.monotonic() >= self._next_look_s:
                     began_s = time.monotonic()
                     self._journal.look()
                     self._look_took_s = time.monotonic() - began_s
                 self._mind_leases()
-                self._upkeep.tidy(time.monotonic())
+                self._tidy_when_quiet()
             except KVUnavailable as error:
                 trouble = error
             except Exception as error:
@@ -253,6 +254,13 @@ class BucketKV:
         self._wake.wait(max(self._pace.quick_s, due_s - now_s))
         if self._wake.is_set():  # news of our own: what follows from it may be there soon, and not at once
             self._closed.wait(self._pace.quick_s)
+
+    def _tidy_when_quiet(self) -> None:
+        """Nobody waits for what is tidied up: while something changes, the store has better things to do."""
+        now_s = time.monotonic()
+        if now_s - self._news_s > _QUIET_S or now_s - self._tidied_s > _TIDY_AT_LEAST_EVERY_S:
+            self._tidied_s = now_s
+            self._upkeep.tidy(now_s)
 
     def _mind_leases(self) -> None:
         """Look at leases that others hold, and end those that nobody renews."""

@@ -5,11 +5,11 @@ another was first, it learns that one and tries again. Nothing ever rests on a l
 later. What an old version's object held is replaced by a tombstone, and its name stays taken: a writer that was stopped
 for an hour between its look and its write finds the name taken, as one that lost a race by a millisecond does.
 
-Where many write at once that would take each its own version, one after the other. So whoever lost twice writes down
-what it wishes; one of them, whose turn it is, writes a version with the wishes of all (Hendler and others, "Flat
-combining and the synchronization-parallelism tradeoff", 2010), and the others read there what came of theirs. Whose
-turn it is decides nothing: if that one is gone, others do the same a moment later. A version tells which wishes it and
-those before it have granted, so none is granted twice.
+Where many write at once that would take each its own version, one after the other. So whoever lost twice, or has seen
+many write of late, writes down what it wishes; one of them, whose turn it is, writes a version with the wishes of all
+(Hendler and others, "Flat combining and the synchronization-parallelism tradeoff", 2010), and the others read there
+what came of theirs. Whose turn it is decides nothing: if that one is gone, another does the same a moment later. A
+version tells which wishes it and those before it have granted, so none is granted twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
 from launcher.kv.base import WatchEvent
-from launcher.kv.bucket.ops import WISH, Op, Result, Wish, carry_out, turn_name, wish_name
+from launcher.kv.bucket.ops import WISH, Op, PutKey, Result, Wish, carry_out, turn_name, wish_name
 from launcher.kv.bucket.register import Create, Names, Overwrite, Pause, Read, Steps, Together
 from launcher.kv.bucket.version import LOG, TOMBSTONE, Version, number_of, version_name
 from launcher.kv.state import HISTORY_EVENTS, State
@@ -29,7 +29,8 @@ T = TypeVar("T")
 
 KEPT_VERSIONS = 128
 """So many of the newest versions keep their content: more than a wish has to be granted in."""
-_NUM_TRIES_ALONE = 3
+_NUM_TRIES_ALONE = 2
+_NUM_OF_A_CROWD, _CROWD_VERSIONS = 4, 16
 _NUM_WISHES = 8
 _NUM_WISHES_READ_MAX = 256
 _NUM_PAUSES, _PAUSE_GROWTH = 6, 1.5
@@ -57,6 +58,7 @@ class Journal:
         self._wish: str = ""  # of the steps under way
         self._granted: tuple[Result, ...] | None = None  # and what came of it
         self._has_lost_sight = False
+        self._crowd_until = 0  # up to this version many are thought to write at once
         self._history: deque[WatchEvent] = deque()
         self._oldest = 1  # changes of this version and all later ones are in the history
         self._known_from = 1  # their first revision
@@ -99,7 +101,9 @@ class Journal:
             yield from self.catch_up()
             is_fresh = True
         num_tries = 0
-        while num_tries < self._num_tries_alone:
+        comes_now = any(isinstance(op, PutKey) and op.grant_ttl_s for op in ops)  # and seldom alone
+        num_tries_alone = min(1, self._num_tries_alone) if comes_now else self._num_tries_alone
+        while num_tries < num_tries_alone and self.number >= self._crowd_until:
             draft = self.state.fork()
             results = tuple(carry_out(op, draft) for op in ops)
             if (draft.revision, draft.leases()) == (self.state.revision, self.state.leases()):
@@ -149,7 +153,8 @@ class Journal:
             KVUnavailable: neither is known.
         """
         self._begin(wish.name)
-        is_own_turn = yield from self._take_turn(Overwrite(wish.name, wish.to_bytes()))
+        attempt = 0
+        is_own_turn = yield from self._take_turn(attempt, Overwrite(wish.name, wish.to_bytes()))
         rest_s = _FIRST_REST_S
         while self._granted is None and self.number < wish.until:
             before = self.number
@@ -167,16 +172,22 @@ class Journal:
                     raise
             if self._has_lost_sight and self._granted is None:
                 raise KVUnavailable("whether it was written is forgotten")
-            if self.number == before:
-                is_own_turn = not is_own_turn  # whose turn it was is gone, or slow
-            elif self._granted is None:
-                is_own_turn = yield from self._take_turn()
+            if self.is_granted:
+                break
+            if self.number != before:
+                attempt = 0
+            elif is_own_turn:  # and this client could not
+                is_own_turn = False
+                continue
+            else:  # whose turn it was is gone, or slow: one of those who wait takes it, and not all of them at once
+                attempt += 1
+            is_own_turn = yield from self._take_turn(attempt)
 
     def _begin(self, wish: str) -> None:
         self._wish, self._granted, self._has_lost_sight = wish, None, False
 
-    def _take_turn(self, *beside: Overwrite) -> Steps[bool]:
-        name = turn_name(self.number + 1)
+    def _take_turn(self, attempt: int, *beside: Overwrite) -> Steps[bool]:
+        name = turn_name(self.number + 1, attempt)
         told = yield Together((*beside, Create(name, b"")))
         if told[-1] is True:
             self.litter.append(name)
@@ -270,6 +281,8 @@ class Journal:
             self._oldest = version.number
             self._known_from = version.events[0].revision if version.events else version.state.revision + 1
         self.number, self.state, self._recent = version.number, version.state, dict(version.recent)
+        if len(version.granted) >= _NUM_OF_A_CROWD:  # as in the next phase of a round, perhaps: none tries alone
+            self._crowd_until = version.number + _CROWD_VERSIONS
         if self._wish in version.granted:
             self._granted = version.granted[self._wish]
         if len(self._history) + len(version.events) > HISTORY_EVENTS:

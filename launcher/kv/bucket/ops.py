@@ -129,9 +129,12 @@ def wish_name(nonce: str) -> str:
     return f"{WISH}{nonce}"
 
 
-def turn_name(number: int) -> str:
-    """The object whose author writes version `number` for all who wish; the others wait for it, and not for long."""
-    return f"{TURN}{number:016d}"
+def turn_name(number: int, attempt: int = 0) -> str:
+    """The object whose author writes version `number` for all who wish; the others wait for it, and not for long.
+
+    `attempt`: how many are thought to have had this turn, and to be gone.
+    """
+    return f"{TURN}{number:016d}" + (f".{attempt}" if attempt else "")
 
 
 def _told(op: Op) -> list[Any]:

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
 _PARALLEL = 16
+_PAUSE_REQUESTS, _NEWEST_WEIGHT = 2.0, 0.25
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while the machine hibernates
 
 
@@ -62,6 +63,7 @@ class SharedJournal:
         self._on_news = on_news
         self._lock = threading.Lock()  # of the journal while its steps are carried out
         self._synced_s = elapsed_s()  # at this time the newest version was known
+        self._request_s = 0.0  # what one takes, of late
         self._unwritten_s = 0.0  # then what is being changed was in no version yet
         self._queue: deque[_Asked] = deque()
         self._journal = self._anew()
@@ -196,8 +198,8 @@ class SharedJournal:
 
     def _answer(self, request: Request) -> Any:
         match request:
-            case Pause(seconds):
-                self.closed.wait(seconds * random.uniform(0.5, 1.5))
+            case Pause(seconds):  # a store that is asked too much answers later: it is asked less then
+                self.closed.wait(max(seconds, _PAUSE_REQUESTS * self._request_s) * random.uniform(0.5, 1.5))
                 return None
             case Together(requests):
                 return self._answer_all(requests)
@@ -220,6 +222,7 @@ class SharedJournal:
         asked_s, now_s = elapsed_s(), time.monotonic()
         next_version = version_name(self._journal.number + 1)
         told = answer(self._register, request)
+        self._request_s += _NEWEST_WEIGHT * (time.monotonic() - now_s - self._request_s)
         match request:
             case Read(name) if told is None and name == next_version:
                 self._synced_s = asked_s

@@ -1,0 +1,106 @@
+"""What many who write at once ask of the store, and how long that takes, by a clock that requests alone drive."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from launcher.kv.bucket.journal import Journal
+from launcher.kv.bucket.ops import PutKey, turn_name
+from launcher.kv.bucket.register import Create, Names, Overwrite, Pause, Read, Request, Steps, Together
+from launcher.kv.bucket.version import number_of
+
+_REQUEST_S, _TURN_S = 0.020, 0.03
+
+
+class Store:
+    """Answers each request after `_REQUEST_S`, one every `service_s`; each takes effect when it is answered."""
+
+    def __init__(self, service_s: float) -> None:
+        self._service_s = service_s
+        self.objects: dict[str, bytes] = {}
+        self.num_requests = 0
+        self.free_s = 0.0
+
+    def done_s(self, request: Request, now_s: float) -> float:
+        """When it is answered that is asked at `now_s`."""
+        if isinstance(request, Pause):
+            return now_s + request.seconds * random.uniform(0.5, 1.5)
+        num = len(request.requests) if isinstance(request, Together) else 1
+        self.num_requests += num
+        self.free_s = max(self.free_s, now_s) + num * self._service_s
+        return self.free_s + _REQUEST_S
+
+    def answer(self, request: Request) -> Any:
+        match request:
+            case Together(requests):
+                return [self.answer(one) for one in requests]
+            case Read(name):
+                return self.objects.get(name)
+            case Names(prefix):
+                return [name for name in self.objects if name.startswith(prefix)]
+            case Create(name, content):
+                is_new = name not in self.objects
+                self.objects.setdefault(name, content)
+                return is_new
+            case Overwrite(name, content):
+                self.objects[name] = content
+        return None
+
+    @property
+    def num_versions(self) -> int:
+        return sum(1 for name in self.objects if number_of(name))
+
+
+def write_at_once(store: Store, journals: list[Journal], key: str, grant_ttl_s: float) -> float:
+    """Each writes a key; returns after how many seconds the last one is told."""
+    last_s, written, order = 0.0, 0, itertools.count()
+    queue: list[tuple[float, int, int, Steps[Any], Request | None]] = []
+    for index, journal in enumerate(journals):
+        steps: Steps[Any] = journal.change([PutKey(f"{key}/{index}", b"", 0, index + 1, grant_ttl_s)])
+        queue.append((random.uniform(0, 0.05), next(order), index, steps, None))
+    heapq.heapify(queue)
+    store.free_s = 0.0
+    while queue:
+        now_s, _, index, steps, request = heapq.heappop(queue)
+        try:
+            request = steps.send(store.answer(request) if request else None)
+        except StopIteration as end:
+            written += isinstance(end.value[0], tuple)
+            last_s = max(last_s, now_s)
+            continue
+        heapq.heappush(queue, (store.done_s(request, now_s), next(order), index, steps, request))
+    assert written == len(journals)
+    return last_s
+
+
+def crowd(num: int, service_s: float = 0.002) -> tuple[Store, list[Journal]]:
+    random.seed(1)
+    nonces = (f"{i:x}" for i in itertools.count())
+    return Store(service_s), [Journal(nonces.__next__, _TURN_S) for _ in range(num)]
+
+
+@pytest.mark.parametrize(("num", "within_s"), [(2, 0.3), (8, 0.5), (32, 1.0), (128, 4.0)])
+def test_what_each_of_many_asks_does_not_grow_with_their_number(num: int, within_s: float) -> None:
+    """They come at once, and are ready at once: half a second of 32 nodes, and four of 128, are the store's own."""
+    store, journals = crowd(num)
+    for phase, num_asked in (("come", 14), ("ready", 10), ("stop", 10)):
+        before = store.num_requests, store.num_versions
+        assert write_at_once(store, journals, phase, 4.0 if phase == "come" else 0.0) < within_s
+        assert (store.num_requests - before[0]) / num < num_asked
+        assert store.num_versions - before[1] <= 4
+
+
+def test_of_those_who_wait_for_one_that_is_gone_one_takes_its_place() -> None:
+    """All at once would read what all wish, each for itself."""
+    store, journals = crowd(32, service_s=0.01)
+    write_at_once(store, journals, "come", 4.0)
+    for number in range(1, 100):
+        store.objects[turn_name(store.num_versions + number)] = b""
+    before = store.num_requests
+    assert write_at_once(store, journals, "ready", 0.0) < 7.0
+    assert (store.num_requests - before) / 32 < 20
