@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from launcher.rounds.layouts import expert_padding, layouts
 from launcher.rounds.memory import MemoryUse, memory_use
+from launcher.rounds.placement import placement_obstacle
 from launcher.rounds.redundancy import survives_node_loss
 from launcher.rounds.spec import MeshSpec, check_whole
 from launcher.rounds.speed import StepTime, node_stride, step_time
@@ -132,8 +133,8 @@ def plan(
         A plan with ``plan.world_size + plan.idle == world_size``.
 
     Raises:
-        Infeasible: No layout satisfies the hard constraints (pins, experts divisible by the expert-parallel
-            degree, no expert group across nodes unless it is larger than every node, memory).
+        Infeasible: No layout satisfies the hard constraints (pins, experts that can lie on it, no expert
+            group across nodes unless it is larger than every node, memory).
     """
     return price(world_size, spec, ranks_per_node=ranks_per_node, previous=previous).plan
 
@@ -219,8 +220,10 @@ def _why_infeasible(world_size: int, spec: MeshSpec, straddling: set[int], leane
     if straddling:
         ways = ", ".join(map(str, sorted(straddling)))
         return f"{start}an expert group of {ways} ranks would lie across two nodes"
-    if spec.expert is not None and (spec.num_experts or 1) % spec.expert:
-        return f"{start}{spec.num_experts} experts do not divide into {spec.expert} parts"
+    if spec.expert is not None:
+        widths = (spec.model_dim, spec.ffn_dim)
+        if why := placement_obstacle(spec.num_experts, widths, expert=spec.expert, shard=spec.shard or 1):
+            return f"{start}{why}"
     pins = ", ".join(f"{name} = {value}" for name in ("replicate", "shard", "expert") if (value := getattr(spec, name)))
     least = max(1, world_size - spec.max_idle)
     sizes = f"{least} to {world_size}" if least < world_size else f"{world_size}"
