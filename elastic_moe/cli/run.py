@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from launcher import Planner
     from storage import CheckpointService
 
+_OUR_TRAINER = ("-m", "elastic_moe", "train")
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
 workers' program; 70 the program fails at start, again in the same way, or without progress: do not requeue; 75 too few
@@ -56,10 +57,16 @@ def prepare(args: argparse.Namespace) -> None:
         return
     from launcher import Imports, fork_zygote
 
-    imports = Imports()
+    imports = Imports(_imported_by(args.arguments))
     imports.make("torch")
     imports.make("torch.distributed.run")
     args.zygote = fork_zygote(imports)
+
+
+def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What workers will import beyond torch, where that is known: they run our own trainer."""
+    runs_ours = _OUR_TRAINER in zip(arguments, arguments[1:], arguments[2:], strict=False)
+    return ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run") if runs_ours else ()
 
 
 def handle(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 from launcher.torch_private import IMPORTED_BY_FSDP
 from launcher.workers import early_variables, paths
@@ -23,7 +24,9 @@ MODULES = (
 class Imports:
     """What this process has imported ahead, and what that has read. A fork of the agent goes on with the agent's."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Sequence[str] = ()) -> None:
+        """`also`: modules to be imported ahead beside `MODULES`, where it is known what workers will run."""
+        self.also = tuple(also)
         self.recorder = early_variables.Recorder()
         self.environment = dict(os.environ)
         self.with_torch: set[str] = set()

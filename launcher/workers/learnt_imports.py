@@ -6,6 +6,7 @@ The worker tells by a connection of its own, and the zygote tries those imports 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import sys
@@ -19,6 +20,11 @@ from launcher.workers.imports_ahead import Imports, settle_threads, unfit_to_for
 _LEARN_S, _LOOK_S = 10.0, 0.1
 _LEARN_AFTER_S = 10.0
 _TOLD_MAX_BYTES = 16 * 1024 * 1024
+
+
+def _digest(value: str | None) -> str:
+    """What stands for a variable's value, which may be a secret."""
+    return hashlib.blake2b((value or "").encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 class ImportReporter:
@@ -51,7 +57,10 @@ class ImportReporter:
         self._told.update(names)
         new = {n for n, v in os.environ.items() if self._environment.get(n) != v} - self._variables
         self._variables |= new
-        lines = [*(f"={name}" for name in new), *(name for name in names if self._is_installed(name))]
+        lines = [
+            *(f"={name} {_digest(os.environ.get(name))}" for name in new),
+            *(name for name in names if self._is_installed(name)),
+        ]
         for start in range(0, len(lines), 100):
             with contextlib.suppress(OSError):
                 text = "\n".join(lines[start : start + 100]) + "\n"
@@ -100,7 +109,7 @@ class ImportLearner:
         self.connection.close()
         self.connection, self.due_s = None, float("inf")
         lines = self._told.decode(errors="replace").split("\n")[:-1]
-        set_otherwise = {line[1:] for line in lines if line.startswith("=")}
+        set_otherwise = dict(line[1:].rsplit(" ", 1) for line in lines if line.startswith("="))
         names = [name for name in lines if name and not name.startswith("=") and name not in sys.modules]
         if not names:
             return
@@ -110,7 +119,9 @@ class ImportLearner:
             for name in (*waiting, *names):
                 tried.make(name)
             settle_threads()
-            depends = sorted(set_otherwise & tried.recorder.read)
+            # what an import itself has set to the same value (torch's compiler does) is nobody's wish
+            known = {name: _digest(os.environ.get(name)) for name in tried.recorder.read}
+            depends = sorted(name for name, told in set_otherwise.items() if known.get(name, told) != told)
             if depends:
                 print(f"zygote: imports nothing more: that reads {', '.join(depends)}", file=sys.stderr)
             os._exit(1 if depends or unfit_to_fork() else 0)

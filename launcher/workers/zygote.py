@@ -67,7 +67,7 @@ class _Server:
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(news, selectors.EVENT_READ)
         self._workers: dict[int, socket.socket] = {}
-        self._to_import: deque[str] = deque(name for name in MODULES if name not in sys.modules)
+        self._to_import: deque[str] = deque(n for n in (*MODULES, *imports.also) if n not in sys.modules)
         self._ready = False
         self._import_at_s = time.monotonic() + _FIRST_S
         self._files = freshness.ImportedFiles()

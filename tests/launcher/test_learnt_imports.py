@@ -1,0 +1,75 @@
+"""What the process that forks workers imports ahead: what is known, and what a first worker has shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cli.run import _imported_by
+from launcher.workers.learnt_imports import ImportLearner, ImportReporter, _digest
+from tests.cluster import until
+
+SETS_A_DEFAULT = """
+import os
+folder = os.environ.setdefault("PROBE_FOLDER", "/default")
+"""
+
+
+@pytest.mark.parametrize(("value", "is_learnt"), [("/default", True), ("/of-the-script", False)])
+def test_a_variable_that_the_import_itself_has_set_does_not_keep_it_from_being_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], value: str, is_learnt: bool
+) -> None:
+    """As torch's compiler does with its folder; but what a script has set before, a fork would come too late for."""
+    (tmp_path / "probe_of_defaults.py").write_text(SETS_A_DEFAULT)
+    monkeypatch.syspath_prepend(tmp_path)
+    learner = ImportLearner()
+    ours, theirs = learner.open() or pytest.fail("it learns from the first worker")
+    learner.begin(ours)
+    with theirs:
+        theirs.send(f"=PROBE_FOLDER {_digest(value)}\nprobe_of_defaults\n".encode())
+    learner.hear()
+    learner.learn([])
+    found: list[str] = []
+
+    def has_ended() -> bool:
+        found.extend(learner.reap())
+        return learner._trial is None
+
+    until("the trial's end", has_ended)
+    assert found == (["probe_of_defaults"] if is_learnt else [])
+    assert ("imports nothing more: that reads PROBE_FOLDER" in capfd.readouterr().err) == (not is_learnt)
+
+
+def test_a_worker_tells_of_a_variable_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = ImportLearner().open() or pytest.fail("it learns from the first worker")
+    with ours, theirs:
+        monkeypatch.setenv("PROBE_SECRET", "hunter2 hunter2")
+        ImportReporter(theirs, {n: v for n, v in os.environ.items() if n != "PROBE_SECRET"}).look()
+        told = ours.recv(65536).decode()
+    assert f"=PROBE_SECRET {_digest('hunter2 hunter2')}\n" in told
+    assert "hunter2" not in told
+
+
+def test_what_our_own_trainer_imports_is_known_before() -> None:
+    run = ["--nnodes", "1:2", "-m", "elastic_moe", "train", "job.toml"]
+    assert "elastic_moe.trainer.run" in _imported_by(run)
+    assert _imported_by(["--nnodes", "1:2", "-m", "elastic_moe", "ckpt", "train"]) == ()
+    assert _imported_by(["script.py", "train"]) == ()
+
+
+def test_it_is_imported_ahead() -> None:
+    program = """
+import socket
+from launcher.workers.imports_ahead import Imports
+from launcher.workers.zygote import _Server
+listener, news = socket.socketpair(), socket.socketpair()
+print(*_Server(listener[0], news[0], Imports(["json", "colorsys"]))._to_import)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    assert names[0] == "torch"
+    assert names[-1] == "colorsys", "json is there already"
