@@ -1,7 +1,9 @@
-"""Makes a private folder for an agent's channels and sockets, and removes those that killed agents have left.
+"""Makes a private folder for an agent's channels and sockets, which goes with the agent however that ends.
 
-An agent holds a lock on a file in its folder for as long as it lives, and the kernel lets go of it however it ends. So
-a folder whose lock can be taken is nobody's: no pid, which may be another's by now, has to be believed.
+A small process beside it waits for the end of a pipe that the agent alone writes to, and removes the folder then. Where
+that process was killed too, the next agent of the user does: an agent holds a lock on a file in its folder for as long
+as it lives, and the kernel lets go of it. So a folder whose lock can be taken is nobody's: no pid, which may be
+another's by now, has to be believed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +24,18 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "elastic-moe-"
 _LOCK = "agent.lock"
+_END_S = 5.0
+_SWEEPER = """
+import sys
+path = sys.stdin.buffer.read()
+import os, shutil, time
+for _ in range(50):
+    shutil.rmtree(path, ignore_errors=True)
+    if not os.path.lexists(path):
+        break
+    time.sleep(0.1)
+"""
+"""Whoever dies with the agent may still make files there for a moment."""
 
 
 @contextlib.contextmanager
@@ -32,10 +48,47 @@ def runtime_dir() -> Iterator[Path]:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         (path / "lock").rename(path / _LOCK)
-        yield path
+        with _sweeping(path):
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _sweeping(path: Path) -> Iterator[None]:
+    """Have the folder removed should this process be killed within the block."""
+    reading, writing = os.pipe()
+    try:
+        sweeper = _start_sweeper(reading)
+        os.write(writing, os.fsencode(path))  # what is to be removed, once this is the end of it
+    except OSError as error:
+        sweeper = None
+        log.warning("%s stays until the next agent starts, should this one be killed: %s", path, error)
+    finally:
+        os.close(reading)
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(writing)
+        if sweeper is not None:
+            sweeper.kill()  # there is nothing left to do, and others that were forked may have the pipe still
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                sweeper.wait(_END_S)
+
+
+def _start_sweeper(reading: int) -> subprocess.Popen[bytes]:
+    """Start the process, in a session of its own and without this job's environment: it is not one of its processes."""
+    return subprocess.Popen(
+        [sys.executable, "-ISc", _SWEEPER],
+        stdin=reading,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+        start_new_session=True,
+    )
 
 
 def remove_abandoned(folder: Path) -> list[Path]:

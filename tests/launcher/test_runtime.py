@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.workers.runtime import remove_abandoned, runtime_dir
+from tests.cluster import until
 from tests.template import child_environment
 
 HOLDER = """
@@ -64,11 +66,34 @@ def test_what_a_killed_agent_left_is_removed_by_the_next_and_not_before(
     left = Path(holder.stdout.readline().strip())
     with runtime_dir() as path:
         assert left.is_dir(), "its agent lives"
+        for child in psutil.Process(holder.pid).children():
+            child.kill()  # which would have removed it
         holder.kill()
         holder.wait()
         assert remove_abandoned(folder) == [left]
         assert not left.exists()
         assert path.is_dir(), "this agent's own stays"
+
+
+def test_what_a_killed_agent_had_is_gone_at_once(holder: subprocess.Popen[str], folder: Path) -> None:
+    assert holder.stdout is not None
+    left = Path(holder.stdout.readline().strip())
+    family = psutil.Process(holder.pid).children()
+    holder.kill()
+    holder.wait()
+    until("the folder to be gone", lambda: not left.exists())
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def test_without_a_process_beside_it_a_folder_is_made_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(folder / "nowhere"))
+    with runtime_dir() as path:
+        assert path.is_dir()
+    assert not path.exists()
+    assert "stays until the next agent starts, should this one be killed" in caplog.text
 
 
 def test_what_is_not_surely_an_agents_stays(folder: Path) -> None:
