@@ -57,6 +57,17 @@ class Slot:
         Raises:
             MemoryError: this machine, or this process's cgroup, has not so much memory left.
         """
+        slot = cls.create_empty(size_bytes)
+        try:
+            slot.populate(0, slot.size_bytes)
+        except BaseException:
+            slot.close()
+            raise
+        return slot
+
+    @classmethod
+    def create_empty(cls, size_bytes: int) -> Self:
+        """The same, but that nothing may be written to any of it before `populate`. Raises MemoryError."""
         page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else _PAGE_BYTES
         size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
         if (free := free_bytes()) is not None and size_bytes > free:
@@ -68,7 +79,8 @@ class Slot:
             slot = cls(fd, size_bytes)
             on_failure.pop_all()
             on_failure.callback(slot.close)
-            slot._populate()
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                slot._map.madvise(mmap.MADV_HUGEPAGE)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             on_failure.pop_all()
         return slot
@@ -110,19 +122,24 @@ class Slot:
         self.memory.release()
         del self._map  # it goes with the last view of it
 
-    def _populate(self) -> None:
-        """Have all pages made, and entered into this process's tables, so that no copy waits for that."""
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, self.size_bytes, _POPULATED_AT_ONCE_BYTES):  # other threads run in between
-            length = min(_POPULATED_AT_ONCE_BYTES, self.size_bytes - start)
-            try:
-                self._map.madvise(_MADV_POPULATE_WRITE, start, length)
-            except OSError as error:
-                if error.errno not in _WITHOUT:
-                    raise
-                os.posix_fallocate(self._fd, start, length)
-                np.frombuffer(self._map, np.uint8)[start : start + length : _PAGE_BYTES] = 0
+    def populate(self, begin: int, stop: int) -> None:
+        """Have all pages from one of these bytes to the other made, and entered into this process's tables, so that no
+        copy waits for that. What is in them already stays.
+
+        Raises MemoryError.
+        """
+        begin -= begin % _PAGE_BYTES
+        with _told(self.size_bytes):
+            for start in range(begin, stop, _POPULATED_AT_ONCE_BYTES):  # other threads run in between
+                length = min(_POPULATED_AT_ONCE_BYTES, stop - start)
+                try:
+                    self._map.madvise(_MADV_POPULATE_WRITE, start, length)
+                except OSError as error:
+                    if error.errno not in _WITHOUT:
+                        raise
+                    os.posix_fallocate(self._fd, start, length)
+                    pages = np.frombuffer(self._map, np.uint8)[start : start + length : _PAGE_BYTES]
+                    np.bitwise_or(pages, 0, out=pages)
 
 
 @contextlib.contextmanager

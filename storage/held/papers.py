@@ -100,6 +100,7 @@ def load_papers(data: bytes, name: str) -> PartPapers:
         or label.rank >= label.world_size
         or label.has_contents != (papers.contents is not None)
         or names != [entry.name for entry in receipt.objects]
+        or receipt.items.object.max(initial=-1) >= len(names)
     ):
         raise Corrupt(f"{name} are not those of one part")
     return papers

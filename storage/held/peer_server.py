@@ -23,6 +23,7 @@ from storage.held.wire import (
     AskPapers,
     Follows,
     HoldCopy,
+    OddMessage,
     PeerRefusal,
     Ready,
     Wire,
@@ -149,8 +150,12 @@ class PeerServer:
                 self._answer(wire, wire.receive(AskLabels, AskPapers, AskBytes, HoldCopy))
         except Denied as error:
             self._refused(who, str(error))
+        except OddMessage as error:
+            log.warning("the connection of %s was ended: it %s", who, error)
         except StorageError as error:
             log.debug("the connection of %s ends: %s", who, error)
+        except Exception as error:  # noqa: BLE001 - whatever one has sent, the others are served
+            log.warning("the connection of %s ends: %s: %s", who, type(error).__name__, str(error).partition("\n")[0])
         finally:
             with self._lock:
                 self._wires.discard(wire)
@@ -179,6 +184,11 @@ class PeerServer:
         except (NotFound, Corrupt, Transient) as error:
             cause = next(kind for kind in (NotFound, Corrupt, Transient) if isinstance(error, kind))
             wire.send(PeerRefusal(cause=cause.__name__, text=str(error)[:_TEXT_MAX]))
+        except Exception as error:
+            text = f"cannot make anything of that: {type(error).__name__}: {error}"
+            with contextlib.suppress(WireError):
+                wire.send(PeerRefusal(cause="Transient", text=text[:_TEXT_MAX]))
+            raise  # what is on its way behind it cannot be told from a question
 
     def _papers(self, asked: Document) -> bytes:
         if isinstance(asked, AskPapers):
@@ -203,7 +213,7 @@ class PeerServer:
         with self._buffer(papers, asked.of_node) as buffer:
             try:
                 wire.send(Ready())
-                for view in buffer.objects():
+                for view in buffer.bites():
                     wire.receive_into([view])
             except BaseException as error:
                 buffer.close()

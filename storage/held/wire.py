@@ -147,6 +147,10 @@ class WireError(Transient):
         super().__init__(message, Cause.RESET)
 
 
+class OddMessage(WireError):
+    """The other side has sent what it must not."""
+
+
 class Wire:
     """One connection; for one thread at a time. What it raises for the other side's faults is a StorageError.
 
@@ -184,17 +188,17 @@ class Wire:
         """The next message, one of those kinds. Raises what the other side refuses by, and WireError."""
         (length,) = _HEADER.unpack(self.receive_bytes(_HEADER.size))
         if length > MESSAGE_BYTES_MAX:
-            raise WireError(f"has sent a message of {length} bytes, more than {MESSAGE_BYTES_MAX}")
+            raise OddMessage(f"has sent a message of {length} bytes, more than {MESSAGE_BYTES_MAX}")
         try:
             message = _message.validate_json(self.receive_bytes(length))
         except ValidationError:
-            raise WireError("has sent what is no message of this protocol") from None
+            raise OddMessage("has sent what is no message of this protocol") from None
         if isinstance(message, PeerRefusal):
             raise _REFUSALS[message.cause](message.text)
         for kind in kinds:
             if isinstance(message, kind):
                 return message
-        raise WireError(f"has sent a message that was not asked for: {type(message).__name__}")
+        raise OddMessage(f"has sent a message that was not asked for: {type(message).__name__}")
 
     def receive_bytes(self, length: int) -> bytes:
         """So many bytes. Raises WireError."""

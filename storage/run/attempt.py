@@ -5,10 +5,14 @@ The parts of an attempt are described alike wherever their bytes lie: in a store
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
+from storage.errors import Corrupt
 from storage.format import layout
 from storage.format.checksum import crc32c
 from storage.format.containers import Container, Path
@@ -64,27 +68,39 @@ def draft_manifest(
     *,
     healthy: bool = True,
 ) -> Manifest:
-    """The manifest that joins the receipts, of a checkpoint that no `.metadata` commits yet."""
+    """The manifest that joins the receipts, of a checkpoint that no `.metadata` commits yet.
+
+    Raises Corrupt where they do not fit together: somebody else may have made them.
+    """
     ends = list(itertools.accumulate((len(receipt.objects) for receipt in receipts), initial=0))
     is_spread = any(layout.is_spread(entry.name) for receipt in receipts for entry in receipt.objects)
-    return Manifest(
-        version=SPREAD_VERSION if is_spread else MANIFEST_VERSION,
-        step=attempt.step,
-        attempt=attempt.id,
-        created_unix_s=created_unix_s,
-        world_size=attempt.world_size,
-        generation=origin.generation,
-        lineage=origin.lineage,
-        mesh=origin.mesh,
-        healthy=healthy,
-        metadata_size_bytes=0,
-        metadata_crc32c=0,
-        objects=tuple(entry for receipt in receipts for entry in receipt.objects),
-        tensors=contents.tensors,
-        values=contents.values,
-        containers=contents.containers,
-        items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
-    )
+    with _fitting(attempt):
+        return Manifest(
+            version=SPREAD_VERSION if is_spread else MANIFEST_VERSION,
+            step=attempt.step,
+            attempt=attempt.id,
+            created_unix_s=created_unix_s,
+            world_size=attempt.world_size,
+            generation=origin.generation,
+            lineage=origin.lineage,
+            mesh=origin.mesh,
+            healthy=healthy,
+            metadata_size_bytes=0,
+            metadata_crc32c=0,
+            objects=tuple(entry for receipt in receipts for entry in receipt.objects),
+            tensors=contents.tensors,
+            values=contents.values,
+            containers=contents.containers,
+            items=ItemTable.join([receipt.items for receipt in receipts], ends[:-1]),
+        )
+
+
+@contextlib.contextmanager
+def _fitting(attempt: Attempt) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise Corrupt(f"the parts of step {attempt.step} do not fit together: {error.errors()[0]['msg']}") from None
 
 
 def build_manifest(

@@ -51,6 +51,9 @@ class Anonymous:
     def __init__(self, size_bytes: int) -> None:
         self.memory = memoryview(np.zeros(size_bytes, np.uint8))  # type: ignore[arg-type]
 
+    def populate(self, begin: int, stop: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

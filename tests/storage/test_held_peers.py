@@ -15,7 +15,8 @@ import pytest
 
 from storage.errors import Corrupt, Denied, NotFound, StorageError
 from storage.held.buddies import PeerCard
-from storage.held.inventory import HeldObject, HeldPart, Memory
+from storage.held.copy_buffer import CopyMemory
+from storage.held.inventory import HeldObject, HeldPart
 from storage.held.papers import dump_papers
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules
@@ -96,7 +97,7 @@ def test_a_copy_that_is_damaged_on_its_way_or_where_it_comes_from_is_held_by_nob
         assert [step for step, _, _ in held(b)] == [30]
 
 
-def no_memory(size_bytes: int) -> Memory:
+def no_memory(size_bytes: int) -> CopyMemory:
     raise MemoryError("none left")
 
 
