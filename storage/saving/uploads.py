@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import threading
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from storage.arena.slot import Slot
-from storage.errors import AlreadyExists, Fenced, StorageError, Unconfirmed
+from storage.errors import AlreadyExists, Fenced, StorageError, Transient, Unconfirmed
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import ItemTable, Receipt
 from storage.pace.rules import Tier
@@ -153,29 +152,53 @@ class Uploads:
 
     def _save(self, job: SaveJob, claim: Claim, stored: Callable[[Receipt | None], object], tried: Tried) -> int:
         """Store, and commit or wait for the commit; bytes of the whole checkpoint (coordinator) or of this rank."""
-        receipt = self._store_part(job, tried)
-        deadline_s = time.monotonic() + self._rules.timeout_s
-        if job.contents is None:
-            self._put_receipt(job, receipt, tried)
-            stored(receipt)
-            # the coordinator's own deadline comes first, so that its reason arrives
-            patience = Patience(deadline_s + 0.1 * self._rules.timeout_s, self._stop)
-            receipts.await_outcome(self._store, job.attempt, patience)
-            return sum(entry.size_bytes for entry in receipt.objects)
         try:
-            if tried is not Tried.NOT_YET:
-                if (size_bytes := receipts.committed_bytes(self._store, job.attempt)) is not None:
-                    stored(receipt)
-                    return size_bytes
-                receipts.check_not_aborted(self._store, job.attempt)
-            self._put_receipt(job, receipt, tried)
+            receipt = self._store_part(job, tried)
+            deadline_s = time.monotonic() + self._rules.timeout_s
+            if job.contents is None:
+                self._put_receipt(job, receipt, tried)
+                stored(receipt)
+                # the coordinator's own deadline comes first, so that its reason arrives
+                patience = Patience(deadline_s + 0.1 * self._rules.timeout_s, self._stop)
+                receipts.await_outcome(self._store, job.attempt, patience)
+                return sum(entry.size_bytes for entry in receipt.objects)
+            size_bytes = None if tried is Tried.NOT_YET else self._outcome(job.attempt)
+            if size_bytes is None and not self._put_receipt(job, receipt, tried) and tried is Tried.NOT_YET:
+                size_bytes = self._outcome(job.attempt)
             stored(receipt)
+            if size_bytes is not None:
+                return size_bytes
             return self._commit(job, job.contents, claim, Patience(deadline_s, self._stop))
         except Unconfirmed:
             raise  # the others see for themselves whether it is committed
         except Exception as error:
-            self._abort(job.attempt, error)
+            if (found := self._committed_all_the_same(job.attempt, error)) is not None:
+                return found
+            if job.contents is not None:
+                self._abort(job.attempt, error)
             raise
+
+    def _outcome(self, attempt: Attempt) -> int | None:
+        """The size of what somebody else has committed of it by now, if it is. Raises where it was given up."""
+        if (size_bytes := receipts.committed_bytes(self._store, attempt)) is None:
+            receipts.check_not_aborted(self._store, attempt)
+        return size_bytes
+
+    def _committed_all_the_same(self, attempt: Attempt, error: Exception) -> int | None:
+        """The size of the attempt if it is committed in spite of the error.
+
+        A process that was frozen for long finds its save carried out by whoever has lost sight of it meanwhile.
+        """
+        if isinstance(error, Transient) and error.given_up:
+            return None  # the store is away: whether it is cannot be told
+        try:
+            size_bytes = receipts.committed_bytes(self._store, attempt)
+        except Exception as failure:  # noqa: BLE001 - it must not hide the cause, which is reported
+            log.warning("whether step %d is committed cannot be told: %s", attempt.step, failure)
+            return None
+        if size_bytes is not None:
+            log.warning("step %d was committed by another process meanwhile; here: %s", attempt.step, error)
+        return size_bytes
 
     def _store_part(self, job: SaveJob, tried: Tried) -> Receipt:
         if tried is Tried.NOT_YET:
@@ -186,10 +209,15 @@ class Uploads:
             raise StorageError(f"what rank {job.rank} had stored of it is gone")
         return self._store_payloads(job)
 
-    def _put_receipt(self, job: SaveJob, receipt: Receipt, tried: Tried) -> None:
-        before = [] if tried is Tried.NOT_YET else [AlreadyExists]  # whoever put it wrote the same objects
-        with contextlib.suppress(*before):
+    def _put_receipt(self, job: SaveJob, receipt: Receipt, tried: Tried) -> bool:
+        """Whether it was put now, and not before: by one who carries the save out as well, and writes the same."""
+        try:
             receipts.put_receipt(self._store, job.attempt, receipt)
+        except AlreadyExists:
+            if tried is Tried.NOT_YET and receipts.find_receipt(self._store, job.attempt, job.rank) is None:
+                raise
+            return False
+        return True
 
     def _abort(self, attempt: Attempt, error: Exception) -> None:
         """Tell the other ranks at once; if that fails as well, they wait for their deadline."""

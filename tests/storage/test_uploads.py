@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from storage.errors import Fenced
+from storage.errors import Fenced, Transient
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.framing import EncodedItem
@@ -96,7 +97,8 @@ def test_a_save_goes_on_from_wherever_it_was_broken_off(
     save = Save(store, Hold(store))
     store.num_left, store.done = number, done
     with monkeypatch.context() as patch:
-        patch.setattr(save.uploads, "_abort", lambda *args: None)  # who has died tells nobody
+        patch.setattr(save.uploads, "_abort", lambda *args: None)  # who has died tells nobody, and looks at nothing
+        patch.setattr(save.uploads, "_committed_all_the_same", lambda *args: None)
         assert not save.run()
     store.num_left = None
     if save.stored != [None]:  # where its part was stored, its memory may hold something else by now
@@ -108,6 +110,63 @@ def test_a_save_goes_on_from_wherever_it_was_broken_off(
     assert catalog.committed_steps(store) == [10]
     (data,) = [info.key for info in store.list("") if info.key.endswith(".distcp")]
     assert store.read(data) == b"value"
+
+
+class Thawing(MemoryStore):
+    """Its process is frozen right before its `number`-th put: what is set for `meanwhile` is done by another."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("x")
+        self.num_left = number
+        self.meanwhile: Callable[[], object] | None = None
+
+    def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if self.meanwhile is not None:
+            self.num_left -= 1
+            if self.num_left < 0:
+                call, self.meanwhile = self.meanwhile, None
+                call()
+        return super().put(key, *args, **kwargs)
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("is_cleaned", [False, True])
+def test_a_save_whose_process_was_frozen_and_that_another_has_committed_is_said_to_be_committed(
+    number: int, is_cleaned: bool
+) -> None:
+    store = Thawing(number)
+    hold = Hold(store)
+    save, other = Save(store, hold), Save(store, hold)
+    other.attempt = save.attempt
+
+    def carry_out() -> None:
+        assert other.run(Tried.BEGUN)
+        if is_cleaned:  # as the claim after it may do
+            for info in store.list(save.attempt.prefix):
+                if "receipt-" in info.key:
+                    store.delete(info.key)
+
+    store.meanwhile = carry_out
+    assert save.run()
+    assert [name for name, _ in save.events] == [CheckpointEvent.COMMITTED]
+    assert {fields["bytes"] for _, fields in save.events} == {5}
+    assert catalog.committed_steps(store) == [10]
+    assert not [info.key for info in store.list("") if "aborted" in info.key]
+
+
+def test_a_rank_that_was_frozen_for_longer_than_it_may_wait_looks_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Thawing(0)
+    hold = Hold(store)
+    save = Save(store, hold)
+    late = SaveJob(save.attempt, 0, save.job().payloads, None, started_s=0.0)
+
+    def wait(*args: object) -> None:
+        assert Save.run(save, Tried.BEGUN)
+        raise Transient("gave up waiting for the coordinator to commit")
+
+    monkeypatch.setattr(receipts, "await_outcome", wait)
+    assert save.uploads.run(late, save.stored.append)
+    assert CheckpointEvent.FAILED not in [name for name, _ in save.events]
 
 
 def test_what_is_gone_is_not_stored_from_memory_that_may_hold_something_else() -> None:
