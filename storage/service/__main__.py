@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from storage.priority import let_background_step_back
 from storage.service import keeper
+from storage.service.sweeper import SWEEP
 
 if TYPE_CHECKING:
     import socket
@@ -26,15 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--linger", type=float, default=10.0, metavar="S", help="end after S seconds with nobody there")
     parser.add_argument("--detach", action="store_true", help="go on as no child of who has called")
     parser.add_argument("--lifeline", type=int, metavar="FD", help="a pipe that ends with whoever wants the service")
+    parser.add_argument(SWEEP, action="store_true", help="tell what a service before this one has left, and end")
     options = parser.parse_args(arguments)
     if options.detach and os.fork():
         os._exit(0)
-    keeper.settle(options.socket)
+    try:
+        keeper.settle(options.socket)
+    except FileNotFoundError as error:
+        sys.stderr.write(f"the folder of the checkpoint service is gone, with whoever wanted it: {error}\n")
+        return 1
     let_background_step_back(options.nice)
     if options.lifeline is not None:
         os.set_inheritable(options.lifeline, False)
     serve = functools.partial(_serve, options)
-    return keeper.keep(options.socket, serve, options.lifeline)
+    return keeper.keep(options.socket, serve, options.lifeline, 0.0 if options.sweep else keeper.FIRST_CALLER_S)
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket, link: socket.socket, state: keeper.State) -> None:

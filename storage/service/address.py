@@ -98,8 +98,13 @@ def short_path(path: Path) -> Iterator[str]:
 
 
 def make_private(folder: Path) -> None:
-    """Make the folder, where there is none; no other user may look into it. Raises PermissionError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make the folder, where there is none; no other user may look into it.
+
+    Raises:
+        FileNotFoundError: the folder that it is in is gone, with the agent that had made it.
+        PermissionError: it is another user's, or open to others.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise PermissionError(f"{folder} is open to other users; the service's socket needs a folder of mode 0700")

@@ -19,7 +19,8 @@ from storage.saving.writing import write_payloads
 from storage.service.lanes import unpack_slots
 from storage.service.live_messages import Captured, CaptureLive, CaptureNode, KeepLive, NodeCaptured, WatchLive
 from storage.service.messages import Accepted, Rejected
-from storage.service.server import Server, ServiceCaller
+from storage.service.server import Server
+from storage.service.sessions import ServiceCaller
 from storage.service.table import HandedOver
 from storage.stores.memory import MemoryStore
 

@@ -11,7 +11,6 @@ import os
 import threading
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import Protocol
 
 from storage.errors import Corrupt, Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
@@ -33,10 +32,11 @@ from storage.service.messages import (
     Released,
     ServiceMessage,
     Stored,
+    TakenBack,
     Told,
-    Welcome,
 )
 from storage.service.surroundings import digest, why_not
+from storage.service.ways import Connector
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +44,6 @@ RESTART_S = 20.0
 """For so long a service that is lost is waited for, which may be starting again."""
 _ENDS = (CheckpointEvent.COMMITTED, CheckpointEvent.FAILED)
 _END_S = 5.0
-
-
-class Connector(Protocol):
-    """The way to the service.
-
-    Attributes:
-        patience_s: for so long a save waits for the first connection, so that it is safe when it returns.
-    """
-
-    patience_s: float
-
-    def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
-        """A connection, tried again until then. Raises OSError, ProtocolError."""
 
 
 class ServiceBackend:
@@ -76,6 +63,7 @@ class ServiceBackend:
         self._waiting: set[str] = set()  # attempts that are not to begin yet
         self._given_way: set[str] = set()  # of these, those that are not wanted any more, before they are handed over
         self._taken_back: dict[str, Handed] = {}  # and those that a service was lost with
+        self._lost_with: list[str] = []  # attempts that a service was lost with, which it has not been told
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over")
@@ -278,6 +266,9 @@ class ServiceBackend:
     def _take_up(self, channel: Channel) -> None:
         with self._state:
             was_away, self._is_away = self._is_away, False
+            lost_with, self._lost_with = self._lost_with, []
+            if lost_with:
+                self._say(channel, TakenBack(attempts=tuple(lost_with)))
             for handed in self._handed.values():
                 self._send(channel, handed)
             self._channel = channel
@@ -310,6 +301,11 @@ class ServiceBackend:
         if known in _ENDS:
             outcome = (known, fields.get("step"))
             if outcome in self._told:  # by a service that was killed before it could say that the save has ended
+                return
+            with self._state:
+                is_its = any(handed.stage.attempt.step == fields.get("step") for handed in self._handed.values())
+            if not is_its:  # this process has taken it back, and tells what becomes of it
+                log.info("the service tells of %s, which is not its own: %s", event, fields)
                 return
             self._told.add(outcome)
         self._report(known, **fields)
@@ -372,6 +368,7 @@ class ServiceBackend:
             handed = [handed for handed in self._handed.values() if not handed.waits]
             self._taken_back |= {attempt: handed for attempt, handed in self._handed.items() if handed.waits}
             self._handed = {}
+            self._lost_with += [one.stage.attempt.id for one in handed if one.is_sent]
             self._state.notify_all()
             is_closed = self._is_closed
         if not was_away and not is_closed:

@@ -6,156 +6,232 @@ itself: it imports nothing but Python's own. The service is a fork of it, and in
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
-import hashlib
 import json
 import logging
 import os
 import select
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.service import address
+from storage.service.notes import FormerNote, Notes
+from storage.service.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-_PACKET_BYTES_MAX = 128 * 1024
+_PACKET_BYTES_MAX = 64 * 1024
 _FDS_MAX = 4
+_TELL_S_MAX = 5.0  # a keeper that is stopped reads nothing
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 _QUIET_S = 60.0
 """After so long without a crash the next one is the first again."""
 _LOOK_MS = 1000
-_FIRST_CALLER_S = 60.0
+FIRST_CALLER_S = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass
 class Kept:
-    """What the service had accepted: the JSON of a `Stage`, and the descriptors that came with it."""
+    """What the service had accepted: memory with the JSON of a `Stage`, and the descriptors that came with it.
 
-    stage: str
+    `is_stored`: the rank's part is in the store. `is_released`: the memory behind the descriptors may hold something
+    else by now. `is_done`: what became of it was told.
+    """
+
+    paper: int
     fds: list[int]
     is_stored: bool = False
+    is_released: bool = False
+    is_done: bool = False
     num_crashes: int = 0
 
+    @property
+    def stage(self) -> str:
+        """The JSON."""
+        return _text_in(self.paper)
 
-class Notes:
-    """Files that outlive this process as well: they say what it had, should it be killed with all that it holds."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def take(self) -> list[str]:
-        """What was noted by a keeper before this one, which is gone: the JSON of each `Stage`."""
-        found = []
-        for file in sorted(self._folder.glob("*.json")):
-            with contextlib.suppress(OSError):
-                found.append(file.read_text())
-                file.unlink()
-        return found
-
-    def add(self, name: str, stage: str) -> None:
-        """Note one down; a full disk costs the note."""
-        try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            with open(os.open(self._file(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(stage)
-        except OSError as error:
-            log.warning("what is staged cannot be noted down in %s: %s", self._folder, error)
-
-    def drop(self, name: str) -> None:
-        """It has come to its end."""
-        with contextlib.suppress(OSError):
-            self._file(name).unlink(missing_ok=True)
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
+    def close(self) -> None:
+        """Let go of all of it."""
+        for fd in (self.paper, *self.fds):
+            os.close(fd)
 
 
 @dataclass
 class State:
-    """What outlives the service's process: what it has to do, by name, and how often it has crashed.
+    """What outlives the service's process: what it has, by name, what it wants to know again, and how often it crashed.
 
-    `lost` are stages of which a keeper that was killed has left nothing but a note.
+    A save is kept until its end was told, and for as long as its state is held in memory. `lost` are stages of which a
+    keeper that was killed has left nothing but a note.
     """
 
     notes: Notes
-    lost: list[str] = field(default_factory=list)
+    lost: list[FormerNote] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
+    remembered: dict[str, str] = field(default_factory=dict)
     num_restarts: int = 0
 
     def heed(self, packet: bytes, fds: list[int]) -> None:
-        """Take in what the service says of one save."""
-        what, name, stage = json.loads(packet)
-        match what:
-            case "keep":
-                self.kept[name] = Kept(stage, fds)
-                self.notes.add(name, stage)
-                return
-            case "stored" if name in self.kept:
-                self.kept[name].is_stored = True
-            case "done":
-                self.notes.drop(name)
-                for fd in self.kept.pop(name, Kept("", [])).fds:
-                    os.close(fd)
-        for fd in fds:
-            os.close(fd)
+        """Take in what the service says; the descriptors are this object's from here on."""
+        left = fds
+        try:
+            what, name = json.loads(packet)
+            match what:
+                case "keep" if fds:
+                    self._drop(name)
+                    self.kept[name], left = Kept(fds[0], fds[1:]), []
+                    self.notes.add(name, self.kept[name].stage)
+                case "remember" if fds:
+                    self.remembered[name] = _text_in(fds[0])
+                case "stored" | "released" | "done" if name in self.kept:
+                    self._mark(name, what)
+        finally:
+            for fd in left:
+                os.close(fd)
+
+    def crashed(self) -> None:
+        """The service's process has ended before its time."""
+        for kept in self.kept.values():
+            kept.num_crashes += 1
+        self.num_restarts += 1
+        self.lost = [note for note in self.lost if note.file.exists()]
+
+    def _mark(self, name: str, what: str) -> None:
+        kept = self.kept[name]
+        setattr(kept, f"is_{what}", True)
+        if kept.is_done:
+            self.notes.drop(name)
+            if kept.is_released:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        if (kept := self.kept.pop(name, None)) is not None:
+            kept.close()
 
 
 class KeeperSafe:
-    """The service's side: a `storage.service.lanes.Safe` that tells the keeper. Thread-safe."""
+    """The service's side: a `storage.service.lanes.Safe` that tells the keeper. Thread-safe.
 
-    def __init__(self, link: socket.socket, known: Sequence[str]) -> None:
+    A keeper that does not read is waited for once, for `patience_s`. What it could not be told it hears once it reads
+    again.
+    """
+
+    def __init__(self, link: socket.socket, known: Sequence[str], patience_s: float = _TELL_S_MAX) -> None:
         self._link = link
+        seconds, fraction = divmod(patience_s, 1.0)  # the kernel's: Python's own asks for a link that is mostly empty
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6)))
         self._known = set(known)
+        self._lock = threading.Lock()
+        self._unsaid: list[tuple[str, str]] = []
+        self._is_deaf = False
 
     def keep(self, name: str, stage: str, fds: Sequence[int]) -> None:
         """Keep `fds`; where that cannot be, the save is as safe as the service."""
-        if name not in self._known:
+        with self._lock:
+            if name in self._known:
+                return
             self._known.add(name)
             self._tell("keep", name, stage, fds)
 
     def stored(self, name: str) -> None:
         """See `storage.service.lanes.Safe`."""
-        self._tell("stored", name)
+        self._say("stored", name)
+
+    def released(self, name: str) -> None:
+        """See `storage.service.lanes.Safe`."""
+        self._say("released", name)
 
     def done(self, name: str) -> None:
         """See `storage.service.lanes.Safe`."""
-        self._known.discard(name)
-        self._tell("done", name)
+        self._say("done", name)
 
-    def _tell(self, what: str, name: str, stage: str = "", fds: Sequence[int] = ()) -> None:
+    def remember(self, name: str, text: str) -> None:
+        """Have a service that is started after a crash know that."""
+        with self._lock:
+            self._tell("remember", name, text)
+
+    def _say(self, what: str, name: str) -> None:
+        with self._lock:
+            if what == "done":
+                self._known.discard(name)
+            self._unsaid.append((what, name))
+            self._catch_up()
+
+    def _catch_up(self) -> bool:
+        """Say what is unsaid; whether all of it was."""
+        while self._unsaid:
+            if not self._send(self._unsaid[0], []):
+                return False
+            del self._unsaid[0]
+        return True
+
+    def _tell(self, what: str, name: str, text: str, fds: Sequence[int] = ()) -> None:
+        """With a text, which may be long: it goes by a descriptor."""
         try:
-            socket.send_fds(self._link, [json.dumps([what, name, stage]).encode()], list(fds))
+            paper = _memory_of(text)
         except OSError as error:
             log.warning("the keeper cannot be told %s of %s: %s", what, name, error)
+            return
+        try:
+            if self._catch_up():
+                self._send((what, name), [paper, *fds])
+        finally:
+            os.close(paper)
+
+    def _send(self, words: tuple[str, str], fds: Sequence[int]) -> bool:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        flags = socket.MSG_NOSIGNAL | (socket.MSG_DONTWAIT if self._is_deaf else 0)
+        try:
+            self._link.sendmsg([json.dumps(words).encode()], rights, flags)
+        except OSError as error:
+            log.warning("the keeper cannot be told %s of %s: %s", *words, error)
+            self._is_deaf = True
+            return isinstance(error, ConnectionError)  # it is gone, and this process goes with it
+        self._is_deaf = False
+        return True
+
+
+def _memory_of(text: str) -> int:
+    """A descriptor of memory with the text."""
+    fd = os.memfd_create("elastic-moe-note", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(text.encode())
+    return fd
+
+
+def _text_in(fd: int) -> str:
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode()
 
 
 Serve = Callable[[socket.socket, socket.socket, State], None]
 """The service: its listening socket, its link to the keeper, what it has to take up."""
 
 
-def keep(path: Path, serve: Serve, lifeline: int | None) -> int:
+def keep(path: Path, serve: Serve, lifeline: int | None, first_caller_s: float = FIRST_CALLER_S) -> int:
     """Have `serve` run in a child process, once somebody connects, until it returns. Returns an exit code.
 
-    Nobody is waited for longer than the `lifeline` lasts, or, without one, than a minute.
+    Nobody is waited for longer than the `lifeline` lasts, or, without one, than `first_caller_s`; nor is anybody if
+    there is something to tell that a keeper before this one has left.
     """
     lock = address.lock(path)
     if lock is None:
         log.info("a service listens at %s already", path)
         return 0
-    address.sweep(path.parent, path)
-    listener = address.listen(path)
-    try:
-        return _Keeping(listener, serve, path).run(lifeline)
-    finally:
-        address.remove(path)
+    with contextlib.ExitStack() as ends:
+        if lifeline is None:  # else the files are in the folder of an agent, which sees to that
+            ends.callback(Sweeper(lock).close)
+        ends.callback(address.remove, path)
+        address.sweep(path.parent, path)
+        return _Keeping(address.listen(path), serve, path).run(lifeline, first_caller_s)
 
 
 class _Keeping:
@@ -164,36 +240,33 @@ class _Keeping:
         self._path = path
         self._serve = serve
         notes = Notes(address.kept(path))
-        self._state = State(notes, notes.take())
+        self._state = State(notes, notes.former())
         self._child = 0
         self._is_ending = False
 
-    def run(self, lifeline: int | None) -> int:
+    def run(self, lifeline: int | None, first_caller_s: float) -> int:
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, which is for the training
-        if not self._state.lost and not self._await_caller(lifeline):
+        if not self._state.lost and not self._await_caller(lifeline, first_caller_s):
             return 0
         num_in_a_row, began_s = 0, time.monotonic()
         while True:
             status = self._run_once()
             if status == 0 or self._is_ending:
                 return 0
-            for kept in self._state.kept.values():
-                kept.num_crashes += 1
-            self._state.num_restarts += 1
-            self._state.lost.clear()
+            self._state.crashed()
             num_in_a_row = 1 if time.monotonic() - began_s > _QUIET_S else num_in_a_row + 1
             log.warning("the checkpoint service has ended (status %d); it is started again", status)
             time.sleep(_BACKOFF_S[min(num_in_a_row, len(_BACKOFF_S)) - 1])
             began_s = time.monotonic()
 
-    def _await_caller(self, lifeline: int | None) -> bool:
+    def _await_caller(self, lifeline: int | None, first_caller_s: float) -> bool:
         """Whether somebody has connected: a job that saves nothing needs no more of a service than this."""
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         if lifeline is not None:
             poll.register(lifeline, 0)
-        ends_s = time.monotonic() + _FIRST_CALLER_S
+        ends_s = time.monotonic() + first_caller_s
         while not self._is_ending and (lifeline is not None or time.monotonic() < ends_s):
             found = {fd for fd, _ in poll.poll(_LOOK_MS)}
             if self._listener.fileno() in found:
@@ -213,7 +286,8 @@ class _Keeping:
         with mine:
             with its:
                 parent = os.getpid()
-                address.used(self._path).touch(0o600)
+                with contextlib.suppress(OSError):  # its folder was removed with its agent's
+                    address.used(self._path).touch(0o600)
                 self._child = os.fork()
                 if self._child == 0:
                     self._become_service(its, mine, parent)

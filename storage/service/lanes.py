@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,13 +22,14 @@ from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
 from storage.run.job import Origin
 from storage.run.owner import Claim, Owner
-from storage.saving.uploads import SaveJob, SaveRules, Tried, Uploads
+from storage.saving.uploads import SaveJob, SaveRules, Uploads
 from storage.saving.writing import MadeObjects
 from storage.service import table
 from storage.service.channel import close_all
 from storage.service.messages import Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
-from storage.service.sessions import Session, is_alive
+from storage.service.processes import is_alive
+from storage.service.sessions import Session
 from storage.service.table import HandedOver
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import open_store
@@ -36,6 +37,20 @@ from storage.stores.registry import open_store
 log = logging.getLogger(__name__)
 
 _NUM_CRASHES_MAX = 3
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """What was taken over, by this process or one before it: a `Stage`, and the descriptors that came with it.
+
+    `is_intact`: nothing else has come into the memory behind them.
+    """
+
+    safe: str
+    stage: Stage
+    fds: list[int]
+    num_crashes: int = 0
+    is_intact: bool = False
 
 
 @dataclass
@@ -51,6 +66,10 @@ class Parcel:
     num_crashes: int = 0
     held: int = field(default=1, init=False)
     """By how many the slots are read; they are let go when it comes to 0."""
+    is_intact: bool = field(default=True, init=False)
+    """Whether nothing else has come into the slots before this process had them."""
+    stop: threading.Event = field(default_factory=threading.Event, init=False)
+    """Set where nobody is to be waited for any more."""
     made: MadeObjects | None = field(default=None, init=False)
     """The objects as which it is held in memory; known once it is `ready` to be stored."""
     ready: threading.Event = field(default_factory=threading.Event, init=False)
@@ -77,6 +96,12 @@ class Parcel:
             created_unix_s=stage.created_unix_s,
         )
 
+    def let_go(self) -> None:
+        """Close the slots, which nobody reads any more."""
+        self.staged.payloads.clear()
+        for slot in self.staged.slots:
+            slot.close()
+
 
 class Safe(Protocol):
     """Who keeps what was staged if this process dies. Thread-safe."""
@@ -85,10 +110,13 @@ class Safe(Protocol):
         """Keep copies of the descriptors, and what to do with them, until `done`. Harmless where that was done."""
 
     def stored(self, name: str) -> None:
-        """It was stored: its slot may come to hold something else."""
+        """It was stored."""
+
+    def released(self, name: str) -> None:
+        """Its slots may come to hold something else."""
 
     def done(self, name: str) -> None:
-        """It has come to its end."""
+        """It has come to its end, and is kept on only for as long as its slots are not released."""
 
 
 class Holder(Protocol):
@@ -158,10 +186,12 @@ class Lane:
             if known is not None:
                 known.waits = known.waits and parcel.waits
                 self._lock.notify_all()
-                self._let_go(parcel)
+                parcel.let_go()
                 return
             given_way = self._make_way(parcel)
             self._queue.append(parcel)
+            if self._shared.pace.stop.is_set():
+                parcel.stop.set()
             self._to_hold.append(parcel)
             if self._hold_thread is None:
                 name = f"hold-{self.session.name}"
@@ -180,14 +210,21 @@ class Lane:
                 parcel.waits = parcel.waits and parcel.stage.attempt.id != (attempt or parcel.stage.attempt.id)
             self._lock.notify_all()
 
+    def stop(self, attempts: Collection[str] | None = None) -> None:
+        """Wait for nobody any more in those attempts, or in all; what was stored stays, and what is committed."""
+        for parcel in self.unfinished:
+            if attempts is None or parcel.stage.attempt.id in attempts:
+                parcel.stop.set()
+
     def release(self, parcel: Parcel) -> None:
         """Somebody who held the parcel's slots reads them no more; the last one lets them go."""
         with self._lock:
             parcel.held -= 1
             if parcel.held:
                 return
+        self._shared.safe.released(parcel.safe)  # before the worker hears of it, and stages something else there
         self.session.send(Released(attempt=parcel.stage.attempt.id))
-        self._let_go(parcel)
+        parcel.let_go()
 
     def watch(self) -> None:
         """Called now and then: what a worker has left behind that is gone is seen to its end.
@@ -196,7 +233,7 @@ class Lane:
         """
         with self._lock:
             for left in self._queue:
-                if left.waits and not is_alive(left.stage.pid):
+                if left.waits and not is_alive(left.stage.pid, left.stage.pid_began):
                     left.waits = False
                     self._lock.notify_all()
             parcel = next((parcel for parcel in self._queue if parcel.staged.contents is not None), None)
@@ -242,7 +279,7 @@ class Lane:
             report.watch(store)
             hold = RunHold(store, stage.owner)
             rules = SaveRules(keep=stage.keep, timeout_s=stage.timeout_s)
-            uploads = Uploads(store, hold, Origin(**dict(stage.origin)), report, rules, self._shared.pace.stop)
+            uploads = Uploads(store, hold, Origin(**dict(stage.origin)), report, rules, parcel.stop)
             committed, fenced = self._upload(uploads, parcel), hold.fenced
         except Exception as error:
             log.exception("step %d of %s cannot be saved", stage.attempt.step, stage.url)
@@ -277,7 +314,7 @@ class Lane:
         stage = parcel.stage
         report = Reporter(self.session.listener, stage.told)
         made, holder = None, self._shared.holder
-        if holder is not None and stage.tried is not Tried.STORED:
+        if holder is not None and parcel.is_intact:
             with self._lock:
                 parcel.held += 1
             try:
@@ -330,19 +367,16 @@ class Lane:
                 self._store = store
             return self._store
 
-    def _let_go(self, parcel: Parcel) -> None:
-        parcel.staged.payloads.clear()
-        for slot in parcel.staged.slots:
-            slot.close()
 
-
-def unpack(stage: Stage, fds: list[int], safe: str, num_crashes: int = 0) -> Parcel:
+def unpack(record: TakenOver) -> Parcel:
     """The parcel of what was staged, whose descriptors are the parcel's from here on.
 
     Raises:
         Corrupt, ValueError: what came is no table, or does not fit together.
     """
-    return Parcel(stage, unpack_slots(fds), safe, num_crashes)
+    parcel = Parcel(record.stage, unpack_slots(record.fds), record.safe, record.num_crashes)
+    parcel.is_intact = record.is_intact
+    return parcel
 
 
 def unpack_slots(fds: list[int]) -> HandedOver:

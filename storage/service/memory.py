@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from storage.agent import AgentEnvironment
@@ -35,9 +38,10 @@ from storage.service.held_messages import (
     NotHeld,
     PartHere,
 )
-from storage.service.lanes import Parcel
+from storage.service.lanes import Parcel, TakenOver, unpack
 from storage.service.messages import Rejected
-from storage.service.server import Server, ServiceCaller
+from storage.service.server import Server
+from storage.service.sessions import ServiceCaller
 from storage.stores.memory import MemoryStore
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,9 @@ log = logging.getLogger(__name__)
 _STARTED_AGAIN = (
     "the node's checkpoint service was started again: it holds no states in memory until the workers start again"
 )
+_WHO, _CARDS, _RESTORES = "who", "cards", "restores"
+_WHOLE_S_MAX = 20.0  # less than who asks waits for an answer
+_NUM_RESTORES_MAX = 16
 
 
 def copies_bytes_max() -> int:
@@ -57,15 +64,69 @@ class HeldStates:
 
     Args:
         rate_bytes_per_s: at most so much is copied to the buddy; None: as fast as it goes.
+        remember: has a process after this one know a text by a name, should this one crash (see `take_up`).
     """
 
-    def __init__(self, rate_bytes_per_s: float | None = None) -> None:
-        rules = CopyRules(Slot.create, copies_bytes_max())
+    def __init__(
+        self,
+        rate_bytes_per_s: float | None = None,
+        remember: Callable[[str, str], object] = lambda name, text: None,
+    ) -> None:
+        rules = CopyRules(Slot.create_empty, copies_bytes_max())
         self.node = NodeMemory(rules, RateLimit(rate_bytes_per_s), self._tell)
+        self._remember = remember
         self._lock = threading.Lock()
+        self._is_whole = threading.Event()  # again, after a crash
+        self._is_whole.set()
         self._is_started = False
         self._is_told = False
         self._report = Reporter(None, {})
+        self._restores: list[tuple[str, int]] = []
+
+    def take_up(
+        self, records: Sequence[TakenOver], remembered: Mapping[str, str], released: Callable[[str], object]
+    ) -> None:
+        """Be the memory that a process before this one was, at the same address, and hold what that held of this node's
+        own ranks. Checksums are made anew, on a thread; whoever asks meanwhile what is held waits for it.
+
+        Args:
+            released: hears of each record whose memory is not held, or not any more.
+        """
+        if _WHO in remembered:
+            who = NodeIdentity(**json.loads(remembered[_WHO]))
+            try:
+                self.node.start(who)
+            except OSError as error:
+                log.warning(
+                    "port %d is another's by now, and others do not find this node's memory: %s", who.port, error
+                )
+                self.node.start(dataclasses.replace(who, port=0))
+            self._is_started = True
+            for attempt, step in json.loads(remembered.get(_RESTORES, "[]")):
+                self._note_restored(attempt, step)
+            if _CARDS in remembered:
+                self.node.meet(MeetNodes.model_validate_json(remembered[_CARDS]).cards)
+        if records:
+            self._is_whole.clear()
+            threading.Thread(target=self._hold_again, args=(records, released), name="hold-again", daemon=True).start()
+
+    def _hold_again(self, records: Sequence[TakenOver], released: Callable[[str], object]) -> None:
+        def let_go(parcel: Parcel) -> None:
+            released(parcel.safe)
+            parcel.let_go()
+
+        try:
+            for record in sorted(records, key=lambda record: record.stage.attempt.step):
+                try:
+                    parcel = unpack(record)
+                except (StorageError, ValueError, OSError) as error:
+                    log.warning("step %d is held no more: %s", record.stage.attempt.step, error)
+                    released(record.safe)
+                    continue
+                if self.hold(parcel, Reporter(None, record.stage.told), functools.partial(let_go, parcel)) is None:
+                    let_go(parcel)
+        finally:
+            self._is_whole.set()
 
     def serve(self, server: Server) -> None:
         """Have the server's messages about memory come here; before it runs."""
@@ -139,15 +200,19 @@ class HeldStates:
                     caller.answer(Rejected(reason=f"cannot listen at {ask.address}: {error}"))
                     return
                 self._is_started = True
+                who = dataclasses.replace(who, port=self.node.card().port)
+                self._remember(_WHO, json.dumps(dataclasses.asdict(who)))
         caller.answer(NodeCard(card=self.node.card()))
 
     def _meet(self, caller: ServiceCaller, told: MeetNodes, fds: list[int]) -> None:
         close_all(fds)
         self.node.meet(told.cards)
+        self._remember(_CARDS, told.model_dump_json())
         caller.answer(Noted())
 
     def _held(self, caller: ServiceCaller, ask: AskHeld, fds: list[int]) -> None:
         close_all(fds)
+        self._is_whole.wait(_WHOLE_S_MAX)
         labels = tuple(self.node.labels(ask.run))
         caller.answer(HeldHere(labels=labels, num_restores=self.node.num_restores()))
 
@@ -165,10 +230,17 @@ class HeldStates:
 
     def _restored(self, caller: ServiceCaller, note: NoteRestored, fds: list[int]) -> None:
         close_all(fds)
-        self.node.restored(note.attempt, note.step)
+        self._note_restored(note.attempt, note.step)
         caller.answer(Noted())
 
     def _drop(self, caller: ServiceCaller, drop: DropHeld, fds: list[int]) -> None:
         close_all(fds)
+        self._is_whole.wait(_WHOLE_S_MAX)
         self.node.drop(drop.attempts, drop.reason)
         caller.answer(Noted())
+
+    def _note_restored(self, attempt: str, step: int) -> None:
+        self.node.restored(attempt, step)
+        with self._lock:
+            self._restores = [*self._restores, (attempt, step)][-_NUM_RESTORES_MAX:]
+            self._remember(_RESTORES, json.dumps(self._restores))

@@ -101,10 +101,12 @@ class Stage(ServiceMessage):
 
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
+    `pid_began` tells the worker's process from a later one of its pid (`storage.service.processes.began_at`).
     """
 
     session: str
     pid: int
+    pid_began: int = 0
     url: str
     attempt: StagedAttempt
     owner: Owner
@@ -165,6 +167,12 @@ class Heard(ServiceMessage):
     """The worker has dealt with that `Told` or `Ended`."""
 
     number: int
+
+
+class TakenBack(ServiceMessage):
+    """The worker had lost sight of the service, and has carried those attempts out by itself."""
+
+    attempts: tuple[str, ...]
 
 
 class AskUnfinished(ServiceMessage):

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from storage.saving.uploads import Tried
 from storage.service.capturing import LiveKeeper
 from storage.service.keeper import KeeperSafe, State
+from storage.service.lanes import TakenOver
 from storage.service.lost import tell_lost
 from storage.service.memory import HeldStates
 from storage.service.messages import Stage
-from storage.service.server import Server, ServerOptions, TakenOver
+from storage.service.server import Server, ServerOptions
 
 log = logging.getLogger(__name__)
+
+
+_TELLING_S_MAX = 30.0
 
 
 class _Safe:
@@ -24,7 +28,7 @@ class _Safe:
 
     def __init__(self, keeper: KeeperSafe) -> None:
         self._keeper = keeper
-        self.stored, self.done = keeper.stored, keeper.done
+        self.stored, self.released, self.done = keeper.stored, keeper.released, keeper.done
 
     def keep(self, name: str, stage: Stage, fds: Sequence[int]) -> None:
         """See `storage.service.lanes.Safe`."""
@@ -35,23 +39,29 @@ def serve(
     listener: socket.socket, link: socket.socket, state: State, options: ServerOptions, lifeline: int | None
 ) -> None:
     """Serve until there is nothing more to do, first what a process before this one has left."""
-    safe = _Safe(KeeperSafe(link, list(state.kept)))
-    held = HeldStates(options.rate_bytes_per_s)
+    keeper = KeeperSafe(link, list(state.kept))
+    safe = _Safe(keeper)
+    held = HeldStates(options.rate_bytes_per_s, remember=keeper.remember)
     server = Server(listener, options, safe, holder=held, lifeline=lifeline, num_restarts=state.num_restarts)
     held.serve(server)
     LiveKeeper(held.node.add).serve(server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
-    server.take_up(_records(state))
-    lost = [Stage.model_validate_json(stage) for stage in state.lost]
-    threading.Thread(target=tell_lost, args=(lost,), name="lost", daemon=True).start()
+    unfinished, ended = _records(state)
+    held.take_up(ended, state.remembered, safe.released)
+    server.take_up(unfinished)
+    telling = threading.Thread(target=tell_lost, args=(state.lost,), name="lost", daemon=True)
+    telling.start()
     server.run()
+    telling.join(_TELLING_S_MAX)  # what it has not told by then stays noted down for the next service
     held.close()
 
 
-def _records(state: State) -> list[TakenOver]:
-    records = []
+def _records(state: State) -> tuple[list[TakenOver], list[TakenOver]]:
+    """What is to be brought to its end, and what has come to it and is only held in memory."""
+    unfinished, ended = list[TakenOver](), list[TakenOver]()
     for name, kept in state.kept.items():
         tried = Tried.STORED if kept.is_stored else Tried.BEGUN
         stage = Stage.model_validate_json(kept.stage).model_copy(update={"tried": tried})
-        records.append(TakenOver(name, stage, kept.fds, kept.num_crashes))
-    return records
+        record = TakenOver(name, stage, kept.fds, kept.num_crashes, is_intact=not kept.is_released)
+        (ended if kept.is_done else unfinished).append(record)
+    return unfinished, ended

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from storage.errors import StorageError
-from storage.service.channel import Channel, SaidNothing, close_all, welcome
-from storage.service.lanes import Holder, Lane, Safe, Shared, unpack
+from storage.saving.uploads import Tried
+from storage.service.channel import SaidNothing, close_all, welcome
+from storage.service.lanes import Holder, Lane, Safe, Shared, TakenOver, unpack
 from storage.service.messages import (
     Accepted,
     AskStatus,
@@ -23,17 +24,17 @@ from storage.service.messages import (
     Drained,
     GoOn,
     Heard,
-    Hello,
     ProtocolError,
     Rejected,
     ServiceMessage,
     ServiceStatus,
     Stage,
+    TakenBack,
     Unfinished,
     Welcome,
 )
 from storage.service.pace import Pace
-from storage.service.sessions import Session, Sessions
+from storage.service.sessions import ServiceCaller, Sessions
 from storage.service.surroundings import digest
 
 log = logging.getLogger(__name__)
@@ -62,29 +63,6 @@ class ServerOptions:
     linger_s: float = 10.0
     orphan_s: float = 300.0
     wind_up_s: float = 1.0
-
-
-@dataclass(frozen=True)
-class TakenOver:
-    """What a process before this one had taken over: the bytes of a `Stage`, and its descriptors."""
-
-    safe: str
-    stage: Stage
-    fds: list[int]
-    num_crashes: int = 0
-
-
-class ServiceCaller:
-    """One connection, as a handler sees it."""
-
-    def __init__(self, channel: Channel, hello: Hello, session: Session | None) -> None:
-        self.channel = channel
-        self.hello = hello
-        self.session = session
-
-    def answer(self, message: ServiceMessage) -> None:
-        """Send to whoever has asked. Raises OSError."""
-        self.channel.send(message)
 
 
 Handler = Callable[[ServiceCaller, Any, list[int]], None]
@@ -147,6 +125,7 @@ class Server:
         self.handle(Stage, self._stage)
         self.handle(GoOn, self._go_on)
         self.handle(Heard, self._heard)
+        self.handle(TakenBack, self._taken_back)
         self.handle(AskUnfinished, self._unfinished)
         self.handle(AskStatus, self._status)
         self.handle(Drain, self._begin_drain)
@@ -158,7 +137,7 @@ class Server:
     def take_up(self, records: Sequence[TakenOver]) -> None:
         """Go on with what a process before this one had taken over."""
         for record in records:
-            self._take(record.stage, record.fds, record.safe, record.num_crashes)
+            self._take(record)
 
     def run(self) -> None:
         """Serve. Returns when there is nothing more to do."""
@@ -207,6 +186,9 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         try:
             self._converse(connection)
+        except Exception as error:  # noqa: BLE001 - whatever one caller has sent, the others are served
+            log.warning("a connection was ended: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+            connection.close()
         finally:
             with self._lock:
                 self._num_connections -= 1
@@ -255,17 +237,20 @@ class Server:
             caller.answer(Rejected(reason="the service is ending", attempt=stage.attempt.id))
             return
         safe = f"{stage.session}/{stage.attempt.id}"
-        if problem := self._take(stage, fds, safe, 0):
+        record = TakenOver(safe, stage, fds, is_intact=stage.tried is not Tried.STORED)
+        if problem := self._take(record):
             caller.answer(Rejected(reason=problem, attempt=stage.attempt.id))
             return
         caller.answer(Accepted(attempt=stage.attempt.id))
 
-    def _take(self, stage: Stage, fds: list[int], safe: str, num_crashes: int) -> str | None:
+    def _take(self, record: TakenOver) -> str | None:
         """Take a save over; why not, where that cannot be."""
+        stage, safe = record.stage, record.safe
         try:
-            parcel = unpack(stage, fds, safe, num_crashes)
+            parcel = unpack(record)
         except (StorageError, ValueError, OSError) as error:
             log.warning("what was staged for step %d cannot be taken: %s", stage.attempt.step, error)
+            self._safe.released(safe)
             self._safe.done(safe)
             return str(error)
         self._safe.keep(safe, stage, [slot.fd for slot in parcel.staged.slots])
@@ -286,6 +271,12 @@ class Server:
     def _heard(self, caller: ServiceCaller, heard: Heard, fds: list[int]) -> None:
         if caller.session is not None:
             caller.session.heard(heard.number)
+
+    def _taken_back(self, caller: ServiceCaller, told: TakenBack, fds: list[int]) -> None:
+        with self._lock:
+            lane = self._lanes.get(caller.hello.session)
+        if lane is not None:
+            lane.stop(told.attempts)
 
     def _unfinished(self, caller: ServiceCaller, ask: AskUnfinished, fds: list[int]) -> None:
         parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url]
@@ -339,12 +330,16 @@ class Server:
         """Have what is under way end: its parts are not stored, and other ranks are told."""
         log.warning("%d saves are given up: %s", len(self._all_unfinished()), reason)
         self._pace.reason = reason
+        self._stop_all()
+
+    def _stop_all(self) -> None:
         self._pace.stop.set()
         for lane in self._all_lanes():
             lane.go_on()  # to the same end: what waits is said to have failed, too
+            lane.stop()
 
     def _end(self) -> None:
-        self._pace.stop.set()
+        self._stop_all()
         self._listener.close()
         with self._lock:
             callers = list(self._callers)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from storage.events import CheckpointEvent, note_written
 from storage.service.channel import Channel
-from storage.service.messages import Ended, ServiceMessage, Told
+from storage.service.messages import Ended, Hello, ServiceMessage, Told
+from storage.service.processes import began_at, is_alive
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class Session:
         self.name = name
         self._lock = threading.Lock()
         self._channel: Channel | None = None
-        self._pid: int | None = None
+        self._process: tuple[int, int] | None = None  # its pid, and when it began
         self._numbers = itertools.count(1)
         self._waiting: dict[int, threading.Event] = {}
         self._heard: set[int] = set()
@@ -38,12 +37,12 @@ class Session:
     def is_worker_alive(self) -> bool:
         """Whether the process of that rank runs, be it connected or not."""
         with self._lock:
-            return self._pid is not None and is_alive(self._pid)
+            return self._process is not None and is_alive(*self._process)
 
     def attach(self, channel: Channel, pid: int) -> None:
         """The rank has connected."""
         with self._lock:
-            self._channel, self._pid = channel, pid
+            self._channel, self._process = channel, (pid, began_at(pid))
 
     def detach(self, channel: Channel) -> None:
         """A connection has ended; whoever waits for it to hear something waits no more."""
@@ -99,6 +98,19 @@ class Session:
         return is_heard
 
 
+class ServiceCaller:
+    """One connection, as a handler sees it."""
+
+    def __init__(self, channel: Channel, hello: Hello, session: Session | None) -> None:
+        self.channel = channel
+        self.hello = hello
+        self.session = session
+
+    def answer(self, message: ServiceMessage) -> None:
+        """Send to whoever has asked. Raises OSError."""
+        self.channel.send(message)
+
+
 class Sessions:
     """All of them, by name. Thread-safe."""
 
@@ -120,13 +132,3 @@ class Sessions:
         """Nothing of that session is left to do."""
         with self._lock:
             self._sessions.pop(name, None)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs, and is not only waited for by its parent."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in ("Z", "X")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Protocol
 
 from storage.service import address
 from storage.service.channel import Channel, connect
@@ -20,6 +21,19 @@ _START_S = 60.0
 _NOBODY = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError)
 
 
+class Connector(Protocol):
+    """The way to the service.
+
+    Attributes:
+        patience_s: for so long a save waits for the first connection, so that it is safe when it returns.
+    """
+
+    patience_s: float
+
+    def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
+        """A connection, tried again until then. Raises OSError, ProtocolError."""
+
+
 class ServiceAt:
     """The service that listens at a path, whoever has started it."""
 
@@ -29,7 +43,7 @@ class ServiceAt:
         self._path = path
 
     def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
-        """See `storage.service.client.Connector`."""
+        """See `Connector.connect`."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -53,7 +67,7 @@ class OwnService:
         self._arguments = arguments
 
     def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
-        """See `storage.service.client.Connector`."""
+        """See `Connector.connect`."""
         try:
             return connect(self.path, hello)
         except _NOBODY:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from storage import open_store
 from storage.run import catalog
 from storage.service import address, starting
@@ -47,6 +49,9 @@ class ListSafe:
 
     def stored(self, name: str) -> None:
         self.told.append(("stored", name))
+
+    def released(self, name: str) -> None:
+        self.told.append(("released", name))
 
     def done(self, name: str) -> None:
         self.told.append(("done", name))
@@ -144,13 +149,31 @@ def status(path: Path) -> ServiceStatus:
 
 
 class Process:
-    """A service of its own: the keeper that was started, and the service that this has forked."""
+    """A service of its own: the keeper that was started, and the service that this has forked.
 
-    def __init__(self, path: Path, *arguments: str) -> None:
+    It is as an agent's is, which this process stands for, or (`is_alone`) as one is that nobody looks after.
+    """
+
+    def __init__(self, path: Path, *arguments: str, is_alone: bool = False) -> None:
         self.path = path
+        self._lifeline, its = os.pipe()
+        lifeline = [] if is_alone else ["--lifeline", str(self._lifeline)]
         self.keeper = subprocess.Popen(
-            [*starting.command_line(path), "--nice", "0", *arguments], env=starting.environment(os.environ)
+            [*starting.command_line(path), "--nice", "0", *lifeline, *arguments],
+            env=starting.environment(os.environ),
+            pass_fds=[] if is_alone else [self._lifeline],
         )
+        os.close(self._lifeline)
+        self._lifeline = its
+
+    def end(self) -> None:
+        """Kill all of it, as far as it is there."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.keeper.pid).children():
+                process.kill()
+        self.keeper.kill()
+        self.keeper.wait(PATIENCE_S)
+        os.close(self._lifeline)
 
     def status(self) -> ServiceStatus | None:
         with contextlib.suppress(OSError):
@@ -168,14 +191,13 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(path: Path, *arguments: str) -> Iterator[Process]:
+def process(path: Path, *arguments: str, is_alone: bool = False) -> Iterator[Process]:
     """A service of its own within the block."""
-    service = Process(path, *arguments)
+    service = Process(path, *arguments, is_alone=is_alone)
     try:
         yield service
     finally:
-        service.keeper.kill()
-        service.keeper.wait(PATIENCE_S)
+        service.end()
 
 
 def committed(url: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import random
 import signal
@@ -13,19 +14,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from storage import Checkpointer
+from storage import Checkpointer, JobIdentity
 from storage.agent import AgentEnvironment
 from storage.service import address, starting
+from storage.service.held_messages import AskCard
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
 from tests.ranks import Ranks
-from tests.storage.service_cases import committed, events_in, process, status, until
+from tests.storage.service_cases import asked, committed, connected, events_in, process, status, until
 from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")
@@ -124,19 +127,27 @@ def test_what_waits_is_saved_though_workers_and_service_are_killed(
         assert committed(tmp_path / "run")[:2] == [2 * NUM_KILLS, 2 * NUM_KILLS - 1]
 
 
+@pytest.mark.parametrize("is_alone", [False, True])
 def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
-    tmp_path: Path, agents_files: Path, ranks: Ranks
+    is_alone: bool, tmp_path: Path, agents_files: Path, ranks: Ranks
 ) -> None:
+    """By the service that an agent starts again; where there is no agent, by what outlives them, and goes then."""
     path = tmp_path / "node" / "service.sock"
-    with process(path, "--rate-limit", "1e4") as service:
+    with process(path, "--rate-limit", "1e4", "--linger", "0", is_alone=is_alone) as service:
         ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
         until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
-    assert outcomes(agents_files, 1) == []
-    with process(path):
-        until("an outcome", lambda: outcomes(agents_files, 1))
+        if is_alone:
+            for pid in (service.keeper.pid, service.pid()):
+                os.kill(pid, signal.SIGKILL)
+            until("an outcome", lambda: outcomes(agents_files, 1))
+            until("all files to be gone", lambda: not list(path.parent.iterdir()))
+    assert is_alone or outcomes(agents_files, 1) == []
+    if not is_alone:
+        with process(path):
+            until("an outcome", lambda: outcomes(agents_files, 1))
+            until("its note to be gone", lambda: not list(address.kept(path).glob("*")))
     assert outcomes(agents_files, 1) == ["checkpoint_failed"]
     assert committed(tmp_path / "run") == []
-    assert not list(address.kept(path).glob("*"))
 
 
 def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(
@@ -155,20 +166,24 @@ def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(
     assert "checkpoint_direct" in [str(name) for name, _ in events[0]]
 
 
-@pytest.mark.parametrize("order", ["agent first", "service first", "worker first"])
+@pytest.mark.parametrize("order", [" ".join(names) for names in itertools.permutations(("agent", "service", "worker"))])
 def test_nothing_is_left_of_agent_service_and_worker(order: str, tmp_path: Path, agents_files: Path) -> None:
-    agent = subprocess.Popen([sys.executable, "-c", AGENT, str(tmp_path / "node")], stdout=subprocess.PIPE, text=True)
+    """No process, no socket, no note, no folder; and of memory there is only what has no name."""
+    agent = subprocess.Popen([sys.executable, "-c", AGENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert agent.stdout is not None
-        keeper = int(agent.stdout.readline())
-        path = tmp_path / "node" / "service" / "service.sock"
+        folder, keeper = agent.stdout.readline().split()
+        path = Path(folder) / "service" / "service.sock"
         until("the service", lambda: path.exists() and status(path))
         with connecting(path) as child:
-            family = [psutil.Process(keeper), *psutil.Process(keeper).children()]
-            assert len(family) == 2
-            victims = {"agent": [agent.pid], "service": [p.pid for p in family], "worker": [child.pid]}
-            first = order.split()[0]
-            for name in (first, *(other for other in victims if other != first)):
+            family = [psutil.Process(int(keeper)), *psutil.Process(agent.pid).children(recursive=True)]
+            victims = {
+                "agent": [agent.pid],
+                "service": [int(keeper), *(p.pid for p in psutil.Process(int(keeper)).children())],
+                "worker": [child.pid],
+            }
+            assert len(victims["service"]) == 2
+            for name in order.split():
                 for pid in victims[name]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -177,6 +192,7 @@ def test_nothing_is_left_of_agent_service_and_worker(order: str, tmp_path: Path,
         agent.communicate()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
+    until("all files to be gone", lambda: not list(tmp_path.iterdir()))
 
 
 @contextlib.contextmanager
@@ -202,13 +218,15 @@ print("connected", flush=True)
 time.sleep(600)
 """
 AGENT = """
-import sys, time
-from pathlib import Path
+import sys, tempfile, time
+from launcher.workers.runtime import runtime_dir
 from storage import CheckpointService
-service = CheckpointService()
-service.start(Path(sys.argv[1]), print)
-print(service._process.pid, flush=True)
-time.sleep(600)
+tempfile.tempdir = sys.argv[1]
+with runtime_dir() as folder:
+    service = CheckpointService()
+    service.start(folder, print)
+    print(folder, service._process.pid, flush=True)
+    time.sleep(600)
 """
 
 
@@ -259,3 +277,35 @@ def test_a_checkpointer_starts_a_service_of_its_own(
         assert ckpt.wait()
     assert [str(name) for name, _ in events[0]] == ["checkpoint_staged", "checkpoint_committed"]
     until("the service to have gone", lambda: not found[0].exists())
+
+
+def test_states_in_memory_outlive_a_crash_of_the_service(
+    tmp_path: Path, agents_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is stored as well as the newer one that is in memory alone; and others find it where it was."""
+    monkeypatch.setenv(AgentEnvironment.variable("node"), "a")
+    path, cards, told = tmp_path / "node" / "service.sock", list[object](), list[tuple[str, dict[str, Any]]]()
+
+    def card() -> object:
+        with connected(path) as caller:
+            return asked(caller, AskCard(node="a"))
+
+    with process(path) as service:
+        with Checkpointer(tmp_path / "run", job=JobIdentity(lineage="l", generation=1), every=10, ram_every=1) as ckpt:
+            for step in (10, 11):
+                ckpt.save(step, {"w": torch.full((300_000,), float(step)), "n": step})
+            assert ckpt.wait()
+        until("the service to be done", lambda: (found := service.status()) and not found.num_unfinished)
+        cards.append(card())
+        service.kill_service()
+        until("another one", lambda: (found := service.status()) and found.num_restarts == 1)
+        cards.append(card())
+        state: dict[str, Any] = {"w": torch.zeros(300_000), "n": 0}
+        job = JobIdentity(lineage="l", generation=2)
+        with Checkpointer(tmp_path / "run", job=job, on_event=lambda n, f: told.append((str(n), f))) as ckpt:
+            assert ckpt.restore(state) == 11
+        assert (state["n"], float(state["w"].min())) == (11, 11.0)
+    assert cards[0] == cards[1], "its address and its token"
+    assert dict(told)["restored"]["from_own"] > 300_000 * 4
+    assert "checkpoint_memory_away" not in [name for name, _ in told]
+    assert committed(tmp_path / "run") == [10]

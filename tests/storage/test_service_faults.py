@@ -16,14 +16,15 @@ from storage import Checkpointer, CheckpointEvent, JobIdentity
 from storage.agent import AgentEnvironment
 from storage.held.keeping import KeepingStore
 from storage.run.job import Origin
-from storage.saving import adoption
+from storage.saving import adoption, receipts
 from storage.service import address, choice, lanes
 from storage.service.channel import welcome
 from storage.service.memory import HeldStates
 from storage.service.messages import Welcome
 from storage.service.sessions import Session, Sessions
+from storage.service.ways import ServiceAt
 from storage.stores.objects import ObjectStore
-from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread, until
+from tests.storage.service_cases import Gate, InThread, committed, connected, events_in, in_thread, until
 from tests.storage.small_runs import Events, state
 
 
@@ -168,6 +169,23 @@ def test_who_connects_again_is_not_forgotten_meanwhile(node: InThread, monkeypat
         assert of(node.server._sessions, name) is lane.session
 
 
+def test_a_service_of_another_version_is_told_of_and_gone_on_without(
+    tmp_path: Path, node: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is that was started before elastic-moe was installed anew."""
+    monkeypatch.setattr("storage.service.channel.PROTOCOL_VERSION", 1)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state(step), wait=True)
+            assert ckpt.wait()
+        assert ckpt.restore(state(0)) == 2
+    told = [(str(name), fields.get("reason", "")) for name, fields in events[0]]
+    (direct,) = [reason for name, reason in told if name == "checkpoint_direct"]
+    away = [reason for name, reason in told if name == "checkpoint_memory_away"]
+    assert away and all("speaks version 1 of its protocol, and not" in reason for reason in (direct, *away))
+    assert committed(tmp_path / "run") == [2, 1]
+
+
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, flock, removed = tmp_path / "node" / "service.sock", fcntl.flock, list[Path]()
 
@@ -189,3 +207,74 @@ def test_a_folder_by_another_name_is_no_place_for_a_socket(tmp_path: Path) -> No
     (tmp_path / "link").symlink_to(tmp_path / "private")
     with pytest.raises(PermissionError, match="needs a folder"):
         address.listen(tmp_path / "link" / "service.sock")
+
+
+def test_a_service_that_was_frozen_tells_no_failure_of_what_the_worker_has_committed_meanwhile(
+    tmp_path: Path, node: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(AgentEnvironment.variable("events"), str(tmp_path / "events.jsonl"))
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        with monkeypatch.context() as patch:
+            patch.setattr(ServiceAt, "connect", _nobody)
+            (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+            caller.channel.close()  # as the worker sees it that is told nothing for too long
+            assert ckpt.wait()
+        assert committed(tmp_path / "run") == [1]
+        gate.opened.set()
+        until("the service to be done", lambda: node.status().num_unfinished == 0)
+        ckpt.save(2, state(2), wait=True)
+        assert ckpt.wait()
+    assert CheckpointEvent.FAILED not in [name for name, _ in events[0]]
+    assert "checkpoint_failed" not in [event["event"] for event in events_in(tmp_path / "events.jsonl")]
+    assert not list((tmp_path / "run").rglob("aborted*"))
+
+
+def test_a_save_that_the_worker_has_taken_back_holds_up_none_that_come_after(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service waits for receipts that were cleaned up while it was frozen."""
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
+    monkeypatch.setattr(receipts, "await_receipts", _never_in_a_service)
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state(1))
+        until("the service to wait", lambda: _waits.is_set())
+        with monkeypatch.context() as patch:
+            patch.setattr(ServiceAt, "connect", _nobody)
+            (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+            caller.channel.close()
+            assert ckpt.wait()
+        monkeypatch.setattr(receipts, "await_receipts", _await_receipts)
+        ckpt.save(2, state(2), wait=True)
+        assert ckpt.wait()
+        until("both to have ended", lambda: node.status().num_ended == 2)
+    assert committed(tmp_path / "run") == [2, 1]
+
+
+_await_receipts, _waits = receipts.await_receipts, threading.Event()
+
+
+def _never_in_a_service(store: Any, attempt: Any, patience: Any, claim: Any) -> Any:
+    if not threading.current_thread().name.startswith("lane-"):
+        return _await_receipts(store, attempt, patience, claim)
+    _waits.set()
+    return patience.until(lambda: "the receipt of rank 1", lambda: None)
+
+
+def _nobody(*args: object) -> Any:
+    raise ConnectionRefusedError("frozen")
+
+
+def test_what_a_service_tells_of_a_save_that_was_taken_back_is_not_told_again(
+    tmp_path: Path, node: InThread, events: Events
+) -> None:
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1), wait=True)
+        assert ckpt.wait()
+        (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+        assert caller.session is not None
+        caller.session.listener(CheckpointEvent.FAILED, {"step": 1, "reason": "it was frozen"})
+        caller.session.listener(CheckpointEvent.RETRIED, {"step": 1})
+    assert [str(name) for name, _ in events[0]] == ["checkpoint_staged", "checkpoint_committed", "checkpoint_retried"]

@@ -16,6 +16,7 @@ from storage.run.owner import Owner
 from storage.service import address, channel, messages
 from storage.service.channel import Channel, connect
 from storage.service.messages import (
+    PROTOCOL_VERSION,
     AskStatus,
     Hello,
     ProtocolError,
@@ -120,7 +121,7 @@ def test_what_is_not_this_protocol_ends_the_connection(data: bytes) -> None:
 
 def test_another_version_is_refused_with_a_reason(tmp_path: Path) -> None:
     with in_thread(tmp_path / "run" / "service.sock") as service:
-        with pytest.raises(ProtocolError, match="speaks version 2 of its protocol, and not 1"):
+        with pytest.raises(ProtocolError, match=f"speaks version {PROTOCOL_VERSION} of its protocol, and not 1"):
             connect(service.path, Hello(version=1, pid=os.getpid()))
         with connected(service.path):
             pass  # it goes on serving others
@@ -129,8 +130,8 @@ def test_another_version_is_refused_with_a_reason(tmp_path: Path) -> None:
 def test_a_service_of_another_version_is_told_of(tmp_path: Path) -> None:
     path = tmp_path / "run" / "service.sock"
     with address.listen(path) as listener:
-        other = _answering(listener, {"Welcome": {"version": 1, "pid": 1, "news": "x"}})
-        with pytest.raises(ProtocolError, match="another protocol than version 2"):
+        other = _answering(listener, {"Welcome": {"version": PROTOCOL_VERSION + 1, "pid": 1, "news": "x"}})
+        with pytest.raises(ProtocolError, match=f"another protocol than version {PROTOCOL_VERSION}"):
             connect(path, Hello(pid=os.getpid()))
         other.join(60)
 

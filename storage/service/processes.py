@@ -1,0 +1,30 @@
+"""Whether a process still runs: a pid alone may be another's by now, so it goes with the time at which it began."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_STATE, _START = 0, 19  # of the fields behind the name, see proc_pid_stat(5)
+
+
+def began_at(pid: int) -> int:
+    """When the process began, in ticks since this machine did; 0 if that is not known, or it is gone."""
+    fields = _fields(pid)
+    return int(fields[_START]) if len(fields) > _START else 0
+
+
+def is_alive(pid: int, began: int = 0) -> bool:
+    """Whether the process runs that began then (0: any of that pid), and is not only waited for by its parent."""
+    fields = _fields(pid)
+    if not fields or fields[_STATE] in ("Z", "X"):
+        return False
+    return not began or began == began_at(pid)
+
+
+def _fields(pid: int) -> list[str]:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, OverflowError):
+        return []

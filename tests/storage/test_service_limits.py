@@ -1,0 +1,108 @@
+"""What a checkpoint service and its callers put up with, and what ends then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import Checkpointer, CheckpointEvent
+from storage.agent import AgentEnvironment
+from storage.saving import receipts
+from storage.service import lanes, server, table
+from storage.service.messages import AskStatus, ServiceStatus
+from storage.service.server import ServerOptions
+from tests.storage.service_cases import InThread, asked, committed, connected, events_in, in_thread, until
+from tests.storage.small_runs import Events, state
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of an agent's service, which the environment names."""
+    made = tmp_path / "node" / "service.sock"
+    monkeypatch.setenv(AgentEnvironment.variable("service"), str(made))
+    monkeypatch.setenv(AgentEnvironment.variable("events"), str(tmp_path / "events.jsonl"))
+    return made
+
+
+@pytest.fixture
+def service(path: Path) -> Iterator[InThread]:
+    with in_thread(path) as service:
+        yield service
+
+
+def test_without_memory_for_the_list_of_what_was_staged_the_worker_saves_by_itself(
+    tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> Any:
+        raise MemoryError("no room")
+
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "write", fail)
+            ckpt.save(1, state(1), wait=True)
+            assert ckpt.wait()
+        ckpt.save(2, state(2), wait=True)
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [2, 1]
+    (direct,) = [fields for name, fields in events[0] if name == CheckpointEvent.DIRECT]
+    assert direct["reason"] == "no table of it can be made: no room"
+    until("the other one to be the service's", lambda: service.status().num_ended == 1)
+
+
+def test_a_save_that_a_service_crashes_of_again_and_again_fails(
+    tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "_NUM_CRASHES_MAX", -1)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1), wait=True)
+        assert not ckpt.wait()
+    (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
+    assert failed["reason"] == "the service has crashed 0 times while it had this save"
+
+
+def test_a_service_whose_agent_has_gone_without_a_word_gives_up_in_time(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(store: object, attempt: object, patience: Any, claim: object) -> Any:
+        return patience.until(lambda: "the receipt of rank 1", lambda: None)
+
+    monkeypatch.setattr(receipts, "await_receipts", never)
+    with in_thread(path, ServerOptions(orphan_s=0.0, linger_s=0.0)) as service:
+        ckpt = Checkpointer(tmp_path / "run").start()
+        ckpt.save(1, state(1))
+        until("the service to have it", lambda: service.server._all_unfinished())
+        ckpt._close(abandon=True)
+        (failed,) = until("an outcome", lambda: _failures(tmp_path))
+        service.thread.join(60)
+        assert not service.thread.is_alive()
+    assert failed["reason"] == "closed while waiting for the receipt of rank 1"
+
+
+def _failures(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in events_in(folder / "events.jsonl") if event["event"] == "checkpoint_failed"]
+
+
+def test_of_connections_that_are_too_many_the_last_are_closed(
+    service: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_NUM_CONNECTIONS_MAX", 2)
+    num_fds = len(os.listdir("/proc/self/fd"))
+    with connected(service.path) as first, connected(service.path) as second:
+        for _ in range(3):
+            with pytest.raises(OSError), connected(service.path):
+                pass
+        for caller in (first, second):
+            assert isinstance(asked(caller, AskStatus()), ServiceStatus)
+    until("their descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds)
+    until("another to be served", lambda: _is_served(service))
+
+
+def _is_served(service: InThread) -> bool:
+    try:
+        return service.status().num_unfinished == 0
+    except OSError:
+        return False
