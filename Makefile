@@ -60,9 +60,12 @@ test-oldest: $(OLDEST_VENV)/.dev ## the core of the suite on the oldest torch th
 fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the older checkpoint, or an error of our own
 	$(BIN)/python -W ignore -m tests.fuzz
 
-chaos: $(VENV)/.dev ## real faults against real nodes, on every kind of etcd; REPEAT=5 does it five times
+chaos: $(VENV)/.dev ## real faults against nodes and checkpoint services, on every kind of etcd; REPEAT=5 does it five times
 	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure,beside CHAOS_AWAY_S=30 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
-		CHAOS_STORES=folder,s3 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
+		CHAOS_STORES=folder,s3 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; \
+		CHAOS_SAVES=service,direct $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
+	FAULTS_SAVED_BY=service $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/storage/test_s3_faults.py tests/storage/test_s3_fault_ranks.py
+	SERVICE_KILLS=20 SERVICE_SAVES=1000 ODD_SEEDS=2000 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/storage/test_service_deaths.py tests/storage/test_service_growth.py tests/storage/test_service_odd.py
 
 check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian
 	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \

@@ -50,7 +50,7 @@ class Notes:
         return found
 
     def add(self, name: str, stage: str) -> None:
-        """FormerNote one down, whole or not at all; a full disk costs the note."""
+        """Note one down, whole or not at all; a full disk costs the note."""
         file = self._file(name)
         begun = file.with_suffix(".tmp")
         try:

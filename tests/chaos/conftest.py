@@ -18,8 +18,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well, those marked
     `also_folder` without any server too.
 
-    CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure,beside.
+    CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure,beside. So does
+    CHAOS_SAVES (file, service, direct) for how the job saves: in a file, where no test is marked `also_saving`.
     """
+    if "saves" in metafunc.fixturenames:
+        also_saving = metafunc.definition.get_closest_marker("also_saving") is not None
+        saves = tuple(filter(None, os.environ.get("CHAOS_SAVES", "").split(","))) or (
+            ("file", "service") if also_saving else ()
+        )
+        if saves:
+            metafunc.parametrize("saves", saves, indirect=True)
     if "flavour" not in metafunc.fixturenames:
         return
     chosen = tuple(filter(None, os.environ.get("CHAOS_STORES", "").split(",")))
@@ -39,7 +47,13 @@ class Starter(Protocol):
 
 
 @pytest.fixture
-def start_job(tmp_path: Path, flavour: str, request: pytest.FixtureRequest) -> Iterator[Starter]:
+def saves(request: pytest.FixtureRequest) -> str:
+    """How the job saves."""
+    return str(getattr(request, "param", "file"))
+
+
+@pytest.fixture
+def start_job(tmp_path: Path, flavour: str, saves: str, request: pytest.FixtureRequest) -> Iterator[Starter]:
     if (why := why_no_cuts()) and request.node.get_closest_marker("cuts"):
         pytest.skip(why)
     with contextlib.ExitStack() as stack:
@@ -49,7 +63,7 @@ def start_job(tmp_path: Path, flavour: str, request: pytest.FixtureRequest) -> I
             own.mkdir(exist_ok=True)
             net = Loopback() if why else stack.enter_context(network(own))
             store = stack.enter_context(etcd_on(own, net, flavour, num_members))
-            made = Job(own, net, store)
+            made = Job(own, net, store, saves)
             stack.callback(made.end)
             return made
 

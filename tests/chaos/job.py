@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from launcher.reports.goodput import Cause, Goodput, Interruption, account
+from storage import inspection, open_store
+from storage.run import catalog
 from tests.certificates import Authority
 from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
@@ -31,6 +33,8 @@ ENDS_SOON = "lease_ttl=3"
 """For tests that wait for a lease to end."""
 _LEASE = "lease_ttl=10"
 _PASSWORD = "s3cret-words"
+_NUM_UNCOMMITTED = 60
+"""Steps of 20 ms that may pass, on a busy machine, until one that was saved is committed."""
 BUSY_S = 0.5
 """What two busy cores take at most to wake a process: so much later it may tell what has happened."""
 
@@ -72,8 +76,9 @@ class Job(Cluster):
     keeps a process waiting; where a test waits for one to end, it says `ENDS_SOON`.
     """
 
-    def __init__(self, folder: Path, network: Network | Loopback, store: Store) -> None:
+    def __init__(self, folder: Path, network: Network | Loopback, store: Store, saves: str = "file") -> None:
         super().__init__(folder)
+        self.saves = saves
         self.network = network
         self.store = store
         self.work = folder / "work"
@@ -107,6 +112,10 @@ class Job(Cluster):
     ) -> Node:
         """Start a node."""
         settings = ",".join((_LEASE, *self.store.conf, *([conf] if conf else [])))
+        if self.saves == "direct":
+            options = (*options, "--no-checkpoint-service")
+        if "--stock" not in script:
+            script = (*script, "--saves", self.saves)
         return self.start(name, *options, SCRIPT, str(self.work), *script, nnodes=nnodes, conf=settings)
 
     # --- what it did
@@ -161,8 +170,13 @@ class Job(Cluster):
 
     def check(self, thawed: tuple[str, ...] = (), redone: int = 1) -> None:
         """Nothing happened that must not, whatever the fault."""
-        found = history.violations(self.history(), thawed=thawed, redone=redone)
+        allowed = redone if self.saves == "file" else max(redone, _NUM_UNCOMMITTED)
+        found = history.violations(self.history(), thawed=thawed, redone=allowed)
         assert not found, "\n".join([*found, self.told()])
+        if (run := self.work / "run").exists():
+            for step in catalog.committed_steps(open_store(run)):
+                problems = inspection.verify(open_store(run), f"step-{step:09d}/").problems
+                assert not problems, self.told(*problems)
 
 
 def freeze(node: Node) -> None:

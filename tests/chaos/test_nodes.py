@@ -7,6 +7,7 @@ the cause, the node, and the seconds without a step. What else must hold is said
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -37,12 +38,11 @@ def three(job: Job, conf: str = ALL, **options: tuple[str, ...]) -> tuple[Node, 
     return a, b, c
 
 
+@pytest.mark.also_saving
 def test_a_killed_worker(job: Job) -> None:
     """All restart at full size; the failure is charged to the budget once."""
     nodes = three(job, options=("--max-restarts", "2"))
-    worker = job.wait_event("workers_started", ranks=[1])["pids"]
-    victim = max((p for p in nodes[1].tree() if p.pid not in worker), key=lambda p: p.create_time())
-    victim.kill()
+    os.kill(next(step.pid for step in job.history().steps if step.rank == 1), signal.SIGKILL)
     job.steps(3, after=1)
     (failed,) = job.events("worker_failed", exit_code=-signal.SIGKILL)
     assert failed["rank"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,30 @@ from tests.storage.small_runs import Events, fresh_memory_url
 __all__ = ["ranks"]
 
 _names = itertools.count()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """FAULTS_SAVED_BY (worker, service) names who saves in the matrices of faults; else the workers do."""
+    chosen = tuple(filter(None, os.environ.get("FAULTS_SAVED_BY", "").split(",")))
+    if "saved_by" in metafunc.fixturenames and chosen:
+        metafunc.parametrize("saved_by", chosen, indirect=True)
+
+
+@pytest.fixture
+def saved_by(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Who saves for Checkpointers of this process; a service runs on a thread of it."""
+    found = str(getattr(request, "param", "worker"))
+    assert found in ("worker", "service"), f"FAULTS_SAVED_BY={found}"
+    if found == "worker":
+        yield found
+        return
+    from storage.agent import AgentEnvironment
+    from tests.storage.service_cases import in_thread
+
+    path = tmp_path / "node" / "service.sock"
+    monkeypatch.setenv(AgentEnvironment.variable("service"), str(path))
+    with in_thread(path):
+        yield found
 
 
 @pytest.fixture

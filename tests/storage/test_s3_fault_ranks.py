@@ -128,8 +128,9 @@ def test_what_stays_fails_the_services_save_on_all_ranks(served: Run, kind: str,
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, saved: dict[str, Run]) -> Run:
-    found = saved[request.param]
+def run(request: pytest.FixtureRequest, saved: dict[str, Run], saved_by: str) -> Run:
+    """The run of the layout that is asked for, or the one that the service saves."""
+    found: Run = request.getfixturevalue("served") if saved_by == "service" else saved[request.param]
     if not catalog.committed_steps(found.store):
         found.save()
     return found

@@ -307,6 +307,7 @@ PLACES = (
 THOROUGH = ("lose", "truncate", "corrupt", "corrupt_put")
 
 
+@pytest.mark.usefixtures("saved_by")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_save_commits_what_verifies_or_the_one_before_is_restored(proxy: FaultProxy, kind: str) -> None:
     stall_timeout_s = 0.5 if kind == "stall" else 30.0
@@ -331,6 +332,7 @@ def test_a_save_commits_what_verifies_or_the_one_before_is_restored(proxy: Fault
     assert not inspection.verify(open_store(url), f"step-{before:09d}/").problems
 
 
+@pytest.mark.usefixtures("saved_by")
 @pytest.mark.parametrize("kind", ["error", "lose", "truncate", "corrupt", "corrupt_put"])
 def test_an_outage_fails_the_save_and_the_one_before_is_restored(proxy: FaultProxy, kind: str) -> None:
     url = proxy.url(fresh(kind))
