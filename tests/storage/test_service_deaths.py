@@ -136,6 +136,7 @@ def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
     with process(path, "--rate-limit", "1e4", "--linger", "0", is_alone=is_alone) as service:
         ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
         until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
+        until("the keeper to have noted it", lambda: list(address.kept(path).glob("*.json")))
         if is_alone:
             for pid in (service.keeper.pid, service.pid()):
                 os.kill(pid, signal.SIGKILL)
