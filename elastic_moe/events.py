@@ -13,3 +13,4 @@ class TrainerEvent(StrEnum):
     LOSS_NOT_FINITE = "loss_not_finite"
     STATE_NOT_FINITE = "state_not_finite"
     DATA_CHANGED = "data_changed"
+    TRACKER_FAILED = "tracker_failed"

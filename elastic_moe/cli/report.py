@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from elastic_moe.cli.parser import PROG
+from elastic_moe.cli.picture import check_picture, draw_picture, find_metrics
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
 from launcher import EventName, EventRecord
@@ -46,6 +47,10 @@ last. Goodput is the part of it in which the job made progress that it kept.
 Times are those of this machine's time zone. Where the clocks of nodes differ so
 much that effects come before causes, they are set right, and that is told.
 
+--picture draws loss, validation, throughput and the experts' load by step, with
+generations and what happened. It reads --metrics, or each metrics.jsonl in and
+beside LOG_DIR; without LOG_DIR it tells of nothing else.
+
 --json writes one object: "runs", one for each job, with "outcome" or "end",
 "began" and "ended", "wall_s", "goodput", "steps_redone", "seconds" by cause,
 "interruptions" (cause, root, nodes, victims, times, steps_redone), "outages" of
@@ -63,13 +68,34 @@ def register(verbs: Subparsers) -> None:
         description="Tell what happened to a job, what failed first, and where its time went.",
         epilog=_EPILOG,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="LOG_DIR", help="folder of `run --log-dir`, or a file")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="LOG_DIR", help="folder of `run --log-dir`, or a file")
     parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the training as well: .png, .svg or .pdf")
+    parser.add_argument(
+        "--metrics", nargs="+", type=Path, metavar="FILE", help="of the picture: the job's train.metrics, of each node"
+    )
     parser.set_defaults(handler=handle)
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Print the report of every run in the files."""
+    """Print the report of every run in the files, and draw the training if asked to."""
+    if args.picture is None:
+        if args.metrics or not args.paths:
+            raise UserError(
+                "--metrics is for --picture" if args.metrics else "give LOG_DIR, what `run` had as --log-dir"
+            )
+        return _report(args)
+    check_picture(args.picture)
+    metrics = args.metrics or find_metrics(args.paths or [Path()])
+    code = _report(args) if args.paths else 0
+    events = read_events(find_files(args.paths))[0] if args.paths else []
+    draw_picture(args.picture, metrics, events)
+    if not args.json:
+        print(f"{args.picture} shows the training")
+    return code
+
+
+def _report(args: argparse.Namespace) -> int:
     try:
         events, num_unreadable = read_events(find_files(args.paths))
     except OSError as error:

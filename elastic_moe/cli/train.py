@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -20,9 +21,31 @@ from launcher import Environment
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
+EXAMPLE = """\
+[model]
+num_experts = 8
+top_k = 2
+
+[data]
+url = "stdlib"            # Python's own sources; or "corpus/*.jsonl", ...
+validation = 0.01
+
+[train]
+steps = 300
+validate_every = 50
+
+[checkpoint]
+url = "checkpoints/moe"   # or "s3://bucket/moe"
+every = "1min"
+"""
+
 _EPILOG = f"""\
 Fields are laid over each other: defaults, JOB.toml, the environment
 ({Environment.prefix}_SECTION__FIELD), --set. An empty JOB.toml trains the defaults.
+
+A JOB.toml that runs as it is:
+
+{textwrap.indent(EXAMPLE, "  ")}
 
 On several processes:
   elastic-moe run ... --mesh JOB.toml -m elastic_moe train JOB.toml

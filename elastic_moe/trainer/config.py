@@ -88,7 +88,17 @@ class TrainConfig(BaseModel):
     metrics: PathOrUrl | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)
-    """Steps between two lines of progress on the log."""
+    """Steps between two lines of progress on the log, and between two of the metrics that have each expert's load."""
+    progress: Literal["auto", "line", "log"] = "auto"
+    """How rank 0 shows its progress: a `line` that is drawn anew, or the `log`; `auto` is a line on a terminal."""
+    peak_flops: float | None = Field(None, gt=0)
+    """Operations per second of one device at best, by which model FLOPs utilisation is told; none takes what is known
+    of a GPU by its name, and measures a CPU for a moment."""
+    tensorboard: PathOrUrl | None = None
+    """Folder for TensorBoard's files, which rank 0 writes; none writes none. Needs the extra `tensorboard`."""
+    wandb: str | None = None
+    """Project of Weights & Biases that rank 0 writes a run of; none writes none. It stays on this machine (`wandb sync`
+    sends it) unless `WANDB_MODE=online`. Needs the extra `wandb`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

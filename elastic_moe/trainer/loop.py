@@ -15,10 +15,11 @@ from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
 from elastic_moe.events import TrainerEvent
 from elastic_moe.trainer.health import first_not_finite, go_back_to
-from elastic_moe.trainer.metrics import MetricsFile, SaveCounts, StepMetrics
+from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress
 from elastic_moe.trainer.step import Stepper, StepResult
+from elastic_moe.trainer.telling import Teller
 from elastic_moe.trainer.world import from_rank_0
 from launcher import Stop, WorkerContext, worker
 from storage import Checkpointer, CheckpointState, NoCheckpoint, StorageError, locate, summaries
@@ -40,7 +41,7 @@ class Loop:
     progress: DataProgress
     state: dict[str, Any]
     checkpointer: Checkpointer | None
-    metrics: MetricsFile | None
+    teller: Teller | None
     signals: StopSignals
     saves: SaveCounts
 
@@ -194,41 +195,8 @@ class Loop:
         return NotFinite(told)
 
     def _report(self, result: StepResult, step_s: float, val_loss: float | None) -> None:
-        """Tell of the last step, on rank 0."""
-        if self.here.rank != 0:
-            return
-        train, step = self.job.train, self.progress.step
-        if self.metrics is not None:
-            plan = self.stepper.meshes.plan
-            self.metrics.append(
-                StepMetrics(
-                    step=step,
-                    loss=result.loss if math.isfinite(result.loss) else None,
-                    grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
-                    lr=result.lr,
-                    tokens=step * train.global_batch * train.seq_len,
-                    load_max=float((result.load_LE.amax(dim=1) / result.load_LE.mean(dim=1)).max()),
-                    step_s=step_s,
-                    generation=self.here.generation,
-                    world_size=self.here.world_size,
-                    mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert},
-                    ts=time.time(),
-                    skipped=result.skipped,
-                    val_loss=val_loss,
-                    save_s=round(self.saves.blocked_s, 4),
-                    saves_left_out=self.saves.left_out,
-                )
-            )
-        if step % train.log_every == 0 or step == train.steps or val_loss is not None:
-            log.info(
-                "step %d/%d  loss %.4f%s  grad norm %.3f  %.0f tokens/s",
-                step,
-                train.steps,
-                result.loss,
-                "" if val_loss is None else f"  validation {val_loss:.4f}",
-                result.grad_norm,
-                train.global_batch * train.seq_len / step_s,
-            )
+        if self.teller is not None:
+            self.teller.tell(self.progress.step, result, step_s, val_loss, self.saves)
 
 
 def _tell_bad(step: int, bad: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,16 @@ from typing import Any, Self
 from elastic_moe.errors import UserError
 from storage import CheckpointEvent
 
+_LOOKED_AT_BYTES = 1 << 20
+_STEP = re.compile(rb'^\{"step": (\d+),', re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One line.
 
-    After a restart a step may appear again, done anew from the last checkpoint: readers take the last of its lines.
+    After a restart a step may appear again, done anew from the last checkpoint: such lines have `redone`, and readers
+    take the last line of a step.
 
     Attributes:
         step: completed steps, this one included.
@@ -37,6 +42,14 @@ class StepMetrics:
         save_s: seconds for which a checkpoint held the training up after the step before, this rank's clock.
         saves_left_out: checkpoints that were due since this process began and were not saved, since earlier ones took
             all the memory for copies.
+        tokens_per_s: of all ranks, in this step.
+        mfu: model FLOPs utilisation, 0 to 1; None where the devices' peak is unknown.
+        load_min: rows of the least busy expert of any layer over the mean.
+        load_entropy: by layer, the entropy of the experts' loads over that of level ones.
+        router_entropy: by layer, the mean entropy of a token's probabilities over that of equal ones.
+        dropped: rows that went to no expert: 0.
+        load: rows of each expert, by layer; None but in every `train.log_every`th step and those with a validation.
+        redone: whether the file had a line of this step, or of a later one, when this process began.
     """
 
     step: int
@@ -54,6 +67,39 @@ class StepMetrics:
     val_loss: float | None = None
     save_s: float = 0.0
     saves_left_out: int = 0
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    load_min: float | None = None
+    load_entropy: list[float] | None = None
+    router_entropy: list[float] | None = None
+    dropped: int = 0
+    load: list[list[int]] | None = None
+    redone: bool = False
+
+    def numbers(self) -> dict[str, float]:
+        """What a tracker draws, by name; what does not exist in this step is left out."""
+        told: dict[str, float | None] = {
+            "loss/train": self.loss,
+            "loss/validation": self.val_loss,
+            "optim/grad_norm": self.grad_norm,
+            "optim/lr": self.lr,
+            "speed/tokens_per_s": self.tokens_per_s,
+            "speed/step_s": self.step_s,
+            "speed/mfu": self.mfu,
+            "speed/save_s": self.save_s,
+            "experts/load_max": self.load_max,
+            "experts/load_min": self.load_min,
+            "experts/load_entropy": _mean(self.load_entropy),
+            "experts/router_entropy": _mean(self.router_entropy),
+            "experts/dropped": self.dropped,
+            "job/world_size": self.world_size,
+            "job/generation": self.generation,
+        }
+        return {name: float(number) for name, number in told.items() if number is not None}
+
+
+def _mean(numbers: Sequence[float] | None) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 @dataclass
@@ -71,6 +117,10 @@ class SaveCounts:
 class MetricsFile:
     """Appends lines, each with one write call: a reader, or a crash, never sees a part of one behind another.
 
+    Attributes:
+        last_step: the greatest step of which the file has had a line when it was opened, as far as its end tells; 0 if
+            there is none.
+
     Raises:
         UserError: the file cannot be made or opened.
     """
@@ -79,12 +129,21 @@ class MetricsFile:
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.last_step = self._find_last_step()
         except OSError as error:
             raise UserError(f"train.metrics {str(path)!r} cannot be written: {error.strerror}") from error
 
     def append(self, metrics: StepMetrics) -> None:
         os.write(self._fd, (json.dumps(asdict(metrics), allow_nan=False) + "\n").encode())
+
+    def _find_last_step(self) -> int:
+        """Of the lines at the file's end; one that was cut off by a crash is ended, so that ours are whole."""
+        size = os.fstat(self._fd).st_size
+        end = os.pread(self._fd, _LOOKED_AT_BYTES, max(0, size - _LOOKED_AT_BYTES))
+        if end and not end.endswith(b"\n"):
+            os.write(self._fd, b"\n")
+        return max(map(int, _STEP.findall(end)), default=0)
 
     def __enter__(self) -> Self:
         return self

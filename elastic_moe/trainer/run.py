@@ -20,13 +20,15 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import build_mesh, init_weights, read_weights
 from elastic_moe.trainer.config import CheckpointConfig
 from elastic_moe.trainer.loop import Loop
-from elastic_moe.trainer.metrics import MetricsFile, SaveCounts
+from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.schedule import may_move
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
 from elastic_moe.trainer.state import DataProgress, training_state
 from elastic_moe.trainer.step import Stepper
+from elastic_moe.trainer.telling import open_teller
+from elastic_moe.trainer.trackers import check_installed
 from elastic_moe.trainer.world import choose_device, choose_plan, process_group
 from launcher import Environment, worker
 from storage import Access, Checkpointer, JobIdentity, SavingOptions
@@ -46,6 +48,7 @@ def train(job: JobConfig) -> None:
         NotFinite: too many steps in a row were skipped, or the last one, or the model holds what is not finite.
         Stopped: there is no agent, and a signal asked for a stop.
     """
+    check_installed(job.train.tensorboard, job.train.wandb)
     here = worker.context(set_device=False)  # the job says which
     if job.train.exact:
         # A CPU kernel that splits a sum over threads rounds it by their number.
@@ -58,9 +61,6 @@ def train(job: JobConfig) -> None:
         stepper, progress = set_up(job, meshes, here.rank, device)
         state = training_state(stepper.model, stepper.optimizer, progress)
         with contextlib.ExitStack() as stack:
-            metrics = None
-            if here.rank == 0 and job.train.metrics is not None:
-                metrics = stack.enter_context(MetricsFile(job.train.metrics))
             saves, checkpointer = SaveCounts(), None
             if job.checkpoint.url is not None:
                 checkpointer = stack.enter_context(
@@ -75,7 +75,8 @@ def train(job: JobConfig) -> None:
                 )
             if checkpointer is None or not restore(checkpointer, state, stepper, progress, job.data):
                 first_weights(stepper.model, job)
-            Loop(job, here, stepper, progress, state, checkpointer, metrics, signals, saves).run()
+            teller = stack.enter_context(open_teller(job, here, plan, device, progress.step))
+            Loop(job, here, stepper, progress, state, checkpointer, teller, signals, saves).run()
         if signals.received and progress.step < job.train.steps:
             where = f"its state is in {job.checkpoint.url}" if job.checkpoint.url else "without a checkpoint.url"
             raise Stopped(f"{signals.received.name} stopped the training after step {progress.step}, {where}")

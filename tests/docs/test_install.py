@@ -116,7 +116,7 @@ def test_messages_name_packages_that_indexes_have_and_the_extra_that_has_them() 
             assert set(names.split()) == {_name(text) for text in EXTRAS[extra]}, path
             told[extra] = names
         assert text.count("pip install") == len(ADVICE.findall(re.sub(r'"\s*\n\s*f?"', "", text))), path
-    assert set(told) == {"s3", "etcd", "demo", "huggingface", "parquet"}
+    assert set(told) == {"s3", "etcd", "demo", "huggingface", "parquet", "tensorboard", "wandb"}
 
 
 def test_no_text_names_an_index_that_does_not_have_us() -> None:
