@@ -11,25 +11,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_moe.model.dispatch import SortedDispatch
 from elastic_moe.model.experts import Experts
 from elastic_moe.torch_private import exchange_rows
 from launcher import experts_per_rank
 
 
-class AllToAllDispatch:
+class AllToAllDispatch(SortedDispatch):
     """Exchange rows over an expert-parallel group: counts first, then the rows themselves, and the results back.
 
     Nothing is padded and nothing dropped; a rank may send or receive no row, or hold no expert, and still takes part.
+    The host waits once, for the numbers of rows.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+        super().__init__(num_experts)
         self.group = group
         self.num_ranks = group.size()
         of_rank = experts_per_rank(num_experts, self.num_ranks)
         self.num_held = of_rank[group.rank()]
         self.num_missing = self.num_ranks * of_rank[0] - num_experts
 
-    def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+    def carry(self, x_RD: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
         sent_PX, received_PX = self._exchange_counts(counts_E)
         send_splits, receive_splits = sent_PX.sum(1).tolist(), received_PX.sum(1).tolist()
         x_QD = exchange_rows(x_RD, send_splits, receive_splits, self.group)

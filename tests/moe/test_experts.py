@@ -31,7 +31,7 @@ def filled(module: torch.nn.Module, seed: int = 0) -> None:
 def dense_moe(moe: MoE, x_TD: Tensor) -> Tensor:
     """The definition: each token through all experts, weighted by its renormalised top-k probabilities."""
     probs = F.linear(x_TD, moe.router.weight).softmax(-1)
-    top = probs.topk(moe.top_k).indices
+    top = probs.topk(moe.router.top_k).indices
     kept = torch.zeros_like(probs).scatter(1, top, probs.gather(1, top))
     weights = kept / kept.sum(-1, keepdim=True)
     e = moe.experts
@@ -126,7 +126,7 @@ def dispatched(owner: int | None) -> tuple[Tensor, Tensor, Tensor]:
     for part, whole in zip(mine.parameters(), experts.parameters(), strict=True):
         part.data.copy_(whole.data[rank * half : (rank + 1) * half])
     assert dist.group.WORLD is not None
-    got = AllToAllDispatch(dist.group.WORLD, config.num_experts)(x, counts, mine)
+    got = AllToAllDispatch(dist.group.WORLD, config.num_experts).carry(x, counts, mine)
     (got * got).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(got, expected)
