@@ -10,7 +10,8 @@ S3              without a service
 
 `link` is what one connection of the loopback interface carries from one process to another, of the same number of
 bytes as the rank that joins needs; `allowed` is twice that and 0.5 s. Of the slower rank it is told where the time
-went, see the event `restored`. It ends with what it has started, on Ctrl-C and SIGTERM too.
+went, see the event `restored`, and the rank's seconds of processor (`cpu`). It ends with what it has started, on
+Ctrl-C and SIGTERM too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ WORLD_SIZE = 2
 TIMEOUT_S = 600.0
 OWN, JOIN, S3 = "own memory", "a join", "S3"
 WAYS = (OWN, S3, JOIN)
-PHASES = ("ask", "choose", "fit", "read", "load")
+PHASES = ("ask", "choose", "fit", "read", "load", "cpu")
 TIMES_S3, OVER_LINK, OVER_S = 5.0, 2.0, 0.5
 QUICK = 3
 """Repeats that take two minutes."""
@@ -103,10 +104,11 @@ def restore(
         url, job=job, service=service, on_event=lambda event, fields: told.update({str(event): fields})
     ) as c:
         torch.distributed.barrier()
-        began_s = time.perf_counter()
+        began_s, cpu_s = time.perf_counter(), time.process_time()
         c.restore(state)
-        seconds = time.perf_counter() - began_s
+        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
     same = all(torch.equal(state[f"w{k}"].to_local(), local_of(mib, 1, k)) for k in range(NUM_TENSORS))
+    told["restored"]["phases"]["cpu"] = round(cpu_s, 3)
     return seconds, told["restored"], same
 
 
