@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 
 from storage.errors import Corrupt, NotFound, Transient
 from storage.format.manifest import ItemTable
+from storage.format.sealed import seal
 from storage.held.inventory import HeldObject, HeldPart
-from storage.held.own_memory import OwnPart
+from storage.held.own_memory import OwnPart, PartMap, PlacedObject
 from storage.stores.objects import ObjectStore
 from storage.stores.wrapper import StoreWrapper
 from tests.storage.held_cases import (
@@ -283,6 +285,28 @@ def test_descriptors_do_not_pile_up_and_a_map_of_nonsense_is_refused() -> None:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
+@pytest.mark.parametrize(
+    ("memory", "offset", "length"), [(0, 0, 9), (1, 4090, 7), (2, 0, 1), (-1, 0, 1), (1, 0, 1 << 40)]
+)
+def test_a_list_that_reaches_out_of_its_memory_is_refused(memory: int, offset: int, length: int) -> None:
+    def descriptors(memory: int, offset: int, length: int) -> list[int]:
+        of, at, size = (np.array([number]) for number in (memory, offset, length))
+        placed = PlacedObject.model_construct(name="x", memory=of, offset=at, length=size)
+        document = seal("pieces", PartMap.model_construct(objects=(placed,), inline_bytes=8))
+        found = [os.memfd_create("pieces"), os.memfd_create("memory")]
+        os.write(found[0], len(document).to_bytes(8, "little") + document + b"inlined!")
+        os.truncate(found[1], 4096)
+        return found
+
+    own = OwnPart(descriptors(0, 0, 8))
+    data = bytearray(8)
+    own.read_into("x", 0, [memoryview(data)])
+    own.close()
+    assert data == b"inlined!"
+    with pytest.raises(Corrupt):
+        OwnPart(descriptors(memory, offset, length))
+
+
 def read_all(own: OwnPart, part: HeldPart) -> None:
     for name, held in part.objects.items():
         own.read_into(name, 0, [memoryview(bytearray(held.size_bytes))])
@@ -297,7 +321,8 @@ def test_memory_that_its_holder_makes_shorter_is_a_source_that_fails() -> None:
         for name, held in part.objects.items():
             whole = bytearray(held.size_bytes)
             halves = memoryview(whole)[: held.size_bytes // 3], memoryview(whole)[held.size_bytes // 3 :]
-            own.read_into(name, 0, halves)
+            own.read_into(name, 0, halves[:1])
+            own.read_into(name, halves[0].nbytes, halves[1:])
             assert whole == b"".join(held.pieces)
             with pytest.raises(NotFound):
                 own.read_into(name, 1, halves)
