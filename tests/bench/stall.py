@@ -95,7 +95,8 @@ class StallBench:
             print(f"{number + 1}/{len(turns)}, {left_s:.0f} s left: {told}", file=sys.stderr, flush=True)
 
     def _ways(self, target: str) -> list[str]:
-        ways = [way for way in self._args.ways if way != PYPI or target == "folder"]
+        only_once = () if target == self._args.targets[0] else (MEMCPY,)
+        ways = [way for way in self._args.ways if way not in only_once and (way != PYPI or target == "folder")]
         return [*ways, NOTHING] if NOTHING in ways else ways
 
     def _once(self, target: str, way: str, number: int) -> list[StallRun]:
@@ -173,7 +174,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/bench-stall.json"))
     args = parser.parse_args(arguments)
     if args.quick:
-        args.repeats, args.ways = 1, [way for way in QUICK_WAYS if way in args.ways]
+        args.repeats, args.steps_between = 1, min(6, args.steps_between)
+        args.ways = [way for way in QUICK_WAYS if way in args.ways]
     if args.pypi is not None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(args.pypi)]))
         sys.path.append(str(args.pypi))

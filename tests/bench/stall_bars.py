@@ -47,7 +47,7 @@ class Bar:
 
 def memcpys(cell: StallCell, cells: Cells) -> float | None:
     """How many times as long as one memcpy of the same bytes a save has blocked; None where none was measured."""
-    reference = cells.get((cell.target, MEMCPY))
+    reference = cells.get((cell.target, MEMCPY)) or cells.get(("folder", MEMCPY))  # which goes to neither
     if reference is None:
         return None
     return statistics.median(cell.blocked_s) / statistics.median(reference.blocked_s)

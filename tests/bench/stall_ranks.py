@@ -148,6 +148,15 @@ class Ours(Way):
         self._checkpointer.close()
 
 
+class GatewayWriter(FsspecWriter):
+    """Sends a Content-MD5 where the gateway wants one, in the process to which a writer is sent as well."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """See `_send_md5`."""
+        _send_md5(self.fs.fs)
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+
 class Dcp(Way):
     """`dcp.save`, or `dcp.async_save` of a kind, with stock writers. A save waits for the one before."""
 
@@ -172,8 +181,7 @@ class Dcp(Way):
         path = f"{self.task.target}/{number}"
         writer: Any = dcp.FileSystemWriter(path)
         if self.task.endpoint_url:
-            writer = FsspecWriter(path, endpoint_url=self.task.endpoint_url)
-            _send_md5(writer.fs.fs)
+            writer = GatewayWriter(path, endpoint_url=self.task.endpoint_url)
         if self.task.way == DCP:
             dcp.save(state, storage_writer=writer)
             self.commits_s.append(time.perf_counter() - began_s)
@@ -301,6 +309,8 @@ def run(task: StallTask) -> StallRun:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
     logging.getLogger("storage").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    with open(Path(task.environment["XDG_RUNTIME_DIR"], "ranks.log"), "ab") as output:
+        os.dup2(output.fileno(), 2)  # the process of async_save tells all that it does
     if "://" not in task.target:
         Path(task.target).mkdir(exist_ok=True)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # some start processes
