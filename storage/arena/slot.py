@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 _PAGE_BYTES = mmap.PAGESIZE
 _POPULATED_AT_ONCE_BYTES = 64 * 1024 * 1024
+_UNASKED_BYTES = 1024 * 1024
+"""So little is taken without asking what is free, which takes longer than taking it."""
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
 _WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -70,7 +72,7 @@ class Slot:
         """The same, but that nothing may be written to any of it before `populate`. Raises MemoryError."""
         page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else _PAGE_BYTES
         size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
-        if (free := free_bytes()) is not None and size_bytes > free:
+        if size_bytes > _UNASKED_BYTES and (free := free_bytes()) is not None and size_bytes > free:
             raise _lack(size_bytes, f"only {_mib(free)} are free")
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
             fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -153,7 +153,8 @@ class GatewayWriter(FsspecWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `_send_md5`."""
-        _send_md5(self.fs.fs)
+        files: Any = self.fs
+        _send_md5(files.fs)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from storage.errors import UnsupportedValue
 from storage.saving.describe import Holdings, describe
 
 
@@ -73,3 +74,12 @@ def test_other_shards_are_planned_anew(placements: tuple[Any, ...]) -> None:
     assert told(describe(new, 0, before=before)) == told(describe(new, 0)) != told(before)
     same = state(w=sharded(*placements))
     assert (describe(same, 0, before=before).items is before.items) == (placements == (Shard(0),))
+
+
+def test_an_odd_tensor_that_comes_later_is_refused_as_well() -> None:
+    state: dict[str, Any] = {"w": torch.ones(3)}
+    before = describe(state, 0)
+    assert describe(state, 0, before=before).items is before.items
+    for odd in (torch.nn.parameter.UninitializedParameter(), torch.ones(3, device="meta")):
+        with pytest.raises(UnsupportedValue, match="'w'"):
+            describe({"w": odd}, 0, before=before)
