@@ -12,7 +12,7 @@ import logging
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]] | TextFiles | JoinedArrays
 
-_END_OF_DOCUMENT = b"\0"
 _FILE_BYTES = 64 << 20  # of sources that become one file of the cache, where they are smaller
 _BATCH_BYTES = 4 << 20  # of text that is tokenized at once
 _COPY_BYTES = 8 << 20
@@ -111,6 +110,8 @@ def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None)
         )
     try:
         shards, holds_ids = _shards(config, tokenizer)
+    except FileNotFoundError as error:  # of a store it says the name alone
+        raise UserError(f"data.url {config.url!r} cannot be read, there is no such file: {error}") from error
     except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"data.url {config.url!r} cannot be read: {' '.join(str(error).split())}") from error
     except ValueError as error:
@@ -133,11 +134,6 @@ def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None)
     return corpus
 
 
-def as_bytes(documents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
-    """Documents as one array of byte tokens, uint8."""
-    return np.frombuffer(b"".join(part for text in documents for part in (text, _END_OF_DOCUMENT)), dtype=np.uint8)
-
-
 def fingerprint(shards: Sequence[Tokens]) -> str:
     """SHA-256 over types, lengths and contents; of the contents of very large shards, pages spread over them."""
     digest = hashlib.sha256()
@@ -151,7 +147,7 @@ def fingerprint(shards: Sequence[Tokens]) -> str:
 def _shards(config: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Tokens], bool]:
     """The rows of a corpus, and whether its files hold token ids already."""
     if config.url == "stdlib" and not tokenizer.digest:
-        return [as_bytes(path.read_bytes() for path in stdlib_files())], False
+        return [TextFiles([str(path) for path in stdlib_files()])], False
     sources = find_sources(config)
     first = sources[0]
     if first.kind.format is DataFormat.TOKENS:

@@ -177,7 +177,7 @@ def _expand(fs: Any, path: str) -> dict[str, Any]:
     else:
         found = {path: fs.info(path)}
     if not found:
-        raise FileNotFoundError("no file of that name")
+        raise FileNotFoundError(path)
     return found
 
 
@@ -232,13 +232,25 @@ def _whole_characters(text: bytes) -> int:
 
 
 def _lines(file: Any, path: str, field: str) -> Iterator[Piece]:
-    number = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _MAX_LINE_BYTES:
-            raise UserError(f"{path}, line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB: is it JSON lines?")
+    for number, line in enumerate(_split_lines(file, path), start=1):
         if (text := text_of_line(line, path, number, field)) is not None:
             yield Piece(text, is_last=True)
+
+
+def _split_lines(file: Any, path: str) -> Iterator[bytes]:
+    """Lines of bounded length, which remote files' own `readline` does not bound."""
+    kept: list[bytes] = []
+    num_kept = 0
+    while part := file.read(_PART_BYTES):
+        *ended, rest = part.split(b"\n")
+        for line in ended:
+            yield b"".join((*kept, line))
+            kept, num_kept = [], 0
+        kept.append(rest)
+        num_kept += len(rest)
+        if num_kept > _MAX_LINE_BYTES:
+            raise UserError(f"data.url: {path} has a line of more than {_MAX_LINE_BYTES >> 20} MiB: is it JSON lines?")
+    yield b"".join(kept)
 
 
 def _rows(source: SourceFile, field: str, progress: ReadProgress) -> Iterator[Piece]:

@@ -7,11 +7,12 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from elastic_moe.data import DataConfig
-from elastic_moe.data.corpus import as_bytes, fingerprint, open_corpus
+from elastic_moe.data.corpus import fingerprint, open_corpus
 from elastic_moe.data.documents import JoinedArrays, TextFiles
 from elastic_moe.data.sources import stdlib_files
 from elastic_moe.errors import UserError
@@ -30,6 +31,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where token ids are kept between openings: a folder of each test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return tmp_path / "caches" / "elastic-moe"
+
+
+def as_bytes(documents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
+    """Documents as one array of byte tokens."""
+    return np.frombuffer(b"".join(text + b"\0" for text in documents), dtype=np.uint8)
 
 
 DOCUMENTS = ["one document", "", "a second, längere one", "third"]

@@ -17,14 +17,19 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 import torch.distributed as dist
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
+from pyarrow import parquet
 
-from elastic_moe.data import DataConfig, corpus
+from elastic_moe.data import DataConfig, corpus, sources
 from elastic_moe.data.cache import TokenCache, TokenSink, default_folder
-from elastic_moe.data.corpus import as_bytes, fingerprint, open_corpus
+from elastic_moe.data.corpus import fingerprint, open_corpus
 from elastic_moe.data.progress import ReadProgress
 from elastic_moe.errors import UserError
+from tests.moe.test_corpus import as_bytes
 from tests.ranks import Ranks
 
 GIB = 1 << 30
@@ -169,6 +174,52 @@ def test_how_a_file_is_read_is_a_part_of_its_key(tmp_path: Path) -> None:
         opened(url, tmp_path, format="text").fingerprint,
     }
     assert len(prints) == 3
+
+
+class RangedFile(AbstractBufferedFile):
+    """As the files of S3, GCS and HTTP are: read by ranges, and with their methods alone."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return bytes(self.fs.store[self.path].getvalue()[start:end])
+
+
+class RangedFileSystem(MemoryFileSystem):
+    protocol = "ranged"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("ranged://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return RangedFile(self, path, mode, block_size=100, cache_type="readahead", size=self.info(path)["size"])
+
+
+def test_files_that_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("ranged", RangedFileSystem, clobber=True)
+    monkeypatch.setattr(sources, "_PART_BYTES", 70)
+    joined = as_bytes(text.encode() for text in TEXTS)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": TEXTS}), table)
+    ids = np.arange(100, 900, dtype=np.uint32)
+    cases: list[tuple[str, bytes, Any]] = [
+        ("a.jsonl", lines, joined),
+        ("b.jsonl", lines.rstrip(b"\n"), joined),
+        ("a.jsonl.gz", gzip.compress(lines), joined),
+        ("a.parquet", table.getvalue(), joined),
+        ("a.txt", "\n".join(TEXTS).encode(), as_bytes(["\n".join(TEXTS).encode()])),
+        ("a.npy", npy(ids), ids),
+    ]
+    for name, content, expected in cases:
+        remote(name, content)
+        assert opened(f"ranged://{name}", tmp_path).fingerprint == fingerprint([expected]), name
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(sources, "_PART_BYTES", 400)
+    with pytest.raises(UserError, match="has a line of more than 0 MiB: is it JSON lines"):
+        opened(remote("long.jsonl", b"x" * 5000), tmp_path)
 
 
 @pytest.mark.parametrize(
