@@ -23,6 +23,8 @@ _MOMENTS_BYTES = 8
 _FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
+_MAPPED_BYTES = 32 << 20
+_CPU_RUNTIME_BYTES = 80 << 20  # pages of libraries that a first step touches, buffers of gloo, kernels made at run time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class _Sizes:
         self.of_layer = self.tokens * layer_activation_bytes(spec)
         inputs = self.tokens * spec.model_dim * wide * spec.num_layers
         self.activations = inputs if spec.recompute else self.of_layer * spec.num_layers
+        self.runtime = _holes(self) + _CPU_RUNTIME_BYTES if spec.cores_per_node else 0
         self.logits = self.tokens * spec.vocab_size * wide
         # Softmax, its gradient and that of the logits, beside the logits themselves.
         self.at_the_loss = self.tokens * spec.vocab_size * 3 * _LOSS_BYTES
@@ -106,7 +109,7 @@ class _Sizes:
             logits,
             gathered,
             working,
-            0,
+            self.runtime,
         )
         return MemoryUse(*map(math.ceil, terms))
 
@@ -123,10 +126,12 @@ class _Sizes:
         """The backward pass of the last layer, its first; or of the first one, with most gradients in shards."""
         spec = self.spec
         left = 1.0 if last else 1 / spec.num_layers
+        # Whole gradients make room for those in shards, but what malloc has in its heap does not shrink for that.
+        whole = 1.0 if self.is_kept(self.experts / _MATRICES_OF_EXPERT) else left
         shards = (1 - left) * self.own_num * _PARAM_BYTES
         again = self.of_layer if spec.recompute else 0
         return self.use(
-            gradients=self.accumulated * left + shards + self.root / 2,  # the head's; the embedding comes at the end
+            gradients=self.accumulated * whole + shards + self.root / 2,  # the head's; the embedding comes at the end
             activations=self.activations * left + again,
             logits=self.logits,
             gathered=self.root + self.layer + self.experts,
@@ -155,9 +160,42 @@ class _Sizes:
         )
         return self.use(gradients=self.own_num * _PARAM_BYTES, logits=self.logits, working=2 * _FLOAT64_BYTES * largest)
 
+    def is_kept(self, block: float) -> bool:
+        """Whether glibc's malloc keeps a block of so many bytes that was freed."""
+        return bool(self.spec.cores_per_node) and block < _MAPPED_BYTES
+
     def reducing(self, numbers: float, wide: int) -> float:
         """Gradients of `wide` bytes each, what of them is sent, and what comes out of it."""
         return numbers * (wide + self.spec.reduce_bytes * (1 + 1 / self.num_shards))
+
+
+def _holes(sizes: _Sizes) -> float:
+    """What glibc's malloc keeps of freed blocks: what each layer leaves for the backward pass settles in their midst.
+
+    So of each layer stays what it took for itself: the gathered parameters, and the buffers that they were gathered in;
+    rows and tokens on their way; what is computed again; gradients that are reduced in a wider type. Blocks from 32 MiB
+    on (DEFAULT_MMAP_THRESHOLD_MAX in malloc/malloc.c) are mapped one by one, and returned. Measured on torch's own
+    account of live bytes, which the other terms meet within 3 %.
+    """
+    spec, mesh, wide = sizes.spec, sizes.mesh, sizes.spec.activation_bytes
+    rows = spec.top_k if spec.num_experts else 1
+    narrow = wide < spec.reduce_bytes
+    kept = 0.0
+    if not spec.keep_gathered:
+        kept += sizes.layer + (sizes.experts if sizes.is_kept(sizes.experts / _MATRICES_OF_EXPERT) else 0.0)
+        kept += sizes.layer if sizes.num_shards > 1 or narrow else 0.0
+        kept += sizes.experts if (mesh.shard > 1 or narrow) and sizes.is_kept(sizes.experts) else 0.0
+    if narrow and sizes.is_kept(reduced := sizes.layer_experts_num * spec.reduce_bytes):
+        kept += reduced
+    of_tokens = sizes.tokens * spec.model_dim * wide
+    of_rows = of_tokens * rows
+    copies = 2 + (4 if mesh.expert > 1 else 0)  # sorted and back, and once more each where they are exchanged
+    kept += 2 * of_tokens if sizes.is_kept(of_tokens) else 0.0
+    kept += copies * of_rows if sizes.is_kept(of_rows) else 0.0
+    if spec.recompute:
+        kept += sizes.tokens * _attention_numbers(spec) * wide if sizes.is_kept(of_tokens) else 0.0
+        kept += sizes.tokens * _expert_numbers(spec) * wide if sizes.is_kept(of_rows) else 0.0
+    return spec.num_layers * kept
 
 
 def layer_activation_bytes(spec: MeshSpec) -> float:
@@ -168,13 +206,18 @@ def layer_activation_bytes(spec: MeshSpec) -> float:
     input, where that is not what it is anyway, logits, scores and shares. (`Experts` computes the last product's input
     again.)
     """
-    query_dim = spec.query_dim or spec.model_dim
-    key_dim = spec.key_dim or query_dim
-    rows = spec.top_k if spec.num_experts else 1
-    numbers = 6 * spec.model_dim + 3 * query_dim + 2 * key_dim
-    numbers += rows * (2 * spec.model_dim + 3 * spec.ffn_dim) + 4 * spec.shared_dim
     router = 3 * spec.num_experts + (spec.model_dim if spec.activation_bytes < _LOSS_BYTES else 0)
-    return numbers * spec.activation_bytes + router * _LOSS_BYTES
+    return (_attention_numbers(spec) + _expert_numbers(spec)) * spec.activation_bytes + router * _LOSS_BYTES
+
+
+def _attention_numbers(spec: MeshSpec) -> int:
+    query_dim = spec.query_dim or spec.model_dim
+    return 6 * spec.model_dim + 3 * query_dim + 2 * (spec.key_dim or query_dim)
+
+
+def _expert_numbers(spec: MeshSpec) -> int:
+    rows = spec.top_k if spec.num_experts else 1
+    return rows * (2 * spec.model_dim + 3 * spec.ffn_dim) + 4 * spec.shared_dim
 
 
 def _expert_work_bytes(spec: MeshSpec) -> float:
