@@ -57,8 +57,11 @@ def _links(device: torch.device) -> dict[str, float]:
     fixed_s = _least_s(lambda: dist.all_reduce(small), device)
     part = torch.zeros(_MESSAGE_BYTES // 4, device=device)
     whole = torch.zeros(num_ranks * part.numel(), device=device)
-    gather_s = _least_s(lambda: dist.all_gather_into_tensor(whole, part), device)
-    reduce_s = _least_s(lambda: dist.reduce_scatter_tensor(part, whole), device)
+    # torch 2.13 has new names for both, and warns of the old ones.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    gather_s = _least_s(lambda: gather(whole, part), device)
+    reduce_s = _least_s(lambda: scatter(part, whole), device)
     moved = (num_ranks - 1) * _MESSAGE_BYTES
     # What the first rank beyond this one costs stands for each: a collective of one rank talks to nobody.
     hop_s = fixed_s / num_ranks

@@ -121,6 +121,7 @@ def mesh_spec(job: JobConfig) -> MeshSpec:
         max_idle=mesh.max_idle,
         max_micro_batch=train.micro_batch_limit,
         recompute=train.recompute,
+        counts_first=model.balance == "global",
         keep_gathered=train.keep_gathered,
         memory_cap_bytes=None if mesh.memory_gib is None else round(mesh.memory_gib * _GIB),
         expert=mesh.expert,

@@ -82,6 +82,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "score": "sigmoid",
             "norm_topk": True,
             "route_scale": 2.5,
+            "num_groups": 8,
+            "top_groups": 4,
             "balance": "bias",
             "balance_rate": 1e-3,
         },

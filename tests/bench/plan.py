@@ -118,6 +118,10 @@ def meshes(spec: MeshSpec, sizes: Sequence[int]) -> list[MeshPlan]:
     return [MeshPlan(*layout, 0, -(-spec.global_batch // size), 1) for size in sizes for layout in layouts(size, spec)]
 
 
+def _layout(plan: MeshPlan) -> str:
+    return f"{plan.replicate} x {plan.shard} x {plan.expert}"
+
+
 def speed_rows(fields: dict[str, Any], sizes: Sequence[int], num_steps: int) -> tuple[dict[str, float], list[Any]]:
     """The probe's findings, and what each mesh was said to take and took."""
     ranks = Ranks()
@@ -134,7 +138,7 @@ def speed_rows(fields: dict[str, Any], sizes: Sequence[int], num_steps: int) -> 
             for plan, measured_s in zip(plans, times_s, strict=True):
                 step = step_time(plan, spec, ranks_per_node=size)
                 terms = ", ".join(f"{n} {s:.2f}" for n, s in dataclasses.asdict(step).items() if s >= 0.005)
-                print(f"{plan!s:28.28}{step.total:>12.3f}{measured_s:>12.3f}   {terms}", flush=True)
+                print(f"{_layout(plan):28}{step.total:>12.3f}{measured_s:>12.3f}   {terms}", flush=True)
                 mesh = dataclasses.asdict(plan)
                 rows.append({"mesh": mesh, "predicted": dataclasses.asdict(step), "measured_s": measured_s})
     finally:

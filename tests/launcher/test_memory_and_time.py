@@ -107,3 +107,19 @@ def test_terms_of_a_step() -> None:
     assert again.compute == pytest.approx(once.compute * 4 / 3)
     kept = step_time(mesh(2, 2, 2, rounds=2), MIXTRAL.replace(keep_gathered=True), ranks_per_node=8)
     assert kept.gather == pytest.approx(once.gather / 2)
+
+
+def test_on_cpus_malloc_keeps_what_layers_had_gathered() -> None:
+    """Where blocks are below 32 MiB; larger ones are mapped one by one and returned."""
+    small = MIXTRAL.replace(
+        model_dim=512, ffn_dim=1024, query_dim=512, key_dim=256, expert_params=8 * 8 * 3 * 512 * 1024, num_layers=8
+    ).replace(dense_params=6_600_000, vocab_size=256, activation_bytes=4, tokens_per_sample=1)
+    on_cpu = small.replace(cores_per_node=2)
+    assert memory_use(mesh(), small).runtime == 0
+    layers = 4 * 8 * (small.layer_dense_params + small.layer_expert_params)
+    libraries = memory_use(mesh(), on_cpu.replace(keep_gathered=True)).runtime
+    assert memory_use(mesh(), on_cpu).runtime - libraries == pytest.approx(layers, rel=0.01)
+    wide = on_cpu.replace(ffn_dim=4096, expert_params=8 * 8 * 3 * 512 * 4096)
+    assert memory_use(mesh(), wide).runtime - libraries < 0.1 * layers
+    whole, cut = (memory_use(mesh(1, shards, rounds=2), on_cpu) for shards in (1, 2))
+    assert whole.gradients > cut.gradients > 4 * (small.dense_params + small.expert_params)
