@@ -196,7 +196,7 @@ def _parsed(content: bytes, origin: str) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise UserError(
-            f"data.tokenizer is {origin}, for which tokenizers is missing: pip install tokenizers, "
+            f"data.tokenizer is {origin}, for which tokenizers is missing: pip install safetensors tokenizers, "
             "or install elastic-moe with its extra huggingface"
         ) from None
     try:

@@ -73,7 +73,7 @@ def _write_weights(trained: TrainedModel, folder: Path, dtype: torch.dtype, tell
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(
-            "safetensors is missing, which writes such folders: pip install safetensors, "
+            "safetensors is missing, which writes such folders: pip install safetensors tokenizers, "
             "or install elastic-moe with its extra huggingface"
         ) from None
     parts = list(layers(trained.config, published(trained.config)))

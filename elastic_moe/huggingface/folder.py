@@ -151,7 +151,7 @@ def _open(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UserError(
-            "safetensors is missing, which reads such folders: pip install safetensors, "
+            "safetensors is missing, which reads such folders: pip install safetensors tokenizers, "
             "or install elastic-moe with its extra huggingface"
         ) from None
     try:

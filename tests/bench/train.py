@@ -143,6 +143,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.repeats = args.repeats or (5 if args.quick else 11)
     args.step_repeats, args.steps = (3, 2) if args.quick else (7, 3)
+    args.step_repeats = min(args.step_repeats, args.repeats)
     args.start_repeats = 1 if args.quick else 3
     return args
 
