@@ -69,6 +69,7 @@ def test_a_save_is_kept_until_it_has_ended_and_its_memory_is_not_held_any_more(p
         pair.heed()
         pair.heed()
         assert (kept.is_stored, kept.is_done, kept.is_released) == (True, first == "done", first == "released")
+        assert list(pair.state.kept) == ["a"]
         getattr(pair.safe, second)("a")
         pair.heed()
         assert not pair.state.kept
