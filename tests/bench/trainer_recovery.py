@@ -87,7 +87,8 @@ def lose_nodes(row: Row, dim: int, server: S3Server, chance: random.Random, repe
             _JOB.format(dim=dim, metrics=metrics, url=url, every=EVERY, mesh=row.one, more=row.more)
         )
         options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "bucket"]
-        options += ["--rdzv-endpoint", str(folder / "meet"), "--rdzv-id", folder.name, "--rdzv-conf", "last_call=60"]
+        options += ["--rdzv-endpoint", str(folder / "meet"), "--rdzv-id", folder.name]
+        options += ["--rdzv-conf", "last_call=60,strikes=1000"]  # or a node that is lost thrice is kept out
         with Processes() as processes:
             job = LossyJob(folder, processes, [*options, *row.options], server.environment)
             job.start_both()

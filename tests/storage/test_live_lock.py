@@ -78,6 +78,21 @@ def test_an_optimizer_waits_for_who_holds_the_state(lock: StepLock[int]) -> None
     assert parameter.item() == 0.0
 
 
+@pytest.mark.parametrize("change", ["note", "clear"])
+def test_so_does_who_changes_it_otherwise(lock: StepLock[int], change: str) -> None:
+    """A restore, say, that would write over what is being copied."""
+    lock.note(4)
+    calls = {"note": lambda: lock.note(5), "clear": lambda: lock.clear("a restore has begun")}
+    changing = threading.Thread(target=calls[change], daemon=True)
+    with lock.held(0.0) as note:
+        assert note == 4
+        changing.start()
+        changing.join(0.2)
+        assert changing.is_alive()
+    changing.join(DEADLINE_S)
+    assert seen(lock) == {"note": 5, "clear": "a restore has begun"}[change]
+
+
 def test_a_step_that_is_being_applied_is_waited_for(lock: StepLock[int]) -> None:
     optimizer_of(1.0).step()
     found: list[int | str] = []
