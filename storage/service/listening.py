@@ -30,8 +30,10 @@ def listen(
     answer for too long.
     """
     heard_s = asked_s = time.monotonic()
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
+    poll, fd = select.poll(), channel.fileno()
+    if fd < 0:  # who sent something has found the connection ended, and closed it
+        return
+    poll.register(fd, select.POLLIN)
     try:
         while not is_closed():
             if poll.poll(_LOOK_MS):
@@ -53,3 +55,5 @@ def listen(
     except (OSError, ProtocolError) as error:
         if not is_closed():
             log.warning("the connection to the checkpoint service has ended: %s", error)
+    except Exception:  # nobody would hear of any save any more
+        log.exception("what the checkpoint service says cannot be dealt with: another connection is made")

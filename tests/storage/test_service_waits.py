@@ -11,8 +11,11 @@ import torch
 
 from storage import Checkpointer
 from storage.agent import AgentEnvironment
+from storage.service.channel import Channel
 from storage.service.client import ServiceBackend
-from tests.storage.service_cases import Gate, InThread, committed, in_thread, until
+from storage.service.listening import listen
+from storage.service.messages import AskStatus, ServiceMessage
+from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread, until
 from tests.storage.small_runs import Events, opened, state
 from tests.storage.test_when_to_save import Gate as GatedMemory
 
@@ -70,7 +73,7 @@ def test_what_waits_is_saved_though_its_worker_is_gone(
     until("step 1 to be committed", lambda: committed(tmp_path / "run") == [1])
     assert waiting(service) == [2], "its worker lives"
     if how == "killed":
-        monkeypatch.setattr("storage.service.lanes.is_alive", lambda pid: False)
+        monkeypatch.setattr("storage.service.lanes.is_alive", lambda *_: False)
         until("step 2 to be committed", lambda: committed(tmp_path / "run") == [2, 1])
     ckpt._close(abandon=True)
     until("step 2 to be committed", lambda: committed(tmp_path / "run") == [2, 1])
@@ -155,3 +158,19 @@ def test_without_a_service_what_waits_is_told_to_be_lost(events: Events) -> None
     ckpt._close(abandon=True)
     failed = {fields["step"]: fields["reason"] for event, fields in events[0] if event == "checkpoint_failed"}
     assert "no checkpoint service keeps what waits" in failed[2]
+
+
+def test_who_listens_goes_on_to_the_next_connection_whatever_becomes_of_this_one(
+    tmp_path: Path, service: InThread
+) -> None:
+    """Else no save would ever end: nobody hears of it."""
+    with connected(service.path) as channel:
+        channel.close()  # by who has found that nothing can be sent
+        listen(channel, _no_word, lambda: True, lambda: False)
+    with connected(service.path) as channel:
+        channel.send(AskStatus())
+        listen(channel, _no_word, lambda: True, lambda: False)
+
+
+def _no_word(channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
+    raise KeyError("an odd word")
