@@ -48,6 +48,7 @@ def services(folder: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = process.cmdline()
-            if "storage.service" in line and any(word.startswith(f"{folder}/") for word in line):
+            is_service = any("storage.service" in word for word in line)  # it may be started by `-c`, too
+            if is_service and any(word.startswith(f"{folder}/") for word in line):
                 found.append(process)
     return found

@@ -48,7 +48,7 @@ with ends_with_its_family(Path(sys.argv[1])):
     grandchild = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     child = subprocess.Popen([sys.executable, "-c", grandchild], start_new_session=True)
     keeper = subprocess.Popen(
-        f"exec -a storage.service {sys.executable} -c 'import time; time.sleep(600)' storage.service {sys.argv[1]}/x",
+        f"exec {sys.executable} -c 'import time; time.sleep(600) # storage.service' --socket {sys.argv[1]}/x",
         shell=True, executable="/bin/bash", start_new_session=True,
     )
     print(child.pid, keeper.pid, flush=True)
