@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from storage import Checkpointer, JobIdentity, inspection, open_store
-from storage.agent import AgentEnvironment
+from storage.agent import PREFIX, AgentEnvironment
 from storage.service.memory import HeldStates
 from storage.service.notes import Notes
 from tests.storage.service_cases import PATIENCE_S, committed, in_thread, until
@@ -50,6 +50,8 @@ def run(case: Callable[[Path], Any], disk: Path) -> Any:
 
 def _run(pipe: Connection, case: Callable[[Path], Any], disk: Path) -> None:
     refusal = error = result = None
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[name]  # of whichever test the fork server was started in
     try:
         refusal = _mount(disk)
         result = None if refusal else case(disk)

@@ -11,11 +11,9 @@ import pytest
 
 from storage import Checkpointer, CheckpointEvent
 from storage.agent import AgentEnvironment
-from storage.saving import receipts
 from storage.service import lanes, server, table
 from storage.service.messages import AskStatus, ServiceStatus
-from storage.service.server import ServerOptions
-from tests.storage.service_cases import InThread, asked, committed, connected, events_in, in_thread, until
+from tests.storage.service_cases import InThread, asked, committed, connected, in_thread, until
 from tests.storage.small_runs import Events, state
 
 
@@ -62,28 +60,6 @@ def test_a_save_that_a_service_crashes_of_again_and_again_fails(
         assert not ckpt.wait()
     (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
     assert failed["reason"] == "the service has crashed 0 times while it had this save"
-
-
-def test_a_service_whose_agent_has_gone_without_a_word_gives_up_in_time(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(store: object, attempt: object, patience: Any, claim: object) -> Any:
-        return patience.until(lambda: "the receipt of rank 1", lambda: None)
-
-    monkeypatch.setattr(receipts, "await_receipts", never)
-    with in_thread(path, ServerOptions(orphan_s=0.0, linger_s=0.0)) as service:
-        ckpt = Checkpointer(tmp_path / "run").start()
-        ckpt.save(1, state(1))
-        until("the service to have it", lambda: service.server._all_unfinished())
-        ckpt._close(abandon=True)
-        (failed,) = until("an outcome", lambda: _failures(tmp_path))
-        service.thread.join(60)
-        assert not service.thread.is_alive()
-    assert failed["reason"] == "closed while waiting for the receipt of rank 1"
-
-
-def _failures(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in events_in(folder / "events.jsonl") if event["event"] == "checkpoint_failed"]
 
 
 def test_of_connections_that_are_too_many_the_last_are_closed(
