@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 4096  # a page, so that what follows can be mapped
 _VERSION = 1
 _SUFFIX, _PARTIAL = ".tokens", ".partial"
+_KEY = re.compile(r"[0-9a-f]{40}")
 _NUM_LOCKS = 64  # files, that many keys share: a lock file for each would never go away
 _POLL_S = 0.1
 _BUFFER_IDS = 1 << 20
@@ -159,26 +161,38 @@ class TokenCache:
         return None
 
     def _make_room(self, num_bytes: int, keep: Iterable[str]) -> None:
-        """Remove what was used longest ago, so that the file that is being written fits; not what is in `keep`."""
+        """Remove what was used longest ago, so that the file that is being written fits; not what is in `keep`.
+
+        What a process that was killed has begun goes as well; one that is alive holds the lock of what it is at.
+        """
         kept = {self._path(key).name for key in keep}
         files = []
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process makes room as well
-                if path.suffix in (_SUFFIX, _PARTIAL):
+                if path.suffix in (_SUFFIX, _PARTIAL) and _KEY.fullmatch(path.stem):
                     files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total_bytes = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total_bytes <= self._max_bytes:
                 return
-            if path.name not in kept and path.suffix == _SUFFIX:
+            if path.name not in kept and self._removed(path):
                 log.info("data: %s makes room for other data in the cache", path.name)
-                path.unlink(missing_ok=True)  # whoever has it mapped keeps it
                 total_bytes -= size
         if total_bytes > self._max_bytes:
             raise UserError(
                 f"data.cache: the token ids of data.url take more than data.cache_gib = {self._max_bytes / (1 << 30):g}"
                 f" in {self._folder} ({num_bytes / (1 << 30):.2f} GiB so far of one file): raise it"
             )
+
+    def _removed(self, path: Path) -> bool:
+        """Remove a file, unless it is one that a process is still writing; whether it is gone."""
+        if path.suffix == _SUFFIX:
+            path.unlink(missing_ok=True)  # whoever has it mapped keeps it
+            return True
+        with self._lock(path.stem, waits=False) as is_nobodys:
+            if is_nobodys:
+                path.unlink(missing_ok=True)
+            return is_nobodys
 
     @contextlib.contextmanager
     def _lock(self, key: str, *, waits: bool) -> Iterator[bool]:

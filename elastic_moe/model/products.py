@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic_moe.torch_private import onednn_linear
 
-# What a call of oneDNN costs more than one of MKL is what it saves in so many operations (measured on two threads).
+# About where what a call of oneDNN costs more than one of MKL is what it saves: an estimate, no measured crossing.
 _ONEDNN_FROM_FLOPS = 4e6
 
 

@@ -37,9 +37,9 @@ class RunStory:
     lost: list[list[MetricsRecord]]
     spans: list[Span]
 
-    def curve(self, name: str, *, scale: float = 1.0) -> tuple[list[float], list[float]]:
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and numbers of `kept`; where steps or numbers are missing the curve breaks."""
-        return curve(self.kept, name, scale=scale)
+        return curve(self.kept, name)
 
     def step_at(self, ts: float) -> int | None:
         """The last step that was complete at a time, None before the first."""
@@ -84,7 +84,7 @@ def tell(records: Iterable[MetricsRecord]) -> RunStory:
     return RunStory(kept, lost, _spans(kept))
 
 
-def curve(records: Sequence[MetricsRecord], name: str, *, scale: float = 1.0) -> tuple[list[float], list[float]]:
+def curve(records: Sequence[MetricsRecord], name: str) -> tuple[list[float], list[float]]:
     """Steps and numbers of records by step, with a gap where some are missing."""
     steps: list[float] = []
     numbers: list[float] = []
@@ -94,7 +94,7 @@ def curve(records: Sequence[MetricsRecord], name: str, *, scale: float = 1.0) ->
             steps.append(record["step"] - 0.5)
             numbers.append(math.nan)
         steps.append(record["step"])
-        numbers.append(math.nan if number is None else number * scale)
+        numbers.append(math.nan if number is None else number)
     return steps, numbers
 
 

@@ -46,7 +46,8 @@ class StepMetrics:
         mfu: model FLOPs utilisation, 0 to 1; None where the devices' peak is unknown.
         load_min: rows of the least busy expert of any layer over the mean.
         load_entropy: by layer, the entropy of the experts' loads over that of level ones.
-        router_entropy: by layer, the mean entropy of a token's probabilities over that of equal ones.
+        router_entropy: by layer, the mean entropy of a token's probabilities over that of equal ones; None where one
+            is not finite.
         dropped: rows that went to no expert: 0.
         load: rows of each expert, by layer; None but in every `train.log_every`th step and those with a validation.
         redone: whether the file had a line of this step, or of a later one, when this process began.

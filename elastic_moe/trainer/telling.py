@@ -125,8 +125,9 @@ class Teller:
         return tokens_per_s * flops_per_token(self.job.model, self.job.train.seq_len) / self.peak
 
 
-def _rounded(numbers: Sequence[float]) -> list[float]:
-    return [round(number, 5) for number in numbers]
+def _rounded(numbers: Sequence[float]) -> list[float] | None:
+    """None where one of them is not finite, as in a step that was skipped: JSON has no such numbers."""
+    return [round(number, 5) for number in numbers] if all(map(math.isfinite, numbers)) else None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def job(**train: Any) -> JobConfig:
     return JobConfig.model_validate({"model": {"num_experts": 2}, "train": train})
 
 
-def result(loss: float = 2.5) -> StepResult:
-    stats = routing_stats(LOAD_LE, torch.zeros(2, dtype=torch.float64), num_tokens=4, top_k=2)
+def result(loss: float = 2.5, entropy: float = 0.0) -> StepResult:
+    entropy_L = torch.tensor([0.0, entropy], dtype=torch.float64)
+    stats = routing_stats(LOAD_LE, entropy_L, num_tokens=4, top_k=2)
     return StepResult(loss, 0.5, 1e-3, LOAD_LE, routing=stats)
 
 
@@ -59,6 +61,17 @@ def test_each_step_has_a_line_and_every_tenth_the_loads(tmp_path: Path) -> None:
     assert first["router_entropy"] == [0.0, 0.0]
     assert first["tokens_per_s"] == 8.0
     assert first["mfu"] == pytest.approx(8.0 * flops_per_token(job().model, 2) / 4e9, abs=1e-5)
+
+
+def test_a_step_of_routers_that_are_not_finite_has_a_line_as_well(tmp_path: Path) -> None:
+    """It was skipped: the metrics tell it, and are no reason for the training to end."""
+    path = tmp_path / "metrics.jsonl"
+    with open_teller(job(metrics=str(path)), here(), PLAN, torch.device("cpu"), 0) as teller:
+        assert teller is not None
+        teller.tell(1, result(loss=math.nan, entropy=math.nan), 0.5, None, SaveCounts())
+    (told,) = lines(path)
+    assert (told["loss"], told["router_entropy"]) == (None, None)
+    assert told["load_entropy"] == [pytest.approx(0.811, abs=1e-3), 1.0]
 
 
 def test_steps_that_are_done_again_are_told_apart(tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_trackers_get_the_numbers_that_there_are() -> None:
         def close(self) -> None: ...
 
     teller = Teller(job(), here(), PLAN, peak=None, trackers=[Careful("x", Tracker())])
-    teller.tell(1, result(loss=float("nan")), 0.5, None, SaveCounts())
+    teller.tell(1, result(loss=math.nan), 0.5, None, SaveCounts())
     ((step, numbers),) = told
     assert step == 1
     assert "loss/train" not in numbers

@@ -108,6 +108,21 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_what_a_killed_process_left_makes_room(tmp_path: Path) -> None:
+    """And not what one that is alive is at: it holds the lock of its key."""
+    size = 4096 + 2 * 1000
+    dead, alive, wanted = (f"{i}" * 40 for i in range(3))
+    for key in (dead, alive):
+        (tmp_path / f"{key}.partial").write_bytes(bytes(size))
+    cache = TokenCache(tmp_path, 2 * size)
+    with cache._lock(alive, waits=False):
+        assert len(cache.arrays({wanted: some([2] * 1000, [])})[wanted]) == 1000
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("lock")} == {
+        f"{alive}.partial",
+        f"{wanted}.tokens",
+    }
+
+
 def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     def fill(sink: TokenSink) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
