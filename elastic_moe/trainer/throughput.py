@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 
 import torch
@@ -11,9 +12,11 @@ from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.products import product
 
 # Dense operations per second by the makers' data sheets, without sparsity: (bfloat16, float32).
-# Names as torch.cuda.get_device_name() tells them; the first that is a part of the name counts.
+# Words of the names that torch.cuda.get_device_name() tells; the first that is in the name counts. An A10G is no A10.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2.5e15, 80e12),
     ("B200", 2.25e15, 75e12),
+    ("GH200", 989e12, 67e12),
     ("H200", 989e12, 67e12),
     ("H100 PCIe", 756e12, 51e12),
     ("H100 NVL", 835e12, 60e12),
@@ -55,7 +58,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def known_peak(name: str, dtype: torch.dtype) -> float | None:
     """The peak of a device by its name, None for one that is not listed."""
     for part, bfloat16, float32 in _PEAKS:
-        if part in name:
+        if re.search(rf"\b{part}\b", name):
             return bfloat16 if dtype is torch.bfloat16 else float32
     return None
 

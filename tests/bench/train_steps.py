@@ -199,7 +199,7 @@ def _environment() -> dict[str, str]:
 
 
 def text_file(folder: Path) -> Path:
-    """Half a megabyte of text: sources of torch, the same for all ways."""
+    """A megabyte of text: sources of torch, the same for all ways."""
     path = folder / "text.txt"
     parts: list[bytes] = []
     for source in _sources():
