@@ -77,7 +77,8 @@ class Router(nn.Module):
             scores_BSE = logits_BSE.softmax(dim=-1) if self.score == "softmax" else logits_BSE.sigmoid()
             biased_BSE = scores_BSE.detach() + self.expert_bias
             chosen_BSK = self._in_turn(biased_BSE) if self.is_forced else self._best(biased_BSE)
-            weights_BSK = self._weights(logits_BSE, scores_BSE, chosen_BSK) * self.route_scale
+            # In this order it is no view, of whose being changed in place FSDP2 would warn.
+            weights_TK = self._weights(logits_BSE, scores_BSE, chosen_BSK).flatten(0, 1) * self.route_scale
             # Of a softmax that is a division by one.
             probs_BSE = scores_BSE / (_TINY + scores_BSE.sum(dim=-1, keepdim=True))
             if self.counts_margins:
@@ -85,7 +86,7 @@ class Router(nn.Module):
             else:
                 margins_EH = biased_BSE.new_zeros((biased_BSE.shape[-1], 0), dtype=torch.float64)
             terms = router_terms(logits_BSE, probs_BSE, chosen_BSK, real_B)._replace(margins_EH=margins_EH)
-        return weights_BSK.flatten(0, 1), chosen_BSK.flatten(0, 1), terms
+        return weights_TK, chosen_BSK.flatten(0, 1), terms
 
     def _best(self, biased_BSE: Tensor) -> Tensor:
         """The `top_k` experts with the highest scores, of all groups or of the best ones."""

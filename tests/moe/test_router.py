@@ -44,6 +44,15 @@ def by_definition(router: Router, x_TD: Tensor, *, score: str, norm: bool, scale
     return torch.stack(weights), torch.stack(chosen)
 
 
+@pytest.mark.parametrize("balance", ["sequence", "forced"])
+def test_what_it_returns_is_no_view(balance: str) -> None:
+    """In a bf16 job it is a unit of FSDP2's, which would warn on each rank that gradients may be wrong."""
+    router = Router(config(balance=balance))
+    filled(router)
+    weights, _, terms = router(*tokens(5))
+    assert [tensor._is_view() for tensor in (weights, *terms) if tensor.requires_grad] == [False] * 4
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("norm_topk", [None, False, True])
 @pytest.mark.parametrize("score", SCORES)
