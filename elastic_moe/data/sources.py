@@ -19,6 +19,7 @@ from fsspec.compression import compr
 from elastic_moe.data.config import DataConfig
 from elastic_moe.data.formats import SNIFFED_BYTES, DataFormat, FileKind, recognise, refuse_binary
 from elastic_moe.data.progress import ReadProgress
+from elastic_moe.data.zstd import ZstdFile
 from elastic_moe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -203,11 +204,8 @@ def _source(fs: Any, path: str, info: dict[str, Any], kind: FileKind) -> SourceF
 def _unpacked(raw: Any, source: SourceFile) -> Any:
     if not source.kind.compression:
         return raw
-    if source.kind.compression not in compr:
-        raise UserError(
-            f"data.url: {source.path} is compressed by {source.kind.compression}, whose library is missing: pip "
-            "install zstandard"
-        )
+    if source.kind.compression == "zstd":
+        return ZstdFile(raw, source.path)
     return compr[source.kind.compression](raw, mode="rb")
 
 

@@ -7,8 +7,11 @@ import gzip
 import json
 import lzma
 import os
+import sys
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from elastic_moe.data import DataConfig
+from elastic_moe.data import DataConfig, sources, zstd
 from elastic_moe.data.corpus import fingerprint, open_corpus
 from elastic_moe.data.documents import JoinedArrays, TextFiles
 from elastic_moe.data.sources import stdlib_files
@@ -265,3 +268,37 @@ def test_fingerprint_tells_corpora_apart() -> None:
         fingerprint(s) for s in ([base], [changed], [base.astype(np.uint32)], [base[:500], base[500:]], [base[:999]])
     ]
     assert len(set(prints)) == len(prints)
+
+
+@pytest.fixture
+def zstandard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the library: zlib's streams have the same attributes."""
+    module = ModuleType("zstandard")
+    module.ZstdDecompressor = lambda: SimpleNamespace(decompressobj=zlib.decompressobj)  # type: ignore[attr-defined]
+    module.ZstdError = zlib.error  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+
+
+def test_files_of_zstd_are_read_to_the_end_of_their_last_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zstandard: None
+) -> None:
+    """One that was cut off is no shorter text: what is missing would be missed by nobody."""
+    monkeypatch.setattr(zstd, "_PACKED_BYTES", 7)
+    monkeypatch.setattr(sources, "_PART_BYTES", 50)
+    text = "".join(f"line {i * i}\n" for i in range(200)).encode()
+    whole = zlib.compress(text[:900]) + zlib.compress(text[900:])
+    path = tmp_path / "a.txt.zst"
+    config = DataConfig(url=str(path))
+    path.write_bytes(whole)
+    assert open_corpus(config, seq_len=5).fingerprint == fingerprint([as_bytes([text])])
+    for spoilt in (whole[:-1], whole[: len(whole) // 2], whole + b"no frame", b"none"):
+        path.write_bytes(spoilt)
+        with pytest.raises(UserError, match="cannot be read"):
+            open_corpus(config, seq_len=5)
+
+
+def test_a_missing_zstandard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match="whose library is missing: pip install zstandard"):
+        open_corpus(DataConfig(url=str(tmp_path / "a.jsonl.zst")), seq_len=5)
