@@ -36,6 +36,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(f'`"{value}"`' for value in typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(_type(each) for each in typing.get_args(annotation) if each is not type(None))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type(typing.get_args(annotation)[0])
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}
     return names.get(annotation, "text")
 
