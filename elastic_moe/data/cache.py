@@ -151,7 +151,8 @@ class TokenCache:
             if header["version"] == _VERSION and size == _HEADER_BYTES + count * dtype.itemsize:
                 array = _mapped(path, dtype, count)
                 if _checksum(array) == header["check"]:
-                    os.utime(path)  # used now
+                    with contextlib.suppress(OSError):  # of a read-only disk, or it was removed since: it is mapped
+                        os.utime(path)  # used now
                     return array
         except FileNotFoundError:
             return None

@@ -108,6 +108,20 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a file that another process has removed a moment ago is as good as it was."""
+    seen: list[str] = []
+    key = "ab" * 20
+    TokenCache(tmp_path, GIB).arrays({key: some([1, 2], seen)})
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert TokenCache(tmp_path, GIB).arrays({key: some([1, 2], seen)})[key].tolist() == [1, 2]
+    assert seen == ["made"]
+
+
 def test_what_a_killed_process_left_makes_room(tmp_path: Path) -> None:
     """And not what one that is alive is at: it holds the lock of its key."""
     size = 4096 + 2 * 1000
