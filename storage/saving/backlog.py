@@ -81,8 +81,7 @@ class SaveQueue:
         if parked is not None:
             self._committer.give_way(parked)
         elif job.staged is not None:
-            job.staged.wait()  # its copy may be under way
-            job.staged.release()
+            job.staged.release()  # whatever has become of its copy, which nobody wants
         if job.contents is not None:
             self._report(CheckpointEvent.REPLACED, step=job.attempt.step, by=by)
 

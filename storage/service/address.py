@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shutil
 import socket
 import stat
 import tempfile
@@ -61,11 +60,13 @@ def sweep(folder: Path, besides: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the socket, its log and its lock file, by who holds the lock."""
-    for file in (path, used(path), path.with_suffix(".log"), path.with_suffix(".lock")):
+    """Remove the socket, its log and its lock file, by who holds the lock. Notes of what is still to be told stay."""
+    begun = kept(path).glob("*.tmp")
+    for file in (path, used(path), path.with_suffix(".log"), path.with_suffix(".lock"), *begun):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
-    shutil.rmtree(kept(path), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        kept(path).rmdir()
 
 
 def listen(path: Path) -> socket.socket:

@@ -61,6 +61,8 @@ class Worker:
         self.live = LiveState(AgreeingGroup(alone=True), self.link.keep, Reporter(None)).start()
         self.link.start(self.live.ask)
         until("the connection", lambda: self.link._channel)
+        known = service.keeper._node.watchers
+        until("the service to know it", lambda: any(who.generation == generation for who in list(known.values())))
 
     def train(self, step: int) -> None:
         self.state["weight"] += 1
@@ -139,8 +141,10 @@ def test_a_service_that_is_away_costs_the_live_state_alone(tmp_path: Path) -> No
 def test_a_worker_finds_a_service_that_was_started_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     with worker(service) as found:
         found.train(1)
-        before = found.link._channel
+        before, known = found.link._channel, service.keeper._node.watchers
         assert before is not None
+        (first,) = known
         before.close()
         until("another connection", lambda: found.link._channel not in (None, before))
+        until("the service to know it", lambda: any(caller is not first for caller in list(known)))
         assert service.capture() == {"steps": {0: 1}, "missed": {}}

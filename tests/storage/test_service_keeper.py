@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from storage.agent import AgentEnvironment
-from storage.service import keeper, lost
+from storage.service import address, keeper, lost
 from storage.service.keeper import KeeperSafe, State
 from storage.service.messages import Stage
 from storage.service.notes import FormerNote, Notes
@@ -135,6 +135,21 @@ def test_a_note_stays_until_it_is_told_and_is_the_former_keepers_alone(tmp_path:
     assert [found.stage for found in Notes(tmp_path / "kept").former()] == ["two"]
     second.drop("a")
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_notes_that_are_still_to_be_told_outlive_all_other_files_of_their_service(tmp_path: Path) -> None:
+    """Of one that was killed a neighbour removes the rest, maybe before anybody has told what became of its saves."""
+    dead, alive = tmp_path / "node" / "dead.sock", tmp_path / "node" / "alive.sock"
+    address.listen(dead).close()
+    Notes(address.kept(dead)).add("a", "one")
+    (address.kept(dead) / "b.tmp").touch()
+    address.sweep(dead.parent, alive)
+    assert [file.name for file in dead.parent.iterdir()] == [address.kept(dead).name]
+    (note,) = Notes(address.kept(dead)).former()
+    assert note.stage == "one"
+    note.drop()
+    address.remove(dead)
+    assert list(dead.parent.iterdir()) == []
 
 
 def test_after_a_crash_only_what_is_not_told_yet_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from storage import Checkpointer
 from storage.agent import AgentEnvironment
+from storage.arena.changes import StateChanged
+from storage.arena.stager import Staged
 from storage.service.channel import Channel
 from storage.service.client import ServiceBackend
 from storage.service.listening import listen
@@ -158,6 +160,30 @@ def test_without_a_service_what_waits_is_told_to_be_lost(events: Events) -> None
     ckpt._close(abandon=True)
     failed = {fields["step"]: fields["reason"] for event, fields in events[0] if event == "checkpoint_failed"}
     assert "no checkpoint service keeps what waits" in failed[2]
+
+
+def test_what_gives_way_takes_no_rank_with_it_though_its_copy_is_of_no_use(
+    events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state was changed too early: a save that raised for that, on this rank alone, would leave the others."""
+
+    def wait(self: Staged) -> None:
+        raise StateChanged("w")
+
+    store = GatedMemory()
+    with Checkpointer(opened(store), every=1, on_event=events[1], **REPLACE) as ckpt:
+        ckpt.save(1, state(1))
+        assert store.is_met.wait(60)
+        ckpt.save(2, state(2))
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Staged, "wait", wait)
+                ckpt.save(3, state(3))
+        finally:
+            store.is_open.set()
+        assert ckpt.wait()
+    assert told(events, "checkpoint_replaced") == [2]
+    assert told(events, "checkpoint_committed") == [1, 3]
 
 
 def test_who_listens_goes_on_to_the_next_connection_whatever_becomes_of_this_one(

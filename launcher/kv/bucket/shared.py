@@ -27,6 +27,8 @@ T = TypeVar("T")
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
 _PARALLEL = 16
 _PAUSE_REQUESTS, _NEWEST_WEIGHT = 2.0, 0.25
+_LONGEST_PAUSE_S = 2.0
+"""A store that stood still for a while is asked again soon: leases have to be renewed."""
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while the machine hibernates
 
 
@@ -199,7 +201,8 @@ class SharedJournal:
     def _answer(self, request: Request) -> Any:
         match request:
             case Pause(seconds):  # a store that is asked too much answers later: it is asked less then
-                self.closed.wait(max(seconds, _PAUSE_REQUESTS * self._request_s) * random.uniform(0.5, 1.5))
+                least_s = min(_PAUSE_REQUESTS * self._request_s, _LONGEST_PAUSE_S)
+                self.closed.wait(max(seconds, least_s) * random.uniform(0.5, 1.5))
                 return None
             case Together(requests):
                 return self._answer_all(requests)
