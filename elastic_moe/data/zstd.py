@@ -18,7 +18,7 @@ class ZstdFile:
             import zstandard
         except ImportError:
             raise UserError(
-                f"data.url: {path} is compressed by zstd, whose library is missing: pip install zstandard"
+                f"data.url: {path} is compressed by zstd, whose package is missing: install zstandard"
             ) from None
         self._library = zstandard
         self._raw = raw

@@ -300,5 +300,5 @@ def test_files_of_zstd_are_read_to_the_end_of_their_last_frame(
 def test_a_missing_zstandard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(UserError, match="whose library is missing: pip install zstandard"):
+    with pytest.raises(UserError, match="whose package is missing: install zstandard"):
         open_corpus(DataConfig(url=str(tmp_path / "a.jsonl.zst")), seq_len=5)
