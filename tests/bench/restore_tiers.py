@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -222,8 +223,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of all that ends what was started
     bench, shm = Bench(options.mib), Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None, ignore_cleanup_errors=True) as folder:
         bench.run(QUICK if options.quick else options.repeats, Path(folder))
+    until(
+        "nobody writes there any more",
+        lambda: not shutil.rmtree(folder, ignore_errors=True) and not Path(folder).exists(),
+    )
     if options.json:
         print(
             json.dumps({"mib": options.mib, "cores": os.cpu_count(), "seconds": bench.seconds, "phases": bench.phases})

@@ -205,12 +205,17 @@ class Marker(Client):
             self._is_there = True
 
 
-def live(objects: FaultyObjects, clients: list[Any], num_turns: int) -> None:
-    for _ in range(num_turns):
-        client = objects.random.choice(clients)
-        client.turn()
-        if objects.random.random() < 0.05:
-            objects.tidy(client, kept=40)
+def live(objects: FaultyObjects, clients: list[Any], num_turns: int, is_enough: Callable[[], bool]) -> None:
+    """So many turns, and as often again until enough was done: all may be stopped for long at first."""
+    for _ in range(20):
+        for _ in range(num_turns):
+            client = objects.random.choice(clients)
+            client.turn()
+            if objects.random.random() < 0.05:
+                objects.tidy(client, kept=40)
+        if is_enough():
+            return
+    raise AssertionError("hardly anything was done")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -218,7 +223,7 @@ def test_no_version_has_two_authors(seed: int) -> None:
     """Whatever is lost, late, doubled or paused: what one client was told it has counted, no other has counted."""
     objects = FaultyObjects(seed)
     clients = [Counter(objects, name) for name in "abcde"[: 3 + seed % 3]]
-    live(objects, clients, 1500)
+    live(objects, clients, 1500, lambda: sum(len(client.added) for client in clients) > 20)
     added = [value for client in clients for value in client.added]
     assert len(added) == len(set(added)), f"seed {seed}: two clients were told the same number"
     assert all(len(set(contents)) == 1 for contents in objects.authors.values()), f"seed {seed}"
@@ -228,7 +233,6 @@ def test_no_version_has_two_authors(seed: int) -> None:
     assert last is not None
     unknown = sum(client.unknown for client in clients)
     assert len(added) <= int(last.value) <= len(added) + unknown + len(objects.late) + len(clients), f"seed {seed}"
-    assert len(added) > 20, f"seed {seed}: hardly anything was counted"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -236,7 +240,12 @@ def test_what_is_wished_is_done_once(seed: int) -> None:
     """By whoever writes it, and however often its wish comes to light: no mark is made twice, nor once it is gone."""
     objects = FaultyObjects(seed)
     clients = [Marker(objects, name, num_tries_alone=int(name == "a")) for name in "abcdef"]
-    live(objects, clients, 2000)
+    live(
+        objects,
+        clients,
+        2000,
+        lambda: min(sum(client.num_wished for client in clients), sum(len(client.put) for client in clients)) > 5,
+    )
     state = objects.newest().state
     for client in clients:
         for key in client.deleted:
@@ -245,8 +254,6 @@ def test_what_is_wished_is_done_once(seed: int) -> None:
             assert revision == created, f"seed {seed}: {key} was made twice"
             if (there := state.get(key)) is not None:
                 assert (there.revision, there.create_revision) == (revision, created), f"seed {seed}: {key}"
-    assert sum(client.num_wished for client in clients) > 5, f"seed {seed}: hardly anything was wished"
-    assert sum(len(client.put) for client in clients) > 1, f"seed {seed}: hardly anything was done"
 
 
 def faultless() -> FaultyObjects:
