@@ -213,6 +213,11 @@ def _verdict(is_met: bool) -> str:
     return "met" if is_met else "MISSED"
 
 
+def _is_gone(folder: str) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not Path(folder).exists()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,10 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench, shm = Bench(options.mib), Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None, ignore_cleanup_errors=True) as folder:
         bench.run(QUICK if options.quick else options.repeats, Path(folder))
-    until(
-        "nobody writes there any more",
-        lambda: not shutil.rmtree(folder, ignore_errors=True) and not Path(folder).exists(),
-    )
+    until("nobody writes there any more", lambda: _is_gone(folder))
     if options.json:
         print(
             json.dumps({"mib": options.mib, "cores": os.cpu_count(), "seconds": bench.seconds, "phases": bench.phases})
