@@ -6,26 +6,14 @@ import dataclasses
 
 import pytest
 
+from elastic_moe.cli import plan
 from launcher.rounds.memory import memory_use
 from launcher.rounds.mesh import Infeasible, MeshPlan, price
-from launcher.rounds.spec import MeshSpec
 from launcher.rounds.speed import step_time
 
 GIB = 1 << 30
-# Mixtral 8x7B in bf16, whole sequences kept.
-MIXTRAL = MeshSpec(
-    global_batch=256,
-    num_experts=8,
-    dense_params=1_605_636_096,
-    expert_params=32 * 8 * 3 * 4096 * 14336,
-    num_layers=32,
-    model_dim=4096,
-    ffn_dim=14336,
-    query_dim=4096,
-    key_dim=1024,
-    vocab_size=32_000,
-    tokens_per_sample=4096,
-)
+# In bf16, whole sequences kept.
+MIXTRAL = dataclasses.replace(plan.MIXTRAL, global_batch=256, recompute=False, memory_cap_bytes=None)
 
 
 def mesh(replicate: int = 1, shard: int = 1, expert: int = 1, micro_batch: int = 1, rounds: int = 1) -> MeshPlan:
