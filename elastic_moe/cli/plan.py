@@ -35,24 +35,11 @@ checkpoint"). Among meshes that are equally fast, those that lose no step win.
 Exit codes: 0 some world size has a mesh, 1 none has, 2 wrong usage.
 """
 
-# Mixtral 8x7B, the preset of that name: 32 layers, dim 4096, expert width 14336, 8 experts, sequences of 4096 tokens.
-_MIXTRAL_EXPERT_PARAMS = 32 * 3 * 4096 * 14336
-MIXTRAL = MeshSpec(
-    global_batch=1024,
-    num_experts=8,
-    top_k=2,
-    dense_params=1_605_636_096,
-    expert_params=8 * _MIXTRAL_EXPERT_PARAMS,
-    num_layers=32,
-    model_dim=4096,
-    ffn_dim=14336,
-    query_dim=4096,
-    key_dim=1024,
-    vocab_size=32_000,
-    tokens_per_sample=4096,
-    recompute=True,
-    memory_cap_bytes=141 * GIB,
-)
+_MIXTRAL = {
+    "model": {"preset": "mixtral-8x7b"},
+    "train": {"global_batch": 1024, "seq_len": 4096, "dtype": "bfloat16", "recompute": True},
+    "mesh": {"memory_gib": 141},
+}
 
 
 def register(verbs: Subparsers) -> None:
@@ -90,6 +77,13 @@ def handle(args: argparse.Namespace) -> int:
     return 0 if any(row.priced for row in rows) else 1
 
 
+def mixtral() -> MeshSpec:
+    """What is planned for without a job."""
+    from elastic_moe.config import JobConfig, mesh_spec  # pydantic is slow to import
+
+    return mesh_spec(JobConfig.model_validate(_MIXTRAL))
+
+
 def _spec(args: argparse.Namespace) -> MeshSpec:
     """The spec of the job that `--job` names, or Mixtral's, with the other options laid over it."""
     measured: dict[str, float] = {}
@@ -98,7 +92,7 @@ def _spec(args: argparse.Namespace) -> MeshSpec:
     elif args.sets:
         raise UserError("--set changes a field of a job: name the job with --job JOB.toml")
     else:
-        spec = MIXTRAL
+        spec = mixtral()
         if args.calibration:
             from elastic_moe.machine import read_calibration
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from elastic_moe.errors import UserError
@@ -81,22 +81,27 @@ def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = No
             _split_experts(experts, meshes.sparse[EXPERT])
             block.moe.dispatch = AllToAllDispatch(meshes.expert_group, num_experts)
         if precision.router_policy is not None:
-            fully_shard(block.moe.router, mesh=meshes.for_dense, mp_policy=precision.router_policy)
+            _shard(block.moe.router, meshes.for_dense, precision.router_policy)
         # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
         mesh = meshes.for_experts if plan.expert > 1 else meshes.for_dense
-        fully_shard(
-            experts,
-            mesh=mesh,
-            mp_policy=precision.experts_policy,
-            shard_placement_fn=_placement(num_experts, widths, expert=plan.expert, shard=_num_shards(mesh)),
-        )
-        fully_shard(block, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
-    fully_shard(model, mesh=meshes.for_dense, mp_policy=precision.dense_policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # gloo has no pre-multiplied sum, which a divide factor would ask of it.
-            module.set_force_sum_reduction_for_comms(True)
+        placement = _placement(num_experts, widths, expert=plan.expert, shard=_num_shards(mesh))
+        _shard(experts, mesh, precision.experts_policy, placement)
+        _shard(block, meshes.for_dense, precision.dense_policy)
+    _shard(model, meshes.for_dense, precision.dense_policy)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+) -> None:
+    """Make a unit of `module`, whose gradients come out as sums."""
+    unit = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    if mesh.size() > 1:  # one rank divides by one of its own accord: into a copy, where a factor is given
+        unit.set_gradient_divide_factor(1.0)
+        # gloo has no pre-multiplied sum, which a divide factor would ask of it.
+        unit.set_force_sum_reduction_for_comms(True)
 
 
 def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:

@@ -13,6 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from elastic_moe.parallel.meshes import REPLICATE, Meshes
 
+_PART = (
+    1 << 20
+)  # numbers that are squared at a time: in float64 all of a large gradient's would take four times its room
+
 
 def begin_round(model: nn.Module, *, last: bool, keep_gathered: bool = False) -> None:
     """Prepare one forward and backward pass of several that make a step.
@@ -45,7 +49,8 @@ def clip_gradients(params: Iterable[nn.Parameter], meshes: Meshes, max_norm: flo
     device = torch.device(meshes.dense.device_type)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
-        squares += grad.double().square().sum()
+        for part in grad.flatten().split(_PART):
+            squares += part.double().square().sum()
     dist.all_reduce(squares, group=meshes.replica_group)
     norm = float(squares.sqrt().item())
     if max_norm is not None and norm > max_norm:

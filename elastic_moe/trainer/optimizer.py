@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from elastic_moe.trainer.config import OptimConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNMENT = 16  # numbers, a cache line's
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, *, exact: bool = False) -> AdamW:
@@ -35,12 +40,40 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, exact: bool = False
         {"params": undecayed, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=not exact)
-    for param in model.parameters():
+    params = list(model.parameters())
+    zeros = _zeros_like([param for param in params for _ in _MOMENTS])
+    for param in params:
         optimizer.state[param] = {
             "step": torch.zeros((), dtype=torch.float32, device="cpu" if exact else param.device),
-            **{moment: torch.zeros_like(param) for moment in _MOMENTS},
+            **{moment: next(zeros) for moment in _MOMENTS},
         }
     return optimizer
+
+
+@torch.no_grad()
+def _zeros_like(params: list[nn.Parameter]) -> Iterator[Tensor]:
+    """Zeros of the kind of each parameter.
+
+    On a CPU in one mapping, whose pages the system makes when they are first written: a restore or the first step
+    writes them all, and needs no pass over them before.
+    """
+    shards = [param.to_local() if isinstance(param, DTensor) else param for param in params]
+    if any(shard.device.type != "cpu" or shard.dtype is not torch.float32 for shard in shards):
+        yield from map(torch.zeros_like, params)
+        return
+    starts = [0]
+    for shard in shards:
+        starts.append(starts[-1] + -(-shard.numel() // _ALIGNMENT) * _ALIGNMENT)
+    mapped = mmap.mmap(-1, max(1, starts[-1] * 4), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for param, shard, start in zip(params, shards, starts, strict=False):
+        zeros = torch.empty(0)  # a buffer of nothing is refused
+        if shard.numel():
+            zeros = torch.frombuffer(mapped, dtype=torch.float32, count=shard.numel(), offset=4 * start)
+        zeros = zeros.view(shard.shape)
+        if isinstance(param, DTensor):
+            place = param.device_mesh, param.placements
+            zeros = DTensor.from_local(zeros, *place, run_check=False, shape=param.shape, stride=param.stride())
+        yield zeros
 
 
 def moments(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:

@@ -12,9 +12,9 @@ from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.products import product
 
 # Dense operations per second by the makers' data sheets, without sparsity: (bfloat16, float32).
-# Words of the names that torch.cuda.get_device_name() tells; the first that is in the name counts. An A10G is no A10.
+# Words of the names that torch.cuda.get_device_name() tells; the first that is in the name counts. An A10G is no A10,
+# and of a GB200 public figures contradict one another.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("GB200", 2.5e15, 80e12),
     ("B200", 2.25e15, 75e12),
     ("GH200", 989e12, 67e12),
     ("H200", 989e12, 67e12),

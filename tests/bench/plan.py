@@ -1,9 +1,10 @@
 """`make bench-plan`: what the mesh planner says of memory and of step times, and what is measured.
 
-Memory: nine configurations and more, each in fresh processes: the peak of rank 0's resident memory over two steps,
-without what the process had before there was a model, beside the planner's. Step time: every mesh of one to eight
-ranks on this machine for one job, with what a short probe has measured of the machine; the ranks of predictions and
-measurements are compared (Spearman). Prints tables and writes JSON beside them.
+Memory: the configurations that the planner's terms were found on, and as many others, each in fresh processes: the peak
+of rank 0's resident memory over two steps, without what the process had before there was a model, beside the planner's.
+With `--live` also the most that tensors had at once, without what malloc and libraries add. Step time: every mesh of
+one to eight ranks on this machine for one job, with what a short probe has measured of the machine; the ranks of
+predictions and measurements are compared (Spearman). Prints tables and writes JSON beside them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from elastic_moe.machine import write_calibration
 from launcher import MeshPlan, MeshSpec, memory_use, step_time
 from launcher.rounds.layouts import layouts
 from tests.bench.plain_ranks import run_ranks
+from tests.bench.plan_cases import FITTED, HELD_OUT, Case, a_batch, a_model
 from tests.bench.plan_ranks import calibrated, step_times
 from tests.ranks import Ranks
 
@@ -37,47 +39,8 @@ LEAST_BYTES = 500 * MIB
 NUM_TOKENS = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A configuration whose memory is measured."""
-
-    name: str
-    model: dict[str, Any]
-    train: dict[str, Any]
-    plan: MeshPlan
-
-    def job(self, data: Path) -> JobConfig:
-        """The job, on tokens of a file."""
-        train = {**self.train, "steps": 10, "metrics": None, "device": "cpu"}
-        return JobConfig.model_validate({"model": self.model, "train": train, "data": {"url": str(data)}})
-
-
-def _model(dim: int, layers: int, expert_dim: int, vocab_size: int = 256, **more: Any) -> dict[str, Any]:
-    shape = {"dim": dim, "num_layers": layers, "expert_dim": expert_dim, "vocab_size": vocab_size}
-    return {**shape, "num_heads": 8, "num_kv_heads": 4, **more}
-
-
-def _train(sequences: int, positions: int, **more: Any) -> dict[str, Any]:
-    return {"global_batch": sequences, "seq_len": positions, **more}
-
-
-CASES = (
-    Case("parameters", _model(512, 8, 1024), _train(2, 128), MeshPlan(1, 1, 1, 0, 2, 1)),
-    Case("vocabulary", _model(256, 2, 256, 32_768), _train(8, 128), MeshPlan(1, 1, 1, 0, 8, 1)),
-    Case("activations", _model(256, 8, 512), _train(8, 512), MeshPlan(1, 1, 1, 0, 8, 1)),
-    Case("rounds", _model(512, 4, 1024), _train(8, 128), MeshPlan(1, 1, 1, 0, 2, 4)),
-    Case("shards", _model(512, 8, 1024), _train(4, 128), MeshPlan(1, 2, 1, 0, 2, 1)),
-    Case("shards, rounds", _model(512, 8, 1024), _train(8, 128), MeshPlan(1, 2, 1, 0, 2, 2)),
-    Case("expert parts", _model(512, 8, 1024), _train(4, 128), MeshPlan(1, 1, 2, 0, 2, 1)),
-    Case("replicas", _model(512, 4, 1024), _train(8, 256), MeshPlan(2, 1, 1, 0, 4, 1)),
-    Case("shards and parts", _model(512, 12, 1024, 8192), _train(16, 256), MeshPlan(1, 2, 2, 0, 2, 2)),
-    Case("recomputed", _model(512, 8, 512), _train(16, 512, recompute=True), MeshPlan(1, 1, 1, 0, 16, 1)),
-    Case("bf16", _model(512, 6, 512, 4096), _train(4, 256, dtype="bfloat16"), MeshPlan(1, 1, 1, 0, 4, 1)),
-    Case("kept gathered", _model(512, 6, 1024), _train(8, 128, keep_gathered=True), MeshPlan(1, 2, 1, 0, 2, 2)),
-)
-
 # Small enough for eight ranks on two cores, large enough for meshes to differ.
-SPEED_MODEL = _model(256, 4, 512, num_experts=8, top_k=2)
+SPEED_MODEL = a_model(256, 4, 512, num_experts=8, top_k=2)
 SPEED_BATCH, SPEED_POSITIONS = 16, 128
 
 
@@ -88,28 +51,33 @@ def tokens_file(folder: Path) -> Path:
     return path
 
 
-def measured_bytes(case: Case, data: Path) -> int:
+def measured_bytes(case: Case, data: Path, what: str = "resident") -> int:
     """Peak of rank 0, from fresh processes."""
-    args = (case.job(data).model_dump_json(), case.plan.to_json())
+    args = (case.job(data).model_dump_json(), case.plan.to_json(), what)
     return int(
         json.loads(run_ranks("tests.bench.plan_ranks", *args, world_size=case.plan.world_size, timeout_s=TIMEOUT_S)[0])
     )
 
 
-def memory_rows(cases: Sequence[Case], data: Path) -> list[dict[str, Any]]:
+def memory_rows(cases: Sequence[Case], data: Path, *, with_live: bool) -> list[dict[str, Any]]:
     """Measure every case, and tell each as it is known."""
-    print(f"\n{'memory of a rank, MiB':24}{'predicted':>10}{'measured':>10}{'ratio':>7}   of what")
+    print(f"\n{'memory of a rank, MiB':28}{'predicted':>10}{'measured':>10}{'ratio':>7}   of what")
     rows = []
     for case in cases:
         use = memory_use(case.plan, mesh_spec(case.job(data)).replace(cores_per_node=os.cpu_count()))
         measured = measured_bytes(case, data)
         ratio = use.total / measured
         terms = ", ".join(f"{name} {size / MIB:.0f}" for name, size in dataclasses.asdict(use).items() if size > MIB)
-        print(f"{case.name:24}{use.total / MIB:>10.0f}{measured / MIB:>10.0f}{ratio:>7.2f}   {terms}", flush=True)
+        if with_live:
+            live, own = measured_bytes(case, data, "live"), use.total - use.runtime - use.optimizer
+            terms = f"live {own / MIB:.0f} of {live / MIB:.0f}, {own / live:.2f}; {terms}"
+        print(f"{case.name:28}{use.total / MIB:>10.0f}{measured / MIB:>10.0f}{ratio:>7.2f}   {terms}", flush=True)
         rows.append({"case": case.name, "predicted": dataclasses.asdict(use), "measured": measured, "ratio": ratio})
-    large = [row for row in rows if row["measured"] >= LEAST_BYTES]
-    close = [row for row in large if abs(row["ratio"] - 1) <= WITHIN]
-    print(f"from 500 MiB on, {len(close)} of {len(large)} are within {WITHIN:.0%}")
+    for name, some in (("the terms were found on", FITTED), ("they were not", HELD_OUT)):
+        names = {case.name for case in some}
+        large = [row for row in rows if row["case"] in names and row["measured"] >= LEAST_BYTES]
+        close = [row for row in large if abs(row["ratio"] - 1) <= WITHIN]
+        print(f"of those that {name}, from 500 MiB on, {len(close)} of {len(large)} are within {WITHIN:.0%}")
     return rows
 
 
@@ -159,6 +127,8 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=["memory", "speed"], choices=["memory", "speed"])
+    parser.add_argument("--cases", nargs="*", help="these configurations of memory alone, by their names")
+    parser.add_argument("--live", action="store_true", help="measure what torch has allocated, too")
     parser.add_argument("--quick", action="store_true", help="four configurations, meshes of up to four ranks")
     parser.add_argument("--steps", type=int, help="measured steps of each mesh (default 5, quick 2)")
     parser.add_argument("--out", type=Path, default=Path("out/bench-plan.json"))
@@ -171,9 +141,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = tokens_file(Path(folder))
         if "memory" in args.parts:
-            results["memory"] = memory_rows(CASES[:8:2] if args.quick else CASES, data)
+            cases = [case for case in FITTED + HELD_OUT if args.cases is None or case.name in args.cases]
+            rows = memory_rows(cases[:8:2] if args.quick else cases, data, with_live=args.live)
+            results["memory"] = rows
         if "speed" in args.parts:
-            train = _train(SPEED_BATCH, SPEED_POSITIONS, metrics=None, device="cpu")
+            train = a_batch(SPEED_BATCH, SPEED_POSITIONS, metrics=None, device="cpu")
             fields = {"model": SPEED_MODEL, "train": train, "data": {"url": str(data)}}
             sizes = range(1, 5 if args.quick else 9)
             speed, rows = speed_rows(fields, sizes, args.steps or (2 if args.quick else 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,15 +31,32 @@ def memory(name: str) -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(name + ":")).split()[1])
 
 
-def peak_of(job: JobConfig, plan: MeshPlan) -> int:
-    """Bytes that a few steps add to this process at most, beyond what it had before there was a model."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, see proc(5)
-    before = memory("VmRSS")
+def a_few_steps(job: JobConfig, plan: MeshPlan) -> None:
+    """All that a rank does for its first steps."""
     stepper, _ = set_up(job, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
     init_weights(stepper.model, job.train.seed)
     for step in range(NUM_STEPS_OF_MEMORY):
         stepper.step(step)
+
+
+def peak_of(job: JobConfig, plan: MeshPlan) -> int:
+    """Bytes that a few steps add to this process at most, beyond what it had before there was a model."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, see proc(5)
+    before = memory("VmRSS")
+    a_few_steps(job, plan)
     return memory("VmHWM") - before
+
+
+def live_peak_of(job: JobConfig, plan: MeshPlan) -> int:
+    """The most bytes that tensors have at once in a few steps, by torch's own account; the moments are not in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        a_few_steps(job, plan)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+MEASURES = {"resident": peak_of, "live": live_peak_of}
 
 
 def step_times(jobs: list[tuple[dict[str, Any], MeshPlan]], num_steps: int) -> list[float]:
@@ -71,10 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("job", help="JSON of the job's sections")
     parser.add_argument("plan", help="JSON of the mesh plan")
+    parser.add_argument("what", choices=list(MEASURES))
     args = parser.parse_args()
     job, plan = JobConfig.model_validate_json(args.job), MeshPlan.from_json(args.plan)
     with process_group(torch.device("cpu")):
-        peak = peak_of(job, plan)
+        peak = MEASURES[args.what](job, plan)
     if os.environ["RANK"] == "0":
         sys.stdout.write(json.dumps(peak) + "\n")
 

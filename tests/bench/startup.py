@@ -48,8 +48,11 @@ def row(stages: dict[str, Any]) -> dict[str, float]:
     step = min(later)
     return {
         "imports": stages["imports_s"],
+        "group": stages["process_group"][0],
         "mesh": stages["build_mesh"][0],
         "set_up": stages["set_up"][0],
+        "store": stages["Checkpointer"][0],
+        "teller": sum(stages["open_teller"][:1]),
         "weights": filled,
         "first_step": first,
         "step": step,
@@ -65,15 +68,16 @@ def main() -> None:
     args = parser.parse_args()
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{machine}; load {os.getloadavg()[0]:.1f}; seconds")
-    heads = ("imports", "mesh", "set_up", "weights", "first_step", "step", "start_up")
-    print(f"{'parameters':14}{'ranks':>6}  {'goes on':8}" + "".join(f"{head:>11}" for head in heads), flush=True)
     results = []
     for size in args.sizes:
         for world_size in args.ranks:
             with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
                 for resumed, steps in ((False, 1 + NUM_LATER_STEPS), (True, 2 + 2 * NUM_LATER_STEPS)):
                     found = row(start(job_of(LAYERS[size], Path(folder), steps), world_size))
-                    cells = "".join(f"{found[head]:>11.2f}" for head in heads)
+                    if not results:
+                        heads = "".join(f"{head:>11}" for head in found)
+                        print(f"{'parameters':14}{'ranks':>6}  {'goes on':8}{heads}")
+                    cells = "".join(f"{took_s:>11.2f}" for took_s in found.values())
                     print(f"{size + ' million':14}{world_size:>6}  {'yes' if resumed else 'no':8}{cells}", flush=True)
                     results.append({"millions": int(size), "ranks": world_size, "resumed": resumed, **found})
     args.out.parent.mkdir(parents=True, exist_ok=True)

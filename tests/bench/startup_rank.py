@@ -6,10 +6,13 @@ import time
 
 BEGAN_S = time.perf_counter()
 
-import functools  # noqa: E402 - what is imported from here on is a stage
+import contextlib  # noqa: E402 - what is imported from here on is a stage
+import functools  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch._dynamo  # noqa: E402, F401 - FSDP2 does so at its first use; the agent has it imported ahead
@@ -33,29 +36,62 @@ def timed(function: Callable[..., Any], times_s: list[float]) -> Callable[..., A
     return clocked
 
 
+def entered(manager: Callable[..., Any], times_s: list[float]) -> Callable[..., Any]:
+    """The same context manager; the seconds of entering it go to `times_s`."""
+
+    @contextlib.contextmanager
+    def clocked(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        began_s = time.perf_counter()
+        with manager(*args, **kwargs) as value:
+            times_s.append(time.perf_counter() - began_s)
+            yield value
+
+    return clocked
+
+
+@contextlib.contextmanager
+def all_there(folder: Path) -> Iterator[None]:
+    """Begin when every rank has imported: which of them is last says nothing of a start by the agent."""
+    mine = folder / f"imported-{os.environ['MASTER_PORT']}-{os.environ['RANK']}"
+    mine.touch()
+    while len(list(folder.glob(f"imported-{os.environ['MASTER_PORT']}-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.002)
+    try:
+        yield
+    finally:
+        mine.unlink()
+
+
 def main() -> None:
     """Train the job whose JSON is the argument, and print the stages' seconds and when the first step was done."""
+    job = JobConfig.model_validate_json(sys.argv[1])
     imports_s = time.perf_counter() - BEGAN_S
     stages: dict[str, list[float]] = {}
-    for owner, name in (
-        (run, "build_mesh"),
-        (run, "set_up"),
-        (run, "restore"),
-        (run, "first_weights"),
-        (Stepper, "step"),
+    for owner, name, clock in (
+        (run, "process_group", entered),
+        (run, "build_mesh", timed),
+        (run, "set_up", timed),
+        (run, "Checkpointer", timed),
+        (run, "restore", timed),
+        (run, "first_weights", timed),
+        (run, "open_teller", entered),
+        (Stepper, "step", timed),
     ):
-        setattr(owner, name, timed(getattr(owner, name), stages.setdefault(name, [])))
+        setattr(owner, name, clock(getattr(owner, name), stages.setdefault(name, [])))
     ready_s = []
     step = Stepper.step
 
     def noting(*args: Any) -> Any:
         result = step(*args)
-        ready_s.append(time.perf_counter() - BEGAN_S - imports_s)
+        ready_s.append(time.perf_counter())
         return result
 
     Stepper.step = noting  # type: ignore[method-assign]
-    run.train(JobConfig.model_validate_json(sys.argv[1]))
-    sys.stdout.write(json.dumps({"imports_s": imports_s, "until_first_step_s": ready_s[0], **stages}) + "\n")
+    assert job.checkpoint.url is not None
+    with all_there(Path(job.checkpoint.url).parent):
+        began_s = time.perf_counter()
+        run.train(job)
+    sys.stdout.write(json.dumps({"imports_s": imports_s, "until_first_step_s": ready_s[0] - began_s, **stages}) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from launcher.rounds.speed import step_time
 
 GIB = 1 << 30
 # In bf16, whole sequences kept.
-MIXTRAL = dataclasses.replace(plan.MIXTRAL, global_batch=256, recompute=False, memory_cap_bytes=None)
+MIXTRAL = dataclasses.replace(plan.mixtral(), global_batch=256, recompute=False, memory_cap_bytes=None)
 
 
 def mesh(replicate: int = 1, shard: int = 1, expert: int = 1, micro_batch: int = 1, rounds: int = 1) -> MeshPlan:

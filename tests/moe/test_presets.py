@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_moe.cli.plan import MIXTRAL
-from elastic_moe.config import load, mesh_spec
+from elastic_moe.cli.plan import mixtral
+from elastic_moe.config import load
 from elastic_moe.errors import UserError
+from elastic_moe.machine import MachineSpeed
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.presets import PRESETS
@@ -73,8 +74,13 @@ def test_a_wrong_preset_is_told_in_one_line(tmp_path: Path, text: str, reason: s
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_planner_knows_mixtral_without_a_job(tmp_path: Path) -> None:
-    path = tmp_path / "job.toml"
-    train = '[train]\nglobal_batch = 1024\nseq_len = 4096\nrecompute = true\ndtype = "bfloat16"\n'
-    path.write_text(f'[model]\npreset = "mixtral-8x7b"\n{train}[mesh]\nmemory_gib = 141\n')
-    assert mesh_spec(load(path, environ={})) == MIXTRAL
+def test_the_planner_knows_mixtral_without_a_job() -> None:
+    """Its published sizes, which are written down in the preset alone."""
+    spec = mixtral()
+    assert (spec.dense_params, spec.expert_params) == (1_605_636_096, 45_097_156_608)
+    assert (spec.num_layers, spec.num_experts, spec.top_k) == (32, 8, 2)
+    assert (spec.model_dim, spec.ffn_dim, spec.query_dim, spec.key_dim) == (4096, 14_336, 4096, 1024)
+    assert (spec.global_batch, spec.tokens_per_sample, spec.vocab_size) == (1024, 4096, 32_000)
+    assert (spec.recompute, spec.activation_bytes, spec.memory_cap_bytes) == (True, 2, 141 << 30)
+    machine = MachineSpeed().model_dump()  # described for jobs and for the planner, whose defaults are the same
+    assert {name: getattr(spec, name) for name in machine} == machine

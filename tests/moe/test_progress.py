@@ -138,6 +138,8 @@ def test_mixtral_costs_what_its_active_parameters_say() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40", None),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", None),  # public figures contradict one another
         ("Some GPU", None),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,6 +81,22 @@ def test_norms_and_routers_do_not_decay() -> None:
     for name, decay in decays.items():
         assert decay == (0.0 if "norm" in name or ".router." in name else 0.1), name
     assert {0.0, 0.1} == set(decays.values())
+
+
+def test_moments_take_no_memory_before_they_are_written() -> None:
+    """A restore writes all of them: zeros that were written before would cost a large model seconds."""
+    model = torch.nn.ParameterList([torch.empty(1 << 24), torch.empty(3, 5), torch.empty(0, 4)])
+    before = psutil.Process().memory_info().rss
+    optimizer = build_optimizer(model, OptimConfig())
+    assert psutil.Process().memory_info().rss - before < 32 << 20
+    for param, moments in optimizer.state.items():
+        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+            assert moment.shape == param.shape and moment.stride() == param.stride()
+            assert moment.untyped_storage().nbytes() == moment.nbytes  # its own, so that it is saved alone
+    small = optimizer.state[model[1]]
+    small["exp_avg"].fill_(7.0)
+    assert not any(optimizer.state[param]["exp_avg_sq"].any() for param in model)
+    assert not optimizer.state[model[0]]["exp_avg"].any()
 
 
 def test_a_validation_on_nothing_is_refused() -> None:
