@@ -51,7 +51,13 @@ FITTED = (
     Case("kept gathered", a_model(512, 6, 1024), a_batch(8, 128, keep_gathered=True), MeshPlan(1, 2, 1, 0, 2, 2)),
 )
 
-_SIXTY_FOUR = {"num_experts": 64, "top_k": 6, "shared_expert_dim": 512, "score": "sigmoid", "balance": "bias"}
+_SIXTY_FOUR: dict[str, Any] = {
+    "num_experts": 64,
+    "top_k": 6,
+    "shared_expert_dim": 512,
+    "score": "sigmoid",
+    "balance": "bias",
+}
 # Measured when the terms had been found.
 HELD_OUT = (
     Case(
