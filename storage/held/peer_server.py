@@ -16,6 +16,7 @@ from storage.format.sealed import Document
 from storage.held.copy_buffer import Allocate, CopyBuffer
 from storage.held.inventory import Inventory
 from storage.held.papers import PartPapers, dump_labels, dump_papers, load_papers
+from storage.held.strangers import Strangers
 from storage.held.wire import (
     STALL_S,
     AskBytes,
@@ -35,9 +36,10 @@ from storage.priority import step_back
 log = logging.getLogger(__name__)
 
 _NUM_CONNECTIONS_MAX = 256
-_NUM_STRANGERS_MAX = 16
+_NUM_STRANGERS_MAX = 64
 _IDLE_S = 600.0
 _GREETING_S = 5.0
+_GREETING_S_MIN = 1.0  # where others wait for one to go
 _TEXT_MAX = 1000
 
 
@@ -73,7 +75,7 @@ class PeerServer:
         self._listener: socket.socket | None = None
         self._threads: set[threading.Thread] = set()
         self._wires: set[Wire] = set()
-        self._num_strangers = 0
+        self._strangers = Strangers[Wire](_NUM_STRANGERS_MAX, _GREETING_S_MIN)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._reserving = threading.Lock()
@@ -127,23 +129,31 @@ class PeerServer:
                 log.warning("a connection of a peer cannot be accepted: %s", error)
                 time.sleep(0.05)  # of too many descriptors there are fewer later
                 continue
-            with self._changed:
-                # many ranks may come at once: those that are too many wait in the backlog until others are known
-                self._changed.wait_for(lambda: self._num_strangers < _NUM_STRANGERS_MAX or self._is_closed)
-                if self._is_closed or len(self._wires) >= _NUM_CONNECTIONS_MAX:
-                    connection.close()
-                    continue
-                wire = Wire(connection, _GREETING_S, time.monotonic() + _GREETING_S)
-                self._wires.add(wire)
-                self._num_strangers += 1
-            self._spawn(functools.partial(self._converse, wire, address[0]), "storage-peer")
+            wire = Wire(connection, _GREETING_S, time.monotonic() + _GREETING_S)
+            if self._take_in(wire, address[0]):
+                self._spawn(functools.partial(self._converse, wire, address[0]), "storage-peer")
+            else:
+                wire.close()
+
+    def _take_in(self, wire: Wire, who: str) -> bool:
+        """Wait until there is room for one more stranger; whether there is."""
+        with self._changed:
+            # many ranks may come at once: those that are too many wait in the backlog until others are known
+            while not self._is_closed and (wait_s := self._strangers.wait_s(time.monotonic())) > 0:
+                self._changed.wait(wait_s)
+            if self._is_closed or len(self._wires) >= _NUM_CONNECTIONS_MAX:
+                return False
+            gone = self._strangers.take_in(wire, who, time.monotonic())
+            self._wires.add(wire)
+        if gone is not None:
+            log.info("a connection that had not told in time who it is was closed, as others wait")
+            gone.close()
+        return True
 
     def _converse(self, wire: Wire, who: str) -> None:
-        is_stranger = True
         try:
             welcome(wire, self._token)
-            self._is_known()
-            is_stranger = False
+            self._is_known(wire)
             wire.trust(STALL_S)
             while True:
                 wire.wait(_IDLE_S)
@@ -159,14 +169,13 @@ class PeerServer:
         finally:
             with self._lock:
                 self._wires.discard(wire)
-            if is_stranger:
-                self._is_known()
+            self._is_known(wire)
             wire.close()
 
-    def _is_known(self) -> None:
-        """One stranger less: it has told who it is, or has gone."""
+    def _is_known(self, wire: Wire) -> None:
+        """It has told who it is, or has gone."""
         with self._changed:
-            self._num_strangers -= 1
+            self._strangers.leave(wire)
             self._changed.notify_all()
 
     def _answer(self, wire: Wire, asked: Document) -> None:

@@ -40,19 +40,27 @@ class Turn:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
-    def take(self) -> None:
-        """Do it, or wait until it is done; on an error, raise that to each who comes."""
-        with self._lock:
+    def take(self, patience_s: float | None = None) -> bool:
+        """Do it, or wait until it is done, for so long if need be; on an error, raise that to each who comes.
+
+        Returns whether it is done: False where another thread is still at it.
+        """
+        if not self._lock.acquire(timeout=-1 if patience_s is None else max(patience_s, 0.0)):
+            return False
+        try:
             if self._is_taken:
                 if self._error is not None:
                     raise self._error
-                return
+                return True
             self._is_taken = True
             try:
                 self._apply()
             except BaseException as error:
                 self._error = error
                 raise
+            return True
+        finally:
+            self._lock.release()
 
 
 class Door:

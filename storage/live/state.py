@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from storage.arena.slot import Slot
 from storage.errors import StorageError, UsageError
 from storage.events import CheckpointEvent, Reporter
-from storage.live.capture import beside_training, room_for, stage
+from storage.live.capture import NotCaptured, beside_training, room_for, stage
 from storage.live.door import Door, Turn
 from storage.live.lock import StepLock
 from storage.live.notes import Note, NoteTaker
@@ -176,7 +176,8 @@ class LiveState:
                 return found
             try:
                 with beside_training(turn.ready, deadline_s):
-                    turn.take()
+                    if not turn.take(deadline_s - time.monotonic()):
+                        raise NotCaptured(f"step {turn.step} is still being applied")
             except Exception as error:  # noqa: BLE001 - the script's own
                 self._report(CheckpointEvent.LIVE_MISSED, step=turn.step, reason=_told(error))
                 return found

@@ -49,9 +49,11 @@ def serve(
     unfinished, ended = _records(state)
     held.take_up(ended, state.remembered, safe.released)
     server.take_up(unfinished)
-    telling = threading.Thread(target=tell_lost, args=(state.lost,), name="lost", daemon=True)
+    ends = threading.Event()
+    telling = threading.Thread(target=tell_lost, args=(state.lost, ends), name="lost", daemon=True)
     telling.start()
     server.run()
+    ends.set()
     telling.join(_TELLING_S_MAX)  # what it has not told by then stays noted down for the next service
     held.close()
 

@@ -21,6 +21,7 @@ from storage.held.papers import dump_papers
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
+from storage.held.strangers import Strangers
 from storage.held.wire import PROTOCOL, HoldCopy, Ready
 from tests.storage.held_cases import (
     Anonymous,
@@ -325,6 +326,36 @@ def test_strangers_who_say_nothing_are_few_and_gone_soon(monkeypatch: pytest.Mon
         monkeypatch.undo()  # whoever greets may take its time
         with contextlib.closing(Peer(a.card())) as peer:
             assert peer.labels() == ()
+
+
+def test_strangers_who_say_nothing_keep_nobody_waiting_who_has_something_to_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("storage.held.peer_server._GREETING_S", 10 * WAIT_S)
+    monkeypatch.setattr("storage.held.peer_server._GREETING_S_MIN", 0.01)
+    monkeypatch.setattr("storage.held.peer_server._NUM_STRANGERS_MAX", 4)
+    with nodes(["a"]) as (a,), contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", a.card().port))) for _ in range(12)]
+        with contextlib.closing(Peer(a.card(), stall_s=WAIT_S)) as peer:
+            assert peer.labels() == ()
+            strangers[0].settimeout(WAIT_S)
+            while strangers[0].recv(4096):
+                pass  # the first to come is the first to go
+            assert peer.labels() == ()  # who is known stays
+
+
+def test_who_goes_for_another_is_the_oldest_of_those_who_are_most_and_has_had_its_time() -> None:
+    strangers = Strangers[str](limit=3, grace_s=1.0)
+    for number, host in enumerate(("one", "many", "many")):
+        assert strangers.wait_s(number) == 0.0
+        assert strangers.take_in(f"{host}-{number}", host, number) is None
+    assert strangers.wait_s(1.75) == 0.25
+    assert strangers.wait_s(2.5) == 0.0
+    assert strangers.take_in("late", "late", 2.5) == "many-1"
+    strangers.leave("one-0")  # it has told who it is
+    assert strangers.wait_s(2.5) == 0.0
+    assert strangers.take_in("later", "late", 2.5) is None
+    assert strangers.take_in("latest", "late", 9.0) == "late"
 
 
 def test_closing_ends_all_threads_and_lets_all_memory_go() -> None:

@@ -299,6 +299,34 @@ def test_a_turn_is_taken_once() -> None:
     assert taken == [1, 2]
 
 
+def test_who_captures_waits_no_longer_than_it_may_for_a_step_that_the_training_applies() -> None:
+    begun, ends = threading.Event(), threading.Event()
+
+    def apply() -> None:
+        begun.set()
+        ends.wait(DEADLINE_S)
+
+    turn = Turn(2, apply)
+    training = threading.Thread(target=turn.take, daemon=True)
+    training.start()
+    assert begun.wait(DEADLINE_S)
+    assert not turn.take(0.0)
+    missed = list[Any]()
+    live = LiveState(
+        AgreeingGroup(alone=True), lambda part: None, Reporter(lambda event, fields: missed.append((event, fields)))
+    )
+    live.finish(1, {"weight": torch.zeros(2)}, lambda: None)
+    live._door.come(turn)
+    live._capture_noted = lambda deadline_s, patience_s: 1  # type: ignore[method-assign]
+    assert live.capture(0.0) == 1
+    (told,) = [fields for event, fields in missed if event is CheckpointEvent.LIVE_MISSED]
+    assert told == {"step": 2, "reason": "step 2 is still being applied"}
+    ends.set()
+    training.join(DEADLINE_S)
+    assert turn.take(0.0)
+    live.close(rescue=False)
+
+
 def test_a_shut_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a training that is closed, and, after a while, for one that nobody has ended."""
     door, turn = Door(), Turn(1, lambda: None)

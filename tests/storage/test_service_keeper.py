@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from storage.agent import AgentEnvironment
+from storage.errors import Transient
+from storage.run.attempt import Attempt
+from storage.saving import receipts
 from storage.service import address, keeper, lost
 from storage.service.keeper import KeeperSafe, State
 from storage.service.messages import Stage
 from storage.service.notes import FormerNote, Notes
 from storage.service.processes import began_at, is_alive
+from storage.stores.objects import ObjectStore
 from tests.storage.service_cases import events_in
 from tests.storage.test_service_messages import STAGE
 
@@ -177,21 +182,21 @@ def note_of(tmp_path: Path, stage: str) -> FormerNote:
 def test_a_report_that_is_broken_off_is_made_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = note_of(tmp_path, lost_stage(tmp_path, os.getpid(), 1).model_dump_json())
 
-    def die(stage: Stage) -> None:
+    def die(stage: Stage, *, is_again: bool) -> bool:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(lost, "_tell_one", die)
         with pytest.raises(KeyboardInterrupt):
-            lost.tell_lost([note])
-    lost.tell_lost(Notes(tmp_path / "kept").former())
+            lost.tell_lost([note], threading.Event())
+    lost.tell_lost(Notes(tmp_path / "kept").former(), threading.Event())
     assert [event["event"] for event in events_in(tmp_path / "events.jsonl")] == ["checkpoint_failed"]
     assert Notes(tmp_path / "kept").former() == []
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"session": 1', "[]"])
 def test_a_note_that_says_nothing_is_dropped(text: str, tmp_path: Path) -> None:
-    lost.tell_lost([note_of(tmp_path, text)])
+    lost.tell_lost([note_of(tmp_path, text)], threading.Event())
     assert Notes(tmp_path / "kept").former() == []
 
 
@@ -202,5 +207,41 @@ def test_another_process_of_the_same_pid_is_not_the_worker(is_reused: bool, tmp_
     stage = lost_stage(tmp_path, os.getpid(), began - 1 if is_reused else began)
     assert is_alive(os.getpid(), began)
     assert not is_alive(os.getpid(), began - 1)
-    lost.tell_lost([note_of(tmp_path, stage.model_dump_json())])
+    lost.tell_lost([note_of(tmp_path, stage.model_dump_json())], threading.Event())
     assert len(events_in(tmp_path / "events.jsonl")) == is_reused
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_while_the_store_is_away_it_is_not_known_what_became_of_a_save(
+    is_committed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = lost_stage(tmp_path, os.getpid(), 1)
+    coordinators = stage.model_copy(update={"attempt": stage.attempt.model_copy(update={"rank": 0})})
+    note = note_of(tmp_path, coordinators.model_dump_json())
+    stop, tries = threading.Event(), list[int]()
+
+    def committed_bytes(store: ObjectStore, attempt: Attempt) -> int | None:
+        tries.append(attempt.step)
+        if len(tries) == 1:
+            stop.set()  # the service ends meanwhile, and the next one asks
+        if len(tries) <= 3:
+            raise Transient("nobody listens")
+        return 5 if is_committed else None
+
+    monkeypatch.setattr(receipts, "committed_bytes", committed_bytes)
+    monkeypatch.setattr(lost, "_PAUSE_S_MIN", 0.001)
+    lost.tell_lost([note], stop)
+    assert Notes(tmp_path / "kept").former() == [note]
+    lost.tell_lost([note], threading.Event())
+    told = events_in(tmp_path / "events.jsonl")
+    end = "checkpoint_committed" if is_committed else "checkpoint_failed"
+    assert [event["event"] for event in told] == ["checkpoint_unknown", "checkpoint_unknown", end]
+    assert "nobody listens" in told[0]["reason"]
+    assert (len(tries), Notes(tmp_path / "kept").former()) == (4, [])
+
+
+def test_of_a_store_that_can_never_be_asked_it_is_said_once(tmp_path: Path) -> None:
+    stage = lost_stage(tmp_path, os.getpid(), 1).model_copy(update={"url": "nonsense://x"})
+    lost.tell_lost([note_of(tmp_path, stage.model_dump_json())], threading.Event())
+    assert [event["event"] for event in events_in(tmp_path / "events.jsonl")] == ["checkpoint_unknown"]
+    assert Notes(tmp_path / "kept").former() == []
