@@ -34,7 +34,8 @@ class CheckpointEvent(enum.StrEnum):
     RESTORED_IN_PART = "restored_in_part"
     """With `strict=False`: `step`, `num_missing`, `missing` and `num_left_out`, `left_out` (some of the names)."""
     PER_RANK_RESIZED = "per_rank_resized"
-    """`step`, `names` of the `PerRank` parts, the number of ranks that `saved` them, and how many there are `now`."""
+    """`step`, `names` of the `PerRank` parts, the number of ranks that `saved` them, and how many there are `now`;
+    `gone`: of a state in the memory of nodes, the ranks whose own is lost with them."""
     CAST = "checkpoint_cast"
     """Tensors went into others of another dtype: `step` or `url`, and what became of how many."""
     PASSED_OVER = "checkpoint_passed_over"
@@ -53,6 +54,9 @@ class CheckpointEvent(enum.StrEnum):
     """`step`, `seconds` since `save` was called, `bytes` of the whole checkpoint; `healthy`, where it is not."""
     FAILED = "checkpoint_failed"
     """`step`, `seconds`, `reason`: nothing of it can be seen."""
+    UNKNOWN = "checkpoint_unknown"
+    """`step`, `reason`: what had it was killed, and the store does not say whether it was committed before. It is asked
+    again, and then `checkpoint_committed` or `checkpoint_failed` tells."""
     SKIPPED = "checkpoint_skipped"
     """`step` was due and is not saved, and the `reason`: earlier saves take all the memory for copies."""
     REPLACED = "checkpoint_replaced"

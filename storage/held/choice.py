@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.errors import Corrupt
 from storage.format import layout
 from storage.format.completeness import gaps
 from storage.format.manifest import ItemTable, Manifest
 from storage.held.papers import PartLabel, PartPapers
+from storage.held.survivors import of_survivors
 from storage.run.attempt import draft_manifest
 
 
@@ -131,15 +132,22 @@ class DifferingCopies:
 class JoinedState:
     """A state of which every byte is held: its index as a manifest, what of it has other names as well, and which of
     those are not the same.
+
+    `lost`: the names of what each rank had of its own, where it is not there any more of all of them.
     """
 
     manifest: Manifest
     twins: tuple[Twins, ...] = ()
     differing: tuple[DifferingCopies, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
-def join(papers: Sequence[PartPapers]) -> JoinedState:
+def join(papers: Sequence[PartPapers], num_ranks: int | None = None) -> JoinedState:
     """The state that those parts of one attempt make, in the order of their ranks.
+
+    What lost ranks had of their own (`PerRank`) may be missing of a state of which replicas make up for them, where
+    there are so few ranks now, `num_ranks`, that each gets what one of the others had: as from a checkpoint that is
+    restored on fewer ranks.
 
     Raises:
         Corrupt: bytes are missing; the message says which.
@@ -157,10 +165,27 @@ def join(papers: Sequence[PartPapers]) -> JoinedState:
         of_all.created_unix_s,
         healthy=label.healthy,
     )
-    joined = _without_twins(draft) if label.is_all else JoinedState(draft)
+    lost: tuple[str, ...] = ()
+    if label.is_all and len(parts) < label.world_size:
+        draft, lost = _without_lost(draft, [part.label.rank for part in parts], num_ranks or label.world_size)
+    joined = replace(_without_twins(draft), lost=lost) if label.is_all else JoinedState(draft)
     for gap in itertools.islice(gaps(joined.manifest), 1):
         raise Corrupt(gap)
     return joined
+
+
+def _without_lost(draft: Manifest, ranks: Sequence[int], num_ranks: int) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest as those ranks alone would have it, and the names of what the lost ones had of their own.
+
+    Raises Corrupt: somebody would get nothing.
+    """
+    left = of_survivors(draft, ranks)
+    if left is None:
+        return draft, ()
+    if num_ranks > len(ranks):
+        names, there = ", ".join(map(repr, left.names)), f"{len(ranks)} of {draft.world_size}"
+        raise Corrupt(f"what each rank had of its own ({names}) is left of {there}, and there are {num_ranks} now")
+    return left.manifest, left.names
 
 
 def _without_twins(draft: Manifest) -> JoinedState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ class Nearness(enum.StrEnum):
     STORE = "store"
 
 
-_BITE_BYTES = {Nearness.OWN: 2 * 1024 * 1024, Nearness.PEER: 4 * 1024 * 1024}
+_BITE_BYTES = 4 * 1024 * 1024
+_NUM_READERS_MAX = 4  # from there on threads only take turns
 _TURN_BYTES = 4 * 1024 * 1024
 
 
@@ -110,6 +112,19 @@ def _place(name: str, offset: int) -> Iterator[_Place]:
         yield _Place(part, name, offset)
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where else a checkpoint is that nodes hold, and who else reads it.
+
+    `is_stored`: the store has it as well; else nothing is asked of that. `is_everywhere`: every node of the job holds
+    all of it; all ranks must be told the same. `num_ranks_here`: so many ranks of this host read at once.
+    """
+
+    is_stored: bool
+    is_everywhere: bool = False
+    num_ranks_here: int = 1
+
+
 class NearestStore(StoreWrapper):
     """`store`, with the data objects below `prefix` read from the nearest of the nodes that hold them.
 
@@ -119,8 +134,7 @@ class NearestStore(StoreWrapper):
         holders: by part the nodes that hold it, the nearest first.
         places: under which names bytes are held.
         tell: hears of sources that are left out.
-        is_stored: whether the store has the checkpoint as well; else nothing is asked of it.
-        is_everywhere: whether every node of the job holds all of it; all ranks must be told the same.
+        reach: where else it is, and who else reads it.
     """
 
     def __init__(
@@ -130,17 +144,14 @@ class NearestStore(StoreWrapper):
         holders: Mapping[PartKey, Sequence[ByteSource]],
         places: Places,
         tell: Tell,
-        *,
-        is_stored: bool,
-        is_everywhere: bool = False,
+        reach: Reach,
     ) -> None:
         super().__init__(store)
         self._prefix = prefix
         self._holders = holders
         self._places = places
         self._tell = tell
-        self._is_stored = is_stored
-        self._is_everywhere = is_everywhere
+        self._reach = reach
         self._lock = threading.Lock()
         self._lost: set[int] = set()  # sources by id: nothing comes from them
         self._left_out: set[tuple[int, PartKey]] = set()  # what of a source is gone, or damaged
@@ -155,7 +166,7 @@ class NearestStore(StoreWrapper):
 
     def can(self, capability: Capability) -> bool:
         """See `ObjectStore.can`. What a node holds is its host's cache."""
-        if capability in (Capability.HOST_CACHE, Capability.ON_EVERY_HOST) and self._is_everywhere:
+        if capability in (Capability.HOST_CACHE, Capability.ON_EVERY_HOST) and self._reach.is_everywhere:
             return True
         return self._store.can(capability)
 
@@ -180,9 +191,19 @@ class NearestStore(StoreWrapper):
 
     def bite_bytes(self, key: str) -> int | None:
         """See `ObjectStore.bite_bytes`: small ones out of memory."""
+        return self._store.bite_bytes(key) if self._nearest(key) is None else _BITE_BYTES
+
+    def num_readers(self, key: str) -> int | None:
+        """See `ObjectStore.num_readers`. Of this node's memory each rank has its share of the processors."""
+        nearest, num_cpus = self._nearest(key), len(os.sched_getaffinity(0))
+        if nearest is None:
+            return self._store.num_readers(key)
+        num_free = num_cpus // self._reach.num_ranks_here if nearest.nearness is Nearness.OWN else num_cpus
+        return max(1, min(num_free, _NUM_READERS_MAX))
+
+    def _nearest(self, key: str) -> ByteSource | None:
         places = next(iter(self._places.of(key.removeprefix(self._prefix), 0, 1)), (0, []))[1]
-        nearest = next((source for source, _ in self._options(places) if not self._is_lost(source)), None)
-        return self._store.bite_bytes(key) if nearest is None else _BITE_BYTES[nearest.nearness]
+        return next((source for source, _ in self._options(places) if not self._is_lost(source)), None)
 
     def doubt(self, key: str, reason: str) -> bool:
         """See `ObjectStore.doubt`."""
@@ -222,7 +243,7 @@ class NearestStore(StoreWrapper):
             return id(source) in self._lost
 
     def _read_far(self, key: str, offset: int, buffers: Sequence[memoryview], if_match: str | None) -> str:
-        if not self._is_stored:
+        if not self._reach.is_stored:
             raise NotFound(f"{key} was only in the memory of nodes, and none of them has it any more")
         etag = self._store.read_into(key, offset, buffers, if_match=if_match)
         with self._lock:

@@ -25,7 +25,7 @@ from storage.held.choice import (
 )
 from storage.held.distrust import worn_out
 from storage.held.local import LocalMemory, Offer, dump_offer, load_offer
-from storage.held.nearest import ByteSource, NearestStore, Nearness, Places
+from storage.held.nearest import ByteSource, NearestStore, Nearness, Places, Reach
 from storage.held.own_memory import OwnMemory
 from storage.held.papers import PartPapers
 from storage.held.peer_client import Peer
@@ -71,6 +71,7 @@ class MemoryTier:
         offers: what each node has, the same on all ranks.
         own: this rank's node, by its number in `offers`; None where it has no memory.
         local: that node's memory, from within.
+        num_ranks: how many restore, and how many of them on this rank's host.
         compares: no state is gone on from of which ranks hold a tensor differently, and no majority says who is right.
     """
 
@@ -81,9 +82,11 @@ class MemoryTier:
         local: LocalMemory | None,
         lineage: str,
         *,
+        num_ranks: tuple[int, int],
         compares: bool = False,
     ) -> None:
         self._offers = offers
+        self._num_ranks, self._num_ranks_here = num_ranks
         self._compares = compares
         self.states = held_states([offer.labels for offer in offers], lineage)
         self._peers = [
@@ -172,8 +175,7 @@ class MemoryTier:
             holders,
             Places(found.twins),
             tell,
-            is_stored=found.is_stored,
-            is_everywhere=self._is_everywhere(state, found),
+            Reach(found.is_stored, self._is_everywhere(state, found), self._num_ranks_here),
         )
 
     def _is_everywhere(self, state: HeldState, found: HeldIndex) -> bool:
@@ -192,8 +194,17 @@ class MemoryTier:
         with Pool(_NUM_ASKED_AT_ONCE, thread_name_prefix="storage-papers") as pool:
             calls = [functools.partial(self._papers, state, rank, report) for rank in sorted(state.holders)]
             found = [papers for papers in run_all(pool, calls) if papers is not None]
-        joined = join(found)
+        joined = join(found, self._num_ranks)
         self._tell_differing(state, joined, report)
+        if joined.lost:
+            report(
+                CheckpointEvent.PER_RANK_RESIZED,
+                step=state.label.step,
+                names=list(joined.lost),
+                saved=state.label.world_size,
+                now=self._num_ranks,
+                gone=sorted(set(range(state.label.world_size)) - {papers.label.rank for papers in found}),
+            )
         prefix = layout.step_folder(state.label.step) + "/"
         index = check_whole(check_sizes(of_manifest(prefix, joined.manifest)))
         return HeldIndex(index, joined.twins, is_stored=False)
@@ -273,7 +284,9 @@ class MemoryAccess:
         offers = {offer.card.node: offer for offer in map(load_offer, filter(None, told))}
         found = [offers[node] for node in nodes if node in offers]
         own = next((number for number, offer in enumerate(found) if mine and offer.card.node == mine.node), None)
-        return MemoryTier(found, own, self._local, self._lineage, compares=self._compares)
+        num_here = sum(card is not None and mine is not None and card.host == mine.host for card in cards)
+        num_ranks = self._group.world_size, max(num_here, 1)
+        return MemoryTier(found, own, self._local, self._lineage, num_ranks=num_ranks, compares=self._compares)
 
     def has_a_state(self, report: Reporter) -> bool:
         """Whether nodes hold a state that could be gone on from if the store were away."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +35,6 @@ from storage.verified.verifiers import Verifier
 T = TypeVar("T")
 
 NUM_THREADS = 16  # AWS gives a connection 85 to 90 MB/s
-_NUM_NEAR_THREADS = 4
 _HELD_SIZE_BYTES = 128 * 1024 * 1024  # outside of tensors, by parts that are under way or wait for the main thread
 
 
@@ -148,7 +146,12 @@ def _read_rest(source: Source, requests: Requests, received: dict[int, list[Rang
     traffic = Traffic()
     parts = plan_parts(requests.places, requests.wants, received)
     with _readers(source, parts, pool) as readers:
-        for part, memories in windowed_by_size(readers, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES):
+        found = (
+            map(fetch, parts)
+            if readers is None
+            else windowed_by_size(readers, fetch, parts, requests.held_bytes, _HELD_SIZE_BYTES)
+        )
+        for part, memories in found:
             traffic += Traffic(1, part.stop - part.start)
             for segment, memory in zip(part.segments, memories, strict=True):
                 if memory is None:
@@ -160,12 +163,14 @@ def _read_rest(source: Source, requests: Requests, received: dict[int, list[Rang
     return traffic
 
 
-def _readers(source: Source, parts: Sequence[Part], pool: Executor) -> AbstractContextManager[Executor]:
-    """The pool; a smaller one where all is in memory: no server is waited for, and threads only take turns."""
+def _readers(source: Source, parts: Sequence[Part], pool: Executor) -> AbstractContextManager[Executor | None]:
+    """The pool; where all is in memory, and no server is waited for, a smaller one, or none: by this thread alone."""
     objects = {part.object for part in parts}
-    if all(source.store.bite_bytes(source.key_of(number)) is not None for number in objects):
-        return Pool(min(_NUM_NEAR_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="storage-near")
-    return contextlib.nullcontext(pool)
+    nums = [source.store.num_readers(source.key_of(number)) for number in objects]
+    if not nums or None in nums:
+        return contextlib.nullcontext(pool)
+    num = max(num for num in nums if num is not None)
+    return Pool(num, thread_name_prefix="storage-near") if num > 1 else contextlib.nullcontext(None)
 
 
 class Axis:

@@ -188,6 +188,13 @@ class ObjectStore(abc.ABC):
         """
         return None
 
+    def num_readers(self, key: str) -> int | None:
+        """How many threads read best of the object at once, where that is known: of memory, no more than are free.
+
+        By default (None) as many as there are: each waits for an answer most of its time.
+        """
+        return None
+
     def doubt(self, key: str, reason: str) -> bool:
         """What this thread has just read of the object turned out to be damaged: whether there is another copy to read.
 

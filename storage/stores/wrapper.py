@@ -80,6 +80,10 @@ class StoreWrapper(ObjectStore):
         """See `ObjectStore.bite_bytes`."""
         return self._store.bite_bytes(key)
 
+    def num_readers(self, key: str) -> int | None:
+        """See `ObjectStore.num_readers`."""
+        return self._store.num_readers(key)
+
     def doubt(self, key: str, reason: str) -> bool:
         """See `ObjectStore.doubt`."""
         return self._store.doubt(key, reason)

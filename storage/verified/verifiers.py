@@ -7,6 +7,7 @@ of what came before, as whoever met damage reads it once more.
 from __future__ import annotations
 
 import bisect
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ class BlockVerifier:
         """See `Verifier.take`."""
         stop = at + data.nbytes
         first, edges, crcs = self._sums.within(at, stop)
+        if (edges[0], edges[-1]) == (at, stop):  # as most are, of memory that is read at tens of GB/s
+            found = [crc32c(data[begin - at : end - at]) for begin, end in itertools.pairwise(edges)]
+            if found == crcs:
+                return
         damaged = []
         for number, expected in enumerate(crcs):
             begin, end = edges[number], edges[number + 1]

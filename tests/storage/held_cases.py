@@ -156,8 +156,16 @@ class Seen:
     """What the only rank of a restore sees of several nodes, the first of which is its own."""
 
     def __init__(
-        self, found: Sequence[NodeMemory], local: LocalMemory | None = None, run: str = RUN, *, compares: bool = False
+        self,
+        found: Sequence[NodeMemory],
+        local: LocalMemory | None = None,
+        run: str = RUN,
+        *,
+        num_ranks: int = 1,
+        num_here: int = 1,
+        compares: bool = False,
     ) -> None:
+        self._num_ranks = num_ranks, num_here
         self._compares = compares
         self._nodes = found
         self._local = local
@@ -168,7 +176,7 @@ class Seen:
             Offer(card=node.card(), labels=tuple(node.labels(self._run)), num_restores=node.num_restores())
             for node in self._nodes
         ]
-        return MemoryTier(offers, 0, self._local, LINEAGE, compares=self._compares)
+        return MemoryTier(offers, 0, self._local, LINEAGE, num_ranks=self._num_ranks, compares=self._compares)
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         for node in self._nodes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storage.held.nearest import NearestStore, Places
+from storage.held.nearest import NearestStore, Places, Reach
 from storage.held.peer_client import Peer
 from storage.parallel import run_concurrently
 from storage.stores.memory import MemoryStore
@@ -45,7 +45,7 @@ def test_nodes_that_hold_the_same_take_turns(monkeypatch: pytest.MonkeyPatch) ->
         part = staged.part(0)
         name = next(iter(part.objects))
         holders = {part.key: sources}
-        near = NearestStore(MemoryStore("none"), "s/", holders, Places(), lambda *_: None, is_stored=False)
+        near = NearestStore(MemoryStore("none"), "s/", holders, Places(), lambda *_: None, Reach(is_stored=False))
         for number in range(6):
             near.read_into(f"s/{name}", number * 1000, [memoryview(bytearray(10))])
         assert [source.num for source in sources] == [2, 2, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from storage.errors import Corrupt, NotFound, Transient
 from storage.format.manifest import ItemTable
 from storage.format.sealed import seal
 from storage.held.inventory import HeldObject, HeldPart
+from storage.held.nearest import NearestStore, Nearness, Places, Reach
 from storage.held.own_memory import OwnPart, PartMap, PlacedObject
 from storage.stores.objects import ObjectStore
 from storage.stores.wrapper import StoreWrapper
@@ -92,17 +94,33 @@ def test_bytes_of_a_stored_checkpoint_come_from_memory_where_that_very_attempt_i
     assert "from_store" not in fields
 
 
-def test_a_damaged_slot_is_told_and_the_peers_copy_is_read_instead() -> None:
+@pytest.mark.parametrize("num_here", [1, 64], ids=["by threads", "by one"])
+def test_a_damaged_slot_is_told_and_the_peers_copy_is_read_instead(num_here: int) -> None:
     told: Told = []
     with nodes(["a", "b"]) as (a, b):
         staged = Staged(20)
         add(a, staged, 0, 1, change=damaged)
         add(b, staged, 0, 1)
-        check(20, restore(store_with(10), Seen([a, b]), told))
+        check(20, restore(store_with(10), Seen([a, b], num_here=num_here), told))
     failed = of(told, "checkpoint_source_failed")
     assert {(row["node"], row["tier"], row["step"]) for row in failed} == {("a", "own", 20)}
     assert all("checksum at byte" in row["reason"] for row in failed)
     assert of(told, "restored")[0]["from_peer"] > SIZE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("nearness", "num_here", "num"),
+    [(Nearness.OWN, 1, 4), (Nearness.OWN, 3, 2), (Nearness.OWN, 64, 1), (Nearness.PEER, 64, 4)],
+)
+def test_ranks_of_a_host_share_its_processors_where_nobody_waits(
+    nearness: Nearness, num_here: int, num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    holders = {("deadbeef", 0): [SimpleNamespace(nearness=nearness)]}
+    reach = Reach(is_stored=False, num_ranks_here=num_here)
+    store = NearestStore(store_with(), "s/", holders, Places(), lambda *_: None, reach)
+    assert store.num_readers("s/attempt-deadbeef/__0_0.distcp") == num
+    assert store.num_readers("s/attempt-deadbeef/__1_0.distcp") is None
 
 
 def test_where_every_copy_is_damaged_the_state_before_is_taken_and_then_the_stores() -> None:

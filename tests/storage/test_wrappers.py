@@ -81,7 +81,7 @@ def test_no_wrapper_falls_back_to_what_holds_for_any_store(wrapper: type[ObjectS
     assert getattr(wrapper, method) is not getattr(ObjectStore, method)
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"url", "close", "doubt", "bite_bytes"}))
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"url", "close", "doubt", "bite_bytes", "num_readers"}))
 def test_whatever_asks_the_store_is_tried_again(method: str) -> None:
     assert method in vars(RetryingStore)
 
