@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch.distributed as dist
 
@@ -210,7 +210,7 @@ class Checkpointer:
         step: int,
         state: Mapping[str, Any],
         *,
-        wait: bool = False,
+        wait: bool | Literal["held"] = False,
         now: bool = False,
         healthy: bool = True,
         compare_ranks: bool = True,
@@ -222,8 +222,9 @@ class Checkpointer:
 
         Returns once the state is copied (see `Staging`); storing and committing go on in the background, and the state
         may change meanwhile. Where an earlier save has not stored its copy yet, `backlog` says what happens. With
-        `wait` it returns only when the save has committed or failed. A failed save is an event and a warning, not an
-        exception: the training goes on. A step that this Checkpointer has just committed is not saved again.
+        `wait` it returns only when the save has committed or failed; with `wait="held"` once it is in the nodes' memory
+        (see the method `wait`). A failed save is an event and a warning, not an exception: the training goes on. A step
+        that this Checkpointer has just committed is not saved again.
 
         `healthy=False`, on any rank, says that the state is not to go on from (a loss or a parameter that is not
         finite): it is kept to look into, restores pass it over, it makes no healthy checkpoint go, and makes way itself
@@ -254,13 +255,13 @@ class Checkpointer:
         begun = None
         try:
             compares, asks = compare_ranks and self._compares_ranks, live is not None and live.state.asks
-            begun = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=wait, asks=asks)
+            begun = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=bool(wait), asks=asks)
         finally:
             pacer.returned(is_saving=begun is not None)
         if live is not None and begun is not None and begun.agree:
             live.state.saved(step, state, healthy=healthy)
         if wait:
-            saver.wait()
+            saver.wait(held=wait == "held")
 
     def note(self, step: int, state: Mapping[str, Any]) -> None:
         """Say that a step is complete, and that this is the state after it, as each `save` says.
@@ -303,10 +304,15 @@ class Checkpointer:
             raise UsageError(f"{self._store.url} was opened with Access.READ, so nothing can be saved to it")
         return started.saver, started.pacer
 
-    def wait(self) -> bool:
-        """Block until the last save has committed or failed; True if it committed, or there was none."""
+    def wait(self, *, held: bool = False) -> bool:
+        """Block until the last save has committed or failed; True if it committed, or there was none.
+
+        With `held` it is enough that this rank's part is in the memory of its node's checkpoint service: the save goes
+        on there, and the next workers on these nodes go on from it at once, with the nodes that come. Without such a
+        service it makes no difference.
+        """
         saver = self._started.saver if self._started is not None else None
-        return saver is None or saver.wait()
+        return saver is None or saver.wait(held=held)
 
     def announce_end(self) -> None:
         """Tell that this job is about to end, before a last save that may take long; `close` tells it by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_moe import worker
 from elastic_moe.events import TrainerEvent
@@ -96,10 +96,12 @@ class Session:
         if reason == Stop.DRAIN or last:
             self.checkpointer.announce_end()  # whoever is to go on elsewhere waits for the save
         with worker.untimed():
-            self.checkpointer.save(step, state, wait=bool(reason) or last, now=now, healthy=healthy)
+            held = reason == Stop.MEMBERSHIP and not last  # who goes on on these nodes finds it in their memory
+            wait: bool | Literal["held"] = "held" if held else bool(reason) or last
+            self.checkpointer.save(step, state, wait=wait, now=now, healthy=healthy)
             if not reason or last:
                 return False
-            if not worker.on_all_ranks(self.checkpointer.wait()):
+            if not worker.on_all_ranks(self.checkpointer.wait(held=held)):
                 log.warning("step %d could not be saved: the stop (%s) waits for the next step", step, reason)
                 worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)
                 return False

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from elastic_moe.config import JobConfig
 from elastic_moe.errors import NotFinite, NotSaved
@@ -139,7 +139,10 @@ class Loop:
         with worker.untimed():
             bad = first_not_finite(self.state)
             healthy = worker.on_all_ranks(not bad and not result.skipped)
-            checkpointer.save(step, self.state, wait=bool(reason) or last, healthy=healthy)
+            # other nodes come or go, and these workers' are there for the next: who goes on finds it in their memory
+            held = reason == Stop.MEMBERSHIP and not last
+            wait: bool | Literal["held"] = "held" if held else bool(reason) or last
+            checkpointer.save(step, self.state, wait=wait, healthy=healthy)
             if last and not worker.on_all_ranks(checkpointer.wait()):
                 raise NotSaved(f"step {step} is the last and could not be saved to {self.job.checkpoint.url}")
             if not healthy and not result.skipped:
@@ -155,7 +158,7 @@ class Loop:
             log.warning("asked to stop (%s) without a checkpoint.url: the next run begins at step 0", reason)
             return True
         with worker.untimed():
-            if worker.on_all_ranks(self.checkpointer.wait()):
+            if worker.on_all_ranks(self.checkpointer.wait(held=reason == Stop.MEMBERSHIP)):
                 return True
         log.warning("step %d could not be saved: the stop (%s) waits for the next step boundary", step, reason)
         worker.event(TrainerEvent.STOP_POSTPONED, step=step, reason=reason)

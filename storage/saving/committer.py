@@ -21,7 +21,8 @@ from storage.saving.uploads import SaveJob, Tried, Uploads
 @dataclass(frozen=True)
 class Running:
     """A job that was handed over. `stored` is set once its payloads are stored, or cannot be, and `freed` once nobody
-    reads their memory any more: the service may hold a state there for longer. `is_shared`: a process that this one has
+    reads their memory any more: the service may hold a state there for longer. `kept`: the node's memory has it, for
+    whoever goes on there; `settled` once that is so, or the job has ended. `is_shared`: a process that this one has
     lost sight of may read it for ever, so it is not used again.
     """
 
@@ -30,6 +31,18 @@ class Running:
     committed: Future[bool] = field(default_factory=Future)
     freed: threading.Event = field(default_factory=threading.Event)
     is_shared: bool = False
+    kept: threading.Event = field(default_factory=threading.Event)
+    settled: threading.Event = field(default_factory=threading.Event)
+
+    def keep(self) -> None:
+        """The node's memory has it. Any thread."""
+        self.kept.set()
+        self.settled.set()
+
+    def is_safe(self) -> bool:
+        """Wait until that is so, or the job has ended; whether it can be gone on from, as it is kept or committed."""
+        self.settled.wait()
+        return self.kept.is_set() or self.committed.result()
 
     def free(self) -> None:
         """The memory of the job's payloads may be used again. Any thread; harmless where that was said."""
@@ -185,9 +198,12 @@ class Committer:
         last = self._last.get(Tier.STORE)
         return last is None or bool(futures.wait([last.committed], timeout_s).done)
 
-    def wait(self) -> bool:
-        """Block until the last job has ended, of each tier; whether they committed (True if there was none)."""
-        outcomes = [last.committed.result() for last in self._last.values()]
+    def wait(self, *, held: bool = False) -> bool:
+        """Block until the last job has ended, of each tier; whether they committed (True if there was none).
+
+        With `held` it is enough that this node's memory has it: so that whoever goes on on this node finds it there.
+        """
+        outcomes = [last.is_safe() if held else last.committed.result() for last in self._last.values()]
         return all(outcomes)
 
     def fate_of(self, step: int) -> Fate:
@@ -218,6 +234,7 @@ class Committer:
 
     def _begin(self, running: Running) -> None:
         tier = running.job.tier
+        running.committed.add_done_callback(lambda _: running.settled.set())
         self._last[tier] = running
         self._under_way[tier] = [*(other for other in self._under_way[tier] if not other.stored.is_set()), running]
 

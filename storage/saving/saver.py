@@ -147,11 +147,14 @@ class Saver:
         self._compared.passed(step)
         self._replicas.check(step, state)
 
-    def wait(self) -> bool:
-        """Block until the last save has committed or failed; True if it committed, or there was none."""
+    def wait(self, *, held: bool = False) -> bool:
+        """Block until the last save has committed or failed; True if it committed, or there was none.
+
+        With `held` it is enough that this node's memory has this rank's part of it.
+        """
         began_s = time.monotonic()
         self._queue.flush()
-        committed = self._committer.wait()
+        committed = self._committer.wait(held=held)
         if (waited_s := time.monotonic() - began_s) >= _TOLD_S_MIN:
             self._report.tell_agent(CheckpointEvent.WAITED, seconds=round(waited_s, 3))
         return committed

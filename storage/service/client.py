@@ -27,6 +27,7 @@ from storage.service.messages import (
     GoOn,
     Heard,
     Hello,
+    KeptHere,
     ProtocolError,
     Rejected,
     Released,
@@ -279,8 +280,8 @@ class ServiceBackend:
     def _hear(self, channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
         close_all(fds)
         match message:
-            case Stored(attempt=attempt):
-                self._store(attempt)
+            case KeptHere() | Stored():
+                self._note(message)
             case Released(attempt=attempt):
                 self._release(attempt)
             case Told(number=number, event=event, fields=fields):
@@ -310,11 +311,11 @@ class ServiceBackend:
             self._told.add(outcome)
         self._report(known, **fields)
 
-    def _store(self, attempt: str) -> None:
-        """Its part is stored; the slot may still be held in memory, until a newer state is."""
+    def _note(self, told: KeptHere | Stored) -> None:
+        """Its part is kept, or stored; the slot may still be held in memory, until a newer state is."""
         with self._state:
-            if (handed := self._handed.get(attempt)) is not None:
-                handed.running.stored.set()
+            if (handed := self._handed.get(told.attempt)) is not None:
+                handed.running.keep() if isinstance(told, KeptHere) else handed.running.stored.set()
 
     def _release(self, attempt: str) -> None:
         with self._state:
@@ -387,7 +388,8 @@ class ServiceBackend:
             self._fail(replace(before, is_shared=is_shared), str(error))
             return
         job = SaveJob(**vars(before.job) | {"payloads": staged.payloads, "staging_error": staged.staging_error})
-        running = Running(job, before.stored, before.committed, before.freed, is_shared)
+        before.kept.clear()  # the memory is not for others any more
+        running = replace(before, job=job, is_shared=is_shared)
         before.committed.add_done_callback(lambda _: handed.table.close())
         self._submit_directly(running, handed.tried)
 

@@ -26,7 +26,7 @@ from storage.saving.uploads import SaveJob, SaveRules, Uploads
 from storage.saving.writing import MadeObjects
 from storage.service import table
 from storage.service.channel import close_all
-from storage.service.messages import Released, Stage, Stored
+from storage.service.messages import KeptHere, Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
 from storage.service.processes import is_alive
 from storage.service.sessions import Session
@@ -323,6 +323,8 @@ class Lane:
                 log.exception("step %d is not held in memory", stage.attempt.step)
             if made is None:
                 self.release(parcel)
+            else:
+                self.session.send(KeptHere(attempt=stage.attempt.id))
         if stage.tier is Tier.RAM:
             step, seconds = stage.attempt.step, round(time.monotonic() - stage.started_s, 3)
             if made is not None:

@@ -16,7 +16,7 @@ from storage.pace.rules import Tier
 from storage.run.owner import Owner
 from storage.saving.uploads import Tried
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """One more with every change after which the two sides would misunderstand each other."""
 
 
@@ -136,6 +136,12 @@ class Accepted(ServiceMessage):
 
 class Stored(ServiceMessage):
     """The rank's part of the attempt is in the store."""
+
+    attempt: str
+
+
+class KeptHere(ServiceMessage):
+    """The rank's part of the attempt is in the node's memory, for whoever goes on there, stored or not."""
 
     attempt: str
 
