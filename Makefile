@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train check format lint types layers clean
+.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train bench-hot check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -114,6 +114,9 @@ bench-startup: $(VENV)/.dev ## from a worker's start to its first step, resumed 
 
 bench-train: $(VENV)/.dev ## our layer of experts and our step beside transformers', a loop and a dense model; QUICK=--quick in three minutes
 	$(BIN)/python -W ignore -m tests.bench.train $(QUICK)
+
+bench-hot: $(VENV)/.dev ## steps where few experts get most tokens, with and without replicas of these
+	$(BIN)/python -W ignore -m tests.bench.hot_experts
 
 check: lint types layers test ## what CI runs
 

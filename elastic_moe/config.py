@@ -123,6 +123,7 @@ def mesh_spec(job: JobConfig) -> MeshSpec:
         recompute=train.recompute,
         counts_first=model.balance == "global",
         keep_gathered=train.keep_gathered,
+        expert_replicas=train.expert_replicas,
         memory_cap_bytes=None if mesh.memory_gib is None else round(mesh.memory_gib * _GIB),
         expert=mesh.expert,
         shard=mesh.shard,

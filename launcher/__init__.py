@@ -6,7 +6,8 @@ In a script     worker tells the agent how far this rank is and learns from it w
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
                 memory_use says what a rank's memory holds on it, a MemoryUse, and step_time how long a step takes, a
                 StepTime; node_loss says what losing one of its nodes costs, a NodeLoss; experts_per_rank,
-                cuts_through and placement_obstacle, how experts lie on it.
+                cuts_through and placement_obstacle, how experts lie on it; share_rows (a Sharing by a ShareRule, with
+                copy_rows of a MeshSpec) and Itinerary, which ranks compute a hot expert's rows beside its owner.
 Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
                 group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from launcher.launch import LaunchOptions, launch_agent
     from launcher.reports.job_status import JobStatus, NodeStatus
     from launcher.rounds.formation import Planner
+    from launcher.rounds.guests import Itinerary, ShareRule, Sharing, copy_rows, share_rows
     from launcher.rounds.memory import MemoryUse, memory_use
     from launcher.rounds.mesh import Infeasible, MeshPlan, Priced, plan, price
     from launcher.rounds.placement import cuts_through, experts_per_rank, placement_obstacle
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MemoryUse", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "StepTime"]
 __all__ += ["memory_use", "node_loss", "plan", "price", "step_time"]
+__all__ += ["Itinerary", "ShareRule", "Sharing", "copy_rows", "share_rows"]
 __all__ += ["cuts_through", "experts_per_rank", "placement_obstacle"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
@@ -89,6 +92,7 @@ _ROOMS = {
     "launcher.launch": "LaunchOptions launch_agent",
     "launcher.reports.job_status": "JobStatus NodeStatus",
     "launcher.rounds.formation": "Planner",
+    "launcher.rounds.guests": "Itinerary ShareRule Sharing copy_rows share_rows",
     "launcher.rounds.memory": "MemoryUse memory_use",
     "launcher.rounds.mesh": "Infeasible MeshPlan Priced plan price",
     "launcher.rounds.placement": "cuts_through experts_per_rank placement_obstacle",

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable
 
-from elastic_moe.cli.planning import GIB, Row, add_machines, as_json, job_spec, table
+from elastic_moe.cli.planning import GIB, Row, about_guests, add_machines, as_json, job_spec, table
 from elastic_moe.errors import UserError
 from launcher import MeshSpec
 
@@ -56,6 +56,8 @@ def _print(spec: MeshSpec, rows: Iterable[Row]) -> None:
         f"{spec.tokens_per_sample} tokens a step; {8 * spec.activation_bytes}-bit activations\n"
         f"GiB of one rank when it holds the most, of {spec.memory_cap_bytes / GIB:g}:"
     )
+    if assumed := about_guests(spec):
+        print(assumed)
     heads = ("nodes", "ranks", "replicate x shard x expert", "idle", "batch")
     terms = ("params", "optim", "grads", "activ", "logits", "gathered", "working", "total")
     widths = (5, 5, 26, 4, 9)

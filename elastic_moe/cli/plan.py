@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.parser import add_set, natural_int, positive_int
-from elastic_moe.cli.planning import GIB, Row, add_machines, as_json, job_spec, seconds, table
+from elastic_moe.cli.planning import GIB, Row, about_guests, add_machines, as_json, job_spec, seconds, table
 from elastic_moe.errors import UserError
 from launcher import MeshSpec
 
@@ -74,6 +74,8 @@ def handle(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(spec, rows), indent=2))
     else:
         _print_table(rows)
+        if assumed := about_guests(spec):
+            print(assumed)
     return 0 if any(row.priced for row in rows) else 1
 
 

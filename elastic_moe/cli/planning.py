@@ -87,6 +87,16 @@ def _modelled(priced: Priced) -> dict[str, Any]:
     }
 
 
+def about_guests(spec: MeshSpec) -> str:
+    """What is taken for granted of a job that has replicas of hot experts; "" for one that has none."""
+    if not spec.expert_replicas:
+        return ""
+    return (
+        f"memory holds {spec.expert_replicas} more experts in each layer (train.expert_replicas), if expert > 1; step "
+        "times take every expert to get as many tokens as any other"
+    )
+
+
 def seconds(time_s: float) -> str:
     """A time in the unit that suits it."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):

@@ -1,8 +1,9 @@
 """How tokens get to their experts and back: the seam, and what those implementations share that sort rows.
 
-An implementation is a `Dispatcher`. There are two: `LocalDispatch` here, and `AllToAllDispatch` in
-`elastic_moe.parallel.dispatch`, both a sort around a way to carry rows. One that does without (DeepEP sends a token to
-a rank once, and adds up its results there) takes tokens and choices as they are; the tests in
+An implementation is a `Dispatcher`. There are three: `LocalDispatch` here and `AllToAllDispatch` in
+`elastic_moe.parallel.dispatch`, both a sort around a way to carry rows, and `SharingDispatch` in
+`elastic_moe.parallel.sharing`, which sends rows in an order that depends on what all ranks have. One that does without
+(DeepEP sends a token to a rank once, and adds up its results there) takes tokens and choices as they are; the tests in
 `tests/moe/test_dispatch.py` hold for any.
 
 Shape suffixes: T tokens, K experts a token, R = T x K rows (a token at one of its experts), E experts of the layer,
@@ -41,6 +42,14 @@ class Dispatcher(Protocol):
         """
 
 
+def count_rows(chosen_TK: Tensor, num_experts: int) -> tuple[RowOrder, Tensor]:
+    """Rows sorted by expert, and how many each expert has, int64 (E,)."""
+    rows = chosen_TK.flatten()
+    # Not by bincount, for whose size a GPU would be waited for.
+    counts_E = rows.new_zeros(num_experts).scatter_add_(0, rows, torch.ones_like(rows))
+    return RowOrder.by_expert(chosen_TK), counts_E
+
+
 class SortedDispatch(ABC):
     """Sorts rows by their expert, once; what carries the sorted rows is left to those that derive from it."""
 
@@ -48,10 +57,7 @@ class SortedDispatch(ABC):
         self.num_experts = num_experts
 
     def __call__(self, x_TD: Tensor, routes: Routes, experts: Experts) -> Tensor:
-        order = RowOrder.by_expert(routes.chosen_TK)
-        rows = routes.chosen_TK.flatten()
-        # Not by bincount, for whose size a GPU would be waited for.
-        counts_E = rows.new_zeros(self.num_experts).scatter_add_(0, rows, torch.ones_like(rows))
+        order, counts_E = count_rows(routes.chosen_TK, self.num_experts)
         y_RD = self.carry(gather_rows(x_TD, order), counts_E, experts)
         return combine_rows(y_RD, routes.weights_TK, order)
 

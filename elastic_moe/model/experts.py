@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,18 @@ def uses_grouped(device_type: str, dtype: torch.dtype, dims: tuple[int, ...]) ->
     return obstacle is None
 
 
+class Loan(Protocol):
+    """Experts of other ranks that some rows of this pass are computed with, its guests, and who gets this rank's."""
+
+    @property
+    def num_guests(self) -> int:
+        """How many come here."""
+
+    def __call__(self, x_RD: Tensor, weights: Weights) -> tuple[Tensor, Weights, Weights]:
+        """Exchange weights: the rows and this rank's weights, to be computed with in place of those given, and the
+        guests', in the order of the experts. Differentiable: guests' gradients go to their owners."""
+
+
 class Experts(nn.Module):
     """SwiGLU experts, `down(silu(gate x) * up x)`, over rows that are already sorted by expert.
 
@@ -68,21 +81,25 @@ class Experts(nn.Module):
         self.down_EDF = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.exact = False
 
-    def forward(self, x_RD: Tensor, counts_PE: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, counts_PE: Tensor, loan: Loan | None = None) -> Tensor:
         """Rows in, rows out, in the same order.
 
         Args:
             x_RD: rows ordered by source, and by expert within a source.
             counts_PE: int64: rows of each source for each expert; they add up to R. Where an accelerator runs all
                 experts in one kernel they may lie there: the host need not wait for them.
+            loan: experts that are lent and taken for this pass, the latter as further columns of `counts_PE`, which is
+                on the CPU then. Not in exact mode.
         """
-        if not counts_PE.shape[1]:
+        if not counts_PE.shape[1] and loan is None:
             # No expert is held here. FSDP2 cannot reduce gradients of nothing, so the parameters get none; and that it
             # is called at all keeps FSDP2's order of gathers, which must be that of the other ranks.
             return x_RD.clone()
         gate, up, down = (
             w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
         )
+        if loan is not None:
+            return _beside_guests(x_RD, counts_PE, loan, (gate, up, down))
         if not self.exact:
             return expert_rows(x_RD, (gate, up, down), counts_PE, in_one=_goes_in_one(x_RD, gate))
         counts_PE = counts_PE.cpu()
@@ -93,6 +110,24 @@ class Experts(nn.Module):
                 for rows, counts in zip(rows_of_source, counts_PE, strict=True)
             ]
         )
+
+
+def _beside_guests(x_RD: Tensor, counts_PE: Tensor, loan: Loan, weights: Weights) -> Tensor:
+    """The rows of this rank's experts and of its guests."""
+    x_RD, own, guests = loan(x_RD, weights)
+    of_both = counts_PE.tensor_split([counts_PE.shape[1] - loan.num_guests], dim=1)
+    if not loan.num_guests or not of_both[0].shape[1]:
+        weights = guests if loan.num_guests else own
+        # Without either, no row has come.
+        return expert_rows(x_RD, weights, counts_PE, in_one=_goes_in_one(x_RD, weights[0])) if len(weights[0]) else x_RD
+    sizes_P2 = torch.stack([counts.sum(1) for counts in of_both], dim=1)
+    parts = x_RD.split(sizes_P2.flatten().tolist())
+    found = []
+    for i, (mine, counts) in enumerate(zip((own, guests), of_both, strict=True)):
+        x = torch.cat(parts[i::2])
+        y = expert_rows(x, mine, counts, in_one=_goes_in_one(x, mine[0]))
+        found.append(y.split(sizes_P2[:, i].tolist()))
+    return torch.cat([part for of_source in zip(*found, strict=True) for part in of_source])
 
 
 def _goes_in_one(x_RD: Tensor, gate_EFD: Tensor) -> bool:

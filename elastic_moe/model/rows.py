@@ -8,6 +8,7 @@ Shape suffixes: T tokens, K experts a token, R = T x K rows, D model dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,21 @@ class RowOrder(NamedTuple):
     @classmethod
     def by_expert(cls, chosen_TK: Tensor) -> RowOrder:
         """Sort by expert, and by token within an expert."""
-        slot_R = torch.argsort(chosen_TK.flatten(), stable=True)
+        return cls._of_slots(torch.argsort(chosen_TK.flatten(), stable=True), chosen_TK)
+
+    @classmethod
+    def _of_slots(cls, slot_R: Tensor, like_TK: Tensor) -> RowOrder:
         row_R = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(len(slot_R), device=slot_R.device))
-        return cls(slot_R, row_R.view_as(chosen_TK))
+        return cls(slot_R, row_R.view_as(like_TK))
+
+    def rearranged(self, runs: Sequence[tuple[int, int]]) -> RowOrder:
+        """The same rows in another order: run by run, each (start, length) in this order."""
+        start_N, length_N = torch.tensor(runs).T.to(self.slot_R.device, non_blocking=True)
+        num_rows = len(self.slot_R)
+        # Told of the number of rows, the host need not wait for a GPU to count them.
+        shift_R = torch.repeat_interleave(start_N - (length_N.cumsum(0) - length_N), length_N, output_size=num_rows)
+        slot_R = self.slot_R[shift_R + torch.arange(num_rows, device=shift_R.device)]
+        return self._of_slots(slot_R, self.row_TK)
 
     @property
     def token_R(self) -> Tensor:

@@ -14,11 +14,13 @@ checkpoint says which part of which tensor it holds, and any other mesh can load
 from elastic_moe.parallel.apply import Precision, parallelize
 from elastic_moe.parallel.gradients import begin_round, clip_gradients
 from elastic_moe.parallel.meshes import Meshes, build_mesh
+from elastic_moe.parallel.sharing import Shared, take_shared
 from elastic_moe.parallel.weights import gather_full, init_weights, materialize, read_weights
 
 __all__ = [
     "Meshes",
     "Precision",
+    "Shared",
     "begin_round",
     "build_mesh",
     "clip_gradients",
@@ -27,4 +29,5 @@ __all__ = [
     "materialize",
     "parallelize",
     "read_weights",
+    "take_shared",
 ]

@@ -16,7 +16,8 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.experts import Experts
 from elastic_moe.parallel.dispatch import AllToAllDispatch
 from elastic_moe.parallel.meshes import EXPERT, Meshes
-from launcher import cuts_through, placement_obstacle
+from elastic_moe.parallel.sharing import SharingDispatch
+from launcher import ShareRule, cuts_through, placement_obstacle
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,23 @@ class Precision:
         return self.dense_policy
 
 
-def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = None) -> None:
+def parallelize(
+    model: Decoder, meshes: Meshes, precision: Precision | None = None, sharing: ShareRule | None = None
+) -> None:
     """Apply expert parallelism, FSDP2 and HSDP in place; best on a model built on the meta device.
 
     Gradients come out as plain sums over all ranks: divide the loss by the tokens of the global batch. (FSDP2's own
     averaging would make the experts' gradients EP times too large, for they saw the tokens of EP ranks.)
 
+    Args:
+        sharing: lets expert-parallel ranks share the rows of hot experts; None, or a rule of no guests, does not. The
+            same on all ranks. Not in exact mode: which rows are computed together then depends on the mesh.
+
     Raises:
         UserError: the experts cannot be laid out on the mesh.
     """
     precision = precision or Precision()
+    assert sharing is None or not sharing.guests or not precision.exact, "TrainConfig refuses both together"
     plan, num_experts = meshes.plan, model.config.num_experts
     widths = (model.config.dim, model.config.expert_dim)
     if why := placement_obstacle(num_experts, widths, expert=plan.expert, shard=plan.shard):
@@ -79,7 +87,11 @@ def parallelize(model: Decoder, meshes: Meshes, precision: Precision | None = No
         experts.exact = precision.exact
         if plan.expert > 1:
             _split_experts(experts, meshes.sparse[EXPERT])
-            block.moe.dispatch = AllToAllDispatch(meshes.expert_group, num_experts)
+            block.moe.dispatch = (
+                SharingDispatch(meshes.expert_group, num_experts, sharing)
+                if sharing is not None and sharing.guests
+                else AllToAllDispatch(meshes.expert_group, num_experts)
+            )
         if precision.router_policy is not None:
             _shard(block.moe.router, meshes.for_dense, precision.router_policy)
         # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.

@@ -74,6 +74,11 @@ class TrainConfig(BaseModel):
     recompute: bool = False
     """Keep a layer's input alone for the backward pass, and compute the layer again there: more time for less
     memory. Changes no bit of the result."""
+    expert_replicas: int = Field(0, ge=0)
+    """Replicas of hot experts: at most so many experts of others that an expert-parallel rank computes in a layer
+    beside its own, where few experts get most of the tokens. Their weights are sent for each pass, and their gradients
+    back, where that costs less than it saves by the speeds in `[mesh]`; nothing of them is kept or saved. Changes
+    the last bits of the result, so it cannot be `exact`."""
     compile: bool = False
     """Let torch.compile make one graph of each layer's attention; needs a C++ compiler on the CPU. Takes its time
     at each start, and changes the last bits of the result, so it cannot be `exact`."""
@@ -106,6 +111,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f'exact = true needs dtype = "float32", not "{self.dtype}"')
         if self.exact and self.compile:
             raise ValueError("exact = true cannot be compiled: set train.compile to false")
+        if self.exact and self.expert_replicas:
+            raise ValueError(
+                f"exact = true computes an expert's rows on one rank, and expert_replicas = {self.expert_replicas} on "
+                "several: set expert_replicas to 0"
+            )
         if self.exact and self.max_micro_batch not in (None, 1):
             raise ValueError(f"exact = true trains in micro-batches of 1, not {self.max_micro_batch}")
         return self

@@ -49,6 +49,9 @@ class StepMetrics:
         router_entropy: by layer, the mean entropy of a token's probabilities over that of equal ones; None where one
             is not finite.
         dropped: rows that went to no expert: 0.
+        rank_load: with `train.expert_replicas`, rows of the busiest rank of an expert-parallel group over the mean.
+        rank_load_owned: the same if each rank had computed its own experts' rows alone.
+        expert_copies: weights of experts that were sent to be computed elsewhere in this step, over all layers.
         load: rows of each expert, by layer; None but in every `train.log_every`th step and those with a validation.
         redone: whether the file had a line of this step, or of a later one, when this process began.
     """
@@ -74,6 +77,9 @@ class StepMetrics:
     load_entropy: list[float] | None = None
     router_entropy: list[float] | None = None
     dropped: int = 0
+    rank_load: float | None = None
+    rank_load_owned: float | None = None
+    expert_copies: int | None = None
     load: list[list[int]] | None = None
     redone: bool = False
 
@@ -93,6 +99,9 @@ class StepMetrics:
             "experts/load_entropy": _mean(self.load_entropy),
             "experts/router_entropy": _mean(self.router_entropy),
             "experts/dropped": self.dropped,
+            "experts/rank_load": self.rank_load,
+            "experts/rank_load_owned": self.rank_load_owned,
+            "experts/copies": self.expert_copies,
             "job/world_size": self.world_size,
             "job/generation": self.generation,
         }

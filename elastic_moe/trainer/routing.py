@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_moe.parallel import Shared
+
 
 @dataclass(frozen=True)
 class RoutingStats:
@@ -55,4 +57,31 @@ def routing_stats(load_LE: Tensor, entropy_L: Tensor, num_tokens: int, top_k: in
         load_entropy_L=(torch.special.entr(parts_LE).sum(dim=1) / level).tolist(),
         router_entropy_L=(entropy_L / num_tokens / level).tolist(),
         dropped=int(load_LE.shape[0] * num_tokens * top_k - load_LE.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class SharingStats:
+    """How level the ranks' shares of a step's rows were, where ranks may compute hot experts of others.
+
+    Attributes:
+        rank_load: rows of the busiest rank of an expert-parallel group over the mean, over layers and rounds; 1 is
+            level.
+        rank_load_owned: what it would have been if each rank had computed those of its own experts.
+        copies: experts' weights that were sent, over all groups, layers and rounds, forward.
+    """
+
+    rank_load: float
+    rank_load_owned: float
+    copies: int
+
+
+def sharing_stats(shared: Shared) -> SharingStats | None:
+    """The statistics of what all ranks have counted; None where none did."""
+    if not shared.level_rows:
+        return None
+    return SharingStats(
+        rank_load=shared.busiest_rows / shared.level_rows,
+        rank_load_owned=shared.owned_rows / shared.level_rows,
+        copies=round(shared.copies),
     )

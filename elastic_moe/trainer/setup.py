@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from elastic_moe.config import JobConfig
+from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.data.corpus import Corpus, open_corpus
 from elastic_moe.data.order import Split, share
 from elastic_moe.errors import UserError
@@ -19,6 +19,7 @@ from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.world import check_compiler, check_exact, check_same_everywhere
+from launcher import MeshPlan, ShareRule, copy_rows
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     with torch.device("meta"):
         model = Decoder(job.model)
     compute = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
-    parallelize(model, meshes, Precision(compute=compute, exact=train.exact))
+    sharing = share_rule(job, meshes.plan, device)
+    parallelize(model, meshes, Precision(compute=compute, exact=train.exact), sharing)
     materialize(model, device)
     model.recompute = train.recompute
     if train.compile:
@@ -68,6 +70,23 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     return stepper, DataProgress(_data_state(job, corpus), stepper.horizon)
+
+
+def share_rule(job: JobConfig, plan: MeshPlan, device: torch.device) -> ShareRule | None:
+    """When ranks share the rows of hot experts, by the modelled speeds; None for never. A collective if not never.
+
+    The ranks of a group must decide alike, so all take what the node with the slowest links and the fullest cores has.
+    """
+    if not job.train.expert_replicas or plan.expert == 1:
+        return None
+    spec = mesh_spec(job)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    link_bytes_per_s = spec.inter_node_bytes_per_s if local_ranks % plan.expert else spec.intra_node_bytes_per_s
+    turns = max(1.0, local_ranks / spec.cores_per_node) if spec.cores_per_node else 1.0
+    most = torch.tensor([copy_rows(spec, link_bytes_per_s), turns], dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    rows, turns = most.tolist()
+    return ShareRule(job.train.expert_replicas, copy_rows=rows, num_parallel=plan.expert / turns)
 
 
 def _data_state(job: JobConfig, corpus: Corpus) -> DataState:

@@ -17,12 +17,12 @@ from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder, DecoderOutput
 from elastic_moe.model.quantile import set_bias
 from elastic_moe.model.router import global_balance, move_bias
-from elastic_moe.parallel import Meshes, begin_round, clip_gradients
+from elastic_moe.parallel import Meshes, Shared, begin_round, clip_gradients, take_shared
 from elastic_moe.trainer.batches import Batches, MicroBatch, count_targets
 from elastic_moe.trainer.config import OptimConfig, TrainConfig
 from elastic_moe.trainer.health import why_to_skip
 from elastic_moe.trainer.optimizer import set_learning_rate
-from elastic_moe.trainer.routing import RoutingStats, routing_stats
+from elastic_moe.trainer.routing import RoutingStats, SharingStats, routing_stats, sharing_stats
 from elastic_moe.trainer.schedule import learning_rate
 
 
@@ -41,6 +41,8 @@ class StepResult(NamedTuple):
     """Of a skipped step, what this rank's sequences added to the sum of losses."""
     routing: RoutingStats | None = None
     """How level the loads are."""
+    sharing: SharingStats | None = None
+    """How level ranks' shares of them are; None where no rank may take guests."""
 
 
 class StepSums(NamedTuple):
@@ -50,10 +52,13 @@ class StepSums(NamedTuple):
     load_LE: Tensor
     entropy_L: Tensor
     margins_LEH: Tensor
+    shared_4: Tensor
+    """What ranks have shared of hot experts, a `Shared`."""
 
     @classmethod
-    def of(cls, out: DecoderOutput, loss: Tensor) -> StepSums:
-        return cls(loss.detach(), out.load_LE, out.entropy_L, out.margins_LEH)
+    def of(cls, out: DecoderOutput, loss: Tensor, shared: Shared) -> StepSums:
+        shared_4 = out.load_LE.new_tensor(shared) if shared.level_rows else out.load_LE.new_zeros(len(shared))
+        return cls(loss.detach(), out.load_LE, out.entropy_L, out.margins_LEH, shared_4)
 
     def plus(self, other: StepSums) -> StepSums:
         return StepSums(*(mine + its for mine, its in zip(self, other, strict=True)))
@@ -143,6 +148,7 @@ class Stepper:
             lr=learning_rate(step, self.horizon, self.optim),
             load_LE=sums.load_LE.cpu(),
             routing=routing_stats(sums.load_LE, sums.entropy_L, num_tokens, self.model.config.top_k),
+            sharing=sharing_stats(Shared(*sums.shared_4.tolist())),
         )
         if skipped := why_to_skip(result.loss, result.grad_norm):
             self.optimizer.zero_grad()
@@ -201,13 +207,15 @@ class Stepper:
         load_LE = self._count_loads(micro_batches) if is_global and len(micro_batches) > 1 else None
         for i, micro_batch in enumerate(micro_batches):
             begin_round(self.model, last=i + 1 == len(micro_batches), keep_gathered=self.train.keep_gathered)
+            take_shared(self.model)  # of the backward pass before, or of none that is a part of the step
             out = micro_batch.forward(self.model)
+            shared = take_shared(self.model)
             if is_global and len(micro_batches) == 1:
                 load_LE = out.load_LE.clone()
                 dist.all_reduce(load_LE)
             loss = micro_batch.loss(out)
             objective(out, loss, num_targets, self.model.config, self.train, load_LE).backward()
-            of_this = StepSums.of(out, loss)
+            of_this = StepSums.of(out, loss, shared)
             sums = of_this if sums is None else sums.plus(of_this)
         assert sums is not None, "every rank has at least one round"
         return sums

@@ -74,7 +74,7 @@ class Teller:
         *,
         with_loads: bool,
     ) -> StepMetrics:
-        train, routing, plan = self.job.train, result.routing, self.plan
+        train, routing, sharing, plan = self.job.train, result.routing, result.sharing, self.plan
         tokens_per_s = train.global_batch * train.seq_len / step_s
         utilisation = self._utilisation(tokens_per_s)
         return StepMetrics(
@@ -99,6 +99,9 @@ class Teller:
             load_entropy=_rounded(routing.load_entropy_L) if routing else None,
             router_entropy=_rounded(routing.router_entropy_L) if routing else None,
             dropped=routing.dropped if routing else 0,
+            rank_load=round(sharing.rank_load, 5) if sharing else None,
+            rank_load_owned=round(sharing.rank_load_owned, 5) if sharing else None,
+            expert_copies=sharing.copies if sharing else None,
             load=routing.load_LE if routing and with_loads else None,
             redone=self.metrics is not None and step <= self.metrics.last_step,
         )

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from launcher.rounds.guests import guest_params
 from launcher.rounds.layouts import expert_padding, expert_unevenness
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class MemoryUse:
     gradients: int
     """Gradients, fp32: of passes before the last one whole, then in shards."""
     activations: int
-    """What layers keep for the backward pass."""
+    """What layers keep for the backward pass, the weights of as many guests as they may have among it."""
     logits: int
     """Logits, their softmax, and the gradients of both."""
     gathered: int
@@ -80,7 +81,9 @@ class _Sizes:
         self.layer = spec.layer_dense_params * wide
         self.experts = self.layer_experts_num * self.expert_bytes
         self.accumulated = self.whole_num * spec.reduce_bytes if mesh.rounds > 1 else 0
-        self.of_layer = self.tokens * layer_activation_bytes(spec)
+        # Guests' weights stay for the backward pass, like what is computed with them.
+        self.guests = guest_params(spec) * wide if mesh.expert > 1 else 0
+        self.of_layer = self.tokens * layer_activation_bytes(spec) + self.guests
         inputs = self.tokens * spec.model_dim * wide * spec.num_layers
         self.activations = inputs if spec.recompute else self.of_layer * spec.num_layers
         self.runtime = _holes(self) + _CPU_RUNTIME_BYTES if spec.cores_per_node else 0
@@ -136,7 +139,7 @@ class _Sizes:
             logits=self.logits,
             gathered=self.root + self.layer + self.experts,
             working=max(
-                self.experts + self.tokens * _expert_work_bytes(spec),
+                self.experts + self.guests + self.tokens * _expert_work_bytes(spec),
                 self.reducing(self.layer_experts_num, self.expert_bytes),
             ),
         )

@@ -48,6 +48,8 @@ class MeshSpec:
     """Where a step has several rounds, all go forward once before the first: the whole batch's loads are counted."""
     keep_gathered: bool = False
     """Parameters stay gathered from the first to the last pass of a step."""
+    expert_replicas: int = 0
+    """Experts of others that an expert-parallel rank may compute in a layer beside its own."""
     memory_cap_bytes: int | None = None
     """Memory of one rank; None plans without a limit."""
     expert: int | None = None
@@ -75,7 +77,7 @@ class MeshSpec:
     """Bytes of one gradient that is accumulated and reduced: 8 where that is exact."""
 
     def __post_init__(self) -> None:
-        at_least_0 = {"num_experts", "dense_params", "expert_params", "max_idle"}
+        at_least_0 = {"num_experts", "dense_params", "expert_params", "max_idle", "expert_replicas"}
         at_least_0 |= {"shared_dim", "query_dim", "key_dim", "vocab_size"}
         optional = {"max_micro_batch", "memory_cap_bytes", "expert", "shard", "replicate", "cores_per_node"}
         for field in dataclasses.fields(self):

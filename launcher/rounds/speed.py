@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launcher.rounds.guests import ShareRule, copy_rows, row_flops, share_rows
 from launcher.rounds.layouts import expert_padding, expert_unevenness
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class StepTime:
     weights: float
     """Parameters that pass through memory, however few tokens meet them."""
     exchange: float
-    """Rows between expert-parallel ranks."""
+    """Rows between expert-parallel ranks, and weights where these take guests."""
     gather: float
     """Parameters gathered for each pass, twice."""
     reduce: float
@@ -56,18 +57,19 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
     fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
     backward), and gathers parameters twice. A step ends with gradients reduced over the shards and over the replicas,
-    and with the optimizer. A collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link,
-    round a ring. Ranks that share fewer cores than they are take turns.
+    and with the optimizer. Every expert is taken to get as many rows as any other: where ranks may take guests, these
+    level what an uneven number of experts leaves. A collective moves ``(n - 1) / n`` of its bytes at the speed of its
+    group's slowest link, round a ring. Ranks that share fewer cores than they are take turns.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
-    uneven = expert_unevenness(mesh, spec)
+    links = _Links(mesh, spec, ranks_per_node)
+    uneven, copies_s = links.shared()
     sparsity = min(1.0, spec.top_k / spec.num_experts) * uneven if spec.num_experts else 1.0
     block = mesh.shard * mesh.expert
-    links = _Links(mesh, spec, ranks_per_node)
 
     looked_up = spec.vocab_size * spec.model_dim  # the embedding is no product
     active = max(0, spec.dense_params - looked_up) + spec.expert_params * sparsity
-    whole = spec.dense_params + spec.expert_params / mesh.expert * uneven
+    whole = spec.dense_params + spec.expert_params / mesh.expert * expert_unevenness(mesh, spec)
     experts_own = spec.expert_params / mesh.expert / mesh.shard * expert_padding(mesh, spec)
     own = spec.dense_params / block + experts_own
     rows_bytes = tokens * spec.top_k * uneven * spec.model_dim * spec.activation_bytes
@@ -88,7 +90,7 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
         compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
         launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
         weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
-        exchange=turns * rounds * _EXCHANGES * spec.num_layers * links.exchange_s(rows_bytes),
+        exchange=turns * rounds * spec.num_layers * (_EXCHANGES * links.exchange_s(rows_bytes) + copies_s),
         gather=turns * gathers * over_shards(spec.activation_bytes),
         reduce=turns * over_shards(spec.reduce_bytes),
         replicas=turns * 2 * links.collective_s(mesh.replicate, mesh.world_size, own * spec.reduce_bytes),
@@ -109,10 +111,32 @@ class _Links:
         """A collective of `num_ranks` ranks that lie within `span` consecutive ones."""
         if num_ranks == 1:
             return 0.0
-        spec, inside = self.spec, not self.stride % span
-        bandwidth = spec.intra_node_bytes_per_s if inside else spec.inter_node_bytes_per_s
-        fixed_s = spec.latency_s + (num_ranks - 1) * spec.hop_s
-        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / bandwidth
+        fixed_s = self.spec.latency_s + (num_ranks - 1) * self.spec.hop_s
+        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / self.bandwidth(span)
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes per second between ranks that lie within `span` consecutive ones."""
+        return self.spec.inter_node_bytes_per_s if self.stride % span else self.spec.intra_node_bytes_per_s
+
+    def shared(self) -> tuple[float, float]:
+        """How many times the mean number of rows the busiest rank computes, and the seconds that a layer's guests take.
+
+        Of loads that are level: only where the experts do not divide is there anything to share.
+        """
+        mesh, spec = self.mesh, self.spec
+        uneven = expert_unevenness(mesh, spec)
+        rows = round(mesh.micro_batch * spec.tokens_per_sample * spec.top_k * mesh.expert / max(1, spec.num_experts))
+        if not spec.expert_replicas or not rows or uneven == 1.0:
+            return uneven, 0.0
+        rule = ShareRule(
+            spec.expert_replicas, copy_rows(spec, self.bandwidth(mesh.expert)), num_parallel=mesh.expert / self.turns
+        )
+        sharing = share_rows([rows] * spec.num_experts, mesh.expert, rule)
+        row_s = row_flops(spec) / spec.flops_per_s
+        return (
+            sharing.busiest_rows * mesh.expert / (rows * spec.num_experts),
+            sharing.most_copies * rule.copy_rows * row_s,
+        )
 
     def exchange_s(self, rows_bytes: float) -> float:
         """One of a layer's exchanges, on the average: that of the counts moves next to nothing."""

@@ -78,6 +78,15 @@ def test_memory_comes_from_the_flag_or_the_job_or_is_80(job: str, capsys: pytest
     assert cap("--set", "mesh.memory_gib=40.5", "--memory-gib", "141") == 141
 
 
+def test_what_replicas_of_experts_take_for_granted_is_told(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["train", "--dry-run", job], ["plan", "--job", job]):
+        told = {}
+        for replicas in (0, 2):
+            call(*verb, "--nodes", "1", "--set", f"train.expert_replicas={replicas}")
+            told[replicas] = "memory holds 2 more experts in each layer" in capsys.readouterr().out
+        assert told == {0: False, 2: True}
+
+
 def test_a_job_that_fits_nowhere(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", job, "--dry-run", "--nodes", "1", "--memory-gib", "2") == 1
     assert capsys.readouterr().out.rstrip().endswith("no")

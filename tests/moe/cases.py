@@ -29,6 +29,7 @@ from elastic_moe.parallel import (
 from elastic_moe.trainer.optimizer import set_step
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import training_state
+from launcher import ShareRule
 from launcher.rounds.mesh import MeshPlan
 
 SMALL = ModelConfig(
@@ -61,12 +62,14 @@ def layout(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
     return MeshPlan(replicate=replicate, shard=shard, expert=expert, idle=0, micro_batch=2, rounds=1)
 
 
-def build(config: ModelConfig, plan: MeshPlan, precision: Precision | None = None) -> tuple[Decoder, Meshes]:
+def build(
+    config: ModelConfig, plan: MeshPlan, precision: Precision | None = None, sharing: ShareRule | None = None
+) -> tuple[Decoder, Meshes]:
     """A model of `config` on `plan`'s mesh, its weights from seed 0."""
     meshes = build_mesh(plan, "cpu")
     with torch.device("meta"):
         model = Decoder(config)
-    parallelize(model, meshes, precision)
+    parallelize(model, meshes, precision, sharing)
     materialize(model, "cpu")
     init_weights(model, seed=0)
     vary(model)

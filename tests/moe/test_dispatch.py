@@ -15,7 +15,8 @@ from elastic_moe.model import ModelConfig
 from elastic_moe.model.dispatch import Dispatcher, LocalDispatch, Routes
 from elastic_moe.model.experts import Experts
 from elastic_moe.parallel.dispatch import AllToAllDispatch
-from launcher import experts_per_rank
+from elastic_moe.parallel.sharing import SharingDispatch
+from launcher import ShareRule, experts_per_rank
 from tests.moe.test_experts import filled
 from tests.ranks import Ranks
 
@@ -106,19 +107,37 @@ def compared(case: Case, dispatch: Dispatcher, experts: Experts, first: int, ran
     ]
 
 
-def over_ranks(case: Case) -> list[str]:
+def over_ranks(case: Case, rule: ShareRule | None = None) -> list[str]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     held = experts_per_rank(case.num_experts, world_size)
     first = sum(held[:rank])
     assert dist.group.WORLD is not None
-    dispatch = AllToAllDispatch(dist.group.WORLD, case.num_experts)
-    return compared(case, dispatch, experts_of(case, first, held[rank]), first, rank)
+    experts = experts_of(case, first, held[rank])
+    if rule is None:
+        return compared(case, AllToAllDispatch(dist.group.WORLD, case.num_experts), experts, first, rank)
+    dispatch = SharingDispatch(dist.group.WORLD, case.num_experts, rule)
+    wrong = compared(case, dispatch, experts, first, rank)
+    return [*wrong, "nothing was shared"] if case.crowded and not dispatch.shared.copies else wrong
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_all_to_all_is_as_defined(ranks: Ranks, name: str) -> None:
     case = CASES[name]
     assert ranks.run(over_ranks, case, world_size=len(case.tokens)) == [[] for _ in case.tokens]
+
+
+SHARED = {name: case for name, case in CASES.items() if not case.exact} | {
+    "two experts for two": Case(8, 1, (9, 9), crowded=True),
+    "several guests": Case(9, 2, (40, 1, 1), crowded=True),
+    "no expert and no token": Case(2, 2, (9, 9, 0), crowded=True),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_sharing_is_as_defined(ranks: Ranks, name: str) -> None:
+    case = SHARED[name]
+    rule = ShareRule(guests=2, copy_rows=0)
+    assert ranks.run(over_ranks, case, rule, world_size=len(case.tokens)) == [[] for _ in case.tokens]
 
 
 @pytest.mark.parametrize("name", CASES)
