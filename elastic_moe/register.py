@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote, urlsplit
 
 from elastic_moe.mounts import mount_that_remembers_absence
@@ -14,7 +17,8 @@ from storage import AlreadyExists, Capability, NotFound, ObjectStore, StorageErr
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3.0
-_SIGN = "elastic-moe"
+_SIGN, _SIGNED = "elastic-moe", b"Nodes meet here; of many who create the same object one does.\n"
+_NUM_RACERS, _NUM_RACES = 4, 2
 
 
 class StoreRegister:
@@ -37,13 +41,21 @@ class StoreRegister:
         try:
             honours = self._store.can(Capability.CONDITIONAL_PUTS)
             needs_locks = self._store.can(Capability.HOST_LOCKS)
-            self._quick.put(_SIGN, [b"nodes meet here\n"])
+            is_raced = not (honours and self.is_remote) or self._is_signed()
+            num_winners = 1 if is_raced else self._num_winners()
+            if num_winners == 1:
+                self._quick.put(_SIGN, [_SIGNED])
         except StorageError as error:
             raise UsageError(f"--rdzv-endpoint {self._store.url} cannot be used: {error}") from error
         if not honours:
             raise UsageError(
                 f"--rdzv-endpoint {self._store.url} honours no conditional puts (If-None-Match), without which two "
                 "nodes could lead at once: meet elsewhere, in a folder that all nodes share, or on etcd"
+            )
+        if num_winners > 1:
+            raise UsageError(
+                f"--rdzv-endpoint {self._store.url} lets two create one object at once (it looks, and writes then), so "
+                "two nodes could lead at once: meet elsewhere, in a folder that all nodes share, or on etcd"
             )
         if needs_locks:
             raise UsageError(
@@ -57,6 +69,34 @@ class StoreRegister:
                 self._store.url,
                 mount,
             )
+
+    def _is_signed(self) -> bool:
+        """Whether somebody has met here before, and found that there is one winner."""
+        try:
+            return self._quick.read(_SIGN) == _SIGNED
+        except NotFound:
+            return False
+
+    def _num_winners(self) -> int:
+        """How many of some that create the same object at once succeed. There are gateways that one client cannot tell
+        from a sound one, since they honour conditions that were settled before."""
+        most = 1
+        with ThreadPoolExecutor(_NUM_RACERS, thread_name_prefix="register-race") as pool:
+            for _ in range(_NUM_RACES):  # the first one opens the connections
+                name = f"{_SIGN}.race-{uuid.uuid4().hex}"
+                racers = [f"racer {number}\n".encode() for number in range(_NUM_RACERS)]
+                won = list(pool.map(functools.partial(self._has_created, name), racers))
+                most = max(most, sum(won))
+                with contextlib.suppress(StorageError):
+                    self._quick.delete(name)
+        return most
+
+    def _has_created(self, name: str, content: bytes) -> bool:
+        try:
+            self._quick.put(name, [content], if_absent=True)
+        except StorageError:
+            return False
+        return True
 
     def read(self, name: str) -> bytes | None:
         with self._told():

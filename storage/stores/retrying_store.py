@@ -14,6 +14,8 @@ from storage.stores.retry_policy import IMPATIENT_RULES, Retrier, RetryLog
 from storage.stores.wrapper import StoreWrapper
 
 _COMPARED_SIZE_BYTES = 8 * 1024 * 1024
+_NUM_IMPATIENT_MAX = 32
+"""Requests that must not wait are small and few; a second try beside one that takes long is one of them."""
 
 
 class RetryingStore(StoreWrapper):
@@ -93,7 +95,7 @@ class RetryingStore(StoreWrapper):
 
     def impatient(self, timeout_s: float) -> ObjectStore:
         """See `ObjectStore.impatient`. What is tried again is counted apart."""
-        retrier = Retrier(AdaptiveLimit(1), RetryLog(self.retries.health), IMPATIENT_RULES)
+        retrier = Retrier(AdaptiveLimit(_NUM_IMPATIENT_MAX), RetryLog(self.retries.health), IMPATIENT_RULES)
         return RetryingStore(self._store.impatient(timeout_s), retrier)
 
 

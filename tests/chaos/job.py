@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,13 +23,15 @@ from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
 from tests.cluster import Cluster, Node, until
 from tests.etcd import ALONE, Beside, Server, etcdctl, leader_of
-from tests.s3 import BUCKET, S3Server
+from tests.s3 import BUCKET, KEY, SECRET, S3Server, SeaweedFS, short_folder
 from tests.template import Forked, template
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
 STORES = ("plain", "secure", "beside")
 ON_OBJECTS = ("folder", "s3")
-"""Stores on the shared storage, and on an S3 server (moto): for tests in which the store is not hurt."""
+"""Stores on the shared storage, and on an S3 server: for tests in which the store is not hurt."""
+S3_SERVER = os.environ.get("CHAOS_S3", "moto")
+"""Which one: "moto", or "seaweedfs", which takes longer to start."""
 ENDS_SOON = "lease_ttl=3"
 """For tests that wait for a lease to end."""
 _LEASE = "lease_ttl=10"
@@ -208,7 +211,7 @@ def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members
         yield Store((), (), (), {})
         return
     if flavour == "s3":
-        with moto_on(folder, network.host("s3")) as objects:
+        with s3_on(folder, network.host("s3")) as objects:
             yield Store((), (), (), {}, objects)
         return
     hosts = tuple(network.host(f"etcd-{i}") for i in range(num_members))
@@ -243,22 +246,39 @@ def etcd_on(folder: Path, network: Network | Loopback, flavour: str, num_members
 
 
 @contextlib.contextmanager
-def moto_on(folder: Path, host: Host) -> Iterator[S3Server]:
+def s3_on(folder: Path, host: Host) -> Iterator[S3Server]:
     """An S3 server on a host, with one bucket; gone afterwards."""
-    endpoint = f"http://{host.address}:9000"
-    command = [*host.enter, sys.executable, "-m", "moto.server", "-H", host.address, "-p", "9000"]
-    bucket = f"import urllib.request as u; u.urlopen(u.Request('{endpoint}/{BUCKET}', method='PUT'), timeout=5)"
-    with (folder / "moto.log").open("ab") as log:
-        server = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=log, stderr=log)
+    place = f"{host.address}:9000"
+    with short_folder() as short, (folder / "s3.log").open("ab") as log:
+        seaweedfs = SeaweedFS(short, host.address)
+        command, environment = [sys.executable, "-m", "moto.server", "-H", host.address, "-p", "9000"], dict(os.environ)
+        asked = [(place, "PUT", f"/{BUCKET}", "201")]
+        if S3_SERVER == "seaweedfs":
+            command, environment = seaweedfs.command(9000), seaweedfs.environment
+            asked = [(seaweedfs.filer, "POST", f"/buckets/{BUCKET}/", "202"), (place, "GET", "/", "500")]
+        server = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *host.enter, *command], stdout=log, stderr=log, env=environment
+        )
         try:
-            made = [*host.enter, sys.executable, "-c", bucket]
-            until("the S3 server answers", lambda: subprocess.run(made, stderr=log, check=False).returncode == 0)
-            yield S3Server("moto", endpoint, "test-access-key", "test-secret-key")
+            for words in asked:
+                ask = [*host.enter, sys.executable, "-c", _ASK, *words]
+                until(
+                    "the S3 server answers",
+                    lambda ask=ask: subprocess.run(ask, stderr=log, check=False).returncode == 0,  # type: ignore[misc]
+                )
+            yield S3Server(S3_SERVER, f"http://{place}", KEY, SECRET)
         finally:
             server.kill()
             server.wait(60)
 
 
+_ASK = """
+import http.client, sys
+place, method, path, below = sys.argv[1:]
+connection = http.client.HTTPConnection(place, timeout=5)
+connection.request(method, path)
+sys.exit(connection.getresponse().status >= int(below))
+"""
 _USERS = (
     f"user add root:{_PASSWORD} --interactive=false",
     "user grant-role root root",

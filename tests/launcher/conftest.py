@@ -13,9 +13,9 @@ from launcher.rounds.membership import Rules
 from tests.cluster import Cluster, cluster
 from tests.etcd import LONG_TTL_S, Server, client, etcd
 from tests.launcher.members import Job
-from tests.launcher.stores import connect, etcd_server
+from tests.launcher.stores import connect, etcd_server, s3_server
 
-__all__ = ["connect", "etcd_server", "job"]
+__all__ = ["connect", "etcd_server", "job", "s3_server"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.kv.memory import Hub, MemoryKV
 from tests.etcd import Server, connected, etcd
+from tests.s3 import S3Server, moto_server, seaweedfs_gateway
 
 Connect = Callable[[], KV]
 """Makes one more client of a store."""
@@ -106,6 +108,24 @@ def _bucket(request: pytest.FixtureRequest) -> Iterator[Connect]:
     yield lambda: BucketKV(open_register(url), REMOTE_PACE)
 
 
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for all tests; each keeps to a prefix of its own."""
+    is_moto = os.environ["KV_ON_S3"] == "moto"
+    with moto_server(tmp_path_factory.mktemp("moto")) if is_moto else seaweedfs_gateway() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _s3(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    server: S3Server = request.getfixturevalue("s3_server")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        url = server.url(uuid.uuid4().hex)
+        yield lambda: BucketKV(open_register(url))
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Connect]]] = {
     "memory": _memory,
     "prefixed": _prefixed,
@@ -115,6 +135,8 @@ BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Con
     "bucket": _bucket,
 }
 """A back end is put under the whole contract by one line here: a fresh, empty store, and how to connect to it."""
+if "KV_ON_S3" in os.environ:  # "moto" or "seaweedfs"; that takes a minute
+    BACKENDS["s3"] = _s3
 
 
 @pytest.fixture(params=BACKENDS)

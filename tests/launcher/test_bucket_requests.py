@@ -84,6 +84,18 @@ def crowd(num: int, service_s: float = 0.002) -> tuple[Store, list[Journal]]:
     return Store(service_s), [Journal(nonces.__next__, _TURN_S) for _ in range(num)]
 
 
+def asked(store: Store, steps: Steps[Any]) -> int:
+    """Carry steps out that nobody else is in the way of; returns how much they asked."""
+    before = store.num_requests
+    try:
+        request = next(steps)
+        while True:
+            store.done_s(request, 0.0)
+            request = steps.send(store.answer(request))
+    except StopIteration:
+        return store.num_requests - before
+
+
 @pytest.mark.parametrize(("num", "within_s"), [(2, 0.3), (8, 0.5), (32, 1.0), (128, 4.0)])
 def test_what_each_of_many_asks_does_not_grow_with_their_number(num: int, within_s: float) -> None:
     """They come at once, and are ready at once: half a second of 32 nodes, and four of 128, are the store's own."""
@@ -104,3 +116,25 @@ def test_of_those_who_wait_for_one_that_is_gone_one_takes_its_place() -> None:
     before = store.num_requests
     assert write_at_once(store, journals, "ready", 0.0) < 7.0
     assert (store.num_requests - before) / 32 < 20
+
+
+def test_what_all_wait_for_is_written_by_one_in_one_request() -> None:
+    """A round, say: whoever proposes it is alone, though all wrote a moment ago. A record is wished, as all others."""
+    store, journals = crowd(32)
+    write_at_once(store, journals, "come", 4.0)
+    asked(store, journals[0].catch_up())
+    assert asked(store, journals[0].change([PutKey("round", b"", 0)])) == 1
+    assert asked(store, journals[0].change([PutKey("record", b"", 0, 1)])) > 3
+
+
+def test_who_looks_often_asks_once_each_time_unless_there_was_more() -> None:
+    store, (writer, reader) = crowd(2)
+    asked(store, writer.change([PutKey("k", b"")]))
+    asked(store, reader.catch_up())
+    assert asked(store, reader.peek()) == 1
+    asked(store, writer.change([PutKey("k", b"")]))
+    assert (asked(store, reader.peek()), reader.number) == (1, writer.number)
+    for _ in range(3):
+        asked(store, writer.change([PutKey("k", b"")]))
+    assert (asked(store, reader.peek()), reader.number) == (4, writer.number)
+    assert asked(store, reader.peek()) == 1

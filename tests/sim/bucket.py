@@ -292,7 +292,7 @@ class SimBucket:
                 self._looked_s = self._world.now_s
             self._node.expect_news()
 
-        self._submit(self.journal.catch_up, looked)
+        self._submit(self.journal.peek, looked)
 
     def list(self, prefix: str) -> Snapshot:
         """What is known by now; a real client looks first."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import ranks
-from tests.s3 import BUCKET, S3Server, juicefs_gateway, moto_server
+from tests.s3 import BUCKET, S3Server, juicefs_gateway, moto_server, seaweedfs_gateway
 from tests.storage import copied_runs
 from tests.storage.small_runs import Events, fresh_memory_url
 
@@ -82,6 +82,18 @@ def _juicefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with moto_server(tmp_path_factory.mktemp("moto")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _seaweedfs() -> Iterator[S3Server]:
+    with seaweedfs_gateway() as server:
+        yield server
+
+
+@pytest.fixture
+def seaweedfs(_seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The session's SeaweedFS, with its credentials in the environment."""
+    return _in_environment(_seaweedfs, monkeypatch)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -167,6 +168,23 @@ def test_impatient_requests_wait_for_no_slot_and_are_tried_twice_at_most() -> No
     assert brisk.retries.snapshot().num_by_cause == {"reset": 1}
     assert patient.retries.snapshot().num_by_cause == {}, "counted apart"
     assert brisk.retries.health is patient.retries.health
+
+
+def test_impatient_requests_do_not_wait_for_one_another() -> None:
+    """A renewal that is made once more because the first takes long would wait for the first."""
+    meet = threading.Barrier(16)
+
+    class Slow(MemoryStore):
+        def impatient(self, timeout_s: float) -> ObjectStore:
+            return self
+
+        def read(self, key: str) -> bytes:
+            meet.wait(30)
+            return b""
+
+    brisk = retrying(Slow("slow")).impatient(1.0)
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(brisk.read, map(str, range(16)))) == [b""] * 16
 
 
 def test_what_opens_a_scheme_must_give_a_store() -> None:

@@ -227,7 +227,7 @@ class BucketKV:
             try:
                 if self._trouble is not None or time.monotonic() >= self._next_look_s:
                     began_s = time.monotonic()
-                    self._journal.look()
+                    self._journal.peek()
                     self._look_took_s = time.monotonic() - began_s
                 self._mind_leases()
                 self._tidy_when_quiet()

@@ -54,6 +54,7 @@ class Journal:
         self._pause_s = pause_s
         self._num_tries_alone = num_tries_alone
         self._began = False
+        self._is_behind = False  # perhaps, by more than one version
         self._recent: dict[str, int] = {}  # as in the newest version
         self._wish: str = ""  # of the steps under way
         self._granted: tuple[Result, ...] | None = None  # and what came of it
@@ -80,12 +81,23 @@ class Journal:
         if not self._began:
             yield from self._jump()
             self._began = True
-        while (content := (yield Read(version_name(self.number + 1)))) is not None:
-            if content == TOMBSTONE:
-                yield from self._jump()
-            else:
-                self._learn(Version.from_bytes(self.number + 1, content))
+        while (yield from self._learn_next()):
+            pass
         return self.number != before
+
+    def peek(self) -> Steps[bool]:
+        """Learn the next version, if it is there; and those after it, where there was one at the last `peek` too.
+
+        Whoever looks often need not ask each time whether there is yet another. Returns whether there was one.
+
+        Raises:
+            KVUnavailable
+        """
+        if self._is_behind or not self._began:
+            self._is_behind = False
+            return (yield from self.catch_up())
+        self._is_behind = yield from self._learn_next()
+        return self._is_behind
 
     def change(self, ops: Sequence[Op]) -> Steps[tuple[Result, ...]]:
         """Have a version written in which `ops` were carried out in this order, and return what came of each.
@@ -103,7 +115,9 @@ class Journal:
         num_tries = 0
         comes_now = any(isinstance(op, PutKey) and op.grant_ttl_s for op in ops)  # and seldom alone
         num_tries_alone = min(1, self._num_tries_alone) if comes_now else self._num_tries_alone
-        while num_tries < num_tries_alone and self.number >= self._crowd_until:
+        # What is under no lease is no client's own: others are not about to write theirs, but wait for it.
+        is_awaited = all(isinstance(op, PutKey) and not op.lease_id for op in ops)
+        while num_tries < num_tries_alone and (self.number >= self._crowd_until or (is_awaited and not num_tries)):
             draft = self.state.fork()
             results = tuple(carry_out(op, draft) for op in ops)
             if (draft.revision, draft.leases()) == (self.state.revision, self.state.leases()):
@@ -258,6 +272,16 @@ class Journal:
             return False
         self.authored.append(number)
         self._learn(version)
+        return True
+
+    def _learn_next(self) -> Steps[bool]:
+        content = yield Read(version_name(self.number + 1))
+        if content is None:
+            return False
+        if content == TOMBSTONE:
+            yield from self._jump()
+        else:
+            self._learn(Version.from_bytes(self.number + 1, content))
         return True
 
     def _jump(self) -> Steps[None]:

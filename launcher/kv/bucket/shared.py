@@ -99,6 +99,16 @@ class SharedJournal:
             self._carry_out(self._journal.catch_up())
             return self._journal.state
 
+    def peek(self) -> None:
+        """Learn whether there is something new; whoever does so often knows all of it a little later.
+
+        Raises:
+            KVUnavailable
+        """
+        with self._lock:
+            self._forget_if_stale()
+            self._carry_out(self._journal.peek())
+
     def change(self, *ops: Op) -> Settled:
         """Carry out `ops` in one version, with what other threads want by then.
 
