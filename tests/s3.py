@@ -18,6 +18,8 @@ from tests.cluster import free_port, until
 
 BUCKET = "checkpoints"
 KEY, SECRET = "test-access-key", "test-secret-key"
+MOTO = (sys.executable, "-m", "tests.moto_s3")  # then HOST, PORT; in the repository's root
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def moto_server(folder: Path) -> Iterator[S3Server]:
     """A moto server, which holds everything in memory; any credentials do."""
 
     def command(port: int) -> list[str]:
-        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        return [*MOTO, "127.0.0.1", str(port)]
 
     with _serving(command, dict(os.environ), folder / "moto.log") as (port, process):
         server = S3Server("moto", f"http://127.0.0.1:{port}", KEY, SECRET, process)
@@ -186,7 +188,7 @@ def _serving(
     port = free_port()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command(port)], env=environment, stdout=output, stderr=output
+            ["setpriv", "--pdeathsig", "KILL", *command(port)], env=environment, stdout=output, stderr=output, cwd=ROOT
         )
 
     def answers() -> bool:

@@ -23,7 +23,7 @@ from tests.chaos import history
 from tests.chaos.network import Host, Loopback, Network
 from tests.cluster import Cluster, Node, until
 from tests.etcd import ALONE, Beside, Server, etcdctl, leader_of
-from tests.s3 import BUCKET, KEY, SECRET, S3Server, SeaweedFS, short_folder
+from tests.s3 import BUCKET, KEY, MOTO, ROOT, SECRET, S3Server, SeaweedFS, short_folder
 from tests.template import Forked, template
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "job.py")
@@ -251,13 +251,13 @@ def s3_on(folder: Path, host: Host) -> Iterator[S3Server]:
     place = f"{host.address}:9000"
     with short_folder() as short, (folder / "s3.log").open("ab") as log:
         seaweedfs = SeaweedFS(short, host.address)
-        command, environment = [sys.executable, "-m", "moto.server", "-H", host.address, "-p", "9000"], dict(os.environ)
+        command, environment = [*MOTO, host.address, "9000"], dict(os.environ)
         asked = [(place, "PUT", f"/{BUCKET}", "201")]
         if S3_SERVER == "seaweedfs":
             command, environment = seaweedfs.command(9000), seaweedfs.environment
             asked = [(seaweedfs.filer, "POST", f"/buckets/{BUCKET}/", "202"), (place, "GET", "/", "500")]
         server = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *host.enter, *command], stdout=log, stderr=log, env=environment
+            ["setpriv", "--pdeathsig", "KILL", *host.enter, *command], stdout=log, stderr=log, env=environment, cwd=ROOT
         )
         try:
             for words in asked:
