@@ -163,14 +163,17 @@ class ServiceBackend:
                 handed.close(is_shared=False)
                 return
             handed.waits = attempt in self._waiting
-            self._handed[attempt] = handed
+            is_nobodys = self._never is not None  # by now: nobody would ever take it up
+            if handed.waits or not is_nobodys:
+                (self._taken_back if is_nobodys else self._handed)[attempt] = handed
             self._state.notify_all()
             if not self._is_away:
                 self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
-            channel = self._channel
-            if channel is not None:
-                self._send(channel, handed)
-        if handed.slot is None:  # the table has a copy of all of it
+            if self._channel is not None:
+                self._send(self._channel, handed)
+        if is_nobodys and not handed.waits:
+            self._take_back(handed, is_shared=False)
+        elif handed.slot is None:  # the table has a copy of all of it
             running.free()
 
     def close(self, *, abandon: bool) -> None:
@@ -236,11 +239,10 @@ class ServiceBackend:
         patience_s = RESTART_S
         while True:
             with self._state:
+                before: list[Running] = []
                 if self._is_away:  # it is looked for again when there is something for it to do
                     self._state.wait_for(lambda: self._is_closed or bool(self._handed))
                     before = list(self._directly)
-                else:
-                    before = []
                 if self._is_closed:
                     return
             wait([running.committed for running in before])  # nothing overtakes what this process carries out

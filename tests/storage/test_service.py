@@ -234,6 +234,25 @@ def test_what_the_service_cannot_open_alike_is_saved_by_the_worker(
     assert told in direct["reason"]
 
 
+@pytest.mark.parametrize("backlog", ["wait", "replace"])
+def test_what_is_handed_over_when_the_service_turns_out_not_to_do_is_saved_by_the_worker(
+    backlog: Any, tmp_path: Path, service: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens to a service any more that would open the store in another way."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+
+    def then_it_is_found_out(backend: ServiceBackend) -> bool:
+        until("the service to be looked at", lambda: backend._never is not None)
+        return False
+
+    monkeypatch.setattr(ServiceBackend, "_goes_directly", then_it_is_found_out)
+    with Checkpointer(tmp_path / "run", backlog=backlog, keep=9) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state(step))
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [2, 1]
+
+
 def test_a_drain_finishes_what_is_under_way(tmp_path: Path, service: InThread, gate: Gate) -> None:
     with Checkpointer(tmp_path / "run") as ckpt, connected(service.path) as agent:
         ckpt.save(1, state(1))
