@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import ctypes
 import fcntl
-import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Self
-
-import numpy as np
+from typing import Self
 
 from storage.arena.free_memory import free_bytes
+from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, advise_huge, mapped, populate
 
-if TYPE_CHECKING:
-    pass
-
-HUGE_PAGE_BYTES = 2 * 1024 * 1024
-_PAGE_BYTES = mmap.PAGESIZE
-_POPULATED_AT_ONCE_BYTES = 64 * 1024 * 1024
 _UNASKED_BYTES = 1024 * 1024
 """So little is taken without asking what is free, which takes longer than taking it."""
-_MADV_POPULATE_WRITE = 23
-"""Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
-_WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -42,19 +31,19 @@ class Slot:
     """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
-        self._map = mmap.mmap(fd, size_bytes)
+        self._map = mapped(fd, size_bytes)
         self._fd = fd
         self._ends = contextlib.ExitStack()
         self._ends.callback(os.close, fd)
         self._close = weakref.finalize(self, self._ends.close)  # of a slot that nobody has any more, too
         self.size_bytes = size_bytes
         self.is_pinned = False
-        self.memory = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self.memory = memoryview(self._map).cast("B")
+        self.address = ctypes.addressof(self._map)
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
-        """A slot of at least that size, in huge pages where the system gives them to shared memory.
+        """A slot of at least that size, in huge pages where the kernel has some.
 
         Raises:
             MemoryError: this machine, or this process's cgroup, has not so much memory left.
@@ -70,7 +59,7 @@ class Slot:
     @classmethod
     def create_empty(cls, size_bytes: int) -> Self:
         """The same, but that nothing may be written to any of it before `populate`. Raises MemoryError."""
-        page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else _PAGE_BYTES
+        page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else PAGE_BYTES
         size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
         if size_bytes > _UNASKED_BYTES and (free := free_bytes()) is not None and size_bytes > free:
             raise _lack(size_bytes, f"only {_mib(free)} are free")
@@ -81,8 +70,7 @@ class Slot:
             slot = cls(fd, size_bytes)
             on_failure.pop_all()
             on_failure.callback(slot.close)
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                slot._map.madvise(mmap.MADV_HUGEPAGE)
+            advise_huge(slot.address, size_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             on_failure.pop_all()
         return slot
@@ -130,18 +118,8 @@ class Slot:
 
         Raises MemoryError.
         """
-        begin -= begin % _PAGE_BYTES
         with _told(self.size_bytes):
-            for start in range(begin, stop, _POPULATED_AT_ONCE_BYTES):  # other threads run in between
-                length = min(_POPULATED_AT_ONCE_BYTES, stop - start)
-                try:
-                    self._map.madvise(_MADV_POPULATE_WRITE, start, length)
-                except OSError as error:
-                    if error.errno not in _WITHOUT:
-                        raise
-                    os.posix_fallocate(self._fd, start, length)
-                    pages = np.frombuffer(self._map, np.uint8)[start : start + length : _PAGE_BYTES]
-                    np.bitwise_or(pages, 0, out=pages)
+            populate(self._fd, self.address, begin, stop)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from storage.arena import mapping
 from storage.arena import slot as slots
 from storage.arena.arena import Arena
 from storage.arena.free_memory import free_bytes
-from storage.arena.slot import HUGE_PAGE_BYTES, Slot
+from storage.arena.mapping import HUGE_PAGE_BYTES
+from storage.arena.slot import Slot
 from storage.format.tensors import tensor_over
 from tests.cluster import until
 
@@ -73,7 +75,7 @@ def test_a_slot_is_all_there_and_nobody_can_take_pages_away() -> None:
 
 
 def test_a_kernel_that_enters_no_pages_by_itself_gets_them_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_MADV_POPULATE_WRITE", 9999)
+    monkeypatch.setattr(mapping, "_MADV_POPULATE_WRITE", 9999)
     slot = Slot.create(3 * MIB)
     assert os.fstat(slot.fd).st_blocks * 512 >= slot.size_bytes
     slot.close()
@@ -96,7 +98,7 @@ def test_lack_of_memory_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(slots, "free_bytes", lambda: None)
     with pytest.raises(MemoryError, match="no room to stage 1099511627776 MiB of the state"):
         Slot.create(1 << 60)
-    monkeypatch.setattr(slots, "_MADV_POPULATE_WRITE", 9999)
+    monkeypatch.setattr(mapping, "_MADV_POPULATE_WRITE", 9999)
 
     def lacks(*args: int) -> None:
         raise OSError(28, "No space left on device")

@@ -1,0 +1,111 @@
+"""Shared memory in this process's addresses, and its pages: huge ones, wherever the kernel can make some."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import weakref
+from typing import Any
+
+import numpy as np
+
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
+PAGE_BYTES = mmap.PAGESIZE
+_AT_ONCE_BYTES = 64 * 1024 * 1024
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
+_MADV_COLLAPSE = 25
+"""Linux 6.1, whatever the system's settings for huge pages of shared memory are."""
+_WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def mapped(fd: int, size_bytes: int) -> Any:
+    """All of a file of that size, which is not empty, as an array of bytes that is mapped for as long as anything looks
+    at it. It begins where a huge page may, so that one entry of the processor's tables leads to 2 MiB of it; `mmap` has
+    no say in that. Raises OSError.
+    """
+    libc, reach = _libc(), size_bytes + HUGE_PAGE_BYTES
+    found = libc.mmap(None, reach, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    if found == _FAILED:
+        raise _last_error()
+    start = -(-found // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = start + -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    if libc.mmap(start, size_bytes, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == _FAILED:
+        error = _last_error()
+        libc.munmap(found, reach)
+        raise error
+    for begin, stop in ((found, start), (end, found + reach)):
+        if begin < stop:
+            libc.munmap(begin, stop - begin)
+    memory = (ctypes.c_ubyte * size_bytes).from_address(start)
+    # not when the interpreter ends: threads may still look at it then
+    weakref.finalize(memory, libc.munmap, start, size_bytes).atexit = False
+    return memory
+
+
+def advise_huge(address: int, size_bytes: int) -> None:
+    """Have huge pages made by themselves, where the system's settings leave that to who asks."""
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        _advise(address, size_bytes, mmap.MADV_HUGEPAGE)
+
+
+def populate(fd: int, address: int, begin: int, stop: int) -> None:
+    """Have all pages made from one of these bytes to the other, of a file that is mapped at `address`, and enter them
+    into this process's tables. What is in them already stays. Raises OSError.
+    """
+    begin -= begin % PAGE_BYTES
+    for start in range(begin, stop, _AT_ONCE_BYTES):
+        length = min(_AT_ONCE_BYTES, stop - start)
+        _make_huge(address, start, start + length)
+        try:
+            _advise(address + start, length, _MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno not in _WITHOUT:
+                raise
+            os.posix_fallocate(fd, start, length)
+            memory = (ctypes.c_ubyte * length).from_address(address + start)
+            pages = np.frombuffer(memory, np.uint8)[::PAGE_BYTES]
+            np.bitwise_or(pages, 0, out=pages)
+
+
+def _make_huge(address: int, begin: int, stop: int) -> None:
+    """Make huge pages of all that lies between; where there are none to be had, it stays as it is.
+
+    That takes a tenth of the time that small pages take, and whoever copies into them, or maps them, is the faster.
+    """
+    first, last = -(-begin // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, stop - stop % HUGE_PAGE_BYTES
+    if first >= last:
+        return
+    with contextlib.suppress(OSError):
+        for start in range(first, last, HUGE_PAGE_BYTES):  # the kernel takes no page of a file that has none there
+            _advise(address + start, PAGE_BYTES, _MADV_POPULATE_WRITE)
+        _advise(address + first, last - first, _MADV_COLLAPSE)
+
+
+def _advise(address: int, size_bytes: int, advice: int) -> None:
+    """madvise(2), during which other threads run, as they do not in Python's own. Raises OSError."""
+    if _libc().madvise(address, size_bytes, advice):
+        raise _last_error()
+
+
+def _last_error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.mmap.restype = pointer
+    libc.mmap.argtypes = (pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.munmap.argtypes = (pointer, size)
+    libc.madvise.argtypes = (pointer, size, ctypes.c_int)
+    return libc

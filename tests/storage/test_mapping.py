@@ -1,0 +1,90 @@
+"""Where shared memory is mapped, and which pages are made for it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.arena import mapping
+from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES
+from storage.arena.slot import Slot
+
+MIB = 1024 * 1024
+
+
+def mapped_slots() -> list[str]:
+    gc.collect()
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:elastic-moe-slot" in line]
+
+
+def test_every_slot_begins_where_a_huge_page_may() -> None:
+    for size_bytes in (1, PAGE_BYTES, 3 * MIB, 8 * MIB):
+        mine = Slot.create(size_bytes)
+        theirs = Slot.from_fd(os.dup(mine.fd))
+        assert (mine.address % HUGE_PAGE_BYTES, theirs.address % HUGE_PAGE_BYTES) == (0, 0)
+        assert mine.memory.nbytes == theirs.memory.nbytes == mine.size_bytes
+        mine.memory[-1] = 7
+        assert theirs.memory[-1] == 7
+        mine.close()
+        theirs.close()
+
+
+def test_a_mapping_goes_with_the_last_view_of_it_and_takes_no_more_room_than_its_own() -> None:
+    before = mapped_slots()
+    slot = Slot.create(3 * MIB)
+    (line,) = set(mapped_slots()) - set(before)
+    begin, end = (int(text, 16) for text in line.split()[0].split("-"))
+    assert (begin, end) == (slot.address, slot.address + slot.size_bytes)
+    view = slot.memory[5:9]
+    view[:] = b"abcd"
+    slot.close()
+    assert bytes(view) == b"abcd"
+    assert mapped_slots() != before
+    del view
+    assert mapped_slots() == before
+
+
+def test_huge_pages_are_made_of_whole_blocks_only_and_what_is_in_them_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    advise = mapping._advise
+
+    def heard(address: int, size_bytes: int, advice: int) -> None:
+        if advice == mapping._MADV_COLLAPSE:
+            asked.append((address - slot.address, size_bytes))
+        advise(address, size_bytes, advice)
+
+    slot = Slot.create_empty(8 * MIB)
+    monkeypatch.setattr(mapping, "_advise", heard)
+    slot.populate(0, MIB)
+    slot.memory[:4] = b"abcd"
+    slot.populate(MIB, 5 * MIB + 1)
+    slot.memory[3 * MIB : 3 * MIB + 4] = b"efgh"
+    slot.populate(0, 8 * MIB)
+    assert asked == [(2 * MIB, 2 * MIB), (0, 8 * MIB)]
+    assert bytes(slot.memory[:4]) + bytes(slot.memory[3 * MIB : 3 * MIB + 4]) == b"abcdefgh"
+    assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes
+    slot.close()
+
+
+@pytest.mark.parametrize("advice", ["_MADV_COLLAPSE", "_MADV_POPULATE_WRITE"])
+def test_a_kernel_that_knows_no_such_advice_makes_small_pages(advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, advice, 9999)
+    slot = Slot.create(5 * MIB)
+    assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes
+    assert not any(slot.memory[::PAGE_BYTES])
+    slot.close()
+
+
+def test_what_cannot_be_mapped_is_an_error_that_leaves_nothing() -> None:
+    def num_mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("\n")
+
+    before = num_mappings()
+    with open(os.devnull, "rb") as file:
+        for size_bytes in (0, 5000, 1 << 50) * 100:
+            with pytest.raises(OSError):
+                mapping.mapped(file.fileno(), size_bytes)
+    assert num_mappings() < before + 50
