@@ -101,12 +101,18 @@ class SharedWork:
             self._make(self._at_end)
             self._ended.set()
 
-    def wait(self) -> None:
+    def wait(self, *, helps: bool = True) -> None:
         """Help, and block until all has ended. Raises the first failure, to each that waits."""
-        self.help()
+        if helps:
+            self.help()
         self._ended.wait()
         if self._failure is not None:
             raise self._failure
+
+    def leave_out(self, why: BaseException) -> None:
+        """Begin no further call: that is a failure as others are. `wait` then ends it."""
+        with self._lock:
+            self._failure = self._failure or why
 
     def _make(self, call: Callable[[], None]) -> None:
         try:

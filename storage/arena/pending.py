@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Protocol
 
 from storage.arena.changes import StateChanged, Witness, check_samples, check_versions
@@ -23,6 +24,10 @@ class StagingListener(Protocol):
 
     def changed(self, error: StateChanged) -> None:
         """A tensor was changed too early: the copy is of no use."""
+
+
+class Unwanted(Exception):
+    """Nobody wants the copy."""
 
 
 class PendingCopy:
@@ -47,8 +52,21 @@ class PendingCopy:
         self._lock = threading.Lock()
         self._change: StateChanged | None = None
         self._has_settled = False
+        self._has_begun = self._is_unwanted = False
         self.work = SharedWork(list(pieces_of([witness.move for witness in on_host])), self._check_host)
         """The copies within CPU memory, for any thread to help with."""
+
+    def begin(self, pool: Executor, num_threads: int) -> None:
+        """Have threads of the pool copy what is in CPU memory; who waits leaves it to them then."""
+        self._has_begun = True
+        for _ in range(num_threads):
+            pool.submit(self.work.help)
+
+    def cancel(self) -> None:
+        """Nobody wants the copy: what has not begun of it is left out, and no change of the state is told."""
+        self._is_unwanted = True
+        self.work.leave_out(Unwanted())
+        self.drain()
 
     def hold_step(self) -> None:
         """Before an optimizer changes what it owns: block until that is copied; devices wait by themselves."""
@@ -63,7 +81,7 @@ class PendingCopy:
 
     def wait(self) -> None:
         """Block until all is copied. Raises StateChanged if that is not the state of the save."""
-        self.work.wait()
+        self.work.wait(helps=not self._has_begun)  # one more thread beside the training would slow that down
         for copy in self._copies:
             try:
                 copy.wait()
@@ -103,5 +121,5 @@ class PendingCopy:
     def _note(self, error: StateChanged) -> None:
         with self._lock:
             is_first, self._change = self._change is None, self._change or error
-        if is_first:
+        if is_first and not self._is_unwanted:
             self._listener.changed(error)

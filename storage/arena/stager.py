@@ -26,22 +26,23 @@ class Staged:
     Their content stands once `wait` has returned.
     """
 
-    def __init__(
-        self,
-        slot: Slot,
-        tensors: list[torch.Tensor],
-        pending: PendingCopy | None,
-        free: Callable[[Callable[[Arena, Slot], None]], None],
-    ) -> None:
+    def __init__(self, slot: Slot, tensors: list[torch.Tensor], pending: PendingCopy | None, stager: Stager) -> None:
         self.slot = slot
         self.tensors = tensors
         self._pending = pending
-        self._free = free
+        self._stager = stager
 
     @property
     def is_pending(self) -> bool:
         """Whether it was not whole when `stage` returned."""
         return self._pending is not None
+
+    def go_on(self) -> None:
+        """The save returns: threads do the rest of the copy from here on, and make the next slot.
+
+        Not before: they would have the processor that the save needs. Without this, who waits does the rest.
+        """
+        self._stager.go_on(self.slot, self._pending)
 
     def wait(self) -> None:
         """Block until the copy is whole; any thread. Raises StateChanged if it is not what was to be saved."""
@@ -56,11 +57,17 @@ class Staged:
         """As `release`, but the slot is used no more: another process may still read it, and must find what it was."""
         self._end(Arena.drop)
 
+    def cancel(self) -> None:
+        """As `release`, of a copy that nobody wants, without waiting for what of it has not begun."""
+        if self._pending is not None:
+            self._pending.cancel()
+        self.release()
+
     def _end(self, leave: Callable[[Arena, Slot], None]) -> None:
         if self._pending is not None:
             self._pending.drain()
         self.tensors.clear()
-        self._free(leave)
+        self._stager.free(self.slot, self._pending, leave)
 
 
 class Stager:
@@ -94,9 +101,14 @@ class Stager:
         except BaseException:
             self._arena.give_back(slot)
             raise
+        return Staged(slot, [move.target for move in moves], pending, self)
+
+    def go_on(self, slot: Slot, pending: PendingCopy | None) -> None:
+        """See `Staged.go_on`."""
+        if pending is not None:
+            pending.begin(self._pool, max(1, self._num_threads // 4))  # the compute has the processors meanwhile
         if self._keeps_spare:
             self._pool.submit(self._arena.prepare, slot.size_bytes)
-        return Staged(slot, [move.target for move in moves], pending, lambda leave: self._free(slot, pending, leave))
 
     def close(self) -> None:
         """End its threads, and watch optimizers no more; slots are the arena's."""
@@ -135,8 +147,6 @@ class Stager:
         self._turn += 1
         host, devices = witnesses(_on_host(late), self._turn), witnesses(_on_devices(late), self._turn)
         pending = self._pending = PendingCopy(host, devices, copies, _Listening(self, listener))
-        for _ in range(max(1, self._num_threads // 4)):  # the compute has the processors meanwhile
-            self._pool.submit(pending.work.help)
         return pending
 
     def _divided(self, moves: Iterable[Move]) -> tuple[list[Move], list[Move]]:
@@ -153,7 +163,8 @@ class Stager:
         if (pending := self._pending) is not None:
             pending.hold_step()
 
-    def _free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
+    def free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
+        """Let go of a slot in that way."""
         if pending is not None and self._pending is pending:
             self._pending = None  # with it go its references to the state
         leave(self._arena, slot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,14 +85,29 @@ class Group:
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's `data` by rank, on every rank; meant for short ones."""
+        return self.begin_all_gather(data)()
+
+    def begin_all_gather(self, data: bytes) -> Callable[[], list[bytes]]:
+        """As `all_gather`, but the ranks meet in the call that is returned: make it once, before any other collective.
+
+        What a rank does in between it does while others are still on their way.
+        """
         if self.world_size == 1:
-            return [data]
-        heads = self._heads(data)
-        rests: list[torch.Tensor] | None = None
-        if (rest := self._rest(data, heads)) is not None:
-            rests = [torch.empty_like(rest) for _ in heads]
-            dist.all_gather(rests, rest, group=self._group)
-        return _whole(heads, rests)
+            return lambda: [data]
+        mine = self._head(data)
+        heads = [torch.empty_like(mine) for _ in range(self.world_size)]
+        begun = dist.all_gather(heads, mine, group=self._group, async_op=True)
+
+        def meet() -> list[bytes]:
+            begun.wait()
+            parsed = [_parsed(head) for head in heads]
+            rests: list[torch.Tensor] | None = None
+            if (rest := self._rest(data, parsed)) is not None:
+                rests = [torch.empty_like(rest) for _ in parsed]
+                dist.all_gather(rests, rest, group=self._group)
+            return _whole(parsed, rests)
+
+        return meet
 
     def all_gather_long(self, data: bytes) -> list[bytes]:
         """As `all_gather`, for data that may be long, and longer on one rank than on another: nothing is padded."""

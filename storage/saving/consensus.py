@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,22 +49,70 @@ class _Plan:
 
 
 @dataclass(frozen=True)
+class CopiedPart:
+    """What this rank writes, copied, or why it could not be (`error`): the others have to be told that, too."""
+
+    payloads: list[Payload]
+    staged: Staged | None
+    error: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all payloads."""
+        return sum(payload.chunk.size_bytes for payload in self.payloads)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is not copied yet."""
+        return self.staged is not None and self.staged.is_pending
+
+    def go_on(self) -> None:
+        """The save is about to return, see `Staged.go_on`."""
+        if self.staged is not None:
+            self.staged.go_on()
+
+    def cancel(self) -> None:
+        """Nobody wants it."""
+        if self.staged is not None:
+            self.staged.cancel()
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What this rank writes of a state: the chunks at `picks`. `values`: those that are encoded already."""
+
+    holdings: Holdings
+    picks: tuple[int, ...]
+    values: dict[int, EncodedItem]
+
+    def copy(self, stager: Stager, listener: StagingListener) -> CopiedPart:
+        """A copy of it; of the state's tensors none is whole before `go_on`, where they are copied behind the save."""
+        try:
+            return CopiedPart(*self.holdings.stage(self.picks, self.values, stager, listener))
+        except Exception as error:  # noqa: BLE001 - told by the receipt
+            return CopiedPart([], None, f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True)
 class Agreed:
     """One save: the attempt of all ranks, and what this rank writes. `contents`: coordinator only."""
 
     attempt: str
     healthy: bool
     contents: StateContents | None
-    holdings: Holdings
-    picks: tuple[int, ...]
-    values: dict[int, EncodedItem]
+    part: RankPart
 
-    def stage(self, stager: Stager, listener: StagingListener) -> tuple[list[Payload], Staged | None, str | None]:
-        """A copy of what this rank writes, or why there is none: it must still tell the others."""
-        try:
-            return *self.holdings.stage(self.picks, self.values, stager, listener), None
-        except Exception as error:  # noqa: BLE001 - told by the receipt
-            return [], None, f"{type(error).__name__}: {error}"
+
+@dataclass(frozen=True)
+class Proposed:
+    """What this rank has told the others of a save.
+
+    `part`: what it writes, should all agree to save as they did before; None where they never did. `settle`: see
+    `Consensus.propose`.
+    """
+
+    part: RankPart | None
+    settle: Callable[[], tuple[Decision, Agreed | None]]
 
 
 class Consensus:
@@ -76,8 +125,10 @@ class Consensus:
         self._num_plans = 0
         self._before: Holdings | None = None
 
-    def reach(self, mine: Proposal, state: Mapping[str, Any], *, compare_ranks: bool) -> tuple[Decision, Agreed | None]:
-        """What all ranks decide, and what is to be saved, if anything is. On all ranks the same, or the same error.
+    def propose(self, mine: Proposal, state: Mapping[str, Any], *, compare_ranks: bool) -> Proposed:
+        """Tell the other ranks of a save. They meet in `settle` of what is returned: it is to be called, and before any
+        other collective. It returns what all ranks decide, and what is to be saved, if anything is; on all ranks the
+        same, or raises the same error.
 
         Where the state has the shape that it had in the save before, and no rank has much to say, that is one
         collective. The state is looked at before it, on each rank, since the `state_dict` of some objects is a
@@ -86,12 +137,19 @@ class Consensus:
         Args:
             mine: what there is to say of this rank but for its state.
 
-        Raises:
+        Raises (`settle`):
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
-        described = self._describe(state, compare_ranks=compare_ranks)
-        told = self._group.all_gather(self._proposal(mine, described).dump())
-        decision = decide([Proposal.load(data) for data in told])
+        described, part = self._describe(state, compare_ranks=compare_ranks), None
+        if not isinstance(described, Failure) and self._plan is not None and self._has_plan_of(described[0]):
+            part = RankPart(described[0], self._plan.picks, described[1])
+        meet = self._group.begin_all_gather(self._proposal(mine, described).dump())
+        return Proposed(part, functools.partial(self._settle, described, part, meet))
+
+    def _settle(
+        self, described: _Described | Failure, part: RankPart | None, meet: Callable[[], list[bytes]]
+    ) -> tuple[Decision, Agreed | None]:
+        decision = decide([Proposal.load(data) for data in meet()])
         if decision.skip or self._is_there(decision):
             return decision, None
         assert not isinstance(described, Failure), "every rank's failure is raised on all"
@@ -99,10 +157,10 @@ class Consensus:
         holdings, values = described
         if decision.compare:
             self._compare(holdings.sums)
-        if decision.plan or self._plan is None:
+        if decision.plan or self._plan is None or part is None:
             self._plan = self._replan(holdings)
-        plan = self._plan
-        return decision, Agreed(decision.attempt, decision.healthy, plan.contents, holdings, plan.picks, values)
+            part = RankPart(holdings, self._plan.picks, values)
+        return decision, Agreed(decision.attempt, decision.healthy, self._plan.contents, part)
 
     def _has_plan_of(self, holdings: Holdings) -> bool:
         return self._plan is not None and self._plan.digest == holdings.digest

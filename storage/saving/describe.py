@@ -76,7 +76,9 @@ class Holdings:
         missing = [position for position in picks if position not in values]
         values = {**values, **self.encode_values(missing)}
         tensors = [position for position in missing if position not in values]
-        staged = stager.stage([(self.chunks[p].key, self.tensor(p)) for p in tensors], listener)
+        with torch.no_grad():  # else each DTensor makes a node of a graph
+            local = [(self.chunks[position].key, self.tensor(position)) for position in tensors]
+        staged = stager.stage(local, listener)
         payloads = [
             *(Payload(self.chunks[position], item) for position, item in values.items() if position in picks),
             *(Payload(self.chunks[p], tensor) for p, tensor in zip(tensors, staged.tensors, strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from storage.ranks.agreement import AgreeingGroup
 from storage.run.attempt import Attempt
 from storage.saving.backlog import SaveQueue
 from storage.saving.committer import Committer
-from storage.saving.consensus import Consensus
+from storage.saving.consensus import Agreed, Consensus, CopiedPart, Proposed
 from storage.saving.options import SavingPlan
 from storage.saving.proposal import Decision, Proposal, as_step
 from storage.saving.replicas import ReplicaCheck
@@ -49,6 +50,7 @@ class Saver:
         self._timeout_s = timeout_s
         self._queue = SaveQueue(committer, report, plan.backlog, timeout_s)
         self._is_ram_away = False
+        self._has_skipped = False
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
@@ -81,38 +83,57 @@ class Saver:
         why_not = self._why_not(tier, must=must)
         waits = self._queue.waiting if tier is Tier.STORE else ""
         mine = Proposal(*as_step(step), why_not, waits, bool(healthy), asks=asks)
-        decision, agreed = self._consensus.reach(mine, state, compare_ranks=compare_ranks)
-        step = decision.step
-        if decision.skip:
-            self._skip(step, tier, decision.skip)
-            return None
-        self._is_ram_away = self._is_ram_away and tier is not Tier.RAM
-        if agreed is None:
-            return None
-        if decision.gives_way:
-            self._queue.drop(by=step)
-        payloads, staged, staging_error = agreed.stage(self._stager, _Told(self._report, step))
+        proposed = self._consensus.propose(mine, state, compare_ranks=compare_ranks)
+        with contextlib.ExitStack() as unless_saved:
+            if (part := self._copied_ahead(mine, proposed)) is not None:
+                unless_saved.callback(part.cancel)
+            decision, agreed = proposed.settle()
+            self._has_skipped = bool(decision.skip)
+            if decision.skip:
+                self._skip(decision.step, tier, decision.skip)
+                return None
+            self._is_ram_away = self._is_ram_away and tier is not Tier.RAM
+            if agreed is None:
+                return None
+            if decision.gives_way:
+                self._queue.drop(by=decision.step)
+            if agreed.part is not proposed.part:
+                unless_saved.close()
+                part = None
+            part = part or agreed.part.copy(self._stager, _Told(self._report, decision.step))
+            unless_saved.pop_all()
         self._report(
             CheckpointEvent.STAGED,
-            step=step,
+            step=decision.step,
             seconds=round(time.monotonic() - started_s, 4),
-            bytes=sum(payload.chunk.size_bytes for payload in payloads),
-            **({"overlapped": True} if staged is not None and staged.is_pending else {}),
+            bytes=part.size_bytes,
+            **({"overlapped": True} if part.is_pending else {}),
         )
-        self._queue.put(
-            SaveJob(
-                attempt=Attempt.of_step(step, agreed.attempt, self._group.world_size),
-                rank=self._group.rank,
-                payloads=payloads,
-                contents=agreed.contents,
-                started_s=started_s,
-                staged=staged,
-                staging_error=staging_error,
-                healthy=agreed.healthy,
-                tier=tier,
-            )
-        )
+        part.go_on()
+        self._queue.put(self._job(decision.step, agreed, part, tier, started_s))
         return decision
+
+    def _copied_ahead(self, mine: Proposal, proposed: Proposed) -> CopiedPart | None:
+        """A copy of what this rank will write, made while the others' words are on their way, if most likely it will.
+
+        Not after a save that was left out: if that is so again, the training would be held up by a copy for nothing.
+        """
+        if mine.step is None or mine.busy or mine.waiting or self._has_skipped or proposed.part is None:
+            return None
+        return proposed.part.copy(self._stager, _Told(self._report, mine.step))
+
+    def _job(self, step: int, agreed: Agreed, part: CopiedPart, tier: Tier, started_s: float) -> SaveJob:
+        return SaveJob(
+            attempt=Attempt.of_step(step, agreed.attempt, self._group.world_size),
+            rank=self._group.rank,
+            payloads=part.payloads,
+            contents=agreed.contents,
+            started_s=started_s,
+            staged=part.staged,
+            staging_error=part.error,
+            healthy=agreed.healthy,
+            tier=tier,
+        )
 
     def _why_not(self, tier: Tier, *, must: bool) -> str:
         """Why this rank cannot begin a save, once it has waited for as long as it is to; "" if it can."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 
 from storage.ranks.agreement import AgreeingGroup
 
@@ -65,8 +66,8 @@ class ThreadGroup(AgreeingGroup):
         told = self._meeting.exchange(self.rank, data)
         return told if self.is_coordinator else None
 
-    def all_gather(self, data: bytes) -> list[bytes]:
-        return self._meeting.exchange(self.rank, data)
+    def begin_all_gather(self, data: bytes) -> Callable[[], list[bytes]]:
+        return lambda: self._meeting.exchange(self.rank, data)
 
     @property
     def is_waiting(self) -> bool:
