@@ -71,7 +71,7 @@ def populate(fd: int, address: int, begin: int, stop: int) -> None:
                 raise
             os.posix_fallocate(fd, start, length)
             memory = (ctypes.c_ubyte * length).from_address(address + start)
-            pages = np.frombuffer(memory, np.uint8)[::PAGE_BYTES]
+            pages = np.frombuffer(memoryview(memory), np.uint8)[::PAGE_BYTES]
             np.bitwise_or(pages, 0, out=pages)
 
 
