@@ -13,6 +13,7 @@ answer in time fails the run with its number and traceback, and ends all process
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -196,6 +197,7 @@ def _answer(job: _Job, pipe: Connection) -> None:
         return
     finally:
         dist.destroy_process_group()
+        gc.collect()  # a group's threads end with its last reference; modules hold theirs in circles
     pipe.send((None, result))
 
 
