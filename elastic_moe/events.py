@@ -14,3 +14,4 @@ class TrainerEvent(StrEnum):
     STATE_NOT_FINITE = "state_not_finite"
     DATA_CHANGED = "data_changed"
     TRACKER_FAILED = "tracker_failed"
+    METRICS_FAILED = "metrics_failed"

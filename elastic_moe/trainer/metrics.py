@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +15,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastic_moe.errors import UserError
+from elastic_moe.events import TrainerEvent
+from launcher import worker
 from storage import CheckpointEvent
 
+log = logging.getLogger(__name__)
+
 _LOOKED_AT_BYTES = 1 << 20
+_WAITING_BYTES = 4 << 20  # of lines, while the disk takes none: thousands of steps
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what a disk may get over; all else is a mistake in the job
 _STEP = re.compile(rb'^\{"step": (\d+),', re.MULTILINE)
 
 
@@ -127,6 +136,9 @@ class SaveCounts:
 class MetricsFile:
     """Appends lines, each with one write call: a reader, or a crash, never sees a part of one behind another.
 
+    A disk that is full, or fails, ends no training. It is told once, lines wait for a while, and each further one tries
+    again.
+
     Attributes:
         last_step: the greatest step of which the file has had a line when it was opened, as far as its end tells; 0 if
             there is none.
@@ -136,24 +148,61 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+        self._path = Path(path)
+        self._fd: int | None = None
+        self._waiting = bytearray()  # begins with what is left of a line that was written in part
+        self._num_lost = 0
+        self._fails = False
+        self.last_step = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self.last_step = self._find_last_step()
+            self._write()
         except OSError as error:
-            raise UserError(f"train.metrics {str(path)!r} cannot be written: {error.strerror}") from error
+            if error.errno not in _PASSING:
+                raise UserError(f"train.metrics {str(path)!r} cannot be written: {error.strerror}") from error
+            self._tell(error, 0)
 
     def append(self, metrics: StepMetrics) -> None:
-        os.write(self._fd, (json.dumps(asdict(metrics), allow_nan=False) + "\n").encode())
+        """Write a line, or keep it for the next call."""
+        line = json.dumps(asdict(metrics), allow_nan=False) + "\n"
+        if len(self._waiting) < _WAITING_BYTES:
+            self._waiting += line.encode()
+        else:
+            self._num_lost += 1
+        try:
+            self._write()
+        except OSError as error:
+            self._tell(error, metrics.step)
 
-    def _find_last_step(self) -> int:
-        """Of the lines at the file's end; one that was cut off by a crash is ended, so that ours are whole."""
+    def _write(self) -> None:
+        if self._fd is None:
+            self._open()
+        assert self._fd is not None
+        while self._waiting:
+            written = os.write(self._fd, self._waiting)
+            del self._waiting[:written]
+        if self._fails:
+            log.info("train.metrics %s is written again; %d of its lines were lost", self._path, self._num_lost)
+            self._fails, self._num_lost = False, 0
+
+    def _tell(self, error: OSError, step: int) -> None:
+        """Say that it cannot be written, once until it can."""
+        if not self._fails:
+            why = error.strerror or str(error)
+            log.warning("train.metrics %s cannot be written: %s; it is tried again with each step", self._path, why)
+            worker.event(TrainerEvent.METRICS_FAILED, path=str(self._path), step=step, reason=why)
+            self._fails = True
+
+    def _open(self) -> None:
+        """Find the last step in the lines at the file's end; one that a crash has cut is ended, so that ours are
+        whole.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = os.fstat(self._fd).st_size
         end = os.pread(self._fd, _LOOKED_AT_BYTES, max(0, size - _LOOKED_AT_BYTES))
         if end and not end.endswith(b"\n"):
-            os.write(self._fd, b"\n")
-        return max(map(int, _STEP.findall(end)), default=0)
+            self._waiting[:0] = b"\n"
+        self.last_step = max(map(int, _STEP.findall(end)), default=0)
 
     def __enter__(self) -> Self:
         return self
@@ -161,4 +210,10 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
+        if self._waiting:
+            with contextlib.suppress(OSError):
+                self._write()
+        if num_lines := self._waiting.count(b"\n") + self._num_lost:
+            log.warning("train.metrics %s lacks %d lines, which could not be written", self._path, num_lines)
+        if self._fd is not None:
+            os.close(self._fd)

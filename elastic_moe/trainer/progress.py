@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import shutil
@@ -138,5 +139,6 @@ class LiveLine:
         return True
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # the terminal is gone, and the training goes on
+            self._stream.write(text)
+            self._stream.flush()

@@ -93,6 +93,16 @@ def test_a_line_that_showed_nothing_leaves_nothing() -> None:
     assert terminal.getvalue() == ""
 
 
+class GoneTerminal(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_terminal_that_goes_away_ends_no_training() -> None:
+    with LiveLine(GoneTerminal()) as line:
+        line.show("step 1", 0.0)
+
+
 def test_only_terminals_get_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert wants_line(Terminal())
