@@ -10,6 +10,7 @@ from launcher import worker as _worker
 __all__ = [
     "Stop",
     "WorkerContext",
+    "alive",
     "context",
     "event",
     "gave_up",
@@ -23,6 +24,7 @@ __all__ = [
 context = _worker.context
 heartbeat = _worker.heartbeat
 untimed = _worker.untimed
+alive = _worker.alive
 should_stop = _worker.should_stop
 on_all_ranks = _worker.on_all_ranks
 yielded = _worker.yielded

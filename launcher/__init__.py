@@ -1,8 +1,8 @@
 """Launches PyTorch jobs on machines that come and go: who is in the job, on which mesh, and which processes run.
 
 In a script     worker tells the agent how far this rank is and learns from it when to stop: heartbeat, should_stop
-                (a Stop), untimed, yielded, gave_up, event; its context, a WorkerContext, says who this rank is. Without
-                an agent nothing happens, and every call has a sensible answer.
+                (a Stop), untimed, alive, yielded, gave_up, event; its context, a WorkerContext, says who this rank is.
+                Without an agent nothing happens, and every call has a sensible answer.
 Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
                 memory_use says what a rank's memory holds on it, a MemoryUse, and step_time how long a step takes, a
                 StepTime; node_loss says what losing one of its nodes costs, a NodeLoss; experts_per_rank,

@@ -1,7 +1,8 @@
 """Token ids in a folder that the processes of a node share: made once, mapped by all.
 
 A file has its name only once it is whole, and says how long it is and what its bytes add up to, so one that a crash
-has torn is made again. Whoever makes one holds a lock that ends with its process.
+has torn is made again. Whoever makes one holds a lock that ends with its process. What has been made of a large one by
+then is marked now and then, and the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from elastic_moe.data.tokenizer import Ids
 from elastic_moe.errors import UserError
+from launcher import worker
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,11 @@ _VERSION = 1
 _SUFFIX, _PARTIAL = ".tokens", ".partial"
 _KEY = re.compile(r"[0-9a-f]{40}")
 _NUM_LOCKS = 64  # files, that many keys share: a lock file for each would never go away
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_S = 0.1
 _BUFFER_IDS = 1 << 20
+_MARK_BYTES = 16 << 20
+_LOOK_S = 5.0
 # Files larger than this are looked through by pages spread over them: nobody reads terabytes at a start.
 WHOLE_BYTES = 256 << 20
 _CHUNK_IDS = 8 << 20
@@ -52,18 +57,27 @@ def parts_to_check(ids: Any) -> Iterator[Ids]:
 
 
 class TokenSink:
-    """Takes the ids of one file of the cache, in order, all of the type of the first."""
+    """Takes the ids of one file of the cache, in order, all of the type of the first.
+
+    Attributes:
+        done: of how much of its source the ids are in the file, as `mark` was told, by an earlier process maybe.
+    """
 
     def __init__(self, file: Any, check: Callable[[int], None]) -> None:
         """Args:
+        file: to read and write; what it holds of an earlier try is gone on from, if that is whole up to its mark.
         check: called with the bytes written so far; raises where they are too many.
         """
         self._file = file
         self._check = check
         self._waiting: list[Ids] = []
         self._num_waiting = 0
+        self._sum = 0
+        self._num_unmarked = 0
         self.dtype: np.dtype[Any] = np.dtype(np.uint8)
         self.count = 0
+        self.done = 0
+        self._resume()
 
     def append(self, ids: Ids) -> None:
         """Take some more."""
@@ -80,10 +94,50 @@ class TokenSink:
             joined = np.concatenate(self._waiting).astype(self.dtype, copy=False)
             self._file.write(joined.data)
             self._file.flush()  # its size is looked at
+            self._sum = zlib.crc32(joined.data, self._sum)
+            self._num_unmarked += joined.nbytes
             self.count += len(joined)
             self._waiting.clear()
             self._num_waiting = 0
             self._check(self.count * self.dtype.itemsize)
+
+    def mark(self, done: int) -> None:
+        """Note that all ids of so much of the source were taken, if it is worth a note."""
+        if self._num_unmarked + self._num_waiting * self.dtype.itemsize >= _MARK_BYTES:
+            self.flush()
+            self._num_unmarked = 0
+            self.done = done
+            told = {"dtype": self.dtype.str, "count": self.count, "sum": self._sum, "done": done}
+            os.pwrite(self._file.fileno(), _header(told), 0)
+
+    def close(self, check: int) -> None:
+        """Say that it is whole, in place of a mark.
+
+        Args:
+            check: what its bytes add up to, as `TokenCache` counts.
+        """
+        os.pwrite(self._file.fileno(), _header({"dtype": self.dtype.str, "count": self.count, "check": check}), 0)
+
+    def _resume(self) -> None:
+        """Take the ids before the file's mark for ours, and cut off what is behind them."""
+        try:
+            told = json.loads(os.pread(self._file.fileno(), _HEADER_BYTES, 0))
+            dtype, count, done = np.dtype(told["dtype"]), told["count"], told["done"]
+            if told["version"] == _VERSION and self._sum_of(count * dtype.itemsize) == told["sum"]:
+                self.dtype, self.count, self.done, self._sum = dtype, count, done, told["sum"]
+        except (ValueError, KeyError, TypeError):
+            pass  # it has no mark
+        self._file.truncate(_HEADER_BYTES + self.count * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def _sum_of(self, num_bytes: int) -> int | None:
+        """Of the bytes behind the header; None where there are fewer."""
+        found = 0
+        self._file.seek(_HEADER_BYTES)
+        while num_bytes and (part := self._file.read(min(num_bytes, _MARK_BYTES))):
+            found = zlib.crc32(part, found)
+            num_bytes -= len(part)
+        return None if num_bytes else found
 
 
 Make = Callable[[TokenSink], None]
@@ -124,21 +178,29 @@ class TokenCache:
 
     def _made(self, key: str, make: Make, keep: frozenset[str]) -> Ids:
         partial = self._path(key).with_suffix(_PARTIAL)
-        with self._told():
-            try:
-                with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "r+b") as file:
-                    file.seek(_HEADER_BYTES)
-                    sink = TokenSink(file, lambda num_bytes: self._make_room(num_bytes, keep))
-                    make(sink)
-                    sink.flush()
-                    check = _checksum(_mapped(partial, sink.dtype, sink.count))
-                    header = {"version": _VERSION, "dtype": sink.dtype.str, "count": sink.count, "check": check}
-                    file.seek(0)
-                    file.write(json.dumps(header).encode().ljust(_HEADER_BYTES))
-                partial.rename(self._path(key))
-            finally:
-                partial.unlink(missing_ok=True)
+        with self._told(), self._kept_if_marked(partial) as opened:
+            with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+                sink = TokenSink(file, lambda num_bytes: self._make_room(num_bytes, keep))
+                opened.append(sink)
+                if sink.done:
+                    log.info("data: %d ids of %s were there already, and are gone on from", sink.count, partial)
+                make(sink)
+                sink.flush()
+                sink.close(_checksum(_mapped(partial, sink.dtype, sink.count)))
+            partial.rename(self._path(key))
             return _mapped(self._path(key), sink.dtype, sink.count)
+
+    @contextlib.contextmanager
+    def _kept_if_marked(self, partial: Path) -> Iterator[list[TokenSink]]:
+        """Leave what was begun to the next process, unless it has no mark, or would be refused again."""
+        opened: list[TokenSink] = []
+        try:
+            yield opened
+        except BaseException as error:
+            is_full = isinstance(error, OSError) and error.errno in _FULL
+            if is_full or isinstance(error, UserError) or not any(sink.done for sink in opened):
+                partial.unlink(missing_ok=True)
+            raise
 
     def _open(self, key: str) -> Ids | None:
         """The array of a key; None if there is none that is whole."""
@@ -203,6 +265,7 @@ class TokenCache:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             is_mine, is_told = False, False
+            size, look_s = self._size_of_partials(), time.monotonic() + _LOOK_S
             while not is_mine:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,9 +277,21 @@ class TokenCache:
                         log.info("data: another process of this node is reading the data: waiting for it")
                         is_told = True
                     time.sleep(_POLL_S)
+                    if time.monotonic() >= look_s:
+                        before, size = size, self._size_of_partials()
+                        look_s = time.monotonic() + _LOOK_S
+                        if size != before:
+                            worker.alive()  # as the other is; one that hangs lets us count as hung as well
             yield is_mine
         finally:
             os.close(fd)
+
+    def _size_of_partials(self) -> int:
+        found = 0
+        for path in self._folder.glob(f"*{_PARTIAL}"):
+            with contextlib.suppress(OSError):  # it has its name by now
+                found += path.stat().st_size
+        return found
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"
@@ -226,7 +301,7 @@ class TokenCache:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 raise UserError(f"data.cache: {self._folder} is on a full disk: set data.cache to another") from error
             if error.filename is None or not str(error.filename).startswith(str(self._folder)):
                 raise  # of what is read, not of the cache
@@ -248,6 +323,10 @@ def default_folder(environ: Mapping[str, str]) -> Path:
         return Path.home() / ".cache" / "elastic-moe"
     except RuntimeError:
         raise UserError("data.cache: there is no home for a cache: set it to a folder on a local disk") from None
+
+
+def _header(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps({"version": _VERSION, **fields}).encode().ljust(_HEADER_BYTES)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> Ids:

@@ -234,6 +234,7 @@ def _key(group: Sequence[SourceFile], config: DataConfig, tokenizer: TextTokeniz
 def _write_group(
     group: Sequence[SourceFile], config: DataConfig, tokenizer: TextTokenizer, progress: ReadProgress, sink: TokenSink
 ) -> None:
+    number = 0  # of the piece, in the whole group
     for source in group:
         if source.kind.format is DataFormat.TOKENS:
             _copy_tokens(source, progress, sink)
@@ -242,12 +243,17 @@ def _write_group(
         waiting: list[Piece] = []
         num_bytes = 0
         for piece in pieces(source, config, progress):
+            number += 1
+            if number <= sink.done:
+                continue
             waiting.append(piece)
             num_bytes += len(piece.text)
             if num_bytes >= _BATCH_BYTES:
                 _tokenize(waiting, source.path, tokenizer, sink)
+                sink.mark(number)
                 waiting, num_bytes = [], 0
         _tokenize(waiting, source.path, tokenizer, sink)
+        sink.mark(number)
 
 
 def _tokenize(batch: list[Piece], path: str, tokenizer: TextTokenizer, sink: TokenSink) -> None:
@@ -262,7 +268,9 @@ def _copy_tokens(source: SourceFile, progress: ReadProgress, sink: TokenSink) ->
     with source.fs.open(source.path, "rb") as file:
         dtype, count = token_header(file, source.path)
         sink.append(np.empty(0, dtype))
-        left = count * dtype.itemsize
+        left = (count - sink.done) * dtype.itemsize
+        if sink.done:
+            file.seek(sink.done * dtype.itemsize, os.SEEK_CUR)
         rest = b""
         while left and (part := file.read(min(left, _COPY_BYTES))):
             left -= len(part)
@@ -271,5 +279,6 @@ def _copy_tokens(source: SourceFile, progress: ReadProgress, sink: TokenSink) ->
             whole = len(part) - len(part) % dtype.itemsize
             sink.append(np.frombuffer(part[:whole], dtype))
             rest = part[whole:]
+            sink.mark(count - (left + len(rest)) // dtype.itemsize)
     if left:
         raise UserError(f"token shard {source.path} is not a .npy array: it is {left} bytes shorter than it says")

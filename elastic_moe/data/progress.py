@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from launcher import worker
+
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
@@ -23,7 +25,8 @@ class ReadProgress:
         self._done_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """Count bytes, and tell of them now and then."""
+        """Count bytes, and tell of them now and then; the agent hears that this process is at work."""
+        worker.alive()
         self._done_bytes += num_bytes
         now_s = self._clock()
         if now_s - self._told_s >= _EVERY_S:

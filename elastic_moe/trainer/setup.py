@@ -15,6 +15,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
 from elastic_moe.trainer.batches import Batches
+from elastic_moe.trainer.meeting import meanwhile
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Stepper
@@ -39,7 +40,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         log.warning(
             'model.balance = "forced" sends tokens to experts in turn: for benchmarks, what is trained is no model'
         )
-    corpus = open_corpus(job.data, train.seq_len, job.model.vocab_size)
+    corpus = meanwhile(lambda: open_corpus(job.data, train.seq_len, job.model.vocab_size))
     check_same_everywhere(corpus.fingerprint, device)
     with torch.device("meta"):
         model = Decoder(job.model)

@@ -74,6 +74,8 @@ class Worker:
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         self.on_event: Callable[[str], None] | None = None
         """Called with the name of each event that `event` has written, in the thread that wrote it."""
+        self.num_signs = 0
+        """How often `alive` was called."""
         self._env = env
         self._has_device = False
         self._pace = Pace()
@@ -143,6 +145,16 @@ class Worker:
             self._num_untimed -= 1
             if channel and not self._num_untimed:
                 channel.end_untimed()
+
+    def alive(self) -> None:
+        """Tell the agent that this worker is at work, at what is no step: at its data before the first one, say.
+
+        The time after which it counts as hung begins anew, and nothing is learnt of how long steps are. Costs as little
+        as a heartbeat.
+        """
+        self.num_signs += 1
+        if self._channel:
+            self._channel.sign()
 
     def should_stop(self) -> Stop | None:
         """Whether to stop at this step boundary, and why (a `Stop` is a str, "membership" or "drain"); None goes on.

@@ -14,6 +14,7 @@ Layout, little endian, one field one writer::
     32  i64  pid              worker   of a forked worker, which is not the agent's own child
     40  u64  started_ticks    worker   when that process started (proc(5)): a pid alone may be another's by now
     48  u32  untimed          worker   1 while it does what may take long: a step's time limit does not hold
+    52  u32  signs            worker   how often it has said that it is at work, at what is no step; wraps
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 
 _MAGIC = b"EMC1"
 _SIZE_BYTES = 64
-_STOP, _PHASE, _STEP, _PID, _UNTIMED = 4, 8, 16, 32, 48
+_STOP, _PHASE, _STEP, _PID, _UNTIMED, _SIGNS = 4, 8, 16, 32, 48, 52
 
 
 class StopReason(IntEnum):
@@ -60,6 +61,8 @@ class Progress:
     """When it was, by the monotonic clock; 0 before the first."""
     untimed: bool = False
     """The worker does something that may take much longer than a step, such as saving or evaluating."""
+    signs: int = 0
+    """Changes when the worker says that it is at work, though no step is complete."""
 
 
 def started_ticks(pid: int) -> int | None:
@@ -142,6 +145,11 @@ class Channel:
         """Record that steps take their usual time again."""
         struct.pack_into("<I", self._memory, _UNTIMED, 0)
 
+    def sign(self) -> None:
+        """Record that this worker is at work."""
+        (signs,) = struct.unpack_from("<I", self._memory, _SIGNS)
+        struct.pack_into("<I", self._memory, _SIGNS, (signs + 1) % (1 << 32))
+
     def stop_request(self) -> StopReason:
         """Read what the agent asks for now."""
         return StopReason(min(struct.unpack_from("<I", self._memory, _STOP)[0], max(StopReason)))
@@ -165,10 +173,10 @@ class Channel:
         """Read what the worker has said last."""
         phase = struct.unpack_from("<I", self._memory, _PHASE)[0]
         step, beat_ns = struct.unpack_from("<qQ", self._memory, _STEP)
-        (untimed,) = struct.unpack_from("<I", self._memory, _UNTIMED)
+        untimed, signs = struct.unpack_from("<II", self._memory, _UNTIMED)
         # the file is the script's to write: what it has there by mistake is no end of the agent
         known = WorkerPhase(phase) if phase <= max(WorkerPhase) else WorkerPhase.RUNNING
-        return Progress(known, step, beat_ns / 1e9, bool(untimed))
+        return Progress(known, step, beat_ns / 1e9, bool(untimed), signs)
 
     def close(self) -> None:
         """Unmap the file, which stays until the agent removes its folder."""

@@ -116,6 +116,18 @@ def test_without_an_agent_every_call_is_a_no_op() -> None:
     subprocess.run([sys.executable, "-c", script], env=clean, check=True)
 
 
+def test_a_worker_that_is_at_work_says_so_and_completes_no_step(tmp_path: Path) -> None:
+    channel = Channel.create(tmp_path / "c")
+    worker = Worker(Environment(channel=channel.path).to_env())
+    worker.context(set_device=False)
+    before = channel.progress()
+    worker.alive()
+    after = channel.progress()
+    assert after != before
+    assert (after.phase, after.step, after.beat_s, after.untimed) == (WorkerPhase.ATTACHED, -1, 0.0, False)
+    channel.close()
+
+
 def test_what_may_take_long_may_lie_within_another_such(tmp_path: Path) -> None:
     channel = Channel.create(tmp_path / "c")
     worker = Worker(Environment(channel=channel.path).to_env())

@@ -171,6 +171,16 @@ def test_saving_may_take_longer_than_a_step_but_not_for_ever_and_teaches_nothing
     assert (hang := job.pass_time(2 * 3600)) is not None and hang.kind == "start-up"
 
 
+def test_a_start_of_signs_may_last_and_is_no_step() -> None:
+    """Five hours of reading data, and then none: the limit counts from the last sign."""
+    job = Job()
+    for signs in range(1, 20):
+        job.ranks = dict.fromkeys(job.ranks, Progress(WorkerPhase.ATTACHED, -1, 0.0, signs=signs))
+        assert job.pass_time(1000) is None
+    assert (hang := job.pass_time(4000)) is not None
+    assert (hang.kind, hang.limit_s) == ("start-up", 3600)
+
+
 def test_a_node_that_was_frozen_as_a_whole_ages_nobody() -> None:
     job = Job(HangRules(step=10.0))
     job.steps(3, 1.0)
