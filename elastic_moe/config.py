@@ -20,12 +20,15 @@ from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
 from elastic_moe.machine import MachineSpeed, read_calibration
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.section import NONE
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
+from elastic_moe.urls import PathOrUrl
 from launcher import Environment, MeshSpec
 
 ENV_PREFIX = f"{Environment.prefix}_"
 
 _GIB = 1 << 30
+_SHOWN_CHARACTERS = 80
 
 
 class MeshConfig(MachineSpeed):
@@ -39,9 +42,9 @@ class MeshConfig(MachineSpeed):
     """Fixes the number of replicas."""
     max_idle: int = Field(0, ge=0)
     """Slots that may stay without a worker where fewer ranks are as fast."""
-    memory_gib: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(None, gt=0, le=1e9)
     """Memory of one rank; none plans without a limit."""
-    calibration: str | None = None
+    calibration: PathOrUrl | None = None
     """File of measured speeds (`python -m elastic_moe.calibrate`), over which the other fields are laid."""
 
 
@@ -95,10 +98,23 @@ def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, st
     for setting in settings:
         _lay(tree, setting, Path(path))
     _lay_over_calibration(tree)
+    return checked(tree, str(path), settings)
+
+
+def checked(tree: Mapping[str, Any], origin: str, settings: Sequence[Setting] = ()) -> JobConfig:
+    """The job of what a file holds.
+
+    Args:
+        origin: the file, for errors.
+        settings: what of `tree` is from elsewhere.
+
+    Raises:
+        UserError: a field is unknown or has a value that it cannot have.
+    """
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error.errors(include_url=False), str(path), settings)) from None
+        raise UserError(_explain(error.errors(include_url=False), origin, settings)) from None
 
 
 def mesh_spec(job: JobConfig) -> MeshSpec:
@@ -136,11 +152,13 @@ def mesh_spec(job: JobConfig) -> MeshSpec:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"job file {path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read job file {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not a job file: its values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError names line and column; UnicodeDecodeError the byte
         raise UserError(f"{path} is not a TOML file: {error}") from None
 
@@ -187,7 +205,7 @@ def _lay(tree: dict[str, Any], setting: Setting, path: Path) -> None:
 def _lay_over_calibration(tree: dict[str, Any]) -> None:
     """Put the speeds of the file that `mesh.calibration` names under those that the job gives."""
     mesh = tree.get("mesh")
-    if isinstance(mesh, dict) and isinstance(path := mesh.get("calibration"), str):
+    if isinstance(mesh, dict) and isinstance(path := mesh.get("calibration"), str) and path not in ("", NONE):
         tree["mesh"] = {**read_calibration(path), **mesh}
 
 
@@ -206,20 +224,23 @@ def _explain(errors: Sequence[ErrorDetails], file: str, settings: Sequence[Setti
     # An unknown section is named alone; a section's own validator too, but blames no single field.
     depth = len(loc) if first["type"] == "extra_forbidden" else 2
     origin = next((setting.origin for setting in reversed(settings) if setting.path[:depth] == loc[:2]), file)
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    others = {tuple(map(str, error["loc"][:2])) for error in errors} - {loc[:2]}  # of a choice there are several
+    more = f" (and {len(others)} more)" if others else ""
     return f"{origin}: {_mistake(first, loc)}{more}"
 
 
 def _mistake(error: ErrorDetails, loc: tuple[str, ...]) -> str:
-    name = ".".join(loc)
+    name = ".".join(loc[:2])
     if error["type"] == "extra_forbidden":
         known = _fields(JobConfig) if len(loc) == 1 else _fields(JobConfig, loc[0])
         close = difflib.get_close_matches(loc[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        return f"unknown {'section' if len(loc) == 1 else 'key'} {name}; {hint}"
+        return f"unknown {'section' if len(loc) == 1 else 'key'} {_short('.'.join(loc))}; {hint}"
     if error["type"] == "value_error":  # a section's own validator names its fields itself
         return f"{name + ': ' if loc else ''}{error['msg'].removeprefix('Value error, ')}"
-    allowed = error["msg"].replace("Input should be", "it must be")
-    if isinstance(error["input"], dict):
-        return f"{name}: {allowed}"
-    return f"{name} = {error['input']!r}: {allowed}"
+    allowed = error["msg"].replace("Input should", "it must").replace("String should", "it must")
+    return f"{name} = {_short(repr(error['input']))}: {allowed}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."

@@ -7,15 +7,14 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from elastic_moe.errors import UserError
+from elastic_moe.section import Section
 
 
-class MachineSpeed(BaseModel):
+class MachineSpeed(Section):
     """What a rank achieves. The defaults are those of H100s with 200 Gbit/s each between nodes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     flops_per_s: float = Field(3e14, gt=0)
     """Floating-point operations per second that a rank achieves."""

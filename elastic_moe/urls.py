@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, Strict
 
 
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-PathOrUrl = Annotated[str, BeforeValidator(_text), Strict()]
-"""A field of this type is a str, and takes a `Path` too."""
+def _possible(text: str) -> str:
+    if not text:
+        raise ValueError("it is empty: leave it out, or give a path or URL")
+    if "\0" in text:
+        raise ValueError(f"{text!r} has a zero byte, which no path or URL has")
+    return text
+
+
+PathOrUrl = Annotated[str, BeforeValidator(_text), Strict(), AfterValidator(_possible)]
+"""A field of this type is a str that may be one, and takes a `Path` too."""

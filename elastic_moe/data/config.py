@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
+from elastic_moe.section import Section
 from elastic_moe.urls import PathOrUrl
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """A corpus. All its files are read in the order of their names, which must not change while a job runs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    url: PathOrUrl = Field("stdlib", min_length=1)
+    url: PathOrUrl = "stdlib"
     """A path or any fsspec URL, with `*` for several files. `stdlib` is the source text of the running Python's own
     standard library: real text on every machine, without a download."""
     format: Literal["auto", "text", "jsonl", "parquet", "tokens"] = "auto"
@@ -23,10 +22,10 @@ class DataConfig(BaseModel):
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`)."""
     text_field: str = Field("text", min_length=1, validation_alias=AliasChoices("text_field", "jsonl_field"))
     """The field of each JSON line, or the column, that holds the text."""
-    tokenizer: PathOrUrl | None = Field(None, min_length=1)
+    tokenizer: PathOrUrl | None = None
     """A `tokenizer.json` of Hugging Face's, or a folder that holds one, by path or any fsspec URL; needs the extra
     `huggingface`. None reads text as its UTF-8 bytes, one token each. Checkpoints hold it."""
-    end_of_document: Annotated[int, Field(strict=True, ge=0)] | str | None = None
+    end_of_document: Annotated[int, Field(ge=0)] | str | None = None
     """Token behind each document: an id, or the tokenizer's name for it. None means the `eos_token` of the
     `tokenizer_config.json` beside the tokenizer, or a name by which most tokenizers have one. Of bytes it is 0."""
     document_mask: bool = False
@@ -37,11 +36,11 @@ class DataConfig(BaseModel):
     may_change: bool = False
     """Go on from a checkpoint of other data, another tokenizer or another way of packing, which is refused
     otherwise: from there on a step holds the samples that it would have held in a new job with these."""
-    cache: PathOrUrl | None = Field(None, min_length=1)
+    cache: PathOrUrl | None = None
     """Local folder that the processes of a node share, for token ids of what is not read where it lies: remote and
     compressed files, JSON lines, parquet, and all that a tokenizer has read. None means `elastic-moe` in
     `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    cache_gib: float = Field(100.0, gt=0)
+    cache_gib: float = Field(100.0, gt=0, le=1e9)
     """Most that `cache` may hold; what was used longest ago goes first."""
 
     @model_validator(mode="after")
@@ -49,8 +48,8 @@ class DataConfig(BaseModel):
         if self.end_of_document is not None and self.tokenizer is None:
             if isinstance(self.end_of_document, str):
                 raise ValueError(
-                    f"end_of_document = {self.end_of_document!r} is a token of a tokenizer, and there is none: set "
-                    "tokenizer, or give a token id"
+                    f"end_of_document = {self.end_of_document[:60]!r} is a token of a tokenizer, and there is none: "
+                    "set tokenizer, or give a token id"
                 )
             if self.format in ("text", "jsonl", "parquet") and self.end_of_document:
                 raise ValueError(

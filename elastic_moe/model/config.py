@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from elastic_moe.model.presets import PresetName, with_preset
+from elastic_moe.section import Section
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """A decoder of attention and Mixture-of-Experts layers, Mixtral's mathematics (arXiv:2401.04088)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     preset: PresetName | None = None
     """A known shape, over which the other fields are laid: one that is set, in the file or elsewhere, wins."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from elastic_moe.section import Section
 from elastic_moe.urls import PathOrUrl
 from storage import UsageError, parse_every
 
 
-class OptimConfig(BaseModel):
+class OptimConfig(Section):
     """AdamW (arXiv:1711.05101), with a linear warm-up and a decay that are pure functions of the step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     lr: float = Field(1e-3, gt=0)
     """Learning rate at the end of the warm-up."""
@@ -42,10 +41,8 @@ class OptimConfig(BaseModel):
     """Largest global L2 norm of the gradient; none leaves it alone."""
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """How long the model trains, on how much at a time, and in what precision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(100, ge=1)
     """Optimizer steps of the whole job, over all its restarts."""
@@ -55,7 +52,7 @@ class TrainConfig(BaseModel):
     """Folder of a Mixtral in Hugging Face's form whose weights a first start takes in place of random ones, or of a
     dense Llama or Mistral, whose layers become experts; `[model]` must describe what comes of it (`elastic-moe ckpt
     import` writes such a job file). Each rank reads what it holds."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: int = Field(32, ge=1, le=10**7)
     """Sequences in a step, whatever the world size: ranks share them, and accumulate what does not fit."""
     seq_len: int = Field(128, ge=1)
     """Tokens in a sequence."""
@@ -101,7 +98,7 @@ class TrainConfig(BaseModel):
     of a GPU by its name, and measures a CPU for a moment."""
     tensorboard: PathOrUrl | None = None
     """Folder for TensorBoard's files, which rank 0 writes; none writes none. Needs the extra `tensorboard`."""
-    wandb: str | None = None
+    wandb: str | None = Field(None, min_length=1)
     """Project of Weights & Biases that rank 0 writes a run of; none writes none. It stays on this machine (`wandb sync`
     sends it) unless `WANDB_MODE=online`. Needs the extra `wandb`."""
 
@@ -126,10 +123,8 @@ class TrainConfig(BaseModel):
         return 1 if self.exact else self.max_micro_batch
 
 
-class CheckpointConfig(BaseModel):
+class CheckpointConfig(Section):
     """Where the state goes, and how often."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: PathOrUrl | None = None
     """Folder or store URL that the run's checkpoints are kept in; none keeps no checkpoint."""

@@ -197,7 +197,7 @@ def test_text_that_a_tokenizer_has_no_token_for_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"url": ""}, "at least 1 character"),
+        ({"url": ""}, "it is empty"),
         ({"end_of_document": "</s>"}, "is a token of a tokenizer, and there is none"),
         ({"end_of_document": 3, "format": "text"}, "ends its documents by 0"),
         ({"end_of_document": -1}, "greater than or equal to 0"),

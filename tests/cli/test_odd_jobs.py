@@ -1,0 +1,99 @@
+"""Every field of a job file in turn, with values that it cannot have: one line each, and none is read as another."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from elastic_moe import config
+from elastic_moe.errors import UserError
+from elastic_moe.section import Section
+
+ODD: list[Any] = [
+    *(True, "", "abc", "1", "inf", "\0", "x" * 500, -1, 0, 1, 1.5, 1.0, 1e308, math.nan, math.inf, -math.inf),
+    *(10**28, 1 << 63, [], {}, [1, 2], {"a": 1}, "none", "no\nline", "\udcff"),
+]
+
+
+def fields() -> Iterator[tuple[str, str, Any]]:
+    for section, info in config.JobConfig.model_fields.items():
+        model = info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
+        for name, field in model.model_fields.items():
+            yield section, name, field.annotation
+
+
+def types_of(annotation: Any) -> set[Any]:
+    """The plain types that a field says it takes."""
+    if typing.get_origin(annotation) is Literal:
+        return {str}
+    if inner := typing.get_args(annotation):
+        return {each for one in inner for each in types_of(one)}
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+@pytest.mark.parametrize("value", ODD, ids=[repr(value)[:12] for value in ODD])
+def test_a_value_is_taken_as_what_it_is_or_refused_in_one_line(value: Any) -> None:
+    for section, name, annotation in fields():
+        if name == "calibration":
+            continue  # a file is read
+        try:
+            job = config.checked({section: {name: value}}, "job.toml")
+            config.mesh_spec(job)
+        except UserError as error:
+            told = str(error)
+            assert name in told or section == "mesh", told
+            assert "\n" not in told
+            assert len(told) < 500
+            continue
+        taken = getattr(getattr(job, section), name)
+        if value == "none" and type(None) in types_of(annotation):
+            assert taken is None
+        elif name != "preset":
+            assert taken == (float(value) if type(taken) is float else value)
+            assert type(value) in types_of(annotation) or (type(value) is int and float in types_of(annotation))
+
+
+def test_what_may_be_none_is_that_by_its_name(tmp_path: Path) -> None:
+    """TOML has no word for it, and the metrics and the clipping are there by default."""
+    path = tmp_path / "job.toml"
+    path.write_text('[train]\nmetrics = "none"\n[optim]\nclip_norm = "none"\n')
+    job = config.load(path, environ={"ELASTIC_MOE__MESH__CALIBRATION": "none"})
+    assert (job.train.metrics, job.optim.clip_norm, job.mesh.calibration) == (None, None, None)
+    with pytest.raises(UserError, match=r"data\.url"):
+        config.load(path, sets=["data.url=none", "data.url="], environ={})
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"\xef\xbb\xbf[train]\nsteps = 3\n", ""),
+        (b"[train]\r\nsteps = 3\r\n", ""),
+        (b"", ""),
+        (b"\xff\xfe[\0t\0", "is not a TOML file"),
+        (b"a = " + b"[" * 9000 + b"]" * 9000, "nested too deeply"),
+        (b"[train]\nsteps = 3\nsteps = 4\n", "is not a TOML file"),
+        (b"[train.steps]\na = 1\n", "train.steps = {'a': 1}: it must be a valid integer"),
+        (b"[[train]]\nsteps = 1\n", "train = [{'steps': 1}]: it must be a valid dictionary"),
+        (b'["tr\\u0000ain"]\nsteps = 1\n', "unknown section"),
+        ('[train]\n"schritte ü" = 1\n'.encode(), "unknown key train.schritte ü"),
+        (b"[data]\nend_of_document = 1.5\n", "data.end_of_document = 1.5: it must be a valid integer"),
+        (b"[model]\nx = 1\ny = 2\ndim = 0\n", "(and 2 more)"),
+    ],
+)
+def test_odd_files(tmp_path: Path, content: bytes, line: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_bytes(content)
+    if not line:
+        assert config.load(path, environ={}).train.steps in (3, 100)
+        return
+    with pytest.raises(UserError) as caught:
+        config.load(path, environ={})
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
