@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from elastic_moe.cli.parser import PROG
 from elastic_moe.errors import UserError
 from elastic_moe.pictures.story import MetricsRecord, RunStory, read_lines, tell
 from launcher import EventRecord
@@ -75,19 +76,26 @@ def draw_picture(path: Path, metrics: Sequence[Path], events: Sequence[EventReco
     Raises:
         UserError: the metrics cannot be read, or the picture cannot be written.
     """
+    records = read_metrics(metrics)
+    try:
+        _draw(path, tell(records), events)
+    except OSError as error:
+        raise UserError(f"--picture {path}: {error.strerror}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        where, why = ", ".join(map(str, metrics)), f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: its lines are not as this version of {PROG} writes them ({why})") from error
+
+
+def _draw(path: Path, story: RunStory, events: Sequence[EventRecord]) -> None:
     from elastic_moe.pictures.training import Mark, draw_training
 
-    story = tell(read_metrics(metrics))
     marks = []
     for _, of_job in jobs_of(events):
         for one in account(set_right(of_job, offsets(of_job))).interruptions:
             step = story.step_at(one.began_ts)
             if step is not None:
                 marks.append(Mark(step, str(one.cause.value), one.cause in _FAULTS))
-    try:
-        draw_training(path, story, marks if len(marks) <= _MOST_MARKS else [], _title(story, len(marks)))
-    except OSError as error:
-        raise UserError(f"--picture {path}: {error.strerror}") from error
+    draw_training(path, story, marks if len(marks) <= _MOST_MARKS else [], _title(story, len(marks)))
 
 
 def _title(story: RunStory, num_marks: int) -> str:

@@ -98,6 +98,7 @@ def _import(args: argparse.Namespace) -> int:
     found = WeightFolder(str(args.folder), upcycling)
     if upcycling and not found.is_dense:
         raise UserError(f"{args.folder} has experts already: --upcycle-experts is for dense models")
+    found.check_tensors(_shapes(found.config))
     text = job_text(found.config, args.folder.resolve())
     if args.out is None:
         print(text, end="")
@@ -112,11 +113,26 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    from elastic_moe.model.decoder import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(config)
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
 def job_text(config: ModelConfig, folder: Path) -> str:
     """A job file of `config` that begins with the weights and the tokenizer in `folder`.
 
     What JSON makes of such values is TOML too.
+
+    Raises:
+        UserError: the folder's name is no text.
     """
+    if not str(folder).isprintable():
+        raise UserError(f"{str(folder)!r} cannot be written into a job file: give the folder a name of letters")
     from elastic_moe.data.tokenizer import FILE
 
     fields = config.model_dump(exclude_none=True, exclude=set(TRAINING_FIELDS))

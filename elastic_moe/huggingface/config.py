@@ -130,10 +130,10 @@ def _validated(given: Mapping[str, Any], origin: str) -> ModelConfig:
         return ModelConfig.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{origin}: {name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        ours = str(first["loc"][0]) if first["loc"] else ""
+        name = next((key for key, field in _FIELDS.items() if field == ours), ours)
+        told = f"{name} is {first['input']!r}: " if name else ""
+        raise UserError(f"{origin}: {told}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _rope_theta(theirs: Mapping[str, Any], origin: str, default: float) -> float:

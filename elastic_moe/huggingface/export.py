@@ -70,6 +70,7 @@ def _tokenizer_files(trained: TrainedModel) -> tuple[dict[str, bytes], int | Non
 
 def _write_weights(trained: TrainedModel, folder: Path, dtype: torch.dtype, tell: Callable[[int, int], None]) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(
@@ -82,7 +83,10 @@ def _write_weights(trained: TrainedModel, folder: Path, dtype: torch.dtype, tell
     for number, sources in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = _theirs(trained.load(sources), sources, dtype)
-        save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise UserError(f"{folder / name} cannot be written: {' '.join(str(error).split())}") from error
         weight_map |= dict.fromkeys(tensors, name)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         tell(number, len(parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _WITHOUT_USE = "rotary_emb.inv_freq"  # a buffer that early files hold
 _HEAD = "lm_head.weight"
+_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 class WeightFolder:
@@ -100,13 +101,40 @@ class WeightFolder:
         ]
         return torch.stack(rows) if rows else torch.empty(tuple(sizes))
 
+    def check_tensors(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Open each file, and compare the shape and the type of each tensor with what will be read.
+
+        Args:
+            shapes: of all of our parameters, whole.
+
+        Raises:
+            UserError: a file or a tensor is missing, damaged, or another than the config says.
+        """
+        for ours, source in self._sources.items():
+            shape = tuple(shapes[ours])
+            for name in source.names:
+                self._part(name, shape[1:] if source.is_stacked or source.is_copied else shape)
+
     def _box(self, name: str, starts: Sequence[int], sizes: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        part = self._file_of(name).get_slice(name)
+        part = self._part(name, shape)
+        box: Tensor = part[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+        return box
+
+    def _part(self, name: str, shape: tuple[int, ...]) -> Any:
+        from safetensors import SafetensorError
+
+        file = self._file_of(name)
+        try:
+            part = file.get_slice(name)
+        except SafetensorError:
+            where = self._files[name].name
+            raise UserError(f"{self._path}: {where} has no tensor {name}, which {_INDEX} says it holds") from None
         expected = their_shape(self.config, name, shape)
         if tuple(part.get_shape()) != expected:
             raise UserError(f"{self._path}: {name} has shape {tuple(part.get_shape())}, its config's has {expected}")
-        box: Tensor = part[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
-        return box
+        if (dtype := part.get_dtype()) not in _DTYPES:
+            raise UserError(f"{self._path}: {name} has {dtype} numbers: {', '.join(_DTYPES)} are read")
+        return part
 
     def _file_of(self, name: str) -> Any:
         path = self._files[name]
@@ -125,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
