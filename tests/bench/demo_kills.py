@@ -24,7 +24,7 @@ from pathlib import Path
 from elastic_moe.demo.job import job_toml
 from elastic_moe.demo.processes import Processes
 from elastic_moe.demo.records import Record, Tail, last_by_step
-from tests.bench.lossy_job import NODES, LossyJob, NodeLoss
+from tests.bench.lossy_job import DEADLINE_S, NODES, START_S, JobEnded, LossyJob, NodeLoss
 
 _STEPS = 100_000  # it is ended before
 _STEPS_BETWEEN = (2, 8)
@@ -119,11 +119,14 @@ def _unbroken(folder: Path, last: int) -> dict[int, Record]:
     arguments += ["--set", f"checkpoint.every={_STEPS}"]
     with Processes() as processes:
         process = processes.start("unbroken", arguments, log_path=path / "train.log")
+        deadline_s = time.monotonic() + START_S
         while not found or found[-1]["step"] < last:
-            if process.poll() is not None:
-                raise AssertionError("\n".join(("the unbroken run has ended", *process.tail(25))))
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise JobEnded("\n".join(("the unbroken run has ended, or does not go on", *process.tail(25))))
             time.sleep(0.1)
-            found += tail.read()
+            if new := tail.read():
+                found += new
+                deadline_s = time.monotonic() + DEADLINE_S
         process.kill()
     return last_by_step(found)
 

@@ -2,7 +2,7 @@
 
 Usage: sharded.py FOLDER URL STORED. A state is written to FOLDER/after-STEP-GENERATION-RANK-WORLD_SIZE, and what was
 restored to FOLDER/restored-... of those names. Step STORED is stored, every second one is held in memory, and every
-tenth is to be stored. All ranks wait once FOLDER/limit says that there is no further step.
+tenth is to be stored. All ranks wait once FOLDER/limit says that there is no further step, though not for ever.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from storage import Checkpointer
+
+_PATIENCE_S = 300.0
 
 
 class Training:
@@ -76,10 +78,14 @@ def main() -> None:
         step = checkpointer.restore(training.state)
         if step:
             training.write("restored", step)
+        deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             if not may_go_on(args.folder, step):
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"nobody has let step {step + 1} begin in {_PATIENCE_S:g} s")
                 time.sleep(0.02)
                 continue
+            deadline_s = time.monotonic() + _PATIENCE_S
             step += 1
             training.step(step)
             training.write("after", step)
