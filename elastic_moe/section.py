@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 NONE = "none"  # TOML has no other word for it
 _LIMIT = 1 << 63
+_STRICT = ConfigDict(strict=True)  # by itself: type checkers would then refuse the paths that a `PathOrUrl` takes
 
 
 class Section(BaseModel):
@@ -20,7 +21,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, **_STRICT
     )
 
     @model_validator(mode="before")
