@@ -27,6 +27,17 @@ def _digest(value: str | None) -> str:
     return hashlib.blake2b((value or "").encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
+def _line_of(variable: str, value: str | None) -> str:
+    """What is told of a variable, whose name may be any bytes: a line of its own."""
+    return f"={os.fsencode(variable).hex()} {_digest(value)}"
+
+
+def _variable_in(line: str) -> tuple[str, str]:
+    """The name, and the digest of the value, in what `_line_of` has made. Raises ValueError."""
+    name, digest = line[1:].split(" ")
+    return os.fsdecode(bytes.fromhex(name)), digest
+
+
 class ImportReporter:
     """In a worker: tells the zygote, for a while, which installed modules the script imports, and which variables it
     has set.
@@ -58,8 +69,8 @@ class ImportReporter:
         new = {n for n, v in os.environ.items() if self._environment.get(n) != v} - self._variables
         self._variables |= new
         lines = [
-            *(f"={name} {_digest(os.environ.get(name))}" for name in new),
-            *(name for name in names if self._is_installed(name)),
+            *(_line_of(name, os.environ.get(name)) for name in new),
+            *(name for name in names if name.isprintable() and self._is_installed(name)),
         ]
         for start in range(0, len(lines), 100):
             with contextlib.suppress(OSError):
@@ -109,7 +120,7 @@ class ImportLearner:
         self.connection.close()
         self.connection, self.due_s = None, float("inf")
         lines = self._told.decode(errors="replace").split("\n")[:-1]
-        set_otherwise = dict(line[1:].rsplit(" ", 1) for line in lines if line.startswith("="))
+        set_otherwise = dict(_variable_in(line) for line in lines if line.startswith("="))
         names = [name for name in lines if name and not name.startswith("=") and name not in sys.modules]
         if not names:
             return

@@ -20,7 +20,7 @@ import numpy as np
 from storage.errors import Corrupt, NotFound, StorageError, Transient
 from storage.format.columns import IntColumn
 from storage.format.sealed import Document, seal, unseal
-from storage.held.inventory import HeldPart, PartKey
+from storage.held.inventory import HeldObject, HeldPart, Memory, PartKey
 from storage.held.nearest import Nearness
 from storage.stores.buffers import size_of, skip, split
 
@@ -76,6 +76,34 @@ def descriptors_of(part: HeldPart) -> list[int]:
             found.append(os.dup(memory.fd))  # noqa: PERF401 - what is made is closed if the next fails
         on_failure.pop_all()
     return found
+
+
+def objects_from(
+    descriptors: Sequence[int], open_memory: Callable[[int], Memory]
+) -> tuple[dict[str, HeldObject], tuple[Memory, ...]]:
+    """What `descriptors_of` was made of, by who holds it from here on: the objects, and the memories that they lie in.
+
+    `open_memory`: over a descriptor, which is its own then. Raises Corrupt, ValueError, OSError: all are closed.
+    """
+    with contextlib.ExitStack() as on_failure:
+        left = list(descriptors)
+        on_failure.callback(lambda: _close_all(left))
+        data = os.pread(left[0], os.fstat(left[0]).st_size, 0)
+        begin = 8 + int.from_bytes(data[:8], "little")
+        document = unseal(_KIND, PartMap, data[8:begin], "where a part lies")
+        os.close(left.pop(0))
+        memories: list[Memory] = []
+        while left:
+            memories.append(open_memory(left.pop(0)))
+            on_failure.callback(memories[-1].close)
+        places = [memoryview(data)[begin:], *(memory.memory for memory in memories)]
+        rooms, found = [place.nbytes for place in places], dict[str, HeldObject]()
+        for row in document.objects:
+            pieces = _Pieces.of(row, rooms)
+            spans = zip(pieces.memories, pieces.offsets, itertools.pairwise(pieces.starts), strict=True)
+            found[row.name] = HeldObject([places[m][at : at + stop - start] for m, at, (start, stop) in spans])
+        on_failure.pop_all()
+    return found, tuple(memories)
 
 
 class OwnPart:

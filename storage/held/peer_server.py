@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from storage.errors import Corrupt, Denied, NotFound, StorageError, Transient
 from storage.format.sealed import Document
 from storage.held.copy_buffer import Allocate, CopyBuffer
-from storage.held.inventory import Inventory
+from storage.held.inventory import HeldPart, Inventory
 from storage.held.papers import PartPapers, dump_labels, dump_papers, load_papers
 from storage.held.strangers import Strangers
 from storage.held.wire import (
@@ -45,10 +45,14 @@ _TEXT_MAX = 1000
 
 @dataclass(frozen=True)
 class CopyRules:
-    """How much of others' parts a node holds: `allocate` finds the memory, of `bytes_max` in all."""
+    """How much of others' parts a node holds: `allocate` finds the memory, of `bytes_max` in all.
+
+    `keep` sees each that is to be held, and returns what is held in its place.
+    """
 
     allocate: Allocate
     bytes_max: int
+    keep: Callable[[HeldPart], HeldPart] = lambda part: part
 
 
 class PeerServer:
@@ -232,7 +236,8 @@ class PeerServer:
                     wire.send(PeerRefusal(cause="Corrupt", text=str(error)[:_TEXT_MAX]))
                 # the rest is on its way, so nothing else can be said on this connection
                 raise WireError(f"a copy from {asked.of_node} is damaged: {error}") from None
-            self._inventory.add(buffer.part())
+            assert self._copies is not None, "there is a buffer"
+            self._inventory.add(self._copies.keep(buffer.part()))
         wire.send(Ready())
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PATH_BYTES_MAX = 107  # of a Unix socket's address
@@ -44,17 +44,17 @@ def used(path: Path) -> Path:
 
 
 def kept(path: Path) -> Path:
-    """A folder with a note for each save that the service at `path` has to bring to its end."""
+    """A folder with a note for each save that the service at `path` has, or is about to have, to bring to its end."""
     return path.with_suffix(".kept")
 
 
-def sweep(folder: Path, besides: Path) -> None:
-    """Remove what services have left in the folder that were killed."""
-    for found in folder.glob("*.sock"):
-        if found == besides:
-            continue
+def sweep(folder: Path, besides: Path, before: Callable[[Path], object]) -> None:
+    """Remove what services have left in the folder that were killed; `before` that sees the folder of their notes."""
+    left = {file.with_suffix(".sock") for kind in ("*.sock", "*.kept") for file in folder.glob(kind)}
+    for found in left - {besides}:
         with contextlib.suppress(OSError):
             if (fd := lock(found)) is not None:
+                before(kept(found))
                 remove(found)
                 os.close(fd)
 

@@ -16,9 +16,9 @@ from storage.held.inventory import HeldPart
 from storage.held.keeping import KeepingStore
 from storage.held.papers import Contents, PartLabel, PartPapers
 from storage.saving.writing import write_payloads
-from storage.service.lanes import unpack_slots
 from storage.service.live_messages import Captured, CaptureLive, CaptureNode, KeepLive, NodeCaptured, WatchLive
 from storage.service.messages import Accepted, Rejected
+from storage.service.parcels import unpack_slots
 from storage.service.server import Server
 from storage.service.sessions import ServiceCaller
 from storage.service.table import HandedOver

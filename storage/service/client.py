@@ -18,8 +18,9 @@ from storage.parallel import Pool
 from storage.saving.committer import InProcess, Running
 from storage.saving.ownership import Ownership
 from storage.saving.uploads import SaveJob, Tried
-from storage.service import table
+from storage.service import address, table
 from storage.service.channel import Channel, close_all
+from storage.service.custody import Custody
 from storage.service.handed import Handed, Saves, stage_of, whole
 from storage.service.listening import listen
 from storage.service.messages import (
@@ -32,10 +33,13 @@ from storage.service.messages import (
     Rejected,
     Released,
     ServiceMessage,
+    Stage,
     Stored,
     TakenBack,
     Told,
+    name_of,
 )
+from storage.service.notes import Notes
 from storage.service.surroundings import digest, why_not
 from storage.service.ways import Connector
 
@@ -58,13 +62,9 @@ class ServiceBackend:
         self._ownership = ownership
         self._saves = saves
         self._report = report
+        self._notes = Notes(address.kept(connector.path))
         self._state = threading.Condition()
-        self._handed: dict[str, Handed] = {}
-        self._kept: dict[str, Running] = {}  # has ended, and the service holds its slot
-        self._waiting: set[str] = set()  # attempts that are not to begin yet
-        self._given_way: set[str] = set()  # of these, those that are not wanted any more, before they are handed over
-        self._taken_back: dict[str, Handed] = {}  # and those that a service was lost with
-        self._lost_with: list[str] = []  # attempts that a service was lost with, which it has not been told
+        self._custody = Custody()
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over")
@@ -104,7 +104,8 @@ class ServiceBackend:
         self.start()
         if self._goes_directly():
             return False
-        self._waiting.add(running.job.attempt.id)
+        with self._state:
+            self._custody.park(running.job.attempt.id)
         self._begin(running)
         return True
 
@@ -112,60 +113,58 @@ class ServiceBackend:
         """See `Backend.go_on`."""
         attempt = running.job.attempt.id
         with self._state:
-            self._waiting.discard(attempt)
-            handed, taken_back = self._handed.get(attempt), self._taken_back.pop(attempt, None)
-            if handed is not None:
-                handed.waits = False
-                if self._channel is not None:
-                    self._say(self._channel, GoOn(attempt=attempt))
-        if taken_back is not None:
-            self._take_back(taken_back, is_shared=taken_back.is_sent)
+            back = self._custody.go_on(attempt)
+            if attempt in self._custody.handed and self._channel is not None:
+                self._say(self._channel, GoOn(attempt=attempt))
+        if isinstance(back, Running):
+            self._submit_directly(back, Tried.NOT_YET)
+        elif back is not None:
+            self._take_back(back, is_shared=back.is_sent)
 
     def give_way(self, running: Running) -> None:
         """See `Backend.give_way`. The service hears of it by the next job."""
-        attempt = running.job.attempt.id
         with self._state:
-            self._waiting.discard(attempt)
-            handed, taken_back = self._handed.pop(attempt, None), self._taken_back.pop(attempt, None)
-            if handed is None and taken_back is None:
-                self._given_way.add(attempt)
-            elif handed is not None and handed.is_sent and self._channel is not None:
-                handed.table.close()
-                self._kept[attempt] = running
-                handed = None
-        if (left := handed or taken_back) is not None:
-            left.close(is_shared=left.is_sent)
+            self._custody.give_way(running, is_connected=self._channel is not None)
+        self._notes.drop(self._name_of(running))
 
     def _begin(self, running: Running) -> None:
+        stage = stage_of(running.job, self.session, self._ownership.claim.owner, self._saves)
+        self._write_down(stage, running)
         staged = running.job.staged
         if staged is not None and staged.is_pending:
             self._late = [late for late in self._late if not late.done()]
-            self._late.append(self._pool.submit(self._hand_over, running))
+            self._late.append(self._pool.submit(self._hand_over, running, stage))
         else:
-            self._hand_over(running)
+            self._hand_over(running, stage)
 
-    def _hand_over(self, running: Running) -> None:
+    def _write_down(self, stage: Stage, running: Running) -> None:
+        """Note down that it was staged, so that somebody tells what has become of it, whoever is killed and when."""
+
+        def drop(committed: Future[bool]) -> None:
+            if not committed.cancelled():  # else it goes on without this process
+                self._notes.drop(stage.name)
+
+        self._notes.add(stage.name, stage.model_dump_json())
+        running.committed.add_done_callback(drop)
+
+    def _hand_over(self, running: Running, stage: Stage) -> None:
         """Hand a job over that is staged, or about to be."""
         try:
-            handed = self._pack(running)
-        except (MemoryError, OSError, StorageError) as error:
-            reason = f"no table of it can be made: {error}"
-            if running.job.attempt.id in self._waiting:  # it must not begin by itself
-                self._fail(running, reason)
-                return
-            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
-            self._submit_directly(running, Tried.NOT_YET)
+            payloads, slot, error = whole(running.job)
+            handed = Handed(running, stage, table.write(payloads, slot, running.job.contents, error), slot)
+        except (MemoryError, OSError, StorageError) as why:
+            self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=f"no table of it can be made: {why}")
+            with self._state:
+                is_for_later = self._custody.keep_back(running)
+            if not is_for_later:
+                self._submit_directly(running, Tried.NOT_YET)
             return
         with self._state:
-            attempt = handed.stage.attempt.id
-            if attempt in self._given_way:  # before its copy was whole
-                self._given_way.discard(attempt)
-                handed.close(is_shared=False)
+            if not self._custody.hand(handed):
                 return
-            handed.waits = attempt in self._waiting
             is_nobodys = self._never is not None  # by now: nobody would ever take it up
-            if handed.waits or not is_nobodys:
-                (self._taken_back if is_nobodys else self._handed)[attempt] = handed
+            if is_nobodys:
+                self._custody.refuse(stage.attempt.id)
             self._state.notify_all()
             if not self._is_away:
                 self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
@@ -181,17 +180,20 @@ class ServiceBackend:
         wait(self._late)
         with self._state:
             if not abandon:
-                self._state.wait_for(lambda: not self._handed)
+                self._state.wait_for(lambda: not self._custody.handed)
         self._direct.close(abandon=abandon)
         with self._state:
             self._is_closed = True
             self._state.notify_all()
-            channel, left = self._channel, list(self._handed.values())
+            channel, left = self._channel, list(self._custody.handed.values())
         if channel is not None:
             channel.close()
         if self._thread is not None:
             self._thread.join(_END_S)
         for handed in left:
+            if not handed.is_sent:
+                self._fail(handed.running, "this process ends before a checkpoint service has taken it over")
+                continue
             handed.running.free()
             handed.running.committed.cancel()
         self._let_go_of_kept()
@@ -210,11 +212,8 @@ class ServiceBackend:
             self._directly.append(running)
         self._direct.submit(running, tried)
 
-    def _pack(self, running: Running) -> Handed:
-        job = running.job
-        stage = stage_of(job, self.session, self._ownership.claim.owner, self._saves)
-        payloads, slot, error = whole(job)
-        return Handed(running, stage, table.write(payloads, slot, job.contents, error), slot)
+    def _name_of(self, running: Running) -> str:
+        return name_of(self.session, running.job.attempt.id)
 
     def _send(self, channel: Channel, handed: Handed) -> None:
         """Send it; where that fails, whoever listens finds the connection ended, and sends it again."""
@@ -241,7 +240,7 @@ class ServiceBackend:
             with self._state:
                 before: list[Running] = []
                 if self._is_away:  # it is looked for again when there is something for it to do
-                    self._state.wait_for(lambda: self._is_closed or bool(self._handed))
+                    self._state.wait_for(lambda: self._is_closed or bool(self._custody.handed))
                     before = list(self._directly)
                 if self._is_closed:
                     return
@@ -260,7 +259,7 @@ class ServiceBackend:
                 return
             patience_s = RESTART_S
             self._take_up(channel)
-            listen(channel, self._hear, lambda: bool(self._handed), lambda: self._is_closed)
+            listen(channel, self._hear, lambda: bool(self._custody.handed), lambda: self._is_closed)
             channel.close()
             with self._state:
                 self._channel = None
@@ -269,10 +268,9 @@ class ServiceBackend:
     def _take_up(self, channel: Channel) -> None:
         with self._state:
             was_away, self._is_away = self._is_away, False
-            lost_with, self._lost_with = self._lost_with, []
-            if lost_with:
-                self._say(channel, TakenBack(attempts=tuple(lost_with)))
-            for handed in self._handed.values():
+            if unheard := self._custody.come_back():
+                self._say(channel, TakenBack(attempts=tuple(unheard)))
+            for handed in self._custody.handed.values():
                 self._send(channel, handed)
             self._channel = channel
             self._state.notify_all()
@@ -306,7 +304,7 @@ class ServiceBackend:
             if outcome in self._told:  # by a service that was killed before it could say that the save has ended
                 return
             with self._state:
-                is_its = any(handed.stage.attempt.step == fields.get("step") for handed in self._handed.values())
+                is_its = any(one.stage.attempt.step == fields.get("step") for one in self._custody.handed.values())
             if not is_its:  # this process has taken it back, and tells what becomes of it
                 log.info("the service tells of %s, which is not its own: %s", event, fields)
                 return
@@ -316,45 +314,35 @@ class ServiceBackend:
     def _note(self, told: KeptHere | Stored) -> None:
         """Its part is kept, or stored; the slot may still be held in memory, until a newer state is."""
         with self._state:
-            if (handed := self._handed.get(told.attempt)) is not None:
+            if (handed := self._custody.handed.get(told.attempt)) is not None:
                 handed.running.keep() if isinstance(told, KeptHere) else handed.running.stored.set()
 
     def _release(self, attempt: str) -> None:
         with self._state:
-            handed = self._handed.get(attempt)
-            if handed is not None:
-                handed.is_released = True
-            running = self._kept.pop(attempt, None) if handed is None else handed.running
+            running = self._custody.release(attempt)
         if running is not None:
             running.free()
 
     def _let_go_of_kept(self) -> None:
         with self._state:
-            kept, self._kept = list(self._kept.values()), {}
+            kept = self._custody.let_go_of_kept()
         for running in kept:
-            replace(running, is_shared=True).free()
+            running.free()
 
     def _end(self, ended: Ended) -> None:
         if ended.fenced is not None:
             self._ownership.note(Fenced(ended.fenced))
         with self._state:
-            handed = self._handed.pop(ended.attempt, None)
+            handed = self._custody.end(ended.attempt, holds=self._saves.holds)
             self._told.clear()  # a rank's saves end in order
             if handed is not None:
-                handed.table.close()
-                if handed.slot is None or handed.is_released or not self._saves.holds:
-                    handed.running.free()
-                else:
-                    self._kept[ended.attempt] = handed.running
                 handed.running.stored.set()
                 handed.running.committed.set_result(ended.committed)
             self._state.notify_all()
 
     def _refuse(self, attempt: str, reason: str) -> None:
         with self._state:
-            handed = self._handed.pop(attempt, None)
-            if handed is not None and handed.waits:
-                handed.is_sent, self._taken_back[attempt] = False, handed
+            handed = self._custody.refuse(attempt)
         if handed is not None:
             self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=reason)
             if not handed.waits:
@@ -368,10 +356,7 @@ class ServiceBackend:
             was_away, self._is_away = self._is_away, True
             if forever:
                 self._never = reason
-            handed = [handed for handed in self._handed.values() if not handed.waits]
-            self._taken_back |= {attempt: handed for attempt, handed in self._handed.items() if handed.waits}
-            self._handed = {}
-            self._lost_with += [one.stage.attempt.id for one in handed if one.is_sent]
+            handed = self._custody.lose()
             self._state.notify_all()
             is_closed = self._is_closed
         if not was_away and not is_closed:

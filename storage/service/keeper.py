@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.service import address
-from storage.service.notes import FormerNote, Notes
+from storage.service.notes import Notes
 from storage.service.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
@@ -70,12 +70,11 @@ class Kept:
 class State:
     """What outlives the service's process: what it has, by name, what it wants to know again, and how often it crashed.
 
-    A save is kept until its end was told, and for as long as its state is held in memory. `lost` are stages of which a
-    keeper that was killed has left nothing but a note.
+    A save is kept until its end was told, and for as long as its state is held in memory. `notes` are of what workers
+    have staged: of all that is kept, and maybe of more, of which nothing is left.
     """
 
     notes: Notes
-    lost: list[FormerNote] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
     remembered: dict[str, str] = field(default_factory=dict)
     num_restarts: int = 0
@@ -89,7 +88,6 @@ class State:
                 case "keep" if fds:
                     self._drop(name)
                     self.kept[name], left = Kept(fds[0], fds[1:]), []
-                    self.notes.add(name, self.kept[name].stage)
                 case "remember" if fds:
                     self.remembered[name] = _text_in(fds[0])
                 case "stored" | "released" | "done" if name in self.kept:
@@ -103,15 +101,12 @@ class State:
         for kept in self.kept.values():
             kept.num_crashes += 1
         self.num_restarts += 1
-        self.lost = [note for note in self.lost if note.file.exists()]
 
     def _mark(self, name: str, what: str) -> None:
         kept = self.kept[name]
         setattr(kept, f"is_{what}", True)
-        if kept.is_done:
-            self.notes.drop(name)
-            if kept.is_released:
-                self._drop(name)
+        if kept.is_done and kept.is_released:
+            self._drop(name)
 
     def _drop(self, name: str) -> None:
         if (kept := self.kept.pop(name, None)) is not None:
@@ -230,7 +225,7 @@ def keep(path: Path, serve: Serve, lifeline: int | None, first_caller_s: float =
         if lifeline is None:  # else the files are in the folder of an agent, which sees to that
             ends.callback(Sweeper(lock).close)
         ends.callback(address.remove, path)
-        address.sweep(path.parent, path)
+        address.sweep(path.parent, path, Notes(address.kept(path)).take_over)
         return _Keeping(address.listen(path), serve, path).run(lifeline, first_caller_s)
 
 
@@ -239,15 +234,14 @@ class _Keeping:
         self._listener = listener
         self._path = path
         self._serve = serve
-        notes = Notes(address.kept(path))
-        self._state = State(notes, notes.former())
+        self._state = State(Notes(address.kept(path)))
         self._child = 0
         self._is_ending = False
 
     def run(self, lifeline: int | None, first_caller_s: float) -> int:
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, which is for the training
-        if not self._state.lost and not self._await_caller(lifeline, first_caller_s):
+        if not self._state.notes.all() and not self._await_caller(lifeline, first_caller_s):
             return 0
         num_in_a_row, began_s = 0, time.monotonic()
         while True:

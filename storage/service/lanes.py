@@ -9,98 +9,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from storage.arena.slot import Slot
 from storage.errors import Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import Receipt
 from storage.pace.rules import Tier
 from storage.priority import step_back
-from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
 from storage.run.job import Origin
 from storage.run.owner import Claim, Owner
-from storage.saving.uploads import SaveJob, SaveRules, Uploads
+from storage.saving.uploads import SaveRules, Uploads
 from storage.saving.writing import MadeObjects
-from storage.service import table
-from storage.service.channel import close_all
 from storage.service.messages import KeptHere, Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
+from storage.service.parcels import Parcel
 from storage.service.processes import is_alive
 from storage.service.sessions import Session
-from storage.service.table import HandedOver
 from storage.stores.objects import ObjectStore
 from storage.stores.registry import open_store
 
 log = logging.getLogger(__name__)
 
 _NUM_CRASHES_MAX = 3
-
-
-@dataclass(frozen=True)
-class TakenOver:
-    """What was taken over, by this process or one before it: a `Stage`, and the descriptors that came with it.
-
-    `is_intact`: nothing else has come into the memory behind them.
-    """
-
-    safe: str
-    stage: Stage
-    fds: list[int]
-    num_crashes: int = 0
-    is_intact: bool = False
-
-
-@dataclass
-class Parcel:
-    """One rank's part of a save, from when it was staged until its slots are let go.
-
-    `safe` names it to the keeper.
-    """
-
-    stage: Stage
-    staged: HandedOver
-    safe: str
-    num_crashes: int = 0
-    held: int = field(default=1, init=False)
-    """By how many the slots are read; they are let go when it comes to 0."""
-    is_intact: bool = field(default=True, init=False)
-    """Whether nothing else has come into the slots before this process had them."""
-    stop: threading.Event = field(default_factory=threading.Event, init=False)
-    """Set where nobody is to be waited for any more."""
-    made: MadeObjects | None = field(default=None, init=False)
-    """The objects as which it is held in memory; known once it is `ready` to be stored."""
-    ready: threading.Event = field(default_factory=threading.Event, init=False)
-    waits: bool = field(init=False)
-    """Whether it is not to begin yet."""
-    has_given_way: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.waits = self.stage.waits
-
-    def job(self) -> SaveJob:
-        """The save as who uploads it takes it."""
-        stage, attempt = self.stage, self.stage.attempt
-        return SaveJob(
-            attempt=Attempt(attempt.prefix, attempt.step, attempt.id, attempt.world_size),
-            rank=attempt.rank,
-            payloads=self.staged.payloads,
-            contents=self.staged.contents,
-            started_s=stage.started_s,
-            staging_error=self.staged.staging_error,
-            healthy=stage.healthy,
-            tier=stage.tier,
-            made=self.made,
-            created_unix_s=stage.created_unix_s,
-        )
-
-    def let_go(self) -> None:
-        """Close the slots, which nobody reads any more."""
-        self.staged.payloads.clear()
-        for slot in self.staged.slots:
-            slot.close()
 
 
 class Safe(Protocol):
@@ -188,7 +120,7 @@ class Lane:
                 self._lock.notify_all()
                 parcel.let_go()
                 return
-            given_way = self._make_way(parcel)
+            given_way = self._drop_waiting(lambda _: parcel.stage.tier is Tier.STORE)
             self._queue.append(parcel)
             if self._shared.pace.stop.is_set():
                 parcel.stop.set()
@@ -215,6 +147,14 @@ class Lane:
         for parcel in self.unfinished:
             if attempts is None or parcel.stage.attempt.id in attempts:
                 parcel.stop.set()
+
+    def take_back(self, attempts: Collection[str]) -> None:
+        """The worker has those attempts, or wants them no more: what waits here gives way, as `stop` else."""
+        with self._lock:
+            given_way = self._drop_waiting(lambda parcel: parcel.stage.attempt.id in attempts)
+        for parcel in given_way:
+            self._end_unbegun(parcel)
+        self.stop(attempts)
 
     def release(self, parcel: Parcel) -> None:
         """Somebody who held the parcel's slots reads them no more; the last one lets them go."""
@@ -336,9 +276,9 @@ class Lane:
                 report(CheckpointEvent.FAILED, step=step, seconds=seconds, bytes=0, reason=reason)
         return made
 
-    def _make_way(self, parcel: Parcel) -> list[Parcel]:
-        """Take out of the queue what `parcel` takes the place of; what of it nobody else will let go of."""
-        given_way = [other for other in self._queue if other.waits and parcel.stage.tier is Tier.STORE]
+    def _drop_waiting(self, is_meant: Callable[[Parcel], bool]) -> list[Parcel]:
+        """Take out of the queue what waits and is meant; what of it nobody else will let go of."""
+        given_way = [other for other in self._queue if other.waits and is_meant(other)]
         for other in given_way:
             self._queue.remove(other)
             other.has_given_way = True
@@ -368,29 +308,3 @@ class Lane:
                 self._opened.callback(store.close)
                 self._store = store
             return self._store
-
-
-def unpack(record: TakenOver) -> Parcel:
-    """The parcel of what was staged, whose descriptors are the parcel's from here on.
-
-    Raises:
-        Corrupt, ValueError: what came is no table, or does not fit together.
-    """
-    parcel = Parcel(record.stage, unpack_slots(record.fds), record.safe, record.num_crashes)
-    parcel.is_intact = record.is_intact
-    return parcel
-
-
-def unpack_slots(fds: list[int]) -> HandedOver:
-    """What was staged in the slots behind the descriptors, which belong to it from here on. Raises as `unpack`."""
-    with ExitStack() as on_failure:
-        left, slots = list(fds), list[Slot]()
-        on_failure.callback(lambda: close_all(left))
-        while left:
-            slots.append(Slot.from_fd(left.pop(0)))
-            on_failure.callback(slots[-1].close)
-        if not slots:
-            raise ValueError("what was staged came without descriptors")
-        staged = table.read(slots[0], slots[1] if len(slots) > 1 else None)
-        on_failure.pop_all()
-    return staged

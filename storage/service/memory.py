@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from storage.agent import AgentEnvironment
@@ -24,7 +25,9 @@ from storage.held.papers import Contents, PartLabel, PartPapers
 from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
 from storage.saving.writing import MadeObjects, write_payloads
+from storage.service import guests
 from storage.service.channel import close_all
+from storage.service.guests import MemoryKeeper, NoKeeper
 from storage.service.held_messages import (
     AskCard,
     AskHeld,
@@ -38,8 +41,8 @@ from storage.service.held_messages import (
     NotHeld,
     PartHere,
 )
-from storage.service.lanes import Parcel, TakenOver, unpack
 from storage.service.messages import Rejected
+from storage.service.parcels import Parcel, TakenOver, unpack
 from storage.service.server import Server
 from storage.service.sessions import ServiceCaller
 from storage.stores.memory import MemoryStore
@@ -64,17 +67,14 @@ class HeldStates:
 
     Args:
         rate_bytes_per_s: at most so much is copied to the buddy; None: as fast as it goes.
-        remember: has a process after this one know a text by a name, should this one crash (see `take_up`).
+        keeper: has what a process after this one takes up, should this one crash (see `take_up`).
     """
 
-    def __init__(
-        self,
-        rate_bytes_per_s: float | None = None,
-        remember: Callable[[str, str], object] = lambda name, text: None,
-    ) -> None:
-        rules = CopyRules(Slot.create_empty, copies_bytes_max())
+    def __init__(self, rate_bytes_per_s: float | None = None, keeper: MemoryKeeper | None = None) -> None:
+        self._keeper = keeper or NoKeeper()
+        rules = CopyRules(Slot.create_empty, copies_bytes_max(), functools.partial(guests.keep, self._keeper))
         self.node = NodeMemory(rules, RateLimit(rate_bytes_per_s), self._tell)
-        self._remember = remember
+        self._remember = self._keeper.remember
         self._lock = threading.Lock()
         self._is_whole = threading.Event()  # again, after a crash
         self._is_whole.set()
@@ -83,15 +83,26 @@ class HeldStates:
         self._report = Reporter(None, {})
         self._restores: list[tuple[str, int]] = []
 
+    def add_live(self, part: HeldPart) -> None:
+        """Hold a live state, beyond a crash of this process too."""
+        self.node.add(guests.keep(self._keeper, part))
+
     def take_up(
-        self, records: Sequence[TakenOver], remembered: Mapping[str, str], released: Callable[[str], object]
+        self,
+        records: Sequence[TakenOver],
+        remembered: Mapping[str, str],
+        kept: Mapping[str, tuple[str, list[int]]] = MappingProxyType({}),
     ) -> None:
-        """Be the memory that a process before this one was, at the same address, and hold what that held of this node's
-        own ranks. Checksums are made anew, on a thread; whoever asks meanwhile what is held waits for it.
+        """Be the memory that a process before this one was, at the same address, and hold what that held.
+
+        Of saves of this node's own ranks checksums are made anew, on a thread; whoever asks meanwhile what is held
+        waits for it.
 
         Args:
-            released: hears of each record whose memory is not held, or not any more.
+            kept: what is in no lane: see `storage.service.guests.taken_up`.
         """
+        for part in guests.taken_up(self._keeper, kept):
+            self.node.inventory.add(part)
         if _WHO in remembered:
             who = NodeIdentity(**json.loads(remembered[_WHO]))
             try:
@@ -108,11 +119,11 @@ class HeldStates:
                 self.node.meet(MeetNodes.model_validate_json(remembered[_CARDS]).cards)
         if records:
             self._is_whole.clear()
-            threading.Thread(target=self._hold_again, args=(records, released), name="hold-again", daemon=True).start()
+            threading.Thread(target=self._hold_again, args=(records,), name="hold-again", daemon=True).start()
 
-    def _hold_again(self, records: Sequence[TakenOver], released: Callable[[str], object]) -> None:
+    def _hold_again(self, records: Sequence[TakenOver]) -> None:
         def let_go(parcel: Parcel) -> None:
-            released(parcel.safe)
+            self._keeper.released(parcel.safe)
             parcel.let_go()
 
         try:
@@ -121,7 +132,7 @@ class HeldStates:
                     parcel = unpack(record)
                 except (StorageError, ValueError, OSError) as error:
                     log.warning("step %d is held no more: %s", record.stage.attempt.step, error)
-                    released(record.safe)
+                    self._keeper.released(record.safe)
                     continue
                 if self.hold(parcel, Reporter(None, record.stage.told), functools.partial(let_go, parcel)) is None:
                     let_go(parcel)

@@ -121,6 +121,16 @@ class Stage(ServiceMessage):
     told: dict[str, str] = Field(default_factory=dict)
     tried: Tried = Tried.NOT_YET
 
+    @property
+    def name(self) -> str:
+        """What it is known by in notes and to the keeper."""
+        return name_of(self.session, self.attempt.id)
+
+
+def name_of(session: str, attempt: str) -> str:
+    """See `Stage.name`."""
+    return f"{session}/{attempt}"
+
 
 class GoOn(ServiceMessage):
     """What was staged to wait is to be stored now. Of an attempt that does not wait it says nothing."""

@@ -1,17 +1,20 @@
-"""Files that outlive a keeper: they say what it had, should it be killed with all that it holds.
+"""Files that outlive everybody: a worker notes down what it has staged, until somebody has told what became of it.
 
-Imports nothing but Python's own, as all that the keeper does.
+Imports nothing but Python's own, as all that a keeper does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
+
+from storage.service import address
+from storage.service.processes import is_alive
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +22,19 @@ _SIZE_BYTES_MAX = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class FormerNote:
-    """The JSON of a `Stage` that a keeper had which is gone. It stays until somebody has told what became of it."""
+class NoteOfSave:
+    """The JSON of a `Stage`."""
 
     file: Path
     stage: str
+
+    @property
+    def is_of_living(self) -> bool:
+        """Whether the worker runs that has staged it."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            found = json.loads(self.stage)
+            return is_alive(int(found["pid"]), int(found["pid_began"]))
+        return False
 
     def drop(self) -> None:
         """It was told."""
@@ -32,41 +43,58 @@ class FormerNote:
 
 
 class Notes:
-    """The notes of one keeper in `folder`, beside those that keepers before it have left."""
+    """The notes in `folder`, which is made with the first; other users may not look into what that is in."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mine = secrets.token_hex(4)  # so that nobody who has told of a former note drops one of this keeper
 
-    def former(self) -> list[FormerNote]:
-        """What was noted by keepers before this one, and was not told."""
+    def all(self) -> list[NoteOfSave]:
+        """Of what was staged, and has not come to its end."""
         found = []
         for file in sorted(self._folder.glob("*.json")):
-            if file.name.startswith(self._mine):
-                continue
             with contextlib.suppress(OSError, ValueError):
                 if file.stat().st_size <= _SIZE_BYTES_MAX:
-                    found.append(FormerNote(file, file.read_text()))
+                    found.append(NoteOfSave(file, file.read_text()))
         return found
 
     def add(self, name: str, stage: str) -> None:
         """Note one down, whole or not at all; a full disk costs the note."""
-        file = self._file(name)
-        begun = file.with_suffix(".tmp")
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            with open(os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as writing:
-                writing.write(stage)
-            begun.replace(file)
+            try:
+                self._write(self._file(name), stage)
+            except FileNotFoundError:  # a service that ends has removed the folder as it was empty
+                self._write(self._file(name), stage)
         except OSError as error:
             log.warning("what is staged cannot be noted down in %s: %s", self._folder, error)
-            with contextlib.suppress(OSError):
-                begun.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
         """It has come to its end."""
         with contextlib.suppress(OSError):
             self._file(name).unlink(missing_ok=True)
 
+    def take_over(self, folder: Path) -> None:
+        """Have the notes of a service that was killed with all that would tell; a worker that lives sees to its own."""
+        for note in Notes(folder).all():
+            if not note.is_of_living:
+                with contextlib.suppress(OSError):
+                    self._make()
+                    note.file.replace(self._folder / note.file.name)
+
+    def _write(self, file: Path, stage: str) -> None:
+        begun = file.with_suffix(".tmp")
+        self._make()
+        try:
+            with open(os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as writing:
+                writing.write(stage)
+            begun.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                begun.unlink(missing_ok=True)
+            raise
+
+    def _make(self) -> None:
+        address.make_private(self._folder.parent)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+
     def _file(self, name: str) -> Path:
-        return self._folder / f"{self._mine}-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
+        return self._folder / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"

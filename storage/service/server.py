@@ -8,42 +8,36 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from storage.errors import StorageError
 from storage.saving.uploads import Tried
-from storage.service.channel import SaidNothing, close_all, welcome
-from storage.service.lanes import Holder, Lane, Safe, Shared, TakenOver, unpack
+from storage.service.callers import Callers
+from storage.service.channel import close_all
+from storage.service.draining import Draining
+from storage.service.lanes import Holder, Lane, Safe, Shared
 from storage.service.messages import (
     Accepted,
     AskStatus,
     AskUnfinished,
     Drain,
-    Drained,
     GoOn,
     Heard,
-    ProtocolError,
     Rejected,
-    ServiceMessage,
     ServiceStatus,
     Stage,
     TakenBack,
     Unfinished,
-    Welcome,
 )
 from storage.service.pace import Pace
+from storage.service.parcels import TakenOver, unpack
 from storage.service.sessions import ServiceCaller, Sessions
-from storage.service.surroundings import digest
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-_NUM_CONNECTIONS_MAX = 256
-_RESERVE_S_MAX, _RESERVE_SHARE = 5.0, 0.2
-
-M = TypeVar("M", bound=ServiceMessage)
 
 
 @dataclass(frozen=True)
@@ -65,22 +59,6 @@ class ServerOptions:
     wind_up_s: float = 1.0
 
 
-Handler = Callable[[ServiceCaller, Any, list[int]], None]
-"""Gets the connection, a message, and the descriptors that came with it, which are its own to close."""
-
-
-@dataclass
-class _Drain:
-    """`reserve_s`: of the grace, kept for telling that what is not finished was given up; that ends at `ends_s`."""
-
-    deadline_s: float
-    reserve_s: float
-    num_ended_before: int
-    told: list[ServiceCaller] = field(default_factory=list)
-    num_abandoned: int = 0
-    ends_s: float | None = None
-
-
 class Server:
     """Serves one listening socket, from `run` until there is nothing more to do or `stop` is called.
 
@@ -90,7 +68,7 @@ class Server:
         lifeline: a descriptor that ends (is at its end of file) with the agent that has started the service.
 
     Attributes:
-        on_leave: called with each connection that has ended; filled before `run`.
+        on_leave, handle: see `Callers`.
     """
 
     def __init__(
@@ -107,7 +85,6 @@ class Server:
         self._options = options
         self._lifeline = lifeline
         self._num_restarts = num_restarts
-        self._environment = digest(os.environ)
         self._safe = safe
         self._pace = Pace(options.rate_bytes_per_s)
         storing = threading.Semaphore(options.num_storing_max)
@@ -116,12 +93,12 @@ class Server:
         self._sessions = Sessions()
         self._lanes: dict[str, Lane] = {}
         self._num_ended = 0
-        self._num_connections = 0
-        self._callers: set[ServiceCaller] = set()
-        self._drain: _Drain | None = None
+        self._callers = Callers(self._sessions, self._lock, self._tidy)
+        self._drain: Draining | None = None
+        self._drained: list[ServiceCaller] = []
         self._stop = threading.Event()
-        self.on_leave: list[Callable[[ServiceCaller], object]] = []
-        self._handlers: dict[type[ServiceMessage], Handler] = {}
+        self.on_leave = self._callers.on_leave
+        self.handle = self._callers.handle
         self.handle(Stage, self._stage)
         self.handle(GoOn, self._go_on)
         self.handle(Heard, self._heard)
@@ -130,9 +107,13 @@ class Server:
         self.handle(AskStatus, self._status)
         self.handle(Drain, self._begin_drain)
 
-    def handle(self, kind: type[M], handler: Callable[[ServiceCaller, M, list[int]], None]) -> None:
-        """Have messages of that class handled; before `run`."""
-        self._handlers[kind] = handler
+    def has(self, stage: Stage) -> bool:
+        """Whether that save is in a lane, or its worker connected, of which not all may have been heard. Any thread."""
+        with self._lock:
+            if stage.session in self._callers.sessions:
+                return True
+            lane = self._lanes.get(stage.session)
+        return lane is not None and any(parcel.safe == stage.name for parcel in lane.unfinished)
 
     def take_up(self, records: Sequence[TakenOver]) -> None:
         """Go on with what a process before this one had taken over."""
@@ -176,58 +157,7 @@ class Server:
             log.warning("a connection was not taken: %s", error)
             self._stop.wait(_TICK_S)
             return
-        with self._lock:
-            if self._num_connections >= _NUM_CONNECTIONS_MAX:
-                connection.close()
-                return
-            self._num_connections += 1
-        threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        try:
-            self._converse(connection)
-        except Exception as error:  # noqa: BLE001 - whatever one caller has sent, the others are served
-            log.warning("a connection was ended: %s: %s", type(error).__name__, str(error).partition("\n")[0])
-            connection.close()
-        finally:
-            with self._lock:
-                self._num_connections -= 1
-            self._tidy()
-
-    def _converse(self, connection: socket.socket) -> None:
-        try:
-            connection.settimeout(None)
-            channel, hello = welcome(connection, Welcome(pid=os.getpid(), environment=self._environment))
-        except (ProtocolError, OSError) as error:
-            level = logging.INFO if isinstance(error, SaidNothing) else logging.WARNING
-            log.log(level, "a connection was refused: %s", error)
-            return
-        with self._lock:  # or the session is forgotten in between, and what it waits for is told to nobody
-            session = self._sessions.of(hello.session) if hello.session else None
-            caller = ServiceCaller(channel, hello, session)
-            self._callers.add(caller)
-        if session is not None:
-            session.attach(channel, hello.pid)
-        try:
-            while (received := channel.receive()) is not None:
-                self._dispatch(caller, *received)
-        except (ProtocolError, OSError) as error:
-            log.warning("a connection of process %d has ended: %s", hello.pid, error)
-        finally:
-            channel.close()
-            if session is not None:
-                session.detach(channel)
-            with self._lock:
-                self._callers.discard(caller)
-            for hear in self.on_leave:
-                hear(caller)
-
-    def _dispatch(self, caller: ServiceCaller, message: ServiceMessage, fds: list[int]) -> None:
-        handler = self._handlers.get(type(message))
-        if handler is None:
-            close_all(fds)
-            raise ProtocolError(f"{type(message).__name__} is not for the service")
-        handler(caller, message, fds)
+        self._callers.take(connection)
 
     # --- what callers want
 
@@ -236,8 +166,7 @@ class Server:
             close_all(fds)
             caller.answer(Rejected(reason="the service is ending", attempt=stage.attempt.id))
             return
-        safe = f"{stage.session}/{stage.attempt.id}"
-        record = TakenOver(safe, stage, fds, is_intact=stage.tried is not Tried.STORED)
+        record = TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED)
         if problem := self._take(record):
             caller.answer(Rejected(reason=problem, attempt=stage.attempt.id))
             return
@@ -276,7 +205,7 @@ class Server:
         with self._lock:
             lane = self._lanes.get(caller.hello.session)
         if lane is not None:
-            lane.stop(told.attempts)
+            lane.take_back(told.attempts)
 
     def _unfinished(self, caller: ServiceCaller, ask: AskUnfinished, fds: list[int]) -> None:
         parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url]
@@ -296,30 +225,26 @@ class Server:
 
     def _begin_drain(self, caller: ServiceCaller, drain: Drain, fds: list[int]) -> None:
         with self._lock:
-            deadline_s = time.monotonic() + drain.grace_s
             if self._drain is None:
-                reserve_s = min(_RESERVE_S_MAX, _RESERVE_SHARE * drain.grace_s)
-                self._drain = _Drain(deadline_s, reserve_s, self._num_ended_now())
-            self._drain.deadline_s = min(self._drain.deadline_s, deadline_s)
-            self._drain.told.append(caller)
+                self._drain = Draining(self._num_ended_now(), self._options.wind_up_s)
+            self._drain.ask(time.monotonic(), drain.grace_s)
+            self._drained.append(caller)
 
     # --- the end
 
     def _look_at_drain(self, now_s: float) -> bool:
         """Whether everything has ended that was under way when the drain began, or nothing more is waited for."""
-        drain = self._drain
-        if drain is None:
+        if self._drain is None:
             return False
-        if unfinished := self._all_unfinished():
-            if drain.ends_s is None and now_s >= drain.deadline_s - drain.reserve_s:
-                drain.num_abandoned = len(unfinished)
-                drain.ends_s = max(drain.deadline_s, now_s + self._options.wind_up_s)
-                self._give_up("this node leaves, and its time is over")
-            if drain.ends_s is None or now_s < drain.ends_s:
+        num_unfinished = len(self._all_unfinished())
+        match self._drain.look(now_s, num_unfinished):
+            case Draining.Word.WAIT:
                 return False
-        num_ended = self._num_ended_now() - drain.num_ended_before + len(unfinished)
-        done = Drained(num_finished=max(0, num_ended - drain.num_abandoned), num_abandoned=drain.num_abandoned)
-        for caller in drain.told:
+            case Draining.Word.GIVE_UP:
+                self._give_up("this node leaves, and its time is over")
+                return False
+        done = self._drain.outcome(self._num_ended_now(), num_unfinished)
+        for caller in self._drained:
             try:
                 caller.answer(done)
             except OSError as error:
@@ -341,10 +266,7 @@ class Server:
     def _end(self) -> None:
         self._stop_all()
         self._listener.close()
-        with self._lock:
-            callers = list(self._callers)
-        for caller in callers:
-            caller.channel.close()
+        self._callers.close()
 
     def _has_owner(self) -> bool:
         """Whether somebody will still want the service: the agent that has started it, or who is connected."""
@@ -353,12 +275,10 @@ class Server:
                 return True
             os.close(self._lifeline)
             self._lifeline = None
-        with self._lock:
-            return self._num_connections > 0
+        return self._callers.num > 0
 
     def _is_busy(self) -> bool:
-        with self._lock:
-            return self._num_connections > 0 or bool(self._all_unfinished())
+        return self._callers.num > 0 or bool(self._all_unfinished())
 
     def _all_lanes(self) -> list[Lane]:
         with self._lock:
@@ -376,7 +296,7 @@ class Server:
     def _tidy(self) -> None:
         """Forget sessions of which nobody is connected and nothing is left to do."""
         with self._lock:
-            connected = {caller.session.name for caller in self._callers if caller.session is not None}
+            connected = self._callers.sessions
             for name in self._sessions.names():
                 lane = self._lanes.get(name)
                 if name in connected or (lane is not None and lane.unfinished):

@@ -25,9 +25,11 @@ class Connector(Protocol):
     """The way to the service.
 
     Attributes:
+        path: the socket of the service.
         patience_s: for so long a save waits for the first connection, so that it is safe when it returns.
     """
 
+    path: Path
     patience_s: float
 
     def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
@@ -40,17 +42,17 @@ class ServiceAt:
     patience_s = 60.0
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def connect(self, hello: Hello, timeout_s: float) -> tuple[Channel, Welcome]:
         """See `Connector.connect`."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
-                return connect(self._path, hello)
+                return connect(self.path, hello)
             except _NOBODY:
                 if time.monotonic() >= deadline_s:
-                    raise OSError(f"no checkpoint service listens at {self._path}") from None
+                    raise OSError(f"no checkpoint service listens at {self.path}") from None
             time.sleep(_RETRY_S)
 
 

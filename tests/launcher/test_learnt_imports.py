@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cli.run import _imported_by
-from launcher.workers.learnt_imports import ImportLearner, ImportReporter, _digest
+from launcher.workers.learnt_imports import ImportLearner, ImportReporter, _digest, _line_of, _variable_in
 from tests.cluster import until
 
 SETS_A_DEFAULT = """
@@ -30,7 +30,7 @@ def test_a_variable_that_the_import_itself_has_set_does_not_keep_it_from_being_l
     ours, theirs = learner.open() or pytest.fail("it learns from the first worker")
     learner.begin(ours)
     with theirs:
-        theirs.send(f"=PROBE_FOLDER {_digest(value)}\nprobe_of_defaults\n".encode())
+        theirs.send(f"{_line_of('PROBE_FOLDER', value)}\nprobe_of_defaults\n".encode())
     learner.hear()
     learner.learn([])
     found: list[str] = []
@@ -50,8 +50,24 @@ def test_a_worker_tells_of_a_variable_without_its_value(monkeypatch: pytest.Monk
         monkeypatch.setenv("PROBE_SECRET", "hunter2 hunter2")
         ImportReporter(theirs, {n: v for n, v in os.environ.items() if n != "PROBE_SECRET"}).look()
         told = ours.recv(65536).decode()
-    assert f"=PROBE_SECRET {_digest('hunter2 hunter2')}\n" in told
+    assert f"={b'PROBE_SECRET'.hex()} {_digest('hunter2 hunter2')}\n" in told
     assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("name", ["PROBE\nOF LINES", "PROBE \udcff", "PROBE 1 2\n"])
+def test_a_variable_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell's exported functions are, or what a container was given by mistake."""
+    learner = ImportLearner()
+    ours, theirs = learner.open() or pytest.fail("it learns from the first worker")
+    learner.begin(ours)
+    with theirs, monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, name: "a\nvalue"})
+        ImportReporter(theirs, {n: v for n, v in os.environ.items() if n != name}).look()
+    learner.hear()
+    assert learner._told.decode() == _line_of(name, "a\nvalue") + "\n"
+    assert _variable_in(_line_of(name, "a\nvalue")) == (name, _digest("a\nvalue"))
+    learner.learn([])
+    assert learner.reap() == []
 
 
 def test_what_our_own_trainer_imports_is_known_before() -> None:

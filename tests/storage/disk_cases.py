@@ -142,20 +142,22 @@ def notes_on_a_full_disk(disk: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("storage").addHandler(handler)
-    notes, kept = Notes(disk / "kept"), "x" * 100_000
+    folder, kept = disk / "private" / "kept", "x" * 100_000
+    folder.parent.mkdir(0o700)
+    notes = Notes(folder)
     notes.add("a", kept)
     under_an_agent(disk / "node" / "service.sock", disk / "events.jsonl")
     with in_thread(disk / "node" / "service.sock") as service:
         filler = fill(disk)
         notes.add("b", kept)
-        assert [path.suffix for path in (disk / "kept").iterdir()] == [".json"]
-        assert [len(note.stage) for note in Notes(disk / "kept").former()] == [len(kept)]
+        assert [path.suffix for path in folder.iterdir()] == [".json"]
+        assert [len(note.stage) for note in notes.all()] == [len(kept)]
         with Checkpointer(disk.parent / "elsewhere") as ckpt:
             ckpt.save(1, state(1, 1 << 20), wait=True)
             assert ckpt.wait()
         filler.unlink()
         notes.add("b", kept)
-        assert len(Notes(disk / "kept").former()) == 2
+        assert len(notes.all()) == 2
         assert service.status().num_ended == 1
     assert committed(disk.parent / "elsewhere") == [1]
     return lines

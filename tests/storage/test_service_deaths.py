@@ -24,6 +24,7 @@ import torch.distributed as dist
 from storage import Checkpointer, JobIdentity
 from storage.agent import AgentEnvironment
 from storage.service import address, starting
+from storage.service.client import ServiceBackend
 from storage.service.held_messages import AskCard
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
@@ -135,8 +136,7 @@ def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
     path = tmp_path / "node" / "service.sock"
     with process(path, "--rate-limit", "1e4", "--linger", "0", is_alone=is_alone) as service:
         ranks.run_losing([0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1)
-        until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
-        until("the keeper to have noted it", lambda: list(address.kept(path).glob("*.json")))
+        assert list(address.kept(path).glob("*.json")), "whether or not the service has heard of it"
         if is_alone:
             for pid in (service.keeper.pid, service.pid()):
                 os.kill(pid, signal.SIGKILL)
@@ -149,6 +149,26 @@ def test_when_all_are_killed_that_had_a_save_it_is_said_to_have_failed(
             until("its note to be gone", lambda: not list(address.kept(path).glob("*")))
     assert outcomes(agents_files, 1) == ["checkpoint_failed"]
     assert committed(tmp_path / "run") == []
+
+
+def die_before_the_service_hears_of_it(url: str, environment: dict[str, str]) -> None:
+    """Save, and be killed with what was sent."""
+    os.environ.update(environment)
+    ServiceBackend._send = lambda *args: None  # type: ignore[method-assign]
+    Checkpointer(url).save(1, {"w": torch.ones(1000), "n": 1})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_the_service_has_not_heard_of_is_said_to_have_failed(
+    tmp_path: Path, agents_files: Path, ranks: Ranks
+) -> None:
+    """By the service that lives, once the worker is gone."""
+    path = tmp_path / "node" / "service.sock"
+    with process(path):
+        ranks.run_losing([0], die_before_the_service_hears_of_it, f"{tmp_path}/run", environment(), world_size=1)
+        until("an outcome", lambda: outcomes(agents_files, 1))
+        until("its note to be gone", lambda: not list(address.kept(path).glob("*")))
+    assert outcomes(agents_files, 1) == ["checkpoint_failed"]
 
 
 def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(

@@ -17,7 +17,7 @@ from storage.agent import AgentEnvironment
 from storage.held.keeping import KeepingStore
 from storage.run.job import Origin
 from storage.saving import adoption, receipts
-from storage.service import address, choice, lanes
+from storage.service import address, choice, lanes, parcels
 from storage.service.channel import welcome
 from storage.service.memory import HeldStates
 from storage.service.messages import Welcome
@@ -115,12 +115,12 @@ def test_what_takes_too_long_to_be_adopted_is_committed_no_more(
 def test_descriptors_of_what_cannot_be_taken_are_closed() -> None:
     fds = [os.memfd_create(f"not-taken-{number}") for number in range(2)]
     with pytest.raises(ValueError, match="no slot"):
-        lanes.unpack_slots(fds)
+        parcels.unpack_slots(fds)
     for fd in fds:  # which may be another's by now
         with contextlib.suppress(FileNotFoundError):
             assert "not-taken" not in os.readlink(f"/proc/self/fd/{fd}")
     with pytest.raises(ValueError, match="without descriptors"):
-        lanes.unpack_slots([])
+        parcels.unpack_slots([])
 
 
 def test_a_service_that_never_says_what_it_has_to_do_keeps_no_start_waiting(
@@ -219,7 +219,7 @@ def test_a_service_that_was_frozen_tells_no_failure_of_what_the_worker_has_commi
         assert gate.reached.wait(60)
         with monkeypatch.context() as patch:
             patch.setattr(ServiceAt, "connect", _nobody)
-            (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+            (caller,) = [caller for caller in node.server._callers.all if caller.session is not None]
             caller.channel.close()  # as the worker sees it that is told nothing for too long
             assert ckpt.wait()
         assert committed(tmp_path / "run") == [1]
@@ -243,7 +243,7 @@ def test_a_save_that_the_worker_has_taken_back_holds_up_none_that_come_after(
         until("the service to wait", lambda: _waits.is_set())
         with monkeypatch.context() as patch:
             patch.setattr(ServiceAt, "connect", _nobody)
-            (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+            (caller,) = [caller for caller in node.server._callers.all if caller.session is not None]
             caller.channel.close()
             assert ckpt.wait()
         monkeypatch.setattr(receipts, "await_receipts", _await_receipts)
@@ -273,7 +273,7 @@ def test_what_a_service_tells_of_a_save_that_was_taken_back_is_not_told_again(
     with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
         ckpt.save(1, state(1), wait=True)
         assert ckpt.wait()
-        (caller,) = [caller for caller in node.server._callers if caller.session is not None]
+        (caller,) = [caller for caller in node.server._callers.all if caller.session is not None]
         assert caller.session is not None
         caller.session.listener(CheckpointEvent.FAILED, {"step": 1, "reason": "it was frozen"})
         caller.session.listener(CheckpointEvent.RETRIED, {"step": 1})

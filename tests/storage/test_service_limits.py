@@ -11,7 +11,7 @@ import pytest
 
 from storage import Checkpointer, CheckpointEvent
 from storage.agent import AgentEnvironment
-from storage.service import lanes, server, table
+from storage.service import callers, lanes, table
 from storage.service.messages import AskStatus, ServiceStatus
 from tests.storage.service_cases import InThread, asked, committed, connected, in_thread, until
 from tests.storage.small_runs import Events, state
@@ -65,7 +65,7 @@ def test_a_save_that_a_service_crashes_of_again_and_again_fails(
 def test_of_connections_that_are_too_many_the_last_are_closed(
     service: InThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_NUM_CONNECTIONS_MAX", 2)
+    monkeypatch.setattr(callers, "_NUM_CONNECTIONS_MAX", 2)
     num_fds = len(os.listdir("/proc/self/fd"))
     with connected(service.path) as first, connected(service.path) as second:
         for _ in range(3):

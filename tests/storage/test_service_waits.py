@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from storage import Checkpointer
 from storage.agent import AgentEnvironment
 from storage.arena.changes import StateChanged
 from storage.arena.stager import Staged
+from storage.service import table
 from storage.service.channel import Channel
 from storage.service.client import ServiceBackend
 from storage.service.listening import listen
 from storage.service.messages import AskStatus, ServiceMessage
+from storage.service.ways import ServiceAt
 from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread, until
 from tests.storage.small_runs import Events, opened, state
 from tests.storage.test_when_to_save import Gate as GatedMemory
@@ -121,13 +124,71 @@ def test_what_a_lost_service_had_waits_in_the_worker(
         ckpt.save(2, state(2))
         until("step 2 to wait", lambda: waiting(service) == [2])
         service.close()
-        until("the worker to have it back", lambda: backend._taken_back)
+        until("the worker to have it back", lambda: backend._custody._back)
         if not goes_on:
             ckpt.save(3, state(3))
         assert ckpt.wait()
         gate.opened.set()  # of the service, which is still in the midst of it
     assert committed(tmp_path / "run") == ([2, 1] if goes_on else [3, 1])
     assert told(events, "checkpoint_replaced") == ([] if goes_on else [2])
+
+
+def test_what_gives_way_while_the_connection_is_lost_is_not_begun_when_the_worker_dies(
+    tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, has_given_way = ServiceAt.connect, threading.Event()
+
+    def later(*args: Any) -> Any:
+        assert has_given_way.wait(60)
+        return connect(*args)
+
+    with Checkpointer(tmp_path / "run", on_event=events[1], **REPLACE) as ckpt:
+        backend = ckpt._savers()[0]._committer._backend
+        assert isinstance(backend, ServiceBackend)
+        give_way = backend.give_way
+        backend.give_way = lambda running: (give_way(running), has_given_way.set())  # type: ignore
+        for step in (1, 2):
+            ckpt.save(step, state(step))
+            assert gate.reached.wait(60)
+        until("step 2 to wait", lambda: waiting(service) == [2])
+        first, other = (name for what, name in service.safe.told if what == "keep")
+        monkeypatch.setattr(ServiceAt, "connect", later)
+        with backend._state:
+            assert backend._channel is not None
+            backend._channel.close()
+        until("the connection to be lost", lambda: backend._channel is None)
+        ckpt.save(3, state(3))
+        until("step 3 to wait", lambda: waiting(service) == [3])
+        told_of = list(service.safe.told)
+        third = next(word for word in told_of if word[0] == "keep" and word[1] not in (first, other))
+        assert told_of.index(("done", other)) < told_of.index(third), "it was told before the next came"
+        gate.opened.set()
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [3, 1]
+    assert (told(events, "checkpoint_replaced"), told(events, "checkpoint_failed")) == ([2], [])
+
+
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_what_cannot_be_handed_over_waits_in_the_worker_and_is_told_of_once(
+    gives_way: bool, tmp_path: Path, service: InThread, gate: Gate, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> Any:
+        raise MemoryError("no room")
+
+    with Checkpointer(tmp_path / "run", on_event=events[1], **REPLACE) as ckpt:
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "write", fail)
+            ckpt.save(2, state(2))
+        if gives_way:
+            ckpt.save(3, state(3))
+        gate.opened.set()
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [3 if gives_way else 2, 1]
+    assert told(events, "checkpoint_replaced") == ([2] if gives_way else [])
+    assert told(events, "checkpoint_failed") == []
+    assert sorted(told(events, "checkpoint_committed")) == [1, 3 if gives_way else 2]
 
 
 def test_a_copy_that_is_not_whole_gives_way_before_it_is_handed_over(
