@@ -3,7 +3,9 @@
 FSDP2 (torch/distributed/fsdp/_fully_shard, 2.13) has three kinds of units: the root (embedding, head, last norm), each
 layer's experts, and the rest of each layer. A unit is gathered where it computes: the root from the start of a pass to
 its end, a layer's two while it runs. Gradients are reduced and cut into shards with the last pass of a step; those of
-the passes before it are added up whole. So a step holds the most at one of five moments, each of which is counted.
+the passes before it are added up whole. So a step holds the most at one of a few moments, each of which is counted:
+at the loss, in the last layer's backward pass or the first's (there at the experts, or as their gradients are reduced),
+as the root's are reduced, or in the optimizer.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ _MOMENTS_BYTES = 8
 _FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
-_MAPPED_BYTES = 32 << 20
+# Of glibc's malloc. The last two were found by measuring resident memory (docs/benchmarks.md), each one number for all.
+_MAPPED_BYTES = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in malloc/malloc.c
+_FREED_PART = 0.5  # of freed activations, that nothing takes the place of
+_TIMES_AGAIN = 2.0  # a layer's activations: what is left in the heap of a layer that is computed twice
 _CPU_RUNTIME_BYTES = 80 << 20  # pages of libraries that a first step touches, buffers of gloo, kernels made at run time
 
 
@@ -58,8 +63,8 @@ class MemoryUse:
 def memory_use(mesh: MeshPlan, spec: MeshSpec) -> MemoryUse:
     """Modelled memory of one rank in the fullest moment of a step."""
     sizes = _Sizes(mesh, spec)
-    moments = (sizes.at_loss(), sizes.in_layer(last=True), sizes.in_layer(last=False), sizes.at_end(), sizes.in_step())
-    return max(moments, key=lambda use: use.total)
+    layers = [of(last=last) for last in (True, False) for of in (sizes.in_layer, sizes.in_reduction)]
+    return max((sizes.at_loss(), *layers, sizes.at_end(), sizes.in_step()), key=lambda use: use.total)
 
 
 class _Sizes:
@@ -99,6 +104,7 @@ class _Sizes:
         logits: float = 0,
         gathered: float = 0,
         working: float = 0,
+        freed: float = 0,
     ) -> MemoryUse:
         """What is held at any time, and the terms of one moment."""
         if self.spec.keep_gathered:
@@ -112,7 +118,7 @@ class _Sizes:
             logits,
             gathered,
             working,
-            self.runtime,
+            self.runtime + freed,
         )
         return MemoryUse(*map(math.ceil, terms))
 
@@ -126,22 +132,26 @@ class _Sizes:
         )
 
     def in_layer(self, *, last: bool) -> MemoryUse:
-        """The backward pass of the last layer, its first; or of the first one, with most gradients in shards."""
-        spec = self.spec
-        left = 1.0 if last else 1 / spec.num_layers
-        # Whole gradients make room for those in shards, but what malloc has in its heap does not shrink for that.
-        whole = 1.0 if self.is_kept(self.experts / _MATRICES_OF_EXPERT) else left
-        shards = (1 - left) * self.own_num * _PARAM_BYTES
-        again = self.of_layer if spec.recompute else 0
+        """The backward pass of the last layer's experts, the first of all; or of the first one's."""
         return self.use(
-            gradients=self.accumulated * whole + shards + self.root / 2,  # the head's; the embedding comes at the end
-            activations=self.activations * left + again,
+            gradients=self.gradients(last=last),
+            activations=self.kept_activations(last=last),
             logits=self.logits,
             gathered=self.root + self.layer + self.experts,
-            working=max(
-                self.experts + self.guests + self.tokens * _expert_work_bytes(spec),
-                self.reducing(self.layer_experts_num, self.expert_bytes),
-            ),
+            working=self.experts + self.guests + self.tokens * _expert_work_bytes(self.spec),
+            freed=self.freed(last=last),
+        )
+
+    def in_reduction(self, *, last: bool) -> MemoryUse:
+        """The experts' gradients are reduced: their parameters are gone, and those of the next layer on their way."""
+        return self.use(
+            gradients=self.gradients(last=last),
+            activations=self.kept_activations(last=last),
+            logits=self.logits,
+            gathered=self.root + self.layer + (self.experts if self.mesh.shard > 1 else 0.0),
+            # Autograd holds one of three gradients until it has told of it.
+            working=self.experts / _MATRICES_OF_EXPERT + self.reducing(self.layer_experts_num, self.mesh.shard),
+            freed=self.freed(last=last),
         )
 
     def at_end(self) -> MemoryUse:
@@ -151,41 +161,74 @@ class _Sizes:
             gradients=self.own_num * _PARAM_BYTES,
             logits=self.logits,
             gathered=self.root,
-            working=self.reducing(spec.root_params, spec.activation_bytes),
+            working=self.reducing(spec.root_params, self.num_shards),
         )
 
     def in_step(self) -> MemoryUse:
-        """Gradients are clipped: the squares of one tensor are float64."""
-        spec = self.spec
+        """The optimizer: one that is exact computes a tensor's update by steps, each of which makes another one."""
         largest = max(
             self.layer_experts_num / _MATRICES_OF_EXPERT / self.mesh.shard,
-            spec.vocab_size * spec.model_dim / self.num_shards,
+            self.spec.vocab_size * self.spec.model_dim / self.num_shards,
         )
-        return self.use(gradients=self.own_num * _PARAM_BYTES, logits=self.logits, working=2 * _FLOAT64_BYTES * largest)
+        working = 2 * _PARAM_BYTES * largest if self.spec.reduce_bytes == _FLOAT64_BYTES else 0.0
+        return self.use(gradients=self.own_num * _PARAM_BYTES, working=working)
+
+    def gradients(self, *, last: bool) -> float:
+        """Whole ones of the layers that are still to come in the last round, and the others' in shards."""
+        left = self.left(last=last)
+        of_root = self.root / 2  # the head's; the embedding comes at the end
+        return self.accumulated * left + (1 - left) * self.own_num * _PARAM_BYTES + of_root
+
+    def kept_activations(self, *, last: bool) -> float:
+        """What the layers still to come keep, and what of this one is computed again."""
+        return self.activations * self.left(last=last) + (self.of_layer if self.spec.recompute else 0)
+
+    def freed(self, *, last: bool) -> float:
+        """What malloc has of whole gradients and activations that are gone, and nothing has taken the place of."""
+        done = 1 - self.left(last=last)
+        whole = self.accumulated if self.is_kept(self.experts / _MATRICES_OF_EXPERT) else 0.0
+        kept = self.activations if self.is_kept(self.tokens * self.spec.model_dim * self.spec.activation_bytes) else 0.0
+        return done * (whole + _FREED_PART * kept)
+
+    def left(self, *, last: bool) -> float:
+        """The part of all layers whose backward pass is not done."""
+        return 1.0 if last else 1 / self.spec.num_layers
 
     def is_kept(self, block: float) -> bool:
         """Whether glibc's malloc keeps a block of so many bytes that was freed."""
         return bool(self.spec.cores_per_node) and block < _MAPPED_BYTES
 
-    def reducing(self, numbers: float, wide: int) -> float:
-        """Gradients of `wide` bytes each, what of them is sent, and what comes out of it."""
-        return numbers * (wide + self.spec.reduce_bytes * (1 + 1 / self.num_shards))
+    def reducing(self, numbers: float, num_shards: int) -> float:
+        """What of so many gradients is sent, and what comes out of it.
+
+        A group of one sends nothing, and copies once more where it divides by a factor, as with replicas; gloo works on
+        a copy.
+        """
+        spec = self.spec
+        copies = 1 + 1 / num_shards
+        if num_shards > 1:
+            copies += bool(spec.cores_per_node)
+        elif self.mesh.replicate > 1:
+            copies += 1
+        cast = _PARAM_BYTES / num_shards if spec.reduce_bytes != _PARAM_BYTES else 0.0
+        return numbers * (spec.reduce_bytes * copies + cast)
 
 
 def _holes(sizes: _Sizes) -> float:
     """What glibc's malloc keeps of freed blocks: what each layer leaves for the backward pass settles in their midst.
 
     So of each layer stays what it took for itself: the gathered parameters, and the buffers that they were gathered in;
-    rows and tokens on their way; what is computed again; gradients that are reduced in a wider type. Blocks from 32 MiB
-    on (DEFAULT_MMAP_THRESHOLD_MAX in malloc/malloc.c) are mapped one by one, and returned. Measured on torch's own
-    account of live bytes, which the other terms meet within 3 %.
+    gradients, but for one of three matrices whose place the next one takes; gradients that are reduced in a wider type;
+    rows and tokens on their way. Of what is computed again only one layer's stays. Blocks from 32 MiB on are mapped one
+    by one, and returned.
     """
     spec, mesh, wide = sizes.spec, sizes.mesh, sizes.spec.activation_bytes
     rows = spec.top_k if spec.num_experts else 1
     narrow = wide < spec.reduce_bytes
-    kept = 0.0
+    matrices = sizes.experts if sizes.is_kept(sizes.experts / _MATRICES_OF_EXPERT) else 0.0
+    kept = (_MATRICES_OF_EXPERT - 1) / _MATRICES_OF_EXPERT * matrices
     if not spec.keep_gathered:
-        kept += sizes.layer + (sizes.experts if sizes.is_kept(sizes.experts / _MATRICES_OF_EXPERT) else 0.0)
+        kept += sizes.layer + matrices
         kept += sizes.layer if sizes.num_shards > 1 or narrow else 0.0
         kept += sizes.experts if (mesh.shard > 1 or narrow) and sizes.is_kept(sizes.experts) else 0.0
     if narrow and sizes.is_kept(reduced := sizes.layer_experts_num * spec.reduce_bytes):
@@ -195,10 +238,8 @@ def _holes(sizes: _Sizes) -> float:
     copies = 2 + (4 if mesh.expert > 1 else 0)  # sorted and back, and once more each where they are exchanged
     kept += 2 * of_tokens if sizes.is_kept(of_tokens) else 0.0
     kept += copies * of_rows if sizes.is_kept(of_rows) else 0.0
-    if spec.recompute:
-        kept += sizes.tokens * _attention_numbers(spec) * wide if sizes.is_kept(of_tokens) else 0.0
-        kept += sizes.tokens * _expert_numbers(spec) * wide if sizes.is_kept(of_rows) else 0.0
-    return spec.num_layers * kept
+    once = _TIMES_AGAIN * sizes.of_layer if spec.recompute and sizes.is_kept(of_tokens) else 0.0
+    return spec.num_layers * kept + once
 
 
 def layer_activation_bytes(spec: MeshSpec) -> float:
@@ -224,6 +265,13 @@ def _expert_numbers(spec: MeshSpec) -> int:
 
 
 def _expert_work_bytes(spec: MeshSpec) -> float:
-    """Bytes that the experts' backward pass takes for each token: gradients of what they have kept."""
+    """Bytes that the experts' backward pass takes for each token: gradients of what they have kept.
+
+    On CPUs one expert goes after the other, and only the ends of all rows are there at once: the gradients that come,
+    the same in the order of the experts, and those that go.
+    """
     rows = spec.top_k if spec.num_experts else 1
-    return rows * (2 * spec.model_dim + 4 * spec.ffn_dim) * spec.activation_bytes
+    numbers = 2 * spec.model_dim + 4 * spec.ffn_dim
+    if spec.cores_per_node:
+        numbers = 3 * spec.model_dim + 4 * spec.ffn_dim // max(1, spec.num_experts)
+    return rows * numbers * spec.activation_bytes
