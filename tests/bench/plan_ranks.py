@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -49,6 +50,7 @@ def peak_of(job: JobConfig, plan: MeshPlan) -> int:
 
 def live_peak_of(job: JobConfig, plan: MeshPlan) -> int:
     """The most bytes that tensors have at once in a few steps, by torch's own account; the moments are not in it."""
+    gc.collect()  # what is freed meanwhile of an earlier account would count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         a_few_steps(job, plan)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
