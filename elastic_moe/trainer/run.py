@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elastic_moe import heap
 from elastic_moe.config import JobConfig
 from elastic_moe.data import DataConfig
 from elastic_moe.errors import Stopped
@@ -54,6 +55,8 @@ def train(job: JobConfig) -> None:
         # A CPU kernel that splits a sum over threads rounds it by their number.
         torch.set_num_threads(1)
     device = choose_device(job.train.device, here.local_rank)
+    if device.type == "cpu":
+        heap.keep_freed()
     under_agent = Environment.from_env(os.environ).channel is not None
     with StopSignals(under_agent=under_agent) as signals, process_group(device):
         plan = choose_plan(job, here, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
