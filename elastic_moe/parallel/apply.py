@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.experts import Experts
+from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange
 from elastic_moe.parallel.dispatch import AllToAllDispatch
-from elastic_moe.parallel.meshes import EXPERT, Meshes
+from elastic_moe.parallel.mailbox import Mailbox, open_mailbox
+from elastic_moe.parallel.meshes import EXPERT, EXPERT_FSDP, FSDP, Meshes
 from elastic_moe.parallel.sharing import SharingDispatch
 from launcher import ShareRule, cuts_through, placement_obstacle
 
@@ -64,7 +67,7 @@ class Precision:
 def parallelize(
     model: Decoder, meshes: Meshes, precision: Precision | None = None, sharing: ShareRule | None = None
 ) -> None:
-    """Apply expert parallelism, FSDP2 and HSDP in place; best on a model built on the meta device.
+    """Apply expert parallelism, FSDP2 and HSDP in place; best on a model built on the meta device. A collective.
 
     Gradients come out as plain sums over all ranks: divide the loss by the tokens of the global batch. (FSDP2's own
     averaging would make the experts' gradients EP times too large, for they saw the tokens of EP ranks.)
@@ -82,38 +85,64 @@ def parallelize(
     widths = (model.config.dim, model.config.expert_dim)
     if why := placement_obstacle(num_experts, widths, expert=plan.expert, shard=plan.shard):
         raise UserError(f"the mesh {plan} does not fit the model: {why}")
+    dense = _view(meshes.for_dense, meshes.dense, FSDP)
+    # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
+    sparse = _view(meshes.for_experts, meshes.sparse, EXPERT_FSDP) if plan.expert > 1 else dense
+    by_expert = _mailbox(meshes.sparse, EXPERT)
+    placement = _through if cuts_through(num_experts, widths, expert=plan.expert, shard=plan.shard) else None
     for block in model.blocks:
         experts = block.moe.experts
         experts.exact = precision.exact
         if plan.expert > 1:
             _split_experts(experts, meshes.sparse[EXPERT])
             block.moe.dispatch = (
-                SharingDispatch(meshes.expert_group, num_experts, sharing)
+                SharingDispatch(meshes.expert_group, num_experts, sharing, by_expert)
                 if sharing is not None and sharing.guests
-                else AllToAllDispatch(meshes.expert_group, num_experts)
+                else AllToAllDispatch(meshes.expert_group, num_experts, by_expert)
             )
         if precision.router_policy is not None:
-            _shard(block.moe.router, meshes.for_dense, precision.router_policy)
-        # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
-        mesh = meshes.for_experts if plan.expert > 1 else meshes.for_dense
-        placement = _placement(num_experts, widths, expert=plan.expert, shard=_num_shards(mesh))
-        _shard(experts, mesh, precision.experts_policy, placement)
-        _shard(block, meshes.for_dense, precision.dense_policy)
-    _shard(model, meshes.for_dense, precision.dense_policy)
+            _shard(block.moe.router, dense, precision.router_policy)
+        if plan.expert > 1 or precision.exact:
+            _shard(experts, sparse, precision.experts_policy, placement)
+            _shard(block, dense, precision.dense_policy)
+        else:  # one gather and one reduction a layer, in place of two
+            _shard(block, dense, precision.dense_policy, placement and _of(experts, placement))
+    _shard(model, dense, precision.dense_policy)
 
 
-def _shard(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy,
-    placement: Callable[[nn.Parameter], Shard | None] | None = None,
-) -> None:
+Placement = Callable[[nn.Parameter], Shard | None]
+
+
+class _View(NamedTuple):
+    """What a unit is sharded over, and how these ranks exchange if not by gloo."""
+
+    mesh: DeviceMesh
+    num_shards: int
+    mailbox: Mailbox | None
+
+
+def _view(mesh: DeviceMesh, whole: DeviceMesh, name: str) -> _View:
+    return _View(mesh, whole[name].size(), _mailbox(whole, name))
+
+
+def _mailbox(mesh: DeviceMesh, name: str) -> Mailbox | None:
+    """For the ranks along a dimension, where they are processors of one machine. A collective."""
+    return open_mailbox(mesh.get_group(name)) if mesh.device_type == "cpu" else None
+
+
+def _shard(module: nn.Module, view: _View, policy: MixedPrecisionPolicy, placement: Placement | None = None) -> None:
     """Make a unit of `module`, whose gradients come out as sums."""
-    unit = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    if mesh.size() > 1:  # one rank divides by one of its own accord: into a copy, where a factor is given
+    unit = fully_shard(module, mesh=view.mesh, mp_policy=policy, shard_placement_fn=placement)
+    if view.mesh.size() > 1:  # one rank divides by one of its own accord: into a copy, where a factor is given
         unit.set_gradient_divide_factor(1.0)
         # gloo has no pre-multiplied sum, which a divide factor would ask of it.
         unit.set_force_sum_reduction_for_comms(True)
+    if view.num_shards > 1 and view.mesh.device_type == "cpu":
+        reduce: Any = ReduceByExchange(view.mailbox)  # what FSDP2 types it by is private
+        unit.set_custom_reduce_scatter(reduce)
+        if view.mailbox is not None:
+            gather: Any = GatherByMailbox(view.mailbox)
+            unit.set_custom_all_gather(gather)
 
 
 def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
@@ -122,13 +151,12 @@ def _split_experts(experts: Experts, mesh: DeviceMesh) -> None:
         experts.register_parameter(name, nn.Parameter(part))
 
 
-def _num_shards(mesh: DeviceMesh) -> int:
-    return mesh.size(mesh.ndim - 1)
+def _through(param: nn.Parameter) -> Shard:
+    """Have FSDP2 cut through each of the experts, and not between them, which is along dimension 0."""
+    return Shard(1)
 
 
-def _placement(
-    num_experts: int, widths: Sequence[int], *, expert: int, shard: int
-) -> Callable[[nn.Parameter], Shard | None] | None:
-    """Where FSDP2 cuts a part of the experts; None is along dimension 0, between them."""
-    through = cuts_through(num_experts, widths, expert=expert, shard=shard)
-    return (lambda param: Shard(1)) if through else None
+def _of(module: nn.Module, placement: Placement) -> Placement:
+    """That placement for the parameters of `module` alone."""
+    own = {id(param) for param in module.parameters()}
+    return lambda param: placement(param) if id(param) in own else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel.meshes import REPLICATE, Meshes
 
 _PART = (
@@ -18,20 +19,28 @@ _PART = (
 )  # numbers that are squared at a time: in float64 all of a large gradient's would take four times its room
 
 
-def begin_round(model: nn.Module, *, last: bool, keep_gathered: bool = False) -> None:
+def begin_round(model: Decoder, *, last: bool, keep_gathered: bool = False, backward: bool = True) -> None:
     """Prepare one forward and backward pass of several that make a step.
+
+    What the backward pass begins with stays gathered until then, as if it were gathered anew at once: what is outside
+    the layers, and the last one.
 
     Args:
         model: what `parallelize` made.
         last: whether it is the last pass: only that one reduces gradients over ranks.
         keep_gathered: leave the parameters gathered from the first forward to the last backward pass of the step:
             one gather a step in place of two a round, for the memory of all that an expert-parallel rank computes with.
+        backward: whether a backward pass follows at all. Where none does, nothing stays gathered that others change.
     """
     root = cast(FSDPModule, model)
     root.set_requires_gradient_sync(last)
     root.set_is_last_backward(last)
     root.set_reshard_after_forward(not keep_gathered)
     root.set_reshard_after_backward(last or not keep_gathered)
+    if backward:
+        for module in (model, *model.blocks[-1].modules()):
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False, recurse=False)
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.dispatch import Routes, count_rows
 from elastic_moe.model.experts import Experts
 from elastic_moe.model.rows import combine_rows, gather_rows
+from elastic_moe.parallel.collectives import carry_rows
 from elastic_moe.parallel.loans import GroupLoan
-from elastic_moe.torch_private import exchange_rows
+from elastic_moe.parallel.mailbox import Mailbox
 from launcher import Itinerary, ShareRule, Sharing, share_rows
 
 
@@ -47,9 +48,12 @@ class SharingDispatch:
         shared: what this layer's passes have had since it was last taken.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int, rule: ShareRule) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, rule: ShareRule, mailbox: Mailbox | None = None
+    ) -> None:
         self.num_experts = num_experts
         self.group = group
+        self.mailbox = mailbox
         self.num_ranks = group.size()
         self.rank = group.rank()
         self.rule = rule
@@ -67,9 +71,9 @@ class SharingDispatch:
             loan = GroupLoan(self.group, way.lent, way.copies_sent, way.copies_taken)
         received_PX = torch.tensor(way.received, dtype=torch.int64).view(self.num_ranks, len(way.received[0]))
         receive_splits = list(map(sum, way.received))
-        x_QD = exchange_rows(gather_rows(x_TD, order), way.sent, receive_splits, self.group)
+        x_QD = carry_rows(gather_rows(x_TD, order), way.sent, receive_splits, self.group, self.mailbox)
         y_QD = experts(x_QD, received_PX, loan)
-        y_RD = exchange_rows(y_QD.contiguous(), receive_splits, way.sent, self.group)
+        y_RD = carry_rows(y_QD.contiguous(), receive_splits, way.sent, self.group, self.mailbox)
         return combine_rows(y_RD, routes.weights_TK, order)
 
     def _all_counts(self, counts_E: Tensor) -> Tensor:

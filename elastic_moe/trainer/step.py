@@ -184,7 +184,7 @@ class Stepper:
         sums = torch.zeros(2, dtype=torch.float64, device=self.batches.device)
         for micro_batches in self.batches.held_out(self.train.validation_sequences):
             for micro_batch in micro_batches:
-                begin_round(self.model, last=False)  # gathered parameters go again: the next step has others
+                begin_round(self.model, last=False, backward=False)
                 loss = micro_batch.loss(micro_batch.forward(self.model))
                 sums += torch.stack((loss, micro_batch.num_targets()))
         dist.all_reduce(sums)
@@ -228,7 +228,7 @@ class Stepper:
         """
         loads = []
         for micro_batch in micro_batches:
-            begin_round(self.model, last=False, keep_gathered=self.train.keep_gathered)
+            begin_round(self.model, last=False, keep_gathered=self.train.keep_gathered, backward=False)
             loads.append(micro_batch.forward(self.model).load_LE)
         load_LE = torch.stack(loads).sum(dim=0)
         dist.all_reduce(load_LE)

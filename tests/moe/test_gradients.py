@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from elastic_moe.model.decoder import Decoder
+from elastic_moe.parallel import begin_round
+from elastic_moe.parallel.collectives import GatherByMailbox
 from launcher.rounds.mesh import MeshPlan
-from tests.moe.cases import SMALL, gradients, layout
+from tests.moe.cases import SMALL, batch, build, gradients, layout, objective
 from tests.ranks import Ranks
 
 MESHES = {
@@ -75,3 +80,37 @@ def test_gradients_of_uneven_parts_and_shards(ranks: Ranks, case: str) -> None:
     for got, norm in ranks.run(gradients, config, plan, world_size=plan.world_size):
         assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5
         assert norm == pytest.approx(expected_norm, rel=1e-6)
+
+
+def gathers(plan: MeshPlan) -> tuple[int, int, bool]:
+    """How many units gather in a pass forward and backward, and in one that only goes forward; and whether parameters
+    stay gathered after that."""
+    model, _ = build(SMALL, plan)
+    tokens = batch(SMALL, num_sequences=2, num_positions=8)
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        gather = GatherByMailbox.__call__
+
+        def counted(self: GatherByMailbox, **of: Any) -> None:
+            calls.append(1)
+            gather(self, **of)
+
+        patch.setattr(GatherByMailbox, "__call__", counted)
+        begin_round(model, last=True)
+        objective(model, tokens, num_sequences=4).backward()
+        both_ways = len(calls)
+        begin_round(model, last=False, backward=False)
+        with torch.no_grad():
+            model(tokens[:, :-1])
+    return both_ways, len(calls) - both_ways, any(not isinstance(param, DTensor) for param in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [(layout(shard=2), (4, 3, False)), (layout(shard=2, expert=2), (7, 5, False))],
+    ids=["experts with their block", "experts apart"],
+)
+def test_what_the_backward_pass_begins_with_is_gathered_once(
+    ranks: Ranks, plan: MeshPlan, expected: tuple[int, int, bool]
+) -> None:
+    assert ranks.run(gathers, plan, world_size=plan.world_size) == [expected] * plan.world_size

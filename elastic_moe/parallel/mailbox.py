@@ -1,0 +1,156 @@
+"""Bytes between ranks of one machine that compute on its processor: through memory that all of them map.
+
+What gloo carries goes through sockets, and the kernel copies it in and out on the cores that the ranks compute on.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import stat
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_HEADER_BYTES = 4096
+_NUMBER_BYTES = 8
+_MOST_RANKS = (_HEADER_BYTES // _NUMBER_BYTES - 1) // 2
+_NUM_SLOTS = 2
+_GROWTH_BYTES = 1 << 20
+
+
+class Slot:
+    """A file in memory without a name: a secret, where the part for each rank begins and ends, and the parts."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("elastic-moe mailbox", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+        self.secret = secrets.randbits(62)
+        self._map(_HEADER_BYTES)
+        self._numbers[0] = self.secret
+
+    def lay(self, parts: Sequence[Tensor]) -> None:
+        """Write a part for each rank; what several ranks get is written once."""
+        places: dict[int, tuple[int, int]] = {}
+        at = _HEADER_BYTES
+        for part in parts:
+            if id(part) not in places:
+                places[id(part)] = (at, at + part.nbytes)
+                at += -(-part.nbytes // _NUMBER_BYTES) * _NUMBER_BYTES
+        if at > len(self._bytes):
+            self._map(-(-at // _GROWTH_BYTES) * _GROWTH_BYTES)
+        self._numbers[1 : 1 + 2 * len(parts)] = torch.tensor([places[id(part)] for part in parts]).flatten()
+        for part in {id(part): part for part in parts}.values():
+            begin, end = places[id(part)]
+            self._bytes[begin:end].view(part.dtype).copy_(part.flatten())
+
+    def _map(self, num_bytes: int) -> None:
+        os.ftruncate(self.fd, num_bytes)
+        self._bytes = torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
+        self._numbers = self._bytes[:_HEADER_BYTES].view(torch.int64)
+
+
+class PeerSlot:
+    """The slot of another rank, as this one reads it.
+
+    Raises:
+        OSError: it is not to be had, as on another machine.
+    """
+
+    def __init__(self, pid: int, fd: int, secret: int) -> None:
+        # There another process may have these numbers: nothing is waited for, and only such a file is mapped.
+        self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, self.fd)
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size < _HEADER_BYTES:
+            raise FileNotFoundError(f"descriptor {fd} of process {pid} is no mailbox")
+        self._map()
+        if int(self._numbers[0]) != secret:
+            raise FileNotFoundError(f"descriptor {fd} of process {pid} is the mailbox of another")
+
+    def part(self, rank: int) -> Tensor:
+        """The bytes for a rank."""
+        begin, end = self._numbers[1 + 2 * rank : 3 + 2 * rank].tolist()
+        if end > len(self._bytes):
+            self._map()
+        return self._bytes[begin:end]
+
+    def _map(self) -> None:
+        self._bytes = torch.frombuffer(mmap.mmap(self.fd, os.fstat(self.fd).st_size), dtype=torch.uint8)
+        self._numbers = self._bytes[:_HEADER_BYTES].view(torch.int64)
+
+
+class Mailbox:
+    """The slots of a group's ranks: each lays out what is for the others, all meet, and each reads what is for it.
+
+    A rank has two slots, used in turn. When it lays out into one it has met the others in the exchange of the other
+    one, to which they came after reading the one before; so one meeting an exchange is enough. It is gloo's, which
+    also hears of a peer that is gone.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, own: Sequence[Slot], peers: Sequence[Sequence[PeerSlot | None]]
+    ) -> None:
+        self.group = group
+        self._own = own
+        self._peers = peers
+        self._turn = 0
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        """Give each rank of the group its part; return the bytes that each has for this one, None in its own place.
+
+        A collective. What it returns is to be read before the next exchange, and changed by no one.
+        """
+        own, peers = self._own[self._turn], self._peers[self._turn]
+        self._turn = (self._turn + 1) % _NUM_SLOTS
+        own.lay(parts)
+        dist.barrier(group=self.group)
+        rank = self.group.rank()
+        return [None if peer is None else peer.part(rank) for peer in peers]
+
+
+def open_mailbox(group: dist.ProcessGroup) -> Mailbox | None:
+    """A mailbox for a group; None where its ranks are not all on one machine, or see no others. A collective."""
+    if not 2 <= group.size() <= _MOST_RANKS or not hasattr(os, "memfd_create"):
+        return None
+    own = [Slot() for _ in range(_NUM_SLOTS)]
+    card = torch.tensor([*_boot_id(), os.getpid(), *(number for slot in own for number in (slot.fd, slot.secret))])
+    cards = [torch.empty_like(card) for _ in range(group.size())]
+    dist.all_gather(cards, card, group=group)
+    try:
+        peers = [[_open_peer(card, other, turn) for other in cards] for turn in range(_NUM_SLOTS)]
+        obstacle = ""
+    except OSError as error:
+        peers, obstacle = [], str(error)
+    worked = torch.tensor(int(not obstacle))
+    dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=group)
+    if not worked:
+        log.info("gloo carries what %d ranks exchange: %s", group.size(), obstacle or "another rank sees no mailbox")
+        return None
+    return Mailbox(group, own, peers)
+
+
+def _open_peer(own: Tensor, other: Tensor, turn: int) -> PeerSlot | None:
+    own_card, card = own.tolist(), other.tolist()
+    if card == own_card:
+        return None
+    if card[:2] != own_card[:2]:
+        raise OSError("they run on several machines")
+    return PeerSlot(card[2], *card[3 + 2 * turn : 5 + 2 * turn])
+
+
+def _boot_id() -> tuple[int, int]:
+    """Two numbers that only this machine has, and only until it starts anew."""
+    try:
+        number = int(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""), 16)
+    except OSError:
+        number = secrets.randbits(124)  # like no other's
+    return number >> 66, number & ((1 << 62) - 1)
