@@ -9,6 +9,9 @@ step     a whole step of a model of four layers, the global batch the same, one 
          ours on one rank. More ranks than cores share them: their rows tell of overhead, not of scaling.
          Memory: with parameters and AdamW's moments, of the rank that takes most.
 start    from the command to the end of a job of one step, by the size of the model.
+why      (only where asked for) the layer with one of its parts taken away, over all of it.
+products (only where asked for: a minute) which kernel is fastest for an expert's products, by their size: what two
+         constants of `elastic_moe.model` rest on.
 
 Ways take turns; figures are medians. `--quick` takes three minutes, all of it about ten. JSON goes to `--out`.
 It may be interrupted: its processes end with it.
@@ -34,6 +37,7 @@ import torch
 
 from tests.bench.train_layers import SHAPES, LayerCell, LayerTask, measure_layer
 from tests.bench.train_models import DENSE, EAGER, GROUPED, LOOP, OURS
+from tests.bench.train_products import ProductTask, by_octave, measure_products
 from tests.bench.train_steps import (
     FSDP,
     GLOBAL_BATCH,
@@ -45,10 +49,12 @@ from tests.bench.train_steps import (
     start_s,
     text_file,
 )
+from tests.bench.train_why import WITHOUT, measure_parts
 from tests.ranks import Ranks
 
 OTHERS = (GROUPED, EAGER, LOOP, DENSE)
 PARTS = ("layer", "step", "start")
+ASKED_FOR = ("why", "products")
 TIMEOUT_S = 900.0
 MIB = 1024 * 1024
 
@@ -74,7 +80,14 @@ def run_steps(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     alone = None
     for world_size in args.worlds:
-        task = StepTask(world_size, args.step_repeats, args.steps, str(text_file(folder)))
+        task = StepTask(
+            world_size,
+            args.step_repeats,
+            args.steps,
+            str(text_file(folder)),
+            with_others=not args.ours,
+            balance="forced" if args.level else "sequence",
+        )
         cells = in_ranks(measure_steps, task, world_size=world_size)
         cell = cells[0]
         cell.peak_bytes = {way: max(each.peak_bytes[way] for each in cells) for way in cell.peak_bytes}
@@ -93,6 +106,30 @@ def run_starts(args: argparse.Namespace) -> list[dict[str, Any]]:
             seconds = [start_s(name, launcher) for _ in range(args.start_repeats)]
             rows.append({"parameters": name, "launcher": launcher, "seconds": seconds})
             told(f"| {name} | {launcher} | {statistics.median(seconds):.2f} |")
+    return rows
+
+
+def run_why(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each part of our layer is worth."""
+    rows = []
+    for shape in SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            task = LayerTask(shape, dtype, args.repeats, num_threads=args.threads)
+            (gains,) = in_ranks(measure_parts, task, world_size=1)
+            rows.append({"shape": shape.name, "dtype": dtype, "without": gains})
+            told(f"| {shape.name} | {dtype} | " + " | ".join(f"{gains[part]:.2f}x" for part in WITHOUT) + " |")
+    return rows
+
+
+def run_products(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The gain of the second way over the first by the operations of an expert in a product."""
+    rows = []
+    for what, dtype in (("library", "float32"), ("apart", "float32"), ("apart", "bfloat16")):
+        task = ProductTask(what, dtype, args.threads, args.repeats)
+        (cells,) = in_ranks(measure_products, task, world_size=1)
+        rows.append({"what": what, "dtype": dtype, "cells": [dataclasses.asdict(cell) for cell in cells]})
+        gains = ", ".join(f"{flops / 1e6:.2g}: {gain:.2f}x" for flops, gain in by_octave(cells).items())
+        told(f"| {what} | {dtype} | {gains} |")
     return rows
 
 
@@ -135,10 +172,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, no model of 240 M")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS + ASKED_FOR, default=list(PARTS))
     parser.add_argument("--repeats", type=int, help="of each way of a layer")
     parser.add_argument("--threads", type=int, default=2, help="of a layer (default %(default)s)")
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--ours", action="store_true", help="of a step only our own ways")
+    parser.add_argument("--level", action="store_true", help="of a step, send tokens to experts in turn (ours)")
     parser.add_argument("--out", type=Path, default=Path("out/bench-train.json"))
     args = parser.parse_args(arguments)
     args.repeats = args.repeats or (5 if args.quick else 11)
@@ -174,6 +213,12 @@ def main() -> int:
             if "start" in args.parts:
                 told("\n| parameters | launcher | s |")
                 results["starts"] = run_starts(args)
+            if "why" in args.parts:
+                told("\n| layer | dtype | without " + " | without ".join(WITHOUT) + " |")
+                results["why"] = run_why(args)
+            if "products" in args.parts:
+                told("\n| what | dtype | gain from so many million operations on |")
+                results["products"] = run_products(args)
     except KeyboardInterrupt:
         told("interrupted; what was measured is written")
         return 130

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from elastic_moe import heap
 from elastic_moe.config import JobConfig
 from elastic_moe.model import ModelConfig
 from elastic_moe.parallel import build_mesh, init_weights
@@ -36,12 +37,15 @@ class StepTask:
     steps: int
     text: str
     dtype: str = "float32"
+    with_others: bool = True
+    balance: str = "sequence"
 
     @property
     def ways(self) -> tuple[str, ...]:
         if self.world_size == 1:
-            return (FSDP, GROUPED, EAGER, LOOP, DENSE)
-        return (FSDP, EP, *((BOTH,) if self.world_size > 2 else ()), GROUPED)
+            return (FSDP, *((GROUPED, EAGER, LOOP, DENSE) if self.with_others else ()))
+        both = (BOTH,) if self.world_size > 2 else ()
+        return (FSDP, EP, *both, *((GROUPED,) if self.with_others else ()))
 
 
 @dataclass
@@ -56,6 +60,7 @@ class StepCell:
 def measure_steps(task: StepTask) -> StepCell:
     """On every rank: build all ways, then let each do some steps in turn."""
     torch.set_num_threads(1)
+    heap.keep_freed()  # as `train` does; it serves all ways
     cell, memory, steps = StepCell(), PeakMemory(), {}
     for way in task.ways:
         memory.begin()
@@ -79,7 +84,11 @@ def measure_steps(task: StepTask) -> StepCell:
 def step_job(task: StepTask) -> JobConfig:
     train = {"steps": 1000, "global_batch": GLOBAL_BATCH, "seq_len": SEQ_LEN, "dtype": task.dtype}
     return JobConfig.model_validate(
-        {"model": STEP_MODEL.model_dump(), "train": train, "data": {"url": task.text, "format": "text"}}
+        {
+            "model": STEP_MODEL.model_dump() | {"balance": task.balance},
+            "train": train,
+            "data": {"url": task.text, "format": "text"},
+        }
     )
 
 
