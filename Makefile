@@ -105,6 +105,7 @@ bench-tiny: $(VENV)/.dev ## how far a job of defaults comes in ten minutes, and 
 
 bench-restore: $(VENV)/.dev ## a state out of its node's memory, another node's, and S3
 	$(BIN)/python -m tests.bench.restore_tiers
+	$(BIN)/python -m tests.bench.join_pause
 
 bench-plan: $(VENV)/.dev ## what the planner says of memory and step times, and what is measured
 	$(BIN)/python -m tests.bench.plan

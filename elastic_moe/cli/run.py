@@ -9,6 +9,7 @@ import argparse
 import gc
 import logging
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from storage import CheckpointService
 
 _OUR_TRAINER = ("-m", "elastic_moe", "train")
+_SAVES = re.compile(r"^\s*(from|import) (storage|elastic_moe\.integrations)\b", re.MULTILINE)
+_TEXT_CHARS_MAX = 1024 * 1024
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
 workers' program; 70 the program fails at start, again in the same way, or without progress: do not requeue; 75 too few
@@ -64,9 +67,30 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
-    """What workers will import beyond torch, where that is known: they run our own trainer."""
+    """What workers will import beyond torch, as far as that can be known: of our own trainer, or by the script's text.
+
+    A node that joins has imported it before the others stand still for it.
+    """
     runs_ours = _OUR_TRAINER in zip(arguments, arguments[1:], arguments[2:], strict=False)
-    return ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run") if runs_ours else ()
+    text = "\n".join([*arguments, *map(_text_of, arguments)])
+    found: tuple[str, ...] = ()
+    if runs_ours:
+        found = ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run")
+    elif _SAVES.search(text):
+        found = ("storage.checkpointer",)
+    return (*found, "storage.stores.s3.store") if found and "s3://" in text else found
+
+
+def _text_of(argument: str) -> str:
+    """The beginning of a script or job file that is named so, unless a `storage` of its own lies beside it; else ""."""
+    beside = Path(argument).parent / "storage"
+    if not argument.endswith((".py", ".toml")) or beside.exists() or beside.with_suffix(".py").exists():
+        return ""
+    try:
+        with open(argument, encoding="utf-8", errors="replace") as file:
+            return file.read(_TEXT_CHARS_MAX)
+    except OSError:
+        return ""
 
 
 def handle(args: argparse.Namespace) -> int:

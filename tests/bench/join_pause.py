@@ -1,6 +1,6 @@
 """The second half of `make bench-restore`: how long a training stands still when a node joins, from step to step.
 
-A node of one worker trains under `elastic-moe run` with a state of `--mib`, and checkpoints go to an S3 gateway; a
+A node of one worker trains under `elastic-moe run` with a state of `--mib`, and has saved it to an S3 gateway; a
 second node comes, and takes half of that state over. The pause is from the last step of one rank to the first of two:
 the save at the step boundary, the round, the new workers, the restore. `link` is what one connection of the loopback
 interface carries from one process to another, of the bytes that the node which joins needs; `allowed` is twice that
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from tests.s3 import S3Server, juicefs_gateway
 STATE_SCRIPT = str(Path(SCRIPT).with_name("state.py"))
 START_S, DEADLINE_S = 120.0, 120.0
 PARTS = ("checkpoint_staged", "workers_yielded", "round_formed", "workers_started", "restored")
+PARTS += ("script_imported", "ranks_met", "run_claimed")
 QUICK = 3
 
 
@@ -50,7 +52,7 @@ def measure(server: S3Server, mib: int) -> tuple[float, dict[str, float]]:
         job.script = (STATE_SCRIPT, text, server.url(folder.name), str(mib))
         try:
             job.start_node()
-            until("steps of one", lambda: job.steps(1)[20:] or job.ended(), START_S)
+            until("a checkpoint", lambda: told(folder, "checkpoint_committed") or job.ended(), START_S)
             job.start_node()
             until("a step of two", lambda: job.steps(2) or job.ended(), DEADLINE_S)
             assert not job.ended(), job.last_words()
@@ -58,13 +60,19 @@ def measure(server: S3Server, mib: int) -> tuple[float, dict[str, float]]:
             job.end()
         last_ts, next_ts = job.steps(1)[-1]["ts"], job.steps(2)[0]["ts"]
         assert job.steps(2)[0]["step"] == job.steps(1)[-1]["step"] + 1, "no step is done again"
-        events = [e for file in folder.glob("logs/**/events.jsonl") for e in read_lines(file)]
+        events = told(folder)
         ends = {
             part: max(e["ts"] for e in events if e["event"] == part and last_ts <= e["ts"] <= next_ts) - last_ts
             for part in PARTS
             if any(e["event"] == part and last_ts <= e["ts"] <= next_ts for e in events)
         }
         return next_ts - last_ts, ends
+
+
+def told(folder: Path, event: str = "") -> list[dict[str, Any]]:
+    """The events of that name so far, or all, and what the script has written down."""
+    files = [*folder.glob("logs/**/events.jsonl"), folder / "marks.jsonl"]
+    return [e for file in files if file.exists() for e in read_lines(file) if event in ("", e["event"])]
 
 
 def shared_memory() -> Path | None:

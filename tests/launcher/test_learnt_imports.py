@@ -77,6 +77,20 @@ def test_what_our_own_trainer_imports_is_known_before() -> None:
     assert _imported_by(["script.py", "train"]) == ()
 
 
+def test_what_a_script_that_saves_imports_is_known_by_its_text(tmp_path: Path) -> None:
+    script, job = tmp_path / "train.py", tmp_path / "job.toml"
+    script.write_text("import torch\n\ndef main():\n    from storage import Checkpointer\n")
+    assert _imported_by(["--nnodes", "1:2", str(script)]) == ("storage.checkpointer",)
+    assert _imported_by([str(script), "s3://bucket/run"]) == ("storage.checkpointer", "storage.stores.s3.store")
+    (tmp_path / "storage.py").touch()
+    assert _imported_by([str(script)]) == (), "it is another one"
+    (tmp_path / "storage.py").unlink()
+    script.write_text("import torch  # and no storage\nurl = 's3://x'\n")
+    assert _imported_by([str(script)]) == ()
+    job.write_text('[checkpoint]\nurl = "s3://bucket/run"\n')
+    assert "storage.stores.s3.store" in _imported_by(["-m", "elastic_moe", "train", str(job)])
+
+
 def test_it_is_imported_ahead() -> None:
     program = """
 import socket
