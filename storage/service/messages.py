@@ -186,7 +186,7 @@ class Heard(ServiceMessage):
 
 
 class TakenBack(ServiceMessage):
-    """The worker had lost sight of the service, and has carried those attempts out by itself."""
+    """The worker had lost sight of the service, and has carried those attempts out by itself, or wants them no more."""
 
     attempts: tuple[str, ...]
 
