@@ -7,9 +7,11 @@ plain      every rank computes the rows of its own experts (`train.expert_replic
 replicas   hot experts' weights are sent where that pays, by what a short probe has measured of this machine;
 always     the same, whatever the planner's costs say: what the decision is worth.
 
-Columns: rows of the busiest rank over the mean, without and with what was shared; copies of an expert a step; the
-median step, and plain's over it in each turn (median, least and greatest). More ranks than cores take turns on them,
-where a level load wins nothing. JSON goes to `--out`.
+Columns: rows of the busiest rank over the mean, without and with what was shared; copies of an expert a step; of the
+step the median, and plain's over it in each turn (median, least and greatest); the processor's time of the rank that
+takes most of it in a step, plain's over it likewise, and that of all ranks. The processor's time is what a step would
+take where each rank has a core of its own, and hardly minds who else is at work here; more ranks than cores take
+turns, where a level load wins nothing. JSON goes to `--out`.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ class HotCell:
     machine: dict[str, float]
     copy_rows: float = 0.0
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_s: dict[str, list[float]] = field(default_factory=dict)
+    cpu_all_s: dict[str, list[float]] = field(default_factory=dict)
     sharing: dict[str, SharingStats | None] = field(default_factory=dict)
 
 
@@ -82,14 +86,19 @@ def measure_hot(task: HotTask) -> HotCell:
     for way in WAYS:
         steppers[way] = stepper_of(task, way, cell.machine)
         cell.sharing[way] = steppers[way].step(0).sharing
-        cell.seconds[way] = []
+        cell.seconds[way], cell.cpu_s[way], cell.cpu_all_s[way] = [], [], []
     for turn in range(task.turns):
         for way, stepper in steppers.items():
             dist.barrier()
-            began_s = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             for number in range(task.steps):
                 stepper.step(1 + turn * task.steps + number)
-            dist.barrier()
+            cpu_s = torch.tensor([(time.process_time() - began_cpu_s) / task.steps], dtype=torch.float64)
+            most_s = cpu_s.clone()
+            dist.all_reduce(most_s, op=dist.ReduceOp.MAX)
+            dist.all_reduce(cpu_s)
+            cell.cpu_s[way].append(float(most_s))
+            cell.cpu_all_s[way].append(float(cpu_s))
             cell.seconds[way].append((time.perf_counter() - began_s) / task.steps)
     dispatch = steppers[REPLICAS].model.blocks[0].moe.dispatch
     cell.copy_rows = dispatch.rule.copy_rows if hasattr(dispatch, "rule") else 0.0
@@ -138,18 +147,25 @@ def choose_by_zipf(model: Decoder, task: HotTask) -> None:
 def rows_of(task: HotTask, cell: HotCell) -> list[str]:
     """A line for each way."""
     lines = []
-    for way, seconds in cell.seconds.items():
+    for way in cell.seconds:
         stats = cell.sharing[way] or cell.sharing[ALWAYS]
         assert stats is not None
         shared = cell.sharing[way]
         level = f"{stats.rank_load_owned:.2f} -> {shared.rank_load if shared else stats.rank_load_owned:.2f}"
-        times = sorted(a / b for a, b in zip(cell.seconds[PLAIN], seconds, strict=True))
         lines.append(
             f"| {task.world_size} | {task.zipf:g} | {way} | {level} | {shared.copies if shared else 0} | "
-            f"{statistics.median(seconds) * 1e3:.0f} | {statistics.median(times):.2f} "
-            f"({times[0]:.2f}-{times[-1]:.2f}) |"
+            f"{over_plain(cell.seconds, way)} | {over_plain(cell.cpu_s, way)} | "
+            f"{statistics.median(cell.cpu_all_s[way]) * 1e3:.0f} |"
         )
     return lines
+
+
+def over_plain(seconds: dict[str, list[float]], way: str) -> str:
+    """Milliseconds of a way, and what plain takes over it."""
+    times = sorted(a / b for a, b in zip(seconds[PLAIN], seconds[way], strict=True))
+    return (
+        f"{statistics.median(seconds[way]) * 1e3:.0f} | {statistics.median(times):.2f} ({times[0]:.2f}-{times[-1]:.2f})"
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -169,7 +185,10 @@ def main() -> int:
     args = parse()
     results: list[dict[str, Any]] = []
     ranks = Ranks()
-    print("| ranks | zipf | way | busiest rank / mean | copies | step ms | plain / it |", flush=True)
+    print(
+        "| ranks | zipf | way | busiest rank / mean | copies | step ms | plain / it | cpu ms | plain / it | all |",
+        flush=True,
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="bench-hot-") as folder:
             text = str(text_file(Path(folder)))
