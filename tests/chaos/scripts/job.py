@@ -111,6 +111,8 @@ with (folder / f"steps-{generation}-{rank}-{os.getpid()}.jsonl").open("a", buffe
             continue
         worker.heartbeat(step, step_s=time.monotonic() - begin_s)
         if worker.should_stop():
+            if ckpt is not None:
+                ckpt.wait(held=True)  # who has yielded is ended, with what it has not saved
             dist.barrier()
             worker.yielded(step)
             break
