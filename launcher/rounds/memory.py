@@ -1,11 +1,11 @@
 """What one rank's memory holds when it holds the most. Pure: from a mesh and a spec to bytes, term by term.
 
-FSDP2 (torch/distributed/fsdp/_fully_shard, 2.13) has three kinds of units: the root (embedding, head, last norm), each
-layer's experts, and the rest of each layer. A unit is gathered where it computes: the root from the start of a pass to
-its end, a layer's two while it runs. Gradients are reduced and cut into shards with the last pass of a step; those of
-the passes before it are added up whole. So a step holds the most at one of a few moments, each of which is counted:
-at the loss, in the last layer's backward pass or the first's (there at the experts, or as their gradients are reduced),
-as the root's are reduced, or in the optimizer.
+FSDP2 (torch/distributed/fsdp/_fully_shard, 2.13) has units: the root (embedding, head, last norm) and the layers, whose
+experts are units of their own where ranks hold parts of them. A unit is gathered where it computes: the root from the
+start of a pass to its end, a layer's while it runs. Gradients are reduced and cut into shards with the last pass of a
+step; those of the passes before it are added up whole. So a step holds the most at one of a few moments, each of which
+is counted: at the loss, in the last layer's backward pass or the first's (there at the experts, or as their gradients
+are reduced), as the root's are reduced, or in the optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
 # Of glibc's malloc. The last two were found by measuring resident memory (docs/benchmarks.md), each one number for all.
-_MAPPED_BYTES = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in malloc/malloc.c
+_MAPPED_BYTES = 1 << 30  # as `elastic_moe.heap` asks for
 _FREED_PART = 0.5  # of freed activations, that nothing takes the place of
 _TIMES_AGAIN = 2.0  # a layer's activations: what is left in the heap of a layer that is computed twice
 _CPU_RUNTIME_BYTES = 80 << 20  # pages of libraries that a first step touches, buffers of gloo, kernels made at run time
@@ -143,14 +143,21 @@ class _Sizes:
         )
 
     def in_reduction(self, *, last: bool) -> MemoryUse:
-        """The experts' gradients are reduced: their parameters are gone, and those of the next layer on their way."""
+        """A unit's gradients are reduced: its parameters are gone, and those of the next one on their way.
+
+        Where ranks hold parts of the experts those are a unit of their own, of which autograd holds one of three
+        gradients until it has told of it; else a layer is one unit, and its experts' gradients wait for the others.
+        """
+        apart = self.mesh.expert > 1 or self.spec.reduce_bytes == _FLOAT64_BYTES
+        numbers, shards, held = self.layer_experts_num, self.mesh.shard, self.experts / _MATRICES_OF_EXPERT
+        if not apart:
+            numbers, shards, held = numbers + self.spec.layer_dense_params, self.num_shards, self.experts
         return self.use(
             gradients=self.gradients(last=last),
             activations=self.kept_activations(last=last),
             logits=self.logits,
-            gathered=self.root + self.layer + (self.experts if self.mesh.shard > 1 else 0.0),
-            # Autograd holds one of three gradients until it has told of it.
-            working=self.experts / _MATRICES_OF_EXPERT + self.reducing(self.layer_experts_num, self.mesh.shard),
+            gathered=self.root + self.layer + (self.experts if shards > 1 else 0.0),
+            working=held + self.reducing(numbers, shards),
             freed=self.freed(last=last),
         )
 
@@ -201,8 +208,8 @@ class _Sizes:
     def reducing(self, numbers: float, num_shards: int) -> float:
         """What of so many gradients is sent, and what comes out of it.
 
-        A group of one sends nothing, and copies once more where it divides by a factor, as with replicas; gloo works on
-        a copy.
+        A group of one sends nothing, and copies once more where it divides by a factor, as with replicas; processors
+        exchange by a copy.
         """
         spec = self.spec
         copies = 1 + 1 / num_shards
@@ -219,8 +226,7 @@ def _holes(sizes: _Sizes) -> float:
 
     So of each layer stays what it took for itself: the gathered parameters, and the buffers that they were gathered in;
     gradients, but for one of three matrices whose place the next one takes; gradients that are reduced in a wider type;
-    rows and tokens on their way. Of what is computed again only one layer's stays. Blocks from 32 MiB on are mapped one
-    by one, and returned.
+    rows and tokens on their way; once, what embedding and head took, and of what is computed again one layer's.
     """
     spec, mesh, wide = sizes.spec, sizes.mesh, sizes.spec.activation_bytes
     rows = spec.top_k if spec.num_experts else 1
@@ -230,7 +236,7 @@ def _holes(sizes: _Sizes) -> float:
     if not spec.keep_gathered:
         kept += sizes.layer + matrices
         kept += sizes.layer if sizes.num_shards > 1 or narrow else 0.0
-        kept += sizes.experts if (mesh.shard > 1 or narrow) and sizes.is_kept(sizes.experts) else 0.0
+        kept += sizes.experts if narrow and sizes.is_kept(sizes.experts) else 0.0
     if narrow and sizes.is_kept(reduced := sizes.layer_experts_num * spec.reduce_bytes):
         kept += reduced
     of_tokens = sizes.tokens * spec.model_dim * wide
@@ -239,7 +245,8 @@ def _holes(sizes: _Sizes) -> float:
     kept += 2 * of_tokens if sizes.is_kept(of_tokens) else 0.0
     kept += copies * of_rows if sizes.is_kept(of_rows) else 0.0
     once = _TIMES_AGAIN * sizes.of_layer if spec.recompute and sizes.is_kept(of_tokens) else 0.0
-    return spec.num_layers * kept + once
+    of_root = 2 * sizes.root + (spec.root_params * spec.reduce_bytes if narrow else 0.0)
+    return spec.num_layers * kept + once + of_root
 
 
 def layer_activation_bytes(spec: MeshSpec) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elastic_moe import heap
 from elastic_moe.calibrate import measure
 from elastic_moe.config import JobConfig
 from elastic_moe.parallel import build_mesh, init_weights
@@ -42,6 +43,7 @@ def a_few_steps(job: JobConfig, plan: MeshPlan) -> None:
 
 def peak_of(job: JobConfig, plan: MeshPlan) -> int:
     """Bytes that a few steps add to this process at most, beyond what it had before there was a model."""
+    heap.keep_freed()  # as the trainer does
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, see proc(5)
     before = memory("VmRSS")
     a_few_steps(job, plan)
