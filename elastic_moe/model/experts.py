@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 _GROUPED_STRIDE_BYTES = 16
 
 # On a CPU one kernel is a loop over the experts, in C++ for each product: below so many operations of one expert in one
-# product that saves more than an expert's rows gain from staying in the cache, or from oneDNN (docs/benchmarks.md).
+# product that saves more than an expert's rows gain from staying in the cache, or from oneDNN. An estimate, no
+# measured crossing: `python -m tests.bench.train --parts products` measures it (docs/benchmarks.md).
 _APART_FROM_FLOPS = 4e6
 
 
