@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from elastic_moe.errors import UserError
 from elastic_moe.section import Section
@@ -16,19 +16,19 @@ from elastic_moe.section import Section
 class MachineSpeed(Section):
     """What a rank achieves. The defaults are those of H100s with 200 Gbit/s each between nodes."""
 
-    flops_per_s: float = Field(3e14, gt=0)
+    flops_per_s: float = Field(3e14, ge=1)
     """Floating-point operations per second that a rank achieves."""
-    memory_bytes_per_s: float = Field(2.5e12, gt=0)
+    memory_bytes_per_s: float = Field(2.5e12, ge=1)
     """Bytes per second that a rank reads or writes in its own memory."""
-    intra_node_bytes_per_s: float = Field(2e11, gt=0)
+    intra_node_bytes_per_s: float = Field(2e11, ge=1)
     """Bandwidth of a rank to another of its node."""
-    inter_node_bytes_per_s: float = Field(2e10, gt=0)
+    inter_node_bytes_per_s: float = Field(2e10, ge=1)
     """Bandwidth of a rank to another node."""
-    latency_s: float = Field(2e-5, gt=0)
+    latency_s: float = Field(2e-5, gt=0, le=3600)
     """Fixed cost of a collective."""
-    hop_s: float = Field(1e-6, gt=0)
+    hop_s: float = Field(1e-6, gt=0, le=3600)
     """Further cost of a collective for each rank beyond the first."""
-    layer_launch_s: float = Field(3e-4, gt=0)
+    layer_launch_s: float = Field(3e-4, gt=0, le=3600)
     """Fixed cost of a layer's forward and backward pass, whatever its size."""
     cores_per_node: int | None = Field(None, ge=1)
     """Processor cores that the ranks of a node share, where they compute on them; none where each has a device."""
@@ -59,6 +59,12 @@ def read_calibration(path: str | Path) -> dict[str, float]:
             raise UserError(
                 f"calibration {path}: {name} = {value!r} must be a {'whole ' if whole else ''}number above 0"
             )
+    try:
+        MachineSpeed.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        allowed = first["msg"].replace("Input should", "it must")
+        raise UserError(f"calibration {path}: {first['loc'][0]} = {first['input']!r}: {allowed}") from None
     return fields
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from launcher.rounds.speed import StepTime, node_stride, step_time
 
 # Plans whose modelled step times differ by less are equally fast: the model is no more exact than that.
 TIE = 0.02
+_ALL_MICRO_BATCHES = 64  # up to which each that needs another number of rounds is tried
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,16 +194,17 @@ def preference(
 def _rounds(size: int, spec: MeshSpec) -> Iterator[tuple[int, int]]:
     """Every number of rounds that some micro-batch needs, with the smallest micro-batch for it.
 
-    A larger micro-batch of as many rounds computes only more padding.
+    A larger micro-batch of as many rounds computes only more padding. Of very many, one in each sixteenth of the
+    micro-batch: a mistyped batch is no reason to think for hours.
     """
-    per_rank = math.ceil(spec.global_batch / size)
+    per_rank = -(-spec.global_batch // size)
     largest = min(per_rank, spec.max_micro_batch or per_rank)
     micro_batch = largest
     while micro_batch >= 1:
-        rounds = math.ceil(per_rank / micro_batch)
-        smallest = math.ceil(per_rank / rounds)
+        rounds = -(-per_rank // micro_batch)
+        smallest = -(-per_rank // rounds)
         yield smallest, rounds
-        micro_batch = smallest - 1
+        micro_batch = smallest - (1 if smallest <= _ALL_MICRO_BATCHES else max(1, smallest // 16))
 
 
 def _why_infeasible(world_size: int, spec: MeshSpec, straddling: set[int], leanest: Priced | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from elastic_moe import config
 from elastic_moe.errors import UserError
 from elastic_moe.section import Section
+from launcher import Infeasible, MeshSpec, price
+from launcher.rounds.mesh import _rounds
 
 ODD: list[Any] = [
     *(True, "", "abc", "1", "inf", "\0", "x" * 500, -1, 0, 1, 1.5, 1.0, 1e308, math.nan, math.inf, -math.inf),
@@ -58,6 +61,32 @@ def test_a_value_is_taken_as_what_it_is_or_refused_in_one_line(value: Any) -> No
         elif name != "preset":
             assert taken == (float(value) if type(taken) is float else value)
             assert type(value) in types_of(annotation) or (type(value) is int and float in types_of(annotation))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "mesh": {"flops_per_s": 1.0, "memory_bytes_per_s": 1.0, "latency_s": 3600.0},
+            "train": {"global_batch": 10**7},
+        },
+        {"mesh": {"memory_gib": 1e-3, "max_idle": 1 << 62}},
+        {
+            "model": {"num_layers": 1 << 62, "num_experts": 1 << 62, "vocab_size": 1 << 62},
+            "train": {"seq_len": 1 << 62},
+        },
+    ],
+)
+def test_a_mesh_is_planned_for_whatever_a_job_may_say(fields: dict[str, Any]) -> None:
+    spec = config.mesh_spec(config.checked(fields, "job.toml"))
+    with contextlib.suppress(Infeasible):
+        assert price(8, spec, ranks_per_node=8).step_s > 0
+
+
+def test_a_mistyped_batch_is_planned_for_in_no_time() -> None:
+    assert sum(1 for _ in _rounds(8, MeshSpec(global_batch=10**20))) < 1000
+    few = [rounds for _, rounds in _rounds(1, MeshSpec(global_batch=60))]
+    assert few == sorted({-(-60 // micro_batch) for micro_batch in range(1, 61)})
 
 
 def test_what_may_be_none_is_that_by_its_name(tmp_path: Path) -> None:
