@@ -121,21 +121,33 @@ def open_mailbox(group: dist.ProcessGroup) -> Mailbox | None:
     """A mailbox for a group; None where its ranks are not all on one machine, or see no others. A collective."""
     if not 2 <= group.size() <= _MOST_RANKS or not hasattr(os, "memfd_create"):
         return None
-    own = [Slot() for _ in range(_NUM_SLOTS)]
-    card = torch.tensor([*_boot_id(), os.getpid(), *(number for slot in own for number in (slot.fd, slot.secret))])
+    own, obstacle = _own_slots()
+    numbers = [number for slot in own for number in (slot.fd, slot.secret)] or [-1] * 2 * _NUM_SLOTS
+    card = torch.tensor([*_boot_id(), os.getpid(), *numbers])
     cards = [torch.empty_like(card) for _ in range(group.size())]
     dist.all_gather(cards, card, group=group)
+    peers: list[list[PeerSlot | None]] = []
     try:
         peers = [[_open_peer(card, other, turn) for other in cards] for turn in range(_NUM_SLOTS)]
-        obstacle = ""
     except OSError as error:
-        peers, obstacle = [], str(error)
+        obstacle = obstacle or str(error)
     worked = torch.tensor(int(not obstacle))
     dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=group)
     if not worked:
         log.info("gloo carries what %d ranks exchange: %s", group.size(), obstacle or "another rank sees no mailbox")
         return None
     return Mailbox(group, own, peers)
+
+
+def _own_slots() -> tuple[list[Slot], str]:
+    """This rank's slots; where it can have none, none and why, which the others are still to hear.
+
+    A hardened system refuses files in memory (vm.memfd_noexec = 2), and a process may have all its descriptors in use.
+    """
+    try:
+        return [Slot() for _ in range(_NUM_SLOTS)], ""
+    except OSError as error:
+        return [], f"no memory to exchange through: {error}"
 
 
 def _open_peer(own: Tensor, other: Tensor, turn: int) -> PeerSlot | None:
