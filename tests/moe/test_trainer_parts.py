@@ -85,10 +85,11 @@ def test_norms_and_routers_do_not_decay() -> None:
 
 def test_moments_take_no_memory_before_they_are_written() -> None:
     """A restore writes all of them: zeros that were written before would cost a large model seconds."""
+    build_optimizer(torch.nn.ParameterList([torch.empty(3)]), OptimConfig())  # imports what the first one needs
     model = torch.nn.ParameterList([torch.empty(1 << 24), torch.empty(3, 5), torch.empty(0, 4)])
     before = psutil.Process().memory_info().rss
     optimizer = build_optimizer(model, OptimConfig())
-    assert psutil.Process().memory_info().rss - before < 32 << 20
+    assert psutil.Process().memory_info().rss - before < 64 << 20  # of 128
     for param, moments in optimizer.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             assert moment.shape == param.shape and moment.stride() == param.stride()
