@@ -33,6 +33,7 @@ class Slot:
     def __init__(self) -> None:
         self.fd = os.memfd_create("elastic-moe mailbox", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self.fd)
+        os.fchmod(self.fd, 0o600)
         self.secret = secrets.randbits(62)
         self._map(_HEADER_BYTES)
         self._numbers[0] = self.secret
