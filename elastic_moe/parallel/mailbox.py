@@ -25,6 +25,7 @@ _NUMBER_BYTES = 8
 _MOST_RANKS = (_HEADER_BYTES // _NUMBER_BYTES - 1) // 2
 _NUM_SLOTS = 2
 _GROWTH_BYTES = 1 << 20
+_SEVERAL_MACHINES = "they run on several machines"
 
 
 class Slot:
@@ -135,7 +136,8 @@ def open_mailbox(group: dist.ProcessGroup) -> Mailbox | None:
     worked = torch.tensor(int(not obstacle))
     dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=group)
     if not worked:
-        log.info("gloo carries what %d ranks exchange: %s", group.size(), obstacle or "another rank sees no mailbox")
+        level = logging.INFO if obstacle == _SEVERAL_MACHINES else logging.WARNING
+        log.log(level, "gloo carries what %d ranks exchange: %s", group.size(), obstacle or "another sees no mailbox")
         return None
     return Mailbox(group, own, peers)
 
@@ -156,7 +158,7 @@ def _open_peer(own: Tensor, other: Tensor, turn: int) -> PeerSlot | None:
     if card == own_card:
         return None
     if card[:2] != own_card[:2]:
-        raise OSError("they run on several machines")
+        raise OSError(_SEVERAL_MACHINES)
     return PeerSlot(card[2], *card[3 + 2 * turn : 5 + 2 * turn])
 
 

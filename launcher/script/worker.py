@@ -68,7 +68,7 @@ class Worker:
     """This process as a worker. A script needs no more than one, `launcher.worker`.
 
     The variables that the agent sets are read when they are needed, from `env`; the channel to it is opened once.
-    `event` may be called from any thread, all else from the training's.
+    `event` and `alive` may be called from any thread, all else from the training's.
     """
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
