@@ -179,10 +179,11 @@ def test_while_the_store_is_away_it_is_not_known_what_became_of_a_save(
         return 5 if is_committed else None
 
     monkeypatch.setattr(receipts, "committed_bytes", committed_bytes)
-    monkeypatch.setattr(lost, "_PAUSE_S_MIN", 0.001)
+    monkeypatch.setattr(lost, "_PAUSE_S_MIN", 60.0)  # not a third time, however late it is told to end
     tell_once(notes)  # the service ends meanwhile, and the next one asks
     num_before = len(tries)
     assert len(notes.all()) == 1 and 0 < num_before < 3
+    monkeypatch.setattr(lost, "_PAUSE_S_MIN", 0.001)
     with contextlib.closing(LostSaves(notes, lambda stage: False).start()):
         until("it to be told", lambda: not notes.all())
     found = events_in(tmp_path / "events.jsonl")
