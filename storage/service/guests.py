@@ -83,6 +83,7 @@ def taken_up(keeper: MemoryKeeper, kept: Mapping[str, tuple[str, list[int]]]) ->
     """The parts that a process before this one held: by name, the text and the descriptors, which are theirs."""
     found = []
     for name, (text, fds) in kept.items():
+        keeper.done(name)  # that process may have crashed before it said so, and what is not done is kept for ever
         try:
             of_node, papers = _read(text, fds)
             objects, memories = objects_from(fds, Slot.from_fd)

@@ -82,6 +82,21 @@ def test_a_live_state_outlives_a_crash_and_its_memory_goes_with_it(pair: Pair) -
     again.close()
 
 
+def test_what_was_kept_by_a_service_that_crashed_in_the_middle_goes_all_the_same(pair: Pair) -> None:
+    """Before it said that there is nothing to be done about it."""
+    held = HeldStates(keeper=pair.safe)
+    held.add_live(in_shared_memory(Staged(20, world_size=1, is_all=True).part(0)))
+    pair.heed()
+    (kept,) = pair.state.kept.values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair, "heed_all", lambda: pair.link.recv(4096))
+        again = crash(pair, held)
+    assert not kept.is_done
+    again.close()
+    pair.heed_all()
+    assert pair.state.kept == {}
+
+
 @pytest.mark.parametrize("what", ["the text", "the papers", "the place", "the memory"])
 def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair) -> None:
     held = HeldStates(keeper=pair.safe)
