@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3.0
 _SIGN, _SIGNED = "elastic-moe", b"Nodes meet here; of many who create the same object one does.\n"
+_UNSURE = b"Nodes meet here; it is not known yet whether of many who create the same object one does.\n"
 _NUM_RACERS, _NUM_RACES = 4, 2
 
 
@@ -42,9 +43,9 @@ class StoreRegister:
             honours = self._store.can(Capability.CONDITIONAL_PUTS)
             needs_locks = self._store.can(Capability.HOST_LOCKS)
             is_raced = not (honours and self.is_remote) or self._is_signed()
-            num_winners = 1 if is_raced else self._num_winners()
+            num_winners, is_sure = (1, honours) if is_raced else self._num_winners()
             if num_winners == 1:
-                self._quick.put(_SIGN, [_SIGNED])
+                self._quick.put(_SIGN, [_SIGNED if is_sure else _UNSURE])
         except StorageError as error:
             raise UsageError(f"--rdzv-endpoint {self._store.url} cannot be used: {error}") from error
         if not honours:
@@ -77,25 +78,29 @@ class StoreRegister:
         except NotFound:
             return False
 
-    def _num_winners(self) -> int:
-        """How many of some that create the same object at once succeed. There are gateways that one client cannot tell
-        from a sound one, since they honour conditions that were settled before."""
-        most = 1
+    def _num_winners(self) -> tuple[int, bool]:
+        """How many of some that create the same object at once succeed, and whether all heard if they have. There are
+        gateways that one client cannot tell from a sound one, since they honour conditions that were settled before."""
+        most, is_sure = 1, True
         with ThreadPoolExecutor(_NUM_RACERS, thread_name_prefix="register-race") as pool:
             for _ in range(_NUM_RACES):  # the first one opens the connections
                 name = f"{_SIGN}.race-{uuid.uuid4().hex}"
                 racers = [f"racer {number}\n".encode() for number in range(_NUM_RACERS)]
                 won = list(pool.map(functools.partial(self._has_created, name), racers))
-                most = max(most, sum(won))
+                most, is_sure = max(most, won.count(True)), is_sure and None not in won
                 with contextlib.suppress(StorageError):
                     self._quick.delete(name)
-        return most
+        return most, is_sure
 
-    def _has_created(self, name: str, content: bytes) -> bool:
+    def _has_created(self, name: str, content: bytes) -> bool | None:
+        """None where that is not known."""
         try:
             self._quick.put(name, [content], if_absent=True)
-        except StorageError:
+        except AlreadyExists:
             return False
+        except StorageError as error:
+            log.info("%s is raced once more by the next: %s", self._store.url, error)
+            return None
         return True
 
     def read(self, name: str) -> bytes | None:

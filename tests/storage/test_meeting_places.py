@@ -14,7 +14,7 @@ import pytest
 from elastic_moe.register import StoreRegister, open_register
 from launcher.errors import UsageError
 from launcher.kv.bucket.client import BucketKV
-from storage.errors import AlreadyExists
+from storage.errors import AlreadyExists, Transient
 from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo, exists
@@ -55,6 +55,19 @@ def test_one_that_honours_conditions_unless_they_race_is_refused_as_well(monkeyp
         register.check()
         assert register.names("") == ["elastic-moe"], "nothing is left of the race"
     assert len(raced) == 8, "once for a place"
+
+    class Silent(MemoryStore):
+        def put(self, key: str, buffers: Sequence[Buffer], *, if_absent: bool = False) -> ObjectInfo:
+            if ".race-" in key:
+                raced.append(key)
+                raise Transient("too many requests")
+            return super().put(key, buffers, if_absent=if_absent)
+
+    raced.clear()
+    silent = Silent("silent")
+    for _ in range(2):
+        StoreRegister(silent).check()
+    assert len(raced) == 16, "nothing is concluded of a race of which one has not heard the end"
 
 
 SERVERS = ["moto"] + ["seaweedfs"] * (os.environ.get("KV_ON_S3") == "seaweedfs")
