@@ -88,6 +88,8 @@ def objects_from(
     with contextlib.ExitStack() as on_failure:
         left = list(descriptors)
         on_failure.callback(lambda: _close_all(left))
+        if not left:
+            raise Corrupt("nothing was sent of where a part lies")
         data = os.pread(left[0], os.fstat(left[0]).st_size, 0)
         begin = 8 + int.from_bytes(data[:8], "little")
         document = unseal(_KIND, PartMap, data[8:begin], "where a part lies")

@@ -97,7 +97,7 @@ def test_what_was_kept_by_a_service_that_crashed_in_the_middle_goes_all_the_same
     assert pair.state.kept == {}
 
 
-@pytest.mark.parametrize("what", ["the text", "the papers", "the place", "the memory"])
+@pytest.mark.parametrize("what", ["the text", "the papers", "the place", "the memory", "all descriptors"])
 def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair) -> None:
     held = HeldStates(keeper=pair.safe)
     for step in (20, 30):
@@ -111,8 +111,11 @@ def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair) -> None:
         os.pwrite(first.paper, b"S", at)
     elif what == "the place":
         os.pwrite(first.fds[0], b"\xff", 40)
-    else:
+    elif what == "the memory":
         first.fds.append(os.dup(0))
+    else:  # as where the keeper could open no more
+        while first.fds:
+            os.close(first.fds.pop())
     num_fds = len(os.listdir("/proc/self/fd"))
     again = crash(pair, held)
     assert [label.step for label in again.node.inventory.labels()] == [30]
