@@ -168,7 +168,8 @@ class ServiceBackend:
             self._state.notify_all()
             if not self._is_away:
                 self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
-            if self._channel is not None:
+            is_still_its = self._custody.handed.get(stage.attempt.id) is handed  # nobody else has it by now
+            if self._channel is not None and is_still_its:
                 self._send(self._channel, handed)
         if is_nobodys and not handed.waits:
             self._take_back(handed, is_shared=False)
