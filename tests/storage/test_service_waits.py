@@ -151,6 +151,7 @@ def test_what_gives_way_while_the_connection_is_lost_is_not_begun_when_the_worke
             ckpt.save(step, state(step))
             assert gate.reached.wait(60)
         until("step 2 to wait", lambda: waiting(service) == [2])
+        until("it to be let go of at once", lambda: all(p.ready.is_set() for p in service.server._all_unfinished()))
         first, other = dict.fromkeys(name for what, name in service.safe.told if what == "keep")  # one may come twice
         monkeypatch.setattr(ServiceAt, "connect", later)
         with backend._state:
