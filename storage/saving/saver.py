@@ -19,7 +19,7 @@ from storage.saving.backlog import SaveQueue
 from storage.saving.committer import Committer
 from storage.saving.consensus import Agreed, Consensus, CopiedPart, Proposed
 from storage.saving.options import SavingPlan
-from storage.saving.proposal import Decision, Proposal, as_step
+from storage.saving.proposal import Decision, Fate, Proposal, as_step
 from storage.saving.replicas import ReplicaCheck
 from storage.saving.uploads import SaveJob
 
@@ -119,6 +119,8 @@ class Saver:
         Not after a save that was left out: if that is so again, the training would be held up by a copy for nothing.
         """
         if mine.step is None or mine.busy or mine.waiting or self._has_skipped or proposed.part is None:
+            return None
+        if self._committer.fate_of(mine.step) is not Fate.NONE:  # as where a stop comes with a save
             return None
         return proposed.part.copy(self._stager, _Told(self._report, mine.step))
 

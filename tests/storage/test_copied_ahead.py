@@ -97,6 +97,14 @@ def test_what_cannot_be_saved_leaves_its_memory_free(memory_url: str, watched: W
     assert [step for step, _ in states(memory_url)] == [3, 1]
 
 
+def test_what_is_saved_already_is_not_copied_for_nothing(memory_url: str, watched: Watched) -> None:
+    with Checkpointer(memory_url) as ckpt:
+        for step in (1, 2, 2):
+            watched.taken()
+            ckpt.save(step, state(step), wait=True)
+        assert watched.taken() == ["meet"]
+
+
 def test_where_ranks_plan_anew_the_copy_is_made_again(memory_url: str, watched: Watched) -> None:
     with Checkpointer(memory_url, keep=9) as ckpt:
         for step in (1, 2):
