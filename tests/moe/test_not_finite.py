@@ -220,7 +220,7 @@ class Script:
     def save(self, step: int, state: Any, wait: bool = False, healthy: bool | None = None) -> None:
         self.saved += [_Saved(step, healthy)] if healthy is not None else []  # else it is only told of a step
 
-    def wait(self) -> bool:
+    def wait(self, *, held: bool = False) -> bool:
         return True
 
     def announce_end(self) -> None: ...
