@@ -1,4 +1,4 @@
-"""`make bench-meeting`: nodes that meet without a server, in a folder and on an S3 server 20 ms away.
+"""`make bench-meeting`: nodes that meet without a server, in a folder and on an S3 server some way off.
 
 * form, lost: handlers of N nodes, as in `tests.bench.rendezvous`, with leases of 4 s;
 * recover: a job of three nodes of one worker each (an all-reduce and 20 ms of sleep a step), of which one is killed or
@@ -6,9 +6,9 @@
   comes: the longest pause of the others);
 * idle: what three nodes that train ask in a while, and what that costs on S3.
 
-`s3` is moto behind a proxy that passes each request on 20 ms later and counts; it answers one request after the other,
-each at 2 ms of CPU time. `seaweedfs` is a real gateway behind that proxy. `far` is a folder that is asked as S3 is,
-each request 20 ms later, at no CPU time.
+`s3` is moto behind a proxy that passes each request on `--latency-ms` later and counts; it answers one request after
+the other, each at 1 ms of CPU time. `seaweedfs` is a real gateway behind that proxy. `far` is a folder that is asked as
+S3 is, each request as much later, at no CPU time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.bench.rendezvous import Place, live
 from tests.cluster import until
 from tests.s3 import S3Server, moto_server, seaweedfs_gateway
 
-LATENCY_S = 0.020
+LATENCY_MS = 20.0
 LEASE_TTL_S = 4.0
 START_S, DEADLINE_S = 120.0, 60.0
 PUT_DOLLARS, GET_DOLLARS = 5.0e-6, 0.4e-6
@@ -70,8 +70,8 @@ class Meeting:
 
 
 @contextlib.contextmanager
-def meetings(names: list[str], folder: Path) -> Iterator[list[Meeting]]:
-    """The places of these names."""
+def meetings(names: list[str], folder: Path, latency_s: float) -> Iterator[list[Meeting]]:
+    """The places of these names, of which all but a folder are so far away."""
     with contextlib.ExitStack() as stack:
         made = []
         for name in names:
@@ -79,12 +79,12 @@ def meetings(names: list[str], folder: Path) -> Iterator[list[Meeting]]:
                 made.append(Meeting(name, lambda: str(folder / uuid.uuid4().hex), lambda: None))
                 continue
             if name == "far":
-                made.append(Meeting(name, lambda: f"{SCHEME}{LATENCY_S}:{folder / uuid.uuid4().hex}", lambda: None))
+                made.append(Meeting(name, lambda: f"{SCHEME}{latency_s}:{folder / uuid.uuid4().hex}", lambda: None))
                 continue
             made_by = seaweedfs_gateway() if name == "seaweedfs" else moto_server(folder)
             server: S3Server = stack.enter_context(made_by)
             os.environ.update(server.environment)
-            proxy = stack.enter_context(DelayProxy(server.endpoint_url, LATENCY_S))
+            proxy = stack.enter_context(DelayProxy(server.endpoint_url, latency_s))
             far = dataclasses.replace(server, endpoint_url=proxy.endpoint_url)
             made.append(Meeting(name, lambda far=far: far.url(uuid.uuid4().hex), proxy.counts))  # type: ignore[misc]
         yield made
@@ -223,12 +223,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--idle-s", type=float, default=60.0)
+    parser.add_argument(
+        "--latency-ms", type=float, default=LATENCY_MS, help="of each request but a folder's; default %(default)g"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench-meeting.json"))
     args = parser.parse_args()
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{machine}; {args.repeats} times each; s3, far: {LATENCY_S * 1000:g} ms a request", flush=True)
+    print(f"{machine}; {args.repeats} times each; s3, far: {args.latency_ms:g} ms a request", flush=True)
     results: dict[str, object] = {"machine": machine}
-    with tempfile.TemporaryDirectory() as folder, meetings(args.places, Path(folder)) as places:
+    with tempfile.TemporaryDirectory() as folder, meetings(args.places, Path(folder), args.latency_ms / 1000) as places:
         for meeting in places:
             if "form" in args.parts:
                 results[f"form {meeting.name}"] = print_forming(meeting, args.sizes, args.repeats, args.processes)
