@@ -1,4 +1,4 @@
-"""Runs through resizes, drawn at random: `RESIZED_RUNS=200 pytest tests/moe/test_resized_runs.py`; the suite has a few.
+"""Runs through resizes, drawn at random: `RESIZED_RUNS=200 pytest tests/moe/test_resized_runs.py`; the suite has two.
 
 Every way to keep loads level, one to three experts a token, experts and widths that nothing divides, on random meshes.
 """
@@ -20,7 +20,7 @@ from tests.moe.cases import SMALL, fitted
 from tests.moe.test_training import different, job, run_legs, whole_curve
 from tests.ranks import Ranks
 
-NUM_RUNS = int(os.environ.get("RESIZED_RUNS", "2"))
+NUM_RUNS = int(os.environ.get("RESIZED_RUNS", "1"))
 WORLDS = [(4, 3, 2, 4), (8, 5)]
 BALANCES = ["sequence", "global", "bias", "quantile", "forced", "none"]
 
