@@ -161,8 +161,7 @@ def _start() -> _Worker:
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
-    os.environ.clear()  # the process that ranks are forked from has that of the test which first asked for some
-    os.environ.update(environment)
+    _restore(environment)  # the process that ranks are forked from has that of the test which first asked for some
     import torch
 
     torch.set_num_threads(1)
@@ -171,10 +170,17 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
             job = pipe.recv()
         except EOFError:
             return
+        _restore(environment)  # a test before may have left credentials in it
         try:
             _answer(job, pipe)
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+
+
+def _restore(environment: dict[str, str]) -> None:
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _answer(job: _Job, pipe: Connection) -> None:

@@ -63,3 +63,13 @@ def test_a_failed_rank_is_named_and_all_end(pool: Ranks, function: Callable[[], 
         pool.run(function, world_size=2, timeout_s=4 if function is hang_on_1 else 60)
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert pool.run(world_sum, 1, world_size=2) == [1, 1]
+
+
+def leave_a_variable() -> str | None:
+    before = os.environ.get("LEFT_BY_A_TEST")
+    os.environ["LEFT_BY_A_TEST"] = "yes"
+    return before
+
+
+def test_what_a_run_leaves_in_the_environment_is_gone_in_the_next(ranks: Ranks) -> None:
+    assert [ranks.run(leave_a_variable, world_size=1) for _ in range(2)] == [[None], [None]]
