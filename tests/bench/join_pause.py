@@ -24,7 +24,7 @@ import torch
 
 from tests.bench.family import ends_with_its_family
 from tests.bench.recovery import SCRIPT, Job, Launcher
-from tests.bench.restore_tiers import MIB, OVER_LINK, OVER_S, link_s
+from tests.bench.restore_tiers import MIB, OVER_LINK, OVER_S, link_s, shared_memory
 from tests.cluster import free_port, read_lines, until
 from tests.s3 import S3Server, juicefs_gateway
 
@@ -73,11 +73,6 @@ def told(folder: Path, event: str = "") -> list[dict[str, Any]]:
     """The events of that name so far, or all, and what the script has written down."""
     files = [*folder.glob("logs/**/events.jsonl"), folder / "marks.jsonl"]
     return [e for file in files if file.exists() for e in read_lines(file) if event in ("", e["event"])]
-
-
-def shared_memory() -> Path | None:
-    """Where files lie in memory, if there is such a place."""
-    return Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -218,6 +218,11 @@ def _is_gone(folder: str) -> bool:
     return not Path(folder).exists()
 
 
+def shared_memory() -> Path | None:
+    """Where files lie in memory, if there is such a place."""
+    return Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of all that ends what was started
-    bench, shm = Bench(options.mib), Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None, ignore_cleanup_errors=True) as folder:
+    bench = Bench(options.mib)
+    with tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True) as folder:
         bench.run(QUICK if options.quick else options.repeats, Path(folder))
     until("nobody writes there any more", lambda: _is_gone(folder))
     if options.json:

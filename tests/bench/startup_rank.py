@@ -49,12 +49,18 @@ def entered(manager: Callable[..., Any], times_s: list[float]) -> Callable[..., 
     return clocked
 
 
+IMPORTED_S = 120.0
+
+
 @contextlib.contextmanager
 def all_there(folder: Path) -> Iterator[None]:
     """Begin when every rank has imported: which of them is last says nothing of a start by the agent."""
     mine = folder / f"imported-{os.environ['MASTER_PORT']}-{os.environ['RANK']}"
     mine.touch()
+    deadline_s = time.monotonic() + IMPORTED_S
     while len(list(folder.glob(f"imported-{os.environ['MASTER_PORT']}-*"))) < int(os.environ["WORLD_SIZE"]):
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"not every rank has imported within {IMPORTED_S:g} s")
         time.sleep(0.002)
     try:
         yield
