@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train bench-hot check format lint types layers clean
+.PHONY: help demo test test-whole test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train bench-hot check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -49,6 +49,9 @@ demo: $(VENV)/.demo ## train a small MoE over two nodes, lose one, go on, take i
 test: $(VENV)/.dev ## the whole test suite
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder # but by tests/order.py
 
+test-whole: $(VENV)/.dev ## the suite with every case of the tables of which it takes a sample; 40 minutes on two cores
+	SUITE_WHOLE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000
 	BUCKET_SEEDS=10000 $(BIN)/python -m pytest -q tests/launcher/test_bucket_journal.py
@@ -61,11 +64,11 @@ fuzz: $(VENV)/.dev ## 10,000 damages to the files of a run: right bytes, the old
 	$(BIN)/python -W ignore -m tests.fuzz
 
 chaos: $(VENV)/.dev ## real faults against nodes and checkpoint services, on every kind of etcd; REPEAT=5 does it five times
-	for i in $$(seq $(REPEAT)); do CHAOS_STORES=plain,secure,beside CHAOS_AWAY_S=30 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
-		CHAOS_STORES=folder,s3 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; \
-		CHAOS_SAVES=service,direct $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
-	FAULTS_SAVED_BY=service $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/storage/test_s3_faults.py tests/storage/test_s3_fault_ranks.py
-	SERVICE_KILLS=20 SERVICE_SAVES=1000 ODD_SEEDS=2000 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/storage/test_service_deaths.py tests/storage/test_service_growth.py tests/storage/test_service_odd.py
+	for i in $$(seq $(REPEAT)); do SUITE_WHOLE=1 CHAOS_STORES=plain,secure,beside CHAOS_AWAY_S=30 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos || exit 1; \
+		SUITE_WHOLE=1 CHAOS_STORES=folder,s3 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; \
+		SUITE_WHOLE=1 CHAOS_SAVES=service,direct $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/chaos/test_nodes.py || exit 1; done
+	SUITE_WHOLE=1 FAULTS_SAVED_BY=service $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/storage/test_s3_faults.py tests/storage/test_s3_fault_ranks.py
+	SUITE_WHOLE=1 SERVICE_KILLS=20 SERVICE_SAVES=1000 ODD_SEEDS=2000 $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/storage/test_service_deaths.py tests/storage/test_service_growth.py tests/storage/test_service_odd.py
 
 check-deploy: $(VENV)/.dev ## the files in deploy/, on a real Slurm and by systemd's own analysis; installs those from Debian
 	dpkg --status $(DEPLOY_TOOLS) >/dev/null 2>&1 || \
