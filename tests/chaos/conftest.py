@@ -10,22 +10,26 @@ from typing import Protocol
 
 import pytest
 
+from tests import sample
 from tests.chaos.job import ON_OBJECTS, STORES, Job, etcd_on
 from tests.chaos.network import Loopback, network, why_no_cuts
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test runs on a plain etcd, those marked `also_secure` with TLS and a user as well, those marked
-    `also_folder` without any server too.
+    """Every test runs on a plain etcd, or on what it is marked with: `on_secure` with TLS and a user, `on_folder`
+    without any server; in the whole (`tests/sample.py`) on a plain one as well.
 
     CHAOS_STORES names the flavours to run all on instead: `make chaos` sets it to plain,secure,beside. So does
-    CHAOS_SAVES (file, service, direct) for how the job saves: in a file, where no test is marked `also_saving`.
+    CHAOS_SAVES (file, service, direct) for how the job saves: in a file, where no test is marked `by_service`.
     """
+
+    def marked(name: str) -> bool:
+        return metafunc.definition.get_closest_marker(name) is not None
+
     if "saves" in metafunc.fixturenames:
-        also_saving = metafunc.definition.get_closest_marker("also_saving") is not None
-        saves = tuple(filter(None, os.environ.get("CHAOS_SAVES", "").split(","))) or (
-            ("file", "service") if also_saving else ()
-        )
+        saves = tuple(filter(None, os.environ.get("CHAOS_SAVES", "").split(",")))
+        if not saves and marked("by_service"):
+            saves = ("file", "service") if sample.IS_WHOLE else ("service",)
         if saves:
             metafunc.parametrize("saves", saves, indirect=True)
     if "flavour" not in metafunc.fixturenames:
@@ -33,10 +37,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = tuple(filter(None, os.environ.get("CHAOS_STORES", "").split(",")))
     known = (*STORES, *ON_OBJECTS)
     assert set(chosen) <= set(known), f"CHAOS_STORES={','.join(chosen)}: known are {', '.join(known)}"
-    also_secure = metafunc.definition.get_closest_marker("also_secure") is not None
-    usual = STORES[:2] if also_secure else STORES[:1]
-    if metafunc.definition.get_closest_marker("also_folder") is not None:
-        usual = (*usual, "folder")
+    usual = [flavour for flavour in ("secure", "folder") if marked(f"on_{flavour}")]
+    if sample.IS_WHOLE or not usual:
+        usual.insert(0, "plain")
     metafunc.parametrize("flavour", chosen or usual)
 
 

@@ -38,8 +38,8 @@ _LEASE = "lease_ttl=10"
 _PASSWORD = "s3cret-words"
 _NUM_UNCOMMITTED = 60
 """Steps of 20 ms that may pass, on a busy machine, until one that was saved is committed."""
-BUSY_S = 0.5
-"""What two busy cores take at most to wake a process: so much later it may tell what has happened."""
+BUSY_S = 1.5
+"""What busy cores take at most to wake a process: so much later it may tell what has happened."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from launcher.reports.goodput import Cause
+from tests import sample
 from tests.chaos.job import BUSY_S, ENDS_SOON, Job, freeze, thaw
 from tests.cluster import Node, alive, until
 
@@ -22,13 +23,14 @@ pytestmark = pytest.mark.slow
 ALL = "last_call=60,join_cooldown=1"
 """The first round waits for max nodes, so that all are in generation 1; a node that returns is soon taken in."""
 
-START_S = 3.0
+START_S = 5.0
 """A stock script tells no steps: to `report` it trains once the last of its workers has started, on a busy machine so
 long before its first step at most. Nor does anybody know when in a lease its node froze.
 """
 
 
 FROZEN = f"{ALL},{ENDS_SOON}"
+NUM_JOINERS = 8 if sample.IS_WHOLE else 5
 
 
 def three(job: Job, conf: str = ALL, **options: tuple[str, ...]) -> tuple[Node, Node, Node]:
@@ -38,7 +40,7 @@ def three(job: Job, conf: str = ALL, **options: tuple[str, ...]) -> tuple[Node, 
     return a, b, c
 
 
-@pytest.mark.also_saving
+@pytest.mark.by_service
 def test_a_killed_worker(job: Job) -> None:
     """All restart at full size; the failure is charged to the budget once."""
     nodes = three(job, options=("--max-restarts", "2"))
@@ -51,8 +53,8 @@ def test_a_killed_worker(job: Job) -> None:
     assert job.told_as(Cause.FAILURE, "b").root.startswith(f"rank 1 on {failed['node']} was killed by SIGKILL")
 
 
-@pytest.mark.also_folder
-@pytest.mark.also_secure
+@pytest.mark.on_folder
+@pytest.mark.on_secure
 def test_a_killed_node_that_comes_back(job: Job) -> None:
     """The survivors go on; the node is taken in again at a step boundary, with no step done twice for it."""
     a, b, c = three(job)
@@ -67,6 +69,7 @@ def test_a_killed_node_that_comes_back(job: Job) -> None:
     job.told_as(Cause.JOIN, "b", generation=alone)
 
 
+@pytest.mark.whole  # tests/launcher/test_agent.py has its workers die with it; others go on as after a killed node
 def test_a_killed_agent(job: Job) -> None:
     """Its workers die with it, at once; the others go on."""
     a, b, c = three(job)
@@ -78,7 +81,7 @@ def test_a_killed_agent(job: Job) -> None:
     job.told_as(Cause.NODE_LOSS, "b")
 
 
-@pytest.mark.also_folder
+@pytest.mark.on_folder
 def test_a_frozen_node_that_thaws(job: Job) -> None:
     """It is lost after its lease; once it thaws its workers stop before they begin a step, and it joins again."""
     a, b, c = three(job, FROZEN)
@@ -120,7 +123,7 @@ def test_two_nodes_lost_at_once(job: Job) -> None:
     assert told.seconds[Cause.NODE_LOSS] == pytest.approx(began_s - ended_s, rel=0.1, abs=BUSY_S)
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "leader"])
+@pytest.mark.parametrize("victim", ["rank 0", sample.rest("leader")])
 def test_the_node_that_matters(job: Job, victim: str) -> None:
     """The node of rank 0 (which hosts the workers' store) and the one that leads may be lost, together or alone."""
     nodes = {node.name: node for node in job.nodes("a", "b", "c", nnodes="1:3", conf=ALL)}
@@ -180,12 +183,13 @@ def test_a_node_that_flaps(job: Job) -> None:
     assert [e["node_readmitted"] for e in job.events("node_readmitted")] == ["b"]
 
 
-def test_eight_nodes_join_together(job: Job) -> None:
-    """A job of one node takes eight more in, in few rounds and without a step done twice."""
-    (a,) = job.nodes("a", nnodes="1:9", conf="last_call=0,join_cooldown=1")
+def test_many_nodes_join_together(job: Job) -> None:
+    """A job of one node takes many more in, in few rounds and without a step done twice."""
+    nnodes = f"1:{1 + NUM_JOINERS}"
+    (a,) = job.nodes("a", nnodes=nnodes, conf="last_call=0,join_cooldown=1")
     job.steps(1)
-    more = [job.node(f"n{i}", nnodes="1:9", conf="last_call=0,join_cooldown=1") for i in range(8)]
-    job.steps(9)
+    more = [job.node(f"n{i}", nnodes=nnodes, conf="last_call=0,join_cooldown=1") for i in range(NUM_JOINERS)]
+    job.steps(1 + NUM_JOINERS)
     job.finish(a, *more, redone=0)
     assert len(job.events("round_formed")) <= 4
     joined = [i for i in job.account().interruptions if i.cause is Cause.JOIN]
@@ -194,7 +198,7 @@ def test_eight_nodes_join_together(job: Job) -> None:
     assert joined[0].seconds == pytest.approx(began_s - ended_s, rel=0.1, abs=BUSY_S)
 
 
-@pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["cooperative", "stock"])
+@pytest.mark.parametrize("stock", [sample.rest((), id="cooperative"), pytest.param(("--stock",), id="stock")])
 def test_a_worker_that_ignores_sigterm(job: Job, stock: tuple[str, ...]) -> None:
     """A drain and a loss both end such workers within the grace that was asked for."""
     options = ("--shutdown-timeout", "1")

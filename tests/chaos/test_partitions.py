@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.reports.goodput import Cause
+from tests import sample
 from tests.chaos.job import ENDS_SOON, Job
 from tests.chaos.network import Network
 from tests.cluster import Node
@@ -39,7 +40,7 @@ def network_of(job: Job) -> Network:
     return job.network
 
 
-@pytest.mark.also_secure
+@pytest.mark.on_secure
 def test_a_node_cut_from_etcd(job: Job) -> None:
     """It stops its workers, the others go on without it; healed, it joins again."""
     nodes = three(job)
@@ -62,6 +63,7 @@ def test_the_leaders_node_cut_from_etcd(job: Job) -> None:
     job.told_as(Cause.NODE_LOSS, "a")
 
 
+@pytest.mark.whole  # the next test has the same cut, the first one its end
 def test_a_node_cut_from_etcd_and_its_peers(job: Job) -> None:
     """As a node whose network is gone: the same."""
     nodes = three(job)
@@ -80,7 +82,8 @@ def test_a_host_that_vanishes(job: Job) -> None:
     job.told_as(Cause.NODE_LOSS, "b")
 
 
-@pytest.mark.parametrize("way", ["to etcd", "from etcd"])
+# what etcd sees of a node that it does not hear is what it sees of one that is cut off both ways
+@pytest.mark.parametrize("way", [sample.rest("to etcd"), "from etcd"])
 def test_a_node_cut_from_etcd_one_way(job: Job, way: str) -> None:
     """What it sends does not arrive, or it is not answered: either way it cannot know that its lease stands."""
     nodes = three(job)
@@ -91,7 +94,7 @@ def test_a_node_cut_from_etcd_one_way(job: Job, way: str) -> None:
     job.told_as(Cause.NODE_LOSS, "b")
 
 
-@pytest.mark.parametrize("one_way", [False, True], ids=["both ways", "one way"])
+@pytest.mark.parametrize("one_way", [sample.rest(False, id="both ways"), pytest.param(True, id="one way")])
 def test_a_node_cut_from_its_peers(job: Job, one_way: bool) -> None:
     """etcd hears of all three, and their collective stands still: the two that reach one another go on undisturbed."""
     nodes = three(job, f"{ALL},lease_ttl=5")

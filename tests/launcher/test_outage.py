@@ -165,6 +165,7 @@ class TestRealEtcd:
                 assert get_when_possible(kv, "k") == b"1"
                 assert not lease.lost.is_set()
 
+    @pytest.mark.whole  # tests/chaos/test_store.py has killed and frozen ones in the suite, of three nodes
     def test_a_job_goes_on_through_outages(self, tmp_path: Path) -> None:
         """Killed: nothing is interrupted. Frozen: the workers save, yield and start again. No step is lost."""
         with etcd(tmp_path, *ALONE) as server, cluster(tmp_path / "nodes") as nodes:
