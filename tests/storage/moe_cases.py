@@ -86,7 +86,8 @@ def load(
 ) -> dict[str, list[str]]:
     """By source and reader, the tensors that did not arrive."""
     found = {}
-    states = [(config, set_up(config, plan)) for config in (EVEN, UNEVEN)]
+    configs = [config for config in (EVEN, UNEVEN) if config in [of_source for _, of_source in urls.values()]]
+    states = [(config, set_up(config, plan)) for config in configs]
     for source, (url, config) in urls.items():
         (state,) = [each for made_of, each in states if made_of == config]
         for reader in readers:

@@ -122,10 +122,10 @@ def save_layout(folder: str, layout: str) -> dict[str, Any]:
     return full(state)
 
 
-def load_layouts(folder: str, layout: str) -> dict[str, Any]:
+def load_layouts(folder: str, layout: str, sources: list[str]) -> dict[str, Any]:
     """By the layout that saved, what a fresh app of this layout then has (rank 0)."""
     found = {}
-    for saved in LAYOUTS:
+    for saved in sources:
         state = app(layout, seed=2)
         with Checkpointer(f"{folder}/{saved}") as checkpointer:
             assert checkpointer.restore(state) == 3

@@ -25,6 +25,7 @@ from storage.stores.memory import MemoryStore
 from storage.stores.objects import parts_of_size
 from storage.transfer import copy_jobs, copying
 from storage.verified.verifiers import BlockSums, BlockVerifier
+from tests import sample
 from tests.storage.copied_runs import contents, make_state, run
 from tests.storage.small_runs import fresh_memory_url, opened
 
@@ -58,7 +59,7 @@ def test_blocks_are_checked_whatever_the_parts_and_their_order(data: st.DataObje
         take_all()
 
 
-@pytest.mark.parametrize("kind", ["memory", "juicefs", "moto", "fsspec-s3"])
+@pytest.mark.parametrize("kind", ["memory", "juicefs", "moto", sample.rest("fsspec-s3")])
 def test_there_and_back(
     kind: str, source: Path, tmp_path: Path, make_url: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.rounds.mesh import MeshPlan
+from tests import sample
 from tests.ranks import Ranks
 from tests.storage import moe_cases as cases
 
@@ -27,21 +28,23 @@ LOADED = {
     "EP2": mesh(expert=2),
     "R2": mesh(replicate=2),
     "EP3": mesh(expert=3),
-    "FS3": mesh(shard=3),
     "FS2xEP2": mesh(shard=2, expert=2),
+    "FS3": mesh(shard=3),
 }
 
 
 @pytest.mark.slow
 def test_every_mesh_loads_what_every_mesh_saved_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
+    """In the suite each of two that saved, so that some meshes have together loaded all of them."""
     urls = {}
     for source, (config, plan) in SAVED.items():
         urls[source] = (str(tmp_path / source.replace(" ", "-")), config)
         assert not any(ranks.run(cases.save, urls[source][0], config, plan, world_size=plan.world_size))
-    for target, plan in LOADED.items():
+    for number, (target, plan) in enumerate(LOADED.items()):
         # the other readers share DCP's planner with ours: two meshes show that the formats are the same
         readers = cases.READERS if target in ("1", "FS2xEP2") else ("ours",)
-        for found in ranks.run(cases.load, urls, plan, readers, world_size=plan.world_size):
-            assert len(found) == len(readers) * len(SAVED)
+        sources = {source: urls[source] for source in sample.turn(list(SAVED), number, 2)}
+        for found in ranks.run(cases.load, sources, plan, readers, world_size=plan.world_size):
+            assert len(found) == len(readers) * len(sources)
             for case, wrong in found.items():
                 assert not wrong, f"{case} -> {target}"

@@ -19,6 +19,7 @@ from storage.arena.moves import lies_plainly
 from storage.errors import UnsupportedValue, WrongModel
 from storage.format.tensors import bytes_of, oddity, overlaps
 from storage.loading.targets import fill
+from tests import sample
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -118,7 +119,7 @@ def load(by: str, where: str, state: dict[str, Any]) -> None:
 
 
 @given(cases, st.sampled_from(["ours", "dcp"]), st.sampled_from(["ours", "dcp"]))
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=120 if sample.IS_WHOLE else 60)
 def test_any_dtype_shape_and_strides(drawn: list[Any], saver: str, loader: str) -> None:
     where = url()
     saved, state = {}, {}

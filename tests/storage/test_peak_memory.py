@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage import open_store
+from tests import sample
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import peak_cases as cases
@@ -51,8 +52,17 @@ def urls(fresh_ranks: Ranks, _juicefs: S3Server, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "world_size"), [("rows", 1), ("replicated", 2), ("columns", 2)])
-@pytest.mark.parametrize("written_by", ["ours", "stock"])
+@pytest.mark.parametrize(
+    ("written_by", "layout", "world_size"),
+    [
+        ("ours", "replicated", 2),
+        ("ours", "columns", 2),
+        ("stock", "rows", 1),
+        ("stock", "replicated", 2),
+        sample.rest("ours", "rows", 1),
+        sample.rest("stock", "columns", 2),
+    ],
+)
 def test_a_restore_needs_little_beside_the_state(
     fresh_ranks: Ranks, urls: Mapping[str, str], juicefs: S3Server, written_by: str, layout: str, world_size: int
 ) -> None:

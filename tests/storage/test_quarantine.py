@@ -20,10 +20,11 @@ from storage.saving import commit
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import Capability, ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
-from tests.storage.pausing import ORDERS, PausingStore, abreast
+from tests import sample
+from tests.storage.pausing import PausingStore, abreast
 from tests.storage.small_runs import Events, states
 
-KINDS = ("local", "memory", "juicefs", "moto", "fsspec-s3")
+KINDS = ("local", "memory", "juicefs", "moto", sample.rest("fsspec-s3"))
 METADATA = "step-000000020/.metadata"
 _names = itertools.count()
 
@@ -84,8 +85,15 @@ def owned(url: str, generation: int, number: int) -> None:
             assert ckpt.wait()
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", ["conditional", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("conditional", "at once"),
+        ("plain", "forwards"),
+        ("conditional", "backwards"),
+        *(sample.rest(*case) for case in (("plain", "at once"), ("conditional", "forwards"), ("plain", "backwards"))),
+    ],
+)
 def test_a_restorer_that_is_paused_anywhere_spares_what_a_newer_owner_has_saved(
     kind: str, order: str, memory_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from storage import inspection, open_store
 from storage.run import catalog
 from storage.stores import retry_policy
+from tests import sample
 from tests.ranks import Ranks
 from tests.s3 import S3Server
 from tests.storage import fault_cases as cases
@@ -161,9 +162,12 @@ def test_a_save_of_several_ranks_commits_in_spite_of_it(run: Run, kind: str) -> 
 @pytest.mark.parametrize(
     ("kind", "method", "contains", "told"),
     [
-        *((kind, "PUT", "__1_0", "rank 1 failed: Transient") for kind in ("throttle", "error", "refuse")),
-        *((kind, "PUT", "__2_1", "rank 2 failed: Transient") for kind in ("refuse", "corrupt_put")),
-        *((kind, "PUT", "/.metadata", "tried") for kind in ("throttle", "error", "corrupt_put")),
+        ("throttle", "PUT", "__1_0", "rank 1 failed: Transient"),
+        ("refuse", "PUT", "__2_1", "rank 2 failed: Transient"),
+        *((kind, "PUT", "/.metadata", "tried") for kind in ("error", "corrupt_put")),
+        *(sample.rest(kind, "PUT", "__1_0", "rank 1 failed: Transient") for kind in ("error", "refuse")),
+        sample.rest("corrupt_put", "PUT", "__2_1", "rank 2 failed: Transient"),
+        sample.rest("throttle", "PUT", "/.metadata", "tried"),
     ],
 )
 def test_one_that_stays_fails_the_save_on_all_ranks_and_publishes_nothing(
@@ -180,9 +184,21 @@ def test_one_that_stays_fails_the_save_on_all_ranks_and_publishes_nothing(
     assert {found[:3] for found in run.restore(Fault("none", times=0))} == {(before[0], True, "")}
 
 
+def each_in_a_layout(*kinds: str) -> list[object]:
+    """Each fault with each layout; in the suite with one of them, the next with the other."""
+    layouts = list(cases.PLACEMENTS)
+    return [
+        (pytest.param if (number + place) % len(layouts) == 0 else sample.rest)(layout, kind, id=f"{kind}-{layout}")
+        for number, kind in enumerate(kinds)
+        for place, layout in enumerate(layouts)
+    ]
+
+
+READ_FAULTS = [kind for kind in KINDS if kind not in ("corrupt_put", "repeat")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("run", list(cases.PLACEMENTS), indirect=True)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("corrupt_put", "repeat")])
+@pytest.mark.parametrize(("run", "kind"), each_in_a_layout(*READ_FAULTS), indirect=["run"])
 def test_a_restore_of_several_ranks_gets_every_byte_right_in_spite_of_it(run: Run, kind: str) -> None:
     (newest, *_) = catalog.committed_steps(run.store)
     faults = [Fault(kind, "GET", contains) for contains in ("__0_", "__1_", "__2_", ".metadata", "manifest", "owner")]
@@ -194,8 +210,7 @@ def test_a_restore_of_several_ranks_gets_every_byte_right_in_spite_of_it(run: Ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", list(cases.PLACEMENTS), indirect=True)
-@pytest.mark.parametrize("kind", ["error", "truncate", "lose"])
+@pytest.mark.parametrize(("run", "kind"), each_in_a_layout("error", "truncate", "lose"), indirect=["run"])
 def test_an_outage_is_raised_by_all_ranks_and_harms_no_checkpoint(run: Run, kind: str) -> None:
     before = catalog.committed_steps(run.store)
     found = run.restore(Fault(kind, "GET", ".distcp", times=ALWAYS))
@@ -205,7 +220,7 @@ def test_an_outage_is_raised_by_all_ranks_and_harms_no_checkpoint(run: Run, kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", list(cases.PLACEMENTS), indirect=True)
+@pytest.mark.parametrize("run", ["sharded", sample.rest("replicated")], indirect=True)
 def test_of_a_checkpoint_that_always_reads_as_damaged_nothing_arrives(run: Run) -> None:
     before, _ = run.save()
     step, _ = run.save()

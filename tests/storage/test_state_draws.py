@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import sample
 from tests.ranks import Ranks
 from tests.storage.state_cases import restore_draws, save_draws
 
-NUM_DRAWS = int(os.environ.get("STATE_DRAWS", "90"))
+NUM_DRAWS = int(os.environ.get("STATE_DRAWS", "90" if sample.IS_WHOLE else "36"))
 FIRST_SEED = int(os.environ.get("STATE_SEED", "0"))
-_BATCH = 30
+_BATCH = 12
 
 
 @pytest.mark.slow

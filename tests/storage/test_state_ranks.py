@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import sample
 from tests.ranks import Ranks
 from tests.storage import state_cases as cases
 from tests.storage.states import plain, same
@@ -24,8 +25,10 @@ def test_a_model_with_its_optimizer_in_any_layout(ranks: Ranks, tmp_path: Path) 
         layout: ranks.run(cases.save_layout, str(tmp_path), layout, world_size=world_size)[0]
         for layout, world_size in cases.LAYOUTS.items()
     }
-    for layout, world_size in cases.LAYOUTS.items():
-        found = ranks.run(cases.load_layouts, str(tmp_path), layout, world_size=world_size)[0]
+    for number, (layout, world_size) in enumerate(cases.LAYOUTS.items()):
+        sources = sample.turn(list(cases.LAYOUTS), number, 3)
+        found = ranks.run(cases.load_layouts, str(tmp_path), layout, sources, world_size=world_size)[0]
+        assert list(found) == sources
         for before, after in found.items():
             where = f"{before} -> {layout}"
             assert after["model"].keys() == saved[before]["model"].keys(), where
