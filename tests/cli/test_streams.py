@@ -10,7 +10,7 @@ import pytest
 
 from tests.template import child_environment
 
-PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:300"
+PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:40"
 NOTHING_THERE = "ckpt ls nowhere"
 
 

@@ -23,6 +23,13 @@ sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)
 time.sleep(600)
 """
+# Whoever starts the tests in the background lets them, and so their children, ignore SIGINT.
+OBEDIENT = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(3))
+print("ready", flush=True)
+time.sleep(600)
+"""
 
 
 def test_a_node_is_killed_whole(tmp_path: Path) -> None:
@@ -39,8 +46,9 @@ def test_a_node_is_killed_whole(tmp_path: Path) -> None:
 
 def test_leaving_stops_what_still_runs(tmp_path: Path) -> None:
     with Processes() as processes:
-        node = processes.start("node", ["-c", "import time; time.sleep(600)"], log_path=tmp_path / "node.log")
-    assert node.poll() is not None
+        node = processes.start("node", ["-c", OBEDIENT], log_path=tmp_path / "node.log")
+        until("it says its first line", lambda: node.tail(1) != [])
+    assert node.poll() == 3, "it was asked, and not killed"
 
 
 def test_leaving_kills_what_ignores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import sample
 from tests.cluster import is_running, until
 from tests.template import Forked, child_environment, template
 
@@ -35,7 +36,7 @@ torch.accelerator.is_available = lambda: False
 torch.accelerator.device_count = lambda: 0
 torch.accelerator.current_device_index = torch.accelerator.set_device_index = torch.cuda._lazy_init = absent
 """
-NUM_KILLS = int(os.environ.get("README_KILLS", "2"))
+NUM_KILLS = int(os.environ.get("README_KILLS", "2" if sample.IS_WHOLE else "1"))
 KILL_SEED = int(os.environ.get("README_SEED", "0"))
 
 

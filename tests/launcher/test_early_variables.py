@@ -13,6 +13,7 @@ import pytest
 from launcher.workers import boot, early_variables
 from launcher.workers.warm import COLD, WarmStart
 from tests.cluster import read_lines
+from tests.template import template
 
 SOURCES = {
     "os.environ['OMP_NUM_THREADS'] = '3'\nimport torch": ["OMP_NUM_THREADS"],
@@ -135,20 +136,16 @@ def test_the_first_run_is_right(case: str, warm: tuple[WarmStart, str, list[str]
 def test_all_later_starts_are_cold(tmp_path: Path) -> None:
     """Real workers: the first is started again, the second cold at once; the agent says so once."""
     (tmp_path / "script.py").write_text(
-        BEGINS
-        + "set('TORCH' + '_LOGS', '+dynamo')"
-        + ENDS
-        + "print('again', os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        BEGINS + "set('KMP_' + 'BLOCKTIME', '0')" + ENDS + "print('again', os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')\n"
     )
-    command = [str(Path(sys.executable).parent / "elastic-moe"), "run", "--log-dir", "logs", "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = template().run("elastic-moe", "run", "--log-dir", "logs", "script.py", folder=tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("prelude", "again"))]
     assert lines == ["prelude", "prelude", "again 0", "prelude", "again 1"]
     events = read_lines(tmp_path / "logs" / "events.jsonl")
     (off,) = [event for event in events if event["event"] == "warm_start_off"]
-    assert off["reason"] == "the script sets TORCH_LOGS before it imports torch"
+    assert off["reason"] == "the script sets KMP_BLOCKTIME before it imports torch"
     assert [event["warm"] for event in events if event["event"] == "workers_started"] == [True, False]
 
 

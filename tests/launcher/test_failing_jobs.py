@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import sample
 from tests.cluster import Cluster, read_lines, until
 
 GIVES_UP = str(Path(__file__).parent / "scripts" / "gives_up.py")
@@ -80,7 +81,7 @@ def test_a_script_that_fails_at_the_same_step_is_tried_twice_and_told_on_every_n
     assert "[default1]:rank 1 says hello" in second.output, "the rank of the job, not of the node"
 
 
-@pytest.mark.parametrize("start", [(), ("--cold-workers",)], ids=["warm", "cold"])
+@pytest.mark.parametrize("start", [pytest.param((), id="warm"), sample.rest(("--cold-workers",), id="cold")])
 def test_a_killed_worker_is_restarted_without_asking(nodes: Cluster, tmp_path: Path, start: tuple[str, ...]) -> None:
     """Without --max-restarts; and what workers say reaches files and the console whichever way they start."""
     logs = ("--redirects", "3", "--tee", "3")

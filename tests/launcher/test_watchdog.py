@@ -44,7 +44,7 @@ def test_all_nodes_write_stacks_before_they_kill(nodes: Cluster, tmp_path: Path)
     work = (*LIMIT, HANGS, str(tmp_path), "spin")
     first = nodes.start("first", *work, conf="last_call=60")
     nodes.wait_event("node_joined")
-    second = nodes.start("second", "--cold-workers", *work, conf="last_call=60")
+    second = nodes.start("second", *work, conf="last_call=60")
     for node in (first, second):
         assert node.wait() == 0, node.output
     assert {rank for dumped in nodes.events("stacks_dumped") for rank in dumped["ranks"]} == {0, 1}

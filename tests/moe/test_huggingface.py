@@ -30,6 +30,7 @@ from elastic_moe.trainer.run import train
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, build, layout
 from tests.ranks import Ranks
+from tests.sample import turn
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,8 +102,8 @@ def read_by_ranks(path: str, plan: MeshPlan) -> dict[str, Tensor]:
 
 def test_any_mesh_reads_the_same_weights(ranks: Ranks, folder: Path, fused: Path) -> None:
     (alone,) = ranks.run(read_by_ranks, str(folder), layout(), world_size=1)
-    for plan in (layout(expert=3), layout(shard=3), layout(shard=2, expert=2)):
-        for path in (folder, fused):
+    for number, plan in enumerate((layout(expert=3), layout(shard=3), layout(shard=2, expert=2))):
+        for path in turn((folder, fused), number, 1):
             weights = ranks.run(read_by_ranks, str(path), plan, world_size=plan.world_size)[-1]
             assert [name for name, tensor in alone.items() if not torch.equal(weights[name], tensor)] == []
 

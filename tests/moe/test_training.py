@@ -18,6 +18,7 @@ from elastic_moe.model.decoder import Block
 from elastic_moe.parallel import build_mesh, init_weights
 from elastic_moe.trainer.setup import set_up
 from launcher.rounds.mesh import MeshPlan
+from tests import sample
 from tests.moe.cases import SMALL, Leg, fitted, train_leg
 from tests.ranks import Ranks
 
@@ -56,9 +57,12 @@ EXACT_RUNS = {  # on 4, 3, 2 and 4 ranks again, every kind of parallelism among 
 }
 
 
-@pytest.mark.parametrize("balance", EXACT_RUNS)
+@pytest.mark.parametrize("balance", ["global", "bias", sample.rest("sequence"), sample.rest("quantile")])
 def test_exact_run_through_resizes_equals_one_process_bit_for_bit(ranks: Ranks, tmp_path: Path, balance: str) -> None:
-    """Also a batch that 3 does not divide, experts that neither 2, 3 nor 4 do, and a rank that holds none."""
+    """Also a batch that 3 does not divide, experts that neither 2, 3 nor 4 do, and a rank that holds none.
+
+    The other ways to balance are exact in tests below: by quantiles from eight ranks to five, by sequences on three.
+    """
     model, degrees = EXACT_RUNS[balance]
     what = job({"exact": True}, {"balance": balance, **model})
     plans = [fitted(what, *each) for each in degrees]
@@ -112,7 +116,7 @@ def counted_leg(what: JobConfig, plan: MeshPlan, folder: Path) -> tuple[Leg, int
         Attention.forward = forward  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("keep_gathered", [False, True])
+@pytest.mark.parametrize("keep_gathered", [False, sample.rest(True)])
 def test_recomputed_layers_change_no_bit(ranks: Ranks, tmp_path: Path, keep_gathered: bool) -> None:
     """On every kind of parallelism at once; loads, and so the biases that follow them, are counted once."""
     what = job({"steps": 4, "exact": True, "keep_gathered": keep_gathered}, {"balance": "bias"})
@@ -142,7 +146,7 @@ def compiled_leg(what: JobConfig, plan: MeshPlan, folder: Path) -> tuple[Leg, in
         Block.compile_attention = compile_attention  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [sample.rest("float32"), "bfloat16"])
 def test_compiled_layers_train_as_others_do(ranks: Ranks, tmp_path: Path, dtype: str) -> None:
     what = job({"steps": 3, "dtype": dtype, "compile": True, "recompute": True})
     eager = what.model_copy(update={"train": what.train.model_copy(update={"compile": False, "recompute": False})})
@@ -153,7 +157,9 @@ def test_compiled_layers_train_as_others_do(ranks: Ranks, tmp_path: Path, dtype:
     assert leg.losses == pytest.approx(expected.losses, rel=1e-5 if dtype == "float32" else 1e-2)
 
 
-@pytest.mark.parametrize(("balance", "num_experts"), [("sequence", 6), ("global", 8), ("quantile", 5)])
+@pytest.mark.parametrize(
+    ("balance", "num_experts"), [("sequence", 6), sample.rest("global", 8), sample.rest("quantile", 5)]
+)
 def test_default_run_through_resizes_keeps_its_curve(
     ranks: Ranks, tmp_path: Path, balance: str, num_experts: int
 ) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from elastic_moe.parallel import gather_full
 from elastic_moe.parallel.draws import fill_normal, normals, philox
 from launcher.rounds.mesh import MeshPlan
+from tests import sample
 from tests.moe.cases import SMALL, build, layout
 from tests.ranks import Ranks
 
@@ -65,6 +66,7 @@ def test_initial_weights_are_the_same_bits_on_any_mesh(ranks: Ranks) -> None:
     (alone,) = ranks.run(initial, layout(), world_size=1)
     assert all(tensor.isfinite().all() for tensor in alone.values())
     plans = [layout(shard=2), layout(expert=2), layout(replicate=2), layout(shard=3), layout(expert=3)]
-    for plan in [*plans, layout(shard=2, expert=2), layout(replicate=2, shard=2), layout(shard=4)]:
+    plans += [layout(shard=2, expert=2), layout(replicate=2, shard=2), layout(shard=4)]
+    for plan in plans if sample.IS_WHOLE else plans[3:7]:  # all kinds, and what does not divide
         for weights in ranks.run(initial, plan, world_size=plan.world_size):
             assert [name for name, tensor in weights.items() if not torch.equal(tensor, alone[name])] == [], plan
