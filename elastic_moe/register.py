@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S = 3.0
 _SIGN, _SIGNED = "elastic-moe", b"Nodes meet here; of many who create the same object one does.\n"
 _UNSURE = b"Nodes meet here; it is not known yet whether of many who create the same object one does.\n"
+_TAKES_LONG_NAMES = ("s3://", "fsspec+s3://", "gs://", "gcs://")
+_NAME_SIZE_BYTES_MAX = 1000  # of 1024
 _NUM_RACERS, _NUM_RACES = 4, 2
 
 
@@ -32,6 +34,12 @@ class StoreRegister:
     @property
     def is_remote(self) -> bool:
         return not self._is_folder and not self._store.url.startswith("memory:")
+
+    @property
+    def name_size_bytes_max(self) -> int:
+        """See `Register`. The prefix counts, which the URL has."""
+        url = self._store.url
+        return _NAME_SIZE_BYTES_MAX - len(url.encode()) if url.startswith(_TAKES_LONG_NAMES) else 0
 
     @property
     def _is_folder(self) -> bool:

@@ -7,7 +7,7 @@ Revisions: every successful write takes the store's next revision, so revisions 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from launcher.kv.lease import Lease
 
@@ -98,4 +98,14 @@ class KV(Protocol):
 
     def close(self) -> None:
         """Let go of connections and threads; leases are left to end by themselves."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """What a store can do besides, a client of which holds all keys: tell some with no request."""
+
+    def known(self, prefix: str) -> Snapshot:
+        """As `KV.list`, as of a moment ago perhaps, but not of before what this client has read or written. For whoever
+        hears of changes anyway."""
         ...

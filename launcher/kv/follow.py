@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 
 from launcher.errors import Compacted, KVUnavailable
-from launcher.kv.base import KV, Snapshot, Watch, WatchEvent
+from launcher.kv.base import KV, Remembers, Snapshot, Watch, WatchEvent
 from launcher.lifecycle import Closing
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Follower(Closing):
         self._prefix = prefix
         self._watch: Watch | None = None  # None: list before watching
         self._closed = False
+        self._has_listed = False
         self._lock = threading.Lock()  # of these two fields; never held while the store is asked
 
     def next(self, timeout_s: float) -> Snapshot | Changes:
@@ -81,7 +82,10 @@ class Follower(Closing):
         self.relist()
 
     def _list(self) -> Snapshot | Changes:
-        found = self._kv.list(self._prefix)
+        kv = self._kv
+        # What is listed anew is wanted because what was known is doubted.
+        found = kv.known(self._prefix) if isinstance(kv, Remembers) and not self._has_listed else kv.list(self._prefix)
+        self._has_listed = True
         watch = self._kv.watch(self._prefix, found.revision + 1)
         with self._lock:
             if not self._closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from launcher.kv.base import KV, Entry, Snapshot, Watch, WatchEvent
+from launcher.kv.base import KV, Entry, Remembers, Snapshot, Watch, WatchEvent
 from launcher.kv.lease import Lease
 
 
@@ -24,7 +24,15 @@ class Prefixed:
         return self._without_prefix(self._kv.put(self._prefix + key, value, if_revision=if_revision, lease=lease))
 
     def list(self, prefix: str) -> Snapshot:
-        found = self._kv.list(self._prefix + prefix)
+        return self._without_prefixes(self._kv.list(self._prefix + prefix))
+
+    def known(self, prefix: str) -> Snapshot:
+        """See `base.Remembers`."""
+        if not isinstance(self._kv, Remembers):
+            return self.list(prefix)
+        return self._without_prefixes(self._kv.known(self._prefix + prefix))
+
+    def _without_prefixes(self, found: Snapshot) -> Snapshot:
         entries = (self._without_prefix(entry) for entry in found.entries)
         return Snapshot(tuple(entry for entry in entries if entry), found.revision)
 

@@ -24,6 +24,10 @@ class FarRegister(StoreRegister):
     def is_remote(self) -> bool:
         return True
 
+    @property
+    def name_size_bytes_max(self) -> int:
+        return 800
+
     def _wait(self) -> None:
         self._counter.write(b"x")
         time.sleep(self._latency_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -67,13 +68,19 @@ class CountedRegister:
     def __init__(self, register: Register) -> None:
         self._register = register
         self.count = 0
+        self.num_read: Counter[str] = Counter()
 
     @property
     def is_remote(self) -> bool:
         return self._register.is_remote
 
+    @property
+    def name_size_bytes_max(self) -> int:
+        return self._register.name_size_bytes_max
+
     def read(self, name: str) -> bytes | None:
         self.count += 1
+        self.num_read[name] += 1
         return self._register.read(name)
 
     def create(self, name: str, content: bytes) -> bool:

@@ -20,6 +20,7 @@ import pytest
 from elastic_moe.cli.main import main
 from elastic_moe.register import StoreRegister, open_register
 from launcher.errors import Compacted, KVUnavailable, UsageError
+from launcher.kv import Prefixed
 from launcher.kv.bucket.beat import beat_name
 from launcher.kv.bucket.client import LOCAL_PACE, REMOTE_PACE, BucketKV
 from launcher.kv.bucket.journal import KEPT_VERSIONS, Journal
@@ -88,6 +89,25 @@ def test_a_quiet_client_asks_little(register: CountedRegister) -> None:
         seconds = time.monotonic() - began_s
         assert register.count - before <= 2 * (2.0 * seconds + 1), "more than two requests a node and second"
         assert not any(lease.lost.is_set() for lease in leases)
+
+
+def test_what_a_client_knows_it_tells_with_no_request(register: CountedRegister) -> None:
+    """A node that has just registered knows of all who did: it follows them from there."""
+    with contextlib.closing(BucketKV(register, REMOTE_PACE)) as first, contextlib.closing(BucketKV(register)) as second:
+        assert first.put("n/a", b"") is not None
+        before = register.count
+        assert [entry.key for entry in first.known("n/").entries] == ["n/a"]
+        assert register.count == before
+        assert [entry.key for entry in Prefixed(second, "n/").known("").entries] == ["a"], "it asks before it tells"
+
+
+def test_who_has_just_come_looks_at_nobodys_lease(register: CountedRegister) -> None:
+    """Nobody can be found silent yet, and many come at once."""
+    with kv_on(register) as holder, kv_on(register) as other:
+        assert holder.put("k", b"v", lease=holder.lease(600.0)) is not None
+        assert other.put("l", b"v", lease=other.lease(600.0)) is not None
+        until("both have leases in mind", lambda: holder._next_judging_s and other._next_judging_s)
+    assert [name for name in register.num_read if name.startswith("beat/")] == []
 
 
 def test_what_is_no_version_is_told(register: CountedRegister) -> None:

@@ -113,7 +113,8 @@ class Client:
         self.objects = objects
         self.name = name
         numbers = itertools.count()
-        self.journal = Journal(lambda: f"{name}-{next(numbers)}", num_tries_alone=num_tries_alone)
+        name_size_bytes_max = objects.random.choice((0, 1000))
+        self.journal = Journal(lambda: f"{name}-{next(numbers)}", 0.005, num_tries_alone, name_size_bytes_max)
         self.unknown = 0
         self.steps: Steps[tuple[Result, ...]] | None = None
         self.asked: Request | None = None

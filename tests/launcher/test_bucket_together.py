@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+import types
 import uuid
 from collections.abc import Iterator
 
@@ -13,7 +15,7 @@ from elastic_moe.register import StoreRegister
 from launcher.coordination.vitals_publisher import VitalsPublisher, vitals_prefix
 from launcher.errors import KVUnavailable
 from launcher.kv.aside import told
-from launcher.kv.bucket import upkeep
+from launcher.kv.bucket import shared, upkeep
 from launcher.kv.bucket.beat import BEAT, beat_content, told_in
 from launcher.kv.bucket.client import BucketKV
 from launcher.kv.bucket.judge import Judge
@@ -37,6 +39,11 @@ class HeldRegister(StoreRegister):
         self.may_create.set()
         self.is_creating = threading.Event()
         self.is_lost = False
+        self.reads: list[str] = []
+
+    def read(self, name: str) -> bytes | None:
+        self.reads.append(name)
+        return super().read(name)
 
     def create(self, name: str, content: bytes) -> bool:
         self.is_creating.set()
@@ -76,6 +83,34 @@ def test_what_threads_of_one_process_want_goes_into_one_version(register: HeldRe
         thread.join(_STUCK_S)
     assert journal.number == 2
     assert sorted(results) == [((revision, revision),) for revision in range(1, 7)]  # type: ignore[type-var]
+
+
+def test_who_waited_for_another_thread_neither_looks_again_nor_thinks_that_the_store_is_slow(
+    register: HeldRegister, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a round forms a change takes a second, and whoever looked twice as seldom heard of the round that late."""
+    journal, now_s, reads = SharedJournal(register, 0.005, lambda: None), [0.0], register.reads
+    clock = types.SimpleNamespace(
+        monotonic=lambda: now_s[0], clock_gettime=lambda _: now_s[0], CLOCK_MONOTONIC=time.CLOCK_MONOTONIC
+    )
+    monkeypatch.setattr(shared, "time", clock)
+    journal.look()
+    took_s: list[float] = []
+    for unless_within_s, num_reads in ((1000.0, 0), (0.0, 1)):
+        register.may_create.clear()
+        register.is_creating.clear()
+        writes = threading.Thread(target=journal.change, args=(PutKey("k", b""),))
+        looks = threading.Thread(target=lambda within_s=unless_within_s: took_s.append(journal.peek(within_s)))
+        writes.start()
+        assert register.is_creating.wait(_STUCK_S)
+        looks.start()
+        now_s[0] += 100.0
+        reads.clear()
+        register.may_create.set()
+        for thread in (writes, looks):
+            thread.join(_STUCK_S)
+        assert len(reads) == num_reads
+    assert took_s == [0.0, 0.0]
 
 
 def test_a_change_that_is_not_answered_is_told_to_all_who_wait(register: HeldRegister) -> None:

@@ -36,6 +36,10 @@ class Faulty(Prefixed):
         self.fail("list")
         return super().list(prefix)
 
+    def known(self, prefix: str) -> Snapshot:
+        self.fail("list")
+        return super().known(prefix)
+
     def watch(self, prefix: str, from_revision: int) -> Any:
         watch: Any = super().watch(prefix, from_revision)
         take, cancel = watch.next, watch.cancel

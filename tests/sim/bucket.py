@@ -44,7 +44,8 @@ class SimBucket:
         self._objects = node.world.objects
         nonces = itertools.count()
         num_tries_alone = node.world.random.randrange(4)
-        self.journal = Journal(lambda: f"{node.name}-{next(nonces)}", TURN_S, num_tries_alone)
+        name_size_bytes_max = node.world.random.choice((0, 1000))
+        self.journal = Journal(lambda: f"{node.name}-{next(nonces)}", TURN_S, num_tries_alone, name_size_bytes_max)
         self.trouble = ""
         self._queue: deque[tuple[Callable[[], Steps[Any]], Callable[[Any], None]]] = deque()
         self._steps: Steps[Any] | None = None

@@ -88,6 +88,11 @@ class BucketKV:
     def list(self, prefix: str) -> Snapshot:
         return self._journal.look().list(prefix)
 
+    def known(self, prefix: str) -> Snapshot:
+        """See `base.Remembers`."""
+        journal = self._journal
+        return (journal.state if journal.unlooked_s < self._pace.slow_s else journal.look()).list(prefix)
+
     def put(
         self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
     ) -> Entry | None:
@@ -226,9 +231,7 @@ class BucketKV:
             trouble = None
             try:
                 if self._trouble is not None or time.monotonic() >= self._next_look_s:
-                    began_s = time.monotonic()
-                    self._journal.peek()
-                    self._look_took_s = time.monotonic() - began_s
+                    self._look_took_s = self._journal.peek(0.0 if self._trouble else self._pace.quick_s)
                 self._mind_leases()
                 self._tidy_when_quiet()
             except KVUnavailable as error:
@@ -247,7 +250,7 @@ class BucketKV:
         pace = self._pace
         pause_s = max(pace.quick_s, pace.slows_down * (now_s - self._news_s), 2 * self._look_took_s)
         pause_s = min(pause_s, pace.slow_s)
-        self._next_look_s = now_s - self._journal.age_s + pause_s
+        self._next_look_s = now_s - self._journal.unlooked_s + pause_s
         due_s = self._next_look_s
         if self._journal.state.leases():
             due_s = min(due_s, self._next_judging_s)
@@ -269,7 +272,9 @@ class BucketKV:
         if not leases or now_s < self._next_judging_s:
             return
         period_s = min(leases.values()) / self._pace.checks_per_ttl
-        self._next_judging_s = now_s + period_s
+        is_first, self._next_judging_s = self._next_judging_s == 0.0, now_s + period_s
+        if is_first:  # who has just come finds nobody silent, and others write now
+            return
         with self._changed:
             own = [lease_id for lease_id, lease in self._leases.items() if not lease.lost.is_set()]
         looked = self._judge.begin(leases, own, now_s)

@@ -14,8 +14,10 @@ version tells which wishes it and those before it have granted, so none is grant
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
 from typing import TypeVar
 
 from launcher.errors import Compacted, KVUnavailable
@@ -34,16 +36,47 @@ _NUM_OF_A_CROWD, _CROWD_VERSIONS = 4, 16
 _NUM_WISHES = 8
 _NUM_WISHES_READ_MAX = 256
 _NUM_PAUSES, _PAUSE_GROWTH = 6, 1.5
+_NUM_REQUESTS_FOR_ALL = 2.0
+"""What the writer for all asks one after the other: a listing and the version; the wishes in between, where their names
+do not tell them."""
+_CLAIM_PAUSES = 4.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.005, 0.1
+
+
+class _Kind(Enum):
+    """What a change is, as to who else may be about to write."""
+
+    OWN = auto()
+    COMING = auto()  # a lease is granted with it: a node comes, and seldom alone
+    CLAIM = auto()  # of a key that was not there: of all who want it one has it, and the others want it no more
+    AWAITED = auto()  # under no lease, so no client's own: others are not about to write theirs, but wait for it
+
+
+def _kind_of(ops: Sequence[Op]) -> _Kind:
+    puts = [op for op in ops if isinstance(op, PutKey)]
+    if any(op.grant_ttl_s for op in puts):
+        return _Kind.COMING
+    if len(puts) < len(ops):
+        return _Kind.OWN
+    if not any(op.lease_id for op in puts):
+        return _Kind.AWAITED
+    return _Kind.CLAIM if all(op.if_revision == 0 for op in puts) else _Kind.OWN
 
 
 class Journal:
     """One client's knowledge of the store. Its steps must not be interleaved with one another."""
 
     def __init__(
-        self, nonces: Callable[[], str], pause_s: float = 0.005, num_tries_alone: int = _NUM_TRIES_ALONE
+        self,
+        nonces: Callable[[], str],
+        pause_s: float = 0.005,
+        num_tries_alone: int = _NUM_TRIES_ALONE,
+        name_size_bytes_max: int = 0,
     ) -> None:
-        """`nonces` gives a text that nobody has given before; `pause_s`: the first one before another look."""
+        """`nonces` gives a text that nobody has given before; `pause_s`: the first one before another look.
+
+        `name_size_bytes_max`: see `Register`.
+        """
         self.state = State()
         self.number = 0
         self.authored: list[int] = []
@@ -53,6 +86,7 @@ class Journal:
         self._nonces = nonces
         self._pause_s = pause_s
         self._num_tries_alone = num_tries_alone
+        self._name_size_bytes_max = name_size_bytes_max
         self._began = False
         self._is_behind = False  # perhaps, by more than one version
         self._recent: dict[str, int] = {}  # as in the newest version
@@ -112,12 +146,14 @@ class Journal:
         if not self._began:
             yield from self.catch_up()
             is_fresh = True
+        kind = _kind_of(ops)
+        if kind is _Kind.CLAIM and self.number < self._crowd_until:  # all of them want it, and one will have it
+            spread = zlib.crc32(self._nonces().encode()) / 2**32
+            yield Pause(spread * _CLAIM_PAUSES * self._pause_s, spread * _CLAIM_PAUSES)
+            yield from self.catch_up()
+            is_fresh = True
         num_tries = 0
-        comes_now = any(isinstance(op, PutKey) and op.grant_ttl_s for op in ops)  # and seldom alone
-        num_tries_alone = min(1, self._num_tries_alone) if comes_now else self._num_tries_alone
-        # What is under no lease is no client's own: others are not about to write theirs, but wait for it.
-        is_awaited = all(isinstance(op, PutKey) and not op.lease_id for op in ops)
-        while num_tries < num_tries_alone and (self.number >= self._crowd_until or (is_awaited and not num_tries)):
+        while True:
             draft = self.state.fork()
             results = tuple(carry_out(op, draft) for op in ops)
             if (draft.revision, draft.leases()) == (self.state.revision, self.state.leases()):
@@ -126,20 +162,28 @@ class Journal:
                 yield from self.catch_up()  # what was seen may be of before
                 is_fresh = True
                 continue
+            if not self._may_try_alone(kind, num_tries):
+                break
             num_tries += 1
             if (yield from self._write(draft, {}, {})):
                 return results
             is_fresh = False
         for _ in range(_NUM_WISHES):
             wish = Wish(wish_name(self._nonces()), self.number, tuple(ops))
+            held = Overwrite(*wish.to_object(self._name_size_bytes_max))
             try:
-                yield from self._have_granted(wish)
+                yield from self._have_granted(wish, held)
                 if self._granted is not None:
                     return self._granted
             finally:
                 self._wish = ""
-                self.litter.append(wish.name)
+                self.litter.append(held.name)
         raise KVUnavailable("others write all the time")
+
+    def _may_try_alone(self, kind: _Kind, num_tries: int) -> bool:
+        if num_tries >= self._num_tries_alone or kind is _Kind.COMING:
+            return False
+        return self.number >= self._crowd_until or (kind is not _Kind.OWN and num_tries == 0)
 
     def look_back(self, revision: int) -> Steps[None]:
         """Learn the changes from `revision` on, as far as the versions that brought them keep them.
@@ -160,15 +204,15 @@ class Journal:
 
     # --- with others
 
-    def _have_granted(self, wish: Wish) -> Steps[None]:
-        """Have `wish` in a version, whoever writes it; or learn that it will be in none.
+    def _have_granted(self, wish: Wish, held: Overwrite) -> Steps[None]:
+        """Have `wish`, which is `held` by an object, in a version, whoever writes it; or learn that it will be in none.
 
         Raises:
             KVUnavailable: neither is known.
         """
         self._begin(wish.name)
         attempt = 0
-        is_own_turn = yield from self._take_turn(attempt, Overwrite(wish.name, wish.to_bytes()))
+        is_own_turn = yield from self._take_turn(attempt, held)
         rest_s = _FIRST_REST_S
         while self._granted is None and self.number < wish.until:
             before = self.number
@@ -203,6 +247,8 @@ class Journal:
     def _take_turn(self, attempt: int, *beside: Overwrite) -> Steps[bool]:
         name = turn_name(self.number + 1, attempt)
         told = yield Together((*beside, Create(name, b"")))
+        if isinstance(told[-1], KVUnavailable) and (attempt or isinstance(told[0], KVUnavailable)):
+            raise told[-1]  # the store takes nothing, or nothing more
         if told[-1] is True:
             self.litter.append(name)
         return told[-1] is True
@@ -210,8 +256,11 @@ class Journal:
     def _wait_for_another(self) -> Steps[None]:
         pause_s = self._pause_s
         for _ in range(_NUM_PAUSES):
-            yield Pause(pause_s)
-            if (yield from self.catch_up()):
+            yield Pause(pause_s, _NUM_REQUESTS_FOR_ALL if self._name_size_bytes_max else _NUM_REQUESTS_FOR_ALL + 1)
+            was_behind, self._is_behind = self._is_behind, (yield from self._learn_next())
+            if self._is_behind:  # if it lacks the wish, somebody writes the next one
+                while was_behind and self._granted is None and (yield from self._learn_next()):
+                    pass
                 return
             pause_s *= _PAUSE_GROWTH
 
@@ -232,17 +281,24 @@ class Journal:
         """What others wish, as far as a listing shows; what it does not is for the next version."""
         (listed,) = yield Together((Names(WISH),))
         found = [] if isinstance(listed, KVUnavailable) else listed
-        names = [name for name in found if name != own.name and name not in self._recent][:_NUM_WISHES_READ_MAX]
-        if not names:
-            return []
-        contents = yield Together(tuple(map(Read, names)))
-        wishes = []
-        for name, content in zip(names, contents, strict=True):
+        wishes, names = list[Wish](), list[str]()
+        for name in found:
             try:
-                wishes.append(Wish.from_bytes(name, content if isinstance(content, bytes) else b""))
-            except ValueError:  # gone meanwhile, unreadable or damaged: its author will see to it
+                if (told := Wish.from_name(name)) is not None:
+                    wishes.append(told)
+                elif name not in self._recent:
+                    names.append(name)
+            except ValueError:  # damaged: its author will see to it
                 continue
-        return wishes
+        names = [name for name in names if name != own.name][:_NUM_WISHES_READ_MAX]
+        if names:
+            contents = yield Together(tuple(map(Read, names)))
+            for name, content in zip(names, contents, strict=True):
+                try:
+                    wishes.append(Wish.from_bytes(name, content if isinstance(content, bytes) else b""))
+                except ValueError:  # gone meanwhile, unreadable or damaged, as above
+                    continue
+        return [wish for wish in wishes if wish.name != own.name]
 
     def _write(self, draft: State, granted: dict[str, tuple[Result, ...]], until: dict[str, int]) -> Steps[bool]:
         """Write the next version. Returns whether this client did; else the one that another wrote is learnt.

@@ -14,6 +14,7 @@ from launcher.kv.state import State
 
 WISH = "wish/"
 TURN = "turn/"
+_TELLS, _PART_SIZE_BYTES = "~", 200  # gateways whose objects are files take 255 a part
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,36 @@ class Wish:
         """The last version that may have it."""
         return self.base + self.WINDOW
 
+    def to_object(self, name_size_bytes_max: int) -> tuple[str, bytes]:
+        """The name and the content of the object that holds it: a name that tells all, if one so long may, so that who
+        lists the wishes need not read each."""
+        packed = base64.urlsafe_b64encode(zlib.compress(self._told())).decode()
+        parts = [packed[at : at + _PART_SIZE_BYTES] for at in range(0, len(packed), _PART_SIZE_BYTES)]
+        name = f"{self.name}{_TELLS}{'/'.join(parts)}"
+        return (name, b"") if len(name.encode()) <= name_size_bytes_max else (self.name, self.to_bytes())
+
+    @classmethod
+    def from_name(cls, name: str) -> Wish | None:
+        """Read a wish whose object's name tells it; None of one that does not.
+
+        Raises:
+            ValueError: it is none.
+        """
+        name, tells, packed = name.partition(_TELLS)
+        if not tells:
+            return None
+        try:
+            body = zlib.decompress(base64.urlsafe_b64decode(packed.replace("/", "")))
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"{name} is no wish: {error!r}") from error
+        return cls._read(name, body)
+
+    def _told(self) -> bytes:
+        return json.dumps([self.base, [_told(op) for op in self.ops]], separators=(",", ":")).encode()
+
     def to_bytes(self) -> bytes:
         """JSON in UTF-8 after its CRC32."""
-        body = json.dumps([self.base, [_told(op) for op in self.ops]], separators=(",", ":")).encode()
+        body = self._told()
         return b"%08x " % zlib.crc32(body) + body
 
     @classmethod
@@ -118,6 +146,13 @@ class Wish:
         try:
             if int(told_sum, 16) != zlib.crc32(body):
                 raise ValueError("its checksum does not match")
+        except ValueError as error:
+            raise ValueError(f"{name} is no wish: {error!r}") from error
+        return cls._read(name, body)
+
+    @classmethod
+    def _read(cls, name: str, body: bytes) -> Wish:
+        try:
             base, ops = json.loads(body)
             return cls(name, int(base), tuple(map(_op, ops)))
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -125,7 +160,7 @@ class Wish:
 
 
 def wish_name(nonce: str) -> str:
-    """The object that holds a wish."""
+    """What a wish is called: its object's name, or the start of it."""
     return f"{WISH}{nonce}"
 
 
@@ -140,7 +175,7 @@ def turn_name(number: int, attempt: int = 0) -> str:
 def _told(op: Op) -> list[Any]:
     match op:
         case PutKey(key, value, if_revision, lease_id, grant_ttl_s):
-            return ["put", key, base64.b64encode(value).decode(), if_revision, lease_id, grant_ttl_s]
+            return ["put", key, _text(value), if_revision, lease_id, grant_ttl_s]
         case DeleteKey(key, if_revision):
             return ["delete", key, if_revision]
         case GrantLease(lease_id, ttl_s):
@@ -149,10 +184,27 @@ def _told(op: Op) -> list[Any]:
             return ["end", lease_id]
 
 
+def _text(value: bytes) -> list[str]:
+    """As text where it is some, which compresses well."""
+    try:
+        return [value.decode()]
+    except UnicodeDecodeError:
+        return ["", base64.b64encode(value).decode()]
+
+
+def _value(told: Sequence[Any]) -> bytes:
+    match told:
+        case [str(text)]:
+            return text.encode()
+        case ["", str(text)]:
+            return base64.b64decode(text, validate=True)
+    raise ValueError(f"no value: {told!r}")
+
+
 def _op(told: Sequence[Any]) -> Op:
     match told:
-        case ["put", str(key), str(value), int() | None as if_revision, int(lease_id), int() | float() as ttl_s]:
-            return PutKey(key, base64.b64decode(value, validate=True), if_revision, lease_id, ttl_s)
+        case ["put", str(key), [*value], int() | None as if_revision, int(lease_id), int() | float() as ttl_s]:
+            return PutKey(key, _value(value), if_revision, lease_id, ttl_s)
         case ["delete", str(key), int() | None as if_revision]:
             return DeleteKey(key, if_revision)
         case ["grant", int(lease_id), int() | float() as ttl_s]:

@@ -22,6 +22,12 @@ class Register(Protocol):
         """Whether requests cost money or time, so that few should be made."""
         ...
 
+    @property
+    def name_size_bytes_max(self) -> int:
+        """How long a name may be in UTF-8, if it may tell something: whoever lists names would read fewer objects. Else
+        0, and names are short."""
+        ...
+
     def read(self, name: str) -> bytes | None:
         """Return the content of an object, None where there is none. A write that has returned is seen."""
         ...
@@ -79,9 +85,10 @@ class Names:
 
 @dataclass(frozen=True)
 class Pause:
-    """Answered by None, after a while of the order of `seconds`."""
+    """Answered by None, after a while of the order of `seconds`, or of what so many requests take, if longer."""
 
     seconds: float
+    num_requests: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 _STALE_S = 12 * 3600.0  # of a client's knowledge: well below what keeps a name taken
 _PARALLEL = 16
-_PAUSE_REQUESTS, _NEWEST_WEIGHT = 2.0, 0.25
+_NEWEST_WEIGHT = 0.25
 _LONGEST_PAUSE_S = 2.0
 """A store that stood still for a while is asked again soon: leases have to be renewed."""
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while the machine hibernates
@@ -65,13 +66,15 @@ class SharedJournal:
         self._on_news = on_news
         self._lock = threading.Lock()  # of the journal while its steps are carried out
         self._synced_s = elapsed_s()  # at this time the newest version was known
+        self._looked_s = -math.inf  # at this time a version after the newest known one was asked for
         self._request_s = 0.0  # what one takes, of late
         self._unwritten_s = 0.0  # then what is being changed was in no version yet
         self._queue: deque[_Asked] = deque()
         self._journal = self._anew()
 
     def _anew(self) -> Journal:
-        return Journal(lambda: uuid.uuid4().hex[:20], self._pause_s)
+        name_size_bytes_max = self._register.name_size_bytes_max
+        return Journal(lambda: uuid.uuid4().hex[:20], self._pause_s, name_size_bytes_max=name_size_bytes_max)
 
     @property
     def number(self) -> int:
@@ -88,6 +91,11 @@ class SharedJournal:
         """For how long it has not been looked whether there is a newer one."""
         return elapsed_s() - self._synced_s
 
+    @property
+    def unlooked_s(self) -> float:
+        """For how long no next version was asked for. One that was found may not have been the newest."""
+        return elapsed_s() - self._looked_s
+
     def look(self) -> State:
         """Learn what is there by now, and return it.
 
@@ -99,15 +107,22 @@ class SharedJournal:
             self._carry_out(self._journal.catch_up())
             return self._journal.state
 
-    def peek(self) -> None:
+    def peek(self, unless_within_s: float = 0.0) -> float:
         """Learn whether there is something new; whoever does so often knows all of it a little later.
+
+        Not again, if another thread did so while this one waited for it, `unless_within_s` ago. Returns for how many
+        seconds the store was asked: how long a thread that has something changed takes tells nothing of the store.
 
         Raises:
             KVUnavailable
         """
         with self._lock:
+            if self.unlooked_s < unless_within_s:
+                return 0.0
+            began_s = time.monotonic()
             self._forget_if_stale()
             self._carry_out(self._journal.peek())
+            return time.monotonic() - began_s
 
     def change(self, *ops: Op) -> Settled:
         """Carry out `ops` in one version, with what other threads want by then.
@@ -210,8 +225,8 @@ class SharedJournal:
 
     def _answer(self, request: Request) -> Any:
         match request:
-            case Pause(seconds):  # a store that is asked too much answers later: it is asked less then
-                least_s = min(_PAUSE_REQUESTS * self._request_s, _LONGEST_PAUSE_S)
+            case Pause(seconds, num_requests):  # a store that is asked too much answers later: it is asked less then
+                least_s = min(num_requests * self._request_s, _LONGEST_PAUSE_S)
                 self.closed.wait(max(seconds, least_s) * random.uniform(0.5, 1.5))
                 return None
             case Together(requests):
@@ -227,8 +242,9 @@ class SharedJournal:
 
         if len(requests) < 2:
             return list(map(ask, requests))
-        with ThreadPoolExecutor(min(_PARALLEL, len(requests)), thread_name_prefix="kv-together") as pool:
-            return list(pool.map(ask, requests))
+        with ThreadPoolExecutor(min(_PARALLEL, len(requests) - 1), thread_name_prefix="kv-together") as pool:
+            others = pool.map(ask, requests[1:])
+            return [ask(requests[0]), *others]
 
     def _ask(self, request: Request) -> Any:
         """Have a request answered; note where that shows that the newest version is known."""
@@ -236,6 +252,8 @@ class SharedJournal:
         next_version = version_name(self._journal.number + 1)
         told = answer(self._register, request)
         self._request_s += _NEWEST_WEIGHT * (time.monotonic() - now_s - self._request_s)
+        if isinstance(request, Read | Create) and request.name == next_version:
+            self._looked_s = asked_s
         match request:
             case Read(name) if told is None and name == next_version:
                 self._synced_s = asked_s
