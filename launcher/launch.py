@@ -167,7 +167,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
                 extras.planner or plan_no_mesh,
                 events,
                 unfit=unfit,
-                prepare=functools.partial(warm.wait_ready, _ZYGOTE_TIMEOUT_S) if warm is not None else None,
+                prepare=functools.partial(_get_ready, warm, extras.sidecar),
             )
         )
         publisher = stack.enter_context(
@@ -202,6 +202,16 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             sidecar=extras.sidecar,
         )
         return _run(config, member, parts)
+
+
+def _get_ready(warm: WarmStart | None, sidecar: Sidecar | None) -> None:
+    """Have what takes a while done before the others stop for this node: imports, its workers' and the sidecar's."""
+    if sidecar is not None:
+        sidecar.expect()
+    if warm is not None:
+        warm.wait_ready(_ZYGOTE_TIMEOUT_S)
+        if sidecar is not None:
+            sidecar.expect()  # had it been too early
 
 
 def _graces(config: LaunchConfig, conf: RendezvousConf, extras: LaunchOptions) -> GracePeriods:

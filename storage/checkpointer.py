@@ -255,7 +255,8 @@ class Checkpointer:
         begun = None
         try:
             compares, asks = compare_ranks and self._compares_ranks, live is not None and live.state.asks
-            begun = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, must=bool(wait), asks=asks)
+            said = {"healthy": healthy, "compare_ranks": compares, "asks": asks}
+            begun = saver.save(step, state, tier, **said, must=bool(wait), yields=wait == "held")
         finally:
             pacer.returned(is_saving=begun is not None)
         if live is not None and begun is not None and begun.agree:

@@ -51,9 +51,11 @@ def mapped(fd: int, size_bytes: int) -> Any:
 
 
 def advise_huge(address: int, size_bytes: int) -> None:
-    """Have huge pages made by themselves, where the system's settings leave that to who asks."""
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        _advise(address, size_bytes, mmap.MADV_HUGEPAGE)
+    """Have huge pages made by themselves of what lies in there, where the system's settings leave that to who asks."""
+    first, last = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, (address + size_bytes) // HUGE_PAGE_BYTES
+    if first < last * HUGE_PAGE_BYTES:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            _advise(first, last * HUGE_PAGE_BYTES - first, mmap.MADV_HUGEPAGE)
 
 
 def populate(fd: int, address: int, begin: int, stop: int) -> None:

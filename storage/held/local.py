@@ -35,6 +35,12 @@ class LocalMemory(Protocol):
     def restored(self, attempt: str, step: int) -> None:
         """The job goes on from that attempt."""
 
+    def make_way(self, seconds: float) -> None:
+        """A whole job waits for what is done now: nothing is to be stored or copied behind it, for at most so long."""
+
+    def way_free(self) -> None:
+        """Nobody waits any more."""
+
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """Hold those attempts no longer, or nothing of all that is held: they are not to be gone on from."""
 

@@ -147,6 +147,14 @@ class NodeMemory:
         """See `LocalMemory.restored`."""
         self._distrust.restored(attempt, step)
 
+    def make_way(self, seconds: float) -> None:
+        """See `LocalMemory.make_way`; here that is what is copied."""
+        self._rate.truce.ask(seconds)
+
+    def way_free(self) -> None:
+        """See `LocalMemory.way_free`."""
+        self._rate.truce.end()
+
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """See `LocalMemory.drop`. An event, where anything was held."""
         steps = sorted({label.step for label in self.inventory.labels() if not attempts or label.attempt in attempts})

@@ -5,18 +5,22 @@ from __future__ import annotations
 import threading
 import time
 
+from storage.held.truce import Truce
+
 _BITE_BYTES = 4 * 1024 * 1024
 
 
 class RateLimit:
     """Lets so many bytes through in a second, on average since it was last idle. None: any number. Thread-safe.
 
-    Whoever asks for more at once than one may have is let through first and waits with the next.
+    Whoever asks for more at once than one may have is let through first and waits with the next. During a `truce`
+    nobody is let through.
     """
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
+        self.truce = Truce()
         self._free_s = 0.0
 
     @property
@@ -35,4 +39,4 @@ class RateLimit:
 
     def wait(self, num_bytes: int, stop: threading.Event) -> bool:
         """Wait until that many bytes may go; False if it was told to stop meanwhile."""
-        return not stop.wait(self.pause_s(num_bytes, time.monotonic()))
+        return self.truce.wait(stop) and not stop.wait(self.pause_s(num_bytes, time.monotonic()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -37,6 +37,7 @@ from storage.stores.objects import ObjectStore
 T = TypeVar("T")
 
 _NUM_ASKED_AT_ONCE = 16
+_RESTORE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,19 @@ class MemoryTier:
         """The attempts that the job has gone on from too often."""
         return worn_out([offer.num_restores for offer in self._offers])
 
-    def find_stored(self, store: ObjectStore, damaged: Collection[int], *, unhealthy: bool) -> StoredState | None:
+    def find_stored(
+        self,
+        store: ObjectStore,
+        candidates: Iterable[tuple[int, object]],
+        damaged: Collection[int],
+        *,
+        unhealthy: bool,
+    ) -> StoredState | None:
         """The newest checkpoint of the store, as far as it has to be known (coordinator). `damaged`: to be left out.
 
-        Raises Transient, Denied: by the store.
+        `candidates`: see `storage.run.catalog.candidates`. Raises Transient, Denied: by the store.
         """
-        for step, _ in catalog.candidates(store):
+        for step, _ in candidates:
             if step in damaged:
                 continue
             if all(state.label.step <= step for state in self.states):
@@ -269,6 +277,11 @@ class MemoryAccess:
         self._group = group
         self._speaks = False  # for all ranks of its node
 
+    @property
+    def is_there(self) -> bool:
+        """Whether this rank's node has one. No collective."""
+        return self._local is not None
+
     def meet(self, report: Reporter) -> None:
         """Have the nodes of all ranks know each other, so that each finds a buddy for its copies."""
         self._meet(report)
@@ -286,7 +299,10 @@ class MemoryAccess:
         own = next((number for number, offer in enumerate(found) if mine and offer.card.node == mine.node), None)
         num_here = sum(card is not None and mine is not None and card.host == mine.host for card in cards)
         num_ranks = self._group.world_size, max(num_here, 1)
-        return MemoryTier(found, own, self._local, self._lineage, num_ranks=num_ranks, compares=self._compares)
+        tier = MemoryTier(found, own, self._local, self._lineage, num_ranks=num_ranks, compares=self._compares)
+        if not tier.has_a_state:
+            self.way_free(report)  # what is on its way to the store may be all that there is
+        return tier
 
     def has_a_state(self, report: Reporter) -> bool:
         """Whether nodes hold a state that could be gone on from if the store were away."""
@@ -295,6 +311,16 @@ class MemoryAccess:
             return False
         tier.close()
         return tier.has_a_state
+
+    def make_way(self, report: Reporter) -> None:
+        """Have this node store and copy nothing while its memory is read. No collective; all ranks call it."""
+        if self._speaks:
+            self._ask(lambda local: local.make_way(_RESTORE_S), report)
+
+    def way_free(self, report: Reporter) -> None:
+        """It was read, or is not: what waits goes on, be it since workers stopped for others. As `make_way`."""
+        if self._speaks:
+            self._ask(lambda local: local.way_free(), report)
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         """Tell the memory of this node that the job goes on from a state of it. No collective; all ranks call it."""

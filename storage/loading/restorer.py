@@ -6,12 +6,12 @@ import functools
 import json
 import logging
 import socket
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from storage import inspection
-from storage.errors import Corrupt, Disputed, NoCheckpoint, OnlyUnhealthy, Transient, UnloadableValue, WrongModel
+from storage.errors import Corrupt, Disputed, NoCheckpoint, UnloadableValue, WrongModel
 from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.dcp_view import metadata_of
@@ -19,24 +19,22 @@ from storage.format.index import Index
 from storage.held.distrust import NUM_RESTORES_MAX
 from storage.held.nearest import NearestStore
 from storage.loading.casts import Casts
+from storage.loading.choosing import Adopted, Chooser
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
 from storage.loading.memory_tier import HeldIndex, MemoryAccess, MemoryTier
 from storage.loading.phases import Phases
 from storage.loading.reading import read_items
 from storage.ranks.agreement import AgreeingGroup
-from storage.run import catalog, quarantine
 from storage.run.owner import Claim
 from storage.state.fingerprint import fingerprint
 from storage.state.fit import finish, fit
 from storage.state.misfit import NUM_SHOWN, misfit
 from storage.state.wants import Fit, Ignored
-from storage.stores.objects import ObjectInfo, ObjectStore
+from storage.stores.objects import ObjectStore
 from storage.verified.source import Traffic
 
 log = logging.getLogger(__name__)
 
-_STORE_S = 5.0
-"""A store that says nothing for so long is away, as far as a state in memory is concerned."""
 _NUM_TRIES = 100
 """Of checkpoints that turn out to be no good: another job may save, and remove, faster than this one can read."""
 
@@ -60,17 +58,6 @@ class _Damaged:
     own: Corrupt | None
 
 
-class Adopted(Protocol):
-    """Saves of this job's dead workers that are still going to be committed, by those who hold them."""
-
-    @property
-    def adopted_step(self) -> int:
-        """The newest of them; -1 if there is none."""
-
-    def settle(self) -> None:
-        """Wait until they are committed, or given up."""
-
-
 class Restorer:
     """Reads for one group of ranks. Every method without underscore is a collective.
 
@@ -88,14 +75,11 @@ class Restorer:
         adopted: Adopted | None = None,
     ) -> None:
         self._store = store
-        self._adopted = adopted
         self._memory = memory
-        self._claim = claim
         self._group = group
         self._report = report
-        self._version: ObjectInfo | None = None  # of the `.metadata` that is read from (coordinator)
+        self._chooser = Chooser(store, claim, report, adopted)
         self._phases = Phases()
-        self._told: set[ObjectInfo] = set()  # damaged, and left where they are
 
     def restore(
         self,
@@ -114,6 +98,8 @@ class Restorer:
         """
         self._phases = Phases()
         with self._report.retries(self._store, "restore"):
+            if self._memory is not None and self._memory.is_there and self._group.is_coordinator:
+                self._chooser.look_ahead()
             tier = self._memory.open(self._report) if self._memory is not None else None
             self._phases.ended("ask")
             try:
@@ -121,8 +107,9 @@ class Restorer:
                     state, tier, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
                 )
             finally:
-                if tier is not None:
+                if tier is not None and self._memory is not None:
                     tier.close()
+                    self._memory.way_free(self._report)
         if read is not None:
             self._report(
                 CheckpointEvent.RESTORED,
@@ -149,7 +136,7 @@ class Restorer:
         lost: set[str] = set()  # attempts in memory of which bytes turned out not to be had
         while True:
             chosen = self._group.share(
-                functools.partial(self._choose, tier, damaged, lost, unhealthy=unhealthy), HeldIndex.load
+                functools.partial(self._chooser.choose, tier, damaged, lost, unhealthy=unhealthy), HeldIndex.load
             )
             if chosen is None:
                 return 0, None
@@ -175,36 +162,6 @@ class Restorer:
             if len(damaged) >= _NUM_TRIES:
                 raise Corrupt(f"{len(damaged)} checkpoints in {self._store.url} are no good: {damaged[index.step]}")
 
-    def _choose(
-        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
-    ) -> HeldIndex | None:
-        """The state to go on from (coordinator): one in memory if it is newer than the store's newest."""
-        found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
-        if self._adopted is not None and self._adopted.adopted_step > (-1 if found is None else found.index.step):
-            self._adopted.settle()
-            found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
-        if found is not None:
-            return found
-        index = self._newest(damaged, unhealthy=unhealthy)
-        return None if index is None else HeldIndex(index)
-
-    def _newest_held(
-        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
-    ) -> HeldIndex | None:
-        """The newest state in memory, unless the store has a newer one; if it does not answer, that is not known."""
-        if tier is None or not tier.states:
-            return None
-        stored, away = None, None
-        try:
-            stored = tier.find_stored(self._store.impatient(_STORE_S), damaged, unhealthy=unhealthy)
-        except Transient as error:
-            away = str(error)
-        worn_out = tier.worn_out if stored is not None else []
-        found = tier.newest(stored, {*lost, *worn_out}, self._report, unhealthy=unhealthy)
-        if found is not None and away is not None:
-            self._report(CheckpointEvent.STORE_UNASKED, step=found.index.step, reason=away)
-        return found
-
     def _went_on(self, chosen: HeldIndex, tier: MemoryTier | None) -> None:
         """Count for a state in memory that it was gone on from, or drop those that were too often in vain."""
         if self._memory is None or tier is None:
@@ -215,51 +172,13 @@ class Restorer:
             reason = f"the job has gone on from one of them {NUM_RESTORES_MAX} times, and staged nothing since"
             self._memory.distrust(reason, self._report)
 
-    def _newest(self, damaged: Mapping[int, str], *, unhealthy: bool) -> Index | None:
-        """The newest checkpoint whose parts fit together (coordinator); None if the run has no checkpoint at all.
-
-        `damaged`: the steps that were tried, and why they are no good. Those that were saved as unhealthy are passed
-        over, unless `unhealthy` takes them as well.
-        """
-        reasons = list(damaged.values())
-        passed_over: list[int] = []
-        for step, version in catalog.candidates(self._store):
-            if step in damaged:
-                continue
-            self._version = version
-            try:
-                index = catalog.open_checkpoint(self._store, layout.step_folder(step) + "/")
-                if not index.healthy and not unhealthy:
-                    passed_over.append(step)
-                    continue
-                if passed_over:
-                    self._report(CheckpointEvent.PASSED_OVER, step=step, passed_over=passed_over, reason="unhealthy")
-                return index
-            except NoCheckpoint:
-                continue  # set aside, or removed since it was listed
-            except Corrupt as error:
-                self._set_aside(step, version, str(error))
-                reasons.append(str(error))
-        if passed_over:
-            raise OnlyUnhealthy(
-                f"no healthy checkpoint is left in {self._store.url}: those of steps {', '.join(map(str, passed_over))}"
-                " were saved as unhealthy; restore(..., unhealthy=True) takes the newest of them, or start anew at"
-                " another URL" + (f" ({reasons[0]})" if reasons else "")
-            )
-        if reasons:
-            raise Corrupt(f"no good checkpoint is left in {self._store.url}: {reasons[0]}")
-        if aside := catalog.quarantined_steps(self._store):
-            raise Corrupt(
-                f"every checkpoint in {self._store.url} is damaged and was set aside (steps"
-                f" {', '.join(map(str, aside))}); start anew at another URL, or remove them"
-            )
-        return None
-
     def _read(
         self, wants: dict[str, Any], chosen: HeldIndex, tier: MemoryTier | None, *, allow_casts: bool
     ) -> _Read | _Damaged:
         """Read into the tensors of `wants`, and put values there. All ranks have read, find damage, or raise alike."""
         index, near = chosen.index, None if tier is None else tier.nearest(self._store, chosen, self._report)
+        if near is not None and self._memory is not None:
+            self._memory.make_way(self._report)
         planner = SafeLoadPlanner(index)
         planner.set_up_planner(wants, metadata_of(index), self._group.is_coordinator)
         items = self._group.everywhere(lambda: planner.create_local_plan().items)
@@ -352,23 +271,12 @@ class Restorer:
                 return reason  # somebody else was faster
             if not verdict.problems:
                 raise Disputed(_dispute(step, complaints))
-            assert self._version is not None
-            self._set_aside(step, self._version, reason)
+            assert self._chooser.version is not None
+            self._chooser.set_aside(step, self._chooser.version, reason)
             return reason
 
         reason: str = self._group.on_coordinator(judge)
         return reason
-
-    def _set_aside(self, step: int, version: ObjectInfo, reason: str) -> None:
-        """Quarantine (coordinator). Raises Fenced: what a newer owner has saved is not this process's to judge."""
-        if self._claim is None:
-            if version not in self._told:
-                self._told.add(version)
-                self._report(CheckpointEvent.DAMAGED, step=step, reason=reason)
-            return
-        self._claim.check()
-        if quarantine.set_aside(self._store, version):
-            self._report(CheckpointEvent.QUARANTINED, step=step, reason=reason)
 
 
 def _told(near: NearestStore | None, index: Index) -> Mapping[str, Any]:

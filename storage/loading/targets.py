@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from storage.arena.mapping import advise_huge
 from storage.format.tensors import bytes_of
 from storage.verified.source import scratch
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SLAB_SIZE_BYTES = 8 * 1024 * 1024
 NUM_PINNED_SLABS = 8
+_HUGE_FROM_BYTES = 4 * 1024 * 1024
 
 
 class Target(Protocol):
@@ -70,6 +72,8 @@ class TensorTarget(_Counted):
     def __init__(self, tensor: torch.Tensor, finish: Callable[[], None]) -> None:
         super().__init__(tensor.nbytes, finish)
         self._memory = bytes_of(tensor)
+        if tensor.nbytes >= _HUGE_FROM_BYTES:  # memory that nobody has touched is made as it is filled
+            advise_huge(tensor.data_ptr(), tensor.nbytes)
 
     def view(self, at: int, size_bytes: int) -> memoryview:
         """A part of the tensor."""

@@ -164,6 +164,12 @@ class Claim:
         """What tells this claim from all others."""
         return self._owner.token
 
+    def recorded(self, owner: Owner) -> None:
+        """The store has it now, as `owner`; until then it was held by its token alone."""
+        with self._lock:
+            if self._owner.epoch < owner.epoch:  # else a commit has recorded it once more meanwhile
+                self._owner = owner
+
     def check(self) -> None:
         """Raise Fenced unless the run is still ours. A late claim of an older generation is claimed back."""
         self._check("")

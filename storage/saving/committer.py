@@ -150,6 +150,10 @@ class Committer:
         """Why this process can never commit again, once it has found out (coordinator)."""
         return self._ownership.fenced
 
+    def confirm(self) -> None:
+        """Nothing is saved before this has returned: see `Ownership.confirm`. A collective once."""
+        self._ownership.confirm()
+
     def new_attempt(self) -> str:
         """The id of a fresh attempt (coordinator)."""
         self._num_attempts += 1

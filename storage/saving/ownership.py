@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Self
 
 from storage.errors import Corrupt, Fenced, StorageError, Transient, UsageError
@@ -14,8 +15,18 @@ from storage.ranks.agreement import AgreeingGroup
 from storage.run import heartbeat, in_use, owner
 from storage.run.attempt import Attempt
 from storage.run.heartbeat import Heartbeat
+from storage.run.in_use import PreviousOwner
 from storage.run.owner import Claim, Owner
-from storage.saving.adoption import FindHeld, UnfinishedPart, adoptable, dump_parts, load_parts, settle
+from storage.saving.adoption import (
+    FindHeld,
+    UnfinishedPart,
+    adoptable,
+    dump_parts,
+    load_parts,
+    missing_ranks,
+    settle,
+)
+from storage.saving.claiming import ClaimBehind
 from storage.stores.objects import Capability, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -32,8 +43,9 @@ class Ownership:
         claimant: the job's claim, of which that of the coordinator counts.
         take_over: do not ask whether another job, which has the run, is alive.
         find_held: what this node's service still has to store for workers that are gone.
-        can_wait: the job goes on from memory if the store is away: then its claim is recorded with its first commit,
-            unless a job of another lineage has the run by then. All ranks say the same.
+        can_wait: the job goes on from memory, so its claim is recorded behind its restore, and `confirm` waits for
+            that. If the store is away it is recorded with the first commit, unless a job of another lineage has the run
+            by then. All ranks say the same.
     """
 
     def __init__(
@@ -58,6 +70,9 @@ class Ownership:
         self._find_held = find_held
         self._can_wait = can_wait
         self._adopted: list[Attempt] = []  # coordinator
+        self._behind: ClaimBehind | None = None  # coordinator, while it is not settled
+        self._is_confirmed = not can_wait
+        self._is_closed = False
 
     @property
     def claim(self) -> Claim:
@@ -75,19 +90,44 @@ class Ownership:
         self._fenced = str(error)
 
     def start(self) -> Self:
-        """Claim the run. A collective. Raises InUse, Fenced, UsageError, Transient, Denied."""
+        """Claim the run, or begin to. A collective. Raises InUse, Fenced, UsageError, Transient, Denied."""
         try:
             held = load_parts(self._group.gather(dump_parts(self._find_held)) or [])
+            if self._can_wait:
+                self._begin_behind(held)
+                return self
             claimed = self._group.on_coordinator(lambda: self._claim_run(held).model_dump())
             self._claim = Claim(self._store, Owner(**claimed))
-            if self._claim.owner.epoch == _NOT_RECORDED:
-                return self
             self._group.everywhere(self._check_shared)
             self._group.on_coordinator(self._check_conditions)
         except BaseException:
             self.close()
             raise
         return self
+
+    def confirm(self) -> None:
+        """Wait until the claim stands that was begun behind a restore; to be called before a save. A collective once.
+
+        Raises: see `start`.
+        """
+        if self._is_confirmed:
+            return
+        recorded: bool = self._group.on_coordinator(self._is_recorded)
+        if recorded:
+            self._group.everywhere(self._check_shared)
+        self._is_confirmed = True
+
+    def await_claim(self) -> None:
+        """Wait until the run is claimed, or will not be before the first commit (coordinator). Raises as `start`."""
+        self._is_recorded()
+
+    def await_look(self) -> None:
+        """Wait until it is known that no other job has the run, where that is found out behind a restore (coordinator).
+
+        Raises InUse, Fenced, Denied.
+        """
+        if self._behind is not None:
+            self._behind.await_look()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -97,11 +137,16 @@ class Ownership:
 
     @property
     def adopted_step(self) -> int:
-        """The newest step that was adopted, and not waited for yet; -1 if there is none (coordinator)."""
-        return max((attempt.step for attempt in self._adopted), default=-1)
+        """The newest step that was adopted, or may be, and not waited for yet; -1 if there is none (coordinator)."""
+        adopted = self._adopted if self._behind is None else [*self._behind.may_adopt, *self._adopted]
+        return max((attempt.step for attempt in adopted), default=-1)
 
     def settle(self) -> None:
-        """Wait for what was adopted: it is newer than what is committed (coordinator). Raises nothing."""
+        """Wait for what was adopted: it is newer than what is committed (coordinator).
+
+        Raises what the claim fails with, where that was begun behind a restore.
+        """
+        self._is_recorded()
         if settle(self._store, self._adopted):
             try:
                 self.claim.disown()
@@ -116,18 +161,57 @@ class Ownership:
 
     def close(self) -> None:
         """Let the run go."""
+        self._is_closed = True
+        if self._behind is not None:
+            self._behind.close()
         if self._heartbeat is not None:
             self._heartbeat.close()
 
     def _claim_run(self, held: Collection[UnfinishedPart]) -> Owner:
         """Claim the run (coordinator), and what services `held` hold of it. Raises InUse, Fenced."""
-        if self._can_wait and (why := self._why_away()) is not None:
-            self._report(CheckpointEvent.CLAIMED_LATER, url=self._store.url, reason=why)
-            mine = self._claimant.model_copy(update={"epoch": _NOT_RECORDED})
-            self._beat(mine, None)
-            return mine
         find = in_use.find_other if self._take_over else in_use.await_free
-        other = find(self._store, self._claimant)
+        return self._record(held, find(self._store, self._claimant))
+
+    def _begin_behind(self, held: Collection[UnfinishedPart]) -> None:
+        """Have the run claimed on a thread: what is read from memory needs no claim. A collective."""
+        mine = self._group.on_coordinator(self._claimant.model_copy(update={"epoch": _NOT_RECORDED}).model_dump)
+        self._claim = Claim(self._store, Owner(**mine))
+        if self._group.is_coordinator:
+            self._behind = ClaimBehind(missing_ranks(held)).start(functools.partial(self._claim_behind, held))
+
+    def _claim_behind(self, held: Collection[UnfinishedPart], looked: Callable[[], None]) -> bool:
+        """As `_claim_run`, on a thread; whether it is recorded. `looked`: to be called if no other job has the run."""
+        try:
+            try:
+                recorded = owner.read_owner(self._store.impatient(_AWAY_S))
+            except Corrupt:
+                recorded = None
+            other = None
+            if recorded is not None and not owner.is_same_job(recorded, self._claimant):
+                find = in_use.find_other if self._take_over else in_use.await_free
+                other = find(self._store, self._claimant)
+            looked()
+            mine = self._record(held, other)
+        except Transient as error:
+            self._report(CheckpointEvent.CLAIMED_LATER, url=self._store.url, reason=str(error))
+            self._beat(self.claim.owner, None)
+            return False
+        self.claim.recorded(mine)
+        try:
+            self._check_conditions()
+        except StorageError as error:
+            log.warning("whether %s honours conditions is not known: %s", self._store.url, error)
+        return True
+
+    def _is_recorded(self) -> bool:
+        """Whether the run is claimed, once that is settled (coordinator). Raises as `start`."""
+        if self._behind is not None:
+            self._behind.settle()
+            self._behind = None
+        return self.claim.owner.epoch != _NOT_RECORDED
+
+    def _record(self, held: Collection[UnfinishedPart], other: PreviousOwner | None) -> Owner:
+        """Record the claim, which takes the run over from `other`. Raises Fenced."""
         heartbeat.write(self._store, self._claimant.token, 0)  # before the claim: one without a beat is free to take
         try:
             self._adopted = adoptable(self._store, held)
@@ -146,20 +230,12 @@ class Ownership:
             self._report(CheckpointEvent.TAKEN_OVER, url=self._store.url, by=mine.who, of=of, reason=other.reason)
         return mine
 
-    def _why_away(self) -> str | None:
-        """Why the store cannot be asked for its owner now; None if it can."""
-        try:
-            owner.read_owner(self._store.impatient(_AWAY_S))
-        except Transient as error:
-            return str(error)
-        except Corrupt:
-            pass
-        return None
-
     def _beat(self, mine: Owner, replaced_token: str | None) -> None:
         self._heartbeat = Heartbeat(self._store, mine, replaced_token, self._report).start()
         # who forgets to close must not keep the run from others, and from itself; at exit it closes by itself
         weakref.finalize(self, self._heartbeat.stop).atexit = False
+        if self._is_closed:  # while the store did not answer
+            self._heartbeat.close()
 
     def _check_shared(self) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from storage.arena.arena import Arena
@@ -66,6 +67,7 @@ class Saver:
         healthy: bool,
         compare_ranks: bool,
         must: bool,
+        yields: bool = False,
         asks: bool = False,
     ) -> Decision | None:
         """Return once the state is copied; the rest goes on in the background. What the ranks have decided, all alike.
@@ -74,11 +76,13 @@ class Saver:
         for, with `must` whatever is said of a backlog, but not for ever.
 
         Args:
+            yields: see `SaveJob`.
             asks: see `Proposal`.
 
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
+        self._committer.confirm()
         started_s = time.monotonic()
         why_not = self._why_not(tier, must=must)
         waits = self._queue.waiting if tier is Tier.STORE else ""
@@ -110,7 +114,7 @@ class Saver:
             **({"overlapped": True} if part.is_pending else {}),
         )
         part.go_on()
-        self._queue.put(self._job(decision.step, agreed, part, tier, started_s))
+        self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=yields))
         return decision
 
     def _copied_ahead(self, mine: Proposal, proposed: Proposed) -> CopiedPart | None:

@@ -68,6 +68,8 @@ class SaveJob:
     tier: Tier = Tier.STORE
     made: MadeObjects | None = None
     """The objects of `payloads`, if they were made already."""
+    yields: bool = False
+    """The workers stop for others once it is in their nodes' memory: its way to the store begins after that."""
 
 
 class Tried(enum.StrEnum):

@@ -78,6 +78,7 @@ def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
         created_unix_s=job.created_unix_s,
         healthy=job.healthy,
         tier=job.tier,
+        yields=job.yields,
         told=told,
     )
 

@@ -77,5 +77,17 @@ class DropHeld(ServiceMessage):
     reason: str
 
 
+class MakeWay(ServiceMessage):
+    """A whole job waits for what is done now: for so long nothing is to be stored or copied behind it. Answered by
+    `Noted`.
+    """
+
+    seconds: float = Field(ge=0)
+
+
+class WayFree(ServiceMessage):
+    """Nobody waits any more; answered by `Noted`."""
+
+
 class Noted(ServiceMessage):
     """It was done."""

@@ -54,10 +54,13 @@ class Safe(Protocol):
 class Holder(Protocol):
     """Who keeps staged states in memory, whether or not they are ever stored. Thread-safe."""
 
-    def hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
+    def hold(
+        self, parcel: Parcel, report: Reporter, release: Callable[[], None], kept: Callable[[], object]
+    ) -> MadeObjects | None:
         """Keep it, and return the objects that it is kept as, so that these are stored; None if it is not kept.
 
-        `release` is called once when its slots are read no more, unless it is not kept.
+        `release` is called once when its slots are read no more, unless it is not kept. `kept` is called as soon as
+        whoever asks for what is held waits for it.
         """
 
 
@@ -232,7 +235,8 @@ class Lane:
 
     def _hold_all(self) -> None:
         """Have parcels kept in memory, in order: a state there neither waits for the store nor fails with it."""
-        step_back()
+        if not self._shared.pace.truce.is_on:  # else a whole job waits for the checksums
+            step_back()
         while True:
             with self._lock:
                 if not self._to_hold:
@@ -254,17 +258,20 @@ class Lane:
         stage = parcel.stage
         report = Reporter(self.session.listener, stage.told)
         made, holder = None, self._shared.holder
+        told = functools.partial(self.session.send, KeptHere(attempt=stage.attempt.id))
+        # what is to be stored comes to be found there, though its objects are not made yet: only the store is slower
+        early = told if stage.tier is Tier.STORE else lambda: None
         if holder is not None and parcel.is_intact:
             with self._lock:
                 parcel.held += 1
             try:
-                made = holder.hold(parcel, report, functools.partial(self.release, parcel))
+                made = holder.hold(parcel, report, functools.partial(self.release, parcel), early)
             except Exception:  # the slots go back all the same, and the save goes on
                 log.exception("step %d is not held in memory", stage.attempt.step)
             if made is None:
                 self.release(parcel)
-            else:
-                self.session.send(KeptHere(attempt=stage.attempt.id))
+            elif stage.tier is Tier.RAM:
+                told()
         if stage.tier is Tier.RAM:
             step, seconds = stage.attempt.step, round(time.monotonic() - stage.started_s, 3)
             if made is not None:

@@ -18,12 +18,14 @@ from storage.service.held_messages import (
     AskPart,
     DropHeld,
     HeldHere,
+    MakeWay,
     MeetNodes,
     NodeCard,
     Noted,
     NoteRestored,
     NotHeld,
     PartHere,
+    WayFree,
 )
 from storage.service.messages import Hello, ProtocolError, Rejected, ServiceMessage, Welcome
 
@@ -78,6 +80,14 @@ class ServiceMemory:
     def restored(self, attempt: str, step: int) -> None:
         """See `LocalMemory.restored`."""
         self._ask(NoteRestored(attempt=attempt, step=step), Noted)
+
+    def make_way(self, seconds: float) -> None:
+        """See `LocalMemory.make_way`."""
+        self._ask(MakeWay(seconds=seconds), Noted)
+
+    def way_free(self) -> None:
+        """See `LocalMemory.way_free`."""
+        self._ask(WayFree(), Noted)
 
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """See `LocalMemory.drop`."""

@@ -34,14 +34,17 @@ from storage.service.held_messages import (
     AskPart,
     DropHeld,
     HeldHere,
+    MakeWay,
     MeetNodes,
     NodeCard,
     Noted,
     NoteRestored,
     NotHeld,
     PartHere,
+    WayFree,
 )
 from storage.service.messages import Rejected
+from storage.service.on_the_way import OnTheWay
 from storage.service.parcels import Parcel, TakenOver, unpack
 from storage.service.server import Server
 from storage.service.sessions import ServiceCaller
@@ -73,11 +76,11 @@ class HeldStates:
     def __init__(self, rate_bytes_per_s: float | None = None, keeper: MemoryKeeper | None = None) -> None:
         self._keeper = keeper or NoKeeper()
         rules = CopyRules(Slot.create_empty, copies_bytes_max(), functools.partial(guests.keep, self._keeper))
-        self.node = NodeMemory(rules, RateLimit(rate_bytes_per_s), self._tell)
+        self._rate = RateLimit(rate_bytes_per_s)
+        self.node = NodeMemory(rules, self._rate, self._tell)
         self._remember = self._keeper.remember
         self._lock = threading.Lock()
-        self._is_whole = threading.Event()  # again, after a crash
-        self._is_whole.set()
+        self._on_the_way = OnTheWay()
         self._is_started = False
         self._is_told = False
         self._report = Reporter(None, {})
@@ -118,10 +121,10 @@ class HeldStates:
             if _CARDS in remembered:
                 self.node.meet(MeetNodes.model_validate_json(remembered[_CARDS]).cards)
         if records:
-            self._is_whole.clear()
-            threading.Thread(target=self._hold_again, args=(records,), name="hold-again", daemon=True).start()
+            again = self._on_the_way.begin()
+            threading.Thread(target=self._hold_again, args=(records, again), name="hold-again", daemon=True).start()
 
-    def _hold_again(self, records: Sequence[TakenOver]) -> None:
+    def _hold_again(self, records: Sequence[TakenOver], again: Callable[[], None]) -> None:
         def let_go(parcel: Parcel) -> None:
             self._keeper.released(parcel.safe)
             parcel.let_go()
@@ -134,10 +137,11 @@ class HeldStates:
                     log.warning("step %d is held no more: %s", record.stage.attempt.step, error)
                     self._keeper.released(record.safe)
                     continue
-                if self.hold(parcel, Reporter(None, record.stage.told), functools.partial(let_go, parcel)) is None:
+                report, release = Reporter(None, record.stage.told), functools.partial(let_go, parcel)
+                if self.hold(parcel, report, release, lambda: None) is None:
                     let_go(parcel)
         finally:
-            self._is_whole.set()
+            again()
 
     def serve(self, server: Server) -> None:
         """Have the server's messages about memory come here; before it runs."""
@@ -147,12 +151,17 @@ class HeldStates:
         server.handle(AskPart, self._part)
         server.handle(NoteRestored, self._restored)
         server.handle(DropHeld, self._drop)
+        self._rate.truce = server.truce
+        server.handle(MakeWay, self._make_way)
+        server.handle(WayFree, self._way_free)
 
     def close(self) -> None:
         """End all threads, and let go of all that is held."""
         self.node.close()
 
-    def hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
+    def hold(
+        self, parcel: Parcel, report: Reporter, release: Callable[[], None], kept: Callable[[], object]
+    ) -> MadeObjects | None:
         """See `storage.service.lanes.Holder`."""
         with self._lock:
             self._report = report
@@ -165,12 +174,21 @@ class HeldStates:
             report(CheckpointEvent.MEMORY_AWAY, reason=_STARTED_AGAIN)
         if not is_wanted:
             return None  # nobody has asked for this node's memory, so nobody would restore from it
+        made = self._on_the_way.begin()
+        try:
+            kept()  # who asks from here on what is held waits until it is
+            return self._hold(parcel, report, release)
+        finally:
+            made()
+
+    def _hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
         stage, attempt = parcel.stage, parcel.stage.attempt
         keeping = KeepingStore(MemoryStore("held"), stores=False)
         try:
             entries, items = write_payloads(keeping, attempt.prefix, attempt.id, attempt.rank, parcel.staged.payloads)
         except (StorageError, OSError, MemoryError) as error:
             log.warning("step %d is not held in memory: %s", attempt.step, error)
+            report(CheckpointEvent.MEMORY_AWAY, reason=f"step {attempt.step} is not held in memory: {error}")
             return None
         contents, objects = parcel.staged.contents, keeping.objects(attempt.prefix)
         label = PartLabel(
@@ -223,7 +241,7 @@ class HeldStates:
 
     def _held(self, caller: ServiceCaller, ask: AskHeld, fds: list[int]) -> None:
         close_all(fds)
-        self._is_whole.wait(_WHOLE_S_MAX)
+        self._on_the_way.wait(_WHOLE_S_MAX)
         labels = tuple(self.node.labels(ask.run))
         caller.answer(HeldHere(labels=labels, num_restores=self.node.num_restores()))
 
@@ -246,8 +264,18 @@ class HeldStates:
 
     def _drop(self, caller: ServiceCaller, drop: DropHeld, fds: list[int]) -> None:
         close_all(fds)
-        self._is_whole.wait(_WHOLE_S_MAX)
+        self._on_the_way.wait(_WHOLE_S_MAX)
         self.node.drop(drop.attempts, drop.reason)
+        caller.answer(Noted())
+
+    def _make_way(self, caller: ServiceCaller, told: MakeWay, fds: list[int]) -> None:
+        close_all(fds)
+        self.node.make_way(told.seconds)
+        caller.answer(Noted())
+
+    def _way_free(self, caller: ServiceCaller, told: WayFree, fds: list[int]) -> None:
+        close_all(fds)
+        self.node.way_free()
         caller.answer(Noted())
 
     def _note_restored(self, attempt: str, step: int) -> None:

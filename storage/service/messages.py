@@ -99,6 +99,9 @@ class Stage(ServiceMessage):
     With `waits` it is not begun before `GoOn` comes, or the worker has died; it gives way to the next `Stage` of its
     session. Of `tier` RAM it stays in memory and is not stored.
 
+    With `yields` the workers stop for others, which restore it from memory: it is stored once they have, or have not
+    for a while.
+
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
     `pid_began` tells the worker's process from a later one of its pid (`storage.service.processes.began_at`).
@@ -118,6 +121,7 @@ class Stage(ServiceMessage):
     healthy: bool = True
     tier: Tier = Tier.STORE
     waits: bool = False
+    yields: bool = False
     told: dict[str, str] = Field(default_factory=dict)
     tried: Tried = Tried.NOT_YET
 

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from storage.errors import StorageError
+from storage.held.truce import Truce
 from storage.stores.objects import Fetch, ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
 
@@ -44,12 +45,15 @@ class Pace:
         self._clock = clock
         self._bucket = None if bytes_per_s is None else Allowance(bytes_per_s, 0.0, clock())
         self._lock = threading.Lock()
+        self.truce = Truce()
+        """While it lasts nothing is sent."""
         self.stop = threading.Event()
         """Set where nothing more is to be sent."""
         self.reason = "the service has been ended"
 
     def before(self, num_bytes: int) -> None:
         """Wait until that much may be sent. Raises StorageError once nothing more is to be."""
+        self.truce.wait(self.stop)
         wait_s = 0.0
         if self._bucket is not None:
             with self._lock:

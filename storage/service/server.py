@@ -38,6 +38,8 @@ from storage.service.sessions import ServiceCaller, Sessions
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_YIELD_S = 10.0
+"""From the last step before a change of workers to the next ones' restore, at most."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Server:
 
     Attributes:
         on_leave, handle: see `Callers`.
+        truce: while it lasts nothing is sent to stores.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Server:
         self._num_restarts = num_restarts
         self._safe = safe
         self._pace = Pace(options.rate_bytes_per_s)
+        self.truce = self._pace.truce
         storing = threading.Semaphore(options.num_storing_max)
         self._shared = Shared(self._pace, safe, holder, storing, self._lane_is_idle)
         self._lock = threading.RLock()
@@ -166,6 +170,8 @@ class Server:
             close_all(fds)
             caller.answer(Rejected(reason="the service is ending", attempt=stage.attempt.id))
             return
+        if stage.yields:
+            self.truce.ask(_YIELD_S)
         record = TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED)
         if problem := self._take(record):
             caller.answer(Rejected(reason=problem, attempt=stage.attempt.id))
@@ -226,6 +232,7 @@ class Server:
     def _begin_drain(self, caller: ServiceCaller, drain: Drain, fds: list[int]) -> None:
         with self._lock:
             if self._drain is None:
+                self.truce.end_all()  # what is to be stored in time begins now
                 self._drain = Draining(self._num_ended_now(), self._options.wind_up_s)
             self._drain.ask(time.monotonic(), drain.grace_s)
             self._drained.append(caller)

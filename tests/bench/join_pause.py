@@ -4,19 +4,23 @@ A node of one worker trains under `elastic-moe run` with a state of `--mib`, and
 second node comes, and takes half of that state over. The pause is from the last step of one rank to the first of two:
 the save at the step boundary, the round, the new workers, the restore. `link` is what one connection of the loopback
 interface carries from one process to another, of the bytes that the node which joins needs; `allowed` is twice that
-and 0.5 s. Of the parts it is told when they had come to an end, in seconds after the last step.
+and 0.5 s. What it is made of is told part by part: each is from the end of the one before to its own on all nodes.
+
+`--folder` saves to a folder in memory instead, beside which no gateway works; `--upload-limit` is that of the nodes'
+services, in MiB a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +34,38 @@ from tests.s3 import S3Server, juicefs_gateway
 
 STATE_SCRIPT = str(Path(SCRIPT).with_name("state.py"))
 START_S, DEADLINE_S = 120.0, 120.0
-PARTS = ("checkpoint_staged", "workers_yielded", "round_formed", "workers_started", "restored")
-PARTS += ("script_imported", "ranks_met", "run_claimed")
+PARTS = {
+    "checkpoint_staged": "copy of the state",
+    "workers_yielded": "in the service's hands",
+    "workers_stopped": "end of the old workers",
+    "round_formed": "round",
+    "workers_started": "start of the new ones",
+    "script_imported": "their imports",
+    "ranks_met": "process group",
+    "run_claimed": "Checkpointer",
+    "restored": "restore",
+}
+"""By the event that ends it, or the script's mark. What it takes to end and start workers no checkpointer can save."""
+FIRST_STEP = "first step"
 QUICK = 3
 
 
-def launcher(folder: Path) -> Launcher:
+def launcher(folder: Path, upload_limit: str) -> Launcher:
     """Nodes that wait for a second one for no longer than they must."""
     endpoint = f"127.0.0.1:{free_port()}"
     options = ("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-id", f"join-{endpoint.rpartition(':')[2]}")
     options += ("--rdzv-endpoint", endpoint, "--rdzv-conf", "last_call=1,join_cooldown=1")
+    options += ("--upload-limit", upload_limit) if upload_limit else ()
     command = (sys.executable, "-m", "elastic_moe", "run", *options, "--log-dir", str(folder / "logs"))
     return Launcher("elastic-moe run", command, endpoint)
 
 
-def measure(server: S3Server, mib: int) -> tuple[float, dict[str, float]]:
-    """The pause of one join in a fresh job, and when its parts had come to an end."""
+def measure(server: S3Server | None, mib: int, upload_limit: str) -> tuple[float, dict[str, float]]:
+    """The pause of one join in a fresh job, and of it the seconds of each part."""
     with tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True) as text:
         folder = Path(text)
-        job = Job(launcher(folder), folder)
-        job.script = (STATE_SCRIPT, text, server.url(folder.name), str(mib))
+        job = Job(launcher(folder, upload_limit), folder)
+        job.script = (STATE_SCRIPT, text, server.url(folder.name) if server else str(folder / "run"), str(mib))
         try:
             job.start_node()
             until("a checkpoint", lambda: told(folder, "checkpoint_committed") or job.ended(), START_S)
@@ -60,13 +76,20 @@ def measure(server: S3Server, mib: int) -> tuple[float, dict[str, float]]:
             job.end()
         last_ts, next_ts = job.steps(1)[-1]["ts"], job.steps(2)[0]["ts"]
         assert job.steps(2)[0]["step"] == job.steps(1)[-1]["step"] + 1, "no step is done again"
-        events = told(folder)
-        ends = {
-            part: max(e["ts"] for e in events if e["event"] == part and last_ts <= e["ts"] <= next_ts) - last_ts
-            for part in PARTS
-            if any(e["event"] == part and last_ts <= e["ts"] <= next_ts for e in events)
-        }
-        return next_ts - last_ts, ends
+        return next_ts - last_ts, parts_of(told(folder), last_ts, next_ts)
+
+
+def parts_of(events: Sequence[Mapping[str, Any]], last_ts: float, next_ts: float) -> dict[str, float]:
+    """Of the seconds between two steps those of each part that has left its event, in the order in which they ended."""
+    of_pause = [e for e in events if last_ts <= e["ts"] <= next_ts]
+    ends = {part: [e["ts"] for e in of_pause if e["event"] == part] for part in PARTS}
+    found, at = dict[str, float](), last_ts
+    for part, ts in sorted(((part, max(ts)) for part, ts in ends.items() if ts), key=lambda row: row[1]):
+        found[PARTS[part]], at = ts - at, ts
+    for event in (e for e in of_pause if e["event"] == "restored"):
+        for phase, seconds in event["phases"].items():
+            found[f"of it {phase}"] = max(found.get(f"of it {phase}", 0.0), seconds)
+    return found | {FIRST_STEP: next_ts - at}
 
 
 def told(folder: Path, event: str = "") -> list[dict[str, Any]]:
@@ -81,27 +104,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mib", type=int, default=1024, help="size of the state (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} repeats")
+    parser.add_argument("--folder", action="store_true", help="save to a folder, not to S3")
+    parser.add_argument("--upload-limit", default="", metavar="MIB_PER_S", help="what the services send at most")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    pauses, links = [], []
-    with (
-        tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True) as text,
-        ends_with_its_family(Path(text)),
-        juicefs_gateway(Path(text)) as server,
-    ):
-        os.environ.update(server.environment)
+    pauses, links, parts = [], [], list[dict[str, float]]()
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True)
+        text = stack.enter_context(folder)
+        stack.enter_context(ends_with_its_family(Path(text)))
+        server = None if options.folder else stack.enter_context(juicefs_gateway(Path(text)))
+        os.environ.update(server.environment if server else {})
         for _ in range(QUICK if options.quick else options.repeats):
-            pause_s, ends = measure(server, options.mib)
+            pause_s, of_it = measure(server, options.mib, options.upload_limit)
             pauses.append(pause_s)
+            parts.append(of_it)
             links.append(link_s(options.mib * MIB // 2))
-            shown = ", ".join(f"{part} {seconds:.2f}" for part, seconds in sorted(ends.items(), key=lambda row: row[1]))
+            shown = ", ".join(f"{part} {seconds:.2f}" for part, seconds in of_it.items())
             print(f"a join: {pause_s:.2f} s ({shown}), link {links[-1]:.2f} s", file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps({"mib": options.mib, "cores": os.cpu_count(), "seconds": pauses, "link": links}))
+        found = {"mib": options.mib, "cores": os.cpu_count(), "seconds": pauses, "link": links, "parts": parts}
+        print(json.dumps(found))
         return 0
     allowed_s = OVER_LINK * statistics.median(links) + OVER_S
     pause_s = statistics.median(pauses)
     print(f"{options.mib} MiB, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
+    for part in dict.fromkeys(part for of_it in parts for part in of_it):
+        print(f"    {statistics.median(of_it.get(part, 0.0) for of_it in parts):6.3f} s  {part}")
     print(
         f"a join stands still for {pause_s:.2f} s ({min(pauses):.2f} to {max(pauses):.2f}), allowed {allowed_s:.2f} s:"
         f" {'met' if pause_s <= allowed_s else 'MISSED'}"

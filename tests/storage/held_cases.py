@@ -178,6 +178,14 @@ class Seen:
         ]
         return MemoryTier(offers, 0, self._local, LINEAGE, num_ranks=self._num_ranks, compares=self._compares)
 
+    is_there = True
+
+    def make_way(self, report: Reporter) -> None:
+        pass
+
+    def way_free(self, report: Reporter) -> None:
+        pass
+
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         for node in self._nodes:
             node.restored(attempt, step)

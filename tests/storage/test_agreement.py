@@ -87,6 +87,6 @@ def test_damage_that_only_another_rank_has_met_is_told_in_its_words(memory_url: 
     damage_data(store, 10)
     report = Reporter(lambda event, fields: heard.append((event, fields)))
     restorer = Restorer(store, None, Pair({"text": "a block is damaged", "key": None, "host": "node-2"}), report)
-    assert restorer._newest({}, unhealthy=False) is not None
+    assert restorer._chooser.newest({}, unhealthy=False) is not None
     assert restorer._judge(10, None) == "a block is damaged"
     assert heard == [(CheckpointEvent.DAMAGED, {"step": 10, "reason": "a block is damaged"})]
