@@ -125,6 +125,8 @@ class Checkpointer:
     def start(self) -> Self:
         """Claim the run, unless it is only read; harmless where that is done. A collective.
 
+        Where nodes hold a state in memory that is done behind the restore, or the first save, which raises this then.
+
         Raises:
             Fenced: a later generation of the same lineage has claimed the run.
             InUse: another job saves to the URL, and is alive.

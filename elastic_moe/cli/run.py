@@ -78,7 +78,7 @@ def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
         found = ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run")
     elif _SAVES.search(text):
         found = ("storage.checkpointer",)
-    return (*found, "storage.stores.s3.store") if found and "s3://" in text else found
+    return (*found, "storage.stores.s3.ahead") if found and "s3://" in text else found
 
 
 def _text_of(argument: str) -> str:

@@ -81,14 +81,14 @@ def test_what_a_script_that_saves_imports_is_known_by_its_text(tmp_path: Path) -
     script, job = tmp_path / "train.py", tmp_path / "job.toml"
     script.write_text("import torch\n\ndef main():\n    from storage import Checkpointer\n")
     assert _imported_by(["--nnodes", "1:2", str(script)]) == ("storage.checkpointer",)
-    assert _imported_by([str(script), "s3://bucket/run"]) == ("storage.checkpointer", "storage.stores.s3.store")
+    assert _imported_by([str(script), "s3://bucket/run"]) == ("storage.checkpointer", "storage.stores.s3.ahead")
     (tmp_path / "storage.py").touch()
     assert _imported_by([str(script)]) == (), "it is another one"
     (tmp_path / "storage.py").unlink()
     script.write_text("import torch  # and no storage\nurl = 's3://x'\n")
     assert _imported_by([str(script)]) == ()
     job.write_text('[checkpoint]\nurl = "s3://bucket/run"\n')
-    assert "storage.stores.s3.store" in _imported_by(["-m", "elastic_moe", "train", str(job)])
+    assert "storage.stores.s3.ahead" in _imported_by(["-m", "elastic_moe", "train", str(job)])
 
 
 def test_it_is_imported_ahead() -> None:
