@@ -257,8 +257,7 @@ class Checkpointer:
         begun = None
         try:
             compares, asks = compare_ranks and self._compares_ranks, live is not None and live.state.asks
-            said = {"healthy": healthy, "compare_ranks": compares, "asks": asks}
-            begun = saver.save(step, state, tier, **said, must=bool(wait), yields=wait == "held")
+            begun = saver.save(step, state, tier, healthy=healthy, compare_ranks=compares, wait=wait, asks=asks)
         finally:
             pacer.returned(is_saving=begun is not None)
         if live is not None and begun is not None and begun.agree:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from storage.arena.arena import Arena
 from storage.arena.changes import StateChanged
@@ -66,17 +66,16 @@ class Saver:
         *,
         healthy: bool,
         compare_ranks: bool,
-        must: bool,
-        yields: bool = False,
+        wait: bool | Literal["held"],
         asks: bool = False,
     ) -> Decision | None:
         """Return once the state is copied; the rest goes on in the background. What the ranks have decided, all alike.
 
         None where no save has begun: the step is committed already, or the memory for copies is full: then it is waited
-        for, with `must` whatever is said of a backlog, but not for ever.
+        for, with `wait` whatever is said of a backlog, but not for ever.
 
         Args:
-            yields: see `SaveJob`.
+            wait: see `Checkpointer.save`; it is for the caller to wait.
             asks: see `Proposal`.
 
         Raises:
@@ -84,7 +83,7 @@ class Saver:
         """
         self._committer.confirm()
         started_s = time.monotonic()
-        why_not = self._why_not(tier, must=must)
+        why_not = self._why_not(tier, must=bool(wait))
         waits = self._queue.waiting if tier is Tier.STORE else ""
         mine = Proposal(*as_step(step), why_not, waits, bool(healthy), asks=asks)
         proposed = self._consensus.propose(mine, state, compare_ranks=compare_ranks)
@@ -114,7 +113,7 @@ class Saver:
             **({"overlapped": True} if part.is_pending else {}),
         )
         part.go_on()
-        self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=yields))
+        self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=wait == "held"))
         return decision
 
     def _copied_ahead(self, mine: Proposal, proposed: Proposed) -> CopiedPart | None:

@@ -266,10 +266,13 @@ class Lane:
                 parcel.held += 1
             try:
                 made = holder.hold(parcel, report, functools.partial(self.release, parcel), early)
-            except Exception:  # the slots go back all the same, and the save goes on
+            except Exception as error:  # the slots go back all the same, and the save goes on
                 log.exception("step %d is not held in memory", stage.attempt.step)
+                reason = f"step {stage.attempt.step} is not held in memory: {type(error).__name__}: {error}"
+                report(CheckpointEvent.MEMORY_AWAY, reason=reason)
             if made is None:
                 self.release(parcel)
+                self._shared.pace.truce.end()  # the store may be all that has it
             elif stage.tier is Tier.RAM:
                 told()
         if stage.tier is Tier.RAM:

@@ -56,16 +56,19 @@ def test_a_list_of_what_was_staged_that_is_damaged_fails_that_save_alone(
 
 
 def test_what_cannot_be_held_is_stored_and_its_memory_comes_back(
-    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, node: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: KeepingStore, prefix: str) -> Any:
         raise ValueError("a fault")
 
     monkeypatch.setattr(KeepingStore, "objects", fail)
-    with Checkpointer(tmp_path / "run", keep=9, timeout_s=30.0) as ckpt:
+    with Checkpointer(tmp_path / "run", keep=9, timeout_s=30.0, on_event=events[1]) as ckpt:
         for step in range(1, 7):
-            ckpt.save(step, state(step), wait="held")  # there is nothing to wait for but the commit
+            ckpt.save(step, state(step), wait="held")
+            assert ckpt.wait()
             assert committed(tmp_path / "run")[0] == step
+    told = [name for name, _ in events[0]]
+    assert told.count("checkpoint_memory_away") == 6, "who was told that it is kept has the store's"
 
 
 def test_a_service_that_was_started_again_says_that_it_holds_nothing(

@@ -14,6 +14,7 @@ import torch
 from storage import Checkpointer, JobIdentity, open_store
 from storage.agent import AgentEnvironment
 from storage.errors import Transient
+from storage.held.truce import Standstill
 from storage.run import owner
 from storage.service import lanes
 from storage.service.memory import HeldStates
@@ -90,10 +91,12 @@ def test_a_state_that_is_not_stored_yet_is_restored_from_memory(
     before = Checkpointer(tmp_path / "run", job=job(1)).start()
     before.save(7, tensors(7), wait="held")
     assert before.wait(held=True)
+    assert node.server.truce._now != Standstill(), "its way to the store begins after the restore"
     until("its objects", lambda: held(node) == [7])  # who asks for them waits
     before._close(abandon=True)
     step, state, told = restored(tmp_path / "run", 2)
     assert (step, state["n"], torch.equal(state["w"], tensors(7)["w"])) == (7, 7, True)
+    assert not node.server.truce.is_on
     fields = dict(told)["restored"]
     assert fields["from_own"] > 300_000 * 4
     assert not {"from_peer", "from_store"} & fields.keys()

@@ -1,0 +1,29 @@
+"""What `join_pause` makes of the events of a join."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.join_pause import FIRST_STEP, parts_of
+
+
+def test_each_part_of_a_pause_ends_where_the_last_node_has_come_to_its_end() -> None:
+    events = [
+        {"event": "workers_yielded", "ts": 10.5},
+        {"event": "round_formed", "ts": 11.0},
+        {"event": "round_formed", "ts": 11.25},
+        {"event": "restored", "ts": 11.75, "phases": {"read": 0.25, "ask": 0.125}},
+        {"event": "restored", "ts": 12.0, "phases": {"read": 0.5}},
+        {"event": "round_formed", "ts": 5.0},
+        {"event": "run_claimed", "ts": 99.0},
+    ]
+    found = parts_of(events, 10.0, 12.25)
+    assert found == {
+        "in the service's hands": 0.5,
+        "round": 0.75,
+        "restore": 0.75,
+        "of it read": 0.5,
+        "of it ask": 0.125,
+        FIRST_STEP: 0.25,
+    }
+    assert sum(seconds for part, seconds in found.items() if not part.startswith("of it")) == pytest.approx(2.25)
