@@ -276,6 +276,7 @@ class MemoryAccess:
         self._lineage = lineage
         self._group = group
         self._speaks = False  # for all ranks of its node
+        self._known: list[PeerCard | None] = []  # by rank, as was told just now
 
     @property
     def is_there(self) -> bool:
@@ -288,7 +289,8 @@ class MemoryAccess:
 
     def open(self, report: Reporter) -> MemoryTier | None:
         """What all nodes have; None where none has a memory. The caller closes it."""
-        cards = self._meet(report)
+        known, self._known = self._known, []
+        cards = known or self._meet(report)
         if not cards:
             return None
         nodes = list(dict.fromkeys(card.node for card in cards if card is not None))
@@ -306,10 +308,13 @@ class MemoryAccess:
 
     def has_a_state(self, report: Reporter) -> bool:
         """Whether nodes hold a state that could be gone on from if the store were away."""
-        tier = self.open(report)
+        self._known = cards = self._meet(report)
+        tier = self.open(report) if cards else None
         if tier is None:
             return False
         tier.close()
+        if all(card is not None for card in cards):
+            self._known = cards  # a restore comes next, and need not ask for them once more
         return tier.has_a_state
 
     def make_way(self, report: Reporter) -> None:
