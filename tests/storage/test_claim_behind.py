@@ -121,6 +121,7 @@ def test_a_restore_waits_for_the_answer_whether_another_job_has_the_run(
 
 def test_a_generation_that_is_late_saves_nothing(store: Slow, told: Told) -> None:
     before(store, generation=3)
+    store.is_let.set()
     with behind(store, told) as ownership:
         ownership.await_look()
         for call in (ownership.confirm, ownership.await_claim, ownership.settle):
