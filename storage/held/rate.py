@@ -8,13 +8,14 @@ import time
 from storage.held.truce import Truce
 
 _BITE_BYTES = 4 * 1024 * 1024
+_SILENT_S = 5.0
 
 
 class RateLimit:
     """Lets so many bytes through in a second, on average since it was last idle. None: any number. Thread-safe.
 
     Whoever asks for more at once than one may have is let through first and waits with the next. During a `truce`
-    nobody is let through.
+    nobody is let through, but as often as keeps the other side from taking the connection for dead.
     """
 
     def __init__(self, bytes_per_s: float | None) -> None:
@@ -39,4 +40,4 @@ class RateLimit:
 
     def wait(self, num_bytes: int, stop: threading.Event) -> bool:
         """Wait until that many bytes may go; False if it was told to stop meanwhile."""
-        return self.truce.wait(stop) and not stop.wait(self.pause_s(num_bytes, time.monotonic()))
+        return self.truce.wait(stop, _SILENT_S) and not stop.wait(self.pause_s(num_bytes, time.monotonic()))

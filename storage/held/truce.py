@@ -75,11 +75,12 @@ class Truce:
             self._is_over = True
             self._changed.notify_all()
 
-    def wait(self, stop: threading.Event) -> bool:
-        """Wait until there is none; False if it was told to stop meanwhile."""
+    def wait(self, stop: threading.Event, longest_s: float = math.inf) -> bool:
+        """Wait until there is none, or for so long; False if it was told to stop meanwhile."""
         with self._changed:
+            ends_s = self._clock() + longest_s
             while not self._is_over and not stop.is_set():
-                left_s = self._now.ends_s - self._clock()
+                left_s = min(self._now.ends_s, ends_s) - self._clock()
                 if left_s <= 0:
                     break
                 self._changed.wait(min(left_s, _LOOK_S))

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 
 from storage.errors import StorageError
+from storage.held.rate import RateLimit
 from storage.held.truce import LONGEST_S, Standstill, Truce
 from storage.service.on_the_way import OnTheWay
 from storage.service.pace import Pace
 from tests.cluster import until
+
+
+class Clock:
+    """Tells those times, and the last one from then on."""
+
+    def __init__(self, times_s: Sequence[float]) -> None:
+        self._times_s = list(times_s)
+
+    def __call__(self) -> float:
+        return self._times_s.pop(0) if len(self._times_s) > 1 else self._times_s[0]
 
 
 def test_a_standstill_grows_with_who_asks_but_not_beyond_its_longest() -> None:
@@ -46,6 +58,14 @@ def test_a_truce_holds_back_what_is_sent_until_it_ends() -> None:
     pace.truce.end()
     thread.join(30)
     assert sent.is_set()
+
+
+def test_a_copy_under_way_says_something_now_and_then() -> None:
+    rate, stop = RateLimit(None), threading.Event()
+    rate.truce = Truce(Clock([0.0, 1.0, 1.0, 5.9, 6.0]))
+    rate.truce.ask(LONGEST_S)
+    assert rate.wait(1, stop), "its connection would be given up else"
+    assert rate.truce.wait(stop, 0.0)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
