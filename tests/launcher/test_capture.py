@@ -12,6 +12,7 @@ import pytest
 
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.sidecar import Capture, Sidecar, Tell
+from launcher.launch import _get_ready
 from launcher.node.supervision import EndWorkers, GracePeriods, Supervision, WorkersSeen
 from launcher.reports import sentence
 from launcher.rounds.records import Breakage
@@ -137,3 +138,14 @@ def test_the_sentence_tells_what_is_missing() -> None:
     event = {"event": "live_state_captured", "node": "a", "steps": {0: 7, 1: 8}, "missed": {2: "no step was noted yet"}}
     told = "the workers of a cannot go on: the state after step 7 and 8 is kept; rank 2: no step was noted yet"
     assert sentence(event) == told
+
+
+def test_a_node_that_joins_has_its_sidecar_ready_before_others_stop_for_it() -> None:
+    keeper, seen = Keeper(0), list[int]()
+    _get_ready(None, keeper)
+    assert keeper.num_expected == 1
+    warm = SimpleNamespace(wait_ready=lambda timeout_s: seen.append(keeper.num_expected))
+    _get_ready(warm, keeper)  # type: ignore[arg-type]
+    assert (seen, keeper.num_expected) == ([2], 3), "beside the imports, and again after them, had it been too early"
+    _get_ready(warm, None)  # type: ignore[arg-type]
+    assert seen == [2, 3]
