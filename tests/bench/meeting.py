@@ -34,7 +34,7 @@ import torch
 from tests.bench.delay_proxy import Counts, DelayProxy
 from tests.bench.far_register import SCHEME
 from tests.bench.recovery import Job, Launcher
-from tests.bench.rendezvous import Place, live
+from tests.bench.rendezvous import Measured, Place, live
 from tests.cluster import until
 from tests.s3 import S3Server, moto_server, seaweedfs_gateway
 
@@ -180,10 +180,11 @@ def span(values: list[float]) -> str:
 def print_forming(meeting: Meeting, sizes: list[int], repeats: int, num_processes: int) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     for num_nodes in sizes:
-        found = [
-            live("elastic-moe", num_nodes, ("frozen", "killed")[i % 2], num_processes, LEASE_TTL_S, meeting.place())
-            for i in range(repeats)
-        ]
+        found = list[Measured]()
+        for i in range(repeats):
+            loss = ("frozen", "killed")[i % 2]
+            found.append(live("elastic-moe", num_nodes, loss, num_processes, LEASE_TTL_S, meeting.place()))
+            print(f"{meeting.name:8} {num_nodes:9} nodes {found[-1].form_s:8.2f} s, {loss}", flush=True)
         asked = statistics.median(m.form_requests or 0.0 for m in found)
         print(
             f"{meeting.name:8} form {num_nodes:4} nodes {span([m.form_s for m in found])} s, {asked:.0f} requests/node"

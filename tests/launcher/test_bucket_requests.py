@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import re
 from typing import Any
 
 import pytest
@@ -201,6 +202,7 @@ def test_a_wish_is_told_by_a_name_or_by_an_object(value: bytes) -> None:
     wish = Wish(wish_name("a"), 41, (PutKey("k", value, None, 7, 4.0), DeleteKey("k")))
     name, content = wish.to_object(700)
     assert len(name) <= 700
+    assert re.fullmatch(r"wish/[\w~/-]+", name), "nothing in it has to be quoted"
     told = Wish.from_name(name)
     assert (told or Wish.from_bytes(name, content)) == wish
     assert (told is None) == (len(value) == 500)

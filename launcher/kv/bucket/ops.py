@@ -106,7 +106,7 @@ class Wish:
     def to_object(self, name_size_bytes_max: int) -> tuple[str, bytes]:
         """The name and the content of the object that holds it: a name that tells all, if one so long may, so that who
         lists the wishes need not read each."""
-        packed = base64.urlsafe_b64encode(zlib.compress(self._told())).decode()
+        packed = base64.urlsafe_b64encode(zlib.compress(self._told())).decode().rstrip("=")
         parts = [packed[at : at + _PART_SIZE_BYTES] for at in range(0, len(packed), _PART_SIZE_BYTES)]
         name = f"{self.name}{_TELLS}{'/'.join(parts)}"
         return (name, b"") if len(name.encode()) <= name_size_bytes_max else (self.name, self.to_bytes())
@@ -122,7 +122,8 @@ class Wish:
         if not tells:
             return None
         try:
-            body = zlib.decompress(base64.urlsafe_b64decode(packed.replace("/", "")))
+            packed = packed.replace("/", "")
+            body = zlib.decompress(base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)))
         except (ValueError, zlib.error) as error:
             raise ValueError(f"{name} is no wish: {error!r}") from error
         return cls._read(name, body)
