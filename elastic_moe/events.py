@@ -13,5 +13,6 @@ class TrainerEvent(StrEnum):
     LOSS_NOT_FINITE = "loss_not_finite"
     STATE_NOT_FINITE = "state_not_finite"
     DATA_CHANGED = "data_changed"
+    JOB_CHANGED = "job_changed"
     TRACKER_FAILED = "tracker_failed"
     METRICS_FAILED = "metrics_failed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from elastic_moe.huggingface.config import Upcycling
 from elastic_moe.huggingface.folder import WeightFolder
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import build_mesh, init_weights, read_weights
+from elastic_moe.trainer.changes import changes
 from elastic_moe.trainer.config import CheckpointConfig
 from elastic_moe.trainer.loop import Loop
 from elastic_moe.trainer.metrics import SaveCounts
@@ -124,12 +126,9 @@ def restore(
     if step == 0:
         return False
     if progress.loaded is not None:
-        changed = progress.data.check(progress.loaded, may_change=config.may_change)
-        if changed and dist.get_rank() == 0:
-            log.warning(
-                "the checkpoint of step %d was trained %s, and the job goes on with what it has now", step, changed
-            )
-            worker.event(TrainerEvent.DATA_CHANGED, step=step, reason=changed)
+        other_data = progress.data.check(progress.loaded, may_change=config.may_change)
+        if dist.get_rank() == 0:
+            _tell_changes(step, other_data, changes(progress.loaded, progress.data))
     progress.step = step
     set_step(stepper.optimizer, progress.updates)
     if stepper.optim.decay_steps is not None:
@@ -145,3 +144,15 @@ def restore(
     stepper.horizon = progress.horizon
     checkpointer.note(progress.step, state)
     return True
+
+
+def _tell_changes(step: int, other_data: str, changed: Sequence[str]) -> None:
+    if other_data:
+        log.warning(
+            "the checkpoint of step %d was trained %s, and the job goes on with what it has now", step, other_data
+        )
+        worker.event(TrainerEvent.DATA_CHANGED, step=step, reason=other_data)
+    for line in changed:
+        log.info("%s", line)
+    if changed:
+        worker.event(TrainerEvent.JOB_CHANGED, step=step, reason="; ".join(changed))

@@ -15,6 +15,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
 from elastic_moe.trainer.batches import Batches
+from elastic_moe.trainer.changes import settings_of
 from elastic_moe.trainer.meeting import meanwhile
 from elastic_moe.trainer.optimizer import build_optimizer
 from elastic_moe.trainer.state import DataProgress, DataState
@@ -70,7 +71,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
-    return stepper, DataProgress(_data_state(job, corpus), stepper.horizon)
+    return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
 
 
 def share_rule(job: JobConfig, plan: MeshPlan, device: torch.device) -> ShareRule | None:
@@ -90,7 +91,8 @@ def share_rule(job: JobConfig, plan: MeshPlan, device: torch.device) -> ShareRul
     return ShareRule(job.train.expert_replicas, copy_rows=rows, num_parallel=plan.expert / turns)
 
 
-def _data_state(job: JobConfig, corpus: Corpus) -> DataState:
+def data_state(job: JobConfig, corpus: Corpus) -> DataState:
+    """What a checkpoint of the job has to say of it."""
     return DataState(
         seed=job.train.seed,
         global_batch=job.train.global_batch,
@@ -101,6 +103,7 @@ def _data_state(job: JobConfig, corpus: Corpus) -> DataState:
         tokenizer=corpus.tokenizer_digest,
         document_mask=job.data.document_mask,
         tokenizer_files=corpus.tokenizer.packed() if corpus.tokenizer else b"",
+        settings=settings_of(job),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from elastic_moe.errors import UserError
-from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
+from elastic_moe.trainer.changes import MAY_CHANGE, whole_model
 from elastic_moe.trainer.optimizer import moments
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class DataState:
         document_mask: whether attention ends with documents.
         tokenizer_files: the tokenizer itself, see `elastic_moe.data.tokenizer.TokenizerFiles.packed`, for samples and
             exports of the model; b"" without one.
+        settings: what else decides about the numbers, see `elastic_moe.trainer.changes`; "" in checkpoints of before it
+            was kept.
     """
 
     seed: int
@@ -40,6 +42,7 @@ class DataState:
     tokenizer: str = ""
     document_mask: bool = False
     tokenizer_files: bytes = b""
+    settings: str = ""
 
     def check(self, saved: DataState, *, may_change: bool = False) -> str:
         """Compare with what a checkpoint was trained on.
@@ -82,13 +85,9 @@ class DataState:
         if not saved.model:
             log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
             return
-        was = {name: info.default for name, info in ModelConfig.model_fields.items()} | dict(saved.model)
-        for name, now in self.model.items():
-            if name in TRAINING_FIELDS - {"balance"}:
-                if was[name] != now:
-                    log.info("model.%s is %s from here on; the checkpoint was trained with %s", name, now, was[name])
-            else:
-                _refuse_change(f"model.{name}", was[name], now)
+        was = whole_model(saved)
+        for name in sorted(self.model.keys() - MAY_CHANGE):
+            _refuse_change(f"model.{name}", was[name], self.model[name])
 
 
 def _refuse_change(name: str, before: Any, now: Any) -> None:
