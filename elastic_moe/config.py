@@ -8,6 +8,7 @@ section.field=value``. The values of the last two are read as TOML, and what is 
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ ENV_PREFIX = f"{Environment.prefix}_"
 
 _GIB = 1 << 30
 _SHOWN_CHARACTERS = 80
+_FILE_BYTES_MAX = 1 << 20
 
 
 class MeshConfig(MachineSpeed):
@@ -93,10 +95,11 @@ def load(path: str | Path, *, sets: Sequence[str] = (), environ: Mapping[str, st
     Raises:
         UserError: the file is missing or no TOML, or a field is unknown or has a value that it cannot have.
     """
-    tree = _read(Path(path))
+    path = Path(os.path.expanduser(path))
+    tree = _read(path)
     settings = [*_from_environ(environ), *_from_sets(sets)]
     for setting in settings:
-        _lay(tree, setting, Path(path))
+        _lay(tree, setting, path)
     _lay_over_calibration(tree)
     return checked(tree, str(path), settings)
 
@@ -152,7 +155,15 @@ def mesh_spec(job: JobConfig) -> MeshSpec:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise UserError(
+                f"job file {path} is a pipe or a device, and every worker reads it at every start: write it to a file"
+            )
+        with path.open("rb") as file:
+            content = file.read(_FILE_BYTES_MAX + 1)
+        if len(content) > _FILE_BYTES_MAX:
+            raise UserError(f"{path} is not a job file: it is larger than {_FILE_BYTES_MAX >> 20} MiB")
+        return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"job file {path} does not exist") from None
     except OSError as error:

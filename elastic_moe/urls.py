@@ -17,8 +17,8 @@ def _possible(text: str) -> str:
         raise ValueError("it is empty: leave it out, or give a path or URL")
     if "\0" in text:
         raise ValueError(f"{text!r} has a zero byte, which no path or URL has")
-    return text
+    return os.path.expanduser(text)  # no shell has seen it
 
 
 PathOrUrl = Annotated[str, BeforeValidator(_text), Strict(), AfterValidator(_possible)]
-"""A field of this type is a str that may be one, and takes a `Path` too."""
+"""A field of this type is a str that may be one, and takes a `Path` too; `~` is the user's home."""

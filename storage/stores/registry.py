@@ -35,7 +35,7 @@ def is_everywhere(url: str) -> bool:
 
 
 def as_url(url: object) -> str:
-    """What a script gave for a URL, as text: a str, or a path object.
+    """What a script gave for a URL, as text: a str, or a path object. `~` is the user's home, as in a shell.
 
     Raises:
         BadURL: it is neither, it is empty, or a path object has made `s3:/bucket` of `s3://bucket`.
@@ -56,7 +56,7 @@ def as_url(url: object) -> str:
     if (match := _ONE_SLASH.match(text)) and _is_scheme(match[1].lower()):
         meant = f"{match[1]}:{'///' if match[1].lower() == 'file' else '//'}{match[2]}"
         raise BadURL(f"{text!r} has one slash too few, as Path leaves it; give {meant!r} as str")
-    return text
+    return os.path.expanduser(text)
 
 
 def has_store(url: str | os.PathLike[str]) -> bool:

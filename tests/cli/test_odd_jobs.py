@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,3 +127,33 @@ def test_odd_files(tmp_path: Path, content: bytes, line: str) -> None:
         config.load(path, environ={})
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a device without an end, and a checkpoint's tensors."""
+    pipe, large = tmp_path / "pipe.toml", tmp_path / "large.toml"
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    for path, line in ((pipe, "is a pipe or a device"), (Path("/dev/zero"), "is a pipe"), (large, "larger than 1 MiB")):
+        with pytest.raises(UserError, match=line) as caught:
+            config.load(path, environ={})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a job.toml", "jöb ☃.toml", "-job.toml", "job.toml/", "../{here}/./job.toml"])
+def test_a_job_file_may_be_named_as_it_likes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = name.format(here=tmp_path.name)
+    Path(name).write_text("[train]\nsteps = 3\n")
+    assert config.load(name, environ={}).train.steps == 3
+
+
+def test_home_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a job file, and behind a `--set`'s `=`, no shell has seen it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "job.toml").write_text('[checkpoint]\nurl = "~/run"\n[data]\nurl = "~"\n')
+    job = config.load("~/job.toml", sets=["train.metrics=~/m.jsonl"], environ={})
+    found = (job.checkpoint.url, job.data.url, job.train.metrics)
+    assert found == (f"{tmp_path}/run", str(tmp_path), f"{tmp_path}/m.jsonl")
+    assert config.checked({"data": {"url": "a~/~"}}, "job.toml").data.url == "a~/~"
