@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from elastic_moe.cli.parser import PROG
+from elastic_moe.cli.parser import PROG, one_line
 from elastic_moe.cli.picture import check_picture, draw_picture, find_metrics
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
@@ -103,22 +103,39 @@ def _report(args: argparse.Namespace) -> int:
     if not events:
         raise UserError(f"no events in {', '.join(map(str, args.paths))}; did `run` get --log-dir?")
     if args.json:
-        reports = [_told(as_json, run_id, of_run) for run_id, of_run in jobs_of(events)]
+        reports = _told(as_json, events)
         print(json.dumps({"runs": reports, "unreadable_lines": num_unreadable}, indent=2))
         return 0
-    print("\n\n".join("\n".join(_told(as_lines, run_id, of_run)) for run_id, of_run in jobs_of(events)))
+    print("\n\n".join("\n".join(map(_harmless, lines)) for lines in _told(as_lines, events)))
     if num_unreadable:
         print(f"{num_unreadable} lines are no events and were left out", file=sys.stderr)
     return 0
 
 
-def _told(tell: Callable[[str, Sequence[EventRecord]], T], run_id: str, events: Sequence[EventRecord]) -> T:
-    """Call `tell` on one job's events. Raises UserError if this version does not write such events."""
-    try:
-        return tell(run_id, events)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})") from error
+def _told(tell: Callable[[str, Sequence[EventRecord]], T], events: Sequence[EventRecord]) -> list[T]:
+    """What `tell` makes of each job; those whose events this version does not write are named on stderr.
+
+    Raises:
+        UserError: there is no other.
+    """
+    told: list[T] = []
+    left_out = list[str]()
+    for run_id, of_run in jobs_of(events):
+        try:
+            told.append(tell(run_id, of_run))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+            why = one_line(f"{type(error).__name__}: {error}")
+            left_out.append(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})")
+    if not told:
+        raise UserError(left_out[0])
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    return told
+
+
+def _harmless(line: str) -> str:
+    """The line without what a terminal would obey: scripts write events of their own, with any text."""
+    return "".join(char if char.isprintable() else " " for char in line)
 
 
 def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:

@@ -21,12 +21,14 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     """Find the event files that the paths name, each once; in folders also those that were rotated away.
 
     Raises:
-        FileNotFoundError: a path does not exist.
+        OSError: a path does not exist, or is neither a file nor a folder.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
+        if not path.is_file() and not path.is_dir():
+            raise OSError(f"{path}: a pipe or a device, and no file of events")
         files = sorted(p for p in path.rglob(f"{_NAME}*") if p.is_file()) if path.is_dir() else [path]
         found.update((file.resolve(), file) for file in files)
     return list(found.values())
@@ -62,9 +64,9 @@ def _content(file: Path) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
             content = packed.read(_CONTENT_BYTES_MAX + 1)
     except (EOFError, zlib.error) as error:
-        raise OSError(f"not whole as gzip: {error}") from error
+        raise OSError(f"{file}: not whole as gzip: {error}") from error
     if len(content) > _CONTENT_BYTES_MAX:
-        raise OSError(f"more than {_CONTENT_BYTES_MAX >> 20} MiB once it is unpacked")
+        raise OSError(f"{file}: more than {_CONTENT_BYTES_MAX >> 20} MiB once it is unpacked")
     return content
 
 

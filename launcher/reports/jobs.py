@@ -56,7 +56,11 @@ def jobs_of(events: Sequence[EventRecord]) -> list[tuple[str, list[EventRecord]]
         of_run[str(event.get("run_id", ""))].append(event)
     found = []
     for run_id, told in of_run.items():
-        for number, part in enumerate(_apart(told), start=1):
+        try:
+            parts = _apart(told)
+        except (LookupError, TypeError, AttributeError):
+            parts = [told]  # not as this version writes them: whoever tells of that job says so
+        for number, part in enumerate(parts, start=1):
             found.append((run_id if number == 1 else f"{run_id} ({number})", part))
     return sorted(found, key=lambda job: float(job[1][0]["ts"]))
 

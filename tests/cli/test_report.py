@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -98,6 +99,47 @@ def test_events_of_another_form_are_told_in_one_line(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "not as this version of elastic-moe writes them (KeyError: 'generation')" in told
+
+
+def test_a_job_of_another_version_costs_no_other_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.jsonl").write_text(
+        (RECORDED / "events.jsonl").read_text()
+        + '{"ts": 1, "event": "round_formed", "run_id": "old", "participants": [3], "spares": 5}\n'
+    )
+    assert report(str(tmp_path), "--json") == 0
+    out, err = capsys.readouterr()
+    assert [run["run_id"] for run in json.loads(out)["runs"]] == ["demo"]
+    assert err.startswith("left out: job 'old': its events are not as this version of elastic-moe writes them (")
+    assert err.count("\n") == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "events.jsonl")
+    assert report(str(tmp_path / "events.jsonl")) == 2
+    assert "a pipe or a device, and no file of events" in capsys.readouterr().err
+    assert report(str(tmp_path)) == 2  # a folder's is passed over
+    assert "no events in" in capsys.readouterr().err
+
+
+def test_whatever_events_hold_there_is_a_report_or_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EVENT_SEEDS=1000 for more of them."""
+    events = [json.loads(line) for line in (RECORDED / "events.jsonl").read_text().splitlines()]
+    odd = (None, -1, 1 << 70, 1e300, 1e16, "", "a\nb", "\x1b[2J", [], {}, [[]], [None], True)
+    for seed in range(int(os.environ.get("EVENT_SEEDS", "30"))):
+        rng = random.Random(seed)
+        changed = [dict(event) for event in events]
+        for event in rng.sample(changed, rng.choice((1, 3, len(changed)))):
+            event[rng.choice(list(event))] = rng.choice(odd)
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in changed))
+        for options in ((), ("--json",)):
+            code = report(str(tmp_path), *options)
+            out, err = capsys.readouterr()
+            assert code in (0, 2), seed
+            assert all(
+                each.startswith(("elastic-moe: error: ", "left out: ")) or "left out" in each
+                for each in err.splitlines()
+            )
+            assert "\x1b" not in out, seed
 
 
 def test_unknown_events_are_shown_and_repeats_counted() -> None:
