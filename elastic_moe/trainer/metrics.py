@@ -197,9 +197,14 @@ class MetricsFile:
         whole.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        size = os.fstat(self._fd).st_size
-        end = os.pread(self._fd, _LOOKED_AT_BYTES, max(0, size - _LOOKED_AT_BYTES))
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            end = os.pread(fd, _LOOKED_AT_BYTES, max(0, size - _LOOKED_AT_BYTES))
+        except OSError:
+            os.close(fd)  # and all of this anew with the next line: none may be written behind half of one
+            raise
+        self._fd = fd
         if end and not end.endswith(b"\n"):
             self._waiting[:0] = b"\n"
         self.last_step = max(map(int, _STEP.findall(end)), default=0)

@@ -102,6 +102,29 @@ def test_a_job_starts_on_a_full_disk_and_each_time_is_told(
     assert steps(new) == [1, 2]
 
 
+def test_an_end_that_cannot_be_read_is_read_before_the_first_line(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the line would be written behind half of another one."""
+    path, num_fds = tmp_path / "metrics.jsonl", len(os.listdir("/proc/self/fd"))
+    path.write_text('{"step": 6, "x": 1}\n{"step": 7, "lo')
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        file = MetricsFile(path)
+        file.append(line(8))
+        assert len(os.listdir("/proc/self/fd")) == num_fds
+    with file:
+        file.append(line(9))
+        assert file.last_step == 7
+    assert path.read_text().splitlines()[1] == '{"step": 7, "lo'
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()[2:]] == [8, 9]
+    assert [fields["reason"] for _, fields in disk.events] == ["Input/output error"]
+
+
 def test_memory_for_lines_is_bounded(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
