@@ -6,7 +6,6 @@ What gloo carries goes through sockets, and the kernel copies it in and out on t
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import secrets
 import stat
@@ -56,27 +55,21 @@ class Slot:
 
     def _map(self, num_bytes: int) -> None:
         os.ftruncate(self.fd, num_bytes)
-        self._bytes = torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
+        self._bytes = _mapped(self.fd, num_bytes)
         self._numbers = self._bytes[:_HEADER_BYTES].view(torch.int64)
 
 
 class PeerSlot:
-    """The slot of another rank, as this one reads it.
+    """The slot of another rank, as this one reads it: mapped, and no descriptor stays open, whatever their number.
 
     Raises:
         OSError: it is not to be had, as on another machine.
     """
 
     def __init__(self, pid: int, fd: int, secret: int) -> None:
-        # There another process may have these numbers: nothing is waited for, and only such a file is mapped.
-        self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        weakref.finalize(self, os.close, self.fd)
-        found = os.fstat(self.fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size < _HEADER_BYTES:
-            raise FileNotFoundError(f"descriptor {fd} of process {pid} is no mailbox")
+        self._name, self._secret = f"descriptor {fd} of process {pid}", secret
+        self._path = f"/proc/{pid}/fd/{fd}"
         self._map()
-        if int(self._numbers[0]) != secret:
-            raise FileNotFoundError(f"descriptor {fd} of process {pid} is the mailbox of another")
 
     def part(self, rank: int) -> Tensor:
         """The bytes for a rank."""
@@ -86,8 +79,23 @@ class PeerSlot:
         return self._bytes[begin:end]
 
     def _map(self) -> None:
-        self._bytes = torch.frombuffer(mmap.mmap(self.fd, os.fstat(self.fd).st_size), dtype=torch.uint8)
+        # Elsewhere another process may have these numbers: nothing is waited for, and only such a file is mapped.
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_size < _HEADER_BYTES:
+                raise FileNotFoundError(f"{self._name} is no mailbox")
+            self._bytes = _mapped(fd, found.st_size)
+        finally:
+            os.close(fd)
         self._numbers = self._bytes[:_HEADER_BYTES].view(torch.int64)
+        if int(self._numbers[0]) != self._secret:
+            raise FileNotFoundError(f"{self._name} is the mailbox of another")
+
+
+def _mapped(fd: int, num_bytes: int) -> Tensor:
+    """The file's bytes; other than `mmap.mmap` this keeps no descriptor of its own for as long as they are mapped."""
+    return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 class Mailbox:
