@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 DEPLOY_TOOLS := slurmctld slurmd slurm-client systemd shellcheck
 
-.PHONY: help demo test test-whole test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train bench-hot check format lint types layers clean
+.PHONY: help demo test test-whole test-variants test-sim test-oldest test-upstream fuzz chaos check-deploy check-gpu bench-start bench-recovery bench-rendezvous bench-meeting bench-metadata bench-storage bench-stall bench-restore bench-tiny bench-plan bench-startup bench-train bench-hot check format lint types layers clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -51,6 +51,12 @@ test: $(VENV)/.dev ## the whole test suite
 
 test-whole: $(VENV)/.dev ## the suite with every case of the tables of which it takes a sample; 40 minutes on two cores
 	SUITE_WHOLE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-variants: $(VENV)/.dev ## all of tests/moe with layers that are computed again, and compiled; with inductor where a C++ compiler is
+	MOE_VARIANT=recompute $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
+	MOE_VARIANT=compile MOE_BACKEND=aot_eager $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
+	MOE_VARIANT=compile,recompute MOE_BACKEND=aot_eager $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
+	if command -v c++ >/dev/null; then MOE_VARIANT=compile $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe; fi
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000

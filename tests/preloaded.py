@@ -20,5 +20,7 @@ for _name in (
     "storage.stores.s3.client",
 ):
     importlib.import_module(_name)
+if os.environ.get("MOE_VARIANT"):
+    importlib.import_module("tests.moe.variants")
 open_store("s3://bucket/run?anonymous=true&endpoint_url=http://127.0.0.1:1").close()
 gc.freeze()  # no rank need look at what is here already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.state import training_state
 from launcher import ShareRule
 from launcher.rounds.mesh import MeshPlan
+from tests.moe import variants as variants  # of all that is built here, on every rank
 
 SMALL = ModelConfig(
     vocab_size=64,
@@ -44,18 +44,6 @@ SMALL = ModelConfig(
     shared_expert_dim=32,
     z_loss_coeff=1e-3,
 )
-
-
-VARIANT = os.environ.get("MOE_VARIANT", "")
-"""Of every model that is built here: `compile`, `recompute`, or both with a comma. To run all of tests/moe so."""
-
-
-def vary(model: Decoder, variant: str = VARIANT, backend: str = "inductor") -> None:
-    """Let a model compute as `train.compile` and `train.recompute` would have it."""
-    model.recompute = model.recompute or "recompute" in variant
-    if "compile" in variant:
-        for block in model.blocks:
-            block.compile_attention(backend)
 
 
 def layout(replicate: int = 1, shard: int = 1, expert: int = 1) -> MeshPlan:
@@ -72,7 +60,6 @@ def build(
     parallelize(model, meshes, precision, sharing)
     materialize(model, "cpu")
     init_weights(model, seed=0)
-    vary(model)
     return model, meshes
 
 
@@ -127,8 +114,6 @@ class Leg(NamedTuple):
 def train_leg(job: JobConfig, plan: MeshPlan, first: int, last: int, folder: Path) -> Leg:
     """Steps `first` to `last` of `job` on one mesh, from and to stock DCP checkpoints in `folder`."""
     stepper, progress = set_up(job, build_mesh(plan, "cpu"), dist.get_rank(), torch.device("cpu"))
-    if not job.train.exact:  # exact mode cannot be compiled
-        vary(stepper.model)
     state = training_state(stepper.model, stepper.optimizer, progress)
     if first:
         dcp.load(state, checkpoint_id=folder / str(first))

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_moe.trainer.signals import StopSignals
 from tests.cluster import until
+from tests.moe import variants
 from tests.template import template
 
 DEADLINE_S = 120.0
@@ -38,6 +39,7 @@ class Training:
         self.folder = folder
         (folder / "job.toml").write_text(JOB)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_MOE_")}
+        clean |= variants.environment()
         train = ("train", "job.toml")
         with (folder / "told").open("wb") as told:
             if world_size > 1:

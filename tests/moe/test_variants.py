@@ -1,6 +1,6 @@
 """Layers whose attention is compiled, or that are computed again for the backward pass: the same gradients and loads.
 
-`MOE_VARIANT=compile pytest tests/moe` (or `recompute`, or both with a comma) builds every model of these tests so.
+All of these tests with such layers: `make test-variants`, see `variants.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from torch import Tensor
 from elastic_moe.model import ModelConfig
 from elastic_moe.parallel import begin_round, gather_full
 from launcher.rounds.mesh import MeshPlan
-from tests.moe.cases import SMALL, batch, build, grads, layout, objective, vary
+from tests.moe.cases import SMALL, batch, build, grads, layout, objective
 from tests.ranks import Ranks
 
 
 def learned(config: ModelConfig, plan: MeshPlan, variant: str) -> tuple[dict[str, Tensor], Tensor]:
     """Whole gradients of a batch of 8 over the ranks, and the loads of each layer, summed over ranks."""
     model, _ = build(config, plan)
-    vary(model, variant, backend="aot_eager")  # traces as inductor does, and needs no compiler
+    model.recompute = "recompute" in variant
+    if "compile" in variant:
+        for block in model.blocks:
+            block.compile_attention("aot_eager")  # traces as inductor does, and needs no compiler
     told: list[Tensor] = []
     model.register_forward_hook(lambda module, args, out: told.append(out.load_LE))
     mine = batch(config, num_sequences=8, num_positions=16).tensor_split(dist.get_world_size())[dist.get_rank()]
