@@ -103,6 +103,9 @@ class CheckpointEvent(enum.StrEnum):
     MEMORY_AWAY = "checkpoint_memory_away"
     """This node's memory of states does not answer, or its service was started again and holds none until the workers
     start again; it is gone on without: `reason`."""
+    MEMORY_SHED = "checkpoint_memory_shed"
+    """Before the node's service was started again so many `bytes` of states in memory were let go of: copies for other
+    nodes, or, where there were none, all: `reason`."""
     DISTRUSTED = "checkpoint_distrusted"
     """The states of `steps` in memory are not gone on from any more, and the store's are: `reason`."""
     STORE_UNASKED = "checkpoint_store_unasked"
@@ -138,6 +141,7 @@ _USUAL = {
 Listener = Callable[[CheckpointEvent, dict[str, Any]], None]
 """What `Checkpointer(..., on_event=...)` is given; it is called from any thread."""
 
+_LOOKED_AT_BYTES = 1 << 16
 _hearing = threading.local()
 
 
@@ -148,6 +152,12 @@ def note_written(event: str) -> None:
     """
     if getattr(_hearing, "event", None) == event:
         _hearing.event = None
+
+
+def note_doubtful(event: str) -> None:
+    """A listener calls this whose process at the other end may have written `event`, and has gone without saying so."""
+    if getattr(_hearing, "event", None) == event:
+        _hearing.is_doubtful = True
 
 
 class Reporter:
@@ -175,6 +185,7 @@ class Reporter:
             if (hear := inner()) is not None:
                 hear(event, fields)
         before, _hearing.event = getattr(_hearing, "event", None), event
+        _hearing.is_doubtful = False
         try:
             if self._listener is not None:
                 self._listener(event, fields)
@@ -182,7 +193,7 @@ class Reporter:
             log.exception("the listener of checkpoint events failed on %s", event)
         finally:
             is_written, _hearing.event = _hearing.event is None, before
-        if not is_written:
+        if not is_written and not (_hearing.is_doubtful and _is_appended(self._env, event, fields)):
             append_for_agent(self._env, ts, event, fields)
         if event == CheckpointEvent.COMMITTED:
             note_for_agent(self._env, ts, fields)
@@ -239,6 +250,19 @@ def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any])
         os.replace(temporary, path)  # the agent never reads half of it
     except OSError as error:
         log.debug("the agent cannot be told of the checkpoint: %s", error)
+
+
+def _is_appended(env: Mapping[str, str], event: CheckpointEvent, fields: Mapping[str, Any]) -> bool:
+    """Whether one of the last lines of the agent's file says just that."""
+    with contextlib.suppress(OSError), open(AgentEnvironment.from_env(env).events, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOOKED_AT_BYTES))
+        said = json.loads(json.dumps({"event": event, **fields}, default=str))
+        for line in file.read(_LOOKED_AT_BYTES).splitlines():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and all(found.get(name) == value for name, value in said.items()):
+                    return True
+    return False
 
 
 def append_for_agent(env: Mapping[str, str], ts: float, event: CheckpointEvent, fields: Mapping[str, Any]) -> None:

@@ -44,6 +44,7 @@ SPREAD_VERSION = 3
 _VERSIONS_READ = (1, MANIFEST_VERSION, SPREAD_VERSION)
 HEAD_SIZE_BYTES = 16 * 1024
 """Enough of a manifest for `load_head`, unless its mesh or lineage are described at unusual length."""
+_RAW_OFFSET_MIN = 64  # what torch.save puts before a tensor's bytes is longer
 _KIND = "manifest"
 _FIRST_LIST = "objects"
 _RECEIPT_KIND = "receipt"
@@ -217,6 +218,8 @@ class Manifest(Document):
         room = object_sizes[table.object] - table.offset
         if bool((table.length > room).any() or (table.raw_offset > table.length).any()):
             raise ValueError("an item reaches past its end, or the end of its object")
+        if bool(((table.raw_offset > 0) & (table.raw_offset < _RAW_OFFSET_MIN)).any()):
+            raise ValueError("a tensor begins where the head of its item is")
         return self
 
 

@@ -9,10 +9,12 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PATH_BYTES_MAX = 107  # of a Unix socket's address
+_LOOK_S = 0.05
 
 
 def path_for(name: str) -> Path:
@@ -22,16 +24,23 @@ def path_for(name: str) -> Path:
     return base / f"elastic-moe-{os.getuid()}" / f"{digest}.sock"
 
 
-def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on the socket at `path`, as only a living service does; None if one does."""
+def lock(path: Path, patience_s: float = 0.0) -> int | None:
+    """A descriptor that holds the lock on the socket at `path`, as only a living service does; None if one does.
+
+    For an instant whoever sweeps that folder holds it, too: a service that begins has patience.
+    """
     make_private(path.parent)
+    ends_s = time.monotonic() + patience_s
     while True:
         fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            return None
+            if time.monotonic() >= ends_s:
+                return None
+            time.sleep(_LOOK_S)
+            continue
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), path.with_suffix(".lock").stat()):
                 return fd

@@ -124,4 +124,7 @@ class Callers:
         if handler is None:
             close_all(fds)
             raise ProtocolError(f"{type(message).__name__} is not for the service")
+        if fds and not message.has_descriptors:
+            close_all(fds)
+            raise ProtocolError(f"{type(message).__name__} has no descriptors, and {len(fds)} came with it")
         handler(caller, message, fds)

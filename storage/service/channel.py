@@ -25,6 +25,7 @@ from storage.service.messages import (
     dump,
     load,
 )
+from storage.service.processes import is_elsewhere
 
 MESSAGE_SIZE_BYTES_MAX = 64 * 1024 * 1024
 """What is larger is no message: state and tables go by descriptor."""
@@ -176,6 +177,13 @@ def welcome(connection: socket.socket, answer: Welcome) -> tuple[Channel, Hello]
         if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
             version = hello.version if isinstance(hello, Hello) else "?"
             reason = f"the service speaks version {PROTOCOL_VERSION} of its protocol, and not {version}"
+            channel.send(Rejected(reason=reason))
+            raise ProtocolError(reason)
+        if hello.session and is_elsewhere(hello.pid_space):
+            reason = (
+                f"process {hello.pid} is of another PID namespace than the checkpoint service, which would not see it "
+                "die: let both run in one"
+            )
             channel.send(Rejected(reason=reason))
             raise ProtocolError(reason)
         channel.send(answer)

@@ -40,6 +40,7 @@ from storage.service.messages import (
     name_of,
 )
 from storage.service.notes import Notes
+from storage.service.processes import space
 from storage.service.surroundings import digest, why_not
 from storage.service.ways import Connector
 
@@ -226,12 +227,14 @@ class ServiceBackend:
             log.warning("step %d was not taken by the service: %s", stage.attempt.step, error)
             channel.close()
 
-    def _say(self, channel: Channel, message: ServiceMessage) -> None:
-        """Send what is said anew with the next connection, should this one have ended."""
+    def _say(self, channel: Channel, message: ServiceMessage) -> bool:
+        """Send what is said anew with the next connection, should this one have ended; whether it was sent."""
         try:
             channel.send(message)
         except OSError as error:
             log.info("the service cannot be told %s: %s", type(message).__name__, error)
+            return False
+        return True
 
     # --- listening
 
@@ -247,9 +250,7 @@ class ServiceBackend:
                     return
             wait([running.committed for running in before])  # nothing overtakes what this process carries out
             try:
-                channel, welcome = self._connector.connect(
-                    Hello(pid=os.getpid(), session=self.session, environment=digest(os.environ)), patience_s
-                )
+                channel, welcome = self._connector.connect(self._hello(), patience_s)
             except (OSError, ProtocolError) as error:
                 self._lose(str(error), forever=isinstance(error, ProtocolError))
                 patience_s = 0.0
@@ -266,11 +267,15 @@ class ServiceBackend:
                 self._channel = None
             self._let_go_of_kept()  # a service that has started anew holds nothing any more
 
+    def _hello(self) -> Hello:
+        return Hello(pid=os.getpid(), pid_space=space(), session=self.session, environment=digest(os.environ))
+
     def _take_up(self, channel: Channel) -> None:
         with self._state:
             was_away, self._is_away = self._is_away, False
-            if unheard := self._custody.come_back():
-                self._say(channel, TakenBack(attempts=tuple(unheard)))
+            unheard = self._custody.come_back()
+            if unheard and not self._say(channel, TakenBack(attempts=tuple(unheard))):
+                self._custody.repeat(unheard)
             for handed in self._custody.handed.values():
                 self._send(channel, handed)
             self._channel = channel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from storage.saving.committer import Running
@@ -122,3 +123,7 @@ class Custody:
         self.handed |= waiting
         unheard, self._unheard = self._unheard, []
         return unheard
+
+    def repeat(self, unheard: Sequence[str]) -> None:
+        """The service could not be told; the next one is to be."""
+        self._unheard = [*unheard, *self._unheard]

@@ -18,10 +18,9 @@ from storage.held.inventory import HeldPart, Memory
 from storage.held.own_memory import descriptors_of, objects_from
 from storage.held.papers import PartPapers, dump_papers, load_papers
 from storage.service.channel import close_all
+from storage.service.keeper import PART
 
 log = logging.getLogger(__name__)
-
-_PREFIX = "part:"  # no session is called so
 
 
 class MemoryKeeper(Protocol):
@@ -58,14 +57,14 @@ class NoKeeper:
 
 def is_guest(name: str) -> bool:
     """Whether the keeper has a part by that name, and no save."""
-    return name.startswith(_PREFIX)
+    return name.startswith(PART)
 
 
 def keep(keeper: MemoryKeeper, part: HeldPart) -> HeldPart:
     """The part, kept by the keeper for as long as it is held; where that cannot be, it goes with this process."""
     if isinstance(keeper, NoKeeper):
         return part
-    name = _PREFIX + secrets.token_hex(8)
+    name = PART + secrets.token_hex(8)
     try:
         fds = descriptors_of(part)
     except (OSError, ValueError) as error:

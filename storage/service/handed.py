@@ -13,7 +13,7 @@ from storage.saving.committer import Running
 from storage.saving.uploads import SaveJob, SaveRules, Tried
 from storage.saving.writing import Payload
 from storage.service.messages import Identity, Stage, StagedAttempt
-from storage.service.processes import began_at
+from storage.service.processes import began_at, space
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
         session=session,
         pid=os.getpid(),
         pid_began=began_at(os.getpid()),
+        pid_space=space(),
         url=saves.url,
         attempt=StagedAttempt(
             prefix=attempt.prefix, step=attempt.step, id=attempt.id, world_size=attempt.world_size, rank=job.rank

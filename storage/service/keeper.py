@@ -36,7 +36,12 @@ _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 _QUIET_S = 60.0
 """After so long without a crash the next one is the first again."""
 _LOOK_MS = 1000
+_SWEPT_S_MAX = 2.0  # for so long another one may look through what one before this has left here
 FIRST_CALLER_S = 60.0
+PART = "part:"
+"""How the names of parts in memory begin that are no saves: see `storage.service.guests`. No session is called so."""
+_KILLS_MAX = 3  # in a row, for whatever reason, before memory is let go of
+_LACK_S = 2.0  # others need some, too
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,6 +65,17 @@ class Kept:
         """The JSON."""
         return _text_in(self.paper)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the memory behind the descriptors."""
+        return sum(os.fstat(fd).st_size for fd in self.fds)
+
+    def is_of_another_node(self, name: str) -> bool:
+        """Whether this node has it as a copy."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return name.startswith(PART) and bool(json.loads(self.stage)["of_node"])
+        return False
+
     def close(self) -> None:
         """Let go of all of it."""
         for fd in (self.paper, *self.fds):
@@ -71,13 +87,15 @@ class State:
     """What outlives the service's process: what it has, by name, what it wants to know again, and how often it crashed.
 
     A save is kept until its end was told, and for as long as its state is held in memory. `notes` are of what workers
-    have staged: of all that is kept, and maybe of more, of which nothing is left.
+    have staged: of all that is kept, and maybe of more, of which nothing is left. `shed_bytes`: of what is let go of
+    since the last one crashed.
     """
 
     notes: Notes
     kept: dict[str, Kept] = field(default_factory=dict)
     remembered: dict[str, str] = field(default_factory=dict)
     num_restarts: int = 0
+    shed_bytes: int = 0
 
     def heed(self, packet: bytes, fds: list[int]) -> None:
         """Take in what the service says; the descriptors are this object's from here on."""
@@ -101,6 +119,14 @@ class State:
         for kept in self.kept.values():
             kept.num_crashes += 1
         self.num_restarts += 1
+
+    def shed(self) -> None:
+        """Let go of what is in memory alone: of copies for other nodes, or, where there is none, of all of it."""
+        held = {name: kept for name, kept in self.kept.items() if kept.is_done}
+        others = {name: kept for name, kept in held.items() if kept.is_of_another_node(name)}
+        for name, kept in (others or held).items():
+            self.shed_bytes += kept.size_bytes
+            self._drop(name)
 
     def _mark(self, name: str, what: str) -> None:
         kept = self.kept[name]
@@ -217,7 +243,7 @@ def keep(path: Path, serve: Serve, lifeline: int | None, first_caller_s: float =
     Nobody is waited for longer than the `lifeline` lasts, or, without one, than `first_caller_s`; nor is anybody if
     there is something to tell that a keeper before this one has left.
     """
-    lock = address.lock(path)
+    lock = address.lock(path, _SWEPT_S_MAX)
     if lock is None:
         log.info("a service listens at %s already", path)
         return 0
@@ -237,6 +263,7 @@ class _Keeping:
         self._state = State(Notes(address.kept(path)))
         self._child = 0
         self._is_ending = False
+        self._num_oom_kills = 0
 
     def run(self, lifeline: int | None, first_caller_s: float) -> int:
         signal.signal(signal.SIGTERM, self._end)
@@ -250,8 +277,13 @@ class _Keeping:
                 return 0
             self._state.crashed()
             num_in_a_row = 1 if time.monotonic() - began_s > _QUIET_S else num_in_a_row + 1
+            pause_s = _BACKOFF_S[min(num_in_a_row, len(_BACKOFF_S)) - 1]
             log.warning("the checkpoint service has ended (status %d); it is started again", status)
-            time.sleep(_BACKOFF_S[min(num_in_a_row, len(_BACKOFF_S)) - 1])
+            if status == -signal.SIGKILL and (num_oom_kills() > self._num_oom_kills or num_in_a_row >= _KILLS_MAX):
+                pause_s = max(pause_s, _LACK_S)
+                self._state.shed()
+                log.warning("memory may be what it lacks: %d bytes that it held are let go of", self._state.shed_bytes)
+            time.sleep(pause_s)
             began_s = time.monotonic()
 
     def _await_caller(self, lifeline: int | None, first_caller_s: float) -> bool:
@@ -277,6 +309,7 @@ class _Keeping:
 
     def _run_once(self) -> int:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._num_oom_kills = num_oom_kills()
         with mine:
             with its:
                 parent = os.getpid()
@@ -285,6 +318,7 @@ class _Keeping:
                 self._child = os.fork()
                 if self._child == 0:
                     self._become_service(its, mine, parent)
+                self._state.shed_bytes = 0  # its own to tell
             self._listen(mine)
         _, status = os.waitpid(self._child, 0)
         self._child = 0
@@ -296,6 +330,7 @@ class _Keeping:
             packet, fds, _, _ = socket.recv_fds(link, _PACKET_BYTES_MAX, _FDS_MAX)
             if not packet:
                 return
+            self._num_oom_kills = num_oom_kills()  # until then it was not it
             try:
                 self._state.heed(packet, fds)
             except (ValueError, OSError):
@@ -315,6 +350,16 @@ class _Keeping:
             logging.shutdown()
             sys.stdout.flush()
             os._exit(status)
+
+
+def num_oom_kills() -> int:
+    """How many processes of this machine the kernel has killed for lack of memory; 0 if that is not known."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as file:
+        for line in file:
+            name, _, number = line.partition(" ")
+            if name == "oom_kill":
+                return int(number)
+    return 0
 
 
 def die_with_parent(parent: int) -> None:

@@ -176,7 +176,7 @@ class Lane:
         """
         with self._lock:
             for left in self._queue:
-                if left.waits and not is_alive(left.stage.pid, left.stage.pid_began):
+                if left.waits and not is_alive(left.stage.pid, left.stage.pid_began, left.stage.pid_space):
                     left.waits = False
                     self._lock.notify_all()
             parcel = next((parcel for parcel in self._queue if parcel.staged.contents is not None), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from storage.service.messages import Identity, ServiceMessage, StagedAttempt
@@ -35,6 +37,8 @@ class KeepLive(ServiceMessage):
 
     It comes with the two descriptors of `Stage`, and is answered by `Accepted` or `Rejected`.
     """
+
+    has_descriptors: ClassVar[bool] = True
 
     url: str
     attempt: StagedAttempt

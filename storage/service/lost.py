@@ -77,7 +77,7 @@ class LostSaves:
             if stage is None:
                 continue
             self._known[note.file] = stage
-            if is_alive(stage.pid, stage.pid_began) or self._has(stage):
+            if is_alive(stage.pid, stage.pid_began, stage.pid_space) or self._has(stage):
                 continue
             self._seen.add(note.file)
             if surely or note.file in before:

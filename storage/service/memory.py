@@ -55,7 +55,8 @@ log = logging.getLogger(__name__)
 _STARTED_AGAIN = (
     "the node's checkpoint service was started again: it holds no states in memory until the workers start again"
 )
-_WHO, _CARDS, _RESTORES = "who", "cards", "restores"
+_WHO, _CARDS, _RESTORES, _TOLD = "who", "cards", "restores", "told"
+_LACKED_MEMORY = "the node's checkpoint service was killed, as far as can be told for lack of memory"
 _WHOLE_S_MAX = 20.0  # less than who asks waits for an answer
 _NUM_RESTORES_MAX = 16
 
@@ -84,6 +85,7 @@ class HeldStates:
         self._is_started = False
         self._is_told = False
         self._report = Reporter(None, {})
+        self._is_reported = False
         self._restores: list[tuple[str, int]] = []
 
     def add_live(self, part: HeldPart) -> None:
@@ -104,6 +106,8 @@ class HeldStates:
         Args:
             kept: what is in no lane: see `storage.service.guests.taken_up`.
         """
+        if _TOLD in remembered:
+            self._report = Reporter(None, json.loads(remembered[_TOLD]))
         for part in guests.taken_up(self._keeper, kept):
             self.node.inventory.add(part)
         if _WHO in remembered:
@@ -123,6 +127,10 @@ class HeldStates:
         if records:
             again = self._on_the_way.begin()
             threading.Thread(target=self._hold_again, args=(records, again), name="hold-again", daemon=True).start()
+
+    def tell_shed(self, size_bytes: int) -> None:
+        """Tell what of it was let go of, before this process was started in place of one that lacked memory."""
+        self._tell(CheckpointEvent.MEMORY_SHED, bytes=size_bytes, reason=_LACKED_MEMORY)
 
     def _hold_again(self, records: Sequence[TakenOver], again: Callable[[], None]) -> None:
         def let_go(parcel: Parcel) -> None:
@@ -165,6 +173,9 @@ class HeldStates:
         """See `storage.service.lanes.Holder`."""
         with self._lock:
             self._report = report
+            if not self._is_reported:
+                self._is_reported = True
+                self._remember(_TOLD, json.dumps(parcel.stage.told))
             is_lost = (
                 not self._is_started and not self._is_told and bool(AgentEnvironment.from_env(parcel.stage.told).node)
             )

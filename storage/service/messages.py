@@ -29,6 +29,8 @@ class ServiceMessage(Document):
 
     classes: ClassVar[dict[str, type[ServiceMessage]]] = {}
     """By the names that they have on the wire."""
+    has_descriptors: ClassVar[bool] = False
+    """Whether any come with it, which are then its handler's to close."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -39,7 +41,7 @@ class Hello(ServiceMessage):
     """The first word of who connects.
 
     `session` names one rank of one Checkpointer, "" for others; `environment` is a digest of what decides how its
-    stores are opened (see `storage.service.surroundings`).
+    stores are opened (see `storage.service.surroundings`); `pid_space` is the namespace of its pid, 0 if not known.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -48,6 +50,7 @@ class Hello(ServiceMessage):
     pid: int
     session: str = ""
     environment: str = ""
+    pid_space: int = 0
 
 
 class Welcome(ServiceMessage):
@@ -104,12 +107,16 @@ class Stage(ServiceMessage):
 
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
-    `pid_began` tells the worker's process from a later one of its pid (`storage.service.processes.began_at`).
+    `pid_began` tells the worker's process from a later one of its pid (`storage.service.processes.began_at`), and
+    `pid_space` from one of another namespace.
     """
+
+    has_descriptors: ClassVar[bool] = True
 
     session: str
     pid: int
     pid_began: int = 0
+    pid_space: int = 0
     url: str
     attempt: StagedAttempt
     owner: Owner

@@ -33,7 +33,7 @@ class NoteOfSave:
         """Whether the worker runs that has staged it."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             found = json.loads(self.stage)
-            return is_alive(int(found["pid"]), int(found["pid_began"]))
+            return is_alive(int(found["pid"]), int(found["pid_began"]), int(found.get("pid_space", 0)))
         return False
 
     def drop(self) -> None:

@@ -52,6 +52,8 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     unfinished, ended = _records(state)
     held.take_up(ended, state.remembered, {n: (k.stage, k.fds) for n, k in state.kept.items() if is_guest(n)})
+    if state.shed_bytes:
+        held.tell_shed(state.shed_bytes)
     server.take_up(unfinished)
     lost = LostSaves(state.notes, server.has).start()
     server.run()

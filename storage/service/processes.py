@@ -1,4 +1,7 @@
-"""Whether a process still runs: a pid alone may be another's by now, so it goes with the time at which it began."""
+"""Whether a process still runs: a pid alone may be another's by now, so it goes with the time at which it began.
+
+And with the namespace that it is of: in another one the same number is another process, or none.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,26 @@ def began_at(pid: int) -> int:
     return int(fields[_START]) if len(fields) > _START else 0
 
 
-def is_alive(pid: int, began: int = 0) -> bool:
-    """Whether the process runs that began then (0: any of that pid), and is not only waited for by its parent."""
+def space() -> int:
+    """The namespace of this process's pids; 0 if that is not known."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def is_elsewhere(of_space: int) -> bool:
+    """Whether processes of that namespace cannot be told apart from here: it is another one."""
+    return bool(of_space) and space() not in (0, of_space)
+
+
+def is_alive(pid: int, began: int = 0, of_space: int = 0) -> bool:
+    """Whether the process runs that began then (0: any of that pid), and is not only waited for by its parent.
+
+    One of another namespace (0: of this one) counts as alive: nobody here may speak for it.
+    """
+    if is_elsewhere(of_space):
+        return True
     fields = _fields(pid)
     if not fields or fields[_STATE] in ("Z", "X"):
         return False

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from storage.events import CheckpointEvent, note_written
+from storage.events import CheckpointEvent, note_doubtful, note_written
 from storage.service.channel import Channel
 from storage.service.messages import Ended, Hello, ServiceMessage, Told
 from storage.service.processes import began_at, is_alive
@@ -73,18 +73,22 @@ class Session:
 
     def listener(self, event: CheckpointEvent, fields: dict[str, Any]) -> None:
         """A `storage.events.Listener`: the worker, if there is one, tells its own listeners and its agent."""
-        if self._ask(lambda number: Told(number=number, event=str(event), fields=fields)):
+        heard = self._ask(lambda number: Told(number=number, event=str(event), fields=fields))
+        if heard:
             note_written(event)
+        elif heard is not None:  # killed, say, after it had written that
+            note_doubtful(event)
 
     def end(self, attempt: str, *, committed: bool, fenced: str | None) -> bool:
         """Tell the worker what has become of an attempt; whether it has heard."""
-        return self._ask(lambda number: Ended(number=number, attempt=attempt, committed=committed, fenced=fenced))
+        return bool(self._ask(lambda number: Ended(number=number, attempt=attempt, committed=committed, fenced=fenced)))
 
-    def _ask(self, make: Callable[[int], ServiceMessage]) -> bool:
+    def _ask(self, make: Callable[[int], ServiceMessage]) -> bool | None:
+        """Whether it was heard; None where nobody is there to hear it."""
         number, answered = next(self._numbers), threading.Event()
         with self._lock:
             if self._channel is None:
-                return False
+                return None
             self._waiting[number] = answered
         self.send(make(number))
         deadline_s = time.monotonic() + _HEARD_S_MAX

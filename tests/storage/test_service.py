@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,19 @@ from storage import Checkpointer, CheckpointEvent, JobIdentity, register_scheme
 from storage.agent import AgentEnvironment
 from storage.run.heartbeat import Heartbeat
 from storage.saving import adoption
-from storage.service import lanes
+from storage.service import lanes, processes
+from storage.service.channel import Channel
 from storage.service.client import ServiceBackend
-from storage.service.messages import AskStatus, AskUnfinished, Drain, Drained, ServiceStatus, Unfinished
+from storage.service.messages import (
+    AskStatus,
+    AskUnfinished,
+    Drain,
+    Drained,
+    Heard,
+    ServiceMessage,
+    ServiceStatus,
+    Unfinished,
+)
 from storage.service.server import ServerOptions
 from storage.service.sessions import Session
 from storage.stores.local import LocalStore
@@ -196,6 +206,41 @@ def test_what_the_service_had_is_saved_by_the_worker_when_it_is_lost(
         assert ckpt.wait()
     assert committed(tmp_path / "run") == [1]
     assert "checkpoint_direct" in names(events)
+
+
+def test_what_a_worker_has_written_before_it_went_is_written_once(
+    tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed before it can say so; here it loses its connection."""
+    send, lost = Channel.send, list[Channel]()
+
+    def send_or_lose(self: Channel, message: ServiceMessage, fds: Sequence[int] = ()) -> None:
+        if isinstance(message, Heard) and not lost:
+            lost.append(self)
+            self.close()
+        send(self, message, fds)
+
+    monkeypatch.setattr(Channel, "send", send_or_lose)
+    monkeypatch.setenv(AgentEnvironment.variable("events"), str(tmp_path / "events.jsonl"))
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert ckpt.wait()
+    assert lost
+    assert [event["event"] for event in events_in(tmp_path / "events.jsonl")].count("checkpoint_committed") == 1
+
+
+def test_a_worker_that_the_service_cannot_see_saves_by_itself(
+    tmp_path: Path, service: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another PID namespace; the note of what it has staged is taken for no dead one's."""
+    for module in ("client", "handed"):
+        monkeypatch.setattr(f"storage.service.{module}.space", lambda: processes.space() + 1)
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        ckpt.save(1, state(1))
+        assert ckpt.wait()
+    assert committed(tmp_path / "run") == [1]
+    (direct,) = [fields for name, fields in events[0] if name == CheckpointEvent.DIRECT]
+    assert f"process {os.getpid()} is of another PID namespace" in direct["reason"]
 
 
 def test_nothing_else_comes_into_a_slot_that_a_lost_service_may_still_read(

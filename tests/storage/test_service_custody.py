@@ -59,6 +59,8 @@ def test_what_gives_way_while_no_service_is_there_is_told_to_the_next(custody: C
     custody.give_way(save.running, is_connected=False)
     assert save.memory.how == ["abandoned"], "it may be read there for ever"
     assert custody.come_back() == ["a"]
+    custody.repeat(["a"])  # that service has gone before it could hear it
+    assert custody.come_back() == ["a"]
     assert custody.come_back() == []
     assert custody.handed == {}
 

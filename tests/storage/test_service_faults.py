@@ -18,9 +18,10 @@ from storage.held.keeping import KeepingStore
 from storage.run.job import Origin
 from storage.saving import adoption, receipts
 from storage.service import address, choice, lanes, parcels
-from storage.service.channel import welcome
+from storage.service.channel import Channel, welcome
+from storage.service.client import ServiceBackend
 from storage.service.memory import HeldStates
-from storage.service.messages import Welcome
+from storage.service.messages import ServiceMessage, Welcome
 from storage.service.sessions import Session, Sessions
 from storage.service.ways import ServiceAt
 from storage.stores.objects import ObjectStore
@@ -235,10 +236,21 @@ def test_a_service_that_was_frozen_tells_no_failure_of_what_the_worker_has_commi
     assert not list((tmp_path / "run").rglob("aborted*"))
 
 
+@pytest.mark.parametrize("num_unsaid", [0, 1])
 def test_a_save_that_the_worker_has_taken_back_holds_up_none_that_come_after(
-    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+    num_unsaid: int, tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The service waits for receipts that were cleaned up while it was frozen."""
+    """The service waits for receipts that were cleaned up while it was frozen, and may freeze again before it hears."""
+    said: list[str] = []
+    _waits.clear()
+
+    def say(self: ServiceBackend, channel: Channel, message: ServiceMessage) -> bool:
+        said.append(type(message).__name__)
+        if len(said) <= num_unsaid:
+            channel.close()
+        return _say(self, channel, message)
+
+    monkeypatch.setattr(ServiceBackend, "_say", say)
     monkeypatch.setattr("storage.service.client.RESTART_S", 0.0)
     monkeypatch.setattr(receipts, "await_receipts", _never_in_a_service)
     with Checkpointer(tmp_path / "run") as ckpt:
@@ -254,8 +266,10 @@ def test_a_save_that_the_worker_has_taken_back_holds_up_none_that_come_after(
         assert ckpt.wait()
         until("both to have ended", lambda: node.status().num_ended == 2)
     assert committed(tmp_path / "run") == [2, 1]
+    assert said == ["TakenBack"] * (1 + num_unsaid)
 
 
+_say = ServiceBackend._say
 _await_receipts, _waits = receipts.await_receipts, threading.Event()
 
 

@@ -6,15 +6,19 @@ import contextlib
 import os
 import select
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from storage.service import keeper
+from storage.service import address, keeper
 from storage.service.keeper import KeeperSafe, State
 from storage.service.messages import Stage
 from storage.service.notes import Notes
+from tests.storage.service_cases import until
 from tests.storage.test_service_messages import STAGE
 
 
@@ -120,3 +124,77 @@ def test_what_a_keeper_cannot_make_anything_of_leaves_nothing_open(pair: Pair, p
     assert fds == [] or not os.path.exists(f"/proc/self/fd/{spare}")
     if not fds:
         os.close(spare)
+
+
+def test_where_memory_lacks_copies_for_others_go_first_and_then_all_that_is_only_held(pair: Pair, fd: int) -> None:
+    for name, text in {"part:1": '{"of_node": "b"}', "part:2": '{"of_node": ""}', "a": "{}", "b": "{}"}.items():
+        pair.safe.keep(name, text, [fd, fd])
+        if name != "b":  # which is not stored yet
+            pair.safe.done(name)
+        pair.heed_all()
+    num_fds = len(os.listdir("/proc/self/fd"))
+    for left in (["part:2", "a", "b"], ["b"], ["b"]):
+        pair.state.shed_bytes = 0
+        num_before = len(pair.state.kept)
+        pair.state.shed()
+        assert list(pair.state.kept) == left
+        assert pair.state.shed_bytes == (num_before - len(left)) * 2 * len(b"a slot")
+    assert len(os.listdir("/proc/self/fd")) == num_fds - 3 * 3  # with their papers
+
+
+KEEPER = """
+import os, signal, sys
+from pathlib import Path
+from storage.service import keeper
+
+looks = iter(range(100))
+keeper.num_oom_kills = lambda: next(looks)  # one more with each
+keeper._LACK_S = 0.0
+
+def serve(listener, link, state):
+    safe = keeper.KeeperSafe(link, list(state.kept))
+    if not state.num_restarts:
+        fd = os.memfd_create("x")
+        for name, text in {"part:1": '{"of_node": "b"}', "part:2": '{"of_node": ""}', "a": "{}"}.items():
+            safe.keep(name, text, [fd])
+        safe.done("part:1"), safe.done("part:2")
+        os.write(fd, b"four")
+    print(*state.kept, state.shed_bytes, flush=True)
+    if state.num_restarts < 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.exit(keeper.keep(Path(sys.argv[1]), serve, int(sys.argv[2])))
+"""
+
+
+def test_a_service_that_is_killed_for_lack_of_memory_is_started_with_less(tmp_path: Path) -> None:
+    path, (reading, writing) = tmp_path / "node" / "service.sock", os.pipe()
+    command = [sys.executable, "-c", KEEPER, str(path), str(reading)]
+    process = subprocess.Popen(command, pass_fds=[reading], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until("its socket", path.exists)
+        with socket.socket(socket.AF_UNIX) as caller:
+            until("it to listen", lambda: caller.connect_ex(str(path)) == 0)
+            out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+        os.close(writing)
+    assert out.splitlines() == ["0", "part:2 a 4", "a 4", "a 0"]
+    assert err.count("memory may be what it lacks") == 3
+
+
+def test_whoever_looks_through_a_folder_keeps_no_service_from_beginning_there(tmp_path: Path) -> None:
+    """It has the lock for an instant, which a service takes for another one's otherwise."""
+    path = tmp_path / "node" / "service.sock"
+    swept = address.lock(path)
+    assert swept is not None
+    assert address.lock(path) is None
+    with ThreadPoolExecutor(1) as beside:
+        beginning = beside.submit(address.lock, path, 60.0)
+        address.remove(path)
+        os.close(swept)
+        begun = beginning.result()
+    assert begun is not None
+    os.close(begun)

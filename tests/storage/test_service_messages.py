@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from storage.run.owner import Owner
-from storage.service import address, channel, messages
+from storage.service import address, channel, messages, processes
 from storage.service.channel import Channel, connect
 from storage.service.messages import (
     PROTOCOL_VERSION,
@@ -125,6 +125,23 @@ def test_another_version_is_refused_with_a_reason(tmp_path: Path) -> None:
             connect(service.path, Hello(version=1, pid=os.getpid()))
         with connected(service.path):
             pass  # it goes on serving others
+
+
+def test_a_worker_of_another_pid_namespace_is_refused_and_given_up_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pid is another process here, or none."""
+    other = processes.space() + 1
+    with in_thread(tmp_path / "run" / "service.sock") as service:
+        with pytest.raises(ProtocolError, match="another PID namespace than the checkpoint service"):
+            connect(service.path, Hello(pid=1, session="a", pid_space=other))
+        for known in (processes.space(), 0):
+            connect(service.path, Hello(pid=1, session="a", pid_space=known))[0].close()
+    nobody = 1 << 22  # greater than all pids
+    assert processes.is_alive(nobody, of_space=other)
+    assert not processes.is_alive(nobody, of_space=processes.space())
+    monkeypatch.setattr(processes, "space", lambda: 0)
+    assert not processes.is_alive(nobody, of_space=other), "nothing is known of namespaces here"
 
 
 def test_a_service_of_another_version_is_told_of(tmp_path: Path) -> None:
