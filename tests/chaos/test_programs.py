@@ -15,6 +15,7 @@ ALL = "last_call=60,join_cooldown=1"
 BROKEN_IMPORT = str(Path(__file__).parent / "scripts" / "broken_import.py")
 
 
+@pytest.mark.whole  # on one node: tests/launcher/test_failing_jobs.py
 def test_a_script_with_an_error_at_import(job: Job) -> None:
     """The job fails on all nodes, and says why; no step was done."""
     options = ("--max-restarts", "1", BROKEN_IMPORT)
@@ -30,6 +31,7 @@ def test_a_script_with_an_error_at_import(job: Job) -> None:
     assert (told.seconds[Cause.TRAINING], told.outcome, told.last_step) == (0.0, finished["outcome"], None)
 
 
+@pytest.mark.whole  # on two nodes without a history of steps: tests/launcher/test_failing_jobs.py
 def test_a_script_that_fails_at_the_same_step_always(job: Job) -> None:
     """It is not run for ever: the job ends on all nodes, with the error that was the cause."""
     script = ("--fail", "7")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage import inspection
+from tests import sample
 from tests.cluster import Cluster, cluster, read_lines, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -24,8 +25,11 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize(
     ("framework", "start"),
-    [("transformers", ()), ("accelerate", ("--cold-workers",)), ("lightning", ("--cold-workers",))],
-    ids=["transformers", "accelerate", "lightning"],
+    [
+        pytest.param("transformers", (), id="transformers"),
+        pytest.param("lightning", ("--cold-workers",), id="lightning"),
+        sample.rest("accelerate", ("--cold-workers",), id="accelerate"),  # which is what transformers trains with
+    ],
 )
 def test_a_killed_node(nodes: Cluster, tmp_path: Path, framework: str, start: tuple[str, ...]) -> None:
     """With one of them nodes learn what its workers import, which is to import it twice more on each of them."""

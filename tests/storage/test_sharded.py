@@ -22,7 +22,7 @@ def test_every_layout_loads_on_every_other_bitwise(ranks: Ranks, tmp_path: Path)
     }
     extra = torch.arange(70.0).reshape(10, 7) * 2
     for number, (target, (world, _)) in enumerate(cases.LAYOUTS.items()):
-        sources = {name: urls[name] for name in sample.turn(list(urls), number, 3)}
+        sources = {name: urls[name] for name in sample.turn(list(urls), number, 2)}
         for found in ranks.run(cases.load, sources, target, world_size=world):
             assert found.keys() == sources.keys()
             for source, tensors in found.items():

@@ -26,7 +26,7 @@ def test_a_model_with_its_optimizer_in_any_layout(ranks: Ranks, tmp_path: Path) 
         for layout, world_size in cases.LAYOUTS.items()
     }
     for number, (layout, world_size) in enumerate(cases.LAYOUTS.items()):
-        sources = sample.turn(list(cases.LAYOUTS), number, 3)
+        sources = sample.turn(list(cases.LAYOUTS), number, 2)
         found = ranks.run(cases.load_layouts, str(tmp_path), layout, sources, world_size=world_size)[0]
         assert list(found) == sources
         for before, after in found.items():

@@ -35,6 +35,7 @@ class TestSmall(unittest.TestCase):
 """
 
 
+@pytest.mark.whole  # the whole of a tool of ours, whose parts are below
 def test_what_passes_with_stock_only_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
