@@ -22,7 +22,7 @@ from tests.template import child_environment, template
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
-LEASE_TTL_S = 6.0
+LEASE_TTL_S = 15.0
 """Of nodes in whose tests no lease has to end: a busy machine may keep an agent from renewing for seconds."""
 FIRST_PORT = 12_000  # of the servers of tests
 _NUM_PARTS = 8  # each process of a run has ports of its own

@@ -34,7 +34,7 @@ S3_SERVER = os.environ.get("CHAOS_S3", "moto")
 """Which one: "moto", or "seaweedfs", which takes longer to start."""
 ENDS_SOON = "lease_ttl=3"
 """For tests that wait for a lease to end."""
-_LEASE = "lease_ttl=10"
+_LEASE = "lease_ttl=30"
 _PASSWORD = "s3cret-words"
 _NUM_UNCOMMITTED = 60
 """Steps of 20 ms that may pass, on a busy machine, until one that was saved is committed."""

@@ -45,7 +45,7 @@ class Sharded(Cluster):
         """One of each name, in one round."""
         found = {}
         for name in names:
-            conf = "last_call=60,lease_ttl=10"
+            conf = "last_call=60,lease_ttl=30"
             script = (SCRIPT, str(self.states), self.url, str(STORED_AT))
             found[name] = self.start(name, *script, nnodes=f"1:{len(names)}", conf=conf)
             until(f"{name} has joined", lambda: len(self.events("node_joined")) == len(found))

@@ -62,11 +62,12 @@ def test_a_killed_node_that_comes_back(job: Job) -> None:
     alone = job.steps(2, after=1)
     (back,) = job.nodes("b", nnodes="2:3", conf=ALL)
     together = job.steps(3, after=alone)
-    assert job.history().done(together)[0] == job.history().done(alone)[-1] + 1
+    before = together - 1  # `alone`, unless the machine was so busy that a lease has ended since
+    assert job.history().done(together)[0] == job.history().done(before)[-1] + 1
     job.finish(a, back, c)
-    assert [r["restarts"] for r in job.events("round_formed")] == [0, 0, 0], "a loss is not charged"
+    assert {r["restarts"] for r in job.events("round_formed")} == {0}, "a loss is not charged"
     job.told_as(Cause.NODE_LOSS, "b")
-    job.told_as(Cause.JOIN, "b", generation=alone)
+    job.told_as(Cause.JOIN, "b", generation=before)
 
 
 @pytest.mark.whole  # tests/launcher/test_agent.py has its workers die with it; others go on as after a killed node
@@ -164,13 +165,13 @@ def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> 
 
 def test_a_node_that_flaps(job: Job) -> None:
     """It goes and comes again and again, in one way or the other: each time the others go on, and it is taken in; after
-    the third time only when it has been out for a while, which interrupts nobody.
+    the second time only when it has been out for a while, which interrupts nobody.
     """
-    conf = f"{ALL},exclusion=3"
+    conf = f"{ALL},strikes=2,exclusion=3"
     a, b, c = job.nodes("a", "b", "c", nnodes="2:3", conf=conf)
     job.steps(3)
     last, told = 1, []
-    for leave, cause in ((Node.kill, Cause.NODE_LOSS), (Node.terminate, Cause.DRAIN), (Node.kill, Cause.NODE_LOSS)):
+    for leave, cause in ((Node.kill, Cause.NODE_LOSS), (Node.terminate, Cause.DRAIN)):
         leave(b)
         alone = job.steps(2, after=last)
         (b,) = job.nodes("b", nnodes="2:3", conf=conf)

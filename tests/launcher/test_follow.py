@@ -17,7 +17,7 @@ from launcher.kv.state import State
 from tests.cluster import until
 from tests.launcher.stores import Connect
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Faulty(Prefixed):

@@ -16,7 +16,7 @@ from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo
 from tests.storage.small_runs import opened, save, state
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Asked(MemoryStore):
