@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher.errors import KVUnavailable
 from launcher.kv.bucket.journal import Journal
 from launcher.kv.bucket.ops import WISH, DeleteKey, PutKey, Wish, turn_name, wish_name
 from launcher.kv.bucket.register import Create, Names, Overwrite, Pause, Read, Request, Steps, Together
@@ -169,6 +170,26 @@ def test_who_looks_often_asks_once_each_time_unless_there_was_more() -> None:
         asked(store, writer.change([PutKey("k", b"")]))
     assert (asked(store, reader.peek()), reader.number) == (4, writer.number)
     assert asked(store, reader.peek()) == 1
+
+
+@pytest.mark.parametrize(("takes_wishes", "num_tries"), [(False, 1), (True, 2)])
+def test_a_store_that_answers_and_takes_nothing_is_told(takes_wishes: bool, num_tries: int) -> None:
+    """Its credentials have run out, say: a node that comes hears so, and does not wait for ever."""
+    store, (journal,) = crowd(1)
+    answer, tried = store.answer, list[Request]()
+
+    def refuse(request: Request) -> Any:
+        if not isinstance(request, Together):
+            return answer(request)
+        tried.append(request)
+        assert len(tried) <= num_tries
+        accepts = [takes_wishes and isinstance(one, Overwrite) for one in request.requests]
+        return [None if accepted else KVUnavailable("forbidden") for accepted in accepts]
+
+    store.answer = refuse  # type: ignore[method-assign]
+    with pytest.raises(KVUnavailable, match="forbidden"):
+        asked(store, journal.change([PutKey("k", b"", 0, 1, 4.0)]))
+    assert len(tried) == num_tries
 
 
 def test_of_many_who_claim_one_key_few_write() -> None:
