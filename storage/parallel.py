@@ -31,11 +31,20 @@ class Pool(Executor):
 
     That one refuses every call from then on, though a thread of the script (`dcp.async_save` has one) may be in the
     middle of a save. Where not even a thread can be started any more, calls are made by whoever hands them in.
+
+    Args:
+        at_start: called on each thread before anything else.
     """
 
-    def __init__(self, num_threads: int, thread_name_prefix: str = "storage-pool") -> None:
+    def __init__(
+        self,
+        num_threads: int,
+        thread_name_prefix: str = "storage-pool",
+        at_start: Callable[[], object] = lambda: None,
+    ) -> None:
         self._num_threads = num_threads
         self._name = thread_name_prefix
+        self._at_start = at_start
         self._work = _WorkQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -69,13 +78,18 @@ class Pool(Executor):
         """Start one more thread. Returns whether the pool has any."""
         name = f"{self._name}_{len(self._threads)}"
         # daemons, since the interpreter waits for all others, and an idle one ends with its pool only
-        thread = threading.Thread(target=self._work.work, name=name, daemon=True)
+        thread = threading.Thread(target=_started, args=(self._at_start, self._work), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError:
             return bool(self._threads)
         self._threads.append(thread)
         return True
+
+
+def _started(at_start: Callable[[], object], work: _WorkQueue) -> None:
+    at_start()
+    work.work()
 
 
 class _WorkQueue:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import threading
 
@@ -33,4 +34,19 @@ def step_back() -> None:
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _Background.niceness)
     if (number := _IOPRIO_SYSCALLS.get(os.uname().machine)) is not None:
-        ctypes.CDLL(None, use_errno=True).syscall(number, 1, 0, _IOPRIO_LEAST)
+        _libc().syscall(number, 1, 0, _IOPRIO_LEAST)
+
+
+def wait_for_turn() -> None:
+    """Let the calling thread interrupt nobody when there is something for it to do: it has the share of the processor
+    that it had, but begins when whoever runs there has had a turn (SCHED_BATCH).
+
+    Who is woken by a training, as by a save that is handed over, would else have the processor before that goes on.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # of this thread
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

@@ -8,7 +8,9 @@ import errno
 import functools
 import mmap
 import os
+import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,21 @@ _MADV_POPULATE_WRITE = 23
 """Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
 _MADV_COLLAPSE = 25
 """Linux 6.1, whatever the system's settings for huge pages of shared memory are."""
+_COLLAPSE_S_MAX = 0.25
+"""For so much as is made at once; small pages take a third of it. Where free memory is in pieces the kernel moves what
+lies between them, which may take any time."""
 _WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def mapped(fd: int, size_bytes: int) -> Any:
+def mapped(fd: int, size_bytes: int, before_end: Callable[[], object] = lambda: None) -> Any:
     """All of a file of that size, which is not empty, as an array of bytes that is mapped for as long as anything looks
     at it. It begins where a huge page may, so that one entry of the processor's tables leads to 2 MiB of it; `mmap` has
     no say in that. Raises OSError.
+
+    Args:
+        before_end: called right before it is mapped no more; must not look at it.
     """
     libc, reach = _libc(), size_bytes + HUGE_PAGE_BYTES
     found = libc.mmap(None, reach, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
@@ -46,8 +54,15 @@ def mapped(fd: int, size_bytes: int) -> Any:
             libc.munmap(begin, stop - begin)
     memory = (ctypes.c_ubyte * size_bytes).from_address(start)
     # not when the interpreter ends: threads may still look at it then
-    weakref.finalize(memory, libc.munmap, start, size_bytes).atexit = False
+    weakref.finalize(memory, _end, before_end, start, size_bytes).atexit = False
     return memory
+
+
+def _end(before_end: Callable[[], object], start: int, size_bytes: int) -> None:
+    try:
+        before_end()
+    finally:
+        _libc().munmap(start, size_bytes)
 
 
 def advise_huge(address: int, size_bytes: int) -> None:
@@ -63,9 +78,11 @@ def populate(fd: int, address: int, begin: int, stop: int) -> None:
     into this process's tables. What is in them already stays. Raises OSError.
     """
     begin -= begin % PAGE_BYTES
+    has_huge = True
     for start in range(begin, stop, _AT_ONCE_BYTES):
         length = min(_AT_ONCE_BYTES, stop - start)
-        _make_huge(address, start, start + length)
+        if has_huge:
+            has_huge = _make_huge(address, start, start + length)
         try:
             _advise(address + start, length, _MADV_POPULATE_WRITE)
         except OSError as error:
@@ -77,18 +94,23 @@ def populate(fd: int, address: int, begin: int, stop: int) -> None:
             np.bitwise_or(pages, 0, out=pages)
 
 
-def _make_huge(address: int, begin: int, stop: int) -> None:
-    """Make huge pages of all that lies between; where there are none to be had, it stays as it is.
+def _make_huge(address: int, begin: int, stop: int) -> bool:
+    """Make huge pages of all that lies between, and say whether that is worth while: whether there were any to be had,
+    without a long search. Where there were none, it stays as it is.
 
     That takes a tenth of the time that small pages take, and whoever copies into them, or maps them, is the faster.
     """
     first, last = -(-begin // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, stop - stop % HUGE_PAGE_BYTES
     if first >= last:
-        return
-    with contextlib.suppress(OSError):
+        return True
+    began_s = time.monotonic()
+    try:
         for start in range(first, last, HUGE_PAGE_BYTES):  # the kernel takes no page of a file that has none there
             _advise(address + start, PAGE_BYTES, _MADV_POPULATE_WRITE)
         _advise(address + first, last - first, _MADV_COLLAPSE)
+    except OSError:
+        return False
+    return time.monotonic() - began_s <= _COLLAPSE_S_MAX
 
 
 def _advise(address: int, size_bytes: int, advice: int) -> None:

@@ -78,6 +78,7 @@ class SharedWork:
         self._at_end = at_end
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._then: list[Callable[[], object]] = []
         self._failure: BaseException | None = None
 
     @property
@@ -99,7 +100,19 @@ class SharedWork:
                 if self._num_left:
                     continue
             self._make(self._at_end)
-            self._ended.set()
+            with self._lock:
+                self._ended.set()
+                then, self._then = self._then, []
+            for told in then:
+                told()
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Have `call`, which must neither fail nor take long, made once all has ended: here, if that is so."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._then.append(call)
+                return
+        call()
 
     def wait(self, *, helps: bool = True) -> None:
         """Help, and block until all has ended. Raises the first failure, to each that waits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from storage.arena.device import DeviceCopy
 from storage.arena.moves import SharedWork, pieces_of
 
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
+_BEGINS_S = 0.1
+"""For so long who waits for a copy leaves it to the save that is about to begin it."""
 
 
 class StagingListener(Protocol):
@@ -51,16 +53,20 @@ class PendingCopy:
         self._listener = listener
         self._lock = threading.Lock()
         self._change: StateChanged | None = None
-        self._has_settled = False
-        self._has_begun = self._is_unwanted = False
+        self._has_settled = self._is_unwanted = False
+        self._begun = threading.Event()
         self.work = SharedWork(list(pieces_of([witness.move for witness in on_host])), self._check_host)
         """The copies within CPU memory, for any thread to help with."""
 
     def begin(self, pool: Executor, num_threads: int) -> None:
         """Have threads of the pool copy what is in CPU memory; who waits leaves it to them then."""
-        self._has_begun = True
+        self._begun.set()
         for _ in range(num_threads):
             pool.submit(self.work.help)
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Have `call`, which must not take long, made once all in CPU memory is copied, or will not be."""
+        self.work.then(call)
 
     def cancel(self) -> None:
         """Nobody wants the copy: what has not begun of it is left out, and no change of the state is told."""
@@ -81,7 +87,8 @@ class PendingCopy:
 
     def wait(self) -> None:
         """Block until all is copied. Raises StateChanged if that is not the state of the save."""
-        self.work.wait(helps=not self._has_begun)  # one more thread beside the training would slow that down
+        # one more thread beside the training would slow that down
+        self.work.wait(helps=not self.work.has_ended and not self._begun.wait(_BEGINS_S))
         for copy in self._copies:
             try:
                 copy.wait()

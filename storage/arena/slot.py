@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
+import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 from storage.arena.free_memory import free_bytes
 from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, advise_huge, mapped, populate
 
 _UNASKED_BYTES = 1024 * 1024
 """So little is taken without asking what is free, which takes longer than taking it."""
+_PARTS_MAX = 1024  # of one system call
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -25,21 +28,31 @@ class Slot:
     sealed, so no holder of the descriptor can take pages away from another (a SIGBUS). Not thread-safe.
 
     Attributes:
-        memory: all of it, writable.
-        address: where that begins in this process.
         is_pinned: whether devices copy to it by themselves, see `storage.arena.device.pin`.
     """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
-        self._map = mapped(fd, size_bytes)
         self._fd = fd
         self._ends = contextlib.ExitStack()
-        self._ends.callback(os.close, fd)
-        self._close = weakref.finalize(self, self._ends.close)  # of a slot that nobody has any more, too
+        # of a slot that nobody has any more, too
+        self._close = weakref.finalize(self, _close, fd, self._ends)
         self.size_bytes = size_bytes
         self.is_pinned = False
-        self.memory = memoryview(self._map).cast("B")
-        self.address = ctypes.addressof(self._map)
+
+    @functools.cached_property
+    def _map(self) -> Any:
+        # what is to be done before is done then: of a circle that is collected the parts end in any order
+        return mapped(self.fd, self.size_bytes, self._ends.close)
+
+    @functools.cached_property
+    def memory(self) -> memoryview:
+        """All of it, writable. It is mapped when it is first looked at; raises OSError."""
+        return memoryview(self._map).cast("B")
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Where `memory` begins in this process."""
+        return ctypes.addressof(self._map)
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
@@ -65,12 +78,26 @@ class Slot:
             raise _lack(size_bytes, f"only {_mib(free)} are free")
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
             fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            on_failure.callback(os.close, fd)
-            os.ftruncate(fd, size_bytes)
             slot = cls(fd, size_bytes)
-            on_failure.pop_all()
             on_failure.callback(slot.close)
+            os.ftruncate(fd, size_bytes)
             advise_huge(slot.address, size_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            on_failure.pop_all()
+        return slot
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes | memoryview]) -> Self:
+        """A slot that holds those, one after the other, and is as long as they are. Raises MemoryError."""
+        size_bytes = sum(len(part) for part in parts)
+        with contextlib.ExitStack() as on_failure, _told(size_bytes):
+            fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            slot = cls(fd, size_bytes)
+            on_failure.callback(slot.close)
+            for at in range(0, len(parts), _PARTS_MAX):
+                written = os.writev(fd, parts[at : at + _PARTS_MAX])
+                if written != sum(len(part) for part in parts[at : at + _PARTS_MAX]):
+                    raise OSError(errno.ENOSPC, f"only {written} bytes were taken")
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             on_failure.pop_all()
         return slot
@@ -88,6 +115,9 @@ class Slot:
                 if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                     raise ValueError("the memory that was sent can be made smaller by its sender; it is no slot")
                 slot = cls(fd, os.fstat(fd).st_size)
+                on_failure.pop_all()
+                on_failure.callback(slot.close)
+                _ = slot.memory
             except OSError as error:
                 raise ValueError(f"the descriptor that was sent is no slot: {error}") from None
             on_failure.pop_all()
@@ -101,7 +131,7 @@ class Slot:
         return self._fd
 
     def before_close(self, call: Callable[[], object]) -> None:
-        """Have `call`, which must not hold this slot, made when it is closed."""
+        """Have `call`, which must not hold this slot, made when it is closed, or its memory is about to go."""
         self._ends.callback(call)
 
     def close(self) -> None:
@@ -109,8 +139,9 @@ class Slot:
         if not self._close.alive:
             return
         self._close()
-        self.memory.release()
-        del self._map  # it goes with the last view of it
+        if (memory := self.__dict__.get("memory")) is not None:  # as `cached_property` keeps it
+            memory.release()
+        self.__dict__.pop("_map", None)  # it goes with the last view of it
 
     def populate(self, begin: int, stop: int) -> None:
         """Have all pages from one of these bytes to the other made, and entered into this process's tables, so that no
@@ -120,6 +151,13 @@ class Slot:
         """
         with _told(self.size_bytes):
             populate(self._fd, self.address, begin, stop)
+
+
+def _close(fd: int, ends: contextlib.ExitStack) -> None:
+    try:
+        ends.close()
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from storage.arena.slot import Slot
 from storage.arena.staging import Staging
 from storage.format.tensors import bytes_of, tensor_over
 from storage.parallel import Pool
+from storage.priority import wait_for_turn
 
 _ALIGNMENT_BYTES = 64
 
@@ -44,10 +45,22 @@ class Staged:
         """
         self._stager.go_on(self.slot, self._pending)
 
+    def then(self, call: Callable[[], object]) -> None:
+        """Have `call`, which must not take long, made when `wait` will not block for long any more; any thread."""
+        if self._pending is not None:
+            self._pending.then(call)
+        else:
+            call()
+
     def wait(self) -> None:
         """Block until the copy is whole; any thread. Raises StateChanged if it is not what was to be saved."""
         if self._pending is not None:
             self._pending.wait()
+
+    def drain(self) -> None:
+        """Block until nothing is written any more, whatever became of it; what nobody copies is copied here."""
+        if self._pending is not None:
+            self._pending.drain()
 
     def release(self) -> None:
         """The slot may be overwritten: what was in it is stored, or not wanted. Waits for what still writes to it."""
@@ -64,8 +77,7 @@ class Staged:
         self.release()
 
     def _end(self, leave: Callable[[Arena, Slot], None]) -> None:
-        if self._pending is not None:
-            self._pending.drain()
+        self.drain()
         self.tensors.clear()
         self._stager.free(self.slot, self._pending, leave)
 
@@ -82,7 +94,7 @@ class Stager:
         self._arena = arena
         self._keeps_spare = keeps_spare
         self._num_threads = num_copy_threads()
-        self._pool = Pool(self._num_threads, "storage-copy")
+        self._pool = Pool(self._num_threads, "storage-copy", wait_for_turn)
         self._streams = SideStreams()
         self._pending: PendingCopy | None = None
         self._turn = 0
@@ -134,8 +146,9 @@ class Stager:
         if any(move.source.is_cuda for move in moves):
             pin(slot)
             copies = self._streams.begin(_on_devices(at_once), _on_devices(late))
-        work = SharedWork(list(pieces_of(_on_host(at_once))))
-        for _ in range(self._num_threads - 1):
+        pieces = list(pieces_of(_on_host(at_once)))
+        work = SharedWork(pieces)
+        for _ in range(min(self._num_threads, len(pieces)) - 1):
             self._pool.submit(work.help)
         work.wait()
         if not late or listener is None:

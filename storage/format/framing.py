@@ -98,9 +98,13 @@ def framing_of(head: bytes, data: Buffer, tail: bytes) -> Framing | None:
     return framing if framing.tail(crc32(data)) == tail else None
 
 
+MISREAD_BYTES = 8
+"""Of how many of a tensor's first bytes `is_misread` asks."""
+
+
 def is_misread(data: Buffer) -> bool:
     """Whether torch takes the tensor's bytes for a descriptor, and a number from them into the id."""
-    return len(data) >= 8 and bytes(data[: len(DESCRIPTOR)]) == DESCRIPTOR
+    return len(data) >= MISREAD_BYTES and bytes(data[: len(DESCRIPTOR)]) == DESCRIPTOR
 
 
 def _parsed(head: bytes, size_bytes: int, tail: bytes) -> Framing:

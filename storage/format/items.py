@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 NUM_FRAMINGS = 1024
 
-_Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
-"""A tensor's dtype, shape and strides."""
+Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""A tensor's dtype, shape and strides: all that its framing depends on, but for its bytes."""
 
 
 class _Collector:
@@ -58,10 +58,10 @@ class Framings:
     def __init__(self, num_max: int = NUM_FRAMINGS) -> None:
         self._num_max = num_max
         self._lock = threading.Lock()
-        self._known: OrderedDict[_Kind, tuple[Framing, bool]] = OrderedDict()
+        self._known: OrderedDict[Kind, tuple[Framing, bool]] = OrderedDict()
         self._learns = True
 
-    def find(self, kind: _Kind) -> Framing | None:
+    def find(self, kind: Kind) -> Framing | None:
         """The framing of that kind of tensor, if it is known for sure."""
         with self._lock:
             framing, is_proven = self._known.get(kind, (None, False))
@@ -69,7 +69,7 @@ class Framings:
                 self._known.move_to_end(kind)
             return framing if is_proven else None
 
-    def learn(self, kind: _Kind, item: EncodedItem) -> None:
+    def learn(self, kind: Kind, item: EncodedItem) -> None:
         """Learn from what torch.save has put around the bytes of a tensor of that kind."""
         head, data, tail = (bytes(item.buffers[0]), item.buffers[1], bytes(item.buffers[2]))
         with self._lock:
@@ -102,13 +102,23 @@ class Framings:
 _framings = Framings()
 
 
+def kind_of(tensor: torch.Tensor) -> Kind:
+    """Of which kind a tensor is."""
+    return tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def framing_now(kind: Kind, framings: Framings = _framings) -> Framing | None:
+    """What `item_of` puts around tensors of that kind; None where torch does, which may be for all of them."""
+    return framings.find(kind) if torch.serialization.get_crc32_options() else None
+
+
 def item_of(tensor: torch.Tensor, framings: Framings = _framings) -> EncodedItem | FramedItem:
     """The item of a contiguous CPU tensor which is the whole of its storage: what `torch.save` makes of it."""
     assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     assert type(tensor) is torch.Tensor and not tensor.requires_grad
     if not tensor.nbytes or not torch.serialization.get_crc32_options():
         return _saved(tensor)
-    kind, data = (tensor.dtype, tuple(tensor.shape), tensor.stride()), bytes_of(tensor)
+    kind, data = kind_of(tensor), bytes_of(tensor)
     if is_misread(data):
         return _saved(tensor)
     framing = framings.find(kind)

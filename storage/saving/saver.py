@@ -112,8 +112,8 @@ class Saver:
             bytes=part.size_bytes,
             **({"overlapped": True} if part.is_pending else {}),
         )
-        part.go_on()
         self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=wait == "held"))
+        part.go_on()  # the last: from here on the copy has a share of the processor
         return decision
 
     def _copied_ahead(self, mine: Proposal, proposed: Proposed) -> CopiedPart | None:

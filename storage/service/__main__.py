@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.priority import let_background_step_back
+from storage.priority import let_background_step_back, wait_for_turn
 from storage.service import keeper
 from storage.service.sweeper import SWEEP
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"the folder of the checkpoint service is gone, with whoever wanted it: {error}\n")
         return 1
     let_background_step_back(options.nice)
+    wait_for_turn()
     if options.lifeline is not None:
         os.set_inheritable(options.lifeline, False)
     serve = functools.partial(_serve, options)

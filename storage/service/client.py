@@ -6,15 +6,18 @@ this process: the way of a save is the same, and whoever goes it takes what is t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
+from storage.arena.stager import Staged
 from storage.errors import Corrupt, Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.parallel import Pool
+from storage.priority import wait_for_turn
 from storage.saving.committer import InProcess, Running
 from storage.saving.ownership import Ownership
 from storage.saving.uploads import SaveJob, Tried
@@ -68,8 +71,9 @@ class ServiceBackend:
         self._custody = Custody()
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
-        self._pool = Pool(1, "storage-hand-over")
-        self._late: list[Future[None]] = []  # of copies that were not whole when their save returned
+        self._pool = Pool(1, "storage-hand-over", wait_for_turn)
+        self._late: list[tuple[Staged, threading.Event]] = []  # not whole when its save returned, and when it is handed
+        self._tables = table.TableWriter()
         self._channel: Channel | None = None
         self._never: str | None = None  # why the service will not do for this process
         self._is_away = False
@@ -133,8 +137,10 @@ class ServiceBackend:
         self._write_down(stage, running)
         staged = running.job.staged
         if staged is not None and staged.is_pending:
-            self._late = [late for late in self._late if not late.done()]
-            self._late.append(self._pool.submit(self._hand_over, running, stage))
+            self._late = [(other, end) for other, end in self._late if not end.is_set()]
+            self._late.append((staged, handed := threading.Event()))
+            call = functools.partial(self._pool.submit, self._hand_over, running, stage)
+            staged.then(lambda: call().add_done_callback(lambda _: handed.set()))
         else:
             self._hand_over(running, stage)
 
@@ -152,7 +158,7 @@ class ServiceBackend:
         """Hand a job over that is staged, or about to be."""
         try:
             payloads, slot, error = whole(running.job)
-            handed = Handed(running, stage, table.write(payloads, slot, running.job.contents, error), slot)
+            handed = Handed(running, stage, self._tables.write(payloads, slot, running.job.contents, error), slot)
         except (MemoryError, OSError, StorageError) as why:
             self._report(CheckpointEvent.DIRECT, url=self._saves.url, reason=f"no table of it can be made: {why}")
             with self._state:
@@ -179,7 +185,9 @@ class ServiceBackend:
 
     def close(self, *, abandon: bool) -> None:
         """See `Backend.close`. What is abandoned goes on without this process, if the service has it."""
-        wait(self._late)
+        for staged, handed in self._late:
+            staged.drain()
+            handed.wait()
         with self._state:
             if not abandon:
                 self._state.wait_for(lambda: not self._custody.handed)
@@ -239,6 +247,7 @@ class ServiceBackend:
     # --- listening
 
     def _run(self) -> None:
+        wait_for_turn()
         patience_s = RESTART_S
         while True:
             with self._state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,9 @@ class Handed:
         replace(self.running, is_shared=is_shared).free()
 
 
+_began_at = functools.lru_cache(1)(began_at)  # that of this process: it is asked for in each save
+
+
 def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
     """What the service has to know of a job."""
     attempt = job.attempt
@@ -65,7 +69,7 @@ def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
     return Stage(
         session=session,
         pid=os.getpid(),
-        pid_began=began_at(os.getpid()),
+        pid_began=_began_at(os.getpid()),
         pid_space=space(),
         url=saves.url,
         attempt=StagedAttempt(

@@ -22,7 +22,7 @@ from storage.run.job import Origin
 from storage.run.owner import Claim, Owner
 from storage.saving.uploads import SaveRules, Uploads
 from storage.saving.writing import MadeObjects
-from storage.service.messages import KeptHere, Released, Stage, Stored
+from storage.service.messages import Accepted, KeptHere, Rejected, Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
 from storage.service.parcels import Parcel
 from storage.service.processes import is_alive
@@ -179,7 +179,7 @@ class Lane:
                 if left.waits and not is_alive(left.stage.pid, left.stage.pid_began, left.stage.pid_space):
                     left.waits = False
                     self._lock.notify_all()
-            parcel = next((parcel for parcel in self._queue if parcel.staged.contents is not None), None)
+            parcel = next((parcel for parcel in self._queue if parcel.is_coordinators), None)
             store = self._store
             if parcel is None or store is None or self._pulse is not None or self.session.is_worker_alive:
                 return
@@ -199,8 +199,9 @@ class Lane:
                 parcel = self._queue[0]
             self._run(parcel)
             with self._lock:
-                self._queue.popleft()
-                self.num_ended += 1
+                if not parcel.is_refused:
+                    self._queue.popleft()
+                    self.num_ended += 1
         if pulse is not None:
             pulse.close()
         opened.close()
@@ -209,6 +210,8 @@ class Lane:
     def _run(self, parcel: Parcel) -> None:
         stage, fenced, committed = parcel.stage, None, False
         parcel.ready.wait()
+        if parcel.is_refused:
+            return
         if stage.tier is Tier.RAM:
             self.release(parcel)
             self.session.end(stage.attempt.id, committed=parcel.made is not None, fenced=None)
@@ -216,8 +219,8 @@ class Lane:
             return
         report = Reporter(self.session.listener, stage.told)
         try:
-            if parcel.num_crashes > _NUM_CRASHES_MAX:
-                raise StorageError(f"the service has crashed {parcel.num_crashes} times while it had this save")
+            if (num := parcel.record.num_crashes) > _NUM_CRASHES_MAX:
+                raise StorageError(f"the service has crashed {num} times while it had this save")
             store = self._open(stage.url)
             report.watch(store)
             hold = RunHold(store, stage.owner)
@@ -243,6 +246,8 @@ class Lane:
                     self._hold_thread = None
                     return
                 parcel = self._to_hold.popleft()
+            if not parcel.has_given_way and not self._open_parcel(parcel):
+                continue
             try:
                 parcel.made = None if parcel.has_given_way else self._hold(parcel)
             except Exception:
@@ -254,6 +259,30 @@ class Lane:
                 if has_given_way:
                     self._end_unbegun(parcel)
 
+    def _open_parcel(self, parcel: Parcel) -> bool:
+        """Look into a parcel; whether it is one. What is none is its worker's again."""
+        attempt = parcel.stage.attempt
+        try:
+            parcel.open()
+        except Exception as error:  # noqa: BLE001 - of one worker's, and the others' saves go on
+            reason = str(error) if isinstance(error, (StorageError, ValueError, OSError)) else repr(error)
+            log.warning("what was staged for step %d cannot be taken: %s", attempt.step, reason)
+            with self._lock:
+                parcel.is_refused = True
+                if not parcel.has_given_way:
+                    self._queue.remove(parcel)
+                parcel.ready.set()
+                self._lock.notify_all()
+            if parcel.has_given_way:
+                self._end_unbegun(parcel)
+                return False
+            self._shared.safe.released(parcel.safe)
+            self._shared.safe.done(parcel.safe)
+            self.session.send(Rejected(reason=reason, attempt=attempt.id))
+            return False
+        self.session.send(Accepted(attempt=attempt.id))
+        return True
+
     def _hold(self, parcel: Parcel) -> MadeObjects | None:
         stage = parcel.stage
         report = Reporter(self.session.listener, stage.told)
@@ -261,7 +290,7 @@ class Lane:
         told = functools.partial(self.session.send, KeptHere(attempt=stage.attempt.id))
         # what is to be stored comes to be found there, though its objects are not made yet: only the store is slower
         early = told if stage.tier is Tier.STORE else lambda: None
-        if holder is not None and parcel.is_intact:
+        if holder is not None and parcel.record.is_intact:
             with self._lock:
                 parcel.held += 1
             try:

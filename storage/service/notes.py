@@ -6,6 +6,7 @@ Imports nothing but Python's own, as all that a keeper does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -47,6 +48,7 @@ class Notes:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._is_made = False
 
     def all(self) -> list[NoteOfSave]:
         """Of what was staged, and has not come to its end."""
@@ -60,9 +62,13 @@ class Notes:
     def add(self, name: str, stage: str) -> None:
         """Note one down, whole or not at all; a full disk costs the note."""
         try:
+            if not self._is_made:
+                self._make()
+                self._is_made = True
             try:
                 self._write(self._file(name), stage)
             except FileNotFoundError:  # a service that ends has removed the folder as it was empty
+                self._make()
                 self._write(self._file(name), stage)
         except OSError as error:
             log.warning("what is staged cannot be noted down in %s: %s", self._folder, error)
@@ -81,15 +87,20 @@ class Notes:
                     note.file.replace(self._folder / note.file.name)
 
     def _write(self, file: Path, stage: str) -> None:
-        begun = file.with_suffix(".tmp")
-        self._make()
+        """Written between a save and the training that goes on, so by as few calls as can be."""
+        begun = f"{file}.tmp"
         try:
-            with open(os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as writing:
-                writing.write(stage)
-            begun.replace(file)
+            fd = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                data = stage.encode()
+                if os.write(fd, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+            os.replace(begun, file)
         except OSError:
             with contextlib.suppress(OSError):
-                begun.unlink(missing_ok=True)
+                os.unlink(begun)
             raise
 
     def _make(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,21 +31,16 @@ class TakenOver:
     is_intact: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Parcel:
     """One rank's part of a save, from when it was staged until its slots are let go.
 
-    `safe` names it to the keeper.
+    It is opened by whoever works at it, behind the training, and until then no more than descriptors.
     """
 
-    stage: Stage
-    staged: HandedOver
-    safe: str
-    num_crashes: int = 0
+    record: TakenOver
     held: int = field(default=1, init=False)
     """By how many the slots are read; they are let go when it comes to 0."""
-    is_intact: bool = field(default=True, init=False)
-    """Whether nothing else has come into the slots before this process had them."""
     stop: threading.Event = field(default_factory=threading.Event, init=False)
     """Set where nobody is to be waited for any more."""
     made: MadeObjects | None = field(default=None, init=False)
@@ -53,9 +49,49 @@ class Parcel:
     waits: bool = field(init=False)
     """Whether it is not to begin yet."""
     has_given_way: bool = field(default=False, init=False)
+    is_refused: bool = field(default=False, init=False)
+    """Whether it turned out not to be one, and nothing is left of it."""
+    _staged: HandedOver | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.waits = self.stage.waits
+
+    @property
+    def stage(self) -> Stage:
+        """What the worker has said of it."""
+        return self.record.stage
+
+    @property
+    def safe(self) -> str:
+        """What the keeper knows it by."""
+        return self.record.safe
+
+    @property
+    def is_coordinators(self) -> bool:
+        """Whether the save is committed by whoever has it, as is known once it is opened."""
+        return self._staged is not None and self._staged.contents is not None
+
+    @property
+    def staged(self) -> HandedOver:
+        """What is in it, once it is opened."""
+        assert self._staged is not None, "nobody has opened it"
+        return self._staged
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of its slots."""
+        if self._staged is not None:
+            return self._staged.size_bytes
+        return sum(os.fstat(fd).st_size for fd in self.record.fds)
+
+    def open(self) -> None:
+        """Make what can be stored of the descriptors, which are its slots' from here on.
+
+        Raises:
+            Corrupt, ValueError: what came is no table, or does not fit together; nothing is left of it.
+        """
+        fds, self.record.fds[:] = list(self.record.fds), []
+        self._staged = unpack_slots(fds)
 
     def job(self) -> SaveJob:
         """The save as who uploads it takes it."""
@@ -75,24 +111,23 @@ class Parcel:
 
     def let_go(self) -> None:
         """Close the slots, which nobody reads any more."""
-        self.staged.payloads.clear()
-        for slot in self.staged.slots:
-            slot.close()
+        close_all(self.record.fds)
+        self.record.fds.clear()
+        if self._staged is not None:
+            self._staged.payloads.clear()
+            for slot in self._staged.slots:
+                slot.close()
 
 
 def unpack(record: TakenOver) -> Parcel:
-    """The parcel of what was staged, whose descriptors are the parcel's from here on.
-
-    Raises:
-        Corrupt, ValueError: what came is no table, or does not fit together.
-    """
-    parcel = Parcel(record.stage, unpack_slots(record.fds), record.safe, record.num_crashes)
-    parcel.is_intact = record.is_intact
+    """The parcel of what was staged, opened. Raises as `Parcel.open`."""
+    parcel = Parcel(record)
+    parcel.open()
     return parcel
 
 
 def unpack_slots(fds: list[int]) -> HandedOver:
-    """What was staged in the slots behind the descriptors, which belong to it from here on. Raises as `unpack`."""
+    """What was staged in the slots behind the descriptors, which belong to it from here on. Raises as `Parcel.open`."""
     with ExitStack() as on_failure:
         left, slots = list(fds), list[Slot]()
         on_failure.callback(lambda: close_all(left))

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import StorageError
 from storage.saving.uploads import Tried
 from storage.service.callers import Callers
 from storage.service.channel import close_all
 from storage.service.draining import Draining
 from storage.service.lanes import Holder, Lane, Safe, Shared
 from storage.service.messages import (
-    Accepted,
     AskStatus,
     AskUnfinished,
     Drain,
@@ -32,7 +30,7 @@ from storage.service.messages import (
     Unfinished,
 )
 from storage.service.pace import Pace
-from storage.service.parcels import TakenOver, unpack
+from storage.service.parcels import Parcel, TakenOver
 from storage.service.sessions import ServiceCaller, Sessions
 
 log = logging.getLogger(__name__)
@@ -172,30 +170,18 @@ class Server:
             return
         if stage.yields:
             self.truce.ask(_YIELD_S)
-        record = TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED)
-        if problem := self._take(record):
-            caller.answer(Rejected(reason=problem, attempt=stage.attempt.id))
-            return
-        caller.answer(Accepted(attempt=stage.attempt.id))
+        self._take(TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED))
 
-    def _take(self, record: TakenOver) -> str | None:
-        """Take a save over; why not, where that cannot be."""
-        stage, safe = record.stage, record.safe
-        try:
-            parcel = unpack(record)
-        except (StorageError, ValueError, OSError) as error:
-            log.warning("what was staged for step %d cannot be taken: %s", stage.attempt.step, error)
-            self._safe.released(safe)
-            self._safe.done(safe)
-            return str(error)
-        self._safe.keep(safe, stage, [slot.fd for slot in parcel.staged.slots])
+    def _take(self, record: TakenOver) -> None:
+        """Take a save over: have it kept, and leave all else to its lane. The training would go on by now."""
+        stage = record.stage
+        self._safe.keep(record.safe, stage, record.fds)
         with self._lock:
             session = self._sessions.of(stage.session)
             lane = self._lanes.get(stage.session)
             if lane is None:
                 lane = self._lanes[stage.session] = Lane(session, self._shared)
-            lane.put(parcel)
-        return None
+            lane.put(Parcel(record))
 
     def _go_on(self, caller: ServiceCaller, told: GoOn, fds: list[int]) -> None:
         with self._lock:
@@ -223,7 +209,7 @@ class Server:
             ServiceStatus(
                 pid=os.getpid(),
                 num_unfinished=len(unfinished),
-                staged_bytes=sum(parcel.staged.size_bytes for parcel in unfinished),
+                staged_bytes=sum(parcel.size_bytes for parcel in unfinished),
                 num_ended=self._num_ended_now(),
                 num_restarts=self._num_restarts,
             )

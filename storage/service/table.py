@@ -8,8 +8,9 @@ would make, the framing comes ready.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -17,16 +18,20 @@ from pydantic import TypeAdapter, ValidationError
 from storage.arena.slot import Slot
 from storage.errors import Corrupt
 from storage.format.containers import Container
-from storage.format.framing import EncodedItem, FramedItem, Framing
+from storage.format.framing import MISREAD_BYTES, EncodedItem, FramedItem, Framing, is_misread
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.sealed import check_seal, seal_bytes
 from storage.run.attempt import StateContents
 from storage.saving.saveplan import Chunk
 from storage.saving.writing import Payload
 
+if TYPE_CHECKING:  # the service, which has no torch, only reads tables
+    from storage.format.items import Kind
+
 _KIND = "table"
 _HEAD = struct.Struct("!Q")  # size of the JSON
 _ALIGNMENT_BYTES = 64
+_PADDING = bytes(_ALIGNMENT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,57 +105,151 @@ class HandedOver:
 
 @dataclass
 class _Blob:
-    """What will lie behind the JSON."""
+    """What will lie behind the JSON: bytes, or which buffer of which payload."""
 
-    parts: list[memoryview] = field(default_factory=list)
+    sources: list[memoryview | tuple[int, int]] = field(default_factory=list)
     size_bytes: int = 0
 
-    def add(self, data: memoryview) -> Place:
+    def add(self, data: memoryview, source: tuple[int, int] | None = None) -> Place:
         place = Place(self.size_bytes, data.nbytes, in_table=True)
-        self.parts.append(data)
-        self.size_bytes += -(-data.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.sources.append(source or data)
+        self.size_bytes += data.nbytes + -data.nbytes % _ALIGNMENT_BYTES
         return place
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A table that was written. `head` is its JSON, ready, `sources` what lies behind that.
+
+    `key` says what it was made of (see `_key_of`), None if it is of no use again; `framings` are those of its tensors,
+    by their kinds.
+    """
+
+    key: tuple[object, ...] | None
+    framings: Mapping[Kind, Framing]
+    head: bytes
+    sources: Sequence[memoryview | tuple[int, int]]
+
+    def is_of(self, key: tuple[object, ...] | None, payloads: Sequence[Payload], slot: Slot | None) -> bool:
+        """Whether it is the table of these payloads too, but for the content of what is no tensor."""
+        if key is None or slot is None or key != self.key:
+            return False
+        from storage.format.items import framing_now
+
+        if any(framing_now(kind) is not framing for kind, framing in self.framings.items()):
+            return False
+        starts = [at for payload in payloads if (at := _offset_of(payload.content, slot)) is not None]
+        return not any(is_misread(slot.memory[start : start + MISREAD_BYTES]) for start in starts)
+
+    def slot_of(self, payloads: Sequence[Payload]) -> Slot:
+        """It, with what these payloads have that is no tensor. Raises MemoryError."""
+        parts: list[bytes | memoryview] = [self.head]
+        for source in self.sources:
+            data = source if isinstance(source, memoryview) else _buffer(payloads[source[0]], source[1])
+            parts += (data, _PADDING[: -data.nbytes % _ALIGNMENT_BYTES])
+        return Slot.of(parts)
+
+
+class TableWriter:
+    """Writes the tables of one rank's saves. Thread-safe.
+
+    Most saves have the payloads of the one before, in the same places of a slot, with other bytes: of their tables all
+    is the same but what is no tensor.
+    """
+
+    def __init__(self) -> None:
+        self._before: _Written | None = None
+
+    def write(
+        self, payloads: Sequence[Payload], slot: Slot | None, contents: StateContents | None, staging_error: str | None
+    ) -> Slot:
+        """A slot with the table of the payloads; `slot` is where their tensors lie. What lies elsewhere is copied.
+
+        Raises MemoryError.
+        """
+        key, written = _key_of(payloads, slot, contents, staging_error), self._before
+        if written is None or not written.is_of(key, payloads, slot):
+            written = _written(key, payloads, slot, contents, staging_error)
+            self._before = written if written.key is not None else None
+        return written.slot_of(payloads)
 
 
 def write(
     payloads: Sequence[Payload], slot: Slot | None, contents: StateContents | None, staging_error: str | None
 ) -> Slot:
-    """A slot with the table of the payloads; `slot` is where their tensors lie. What lies elsewhere is copied.
+    """The one table of a `TableWriter`."""
+    return TableWriter().write(payloads, slot, contents, staging_error)
 
-    Raises MemoryError.
-    """
-    blob, framings, rows = _Blob(), dict[Framing, int](), []
+
+def _key_of(
+    payloads: Sequence[Payload], slot: Slot | None, contents: StateContents | None, staging_error: str | None
+) -> tuple[object, ...] | None:
+    """Of what a table is made, but for bytes; None where that cannot be told."""
+    found: list[object] = [contents, staging_error]
+    for payload in payloads:
+        content = payload.content
+        if isinstance(content, EncodedItem):
+            found.append((payload.chunk, content.raw_offset, tuple(len(buffer) for buffer in content.buffers)))
+        elif slot is not None and (offset := _offset_of(content, slot)) is not None:
+            found.append((payload.chunk, offset))
+        else:
+            return None
+    return tuple(found)
+
+
+def _offset_of(content: object, slot: Slot) -> int | None:
+    """Where a staged tensor begins in the slot; None of what is none, or lies elsewhere."""
+    if isinstance(content, EncodedItem | FramedItem):
+        return None
+    offset = int(content.data_ptr()) - slot.address  # type: ignore[attr-defined]
+    return offset if 0 <= offset < slot.size_bytes else None
+
+
+def _written(
+    key: tuple[object, ...] | None,
+    payloads: Sequence[Payload],
+    slot: Slot | None,
+    contents: StateContents | None,
+    staging_error: str | None,
+) -> _Written:
+    blob, numbers, rows = _Blob(), dict[Framing, int](), []
     framing_rows: list[FramingRow] = []
+    by_kind: dict[Kind, Framing] = {}
     reach = (0, 0) if slot is None else (slot.address, slot.address + slot.size_bytes)
 
-    def place_of(buffer: object) -> Place:
+    def place_of(buffer: object, source: tuple[int, int] | None = None) -> Place:
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         address = _address(view)
         if reach[0] <= address and address + view.nbytes <= reach[1] and view.nbytes:
             return Place(address - reach[0], view.nbytes)
-        return blob.add(view)
+        return blob.add(view, source)
 
-    for payload in payloads:
+    for at, payload in enumerate(payloads):
         item = payload.item()
         if isinstance(item, EncodedItem):
-            pieces = tuple(place_of(buffer) for buffer in item.buffers)
-            rows.append(PayloadRow(payload.chunk, pieces, raw_offset=item.raw_offset))
+            is_given = item is payload.content
+            key = key if is_given else None  # how a tensor is framed is not known yet, or it is odd
+            pieces = [place_of(buffer, (at, n) if is_given else None) for n, buffer in enumerate(item.buffers)]
+            rows.append(PayloadRow(payload.chunk, tuple(pieces), raw_offset=item.raw_offset))
             continue
-        number = framings.get(item.framing)
+        number = numbers.get(item.framing)
         if number is None:
-            number = framings[item.framing] = len(framing_rows)
+            number = numbers[item.framing] = len(framing_rows)
             framing_rows.append(_framing_row(item.framing, blob))
+        if not isinstance(payload.content, FramedItem | EncodedItem):
+            from storage.format.items import kind_of
+
+            by_kind[kind_of(payload.content)] = item.framing
         rows.append(PayloadRow(payload.chunk, (place_of(item.data),), framing=number))
     of_contents = None if contents is None else ContentsRow(contents.tensors, contents.values, contents.containers)
     body = seal_bytes(_KIND, _table.dump_json(Table(tuple(rows), tuple(framing_rows), of_contents, staging_error)))
-    table = Slot.create(_begin(len(body)) + blob.size_bytes)
-    table.memory[: _HEAD.size] = _HEAD.pack(len(body))
-    table.memory[_HEAD.size : _HEAD.size + len(body)] = body
-    at = _begin(len(body))
-    for part in blob.parts:
-        table.memory[at : at + part.nbytes] = part
-        at += -(-part.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return table
+    head = _HEAD.pack(len(body)) + body
+    return _Written(key, by_kind, head.ljust(_begin(len(body)), b"\0"), blob.sources)
+
+
+def _buffer(payload: Payload, number: int) -> memoryview:
+    assert isinstance(payload.content, EncodedItem)
+    return memoryview(payload.content.buffers[number]).cast("B")
 
 
 def read(table: Slot, slot: Slot | None) -> HandedOver:

@@ -28,6 +28,8 @@ class StallCell:
     passes_s: list[float] = field(default_factory=list)
     """Forward and backward of a step."""
     state_bytes: int = 0
+    num_saves: int = 1
+    """Of each run."""
 
 
 Cells = Mapping[tuple[str, str], StallCell]
@@ -48,22 +50,22 @@ class Bar:
 def memcpys(cell: StallCell, cells: Cells) -> float | None:
     """How many times as long as one memcpy of the same bytes a save has blocked; None where none was measured."""
     reference = cells.get((cell.target, MEMCPY)) or cells.get(("folder", MEMCPY))  # which goes to neither
-    if reference is None:
+    if reference is None or reference.state_bytes != cell.state_bytes:
         return None
     return statistics.median(cell.blocked_s) / statistics.median(reference.blocked_s)
 
 
-def lengthened_s(cell: StallCell, cells: Cells, num_saves: int) -> float | None:
+def lengthened_s(cell: StallCell, cells: Cells) -> float | None:
     """By how much a run took longer for each save than one without; None where that was not measured."""
     quiet = cells.get((cell.target, NOTHING))
     if quiet is None or cell.way == NOTHING:
         return None
-    return (statistics.median(cell.steps_s) - statistics.median(quiet.steps_s)) / num_saves
+    return (statistics.median(cell.steps_s) - statistics.median(quiet.steps_s)) / cell.num_saves
 
 
-def bars(cells: Cells, num_saves: int) -> list[Bar]:
+def bars(cells: Cells) -> list[Bar]:
     """All that is asked of what was measured."""
-    return [*_blocked(cells), *_lengthened(cells, num_saves)]
+    return [*_blocked(cells), *_lengthened(cells)]
 
 
 def _blocked(cells: Cells) -> list[Bar]:
@@ -83,28 +85,28 @@ def _blocked(cells: Cells) -> list[Bar]:
     return found
 
 
-def _lengthened(cells: Cells, num_saves: int) -> list[Bar]:
+def _lengthened(cells: Cells) -> list[Bar]:
     found = []
     for target, others in (("folder", ASYNC), ("s3", (DCP, *ASYNC))):
-        theirs = _of_ways(target, others, cells, num_saves)
+        theirs = _of_ways(target, others, cells)
         if not theirs:
             continue
         best = min(theirs, key=theirs.__getitem__)
         share = LENGTHENED_MAX if target == "folder" else 1.0
         what = "half of the best async_save's" if target == "folder" else "less than every way's of DCP"
         limit_s = theirs[best] * share
-        for way, ours_s in _of_ways(target, (*SYNC, *OVERLAPPED), cells, num_saves).items():
+        for way, ours_s in _of_ways(target, (*SYNC, *OVERLAPPED), cells).items():
             holds = ours_s <= limit_s if target == "folder" else ours_s < limit_s
             asked = f"a save lengthens the run by {what}"
             found.append(Bar(asked, target, way, f"{ours_s:.3f} s", f"{limit_s:.3f} s ({best})", holds))
     return found
 
 
-def _of_ways(target: str, ways: Sequence[str], cells: Cells, num_saves: int) -> dict[str, float]:
+def _of_ways(target: str, ways: Sequence[str], cells: Cells) -> dict[str, float]:
     found = {}
     for way in ways:
         cell = cells.get((target, way))
-        if cell is not None and (seconds := lengthened_s(cell, cells, num_saves)) is not None:
+        if cell is not None and (seconds := lengthened_s(cell, cells)) is not None:
             found[way] = seconds
     return found
 

@@ -15,7 +15,7 @@ from tests.cluster import until
 
 
 def cell(target: str, way: str, blocked_s: float, run_s: float) -> StallCell:
-    return StallCell(target, way, [blocked_s] * 3, steps_s=[run_s], passes_s=[0.5])
+    return StallCell(target, way, [blocked_s] * 3, steps_s=[run_s], passes_s=[0.5], num_saves=3)
 
 
 def test_the_bars_are_told_of_what_was_measured() -> None:
@@ -26,7 +26,7 @@ def test_the_bars_are_told_of_what_was_measured() -> None:
         *(("s3", NOTHING, 0.0, 10.0), ("s3", "service, overlapped", 0.01, 13.0), ("s3", "dcp.save", 9.0, 13.0)),
     ]
     cells = {(target, way): cell(target, way, blocked_s, run_s) for target, way, blocked_s, run_s in measured}
-    found = {(bar.target, bar.way, bar.allowed.split()[-1]): (bar.found, bar.holds) for bar in bars(cells, 3)}
+    found = {(bar.target, bar.way, bar.allowed.split()[-1]): (bar.found, bar.holds) for bar in bars(cells)}
     assert found == {
         ("folder", "service, sync", "memcpys"): ("1.10 memcpys", True),
         ("folder", "service, overlapped", "memcpys"): ("0.30 memcpys", False),
@@ -34,7 +34,7 @@ def test_the_bars_are_told_of_what_was_measured() -> None:
         ("folder", "service, overlapped", "shared)"): ("1.000 s", False),
         ("s3", "service, overlapped", "(dcp.save)"): ("1.000 s", False),
     }
-    lines = table(bars(cells, 3)).splitlines()
+    lines = table(bars(cells)).splitlines()
     assert len(lines) == 6
     assert lines[1].endswith("yes")
     assert lines[2].endswith("NO")

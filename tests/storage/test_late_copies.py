@@ -62,6 +62,27 @@ def test_threads_copy_from_when_the_save_returns_and_alone(rig: Rig) -> None:
     staged.release()
 
 
+def test_what_follows_a_copy_is_done_once_it_is_whole_whoever_made_it(rig: Rig) -> None:
+    rig.stager._pool = Later()  # type: ignore[assignment]
+    optimizer, told = torch.optim.SGD(rig.model.parameters(), lr=0.1), list[bool]()
+    rig.train(optimizer)
+    staged = rig.stage(rig.named())
+    pending = staged._pending
+    assert pending is not None
+    staged.then(lambda: told.append(pending.work.has_ended))
+    assert told == []
+    staged.go_on()
+    rig.train(optimizer)
+    assert told == [True]
+    staged.then(lambda: told.append(False))
+    staged.cancel()
+    assert told == [True, False]
+    staged = rig.stage(rig.named())
+    staged.then(lambda: told.append(True))
+    staged.cancel()
+    assert told == [True, False, True], "what nobody wants ends as well"
+
+
 def test_what_threads_have_not_copied_a_step_copies_itself(rig: Rig) -> None:
     rig.stager._pool = Later()  # type: ignore[assignment]
     optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from pathlib import Path
@@ -15,14 +16,17 @@ from storage.arena.slot import Slot
 MIB = 1024 * 1024
 
 
+def mapped_now() -> set[tuple[int, int]]:
+    """From where to where slots are mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    reaches = [line.split()[0].split("-") for line in lines if "memfd:elastic-moe-slot" in line]
+    return {(int(begin, 16), int(end, 16)) for begin, end in reaches}
+
+
 def reach_of(address: int) -> tuple[int, int] | None:
     """From where to where that is mapped which begins there; None if nothing does."""
     gc.collect()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(text, 16) for text in line.split()[0].split("-"))
-        if begin == address and "memfd:elastic-moe-slot" in line:
-            return begin, end
-    return None
+    return next((reach for reach in mapped_now() if reach[0] == address), None)
 
 
 def test_every_slot_begins_where_a_huge_page_may() -> None:
@@ -48,6 +52,65 @@ def test_a_mapping_goes_with_the_last_view_of_it_and_takes_no_more_room_than_its
     assert reach_of(address) is not None
     del view
     assert reach_of(address) is None
+
+
+def test_what_is_to_be_done_before_a_mapping_ends_is_done_before_however_it_ends() -> None:
+    """Of a circle that the collector finds the parts end in any order; a device must know before its memory goes."""
+    seen: list[bool] = []
+
+    def told(slot: Slot) -> Slot:
+        address = slot.address
+        slot.before_close(lambda: seen.append(address in {begin for begin, _ in mapped_now()}))
+        return slot
+
+    closed, in_circle = told(Slot.create(PAGE_BYTES)), told(Slot.create(PAGE_BYTES))
+    in_circle.itself = in_circle  # type: ignore[attr-defined]
+    del in_circle
+    closed.close()
+    gc.collect()
+    assert seen == [True, True]
+    slot = Slot.of([b"abc"])
+    memory = mapping.mapped(slot.fd, 3, lambda: seen.append(False))
+    del memory
+    assert seen == [True, True, False]
+
+
+def test_a_slot_holds_what_it_is_made_of_and_is_mapped_when_it_is_looked_at() -> None:
+    before = mapped_now()
+    parts = [b"ab", b"", memoryview(b"cde"), *[b"f"] * 3000]
+    slot = Slot.of(parts)
+    assert mapped_now() == before
+    theirs = Slot.from_fd(os.dup(slot.fd))
+    assert bytes(slot.memory) == bytes(theirs.memory) == b"".join(parts)
+    slot.close()
+    theirs.close()
+    assert mapped_now() == before
+    never = Slot.of([b"x"])
+    never.close()
+    with pytest.raises(ValueError, match="closed"):
+        _ = never.memory
+
+
+def test_where_huge_pages_are_not_to_be_had_nobody_goes_on_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory in pieces, where the kernel says no, or moves what lies between for a long time."""
+    advise, asked = mapping._advise, list[int]()
+
+    def refuse(address: int, size_bytes: int, advice: int) -> None:
+        if advice == mapping._MADV_COLLAPSE:
+            asked.append(size_bytes)
+            if mapping._COLLAPSE_S_MAX > 0:
+                raise OSError(errno.EAGAIN, "none")
+        advise(address, size_bytes, advice)
+
+    monkeypatch.setattr(mapping, "_advise", refuse)
+    monkeypatch.setattr(mapping, "_AT_ONCE_BYTES", 2 * MIB)
+    for seconds in (1.0, -1.0):
+        asked.clear()
+        monkeypatch.setattr(mapping, "_COLLAPSE_S_MAX", seconds)
+        slot = Slot.create(6 * MIB)
+        assert asked == [2 * MIB]
+        assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes
+        slot.close()
 
 
 def test_huge_pages_are_made_of_whole_blocks_only_and_what_is_in_them_stays(monkeypatch: pytest.MonkeyPatch) -> None:

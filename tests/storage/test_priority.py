@@ -13,6 +13,8 @@ import pytest
 
 from storage import Checkpointer, priority
 from storage.agent import AgentEnvironment
+from storage.arena.arena import Arena
+from storage.arena.stager import Stager
 from storage.held import node_memory
 from storage.service import address, lanes, sidecar
 from storage.service.memory import HeldStates
@@ -51,6 +53,22 @@ def test_a_thread_steps_back_alone_and_with_what_it_starts(niceness: int) -> Non
         [niceness],
     ]
     assert own_niceness() == before
+
+
+def test_who_waits_for_a_turn_does_so_alone_and_with_what_it_starts() -> None:
+    def policy() -> int:
+        return os.sched_getscheduler(0)
+
+    before, batch = policy(), os.SCHED_BATCH
+    assert in_a_thread(policy, priority.wait_for_turn, policy, lambda: in_a_thread(policy)) == [
+        before,
+        None,
+        batch,
+        [batch],
+    ]
+    assert policy() == before
+    with contextlib.closing(Arena()) as arena, contextlib.closing(Stager(arena)) as stager:
+        assert stager._pool.submit(policy).result() == batch, "who copies behind a training"
 
 
 def test_nobody_steps_back_unasked() -> None:

@@ -40,7 +40,7 @@ def test_without_memory_for_the_list_of_what_was_staged_the_worker_saves_by_itse
 
     with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
         with monkeypatch.context() as patch:
-            patch.setattr(table, "write", fail)
+            patch.setattr(table.TableWriter, "write", fail)
             ckpt.save(1, state(1), wait=True)
             assert ckpt.wait()
         ckpt.save(2, state(2), wait=True)

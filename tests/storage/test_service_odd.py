@@ -27,6 +27,7 @@ from storage.service import table
 from storage.service.held_messages import AskCard, AskHeld, AskPart, DropHeld, MeetNodes, NoteRestored
 from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, AskUnfinished, Heard, Hello, ProtocolError, dump
+from storage.service.server import Server
 from tests.storage.held_cases import Seen, Staged, nodes, restore, store_with, whole
 from tests.storage.service_cases import connected, in_thread, until
 from tests.storage.test_service_messages import STAGE
@@ -88,7 +89,7 @@ def test_a_service_goes_on_whatever_a_caller_sends(tmp_path: Path, caplog: pytes
                     pass
             for fd in fds:
                 os.close(fd)
-        assert service.status().num_unfinished == 0
+        until("the last save to be looked into", lambda: service.status().num_unfinished == 0)
     assert several_lines(caplog) == []
     until("all descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds)
 
@@ -111,13 +112,29 @@ def test_a_handler_that_fails_ends_that_connection_alone(
     def fail(*args: object) -> None:
         raise IndexError("a fault\nin two lines")
 
-    monkeypatch.setattr(table, "read", fail)
+    monkeypatch.setattr(Server, "_take", fail)
     with in_thread(tmp_path / "node" / "service.sock") as service:
         with connected(service.path, "token-0") as caller:
             fd = slot_fd()
             caller.send(STAGE, [fd])
             os.close(fd)
             assert caller.receive() is None
+        assert service.status().num_unfinished == 0
+
+
+def test_what_fails_on_what_was_staged_is_that_saves_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise IndexError("a fault")
+
+    monkeypatch.setattr(table, "read", fail)
+    with in_thread(tmp_path / "node" / "service.sock") as service, connected(service.path, "token-0") as caller:
+        for number in range(2):  # the next one is taken as the first was
+            fd = slot_fd()
+            stage = STAGE.model_copy(update={"attempt": STAGE.attempt.model_copy(update={"step": number})})
+            caller.send(stage, [fd])
+            os.close(fd)
+            received = caller.receive()
+            assert received is not None and "a fault" in getattr(received[0], "reason", "")
         assert service.status().num_unfinished == 0
 
 

@@ -13,7 +13,7 @@ import torch
 from storage.arena.slot import Slot
 from storage.errors import Corrupt
 from storage.format.containers import Container
-from storage.format.framing import FramedItem
+from storage.format.framing import DESCRIPTOR, FramedItem
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.tensors import tensor_over
 from storage.format.values import encode_value
@@ -72,6 +72,49 @@ def test_a_table_stores_what_the_payloads_would(has_slot: bool) -> None:
     assert stored(read.payloads) == stored(mine)
     if slot is not None:
         assert written.size_bytes < 1 << 20, "tensors that lie in the slot are not copied"
+
+
+def again(slot: Slot, *, value: object, start: int = 0, first: bytes = b"") -> list[Payload]:
+    """Tensors of one kind in a slot, whose bytes are their places in it, and a value."""
+    found = []
+    for number in range(3):
+        at = start + number * 4096
+        tensor = tensor_over(slot.memory[at:], torch.float32, (8,))
+        tensor.fill_(at)
+        slot.memory[at : at + len(first)] = first
+        found.append(Payload(CHUNKS[number], tensor))
+    return [*found, Payload(CHUNKS[3], encode_value("n", value))]
+
+
+CHUNKS = [*(chunk(f"t{number}", torch.zeros(8)) for number in range(3)), chunk("n")]
+
+
+def test_of_a_save_like_the_one_before_only_the_values_are_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, writer, made = Slot.create(1 << 20), table.TableWriter(), list[int]()
+    table.write(again(slot, value=1), slot, CONTENTS, None)  # the framing is proven by tensors that differ
+    whole = table._written
+    monkeypatch.setattr(table, "_written", lambda *given: made.append(1) or whole(*given))
+
+    def check(payloads: list[Payload], contents: StateContents | None = CONTENTS, num_made: int = 0) -> None:
+        made.clear()
+        written = writer.write(payloads, slot, contents, None)
+        assert len(made) == num_made
+        assert bytes(written.memory) == bytes(table.write(payloads, slot, contents, None).memory)
+        assert stored(table.read(written, slot).payloads) == stored(payloads)
+
+    check(again(slot, value=1), num_made=1)
+    check(again(slot, value=2))
+    check(again(slot, value="longer" * 99), num_made=1)
+    check(again(slot, value="others" * 99))
+    check(again(slot, value="others" * 99, start=64), num_made=1)
+    check(again(slot, value="others" * 99, start=64), None, num_made=1)
+    check(again(slot, value="others" * 99, start=64), None)
+    check(again(slot, value="others" * 99, start=64)[1:], None, num_made=1)
+    for _ in range(2):  # what torch stores in an odd way is looked at each time
+        check(again(slot, value="others" * 99, start=64, first=DESCRIPTOR), num_made=1)
+    check(again(slot, value="others" * 99, start=64), num_made=1)
+    monkeypatch.setattr("storage.format.items.framing_now", lambda kind: None)  # torch was found to store otherwise
+    check(again(slot, value="others" * 99, start=64), num_made=1)
 
 
 def test_why_nothing_was_staged_travels_as_well() -> None:

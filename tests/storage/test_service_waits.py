@@ -180,7 +180,7 @@ def test_what_cannot_be_handed_over_waits_in_the_worker_and_is_told_of_once(
         ckpt.save(1, state(1))
         assert gate.reached.wait(60)
         with monkeypatch.context() as patch:
-            patch.setattr(table, "write", fail)
+            patch.setattr(table.TableWriter, "write", fail)
             ckpt.save(2, state(2))
         if gives_way:
             ckpt.save(3, state(3))
