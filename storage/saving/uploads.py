@@ -36,8 +36,14 @@ class StagedMemory(Protocol):
     def is_pending(self) -> bool:
         """Whether the copy may not be whole yet."""
 
+    def then(self, call: Callable[[], object]) -> None:
+        """Have `call`, which must not take long, made when `wait` will not block for long any more; any thread."""
+
     def wait(self) -> None:
         """Block until the copy is whole. Raises where it is not what was to be saved."""
+
+    def drain(self) -> None:
+        """Block until nothing is written any more, whatever became of it; what nobody copies is copied here."""
 
     def release(self) -> None:
         """Let the slot be overwritten; releasing twice is harmless."""

@@ -13,14 +13,13 @@ import threading
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
-from storage.arena.stager import Staged
 from storage.errors import Corrupt, Fenced, StorageError
 from storage.events import CheckpointEvent, Reporter
 from storage.parallel import Pool
 from storage.priority import wait_for_turn
 from storage.saving.committer import InProcess, Running
 from storage.saving.ownership import Ownership
-from storage.saving.uploads import SaveJob, Tried
+from storage.saving.uploads import SaveJob, StagedMemory, Tried
 from storage.service import address, table
 from storage.service.channel import Channel, close_all
 from storage.service.custody import Custody
@@ -72,7 +71,9 @@ class ServiceBackend:
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over", wait_for_turn)
-        self._late: list[tuple[Staged, threading.Event]] = []  # not whole when its save returned, and when it is handed
+        self._late: list[
+            tuple[StagedMemory, threading.Event]
+        ] = []  # not whole when its save returned, and when it is handed
         self._tables = table.TableWriter()
         self._channel: Channel | None = None
         self._never: str | None = None  # why the service will not do for this process
@@ -185,9 +186,9 @@ class ServiceBackend:
 
     def close(self, *, abandon: bool) -> None:
         """See `Backend.close`. What is abandoned goes on without this process, if the service has it."""
-        for staged, handed in self._late:
+        for staged, is_handed in self._late:
             staged.drain()
-            handed.wait()
+            is_handed.wait()
         with self._state:
             if not abandon:
                 self._state.wait_for(lambda: not self._custody.handed)

@@ -77,7 +77,7 @@ def test_what_is_to_be_done_before_a_mapping_ends_is_done_before_however_it_ends
 
 def test_a_slot_holds_what_it_is_made_of_and_is_mapped_when_it_is_looked_at() -> None:
     before = mapped_now()
-    parts = [b"ab", b"", memoryview(b"cde"), *[b"f"] * 3000]
+    parts: list[bytes | memoryview] = [b"ab", b"", memoryview(b"cde"), *[b"f"] * 3000]
     slot = Slot.of(parts)
     assert mapped_now() == before
     theirs = Slot.from_fd(os.dup(slot.fd))

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,12 @@ def test_of_a_save_like_the_one_before_only_the_values_are_written_anew(monkeypa
     slot, writer, made = Slot.create(1 << 20), table.TableWriter(), list[int]()
     table.write(again(slot, value=1), slot, CONTENTS, None)  # the framing is proven by tensors that differ
     whole = table._written
-    monkeypatch.setattr(table, "_written", lambda *given: made.append(1) or whole(*given))
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return whole(*given)
+
+    monkeypatch.setattr(table, "_written", counted)
 
     def check(payloads: list[Payload], contents: StateContents | None = CONTENTS, num_made: int = 0) -> None:
         made.clear()
