@@ -71,9 +71,7 @@ class ServiceBackend:
         self._told: set[tuple[CheckpointEvent, object]] = set()  # of saves that have not ended
         self._directly: list[Running] = []
         self._pool = Pool(1, "storage-hand-over", wait_for_turn)
-        self._late: list[
-            tuple[StagedMemory, threading.Event]
-        ] = []  # not whole when its save returned, and when it is handed
+        self._late: list[tuple[StagedMemory, threading.Event]] = []  # copies, and when each is handed over
         self._tables = table.TableWriter()
         self._channel: Channel | None = None
         self._never: str | None = None  # why the service will not do for this process
@@ -140,8 +138,8 @@ class ServiceBackend:
         if staged is not None and staged.is_pending:
             self._late = [(other, end) for other, end in self._late if not end.is_set()]
             self._late.append((staged, handed := threading.Event()))
-            call = functools.partial(self._pool.submit, self._hand_over, running, stage)
-            staged.then(lambda: call().add_done_callback(lambda _: handed.set()))
+            hand_over = functools.partial(self._pool.submit, self._hand_over, running, stage)
+            staged.then(lambda: hand_over().add_done_callback(lambda _: handed.set()))
         else:
             self._hand_over(running, stage)
 
@@ -283,8 +281,7 @@ class ServiceBackend:
     def _take_up(self, channel: Channel) -> None:
         with self._state:
             was_away, self._is_away = self._is_away, False
-            unheard = self._custody.come_back()
-            if unheard and not self._say(channel, TakenBack(attempts=tuple(unheard))):
+            if (unheard := self._custody.come_back()) and not self._say(channel, TakenBack(attempts=tuple(unheard))):
                 self._custody.repeat(unheard)
             for handed in self._custody.handed.values():
                 self._send(channel, handed)
