@@ -301,9 +301,10 @@ class Lane:
                 report(CheckpointEvent.MEMORY_AWAY, reason=reason)
             if made is None:
                 self.release(parcel)
-                self._shared.pace.truce.end()  # the store may be all that has it
             elif stage.tier is Tier.RAM:
                 told()
+        if made is None:
+            self._shared.pace.truce.end()  # the store will be all that has it
         if stage.tier is Tier.RAM:
             step, seconds = stage.attempt.step, round(time.monotonic() - stage.started_s, 3)
             if made is not None:
