@@ -116,6 +116,7 @@ def test_of_a_save_like_the_one_before_only_the_values_are_written_anew(monkeypa
     check(again(slot, value="others" * 99, start=64), None, num_made=1)
     check(again(slot, value="others" * 99, start=64), None)
     check(again(slot, value="others" * 99, start=64)[1:], None, num_made=1)
+    check(again(slot, value="others" * 99, start=64), num_made=1)
     for _ in range(2):  # what torch stores in an odd way is looked at each time
         check(again(slot, value="others" * 99, start=64, first=DESCRIPTOR), num_made=1)
     check(again(slot, value="others" * 99, start=64), num_made=1)
