@@ -74,7 +74,7 @@ class Scale:
     steps_between: int
 
 
-QUICK_TO_S3 = Scale(528, 2, 20)
+QUICK_TO_S3 = Scale(528, 2, 30)
 """There a save takes seconds on these two cores; it is half the size, and has the time to come to its end."""
 
 
