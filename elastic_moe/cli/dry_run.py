@@ -38,15 +38,15 @@ def dry_run(args: argparse.Namespace) -> int:
     spec = job_spec(args.job, args)
     if args.memory_gib or spec.memory_cap_bytes is None:
         spec = spec.replace(memory_cap_bytes=(args.memory_gib or _DEFAULT_MEMORY_GIB) * GIB)
-    rows = table(spec, args)
     if args.json:
+        rows = list(table(spec, args))
         print(json.dumps(as_json(spec, rows), indent=2))
-    else:
-        _print(spec, rows)
-    return 0 if any(row.priced for row in rows) else 1
+        return 0 if any(row.priced for row in rows) else 1
+    return 0 if _print(spec, table(spec, args)) else 1
 
 
-def _print(spec: MeshSpec, rows: Iterable[Row]) -> None:
+def _print(spec: MeshSpec, rows: Iterable[Row]) -> bool:
+    """Print each row as it comes; whether any has a mesh that fits."""
     total = spec.dense_params + spec.expert_params
     share = min(1.0, spec.top_k / spec.num_experts) if spec.num_experts else 1.0
     active = spec.dense_params + spec.expert_params * share
@@ -63,7 +63,9 @@ def _print(spec: MeshSpec, rows: Iterable[Row]) -> None:
     widths = (5, 5, 26, 4, 9)
     print(" ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)), end=" ")
     print(" ".join(f"{head:>8}" for head in terms) + "  fits")
+    has_mesh = False
     for row in rows:
+        has_mesh = has_mesh or row.priced is not None
         option = row.priced or row.leanest
         if option is None:
             print(f"{row.nodes:>5} {row.slots:>5}  {row.infeasible}")
@@ -80,6 +82,7 @@ def _print(spec: MeshSpec, rows: Iterable[Row]) -> None:
         numbers += [use.working + use.runtime, use.total]
         print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), end=" ")
         print(" ".join(f"{number / GIB:>8.2f}" for number in numbers) + ("  yes" if row.priced else "  no"))
+    return has_mesh
 
 
 def _billions(number: float) -> str:

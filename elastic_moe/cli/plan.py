@@ -69,14 +69,14 @@ def handle(args: argparse.Namespace) -> int:
             f"--expert-parallel {spec.expert} is more than there are experts ({spec.num_experts}): "
             "some ranks would never hold one"
         )
-    rows = table(spec, args)
     if args.json:
+        rows = list(table(spec, args))
         print(json.dumps(as_json(spec, rows), indent=2))
-    else:
-        _print_table(rows)
-        if assumed := about_guests(spec):
-            print(assumed)
-    return 0 if any(row.priced for row in rows) else 1
+        return 0 if any(row.priced for row in rows) else 1
+    has_mesh = _print_table(table(spec, args))
+    if assumed := about_guests(spec):
+        print(assumed)
+    return 0 if has_mesh else 1
 
 
 def mixtral() -> MeshSpec:
@@ -112,7 +112,9 @@ def _spec(args: argparse.Namespace) -> MeshSpec:
     return spec.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
-def _print_table(rows: Iterable[Row]) -> None:
+def _print_table(rows: Iterable[Row]) -> bool:
+    """Print each row as it comes; whether any has a mesh."""
+    has_mesh = False
     heads = ("nodes", "slots", "replicate", "shard", "expert", "idle", "batch", "step", "memory")
     print(" ".join(f"{head:>9}" for head in heads) + "  a lost node")
     for row in rows:
@@ -120,8 +122,10 @@ def _print_table(rows: Iterable[Row]) -> None:
         if row.priced is None:
             print(f"{start}  {row.infeasible}")
             continue
+        has_mesh = True
         mesh = row.priced.plan
         batch = f"{mesh.rounds} x {mesh.micro_batch}"
         cells = [mesh.replicate, mesh.shard, mesh.expert, mesh.idle, batch, seconds(row.priced.step_s)]
         cells.append(f"{row.priced.memory_bytes / GIB:.1f} GiB")
         print(" ".join([start, *(f"{cell:>9}" for cell in cells)]) + f"  {row.loss}")
+    return has_mesh

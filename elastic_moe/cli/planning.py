@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from elastic_moe.cli.parser import node_range, positive_int
@@ -15,6 +17,7 @@ from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
 GIB = 1 << 30
 DEFAULT_NODES = range(1, 17)
 DEFAULT_SLOTS_PER_NODE = 8
+_TELL_EVERY_S = 5.0
 
 
 def add_machines(parser: argparse.ArgumentParser | argparse._ArgumentGroup, memory_help: str) -> None:
@@ -50,18 +53,24 @@ class Row:
     leanest: Priced | None = None
 
 
-def table(spec: MeshSpec, args: argparse.Namespace) -> list[Row]:
-    """Plan the mesh for each number of nodes by itself."""
-    rows = []
+def table(spec: MeshSpec, args: argparse.Namespace) -> Iterator[Row]:
+    """Plan the mesh for each number of nodes by itself, one after the other.
+
+    With `--json` nothing is written before the last of them: every few seconds stderr says how far it is.
+    """
     slots_per_node = args.slots_per_node or DEFAULT_SLOTS_PER_NODE
-    for num_nodes in args.nodes or DEFAULT_NODES:
+    sizes = args.nodes or DEFAULT_NODES
+    told_s = time.monotonic()
+    for num_done, num_nodes in enumerate(sizes):
+        if args.json and time.monotonic() - told_s >= _TELL_EVERY_S:
+            told_s = time.monotonic()
+            print(f"planned for {num_done} of {len(sizes)} numbers of nodes", file=sys.stderr, flush=True)
         slots = num_nodes * slots_per_node
         try:
             priced = price(slots, spec, ranks_per_node=slots_per_node)
-            rows.append(Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node)))
+            yield Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node))
         except Infeasible as error:
-            rows.append(Row(num_nodes, slots, None, str(error), leanest=error.leanest))
-    return rows
+            yield Row(num_nodes, slots, None, str(error), leanest=error.leanest)
 
 
 def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def node_loss(mesh: MeshPlan, ranks_per_node: int | Sequence[int]) -> NodeLoss:
     """What losing any one node costs a job on that mesh."""
     if survives_node_loss(mesh, ranks_per_node):
         return NodeLoss.NO_STEP
-    return NodeLoss.PEER_SAVE if len(list(_nodes(mesh.world_size, ranks_per_node))) > 1 else NodeLoss.CHECKPOINT
+    others = itertools.islice(_nodes(mesh.world_size, ranks_per_node), 1, None)
+    return NodeLoss.PEER_SAVE if any(others) else NodeLoss.CHECKPOINT
 
 
 def survives_node_loss(mesh: MeshPlan, ranks_per_node: int | Sequence[int]) -> bool:
@@ -34,9 +35,12 @@ def survives_node_loss(mesh: MeshPlan, ranks_per_node: int | Sequence[int]) -> b
 
     The replicas of a part are ``shard * expert`` ranks apart and a node's ranks are consecutive, so all of them are
     on one node exactly if the first and the last are; of the first ones on a node, the lowest has its last the lowest.
+    Where all nodes are alike, no node has room for both if the first one has none: only the last one may be smaller.
     """
     block = mesh.shard * mesh.expert
     span = (mesh.replicate - 1) * block
+    if isinstance(ranks_per_node, int):
+        return span >= min(ranks_per_node, mesh.world_size)
     return not any(first < block and first + span < end for first, end in _nodes(mesh.world_size, ranks_per_node))
 
 

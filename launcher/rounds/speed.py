@@ -21,6 +21,7 @@ _PASSES_OVER_PARAMS = 7
 # AdamW reads parameter, gradient and two moments and writes three of them; clipping reads the gradient.
 _STEP_BYTES_PER_PARAM = 4 * 8
 _PARAM_BYTES = 4
+_UNEVEN = 1.001  # below it sharing is not thought through: a rank then holds hundreds of experts, or they divide
 _EXCHANGES = 5  # of a layer: how many rows, rows there and back, and the gradients of both ways
 
 
@@ -126,7 +127,7 @@ class _Links:
         mesh, spec = self.mesh, self.spec
         uneven = expert_unevenness(mesh, spec)
         rows = round(mesh.micro_batch * spec.tokens_per_sample * spec.top_k * mesh.expert / max(1, spec.num_experts))
-        if not spec.expert_replicas or not rows or uneven == 1.0:
+        if not spec.expert_replicas or not rows or uneven < _UNEVEN:
             return uneven, 0.0
         rule = ShareRule(
             spec.expert_replicas, copy_rows(spec, self.bandwidth(mesh.expert)), num_parallel=mesh.expert / self.turns
