@@ -7,9 +7,9 @@ import functools
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_NEVER = 1 << 30
-_MOST_OF_SOME = 32 << 20
+_M_MMAP_MAX = -4
+_NEVER = -1
+_NO_BLOCKS = 0
 
 
 @functools.cache
@@ -21,7 +21,4 @@ def keep_freed() -> bool:
     Memory stays what it was when it was the most. Where the C library is another, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    above = mallopt(_M_MMAP_THRESHOLD, _NEVER) or mallopt(_M_MMAP_THRESHOLD, _MOST_OF_SOME)
-    return bool(above and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt and mallopt(_M_MMAP_MAX, _NO_BLOCKS) and mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -5,12 +5,15 @@ Each has a canary in tests/moe/test_torch_private.py that says what broke and wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.fsdp import FSDPModule
 
 
 def exchange_rows(
@@ -32,3 +35,35 @@ def onednn_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     """
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
     return out
+
+
+def gather_into(unit: FSDPModule, place: Callable[[int, int, torch.dtype], Tensor]) -> None:
+    """Have the parameters of an FSDP2 unit gathered into memory that `place` gives, once for each of them.
+
+    FSDP2 would have memory of its own for each, and free it whenever they are sharded again. Call it before the first
+    gather; FSDP2 makes what is here at the first one.
+
+    Args:
+        place: takes the number of the parameter in the unit, and the count and dtype of the numbers that are gathered.
+    """
+    state: Any = unit._get_fsdp_state()
+    params = [param for group in state._fsdp_param_groups for param in group.fsdp_params]
+    for index, param in enumerate(params):
+        param.init_all_gather_outputs = functools.partial(_init_outputs, param, functools.partial(place, index))
+        param.free_unsharded_param = _keep
+
+
+def _init_outputs(
+    param: Any,
+    place: Callable[[int, torch.dtype], Tensor],
+    nums: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    world_size: int,
+    device: torch.device,
+) -> None:
+    if not param.all_gather_outputs:
+        param.all_gather_outputs = [place(num * world_size, dtype) for num, dtype in zip(nums, dtypes, strict=True)]
+
+
+def _keep() -> None:
+    """What is gathered stays where it is, until something else is gathered there."""

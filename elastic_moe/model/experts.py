@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.swiglu import Weights, expert_rows
+from elastic_moe.model.swiglu import EmptyLike, Weights, expert_rows
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Experts(nn.Module):
         self.up_EFD = nn.Parameter(torch.empty(shape))
         self.down_EDF = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.exact = False
+        self.empty_like: EmptyLike = torch.empty_like  # gives the memory of the gradients of all weights
 
     def forward(self, x_RD: Tensor, counts_PE: Tensor, loan: Loan | None = None) -> Tensor:
         """Rows in, rows out, in the same order.
@@ -102,7 +103,8 @@ class Experts(nn.Module):
         if loan is not None:
             return _beside_guests(x_RD, counts_PE, loan, (gate, up, down))
         if not self.exact:
-            return expert_rows(x_RD, (gate, up, down), counts_PE, in_one=_goes_in_one(x_RD, gate))
+            in_one = _goes_in_one(x_RD, gate)
+            return expert_rows(x_RD, (gate, up, down), counts_PE, in_one=in_one, empty_like=self.empty_like)
         counts_PE = counts_PE.cpu()
         rows_of_source = x_RD.split(counts_PE.sum(1).tolist())
         return torch.cat(

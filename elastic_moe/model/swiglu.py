@@ -8,7 +8,7 @@ Shape suffixes: R rows, P source ranks, E experts held here, D model dim, F expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ class Kept(NamedTuple):
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Gate (F, D), up (F, D) and down (D, F) of one expert, or (E, ...) of all."""
+
+EmptyLike = Callable[[Tensor], Tensor]
 
 
 def swiglu(x_RD: Tensor, weights: Weights, ends_E: Tensor | None) -> tuple[Tensor, Kept]:
@@ -62,10 +64,16 @@ class ExpertRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, blocks: Blocks | DeviceBlocks
+        ctx: Any,
+        x_RD: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        blocks: Blocks | DeviceBlocks,
+        empty_like: EmptyLike,
     ) -> Tensor:
         weights = (gate_EFD, up_EFD, down_EDF)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.empty_like = blocks, empty_like
         if not len(x_RD):
             ctx.save_for_backward(*weights)
             return x_RD.new_empty(x_RD.shape)
@@ -85,10 +93,10 @@ class ExpertRows(torch.autograd.Function):
         gate, up, down, *rest = ctx.saved_tensors
         weights = (gate, up, down)
         if not rest:
-            return (torch.empty_like(grad_RD), *(torch.zeros_like(weight) for weight in weights), None)
+            return (torch.empty_like(grad_RD), *(ctx.empty_like(weight).zero_() for weight in weights), None, None)
         blocks, grad_RD = ctx.blocks, grad_RD.contiguous()
         if isinstance(blocks, Blocks) and not blocks.in_one:
-            grads = (torch.empty_like(gate), torch.empty_like(up), torch.empty_like(down))
+            grads = (ctx.empty_like(gate), ctx.empty_like(up), ctx.empty_like(down))
             kept = [Kept(*rest[at : at + len(Kept._fields)]) for at in range(0, len(rest), len(Kept._fields))]
             d_x = [
                 swiglu_back(d_y, of_rows, of_expert, None, out)[0]
@@ -96,9 +104,9 @@ class ExpertRows(torch.autograd.Function):
                     blocks.by_expert(grad_RD), kept, _each(weights), _each(grads), strict=True
                 )
             ]
-            return (blocks.back(d_x), *grads, None)
+            return (blocks.back(d_x), *grads, None, None)
         d_x_RD, grads = swiglu_back(blocks.together(grad_RD), Kept(*rest), weights, blocks.ends_E, None)
-        return (blocks.back_together(d_x_RD), *grads, None)
+        return (blocks.back_together(d_x_RD), *grads, None, None)
 
 
 def _each(weights: Weights) -> Iterator[Weights]:
@@ -111,12 +119,18 @@ def fills(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and (dtype is torch.bfloat16 or uses_onednn(device_type, dtype))
 
 
-def expert_rows(x_RD: Tensor, weights: Weights, counts_PE: Tensor, *, in_one: bool) -> Tensor:
-    """Rows ordered by source, and by expert within a source, through their experts."""
+def expert_rows(
+    x_RD: Tensor, weights: Weights, counts_PE: Tensor, *, in_one: bool, empty_like: EmptyLike = torch.empty_like
+) -> Tensor:
+    """Rows ordered by source, and by expert within a source, through their experts.
+
+    Args:
+        empty_like: gives the memory of the weights' gradients.
+    """
     blocks: Blocks | DeviceBlocks
     if x_RD.device.type == "cpu" or not in_one:
         blocks = Blocks(counts_PE.tolist(), fills=fills(x_RD.device.type, x_RD.dtype), in_one=in_one)
     else:
         blocks = DeviceBlocks(counts_PE.to(x_RD.device, non_blocking=True), len(x_RD))
-    out: Tensor = ExpertRows.apply(x_RD, *weights, blocks)
+    out: Tensor = ExpertRows.apply(x_RD, *weights, blocks, empty_like)
     return out

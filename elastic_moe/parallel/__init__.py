@@ -15,6 +15,7 @@ from elastic_moe.parallel.apply import Precision, parallelize
 from elastic_moe.parallel.gradients import begin_round, clip_gradients
 from elastic_moe.parallel.meshes import Meshes, build_mesh
 from elastic_moe.parallel.sharing import Shared, take_shared
+from elastic_moe.parallel.turns import expect_first_step
 from elastic_moe.parallel.weights import gather_full, init_weights, materialize, read_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "begin_round",
     "build_mesh",
     "clip_gradients",
+    "expect_first_step",
     "gather_full",
     "init_weights",
     "materialize",

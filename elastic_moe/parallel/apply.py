@@ -20,6 +20,8 @@ from elastic_moe.parallel.dispatch import AllToAllDispatch
 from elastic_moe.parallel.mailbox import Mailbox, open_mailbox
 from elastic_moe.parallel.meshes import EXPERT, EXPERT_FSDP, FSDP, Meshes
 from elastic_moe.parallel.sharing import SharingDispatch
+from elastic_moe.parallel.turns import gather_by_turns
+from elastic_moe.pool import Pool
 from launcher import ShareRule, cuts_through, placement_obstacle
 
 
@@ -85,14 +87,18 @@ def parallelize(
     widths = (model.config.dim, model.config.expert_dim)
     if why := placement_obstacle(num_experts, widths, expert=plan.expert, shard=plan.shard):
         raise UserError(f"the mesh {plan} does not fit the model: {why}")
-    dense = _view(meshes.for_dense, meshes.dense, FSDP)
+    pool = Pool()
+    is_on_cpu = meshes.dense.device_type == "cpu"
+    dense = _view(meshes.for_dense, meshes.dense, FSDP, pool)
     # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
-    sparse = _view(meshes.for_experts, meshes.sparse, EXPERT_FSDP) if plan.expert > 1 else dense
+    sparse = _view(meshes.for_experts, meshes.sparse, EXPERT_FSDP, pool) if plan.expert > 1 else dense
     by_expert = _mailbox(meshes.sparse, EXPERT)
     placement = _through if cuts_through(num_experts, widths, expert=plan.expert, shard=plan.shard) else None
     for block in model.blocks:
         experts = block.moe.experts
         experts.exact = precision.exact
+        if is_on_cpu:
+            experts.empty_like = pool.like
         if plan.expert > 1:
             _split_experts(experts, meshes.sparse[EXPERT])
             block.moe.dispatch = (
@@ -108,6 +114,8 @@ def parallelize(
         else:  # one gather and one reduction a layer, in place of two
             _shard(block, dense, precision.dense_policy, placement and _of(experts, placement))
     _shard(model, dense, precision.dense_policy)
+    if is_on_cpu:
+        gather_by_turns(model, pool)
 
 
 Placement = Callable[[nn.Parameter], Shard | None]
@@ -119,10 +127,11 @@ class _View(NamedTuple):
     mesh: DeviceMesh
     num_shards: int
     mailbox: Mailbox | None
+    pool: Pool
 
 
-def _view(mesh: DeviceMesh, whole: DeviceMesh, name: str) -> _View:
-    return _View(mesh, whole[name].size(), _mailbox(whole, name))
+def _view(mesh: DeviceMesh, whole: DeviceMesh, name: str, pool: Pool) -> _View:
+    return _View(mesh, whole[name].size(), _mailbox(whole, name), pool)
 
 
 def _mailbox(mesh: DeviceMesh, name: str) -> Mailbox | None:
@@ -137,11 +146,11 @@ def _shard(module: nn.Module, view: _View, policy: MixedPrecisionPolicy, placeme
         unit.set_gradient_divide_factor(1.0)
         # gloo has no pre-multiplied sum, which a divide factor would ask of it.
         unit.set_force_sum_reduction_for_comms(True)
-    if view.num_shards > 1 and view.mesh.device_type == "cpu":
-        reduce: Any = ReduceByExchange(view.mailbox)  # what FSDP2 types it by is private
+    if view.mesh.device_type == "cpu":
+        reduce: Any = ReduceByExchange(view.mailbox, view.pool)  # what FSDP2 types it by is private
         unit.set_custom_reduce_scatter(reduce)
         if view.mailbox is not None:
-            gather: Any = GatherByMailbox(view.mailbox)
+            gather: Any = GatherByMailbox(view.mailbox, view.pool)
             unit.set_custom_all_gather(gather)
 
 

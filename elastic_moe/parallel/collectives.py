@@ -14,20 +14,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.parallel.mailbox import Mailbox
+from elastic_moe.pool import Pool
 from elastic_moe.torch_private import exchange_rows
 
 
 class _Allocates:
+    pool: Pool
+
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for what goes in or comes out."""
-        return torch.empty(*size, dtype=dtype, device=device)
+        return self.pool.take([int(length) for length in size], dtype)
 
 
 class GatherByMailbox(_Allocates):
     """FSDP2's all-gather, for `FSDPModule.set_custom_all_gather`."""
 
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.mailbox = mailbox
+    def __init__(self, mailbox: Mailbox, pool: Pool) -> None:
+        self.mailbox, self.pool = mailbox, pool
 
     def __call__(
         self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -44,8 +47,8 @@ class ReduceByExchange(_Allocates):
     Gloo's own is an all-reduce of a copy, of which each rank keeps its part (torch 2.13): twice the bytes.
     """
 
-    def __init__(self, mailbox: Mailbox | None) -> None:
-        self.mailbox = mailbox
+    def __init__(self, mailbox: Mailbox | None, pool: Pool) -> None:
+        self.mailbox, self.pool = mailbox, pool
 
     def __call__(
         self,
@@ -60,7 +63,7 @@ class ReduceByExchange(_Allocates):
         assert op == dist.ReduceOp.SUM, "parallelize() asks for sums"
         parts = list(input_tensor.view(group.size(), -1))
         if self.mailbox is None:
-            received = torch.empty_like(input_tensor)
+            received = self.pool.like(input_tensor)
             dist.all_to_all_single(received, input_tensor, group=group)
             first, second, *others = received.view(group.size(), -1)
         else:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel.meshes import REPLICATE, Meshes
+from elastic_moe.parallel.turns import turns_of
 
 _PART = (
     1 << 20
@@ -32,6 +33,8 @@ def begin_round(model: Decoder, *, last: bool, keep_gathered: bool = False, back
             one gather a step in place of two a round, for the memory of all that an expert-parallel rank computes with.
         backward: whether a backward pass follows at all. Where none does, nothing stays gathered that others change.
     """
+    if keep_gathered and (turns := turns_of(model)) is not None:
+        turns.stay()
     root = cast(FSDPModule, model)
     root.set_requires_gradient_sync(last)
     root.set_is_last_backward(last)

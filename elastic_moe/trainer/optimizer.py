@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from elastic_moe.pool import map_memory
 from elastic_moe.trainer.config import OptimConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,7 +64,7 @@ def _zeros_like(params: list[nn.Parameter]) -> Iterator[Tensor]:
     starts = [0]
     for shard in shards:
         starts.append(starts[-1] + -(-shard.numel() // _ALIGNMENT) * _ALIGNMENT)
-    mapped = mmap.mmap(-1, max(1, starts[-1] * 4), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped = map_memory(starts[-1] * 4)
     for param, shard, start in zip(params, shards, starts, strict=False):
         zeros = torch.empty(0)  # a buffer of nothing is refused
         if shard.numel():

@@ -7,17 +7,20 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
 
 from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.data.corpus import Corpus, open_corpus
 from elastic_moe.data.order import Split, share
 from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
-from elastic_moe.parallel import Meshes, Precision, materialize, parallelize
+from elastic_moe.parallel import Meshes, Precision, expect_first_step, materialize, parallelize
+from elastic_moe.pool import make_pages
 from elastic_moe.trainer.batches import Batches
 from elastic_moe.trainer.changes import settings_of
 from elastic_moe.trainer.meeting import meanwhile
-from elastic_moe.trainer.optimizer import build_optimizer
+from elastic_moe.trainer.optimizer import build_optimizer, moments
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.world import check_compiler, check_exact, check_same_everywhere
@@ -70,8 +73,24 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         device=device,
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
+    _make_pages(model, optimizer, plan, compute)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
+
+
+def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype) -> None:
+    """Have the memory made that a restore and the first step write, while this process goes on.
+
+    What the first step takes comes first: a restore is about to write the other.
+    """
+    ahead = expect_first_step(model, plan, compute)
+    if ahead is None:
+        return
+    tensors = [
+        *model.parameters(),
+        *(tensor for of_one in moments(model, optimizer).values() for tensor in of_one.values()),
+    ]
+    make_pages([ahead, *(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)])
 
 
 def share_rule(job: JobConfig, plan: MeshPlan, device: torch.device) -> ShareRule | None:

@@ -26,11 +26,12 @@ _MOMENTS_BYTES = 8
 _FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
-# Of glibc's malloc. The last two were found by measuring resident memory (docs/benchmarks.md), each one number for all.
-_MAPPED_BYTES = 1 << 30  # as `elastic_moe.heap` asks for
-_FREED_PART = 0.5  # of freed activations, that nothing takes the place of
+_LAYERS_IN_TURNS = 2  # as `elastic_moe.parallel.turns` has them
+_MAILBOX_SLOTS = 2
+# Of glibc's malloc: found by measuring resident memory (docs/benchmarks.md), one number for all.
 _TIMES_AGAIN = 2.0  # a layer's activations: what is left in the heap of a layer that is computed twice
-_CPU_RUNTIME_BYTES = 80 << 20  # pages of libraries that a first step touches, buffers of gloo, kernels made at run time
+# Pages of libraries that a first step touches, buffers of gloo, kernels made at run time, huge pages that are not full.
+_CPU_RUNTIME_BYTES = 160 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class MemoryUse:
 def memory_use(mesh: MeshPlan, spec: MeshSpec) -> MemoryUse:
     """Modelled memory of one rank in the fullest moment of a step."""
     sizes = _Sizes(mesh, spec)
+    if spec.cores_per_node:
+        return sizes.on_processors()
     layers = [of(last=last) for last in (True, False) for of in (sizes.in_layer, sizes.in_reduction)]
     return max((sizes.at_loss(), *layers, sizes.at_end(), sizes.in_step()), key=lambda use: use.total)
 
@@ -104,7 +107,6 @@ class _Sizes:
         logits: float = 0,
         gathered: float = 0,
         working: float = 0,
-        freed: float = 0,
     ) -> MemoryUse:
         """What is held at any time, and the terms of one moment."""
         if self.spec.keep_gathered:
@@ -118,9 +120,42 @@ class _Sizes:
             logits,
             gathered,
             working,
-            self.runtime + freed,
+            self.runtime,
         )
         return MemoryUse(*map(math.ceil, terms))
+
+    def on_processors(self) -> MemoryUse:
+        """Where ranks compute on processors.
+
+        There all that a step has taken stays with the process, for the same in the next one (`elastic_moe.pool`,
+        `elastic_moe.heap`): shards of gradients beside what layers keep for the backward pass, whichever came first.
+        """
+        spec, layer = self.spec, self.layer + self.experts
+        num_gathered = spec.num_layers if spec.keep_gathered else min(spec.num_layers, _LAYERS_IN_TURNS + 1)
+        unit_num = spec.layer_dense_params + self.layer_experts_num
+        sent = (unit_num + spec.root_params) * spec.reduce_bytes
+        exchanged = 0.0
+        if self.num_shards > 1:
+            # What is gathered at once, as one tensor, in both of a layer's two; and the mailbox's slots.
+            flat = self.layer + (self.experts if self.mesh.shard > 1 else 0)
+            largest = max(unit_num, spec.root_params) * spec.reduce_bytes
+            exchanged = 2 * flat + self.root + _MAILBOX_SLOTS * largest * (1 - 1 / self.num_shards)
+        elif self.mesh.replicate > 1:
+            exchanged = unit_num * spec.reduce_bytes * spec.num_layers  # divided by a factor, into a copy from malloc
+        kept = self.activations + (self.of_layer if spec.recompute else 0)
+        work = self.guests + self.tokens * _expert_work_bytes(spec)
+        largest = max(
+            self.layer_experts_num / _MATRICES_OF_EXPERT / self.mesh.shard,
+            spec.vocab_size * spec.model_dim / self.num_shards,
+        )
+        of_step = 2 * _PARAM_BYTES * largest if spec.reduce_bytes == _FLOAT64_BYTES else 0.0
+        return self.use(
+            gradients=self.own_num * _PARAM_BYTES + self.accumulated,
+            activations=kept,
+            logits=self.logits + self.at_the_loss,
+            gathered=self.root + num_gathered * layer,
+            working=sent + exchanged + self.experts + max(0.0, work - self.at_the_loss) + of_step,
+        )
 
     def at_loss(self) -> MemoryUse:
         """The forward pass is done, and the logits' gradient is made."""
@@ -139,7 +174,6 @@ class _Sizes:
             logits=self.logits,
             gathered=self.root + self.layer + self.experts,
             working=self.experts + self.guests + self.tokens * _expert_work_bytes(self.spec),
-            freed=self.freed(last=last),
         )
 
     def in_reduction(self, *, last: bool) -> MemoryUse:
@@ -158,7 +192,6 @@ class _Sizes:
             logits=self.logits,
             gathered=self.root + self.layer + (self.experts if shards > 1 else 0.0),
             working=held + self.reducing(numbers, shards),
-            freed=self.freed(last=last),
         )
 
     def at_end(self) -> MemoryUse:
@@ -190,33 +223,17 @@ class _Sizes:
         """What the layers still to come keep, and what of this one is computed again."""
         return self.activations * self.left(last=last) + (self.of_layer if self.spec.recompute else 0)
 
-    def freed(self, *, last: bool) -> float:
-        """What malloc has of whole gradients and activations that are gone, and nothing has taken the place of."""
-        done = 1 - self.left(last=last)
-        whole = self.accumulated if self.is_kept(self.experts / _MATRICES_OF_EXPERT) else 0.0
-        kept = self.activations if self.is_kept(self.tokens * self.spec.model_dim * self.spec.activation_bytes) else 0.0
-        return done * (whole + _FREED_PART * kept)
-
     def left(self, *, last: bool) -> float:
         """The part of all layers whose backward pass is not done."""
         return 1.0 if last else 1 / self.spec.num_layers
 
-    def is_kept(self, block: float) -> bool:
-        """Whether glibc's malloc keeps a block of so many bytes that was freed."""
-        return bool(self.spec.cores_per_node) and block < _MAPPED_BYTES
-
     def reducing(self, numbers: float, num_shards: int) -> float:
         """What of so many gradients is sent, and what comes out of it.
 
-        A group of one sends nothing, and copies once more where it divides by a factor, as with replicas; processors
-        exchange by a copy.
+        A group of one sends nothing, and copies once more where it divides by a factor, as with replicas.
         """
         spec = self.spec
-        copies = 1 + 1 / num_shards
-        if num_shards > 1:
-            copies += bool(spec.cores_per_node)
-        elif self.mesh.replicate > 1:
-            copies += 1
+        copies = 1 + 1 / num_shards + (num_shards == 1 and self.mesh.replicate > 1)
         cast = _PARAM_BYTES / num_shards if spec.reduce_bytes != _PARAM_BYTES else 0.0
         return numbers * (spec.reduce_bytes * copies + cast)
 
@@ -224,29 +241,16 @@ class _Sizes:
 def _holes(sizes: _Sizes) -> float:
     """What glibc's malloc keeps of freed blocks: what each layer leaves for the backward pass settles in their midst.
 
-    So of each layer stays what it took for itself: the gathered parameters, and the buffers that they were gathered in;
-    gradients, but for one of three matrices whose place the next one takes; gradients that are reduced in a wider type;
-    rows and tokens on their way; once, what embedding and head took, and of what is computed again one layer's.
+    So of each layer stays what it took for itself: rows and tokens on their way, gradients of what are no experts; and
+    once, of what is computed again one layer's.
     """
-    spec, mesh, wide = sizes.spec, sizes.mesh, sizes.spec.activation_bytes
+    spec, wide = sizes.spec, sizes.spec.activation_bytes
     rows = spec.top_k if spec.num_experts else 1
-    narrow = wide < spec.reduce_bytes
-    matrices = sizes.experts if sizes.is_kept(sizes.experts / _MATRICES_OF_EXPERT) else 0.0
-    kept = (_MATRICES_OF_EXPERT - 1) / _MATRICES_OF_EXPERT * matrices
-    if not spec.keep_gathered:
-        kept += sizes.layer + matrices
-        kept += sizes.layer if sizes.num_shards > 1 or narrow else 0.0
-        kept += sizes.experts if narrow and sizes.is_kept(sizes.experts) else 0.0
-    if narrow and sizes.is_kept(reduced := sizes.layer_experts_num * spec.reduce_bytes):
-        kept += reduced
     of_tokens = sizes.tokens * spec.model_dim * wide
-    of_rows = of_tokens * rows
-    copies = 2 + (4 if mesh.expert > 1 else 0)  # sorted and back, and once more each where they are exchanged
-    kept += 2 * of_tokens if sizes.is_kept(of_tokens) else 0.0
-    kept += copies * of_rows if sizes.is_kept(of_rows) else 0.0
-    once = _TIMES_AGAIN * sizes.of_layer if spec.recompute and sizes.is_kept(of_tokens) else 0.0
-    of_root = 2 * sizes.root + (spec.root_params * spec.reduce_bytes if narrow else 0.0)
-    return spec.num_layers * kept + once + of_root
+    copies = 2 + (4 if sizes.mesh.expert > 1 else 0)  # sorted and back, and once more each where they are exchanged
+    kept = (2 + copies * rows) * of_tokens + sizes.layer
+    once = _TIMES_AGAIN * sizes.of_layer if spec.recompute else 0.0
+    return spec.num_layers * kept + once + sizes.root
 
 
 def layer_activation_bytes(spec: MeshSpec) -> float:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from elastic_moe import heap
 from elastic_moe.calibrate import measure
 from elastic_moe.config import JobConfig
 from elastic_moe.parallel import build_mesh, init_weights
+from elastic_moe.pool import Pool
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.world import process_group
 from launcher import MeshPlan
@@ -51,9 +53,18 @@ def peak_of(job: JobConfig, plan: MeshPlan) -> int:
 
 
 def live_peak_of(job: JobConfig, plan: MeshPlan) -> int:
-    """The most bytes that tensors have at once in a few steps, by torch's own account; the moments are not in it."""
+    """The most bytes that tensors have at once in a few steps, by torch's own account; the moments are not in it.
+
+    As on a device, where nothing lies in a pool of ours: each tensor is made when it is needed.
+    """
     gc.collect()  # what is freed meanwhile of an earlier account would count
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    made = mock.patch.object(Pool, "take", lambda pool, size, dtype: torch.empty(*size, dtype=dtype))
+    apart = mock.patch("elastic_moe.parallel.apply.gather_by_turns")
+    with (
+        made,
+        apart,
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         a_few_steps(job, plan)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

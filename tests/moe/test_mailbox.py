@@ -16,6 +16,7 @@ from torch import Tensor
 from elastic_moe.parallel import mailbox as mailboxes
 from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange, RowsByMailbox
 from elastic_moe.parallel.mailbox import Mailbox, PeerSlot, Slot, open_mailbox
+from elastic_moe.pool import Pool
 from elastic_moe.torch_private import exchange_rows
 from tests.ranks import Ranks
 
@@ -65,14 +66,14 @@ def as_fsdp2_asks(dtype: torch.dtype) -> list[str]:
         expected, got = given.new_empty(len(given) // size), given.new_empty(len(given) // size)
         dist.reduce_scatter_tensor(expected, given)
         for name, box in (("mailbox", mailbox), ("gloo", None)):
-            reduce = ReduceByExchange(box)
+            reduce = ReduceByExchange(box, Pool())
             before = given.clone()
             reduce(output_tensor=got.fill_(-1), input_tensor=given, group=group, op=dist.ReduceOp.SUM)
             if not torch.equal(got, expected) or not torch.equal(given, before):
                 wrong.append(f"reduce, {name}")
         every = given.new_empty(size * len(expected))
         dist.all_gather_into_tensor(every, expected)
-        gather = GatherByMailbox(mailbox)
+        gather = GatherByMailbox(mailbox, Pool())
         output = gather.allocate((len(every),), dtype=dtype, device=every.device).fill_(-1)
         own = output.view(size, -1)[rank]
         own.copy_(expected)

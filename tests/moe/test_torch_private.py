@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.private_names import used_in
 from tests.ranks import Ranks
@@ -38,6 +41,32 @@ def test_onednn_multiplies_matrices_that_lie_transposed_as_well() -> None:
     x, weight = torch.randn(24, 40, generator=draw), torch.randn(56, 40, generator=draw)
     for rows, matrix in ((x, weight), (x.T.contiguous().T, weight.T.contiguous().T), (x[:, :16], weight[:, :16])):
         torch.testing.assert_close(onednn_linear(rows, matrix), rows @ matrix.T, msg=changed)
+
+
+def gathered_where_told() -> tuple[list[int], bool]:
+    """Which parameters were asked a place for, and whether they were gathered there, twice, and not freed between."""
+    from elastic_moe.torch_private import gather_into
+
+    linear = torch.nn.Linear(4, 3)
+    unit = fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+    places: dict[int, torch.Tensor] = {}
+
+    def place(index: int, num: int, dtype: torch.dtype) -> torch.Tensor:
+        places[index] = torch.empty(num, dtype=dtype)
+        return places[index]
+
+    gather_into(unit, place)
+    for _ in range(2):
+        linear(torch.ones(2, 4)).sum().backward()
+    held = [tensor.untyped_storage().size() for tensor in places.values()]
+    whole = [param.full_tensor().flatten() for param in linear.parameters() if isinstance(param, DTensor)]
+    same = all(torch.equal(places[index], value) for index, value in enumerate(whole))
+    return sorted(places), same and held == [4 * 12, 4 * 3]
+
+
+def test_parameters_are_gathered_where_they_are_told_to(ranks: Ranks) -> None:
+    changed = f"torch {torch.__version__}: FSDPParam has changed, by which layers are gathered into memory that stays"
+    assert ranks.run(gathered_where_told, world_size=1) == [([0, 1], True)], changed
 
 
 def test_no_other_file_uses_private_names_of_torch() -> None:
