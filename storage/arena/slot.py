@@ -74,8 +74,7 @@ class Slot:
         """The same, but that nothing may be written to any of it before `populate`. Raises MemoryError."""
         page_bytes = HUGE_PAGE_BYTES if size_bytes >= HUGE_PAGE_BYTES else PAGE_BYTES
         size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
-        if size_bytes > _UNASKED_BYTES and (free := free_bytes()) is not None and size_bytes > free:
-            raise _lack(size_bytes, f"only {_mib(free)} are free")
+        _ask_for(size_bytes)
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
             fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             slot = cls(fd, size_bytes)
@@ -90,6 +89,7 @@ class Slot:
     def of(cls, parts: Sequence[bytes | memoryview]) -> Self:
         """A slot that holds those, one after the other, and is as long as they are. Raises MemoryError."""
         size_bytes = sum(len(part) for part in parts)
+        _ask_for(size_bytes)
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
             fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             slot = cls(fd, size_bytes)
@@ -151,6 +151,11 @@ class Slot:
         """
         with _told(self.size_bytes):
             populate(self._fd, self.address, begin, stop)
+
+
+def _ask_for(size_bytes: int) -> None:
+    if size_bytes > _UNASKED_BYTES and (free := free_bytes()) is not None and size_bytes > free:
+        raise _lack(size_bytes, f"only {_mib(free)} are free")
 
 
 def _close(fd: int, ends: contextlib.ExitStack) -> None:

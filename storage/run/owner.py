@@ -152,7 +152,8 @@ class Claim:
     @property
     def failures(self) -> FailuresSeen:
         """What the run has seen of failures up to now."""
-        return FailuresSeen(self._owner.failures, max(0.0, time.time() - self._owner.since_unix_s))
+        since_unix_s = self._owner.since_unix_s  # 0: it is not recorded yet, and nothing is known
+        return FailuresSeen(self._owner.failures, max(0.0, time.time() - since_unix_s) if since_unix_s else 0.0)
 
     @property
     def owner(self) -> Owner:
@@ -199,7 +200,8 @@ class Claim:
             if recorded is None or not is_late(recorded, self._owner):
                 raise fenced(recorded, self._owner)
             log.warning("generation %d claimed the run late; it is claimed back", recorded.generation)
-            self._owner = _record(self._store, next_owner(recorded, self._owner))
+            mine = self._owner if self._owner.since_unix_s else _with_history(self._store, recorded, self._owner)
+            self._owner = _record(self._store, next_owner(recorded, mine))
             return True
 
 

@@ -98,7 +98,7 @@ class Ownership:
                 return self
             claimed = self._group.on_coordinator(lambda: self._claim_run(held).model_dump())
             self._claim = Claim(self._store, Owner(**claimed))
-            self._group.everywhere(self._check_shared)
+            self._group.everywhere(functools.partial(self._check_shared, self._store))
             self._group.on_coordinator(self._check_conditions)
         except BaseException:
             self.close()
@@ -108,13 +108,19 @@ class Ownership:
     def confirm(self) -> None:
         """Wait until the claim stands that was begun behind a restore; to be called before a save. A collective once.
 
-        Raises: see `start`.
+        Where the store is away by then, that all ranks see the claim is looked at with the next save.
+
+        Raises: see `start`; but no Transient.
         """
         if self._is_confirmed:
             return
         recorded: bool = self._group.on_coordinator(self._is_recorded)
         if recorded:
-            self._group.everywhere(self._check_shared)
+            try:
+                self._group.everywhere(functools.partial(self._check_shared, self._store.impatient(_AWAY_S)))
+            except Transient as error:  # on all ranks; the save that comes now tells what becomes of it
+                log.warning("whether all ranks see who has %s is looked at again: %s", self._store.url, error)
+                return
         self._is_confirmed = True
 
     def await_claim(self) -> None:
@@ -191,6 +197,8 @@ class Ownership:
                 find = in_use.find_other if self._take_over else in_use.await_free
                 other = find(self._store, self._claimant)
             looked()
+            if self._is_closed:  # while nobody answered: a later Checkpointer may have the run by now
+                return False
             mine = self._record(held, other)
         except Transient as error:
             self._report(CheckpointEvent.CLAIMED_LATER, url=self._store.url, reason=str(error))
@@ -237,9 +245,9 @@ class Ownership:
         if self._is_closed:  # while the store did not answer
             self._heartbeat.close()
 
-    def _check_shared(self) -> None:
+    def _check_shared(self, store: ObjectStore) -> None:
         """A folder of each node's own would let every save wait for receipts that can never be seen."""
-        if owner.read_owner(self._store) is None:
+        if owner.read_owner(store) is None:
             raise UsageError(
                 f"rank {self._group.rank} does not see in {self._store.url} what rank 0 wrote there; the checkpoint URL"
                 " must be storage that all nodes share"

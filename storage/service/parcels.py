@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from contextlib import ExitStack
@@ -82,7 +83,9 @@ class Parcel:
         """The memory of its slots."""
         if self._staged is not None:
             return self._staged.size_bytes
-        return sum(os.fstat(fd).st_size for fd in self.record.fds)
+        with contextlib.suppress(OSError):  # it is being opened, or let go of
+            return sum(os.fstat(fd).st_size for fd in list(self.record.fds))
+        return 0
 
     def open(self) -> None:
         """Make what can be stored of the descriptors, which are its slots' from here on.

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from storage.errors import Fenced, InUse, Transient
+from storage.errors import Fenced, InUse, Transient, UsageError
 from storage.events import Reporter
 from storage.ranks.agreement import AgreeingGroup
 from storage.run import heartbeat, in_use, owner
 from storage.run.attempt import Attempt
-from storage.run.owner import Claim, Owner
+from storage.run.owner import Claim, FailuresSeen, Owner
+from storage.saving import claiming
 from storage.saving.adoption import UnfinishedPart
 from storage.saving.ownership import Ownership
 from storage.stores.buffers import Buffer
@@ -153,6 +154,47 @@ def test_a_job_that_ends_before_it_has_claimed_leaves_no_sign_of_life(store: Slo
     closed.join(60)
     assert not closed.is_alive()
     assert not [info.key for info in store.inner.list("beat-")]
+
+
+def test_who_has_closed_claims_no_run_any_more(store: Slow, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store was silent for so long that nobody waited for it, and what claims next must not be fenced by that."""
+    before(store)
+    store.is_let.set()
+    answers, read = threading.Event(), owner.read_owner
+    monkeypatch.setattr(claiming, "_CLOSE_S", 0.0)
+    monkeypatch.setattr(owner, "read_owner", lambda store: read(store) if answers.wait(60) else None)
+    ownership = behind(store, told).start()
+    ownership.close()
+    answers.set()
+    ownership.await_claim()
+    assert (recorded(store).generation, told) == (1, [])
+
+
+def test_a_store_that_is_away_at_the_first_save_ends_no_training(store: Slow, told: Told) -> None:
+    before(store)
+    store.is_let.set()
+    with behind(store, told) as ownership:
+        ownership.await_claim()
+        store.is_away = True
+        ownership.confirm()
+        store.is_away = False
+        store.inner.delete("owner.json")
+        with pytest.raises(UsageError, match="does not see"):
+            ownership.confirm()
+
+
+def test_a_claim_that_comes_with_a_commit_knows_what_the_run_has_seen(store: Slow, told: Told) -> None:
+    """Else each restart while the store is away has the job look like one that never fails, and hardly ever save."""
+    older = before(store)
+    store.is_away = True
+    with behind(store, told) as ownership:
+        ownership.confirm()
+        assert ownership.claim.failures == FailuresSeen(0, 0.0)
+        store.is_away = False
+        store.is_let.set()
+        ownership.claim.check()
+        now = ownership.claim.owner
+        assert (now.failures, now.since_unix_s) == (1, older.owner.since_unix_s)
 
 
 def test_a_commit_that_claims_once_more_is_not_undone(store: Slow, told: Told) -> None:

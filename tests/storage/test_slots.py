@@ -95,6 +95,9 @@ def test_lack_of_memory_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch
     before = slots_held()
     with pytest.raises(MemoryError, match=r"no room to stage \d+ MiB of the state: only \d+ MiB are free"):
         Slot.create(1 << 50)
+    monkeypatch.setattr(slots, "free_bytes", lambda: MIB)
+    with pytest.raises(MemoryError, match="only 1 MiB are free"):
+        Slot.of([bytes(MIB), b"1"])
     monkeypatch.setattr(slots, "free_bytes", lambda: None)
     with pytest.raises(MemoryError, match="no room to stage 1099511627776 MiB of the state"):
         Slot.create(1 << 60)
