@@ -243,6 +243,7 @@ class Checkpointer:
                 number on every rank; raised on every rank. Or the run is read only.
             ReplicasDiffer: with `check_replicas`, where no majority says who is right; on every rank.
             StorageError: a `state_dict` failed on some rank; that rank's log has the traceback.
+            InUse, Denied: from the first save after a restore from memory, as `start` says.
         """
         saver, pacer = self._savers()
         saver.go_on()

@@ -252,9 +252,14 @@ class HeldStates:
 
     def _held(self, caller: ServiceCaller, ask: AskHeld, fds: list[int]) -> None:
         close_all(fds)
-        self._on_the_way.wait(_WHOLE_S_MAX)
+        self._await_all()
         labels = tuple(self.node.labels(ask.run))
         caller.answer(HeldHere(labels=labels, num_restores=self.node.num_restores()))
+
+    def _await_all(self) -> None:
+        if not self._on_the_way.wait(_WHOLE_S_MAX):
+            reason = f"a state is still being taken into memory after {_WHOLE_S_MAX:g} s: who asks goes on without it"
+            self._tell(CheckpointEvent.MEMORY_AWAY, reason=reason)
 
     def _part(self, caller: ServiceCaller, ask: AskPart, fds: list[int]) -> None:
         close_all(fds)
@@ -275,7 +280,7 @@ class HeldStates:
 
     def _drop(self, caller: ServiceCaller, drop: DropHeld, fds: list[int]) -> None:
         close_all(fds)
-        self._on_the_way.wait(_WHOLE_S_MAX)
+        self._await_all()
         self.node.drop(drop.attempts, drop.reason)
         caller.answer(Noted())
 

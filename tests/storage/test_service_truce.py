@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from storage.errors import StorageError
+from storage.events import CheckpointEvent
 from storage.held.rate import RateLimit
 from storage.held.truce import LONGEST_S, Standstill, Truce
+from storage.service import memory
+from storage.service.held_messages import AskHeld
+from storage.service.memory import HeldStates
 from storage.service.on_the_way import OnTheWay
 from storage.service.pace import Pace
 from tests.cluster import until
@@ -109,3 +115,18 @@ def test_who_asks_waits_for_what_had_begun_and_for_nothing_else() -> None:
     thread.join(30)
     assert found == [True], "the third one has begun later"
     third()
+
+
+def test_a_state_that_takes_too_long_is_gone_on_without_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[CheckpointEvent, dict[str, Any]]] = []
+    held, caller = HeldStates(), Mock()
+    monkeypatch.setattr(held, "_report", lambda event, **fields: told.append((event, fields)))
+    monkeypatch.setattr(memory, "_WHOLE_S_MAX", 0.0)
+    held._held(caller, AskHeld(run="r"), [])
+    assert not told
+    made = held._on_the_way.begin()
+    held._held(caller, AskHeld(run="r"), [])
+    made()
+    assert caller.answer.call_count == 2
+    assert [event for event, _ in told] == [CheckpointEvent.MEMORY_AWAY]
+    held.close()
