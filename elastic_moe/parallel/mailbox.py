@@ -94,8 +94,15 @@ class PeerSlot:
 
 
 def _mapped(fd: int, num_bytes: int) -> Tensor:
-    """The file's bytes; other than `mmap.mmap` this keeps no descriptor of its own for as long as they are mapped."""
-    return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=num_bytes, dtype=torch.uint8)
+    """The file's bytes; other than `mmap.mmap` this keeps no descriptor of its own for as long as they are mapped.
+
+    Raises:
+        OSError: there is no descriptor left, nor memory.
+    """
+    try:
+        return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:  # so torch says that the system has refused it
+        raise OSError(str(error)) from error
 
 
 class Mailbox:

@@ -6,6 +6,8 @@ import contextlib
 import gc
 import logging
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,27 @@ def test_what_all_get_is_written_once_and_nothing_stays_open() -> None:
     del slot, peer
     gc.collect()
     assert _num_open() == before
+
+
+@contextlib.contextmanager
+def _free_descriptors(num: int) -> Iterator[None]:
+    """Let this process open so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(num + 1)]
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_rank_that_has_no_descriptor_left_says_so_and_goes_on() -> None:
+    """Its peers wait to hear that it has no mailbox: a file in memory takes the last descriptor, and its map one more."""
+    slot = Slot()
+    with _free_descriptors(1):
+        own, why = mailboxes._own_slots()
+        with pytest.raises(OSError, match="open files"):
+            PeerSlot(os.getpid(), slot.fd, slot.secret)
+    assert not own and "open files" in why
