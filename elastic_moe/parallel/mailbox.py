@@ -60,16 +60,23 @@ class Slot:
 
 
 class PeerSlot:
-    """The slot of another rank, as this one reads it: mapped, and no descriptor stays open, whatever their number.
+    """The slot of another rank, as this one reads it: by a descriptor of its own, for its owner may be through with its
+    last exchange, and its own be closed, before this rank has mapped what that one has made room for.
 
     Raises:
         OSError: it is not to be had, as on another machine.
     """
 
     def __init__(self, pid: int, fd: int, secret: int) -> None:
-        self._name, self._secret = f"descriptor {fd} of process {pid}", secret
-        self._path = f"/proc/{pid}/fd/{fd}"
+        # There another process may have these numbers: nothing is waited for, and only such a file is mapped.
+        self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, self.fd)
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size < _HEADER_BYTES:
+            raise FileNotFoundError(f"descriptor {fd} of process {pid} is no mailbox")
         self._map()
+        if int(self._numbers[0]) != secret:
+            raise FileNotFoundError(f"descriptor {fd} of process {pid} is the mailbox of another")
 
     def part(self, rank: int) -> Tensor:
         """The bytes for a rank."""
@@ -79,18 +86,8 @@ class PeerSlot:
         return self._bytes[begin:end]
 
     def _map(self) -> None:
-        # Elsewhere another process may have these numbers: nothing is waited for, and only such a file is mapped.
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_size < _HEADER_BYTES:
-                raise FileNotFoundError(f"{self._name} is no mailbox")
-            self._bytes = _mapped(fd, found.st_size)
-        finally:
-            os.close(fd)
+        self._bytes = _mapped(self.fd, os.fstat(self.fd).st_size)
         self._numbers = self._bytes[:_HEADER_BYTES].view(torch.int64)
-        if int(self._numbers[0]) != self._secret:
-            raise FileNotFoundError(f"{self._name} is the mailbox of another")
 
 
 def _mapped(fd: int, num_bytes: int) -> Tensor:
