@@ -232,7 +232,7 @@ def _free_descriptors(num: int) -> Iterator[None]:
 
 
 def test_a_rank_that_has_no_descriptor_left_says_so_and_goes_on() -> None:
-    """Its peers wait to hear that it has no mailbox: a file in memory takes the last descriptor, and its map one more."""
+    """Its peers wait to hear that it has no mailbox: a file in memory takes the last one, and its map one more."""
     slot = Slot()
     with _free_descriptors(1):
         own, why = mailboxes._own_slots()
