@@ -187,13 +187,20 @@ class Claim:
         with self._lock:
             recorded = read_owner(self._store)
             if recorded is not None and recorded.token == self._owner.token:
+                self._learn(recorded)
                 self._owner = _record(self._store, self._owner.model_copy(update={"adopts": ()}))
+
+    def _learn(self, recorded: Owner) -> None:
+        """It is recorded, though whoever did so could not tell: what it has adopted, and the run has seen, is known."""
+        if not self._owner.epoch:
+            self._owner = recorded
 
     def _check(self, attempt: str) -> bool:
         """As `check`, for an attempt; whether the run is ours, and not a newer owner's who has adopted the attempt."""
         with self._lock:
             recorded = read_owner(self._store)
             if recorded is not None and recorded.token == self._owner.token:
+                self._learn(recorded)
                 return True  # of this very claim, perhaps recorded by another process that holds it as well
             if recorded is not None and attempt in recorded.adopts:
                 return False

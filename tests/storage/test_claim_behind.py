@@ -19,7 +19,7 @@ from storage.saving.adoption import UnfinishedPart
 from storage.saving.ownership import Ownership
 from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
-from storage.stores.objects import ObjectInfo
+from storage.stores.objects import ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
 from tests.storage.heartbeat_cases import owner_of
 
@@ -195,6 +195,30 @@ def test_a_claim_that_comes_with_a_commit_knows_what_the_run_has_seen(store: Slo
         ownership.claim.check()
         now = ownership.claim.owner
         assert (now.failures, now.since_unix_s) == (1, older.owner.since_unix_s)
+
+
+def test_a_claim_of_which_nobody_heard_that_it_was_recorded_keeps_what_it_has_adopted(
+    store: Slow, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before(store)
+    store.is_let.set()
+    record = owner._record
+
+    def unheard(at: ObjectStore, mine: Owner) -> Owner:
+        record(at, mine)
+        raise Transient("nobody answers any more")
+
+    with monkeypatch.context() as silent:
+        silent.setattr(owner, "_record", unheard)
+        ownership = behind(store, told).start()
+        ownership.await_claim()
+    assert (told, ownership.claim.owner.epoch) == (["checkpoint_claimed_later"], 0)
+    ownership.claim.check()
+    assert ownership.claim.owner == recorded(store)
+    assert ownership.claim.owner.adopts == (ATTEMPT.id,)
+    ownership.claim.disown()
+    assert (recorded(store).epoch, recorded(store).adopts) == (2, ())
+    ownership.close()
 
 
 def test_a_commit_that_claims_once_more_is_not_undone(store: Slow, told: Told) -> None:
