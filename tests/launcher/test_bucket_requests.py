@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import heapq
 import itertools
 import random
 import re
+import zlib
 from typing import Any
 
 import pytest
@@ -231,3 +233,13 @@ def test_a_wish_is_told_by_a_name_or_by_an_object(value: bytes) -> None:
     for damaged in ("wish/a~", "wish/a~AAAA", "wish/a~\u00e4"):
         with pytest.raises(ValueError, match="wish/a is no wish"):
             Wish.from_name(damaged)
+
+
+@pytest.mark.parametrize(
+    "told", [b"[" * 100_000, b"[1e999,[]]", b"[1,[[]]]", b"\xff"], ids=["deep", "inf", "none", "byte"]
+)
+def test_what_somebody_else_has_laid_among_the_wishes_stops_nobody(told: bytes) -> None:
+    """Whoever writes for all passes it by, as what was damaged on its way."""
+    packed = base64.urlsafe_b64encode(zlib.compress(told)).decode().rstrip("=")
+    with pytest.raises(ValueError, match="wish/x is no wish"):
+        Wish.from_name(f"wish/x~{packed}")

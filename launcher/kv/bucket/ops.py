@@ -156,7 +156,7 @@ class Wish:
         try:
             base, ops = json.loads(body)
             return cls(name, int(base), tuple(map(_op, ops)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{name} is no wish: {error!r}") from error
 
 
