@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from storage.held.truce import Standstill
 from storage.run import owner
 from storage.service import lanes
 from storage.service.memory import HeldStates
+from storage.service.parcels import Parcel, TakenOver
 from storage.stores.local import LocalStore
 from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread, until
 
 _NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
-_NUM_FDS_HELD = 2 * 2 * 2 + 1
-"""Two states of two slots each, a descriptor and one of its mapping for each; and a connection."""
+_NUM_FDS_HELD = 2 * 2 + 1
+"""Two states of two slots each, and a connection."""
 Told = list[tuple[str, dict[str, Any]]]
 
 
@@ -184,6 +186,12 @@ def test_a_slot_that_was_overwritten_costs_no_more_than_the_way_to_the_store(tmp
     failed = [fields for name, fields in told if name == "checkpoint_source_failed"]
     assert {fields["tier"] for fields in failed} == {"own"}
     assert dict(told)["restored"]["from_store"] > 0
+
+
+def test_a_worker_that_asks_how_the_service_is_meets_no_slot_that_is_gone() -> None:
+    """It asks from another thread than those that open a parcel and let go of it; an error would end its connection."""
+    parcel = Parcel(TakenOver("name", Mock(waits=False), [999_999]))
+    assert parcel.size_bytes == 0
 
 
 def test_memory_that_is_held_is_let_go_with_the_service(tmp_path: Path, node: InThread) -> None:
