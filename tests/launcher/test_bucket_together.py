@@ -165,6 +165,28 @@ def test_a_lease_of_which_it_is_not_known_whether_it_was_granted_is_not_granted_
     assert kv.put("k", b"", lease=lease) is None
 
 
+def test_a_renewal_does_not_wait_for_a_change_that_is_not_answered(kv: BucketKV, register: HeldRegister) -> None:
+    """It would be counted when that is, and the next one be late: a lease has few, and its workers end with it."""
+    lease = kv.lease(60.0)
+    kv.put("node", b"", lease=lease)
+    register.is_creating.clear()
+    register.may_create.clear()
+    change = threading.Thread(target=kv.put, args=("a", b""), daemon=True)
+    renewal = threading.Thread(target=lambda: renewed.append(kv._renew(lease)), daemon=True)
+    renewed: list[bool] = []
+    try:
+        change.start()
+        assert register.is_creating.wait(_STUCK_S)
+        kv._journal._synced_s -= 3600.0
+        renewal.start()
+        renewal.join(_STUCK_S / 2)
+        assert renewed == [True]
+    finally:
+        register.may_create.set()
+    change.join(_STUCK_S)
+    assert kv.get("a") is not None
+
+
 def test_how_workers_are_is_told_without_a_version(kv: BucketKV, register: HeldRegister) -> None:
     """Else each node that trains would wake all others every few seconds."""
     lease = kv.lease(0.6)

@@ -201,7 +201,7 @@ class BucketKV:
 
     def _look_if_behind(self) -> None:
         if self._journal.age_s > _BEHIND_FACTOR * self._pace.slow_s:  # else the thread's own look is about to come
-            self._journal.look()
+            self._journal.look_unless_busy()  # a beat that was told must not be counted late, nor the next one be
 
     def _revoke(self, lease_id: int) -> None:
         self._forget(lease_id)

@@ -107,6 +107,19 @@ class SharedJournal:
             self._carry_out(self._journal.catch_up())
             return self._journal.state
 
+    def look_unless_busy(self) -> None:
+        """As `look`, unless another thread is at the store: it may take seconds, and learns what is there by itself.
+
+        Raises:
+            KVUnavailable
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_if_stale()
+                self._carry_out(self._journal.catch_up())
+            finally:
+                self._lock.release()
+
     def peek(self, unless_within_s: float = 0.0) -> float:
         """Learn whether there is something new; whoever does so often knows all of it a little later.
 
