@@ -189,7 +189,7 @@ def test_a_listener_is_not_kept_by_the_store_that_is_watched(memory_url: str) ->
     store.retries.health.tell(StoreBack(1.0))
 
 
-def test_an_outage_of_s3_is_told_within_a_tenth_of_its_length(moto: S3Server, agents_file: Path) -> None:
+def test_an_outage_of_s3_is_told_with_its_length(moto: S3Server, agents_file: Path) -> None:
     """By the signs of life of the run's owner alone: the training neither saves nor restores meanwhile."""
     with FaultProxy(moto) as proxy:
         store = open_store(proxy.url("outage"))
