@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from storage.arena.mapping import advise_huge
+from storage.arena.mapping import HugePages
 from storage.format.tensors import bytes_of
 from storage.verified.source import scratch
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SLAB_SIZE_BYTES = 8 * 1024 * 1024
 NUM_PINNED_SLABS = 8
 _HUGE_FROM_BYTES = 4 * 1024 * 1024
+_huge_pages = HugePages()  # what one restore has learnt of this machine holds for the next
 
 
 class Target(Protocol):
@@ -73,7 +74,7 @@ class TensorTarget(_Counted):
         super().__init__(tensor.nbytes, finish)
         self._memory = bytes_of(tensor)
         if tensor.nbytes >= _HUGE_FROM_BYTES:  # memory that nobody has touched is made as it is filled
-            advise_huge(tensor.data_ptr(), tensor.nbytes)
+            _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
 
     def view(self, at: int, size_bytes: int) -> memoryview:
         """A part of the tensor."""

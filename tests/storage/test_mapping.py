@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
+import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage.arena import mapping
-from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES
+from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, HugePages
 from storage.arena.slot import Slot
 
 MIB = 1024 * 1024
@@ -153,3 +156,30 @@ def test_what_cannot_be_mapped_is_an_error_that_leaves_nothing() -> None:
             with pytest.raises(OSError):
                 mapping.mapped(file.fileno(), size_bytes)
     assert num_mappings() < before + 50
+
+
+@pytest.mark.parametrize("page_s", [0.0, 1.0])
+def test_huge_pages_are_asked_for_until_one_was_costly_and_what_is_there_stays(
+    page_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a virtual machine whose host has to back what lies free in large blocks."""
+    asked: list[tuple[int, int]] = []
+    advise = mapping._advise
+
+    def recorded(address: int, size_bytes: int, advice: int) -> None:
+        if advice == mmap.MADV_HUGEPAGE:
+            asked.append((address, size_bytes))
+        advise(address, size_bytes, advice)
+
+    monkeypatch.setattr(mapping, "_advise", recorded)
+    times = itertools.count(0.0, page_s)
+    pages = HugePages(clock=lambda: next(times))
+    array = np.full(4 * HUGE_PAGE_BYTES, 7, np.uint8)
+    address, first = array.ctypes.data, -(-array.ctypes.data // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    last = (address + array.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    for _ in range(2):
+        pages.advise(address, array.nbytes)
+        pages.advise(address, PAGE_BYTES)  # too little for one
+    whole, one = (first, last - first), (first, HUGE_PAGE_BYTES)
+    assert asked == ([one] if page_s else [one, whole, one, whole])
+    assert pages.are_costly == bool(page_s) and bool((array == 7).all())
