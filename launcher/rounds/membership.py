@@ -323,8 +323,9 @@ def _next_round(view: View, current: Round, broken: Breakage, rules: Rules, plan
         return Wait(f"restarts {judged.delay_s:g} s after: {reason}", view.broken_s + judged.delay_s)
     cut_off = _cut_off(view, current)
     # Who is cut off may not know it, and would be taken in and left out again without end.
-    absent = (*broken.lost, *(n for n in cut_off if n not in broken.lost))
-    how = {**dict.fromkeys(cut_off, "cut off from its peers"), **view.departed}
+    drained = [p.node_id for p in current.participants if (n := view.node(p.node_id)) and n.draining]  # not gone yet
+    absent = tuple(dict.fromkeys((*broken.lost, *cut_off, *drained)))
+    how = {**dict.fromkeys(drained, LEFT), **dict.fromkeys(cut_off, "cut off from its peers"), **view.departed}
     history, suspects = weigh(judged, causes, absent, how, rules.limits)
     ready = [n for n in _candidates(view) if n.node_id not in cut_off]
     formed, history = admit(

@@ -273,3 +273,15 @@ class TestExclusion:
         excluded = action.round.history.excluded("d")
         assert excluded is not None
         assert excluded.reason == "3 times within 600 s: took part and then lost: its lease ended"
+
+    def test_a_node_that_drains_has_left_whether_or_not_it_is_still_there(self) -> None:
+        """It may end only once the next round has formed, where the store is slow."""
+        seen_before = tuple(Mark("d", MarkKind.DEPARTURE, "lost", age_s=100.0) for _ in range(2))
+        current = round_of("a", "b", "d-00000007", history=History(marks=seen_before))
+        going = dataclasses.replace(node("d-00000007"), generation=1, status=Status.READY, draining=True, yielded=True)
+        nodes = tuple(dataclasses.replace(n, status=Status.READY) for n in running("a", "b"))
+        action = act(view((*nodes, going), current))
+        assert isinstance(action, Propose)
+        excluded = action.round.history.excluded("d")
+        assert excluded is not None
+        assert excluded.reason == "3 times within 600 s: took part and then left"
