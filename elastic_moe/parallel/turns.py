@@ -37,8 +37,9 @@ class Turns:
         self._has_turns = False
 
     def stay(self) -> None:
-        """Have layers stay gathered; to be said before the first is."""
-        assert not self._has_turns, "layers of this model are gathered by turns, so they cannot stay gathered"
+        """Have layers stay gathered; to be said before the first is. Raises RuntimeError after that."""
+        if self._has_turns:  # no assert, which may be left out: what follows would be wrong numbers
+            raise RuntimeError("layers of this model are gathered by turns, so they cannot stay gathered")
         self.all_stay = True
 
     def of_layer(self, layer: int, unit: str) -> Callable[[int, int, torch.dtype], Tensor]:

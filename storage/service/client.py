@@ -175,7 +175,7 @@ class ServiceBackend:
             if not self._is_away:
                 self._state.wait_for(lambda: self._channel is not None or self._is_away, self._connector.patience_s)
             is_still_its = self._custody.handed.get(stage.attempt.id) is handed  # nobody else has it by now
-            if self._channel is not None and is_still_its:
+            if self._channel is not None and is_still_its and not handed.is_sent:  # as it is by who has just connected
                 self._send(self._channel, handed)
         if is_nobodys and not handed.waits:
             self._take_back(handed, is_shared=False)

@@ -42,9 +42,9 @@ from storage.service import starting
 from storage.service.held_messages import AskCard
 from storage.service.local_memory import ServiceMemory
 from storage.service.ways import ServiceAt
+from tests.cluster import until
 from tests.ranks import Ranks
 from tests.s3 import juicefs_gateway
-from tests.storage.service_cases import until
 
 MIB = 1024 * 1024
 NUM_TENSORS = 16

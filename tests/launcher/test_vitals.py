@@ -127,11 +127,12 @@ def test_a_word_of_no_checkpoint_is_none(
 def test_what_is_told_often_is_put_seldom_and_the_last_of_it(kv: Counting, publisher: VitalsPublisher) -> None:
     began_s = time.monotonic()
     step = 0
-    while time.monotonic() < began_s + 0.3:
+    while kv.num_puts < 4:  # as fast as it goes
         step += 1
         publisher.publish(Vitals(step=step), num_nodes=2)
-        time.sleep(0.001)
+        assert time.monotonic() < began_s + 60, "it is put now and then"
     until("the last is there", lambda: read(kv).step == step)
+    assert step > 100
     assert kv.num_puts <= 2 + (time.monotonic() - began_s) / 0.05
     puts = kv.num_puts
     for same in (step, step, step, step + 1):

@@ -106,7 +106,7 @@ def stays_after_turns() -> str:
     other(batch(DEEP, 1, 8)[:, :-1])
     try:
         begin_round(other, last=True, keep_gathered=True)
-    except AssertionError as error:
+    except RuntimeError as error:
         return str(error)
     return ""
 

@@ -19,7 +19,8 @@ from storage import Checkpointer, JobIdentity, inspection, open_store
 from storage.agent import PREFIX, AgentEnvironment
 from storage.service.memory import HeldStates
 from storage.service.notes import Notes
-from tests.storage.service_cases import PATIENCE_S, committed, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import PATIENCE_S, committed, in_thread
 
 _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,9 +147,7 @@ def captures_while_it_hangs(folder: str) -> list[Any]:
         dist.barrier()
         assert rank.has_captured(before)
     else:
-        ends_s = time.monotonic() + DEADLINE_S
-        while not staged.exists() and time.monotonic() < ends_s:
-            time.sleep(0.01)
+        until("the state of rank 0 is staged", staged.exists, DEADLINE_S)
         dist.barrier()
     rank.live.close(rescue=False)
     return answers

@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
@@ -23,19 +22,9 @@ from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
 from storage.service.server import Server, ServerOptions
 from storage.stores.local import LocalStore
-
-T = TypeVar("T")
+from tests.cluster import until
 
 PATIENCE_S = 60.0
-
-
-def until(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
-    """What `look` finds at last that is neither None nor false."""
-    deadline_s = time.monotonic() + patience_s
-    while not (found := look()):
-        assert time.monotonic() < deadline_s, f"waited in vain for {what}"
-        time.sleep(0.01)
-    return found
 
 
 class ListSafe:

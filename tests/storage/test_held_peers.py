@@ -23,6 +23,7 @@ from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
 from storage.held.strangers import Strangers
 from storage.held.wire import PROTOCOL, HoldCopy, Ready
+from tests.cluster import until
 from tests.storage.held_cases import (
     Anonymous,
     Seen,
@@ -37,7 +38,6 @@ from tests.storage.held_cases import (
     restore,
     store_with,
 )
-from tests.storage.service_cases import until
 
 WAIT_S = 60.0
 

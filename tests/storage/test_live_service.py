@@ -21,7 +21,8 @@ from storage.service.capture_request import CaptureRequest
 from storage.service.capturing import LiveKeeper
 from storage.service.live_messages import WatchLive
 from storage.service.server import ServerOptions
-from tests.storage.service_cases import PATIENCE_S, InThread, connected, until
+from tests.cluster import until
+from tests.storage.service_cases import PATIENCE_S, InThread, connected
 
 
 class Service:

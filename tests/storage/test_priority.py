@@ -44,31 +44,25 @@ def in_a_thread(*calls: Callable[[], object]) -> list[object]:
     return found
 
 
+def is_alone_with_what_it_starts(look: Callable[[], object], call: Callable[[], object], after: object) -> bool:
+    """Whether `call` makes of its thread, and of one that it starts, and of no other, what is to be seen `after`."""
+    before = look()
+    seen = in_a_thread(look, call, look, lambda: in_a_thread(look))
+    return seen == [before, None, after, [after]] and look() == before
+
+
 def test_a_thread_steps_back_alone_and_with_what_it_starts(niceness: int) -> None:
-    before = own_niceness()
-    assert in_a_thread(own_niceness, priority.step_back, own_niceness, lambda: in_a_thread(own_niceness)) == [
-        before,
-        None,
-        niceness,
-        [niceness],
-    ]
-    assert own_niceness() == before
+    assert is_alone_with_what_it_starts(own_niceness, priority.step_back, niceness)
 
 
 def test_who_waits_for_a_turn_does_so_alone_and_with_what_it_starts() -> None:
     def policy() -> int:
         return os.sched_getscheduler(0)
 
-    before, batch = policy(), os.SCHED_BATCH
-    assert in_a_thread(policy, priority.wait_for_turn, policy, lambda: in_a_thread(policy)) == [
-        before,
-        None,
-        batch,
-        [batch],
-    ]
-    assert policy() == before
+    assert policy() != os.SCHED_BATCH
+    assert is_alone_with_what_it_starts(policy, priority.wait_for_turn, os.SCHED_BATCH)
     with contextlib.closing(Arena()) as arena, contextlib.closing(Stager(arena)) as stager:
-        assert stager._pool.submit(policy).result() == batch, "who copies behind a training"
+        assert stager._pool.submit(policy).result() == os.SCHED_BATCH, "who copies behind a training"
 
 
 def test_nobody_steps_back_unasked() -> None:

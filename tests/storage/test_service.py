@@ -31,7 +31,8 @@ from storage.service.messages import (
 from storage.service.server import ServerOptions
 from storage.service.sessions import Session
 from storage.stores.local import LocalStore
-from tests.storage.service_cases import Gate, InThread, asked, committed, connected, events_in, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import Gate, InThread, asked, committed, connected, events_in, in_thread
 from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")

@@ -29,8 +29,9 @@ from storage.service.held_messages import AskCard
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
 from tests import sample
+from tests.cluster import until
 from tests.ranks import Ranks
-from tests.storage.service_cases import asked, committed, connected, events_in, process, status, until
+from tests.storage.service_cases import asked, committed, connected, events_in, process, status
 from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")

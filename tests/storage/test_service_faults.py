@@ -25,7 +25,8 @@ from storage.service.messages import ServiceMessage, Welcome
 from storage.service.sessions import Session, Sessions
 from storage.service.ways import ServiceAt
 from storage.stores.objects import ObjectStore
-from tests.storage.service_cases import Gate, InThread, committed, connected, events_in, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import Gate, InThread, committed, connected, events_in, in_thread
 from tests.storage.small_runs import Events, state
 
 

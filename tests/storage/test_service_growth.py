@@ -13,7 +13,8 @@ import torch
 
 from storage import Checkpointer
 from storage.agent import AgentEnvironment
-from tests.storage.service_cases import process, until
+from tests.cluster import until
+from tests.storage.service_cases import process
 
 NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
 NUM_BEFORE = 8

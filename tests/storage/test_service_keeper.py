@@ -18,7 +18,7 @@ from storage.service import address, keeper
 from storage.service.keeper import KeeperSafe, State
 from storage.service.messages import Stage
 from storage.service.notes import Notes
-from tests.storage.service_cases import until
+from tests.cluster import until
 from tests.storage.test_service_messages import STAGE
 
 

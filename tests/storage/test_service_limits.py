@@ -13,7 +13,8 @@ from storage import Checkpointer, CheckpointEvent
 from storage.agent import AgentEnvironment
 from storage.service import callers, lanes, table
 from storage.service.messages import AskStatus, ServiceStatus
-from tests.storage.service_cases import InThread, asked, committed, connected, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import InThread, asked, committed, connected, in_thread
 from tests.storage.small_runs import Events, state
 
 

@@ -19,7 +19,8 @@ from storage.service.messages import Stage
 from storage.service.notes import NoteOfSave, Notes
 from storage.service.processes import began_at, is_alive
 from storage.stores.objects import ObjectStore
-from tests.storage.service_cases import events_in, until
+from tests.cluster import until
+from tests.storage.service_cases import events_in
 from tests.storage.test_service_messages import STAGE
 
 GONE = 1  # began_at: this process did not begin then

@@ -21,7 +21,8 @@ from storage.service import lanes
 from storage.service.memory import HeldStates
 from storage.service.parcels import Parcel, TakenOver
 from storage.stores.local import LocalStore
-from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread
 
 _NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
 _NUM_FDS_HELD = 2 * 2 + 1

@@ -28,8 +28,9 @@ from storage.service.held_messages import AskCard, AskHeld, AskPart, DropHeld, M
 from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, AskUnfinished, Heard, Hello, ProtocolError, dump
 from storage.service.server import Server
+from tests.cluster import until
 from tests.storage.held_cases import Seen, Staged, nodes, restore, store_with, whole
-from tests.storage.service_cases import connected, in_thread, until
+from tests.storage.service_cases import connected, in_thread
 from tests.storage.test_service_messages import STAGE
 
 SEEDS = (*range(int(os.environ.get("ODD_SEEDS", "40"))), 54, 74)  # these have found something

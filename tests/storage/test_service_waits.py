@@ -20,7 +20,8 @@ from storage.service.client import ServiceBackend
 from storage.service.listening import listen
 from storage.service.messages import AskStatus, ServiceMessage
 from storage.service.ways import ServiceAt
-from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread, until
+from tests.cluster import until
+from tests.storage.service_cases import Gate, InThread, committed, connected, in_thread
 from tests.storage.small_runs import Events, opened, state
 from tests.storage.test_when_to_save import Gate as GatedMemory
 
@@ -123,10 +124,20 @@ def test_what_a_lost_service_had_waits_in_the_worker(
         assert gate.reached.wait(60)
         ckpt.save(2, state(2))
         until("step 2 to wait", lambda: waiting(service) == [2])
+        carry_out, asked, may_begin = backend._direct.submit, threading.Event(), threading.Event()
+
+        def later(*args: Any) -> None:
+            asked.set()
+            assert may_begin.wait(60)
+            carry_out(*args)
+
+        monkeypatch.setattr(backend._direct, "submit", later)  # of step 1, for which the other waits
         service.close()
-        until("the worker to have it back", lambda: backend._custody._back)
+        assert asked.wait(60)
+        assert backend._custody._back
         if not goes_on:
             ckpt.save(3, state(3))
+        may_begin.set()
         assert ckpt.wait()
         gate.opened.set()  # of the service, which is still in the midst of it
     assert committed(tmp_path / "run") == ([2, 1] if goes_on else [3, 1])
