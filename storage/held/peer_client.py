@@ -98,13 +98,21 @@ class Peer:
         with self._connection() as wire:
             wire.send(HoldCopy(of_node=of_node, length=len(papers)), [memoryview(papers)])
             wire.receive(Ready)
-            for entry in part.papers.receipt.objects:
-                held = part.objects[entry.name]
-                for at, length in parts_of_size(held.size_bytes, rate.bite_bytes):
-                    if not rate.wait(length, stop):
-                        raise WireError("was closed meanwhile")
-                    wire.send_bytes(held.views(at, length))
-            wire.receive(Ready)
+            try:
+                self._send_objects(wire, part, rate, stop)
+                wire.receive(Ready)
+            except StorageError:
+                wire.close()  # who refuses a copy on its way ends the connection: the rest of it cannot be told apart
+                raise
+
+    @staticmethod
+    def _send_objects(wire: Wire, part: HeldPart, rate: RateLimit, stop: threading.Event) -> None:
+        for entry in part.papers.receipt.objects:
+            held = part.objects[entry.name]
+            for at, length in parts_of_size(held.size_bytes, rate.bite_bytes):
+                if not rate.wait(length, stop):
+                    raise WireError("was closed meanwhile")
+                wire.send_bytes(held.views(at, length))
 
     def close(self) -> None:
         """Close all connections that are idle, and those in use when they are given back."""

@@ -235,7 +235,7 @@ class PeerServer:
                 with contextlib.suppress(WireError):
                     wire.send(PeerRefusal(cause="Corrupt", text=str(error)[:_TEXT_MAX]))
                 # the rest is on its way, so nothing else can be said on this connection
-                raise WireError(f"a copy from {asked.of_node} is damaged: {error}") from None
+                raise OddMessage(f"has sent a damaged copy of {asked.of_node}'s: {error}") from None
             assert self._copies is not None, "there is a buffer"
             self._inventory.add(self._copies.keep(buffer.part()))
         wire.send(Ready())
