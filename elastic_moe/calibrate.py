@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from elastic_moe.machine import write_calibration
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.decoder import Decoder, token_loss
 from elastic_moe.parallel import Meshes, Precision, begin_round, build_mesh, init_weights, materialize, parallelize
+from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange
+from elastic_moe.parallel.mailbox import open_mailbox
+from elastic_moe.pool import Pool
 from elastic_moe.trainer.world import choose_device, process_group
 from launcher import MeshPlan, MeshSpec, step_time
 
@@ -49,7 +53,7 @@ def _memory_speed(device: torch.device) -> float:
 
 
 def _links(device: torch.device) -> dict[str, float]:
-    """Latency and bandwidth; nothing where there is one rank."""
+    """Latency and bandwidths, by what a step's own collectives take; nothing where there is one rank."""
     num_ranks = dist.get_world_size()
     if num_ranks == 1:
         return {}
@@ -57,11 +61,9 @@ def _links(device: torch.device) -> dict[str, float]:
     fixed_s = _least_s(lambda: dist.all_reduce(small), device)
     part = torch.zeros(_MESSAGE_BYTES // 4, device=device)
     whole = torch.zeros(num_ranks * part.numel(), device=device)
-    # torch 2.13 has new names for both, and warns of the old ones.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    gather_s = _least_s(lambda: gather(whole, part), device)
-    reduce_s = _least_s(lambda: scatter(part, whole), device)
+    gather, reduce = _over_shards(whole, part)
+    gather_s, reduce_s = _least_s(gather, device), _least_s(reduce, device)
+    replicas_s = _least_s(lambda: dist.all_reduce(whole), device)
     moved = (num_ranks - 1) * _MESSAGE_BYTES
     # What the first rank beyond this one costs stands for each: a collective of one rank talks to nobody.
     hop_s = fixed_s / num_ranks
@@ -70,7 +72,26 @@ def _links(device: torch.device) -> dict[str, float]:
         "hop_s": hop_s,
         # A step gathers twice as often as it reduces.
         "intra_node_bytes_per_s": moved / max(_LEAST_S, (2 * gather_s + reduce_s) / 3 - fixed_s),
+        "replica_bytes_per_s": 2 * moved / max(_LEAST_S, replicas_s - 2 * fixed_s),
     }
+
+
+def _over_shards(whole: torch.Tensor, part: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A layer's gathering and its reduction, as `parallelize` has FSDP2 do them. A collective."""
+    # torch 2.13 has new names for both, and warns of the old ones.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    if whole.device.type != "cpu":
+        return lambda: all_gather(whole, part), lambda: reduce_scatter(part, whole)
+    group, pool = dist.group.WORLD, Pool()
+    assert group is not None, "there is a process group"
+    mailbox = open_mailbox(group)
+    reduce = ReduceByExchange(mailbox, pool)
+    tensors: dict[str, Any] = {"output_tensor": part, "input_tensor": whole, "group": group, "op": dist.ReduceOp.SUM}
+    if mailbox is None:
+        return lambda: all_gather(whole, part), lambda: reduce(**tensors)
+    gather = GatherByMailbox(mailbox, pool)
+    return lambda: gather(output_tensor=whole, input_tensor=part, group=group), lambda: reduce(**tensors)
 
 
 def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, float]:

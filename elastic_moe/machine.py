@@ -24,6 +24,9 @@ class MachineSpeed(Section):
     """Bandwidth of a rank to another of its node."""
     inter_node_bytes_per_s: float = Field(2e10, ge=1)
     """Bandwidth of a rank to another node."""
+    replica_bytes_per_s: float | None = Field(None, ge=1)
+    """Bandwidth of a rank where gradients are summed over replicas within a node; none takes `intra_node_bytes_per_s`.
+    Ranks that compute on processors gather and exchange through memory they share, and sum over replicas by sockets."""
     latency_s: float = Field(2e-5, gt=0, le=3600)
     """Fixed cost of a collective."""
     hop_s: float = Field(1e-6, gt=0, le=3600)

@@ -63,6 +63,8 @@ class MeshSpec:
     """Bytes that a rank reads or writes in its own memory."""
     intra_node_bytes_per_s: float = 2e11
     inter_node_bytes_per_s: float = 2e10
+    replica_bytes_per_s: float | None = None
+    """Of the all-reduce over replicas within a node, where it goes another way than what ranks exchange."""
     latency_s: float = 2e-5
     """Fixed cost of one collective."""
     hop_s: float = 1e-6
@@ -80,6 +82,7 @@ class MeshSpec:
         at_least_0 = {"num_experts", "dense_params", "expert_params", "max_idle", "expert_replicas"}
         at_least_0 |= {"shared_dim", "query_dim", "key_dim", "vocab_size"}
         optional = {"max_micro_batch", "memory_cap_bytes", "expert", "shard", "replicate", "cores_per_node"}
+        optional |= {"replica_bytes_per_s"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, bool) or (field.name in optional and value is None):

@@ -38,7 +38,7 @@ class StepTime:
     exchange: float
     """Rows between expert-parallel ranks, and weights where these take guests."""
     gather: float
-    """Parameters gathered for each pass, twice."""
+    """Parameters gathered for each pass, but for what stays from the forward pass to the backward one."""
     reduce: float
     """Gradients over the shards, once a step."""
     replicas: float
@@ -57,10 +57,10 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
 
     A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
     fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
-    backward), and gathers parameters twice. A step ends with gradients reduced over the shards and over the replicas,
-    and with the optimizer. Every expert is taken to get as many rows as any other: where ranks may take guests, these
-    level what an uneven number of experts leaves. A collective moves ``(n - 1) / n`` of its bytes at the speed of its
-    group's slowest link, round a ring. Ranks that share fewer cores than they are take turns.
+    backward), and gathers parameters for each pass. A step ends with gradients reduced over the shards and over the
+    replicas, and with the optimizer. Every expert is taken to get as many rows as any other: where ranks may take
+    guests, these level what an uneven number of experts leaves. A collective moves ``(n - 1) / n`` of its bytes at the
+    speed of its group's slowest link, round a ring. Ranks that share fewer cores than they are take turns.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
     links = _Links(mesh, spec, ranks_per_node)
@@ -75,26 +75,29 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     own = spec.dense_params / block + experts_own
     rows_bytes = tokens * spec.top_k * uneven * spec.model_dim * spec.activation_bytes
 
-    def over_shards(bytes_per_param: int) -> float:
-        """Every unit's collective over its shards once: parameters gathered, or gradients reduced."""
+    def over_shards(bytes_per_param: int, layers: int, roots: int) -> float:
+        """Gather the parameters, or reduce the gradients, of so many layers over their shards, and of the root."""
         dense = links.collective_s(block, block, spec.layer_dense_params * bytes_per_param)
         experts = links.collective_s(mesh.shard, block, experts_own * mesh.shard / spec.num_layers * bytes_per_param)
         root = links.collective_s(block, block, spec.root_params * bytes_per_param) if spec.root_params else 0.0
-        return spec.num_layers * (dense + (experts if spec.expert_params else 0.0)) + root
+        return layers * (dense + (experts if spec.expert_params else 0.0)) + roots * root
 
     rounds, turns = mesh.rounds, links.turns
     # Of a round's work a third is the forward pass, which is done again where layers are computed anew, and where loads
     # are counted ahead of the rounds.
-    again = 1 + (spec.recompute + (spec.counts_first and rounds > 1)) / 3
-    gathers = 1 if spec.keep_gathered else 2 * rounds
+    counts = spec.counts_first and rounds > 1
+    again = 1 + (spec.recompute + counts) / 3
+    # What the backward pass begins with stays gathered: the last layer and the root. Counting is a forward pass alone.
+    num_gathered = (2 + counts) * spec.num_layers - 1, 1 + counts
+    once, kept = (spec.num_layers, 1), spec.keep_gathered
     return StepTime(
         compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
         launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
         weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
         exchange=turns * rounds * spec.num_layers * (_EXCHANGES * links.exchange_s(rows_bytes) + copies_s),
-        gather=turns * gathers * over_shards(spec.activation_bytes),
-        reduce=turns * over_shards(spec.reduce_bytes),
-        replicas=turns * 2 * links.collective_s(mesh.replicate, mesh.world_size, own * spec.reduce_bytes),
+        gather=turns * (1 if kept else rounds) * over_shards(spec.activation_bytes, *(once if kept else num_gathered)),
+        reduce=turns * over_shards(spec.reduce_bytes, *once),
+        replicas=turns * 2 * links.replicas_s(own * spec.reduce_bytes),
         optimizer=turns * own * _STEP_BYTES_PER_PARAM / spec.memory_bytes_per_s,
     )
 
@@ -110,10 +113,20 @@ class _Links:
 
     def collective_s(self, num_ranks: int, span: int, size_bytes: float) -> float:
         """A collective of `num_ranks` ranks that lie within `span` consecutive ones."""
+        return self._ring_s(num_ranks, size_bytes, self.bandwidth(span))
+
+    def replicas_s(self, size_bytes: float) -> float:
+        """One of the two halves of an all-reduce over the replicas."""
+        size, own = self.mesh.world_size, self.spec.replica_bytes_per_s
+        return self._ring_s(
+            self.mesh.replicate, size_bytes, self.bandwidth(size) if own is None or self.stride % size else own
+        )
+
+    def _ring_s(self, num_ranks: int, size_bytes: float, bytes_per_s: float) -> float:
         if num_ranks == 1:
             return 0.0
         fixed_s = self.spec.latency_s + (num_ranks - 1) * self.spec.hop_s
-        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / self.bandwidth(span)
+        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / bytes_per_s
 
     def bandwidth(self, span: int) -> float:
         """Bytes per second between ranks that lie within `span` consecutive ones."""

@@ -93,8 +93,23 @@ def test_terms_of_a_step() -> None:
         assert value > 0 and dataclasses.asdict(twice)[name] == pytest.approx(factor * value), name
     again = step_time(mesh(2, 2, 2), MIXTRAL.replace(recompute=True), ranks_per_node=8)
     assert again.compute == pytest.approx(once.compute * 4 / 3)
-    kept = step_time(mesh(2, 2, 2, rounds=2), MIXTRAL.replace(keep_gathered=True), ranks_per_node=8)
-    assert kept.gather == pytest.approx(once.gather / 2)
+
+
+@pytest.mark.parametrize(("changes", "num_layers"), [({}, 2 * 2 * 32 - 2), ({"keep_gathered": True}, 32)])
+def test_the_last_layer_stays_gathered_from_the_forward_pass_to_the_backward_one(
+    changes: dict[str, bool], num_layers: int
+) -> None:
+    spec = MIXTRAL.replace(vocab_size=0, reduce_bytes=MIXTRAL.activation_bytes)
+    assert spec.num_layers == 32
+    step = step_time(mesh(2, 2, 2, rounds=2), spec.replace(**changes), ranks_per_node=8)
+    assert step.gather == pytest.approx(num_layers / 32 * step.reduce)
+
+
+def test_counting_loads_first_gathers_once_more() -> None:
+    plain, counts = (MIXTRAL.replace(vocab_size=0, counts_first=counts) for counts in (False, True))
+    for rounds, more in ((1, 0), (2, 32 / 63)):
+        few, many = (step_time(mesh(2, 2, 2, rounds=rounds), spec, ranks_per_node=8).gather for spec in (plain, counts))
+        assert many == pytest.approx(few * (1 + more))
 
 
 SMALL = MIXTRAL.replace(
@@ -140,3 +155,11 @@ def test_a_reduction_holds_what_is_sent_and_what_comes_out() -> None:
     experts, layer = 4 * small.layer_expert_params, 4 * (small.layer_expert_params + small.layer_dense_params)
     assert memory_use(mesh(), small).working == pytest.approx(experts + 2 * layer, rel=0.01)
     assert memory_use(mesh(1, 4), small).working == pytest.approx(experts + 1.25 * layer, rel=0.01)
+
+
+def test_replicas_may_sum_their_gradients_by_a_slower_way() -> None:
+    level, slow = MIXTRAL, MIXTRAL.replace(replica_bytes_per_s=MIXTRAL.intra_node_bytes_per_s / 4)
+    near, far = (step_time(mesh(8), level, ranks_per_node=size).replicas for size in (8, 1))
+    assert step_time(mesh(8), slow, ranks_per_node=8).replicas == pytest.approx(4 * near, rel=1e-3)
+    assert step_time(mesh(8), slow, ranks_per_node=1).replicas == far  # between nodes it goes by their links
+    assert step_time(mesh(1, 8), slow, ranks_per_node=8) == step_time(mesh(1, 8), level, ranks_per_node=8)

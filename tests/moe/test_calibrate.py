@@ -26,7 +26,7 @@ def measured(fields: dict[str, Any]) -> dict[str, float]:
 def test_every_rank_finds_the_same_speeds(ranks: Ranks, world_size: int, tmp_path: Path) -> None:
     found = ranks.run(measured, JOB, world_size=world_size)
     assert all(speeds == found[0] for speeds in found)
-    links = {"intra_node_bytes_per_s", "latency_s", "hop_s"} if world_size > 1 else set()
+    links = {"intra_node_bytes_per_s", "replica_bytes_per_s", "latency_s", "hop_s"} if world_size > 1 else set()
     assert set(found[0]) == {"memory_bytes_per_s", "flops_per_s", "layer_launch_s", "cores_per_node"} | links
     assert all(0 < value < math.inf for value in found[0].values())
     write_calibration(tmp_path / "new" / "machine.json", found[0])
