@@ -22,6 +22,8 @@ _PASSES_OVER_PARAMS = 7
 _STEP_BYTES_PER_PARAM = 4 * 8
 _PARAM_BYTES = 4
 _UNEVEN = 1.001  # below it sharing is not thought through: a rank then holds hundreds of experts, or they divide
+# For so long Linux leaves a core to one of those who share it; who waits for what others have waits for them to run.
+_SLICE_S = 1.5e-3
 _EXCHANGES = 5  # of a layer: how many rows, rows there and back, and the gradients of both ways
 
 
@@ -74,13 +76,18 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     experts_own = spec.expert_params / mesh.expert / mesh.shard * expert_padding(mesh, spec)
     own = spec.dense_params / block + experts_own
     rows_bytes = tokens * spec.top_k * uneven * spec.model_dim * spec.activation_bytes
+    apart = mesh.expert > 1  # experts are a unit of their own, sharded otherwise than what is around them
+    num_units = (1 + apart) * spec.num_layers + bool(spec.root_params)
 
     def over_shards(bytes_per_param: int, layers: int, roots: int) -> float:
         """Gather the parameters, or reduce the gradients, of so many layers over their shards, and of the root."""
-        dense = links.collective_s(block, block, spec.layer_dense_params * bytes_per_param)
-        experts = links.collective_s(mesh.shard, block, experts_own * mesh.shard / spec.num_layers * bytes_per_param)
-        root = links.collective_s(block, block, spec.root_params * bytes_per_param) if spec.root_params else 0.0
-        return layers * (dense + (experts if spec.expert_params else 0.0)) + roots * root
+        dense, root = (params * bytes_per_param for params in (spec.layer_dense_params, spec.root_params))
+        experts = experts_own * mesh.shard / spec.num_layers * bytes_per_param
+        if apart:
+            layer_s = links.collective_s(block, block, dense) + links.collective_s(mesh.shard, block, experts)
+        else:
+            layer_s = links.collective_s(block, block, dense + experts)
+        return layers * layer_s + (roots * links.collective_s(block, block, root) if root else 0.0)
 
     rounds, turns = mesh.rounds, links.turns
     # Of a round's work a third is the forward pass, which is done again where layers are computed anew, and where loads
@@ -94,10 +101,10 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
         compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
         launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
         weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
-        exchange=turns * rounds * spec.num_layers * (_EXCHANGES * links.exchange_s(rows_bytes) + copies_s),
-        gather=turns * (1 if kept else rounds) * over_shards(spec.activation_bytes, *(once if kept else num_gathered)),
-        reduce=turns * over_shards(spec.reduce_bytes, *once),
-        replicas=turns * 2 * links.replicas_s(own * spec.reduce_bytes),
+        exchange=rounds * spec.num_layers * (_EXCHANGES * links.exchange_s(rows_bytes) + turns * copies_s),
+        gather=(1 if kept else rounds) * over_shards(spec.activation_bytes, *(once if kept else num_gathered)),
+        reduce=over_shards(spec.reduce_bytes, *once),
+        replicas=num_units * links.replicas_s(own * spec.reduce_bytes / num_units),
         optimizer=turns * own * _STEP_BYTES_PER_PARAM / spec.memory_bytes_per_s,
     )
 
@@ -113,20 +120,20 @@ class _Links:
 
     def collective_s(self, num_ranks: int, span: int, size_bytes: float) -> float:
         """A collective of `num_ranks` ranks that lie within `span` consecutive ones."""
-        return self._ring_s(num_ranks, size_bytes, self.bandwidth(span))
+        return self._ring_s(num_ranks, size_bytes, self.bandwidth(span), 1)
 
     def replicas_s(self, size_bytes: float) -> float:
-        """One of the two halves of an all-reduce over the replicas."""
-        size, own = self.mesh.world_size, self.spec.replica_bytes_per_s
-        return self._ring_s(
-            self.mesh.replicate, size_bytes, self.bandwidth(size) if own is None or self.stride % size else own
-        )
+        """An all-reduce over the replicas, which goes round their ring twice."""
+        num_ranks, size, own = self.mesh.replicate, self.mesh.world_size, self.spec.replica_bytes_per_s
+        bytes_per_s = self.bandwidth(size) if own is None or self.stride % size else own
+        return 2 * self._ring_s(num_ranks, size_bytes, bytes_per_s, num_ranks - 1)
 
-    def _ring_s(self, num_ranks: int, size_bytes: float, bytes_per_s: float) -> float:
+    def _ring_s(self, num_ranks: int, size_bytes: float, bytes_per_s: float, num_waits: int) -> float:
         if num_ranks == 1:
             return 0.0
         fixed_s = self.spec.latency_s + (num_ranks - 1) * self.spec.hop_s
-        return fixed_s + size_bytes * (num_ranks - 1) / num_ranks / bytes_per_s
+        moved_s = size_bytes * (num_ranks - 1) / num_ranks / bytes_per_s
+        return self.turns * (fixed_s + moved_s) + num_waits * (self.turns - 1) * _SLICE_S
 
     def bandwidth(self, span: int) -> float:
         """Bytes per second between ranks that lie within `span` consecutive ones."""
