@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from storage.errors import Corrupt, Denied, NotFound, StorageError
-from storage.format.sealed import Document
 from storage.held.buddies import PeerCard
 from storage.held.copy_buffer import CopyMemory
 from storage.held.inventory import HeldObject, HeldPart
@@ -23,7 +22,7 @@ from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
 from storage.held.strangers import Strangers
-from storage.held.wire import PROTOCOL, HoldCopy, PeerRefusal, Ready, Wire
+from storage.held.wire import PROTOCOL, HoldCopy, Ready
 from tests.cluster import until
 from tests.storage.held_cases import (
     Anonymous,
@@ -95,27 +94,6 @@ def test_a_copy_that_is_damaged_on_its_way_or_where_it_comes_from_is_held_by_nob
         assert held(b) == []
         assert "does not match" in of(told, "checkpoint_copy_failed")[0]["reason"]
         add(a, Staged(30), 0)
-        assert a.copied(WAIT_S)
-        assert [step for step, _, _ in held(b)] == [30]
-
-
-def test_a_connection_on_which_a_copy_was_refused_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused, go_on = threading.Event(), threading.Event()
-
-    def last_words(wire: Wire, message: Document, *behind: Any) -> None:
-        send(wire, message, *behind)
-        if isinstance(message, PeerRefusal) and not refused.is_set():
-            refused.set()
-            go_on.wait(WAIT_S)  # and only then is the connection closed
-
-    send = Wire.send
-    monkeypatch.setattr(Wire, "send", last_words)
-    with nodes(["a", "b"]) as (a, b):
-        meet([a, b])
-        add(a, Staged(20), 0, change=damaged)
-        assert refused.wait(WAIT_S) and a.copied(WAIT_S)
-        add(a, Staged(30), 0)
-        threading.Timer(0.2, go_on.set).start()
         assert a.copied(WAIT_S)
         assert [step for step, _, _ in held(b)] == [30]
 
