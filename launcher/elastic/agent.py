@@ -213,7 +213,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     def _supervise(self, generation: int) -> RunResult | EndWorkers:
         """Watch one generation to its end: the job's result, or why there has to be another round."""
         while True:
-            self._member.wait(_POLL_S)
+            self._member.wait(self._supervisor.pause_s)
             if self._warm is not None:
                 self._warm.listen()
             self._vitals.look(self._workers)

@@ -52,6 +52,11 @@ class Supervisor:
         """Whether all workers of this node have stopped at their step boundary."""
         return self._supervision.have_yielded
 
+    @property
+    def pause_s(self) -> float:
+        """How long to wait until the next look, if nothing is heard."""
+        return self._supervision.pause_s(time.monotonic())
+
     def look(
         self, generation: int, exit_codes: Collection[int | None], exited: Callable[[], Collection[int]]
     ) -> EndWorkers | FinishJob | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from launcher.rounds.records import Breakage
 
+_LOOK_S, _LOOK_SOON_S = 0.05, 0.01
+
 
 @dataclass(frozen=True)
 class GracePeriods:
@@ -117,6 +119,10 @@ class Supervision:
     def are_awaited(self, now_s: float) -> bool:
         """Whether they were asked to stop and may still be about to; then nobody counts their time as a hang."""
         return self._asked_s is not None and now_s <= self._asked_s + self._graces.yield_s
+
+    def pause_s(self, now_s: float) -> float:
+        """How long to wait until the next look, if nothing is heard: less where a whole job waits for these workers."""
+        return _LOOK_SOON_S if self.are_awaited(now_s) else _LOOK_S
 
     def end_within_step(self, reason: str) -> EndWorkers:
         """How workers are ended that have not come to a step boundary."""

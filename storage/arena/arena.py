@@ -82,7 +82,7 @@ class Arena:
         slot = None
         try:
             if (free := free_bytes()) is None or free >= 2 * size_bytes:
-                slot = Slot.create(size_bytes)
+                slot = Slot.create(size_bytes, is_ahead=True)
         except MemoryError as error:
             log.info("no slot is made ahead: %s", error)
         finally:

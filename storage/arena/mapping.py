@@ -25,6 +25,8 @@ _MADV_COLLAPSE = 25
 _COLLAPSE_S_MAX = 0.25
 """For so much as is made at once; small pages take a third of it. Where free memory is in pieces the kernel moves what
 lies between them, which may take any time."""
+_COLLAPSE_AHEAD_S_MAX = 0.5
+"""The same where nobody waits yet: to map, read and free small pages takes longer each time."""
 _COSTLY_S = 0.002
 """For one huge page. One that is to be had takes a tenth of that, and small pages for as much a third."""
 _WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -103,16 +105,20 @@ class HugePages:
                 _advise(first, last - first, mmap.MADV_HUGEPAGE)
 
 
-def populate(fd: int, address: int, begin: int, stop: int) -> None:
+def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = False) -> None:
     """Have all pages made from one of these bytes to the other, of a file that is mapped at `address`, and enter them
     into this process's tables. What is in them already stays. Raises OSError.
+
+    Args:
+        is_ahead: nobody waits for it, so that huge pages may take longer to be had.
     """
     begin -= begin % PAGE_BYTES
+    seconds_max = _COLLAPSE_AHEAD_S_MAX if is_ahead else _COLLAPSE_S_MAX
     has_huge = True
     for start in range(begin, stop, _AT_ONCE_BYTES):
         length = min(_AT_ONCE_BYTES, stop - start)
         if has_huge:
-            has_huge = _make_huge(address, start, start + length)
+            has_huge = _make_huge(address, start, start + length, seconds_max)
         try:
             _advise(address + start, length, _MADV_POPULATE_WRITE)
         except OSError as error:
@@ -124,9 +130,9 @@ def populate(fd: int, address: int, begin: int, stop: int) -> None:
             np.bitwise_or(pages, 0, out=pages)
 
 
-def _make_huge(address: int, begin: int, stop: int) -> bool:
+def _make_huge(address: int, begin: int, stop: int, seconds_max: float) -> bool:
     """Make huge pages of all that lies between, and say whether that is worth while: whether there were any to be had,
-    without a long search. Where there were none, it stays as it is.
+    within so many seconds. Where there were none, it stays as it is.
 
     That takes a tenth of the time that small pages take, and whoever copies into them, or maps them, is the faster.
     """
@@ -140,7 +146,7 @@ def _make_huge(address: int, begin: int, stop: int) -> bool:
         _advise(address + first, last - first, _MADV_COLLAPSE)
     except OSError:
         return False
-    return time.monotonic() - began_s <= _COLLAPSE_S_MAX
+    return time.monotonic() - began_s <= seconds_max
 
 
 def _advise(address: int, size_bytes: int, advice: int) -> None:

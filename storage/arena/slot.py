@@ -55,15 +55,15 @@ class Slot:
         return ctypes.addressof(self._map)
 
     @classmethod
-    def create(cls, size_bytes: int) -> Self:
-        """A slot of at least that size, in huge pages where the kernel has some.
+    def create(cls, size_bytes: int, *, is_ahead: bool = False) -> Self:
+        """A slot of at least that size, in huge pages where the kernel has some. `is_ahead`: nobody waits for it.
 
         Raises:
             MemoryError: this machine, or this process's cgroup, has not so much memory left.
         """
         slot = cls.create_empty(size_bytes)
         try:
-            slot.populate(0, slot.size_bytes)
+            slot.populate(0, slot.size_bytes, is_ahead=is_ahead)
         except BaseException:
             slot.close()
             raise
@@ -143,14 +143,14 @@ class Slot:
             memory.release()
         self.__dict__.pop("_map", None)  # it goes with the last view of it
 
-    def populate(self, begin: int, stop: int) -> None:
+    def populate(self, begin: int, stop: int, *, is_ahead: bool = False) -> None:
         """Have all pages from one of these bytes to the other made, and entered into this process's tables, so that no
-        copy waits for that. What is in them already stays.
+        copy waits for that. What is in them already stays. `is_ahead`: nobody waits for this either.
 
         Raises MemoryError.
         """
         with _told(self.size_bytes):
-            populate(self._fd, self.address, begin, stop)
+            populate(self._fd, self.address, begin, stop, is_ahead=is_ahead)
 
 
 def _ask_for(size_bytes: int) -> None:

@@ -279,7 +279,7 @@ class LiveState:
             if before is not None:
                 before.close()
             try:
-                self._slot = Slot.create(size_bytes)
+                self._slot = Slot.create(size_bytes, is_ahead=True)
             except MemoryError as error:
                 self._report(CheckpointEvent.LIVE_OFF, reason=str(error))
 

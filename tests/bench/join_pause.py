@@ -7,7 +7,8 @@ interface carries from one process to another, of the bytes that the node which 
 and 0.5 s. What it is made of is told part by part: each is from the end of the one before to its own on all nodes.
 
 `--folder` saves to a folder in memory instead, beside which no gateway works; `--upload-limit` is that of the nodes'
-services, in MiB a second.
+services, in MiB a second. `--at-hand` has so many GiB of free memory at hand when the workers are asked to stop: else
+the pause holds what a virtual machine's host takes to back memory that lay free (`tests.bench.backed`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from tests.bench.backed import at_hand
 from tests.bench.family import ends_with_its_family
 from tests.bench.recovery import SCRIPT, Job, Launcher
 from tests.bench.restore_tiers import MIB, OVER_LINK, OVER_S, link_s, shared_memory
@@ -60,7 +62,7 @@ def launcher(folder: Path, upload_limit: str) -> Launcher:
     return Launcher("elastic-moe run", command, endpoint)
 
 
-def measure(server: S3Server | None, mib: int, upload_limit: str) -> tuple[float, dict[str, float]]:
+def measure(server: S3Server | None, mib: int, upload_limit: str, at_hand_bytes: int) -> tuple[float, dict[str, float]]:
     """The pause of one join in a fresh job, and of it the seconds of each part."""
     with tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True) as text:
         folder = Path(text)
@@ -69,7 +71,9 @@ def measure(server: S3Server | None, mib: int, upload_limit: str) -> tuple[float
         try:
             job.start_node()
             until("a checkpoint", lambda: told(folder, "checkpoint_committed") or job.ended(), START_S)
-            job.start_node()
+            with at_hand(at_hand_bytes):
+                job.start_node()
+                until("the wish to stop", lambda: told(folder, "stop_requested") or job.ended(), DEADLINE_S)
             until("a step of two", lambda: job.steps(2) or job.ended(), DEADLINE_S)
             assert not job.ended(), job.last_words()
         finally:
@@ -106,8 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} repeats")
     parser.add_argument("--folder", action="store_true", help="save to a folder, not to S3")
     parser.add_argument("--upload-limit", default="", metavar="MIB_PER_S", help="what the services send at most")
+    parser.add_argument("--at-hand", type=float, default=0.0, metavar="GIB", help="free memory that is backed before")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    at_hand_bytes = int(options.at_hand * 1024) * MIB
     pauses, links, parts = [], [], list[dict[str, float]]()
     with contextlib.ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(dir=shared_memory(), ignore_cleanup_errors=True)
@@ -116,19 +122,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server = None if options.folder else stack.enter_context(juicefs_gateway(Path(text)))
         os.environ.update(server.environment if server else {})
         for _ in range(QUICK if options.quick else options.repeats):
-            pause_s, of_it = measure(server, options.mib, options.upload_limit)
+            pause_s, of_it = measure(server, options.mib, options.upload_limit, at_hand_bytes)
             pauses.append(pause_s)
             parts.append(of_it)
             links.append(link_s(options.mib * MIB // 2))
             shown = ", ".join(f"{part} {seconds:.2f}" for part, seconds in of_it.items())
             print(f"a join: {pause_s:.2f} s ({shown}), link {links[-1]:.2f} s", file=sys.stderr, flush=True)
     if options.json:
-        found = {"mib": options.mib, "cores": os.cpu_count(), "seconds": pauses, "link": links, "parts": parts}
+        found = {
+            "mib": options.mib,
+            "at_hand_gib": options.at_hand,
+            "cores": os.cpu_count(),
+            "seconds": pauses,
+            "link": links,
+            "parts": parts,
+        }
         print(json.dumps(found))
         return 0
     allowed_s = OVER_LINK * statistics.median(links) + OVER_S
     pause_s = statistics.median(pauses)
     print(f"{options.mib} MiB, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
+    if at_hand_bytes:
+        print(f"{options.at_hand:g} GiB of free memory at hand when the workers are asked to stop")
     for part in dict.fromkeys(part for of_it in parts for part in of_it):
         print(f"    {statistics.median(of_it.get(part, 0.0) for of_it in parts):6.3f} s  {part}")
     print(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
+from tests.bench import backed
 from tests.bench.join_pause import FIRST_STEP, parts_of
+
+MIB = 1024 * 1024
 
 
 def test_each_part_of_a_pause_ends_where_the_last_node_has_come_to_its_end() -> None:
@@ -27,3 +31,15 @@ def test_each_part_of_a_pause_ends_where_the_last_node_has_come_to_its_end() -> 
         FIRST_STEP: 0.25,
     }
     assert sum(seconds for part, seconds in found.items() if not part.startswith("of it")) == pytest.approx(2.25)
+
+
+def test_memory_is_held_while_the_block_lasts_and_free_right_after_it() -> None:
+    def holders() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children() if backed.__name__ in child.cmdline()]
+
+    with backed.at_hand(32 * MIB):
+        (holder,) = holders()
+        assert holder.memory_info().rss > 32 * MIB
+    assert holders() == []
+    with backed.at_hand(0):
+        assert holders() == []

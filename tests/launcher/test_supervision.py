@@ -87,7 +87,9 @@ def test_workers_that_come_to_no_boundary_are_stopped() -> None:
     supervision = Supervision(GRACES, STARTED_S)
     asked = seen(stop="join: c")
     supervision.step(asked, STARTED_S)
+    assert supervision.pause_s(STARTED_S + 300.0) < Supervision(GRACES, STARTED_S).pause_s(STARTED_S), "others wait"
     assert supervision.step(asked, STARTED_S + 300.0) == ()
+    assert supervision.pause_s(STARTED_S + 301.0) == Supervision(GRACES, STARTED_S).pause_s(STARTED_S)
     assert supervision.step(asked, STARTED_S + 301.0) == (TellTimedOut("join: c"), EndWorkers("join: c", 7.0))
 
 

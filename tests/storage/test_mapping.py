@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from storage.arena import mapping
+from storage.arena import slot as slots
+from storage.arena.arena import Arena
 from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, HugePages
 from storage.arena.slot import Slot
 
@@ -102,6 +104,7 @@ def test_where_huge_pages_are_not_to_be_had_nobody_goes_on_looking(monkeypatch: 
             asked.append(size_bytes)
             if mapping._COLLAPSE_S_MAX > 0:
                 raise OSError(errno.EAGAIN, "none")
+            return
         advise(address, size_bytes, advice)
 
     monkeypatch.setattr(mapping, "_advise", refuse)
@@ -113,6 +116,10 @@ def test_where_huge_pages_are_not_to_be_had_nobody_goes_on_looking(monkeypatch: 
         assert asked == [2 * MIB]
         assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes
         slot.close()
+    monkeypatch.setattr(mapping, "_COLLAPSE_AHEAD_S_MAX", 60.0)
+    ahead = Slot.create(6 * MIB, is_ahead=True)
+    assert asked == [2 * MIB] * 4, "there is more time where nobody waits"
+    ahead.close()
 
 
 def test_huge_pages_are_made_of_whole_blocks_only_and_what_is_in_them_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,3 +190,15 @@ def test_huge_pages_are_asked_for_until_one_was_costly_and_what_is_there_stays(
     whole, one = (first, last - first), (first, HUGE_PAGE_BYTES)
     assert asked == ([one] if page_s else [one, whole, one, whole])
     assert pages.are_costly == bool(page_s) and bool((array == 7).all())
+
+
+def test_a_slot_that_is_made_ahead_may_take_longer_than_one_that_a_save_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(slots, "populate", lambda *_, is_ahead: told.append(is_ahead))
+    arena = Arena()
+    arena.prepare(MIB)
+    arena.take(2 * MIB)
+    assert told == [True, False]
+    arena.close()
