@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="machine.json", metavar="FILE", help="default machine.json")
     args = parser.parse_args(argv)
     try:
+        if "://" in args.out:
+            raise UserError(f"--out {args.out} is a URL, and must be a path on this machine")
         job = load(args.job, environ=os.environ)
         device = choose_device(job.train.device, int(os.environ.get("LOCAL_RANK", "0")))
         with process_group(device):

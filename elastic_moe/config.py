@@ -23,7 +23,7 @@ from elastic_moe.machine import MachineSpeed, read_calibration
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.section import NONE
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
-from elastic_moe.urls import PathOrUrl
+from elastic_moe.urls import LocalPath
 from launcher import Environment, MeshSpec
 
 ENV_PREFIX = f"{Environment.prefix}_"
@@ -46,7 +46,7 @@ class MeshConfig(MachineSpeed):
     """Slots that may stay without a worker where fewer ranks are as fast."""
     memory_gib: float | None = Field(None, ge=1e-3, le=1e9)
     """Memory of one rank; none plans without a limit."""
-    calibration: PathOrUrl | None = None
+    calibration: LocalPath | None = None
     """File of measured speeds (`python -m elastic_moe.calibrate`), over which the other fields are laid."""
 
 
@@ -191,7 +191,7 @@ def _from_sets(sets: Iterable[str]) -> Iterator[Setting]:
 
 def _setting(path: tuple[str, ...], text: str, origin: str, form: str) -> Setting:
     if len(path) != 2 or not all(path):
-        homes = [f"{section}.{path[-1]}" for section in _fields(JobConfig) if path[-1] in _fields(JobConfig, section)]
+        homes = _homes(path[-1])
         hint = f"; did you mean {homes[0]}?" if homes else ""
         raise UserError(f"{origin}: write {form}{hint}")
     return Setting(path, _value(text), origin)
@@ -228,6 +228,11 @@ def _fields(model: type[BaseModel], section: str | None = None) -> list[str]:
     return list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
 
 
+def _homes(field: str) -> list[str]:
+    """Where a job file has a field of that name."""
+    return [f"{section}.{field}" for section in _fields(JobConfig) if field in _fields(JobConfig, section)]
+
+
 def _explain(errors: Sequence[ErrorDetails], file: str, settings: Sequence[Setting]) -> str:
     """Tell the first mistake in one line: where it stands, which field, its value, what is allowed."""
     first = errors[0]
@@ -244,7 +249,9 @@ def _mistake(error: ErrorDetails, loc: tuple[str, ...]) -> str:
     name = ".".join(loc[:2])
     if error["type"] == "extra_forbidden":
         known = _fields(JobConfig) if len(loc) == 1 else _fields(JobConfig, loc[0])
-        close = difflib.get_close_matches(loc[-1], known, n=1)
+        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.75)
+        close = close or _homes(loc[-1]) or difflib.get_close_matches(loc[-1], known, n=1)
+        close = close or [name for name in known if loc[-1] in name]
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         return f"unknown {'section' if len(loc) == 1 else 'key'} {_short('.'.join(loc))}; {hint}"
     if error["type"] == "value_error":  # a section's own validator names its fields itself

@@ -37,7 +37,7 @@ def dry_run(args: argparse.Namespace) -> int:
     """Print the table; 1 where the job fits on no number of nodes."""
     spec = job_spec(args.job, args)
     if args.memory_gib or spec.memory_cap_bytes is None:
-        spec = spec.replace(memory_cap_bytes=(args.memory_gib or _DEFAULT_MEMORY_GIB) * GIB)
+        spec = spec.replace(memory_cap_bytes=round((args.memory_gib or _DEFAULT_MEMORY_GIB) * GIB))
     if args.json:
         rows = list(table(spec, args))
         print(json.dumps(as_json(spec, rows), indent=2))

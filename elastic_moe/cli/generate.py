@@ -43,7 +43,7 @@ def register(verbs: Subparsers) -> None:
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="of the draws (default 0)")
     parser.add_argument("--endpoint-url", metavar="URL", help="another server than AWS for s3:// URLs")
     parser.add_argument("--profile", metavar="NAME", help="the profile of the AWS configuration for s3:// URLs")
-    parser.set_defaults(handler=handle)
+    parser.set_defaults(handler=handle, ends_with_reader=True)
 
 
 def handle(args: argparse.Namespace) -> int:

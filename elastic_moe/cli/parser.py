@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 PROG = "elastic-moe"
@@ -51,9 +52,9 @@ class PrintVersion(argparse.Action):
 
 def node_range(text: str) -> range:
     """`"4"` or `"1:16"`, both ends included, as a range of node counts; for argparse's `type`."""
-    least, _, most = text.partition(":")
+    least, colon, most = text.partition(":")
     try:
-        low, high = int(least), int(most or least)
+        low, high = int(least), int(most if colon else least)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither N nor MIN:MAX") from None
     if not 1 <= low <= high:
@@ -77,6 +78,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def local(text: str) -> Path:
+    """A path, and no URL, of which a `Path` would make a folder here; for argparse's `type`."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL, and must be a path on this machine")
+    return Path(text)
+
+
 def natural_int(text: str) -> int:
     """A whole number, zero included; for argparse's `type`."""
     return _at_least(0, text)
@@ -89,6 +97,8 @@ def _at_least(least: int, text: str) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
+    if value >= 1 << 63:  # as in a job file
+        raise argparse.ArgumentTypeError("it is too large")
     return value
 
 

@@ -21,7 +21,7 @@ _MOST_MARKS = 12
 
 def check_picture(path: Path) -> None:
     """Raises UserError where no picture of this name can be drawn here."""
-    if path.suffix not in _FORMATS:
+    if path.suffix.lower() not in _FORMATS:
         raise UserError(f"--picture {path}: the name must end with {', '.join(_FORMATS)}")
     if find_spec("matplotlib") is None:
         raise UserError(

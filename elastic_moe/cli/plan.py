@@ -103,7 +103,7 @@ def _spec(args: argparse.Namespace) -> MeshSpec:
         **measured,
         "global_batch": args.global_batch,
         "max_idle": args.max_idle,
-        "memory_cap_bytes": args.memory_gib * GIB if args.memory_gib else None,
+        "memory_cap_bytes": round(args.memory_gib * GIB) if args.memory_gib else None,
         "expert": args.expert_parallel,
     }
     if args.experts is not None:

@@ -11,23 +11,33 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from elastic_moe.cli.parser import node_range, positive_int
+from elastic_moe.cli.parser import node_range, positive_float, positive_int
+from elastic_moe.errors import UserError
 from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
 
 GIB = 1 << 30
 DEFAULT_NODES = range(1, 17)
 DEFAULT_SLOTS_PER_NODE = 8
 _TELL_EVERY_S = 5.0
+_SLOTS_MAX = 10**8
 
 
 def add_machines(parser: argparse.ArgumentParser | argparse._ArgumentGroup, memory_help: str) -> None:
     """Add the options that say which machines to plan for; None where they are not given."""
     parser.add_argument("--nodes", type=node_range, metavar="MIN:MAX", help="default 1:16")
     parser.add_argument("--slots-per-node", type=positive_int, metavar="N", help="default 8")
-    parser.add_argument("--memory-gib", type=positive_int, metavar="GIB", help=memory_help)
+    parser.add_argument("--memory-gib", type=_gib, metavar="GIB", help=memory_help)
     parser.add_argument(
         "--calibration", metavar="FILE", help="speeds that `python -m elastic_moe.calibrate` has measured"
     )
+
+
+def _gib(text: str) -> float:
+    """For argparse's `type`: within what a job's mesh.memory_gib may be."""
+    value = positive_float(text)
+    if not 1e-3 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0.001 and 1e9")
+    return value
 
 
 def job_spec(path: str, args: argparse.Namespace) -> MeshSpec:
@@ -57,12 +67,21 @@ def table(spec: MeshSpec, args: argparse.Namespace) -> Iterator[Row]:
     """Plan the mesh for each number of nodes by itself, one after the other.
 
     With `--json` nothing is written before the last of them: every few seconds stderr says how far it is.
+
+    Raises:
+        UserError: at once, there are more slots than any cluster has.
     """
     slots_per_node = args.slots_per_node or DEFAULT_SLOTS_PER_NODE
     sizes = args.nodes or DEFAULT_NODES
+    if sizes[-1] * slots_per_node > _SLOTS_MAX:  # a slip, whose factors would be looked for for hours
+        raise UserError(f"--nodes {sizes[-1]} with --slots-per-node {slots_per_node}: at most {_SLOTS_MAX:,} slots")
+    return _planned(spec, sizes, slots_per_node, tells=args.json)
+
+
+def _planned(spec: MeshSpec, sizes: range, slots_per_node: int, *, tells: bool) -> Iterator[Row]:
     told_s = time.monotonic()
     for num_done, num_nodes in enumerate(sizes):
-        if args.json and time.monotonic() - told_s >= _TELL_EVERY_S:
+        if tells and time.monotonic() - told_s >= _TELL_EVERY_S:
             told_s = time.monotonic()
             print(f"planned for {num_done} of {len(sizes)} numbers of nodes", file=sys.stderr, flush=True)
         slots = num_nodes * slots_per_node

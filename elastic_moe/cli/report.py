@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from elastic_moe.cli.parser import PROG, one_line
+from elastic_moe.cli.parser import PROG, local, one_line
 from elastic_moe.cli.picture import check_picture, draw_picture, find_metrics
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
@@ -70,7 +70,7 @@ def register(verbs: Subparsers) -> None:
     )
     parser.add_argument("paths", nargs="*", type=Path, metavar="LOG_DIR", help="folder of `run --log-dir`, or a file")
     parser.add_argument("--json", action="store_true", help="write JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the training as well: .png, .svg or .pdf")
+    parser.add_argument("--picture", type=local, metavar="FILE", help="draw the training as well: .png, .svg or .pdf")
     parser.add_argument(
         "--metrics", nargs="+", type=Path, metavar="FILE", help="of the picture: the job's train.metrics, of each node"
     )

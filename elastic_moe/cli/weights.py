@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from elastic_moe.cli.parser import positive_int
+from elastic_moe.cli.parser import local, positive_int
 from elastic_moe.cli.s3_options import with_s3_options
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import TRAINING_FIELDS
@@ -46,7 +51,7 @@ def register(actions: Subparsers) -> None:
         epilog=_EXPORT_EPILOG,
     )
     export.add_argument("url", metavar="URL", help="a run's folder or URL, or one step of it")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to make")
+    export.add_argument("folder", metavar="FOLDER", type=local, help="the folder to make")
     export.add_argument("--format", choices=("hf",), default="hf", help="the folder's form (default hf)")
     export.add_argument(
         "--dtype",
@@ -65,8 +70,8 @@ def register(actions: Subparsers) -> None:
         description="Write a job file that trains on from a folder of transformers.",
         epilog=_IMPORT_EPILOG,
     )
-    action.add_argument("folder", metavar="FOLDER", type=Path, help="holds config.json and safetensors")
-    action.add_argument("--out", metavar="JOB.toml", type=Path, help="the file to write (default: standard output)")
+    action.add_argument("folder", metavar="FOLDER", type=local, help="holds config.json and safetensors")
+    action.add_argument("--out", metavar="JOB.toml", type=local, help="the file to write (default: standard output)")
     action.add_argument("--upcycle-experts", type=positive_int, metavar="N", help="make N experts of a dense layer")
     action.add_argument("--top-k", type=positive_int, metavar="K", help="experts a token then goes to (default 2)")
     action.set_defaults(handler=_import)
@@ -82,10 +87,27 @@ def _export(args: argparse.Namespace) -> int:
         if not args.quiet and sys.stderr.isatty():
             print(f"\r{done} of {total} parts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    with TrainedModel(url) as trained:
+    with _unwound_by_sigterm(), TrainedModel(url) as trained:
         export(trained, args.folder, args.dtype, tell)
     print(f"step {trained.step} of {args.url} is in {args.folder}")
     return 0
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does: what was begun is removed before the process ends."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -103,14 +125,28 @@ def _import(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text, end="")
         return 0
-    try:
-        with open(args.out, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{args.out} exists: name another file, or remove it") from None
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}") from None
+    _write_new(args.out, text)
     return 0
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that must not be there yet; none is left where the disk is full.
+
+    Raises:
+        UserError: it is there, or cannot be written.
+    """
+    try:
+        file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - the block below must not catch what this raises
+    except FileExistsError:
+        raise UserError(f"{path} exists: name another file, or remove it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

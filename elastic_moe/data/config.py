@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, model_validator
 
 from elastic_moe.section import Section
-from elastic_moe.urls import PathOrUrl
+from elastic_moe.urls import LocalPath, PathOrUrl
 
 
 class DataConfig(Section):
@@ -36,7 +36,7 @@ class DataConfig(Section):
     may_change: bool = False
     """Go on from a checkpoint of other data, another tokenizer or another way of packing, which is refused
     otherwise: from there on a step holds the samples that it would have held in a new job with these."""
-    cache: PathOrUrl | None = None
+    cache: LocalPath | None = None
     """Local folder that the processes of a node share, for token ids of what is not read where it lies: remote and
     compressed files, JSON lines, parquet, and all that a tokenizer has read. None means `elastic-moe` in
     `$XDG_CACHE_HOME`, or in `~/.cache`."""

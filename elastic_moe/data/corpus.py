@@ -22,25 +22,25 @@ import numpy.typing as npt
 
 from elastic_moe.data.cache import TokenCache, TokenSink, default_folder, parts_to_check
 from elastic_moe.data.config import DataConfig
-from elastic_moe.data.documents import JoinedArrays, TextFiles
+from elastic_moe.data.documents import JoinedArrays, TextFiles, TokenFile
 from elastic_moe.data.formats import SNIFFED_BYTES, DataFormat, refuse_binary
 from elastic_moe.data.order import Int64s
 from elastic_moe.data.progress import ReadProgress
 from elastic_moe.data.sources import (
     Piece,
     SourceFile,
-    check_tokens,
     find_sources,
     pieces,
     stdlib_files,
     token_header,
 )
+from elastic_moe.data.stores import tells_of_a_store
 from elastic_moe.data.tokenizer import FileTokenizer, Ids, TextTokenizer, TokenizerFiles, open_tokenizer
 from elastic_moe.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]] | TextFiles | JoinedArrays
+Tokens = npt.NDArray[np.unsignedinteger[Any]] | TextFiles | TokenFile | JoinedArrays
 
 _FILE_BYTES = 64 << 20  # of sources that become one file of the cache, where they are smaller
 _BATCH_BYTES = 4 << 20  # of text that is tokenized at once
@@ -114,9 +114,18 @@ def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None)
         raise UserError(f"data.url {config.url!r} cannot be read, there is no such file: {error}") from error
     except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"data.url {config.url!r} cannot be read: {' '.join(str(error).split())}") from error
-    except ValueError as error:
-        # fsspec's answer to a protocol that it does not know.
-        raise UserError(f"data.url {config.url!r}: {error}") from error
+    except Exception as error:
+        # ValueError is fsspec's answer to a protocol that it does not know.
+        if not isinstance(error, ValueError) and (isinstance(error, UserError) or not tells_of_a_store(error)):
+            raise
+        raise UserError(f"data.url {config.url!r}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not holds_ids and config.tokenizer is None and config.end_of_document:
+        raise UserError(
+            f"data.end_of_document = {config.end_of_document}, and text that is read as bytes ends its documents by 0:"
+            " leave it out, or set data.tokenizer"
+        )
+    if vocab_size is not None and (holds_ids or not tokenizer.digest):
+        _check_vocabulary(shards, vocab_size)
     end = None
     if config.document_mask:
         end = _end_of_document(config, tokenizer, holds_ids=holds_ids)
@@ -172,6 +181,20 @@ def _end_of_document(config: DataConfig, tokenizer: TextTokenizer, *, holds_ids:
     return config.end_of_document
 
 
+def _check_vocabulary(shards: Sequence[Tokens], vocab_size: int) -> None:
+    """Raises UserError where the model lacks a token of the data, as far as they are looked at: before a step is done,
+    for the one that finds it later is lost with all since the last checkpoint.
+    """
+    for shard in shards:
+        if vocab_size > np.iinfo(shard.dtype).max:
+            continue
+        highest = max((int(part.max()) for part in parts_to_check(shard) if len(part)), default=0)
+        if highest >= vocab_size:
+            raise UserError(
+                f"the data holds token {highest} but model.vocab_size is {vocab_size}: raise it above the token"
+            )
+
+
 def _check_end(end: int, shards: Sequence[Tokens], vocab_size: int | None) -> None:
     """Raises UserError where the model has no token that ends documents; warns where the data seem to have none."""
     if vocab_size is not None and end >= vocab_size:
@@ -191,14 +214,12 @@ def _text_files(sources: Sequence[SourceFile], *, sniff: bool) -> TextFiles:
 
 
 def _local_tokens(path: str) -> Tokens:
-    try:
-        shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"token shard {path} is not a .npy array: {error}") from error
-    if not isinstance(shard, np.ndarray):
-        raise UserError(f"token shard {path} is an archive of arrays: save one array as .npy")
-    check_tokens(shard.dtype, shard.shape, path)
-    return shard
+    with open(path, "rb") as file:  # not `np.load`, which would advise to unpickle what is no array
+        dtype, count = token_header(file, path)
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    if lacking := max(0, begin + count * dtype.itemsize - size):
+        raise _too_short(path, lacking)
+    return TokenFile(path, dtype, begin, count)
 
 
 def _grouped(sources: Sequence[SourceFile]) -> list[list[SourceFile]]:
@@ -249,16 +270,16 @@ def _write_group(
             waiting.append(piece)
             num_bytes += len(piece.text)
             if num_bytes >= _BATCH_BYTES:
-                _tokenize(waiting, source.path, tokenizer, sink)
+                _tokenize(waiting, f"data.url {source.path}", tokenizer, sink)
                 sink.mark(number)
                 waiting, num_bytes = [], 0
-        _tokenize(waiting, source.path, tokenizer, sink)
+        _tokenize(waiting, f"data.url {source.path}", tokenizer, sink)
         sink.mark(number)
 
 
-def _tokenize(batch: list[Piece], path: str, tokenizer: TextTokenizer, sink: TokenSink) -> None:
+def _tokenize(batch: list[Piece], origin: str, tokenizer: TextTokenizer, sink: TokenSink) -> None:
     end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
-    for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch], path), strict=True):
+    for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch], origin), strict=True):
         sink.append(ids)
         if piece.is_last:
             sink.append(end)
@@ -281,4 +302,8 @@ def _copy_tokens(source: SourceFile, progress: ReadProgress, sink: TokenSink) ->
             rest = part[whole:]
             sink.mark(count - (left + len(rest)) // dtype.itemsize)
     if left:
-        raise UserError(f"token shard {source.path} is not a .npy array: it is {left} bytes shorter than it says")
+        raise _too_short(source.path, left)
+
+
+def _too_short(path: str, num_bytes: int) -> UserError:
+    return UserError(f"token shard {path} is not a .npy array: it is {num_bytes} bytes shorter than it says")

@@ -1,6 +1,6 @@
-"""Rows of tokens that lie in pieces: local text that is read by ranges, and arrays end to end.
+"""Rows of tokens that lie in pieces or in files: local text and ids that are read by ranges, and arrays end to end.
 
-Both have what numpy's arrays have of a row: `len`, `dtype` and slices.
+All have what numpy's arrays have of a row: `len`, `dtype` and slices.
 """
 
 from __future__ import annotations
@@ -54,6 +54,35 @@ class TextFiles:
                 out[at - start : upto - start] = np.frombuffer(text, dtype=np.uint8)
             at, document = end, document + 1
         return out
+
+
+class TokenFile:
+    """Token ids in a local file where they lie."""
+
+    def __init__(self, path: str, dtype: np.dtype[Any], begin: int, count: int) -> None:
+        """Args:
+        begin: the byte at which they begin.
+        count: how many they are.
+        """
+        self._path = path
+        self._begin = begin
+        self._count = count
+        self.dtype = dtype
+        self.itemsize = dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def nbytes(self) -> int:
+        return self._count * self.itemsize
+
+    def __getitem__(self, which: slice) -> Ids:
+        start, stop, _ = which.indices(self._count)
+        if stop <= start:
+            return np.empty(0, self.dtype)
+        at = (self._begin + index * self.itemsize for index in (start, stop))
+        return np.frombuffer(_opened(self._path).read(*at), dtype=self.dtype)
 
 
 class JoinedArrays:

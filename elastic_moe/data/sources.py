@@ -40,6 +40,7 @@ _VERSION_KEYS = (
 )
 _PART_BYTES = 1 << 20
 _MAX_LINE_BYTES = 256 << 20
+_SILENCE_S = 60.0  # of a web server's
 _ROWS = 512
 
 
@@ -51,6 +52,7 @@ class SourceFile:
         fs: its fsspec file system.
         num_bytes: as it lies there, compressed or not.
         identity: changes with its content, as far as the file system tells.
+        has_ranges: whether parts of it can be asked for; of a web server's that does not say so it is read in one go.
     """
 
     fs: Any
@@ -58,6 +60,11 @@ class SourceFile:
     kind: FileKind
     num_bytes: int
     identity: str
+    has_ranges: bool = True
+
+    def open(self) -> Any:
+        """The file, to be read from its beginning to its end."""
+        return self.fs.open(self.path, "rb", **({} if self.has_ranges else {"block_size": 0}))
 
     @property
     def is_local(self) -> bool:
@@ -83,12 +90,16 @@ def find_sources(config: DataConfig) -> list[SourceFile]:
         fs = fsspec.filesystem("file")
         found = {str(path): fs.info(str(path)) for path in stdlib_files()}
         return [_source(fs, path, info, FileKind(DataFormat.TEXT)) for path, info in found.items()]
-    fs, path = fsspec.core.url_to_fs(config.url)
+    fs, path = fsspec.core.url_to_fs(config.url, **_patience(config.url))
     found = _expand(fs, path)
     kinds = {path: recognise(path, config.format) for path in found}
-    if len(formats := {kind.format for kind in kinds.values()}) > 1:
-        raise UserError(f"data.url {config.url!r} mixes {' and '.join(sorted(formats))} files: name one kind of them")
-    return [_source(fs, path, found[path], kinds[path]) for path in sorted(found)]
+    of_format = {kind.format: path for path, kind in kinds.items()}
+    if len(of_format) > 1:
+        named = " and ".join(f"{name} ({PurePosixPath(of_format[name]).name})" for name in sorted(of_format))
+        raise UserError(f"data.url {config.url!r} mixes {named} files: name one kind of them")
+    # A listing of the web is names alone, of files that may have changed.
+    infos = {path: info if info.get("size") is not None else fs.info(path) for path, info in found.items()}
+    return [_source(fs, path, infos[path], kinds[path]) for path in sorted(found)]
 
 
 def stdlib_files() -> list[Path]:
@@ -113,7 +124,7 @@ def pieces(source: SourceFile, config: DataConfig, progress: ReadProgress) -> It
     if source.kind.format is DataFormat.PARQUET:
         yield from _rows(source, config.text_field, progress)
         return
-    with source.fs.open(source.path, "rb") as raw:
+    with source.open() as raw:
         file = _unpacked(raw, source)
         counted = 0
         read = _lines(file, source.path, config.text_field) if source.kind.format is DataFormat.JSONL else _text(file)
@@ -164,8 +175,18 @@ def check_tokens(dtype: np.dtype[Any], shape: tuple[int, ...], path: str) -> Non
         )
 
 
+def _patience(url: str) -> dict[str, Any]:
+    """Options of fsspec's for the web: aiohttp gives a file five minutes in all, also one that is read in one go."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    from aiohttp import ClientTimeout
+
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)}}
+
+
 def _expand(fs: Any, path: str) -> dict[str, Any]:
-    if any(sign in path for sign in "*?["):
+    is_pattern = any(sign in path for sign in "*?[") and not fs.exists(path)  # names may have such signs
+    if is_pattern:
         found = {path: info for path, info in fs.glob(path, detail=True).items() if info["type"] != "directory"}
     elif fs.isdir(path):
         found = fs.find(path, detail=True)
@@ -178,7 +199,7 @@ def _expand(fs: Any, path: str) -> dict[str, Any]:
     else:
         found = {path: fs.info(path)}
     if not found:
-        raise FileNotFoundError(path)
+        raise UserError(f"data.url: no file {'is named like' if is_pattern else 'to read is in'} {path}")
     return found
 
 
@@ -198,7 +219,9 @@ def _source(fs: Any, path: str, info: dict[str, Any], kind: FileKind) -> SourceF
     if not versions:
         log.info("data: %s does not say when it was changed: it counts as the same while its size is", path)
     content = "\n".join([f"{np.atleast_1d(fs.protocol)[0]}://{path}", str(info.get("size")), *versions])
-    return SourceFile(fs, path, kind, int(info.get("size") or 0), hashlib.sha256(content.encode()).hexdigest())
+    has_ranges = "https" not in np.atleast_1d(fs.protocol) or info.get("partial") is True
+    identity = hashlib.sha256(content.encode()).hexdigest()
+    return SourceFile(fs, path, kind, int(info.get("size") or 0), identity, has_ranges)
 
 
 def _unpacked(raw: Any, source: SourceFile) -> Any:

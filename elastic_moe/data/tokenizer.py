@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.data.config import DataConfig
+from elastic_moe.data.stores import tells_of_a_store
 from elastic_moe.errors import UserError
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -95,6 +96,11 @@ class FileTokenizer:
             UserError: it is no tokenizer, `tokenizers` is not installed, or it is not known what ends a document.
         """
         self._tokenizer = _parsed(files.tokenizer, origin)
+        if dropout := getattr(self._tokenizer.model, "dropout", None):
+            raise UserError(
+                f"data.tokenizer: {origin} has a dropout of {dropout:g}, by which a text has other ids each time: set "
+                "model.dropout to null in it"
+            )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -138,10 +144,15 @@ class FileTokenizer:
             if wanted >= self.num_tokens:
                 raise UserError(f"data.end_of_document is {wanted}, and {origin} has {self.num_tokens} tokens")
             return wanted
-        names = [wanted] if wanted else [*_eos_names(config), *_USUAL_ENDS]
-        for name in names:
+        told = [] if wanted else _eos_names(config, origin)
+        for name in [wanted] if wanted else told or _USUAL_ENDS:
             if (found := self._tokenizer.token_to_id(name)) is not None:
                 return int(found)
+        if told:
+            raise UserError(
+                f"{origin} has no token {told[0]!r}, which the {CONFIG_FILE} beside it names as its eos_token: set "
+                "data.end_of_document to a token's name or id"
+            )
         if wanted:
             raise UserError(f"data.end_of_document is {wanted!r}, which {origin} has no token for")
         raise UserError(
@@ -178,9 +189,11 @@ def read_tokenizer(url: str) -> TokenizerFiles:
         content = _read(fs, path)
         beside = f"{path.rpartition('/')[0]}/{CONFIG_FILE}"
         return TokenizerFiles(content, _read(fs, beside) if fs.exists(beside) else b"")
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:
         # ValueError is fsspec's answer to a protocol that it does not know.
-        raise UserError(f"data.tokenizer {url!r} cannot be read: {error}") from error
+        if not isinstance(error, (OSError, ImportError, ValueError)) and not tells_of_a_store(error):
+            raise
+        raise UserError(f"data.tokenizer {url!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read(fs: Any, path: str) -> bytes:
@@ -206,12 +219,16 @@ def _parsed(content: bytes, origin: str) -> Any:
         raise UserError(f"data.tokenizer: {origin} is not a {FILE} of Hugging Face's: {why}") from None
 
 
-def _eos_names(config: bytes) -> list[str]:
-    """The end-of-sequence token that a `tokenizer_config.json` names: as text, or as an object with its text."""
+def _eos_names(config: bytes, origin: str) -> list[str]:
+    """The end-of-sequence token that a `tokenizer_config.json` names: as text, or as an object with its text.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
     try:
         named = json.loads(config).get("eos_token") if config else None
-    except (ValueError, AttributeError):
-        return []
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"data.tokenizer: the {CONFIG_FILE} beside {origin} is not a JSON object") from None
     content = named.get("content") if isinstance(named, dict) else named
     return [content] if isinstance(content, str) else []
 
@@ -221,6 +238,6 @@ def _utf8(text: bytes, origin: str) -> str:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data.url: {origin} is not UTF-8 ({error.reason}: {text[error.start : error.start + 4]!r}), which a "
+            f"{origin} is not UTF-8 ({error.reason}: {text[error.start : error.start + 4]!r}), which a "
             "tokenizer reads: convert it (iconv -t utf-8)"
         ) from None

@@ -34,13 +34,21 @@ _FIELDS = {
     "num_experts_per_tok": "top_k",
     "initializer_range": "init_std",
 }
-_DEFAULTS = {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+_SIZES = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_DEFAULTS = _SIZES | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+}
 """What `transformers` takes for keys of `MixtralConfig` that a file leaves out, where ours would be another."""
 _THETA = 1e6
 _OF_EXPERTS = ("num_local_experts", "num_experts_per_tok")
 _DENSE: dict[str, dict[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "vocab_size": 32000},
-    "mistral": {"rms_norm_eps": 1e-6, "vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": _SIZES | {"rms_norm_eps": 1e-6, "intermediate_size": 11008},
+    "mistral": _SIZES
+    | {"rms_norm_eps": 1e-6, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
 }
 """The same of `LlamaConfig` and `MistralConfig`; the former has as many key heads as query heads."""
 _DENSE_THETA = 1e4
@@ -96,6 +104,8 @@ def model_config(theirs: Mapping[str, Any], origin: str, upcycling: Upcycling | 
     if not is_dense(theirs):
         _check_keys(theirs, origin)
         given = {ours: theirs.get(key, _DEFAULTS.get(key)) for key, ours in _FIELDS.items()}
+        if given["num_kv_heads"] is None:
+            given["num_kv_heads"] = given["num_heads"]
         return _validated(given | {"rope_theta": _rope_theta(theirs, origin, _THETA)}, origin)
     if upcycling is None:
         raise UserError(f"{origin}: a {kind} has no experts: import it with --upcycle-experts")
@@ -147,8 +157,11 @@ def _rope_theta(theirs: Mapping[str, Any], origin: str, default: float) -> float
         if key == "partial_rotary_factor" and value in (None, 1.0):
             continue
         raise UserError(f"{origin}: rope_parameters.{key} is {value!r}: rotary positions are not scaled here")
-    theta = parameters.get("rope_theta", theirs.get("rope_theta"))
-    if theta is not None and not isinstance(theta, (int, float)):
+    told = [found["rope_theta"] for found in (parameters, theirs) if found.get("rope_theta") is not None]
+    theta = told[0] if told else None
+    if told and theta != told[-1]:
+        raise UserError(f"{origin}: rope_theta is {told[-1]!r}, and rope_parameters.rope_theta {theta!r}: which is it?")
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
         raise UserError(f"{origin}: rope_theta is {theta!r}, not a number")
     return default if theta is None else float(theta)
 

@@ -171,7 +171,16 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no .safetensors file")
-    return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - it is no mapping
+    found: dict[str, Path] = {}
+    for file in files:
+        for name in _open(file).keys():  # noqa: SIM118 - it is no mapping
+            if name in found:
+                raise UserError(
+                    f"{folder}: {found[name].name} and {file.name} both hold the tensor {name}, and there is no "
+                    f"{_INDEX} that says which counts: leave the files of one model there"
+                )
+            found[name] = file
+    return found
 
 
 def _open(path: Path) -> Any:

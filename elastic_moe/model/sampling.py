@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from elastic_moe.errors import UserError
 from elastic_moe.model.decoder import Decoder
 
 
@@ -22,13 +23,20 @@ def sample(
         prompt: token ids, one at least.
         temperature: divides the logits; 0 takes the likeliest token.
         window: most positions that the model sees, as many as it was trained on.
+
+    Raises:
+        UserError: the model's logits are not finite.
     """
     draw = torch.Generator().manual_seed(seed)
     tokens_S = list(prompt)
     for _ in range(num_tokens):
-        logits_V = model(torch.tensor([tokens_S[-window:]])).logits_BSV[0, -1].float()
+        logits_V = model(torch.tensor([tokens_S[-window:]])).logits_BSV[0, -1].double()
+        if not logits_V.isfinite().all():
+            raise UserError("the model's logits are not finite: take a healthy step of the run (`elastic-moe ckpt ls`)")
         if temperature > 0:
-            token = int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=draw))
+            # However near to 0 the temperature is, the likeliest token divides to 0 and the others to less.
+            scores_V = (logits_V - logits_V.max()) / temperature
+            token = int(torch.multinomial(scores_V.softmax(0), 1, generator=draw))
         else:
             token = int(logits_V.argmax())
         tokens_S.append(token)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from elastic_moe.section import Section
-from elastic_moe.urls import PathOrUrl
+from elastic_moe.urls import LocalPath, PathOrUrl
 from storage import UsageError, parse_every
 
 
@@ -48,7 +48,7 @@ class TrainConfig(Section):
     """Optimizer steps of the whole job, over all its restarts."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the initial weights and the order of the samples."""
-    init_from: PathOrUrl | None = None
+    init_from: LocalPath | None = None
     """Folder of a Mixtral in Hugging Face's form whose weights a first start takes in place of random ones, or of a
     dense Llama or Mistral, whose layers become experts; `[model]` must describe what comes of it (`elastic-moe ckpt
     import` writes such a job file). Each rank reads what it holds."""
@@ -87,7 +87,7 @@ class TrainConfig(Section):
     """
     validation_sequences: int = Field(256, ge=1)
     """Sequences of a validation, at most: always the first of those held out."""
-    metrics: PathOrUrl | None = "metrics.jsonl"
+    metrics: LocalPath | None = "metrics.jsonl"
     """File that rank 0 appends a JSON line to for each step; none writes none."""
     log_every: int = Field(10, ge=1)
     """Steps between two lines of progress on the log, and between two of the metrics that have each expert's load."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe import heap
-from elastic_moe.config import JobConfig
+from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.data import DataConfig
 from elastic_moe.errors import Stopped
 from elastic_moe.events import TrainerEvent
@@ -25,6 +25,7 @@ from elastic_moe.trainer.config import CheckpointConfig
 from elastic_moe.trainer.loop import Loop
 from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.optimizer import set_step
+from elastic_moe.trainer.room import check_room, room_of
 from elastic_moe.trainer.schedule import may_move
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
@@ -61,7 +62,10 @@ def train(job: JobConfig) -> None:
         heap.keep_freed()
     under_agent = Environment.from_env(os.environ).channel is not None
     with StopSignals(under_agent=under_agent) as signals, process_group(device):
-        plan = choose_plan(job, here, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        plan = choose_plan(job, here, ranks_per_node=num_local)
+        num_sharing = num_local if device.type == "cpu" else 1
+        check_room(plan, mesh_spec(job), num_ranks=num_sharing, room_bytes=room_of(device), may_grow=under_agent)
         meshes = build_mesh(plan, device)
         stepper, progress = set_up(job, meshes, here.rank, device)
         state = training_state(stepper.model, stepper.optimizer, progress)
@@ -81,6 +85,7 @@ def train(job: JobConfig) -> None:
             if checkpointer is None or not restore(checkpointer, state, stepper, progress, job.data):
                 first_weights(stepper.model, job)
             teller = stack.enter_context(open_teller(job, here, plan, device, progress.step))
+            signals.begin()
             Loop(job, here, stepper, progress, state, checkpointer, teller, signals, saves).run()
         if signals.received and progress.step < job.train.steps:
             where = f"its state is in {job.checkpoint.url}" if job.checkpoint.url else "without a checkpoint.url"

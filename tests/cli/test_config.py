@@ -113,6 +113,12 @@ def test_mistakes_outside_the_file(job: Path, sets: list[str], environ: dict[str
     ("content", "line"),
     [
         (b"[train]\nstep = 3\n", "{job}: unknown key train.step; did you mean steps?"),
+        (b"[train]\nlr = 1.0\n", "{job}: unknown key train.lr; did you mean optim.lr?"),
+        (b"[model]\ntokenizer = 'x'\n", "{job}: unknown key model.tokenizer; did you mean data.tokenizer?"),
+        (b"[train]\nbatch = 3\n", "{job}: unknown key train.batch; did you mean global_batch?"),
+        (b"steps = 3\n", "{job}: unknown section steps; did you mean train.steps?"),
+        (b"[optimizer]\nlr = 1.0\n", "{job}: unknown section optimizer; did you mean optim?"),
+        (b"[data]\ntext_field = 'a'\njsonl_field = 'b'\n", "{job}: unknown key data.jsonl_field; known are url"),
         (b"[train]\nsteps = '3 days'\n", "{job}: train.steps = '3 days': it must be a valid integer"),
         (b"train = 3\n", "{job}: train = 3: "),
         (b"[train\n", "{job} is not a TOML file: "),

@@ -76,6 +76,7 @@ def test_memory_comes_from_the_flag_or_the_job_or_is_80(job: str, capsys: pytest
     assert cap() == 80
     assert cap("--set", "mesh.memory_gib=40.5") == 40.5
     assert cap("--set", "mesh.memory_gib=40.5", "--memory-gib", "141") == 141
+    assert cap("--memory-gib", "74.5") == 74.5
 
 
 def test_what_replicas_of_experts_take_for_granted_is_told(job: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +118,12 @@ def test_a_calibration_lies_under_the_job(job: str, tmp_path: Path, capsys: pyte
         (["{job}", "--dry-run", "--calibration", "{job}"], "calibration {job} is no JSON"),
         (["{job}", "--dry-run", "--calibration", "{tmp}/odd.json"], "{tmp}/odd.json: unknown field flops; known are"),
         (["{job}", "--dry-run", "--calibration", "{tmp}/less.json"], "hop_s = -1 must be a number above 0"),
+        (["{job}", "--dry-run", "--nodes", "4:"], "argument --nodes: '4:' is neither N nor MIN:MAX"),
+        (["{job}", "--dry-run", "--nodes", "9" * 30], "at most 100,000,000 slots"),
+        (["{job}", "--dry-run", "--slots-per-node", "9" * 15], "with --slots-per-node 999999999999999: at most"),
+        (["{job}", "--dry-run", "--slots-per-node", "9" * 30], "argument --slots-per-node: it is too large"),
+        (["{job}", "--dry-run", "--memory-gib", "1e300"], "argument --memory-gib: '1e300' is not between"),
+        (["{job}", "--dry-run", "--memory-gib", "0"], "argument --memory-gib: '0' is not a number > 0"),
         (["{job}", "--nodes", "2"], "--nodes is of the dry run: give --dry-run too, or leave it out"),
         (["{job}", "--memory-gib", "2"], "--memory-gib is of the dry run"),
         (["{job}", "--json"], "--json is of the dry run"),

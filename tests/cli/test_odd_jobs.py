@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,24 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line) as caught:
             config.load(path, environ={})
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["train.metrics", "train.init_from", "data.cache", "mesh.calibration"])
+@pytest.mark.parametrize("url", ["s3://bucket/x", "file:///tmp/x"])
+def test_a_url_is_no_local_path(field: str, url: str, tmp_path: Path) -> None:
+    """The system would make a folder of that name, here, of which nobody knows."""
+    (tmp_path / "job.toml").touch()
+    with pytest.raises(UserError, match=r"is a URL, and must be a path on this machine|cannot be read"):
+        config.load(tmp_path / "job.toml", sets=[f"{field}={url}"], environ={})
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/run", "gs:/bucket/run", "fsspec+s3:/bucket"])
+def test_a_url_with_one_slash_is_no_folder(url: str) -> None:
+    for section in ("checkpoint", "data"):
+        with pytest.raises(UserError, match=rf"{section}\.url: '{re.escape(url)}' has one slash: write "):
+            config.checked({section: {"url": url}}, "job.toml")
+    for fine in (f"./{url}", "file:/tmp/x", "C:/x", "simplecache::http://host/x", "zip://*::/tmp/x.zip"):
+        assert config.checked({"data": {"url": fine}}, "job.toml").data.url == fine
 
 
 @pytest.mark.parametrize("name", ["a job.toml", "jöb ☃.toml", "-job.toml", "job.toml/", "../{here}/./job.toml"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,21 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         export(TrainedModel(str(run)), tmp_path / "exported", "bfloat16", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_ended_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a scheduler: the folders of many gigabytes would pile up, under names that nobody sees."""
+
+    def write(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int, int], None]) -> None:
+        export(trained, folder, dtype, lambda done, total: signal.raise_signal(signal.SIGTERM))
+
+    monkeypatch.setattr("elastic_moe.huggingface.export.export", write)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["ckpt", "export", str(run), str(tmp_path / "exported")])
+    assert ended.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_generate_writes_bytes(run: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from elastic_moe.cli import weights
 from elastic_moe.cli.main import main
 from elastic_moe.cli.weights import job_text
 from elastic_moe.errors import UserError
@@ -88,7 +90,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
         lambda t: t.config.update(num_attention_heads=3, num_key_value_heads=2),
         "num_heads 3 is",
     ),
-    "theta is not finite": (lambda t: t.config.update(rope_parameters={"rope_theta": 1e999}), "finite"),
+    "theta is not finite": (lambda t: t.config.update(rope_theta=1e999, rope_parameters=None), "finite"),
+    "theta is true": (lambda t: t.config.update(rope_theta=True, rope_parameters=None), "rope_theta is True, not a n"),
+    "two thetas": (lambda t: t.config.update(rope_theta=5.0), "rope_theta is 5.0, and rope_parameters.rope_theta 100"),
+    "no sizes": (lambda t: t.config.pop("hidden_size"), "has shape (20, 8), its config's has (20, 4096)"),
+    "no layers": (lambda t: t.config.pop("num_hidden_layers"), "the tensor model.layers.1."),
     "an unknown key": (lambda t: t.config.update(attention_sinks=4), "attention_sinks is 4, and it is not known"),
 }
 
@@ -104,6 +110,75 @@ def test_one_line_says_what_is_wrong(what: str, tmp_path: Path, capsys: pytest.C
     assert message in line
     assert line.count("\n") == 1
     assert not (tmp_path / "job.toml").exists()
+
+
+def test_as_many_key_heads_as_heads_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`transformers` takes null for that; a key that is not there is another matter."""
+    told = good()
+    told.config.update(num_attention_heads=1, num_key_value_heads=None, head_dim=4)
+    for name in ("q_proj", "o_proj"):
+        name = f"model.layers.0.self_attn.{name}.weight"
+        whole = told.tensors[name]
+        told.tensors[name] = whole[:4].clone() if whole.shape[0] == 8 and "q_proj" in name else whole[:, :4].clone()
+    write(told, tmp_path)
+    assert run(tmp_path, capsys, "--out", str(tmp_path / "job.toml")) == (0, "")
+    assert "num_kv_heads = 1\n" in (tmp_path / "job.toml").read_text()
+
+
+def test_a_tensor_in_two_files_is_not_chosen_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = good()
+    write(told, tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({HEAD: torch.zeros(20, 8)}, tmp_path / "two.safetensors")
+    code, line = run(tmp_path, capsys)
+    assert code == 2
+    assert f"one.safetensors and two.safetensors both hold the tensor {HEAD}" in line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["import", "s3://bucket/mixtral"],
+        ["import", "{tmp}", "--out", "s3://bucket/job.toml"],
+        ["export", "{tmp}", "s3://bucket/mixtral"],
+    ],
+)
+def test_a_bucket_is_no_folder_here(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["ckpt", *(part.format(tmp=tmp_path) for part in argv)])
+    assert ended.value.code == 2
+    assert "is a URL, and must be a path on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_file_that_does_not_fit_the_disk_is_not_left_in_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(good(), tmp_path)
+    monkeypatch.setattr(weights, "open", Full, raising=False)
+    code, line = run(tmp_path, capsys, "--out", str(tmp_path / "job.toml"))
+    assert (code, line) == (2, f"elastic-moe: error: {tmp_path}/job.toml cannot be written: No space left on device\n")
+    assert not (tmp_path / "job.toml").exists()
+
+
+class Full:
+    """A file that is opened anew, and whose disk is full once a part is written."""
+
+    def __init__(self, path: Path, mode: str, **how: Any) -> None:
+        self._file = path.open(mode, **how)
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        self._file.write(text[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_moe.errors import Stopped
 from elastic_moe.trainer.signals import StopSignals
 from tests.cluster import until
 from tests.moe import variants
@@ -85,6 +87,28 @@ def test_sigterm_saves_and_asks_to_be_started_again(training: Training, request:
         assert f"SIGTERM stopped the training after step {step}, its state is in checkpoints" in told.splitlines()[-1]
 
 
+def asked_to_stop(*numbers: signal.Signals, has_begun: bool) -> None:
+    """The process is sent signals, within a library that catches whatever is an `Exception`."""
+    with StopSignals(under_agent=False) as signals:
+        if has_begun:
+            signals.begin()
+        with contextlib.suppress(Exception):
+            for number in numbers:
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_step_it_stops_at_once(number: signal.Signals) -> None:
+    """There is nothing to save, and data may be read for hours."""
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"{number.name} stopped the training before its first step"):
+        asked_to_stop(number, has_begun=False)
+    assert signal.getsignal(number) is before
+    asked_to_stop(number, has_begun=True)
+    with pytest.raises(KeyboardInterrupt):
+        asked_to_stop(number, signal.SIGINT, has_begun=True)
+
+
 class Asked(Exception):
     """What the handler before ours does."""
 
@@ -98,6 +122,7 @@ def test_a_second_signal_does_what_it_would_have_done(monkeypatch: pytest.Monkey
     before = signal.signal(signal.SIGTERM, earlier)
     try:
         with StopSignals(under_agent=False) as signals:
+            signals.begin()
             assert not signals.asked()
             signal.raise_signal(signal.SIGTERM)
             assert signals.asked()

@@ -123,7 +123,8 @@ def test_ids_of_ones_own_go_with_a_tokenizer(tmp_path: Path, caplog: pytest.LogC
         (None, ("</s>",), None, "</s>"),
         (None, ("<pad>", END), "<pad>", "<pad>"),
         (None, ("<pad>", END), 5, None),
-        ({"eos_token": "gone"}, ("<pad>", END), None, END),
+        ({"eos_token": "gone"}, ("<pad>", END), "<pad>", "<pad>"),
+        ({"eos_token": 7}, ("<pad>", END), None, END),
     ],
 )
 def test_what_ends_a_document(
@@ -133,6 +134,39 @@ def test_what_ends_a_document(
     folder = saved(tmp_path, bpe, config)
     tokenizer = open_tokenizer(DataConfig(tokenizer=folder, end_of_document=wanted))
     assert tokenizer.end_of_document == (wanted if end is None else bpe.token_to_id(end))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (b'{"eos_token": "gone"}', "has no token 'gone', which the tokenizer_config.json beside it names"),
+        (b"[]", "the tokenizer_config.json beside .* is not a JSON object"),
+        (b'{"eos_token": ', "the tokenizer_config.json beside .* is not a JSON object"),
+        (b"[" * 100_000, "the tokenizer_config.json beside .* is not a JSON object"),
+    ],
+)
+def test_a_config_that_lies_about_the_end_is_told(tmp_path: Path, config: bytes, told: str) -> None:
+    """Else another token would end the documents, which the model's users do not expect."""
+    folder = saved(tmp_path, BPE)
+    (tmp_path / "tokenizer_config.json").write_bytes(config)
+    with pytest.raises(UserError, match=told):
+        open_tokenizer(DataConfig(tokenizer=folder))
+    assert open_tokenizer(DataConfig(tokenizer=folder, end_of_document=END)).end_of_document == BPE.token_to_id(END)
+
+
+def test_a_tokenizer_that_draws_is_refused(tmp_path: Path) -> None:
+    """By BPE dropout a text has other ids on each node, and each time."""
+    told = json.loads(BPE.to_str())
+    told["model"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"has a dropout of 0\.1.*set model\.dropout to null"):
+        FileTokenizer(TokenizerFiles(json.dumps(told).encode()), "here")
+    told["model"]["dropout"] = 0.0
+    FileTokenizer(TokenizerFiles(json.dumps(told).encode()), "here")
+
+
+def test_a_prompt_that_is_no_text_is_called_a_prompt() -> None:
+    with pytest.raises(UserError, match=r"^--prompt is not UTF-8"):
+        FileTokenizer(TokenizerFiles(BPE.to_str().encode()), "here").encode([b"\xff"], "--prompt")
 
 
 def test_a_tokenizer_comes_back_as_it_was_packed(tmp_path: Path) -> None:

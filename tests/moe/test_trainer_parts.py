@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 from dataclasses import replace
@@ -14,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.config import JobConfig
+from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import build_optimizer
+from elastic_moe.trainer.room import check_room, room_of
 from elastic_moe.trainer.schedule import learning_rate, may_move
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.world import check_compiler, check_exact, check_plan, choose_plan
@@ -70,6 +72,24 @@ def test_a_stable_run_may_be_made_longer_and_one_that_falls_not() -> None:
     assert not may_move(20, 40, 100, OptimConfig(warmup_steps=4))
     longer = [learning_rate(step, 100, optim) for step in range(30)]
     assert longer == [learning_rate(step, 40, optim) for step in range(30)]
+
+
+def test_a_job_that_cannot_lie_in_memory_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Else the kernel ends it, without a word of why. Where other nodes may come, it is told and waits for them."""
+    mixtral = mesh_spec(JobConfig.model_validate({"model": {"preset": "mixtral-8x7b"}}))
+    plan = MeshPlan(1, 2, 4, 0, 1, 4)
+    state_bytes = 12 * (mixtral.dense_params + mixtral.expert_params)
+    check_room(plan, mixtral, num_ranks=8, room_bytes=state_bytes + (1 << 20), may_grow=False)
+    check_room(plan, mixtral, num_ranks=1, room_bytes=state_bytes // 8 + (1 << 20), may_grow=False)
+    for may_grow in (False, True):
+        with contextlib.nullcontext() if may_grow else pytest.raises(UserError, match=r"521\.9 GiB here .8 of 8 ranks"):
+            check_room(plan, mixtral, num_ranks=8, room_bytes=24 << 30, may_grow=may_grow)
+    assert "521.9 GiB here" in caplog.text
+    assert "mesh.memory_gib keeps the job from being planned for too few" in caplog.text
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    assert 0 < room_of(torch.device("cpu")) <= psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 def test_norms_and_routers_do_not_decay() -> None:

@@ -1,0 +1,13 @@
+"""What the file systems of others raise, beside `OSError`. No torch."""
+
+from __future__ import annotations
+
+_OF_MISTAKES = ("builtins", "elastic_moe", "launcher", "storage", "numpy")
+
+
+def tells_of_a_store(error: Exception) -> bool:
+    """Whether an error is of a class that a store's library has made: botocore's and aiohttp's are no `OSError`.
+
+    Python's own, and ours, tell of mistakes in the code, and need their traceback.
+    """
+    return type(error).__module__.partition(".")[0] not in _OF_MISTAKES

@@ -1,0 +1,54 @@
+"""Whether the state of a node's ranks can lie in its memory at all: the kernel would end them without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from elastic_moe.errors import UserError
+from launcher import MeshPlan, MeshSpec, memory_use
+
+log = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_MEMORY = Path("/proc/meminfo")
+_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
+
+
+def check_room(plan: MeshPlan, spec: MeshSpec, *, num_ranks: int, room_bytes: int, may_grow: bool) -> None:
+    """Compare what ranks hold for good, parameters and AdamW's moments, with the memory that there is.
+
+    Args:
+        num_ranks: those that share it.
+        may_grow: whether other nodes may come, on which the job fits: then it is only told.
+
+    Raises:
+        UserError: it surely does not suffice.
+    """
+    use = memory_use(plan, spec)
+    held_bytes = num_ranks * (use.params + use.optimizer)
+    if held_bytes <= room_bytes:
+        return
+    told = (
+        f"parameters and AdamW's moments alone are {held_bytes / _GIB:.1f} GiB here ({num_ranks} of {plan.world_size} "
+        f"ranks; mesh {plan}), and there are {room_bytes / _GIB:.1f}: `elastic-moe train --dry-run` shows on how many "
+        "nodes the job fits"
+    )
+    if not may_grow:
+        raise UserError(told)
+    log.warning("%s; mesh.memory_gib keeps the job from being planned for too few", told)
+
+
+def room_of(device: torch.device) -> int:
+    """Bytes of memory that all ranks on this device have, those of a processor with what they may swap."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _MEMORY.read_text(), re.MULTILINE))
+    room_bytes = (int(found["MemTotal"]) + int(found.get("SwapTotal", 0))) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max", or there is none
+        room_bytes = min(room_bytes, int(_LIMIT.read_text()))
+    return room_bytes
