@@ -42,7 +42,7 @@ class Callers:
         self._welcome = Welcome(pid=os.getpid(), environment=digest(os.environ))
         self._handlers: dict[type[ServiceMessage], Handler] = {}
         self._callers: set[ServiceCaller] = set()
-        self._num = 0
+        self._num = self._num_taken = 0
         self.on_leave: list[Callable[[ServiceCaller], object]] = []
 
     def handle(self, kind: type[M], handler: Callable[[ServiceCaller, M, list[int]], None]) -> None:
@@ -73,16 +73,18 @@ class Callers:
                 connection.close()
                 return
             self._num += 1
-        threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
+            self._num_taken += 1
+            args = connection, self._num_taken
+        threading.Thread(target=self._serve, args=args, name="caller", daemon=True).start()
 
     def close(self) -> None:
         """End all connections."""
         for caller in self.all:
             caller.channel.close()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, number: int) -> None:
         try:
-            self._converse(connection)
+            self._converse(connection, number)
         except Exception as error:  # noqa: BLE001 - whatever one caller has sent, the others are served
             log.warning("a connection was ended: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             connection.close()
@@ -91,7 +93,7 @@ class Callers:
                 self._num -= 1
             self._left()
 
-    def _converse(self, connection: socket.socket) -> None:
+    def _converse(self, connection: socket.socket, number: int) -> None:
         try:
             connection.settimeout(None)
             channel, hello = welcome(connection, self._welcome)
@@ -104,7 +106,7 @@ class Callers:
             caller = ServiceCaller(channel, hello, session)
             self._callers.add(caller)
         if session is not None:
-            session.attach(channel, hello.pid)
+            session.attach(channel, hello.pid, number)
         try:
             while (received := channel.receive()) is not None:
                 self._dispatch(caller, *received)

@@ -168,8 +168,7 @@ class ServiceBackend:
         with self._state:
             if not self._custody.hand(handed):
                 return
-            is_nobodys = self._never is not None  # by now: nobody would ever take it up
-            if is_nobodys:
+            if is_nobodys := self._never is not None:  # by now: nobody would ever take it up
                 self._custody.refuse(stage.attempt.id)
             self._state.notify_all()
             if not self._is_away:
@@ -280,6 +279,8 @@ class ServiceBackend:
 
     def _take_up(self, channel: Channel) -> None:
         with self._state:
+            if self._is_closed:  # what nobody had by then was said to be lost
+                return
             was_away, self._is_away = self._is_away, False
             if (unheard := self._custody.come_back()) and not self._say(channel, TakenBack(attempts=tuple(unheard))):
                 self._custody.repeat(unheard)

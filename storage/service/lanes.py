@@ -120,6 +120,7 @@ class Lane:
             known = next((known for known in self._queue if known.stage.attempt == parcel.stage.attempt), None)
             if known is not None:
                 known.waits = known.waits and parcel.waits
+                known.num_handed += 1
                 self._lock.notify_all()
                 parcel.let_go()
                 return
@@ -198,10 +199,6 @@ class Lane:
                     break
                 parcel = self._queue[0]
             self._run(parcel)
-            with self._lock:
-                if not parcel.is_refused:
-                    self._queue.popleft()
-                    self.num_ended += 1
         if pulse is not None:
             pulse.close()
         opened.close()
@@ -214,8 +211,7 @@ class Lane:
             return
         if stage.tier is Tier.RAM:
             self.release(parcel)
-            self.session.end(stage.attempt.id, committed=parcel.made is not None, fenced=None)
-            self._shared.safe.done(parcel.safe)
+            self._end(parcel, committed=parcel.made is not None, fenced=None)
             return
         report = Reporter(self.session.listener, stage.told)
         try:
@@ -233,7 +229,23 @@ class Lane:
             report(CheckpointEvent.FAILED, step=stage.attempt.step, seconds=0.0, bytes=0, reason=reason)
             self._shared.safe.stored(parcel.safe)  # or a crash now has it stored from a slot that is used again
             self.release(parcel)
-        self.session.end(stage.attempt.id, committed=committed, fenced=fenced)
+        self._end(parcel, committed=committed, fenced=fenced)
+
+    def _end(self, parcel: Parcel, *, committed: bool, fenced: str | None) -> None:
+        """Tell the worker, and be done with it.
+
+        A worker that has lost its connection meanwhile, and handed the parcel over by the next one, is told once more:
+        it would wait for ever.
+        """
+        is_over = False
+        while not is_over:
+            num_handed = parcel.num_handed
+            is_heard = self.session.end(parcel.stage.attempt.id, committed=committed, fenced=fenced)
+            with self._lock:
+                is_over = is_heard or parcel.num_handed == num_handed
+                if is_over:
+                    self._queue.popleft()
+                    self.num_ended += 1
         self._shared.safe.done(parcel.safe)
 
     def _hold_all(self) -> None:

@@ -49,6 +49,8 @@ class Parcel:
     ready: threading.Event = field(default_factory=threading.Event, init=False)
     waits: bool = field(init=False)
     """Whether it is not to begin yet."""
+    num_handed: int = field(default=1, init=False)
+    """How often its worker has handed it over: by each connection once."""
     has_given_way: bool = field(default=False, init=False)
     is_refused: bool = field(default=False, init=False)
     """Whether it turned out not to be one, and nothing is left of it."""

@@ -28,9 +28,10 @@ class Session:
         self.name = name
         self._lock = threading.Lock()
         self._channel: Channel | None = None
+        self._number = 0  # of that connection, or the last
         self._process: tuple[int, int] | None = None  # its pid, and when it began
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, threading.Event] = {}
+        self._waiting: dict[int, tuple[Channel, threading.Event]] = {}  # by which connection each was said
         self._heard: set[int] = set()
 
     @property
@@ -39,26 +40,33 @@ class Session:
         with self._lock:
             return self._process is not None and is_alive(*self._process)
 
-    def attach(self, channel: Channel, pid: int) -> None:
-        """The rank has connected."""
+    def attach(self, channel: Channel, pid: int, number: int) -> None:
+        """The rank has connected, and `number` connections were taken by then.
+
+        It may have lost that one and made the next before the first is heard of here: the later one counts.
+        """
         with self._lock:
-            self._channel, self._process = channel, (pid, began_at(pid))
+            if number > self._number:
+                self._number = number
+                self._channel, self._process = channel, (pid, began_at(pid))
 
     def detach(self, channel: Channel) -> None:
-        """A connection has ended; whoever waits for it to hear something waits no more."""
+        """A connection has ended, maybe after the next has begun; nobody waits any more for what was said by it."""
         with self._lock:
-            if self._channel is not channel:
-                return
-            self._channel = None
-            for event in self._waiting.values():
-                event.set()
+            if self._channel is channel:
+                self._channel = None
+            for said_by, event in self._waiting.values():
+                if said_by is channel:
+                    event.set()
 
     def send(self, message: ServiceMessage) -> None:
         """Send to the worker, if there is one."""
         with self._lock:
             channel = self._channel
-        if channel is None:
-            return
+        if channel is not None:
+            self._say(channel, message)
+
+    def _say(self, channel: Channel, message: ServiceMessage) -> None:
         try:
             channel.send(message)
         except OSError as error:
@@ -68,8 +76,8 @@ class Session:
         """The worker has dealt with that message."""
         with self._lock:
             self._heard.add(number)
-            if (event := self._waiting.get(number)) is not None:
-                event.set()
+            if (waiting := self._waiting.get(number)) is not None:
+                waiting[1].set()
 
     def listener(self, event: CheckpointEvent, fields: dict[str, Any]) -> None:
         """A `storage.events.Listener`: the worker, if there is one, tells its own listeners and its agent."""
@@ -87,10 +95,10 @@ class Session:
         """Whether it was heard; None where nobody is there to hear it."""
         number, answered = next(self._numbers), threading.Event()
         with self._lock:
-            if self._channel is None:
+            if (channel := self._channel) is None:
                 return None
-            self._waiting[number] = answered
-        self.send(make(number))
+            self._waiting[number] = channel, answered
+        self._say(channel, make(number))
         deadline_s = time.monotonic() + _HEARD_S_MAX
         # a child that the worker has forked keeps the connection open when the worker has died
         while not answered.wait(_LOOK_S) and self.is_worker_alive and time.monotonic() < deadline_s:

@@ -22,11 +22,10 @@ from storage.service.channel import Channel, welcome
 from storage.service.client import ServiceBackend
 from storage.service.memory import HeldStates
 from storage.service.messages import ServiceMessage, Welcome
-from storage.service.sessions import Session, Sessions
 from storage.service.ways import ServiceAt
 from storage.stores.objects import ObjectStore
 from tests.cluster import until
-from tests.storage.service_cases import Gate, InThread, committed, connected, events_in, in_thread
+from tests.storage.service_cases import Gate, InThread, committed, events_in, in_thread
 from tests.storage.small_runs import Events, state
 
 
@@ -150,28 +149,6 @@ def test_a_service_that_never_says_what_it_has_to_do_keeps_no_start_waiting(
         finally:
             ended.set()
             thread.join()
-
-
-def test_who_connects_again_is_not_forgotten_meanwhile(node: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    of, tidy, name = Sessions.of, threading.Event(), "token-0"
-
-    def tidy_up() -> None:
-        node.server._tidy()
-        tidy.set()
-
-    def slowly(self: Sessions, session: str) -> Session:
-        found = of(self, session)
-        tidying = threading.Thread(target=tidy_up)
-        tidying.start()
-        tidying.join(0.2)  # it waits for whoever connects
-        return found
-
-    lane = lanes.Lane(of(node.server._sessions, name), node.server._shared)
-    node.server._lanes[name] = lane
-    monkeypatch.setattr(Sessions, "of", slowly)
-    with connected(node.path, name):
-        assert tidy.wait(60)
-        assert of(node.server._sessions, name) is lane.session
 
 
 def test_a_service_of_another_version_is_told_of_and_gone_on_without(
