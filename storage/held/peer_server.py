@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import socket
 import threading
@@ -77,7 +76,8 @@ class PeerServer:
         self._copies = copies
         self._refused = refused
         self._listener: socket.socket | None = None
-        self._threads: set[threading.Thread] = set()
+        self._accepting: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # of connections; those that have ended go when another one comes
         self._wires: set[Wire] = set()
         self._strangers = Strangers[Wire](_NUM_STRANGERS_MAX, _GREETING_S_MIN)
         self._lock = threading.Lock()
@@ -90,7 +90,8 @@ class PeerServer:
         """Listen; the port, which is a free one where none is given. Raises OSError."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, port), family=family, backlog=128)
-        self._spawn(self._accept, "storage-peers")
+        self._accepting = threading.Thread(target=self._accept, name="storage-peers", daemon=True)
+        self._accepting.start()
         return int(self._listener.getsockname()[1])
 
     def close(self) -> None:
@@ -98,28 +99,17 @@ class PeerServer:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-            wires, threads = list(self._wires), list(self._threads)
-        if self._listener is not None:
+        if self._listener is not None and self._accepting is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
+            self._accepting.join()  # from here on nobody comes any more
             self._listener.close()
+        with self._lock:
+            wires, threads = list(self._wires), list(self._threads)
         for wire in wires:
             wire.close()
         for thread in threads:
             thread.join()
-
-    def _spawn(self, call: Callable[[], None], name: str) -> None:
-        def run() -> None:
-            try:
-                call()
-            finally:
-                with self._lock:
-                    self._threads.discard(thread)
-
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-        thread.start()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -134,10 +124,13 @@ class PeerServer:
                 time.sleep(0.05)  # of too many descriptors there are fewer later
                 continue
             wire = Wire(connection, _GREETING_S, time.monotonic() + _GREETING_S)
-            if self._take_in(wire, address[0]):
-                self._spawn(functools.partial(self._converse, wire, address[0]), "storage-peer")
-            else:
+            if not self._take_in(wire, address[0]):
                 wire.close()
+                continue
+            thread = threading.Thread(target=self._converse, args=(wire, address[0]), name="storage-peer", daemon=True)
+            with self._lock:
+                thread.start()
+                self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     def _take_in(self, wire: Wire, who: str) -> bool:
         """Wait until there is room for one more stranger; whether there is."""

@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +16,11 @@ from storage.errors import Corrupt, Denied, NotFound, StorageError
 from storage.held.buddies import PeerCard
 from storage.held.copy_buffer import CopyMemory
 from storage.held.inventory import HeldObject, HeldPart
+from storage.held.nearest import Nearness
 from storage.held.papers import dump_papers
 from storage.held.peer_client import Peer
 from storage.held.peer_server import CopyRules
 from storage.held.rate import RateLimit
-from storage.held.strangers import Strangers
 from storage.held.wire import PROTOCOL, HoldCopy, Ready
 from tests.cluster import until
 from tests.storage.held_cases import (
@@ -262,9 +261,13 @@ def silent(connection: socket.socket) -> None:
 def test_a_peer_that_is_none_is_told_and_the_next_source_is_read(
     converse: Callable[[socket.socket], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.loading.memory_tier.Peer", lambda card, near: Peer(card, near, stall_s=0.5))
     told: Told = []
     with impostor(converse) as card, nodes(["a", "b"]) as (a, b):
+
+        def peer(of: PeerCard, near: Nearness) -> Peer:
+            return Peer(of, near, stall_s=0.5 if of.port == card.port and converse is silent else WAIT_S)
+
+        monkeypatch.setattr("storage.loading.memory_tier.Peer", peer)
         staged = Staged(20)
         add(a, staged, 0)
         add(b, staged, 1)
@@ -312,55 +315,9 @@ def test_a_peer_that_lies_about_what_it_holds_is_not_believed() -> None:
     assert of(told, "checkpoint_held_in_part")
 
 
-def test_strangers_who_say_nothing_are_few_and_gone_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.held.peer_server._GREETING_S", 0.2)
-    with nodes(["a"]) as (a,), contextlib.ExitStack() as stack:
-        port = a.card().port
-        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(40)]
-        deadline_s = time.monotonic() + WAIT_S
-        for stranger in strangers:
-            stranger.settimeout(max(0.1, deadline_s - time.monotonic()))
-            with contextlib.suppress(ConnectionResetError):
-                while stranger.recv(4096):
-                    pass
-        monkeypatch.undo()  # whoever greets may take its time
-        with contextlib.closing(Peer(a.card())) as peer:
-            assert peer.labels() == ()
-
-
-def test_strangers_who_say_nothing_keep_nobody_waiting_who_has_something_to_say(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("storage.held.peer_server._GREETING_S", 10 * WAIT_S)
-    monkeypatch.setattr("storage.held.peer_server._GREETING_S_MIN", 0.01)
-    monkeypatch.setattr("storage.held.peer_server._NUM_STRANGERS_MAX", 4)
-    with nodes(["a"]) as (a,), contextlib.ExitStack() as stack:
-        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", a.card().port))) for _ in range(12)]
-        with contextlib.closing(Peer(a.card(), stall_s=WAIT_S)) as peer:
-            assert peer.labels() == ()
-            strangers[0].settimeout(WAIT_S)
-            while strangers[0].recv(4096):
-                pass  # the first to come is the first to go
-            assert peer.labels() == ()  # who is known stays
-
-
-def test_who_goes_for_another_is_the_oldest_of_those_who_are_most_and_has_had_its_time() -> None:
-    strangers = Strangers[str](limit=3, grace_s=1.0)
-    for number, host in enumerate(("one", "many", "many")):
-        assert strangers.wait_s(number) == 0.0
-        assert strangers.take_in(f"{host}-{number}", host, number) is None
-    assert strangers.wait_s(1.75) == 0.25
-    assert strangers.wait_s(2.5) == 0.0
-    assert strangers.take_in("late", "late", 2.5) == "many-1"
-    strangers.leave("one-0")  # it has told who it is
-    assert strangers.wait_s(2.5) == 0.0
-    assert strangers.take_in("later", "late", 2.5) is None
-    assert strangers.take_in("latest", "late", 9.0) == "late"
-
-
 def test_closing_ends_all_threads_and_lets_all_memory_go() -> None:
     freed: list[str] = []
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with nodes(["a", "b"]) as (a, b):
         meet([a, b])
         a.add(Staged(20).part(0, lambda: freed.append("a")))
@@ -368,7 +325,7 @@ def test_closing_ends_all_threads_and_lets_all_memory_go() -> None:
         peer = Peer(a.card())
         assert peer.labels()
     assert freed == ["a"]
-    assert threading.active_count() <= before
+    assert not set(threading.enumerate()) - before
     with pytest.raises(StorageError):
         peer.labels()
     peer.close()
