@@ -370,5 +370,7 @@ def telling(nodes: Cluster) -> dict[str, Any] | None:
 
 
 def seen(nodes: Cluster, num_nodes: int) -> dict[str, Any] | None:
-    told: dict[str, Any] = json.loads(ask(nodes, "--rdzv-id", "test", "--json").stdout)
+    asked = ask(nodes, "--rdzv-id", "test", "--json")
+    assert asked.returncode == 0, asked.stderr
+    told: dict[str, Any] = json.loads(asked.stdout)
     return told if len(told["nodes"]) == num_nodes else None

@@ -159,7 +159,7 @@ def notes_on_a_full_disk(disk: Path) -> list[str]:
         filler.unlink()
         notes.add("b", kept)
         assert len(notes.all()) == 2
-        assert service.status().num_ended == 1
+        until("it to have ended in the service, too", lambda: service.status().num_ended == 1)
     assert committed(disk.parent / "elsewhere") == [1]
     return lines
 

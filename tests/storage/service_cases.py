@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from storage.service.memory import HeldStates
 from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
 from storage.service.server import Server, ServerOptions
 from storage.stores.local import LocalStore
-from tests.cluster import until
+from tests.cluster import read_lines, until
 
 PATIENCE_S = 60.0
 
@@ -45,12 +44,17 @@ class ListSafe:
     def done(self, name: str) -> None:
         self.told.append(("done", name))
 
+    def of(self, what: str) -> list[str]:
+        """The saves of which that was told, once each."""
+        return list(dict.fromkeys(name for told, name in list(self.told) if told == what))
+
 
 class InThread:
     """A server on a thread of this process."""
 
     def __init__(self, path: Path, options: ServerOptions, held: HeldStates | None = None) -> None:
         self.path, self.safe, self.held = path, ListSafe(), held
+        self._others = set(threading.enumerate())
         self.server = Server(address.listen(path), options, self.safe, holder=held)
         if held is not None:
             held.serve(self.server)
@@ -60,12 +64,20 @@ class InThread:
         self.thread.start()
 
     def close(self) -> None:
+        """End the server. What its lanes are in the midst of goes on, as in a process that was only frozen."""
         self.server.stop()
         if self.thread.ident is not None:
             self.thread.join(PATIENCE_S)
             assert not self.thread.is_alive()
         if self.held is not None:
             self.held.close()
+
+    def await_lanes(self) -> None:
+        """Wait for what goes on: it belongs to this test, and what it logs, opens and patches is no other's."""
+        for thread in threading.enumerate():
+            if thread not in self._others and thread.name.startswith(("lane-", "hold-", "caller")):
+                thread.join(PATIENCE_S)
+                assert not thread.is_alive(), thread.name
 
     def status(self) -> ServiceStatus:
         return status(self.path)
@@ -109,6 +121,7 @@ def in_thread(path: Path, options: ServerOptions | None = None, held: HeldStates
         yield service
     finally:
         service.close()
+        service.await_lanes()
 
 
 @contextlib.contextmanager
@@ -196,4 +209,4 @@ def committed(url: Path) -> list[int]:
 
 def events_in(path: Path) -> list[dict[str, Any]]:
     """The events of an agent's file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(path)

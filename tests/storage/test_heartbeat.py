@@ -84,6 +84,8 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
     store = Outage()
     mine, _ = owner.claim(store, owner_of("a", "a", 1))
     beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01).start()
+    thread = beats._thread
+    assert thread is not None
     until("it beats", lambda: beat_of(store, mine) is not None)
     store.away = True
     until("it is told", lambda: "cannot be told" in caplog.text)
@@ -97,4 +99,5 @@ def test_an_outage_is_told_once_and_keeps_nobody_from_ending(
         assert "another job will have to wait" in caplog.text
     finally:
         store.back.set()
-    until("the thread has ended", lambda: not any(t.name == "storage-heartbeat" for t in threading.enumerate()))
+    thread.join(60)
+    assert not thread.is_alive()

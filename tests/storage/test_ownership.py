@@ -40,6 +40,11 @@ class Opened(StoreWrapper):
 Opens = Callable[[], list[int]]
 
 
+def heartbeats() -> set[threading.Thread]:
+    """The threads of all that beat here, those among them that a test before has left, and that end by themselves."""
+    return {thread for thread in threading.enumerate() if thread.name == "storage-heartbeat"}
+
+
 @pytest.fixture
 def opens(memory_url: str) -> Opens:
     """`counted://run` is one store in memory, opened anew by each; how often each opened one was closed."""
@@ -70,6 +75,7 @@ def test_a_checkpointer_closes_its_store_once(opens: Opens) -> None:
 
 
 def test_a_checkpointer_that_cannot_open_closes_its_store(opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = heartbeats()
     with Checkpointer(URL, job=JobIdentity(lineage="a", generation=2)):
         with pytest.raises(Fenced):
             Checkpointer(URL, job=JobIdentity(lineage="a", generation=1)).start()
@@ -80,7 +86,7 @@ def test_a_checkpointer_that_cannot_open_closes_its_store(opens: Opens, monkeypa
             Checkpointer(URL, job=JobIdentity(lineage="b")).start()
         assert opens() == [0, 1, 1]
     assert opens() == [1, 1, 1]
-    assert not any(thread.name == "storage-heartbeat" for thread in threading.enumerate())
+    assert not heartbeats() - before
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -150,14 +156,14 @@ def test_what_is_handed_a_store_leaves_it_open(opens: Opens) -> None:
 
 
 def test_a_heartbeat_has_no_thread_before_its_start(memory_url: str) -> None:
-    store = open_store(memory_url)
+    store, before = open_store(memory_url), heartbeats()
     mine, _ = owner.claim(store, owner_of("a", "a"))
     beats = Heartbeat(store, mine, None, QUIET, interval_s=0.01)
-    assert not any(thread.name == "storage-heartbeat" for thread in threading.enumerate())
+    assert not heartbeats() - before
     beats.close()  # nothing to end
     with contextlib.closing(Heartbeat(store, mine, None, QUIET, interval_s=0.01).start()):
-        assert any(thread.name == "storage-heartbeat" for thread in threading.enumerate())
-    assert not any(thread.name == "storage-heartbeat" for thread in threading.enumerate())
+        assert heartbeats() - before
+    assert not heartbeats() - before
 
 
 def test_a_bucket_that_is_closed_keeps_no_thread_and_no_connection(make_url: Callable[[str], str]) -> None:

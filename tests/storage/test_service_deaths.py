@@ -29,7 +29,7 @@ from storage.service.held_messages import AskCard
 from storage.service.sidecar import CheckpointService
 from storage.service.ways import OwnService
 from tests import sample
-from tests.cluster import until
+from tests.cluster import is_running, until
 from tests.ranks import Ranks
 from tests.storage.service_cases import asked, committed, connected, events_in, process, status
 from tests.storage.small_runs import Events, state
@@ -99,7 +99,7 @@ def test_workers_and_service_are_killed_at_once(tmp_path: Path, agents_files: Pa
         dying = beside.submit(
             ranks.run_losing, [0], die_after_saving, f"{tmp_path}/run", environment(), 1, world_size=1
         )
-        until("the service to have it", lambda: (found := service.status()) and found.num_unfinished)
+        until("the service to have it", lambda: (found := service.status()) and found.num_unfinished + found.num_ended)
         service.kill_service()
         dying.result()
         until("an outcome", lambda: outcomes(agents_files, 1))
@@ -185,7 +185,7 @@ def test_with_its_keeper_a_service_goes_and_the_worker_saves_by_itself(
         pid = service.pid()
         service.keeper.kill()
         assert ckpt.wait()
-        until("the service to be gone", lambda: not psutil.pid_exists(pid))
+        until("the service to be gone", lambda: not is_running(pid))
     assert "checkpoint_direct" in [str(name) for name, _ in events[0]]
 
 

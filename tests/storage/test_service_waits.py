@@ -62,8 +62,7 @@ def test_what_waits_gives_way_in_the_service_too(tmp_path: Path, service: InThre
     assert told(events, "checkpoint_committed") == [1, 4]
     assert not told(events, "checkpoint_skipped")
     until("the service to hold nothing", lambda: service.status().staged_bytes == 0)
-    kept = {name for what, name in service.safe.told if what == "keep"}
-    assert kept == {name for what, name in service.safe.told if what == "done"}
+    until("the keeper to be told", lambda: set(service.safe.of("keep")) == set(service.safe.of("done")))
 
 
 @pytest.mark.parametrize("how", ["killed", "an error"])
