@@ -7,24 +7,28 @@ So each layer would take room of its own for what only one or two need at a time
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from storage import HugePages
 
 _LEAST_BYTES = 1 << 20
 _ALIGNMENT = mmap.PAGESIZE
 _AT_ONCE_BYTES = 32 << 20
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
+
+_huge_pages = HugePages()  # what is learnt of this machine holds for all of a process
 
 Place = tuple[mmap.mmap, int]
 
@@ -62,24 +66,25 @@ class Pool:
         mapped = self._mapped
         if mapped is None or len(mapped) - self._next < reach:
             mapped = self.expect(reach)
+            start, stop = _span(mapped)
+            _huge_pages.advise(start, stop - start)
         place = mapped, self._next
         self._next += reach
         return place
 
 
 def map_memory(num_bytes: int) -> mmap.mmap:
-    """Zeros, whose pages the system makes when they are first written: huge ones, where it has some."""
-    mapped = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    return mapped
+    """Zeros, whose pages the system makes when they are first written, or `make_pages` before."""
+    return mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def make_pages(memory: Iterable[mmap.mmap | Tensor]) -> threading.Thread:
     """Have the pages made of what will be written soon, in this order, by a thread beside; they keep what they hold.
 
     The kernel has to clear each page, and a virtual machine to ask its host for it: up to seconds a GiB, in which
-    this process would wait for each page as it comes to it, and in which it may read a checkpoint instead.
+    this process would wait for each page as it comes to it, and in which it may read a checkpoint instead. They are
+    huge ones for as long as those cost no more than small ones; what becomes small ones then, the kernel may make
+    huge ones of in its own time.
     """
     large = [each for each in memory if _num_bytes(each) >= _LEAST_BYTES]
     thread = threading.Thread(target=_make_pages, args=(large,), name="elastic-moe-pages", daemon=True)
@@ -90,12 +95,21 @@ def make_pages(memory: Iterable[mmap.mmap | Tensor]) -> threading.Thread:
 
 def _make_pages(memory: Sequence[mmap.mmap | Tensor]) -> None:
     spans = [_span(each) for each in memory]
-    for first, last in spans:  # all of them now: others write there meanwhile
-        _madvise(first, last - first, mmap.MADV_HUGEPAGE)
-    for first, last in spans:
-        for start in range(first, last, _AT_ONCE_BYTES):
-            if _madvise(start, min(_AT_ONCE_BYTES, last - start), _MADV_POPULATE_WRITE):
-                return  # an old kernel, or no memory is left: they are made as they are written
+    are_made = all(_make(start, stop) for first, last in spans for start, stop in _pieces(first, last))
+    if are_made or not _huge_pages.are_costly:  # an old kernel, or no memory is left: they are made as they are written
+        for first, last in spans:
+            _madvise(first, last - first, mmap.MADV_HUGEPAGE)
+
+
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """What lies between, so much at once that it soon shows what pages cost, and cut where a huge page may begin."""
+    starts = [first, *range(first // _AT_ONCE_BYTES * _AT_ONCE_BYTES + _AT_ONCE_BYTES, last, _AT_ONCE_BYTES)]
+    return itertools.pairwise([*starts, last])
+
+
+def _make(start: int, stop: int) -> bool:
+    _huge_pages.advise(start, stop - start)
+    return not _madvise(start, stop - start, _MADV_POPULATE_WRITE)
 
 
 def _span(memory: mmap.mmap | Tensor) -> tuple[int, int]:

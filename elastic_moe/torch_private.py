@@ -6,8 +6,8 @@ Each has a canary in tests/moe/test_torch_private.py that says what broke and wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,33 +37,42 @@ def onednn_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     return out
 
 
-def gather_into(unit: FSDPModule, place: Callable[[int, int, torch.dtype], Tensor]) -> None:
-    """Have the parameters of an FSDP2 unit gathered into memory that `place` gives, once for each of them.
+class Seat(Protocol):
+    """Memory that an FSDP2 unit is gathered into."""
+
+    def place(self, index: int, num: int, dtype: torch.dtype) -> Tensor:
+        """Where that parameter of the unit lies, so many numbers; asked once for each of them."""
+
+    def take(self) -> None:
+        """Hear that a parameter of the unit is about to be gathered. What it raises keeps it from being."""
+
+    def leave(self) -> None:
+        """Hear that a parameter of the unit is sharded again."""
+
+
+def gather_into(unit: FSDPModule, seat: Seat) -> None:
+    """Have the parameters of an FSDP2 unit gathered into memory that is given to it, which stays what it was after.
 
     FSDP2 would have memory of its own for each, and free it whenever they are sharded again. Call it before the first
     gather; FSDP2 makes what is here at the first one.
-
-    Args:
-        place: takes the number of the parameter in the unit, and the count and dtype of the numbers that are gathered.
     """
     state: Any = unit._get_fsdp_state()
     params = [param for group in state._fsdp_param_groups for param in group.fsdp_params]
     for index, param in enumerate(params):
-        param.init_all_gather_outputs = functools.partial(_init_outputs, param, functools.partial(place, index))
-        param.free_unsharded_param = _keep
+        param.init_all_gather_outputs = functools.partial(_init_outputs, param, index, seat)
+        param.free_unsharded_param = seat.leave
 
 
 def _init_outputs(
     param: Any,
-    place: Callable[[int, torch.dtype], Tensor],
+    index: int,
+    seat: Seat,
     nums: Sequence[int],
     dtypes: Sequence[torch.dtype],
     world_size: int,
     device: torch.device,
 ) -> None:
+    seat.take()  # FSDP2 comes here right before it writes what was gathered, each time
     if not param.all_gather_outputs:
-        param.all_gather_outputs = [place(num * world_size, dtype) for num, dtype in zip(nums, dtypes, strict=True)]
-
-
-def _keep() -> None:
-    """What is gathered stays where it is, until something else is gathered there."""
+        outputs = zip(nums, dtypes, strict=True)
+        param.all_gather_outputs = [seat.place(index, num * world_size, dtype) for num, dtype in outputs]

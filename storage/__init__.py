@@ -10,6 +10,7 @@ Stores          open_store opens the ObjectStore behind a URL, with_options puts
                 stores of your own, and a StoreWrapper is one around another.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
                 finds what dead jobs have left, and remove_garbage removes it.
+Memory          HugePages are asked for where they cost no more than small ones.
 
 Names are imported when they are first used, and torch only by those that need it.
 """
@@ -23,6 +24,7 @@ from storage import errors
 from storage.errors import *  # noqa: F403 - the tree, by its own __all__
 
 if TYPE_CHECKING:
+    from storage.arena.mapping import HugePages
     from storage.arena.staging import Staging
     from storage.checkpointer import Checkpointer
     from storage.dcp import ShardReader, ShardWriter
@@ -81,10 +83,11 @@ __all__ += [
     "summaries",
     "verify",
 ]
-__all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "find_garbage", "remove_garbage"]
+__all__ += ["GARBAGE_AGE_S_MIN", "Garbage", "HugePages", "find_garbage", "remove_garbage"]
 __all__ += errors.__all__
 
 _ROOMS = {
+    "storage.arena.mapping": "HugePages",
     "storage.arena.staging": "Staging",
     "storage.checkpointer": "Checkpointer",
     "storage.dcp": "ShardReader ShardWriter",

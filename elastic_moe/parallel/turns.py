@@ -1,10 +1,10 @@
-"""Where layers are gathered: on a CPU into the memory of two, by turns, which is never given back."""
+"""Where layers are gathered: on a CPU into the memory of one, by turns, which is never given back."""
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,48 +16,78 @@ from elastic_moe.pool import Pool
 from elastic_moe.torch_private import gather_into
 from launcher import MeshPlan
 
-_NUM_TURNS = 2
 _MATRICES_OF_EXPERT = 3
 
 
 class Turns:
-    """The places of a model's gathered parameters: the layers' in turn, and those of whatever stays gathered.
+    """The places of a model's gathered parameters: one where layers take turns, and those of whatever stays gathered.
 
-    No more than two layers are gathered at a time, which are neighbours: FSDP2 gathers one ahead in the backward pass,
-    and the engine of autograd is through with a layer, the reduction of its gradients included, before it begins
-    anything of the one before it: it takes operations in the reverse of the order in which they were recorded. The
-    last layer may stay gathered from the forward to the backward pass and what is outside the layers does (see
-    `begin_round`), so these have places of their own; so has each layer where all stay gathered.
+    No two layers lie gathered at a time. What FSDP2 fetches one ahead in the backward pass it writes to its place only
+    as that layer begins; and the engine of autograd is through with a layer, the reduction of its gradients included,
+    before it begins anything of the one before it: it takes operations in the reverse of the order in which they were
+    recorded. None of that is promised, so a layer that would be gathered over another one is an error. The last layer
+    may stay gathered from the forward to the backward pass and what is outside the layers does (see `begin_round`), so
+    these have places of their own; so has each layer where all stay gathered.
     """
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.all_stay = False
-        self._places: dict[tuple[object, ...], Tensor] = {}
-        self._has_turns = False
+        self.places: dict[tuple[object, ...], Tensor] = {}
+        self.computed_with: dict[str, int] = {}
+        """By unit: the layer that is gathered where they take turns."""
 
     def stay(self) -> None:
         """Have layers stay gathered; to be said before the first is. Raises RuntimeError after that."""
-        if self._has_turns:  # no assert, which may be left out: what follows would be wrong numbers
+        if self.places and not self.all_stay:  # no assert, which may be left out: what follows would be wrong numbers
             raise RuntimeError("layers of this model are gathered by turns, so they cannot stay gathered")
         self.all_stay = True
 
-    def of_layer(self, layer: int, unit: str) -> Callable[[int, int, torch.dtype], Tensor]:
-        """Where a unit of a layer that takes turns is gathered."""
 
-        def place(index: int, num: int, dtype: torch.dtype) -> Tensor:
-            self._has_turns |= not self.all_stay
-            turn = layer if self.all_stay else layer % _NUM_TURNS
-            key = (turn, unit, index, num, dtype)
-            if key not in self._places:
-                self._places[key] = self.pool.take([num], dtype)
-            return self._places[key]
+class TurnSeat:
+    """Where a unit of a layer that takes turns is gathered."""
 
-        return place
+    def __init__(self, turns: Turns, layer: int, unit: str) -> None:
+        self._turns, self._layer, self._unit = turns, layer, unit
 
-    def apart(self, index: int, num: int, dtype: torch.dtype) -> Tensor:
-        """Where a unit is gathered that takes no turns."""
-        return self.pool.take([num], dtype)
+    def place(self, index: int, num: int, dtype: torch.dtype) -> Tensor:
+        """The same for each layer, unless all of them stay."""
+        turns = self._turns
+        key = (self._layer if turns.all_stay else 0, self._unit, index, num, dtype)
+        if key not in turns.places:
+            turns.places[key] = turns.pool.take([num], dtype)
+        return turns.places[key]
+
+    def take(self) -> None:
+        """Raises RuntimeError where another layer is still computed with."""
+        turns = self._turns
+        if turns.all_stay:
+            return
+        other = turns.computed_with.setdefault(self._unit, self._layer)
+        if other != self._layer:
+            raise RuntimeError(f"layer {self._layer} would be gathered over layer {other}, which is still in use")
+
+    def leave(self) -> None:
+        """Let the next layer have the place."""
+        if self._turns.computed_with.get(self._unit) == self._layer:
+            del self._turns.computed_with[self._unit]
+
+
+class OwnSeat:
+    """Where a unit is gathered that takes no turns."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def place(self, index: int, num: int, dtype: torch.dtype) -> Tensor:
+        """Its own."""
+        return self._pool.take([num], dtype)
+
+    def take(self) -> None:
+        """Nobody else is there."""
+
+    def leave(self) -> None:
+        """Nobody else comes."""
 
 
 _turns: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
@@ -69,10 +99,10 @@ def gather_by_turns(model: Decoder, pool: Pool) -> None:
     for layer, block in enumerate(model.blocks[:-1]):
         for name, module in block.named_modules():
             if isinstance(module, FSDPModule):
-                gather_into(module, turns.of_layer(layer, name))
+                gather_into(module, TurnSeat(turns, layer, name))
     for module in (model, *model.blocks[-1].modules()):
         if isinstance(module, FSDPModule):
-            gather_into(module, turns.apart)
+            gather_into(module, OwnSeat(pool))
 
 
 def turns_of(model: Decoder) -> Turns | None:
@@ -80,29 +110,47 @@ def turns_of(model: Decoder) -> Turns | None:
     return _turns.get(model)
 
 
-def expect_first_step(model: Decoder, plan: MeshPlan, compute: torch.dtype) -> mmap.mmap | None:
+def expect_first_step(model: Decoder, plan: MeshPlan, compute: torch.dtype, *, exact: bool) -> mmap.mmap | None:
     """Map what a first step takes of a model's pool: gradients, and parameters where they are gathered and reduced.
 
     None where there is no pool.
+
+    Args:
+        exact: whether the experts are gathered, and all gradients reduced, in float64; see `Precision`.
     """
     turns = turns_of(model)
     if turns is None:
         return None
-    own_num, of_root, of_experts = 0, 0, 0
-    of_layer = [0] * len(model.blocks)
+    expert_bytes, reduced_bytes = (8, 8) if exact else (compute.itemsize, 4)
+    own_num = 0
+    of_root, of_layer, of_experts = _Bytes(), [_Bytes() for _ in model.blocks], 0
     for name, param in model.named_parameters():
         local_num = (param.to_local() if isinstance(param, DTensor) else param).numel()
         is_expert = ".experts." in name
         num = local_num * plan.shard * (1 if is_expert else plan.expert)
         own_num += local_num
-        if name.startswith("layers."):
-            layer = int(name.split(".")[1])
-            of_layer[layer] += num
-            of_experts = max(of_experts, num if is_expert else 0)
-        else:
-            of_root += num
-    gathered = of_root + sum(sorted(of_layer)[-1 - _NUM_TURNS :])
-    flat = max(of_layer) if plan.shard * plan.expert > 1 else 0
-    sent = of_root + max(of_layer)
-    experts = _MATRICES_OF_EXPERT * of_experts
-    return turns.pool.expect(4 * (own_num + sent) + compute.itemsize * (gathered + flat + experts))
+        unit = of_layer[int(name.split(".")[1])] if name.startswith("layers.") else of_root
+        unit.gathered += num * (expert_bytes if is_expert else compute.itemsize)
+        unit.reduced += num * reduced_bytes
+        if is_expert:
+            of_experts = max(of_experts, num * expert_bytes)
+    gathered, reduced = (sorted(sizes) for sizes in zip(*map(astuple, of_layer), strict=True))
+    num_bytes = of_root.gathered + sum(gathered[-2:]) + of_root.reduced + reduced[-1]
+    num_shards = plan.shard * plan.expert
+    if num_shards > 1:
+        num_bytes += gathered[-1]
+    if exact:  # shards of gradients come out in float64 and become fp32 ones elsewhere, as experts' gradients are made
+        # FSDP2 holds what replicas have added up until the backward pass has ended.
+        of_layers = sum(reduced) if plan.replicate > 1 else reduced[-1]
+        num_bytes += (of_root.reduced + of_layers) // num_shards
+    else:
+        num_bytes += 4 * own_num + _MATRICES_OF_EXPERT * of_experts
+    return turns.pool.expect(num_bytes)
+
+
+@dataclass
+class _Bytes:
+    """What a unit takes as it is gathered, and as its gradients are reduced."""
+
+    gathered: int = 0
+    reduced: int = 0

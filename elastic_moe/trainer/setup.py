@@ -73,17 +73,17 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         device=device,
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
-    _make_pages(model, optimizer, plan, compute)
+    _make_pages(model, optimizer, plan, compute, exact=train.exact)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
 
 
-def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype) -> None:
+def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype, *, exact: bool) -> None:
     """Have the memory made that a restore and the first step write, while this process goes on.
 
     What the first step takes comes first: a restore is about to write the other.
     """
-    ahead = expect_first_step(model, plan, compute)
+    ahead = expect_first_step(model, plan, compute, exact=exact)
     if ahead is None:
         return
     tensors = [

@@ -26,7 +26,6 @@ _MOMENTS_BYTES = 8
 _FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
-_LAYERS_IN_TURNS = 2  # as `elastic_moe.parallel.turns` has them
 _MAILBOX_SLOTS = 2
 # Of glibc's malloc: found by measuring resident memory (docs/benchmarks.md), one number for all.
 _TIMES_AGAIN = 2.0  # a layer's activations: what is left in the heap of a layer that is computed twice
@@ -131,12 +130,13 @@ class _Sizes:
         `elastic_moe.heap`): shards of gradients beside what layers keep for the backward pass, whichever came first.
         """
         spec, layer = self.spec, self.layer + self.experts
-        num_gathered = spec.num_layers if spec.keep_gathered else min(spec.num_layers, _LAYERS_IN_TURNS + 1)
+        # The last layer has a place of its own, and the others take turns in one (`elastic_moe.parallel.turns`).
+        num_gathered = spec.num_layers if spec.keep_gathered else min(spec.num_layers, 2)
         unit_num = spec.layer_dense_params + self.layer_experts_num
         sent = (unit_num + spec.root_params) * spec.reduce_bytes
         exchanged = 0.0
         if self.num_shards > 1:
-            # What is gathered at once, as one tensor, in both of a layer's two; and the mailbox's slots.
+            # What is gathered at once, as one tensor, for two layers; and the mailbox's slots.
             flat = self.layer + (self.experts if self.mesh.shard > 1 else 0)
             largest = max(unit_num, spec.root_params) * spec.reduce_bytes
             exchanged = 2 * flat + self.root + _MAILBOX_SLOTS * largest * (1 - 1 / self.num_shards)

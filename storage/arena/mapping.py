@@ -29,6 +29,8 @@ _COLLAPSE_AHEAD_S_MAX = 0.5
 """The same where nobody waits yet: to map, read and free small pages takes longer each time."""
 _COSTLY_S = 0.002
 """For one huge page. One that is to be had takes a tenth of that, and small pages for as much a third."""
+_WITHOUT_BYTES = 256 * 1024 * 1024
+"""After a costly one: looking again costs a twentieth of what small pages for so much take."""
 _WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _FAILED = ctypes.c_void_p(-1).value
@@ -78,24 +80,30 @@ def advise_huge(address: int, size_bytes: int) -> None:
 
 
 class HugePages:
-    """Advises huge pages for memory that is filled next, for as long as they cost no more than small ones.
+    """Advises huge pages for memory that is filled next, wherever they cost no more than small ones.
 
     The first of each piece of memory is made at once, to see. A virtual machine may have to ask its host for what lies
     free in large blocks, small piece by small piece: 5 ms a huge page, seven times what small pages take, which come
-    from what has been in use. Thread-safe: who looks at the same time looks once too often.
+    from what has been in use. After a costly one none is asked for in the next 256 MiB, so that looking costs little.
+    Thread-safe: who looks at the same time looks once too often.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock  # of this thread alone: what others do meanwhile says nothing of a page
         self.are_costly = False
-        """Whether one was: none are asked for any more."""
+        """Whether the last one was."""
+        self._without_bytes = 0
 
     def advise(self, address: int, size_bytes: int) -> None:
         """Advise them for what lies in there, which keeps what it holds."""
         first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         last = (address + size_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        if self.are_costly or first >= last:
+        if first >= last:
             return
+        if self.are_costly and self._without_bytes < _WITHOUT_BYTES:
+            self._without_bytes += size_bytes
+            return
+        self._without_bytes = 0
         with contextlib.suppress(OSError):  # a kernel without huge pages, or one that makes none ahead
             _advise(first, HUGE_PAGE_BYTES, mmap.MADV_HUGEPAGE)
             began_s = self._clock()

@@ -5,6 +5,7 @@ What is found here is mended in `elastic_moe/torch_private.py`.
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,30 +44,48 @@ def test_onednn_multiplies_matrices_that_lie_transposed_as_well() -> None:
         torch.testing.assert_close(onednn_linear(rows, matrix), rows @ matrix.T, msg=changed)
 
 
-def gathered_where_told() -> tuple[list[int], bool]:
-    """Which parameters were asked a place for, and whether they were gathered there, twice, and not freed between."""
+class NotingSeat:
+    """Places by the parameter's number, and what was heard in which order."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, torch.Tensor] = {}
+        self.heard = ""
+
+    def place(self, index: int, num: int, dtype: torch.dtype) -> torch.Tensor:
+        self.places[index] = torch.zeros(num, dtype=dtype)
+        return self.places[index]
+
+    def take(self) -> None:
+        self.heard += "("
+
+    def leave(self) -> None:
+        self.heard += ")"
+
+
+def gathered_where_told(world_size: int) -> tuple[str, bool]:
+    """What was heard of gathering, and whether two parameters were gathered there, twice, and not freed between."""
     from elastic_moe.torch_private import gather_into
 
-    linear = torch.nn.Linear(4, 3)
-    unit = fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
-    places: dict[int, torch.Tensor] = {}
-
-    def place(index: int, num: int, dtype: torch.dtype) -> torch.Tensor:
-        places[index] = torch.empty(num, dtype=dtype)
-        return places[index]
-
-    gather_into(unit, place)
+    linear = torch.nn.Linear(4, 4)
+    unit = fully_shard(linear, mesh=init_device_mesh("cpu", (world_size,)))
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+    seat = NotingSeat()
+    gather_into(unit, seat)
     for _ in range(2):
         linear(torch.ones(2, 4)).sum().backward()
-    held = [tensor.untyped_storage().size() for tensor in places.values()]
+    held = [seat.places[index].untyped_storage().size() for index in range(2)]
     whole = [param.full_tensor().flatten() for param in linear.parameters() if isinstance(param, DTensor)]
-    same = all(torch.equal(places[index], value) for index, value in enumerate(whole))
-    return sorted(places), same and held == [4 * 12, 4 * 3]
+    same = all(torch.equal(seat.places[index], value) for index, value in enumerate(whole))
+    return seat.heard, same and held == [4 * 16, 4 * 4]
 
 
-def test_parameters_are_gathered_where_they_are_told_to(ranks: Ranks) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_are_gathered_where_they_are_told_to(ranks: Ranks, world_size: int) -> None:
+    """Each time both are heard of before, and after they were given up; this unit is gathered once a round."""
     changed = f"torch {torch.__version__}: FSDPParam has changed, by which layers are gathered into memory that stays"
-    assert ranks.run(gathered_where_told, world_size=1) == [([0, 1], True)], changed
+    found = ranks.run(gathered_where_told, world_size, world_size=world_size)
+    assert found == [("(())" * 2, True)] * world_size, changed
 
 
 def test_no_other_file_uses_private_names_of_torch() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
 import mmap
 import os
 from pathlib import Path
@@ -165,11 +164,15 @@ def test_what_cannot_be_mapped_is_an_error_that_leaves_nothing() -> None:
     assert num_mappings() < before + 50
 
 
-@pytest.mark.parametrize("page_s", [0.0, 1.0])
-def test_huge_pages_are_asked_for_until_one_was_costly_and_what_is_there_stays(
-    page_s: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("costly", "expected"), [("", "wwwwww"), ("1", "p.wwww"), ("2", "wp.www"), ("123", "p.p.p.")])
+def test_huge_pages_are_asked_for_where_they_are_cheap_and_what_is_there_stays(
+    costly: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a virtual machine whose host has to back what lies free in large blocks."""
+    """As on a virtual machine whose host has to back what lies free in large blocks; which look finds a costly page.
+
+    Six times for the same memory: for the whole of it (w), for the first page only (p), or, once there was a costly one
+    and until so much has gone without, for none (.).
+    """
     asked: list[tuple[int, int]] = []
     advise = mapping._advise
 
@@ -179,17 +182,20 @@ def test_huge_pages_are_asked_for_until_one_was_costly_and_what_is_there_stays(
         advise(address, size_bytes, advice)
 
     monkeypatch.setattr(mapping, "_advise", recorded)
-    times = itertools.count(0.0, page_s)
-    pages = HugePages(clock=lambda: next(times))
     array = np.full(4 * HUGE_PAGE_BYTES, 7, np.uint8)
+    monkeypatch.setattr(mapping, "_WITHOUT_BYTES", array.nbytes)
+    times_s = iter([time_s for look in "123456" for time_s in (0.0, 1.0 if look in costly else 0.0)])
+    pages = HugePages(clock=lambda: next(times_s))
     address, first = array.ctypes.data, -(-array.ctypes.data // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     last = (address + array.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    for _ in range(2):
+    names = {(): ".", ((first, HUGE_PAGE_BYTES),): "p", ((first, HUGE_PAGE_BYTES), (first, last - first)): "w"}
+    found = ""
+    for _ in range(6):
+        asked.clear()
         pages.advise(address, array.nbytes)
         pages.advise(address, PAGE_BYTES)  # too little for one
-    whole, one = (first, last - first), (first, HUGE_PAGE_BYTES)
-    assert asked == ([one] if page_s else [one, whole, one, whole])
-    assert pages.are_costly == bool(page_s) and bool((array == 7).all())
+        found += names[tuple(asked)]
+    assert found == expected and bool((array == 7).all())
 
 
 def test_a_slot_that_is_made_ahead_may_take_longer_than_one_that_a_save_waits_for(
