@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -19,6 +20,7 @@ MODULES = (
     "torch.distributed.checkpoint.state_dict",
     IMPORTED_BY_FSDP,
 )
+_EXITING = 0x4  # PF_EXITING of Linux: it runs nothing of the program's any more
 
 
 class Imports:
@@ -58,9 +60,19 @@ def settle_threads() -> None:
     os.waitpid(pid, 0)
 
 
+def num_threads_alive(tasks: str = "/proc/self/task") -> int:
+    """Count this process's threads. One that was waited for may be listed for a moment, and is none any more."""
+    num_alive = 0
+    for thread in os.listdir(tasks):
+        with contextlib.suppress(OSError), open(f"{tasks}/{thread}/stat", "rb") as file:
+            flags = int(file.read().rpartition(b")")[2].split()[6])  # proc_pid_stat(5)
+            num_alive += not flags & _EXITING
+    return num_alive
+
+
 def unfit_to_fork() -> str:
     """Say why a fork of this process might not work, "" if nothing speaks against it."""
-    num_threads = len(os.listdir("/proc/self/task"))
+    num_threads = num_threads_alive()
     if num_threads > 1:
         return f"{num_threads - 1} thread(s) were started by an import"
     torch = sys.modules.get("torch")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from elastic_moe.cli.run import _imported_by
+from launcher.workers.imports_ahead import num_threads_alive
 from launcher.workers.learnt_imports import ImportLearner, ImportReporter, _digest, _line_of, _variable_in
 from tests.cluster import until
 
@@ -68,6 +70,21 @@ def test_a_variable_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch
     assert _variable_in(_line_of(name, "a\nvalue")) == (name, _digest("a\nvalue"))
     learner.learn([])
     assert learner.reap() == []
+
+
+def test_a_thread_that_has_ended_keeps_nobody_from_forking(tmp_path: Path) -> None:
+    """Whoever has waited for it finds it listed for a moment longer: it would be started cold for nothing."""
+    for thread, flags in {"7": 0x400040, "8": 0x400044, "9": None}.items():
+        (tmp_path / thread).mkdir()
+        if flags is not None:  # else it has gone from the list since
+            (tmp_path / thread / "stat").write_text(f"{thread} (a) S) S 1 7 7 0 -1 {flags} 90 0 0 0\n")
+    assert num_threads_alive(str(tmp_path)) == 1
+    ends = threading.Event()
+    thread = threading.Thread(target=ends.wait)
+    thread.start()
+    assert num_threads_alive() > 1
+    ends.set()
+    thread.join()
 
 
 def test_what_our_own_trainer_imports_is_known_before() -> None:
