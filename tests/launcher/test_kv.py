@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 
 import pytest
 
 from launcher.errors import Compacted, KVUnavailable, UsageError
-from launcher.kv import WatchEvent
+from launcher.kv import Entry, Lease, WatchEvent
 from launcher.kv.aside import tell, told
+from launcher.kv.embedded import wire
 from launcher.kv.embedded.client import EmbeddedKV
-from launcher.kv.embedded.server import EmbeddedServer
+from launcher.kv.embedded.server import IDLE_TIMEOUT_S, EmbeddedServer, _Handler
 from launcher.kv.state import State
 from tests.cluster import until
 from tests.etcd import gather
@@ -150,9 +153,14 @@ def test_keys_go_when_their_lease_is_revoked(connect: Connect) -> None:
 
 def test_keys_go_when_nobody_renews(connect: Connect) -> None:
     kv = connect()
-    lease = kv.lease(1.0)
-    entry = kv.put("l", b"1", lease=lease)
-    assert entry is not None
+
+    def put() -> tuple[Lease, Entry] | None:
+        """Anew where a busy machine has let the lease end before that."""
+        lease = kv.lease(1.0)
+        entry = kv.put("l", b"1", lease=lease)
+        return entry and (lease, entry)
+
+    lease, entry = until("it is put in time", put)
     watch = connect().watch("l", entry.revision + 1)
     lease.stop()
     (event,) = gather(watch, 1)
@@ -177,7 +185,7 @@ def test_a_lease_that_the_store_ended_is_lost(connect: Connect) -> None:
 
 def test_what_is_told_aside_is_seen_as_long_as_its_lease_stands(connect: Connect) -> None:
     kv, other = connect(), connect()
-    lease = kv.lease(2.0)
+    lease = kv.lease(4.0)
     kv.put("l", b"", lease=lease)
     for value in (b"\x00one", b"two"):
         tell(kv, "aside/a", value, lease)
@@ -235,6 +243,30 @@ class TestEmbedded:
         finally:
             kv.close()
             server.close()
+
+    def test_a_connection_that_was_idle_for_long_is_not_used_again(self) -> None:
+        """The server closes such connections: what is asked on one just before that is not answered."""
+        with EmbeddedServer("127.0.0.1", 0, token="t") as server:
+            kv = EmbeddedKV("127.0.0.1", server.port, token="t")
+            with contextlib.closing(kv):
+                kv.put("a", b"1")
+                kv._calls._used_s -= IDLE_TIMEOUT_S - 1.0
+                assert server._server is not None
+                for sock in list(server._server.connections):
+                    sock.shutdown(socket.SHUT_RDWR)
+                assert kv.get("a") is not None
+
+    def test_a_server_that_is_closed_serves_nobody_who_came_just_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        came, go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(_Handler, "setup", lambda handler: (came.set(), go_on.wait(60)))
+        server = EmbeddedServer("127.0.0.1", 0, token="t")
+        server.start()
+        with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
+            assert came.wait(60)
+            server.close()
+            go_on.set()
+            with pytest.raises((OSError, EOFError)):
+                wire.greet_as_client(sock, "t", 60)
 
     def test_a_server_that_goes_is_unavailable_and_its_leases_are_lost(self) -> None:
         server = EmbeddedServer("127.0.0.1", 0, token="t")

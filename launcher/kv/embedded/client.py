@@ -18,13 +18,14 @@ from launcher.errors import Compacted, KVError, KVUnavailable, StoreHostSilent, 
 from launcher.frames import ProtocolError, receive, send
 from launcher.kv.base import Entry, Snapshot, WatchEvent
 from launcher.kv.embedded import wire
-from launcher.kv.embedded.server import MAX_WAIT_S
+from launcher.kv.embedded.server import IDLE_TIMEOUT_S, MAX_WAIT_S
 from launcher.kv.endpoint import spelled
 from launcher.kv.lease import Lease
 
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 3.0
+_IDLE_S_MAX = IDLE_TIMEOUT_S / 2
 
 
 class _Addresses:
@@ -71,6 +72,7 @@ class _Session:
         self._token = token
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
+        self._used_s = 0.0
         self.closed = False
         self.store_id = ""
 
@@ -83,6 +85,8 @@ class _Session:
         with self._lock:
             if self.closed:
                 raise KVUnavailable("this client is closed")
+            if time.monotonic() > self._used_s + _IDLE_S_MAX:
+                self._drop()  # the server may be about to close it, or has: what is asked on it would be lost
             try:
                 if self._sock is None:
                     self._sock = self._open(timeout_s)
@@ -91,6 +95,7 @@ class _Session:
                 self._sock.settimeout(timeout_s)
                 send(self._sock, {"op": op, **fields})
                 answer = receive(self._sock, wire.MAX_FRAME_BYTES)
+                self._used_s = time.monotonic()
             except ProtocolError as error:
                 self._drop()
                 raise UsageError(f"rendezvous endpoint {self._addresses}: {error}") from error

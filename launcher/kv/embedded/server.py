@@ -31,7 +31,8 @@ MAX_WAIT_S = 5.0
 _HANDSHAKE_TIMEOUT_S = 5.0
 _GRACE_S = 0.1
 """A handshake is left so much time, two ways there and back, before it may have to go for another."""
-_IDLE_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 60.0
+"""A connection on which nothing is asked for so long is closed. Who uses it again must not come just then."""
 
 
 def encode_entry(entry: Entry | None) -> dict[str, Any] | None:
@@ -53,10 +54,12 @@ class _Handler(socketserver.BaseRequestHandler):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.connections.add(sock)
         try:
+            if server.stopped.is_set():  # whoever closes all of them may have looked before this one was there
+                return
             wire.greet_as_server(sock, server.token, server.store_id, _HANDSHAKE_TIMEOUT_S, server.node_id)
             if not server.strangers.leave(sock):
                 return  # it had to go for another
-            sock.settimeout(_IDLE_TIMEOUT_S)
+            sock.settimeout(IDLE_TIMEOUT_S)
             while True:
                 request = receive(sock, wire.MAX_FRAME_BYTES)
                 send(sock, self._answer(server.hub, request))
