@@ -106,7 +106,7 @@ class NodeEngine:
             times.append(self._election.due_s)
         if self.leader is not None:
             times.append(self.leader.due_s)
-        if self._doubted_peers():
+        if self._has_doubts:
             times.append(self._ask_again_s)
         return min(times)
 
@@ -261,12 +261,20 @@ class NodeEngine:
         self.own.change(cannot_reach=(*record.cannot_reach, node_id))
         self._report(EventName.PEER_UNREACHABLE, generation=current.generation, peer=node_id)
 
+    @property
+    def _has_doubts(self) -> bool:
+        reports = bool(self.own.record.cannot_reach) and self.own.record.status is Status.READY
+        return reports or (self.leader is not None and self.leader.awaits_stop)
+
     def _doubted_peers(self) -> tuple[Participant, ...]:
-        """Those to be asked again before this node runs workers beside them."""
-        record = self.own.record
-        if not record.cannot_reach or record.status is not Status.READY:
-            return ()
-        return tuple(p for p in self._peers() if p.node_id in record.cannot_reach)
+        """Those to be asked again: before this node runs workers beside them, and while it waits for theirs to stop.
+
+        Nobody else does the latter: who stops its own workers watches nobody any more.
+        """
+        record, leader = self.own.record, self.leader
+        doubted = record.cannot_reach if record.status is Status.READY else ()
+        awaited = leader.may_run_workers if leader is not None and leader.awaits_stop else lambda _: False
+        return tuple(p for p in self._peers() if p.node_id in doubted or awaited(p.node_id))
 
     def _reached(self, still: Any) -> None:
         """Take back what was told of participants that answer by now, and of nodes that are none any more."""
@@ -372,9 +380,10 @@ class NodeEngine:
     def _ask_again(self, now_s: float) -> None:
         participants = {p.node_id for p in self._peers()}
         self._reached(participants.__contains__)
-        if now_s >= self._ask_again_s and (doubted := self._doubted_peers()):
+        if self._has_doubts and now_s >= self._ask_again_s:
             self._ask_again_s = now_s + _ASK_AGAIN_S
-            self._effects.append(Ring(doubted))
+            if doubted := self._doubted_peers():
+                self._effects.append(Ring(doubted))
 
     def _note_why(self) -> None:
         led = f"node {self.board.leader} leads" if self.board.leader else "a leader is being chosen"

@@ -13,7 +13,7 @@ from launcher.node.board import NODES, ROUND, Board, Departure, News
 from launcher.node.effects import Decide, Delete, Lane, Put, Task
 from launcher.node.events import Answered, Decided, Unanswered
 from launcher.node.roster import Roster
-from launcher.rounds.membership import Evict, Propose, Rules, Wait
+from launcher.rounds.membership import BUSY, Evict, Propose, Rules, Wait
 from launcher.rounds.records import Round
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,17 @@ class Leader:
     def awaited(self) -> frozenset[str]:
         """Participants that are not there and may still come back."""
         return self._roster.awaited
+
+    @property
+    def awaits_stop(self) -> bool:
+        """Whether the round is broken, and the next one waits until no workers of it run."""
+        current = self._board.round
+        return current is not None and current.broken is not None and not current.outcome
+
+    def may_run_workers(self, node_id: str) -> bool:
+        """Whether a node's workers may still run."""
+        node = self._board.nodes.get(node_id)
+        return node is not None and node.status in BUSY
 
     def give_up(self, node_id: str, reason: str) -> list[Departure]:
         """An awaited node will not come back."""

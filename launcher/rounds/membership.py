@@ -46,7 +46,7 @@ from launcher.rounds.records import (
 )
 from launcher.text import name_some
 
-_BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)
+BUSY = (Status.RUNNING, Status.STOPPING, Status.DONE)
 """What a node says whose workers may run."""
 
 
@@ -206,7 +206,7 @@ def _is_news(broken: Breakage, told: Breakage | None) -> bool:
 def _busy(view: View, current: Round) -> list[Node]:
     """Return the participants that have not yet said that their workers are stopped."""
     present = (view.node(p.node_id) for p in current.participants)
-    return [n for n in present if n and n.status in _BUSY]
+    return [n for n in present if n and n.status in BUSY]
 
 
 def _await_stop(busy: Sequence[Node], since_s: float, rules: Rules, now_s: float) -> Action:
@@ -228,7 +228,7 @@ def _candidates(view: View) -> list[Node]:
 
 
 def _first_round(view: View, rules: Rules, planner: Planner, now_s: float) -> Action:
-    if busy := [n for n in view.nodes if n.status in _BUSY]:  # of a round whose record was deleted
+    if busy := [n for n in view.nodes if n.status in BUSY]:  # of a round whose record was deleted
         return _await_stop(busy, view.broken_s, rules, now_s)
     ready = _candidates(view)
     if len(ready) < rules.min_nodes:

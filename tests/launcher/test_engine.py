@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.node.effects import Decide, Delete, Put, Task, WatchPeers
+from launcher.node.effects import Decide, Delete, Put, Ring, Task, WatchPeers
 from launcher.node.events import (
     Announced,
     Decided,
@@ -18,7 +18,7 @@ from launcher.node.events import (
     Tick,
 )
 from launcher.rounds.membership import Evict, Wait, decide
-from launcher.rounds.records import Participant, Round, Status
+from launcher.rounds.records import Breakage, Node, Participant, Round, Status
 from tests.launcher.engines import TTL_S, Driven
 
 
@@ -139,6 +139,24 @@ def test_peers_are_watched_while_workers_run_beside_them(node: Driven) -> None:
     assert [[peer.node_id for peer in peers] for peers in watched] == [["b", "c"]]
     node.feed(Announced(Status.STOPPING))
     assert WatchPeers(()) in node.effects
+
+
+def test_whose_workers_are_waited_for_is_asked_whether_it_lives(node: Driven) -> None:
+    """A second node that is lost when all have stopped watching one another: its lease may be long."""
+    stopped, running = (Node(name, name, "127.0.0.1", 1, 1, status=status, generation=1) for name, status in STATES)
+    for peer in (stopped, running):
+        node.store.put(f"nodes/{peer.node_id}", peer.to_json(), None, None)
+    lead(node)
+    put_round(node, complete=True, broken=Breakage("node d lost", graceful=False))
+    node.listen()
+    node.pass_time(10.0)
+    asked = [effect.peers for effect in node.effects if isinstance(effect, Ring)]
+    assert {peer.node_id for peers in asked for peer in peers} == {"c"}
+    node.feed(PeerDead("c", "connection refused"))
+    assert "nodes/c" in [task.key for task in node.tasks if isinstance(task, Delete)]
+
+
+STATES = (("b", Status.READY), ("c", Status.STOPPING))
 
 
 def test_whom_a_node_cannot_reach_it_tells_until_they_answer(node: Driven) -> None:
