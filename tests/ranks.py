@@ -38,6 +38,10 @@ TIMEOUT_S = 150.0
 """Of a run: a busy machine takes that long for some."""
 
 
+_LATE_S = 60.0
+"""So much later a rank gives up by itself: that time is over is for the run to say, which ends all of them then."""
+
+
 class RankFailure(AssertionError):
     """A rank failed; the message holds its number and its traceback."""
 
@@ -191,7 +195,7 @@ def _answer(job: _Job, pipe: Connection) -> None:
         store=dist.FileStore(job.store, job.world_size),
         rank=job.rank,
         world_size=job.world_size,
-        timeout=timedelta(seconds=job.timeout_s),
+        timeout=timedelta(seconds=job.timeout_s + _LATE_S),
     )
     try:
         result = job.function(*job.args)

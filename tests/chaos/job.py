@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ ON_OBJECTS = ("folder", "s3")
 """Stores on the shared storage, and on an S3 server: for tests in which the store is not hurt."""
 S3_SERVER = os.environ.get("CHAOS_S3", "moto")
 """Which one: "moto", or "seaweedfs", which takes longer to start."""
-ENDS_SOON = "lease_ttl=3"
+ENDS_SOON = "lease_ttl=4"
 """For tests that wait for a lease to end."""
 _LEASE = "lease_ttl=30"
 _PASSWORD = "s3cret-words"
@@ -120,6 +120,18 @@ class Job(Cluster):
         if "--stock" not in script:
             script = (*script, "--saves", self.saves)
         return self.start(name, *options, SCRIPT, str(self.work), *script, nnodes=nnodes, conf=settings)
+
+    def gate(self, name: str) -> tuple[str, ...]:
+        """Options with which a node has done all that comes before it joins, and waits for `open_gate` to do so."""
+        wait = f"until [ -e '{self.work}/gate' ]; do sleep 0.05; done"
+        return ("--preflight", f"touch '{self.work}/at-gate-{name}'; {wait}")
+
+    def open_gate(self, *names: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Let nodes join at one moment, once all of these are at the gate and `meanwhile` was called."""
+        for name in names:
+            until(f"{name} is at the gate", (self.work / f"at-gate-{name}").exists)
+        meanwhile()
+        (self.work / "gate").touch()
 
     # --- what it did
 

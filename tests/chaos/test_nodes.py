@@ -143,14 +143,18 @@ def test_the_node_that_matters(job: Job, victim: str) -> None:
 
 @pytest.mark.parametrize(("name", "fault"), [("a", Node.kill), ("c", freeze)], ids=["rank 0 killed", "rank 2 frozen"])
 def test_a_node_lost_while_a_round_forms(job: Job, name: str, fault: object) -> None:
-    """The round of three was proposed and is not joined by all; the other two form the next one."""
+    """The round of three was proposed and is not joined by all: b stands still meanwhile. The other two form the next
+    one.
+    """
     assert callable(fault)
-    started = [*job.nodes("a", "b", nnodes="2:3", conf=FROZEN), job.node("c", nnodes="2:3", conf=FROZEN)]
-    nodes = {node.name: node for node in started}
-    victim = nodes.pop(name)
+    a, b = job.nodes("a", "b", nnodes="2:3", conf=FROZEN)
+    nodes = {"a": a, "b": b, "c": job.node("c", nnodes="2:3", conf=FROZEN, options=job.gate("c"))}
+    job.open_gate("c", meanwhile=lambda: freeze(b))
     job.wait_event("round_formed")
+    victim = nodes.pop(name)
     fault(victim)
     struck_s = time.monotonic()
+    thaw(b)
     job.steps(2)
     first_s = min(step.begin_s for step in job.history().steps)
     if fault is freeze:
@@ -186,13 +190,14 @@ def test_a_node_that_flaps(job: Job) -> None:
 
 def test_many_nodes_join_together(job: Job) -> None:
     """A job of one node takes many more in, in few rounds and without a step done twice."""
-    nnodes = f"1:{1 + NUM_JOINERS}"
-    (a,) = job.nodes("a", nnodes=nnodes, conf="last_call=0,join_cooldown=1")
+    nnodes, conf, names = f"1:{1 + NUM_JOINERS}", "last_call=0,join_cooldown=1", [f"n{i}" for i in range(NUM_JOINERS)]
+    (a,) = job.nodes("a", nnodes=nnodes, conf=conf)
     job.steps(1)
-    more = [job.node(f"n{i}", nnodes=nnodes, conf="last_call=0,join_cooldown=1") for i in range(NUM_JOINERS)]
+    more = [job.node(name, nnodes=nnodes, conf=conf, options=job.gate(name)) for name in names]
+    job.open_gate(*names)
     job.steps(1 + NUM_JOINERS)
     job.finish(a, *more, redone=0)
-    assert len(job.events("round_formed")) <= 4
+    assert len(job.events("round_formed")) <= 3
     joined = [i for i in job.account().interruptions if i.cause is Cause.JOIN]
     assert {node.rpartition("-")[0] for i in joined for node in i.nodes} == {node.name for node in more}
     ended_s, began_s = job.history().pause(1)

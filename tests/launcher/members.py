@@ -15,7 +15,8 @@ from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node, Round, Status
 from tests.cluster import until
 
-LEASE_TTL_S = 2.5
+LEASE_TTL_S = 30.0
+"""No test waits for one to end: this process may stand still for seconds on a busy machine."""
 WAIT_S = 60.0
 
 
@@ -79,6 +80,14 @@ class Job:
         for name in others:
             self.start(name)
 
+    def from_now_on(self, **rules: Any) -> None:
+        """Change rules, also for who leads: what was to be done before had all the time that it took."""
+        self.rules = dataclasses.replace(self.rules, **rules)
+        for member in self.members.values():
+            member._engine.rules = self.rules
+            if (leader := member._engine.leader) is not None:
+                leader._rules = self.rules
+
     def join(self, *names: str) -> Round:
         """The named nodes join the next round, which is the same for all."""
         with ThreadPoolExecutor(len(names)) as pool:
@@ -94,6 +103,18 @@ class Job:
         """The records in the store."""
         entries = self.hub.list(f"{run_prefix('test')}{NODES}").entries
         return {n.node_id: n for n in (Node.from_json(e.value, e.create_revision) for e in entries)}
+
+    def has_told(self, *names: str) -> None:
+        """Wait until the job has told these events, and no others of their kinds, in this order.
+
+        Whoever writes a round tells of it once the store has answered, when all others may know of it.
+        """
+
+        def told() -> list[str]:
+            return [name for name in self.told.names() if name in names]
+
+        until(f"{names} are told", lambda: len(told()) >= len(names), WAIT_S)
+        assert told() == list(names)
 
     def leader(self) -> str:
         """Who leads, by the store; "" if nobody does."""

@@ -142,10 +142,10 @@ def test_a_node_beyond_max_waits_as_a_spare_and_fills_in(nodes: Cluster, tmp_pat
 def test_a_node_that_is_cut_off_while_it_stops_its_workers_kills_them(nodes: Cluster, tmp_path: Path) -> None:
     """Others may start in their place when its lease ends, whatever grace they were given before."""
     work = ("--shutdown-timeout", "600", STUBBORN, str(tmp_path))
-    conf = "last_call=60,lease_ttl=3,stop_timeout=600"
+    conf = "last_call=60,stop_timeout=600"
     host = nodes.start("host", *work, conf=f"{conf},is_host=true")
     nodes.wait_event("node_joined")
-    second = nodes.start("second", *work, nproc=2, conf=f"{conf},is_host=false,connect_timeout=60")
+    second = nodes.start("second", *work, nproc=2, conf=f"{conf},is_host=false,connect_timeout=60,lease_ttl=5")
     until("three workers", lambda: len(read_lines(tmp_path / "started.jsonl")) == 3)
     pids = {s["pid"] for s in read_lines(tmp_path / "started.jsonl")}
     fails, stubborn = [p for p in second.tree() if p.pid in pids]

@@ -66,7 +66,7 @@ def test_a_lease_that_cannot_be_looked_at_keeps_no_other_from_ending() -> None:
     register = FarRegister()
     pace = dataclasses.replace(LOCAL_PACE, slow_s=0.05)
     with contextlib.closing(BucketKV(register, pace)) as holder, contextlib.closing(BucketKV(register, pace)) as judge:
-        first, second = holder.lease(0.5), holder.lease(0.5)
+        first, second = holder.lease(2.0), holder.lease(2.0)
         assert holder.put("l", b"v", lease=first) is not None
         assert holder.put("k", b"v", lease=second) is not None
         register.unreadable = beat_name(first.lease_id)

@@ -36,7 +36,7 @@ def two_that_train(nodes: Cluster, folder: Path, conf: str = "", grace_s: int = 
 
 def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: Cluster, tmp_path: Path) -> None:
     """Every other limit is far above the time that this test waits."""
-    options = ("--shutdown-timeout", "600", "--drain-grace", "6", STUBBORN, str(tmp_path))
+    options = ("--shutdown-timeout", "600", "--drain-grace", "10", STUBBORN, str(tmp_path))
     node = nodes.start("only", *options, nnodes="1:1", conf="yield_timeout=600")
     until("a worker", lambda: read_lines(tmp_path / "started.jsonl"))
     worker = psutil.Process(read_lines(tmp_path / "started.jsonl")[0]["pid"])
@@ -44,7 +44,7 @@ def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: C
     assert node.wait() == TERMINATED
     assert not alive(worker)
     (started,) = nodes.events("drain_started")
-    assert (started["source"], started["detail"], started["seconds"]) == ("signal", "SIGTERM", 6)
+    assert (started["source"], started["detail"], started["seconds"]) == ("signal", "SIGTERM", 10)
     (cut,) = nodes.events("drain_cut_short")
     assert cut["step"] == 3
     assert "no step boundary" in cut["reason"]
@@ -53,7 +53,7 @@ def test_a_worker_that_ignores_sigterm_does_not_make_the_agent_overstay(nodes: C
 
 
 def test_a_store_that_does_not_answer_does_not_make_the_agent_overstay(nodes: Cluster, tmp_path: Path) -> None:
-    first, second = two_that_train(nodes, tmp_path, ",lease_ttl=600,timeout=600", grace_s=5)
+    first, second = two_that_train(nodes, tmp_path, ",lease_ttl=600,timeout=600", grace_s=8)
     os.kill(first.process.pid, signal.SIGSTOP)  # its agent hosts the store; its worker trains on
     try:
         second.signal(signal.SIGTERM)

@@ -94,9 +94,10 @@ def test_a_guardian_ends_as_its_program_and_ends_what_that_leaves(script: str, c
         assert process_tree.look_up(child) is None
 
 
-def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile() -> None:
-    breeds = "trap '' TERM; while :; do sleep 600 & sleep 0.01; done"
-    with guard("sh", "-c", f'setsid sh -c "{breeds}" >/dev/null 2>&1 & echo $!; sleep 0.1; exit 1') as process:
+def test_what_ignores_sigterm_is_killed_and_with_it_what_it_starts_meanwhile(tmp_path: Path) -> None:
+    breeds = f"trap '' TERM; while :; do sleep 600 & sleep 0.01; echo >>{tmp_path}/bred; done"
+    until_bred = f"until [ -e {tmp_path}/bred ] && [ $(wc -l <{tmp_path}/bred) -gt 3 ]; do sleep 0.01; done"
+    with guard("sh", "-c", f'setsid sh -c "{breeds}" >/dev/null 2>&1 & echo $!; {until_bred}; exit 1') as process:
         assert process.wait(60) == 1
         assert process.stderr is not None
         told = process.stderr.read()

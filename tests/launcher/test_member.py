@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +17,14 @@ from launcher.health.liveness import LivenessListener
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
 from launcher.node.board import NODES, run_prefix
+from launcher.node.registration import FENCE_FRACTION
+from launcher.rounds import membership
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
-from launcher.rounds.policy import Limits
+from launcher.rounds.policy import Limits, readmit
 from launcher.rounds.records import SUCCEEDED, Failure, Node, Status
 from tests.cluster import free_port, until
-from tests.launcher.members import WAIT_S, Job, Told, broken
+from tests.launcher.members import LEASE_TTL_S, WAIT_S, Job, Told, broken
 
 
 def test_nodes_that_come_together_form_one_round(job: Job) -> None:
@@ -48,6 +51,7 @@ def test_a_silent_node_is_lost_with_its_lease(job: Job) -> None:
     lease = job.members["b"].lease()
     assert lease is not None
     lease.stop()
+    job.hub.revoke(lease.lease_id)  # as the store does once nobody has renewed it
     assert broken(job.members["a"], 1) == "node b lost: its lease ended"
     assert broken(job.members["c"], 1)
     job.stop_workers("a", "c")
@@ -87,6 +91,8 @@ def test_a_node_cut_off_from_the_store_fences_itself_before_its_lease_can_end(jo
     assert lease is not None
     lease._renew = cut_off
     job.clients["a"].cut = True
+    assert not member.fenced()
+    lease._deadline_s = time.monotonic() + FENCE_FRACTION * LEASE_TTL_S - 0.5  # as if it were cut off for long
     until("fenced", member.fenced, WAIT_S)
     assert not lease.lost.is_set(), "the lease still stood when the node knew"
     assert broken(member, 1) == "this node's lease ended"
@@ -110,11 +116,13 @@ def test_a_short_cut_is_ridden_out(job: Job) -> None:
 
 
 def test_joiners_are_taken_in_together(job: Job) -> None:
-    job.rules = dataclasses.replace(job.rules, join_settle_s=1.5)
+    job.rules = dataclasses.replace(job.rules, join_settle_s=600.0)
     job.start("a")
     job.join("a")
     job.start("b")
     job.start("c")
+    until("a knows of both", lambda: {"b", "c"} <= set(job.members["a"]._engine.board.nodes), WAIT_S)
+    job.from_now_on(join_settle_s=0.0)
     reason = until("asked to stop", lambda: job.members["a"].stop_requested(1), WAIT_S)
     assert reason == "join: b, c"
     job.stop_workers("a")
@@ -142,14 +150,14 @@ def test_a_failure_beyond_the_budget_closes_for_all(job: Job) -> None:
     for name in "ab":
         with pytest.raises(JobClosed, match="exit code 1: ValueError: no; restarts used: 0 of 0"):
             job.members[name].wait_round(WAIT_S)
-    assert job.told.names().count("finished") == 1
+    job.has_told("finished")
 
 
 @pytest.mark.parametrize("leader", ["a", "b"])
 def test_a_node_that_does_not_stop_its_workers_is_left_out(job: Job, leader: str) -> None:
-    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     job.start_led(*sorted("ab", key=lambda name: name != leader))
     job.join("a", "b")
+    job.from_now_on(stop_timeout_s=0.5)
     job.stop_workers("a")  # b goes on as if it had heard nothing
     formed = job.members["a"].wait_round(WAIT_S)
     assert [p.node_id for p in formed.participants] == ["a"]
@@ -161,9 +169,9 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
 ) -> None:
     """The next round is formed at once, and nobody is left to be told who was lost."""
     monkeypatch.setattr("launcher.node.registration.CHECK_PERIOD_S", 1000.0)
-    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     job.start_led("a", "b")
     job.join("a", "b")
+    job.from_now_on(stop_timeout_s=0.5)
     job.stop_workers("a")
     job.members["a"].wait_round(WAIT_S)
     until("b must kill its workers", job.members["b"].fenced, WAIT_S)
@@ -172,9 +180,9 @@ def test_a_node_that_is_evicted_when_all_others_have_stopped_must_stop_at_once(
 
 
 def test_a_leader_that_does_not_stop_its_workers_gives_up_the_lead(job: Job) -> None:
-    job.rules = dataclasses.replace(job.rules, stop_timeout_s=0.5)
     job.start_led("a", "b")
     job.join("a", "b")
+    job.from_now_on(stop_timeout_s=0.5)
     lease = job.members["a"].lease()
     assert lease is not None
     job.stop_workers("b")  # a leads; its workers cannot be killed, and its lease is renewed for as long as it lives
@@ -198,17 +206,20 @@ def test_a_node_that_stays_out_stays_out_though_its_lease_ends(job: Job) -> None
     assert not waits.is_alive()
 
 
-def test_a_spare_waits_beyond_the_time_a_node_waits_for_a_round(job: Job) -> None:
+def test_a_spare_waits_beyond_the_time_a_node_waits_for_a_round(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.rules = dataclasses.replace(job.rules, max_nodes=1)
     job.start("a")
     job.join("a")
     spare = job.start("b")
-    handler = MemberRendezvous(spare, backend="memory", run_id="test", address="127.0.0.1", timeout_s=0.2)
+    handler = MemberRendezvous(spare, backend="memory", run_id="test", address="127.0.0.1", timeout_s=0.1)
     until("b knows that it is a spare", spare.is_spare, WAIT_S)
-    found: list[Any] = []
+    found, asked_s, wait_round = list[Any](), list[float](), spare.wait_round
+    monkeypatch.setattr(spare, "wait_round", lambda timeout_s: (asked_s.append(timeout_s), wait_round(timeout_s))[1])
     thread = threading.Thread(target=lambda: found.append(handler.next_rendezvous()))
     thread.start()
-    thread.join(1.0)  # five times the time-out
+    until("five times the time-out", lambda: len(asked_s) > 5, WAIT_S)
+    handler._timeout_s = WAIT_S  # of the round in its place, which is to come
+    until("it waits for that", lambda: asked_s[-1] == WAIT_S, WAIT_S)
     assert thread.is_alive()
     job.members["a"].leave()
     thread.join(WAIT_S)
@@ -236,7 +247,7 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     bell.start()
     node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
     kv = EmbeddedKV("127.0.0.1", port, token="t")
-    member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=1.0)
+    member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=2.5)
     try:
         member.start()
         member.join(member.wait_round(WAIT_S).generation, WAIT_S)
@@ -262,10 +273,12 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
         bell.close()
 
 
-def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> None:
-    job.rules = dataclasses.replace(
-        job.rules, max_restarts=None, limits=Limits(strikes=1, exclusion_s=0.5), join_cooldown_s=0.0
-    )
+def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is out for as long as somebody here needs to look at it, and then as if that time had been over."""
+    is_over = threading.Event()
+    monkeypatch.setattr(membership, "readmit", lambda told, s, *n: readmit(told, 1e6 if is_over.is_set() else s, *n))
+    limits = Limits(strikes=1, exclusion_s=600.0)
+    job.rules = dataclasses.replace(job.rules, max_restarts=None, limits=limits, join_cooldown_s=0.0)
     job.start_led("a", "b")
     job.join("a", "b")
     broken = Failure(rank=1, exit_code=1, message="ECC", ts=1.0, kind=FailureClass.DEVICE)
@@ -277,11 +290,12 @@ def test_a_node_that_is_left_out_says_so_until_it_is_called_back(job: Job) -> No
         assert [p.node_id for p in job._join("a").participants] == ["a"]
         until("b says so", lambda: job.nodes()["b"].status is Status.EXCLUDED, WAIT_S)
         assert job.nodes()["b"].reason == "excluded: 1 times within 600 s: device: ECC"
+        is_over.set()
         until("it is ready again", lambda: job.nodes()["b"].status is Status.READY, WAIT_S)
         until("it is wanted", lambda: job.members["a"].stop_requested(2), WAIT_S)
         job.stop_workers("a")
         assert waits.result().generation == 3
-    assert [n for n in job.told.names() if n.startswith(("node_ex", "node_re"))] == ["node_excluded", "node_readmitted"]
+    job.has_told("node_excluded", "node_readmitted")
 
 
 def test_a_record_deleted_by_hand_is_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,8 +63,12 @@ def test_a_command_fails_with_its_last_line(tmp_path: Path) -> None:
 
 def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    assert "did not end within 2 s" in Command(f"sleep 600 & echo $! > {pids}; wait", 2).run()
-    pid = int(pids.read_text())
+    for timeout_s in (1, 10, 60):  # a busy machine may not even have begun when that is over
+        told = Command(f"sleep 600 & echo $! > {pids}; wait", timeout_s).run()
+        assert f"did not end within {timeout_s} s" in told
+        if read(pids):
+            break
+    pid = int(read(pids))
     until(
         "its child is gone", lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
     )
@@ -269,7 +273,7 @@ def test_a_node_that_is_not_fit_stays_out_of_the_job_and_comes_in_when_it_is(nod
     until("steps without the unfit node", lambda: read_lines(tmp_path / "steps.jsonl"))
     (formed,) = nodes.events("round_formed")
     assert formed["world_size"] == 1
-    assert nodes.events("preflight_failed")[0]["reason"].endswith("ended with exit code 4: the disk is odd")
+    assert nodes.wait_event("preflight_failed")["reason"].endswith("ended with exit code 4: the disk is odd")
     bad.unlink()
     nodes.wait_event("preflight_passed")
     until("steps of both", lambda: [s for s in read_lines(tmp_path / "steps.jsonl") if s["world_size"] == 2])

@@ -23,7 +23,7 @@ from launcher.health.liveness import LivenessListener
 from launcher.kv.embedded import wire
 from launcher.kv.embedded.client import EmbeddedKV
 from launcher.kv.embedded.server import EmbeddedServer
-from tests.cluster import Cluster, read_lines, until
+from tests.cluster import Cluster, Node, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
 NUM_STRANGERS = 1000
@@ -104,8 +104,9 @@ def test_a_listener_keeps_few_connections_and_still_answers() -> None:
     try:
         with strangers(bell.port) as connections:
             before = num_descriptors()
-            until("the first are turned away", lambda: is_closed(connections[1]) and is_closed(connections[500]))
-            assert num_descriptors() - before <= NUM_DESCRIPTORS // 8
+            # Not all in the order in which they were opened: the kernel lets some wait where the listener is slow.
+            until("many are turned away", lambda: sum(map(is_closed, connections)) >= NUM_STRANGERS // 2)
+            assert num_descriptors() - before <= NUM_DESCRIPTORS // 8 + 1, "one that comes is there before another goes"
             until(
                 "one stays, of which the strangers that are still to be accepted turn none away",
                 lambda: stays(bell.port),
@@ -240,6 +241,15 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
     made.end()
 
 
+def largest(node: Node) -> psutil.Process:
+    """Of a node's processes, some of which come and go."""
+    size_bytes = {}
+    for process in node.tree():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            size_bytes[process] = process.memory_info().rss
+    return max(size_bytes, key=size_bytes.__getitem__)
+
+
 def listening(pid: int) -> list[int]:
     return [c.laddr.port for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
 
@@ -262,7 +272,7 @@ def test_a_job_goes_on_with_a_thousand_strangers_at_each_listener(nodes: Cluster
         joined = until("steps of both", lambda: steps(world_size=2))[0]["generation"]
         for port in set(listening(first.process.pid) + listening(second.process.pid)) - set(ports):
             held.enter_context(strangers(port))
-        max(second.tree(), key=lambda process: process.memory_info().rss).kill()
+        largest(second).kill()
         until("steps after a worker died", lambda: [s for s in steps(world_size=2) if s["generation"] > joined])
         assert psutil.Process(first.process.pid).num_fds() < NUM_DESCRIPTORS * 3 // 4
         (tmp_path / "finish").touch()

@@ -162,7 +162,7 @@ def test_a_killed_node_is_lost_and_taken_in_again(job: Job) -> None:
 
 
 def test_a_frozen_node_is_lost_joins_again_when_it_thaws_and_may_die_unnoticed(job: Job) -> None:
-    conf = "last_call=60,join_cooldown=0.5,lease_ttl=3"
+    conf = "last_call=60,join_cooldown=0.5,lease_ttl=4"
     nodes = job.start("larger", PLAIN, nproc=2, conf=conf), job.start("smaller", PLAIN, conf=conf)
     assert sorted((s["RANK"], s["WORLD_SIZE"]) for s in job.wait_started(3)) == [(0, 3), (1, 3), (2, 3)]
     larger, smaller = nodes
