@@ -158,7 +158,7 @@ def test_keys_go_when_nobody_renews(connect: Connect) -> None:
         """Anew where a busy machine has let the lease end before that."""
         lease = kv.lease(1.0)
         entry = kv.put("l", b"1", lease=lease)
-        return entry and (lease, entry)
+        return (lease, entry) if entry else None
 
     lease, entry = until("it is put in time", put)
     watch = connect().watch("l", entry.revision + 1)
@@ -258,7 +258,12 @@ class TestEmbedded:
 
     def test_a_server_that_is_closed_serves_nobody_who_came_just_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         came, go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr(_Handler, "setup", lambda handler: (came.set(), go_on.wait(60)))
+
+        def held(handler: _Handler) -> None:
+            came.set()
+            assert go_on.wait(60)
+
+        monkeypatch.setattr(_Handler, "setup", held)
         server = EmbeddedServer("127.0.0.1", 0, token="t")
         server.start()
         with socket.create_connection(("127.0.0.1", server.port), 60) as sock:

@@ -74,10 +74,10 @@ def test_a_variable_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_a_thread_that_has_ended_keeps_nobody_from_forking(tmp_path: Path) -> None:
     """Whoever has waited for it finds it listed for a moment longer: it would be started cold for nothing."""
-    for thread, flags in {"7": 0x400040, "8": 0x400044, "9": None}.items():
-        (tmp_path / thread).mkdir()
+    for number, flags in {"7": 0x400040, "8": 0x400044, "9": None}.items():
+        (tmp_path / number).mkdir()
         if flags is not None:  # else it has gone from the list since
-            (tmp_path / thread / "stat").write_text(f"{thread} (a) S) S 1 7 7 0 -1 {flags} 90 0 0 0\n")
+            (tmp_path / number / "stat").write_text(f"{number} (a) S) S 1 7 7 0 -1 {flags} 90 0 0 0\n")
     assert num_threads_alive(str(tmp_path)) == 1
     ends = threading.Event()
     thread = threading.Thread(target=ends.wait)

@@ -22,7 +22,7 @@ from launcher.rounds import membership
 from launcher.rounds.failures import FailureClass
 from launcher.rounds.membership import Rules
 from launcher.rounds.policy import Limits, readmit
-from launcher.rounds.records import SUCCEEDED, Failure, Node, Status
+from launcher.rounds.records import SUCCEEDED, Failure, Node, Round, Status
 from tests.cluster import free_port, until
 from tests.launcher.members import LEASE_TTL_S, WAIT_S, Job, Told, broken
 
@@ -214,7 +214,12 @@ def test_a_spare_waits_beyond_the_time_a_node_waits_for_a_round(job: Job, monkey
     handler = MemberRendezvous(spare, backend="memory", run_id="test", address="127.0.0.1", timeout_s=0.1)
     until("b knows that it is a spare", spare.is_spare, WAIT_S)
     found, asked_s, wait_round = list[Any](), list[float](), spare.wait_round
-    monkeypatch.setattr(spare, "wait_round", lambda timeout_s: (asked_s.append(timeout_s), wait_round(timeout_s))[1])
+
+    def asked(timeout_s: float) -> Round:
+        asked_s.append(timeout_s)
+        return wait_round(timeout_s)
+
+    monkeypatch.setattr(spare, "wait_round", asked)
     thread = threading.Thread(target=lambda: found.append(handler.next_rendezvous()))
     thread.start()
     until("five times the time-out", lambda: len(asked_s) > 5, WAIT_S)
