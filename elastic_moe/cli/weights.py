@@ -121,7 +121,7 @@ def _import(args: argparse.Namespace) -> int:
     if upcycling and not found.is_dense:
         raise UserError(f"{args.folder} has experts already: --upcycle-experts is for dense models")
     found.check_tensors(_shapes(found.config))
-    text = job_text(found.config, args.folder.resolve())
+    text = job_text(found.config, args.folder.resolve(), found.end_of_text)
     if args.out is None:
         print(text, end="")
         return 0
@@ -159,10 +159,13 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
-def job_text(config: ModelConfig, folder: Path) -> str:
+def job_text(config: ModelConfig, folder: Path, end_of_text: int | None = None) -> str:
     """A job file of `config` that begins with the weights and the tokenizer in `folder`.
 
     What JSON makes of such values is TOML too.
+
+    Args:
+        end_of_text: the token by which documents end where the tokenizer does not say it itself, as that of bytes.
 
     Raises:
         UserError: the folder's name is no text.
@@ -175,4 +178,16 @@ def job_text(config: ModelConfig, folder: Path) -> str:
     model = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
     path = json.dumps(str(folder))
     data = ["", "[data]", f"tokenizer = {path}"] if (folder / FILE).exists() else []
+    if data and end_of_text is not None and not _says_its_end(folder):
+        data.append(f"end_of_document = {end_of_text}")
     return "\n".join(["[model]", *model, *data, "", "[train]", f"init_from = {path}"]) + "\n"
+
+
+def _says_its_end(folder: Path) -> bool:
+    from elastic_moe.data.tokenizer import FileTokenizer, read_tokenizer
+
+    try:
+        FileTokenizer(read_tokenizer(str(folder)), str(folder))
+    except UserError:
+        return False
+    return True

@@ -106,7 +106,13 @@ def model_config(theirs: Mapping[str, Any], origin: str, upcycling: Upcycling | 
         given = {ours: theirs.get(key, _DEFAULTS.get(key)) for key, ours in _FIELDS.items()}
         if given["num_kv_heads"] is None:
             given["num_kv_heads"] = given["num_heads"]
-        return _validated(given | {"rope_theta": _rope_theta(theirs, origin, _THETA)}, origin)
+        found = _validated(given | {"rope_theta": _rope_theta(theirs, origin, _THETA)}, origin)
+        if not found.normalizes:
+            raise UserError(
+                f"{origin}: num_experts_per_tok is {found.top_k}: a Mixtral gives one expert the weight 1, and "
+                "from that a router learns nothing here"
+            )
+        return found
     if upcycling is None:
         raise UserError(f"{origin}: a {kind} has no experts: import it with --upcycle-experts")
     whole = _DENSE[str(kind)] | dict(theirs)
@@ -164,6 +170,13 @@ def _rope_theta(theirs: Mapping[str, Any], origin: str, default: float) -> float
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
         raise UserError(f"{origin}: rope_theta is {theta!r}, not a number")
     return default if theta is None else float(theta)
+
+
+def end_of_text(theirs: Mapping[str, Any]) -> int | None:
+    """The token that a `config.json` says texts end with, the first where there are several; None if it says none."""
+    told = theirs.get("eos_token_id")
+    first = told[0] if isinstance(told, list) and told else told
+    return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None
 
 
 def mixtral_config(ours: ModelConfig, *, num_positions: int, dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.errors import UserError
-from elastic_moe.huggingface.config import Upcycling, is_dense, is_tied, model_config
+from elastic_moe.huggingface.config import Upcycling, end_of_text, is_dense, is_tied, model_config
 from elastic_moe.huggingface.names import Source, dense, fused, published, their_shape
 from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
 
@@ -27,6 +27,7 @@ class WeightFolder:
 
     Attributes:
         config: of the model that they are of, or become.
+        end_of_text: the token that ends texts, as theirs says; None if it does not.
         is_dense: whether theirs has no experts, so that each feed-forward network is copied into all of its layer's.
     """
 
@@ -40,9 +41,11 @@ class WeightFolder:
         self._path = Path(path)
         theirs = read_json(self._path / _CONFIG)
         self.config = model_config(theirs, str(self._path / _CONFIG), upcycling)
+        self.end_of_text = end_of_text(theirs)
         self.is_dense = is_dense(theirs)
         self._files = _files_by_name(self._path)
         self._opened: dict[Path, Any] = {}
+        self._check_count()
         self._sources = self._form(is_tied=is_tied(theirs))
         names = [name for source in self._sources.values() for name in source.names]
         if missing := [name for name in names if name not in self._files]:
@@ -54,11 +57,26 @@ class WeightFolder:
                 f"more layers or experts than {_CONFIG} says?"
             )
 
+    def _check_count(self) -> None:
+        """Raises UserError where the files cannot hold all layers: a config may say a billion, which are not listed."""
+        config, num_tensors = self.config, len(self._files)
+        if config.num_layers > num_tensors:
+            raise UserError(
+                f"{self._path / _CONFIG}: num_hidden_layers is {config.num_layers}, and there are {num_tensors} tensors"
+            )
+        if not (self.is_dense or self._is_fused()) and config.num_layers * config.num_experts > num_tensors:
+            raise UserError(
+                f"{self._path / _CONFIG}: {config.num_layers} layers have {config.num_experts} experts each, and there "
+                f"are {num_tensors} tensors"
+            )
+
+    def _is_fused(self) -> bool:
+        return any(name.endswith(".experts.gate_up_proj") for name in self._files)
+
     def _form(self, *, is_tied: bool) -> dict[str, Source]:
         if self.is_dense:
             return dense(self.config, is_tied=is_tied)
-        is_fused = any(name.endswith(".experts.gate_up_proj") for name in self._files)
-        return fused(self.config) if is_fused else published(self.config)
+        return fused(self.config) if self._is_fused() else published(self.config)
 
     def holds(self, name: str) -> bool:
         """Whether one of our parameters is here; routers of a dense model are not."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from elastic_moe.cli.main import main
 from elastic_moe.cli.weights import job_text
 from elastic_moe.config import JobConfig, load
+from elastic_moe.data.tokenizer import open_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.huggingface.config import mixtral_config, model_config
 from elastic_moe.huggingface.export import export
@@ -249,6 +250,7 @@ def test_what_was_exported_is_trained_on(run: Path, tmp_path: Path, capsys: pyte
     export(TrainedModel(str(run)), tmp_path / "exported", "float32", lambda done, total: None)
     assert main(["ckpt", "import", str(tmp_path / "exported"), "--out", str(tmp_path / "job.toml")]) == 0
     job = load(tmp_path / "job.toml", environ={})
+    assert open_tokenizer(job.data).end_of_document == 0  # that of bytes, which no tokenizer says by itself
     assert job.model == TrainedModel(str(run)).config.model_copy(
         update={"head_dim": 8, "z_loss_coeff": 0.0}  # written out, and not of the model
     )

@@ -94,7 +94,16 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "theta is true": (lambda t: t.config.update(rope_theta=True, rope_parameters=None), "rope_theta is True, not a n"),
     "two thetas": (lambda t: t.config.update(rope_theta=5.0), "rope_theta is 5.0, and rope_parameters.rope_theta 100"),
     "no sizes": (lambda t: t.config.pop("hidden_size"), "has shape (20, 8), its config's has (20, 4096)"),
-    "no layers": (lambda t: t.config.pop("num_hidden_layers"), "the tensor model.layers.1."),
+    "no layers": (lambda t: t.config.pop("num_hidden_layers"), "num_hidden_layers is 32, and there are 16 tensors"),
+    "a billion layers": (
+        lambda t: t.config.update(num_hidden_layers=10**9),
+        "num_hidden_layers is 1000000000, and the",
+    ),
+    "a billion experts": (
+        lambda t: t.config.update(num_local_experts=10**9),
+        "have 1000000000 experts each, and there",
+    ),
+    "one expert a token": (lambda t: t.config.update(num_experts_per_tok=1), "gives one expert the weight 1"),
     "an unknown key": (lambda t: t.config.update(attention_sinks=4), "attention_sinks is 4, and it is not known"),
 }
 
