@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.model.config import TRAINING_FIELDS, ModelConfig
@@ -34,6 +35,16 @@ def whole_model(saved: DataState) -> dict[str, Any]:
     return {name: info.default for name, info in ModelConfig.model_fields.items()} | dict(saved.model)
 
 
+def meant(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model with what those stand for that are none: written out, they are no other model."""
+    stands_for = {
+        "head_dim": model["dim"] // model["num_heads"],
+        "norm_topk": model["top_k"] > 1,
+        "top_groups": model["num_groups"],
+    }
+    return {name: stands_for.get(name) if value is None else value for name, value in model.items()}
+
+
 def changes(saved: DataState, now: DataState) -> list[str]:
     """What has changed that may; nothing of what the checkpoint does not say."""
     before, after = _settings(saved), _settings(now)
@@ -50,11 +61,12 @@ def _settings(state: DataState) -> dict[str, Any]:
 def _line(name: str, before: Any, after: Any) -> str:
     if name == _INIT_FROM:
         began = "random weights" if before is None else f"those in {before}"
-        return f"{name} is {_text(after)} and is not read: the checkpoint's weights go on, which began as {began}"
-    return f"{name} is {_text(after)} from here on; the checkpoint was trained with {_text(before)}"
+        return f"{name} is {in_words(after)} and is not read: the checkpoint's weights go on, which began as {began}"
+    return f"{name} is {in_words(after)} from here on; the checkpoint was trained with {in_words(before)}"
 
 
-def _text(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A value as a job file has it, but for text."""
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

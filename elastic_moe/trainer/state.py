@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from elastic_moe.errors import UserError
-from elastic_moe.trainer.changes import MAY_CHANGE, whole_model
+from elastic_moe.trainer.changes import MAY_CHANGE, in_words, meant, whole_model
 from elastic_moe.trainer.optimizer import moments
 
 log = logging.getLogger(__name__)
@@ -86,15 +86,17 @@ class DataState:
             log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
             return
         was = whole_model(saved)
+        as_meant = meant(was), meant(self.model)
         for name in sorted(self.model.keys() - MAY_CHANGE):
-            _refuse_change(f"model.{name}", was[name], self.model[name])
+            if was[name] != self.model[name]:  # whose name is the one to tell
+                _refuse_change(f"model.{name}", *(model[name] for model in as_meant))
 
 
 def _refuse_change(name: str, before: Any, now: Any) -> None:
     if before != now:
         raise UserError(
-            f"{name} is {now} but the checkpoint was trained with {before}: set it back, or give another "
-            "checkpoint.url to start afresh"
+            f"{name} is {in_words(now)} but the checkpoint was trained with {in_words(before)}: set it back, or give "
+            "another checkpoint.url to start afresh"
         )
 
 

@@ -39,7 +39,7 @@ def other(value: Any, annotation: Any) -> Any:
     for choices in (annotation, *typing.get_args(annotation)):
         if typing.get_origin(choices) is Literal:
             return next(choice for choice in typing.get_args(choices) if choice != value)
-    values = {bool: True, int: 7, float: 0.5}
+    values = {bool: False, int: 7, float: 0.5}
     return next((found for kind, found in values.items() if kind in typing.get_args(annotation)), "another")
 
 

@@ -183,6 +183,8 @@ DATA = DataState(seed=1, global_batch=8, seq_len=32, fingerprint="a" * 64, model
         ({"model": MODEL | {"rope_theta": 5e5}}, "model.rope_theta is 10000.0 but the checkpoint was trained with 5"),
         ({"model": MODEL | {"balance": "bias"}}, "model.balance is sequence but"),
         ({"model": MODEL | {"num_heads": 2}}, "model.num_heads is 4 but"),
+        ({"model": MODEL | {"head_dim": 16}}, "model.head_dim is 32 but the checkpoint was trained with 16"),
+        ({"model": MODEL | {"norm_topk": False}}, "model.norm_topk is true but the checkpoint was trained with false"),
         ({"model": MODEL | {"score": "sigmoid"}}, "model.score is softmax but"),
     ],
 )
@@ -207,6 +209,7 @@ def test_data_may_change_where_the_job_says_so(change: dict[str, Any]) -> None:
         {},  # of before the model was kept
         MODEL | {"balance_coeff": 0.5, "balance_rate": 0.1, "z_loss_coeff": 1.0, "init_std": 1.0},
         {name: value for name, value in MODEL.items() if name != "score"},  # of before there was a choice
+        MODEL | {"head_dim": 32, "norm_topk": True, "top_groups": 1},  # what none stands for, written out
     ],
 )
 def test_a_checkpoint_of_the_same_model_is_taken(saved: dict[str, Any]) -> None:
