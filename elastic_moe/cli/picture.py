@@ -77,12 +77,15 @@ def draw_picture(path: Path, metrics: Sequence[Path], events: Sequence[EventReco
         UserError: the metrics cannot be read, or the picture cannot be written.
     """
     records = read_metrics(metrics)
+    where = ", ".join(map(str, metrics))
     try:
+        if len(experts := sorted({len(layer) for record in records for layer in record.get("load") or []})) > 1:
+            raise UserError(f"{where}: lines of models with {experts[0]} and {experts[-1]} experts: give those of one")
         _draw(path, tell(records), events)
     except OSError as error:
         raise UserError(f"--picture {path}: {error.strerror}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        where, why = ", ".join(map(str, metrics)), f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: its lines are not as this version of {PROG} writes them ({why})") from error
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 MetricsRecord = dict[str, Any]
 
+_DRAWN = ("loss", "val_loss", "tokens_per_s", "mfu", "load_max", "load_min")
+_STEPS_MAX = 1 << 53  # more are no numbers of a picture's
+
 
 @dataclass(frozen=True)
 class Span:
@@ -55,7 +58,7 @@ def read_lines(lines: Iterable[str]) -> tuple[list[MetricsRecord], int]:
             continue
         try:
             record = json.loads(line)
-            is_one = isinstance(record, dict) and isinstance(record["step"], int) and math.isfinite(record["ts"])
+            is_one = isinstance(record, dict) and math.isfinite(record["ts"]) and _is_drawable(record)
         except (ValueError, KeyError, TypeError, RecursionError):
             is_one = False
         if is_one:
@@ -63,6 +66,13 @@ def read_lines(lines: Iterable[str]) -> tuple[list[MetricsRecord], int]:
         else:
             unreadable += 1
     return found, unreadable
+
+
+def _is_drawable(record: MetricsRecord) -> bool:
+    """Whether what is drawn of a record are numbers: text would be drawn as the name of a place on the axis."""
+    step, drawn = record["step"], [record.get(name) for name in _DRAWN]
+    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _STEPS_MAX
+    return is_step and all(value is None or type(value) in (int, float) for value in drawn)
 
 
 def tell(records: Iterable[MetricsRecord]) -> RunStory:

@@ -89,6 +89,19 @@ def test_what_is_no_record_is_counted() -> None:
     assert unreadable == 5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"loss": "x"}, {"val_loss": []}, {"tokens_per_s": "1"}, {"load_max": True}, {"mfu": {}}),
+        *({"step": True}, {"step": -1}, {"step": 10**30}, {"step": 1.0}, {"ts": "x"}, {"ts": math.inf}),
+    ],
+)
+def test_what_is_no_number_is_not_drawn(change: dict[str, Any]) -> None:
+    """Of text a picture would make the names of places on an axis."""
+    good = line(1, 1.0)
+    assert read_lines([json.dumps(good), json.dumps(good | change)]) == ([good], 1)
+
+
 def png_size(path: Path) -> tuple[int, int]:
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -132,6 +145,8 @@ def test_a_picture_of_little(records: list[dict[str, Any]], tmp_path: Path, monk
         (("--picture", "run.png", "--metrics", "none.jsonl"), "none.jsonl: No such file or directory"),
         (("--picture", "run.png", "--metrics", "empty.jsonl"), "there is no step in empty.jsonl"),
         (("--picture", "no/run.png", "--metrics", "good.jsonl"), "--picture no/run.png: No such file or directory"),
+        (("--picture", "run.png", "--metrics", "two.jsonl"), "lines of models with 2 and 3 experts: give those of one"),
+        (("--picture", "run.png", "--metrics", "odd.jsonl"), "its lines are not as this version of elastic-moe writes"),
         (("--metrics", "good.jsonl"), "--metrics is for --picture"),
         ((), "give LOG_DIR, what `run` had as --log-dir"),
     ],
@@ -148,6 +163,8 @@ def test_what_cannot_be_drawn_is_one_line(
     monkeypatch.chdir(folder)
     (folder / "empty.jsonl").touch()
     written(folder / "good.jsonl", broken_run())
+    written(folder / "odd.jsonl", [line(1, 1.0, load=5)])
+    written(folder / "two.jsonl", [line(1, 1.0, load=[[1, 2]]), line(2, 2.0, load=[[1, 2, 3]])])
     assert report(*argv) == 2
     err = capsys.readouterr().err
     assert told in err
