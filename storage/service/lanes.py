@@ -115,7 +115,11 @@ class Lane:
             return list(self._queue)
 
     def put(self, parcel: Parcel) -> None:
-        """Take a parcel over. What the lane has already is not taken twice; what waits in it gives way."""
+        """Take a parcel over. What the lane has already is not taken twice; what waits in it gives way.
+
+        Raises:
+            RuntimeError: no thread can be started for it; nothing is taken over then, and nothing has given way.
+        """
         with self._lock:
             known = next((known for known in self._queue if known.stage.attempt == parcel.stage.attempt), None)
             if known is not None:
@@ -124,18 +128,13 @@ class Lane:
                 self._lock.notify_all()
                 parcel.let_go()
                 return
+            self._start_threads()
             given_way = self._drop_waiting(lambda _: parcel.stage.tier is Tier.STORE)
             self._queue.append(parcel)
             if self._shared.pace.stop.is_set():
                 parcel.stop.set()
             self._to_hold.append(parcel)
-            if self._hold_thread is None:
-                name = f"hold-{self.session.name}"
-                self._hold_thread = threading.Thread(target=self._hold_all, name=name, daemon=True)
-                self._hold_thread.start()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"lane-{self.session.name}", daemon=True)
-                self._thread.start()
+            self._lock.notify_all()
         for other in given_way:
             self._end_unbegun(other)
 
@@ -186,6 +185,13 @@ class Lane:
                 return
             # nobody is there to be told that the run has a newer owner; the save finds it out by itself
             self._pulse = Heartbeat(store, parcel.stage.owner, None, Reporter(None, {})).start()
+
+    def _start_threads(self) -> None:
+        """Have both threads, before there is something for them to do; with nothing to do they end again."""
+        if self._hold_thread is None:
+            self._hold_thread = _started(self._hold_all, f"hold-{self.session.name}")
+        if self._thread is None:
+            self._thread = _started(self._work, f"lane-{self.session.name}")
 
     def _work(self) -> None:
         step_back()
@@ -360,3 +366,10 @@ class Lane:
                 self._opened.callback(store.close)
                 self._store = store
             return self._store
+
+
+def _started(target: Callable[[], None], name: str) -> threading.Thread:
+    """A thread that runs. Raises RuntimeError where there can be none."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -170,10 +170,21 @@ class Server:
             return
         if stage.yields:
             self.truce.ask(_YIELD_S)
-        self._take(TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED))
+        try:
+            self._take(TakenOver(stage.name, stage, fds, is_intact=stage.tried is not Tried.STORED))
+        except RuntimeError as error:
+            log.warning("step %d is left to its worker: %s", stage.attempt.step, error)
+            close_all(fds)
+            self._safe.released(stage.name)
+            self._safe.done(stage.name)
+            caller.answer(Rejected(reason=f"the service cannot take a save over: {error}", attempt=stage.attempt.id))
 
     def _take(self, record: TakenOver) -> None:
-        """Take a save over: have it kept, and leave all else to its lane. The training would go on by now."""
+        """Take a save over: have it kept, and leave all else to its lane. The training would go on by now.
+
+        Raises:
+            RuntimeError: there can be no thread for it.
+        """
         stage = record.stage
         self._safe.keep(record.safe, stage, record.fds)
         with self._lock:

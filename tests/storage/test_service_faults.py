@@ -151,6 +151,31 @@ def test_a_service_that_never_says_what_it_has_to_do_keeps_no_start_waiting(
             thread.join()
 
 
+@pytest.mark.parametrize("kind", ["hold", "lane"])
+def test_a_save_that_the_service_can_start_no_thread_for_is_its_workers(
+    tmp_path: Path, node: InThread, events: Events, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """And nothing of it stays there, or the next save of that rank would wait behind it for ever."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(f"{kind}-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Checkpointer(tmp_path / "run", on_event=events[1]) as ckpt:
+        with monkeypatch.context() as without:
+            without.setattr(threading.Thread, "start", refuse)
+            ckpt.save(1, state(1), wait=True)
+        assert node.status().num_unfinished == 0
+        ckpt.save(2, state(2), wait=True)
+        until("the end of the second", lambda: node.status().num_ended == 1)
+    assert committed(tmp_path / "run") == [2, 1]
+    assert [what for what, _ in node.safe.told][:3] == ["keep", "released", "done"]
+    (reason,) = [fields["reason"] for name, fields in events[0] if name == CheckpointEvent.DIRECT]
+    assert "can't start new thread" in reason
+
+
 def test_a_service_of_another_version_is_told_of_and_gone_on_without(
     tmp_path: Path, node: InThread, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
