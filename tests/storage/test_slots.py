@@ -216,7 +216,7 @@ def test_a_spare_slot_is_made_ahead_where_it_may_be_and_memory_is_there(monkeypa
     assert arena.size_bytes == 0
 
 
-def _no_memory(size_bytes: int) -> Slot:
+def _no_memory(size_bytes: int, *, is_ahead: bool = False) -> Slot:
     raise MemoryError(f"no room for {size_bytes}")
 
 
