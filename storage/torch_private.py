@@ -6,12 +6,14 @@ imports nothing of torch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 # names in files, as (module, name) of a pickle ----------------------------------------------------------------------
@@ -72,9 +74,14 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 def shards_of(value: object) -> list[torch.Tensor] | None:
     """This rank's tensors of a `ShardedTensor`; None of anything else."""
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, _sharded_tensor()) else None
+
+
+@functools.cache  # it is asked for with each tensor of each save
+def _sharded_tensor() -> type[ShardedTensor]:
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
-    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else None
+    return ShardedTensor
 
 
 def local_chunks(tensor: torch.Tensor) -> Sequence[ChunkStorageMetadata]:
@@ -82,6 +89,14 @@ def local_chunks(tensor: torch.Tensor) -> Sequence[ChunkStorageMetadata]:
     from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 
     return _create_chunk_list(tensor)
+
+
+def timeout_s_of(group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """For how long the collectives of a group wait for a rank that does not come."""
+    import torch.distributed as dist
+
+    backend = (group or dist.group.WORLD)._get_backend(device)  # type: ignore[union-attr]
+    return float(backend.options._timeout.total_seconds())
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

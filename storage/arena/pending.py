@@ -16,6 +16,8 @@ from storage.arena.moves import SharedWork, pieces_of
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 _BEGINS_S = 0.1
 """For so long who waits for a copy leaves it to the save that is about to begin it."""
+_PAUSE_S = 0.003
+"""So much later threads begin: else they take the processor of a rank of this host that has not ended its save yet."""
 
 
 class StagingListener(Protocol):
@@ -62,7 +64,11 @@ class PendingCopy:
         """Have threads of the pool copy what is in CPU memory; who waits leaves it to them then."""
         self._begun.set()
         for _ in range(num_threads):
-            pool.submit(self.work.help)
+            pool.submit(self._help)
+
+    def _help(self) -> None:
+        time.sleep(_PAUSE_S)
+        self.work.help()
 
     def then(self, call: Callable[[], object]) -> None:
         """Have `call`, which must not take long, made once all in CPU memory is copied, or will not be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 from storage.format.columns import Array
 from storage.ranks.devices import collective_device
+from storage.ranks.nearby import NUM_RANKS_MAX, Doorway, Nearby, host
+from storage.torch_private import timeout_s_of
 
 COORDINATOR = 0
 SHORT_BYTES = 248
@@ -50,6 +53,7 @@ class Group:
         self._group = process_group
         self.rank = dist.get_rank(process_group) if self._active else 0
         self.world_size = dist.get_world_size(process_group) if self._active else 1
+        self._nearby: Nearby | None = None
         if self._active:
             self._device = collective_device(process_group)
 
@@ -57,6 +61,28 @@ class Group:
     def is_coordinator(self) -> bool:
         """Whether this rank decides for all."""
         return self.rank == COORDINATOR
+
+    def connect_nearby(self) -> None:
+        """Have few ranks of one host tell each other by sockets of their own what they gather: see `nearby`.
+
+        Where that cannot be, on all ranks alike, all stays with torch.
+        """
+        if not self._active or self._nearby is not None or not 1 < self.world_size <= NUM_RANKS_MAX:
+            return
+        with Doorway() as door:
+            told = [json.loads(data) for data in self.all_gather(json.dumps([host(), door.address]).encode())]
+            addresses = [address for _, address in told]
+            if len({where for where, _ in told}) > 1 or not all(addresses):
+                return
+            if self.any(not door.call(self.rank, addresses)) or self.any(not door.answer(self.rank, self.world_size)):
+                return
+            self._nearby = Nearby(self.rank, door.take(), timeout_s_of(self._group, self._device))
+
+    def close(self) -> None:
+        """Let go of what `connect_nearby` has made; on all ranks, as collectives go by torch from here on."""
+        if self._nearby is not None:
+            self._nearby.close()
+            self._nearby = None
 
     def broadcast(self, data: bytes | None) -> bytes:
         """The coordinator's `data` on every rank; the others' is ignored."""
@@ -94,13 +120,10 @@ class Group:
         """
         if self.world_size == 1:
             return lambda: [data]
-        mine = self._head(data)
-        heads = [torch.empty_like(mine) for _ in range(self.world_size)]
-        begun = dist.all_gather(heads, mine, group=self._group, async_op=True)
+        begun = self._begin_heads(data)
 
         def meet() -> list[bytes]:
-            begun.wait()
-            parsed = [_parsed(head) for head in heads]
+            parsed = begun()
             rests: list[torch.Tensor] | None = None
             if (rest := self._rest(data, parsed)) is not None:
                 rests = [torch.empty_like(rest) for _ in parsed]
@@ -162,7 +185,7 @@ class Group:
         return [int(size.item()) for size in sizes]
 
     def _head(self, data: bytes) -> torch.Tensor:
-        return self._tensor(_LENGTH.pack(len(data)) + data[:SHORT_BYTES], _HEAD_BYTES)
+        return self._tensor(_head_of(data), _HEAD_BYTES)
 
     def _heads(self, data: bytes) -> list[tuple[int, bytes]]:
         """The length and the first bytes of every rank's data. A collective."""
@@ -170,6 +193,21 @@ class Group:
         heads = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(heads, mine, group=self._group)
         return [_parsed(head) for head in heads]
+
+    def _begin_heads(self, data: bytes) -> Callable[[], list[tuple[int, bytes]]]:
+        """As `_heads`, but the ranks meet in the call that is returned."""
+        if self._nearby is not None:
+            met = self._nearby.begin(_head_of(data))
+            return lambda: [_split(head) for head in met()]
+        mine = self._head(data)
+        heads = [torch.empty_like(mine) for _ in range(self.world_size)]
+        begun = dist.all_gather(heads, mine, group=self._group, async_op=True)
+
+        def meet() -> list[tuple[int, bytes]]:
+            begun.wait()
+            return [_parsed(head) for head in heads]
+
+        return meet
 
     def _rest(self, data: bytes, heads: Sequence[tuple[int, bytes]]) -> torch.Tensor | None:
         """What of the data is not in its head, as long as the longest of all ranks'; None where all were short."""
@@ -187,8 +225,15 @@ def _counters() -> defaultdict[int, Iterator[int]]:
     return defaultdict(itertools.count)
 
 
+def _head_of(data: bytes) -> bytes:
+    return _LENGTH.pack(len(data)) + data[:SHORT_BYTES]
+
+
 def _parsed(head: torch.Tensor) -> tuple[int, bytes]:
-    data = _bytes(head)
+    return _split(_bytes(head))
+
+
+def _split(data: bytes) -> tuple[int, bytes]:
     (length,) = _LENGTH.unpack_from(data)
     return length, data[_LENGTH.size : _LENGTH.size + length]
 

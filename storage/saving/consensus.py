@@ -218,6 +218,8 @@ class Consensus:
         self._group.on_coordinator(lambda: check_alike([json.loads(data) for data in gathered or []]))
 
     def _replan(self, holdings: Holdings) -> _Plan:
+        if not self._num_plans:  # the first save takes long as it is, and nobody saves who has only begun to restore
+            self._group.connect_nearby()
         gathered = self._group.gather(dump_share(holdings.share))
         contents: StateContents | None = None
 

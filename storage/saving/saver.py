@@ -199,6 +199,7 @@ class Saver:
         self._committer.close(abandon=abandon)
         self._stager.close()
         self._arena.close()
+        self._group.close()
 
 
 def _num_slots(committer: Committer, plan: SavingPlan) -> int:

@@ -44,7 +44,7 @@ def test_threads_copy_from_when_the_save_returns_and_alone(rig: Rig) -> None:
     expected = copies(rig.named())
     staged = rig.stage(rig.named())
     assert staged._pending is not None
-    late = staged._pending.work.help
+    late = staged._pending._help
     assert (late,) not in pool.calls
     staged.go_on()
     assert (late,) in pool.calls

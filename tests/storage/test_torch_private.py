@@ -13,6 +13,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,15 @@ def test_the_process_of_async_save_runs_a_function_of_that_name() -> None:
 
     found = getattr(_AsyncCheckpointProcess, torch_private.ASYNC_SAVE_PROCESS, None)
     assert callable(found), broken("async_save's process runs another function", "ASYNC_SAVE_PROCESS, dcp/writer.py")
+
+
+def test_how_long_a_groups_collectives_wait_is_told() -> None:
+    cpu = torch.device("cpu")
+    with alone_in_group():
+        found = torch_private.timeout_s_of(None, cpu)
+        assert found > 0, broken(f"the default group waits for {found} s", "timeout_s_of, ranks/group.py")
+        ours = dist.new_group([0], timeout=timedelta(seconds=77), backend="gloo")
+        assert torch_private.timeout_s_of(ours, cpu) == 77
 
 
 def test_every_name_of_the_room_has_a_canary() -> None:
