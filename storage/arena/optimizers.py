@@ -12,6 +12,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from storage.torch_private import shards_of
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
 
 class OptimizerWatch:
     """Sees every optimizer of this process that steps, of whatever class that derives from torch's.
@@ -41,6 +43,9 @@ class OptimizerWatch:
         found: set[int] = set()
         for optimizer in list(self._seen):
             for tensor in _tensors_of(optimizer):
+                if type(tensor) in _PLAIN:  # most of them; a save waits for this
+                    found.add(tensor.untyped_storage().data_ptr())
+                    continue
                 for local in _local(tensor):
                     found.add(local.untyped_storage().data_ptr())
         found.discard(0)

@@ -29,6 +29,7 @@ class Slot:
 
     Attributes:
         is_pinned: whether devices copy to it by themselves, see `storage.arena.device.pin`.
+        laid_out: what its owner has laid over it, to be used again with the next content; let go of with the slot.
     """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
@@ -38,6 +39,7 @@ class Slot:
         self._close = weakref.finalize(self, _close, fd, self._ends)
         self.size_bytes = size_bytes
         self.is_pinned = False
+        self.laid_out: Any = None
 
     @functools.cached_property
     def _map(self) -> Any:
@@ -139,6 +141,7 @@ class Slot:
         if not self._close.alive:
             return
         self._close()
+        self.laid_out = None
         if (memory := self.__dict__.get("memory")) is not None:  # as `cached_property` keeps it
             memory.release()
         self.__dict__.pop("_map", None)  # it goes with the last view of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -82,6 +83,36 @@ class Staged:
         self._stager.free(self.slot, self._pending, leave)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where tensors of these kinds begin in a slot, one after the other."""
+
+    kinds: list[tuple[torch.dtype, torch.Size]]
+    starts: list[int]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, kinds: list[tuple[torch.dtype, torch.Size]]) -> _Layout:
+        starts, end = [], 0
+        for dtype, shape in kinds:
+            starts.append(end)
+            end += -(-shape.numel() * dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return cls(kinds, starts, end)
+
+    def over(self, memory: memoryview) -> list[torch.Tensor]:
+        """These tensors, in that memory."""
+        pairs = zip(self.kinds, self.starts, strict=True)
+        return [tensor_over(memory[start:], dtype, tuple(shape)) for (dtype, shape), start in pairs]
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """Tensors over a slot."""
+
+    layout: _Layout
+    tensors: list[torch.Tensor]
+
+
 class Stager:
     """Copies tensors into slots of an arena. `stage` and `close` belong to one thread.
 
@@ -98,6 +129,7 @@ class Stager:
         self._streams = SideStreams()
         self._pending: PendingCopy | None = None
         self._turn = 0
+        self._layout = _Layout.of([])
         self._is_overlapped = staging is Staging.OVERLAPPED
         self._watch = OptimizerWatch(self._before_step) if self._is_overlapped else None
 
@@ -129,16 +161,15 @@ class Stager:
         self._pool.shutdown(wait=False)
 
     def _lay_out(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Slot, list[Move]]:
-        starts, end = [], 0
-        for _, tensor in tensors:
-            starts.append(end)
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        while (slot := self._arena.take(end)) is None:
+        kinds = [(tensor.dtype, tensor.shape) for _, tensor in tensors]
+        if kinds != self._layout.kinds:  # most saves have what the one before had
+            self._layout = _Layout.of(kinds)
+        while (slot := self._arena.take(self._layout.size_bytes)) is None:
             self._arena.wait_free()
-        return slot, [
-            Move(name, tensor, tensor_over(slot.memory[start:], tensor.dtype, tuple(tensor.shape)))
-            for (name, tensor), start in zip(tensors, starts, strict=True)
-        ]
+        if not isinstance(slot.laid_out, _LaidOut) or slot.laid_out.layout is not self._layout:
+            slot.laid_out = _LaidOut(self._layout, self._layout.over(slot.memory))
+        targets = slot.laid_out.tensors
+        return slot, [Move(name, tensor, target) for (name, tensor), target in zip(tensors, targets, strict=True)]
 
     def _begin(self, slot: Slot, moves: Sequence[Move], listener: StagingListener | None) -> PendingCopy | None:
         late, at_once = self._divided(moves) if listener is not None else ([], list(moves))

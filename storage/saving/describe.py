@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ class Holdings:
     digest: str
     kinds: tuple[Any, ...] | None = None
     """All that the planner looks at of the state: where it is the same, so are `items`. None: it cannot be told."""
+    leaves: Mapping[str, Any] = field(default_factory=dict)
+    """The state's own, by name."""
 
     def without_state(self) -> Holdings:
         """What is known of the state, and nothing that keeps it alive."""
-        return replace(self, planner=DefaultSavePlanner(), sums={})
+        return replace(self, planner=DefaultSavePlanner(), sums={}, leaves={})
 
     @property
     def share(self) -> Share:
@@ -87,7 +89,11 @@ class Holdings:
 
     def tensor(self, position: int) -> torch.Tensor:
         """The tensor of a chunk, in the state's own memory."""
-        tensor = self.planner.resolve_data(self.items[position])
+        tensor = self.leaves.get(self.chunks[position].key)
+        if type(tensor) is DTensor:  # most are of these kinds, of which a rank has one chunk: DCP looks for longer
+            tensor = tensor.to_local()
+        elif type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            tensor = self.planner.resolve_data(self.items[position])
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
@@ -130,15 +136,16 @@ def holdings_of(flat: Flat, rank: int, before: Holdings | None = None) -> Holdin
     if not is_as_before:
         check_tensors(flat.leaves)
         kinds = _kinds_of(flat)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    # what can be told of has nothing in it to be flattened, and DCP would look through all of it
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=not is_as_before)
     planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
     if before is not None and is_as_before:
-        return replace(before, planner=planner, sums={})
+        return replace(before, planner=planner, sums={}, leaves=flat.leaves)
     items = tuple(planner.create_local_plan().items)
     chunks = tuple(chunk_of(item, flat.paths[item.index.fqn]) for item in items)
     share = Share(chunks, tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
-    return Holdings(planner, items, chunks, share.containers, {}, digest, kinds)
+    return Holdings(planner, items, chunks, share.containers, {}, digest, kinds, flat.leaves)
 
 
 def _kinds_of(flat: Flat) -> tuple[Any, ...] | None:
@@ -161,15 +168,17 @@ def _shared(flat: Flat, objects: Objects) -> list[str]:
     What a module holds is its own matter (DDP lets buffers differ, and has those of rank 0 win), and so are an
     optimizer's tensors, which follow from the parameters.
     """
-    apart = {container.path for container in flat.containers if container.kind == "per_rank"}
-    modules = {path for path, value in objects.given.items() if isinstance(value, torch.nn.Module)}
+    left_out = {container.path for container in flat.containers if container.kind == "per_rank"}
+    left_out |= {path for path, value in objects.given.items() if isinstance(value, torch.nn.Module)}
     optimizers = {path for path, value in objects.given.items() if isinstance(value, torch.optim.Optimizer)}
     found = []
-    for name, path in flat.paths.items():
-        above = {path[:length] for length in range(len(path) + 1)}
-        leaf = flat.leaves[name]
+    for name, leaf in flat.leaves.items():
         is_tensor = isinstance(leaf, torch.Tensor)
-        if above & apart or above & modules or (is_tensor and (above & optimizers or type(leaf) is not torch.Tensor)):
+        if is_tensor and type(leaf) is not torch.Tensor:
+            continue
+        path = flat.paths[name]
+        above = {path[:length] for length in range(len(path) + 1)}
+        if not above.isdisjoint(left_out) or (is_tensor and not above.isdisjoint(optimizers)):
             continue
         if is_tensor or shards_of(leaf) is None:
             found.append(name)

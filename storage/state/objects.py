@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from storage.format.containers import Path
 from storage.state.modules import load_module_state, module_state, shared_parameters
 from storage.state.optimizers import NamedOptimizer
 from storage.state.per_rank import PerRank, is_per_rank
-from storage.state.tree import Flat, Unordered, flatten, is_leaf, is_object, name_of, names_of_keys
+from storage.state.tree import PLAIN_TYPES, Flat, Unordered, flatten, is_leaf, is_object, name_of, names_of_keys
 
 _DEPTH_MAX = 8
 
@@ -60,6 +60,8 @@ class Objects:
         Raises:
             UnsupportedValue: an object that looks as if it had a state and has none.
         """
+        if isinstance(value, torch.Tensor):
+            return value
         if path in self._states:
             return self._states[path]
         if is_per_rank(value):
@@ -131,9 +133,14 @@ def _objects(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def _children(path: Path, value: Any) -> Iterator[tuple[str | int, Any]]:
+    """What is in a dict or list, by name or number, but for what is most of it and has nothing below."""
     if len(path) >= _DEPTH_MAX:
         return
+    found: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, Mapping):
-        yield from zip(names_of_keys(value), value.values(), strict=True)
+        found = zip(names_of_keys(value), value.values(), strict=True)
     elif isinstance(value, list) and not is_leaf(value):
-        yield from enumerate(value)
+        found = enumerate(value)
+    for name, child in found:
+        if not isinstance(child, torch.Tensor) and type(child) not in PLAIN_TYPES:
+            yield name, child

@@ -116,8 +116,8 @@ def flatten(state: Any, expand: Callable[[Path, Any], Any], rank: int) -> Flat:
     """Take `state` apart.
 
     Args:
-        expand: called with the path and the value of everything that is met; what it returns is taken instead. Of an
-            object it returns a plain state.
+        expand: called with the path and the value of everything that is met but tensors; what it returns is taken
+            instead. Of an object it returns a plain state.
         rank: this process's; a `PerRank` has its value under it.
 
     Raises:
@@ -137,10 +137,13 @@ class _Flattener:
 
     def visit(self, path: Path, original: Any) -> _Listed:
         """Take apart what is at `path`; returns what of it a checkpoint lists first."""
-        value = self._expand(path, original)
-        is_given = value is not original  # by an object, whose business the kind of dict is
         if len(path) > _DEPTH_MAX:
             raise UnsupportedValue(f"state {name_of(path[:3])!r} is nested {_DEPTH_MAX} deep, or holds itself")
+        if isinstance(original, torch.Tensor):  # most there is, and a save waits for this
+            self._add(path, original)
+            return _Listed.TENSOR
+        value = self._expand(path, original)
+        is_given = value is not original  # by an object, whose business the kind of dict is
         if isinstance(value, PerRank):
             number = str(self._rank)
             keys = (encode_key(self._rank),)

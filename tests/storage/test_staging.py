@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import threading
 import weakref
@@ -288,6 +289,25 @@ def slots_open() -> int:
         with contextlib.suppress(OSError):
             found += "memfd:elastic-moe-slot" in os.readlink(f"/proc/self/fd/{link}")
     return found
+
+
+def test_a_slot_is_laid_out_anew_for_other_tensors_and_for_no_others(rig: Rig) -> None:
+    """Two of the same number and size: only their kinds differ."""
+    floats, ints = torch.randn(6, 4), torch.arange(24, dtype=torch.int32).reshape(4, 6)
+    seen = []
+    for tensor in (floats, floats + 1, ints, ints + 1, floats + 2):
+        staged = rig.stager.stage([("a", tensor), ("b", tensor * 2)])
+        assert [torch.equal(*pair) for pair in zip(staged.tensors, (tensor, tensor * 2), strict=True)] == [True] * 2
+        assert [found.dtype for found in staged.tensors] == [tensor.dtype] * 2
+        seen.append(staged.tensors[0])
+        staged.release()
+    is_same = [one is other for one, other in itertools.pairwise(seen)]
+    assert is_same == [True, False, True, False]
+    slot = rig.arena.take(1)
+    assert slot is not None
+    slot.close()
+    assert slot.laid_out is None, "it would keep the memory of a slot that is another's by now"
+    rig.arena.drop(slot)
 
 
 def test_shared_work_is_done_once_by_all_that_help() -> None:
