@@ -116,8 +116,9 @@ def deep_gradients(plan: MeshPlan, way: str, variant: str) -> tuple[dict[str, Te
         model, _ = build(DEEP, plan)
         model.recompute = variant == "recompute"
         places: set[int] = set()
-        for block in model.blocks:
-            block.attention_norm.register_forward_hook(lambda norm, args, out: places.add(norm.weight.data_ptr()))
+        for block in model.blocks:  # hears of its norms' parameters by what is never compiled
+            norm = block.attention_norm
+            block.moe.register_forward_pre_hook(lambda moe, args, norm=norm: places.add(norm.weight.data_ptr()))
         found: dict[str, Tensor] = {}
         for step in range(2):
             for last in (False, True):
