@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 _MEMORY = Path("/proc/meminfo")
-_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
+_LIMITS = Path("/sys/fs/cgroup")  # of the container, where there is one
 
 
 def check_room(plan: MeshPlan, spec: MeshSpec, *, num_ranks: int, room_bytes: int, may_grow: bool) -> None:
@@ -48,7 +47,13 @@ def room_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _MEMORY.read_text(), re.MULTILINE))
-    room_bytes = (int(found["MemTotal"]) + int(found.get("SwapTotal", 0))) * 1024
-    with contextlib.suppress(OSError, ValueError):  # "max", or there is none
-        room_bytes = min(room_bytes, int(_LIMIT.read_text()))
-    return room_bytes
+    # A container's memory is limited without what it may swap, and that by itself.
+    return _least("memory.max", int(found["MemTotal"])) + _least("memory.swap.max", int(found.get("SwapTotal", 0)))
+
+
+def _least(limit: str, num_kib: int) -> int:
+    """Bytes that the machine has of something, or less, where the container may have no more."""
+    try:
+        return min(num_kib * 1024, int((_LIMITS / limit).read_text()))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return num_kib * 1024

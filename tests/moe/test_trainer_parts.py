@@ -19,6 +19,7 @@ from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.model import ModelConfig
 from elastic_moe.model.decoder import Decoder
+from elastic_moe.trainer import room
 from elastic_moe.trainer.config import OptimConfig
 from elastic_moe.trainer.metrics import MetricsFile, StepMetrics
 from elastic_moe.trainer.optimizer import build_optimizer
@@ -90,6 +91,27 @@ def test_a_job_that_cannot_lie_in_memory_is_refused(caplog: pytest.LogCaptureFix
 
 def test_the_memory_of_this_machine_is_known() -> None:
     assert 0 < room_of(torch.device("cpu")) <= psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+@pytest.mark.parametrize(
+    ("limits", "room_gib"),
+    [
+        ({}, 80),
+        ({"memory.max": "max", "memory.swap.max": "max"}, 80),
+        ({"memory.max": 8 << 30, "memory.swap.max": 4 << 30}, 12),
+        ({"memory.max": 8 << 30}, 24),
+        ({"memory.max": 8 << 30, "memory.swap.max": 0}, 8),
+    ],
+)
+def test_what_a_container_may_swap_is_room_beside_its_memory(
+    limits: dict[str, object], room_gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal:  {64 << 20} kB\nSwapTotal:  {16 << 20} kB\n")
+    for name, limit in limits.items():
+        (tmp_path / name).write_text(f"{limit}\n")
+    monkeypatch.setattr(room, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "_LIMITS", tmp_path)
+    assert room_of(torch.device("cpu")) == room_gib << 30
 
 
 def test_norms_and_routers_do_not_decay() -> None:
