@@ -246,12 +246,12 @@ def test_the_process_of_async_save_runs_a_function_of_that_name() -> None:
 
 
 def test_how_long_a_groups_collectives_wait_is_told() -> None:
-    cpu = torch.device("cpu")
-    with alone_in_group():
-        found = torch_private.timeout_s_of(None, cpu)
-        assert found > 0, broken(f"the default group waits for {found} s", "timeout_s_of, ranks/group.py")
-        ours = dist.new_group([0], timeout=timedelta(seconds=77), backend="gloo")
-        assert torch_private.timeout_s_of(ours, cpu) == 77
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    try:
+        found = torch_private.timeout_s_of(None, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert found == 77, broken(f"a group that waits 77 s says {found}", "timeout_s_of, ranks/group.py")
 
 
 def test_every_name_of_the_room_has_a_canary() -> None:
