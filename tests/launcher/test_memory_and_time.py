@@ -117,6 +117,20 @@ def test_counting_loads_first_gathers_once_more() -> None:
         assert many == pytest.approx(few * (1 + more))
 
 
+def test_exact_jobs_gather_experts_apart_and_in_float64() -> None:
+    plain = MIXTRAL.replace(vocab_size=0, activation_bytes=4, hop_s=1e-15, latency_s=1e-15)
+    exact = plain.replace(reduce_bytes=8)
+    bytes_of = [4 * plain.dense_params + each * plain.expert_params for each in (4, 8)]
+    few, many = (step_time(mesh(1, 8), spec, ranks_per_node=8).gather for spec in (plain, exact))
+    assert many / few == pytest.approx(bytes_of[1] / bytes_of[0], rel=1e-3)
+    for name, num_shards in (("gather", (1, 8)), ("reduce", (1, 8)), ("replicas", (8,))):
+        few, many = (
+            getattr(step_time(mesh(*num_shards), spec.replace(latency_s=3600), ranks_per_node=8), name)
+            for spec in (plain, exact)
+        )
+        assert many / few == pytest.approx(2, rel=1e-3), name
+
+
 SMALL = MIXTRAL.replace(
     model_dim=512, ffn_dim=1024, query_dim=512, key_dim=256, expert_params=8 * 8 * 3 * 512 * 1024, num_layers=8
 ).replace(dense_params=6_600_000, vocab_size=256, activation_bytes=4, tokens_per_sample=1)
