@@ -131,7 +131,8 @@ class Server:
             now_s = time.monotonic()
             for lane in self._all_lanes():
                 lane.watch()
-            if self._is_busy():
+            is_busy = self._is_busy()
+            if is_busy:
                 idle_since_s = now_s
             if self._look_at_drain(now_s):
                 break
@@ -140,7 +141,7 @@ class Server:
             orphaned_s = now_s if orphaned_s is None else orphaned_s
             if now_s - orphaned_s >= self._options.orphan_s and self._all_unfinished():
                 self._give_up("whoever had started the service has gone")
-            if now_s - idle_since_s >= self._options.linger_s:
+            if not is_busy and now_s - idle_since_s >= self._options.linger_s:
                 break
         self._end()
 

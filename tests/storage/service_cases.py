@@ -52,10 +52,12 @@ class ListSafe:
 class InThread:
     """A server on a thread of this process."""
 
-    def __init__(self, path: Path, options: ServerOptions, held: HeldStates | None = None) -> None:
+    def __init__(
+        self, path: Path, options: ServerOptions, held: HeldStates | None = None, lifeline: int | None = None
+    ) -> None:
         self.path, self.safe, self.held = path, ListSafe(), held
         self._others = set(threading.enumerate())
-        self.server = Server(address.listen(path), options, self.safe, holder=held)
+        self.server = Server(address.listen(path), options, self.safe, holder=held, lifeline=lifeline)
         if held is not None:
             held.serve(self.server)
         self.thread = threading.Thread(target=self.server.run, name="service", daemon=True)
@@ -113,9 +115,11 @@ class Gated(LocalStore):
 
 
 @contextlib.contextmanager
-def in_thread(path: Path, options: ServerOptions | None = None, held: HeldStates | None = None) -> Iterator[InThread]:
+def in_thread(
+    path: Path, options: ServerOptions | None = None, held: HeldStates | None = None, lifeline: int | None = None
+) -> Iterator[InThread]:
     """A server that serves within the block, with a memory of states if it is given one."""
-    service = InThread(path, options or ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S), held)
+    service = InThread(path, options or ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S), held, lifeline)
     service.start()
     try:
         yield service

@@ -13,8 +13,9 @@ from storage import Checkpointer, CheckpointEvent
 from storage.agent import AgentEnvironment
 from storage.service import callers, lanes, table
 from storage.service.messages import AskStatus, ServiceStatus
+from storage.service.server import ServerOptions
 from tests.cluster import until
-from tests.storage.service_cases import InThread, asked, committed, connected, in_thread
+from tests.storage.service_cases import Gate, InThread, asked, committed, connected, in_thread
 from tests.storage.small_runs import Events, state
 
 
@@ -61,6 +62,24 @@ def test_a_save_that_a_service_crashes_of_again_and_again_fails(
         assert not ckpt.wait()
     (failed,) = [fields for name, fields in events[0] if name == CheckpointEvent.FAILED]
     assert failed["reason"] == "the service has crashed 0 times while it had this save"
+
+
+def test_a_service_that_waits_for_nobody_ends_what_it_has_begun(tmp_path: Path, path: Path, gate: Gate) -> None:
+    """Its worker is gone, and nobody has started it for long."""
+    read_fd, write_fd = os.pipe()
+    with in_thread(path, ServerOptions(linger_s=0.0), lifeline=read_fd) as service:
+        ckpt = Checkpointer(tmp_path / "run").start()
+        ckpt.save(1, state(1))
+        assert gate.reached.wait(60)
+        ckpt._close(abandon=True)
+        until("the worker to have gone", lambda: service.server._callers.num == 0)
+        os.close(write_fd)
+        service.thread.join(0.6)  # as long as it gets, it does not end
+        assert service.thread.is_alive()
+        gate.opened.set()
+        service.thread.join(60)
+        assert not service.thread.is_alive()
+    assert committed(tmp_path / "run") == [1]
 
 
 def test_of_connections_that_are_too_many_the_last_are_closed(
