@@ -108,7 +108,8 @@ def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, f
     token_s = max(_LEAST_S / many, (times_s[1] - times_s[0]) / (many - few))
     one = step_time(MeshPlan(1, 1, 1, 0, 1, 1), spec.replace(flops_per_s=1.0), ranks_per_node=1)
     flops_per_token = one.compute / spec.tokens_per_sample
-    launch_s = (times_s[0] - few * token_s - one.weights) / num_layers
+    num_launches = one.launch / spec.layer_launch_s  # more than layers, where these are computed anew
+    launch_s = (times_s[0] - few * token_s - one.weights) / num_launches
     return {"flops_per_s": flops_per_token / token_s, "layer_launch_s": max(_LEAST_S, launch_s)}
 
 

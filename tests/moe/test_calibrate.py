@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from elastic_moe import calibrate
-from elastic_moe.config import JobConfig, load
+from elastic_moe.config import JobConfig, load, mesh_spec
 from elastic_moe.machine import MachineSpeed, read_calibration, write_calibration
+from launcher import MeshPlan, step_time
 from tests.moe.cases import SMALL
 from tests.ranks import Ranks
 
@@ -37,6 +38,21 @@ def test_every_rank_finds_the_same_speeds(ranks: Ranks, world_size: int, tmp_pat
         **found[0],
         **({"latency_s": 9.0} if world_size > 1 else {}),
     }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_pass_took_is_what_a_plan_says_of_it(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """Also where layers are computed anew, which is a part of what was measured."""
+    job = JobConfig.model_validate({"model": JOB["model"], "train": {"seq_len": 16, "recompute": recompute}})
+    for name in ("_model", "build_mesh"):
+        monkeypatch.setattr(calibrate, name, lambda *args: None)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr(calibrate, "_pass_s", lambda model, sequences, positions, device: 3.0 + 0.5 * sequences)
+    spec = mesh_spec(job)
+    found = calibrate._layers(job, torch.device("cpu"), spec)
+    for sequences in (1, 4):
+        told = step_time(MeshPlan(1, 1, 1, 0, sequences, 1), spec.replace(**found), ranks_per_node=1)
+        assert told.compute + told.launch + told.weights == pytest.approx(3.0 + 0.5 * sequences)
 
 
 def test_a_missing_job_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
