@@ -117,4 +117,15 @@ def test_one_that_does_not_come_is_waited_for_no_longer_than_torch_would() -> No
         meet = group.begin(b"x")
         with pytest.raises(PeerGone, match="rank 1 does not answer"):
             meet()
-        group.close()
+    group.close()
+
+
+def test_one_that_has_ended_in_order_is_an_error_too() -> None:
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    group = Nearby(0, {1: mine}, 60.0)
+    meet = group.begin(b"x")
+    assert theirs.recv(100).endswith(b"x")
+    theirs.close()
+    with pytest.raises(PeerGone, match="rank 1 has closed its connection"):
+        meet()
+    group.close()
