@@ -91,12 +91,14 @@ def local_chunks(tensor: torch.Tensor) -> Sequence[ChunkStorageMetadata]:
     return _create_chunk_list(tensor)
 
 
-def timeout_s_of(group: dist.ProcessGroup | None, device: torch.device) -> float:
-    """For how long the collectives of a group wait for a rank that does not come."""
+def timeout_s_of(group: dist.ProcessGroup | None, device: torch.device) -> float | None:
+    """For how long the collectives of a group wait for a rank that does not come; None of a backend that tells nothing
+    of it: torch asks only its own to."""
     import torch.distributed as dist
 
     backend = (group or dist.group.WORLD)._get_backend(device)  # type: ignore[union-attr]
-    return float(backend.options._timeout.total_seconds())
+    found = getattr(getattr(backend, "options", None), "_timeout", None)
+    return None if found is None else float(found.total_seconds())
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 The texts are those of the libraries that raise them: gloo's transport (`gloo/transport/tcp/pair.cc`), NCCL's
 `ncclGetErrorString` and its sockets, c10d's TCPStore and watchdog (`torch/csrc/distributed/c10d`), CUDA's
-`cudaGetErrorString`, and torch's CPU allocator.
+`cudaGetErrorString`, torch's CPU allocator, and the checkpointer's ranks of one host (`storage/ranks/nearby.py`).
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ _LOST_PEER = re.compile(
     r"|client socket has (?:failed to connect|timed out)|Did the remote server shutdown or crash"
     r"|wait timeout after \d+ ?ms|Some NCCL operations have failed or timed out"
     r"|failed to pass monitoredBarrier|reached monitoredBarrier, but received errors"
+    r"|PeerGone: rank \d+ (?:has closed its connection|does not answer|cannot be told)"
 )
 _OWN_MISTAKE = re.compile(r"enforce fail at|failed to listen on any local network address")
 """Said in the same breath as the texts of a lost peer, but by a collective or a port that the program got wrong."""

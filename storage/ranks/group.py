@@ -69,6 +69,8 @@ class Group:
         """
         if not self._active or self._nearby is not None or not 1 < self.world_size <= NUM_RANKS_MAX:
             return
+        if (timeout_s := timeout_s_of(self._group, self._device)) is None:
+            return
         with Doorway() as door:
             told = [json.loads(data) for data in self.all_gather(json.dumps([host(), door.address]).encode())]
             addresses = [address for _, address in told]
@@ -76,7 +78,7 @@ class Group:
                 return
             if self.any(not door.call(self.rank, addresses)) or self.any(not door.answer(self.rank, self.world_size)):
                 return
-            self._nearby = Nearby(self.rank, door.take(), timeout_s_of(self._group, self._device))
+            self._nearby = Nearby(self.rank, door.take(), timeout_s)
 
     def close(self) -> None:
         """Let go of what `connect_nearby` has made; on all ranks, as collectives go by torch from here on."""

@@ -58,7 +58,7 @@ def test_what_is_gathered_arrives_whole_and_short_ones_ask_torch_for_nothing(ran
 
 
 def apart(kind: str) -> tuple[int, bool]:
-    """One rank is on another host, sees other files, or can have no socket."""
+    """One rank is on another host, sees other files, can have no socket, or cannot tell its time-out."""
     is_odd = dist.get_rank() == 1
     with pytest.MonkeyPatch.context() as patch:
         if kind == "host" and is_odd:
@@ -69,6 +69,8 @@ def apart(kind: str) -> tuple[int, bool]:
             patch.setattr(nearby.Doorway, "call", lambda self, rank, addresses: nearby_call(self, 7, addresses))
         if kind == "name" and is_odd:
             patch.setattr(tempfile, "tempdir", "/nowhere")
+        if kind == "backend":
+            patch.setattr(group_module, "timeout_s_of", lambda *_: None)
         group, num_peers = connected()
     return num_peers, group.all_gather(b"x" * (1 + group.rank)) == [b"x", b"xx"]
 
@@ -76,7 +78,7 @@ def apart(kind: str) -> tuple[int, bool]:
 nearby_call = nearby.Doorway.call
 
 
-@pytest.mark.parametrize("kind", ["host", "files", "stranger", "name"])
+@pytest.mark.parametrize("kind", ["host", "files", "stranger", "name", "backend"])
 def test_where_one_cannot_be_reached_all_stay_with_torch(ranks: Ranks, kind: str) -> None:
     assert ranks.run(apart, kind, world_size=2) == [(0, True), (0, True)]
 

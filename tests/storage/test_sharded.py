@@ -133,7 +133,7 @@ def test_death_at_any_step_of_a_save_leaves_the_old_or_the_new_checkpoint(ranks:
     num_changes = ranks.run(faults.save_and_die, str(run), 20, -1, -1, "", world_size=2)
     assert num_changes == [13, 2]  # owner, data, receipt, 2 x manifest, .metadata, 7 of the old; data, receipt
     # of the victim, or what the other sees
-    death = r"rank \d of 2 died|Connection closed by peer|Connection reset|Broken pipe"
+    death = r"rank \d of 2 died|Connection closed by peer|Connection reset|Broken pipe|PeerGone"
     num_puts = [6, 2]
     outcomes = set()
     for victim, num in enumerate(num_changes):

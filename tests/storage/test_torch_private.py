@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -252,6 +253,9 @@ def test_how_long_a_groups_collectives_wait_is_told() -> None:
     finally:
         dist.destroy_process_group()
     assert found == 77, broken(f"a group that waits 77 s says {found}", "timeout_s_of, ranks/group.py")
+    for backend in (object(), Mock(options=None)):  # somebody else's, and torch's own for tests
+        group = Mock(_get_backend=Mock(return_value=backend))
+        assert torch_private.timeout_s_of(group, torch.device("cpu")) is None
 
 
 def test_every_name_of_the_room_has_a_canary() -> None:
