@@ -69,6 +69,7 @@ class NodeEngine:
         self.own = Registration(node, lease_ttl_s=lease_ttl_s)
         self.leader: Leader | None = None
         """While this node leads."""
+        self._former: Leader | None = None  # of the last term: what it has written is told, whenever that is heard
         self.why = ""
         """What is waited for, in words."""
         self.has_left = False
@@ -206,8 +207,9 @@ class NodeEngine:
             self._evicted_as = ""
             self._follow(JOB)
         self._election.answered(event, now_s)
-        if self.leader is not None and (written := self.leader.answered(event, now_s)):
-            tell(self._report, *written)
+        for leader in filter(None, (self.leader, self._former)):
+            if written := leader.answered(event, now_s):
+                tell(self._report, *written)
 
     def _decided(self, event: Decided, now_s: float) -> None:
         if self.leader is not None and not self.own.fenced(now_s):
@@ -331,7 +333,7 @@ class NodeEngine:
         """Lead where nobody does, and stop where another node does, or where this one must not."""
         lease = self.own.lease
         if self._is_leaving:
-            self.leader = None
+            self._former, self.leader = self.leader or self._former, None
             if lease is not None and self._wants_election:
                 how = LEFT if self.own.record.yielded else LEFT_AT_ONCE
                 self._effects += self._election.proclaim(how, lease.lease_id, now_s)
@@ -363,7 +365,7 @@ class NodeEngine:
     def _end_term(self, now_s: float) -> None:
         if self.leader is None:
             return
-        self.leader = None
+        self._former, self.leader = self.leader, None
         self.board.nodes.clear()
         self._follow(JOB)
 

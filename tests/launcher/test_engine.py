@@ -8,6 +8,7 @@ from launcher.node.effects import Decide, Delete, Put, Ring, Task, WatchPeers
 from launcher.node.events import (
     Announced,
     Decided,
+    Event,
     Joining,
     LeaseSeen,
     LeasesSeen,
@@ -180,6 +181,22 @@ def test_last_words_are_said_before_the_record_goes(node: Driven) -> None:
         node.feed(node.apply(task))
     assert written == [("Put", "job/leader"), ("Put", "nodes/a"), ("Revoke", "")]
     assert node.engine.has_left
+
+
+@pytest.mark.parametrize("end", [Leaving(), LeasesSeen((LeaseSeen(1, TTL_S, lost=True),))], ids=["leaving", "fenced"])
+def test_what_a_leader_has_written_is_told_though_it_leads_no_more(node: Driven, end: Event) -> None:
+    """Its agent may hear by its watch that all is done, and go, before the store's answer has come to the engine."""
+    lead(node)
+    decided(node)
+    node.feed(Announced(Status.RUNNING))
+    put = next(task for task in node.tasks if isinstance(task, Put) and task.key == "job/round")
+    answer = node.apply(put)
+    node.feed(end)
+    assert node.engine.leader is None
+    node.feed(answer)
+    assert node.reports().count("round_formed") == 1
+    node.feed(answer)
+    assert node.reports().count("round_formed") == 1
 
 
 def test_a_lead_that_is_stuck_does_not_keep_the_record_from_going(node: Driven) -> None:
