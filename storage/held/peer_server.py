@@ -128,9 +128,13 @@ class PeerServer:
                 wire.close()
                 continue
             thread = threading.Thread(target=self._converse, args=(wire, address[0]), name="storage-peer", daemon=True)
-            with self._lock:
-                thread.start()
-                self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+            try:
+                with self._lock:
+                    thread.start()
+                    self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+            except RuntimeError as error:  # the system has no thread left, for the moment
+                log.warning("a connection of a peer cannot be served: %s", error)
+                self._let_go(wire)
 
     def _take_in(self, wire: Wire, who: str) -> bool:
         """Wait until there is room for one more stranger; whether there is."""
@@ -164,10 +168,13 @@ class PeerServer:
         except Exception as error:  # noqa: BLE001 - whatever one has sent, the others are served
             log.warning("the connection of %s ends: %s: %s", who, type(error).__name__, str(error).partition("\n")[0])
         finally:
-            with self._lock:
-                self._wires.discard(wire)
-            self._is_known(wire)
-            wire.close()
+            self._let_go(wire)
+
+    def _let_go(self, wire: Wire) -> None:
+        with self._lock:
+            self._wires.discard(wire)
+        self._is_known(wire)
+        wire.close()
 
     def _is_known(self, wire: Wire) -> None:
         """It has told who it is, or has gone."""

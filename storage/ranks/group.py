@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from storage.format.columns import Array
 from storage.ranks.devices import collective_device
 from storage.ranks.nearby import NUM_RANKS_MAX, Doorway, Nearby, host
 from storage.torch_private import timeout_s_of
+
+log = logging.getLogger(__name__)
 
 COORDINATOR = 0
 SHORT_BYTES = 248
@@ -74,9 +77,16 @@ class Group:
         with Doorway() as door:
             told = [json.loads(data) for data in self.all_gather(json.dumps([host(), door.address]).encode())]
             addresses = [address for _, address in told]
-            if len({where for where, _ in told}) > 1 or not all(addresses):
+            if len({where for where, _ in told}) > 1:
                 return
-            if self.any(not door.call(self.rank, addresses)) or self.any(not door.answer(self.rank, self.world_size)):
+            if (
+                not all(addresses)
+                or self.any(not door.call(self.rank, addresses))
+                or self.any(not door.answer(self.rank, self.world_size))
+            ):
+                log.info(
+                    "ranks agree on saves by torch: one has no socket in its temporary folder, or is not reached by it"
+                )
                 return
             self._nearby = Nearby(self.rank, door.take(), timeout_s)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from storage.errors import Transient
 from storage.held.nearest import NearestStore, Places, Reach
 from storage.held.peer_client import Peer
 from storage.held.peer_server import PeerServer
@@ -38,6 +39,25 @@ def test_many_ranks_that_come_at_once_are_all_heard(monkeypatch: pytest.MonkeyPa
         peers = [stack.enter_context(contextlib.closing(Peer(a.card(), stall_s=60.0))) for _ in range(24)]
         found = run_concurrently([peer.labels for peer in peers])
     assert [[label.step for label in labels] for labels in found] == [[20]] * 24
+
+
+def test_where_no_thread_is_to_be_had_the_next_who_comes_is_heard(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, refused = threading.Thread.start, list[threading.Thread]()
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "storage-peer" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    with nodes(["a"]) as (a,), contextlib.closing(Peer(a.card(), stall_s=60.0)) as peer:
+        with pytest.raises(Transient, match=r"closed the connection|nothing any more"):
+            peer.labels()
+        assert peer.labels() == ()
+    assert "cannot be served: can't start new thread" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["it comes", "it goes"])
