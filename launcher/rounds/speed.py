@@ -25,7 +25,6 @@ _FLOAT64_BYTES = 8
 _UNEVEN = 1.001  # below it sharing is not thought through: a rank then holds hundreds of experts, or they divide
 # For so long Linux leaves a core to one of those who share it; who waits for what others have waits for them to run.
 _SLICE_S = 1.5e-3
-_EXCHANGES = 5  # of a layer: how many rows, rows there and back, and the gradients of both ways
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,10 +59,11 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
 
     A round computes (6 floating-point operations per active parameter and token, as in Kaplan et al. 2020, and a
     fixed cost per layer), exchanges tokens among the expert ranks four times a layer (there and back, forward and
-    backward), and gathers parameters for each pass. A step ends with gradients reduced over the shards and over the
-    replicas, and with the optimizer. Every expert is taken to get as many rows as any other: where ranks may take
-    guests, these level what an uneven number of experts leaves. A collective moves ``(n - 1) / n`` of its bytes at the
-    speed of its group's slowest link, round a ring. Ranks that share fewer cores than they are take turns.
+    backward; twice more where a layer is computed again), and gathers parameters for each pass. A step ends with
+    gradients reduced over the shards and over the replicas, and with the optimizer. Every expert is taken to get as
+    many rows as any other: where ranks may take guests, these level what an uneven number of experts leaves. A
+    collective moves ``(n - 1) / n`` of its bytes at the speed of its group's slowest link, round a ring. Ranks that
+    share fewer cores than they are take turns.
     """
     tokens = mesh.micro_batch * spec.tokens_per_sample
     links = _Links(mesh, spec, ranks_per_node)
@@ -97,7 +97,8 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     # Of a round's work a third is the forward pass, which is done again where layers are computed anew, and where loads
     # are counted ahead of the rounds.
     counts = spec.counts_first and rounds > 1
-    again = 1 + (spec.recompute + counts) / 3
+    num_forward = 1 + spec.recompute + counts
+    again = (num_forward + 2) / 3
     # What the backward pass begins with stays gathered: the last layer and the root. Counting is a forward pass alone.
     num_gathered = (2 + counts) * spec.num_layers - 1, 1 + counts
     once, kept = (spec.num_layers, 1), spec.keep_gathered
@@ -105,7 +106,7 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
         compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
         launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
         weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
-        exchange=rounds * spec.num_layers * (_EXCHANGES * links.exchange_s(rows_bytes) + turns * copies_s),
+        exchange=rounds * spec.num_layers * (links.exchange_s(rows_bytes, num_forward) + turns * copies_s),
         gather=(1 if kept else rounds) * over_shards(spec.activation_bytes, *(once if kept else num_gathered)),
         reduce=over_shards(spec.reduce_bytes, *once),
         replicas=num_units * links.replicas_s(own * spec.reduce_bytes / num_units),
@@ -163,10 +164,11 @@ class _Links:
             sharing.most_copies * rule.copy_rows * row_s,
         )
 
-    def exchange_s(self, rows_bytes: float) -> float:
-        """One of a layer's exchanges, on the average: that of the counts moves next to nothing."""
-        part = (_EXCHANGES - 1) / _EXCHANGES
-        return self.collective_s(self.mesh.expert, self.mesh.expert, rows_bytes * part)
+    def exchange_s(self, rows_bytes: float, num_forward: int) -> float:
+        """A layer's exchanges: of each forward pass how many rows, and rows there and back; and gradients both ways."""
+        size = self.mesh.expert
+        rows_s = self.collective_s(size, size, rows_bytes)
+        return num_forward * self.collective_s(size, size, 0) + 2 * (num_forward + 1) * rows_s
 
 
 def node_stride(ranks_per_node: int | Sequence[int], size: int) -> tuple[int, int]:

@@ -98,6 +98,8 @@ def test_terms_of_a_step() -> None:
         assert value > 0 and dataclasses.asdict(twice)[name] == pytest.approx(factor * value), name
     again = step_time(mesh(2, 2, 2), MIXTRAL.replace(recompute=True), ranks_per_node=8)
     assert again.compute == pytest.approx(once.compute * 4 / 3)
+    rows_s = (again.exchange - once.exchange) / MIXTRAL.num_layers  # how many, there and back
+    assert rows_s == pytest.approx(once.exchange / MIXTRAL.num_layers / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(("changes", "num_layers"), [({}, 2 * 2 * 32 - 2), ({"keep_gathered": True}, 32)])
