@@ -97,6 +97,15 @@ def asked_to_stop(*numbers: signal.Signals, has_begun: bool) -> None:
                 signal.raise_signal(number)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, as it does not where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_before_the_first_step_it_stops_at_once(number: signal.Signals) -> None:
     """There is nothing to save, and data may be read for hours."""
