@@ -243,7 +243,7 @@ class Lane:
         A worker that has lost its connection meanwhile, and handed the parcel over by the next one, is told once more:
         it would wait for ever.
         """
-        is_over = False
+        parcel.has_ended, is_over = True, False
         while not is_over:
             num_handed = parcel.num_handed
             is_heard = self.session.end(parcel.stage.attempt.id, committed=committed, fenced=fenced)

@@ -51,6 +51,8 @@ class Parcel:
     """Whether it is not to begin yet."""
     num_handed: int = field(default=1, init=False)
     """How often its worker has handed it over: by each connection once."""
+    has_ended: bool = field(default=False, init=False)
+    """Whether its end is told by now, and nobody need take it up."""
     has_given_way: bool = field(default=False, init=False)
     is_refused: bool = field(default=False, init=False)
     """Whether it turned out not to be one, and nothing is left of it."""

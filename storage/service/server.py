@@ -212,7 +212,7 @@ class Server:
             lane.take_back(told.attempts)
 
     def _unfinished(self, caller: ServiceCaller, ask: AskUnfinished, fds: list[int]) -> None:
-        parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url]
+        parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url and not parcel.has_ended]
         caller.answer(Unfinished(attempts=tuple(parcel.stage.attempt for parcel in parcels)))
 
     def _status(self, caller: ServiceCaller, ask: AskStatus, fds: list[int]) -> None:

@@ -20,6 +20,7 @@ from storage.run import owner
 from storage.service import lanes
 from storage.service.memory import HeldStates
 from storage.service.parcels import Parcel, TakenOver
+from storage.service.sessions import Session
 from storage.stores.local import LocalStore
 from tests.cluster import until
 from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread
@@ -162,6 +163,25 @@ def test_of_a_committed_checkpoint_the_bytes_come_from_memory(tmp_path: Path, no
     assert (step, torch.equal(state["w"], tensors(3)["w"])) == (3, True)
     assert dict(told)["restored"]["from_own"] > 300_000 * 4
     assert [name for name, _ in told] == ["restored"]
+
+
+def test_nobody_adopts_a_save_whose_end_was_told(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may hear that its save is committed, and another may claim the run, before the service is through."""
+    go_on, end = threading.Event(), Session.end
+
+    def end_slowly(session: Session, attempt: str, **outcome: Any) -> bool:
+        found = end(session, attempt, **outcome)
+        go_on.wait(60.0)
+        return found
+
+    monkeypatch.setattr(Session, "end", end_slowly)
+    with Checkpointer(tmp_path / "run", job=job(1)) as ckpt:
+        ckpt.save(1, tensors(1), wait=True)
+    step, _, told = restored(tmp_path / "run", 2)
+    go_on.set()
+    assert (step, [name for name, _ in told]) == (1, ["restored"])
 
 
 def test_what_is_stored_from_memory_is_what_is_stored_without(tmp_path: Path, node: InThread) -> None:
