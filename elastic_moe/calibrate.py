@@ -27,6 +27,7 @@ from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange
 from elastic_moe.parallel.mailbox import open_mailbox
 from elastic_moe.pool import Pool
 from elastic_moe.trainer.world import choose_device, process_group
+from elastic_moe.urls import local_path
 from launcher import MeshPlan, MeshSpec, step_time
 
 _MIB = 1 << 20
@@ -164,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="machine.json", metavar="FILE", help="default machine.json")
     args = parser.parse_args(argv)
     try:
-        if "://" in args.out:
-            raise UserError(f"--out {args.out} is a URL, and must be a path on this machine")
+        try:
+            local_path(args.out)
+        except ValueError as error:
+            raise UserError(f"--out {error}") from None
         job = load(args.job, environ=os.environ)
         device = choose_device(job.train.device, int(os.environ.get("LOCAL_RANK", "0")))
         with process_group(device):

@@ -80,9 +80,12 @@ def positive_float(text: str) -> float:
 
 def local(text: str) -> Path:
     """A path, and no URL, of which a `Path` would make a folder here; for argparse's `type`."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL, and must be a path on this machine")
-    return Path(text)
+    from elastic_moe.urls import local_path  # and with it pydantic, which most commands do without
+
+    try:
+        return Path(local_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def natural_int(text: str) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from launcher.rounds.guests import guest_params
 from launcher.rounds.layouts import expert_padding, expert_unevenness
+from launcher.rounds.spec import FLOAT64_BYTES
 
 if TYPE_CHECKING:
     from launcher.rounds.mesh import MeshPlan
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _PARAM_BYTES = 4
 _MOMENTS_BYTES = 8
-_FLOAT64_BYTES = 8
 _LOSS_BYTES = 4  # logits are made fp32 for the loss
 _MATRICES_OF_EXPERT = 3
 _MAILBOX_SLOTS = 2
@@ -80,8 +80,8 @@ class _Sizes:
         experts = spec.expert_params / mesh.expert / mesh.shard * expert_padding(mesh, spec)
         self.own_num = spec.dense_params / self.num_shards + experts
         self.tokens = mesh.micro_batch * spec.tokens_per_sample
-        exact = spec.reduce_bytes == _FLOAT64_BYTES
-        self.expert_bytes = _FLOAT64_BYTES if exact else spec.activation_bytes
+        exact = spec.is_exact
+        self.expert_bytes = FLOAT64_BYTES if exact else spec.activation_bytes
 
         wide = spec.activation_bytes
         self.root = spec.root_params * wide
@@ -148,7 +148,7 @@ class _Sizes:
             self.layer_experts_num / _MATRICES_OF_EXPERT / self.mesh.shard,
             spec.vocab_size * spec.model_dim / self.num_shards,
         )
-        of_step = 2 * _PARAM_BYTES * largest if spec.reduce_bytes == _FLOAT64_BYTES else 0.0
+        of_step = 2 * _PARAM_BYTES * largest if spec.is_exact else 0.0
         return self.use(
             gradients=self.own_num * _PARAM_BYTES + self.accumulated,
             activations=kept,
@@ -182,7 +182,7 @@ class _Sizes:
         Where ranks hold parts of the experts those are a unit of their own, of which autograd holds one of three
         gradients until it has told of it; else a layer is one unit, and its experts' gradients wait for the others.
         """
-        apart = self.mesh.expert > 1 or self.spec.reduce_bytes == _FLOAT64_BYTES
+        apart = self.mesh.expert > 1 or self.spec.is_exact
         numbers, shards, held = self.layer_experts_num, self.mesh.shard, self.experts / _MATRICES_OF_EXPERT
         if not apart:
             numbers, shards, held = numbers + self.spec.layer_dense_params, self.num_shards, self.experts
@@ -210,7 +210,7 @@ class _Sizes:
             self.layer_experts_num / _MATRICES_OF_EXPERT / self.mesh.shard,
             self.spec.vocab_size * self.spec.model_dim / self.num_shards,
         )
-        working = 2 * _PARAM_BYTES * largest if self.spec.reduce_bytes == _FLOAT64_BYTES else 0.0
+        working = 2 * _PARAM_BYTES * largest if self.spec.is_exact else 0.0
         return self.use(gradients=self.own_num * _PARAM_BYTES, working=working)
 
     def gradients(self, *, last: bool) -> float:

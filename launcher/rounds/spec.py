@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+FLOAT64_BYTES = 8
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MeshSpec:
@@ -96,6 +98,11 @@ class MeshSpec:
     def replace(self, **changes: int | float | None) -> MeshSpec:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # checked by __post_init__
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether gradients are added up in float64, in which the experts' weights are gathered as well."""
+        return self.reduce_bytes == FLOAT64_BYTES
 
     @property
     def root_params(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from launcher.rounds.guests import ShareRule, copy_rows, row_flops, share_rows
 from launcher.rounds.layouts import expert_padding, expert_unevenness
+from launcher.rounds.spec import FLOAT64_BYTES
 
 if TYPE_CHECKING:
     from launcher.rounds.mesh import MeshPlan
@@ -21,7 +22,6 @@ _PASSES_OVER_PARAMS = 7
 # AdamW reads parameter, gradient and two moments and writes three of them; clipping reads the gradient.
 _STEP_BYTES_PER_PARAM = 4 * 8
 _PARAM_BYTES = 4
-_FLOAT64_BYTES = 8
 _UNEVEN = 1.001  # below it sharing is not thought through: a rank then holds hundreds of experts, or they divide
 # For so long Linux leaves a core to one of those who share it; who waits for what others have waits for them to run.
 _SLICE_S = 1.5e-3
@@ -78,13 +78,13 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     own = spec.dense_params / block + experts_own
     rows_bytes = tokens * spec.top_k * uneven * spec.model_dim * spec.activation_bytes
     # Experts are a unit of their own where they are sharded otherwise than what is around them, or exact: in float64.
-    exact = spec.reduce_bytes == _FLOAT64_BYTES
+    exact = spec.is_exact
     apart = mesh.expert > 1 or exact
     num_units = (1 + apart) * spec.num_layers + bool(spec.root_params)
 
     def over_shards(bytes_per_param: int, layers: int, roots: int) -> float:
         """Gather the parameters, or reduce the gradients, of so many layers over their shards, and of the root."""
-        of_experts = _FLOAT64_BYTES if exact else bytes_per_param
+        of_experts = FLOAT64_BYTES if exact else bytes_per_param
         dense, root = (params * bytes_per_param for params in (spec.layer_dense_params, spec.root_params))
         experts = experts_own * mesh.shard / spec.num_layers * of_experts
         if apart:

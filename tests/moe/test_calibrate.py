@@ -59,4 +59,4 @@ def test_a_missing_job_is_told_in_one_line(capsys: pytest.CaptureFixture[str], t
     assert calibrate.main([str(tmp_path / "none.toml")]) == 2
     assert capsys.readouterr().err == f"calibrate: job file {tmp_path}/none.toml does not exist\n"
     assert calibrate.main(["none.toml", "--out", "s3://bucket/x"]) == 2
-    assert capsys.readouterr().err == "calibrate: --out s3://bucket/x is a URL, and must be a path on this machine\n"
+    assert capsys.readouterr().err == "calibrate: --out 's3://bucket/x' is a URL, and must be a path on this machine\n"
