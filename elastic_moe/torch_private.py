@@ -37,6 +37,16 @@ def onednn_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     return out
 
 
+def group_timeout_s(group: dist.ProcessGroup) -> float:
+    """For how long collectives of a group on the CPU wait for a rank that does not come.
+
+    torch's default where its backend does not tell: torch asks only its own to.
+    """
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    found = getattr(options, "_timeout", None) or dist.default_pg_timeout
+    return float(found.total_seconds())
+
+
 class Seat(Protocol):
     """Memory that an FSDP2 unit is gathered into."""
 

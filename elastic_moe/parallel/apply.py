@@ -17,7 +17,7 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.experts import Experts
 from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange
 from elastic_moe.parallel.dispatch import AllToAllDispatch
-from elastic_moe.parallel.mailbox import Mailbox, open_mailbox
+from elastic_moe.parallel.mailbox import Mailbox
 from elastic_moe.parallel.meshes import EXPERT, EXPERT_FSDP, FSDP, Meshes
 from elastic_moe.parallel.sharing import SharingDispatch
 from elastic_moe.parallel.turns import gather_by_turns
@@ -89,10 +89,10 @@ def parallelize(
         raise UserError(f"the mesh {plan} does not fit the model: {why}")
     pool = Pool()
     is_on_cpu = meshes.dense.device_type == "cpu"
-    dense = _view(meshes.for_dense, meshes.dense, FSDP, pool)
+    dense = _View(meshes.for_dense, plan.shard * plan.expert, meshes.mailbox(FSDP), pool)
     # With one expert part both views are the same ranks, and FSDP2 wants the same mesh object for them.
-    sparse = _view(meshes.for_experts, meshes.sparse, EXPERT_FSDP, pool) if plan.expert > 1 else dense
-    by_expert = _mailbox(meshes.sparse, EXPERT)
+    sparse = _View(meshes.for_experts, plan.shard, meshes.mailbox(EXPERT_FSDP), pool) if plan.expert > 1 else dense
+    by_expert = meshes.mailbox(EXPERT)
     placement = _through if cuts_through(num_experts, widths, expert=plan.expert, shard=plan.shard) else None
     for block in model.blocks:
         experts = block.moe.experts
@@ -128,15 +128,6 @@ class _View(NamedTuple):
     num_shards: int
     mailbox: Mailbox | None
     pool: Pool
-
-
-def _view(mesh: DeviceMesh, whole: DeviceMesh, name: str, pool: Pool) -> _View:
-    return _View(mesh, whole[name].size(), _mailbox(whole, name), pool)
-
-
-def _mailbox(mesh: DeviceMesh, name: str) -> Mailbox | None:
-    """For the ranks along a dimension, where they are processors of one machine. A collective."""
-    return open_mailbox(mesh.get_group(name)) if mesh.device_type == "cpu" else None
 
 
 def _shard(module: nn.Module, view: _View, policy: MixedPrecisionPolicy, placement: Placement | None = None) -> None:

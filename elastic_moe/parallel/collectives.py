@@ -38,7 +38,10 @@ class GatherByMailbox(_Allocates):
         """Lay the ranks' inputs together; this rank's lies in the output already."""
         found = self.mailbox.exchange([input_tensor] * group.size())
         for part, of_rank in zip(output_tensor.view(group.size(), -1), found, strict=True):
-            part.copy_(input_tensor if of_rank is None else of_rank.view(part.dtype))
+            if of_rank is not None:
+                part.copy_(of_rank.view(part.dtype))
+            elif part.data_ptr() != input_tensor.data_ptr():  # FSDP2 has it there already
+                part.copy_(input_tensor)
 
 
 class ReduceByExchange(_Allocates):
@@ -77,6 +80,32 @@ class ReduceByExchange(_Allocates):
             output_tensor.add_(part)
 
 
+def add_up(tensor: Tensor, group: dist.ProcessGroup, mailbox: Mailbox | None) -> None:
+    """Add up, in place, what the ranks of a group have, who have little; by the group's mailbox where it has one."""
+    if mailbox is None:
+        dist.all_reduce(tensor, group=group)
+        return
+    own = tensor.clone()
+    for turn, found in enumerate(mailbox.exchange([own] * group.size())):
+        part = own if found is None else found.view(own.dtype).view_as(own)
+        if turn:
+            tensor.add_(part)
+        else:
+            tensor.copy_(part)
+
+
+def exchange_numbers(sent: Tensor, group: dist.ProcessGroup, mailbox: Mailbox | None) -> Tensor:
+    """An all-to-all of equal parts, a few numbers each, by the group's mailbox where it has one."""
+    received = torch.empty_like(sent)
+    if mailbox is None:
+        dist.all_to_all_single(received, sent, group=group)
+        return received
+    parts = sent.chunk(group.size())
+    for into, own, found in zip(received.chunk(group.size()), parts, mailbox.exchange(parts), strict=True):
+        into.copy_(own if found is None else found.view(sent.dtype))
+    return received
+
+
 def carry_rows(
     x_RD: Tensor,
     send_splits: Sequence[int],
@@ -110,7 +139,7 @@ class RowsByMailbox(torch.autograd.Function):
 
 def _exchanged(x_RD: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mailbox: Mailbox) -> Tensor:
     parts = list(x_RD.split(list(send_splits)))
-    rank = mailbox.group.rank()
+    rank = mailbox.rank
     own = parts[rank]
     parts[rank] = own[:0]
     y_QD = x_RD.new_empty(sum(receive_splits), *x_RD.shape[1:])

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
@@ -63,7 +62,7 @@ def clip_gradients(params: Iterable[nn.Parameter], meshes: Meshes, max_norm: flo
     for grad in grads:
         for part in grad.flatten().split(_PART):
             squares += part.double().square().sum()
-    dist.all_reduce(squares, group=meshes.replica_group)
+    meshes.sum_over_replica(squares)
     norm = float(squares.sqrt().item())
     if max_norm is not None and norm > max_norm:
         for grad in grads:

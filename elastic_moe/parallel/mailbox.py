@@ -5,6 +5,8 @@ What gloo carries goes through sockets, and the kernel copies it in and out on t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -12,10 +14,14 @@ import stat
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from elastic_moe.parallel.barrier import Inbox, PipeBarrier, PipeEnd, distances
+from elastic_moe.torch_private import group_timeout_s
 
 log = logging.getLogger(__name__)
 
@@ -106,72 +112,108 @@ class Mailbox:
     """The slots of a group's ranks: each lays out what is for the others, all meet, and each reads what is for it.
 
     A rank has two slots, used in turn. When it lays out into one it has met the others in the exchange of the other
-    one, to which they came after reading the one before; so one meeting an exchange is enough. It is gloo's, which
-    also hears of a peer that is gone.
+    one, to which they came after reading the one before; so one meeting an exchange is enough.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, own: Sequence[Slot], peers: Sequence[Sequence[PeerSlot | None]]
+        self, rank: int, own: Sequence[Slot], peers: Sequence[Sequence[PeerSlot | None]], barrier: PipeBarrier
     ) -> None:
-        self.group = group
+        self.rank = rank
         self._own = own
         self._peers = peers
+        self._barrier = barrier
         self._turn = 0
 
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         """Give each rank of the group its part; return the bytes that each has for this one, None in its own place.
 
         A collective. What it returns is to be read before the next exchange, and changed by no one.
+
+        Raises:
+            PeerGone: a rank has ended, or does not come for as long as the group's other collectives would wait.
         """
         own, peers = self._own[self._turn], self._peers[self._turn]
         self._turn = (self._turn + 1) % _NUM_SLOTS
         own.lay(parts)
-        dist.barrier(group=self.group)
-        rank = self.group.rank()
-        return [None if peer is None else peer.part(rank) for peer in peers]
+        self._barrier.wait()
+        return [None if peer is None else peer.part(self.rank) for peer in peers]
+
+
+class _Card(NamedTuple):
+    """What a rank tells the others, as numbers."""
+
+    boot_id: tuple[int, int]
+    pid: int
+    slots: Sequence[tuple[int, int]]
+    """The descriptor and the secret of each."""
+    ends: Sequence[PipeEnd]
+
+    def numbers(self) -> list[int]:
+        return [*self.boot_id, self.pid, *itertools.chain(*self.slots), *itertools.chain(*self.ends)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Self:
+        pairs = list(zip(numbers[3::2], numbers[4::2], strict=True))
+        return cls((numbers[0], numbers[1]), numbers[2], pairs[:_NUM_SLOTS], [PipeEnd(*p) for p in pairs[_NUM_SLOTS:]])
 
 
 def open_mailbox(group: dist.ProcessGroup) -> Mailbox | None:
     """A mailbox for a group; None where its ranks are not all on one machine, or see no others. A collective."""
     if not 2 <= group.size() <= _MOST_RANKS or not hasattr(os, "memfd_create"):
         return None
-    own, obstacle = _own_slots()
-    numbers = [number for slot in own for number in (slot.fd, slot.secret)] or [-1] * 2 * _NUM_SLOTS
-    card = torch.tensor([*_boot_id(), os.getpid(), *numbers])
-    cards = [torch.empty_like(card) for _ in range(group.size())]
-    dist.all_gather(cards, card, group=group)
-    peers: list[list[PeerSlot | None]] = []
-    try:
-        peers = [[_open_peer(card, other, turn) for other in cards] for turn in range(_NUM_SLOTS)]
-    except OSError as error:
-        obstacle = obstacle or str(error)
-    worked = torch.tensor(int(not obstacle))
+    slots, inbox, obstacle = _own_parts(group.size())
+    card = _Card(_boot_id(), os.getpid(), [(s.fd, s.secret) for s in slots], inbox.ends if inbox else []).numbers()
+    num_numbers = 3 + 2 * (_NUM_SLOTS + len(distances(group.size())))
+    own = torch.tensor(card + [-1] * (num_numbers - len(card)))
+    cards = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(cards, own, group=group)
+    mailbox: Mailbox | None = None
+    if inbox is not None:
+        try:
+            mailbox = _connected(group, [_Card.of(numbers.tolist()) for numbers in cards], slots, inbox)
+        except OSError as error:
+            obstacle = str(error)
+    worked = torch.tensor(int(mailbox is not None))
     dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=group)
     if not worked:
         level = logging.INFO if obstacle == _SEVERAL_MACHINES else logging.WARNING
         log.log(level, "gloo carries what %d ranks exchange: %s", group.size(), obstacle or "another sees no mailbox")
         return None
-    return Mailbox(group, own, peers)
+    assert inbox is not None
+    inbox.close_ends()
+    return mailbox
 
 
-def _own_slots() -> tuple[list[Slot], str]:
-    """This rank's slots; where it can have none, none and why, which the others are still to hear.
+def _own_parts(num_ranks: int) -> tuple[list[Slot], Inbox | None, str]:
+    """This rank's slots and pipes; where it can have none, none and why, which the others are still to hear.
 
     A hardened system refuses files in memory (vm.memfd_noexec = 2), and a process may have all its descriptors in use.
     """
     try:
-        return [Slot() for _ in range(_NUM_SLOTS)], ""
+        return [Slot() for _ in range(_NUM_SLOTS)], Inbox(num_ranks), ""
     except OSError as error:
-        return [], f"no memory to exchange through: {error}"
+        return [], None, f"no memory to exchange through: {error}"
 
 
-def _open_peer(own: Tensor, other: Tensor, turn: int) -> PeerSlot | None:
-    own_card, card = own.tolist(), other.tolist()
-    if card == own_card:
-        return None
-    if card[:2] != own_card[:2]:
+def _connected(group: dist.ProcessGroup, cards: Sequence[_Card], slots: Sequence[Slot], inbox: Inbox) -> Mailbox:
+    """Raises OSError where a rank's memory or pipes are not to be had."""
+    rank, size = group.rank(), group.size()
+    if any(card.boot_id != cards[rank].boot_id for card in cards):
         raise OSError(_SEVERAL_MACHINES)
-    return PeerSlot(card[2], *card[3 + 2 * turn : 5 + 2 * turn])
+    peers = [
+        [None if other == rank else PeerSlot(card.pid, *card.slots[turn]) for other, card in enumerate(cards)]
+        for turn in range(_NUM_SLOTS)
+    ]
+    with contextlib.ExitStack() as on_failure:
+        told = []
+        for turn, distance in enumerate(distances(size)):
+            ahead = cards[(rank + distance) % size]
+            told.append(ahead.ends[turn].open(ahead.pid))
+            on_failure.callback(os.close, told[-1])
+        names = [f"rank {dist.get_global_rank(group, other)}" for other in range(size)]
+        barrier = PipeBarrier(rank, names, inbox, told, group_timeout_s(group))
+        on_failure.pop_all()
+    return Mailbox(rank, slots, peers, barrier)
 
 
 def _boot_id() -> tuple[int, int]:

@@ -7,16 +7,20 @@ The world is seen twice: the dense parameters are sharded over shard x expert ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from elastic_moe.errors import UserError
+from elastic_moe.parallel.collectives import add_up
+from elastic_moe.parallel.mailbox import Mailbox, open_mailbox
 from launcher import MeshPlan
 
 REPLICATE, FSDP, EXPERT_FSDP, EXPERT = "replicate", "fsdp", "efsdp", "ep"
+_WORLD = "world"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Meshes:
     plan: MeshPlan
     dense: DeviceMesh
     sparse: DeviceMesh
+    _mailboxes: dict[str, Mailbox | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def for_dense(self) -> DeviceMesh:
@@ -52,6 +57,29 @@ class Meshes:
     def replica_group(self) -> dist.ProcessGroup:
         """The ranks that together hold every parameter exactly once."""
         return self.dense.get_group(FSDP)
+
+    def mailbox(self, name: str) -> Mailbox | None:
+        """Of the ranks along a dimension, where they are processors of one machine. The first time a collective."""
+        mesh = self.sparse if name in (EXPERT_FSDP, EXPERT) else self.dense
+        return self._mailbox(name, mesh.get_group(name))
+
+    def sum_over_replica(self, tensor: Tensor) -> None:
+        """Add up, in place, what the ranks of `replica_group` have. A collective."""
+        add_up(tensor, self.replica_group, self.mailbox(FSDP))
+
+    def sum_over_ranks(self, tensor: Tensor) -> None:
+        """Add up, in place, what all ranks have. A collective."""
+        if self.plan.replicate == 1:
+            self.sum_over_replica(tensor)
+            return
+        world = dist.group.WORLD
+        assert world is not None, "these meshes are built on it"
+        add_up(tensor, world, self._mailbox(_WORLD, world))
+
+    def _mailbox(self, name: str, group: dist.ProcessGroup) -> Mailbox | None:
+        if name not in self._mailboxes:
+            self._mailboxes[name] = open_mailbox(group) if self.dense.device_type == "cpu" else None
+        return self._mailboxes[name]
 
 
 def build_mesh(plan: MeshPlan, device: torch.device | str) -> Meshes:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -63,10 +62,10 @@ class StepSums(NamedTuple):
     def plus(self, other: StepSums) -> StepSums:
         return StepSums(*(mine + its for mine, its in zip(self, other, strict=True)))
 
-    def over_ranks(self) -> StepSums:
+    def over_ranks(self, meshes: Meshes) -> StepSums:
         """The sums of all ranks. A collective: one all-reduce for everything."""
         packed = torch.cat([tensor.flatten() for tensor in self])
-        dist.all_reduce(packed)
+        meshes.sum_over_ranks(packed)
         parts = packed.split([tensor.numel() for tensor in self])
         return StepSums(*(part.view_as(tensor) for part, tensor in zip(parts, self, strict=True)))
 
@@ -140,7 +139,7 @@ class Stepper:
         micro_batches = self.batches.of_step(step)
         num_targets = self._num_targets(micro_batches)
         own = self._accumulate(micro_batches, num_targets)
-        sums = own.over_ranks()
+        sums = own.over_ranks(self.meshes)
         num_tokens = self.train.global_batch * self.train.seq_len
         result = StepResult(
             loss=float(sums.loss.item()) / float(num_targets.item()),
@@ -187,7 +186,7 @@ class Stepper:
                 begin_round(self.model, last=False, backward=False)
                 loss = micro_batch.loss(micro_batch.forward(self.model))
                 sums += torch.stack((loss, micro_batch.num_targets()))
-        dist.all_reduce(sums)
+        self.meshes.sum_over_ranks(sums)
         loss_sum, num_targets = sums.tolist()
         return float(loss_sum / max(1.0, num_targets))
 
@@ -197,7 +196,7 @@ class Stepper:
             all_of_them = float(self.train.global_batch * self.train.seq_len)
             return torch.tensor(all_of_them, dtype=torch.float64, device=self.batches.device)
         count = count_targets(micro_batches)
-        dist.all_reduce(count)
+        self.meshes.sum_over_ranks(count)
         return count.clamp(min=1)  # a batch may hold the ends of documents and nothing else
 
     def _accumulate(self, micro_batches: list[MicroBatch], num_targets: Tensor) -> StepSums:
@@ -212,7 +211,7 @@ class Stepper:
             shared = take_shared(self.model)
             if is_global and len(micro_batches) == 1:
                 load_LE = out.load_LE.clone()
-                dist.all_reduce(load_LE)
+                self.meshes.sum_over_ranks(load_LE)
             loss = micro_batch.loss(out)
             objective(out, loss, num_targets, self.model.config, self.train, load_LE).backward()
             of_this = StepSums.of(out, loss, shared)
@@ -231,5 +230,5 @@ class Stepper:
             begin_round(self.model, last=False, keep_gathered=self.train.keep_gathered, backward=False)
             loads.append(micro_batch.forward(self.model).load_LE)
         load_LE = torch.stack(loads).sum(dim=0)
-        dist.all_reduce(load_LE)
+        self.meshes.sum_over_ranks(load_LE)
         return load_LE

@@ -26,7 +26,8 @@ _SETTLED_S = 0.1
 _LOOK_S = 0.02
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>.+)$')
 _BLOCK = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
-_COLLECTIVES = "/torch/distributed/"
+_COLLECTIVES = ("/torch/distributed/", "/storage/ranks/nearby.py", "/elastic_moe/parallel/barrier.py")
+"""Where ranks wait for each other: in torch's files, or in those of ours that do without it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def innermost(text: str) -> tuple[str, bool]:
             frames.append(frame)
     for frame in frames:
         if not frame["file"].endswith(FILES_OF_WRAPPERS):
-            return f"{frame['file']}:{frame['line']} in {frame['name']}", _COLLECTIVES in frame["file"]
+            waits = any(part in frame["file"] for part in _COLLECTIVES)
+            return f"{frame['file']}:{frame['line']} in {frame['name']}", waits
     return "", False
 
 

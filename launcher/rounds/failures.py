@@ -2,7 +2,8 @@
 
 The texts are those of the libraries that raise them: gloo's transport (`gloo/transport/tcp/pair.cc`), NCCL's
 `ncclGetErrorString` and its sockets, c10d's TCPStore and watchdog (`torch/csrc/distributed/c10d`), CUDA's
-`cudaGetErrorString`, torch's CPU allocator, and the checkpointer's ranks of one host (`storage/ranks/nearby.py`).
+`cudaGetErrorString`, torch's CPU allocator, and ours where ranks of one host do without torch
+(`storage/ranks/nearby.py`, `elastic_moe/parallel/barrier.py`).
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ def death(message: str = "", *, exit_code: int | None = 1, phase: WorkerPhase = 
         f"RuntimeError: [{GLOO}/pair.cc:553] Connection closed by peer [127.0.0.1]:7043. This is typically caused by",
         "PeerGone: rank 1 has closed its connection",
         "PeerGone: rank 1 does not answer: timed out",
+        "PeerGone: rank 1 does not answer within 1800 s",
         "PeerGone: rank 1 cannot be told: [Errno 32] Broken pipe",
         f"RuntimeError: [{GLOO}/pair.cc:537] Read error [127.0.0.1]:23971: Connection reset by peer. This is",
         "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for "

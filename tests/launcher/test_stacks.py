@@ -108,6 +108,8 @@ def test_the_main_thread_is_the_last_and_wrappers_say_nothing() -> None:
     )
     assert innermost(text) == ("/site-packages/torch/distributed/_functional_collectives.py:5 in wait", True)
     assert innermost(text.replace("torch/distributed/_func", "torch/nn/func"))[1] is False
+    for ours in ("storage/ranks/nearby.py", "elastic_moe/parallel/barrier.py"):
+        assert innermost(text.replace("torch/distributed/_functional_collectives.py", ours))[1] is True
     assert innermost("") == ("", False)
     assert innermost(text.partition("\n\n")[0]) == ("/lib/threading.py:1 in wait", False)
 

@@ -5,6 +5,8 @@ What is found here is mended in `elastic_moe/torch_private.py`.
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -86,6 +88,20 @@ def test_parameters_are_gathered_where_they_are_told_to(ranks: Ranks, world_size
     changed = f"torch {torch.__version__}: FSDPParam has changed, by which layers are gathered into memory that stays"
     found = ranks.run(gathered_where_told, world_size, world_size=world_size)
     assert found == [("(())" * 2, True)] * world_size, changed
+
+
+def waited_s(timeout_s: float) -> float:
+    """For how long a group that is made so waits for a rank."""
+    from elastic_moe.torch_private import group_timeout_s
+
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group_timeout_s(group)
+
+
+def test_a_group_tells_how_long_it_waits(ranks: Ranks) -> None:
+    changed = f"torch {torch.__version__}: a group's time-out is elsewhere, by which ranks of one machine wait by pipes"
+    assert ranks.run(waited_s, 12.0, world_size=2) == [12.0, 12.0], changed
 
 
 def test_no_other_file_uses_private_names_of_torch() -> None:

@@ -1,0 +1,113 @@
+"""Ranks of one machine wait for each other by pipes.
+
+A barrier of gloo goes through threads of its own on each side, and each of these waits for a core that the ranks
+compute on, now and then for milliseconds. A byte in a pipe wakes the one thread that waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_NUM_NUMBERS = 256  # of barriers, in a byte
+
+
+class PeerGone(RuntimeError):
+    """A rank has ended, or does not come: as a collective of torch's raises a RuntimeError."""
+
+
+class PipeEnd(NamedTuple):
+    """Where other processes of the machine find the writing end of a pipe."""
+
+    fd: int
+    inode: int
+
+    def open(self, pid: int) -> int:
+        """A descriptor of one's own for what process `pid` has there. Raises OSError: it is not to be had."""
+        # On another machine another process may have these numbers: nothing is waited for, and nothing else written to.
+        fd = os.open(f"/proc/{pid}/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        found = os.fstat(fd)
+        if not stat.S_ISFIFO(found.st_mode) or found.st_ino != self.inode:
+            os.close(fd)
+            raise FileNotFoundError(f"descriptor {self.fd} of process {pid} is no pipe of its mailbox")
+        return fd
+
+
+class Inbox:
+    """The pipes by which others tell a rank that they have come: one by round of a barrier. Raises OSError."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.reading: list[int] = []
+        self.ends: list[PipeEnd] = []
+        self._closing: list[weakref.finalize[..., Inbox]] = []
+        for _ in distances(num_ranks):
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            weakref.finalize(self, os.close, reading)
+            self._closing.append(weakref.finalize(self, os.close, writing))
+            self.reading.append(reading)
+            self.ends.append(PipeEnd(writing, os.fstat(writing).st_ino))
+
+    def close_ends(self) -> None:
+        """Leave the writing to those who have opened it: a pipe ends once they are gone."""
+        for close in self._closing:
+            close()
+
+
+def distances(num_ranks: int) -> list[int]:
+    """By round: so far ahead is the rank that is told then, and so far behind the one that tells."""
+    return [1 << turn for turn in range((num_ranks - 1).bit_length())]
+
+
+class PipeBarrier:
+    """A dissemination barrier (Hensgen, Finkel and Manber, 1988): in round k each rank tells the one 2^k ahead.
+
+    What a rank has written before it comes the others see after they have met, for the kernel orders what goes by a
+    pipe. For one thread.
+
+    Args:
+        rank: this one's.
+        names: of all ranks, as an error is to call them.
+        inbox: this rank's.
+        told: by round, the descriptor by which the rank ahead is told; they are the barrier's from here on.
+        timeout_s: for so long a rank is waited for that does not come.
+    """
+
+    def __init__(self, rank: int, names: Sequence[str], inbox: Inbox, told: Sequence[int], timeout_s: float) -> None:
+        self._inbox = inbox
+        self._told = told
+        self._timeout_s = timeout_s
+        self._num_met = 0
+        self._ahead = [names[(rank + distance) % len(names)] for distance in distances(len(names))]
+        self._behind = [names[(rank - distance) % len(names)] for distance in distances(len(names))]
+        self._polls = [select.poll() for _ in inbox.reading]
+        for poll, fd in zip(self._polls, inbox.reading, strict=True):
+            poll.register(fd, select.POLLIN)
+        for fd in told:
+            weakref.finalize(self, os.close, fd)
+
+    def wait(self) -> None:
+        """Return once all ranks have come. Raises PeerGone."""
+        self._num_met += 1
+        for turn in range(len(self._told)):
+            self._tell(turn)
+            self._hear(turn)
+
+    def _tell(self, turn: int) -> None:
+        try:
+            os.write(self._told[turn], bytes((self._num_met % _NUM_NUMBERS,)))
+        except OSError as error:
+            raise PeerGone(f"{self._ahead[turn]} cannot be told: {error}") from error
+
+    def _hear(self, turn: int) -> None:
+        name = self._behind[turn]
+        if not self._polls[turn].poll(self._timeout_s * 1000):
+            raise PeerGone(f"{name} does not answer within {self._timeout_s:g} s")
+        number = os.read(self._inbox.reading[turn], 1)
+        if not number:
+            raise PeerGone(f"{name} has closed its connection")
+        if number[0] != self._num_met % _NUM_NUMBERS:
+            raise RuntimeError(f"{name} is at another exchange: an error has kept one of these ranks from some before")
