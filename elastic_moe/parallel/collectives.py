@@ -137,6 +137,21 @@ class RowsByMailbox(torch.autograd.Function):
         return _exchanged(grad_QD.contiguous(), receive_splits, send_splits, ctx.mailbox), None, None, None
 
 
+def exchange(
+    x_RD: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: dist.ProcessGroup,
+    mailbox: Mailbox | None,
+) -> Tensor:
+    """As `carry_rows`, without a gradient."""
+    if mailbox is not None:
+        return _exchanged(x_RD, send_splits, receive_splits, mailbox)
+    y_QD = x_RD.new_empty(sum(receive_splits), *x_RD.shape[1:])
+    dist.all_to_all_single(y_QD, x_RD, list(receive_splits), list(send_splits), group=group)
+    return y_QD
+
+
 def _exchanged(x_RD: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mailbox: Mailbox) -> Tensor:
     parts = list(x_RD.split(list(send_splits)))
     rank = mailbox.rank

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.model.swiglu import Weights
+from elastic_moe.parallel.collectives import exchange
+from elastic_moe.parallel.mailbox import Mailbox
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class GroupLoan:
     """A `model.experts.Loan` within an expert-parallel group, for one pass through a layer.
 
     Attributes:
+        mailbox: of the group, where it has one.
         lent: by copy, in the order of the takers, which of the experts held here it is of.
         copies_sent: by rank of the group, how many copies it takes from here.
         copies_taken: by rank of the group, how many copies it sends here.
     """
 
     group: dist.ProcessGroup
+    mailbox: Mailbox | None
     lent: Sequence[int]
     copies_sent: Sequence[int]
     copies_taken: Sequence[int]
@@ -48,17 +52,14 @@ class GroupLoan:
         for copy, expert in zip(sent, self.lent, strict=True):
             for row, of_all in zip(copy, matrices, strict=True):
                 row.view_as(of_all[expert]).copy_(of_all[expert])
-        taken = sent.new_empty((self.num_guests, *sent.shape[1:]))
-        dist.all_to_all_single(taken, sent, list(self.copies_taken), list(self.copies_sent), group=self.group)
-        return taken
+        return exchange(sent, self.copies_sent, self.copies_taken, self.group, self.mailbox)
 
     def back(self, d_guests: Tensor, d_matrices: Sequence[Tensor]) -> None:
         """Add the guests' gradients, (G, 3, D x F), to those of the experts that are lent.
 
         One after another, so that no sum depends on what a GPU does first.
         """
-        returned = d_guests.new_empty((len(self.lent), *d_guests.shape[1:]))
-        dist.all_to_all_single(returned, d_guests, list(self.copies_sent), list(self.copies_taken), group=self.group)
+        returned = exchange(d_guests, self.copies_taken, self.copies_sent, self.group, self.mailbox)
         for copy, expert in zip(returned, self.lent, strict=True):
             for row, d_all in zip(copy, d_matrices, strict=True):
                 d_all[expert].add_(row.view_as(d_all[expert]))

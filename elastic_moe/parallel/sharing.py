@@ -68,7 +68,7 @@ class SharingDispatch:
         loan = None
         if sharing.num_copies:
             order = order.rearranged(way.runs)
-            loan = GroupLoan(self.group, way.lent, way.copies_sent, way.copies_taken)
+            loan = GroupLoan(self.group, self.mailbox, way.lent, way.copies_sent, way.copies_taken)
         received_PX = torch.tensor(way.received, dtype=torch.int64).view(self.num_ranks, len(way.received[0]))
         receive_splits = list(map(sum, way.received))
         x_QD = carry_rows(gather_rows(x_TD, order), way.sent, receive_splits, self.group, self.mailbox)
