@@ -20,7 +20,7 @@ from storage.format import layout
 from storage.live.session import LiveSession, live_session
 from storage.loading.memory_tier import MemoryAccess
 from storage.loading.restorer import Restorer
-from storage.options import Access, CheckpointerOptions, divided, translated
+from storage.options import Access, CheckpointerOptions, divided, limits, translated
 from storage.pace.rules import Tier
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import JobIdentity
@@ -32,6 +32,7 @@ from storage.saving.saver import Saver
 from storage.saving.uploads import SaveRules, Uploads
 from storage.service.choice import backend_for, held_by, memory_of
 from storage.service.handed import Saves
+from storage.state.objects import opened_once
 from storage.state.wants import Ignored
 from storage.stores.registry import as_url, open_store
 
@@ -101,16 +102,15 @@ class Checkpointer:
         on_event: Listener | None = None,
         **options: Unpack[CheckpointerOptions],
     ) -> None:
-        if keep < 1:
-            raise UsageError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        self._keep, self._timeout_s = limits(keep, timeout_s)
+        if on_event is not None and not callable(on_event):
+            raise UsageError(f"on_event is {on_event!r}; it must be a function of an event and its fields")
         self._plan, former = divided(options)
         if former:
             access, job = translated(former, access, job)
         self._compares_ranks = former.get("compare_ranks", True)
         if access is Access.READ and layout.split_step_url(as_url(url))[1]:
             raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
-        self._keep = keep
-        self._timeout_s = timeout_s
         self._access = access
         self._origin = (job or JobIdentity()).resolve(os.environ)
         self._process_group = process_group
@@ -139,6 +139,7 @@ class Checkpointer:
     def _start(self) -> _Started:
         if self._is_closed:
             raise UsageError(f"the Checkpointer of {self._store.url} is closed; open another one")
+        at_exit.check_own(self, f"the Checkpointer of {self._store.url}")
         if self._started is None:
             try:
                 self._started = self._meet()
@@ -154,15 +155,8 @@ class Checkpointer:
             return _Started(Restorer(store, None, group, report))
         find_held = functools.partial(held_by, store.url, self._origin, self._plan.service)
         memory = self._memory(group)
-        ownership = Ownership(
-            store,
-            group,
-            self._origin.claimant(),
-            report,
-            take_over=take_over,
-            find_held=find_held,
-            can_wait=memory.has_a_state(report),
-        )
+        mine, can_wait = self._origin.claimant(), memory.has_a_state(report)
+        ownership = Ownership(store, group, mine, report, take_over=take_over, find_held=find_held, can_wait=can_wait)
         self._opened.enter_context(ownership)
         plan, timeout_s, stop = self._plan, self._timeout_s, threading.Event()
         rules = SaveRules(self._keep, timeout_s)
@@ -250,6 +244,7 @@ class Checkpointer:
         live = self._start().live
         tier = Tier.STORE if wait or now else pacer.due(step)
         saver.check_replicas(step, state, saves=tier is not None)
+        state = opened_once(state)  # which is noted and saved
         if live is not None and (tier is None or live.state.is_agreed):  # else they agree once it is saved
             live.state.note(step, state, healthy=healthy)
         if tier is None:
@@ -314,6 +309,7 @@ class Checkpointer:
         on there, and the next workers on these nodes go on from it at once, with the nodes that come. Without such a
         service it makes no difference.
         """
+        at_exit.check_own(self, f"the Checkpointer of {self._store.url}")
         saver = self._started.saver if self._started is not None else None
         return saver is None or saver.wait(held=held)
 
@@ -393,6 +389,8 @@ class Checkpointer:
 
     def _close(self, *, abandon: bool) -> None:
         self._is_closed = True
+        if not at_exit.is_own(self):  # a fork's copy has no threads, and shares its connections with the one that works
+            return
         with self._opened:  # lets the run go and closes the store, whatever becomes of the last save
             if self._started is not None and self._started.live is not None:
                 self._started.live.close(rescue=abandon)

@@ -139,7 +139,13 @@ class Unconfirmed(Transient):
 
 
 class Denied(StorageError):
-    """Access refused, by the store or by a rule of this package."""
+    """Access refused, by the store or by a rule of this package.
+
+    It is raised where a store is first used (during a training a save fails, and is told), and is the user's to mend:
+    credentials, a bucket's name, its region, a clock.
+    """
+
+    exit_code = 2
 
 
 class Forbidden(Denied):

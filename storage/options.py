@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -11,6 +12,8 @@ from typing import Any, TypedDict, cast
 from storage.errors import UsageError
 from storage.run.job import JobIdentity
 from storage.saving.options import SavingOptions, SavingPlan
+
+_TIMEOUT_S_MAX = 1e9  # no clock of a thread's waits for ever
 
 
 class Access(enum.Enum):
@@ -41,6 +44,17 @@ class FormerOptions(TypedDict, total=False):
 
 class CheckpointerOptions(SavingOptions, FormerOptions, total=False):
     """All that `Checkpointer` takes by keyword beside its parameters."""
+
+
+def limits(keep: object, timeout_s: object) -> tuple[int, float]:
+    """The two of them, looked through. Raises UsageError."""
+    num = int(keep) if not isinstance(keep, bool) and isinstance(keep, numbers.Integral) else 0
+    if num < 1:
+        raise UsageError(f"keep is {keep!r}; it must be a number of checkpoints, at least 1")
+    seconds = float(timeout_s) if not isinstance(timeout_s, bool) and isinstance(timeout_s, numbers.Real) else 0.0
+    if not 0 < seconds <= _TIMEOUT_S_MAX:
+        raise UsageError(f"timeout_s is {timeout_s!r}; it must be a number of seconds, more than 0 and at most 1e9")
+    return num, seconds
 
 
 def divided(options: CheckpointerOptions) -> tuple[SavingPlan, FormerOptions]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-_OF_MISTAKES = ("builtins", "elastic_moe", "launcher", "storage", "numpy")
+import sys
+
+_OF_STORES = frozenset({"asyncio", "concurrent", "http", "socket", "ssl", "tarfile", "urllib", "xml", "zipfile"})
+"""Of the standard library: what speaks with servers, and reads what they answer and archives hold."""
+_OF_MISTAKES = (sys.stdlib_module_names - _OF_STORES) | {
+    *("builtins", "elastic_moe", "launcher", "storage"),
+    *("numpy", "pydantic", "torch"),
+}
 
 
 def tells_of_a_store(error: Exception) -> bool:

@@ -107,7 +107,7 @@ def descendants(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             # "pid (command) state ppid ...", where the command may hold blanks and parentheses
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
         except OSError:  # ended meanwhile
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))

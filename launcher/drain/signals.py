@@ -13,8 +13,14 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Have `handler` called for each of them. Does nothing outside the main thread, which alone can ask for signals."""
+    """Have `handler` called for each of them. Does nothing outside the main thread, which alone can ask for signals.
+
+    Where whoever started this process ignores the end of children (SIGCHLD), that is told from here on: else none of
+    their exit codes is, and each failure would count as a success.
+    """
     if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for handled in _HANDLED:
             signal.signal(handled, handler)
 

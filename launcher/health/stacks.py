@@ -135,7 +135,7 @@ def _ask(pid: int, *, is_stopped: bool) -> bool:
 
 def _handles_signal(pid: int) -> bool:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
         caught = int(status.split("SigCgt:")[1].split()[0], 16)
         return bool(caught >> (STACKS_SIGNAL - 1) & 1) and "\nState:\tZ" not in status
     return False
@@ -147,7 +147,7 @@ def _threads(pid: int) -> list[tuple[int, str, str, str]]:
     with contextlib.suppress(OSError):
         for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda t: int(t.name)):
             with contextlib.suppress(OSError):
-                name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+                name, _, rest = (task / "stat").read_text(errors="replace").partition("(")[2].rpartition(")")
                 waits_in = (task / "wchan").read_text() or "0"
                 found.append((int(task.name), name, rest.split()[0], waits_in))
     return found

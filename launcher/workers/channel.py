@@ -68,7 +68,8 @@ class Progress:
 def started_ticks(pid: int) -> int | None:
     """Say when a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5))."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # a name, which may be cut within a letter, is before what is asked for
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

@@ -25,7 +25,7 @@ def _available(meminfo: Path) -> int | None:
 def _left_in_cgroups(proc: Path, cgroups: Path) -> list[int | None]:
     """By each limit from this process's cgroup to the root; a container sees its own as the root."""
     found: list[int | None] = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":

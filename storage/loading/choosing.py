@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 from storage.errors import Corrupt, NoCheckpoint, OnlyUnhealthy, StorageError, Transient
@@ -18,6 +19,21 @@ from storage.stores.objects import ObjectInfo, ObjectStore
 
 _STORE_S = 5.0
 """A store that says nothing for so long is away, as far as a state in memory is concerned."""
+
+
+@dataclass(frozen=True)
+class Settling:
+    """No state yet: what services still store has to be waited for, so nothing may keep them from it."""
+
+    def dump(self) -> bytes:
+        """Bytes for the way to the other ranks."""
+        return b""
+
+
+def load_choice(data: bytes) -> HeldIndex | Settling:
+    """What either has dumped."""
+    return HeldIndex.load(data) if data else Settling()
+
 
 Candidate = tuple[int, ObjectInfo]
 """A step, and the version of its `.metadata`."""
@@ -67,12 +83,19 @@ class Chooser:
         pool.shutdown(wait=False)
 
     def choose(
-        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
-    ) -> HeldIndex | None:
+        self,
+        tier: MemoryTier | None,
+        damaged: Mapping[int, str],
+        lost: Collection[str],
+        *,
+        unhealthy: bool,
+        way_free: bool = True,
+    ) -> HeldIndex | Settling | None:
         """The state to go on from: one in memory if it is newer than the store's newest.
 
         `damaged`: the steps of the store that were tried, and why they are no good. `lost`: attempts in memory of which
-        bytes turned out not to be had.
+        bytes turned out not to be had. `way_free`: services store meanwhile; else Settling is the answer where what
+        they store is waited for.
         """
         if damaged or lost:
             self._ahead = None  # that was a while ago
@@ -80,6 +103,8 @@ class Chooser:
             self._adopted.await_look()
         found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)
         if self._adopted is not None and self._adopted.adopted_step > (-1 if found is None else found.index.step):
+            if not way_free:
+                return Settling()
             self._adopted.settle()
             self._ahead = None
             found = self._newest_held(tier, damaged, lost, unhealthy=unhealthy)

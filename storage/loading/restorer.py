@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from storage.format.index import Index
 from storage.held.distrust import NUM_RESTORES_MAX
 from storage.held.nearest import NearestStore
 from storage.loading.casts import Casts
-from storage.loading.choosing import Adopted, Chooser
+from storage.loading.choosing import Adopted, Chooser, Settling, load_choice
 from storage.loading.loadplan import SafeLoadPlanner, needed_bytes
 from storage.loading.memory_tier import HeldIndex, MemoryAccess, MemoryTier
 from storage.loading.phases import Phases
@@ -135,9 +135,7 @@ class Restorer:
         damaged: dict[int, str] = {}
         lost: set[str] = set()  # attempts in memory of which bytes turned out not to be had
         while True:
-            chosen = self._group.share(
-                functools.partial(self._chooser.choose, tier, damaged, lost, unhealthy=unhealthy), HeldIndex.load
-            )
+            chosen = self._choose(tier, damaged, lost, unhealthy=unhealthy)
             if chosen is None:
                 return 0, None
             self._phases.ended("choose")
@@ -161,6 +159,18 @@ class Restorer:
             damaged[index.step] = self._judge(index.step, result.own)
             if len(damaged) >= _NUM_TRIES:
                 raise Corrupt(f"{len(damaged)} checkpoints in {self._store.url} are no good: {damaged[index.step]}")
+
+    def _choose(
+        self, tier: MemoryTier | None, damaged: Mapping[int, str], lost: Collection[str], *, unhealthy: bool
+    ) -> HeldIndex | None:
+        """See `Chooser.choose`. Services that stand still for this restore go on before it waits for them."""
+        choose = functools.partial(self._chooser.choose, tier, damaged, lost, unhealthy=unhealthy)
+        chosen = self._group.share(functools.partial(choose, way_free=tier is None), load_choice)
+        if isinstance(chosen, Settling) and self._memory is not None:
+            self._memory.way_free(self._report)
+            chosen = self._group.share(choose, load_choice)
+        assert not isinstance(chosen, Settling)
+        return chosen
 
     def _went_on(self, chosen: HeldIndex, tier: MemoryTier | None) -> None:
         """Count for a state in memory that it was gone on from, or drop those that were too often in vain."""

@@ -84,7 +84,8 @@ class Timer:
     def asks(self, step: int) -> bool:
         """Whether something is to be decided at `step`. For a rule of steps, that is the decision."""
         if not isinstance(self.rule, EverySteps):
-            return step >= self._next
+            # steps that are counted anew, in each epoch say, never come to where the last look has pointed
+            return step >= self._next or (self._last is not None and step < self._last)
         if self._last is None:
             return step % self.rule.steps == 0
         return step // self.rule.steps > self._last // self.rule.steps

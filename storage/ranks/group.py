@@ -84,9 +84,7 @@ class Group:
                 or self.any(not door.call(self.rank, addresses))
                 or self.any(not door.answer(self.rank, self.world_size))
             ):
-                log.info(
-                    "ranks agree on saves by torch: one has no socket in its temporary folder, or is not reached by it"
-                )
+                log.info("ranks agree on saves by torch: one of them can have no socket, or is not reached by it")
                 return
             self._nearby = Nearby(self.rank, door.take(), timeout_s)
 

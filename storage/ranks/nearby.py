@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import struct
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,7 @@ NUM_RANKS_MAX = 8
 """More are told by torch: each has a socket for each other one."""
 _ANSWER_S = 30.0
 _NUMBER = struct.Struct("<Q")  # of the round, or of the rank that connects
+_CREDENTIALS = struct.Struct("3i")  # of a process, as the kernel tells them: its id, its user's and its group's
 _SIZE_BYTES_MAX = 4096
 
 
@@ -84,29 +86,31 @@ class Nearby:
 
 
 class Doorway:
-    """A rank's own listening socket, in a folder that no other user may enter; both go with the block.
+    """A rank's own listening socket, which goes with the block, and with the process however that ends.
 
-    `address` is what the other ranks have to know: "" where there can be none. First all `call`, then all `answer`.
+    It has a name and no file (unix(7): an abstract address), so any process of this network may call: whoever is not of
+    this user is sent away. `address` is what the other ranks have to know: "" where there can be none. First all
+    `call`, then all `answer`.
     """
 
     def __init__(self) -> None:
         self.address = ""
-        self._ends = contextlib.ExitStack()
+        self._listener: socket.socket | None = None
         self._peers: dict[int, socket.socket] = {}
 
     def __enter__(self) -> Self:
+        name = f"elastic-moe-{secrets.token_hex(16)}"
         with contextlib.suppress(OSError), contextlib.ExitStack() as on_failure:
-            folder = Path(on_failure.enter_context(tempfile.TemporaryDirectory(prefix="elastic-moe-")))  # mode 0700
             listener = on_failure.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            listener.bind(str(folder / "rank"))
+            listener.bind(_abstract(name))
             listener.listen(NUM_RANKS_MAX)
-            listener.settimeout(_ANSWER_S)
-            self._listener, self.address = listener, str(folder / "rank")
-            self._ends = on_failure.pop_all()
+            on_failure.pop_all()
+            self._listener, self.address = listener, name
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ends.close()
+        if self._listener is not None:
+            self._listener.close()
         for peer in self._peers.values():
             peer.close()
 
@@ -116,29 +120,46 @@ class Doorway:
             for other, address in enumerate(addresses[:rank]):
                 peer = self._peers[other] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 peer.settimeout(_ANSWER_S)
-                peer.connect(address)
+                peer.connect(_abstract(address))
+                if not _is_of_this_user(peer):
+                    return False
                 peer.send(_NUMBER.pack(rank))
             return True
         return False
 
     def answer(self, rank: int, num_ranks: int) -> bool:
         """Let the ranks behind this one in, which have all called; whether it is they."""
+        ends_s = time.monotonic() + _ANSWER_S
         with contextlib.suppress(OSError, struct.error):
-            while len(self._peers) < num_ranks - 1:
+            while self._listener is not None and len(self._peers) < num_ranks - 1:
+                self._listener.settimeout(max(ends_s - time.monotonic(), 0.001))
                 peer, _ = self._listener.accept()
+                if not _is_of_this_user(peer):
+                    peer.close()
+                    continue
                 peer.settimeout(_ANSWER_S)
                 (other,) = _NUMBER.unpack(peer.recv(_NUMBER.size))
                 if not rank < other < num_ranks or other in self._peers:
                     peer.close()
                     return False
                 self._peers[other] = peer
-            return True
+            return self._listener is not None
         return False
 
     def take(self) -> dict[int, socket.socket]:
         """The sockets to all other ranks, which are the caller's from here on."""
         peers, self._peers = self._peers, {}
         return peers
+
+
+def _abstract(name: str) -> bytes:
+    return b"\0" + name.encode()
+
+
+def _is_of_this_user(peer: socket.socket) -> bool:
+    """Whether a process of this user has called, or has listened for the call."""
+    _, user, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return bool(user == os.geteuid())
 
 
 def host() -> str:

@@ -243,6 +243,7 @@ def keep(path: Path, serve: Serve, lifeline: int | None, first_caller_s: float =
     Nobody is waited for longer than the `lifeline` lasts, or, without one, than `first_caller_s`; nor is anybody if
     there is something to tell that a keeper before this one has left.
     """
+    hear_signals()
     lock = address.lock(path, _SWEPT_S_MAX)
     if lock is None:
         log.info("a service listens at %s already", path)
@@ -253,6 +254,15 @@ def keep(path: Path, serve: Serve, lifeline: int | None, first_caller_s: float =
         ends.callback(address.remove, path)
         address.sweep(path.parent, path, Notes(address.kept(path)).take_over)
         return _Keeping(address.listen(path), serve, path).run(lifeline, first_caller_s)
+
+
+def hear_signals() -> None:
+    """Hear of signals whatever whoever started this process wanted to hear: ignored or blocked ones stay so for it.
+
+    Where the end of children is ignored (SIGCHLD, by a shell's `trap`, say) nobody can wait for one.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 class _Keeping:

@@ -46,6 +46,7 @@ def is_alive(pid: int, began: int = 0, of_space: int = 0) -> bool:
 def _fields(pid: int) -> list[str]:
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # its name is any bytes: a text that was cut to fifteen of them may end within a letter
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (OSError, OverflowError):
         return []

@@ -99,6 +99,34 @@ def take(value: Any, objects: Objects, state: Any) -> None:
         value.load_state_dict(state)
 
 
+class OpenedOnce(Mapping[Any, Any]):
+    """A state that nobody changes for now: it is taken apart once, for all who look at it meanwhile."""
+
+    def __init__(self, state: Mapping[Any, Any]) -> None:
+        self._state = state
+        self._opened: tuple[Flat, Objects] | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._state[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def opened(self, rank: int) -> tuple[Flat, Objects]:
+        """See `open_state`."""
+        if self._opened is None:
+            self._opened = _open(self._state, rank)
+        return self._opened
+
+
+def opened_once(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state, for several who look at it in turn; what is none is left to them to refuse."""
+    return OpenedOnce(state) if isinstance(state, Mapping) else state
+
+
 def open_state(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
     """Take a state apart, in the sorted order of its keys; the leaves, and the objects that gave some of them.
 
@@ -106,6 +134,10 @@ def open_state(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
 
     Raises UnsupportedValue.
     """
+    return state.opened(rank) if isinstance(state, OpenedOnce) else _open(state, rank)
+
+
+def _open(state: Mapping[Any, Any], rank: int) -> tuple[Flat, Objects]:
     ordered = {key: state[key] for key in sorted(state, key=str)}
     objects = Objects(ordered)
     objects.collect(ordered)

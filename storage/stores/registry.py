@@ -56,7 +56,10 @@ def as_url(url: object) -> str:
     if (match := _ONE_SLASH.match(text)) and _is_scheme(match[1].lower()):
         meant = f"{match[1]}:{'///' if match[1].lower() == 'file' else '//'}{match[2]}"
         raise BadURL(f"{text!r} has one slash too few, as Path leaves it; give {meant!r} as str")
-    return os.path.expanduser(text)
+    found = os.path.expanduser(text)
+    if text.startswith("~") and found == text:
+        raise BadURL(f"the checkpoint URL {text!r} names a home that is not known here; give the whole path")
+    return found
 
 
 def has_store(url: str | os.PathLike[str]) -> bool:

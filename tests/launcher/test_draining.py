@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.drain.deadline import DrainDeadline
 from launcher.drain.draining import DrainOrder, DrainRequest, DrainRequests, DrainSource, settle, timetable
+from launcher.drain.signals import handle_signals, stop_at_once
 from launcher.errors import DRAINED_EXIT_CODE
 
 SECONDS = st.floats(0, 1000)
@@ -153,3 +154,14 @@ def test_a_deadline_that_is_closed_ends_nothing() -> None:
     deadline._thread.join(60)
     assert not deadline._thread.is_alive()
     assert codes == []
+
+
+@pytest.mark.parametrize("was", [signal.SIG_IGN, signal.SIG_DFL])
+def test_the_end_of_children_is_told_though_it_was_ignored(was: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int, object] = {}
+    monkeypatch.setattr(threading, "current_thread", threading.main_thread)
+    monkeypatch.setattr(signal, "getsignal", lambda signum: was)
+    monkeypatch.setattr(signal, "signal", given.__setitem__)
+    handle_signals(stop_at_once)
+    assert given.pop(signal.SIGCHLD, signal.SIG_IGN) is (signal.SIG_DFL if was is signal.SIG_IGN else signal.SIG_IGN)
+    assert set(given.values()) == {stop_at_once}

@@ -147,17 +147,22 @@ class StoreError(Exception):
 @pytest.mark.parametrize("field", ["url", "tokenizer"])
 def test_what_a_stores_library_raises_is_told(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """S3 without credentials, say: botocore's own errors are no OSError."""
-    StoreError.__module__ = "botocore.exceptions"
 
     def fail(url: str) -> None:
         raise StoreError("Unable to locate\ncredentials")
 
+    def read() -> None:
+        open_corpus(DataConfig.model_validate({"url": "stdlib", field: "s3://bucket/x"}), seq_len=4)
+
     monkeypatch.setattr("fsspec.core.url_to_fs", fail)
-    with pytest.raises(UserError, match=rf"data\.{field} 's3://bucket/x'.*Unable to locate credentials"):
-        open_corpus(DataConfig.model_validate({"url": "stdlib", field: "s3://bucket/x"}), seq_len=4)
-    StoreError.__module__ = "elastic_moe.data.sources"
-    with pytest.raises(StoreError):
-        open_corpus(DataConfig.model_validate({"url": "stdlib", field: "s3://bucket/x"}), seq_len=4)
+    for module in ("botocore.exceptions", "http.client", "zipfile"):
+        monkeypatch.setattr(StoreError, "__module__", module)
+        with pytest.raises(UserError, match=rf"data\.{field} 's3://bucket/x'.*Unable to locate credentials"):
+            read()
+    for module in ("elastic_moe.data.sources", "struct", "queue", "torch"):
+        monkeypatch.setattr(StoreError, "__module__", module)
+        with pytest.raises(StoreError):
+            read()
 
 
 class Plain(http.server.SimpleHTTPRequestHandler):

@@ -196,12 +196,12 @@ class Seen:
 
 
 def restore(
-    store: ObjectStore, memory: Any, told: Told, world_size: int = 2, *, unhealthy: bool = False
+    store: ObjectStore, memory: Any, told: Told, world_size: int = 2, *, unhealthy: bool = False, adopted: Any = None
 ) -> tuple[int, dict[str, Any]]:
     """Restore into a fresh state: the step, and the state."""
     state = {"w": torch.zeros(world_size * ROWS, COLUMNS), "n": -1}
     report = Reporter(lambda event, fields: told.append((str(event), fields)))
-    restorer = Restorer(store, None, AgreeingGroup(alone=True), report, memory)
+    restorer = Restorer(store, None, AgreeingGroup(alone=True), report, memory, adopted)
     return restorer.restore(state, strict=True, ignored=Ignored(()), unhealthy=unhealthy), state
 
 

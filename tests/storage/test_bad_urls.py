@@ -14,6 +14,7 @@ from storage.stores.registry import open_store
         ("", "empty"),
         ("gs://bucket/run", "install gcsfs"),
         ("nothing://bucket/run", "nothing://"),
+        ("~nobody-has-this/run", "a home that is not known here"),
         ("fsspec+nothing://bucket/run", "nothing://"),
         ("file://host/run", "file:///absolute"),
         ("file://", "file:///absolute"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from storage import Checkpointer
 from storage.errors import UnsupportedValue
 from storage.saving.describe import Holdings, describe
+from storage.state.objects import open_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,3 +87,29 @@ def test_an_odd_tensor_that_comes_later_is_refused_as_well() -> None:
     for odd in (torch.nn.parameter.UninitializedParameter(), torch.ones(3, device="meta")):
         with pytest.raises(UnsupportedValue, match="'w'"):
             describe({"w": odd}, 0, before=before)
+
+
+class Counted:
+    """An object that counts how often it is asked for its state."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.num_asked += 1
+        return {"t": torch.ones(3)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def test_a_state_that_is_noted_and_saved_is_taken_apart_once(memory_url: str) -> None:
+    counted, noted, live = Counted(), list[str](), Mock()
+    live.state.asks = False
+    live.state.note.side_effect = lambda step, state, healthy: noted.extend(open_state(state, 0)[0].leaves)
+    with Checkpointer(memory_url) as ckpt:
+        assert ckpt._started is not None
+        ckpt._started = dataclasses.replace(ckpt._started, live=live)
+        for number in (1, 2):
+            ckpt.save(number, {"counted": counted, "n": number}, wait=True)
+            assert counted.num_asked == number
+    assert noted == ["counted.t", "n"] * 2

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from storage.errors import Corrupt, NotFound, Transient
+from storage.events import Reporter
 from storage.format.manifest import ItemTable
 from storage.format.sealed import seal
 from storage.held.inventory import HeldObject, HeldPart
 from storage.held.nearest import NearestStore, Nearness, Places, Reach
+from storage.held.node_memory import NodeMemory
 from storage.held.own_memory import OwnPart, PartMap, PlacedObject
+from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectStore
 from storage.stores.wrapper import StoreWrapper
 from tests.storage.held_cases import (
@@ -203,6 +207,45 @@ def test_replicas_of_two_steps_make_no_state() -> None:
         add(b, Staged(21), 1)
         check(10, restore(store_with(10), Seen([a, b]), told))
     assert [fields["step"] for fields in of(told, "checkpoint_held_in_part")] == [21, 20]
+
+
+class Standing(Seen):
+    """Nodes that store nothing while their memory is read, and a save that one of them still has to store."""
+
+    def __init__(self, store: MemoryStore, nodes: Sequence[NodeMemory]) -> None:
+        super().__init__(nodes)
+        self._stored = store_with(30)
+        self._store = store
+        self.told: list[str] = []
+        self.adopted_step = 30
+
+    def make_way(self, report: Reporter) -> None:
+        self.told.append("make way")
+
+    def way_free(self, report: Reporter) -> None:
+        self.told.append("way free")
+
+    def await_look(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        """As `Adopted`: the save is stored."""
+        self.told.append("settle")
+        self.adopted_step = -1
+        for info in self._stored.list("step-"):
+            self._store.put(info.key, [self._stored.read(info.key)])
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_is_still_stored_is_not_waited_for_while_it_stands_still_for_the_same_restore(is_damaged: bool) -> None:
+    store = store_with(10)
+    with nodes(["a"]) as (a,):
+        add(a, Staged(20), 0, 1)
+        memory = Standing(store, [a])
+        if is_damaged:  # which is found while all stands still
+            add(a, Staged(40), 0, 1, change=damaged)
+        check(30, restore(store, memory, [], adopted=memory))
+    assert memory.told == ["make way"] * is_damaged + ["way free", "settle", "way free"]
 
 
 def test_a_node_that_goes_while_it_is_read_from_costs_only_its_bytes() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from storage.ranks import group as group_module
 from storage.ranks import nearby
 from storage.ranks.group import SHORT_BYTES, Group
-from storage.ranks.nearby import Nearby, PeerGone
+from storage.ranks.nearby import Doorway, Nearby, PeerGone
 from tests.ranks import Ranks
 
 LENGTHS = ((0, 0, 0), (5, 0, 9), (SHORT_BYTES, SHORT_BYTES, 1), (SHORT_BYTES + 1, 3, 0), (999, 1000, 5000))
@@ -29,10 +29,9 @@ def connected() -> tuple[Group, int]:
     return group, 0 if found is None else len(found._peers)
 
 
-def gathers(folder: str) -> tuple[int, list[bool], int, list[str]]:
+def gathers() -> tuple[int, list[bool], int]:
     found, calls = [], list[int]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", folder)
         group, num_peers = connected()
         all_gather = dist.all_gather
 
@@ -46,15 +45,51 @@ def gathers(folder: str) -> tuple[int, list[bool], int, list[str]]:
             found.append(group.all_gather(whole[group.rank]) == whole)
     group.close()
     found.append(group.all_gather(b"x") == [b"x"] * 3)
-    return num_peers, found, len(calls), os.listdir(folder)
+    return num_peers, found, len(calls)
 
 
-def test_what_is_gathered_arrives_whole_and_short_ones_ask_torch_for_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    for num_peers, found, num_calls, left in ranks.run(gathers, str(tmp_path), world_size=3):
+def test_what_is_gathered_arrives_whole_and_short_ones_ask_torch_for_nothing(ranks: Ranks) -> None:
+    for num_peers, found, num_calls in ranks.run(gathers, world_size=3):
         assert num_peers == 2
         assert all(found)
         assert num_calls == 2, "the rest of those that are long"
-        assert left == [], "no socket has a name once all are connected"
+
+
+def test_a_rank_that_is_killed_while_it_makes_its_sockets_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Doorway() as first, Doorway() as second:
+        addresses = [first.address, second.address]
+        assert all(addresses)
+        assert second.call(1, addresses)
+        assert first.answer(0, 2)
+        assert not os.listdir(tmp_path), "whatever is there at any moment stays after a SIGKILL"
+        for door in (first, second):
+            for peer in door.take().values():
+                peer.close()
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_another_user_who_knows_the_name_is_no_rank(monkeypatch: pytest.MonkeyPatch, listens: bool) -> None:
+    of_this_user, asked = nearby._is_of_this_user, list[int]()
+
+    def first_is_another(peer: socket.socket) -> bool:
+        asked.append(1)
+        return of_this_user(peer) and len(asked) > 1
+
+    with Doorway() as first, Doorway() as second, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        addresses = [first.address, second.address]
+        if listens:
+            monkeypatch.setattr(nearby, "_is_of_this_user", first_is_another)
+            assert not second.call(1, addresses)
+            return
+        stranger.connect(b"\0" + first.address.encode())
+        assert second.call(1, addresses)
+        monkeypatch.setattr(nearby, "_is_of_this_user", first_is_another)
+        assert first.answer(0, 2), "whoever is sent away keeps no rank out"
+        assert stranger.recv(1) == b""
+        assert len(asked) == 2
 
 
 def apart(kind: str) -> tuple[int, bool, bool]:
@@ -69,7 +104,7 @@ def apart(kind: str) -> tuple[int, bool, bool]:
         if kind == "stranger" and is_odd:
             patch.setattr(nearby.Doorway, "call", lambda self, rank, addresses: nearby_call(self, 7, addresses))
         if kind == "name" and is_odd:
-            patch.setattr(tempfile, "tempdir", "/nowhere")
+            patch.setattr(nearby, "_abstract", lambda name: b"/nowhere/rank")
         if kind == "backend":
             patch.setattr(group_module, "timeout_s_of", lambda *_: None)
         group, num_peers = connected()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from storage import UsageError, parse_every
+from storage import Checkpointer, UsageError, parse_every
 from storage.pace.cost import PRIOR_S, Meter, interval_s, mean_time_between_failures_s
 from storage.pace.rules import Backlog, Continuously, EverySeconds, EverySteps, Rule, Tier
 from storage.pace.schedule import Answer, Schedule, Seen, Timer
@@ -54,6 +55,22 @@ def test_options_that_do_not_fit_are_one_line(options: Any, says: str) -> None:
         SavingPlan.of(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        *(({"keep": keep}, "keep is .*; it must be a number of checkpoints") for keep in (0, -1, 2.5, "3", None, True)),
+        *(
+            ({"timeout_s": s}, "timeout_s is .*; it must be a number of")
+            for s in (0, -1, "9", None, math.inf, math.nan)
+        ),
+        ({"on_event": "print"}, "on_event is 'print'"),
+    ],
+)
+def test_parameters_that_are_none_are_one_line(options: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Checkpointer("memory://limits", **options)
+
+
 def test_options_that_fit() -> None:
     plan = SavingPlan.of(every="auto", ram_every=2, backlog="skip", prefix_spread=16, check_replicas=100)
     assert plan == SavingPlan(Continuously(), EverySteps(2), Backlog.SKIP, 16, 100)
@@ -95,9 +112,10 @@ class Job:
         self.saves: list[float] = []
         self.looks: list[float] = []
 
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int, epoch_steps: int = 1 << 60) -> None:
         now_s, took_s = 0.0, None
-        for step in range(1, num_steps + 1):
+        for number in range(1, num_steps + 1):
+            step = number % epoch_steps
             now_s += self._step_s(now_s)
             took_s = self._step_s(now_s)
             if self._schedule.asking(step):
@@ -110,6 +128,8 @@ class Job:
                 if answer.tier is Tier.STORE:
                     assert not is_saving
                     self.saves.append(now_s)
+            else:
+                self._schedule.follow(step, self._schedule.decide(step, {}))
 
     @property
     def gaps_s(self) -> list[float]:
@@ -147,6 +167,14 @@ def test_by_itself_the_next_save_begins_when_the_last_has_ended_and_not_before_i
     job = Job(Continuously(), lambda now_s: 0.1, save_s=5.0, floor_s=40.0)
     job.run(3_000)
     assert all(39.9 <= gap_s <= 40.2 for gap_s in job.gaps_s[1:])
+
+
+@pytest.mark.parametrize("rule", [EverySeconds(60.0), Continuously()])
+def test_a_time_is_kept_where_each_epoch_counts_its_steps_anew(rule: Rule) -> None:
+    job = Job(rule, lambda now_s: 0.1, save_s=50.0)
+    job.run(30_000, epoch_steps=700)
+    assert len(job.saves) > 45
+    assert max(job.gaps_s) < 62
 
 
 def test_a_save_that_hangs_is_looked_for_ever_more_seldom() -> None:

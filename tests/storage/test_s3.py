@@ -118,6 +118,7 @@ def test_refusals_are_told_in_one_line(juicefs: S3Server, operation: str, monkey
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "no credentials for s3://" in refused(lambda: operate(url, operation)())
     assert "refused" in refused(operate(url + "&anonymous=true", operation))
+    assert Denied.exit_code == 2, "these are the user's mistakes"
 
 
 def test_options_reach_the_server(juicefs: S3Server, moto: S3Server, prefix: str) -> None:
@@ -238,6 +239,29 @@ echo '{{"Version": 1, "AccessKeyId": "{juicefs.access_key}", "SecretAccessKey": 
         assert store.read("k") == str(number).encode()
     with open(f"{tmp_path}/calls") as calls:
         assert len(calls.readlines()) >= 6
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_file_of_credentials_that_is_written_anew_is_read_once_the_old_ones_are_refused(
+    juicefs: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: bool
+) -> None:
+    def write(secret: str) -> None:
+        (tmp_path / "credentials").write_text(
+            f"[default]\naws_access_key_id = {juicefs.access_key}\naws_secret_access_key = {secret}\n"
+        )
+
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    write("of-yesterday")
+    store = open_store(juicefs.url(prefix))
+    assert "the secret key does not fit" in refused(lambda: store.read("k"))
+    write(juicefs.secret_key)
+    if control:  # which botocore signs
+        assert store.list("") == []
+    store.put("k", [b"x"])
+    assert store.read("k") == b"x"
+    assert store.list("")[0].key == "k"
 
 
 def test_many_pages(juicefs: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ import os, signal, sys
 from pathlib import Path
 from storage.service import keeper
 
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as it is where whoever starts it ignores the end of children
 looks = iter(range(100))
 keeper.num_oom_kills = lambda: next(looks)  # one more with each
 keeper._LACK_S = 0.0

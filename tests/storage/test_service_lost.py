@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.workers.channel import started_ticks
 from storage.agent import AgentEnvironment
 from storage.errors import Transient
 from storage.pace.rules import Tier
@@ -208,6 +209,20 @@ def test_a_note_that_says_nothing_is_dropped(text: str, tmp_path: Path) -> None:
     assert not NoteOfSave(tmp_path, text).is_of_living
     tell_once(notes)
     assert notes.all() == []
+
+
+def test_a_process_may_have_any_name() -> None:
+    """The kernel keeps fifteen bytes of one, and cuts within a letter."""
+    name = Path("/proc/self/comm")
+    before, began = name.read_bytes().rstrip(b"\n"), began_at(os.getpid())
+    name.write_bytes("训练 (一) 七个字".encode())
+    try:
+        with pytest.raises(UnicodeDecodeError):
+            name.read_text("utf-8")
+        assert began_at(os.getpid()) == started_ticks(os.getpid()) == began > 0
+        assert is_alive(os.getpid(), began)
+    finally:
+        name.write_bytes(before)
 
 
 @pytest.mark.parametrize("is_reused", [True, False])

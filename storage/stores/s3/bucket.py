@@ -304,7 +304,7 @@ class Bucket(ObjectStore):
         path = quote(self._client.path + self._location.prefix + key, safe="/-._~")
         target = f"{path}?{asked.query}" if asked.query else path
         sent = {**asked.headers, **self._payer}
-        payload_sha256 = None
+        payload_sha256, num_renewed = None, self._client.num_renewed
         if method == "PUT":
             sent["Content-Length"] = str(size_of(asked.views))
             payload_sha256 = _sha256(asked.views) if self._signs_payload else None
@@ -318,7 +318,8 @@ class Bucket(ObjectStore):
             body = error_body(response)
             if method == "HEAD" and (response.status != 404 or not self._is_known):
                 body = self._explain(target) or body
-            raise to_error(parse_body(response.status, dict(response.headers), body), request, time.time())
+            refusal = parse_body(response.status, dict(response.headers), body)
+            raise self._client.renewed(refusal, num_renewed, to_error(refusal, request, time.time()))
 
         return self._connections.exchange(method, target, signed, asked.views, checked)
 

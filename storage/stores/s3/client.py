@@ -8,7 +8,9 @@ anything: it makes the requests and reads the answers, and between the two they 
 from __future__ import annotations
 
 import functools
+import logging
 import re
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,8 +47,10 @@ from storage.stores.s3.digests import Sent, part_arguments, upload_arguments
 from storage.stores.s3.listing import Page, UploadsPage, all_pages, needed, page_of, uploads_of
 from storage.stores.s3.options import S3Location, S3Options
 from storage.stores.s3.proxies import find_proxy
-from storage.stores.s3.refusals import Refusal, Request, to_error
+from storage.stores.s3.refusals import WORN_OUT, Refusal, Request, to_error
 from storage.stores.s3.responses import Response, TooLong
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,6 +76,9 @@ class S3Client:
 
     def __init__(self, location: S3Location, options: S3Options) -> None:
         self._bucket = location.bucket
+        self._options = options
+        self._renewing = threading.Lock()
+        self.num_renewed = 0
         try:
             session = _session(options.profile)
             self._client = _make_client(session, options)
@@ -102,6 +109,40 @@ class S3Client:
         self._uploads: Mapping[str, str] = _upload_arguments(options)
         self._connections = Connections(self.address, options.connect_timeout_s, options.stall_timeout_s)
         self._client.meta.events.register("before-send.s3", self._send)
+
+    def renewed(self, refusal: Refusal, num_renewed: int, error: StorageError) -> StorageError:
+        """`error`, as which a request was refused, or one that is tried again: there are other credentials by now.
+
+        botocore reads a file of credentials once, as it does the environment. Who has short-lived ones in a file
+        writes it anew in time, and this process outlives many of them.
+
+        Args:
+            num_renewed: the number when the request was signed.
+        """
+        if refusal.code not in WORN_OUT or not self._renew(num_renewed):
+            return error
+        return Transient(f"{error} (there are other credentials now)")
+
+    def _renew(self, num_renewed: int) -> bool:
+        """Whether there are other credentials now than when there were so many."""
+        with self._renewing:
+            if self.num_renewed != num_renewed:
+                return True
+            if self._credentials is None:
+                return False
+            try:
+                session = _session(self._options.profile)
+                found = session.get_credentials()
+                if found is None or found.get_frozen_credentials() == self._credentials.get_frozen_credentials():
+                    return False
+                client = _make_client(session, self._options)
+            except (BotoCoreError, ValueError, OSError) as error:
+                log.warning("s3://%s: there are no other credentials: %s", self._bucket, error)
+                return False
+            client.meta.events.register("before-send.s3", self._send)
+            self._client, self._credentials, self.num_renewed = client, found, num_renewed + 1
+            log.info("s3://%s: goes on with other credentials", self._bucket)
+            return True
 
     def close(self) -> None:
         """Close the connections."""
@@ -194,13 +235,17 @@ class S3Client:
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     def _guarded(self, request: Request, call: Callable[[], T]) -> T:
+        num_renewed = self.num_renewed
         try:
             return call()
         except ProxyConnectionError as error:
             why = connect_error(self.address, _behind(error))
             why.args = (f"{request.verb} {request.what}: {why}",)
             raise why from None
-        except (ClientError, BotoCoreError) as error:
+        except ClientError as error:
+            refusal = _answer(error)
+            raise self.renewed(refusal, num_renewed, to_error(refusal, request, time.time())) from None
+        except BotoCoreError as error:
             raise _translated(error, request) from None
         except (ResponseParserError, TooLong, ValueError, TypeError, LookupError, AttributeError) as error:
             # botocore parses what was damaged on the way as far as it can
@@ -289,10 +334,8 @@ def _upload_arguments(options: S3Options) -> dict[str, str]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _translated(error: ClientError | BotoCoreError, request: Request) -> StorageError:
+def _translated(error: BotoCoreError, request: Request) -> StorageError:
     asked = f"{request.verb} {request.what}"
-    if isinstance(error, ClientError):
-        return to_error(_answer(error), request, time.time())
     if isinstance(error, SSLError):
         return Denied(f"{asked}: {error}; name the server's authority in ca_bundle")
     if isinstance(error, (EndpointConnectionError, ConnectTimeoutError)):

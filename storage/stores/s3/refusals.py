@@ -37,6 +37,8 @@ _REDIRECT = {
     "IllegalLocationConstraintException",
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+WORN_OUT = _EXPIRED | {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+"""Codes that say that other credentials may do."""
 _FORBIDDEN = {"", "AccessDenied", "AllAccessDisabled"}
 """Codes of a 403 that refuses an access; others say that the credentials are wrong. A HEAD's refusal has no code."""
 _BODY_MAX_CHARS = 200
