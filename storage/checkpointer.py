@@ -164,10 +164,10 @@ class Checkpointer:
         saves = Saves(store.url, group.rank, self._origin, rules)
         backend = backend_for(saves, direct, ownership, report, plan.service)
         committer = Committer(ownership, backend, prefix_spread=plan.prefix_spread)
-        saver = Saver(group, committer, report, plan, timeout_s=timeout_s)
+        live = live_session(store.url, self._origin, group, report, plan.service)
+        saver = Saver(group, committer, report, plan, timeout_s=timeout_s, guard=live.guard if live else None)
         pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
         restorer = Restorer(store, ownership.claim, group, report, memory, ownership)
-        live = live_session(store.url, self._origin, group, report, plan.service)
         return _Started(restorer, ownership, saver, pacer, live)
 
     def _memory(self, group: AgreeingGroup) -> MemoryAccess:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Callable, Sequence
 
+from storage.arena.ahead import SlotAhead
 from storage.arena.free_memory import free_bytes
 from storage.arena.slot import Slot
 
 log = logging.getLogger(__name__)
+
+
+Guard = Callable[[Sequence[int]], object]
+"""Has another process hold the slots behind these descriptors, copies that are its to close, and no others of those
+that it was told of. So none is freed, page by page, as this process ends, which a whole job may wait for.
+"""
 
 
 class Arena:
@@ -18,12 +27,13 @@ class Arena:
     memory, and the time to get it, once; at most `num_slots` exist.
     """
 
-    def __init__(self, num_slots: int = 2) -> None:
+    def __init__(self, num_slots: int = 2, guard: Guard | None = None) -> None:
         self._num_slots = num_slots
+        self._guard = guard
         self._lock = threading.Condition()
         self._free: list[Slot] = []
         self._used: list[Slot] = []
-        self._is_making = False
+        self._ahead: SlotAhead | None = None
         self._is_closed = False
 
     @property
@@ -47,12 +57,13 @@ class Arena:
     def take(self, size_bytes: int) -> Slot | None:
         """A slot of at least that size, in use until it is given back; None if all are in use.
 
+        One that is being made ahead is made whole here, without waiting for more than a piece of it.
+
         Raises:
             MemoryError: there is no memory for it.
             ValueError: the arena is closed.
         """
         with self._lock:
-            self._lock.wait_for(lambda: not self._is_making)
             if self._is_closed:
                 raise ValueError("the arena is closed")
             if len(self._used) == self._num_slots:
@@ -62,10 +73,12 @@ class Arena:
                 slot = min(fitting, key=lambda slot: slot.size_bytes)
                 self._free.remove(slot)
             else:
-                for small in self._free:  # what was too small once would be so again: their room is needed
-                    small.close()
-                self._free.clear()
-                slot = Slot.create(size_bytes)
+                self._make_room()
+                ahead, self._ahead = self._ahead, None
+                if ahead is not None and ahead.size_bytes < size_bytes:
+                    ahead.let_go()
+                    ahead = None
+                slot = Slot.create(size_bytes) if ahead is None else ahead.finish()
             self._used.append(slot)
             return slot
 
@@ -75,27 +88,41 @@ class Arena:
         Where there is a spare one, or as many as may be, nothing is done; nor where memory is short: a spare slot that
         leaves less than its own size is worth none of it.
         """
-        with self._lock:
-            if self._is_closed or self._is_making or self._free or len(self._used) >= self._num_slots:
-                return
-            self._is_making = True
-        slot = None
         try:
             if (free := free_bytes()) is None or free >= 2 * size_bytes:
-                slot = Slot.create(size_bytes, is_ahead=True)
+                self.make_ahead(size_bytes)
         except MemoryError as error:
             log.info("no slot is made ahead: %s", error)
-        finally:
-            self._end_making(slot)
+        self.have_guarded()
 
-    def _end_making(self, slot: Slot | None) -> None:
+    def make_ahead(self, size_bytes: int) -> None:
+        """As `prepare`, whatever it leaves of memory. Raises MemoryError where there is not so much."""
         with self._lock:
-            self._is_making = False
-            if slot is not None and self._is_closed:
-                slot.close()
-            elif slot is not None:
-                self._free.append(slot)
-            self._lock.notify_all()
+            is_full = len(self._used) >= self._num_slots
+            is_off = self._is_closed or self._ahead is not None
+            if is_off or is_full or any(one.size_bytes >= size_bytes for one in self._free):
+                return
+            self._make_room()
+            ahead = self._ahead = SlotAhead(size_bytes)
+        slot = None
+        try:
+            slot = ahead.make()
+        finally:
+            with self._lock:
+                if self._ahead is ahead:  # else a save has it
+                    self._ahead = None
+                    if slot is not None:
+                        self._free.append(slot)
+
+    def have_guarded(self) -> None:
+        """Tell the guard, if there is one, of the slots that there are; any thread that no training waits for."""
+        if self._guard is None:
+            return
+        with self._lock:
+            if self._is_closed:
+                return
+            copies = [os.dup(slot.fd) for slot in (*self._free, *self._used)]
+        self._guard(copies)
 
     def wait_free(self, timeout_s: float | None = None) -> bool:
         """Block until a slot could be taken, for at most that long; whether one can."""
@@ -122,6 +149,13 @@ class Arena:
                 slot.close()
                 self._lock.notify_all()
 
+    def leave_off(self) -> None:
+        """Whoever makes a slot ahead stops soon, and lets go of it."""
+        with self._lock:
+            ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.let_go()
+
     def close(self) -> None:
         """Let go of all slots that are free now, and of the others as they are given back."""
         with self._lock:
@@ -129,3 +163,14 @@ class Arena:
             for slot in self._free:
                 slot.close()
             self._free.clear()
+        self.leave_off()
+
+    def _make_room(self) -> None:
+        """Let go of what is free: it was too small once, and would be so again. Its room is needed."""
+        if not self._free:
+            return
+        for slot in self._free:
+            slot.close()
+        self._free.clear()
+        if self._guard is not None:  # else that has their memory still
+            self._guard([os.dup(slot.fd) for slot in self._used])

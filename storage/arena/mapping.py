@@ -23,8 +23,8 @@ _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
 """Linux 6.1, whatever the system's settings for huge pages of shared memory are."""
 _COLLAPSE_S_MAX = 0.25
-"""For so much as is made at once; small pages take a third of it. Where free memory is in pieces the kernel moves what
-lies between them, which may take any time."""
+"""For so much as is made at once (of less accordingly less); small pages take a third of it. Where free memory is in
+pieces the kernel moves what lies between them, which may take any time."""
 _COLLAPSE_AHEAD_S_MAX = 0.5
 """The same where nobody waits yet: to map, read and free small pages takes longer each time."""
 _COSTLY_S = 0.002
@@ -113,20 +113,24 @@ class HugePages:
                 _advise(first, last - first, mmap.MADV_HUGEPAGE)
 
 
-def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = False) -> None:
+def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = False, has_huge: bool = True) -> bool:
     """Have all pages made from one of these bytes to the other, of a file that is mapped at `address`, and enter them
     into this process's tables. What is in them already stays. Raises OSError.
 
     Args:
-        is_ahead: nobody waits for it, so that huge pages may take longer to be had.
+        is_ahead: nobody waits for it, so that huge pages may take longer to be had, and are looked for again now and
+            then: what lies free changes.
+        has_huge: whether to ask for huge pages.
+
+    Returns:
+        Whether to ask for them in what follows.
     """
     begin -= begin % PAGE_BYTES
     seconds_max = _COLLAPSE_AHEAD_S_MAX if is_ahead else _COLLAPSE_S_MAX
-    has_huge = True
     for start in range(begin, stop, _AT_ONCE_BYTES):
         length = min(_AT_ONCE_BYTES, stop - start)
-        if has_huge:
-            has_huge = _make_huge(address, start, start + length, seconds_max)
+        if has_huge or (is_ahead and start % _AT_ONCE_BYTES == 0):
+            has_huge = _make_huge(address, start, start + length, seconds_max * length / _AT_ONCE_BYTES)
         try:
             _advise(address + start, length, _MADV_POPULATE_WRITE)
         except OSError as error:
@@ -136,6 +140,7 @@ def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = F
             memory = (ctypes.c_ubyte * length).from_address(address + start)
             pages = np.frombuffer(memoryview(memory), np.uint8)[::PAGE_BYTES]
             np.bitwise_or(pages, 0, out=pages)
+    return has_huge
 
 
 def _make_huge(address: int, begin: int, stop: int, seconds_max: float) -> bool:

@@ -40,6 +40,7 @@ class Slot:
         self.size_bytes = size_bytes
         self.is_pinned = False
         self.laid_out: Any = None
+        self._has_huge = True
 
     @functools.cached_property
     def _map(self) -> Any:
@@ -57,15 +58,15 @@ class Slot:
         return ctypes.addressof(self._map)
 
     @classmethod
-    def create(cls, size_bytes: int, *, is_ahead: bool = False) -> Self:
-        """A slot of at least that size, in huge pages where the kernel has some. `is_ahead`: nobody waits for it.
+    def create(cls, size_bytes: int) -> Self:
+        """A slot of at least that size, in huge pages where the kernel has some.
 
         Raises:
             MemoryError: this machine, or this process's cgroup, has not so much memory left.
         """
         slot = cls.create_empty(size_bytes)
         try:
-            slot.populate(0, slot.size_bytes, is_ahead=is_ahead)
+            slot.populate(0, slot.size_bytes)
         except BaseException:
             slot.close()
             raise
@@ -153,7 +154,7 @@ class Slot:
         Raises MemoryError.
         """
         with _told(self.size_bytes):
-            populate(self._fd, self.address, begin, stop, is_ahead=is_ahead)
+            self._has_huge = populate(self._fd, self.address, begin, stop, is_ahead=is_ahead, has_huge=self._has_huge)
 
 
 def _ask_for(size_bytes: int) -> None:

@@ -39,12 +39,15 @@ class Staged:
         """Whether it was not whole when `stage` returned."""
         return self._pending is not None
 
-    def go_on(self) -> None:
+    def go_on(self, *, is_last: bool = False) -> None:
         """The save returns: threads do the rest of the copy from here on, and make the next slot.
 
         Not before: they would have the processor that the save needs. Without this, who waits does the rest.
+
+        Args:
+            is_last: none comes after this one, so no slot is made for it: a process that ends would have to free it.
         """
-        self._stager.go_on(self.slot, self._pending)
+        self._stager.go_on(self.slot, self._pending, is_last=is_last)
 
     def then(self, call: Callable[[], object]) -> None:
         """Have `call`, which must not take long, made when `wait` will not block for long any more; any thread."""
@@ -147,11 +150,13 @@ class Stager:
             raise
         return Staged(slot, [move.target for move in moves], pending, self)
 
-    def go_on(self, slot: Slot, pending: PendingCopy | None) -> None:
+    def go_on(self, slot: Slot, pending: PendingCopy | None, *, is_last: bool) -> None:
         """See `Staged.go_on`."""
         if pending is not None:
             pending.begin(self._pool, max(1, self._num_threads // 4))  # the compute has the processors meanwhile
-        if self._keeps_spare:
+        if is_last:
+            self._arena.leave_off()
+        elif self._keeps_spare:
             self._pool.submit(self._arena.prepare, slot.size_bytes)
 
     def close(self) -> None:

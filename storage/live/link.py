@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +24,7 @@ from storage.service.messages import (
     ServiceMessage,
     StagedAttempt,
 )
+from storage.service.slot_teller import SlotTeller
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ class LiveLink:
         self._changed = threading.Condition()
         self._channel: Channel | None = None
         self._answers: dict[str, str | None] = {}  # by attempt, why it was refused; None: it was not
+        self._teller = SlotTeller()
+        self.on_connect: list[Callable[[], object]] = []
+        """Called with each connection; filled before `start`."""
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -85,6 +89,12 @@ class LiveLink:
             self._await_answer(channel, attempt.id)
         finally:
             listed.close()
+
+    def guard(self, whose: str, descriptors: Sequence[int]) -> None:
+        """Have the service hold these slots as well: a `storage.arena.arena.Guard`, one for each `whose`."""
+        with self._changed:
+            channel = self._channel
+        self._teller.tell(channel, whose, descriptors)
 
     def close(self) -> None:
         """End the connection and the thread; closing twice is harmless."""
@@ -122,6 +132,8 @@ class LiveLink:
                 with self._changed:
                     self._channel = channel
                     self._changed.notify_all()
+                for call in self.on_connect:
+                    call()
                 while not self._is_closed.is_set() and (received := channel.receive()) is not None:
                     close_all(received[1])
                     self._hear(channel, received[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Self
 
 from storage.agent import AgentEnvironment
+from storage.arena.arena import Guard
 from storage.events import Reporter
 from storage.live.link import LiveLink
 from storage.live.state import LiveState
@@ -19,11 +21,14 @@ class LiveSession:
 
     Attributes:
         state: what is noted there after each step.
+        guard: has the service hold the slots of this rank's saves, see `storage.arena.arena.Guard`.
     """
 
     def __init__(self, path: Path, url: str, origin: Origin, group: AgreeingGroup, report: Reporter) -> None:
         self._link = LiveLink(path, url, group.rank, origin)
-        self.state = LiveState(group, self._link.keep, report)
+        self.guard: Guard = functools.partial(self._link.guard, "saves")
+        self.state = LiveState(group, self._link.keep, report, functools.partial(self._link.guard, "live"))
+        self._link.on_connect.append(self.state.have_guarded)
 
     def start(self) -> Self:
         """Hear of optimizers' steps, and be asked by the service."""

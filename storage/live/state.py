@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 
+from storage.arena.arena import Arena, Guard
 from storage.arena.slot import Slot
 from storage.errors import StorageError, UsageError
 from storage.events import CheckpointEvent, Reporter
@@ -64,9 +65,16 @@ class LiveState:
 
     Args:
         publish: hands a part to the service, which keeps it when this process is gone. Raises StorageError.
+        guard: see `storage.arena.arena.Guard`.
     """
 
-    def __init__(self, group: AgreeingGroup, publish: Callable[[LivePart], None], report: Reporter) -> None:
+    def __init__(
+        self,
+        group: AgreeingGroup,
+        publish: Callable[[LivePart], None],
+        report: Reporter,
+        guard: Guard | None = None,
+    ) -> None:
         self._group = group
         self._publish = publish
         self._report = report
@@ -78,7 +86,7 @@ class LiveState:
         self._is_over = False  # for all ranks
         self._is_outdated = False  # what they have agreed on, by this rank's last note
         self._capturing = threading.Lock()
-        self._slot: Slot | None = None  # made ahead
+        self._arena = Arena(1, guard)  # made ahead
         self._captured: int | None = None
         self._pool = Pool(1, "storage-live")
 
@@ -210,25 +218,24 @@ class LiveState:
                 log.warning("the state in memory is lost: %s", found)
         self._door.open()
         self._lock.close()
+        self._arena.close()
         self._pool.shutdown(wait=True)
-        with self._capturing:
-            slot, self._slot = self._slot, None
-        if slot is not None:
-            slot.close()
 
     def _stage(self, note: Note, deadline_s: float) -> None:
         """Raises NotCaptured, StorageError, MemoryError, RuntimeError."""
         agreed, size_bytes = self._agreed, room_for(note)
         assert agreed is not None, "there is a note, so the ranks have agreed"
-        slot, self._slot = self._slot, None
-        if slot is None or slot.size_bytes < size_bytes:
-            slot = Slot.create(size_bytes)
+        try:
+            slot = self._arena.take(size_bytes)
+        except ValueError:
+            raise NotCaptured("the training has ended") from None
+        assert slot is not None, "one capture at a time"
         try:
             payloads = stage(note, slot.memory, deadline_s)
             attempt = Attempt.of_step(note.step, str(uuid.uuid5(agreed.token, str(note.step))), self._group.world_size)
             self._publish(LivePart(attempt, self._group.rank, slot, payloads, agreed.contents))
         finally:
-            slot.close()  # the service has it
+            self._arena.drop(slot)  # the service has it
 
     def _take(self, step: int, state: Mapping[Any, Any]) -> Note | None:
         """This rank's note; None if there can be none any more, which is told."""
@@ -272,16 +279,15 @@ class LiveState:
 
     def _make_slot(self, size_bytes: int) -> None:
         """Have the memory ready: when it is needed there is no time."""
-        with self._capturing:
-            if self._slot is not None and self._slot.size_bytes >= size_bytes:
-                return
-            before, self._slot = self._slot, None
-            if before is not None:
-                before.close()
-            try:
-                self._slot = Slot.create(size_bytes, is_ahead=True)
-            except MemoryError as error:
-                self._report(CheckpointEvent.LIVE_OFF, reason=str(error))
+        try:
+            self._arena.make_ahead(size_bytes)
+        except MemoryError as error:
+            self._report(CheckpointEvent.LIVE_OFF, reason=str(error))
+        self.have_guarded()
+
+    def have_guarded(self) -> None:
+        """Tell the guard of the slot, as where it was told by a connection that has ended."""
+        self._arena.have_guarded()
 
     def _turn_off(self, why: str) -> None:
         self._why_off = why

@@ -66,10 +66,10 @@ class CopiedPart:
         """Whether it is not copied yet."""
         return self.staged is not None and self.staged.is_pending
 
-    def go_on(self) -> None:
+    def go_on(self, *, is_last: bool) -> None:
         """The save is about to return, see `Staged.go_on`."""
         if self.staged is not None:
-            self.staged.go_on()
+            self.staged.go_on(is_last=is_last)
 
     def cancel(self) -> None:
         """Nobody wants it."""

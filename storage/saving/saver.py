@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from storage.arena.arena import Arena
+from storage.arena.arena import Arena, Guard
 from storage.arena.changes import StateChanged
 from storage.arena.stager import Stager
 from storage.events import CheckpointEvent, Reporter
@@ -43,6 +43,7 @@ class Saver:
         plan: SavingPlan,
         *,
         timeout_s: float,
+        guard: Guard | None = None,
     ) -> None:
         self._group = group
         self._committer = committer
@@ -55,7 +56,7 @@ class Saver:
         self._replicas = ReplicaCheck(group, report)
         self._compared = Timer(EverySteps(plan.check_replicas)) if plan.check_replicas is not None else None
         self._consensus = Consensus(group, committer)
-        self._arena = Arena(_num_slots(committer, plan))
+        self._arena = Arena(_num_slots(committer, plan), guard)
         self._stager = Stager(self._arena, plan.staging, keeps_spare=plan.backlog is Backlog.WAIT or committer.holds)
 
     def save(
@@ -113,7 +114,7 @@ class Saver:
             **({"overlapped": True} if part.is_pending else {}),
         )
         self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=wait == "held"))
-        part.go_on()  # the last: from here on the copy has a share of the processor
+        part.go_on(is_last=wait == "held")  # at the end: from here on the copy has a share of the processor
         return decision
 
     def _copied_ahead(self, mine: Proposal, proposed: Proposed) -> CopiedPart | None:

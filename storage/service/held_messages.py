@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from storage.held.buddies import PeerCard
@@ -91,3 +93,17 @@ class WayFree(ServiceMessage):
 
 class Noted(ServiceMessage):
     """It was done."""
+
+
+class GuardSlot(ServiceMessage):
+    """A worker has a slot: the service holds it as well, until the connection ends or `UnguardSlots` names it, and
+    frees it then behind the training. It comes with the descriptor. No answer.
+    """
+
+    has_descriptors: ClassVar[bool] = True
+
+
+class UnguardSlots(ServiceMessage):
+    """The worker has let go of slots, which it calls by the numbers of their inodes. No answer."""
+
+    inodes: tuple[int, ...]

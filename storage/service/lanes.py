@@ -120,21 +120,23 @@ class Lane:
         Raises:
             RuntimeError: no thread can be started for it; nothing is taken over then, and nothing has given way.
         """
+        given_way = list[Parcel]()
         with self._lock:
             known = next((known for known in self._queue if known.stage.attempt == parcel.stage.attempt), None)
             if known is not None:
                 known.waits = known.waits and parcel.waits
                 known.num_handed += 1
-                self._lock.notify_all()
                 parcel.let_go()
-                return
-            self._start_threads()
-            given_way = self._drop_waiting(lambda _: parcel.stage.tier is Tier.STORE)
-            self._queue.append(parcel)
-            if self._shared.pace.stop.is_set():
-                parcel.stop.set()
-            self._to_hold.append(parcel)
+            else:
+                self._start_threads()
+                given_way = self._drop_waiting(lambda _: parcel.stage.tier is Tier.STORE)
+                self._queue.append(parcel)
+                if self._shared.pace.stop.is_set():
+                    parcel.stop.set()
+                self._to_hold.append(parcel)
             self._lock.notify_all()
+        if known is not None and not known.held:  # which may have been said to a connection that had ended by then
+            self.session.send(Released(attempt=known.stage.attempt.id))
         for other in given_way:
             self._end_unbegun(other)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from storage.saving.uploads import Tried
 from storage.service.capturing import LiveKeeper
+from storage.service.guarded_slots import GuardedSlots
 from storage.service.guests import is_guest
 from storage.service.keeper import KeeperSafe, State
 from storage.service.lost import LostSaves
@@ -49,6 +50,8 @@ def serve(
     server = Server(listener, options, safe, holder=held, lifeline=lifeline, num_restarts=state.num_restarts)
     held.serve(server)
     LiveKeeper(held.add_live).serve(server)
+    guarded = GuardedSlots(server.truce)
+    guarded.serve(server)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     unfinished, ended = _records(state)
     held.take_up(ended, state.remembered, {n: (k.stage, k.fds) for n, k in state.kept.items() if is_guest(n)})
@@ -58,6 +61,7 @@ def serve(
     lost = LostSaves(state.notes, server.has).start()
     server.run()
     lost.close()
+    guarded.close()
     held.close()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from storage.arena import mapping
 from storage.arena import slot as slots
+from storage.arena.ahead import SlotAhead
 from storage.arena.arena import Arena
 from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, HugePages
 from storage.arena.slot import Slot
@@ -116,8 +117,14 @@ def test_where_huge_pages_are_not_to_be_had_nobody_goes_on_looking(monkeypatch: 
         assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes
         slot.close()
     monkeypatch.setattr(mapping, "_COLLAPSE_AHEAD_S_MAX", 60.0)
-    ahead = Slot.create(6 * MIB, is_ahead=True)
+    ahead = SlotAhead(6 * MIB).make()
     assert asked == [2 * MIB] * 4, "there is more time where nobody waits"
+    assert ahead is not None
+    ahead.close()
+    monkeypatch.setattr(mapping, "_COLLAPSE_AHEAD_S_MAX", -1.0)
+    ahead = SlotAhead(6 * MIB).make()
+    assert asked == [2 * MIB] * 7, "and it is tried again now and then"
+    assert ahead is not None
     ahead.close()
 
 
@@ -202,7 +209,7 @@ def test_a_slot_that_is_made_ahead_may_take_longer_than_one_that_a_save_waits_fo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[bool] = []
-    monkeypatch.setattr(slots, "populate", lambda *_, is_ahead: told.append(is_ahead))
+    monkeypatch.setattr(slots, "populate", lambda *_, is_ahead, has_huge: told.append(is_ahead))
     arena = Arena()
     arena.prepare(MIB)
     arena.take(2 * MIB)

@@ -115,6 +115,36 @@ def test_an_end_that_was_said_to_a_lost_connection_is_said_to_the_next(
     assert len(lost) == 1
 
 
+def test_a_slot_that_was_given_back_by_a_lost_connection_is_given_back_by_the_next(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save has not ended by then; where states are held it would be in use for as long as the connection lasts."""
+    send, end, lost, may_end = Session.send, Session.end, list[str](), threading.Event()
+
+    def lose_the_first(self: Session, message: Any) -> None:
+        if isinstance(message, Released) and not lost:
+            lost.append(message.attempt)
+            (caller,) = [caller for caller in node.server._callers.all if caller.session is not None]
+            caller.channel.close()
+        else:
+            send(self, message)
+
+    def end_late(self: Session, attempt: str, **how: Any) -> bool:
+        assert may_end.wait(60)
+        return end(self, attempt, **how)
+
+    monkeypatch.setattr(Session, "send", lose_the_first)
+    monkeypatch.setattr(Session, "end", end_late)
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state(1))
+        arena = ckpt._savers()[0]._arena
+        try:
+            until("the slot to be free", lambda: lost and not arena._used)
+        finally:
+            may_end.set()
+        assert ckpt.wait()
+
+
 def test_nobody_waits_for_what_was_said_by_the_connection_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its end may be found out long after the worker has connected anew."""
     monkeypatch.setattr("storage.service.sessions._LOOK_S", 600.0)

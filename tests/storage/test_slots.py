@@ -197,14 +197,14 @@ def test_a_spare_slot_is_made_ahead_where_it_may_be_and_memory_is_there(monkeypa
     assert arena.num_made == 1, "it would leave less than its own size"
     monkeypatch.setattr("storage.arena.arena.free_bytes", lambda: None)
     with monkeypatch.context() as patch:
-        patch.setattr(Slot, "create", _no_memory)
+        patch.setattr(Slot, "create_empty", _no_memory)
         arena.prepare(MIB)
     assert arena.num_made == 1
     arena.prepare(MIB)
     assert (arena.num_made, arena.num_free) == (2, 1)
     arena.prepare(MIB)  # there is a spare one
     assert arena.num_made == 2
-    monkeypatch.setattr(Slot, "create", _no_memory)
+    monkeypatch.setattr(Slot, "create_empty", _no_memory)
     second = arena.take(MIB)
     assert second is not None
     arena.prepare(MIB)  # there are as many as may be
@@ -216,7 +216,7 @@ def test_a_spare_slot_is_made_ahead_where_it_may_be_and_memory_is_there(monkeypa
     assert arena.size_bytes == 0
 
 
-def _no_memory(size_bytes: int, *, is_ahead: bool = False) -> Slot:
+def _no_memory(size_bytes: int) -> Slot:
     raise MemoryError(f"no room for {size_bytes}")
 
 

@@ -1,0 +1,186 @@
+"""Slots that the service holds as well: no worker has to free them as it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage import Checkpointer
+from storage.arena.arena import Arena
+from storage.arena.slot import Slot
+from storage.service import guarded_slots
+from storage.service.guarded_slots import GuardedSlots
+from storage.service.server import ServerOptions
+from storage.service.slot_teller import SlotTeller
+from tests.cluster import until
+from tests.storage.service_cases import PATIENCE_S, InThread, connected
+from tests.storage.test_slots import MIB, slots_held
+
+PLENTY = 1 << 60
+
+
+class Guarding:
+    """A service in this process that guards slots, and what a worker has of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.free = path, PLENTY
+        self.running = InThread(path, ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S))
+        self.slots = GuardedSlots(self.running.server.truce, lambda: self.free)
+        self.slots.serve(self.running.server)
+        self.before = slots_held()
+
+    @property
+    def num_held(self) -> int:
+        """How many slots there are in this process, worker's and service's."""
+        return len(slots_held() - self.before)
+
+    def close(self) -> None:
+        self.slots.close()
+        self.running.close()
+
+
+@pytest.fixture
+def guarding(tmp_path: Path) -> Iterator[Guarding]:
+    guarding = Guarding(tmp_path / "private" / "service.sock")
+    guarding.running.start()
+    yield guarding
+    guarding.close()
+    until("all of it to be freed", lambda: guarding.num_held == 0)
+
+
+@contextlib.contextmanager
+def worker(guarding: Guarding) -> Iterator[Arena]:
+    """An arena whose slots the service is told of; as where a process is killed, it ends with the connection."""
+    with connected(guarding.path) as channel:
+        arena = Arena(4, partial(SlotTeller().tell, channel, "saves"))
+        yield arena
+        arena.close()
+
+
+def test_a_worker_frees_none_of_its_slots_as_it_ends_and_the_service_does_so_behind(guarding: Guarding) -> None:
+    with worker(guarding) as arena:
+        used = arena.take(MIB)
+        arena.prepare(MIB)
+        until("the service to have both", lambda: guarding.slots.size_bytes == 2 * MIB)
+        arena.have_guarded()  # which it has
+        guarding.running.server.truce.ask(PATIENCE_S)
+        assert used is not None
+        arena.give_back(used)
+        arena.close()
+        assert guarding.num_held == 2
+    until("the end to be heard of", lambda: guarding.slots.size_bytes == 0)
+    assert guarding.num_held == 2, "a job waits for what is done now"
+    guarding.running.server.truce.end()
+    until("both to be freed", lambda: guarding.num_held == 0)
+
+
+def test_what_is_too_small_is_let_go_of_by_both(guarding: Guarding) -> None:
+    with worker(guarding) as arena:
+        small = arena.take(MIB)
+        arena.have_guarded()
+        until("the service to have it", lambda: guarding.slots.size_bytes == MIB)
+        assert small is not None
+        arena.give_back(small)
+        large = arena.take(2 * MIB)
+        until("the small one to be gone", lambda: guarding.num_held == 1)
+        arena.have_guarded()
+        until("the service to have the large one", lambda: guarding.slots.size_bytes == 2 * MIB)
+        assert large is not None
+        arena.give_back(large)
+        arena.prepare(4 * MIB)
+        until("the larger one to be all", lambda: guarding.slots.size_bytes == 4 * MIB and guarding.num_held == 1)
+
+
+@pytest.mark.parametrize("when", ["from the beginning", "later"])
+def test_where_memory_is_short_nothing_is_kept_for_later(guarding: Guarding, when: str) -> None:
+    guarding.running.server.truce.ask(PATIENCE_S)
+    with worker(guarding) as arena:
+        arena.prepare(MIB)
+        until("the service to have it", lambda: guarding.slots.size_bytes == MIB)
+        if when == "from the beginning":
+            guarding.free = MIB - 1
+    guarding.free = MIB - 1
+    until("it to be freed", lambda: guarding.num_held == 0)
+    assert guarding.running.server.truce.is_on
+
+
+def test_arenas_that_share_a_connection_tell_of_their_own_slots_alone(guarding: Guarding) -> None:
+    teller = SlotTeller()
+    with connected(guarding.path) as channel, connected(guarding.path) as later:
+        mine, other = (Slot.create(MIB) for _ in range(2))
+        teller.tell(channel, "saves", [os.dup(mine.fd)])
+        teller.tell(channel, "live", [os.dup(other.fd)])
+        until("both", lambda: guarding.slots.size_bytes == 2 * MIB)
+        teller.tell(channel, "live", [])
+        until("one", lambda: guarding.slots.size_bytes == MIB)
+        teller.tell(None, "saves", [os.dup(mine.fd)])
+        teller.tell(later, "saves", [os.dup(mine.fd)])
+        until("it by the next connection, too", lambda: guarding.slots.size_bytes == 2 * MIB)
+        for slot in (mine, other):
+            slot.close()
+
+
+def test_a_worker_cannot_have_any_number_guarded(guarding: Guarding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded_slots, "NUM_GUARDED_MAX", 2)
+    with connected(guarding.path) as channel:
+        slots = [Slot.create(1) for _ in range(4)]
+        SlotTeller().tell(channel, "saves", [os.dup(slot.fd) for slot in slots])
+        SlotTeller().tell(channel, "live", [])
+        for slot in slots:
+            slot.close()
+        until("those that are too many to be gone", lambda: guarding.num_held == 2)
+
+
+def test_a_service_without_threads_frees_at_once(guarding: Guarding, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> threading.Thread:
+        raise RuntimeError("can't start new thread")
+
+    with worker(guarding) as arena:
+        arena.prepare(MIB)
+        until("the service to have it", lambda: guarding.slots.size_bytes == MIB)
+        guarding.running.server.truce.ask(PATIENCE_S)
+        monkeypatch.setattr("storage.service.guarded_slots.threading.Thread", refuse)
+    until("it to be freed", lambda: guarding.num_held == 0)
+
+
+def test_the_last_save_before_a_stop_has_no_slot_made_for_the_next(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        ckpt.start()
+        saver = ckpt._savers()[0]
+        stager, arena = saver._stager, saver._arena
+        stager._pool = Recorded(told)  # type: ignore[assignment]
+        ckpt.save(1, {"w": torch.ones(4)}, wait="held")
+        assert told == []
+        ckpt.save(2, {"w": torch.ones(4)})
+        assert told == ["prepare"], "a stop may be put off"
+        assert arena.num_made == 1
+
+
+class Recorded:
+    """A pool that does nothing but note what it is to do."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def submit(self, call: object, *_: object) -> None:
+        self._told.append(getattr(call, "__name__", ""))
+
+    def shutdown(self, *, wait: bool) -> None:
+        """Nothing."""
+
+
+def test_who_cannot_tell_the_service_keeps_no_descriptor() -> None:
+    before = slots_held()
+    arena = Arena(2, partial(SlotTeller().tell, None, "saves"))
+    arena.prepare(MIB)
+    assert len(slots_held() - before) == 1
+    arena.close()
+    assert slots_held() == before

@@ -1,0 +1,148 @@
+"""Slots that are made before they are needed: a save that needs one meanwhile waits for a piece of it at most."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from storage.arena import ahead
+from storage.arena.arena import Arena
+from storage.arena.slot import Slot
+from tests.storage.test_slots import MIB, slots_held
+
+WAIT_S = 60.0
+
+
+class Making:
+    """Holds who makes a slot ahead up in its second piece of 1 MiB, until it is let go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pieces: list[tuple[int, int, bool]] = []
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+        self.lack: MemoryError | None = None
+        populate = Slot.populate
+
+        def slowly(slot: Slot, begin: int, stop: int, *, is_ahead: bool = False) -> None:
+            self.pieces.append((begin, stop, is_ahead))
+            if is_ahead and begin:
+                self.reached.set()
+                assert self.goes_on.wait(WAIT_S)
+                if self.lack is not None:
+                    raise self.lack
+            populate(slot, begin, stop, is_ahead=is_ahead)
+
+        patch.setattr(Slot, "populate", slowly)
+        patch.setattr(ahead, "_PIECE_BYTES", MIB)
+        patch.setattr("storage.arena.arena.free_bytes", lambda: None)
+
+    @contextlib.contextmanager
+    def of(self, arena: Arena, size_bytes: int) -> Iterator[None]:
+        """Inside, a thread is in the midst of making a slot ahead."""
+        thread = threading.Thread(target=arena.prepare, args=(size_bytes,))
+        thread.start()
+        try:
+            assert self.reached.wait(WAIT_S)
+            yield
+        finally:
+            self.goes_on.set()
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def making(monkeypatch: pytest.MonkeyPatch) -> Iterator[Making]:
+    before = slots_held()
+    making = Making(monkeypatch)
+    yield making
+    making.goes_on.set()
+    assert slots_held() == before
+
+
+def taken(making: Making, take: Callable[[], Slot | None]) -> Slot:
+    """What is taken by a thread that comes while the slot is made, which is let go on then."""
+    found: list[Slot | BaseException | None] = []
+
+    def run() -> None:
+        try:
+            found.append(take())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(0.05)  # it waits for the piece, or is about to
+    making.goes_on.set()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    (slot,) = found
+    if isinstance(slot, BaseException):
+        raise slot
+    assert slot is not None
+    return slot
+
+
+def test_a_save_takes_over_what_is_being_made(making: Making) -> None:
+    arena = Arena(2)
+    with making.of(arena, 6 * MIB):
+        slot = taken(making, lambda: arena.take(6 * MIB))
+    assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes == 6 * MIB
+    assert making.pieces == [(0, MIB, True), (MIB, 2 * MIB, True), (2 * MIB, 6 * MIB, False)]
+    assert (arena.num_made, arena.num_free) == (1, 1), "it is nobody else's"
+    arena.give_back(slot)
+    arena.close()
+
+
+def test_a_save_waits_for_none_where_one_has_come_back_meanwhile(making: Making) -> None:
+    arena = Arena(2)
+    first = arena.take(2 * MIB)
+    assert first is not None
+    with making.of(arena, 2 * MIB):
+        arena.give_back(first)
+        assert arena.take(2 * MIB) is first, "though whoever makes the other stands still"
+    assert arena.num_made == 2
+    arena.give_back(first)
+    arena.close()
+
+
+def test_what_would_be_too_small_is_not_made_to_its_end(making: Making) -> None:
+    arena = Arena(2)
+    with making.of(arena, 4 * MIB):
+        slot = taken(making, lambda: arena.take(8 * MIB))
+        assert slot.size_bytes == 8 * MIB
+    assert (2 * MIB, 3 * MIB, True) not in making.pieces
+    assert arena.num_made == 1
+    arena.give_back(slot)
+    arena.close()
+
+
+@pytest.mark.parametrize("leave", [Arena.leave_off, Arena.close])
+def test_nothing_is_left_of_what_nobody_needs_any_more(making: Making, leave: Callable[[Arena], None]) -> None:
+    arena = Arena(2)
+    with making.of(arena, 4 * MIB):
+        leaving = threading.Thread(target=leave, args=(arena,))
+        leaving.start()
+        leaving.join(0.05)  # for the piece
+        making.goes_on.set()
+        leaving.join(WAIT_S)
+        assert not leaving.is_alive()
+    assert (2 * MIB, 3 * MIB, True) not in making.pieces
+    assert arena.num_made == 0
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_lack_of_memory_in_the_midst_of_it_leaves_nothing(making: Making, takes: bool) -> None:
+    making.lack = MemoryError("none")
+    arena = Arena(2)
+    with making.of(arena, 4 * MIB):
+        if takes:
+            with pytest.raises(MemoryError):
+                taken(making, lambda: arena.take(4 * MIB))
+    assert arena.num_made == 0
+    making.lack = None
+    arena.prepare(4 * MIB)
+    assert arena.num_made == 1
+    arena.close()
