@@ -19,6 +19,7 @@ from storage.verified.twice import read_verified
 log = logging.getLogger(__name__)
 
 _NUM_ASKED_AT_ONCE = 16
+_NUM_LOOKS_MAX = 100
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,23 @@ def is_set_aside(store: ObjectStore, prefix: str, metadata: bytes) -> bool:
 def candidates(store: ObjectStore) -> Iterator[tuple[int, ObjectInfo]]:
     """Steps that have a `.metadata`, with the version of it, newest first. `find_commit` knows those set aside.
 
-    A step is looked at when it is asked for: who takes the newest one has asked for no other.
+    A step is looked at when it is asked for: who takes the newest one has asked for no other. Who takes none, or finds
+    none, is given what another job has committed meanwhile: the one that was there may have gone for it.
     """
-    for step in steps(store):
-        with contextlib.suppress(NotFound):
-            yield step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")
+    given: set[tuple[int, ObjectInfo]] = set()
+    listed, num_alike = steps(store), 0
+    for _ in range(_NUM_LOOKS_MAX if listed else 0):
+        for step in listed:
+            with contextlib.suppress(NotFound):
+                found = step, store.info(f"{layout.step_folder(step)}/{layout.METADATA}")
+                if found not in given:
+                    given.add(found)
+                    yield found
+        before, listed = listed, steps(store)
+        num_alike = num_alike + 1 if listed == before else 0
+        # a listing that is as before may be so by chance, of a step that is being saved and one that is being removed
+        if num_alike == (1 if given else 2):
+            return
 
 
 def committed_steps(store: ObjectStore) -> list[int]:

@@ -230,7 +230,7 @@ class AttemptClaim(Claim):
 def fenced(recorded: Owner | None, mine: Owner) -> Fenced:
     """The error of the process that claimed `mine`, where `recorded` is the run's claim by now. Pure."""
     if recorded is None:
-        now = "nobody"
+        now = f"nobody ({OWNER} is gone: somebody has removed it, or all of the run)"
     else:
         is_ours = recorded.lineage == mine.lineage
         now = f"{f'generation {recorded.generation}' if is_ours else recorded.who}, epoch {recorded.epoch}"

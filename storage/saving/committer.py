@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +19,8 @@ from storage.run import attempt_ids
 from storage.saving.ownership import Ownership
 from storage.saving.proposal import Fate
 from storage.saving.uploads import SaveJob, Tried, Uploads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,16 @@ class InProcess:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="storage-save")  # its thread begins with the first job
 
     def submit(self, running: Running, tried: Tried = Tried.NOT_YET) -> None:
-        """See `Backend.submit`. `tried`: what somebody else may have done of it."""
-        self._pool.submit(self._run, running, tried)
+        """See `Backend.submit`. `tried`: what somebody else may have done of it.
+
+        Where not even a thread can be started (the limit of a user's processes, or of a container's), it is done here.
+        """
+        job = _MadeOnce(functools.partial(self._run, running, tried))
+        try:
+            self._pool.submit(job)
+        except RuntimeError as error:  # the pool has it all the same, for its next thread
+            log.warning("step %d is saved while the training waits for it: %s", running.job.attempt.step, error)
+            job()
 
     def park(self, running: Running) -> bool:
         """See `Backend.park`. Nothing here outlives this process."""
@@ -128,6 +141,18 @@ class InProcess:
             running.committed.set_exception(error)
             raise
         running.committed.set_result(committed)
+
+
+class _MadeOnce:
+    """A call that is made once, by the first who comes."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._made = threading.Lock()
+
+    def __call__(self) -> None:
+        if self._made.acquire(blocking=False):
+            self._call()
 
 
 class Committer:

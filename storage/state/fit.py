@@ -147,6 +147,10 @@ class _StateFitter:
         return self._fit_container(node, current, path, opaque=opaque)
 
     def _fit_container(self, node: Node, current: Any, path: Path, *, opaque: bool) -> Builder:
+        kind = "list" if node.kind == "list" else "dict"
+        if not opaque and (found := _tensor_kind(current)) not in ("", kind):  # a dict in its place would fill none
+            self.found.odd.append(f"{name_of(path)!r} is a {found}, the checkpoint has a {kind}")
+            return keep(current)
         self._learn_keys(node, current)
         now = _children(current, node)
         saved = dict(node.items())
@@ -299,6 +303,13 @@ def _has_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_has_tensors, value.values()))
     return isinstance(value, list) and any(map(_has_tensors, value))
+
+
+def _tensor_kind(value: Any) -> str:
+    """What holds the tensors of a value that is one, or a dict or list with some; "" of any other."""
+    if not _has_tensors(value):
+        return ""
+    return "tensor" if isinstance(value, torch.Tensor) else "list" if isinstance(value, list) else "dict"
 
 
 def _without(container: Container, ignored: Ignored) -> Container:

@@ -41,16 +41,23 @@ MODES = (MODE, 0o640, 0o644, 0o660, 0o664)
 _CAPABILITIES = {Capability.CONDITIONAL_PUTS, Capability.GUARDED_READS, Capability.HOST_CACHE}
 _NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR}
+_SHOWN = 60
 
 
 class LocalStore(ObjectStore):
     """Objects as files below one folder, which is created by the first put."""
 
     def __init__(self, root: str | os.PathLike[str], mode: int = MODE) -> None:
-        self._root = Path(os.path.abspath(root))
-        self._mode = mode
-        if self._root.exists() and not self._root.is_dir():
+        try:
+            self._root = Path(os.path.abspath(root))
+            is_file = self._root.exists() and not self._root.is_dir()
+        except FileNotFoundError:
+            raise BadURL(f"{root} is below the current folder, which is gone; give the whole path") from None
+        except OSError as error:
+            raise BadURL(f"{str(root)[:_SHOWN]!r} cannot be a folder: {error.strerror}") from None
+        if is_file:
             raise BadURL(f"{self._root} is a file; a checkpoint URL names a folder")
+        self._mode = mode
         self._files = AtomicFiles(self._root, self.url, mode)
 
     @property
@@ -88,7 +95,12 @@ class LocalStore(ObjectStore):
     def _put(self, key: str, write: Callable[[int], None], *, if_absent: bool) -> ObjectInfo:
         path = self._path(key)
         with self._translated(key):
-            return _info(key, self._files.put(path, write, if_absent=if_absent))
+            try:
+                return _info(key, self._files.put(path, write, if_absent=if_absent))
+            except _NOT_A_FILE as error:
+                if self._root.is_dir():
+                    raise
+                raise Denied(f"{self.url} is no folder, and cannot be made one: {error.strerror}") from None
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview], *, if_match: str | None = None) -> str:
         """See `ObjectStore.read_into`. Tells no etag: on some mounts (FUSE) a file has another inode each time."""
@@ -214,6 +226,8 @@ class LocalStore(ObjectStore):
         except PermissionError as error:
             raise Forbidden(f"{key or 'the folder'} in {self.url}: {error.strerror}") from error
         except OSError as error:
+            if error.errno == errno.EROFS:
+                raise Forbidden(f"{self.url}: {error.strerror}; what is only read takes Access.READ") from error
             raise Transient(f"{key} in {self.url}: {error.strerror or error}") from error
 
 

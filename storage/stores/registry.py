@@ -53,6 +53,8 @@ def as_url(url: object) -> str:
         raise BadURL("the checkpoint URL is empty; give a folder or a URL such as file:///data/run")
     if "\0" in text:
         raise BadURL(f"the checkpoint URL {text!r} holds a NUL character")
+    if not text.isprintable() and re.search("[\ud800-\udfff]", text):  # as Python has a path whose bytes are no text
+        raise BadURL(f"the checkpoint URL {text!r} is no valid Unicode text, as events and receipts want it")
     if (match := _ONE_SLASH.match(text)) and _is_scheme(match[1].lower()):
         meant = f"{match[1]}:{'///' if match[1].lower() == 'file' else '//'}{match[2]}"
         raise BadURL(f"{text!r} has one slash too few, as Path leaves it; give {meant!r} as str")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
-from storage.errors import BadURL
+from storage.errors import BadURL, Denied, Forbidden
+from storage.stores.atomic_files import AtomicFiles
 from storage.stores.registry import open_store
 
 
@@ -14,6 +19,7 @@ from storage.stores.registry import open_store
         ("", "empty"),
         ("gs://bucket/run", "install gcsfs"),
         ("nothing://bucket/run", "nothing://"),
+        ("/data/run-\udcff", "no valid Unicode text"),
         ("~nobody-has-this/run", "a home that is not known here"),
         ("fsspec+nothing://bucket/run", "nothing://"),
         ("file://host/run", "file:///absolute"),
@@ -52,3 +58,29 @@ def test_bad_urls_are_told_in_one_line_without_secrets(url: str, says: str) -> N
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing" / "here")
+    for url, says in {"file/run": "is no folder", "link": "is no folder", "x" * 300: "File name too long"}.items():
+        with pytest.raises((BadURL, Denied), match=says) as caught:
+            open_store(tmp_path / url).put("k", [b"x"])
+        assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
+
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    with pytest.raises(BadURL, match="run is below the current folder, which is gone"):
+        open_store("run")
+
+
+def test_a_file_system_that_is_only_read_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    store = open_store(tmp_path)
+    monkeypatch.setattr(AtomicFiles, "put", refuse)
+    with pytest.raises(Forbidden, match=r"Read-only file system; what is only read takes Access\.READ"):
+        store.put("k", [b"x"])

@@ -127,3 +127,47 @@ def test_a_step_that_is_saved_anew_between_the_looks_is_read(caplog: pytest.LogC
 def test_a_run_without_a_checkpoint_is_told_as_one(memory_url: str) -> None:
     with pytest.raises(NoCheckpoint, match=r"there is no \.metadata, nor is it a run that has one"):
         ShardReader(memory_url, no_dist=True).read_metadata()
+
+
+class Retained(MemoryStore):
+    """Another job commits a step, and removes the one before, just before somebody looks at that, so many times."""
+
+    def __init__(self, num_times: int) -> None:
+        super().__init__("retained")
+        self.num_left = num_times
+        self.newest = 1
+
+    def info(self, key: str) -> ObjectInfo:
+        if self.num_left and key == f"{layout.step_folder(self.newest)}/{layout.METADATA}":
+            self.num_left -= 1
+            self.newest += 1
+            for info in MemoryStore.list(self, layout.step_folder(self.newest - 1) + "/"):
+                MemoryStore.delete(self, info.key)
+            MemoryStore.put(self, f"{layout.step_folder(self.newest)}/{layout.METADATA}", [b"x"])
+        return super().info(key)
+
+
+@pytest.mark.parametrize("num_times", [0, 1, 2, 5])
+@pytest.mark.parametrize("is_under_way", [False, True])
+def test_a_job_that_keeps_one_checkpoint_is_never_seen_without_any(num_times: int, is_under_way: bool) -> None:
+    store = Retained(num_times)
+    store.put("step-000000001/.metadata", [b"x"])
+    if is_under_way:  # and its folder is there already
+        for step in range(2, 10):
+            store.put(f"{layout.step_folder(step)}/attempt/__0_0.distcp", [b"x"])
+    assert next(iter(catalog.candidates(store)))[0] == 1 + num_times
+
+
+def test_a_run_without_a_checkpoint_is_listed_a_few_times_at_most() -> None:
+    store, listed = Asked(), list[str]()
+    folders = store.folders
+    store.folders = lambda prefix: listed.append(prefix) or folders(prefix)  # type: ignore[method-assign,func-returns-value]
+    assert not list(catalog.candidates(store))
+    assert len(listed) == 1
+    store.put("step-000000001/attempt/__0_0.distcp", [b"x"])
+    assert not list(catalog.candidates(store))
+    assert len(listed) == 1 + 3
+    save(opened(store), 2)
+    listed.clear()
+    assert [step for step, _ in catalog.candidates(store)] == [2]
+    assert len(listed) == 2

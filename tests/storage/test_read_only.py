@@ -300,6 +300,6 @@ def test_a_run_that_cannot_be_listed_is_told_in_one_line(
     assert "step-000000120" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(Forbidden, match="without permission to list"):
         restored(url)
-    assert main(["ckpt", "ls", url]) == 1
+    assert main(["ckpt", "ls", url]) == 2
     error = capsys.readouterr().err
     assert "without permission to list" in error and error.count("\n") == 1

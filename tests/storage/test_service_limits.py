@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,26 @@ def _is_served(service: InThread) -> bool:
         return service.status().num_unfinished == 0
     except OSError:
         return False
+
+
+def test_where_no_thread_can_be_started_for_a_save_the_training_waits_for_it(
+    memory_url: str, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("storage-save"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Checkpointer(memory_url, on_event=events[1]) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            ckpt.save(1, state(1))
+            names = [name for name, _ in events[0]]
+            assert names.count(CheckpointEvent.COMMITTED) == 1
+        ckpt.save(2, state(2), wait=True)
+        assert ckpt.wait()
+    names = [name for name, _ in events[0]]
+    assert names.count(CheckpointEvent.COMMITTED) == 2, "the first one is not made again by the thread that comes"
+    assert CheckpointEvent.FAILED not in names

@@ -54,6 +54,33 @@ def test_what_either_side_lacks_is_an_error_that_says_how_to_allow_it(
     assert fields["num_missing"] + fields["num_left_out"] > 0
 
 
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh", "told"),
+    [
+        ({"x": ONE, "y": ONE}, torch.zeros(1), "'s' is a tensor, the checkpoint has a dict"),
+        ({"lr": 0.1}, torch.zeros(1), "'s' is a tensor, the checkpoint has a dict"),
+        ([ONE, ONE], torch.zeros(1), "'s' is a tensor, the checkpoint has a list"),
+        ({"x": ONE, "y": ONE}, [torch.zeros(1), torch.zeros(1)], "'s' is a list, the checkpoint has a dict"),
+        ([ONE, ONE], {"x": torch.zeros(1)}, "'s' is a dict, the checkpoint has a list"),
+        ({"a": {"b": ONE}}, {"a": torch.zeros(1)}, "'s.a' is a tensor, the checkpoint has a dict"),
+    ],
+)
+def test_a_tensor_is_not_replaced_by_what_cannot_fill_it(saved: Any, fresh: Any, told: str, memory_url: str) -> None:
+    """The model may use that very tensor, and would go on with what was in it."""
+    with Checkpointer(memory_url) as checkpointer:
+        checkpointer.save(1, {"s": saved}, wait=True)
+        state = {"s": fresh}
+        for strict in (True, False):
+            with pytest.raises(WrongModel, match=told):
+                checkpointer.restore(state, strict=strict)
+        assert state["s"] is fresh
+        assert checkpointer.restore({"s": None}) == 1
+        assert checkpointer.restore({"s": 5}) == 1
+
+
 @pytest.mark.parametrize("ignore", ["m.b", "m.b.*", ["m.b.weight", "m.b.bias"], "*.b.*"])
 def test_patterns_leave_names_alone(ignore: Any, tmp_path: Path) -> None:
     one, other = Net("a", "b"), Net("a", "b")
