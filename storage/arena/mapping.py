@@ -27,6 +27,8 @@ _COLLAPSE_S_MAX = 0.25
 pieces the kernel moves what lies between them, which may take any time."""
 _COLLAPSE_AHEAD_S_MAX = 0.5
 """The same where nobody waits yet: to map, read and free small pages takes longer each time."""
+_WALL_MAX = 4
+"""So many times as long it may take by the clock on the wall."""
 _COSTLY_S = 0.002
 """For one huge page. One that is to be had takes a tenth of that, and small pages for as much a third."""
 _WITHOUT_BYTES = 256 * 1024 * 1024
@@ -147,19 +149,21 @@ def _make_huge(address: int, begin: int, stop: int, seconds_max: float) -> bool:
     """Make huge pages of all that lies between, and say whether that is worth while: whether there were any to be had,
     within so many seconds. Where there were none, it stays as it is.
 
-    That takes a tenth of the time that small pages take, and whoever copies into them, or maps them, is the faster.
+    That takes a tenth of the time that small pages take, and whoever copies into them, or maps them, is the faster. The
+    seconds are the processor's: who has it meanwhile says nothing of a page, unless it is for very long.
     """
     first, last = -(-begin // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, stop - stop % HUGE_PAGE_BYTES
     if first >= last:
         return True
-    began_s = time.monotonic()
+    began_s, began_cpu_s = time.monotonic(), time.thread_time()
     try:
         for start in range(first, last, HUGE_PAGE_BYTES):  # the kernel takes no page of a file that has none there
             _advise(address + start, PAGE_BYTES, _MADV_POPULATE_WRITE)
         _advise(address + first, last - first, _MADV_COLLAPSE)
     except OSError:
         return False
-    return time.monotonic() - began_s <= seconds_max
+    is_soon = time.monotonic() - began_s <= _WALL_MAX * seconds_max
+    return is_soon and time.thread_time() - began_cpu_s <= seconds_max
 
 
 def _advise(address: int, size_bytes: int, advice: int) -> None:

@@ -6,7 +6,9 @@ import errno
 import gc
 import mmap
 import os
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -126,6 +128,30 @@ def test_where_huge_pages_are_not_to_be_had_nobody_goes_on_looking(monkeypatch: 
     assert asked == [2 * MIB] * 7, "and it is tried again now and then"
     assert ahead is not None
     ahead.close()
+
+
+def test_a_processor_that_others_use_makes_no_page_costly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a training that has all of them a slot took long, and was of small pages for that reason alone."""
+    advise, asked = mapping._advise, list[int]()
+    clocks = {"monotonic": 0.0, "thread_time": 0.0}
+    takes = {"monotonic": 0.9, "thread_time": 0.2}
+
+    def slowly(address: int, size_bytes: int, advice: int) -> None:
+        if advice == mapping._MADV_COLLAPSE:
+            asked.append(size_bytes)
+            for name in clocks:
+                clocks[name] += takes[name]
+        advise(address, size_bytes, advice)
+
+    monkeypatch.setattr(mapping, "_advise", slowly)
+    monkeypatch.setattr(mapping, "_AT_ONCE_BYTES", 2 * MIB)
+    monkeypatch.setattr(mapping, "time", Mock(**{f"{name}.side_effect": partial(clocks.get, name) for name in clocks}))
+    for seconds, num_asked in (((0.9, 0.2), 3), ((0.9, 0.3), 1), ((1.1, 0.2), 1)):
+        takes["monotonic"], takes["thread_time"] = seconds
+        asked.clear()
+        slot = Slot.create(6 * MIB)
+        assert len(asked) == num_asked
+        slot.close()
 
 
 def test_huge_pages_are_made_of_whole_blocks_only_and_what_is_in_them_stays(monkeypatch: pytest.MonkeyPatch) -> None:
