@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from elastic_moe.errors import UserError
 from elastic_moe.section import Section
+from elastic_moe.whole_files import write_whole
 
 
 class MachineSpeed(Section):
@@ -76,6 +77,7 @@ def write_calibration(path: str | Path, fields: Mapping[str, float]) -> None:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(dict(fields), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(dict(fields), indent=1) + "\n"
+        write_whole(target, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"calibration {path} cannot be written: {error.strerror}") from None

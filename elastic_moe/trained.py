@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from elastic_moe.data.tokenizer import TokenizerFiles
+from elastic_moe.data.corpus import TokenKind
+from elastic_moe.data.tokenizer import ByteTokenizer, TokenizerFiles
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.decoder import Decoder
 from storage import ShardReader, checkpoints, locate
 
 _MODEL, _FIELDS, _STEP, _SEQ_LEN = "model.", "data.model.", "data.step", "data.seq_len"
-_TOKENIZER = "data.tokenizer_files"
+_TOKENIZER, _TOKENS = "data.tokenizer_files", "data.tokens"
 
 
 class TrainedModel:
@@ -30,6 +31,7 @@ class TrainedModel:
         step: after which it was saved.
         seq_len: tokens in a sequence that it was trained on.
         tokenizer: that of its job; None of one that was trained on bytes, or on ids.
+        tokens: what its token ids stand for, a `TokenKind`; "" where its checkpoint does not say.
     """
 
     def __init__(self, url: str) -> None:
@@ -69,7 +71,8 @@ class TrainedModel:
                 f"the checkpoint at {self._url} does not say what its model is: `elastic-moe train` did not save it, "
                 "or an early release did: train one step on from it"
             )
-        values = self._load(dict.fromkeys([*fields, _STEP, _SEQ_LEN]))
+        optional = [name for name in (_TOKENIZER, _TOKENS) if name in known]
+        values = self._load(dict.fromkeys([*fields, _STEP, _SEQ_LEN, *optional]))
         try:
             self.config = ModelConfig.model_validate({name.removeprefix(_FIELDS): values[name] for name in fields})
         except ValidationError as error:
@@ -79,8 +82,16 @@ class TrainedModel:
             ) from None
         self.step: int = values[_STEP]
         self.seq_len: int = values[_SEQ_LEN]
-        packed = self._load({_TOKENIZER: None})[_TOKENIZER] if _TOKENIZER in known else b""
+        self.tokens: str = values.get(_TOKENS, "")
+        packed: bytes = values.get(_TOKENIZER, b"")
         self.tokenizer = TokenizerFiles.unpacked(packed) if packed else None
+
+    @property
+    def is_of_bytes(self) -> bool:
+        """Whether its token ids are bytes, as far as is known: once that was told by their number alone."""
+        return self.tokens == TokenKind.BYTES or (
+            not self.tokens and self.config.vocab_size == ByteTokenizer.num_tokens
+        )
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters or buffers of the model by their names, whole, fp32, on the CPU, every byte verified.

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from elastic_moe.data.tokenizer import ByteTokenizer, FileTokenizer
     from elastic_moe.trained import TrainedModel
 
+_BYTES = "bytes"
 _EPILOG = """\
 On one process and the CPU. The model's tokenizer is in its checkpoint, unless
-it was trained on token ids alone. The sample goes to standard output as it is
-drawn, and says nothing else.
+it was trained on token ids alone: if these are bytes, say --tokenizer bytes.
+The sample goes to standard output as it is drawn, and says nothing else.
 
 Exit codes: 0 done; 1 the checkpoint is damaged; 2 wrong usage, or there is no
 checkpoint of `elastic-moe train` at the URL.
@@ -37,7 +38,7 @@ def register(verbs: Subparsers) -> None:
     parser.add_argument("--prompt", default="\n", help="the text to go on from (default: a new line)")
     parser.add_argument("--tokens", type=positive_int, default=200, metavar="N", help="how many tokens (default 200)")
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="a tokenizer.json or its folder, where the checkpoint has none"
+        "--tokenizer", metavar="PATH", help="a tokenizer.json or its folder, where the checkpoint has none; or `bytes`"
     )
     parser.add_argument("--temperature", type=_temperature, default=0.8, help="0 takes the likeliest (default 0.8)")
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="of the draws (default 0)")
@@ -60,10 +61,21 @@ def handle(args: argparse.Namespace) -> int:
         ids = [int(each) for each in tokenizer.encode([prompt], "--prompt")[0]]
         if not ids:
             raise UserError(f"--prompt is {args.prompt!r}, which the tokenizer makes no token of: give another")
+        if max(ids) >= trained.config.vocab_size:
+            raise UserError(
+                f"--prompt holds the byte {max(ids)}, and the model at {args.url} has {trained.config.vocab_size} "
+                "tokens: give another"
+            )
         out = sys.stdout.buffer
         out.write(prompt)
         drawn = sample(
-            trained.decoder(), ids, args.tokens, temperature=args.temperature, seed=args.seed, window=trained.seq_len
+            trained.decoder(),
+            ids,
+            args.tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            window=trained.seq_len,
+            num_known=tokenizer.num_tokens,
         )
         for text in tokenizer.decode(ids, drawn):
             out.write(text)
@@ -76,15 +88,16 @@ def _tokenizer(trained: TrainedModel, args: argparse.Namespace) -> ByteTokenizer
     from elastic_moe.data.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
 
     vocab_size = trained.config.vocab_size
+    if args.tokenizer == _BYTES or (args.tokenizer is None and trained.is_of_bytes):
+        return ByteTokenizer()  # of which the model may lack the last ones, if its text has none of them
     if args.tokenizer is not None:
         found = FileTokenizer(read_tokenizer(args.tokenizer), args.tokenizer)
     elif trained.tokenizer is not None:
         found = FileTokenizer(trained.tokenizer, "the checkpoint's tokenizer")
-    elif vocab_size == ByteTokenizer.num_tokens:
-        return ByteTokenizer()
     else:
         raise UserError(
             f"the model at {args.url} has {vocab_size} tokens, and its checkpoint no tokenizer: give one by --tokenizer"
+            f" (or --tokenizer {_BYTES}, if its ids are bytes)"
         )
     if found.num_tokens > vocab_size:
         raise UserError(

@@ -88,8 +88,9 @@ def _export(args: argparse.Namespace) -> int:
             print(f"\r{done} of {total} parts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     with _unwound_by_sigterm(), TrainedModel(url) as trained:
-        export(trained, args.folder, args.dtype, tell)
-    print(f"step {trained.step} of {args.url} is in {args.folder}")
+        has_tokenizer = export(trained, args.folder, args.dtype, tell)
+    lacks = "" if has_tokenizer else ", without a tokenizer: the checkpoint does not know what its token ids stand for"
+    print(f"step {trained.step} of {args.url} is in {args.folder}{lacks}")
     return 0
 
 

@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]] | TextFiles | TokenFile | JoinedArrays
 
+
+class TokenKind(StrEnum):
+    """What the token ids of a corpus stand for."""
+
+    BYTES = "bytes"
+    TEXT = "text"  # made by the tokenizer of the job
+    IDS = "ids"  # somebody has made them, by what is not known here
+
+
 _FILE_BYTES = 64 << 20  # of sources that become one file of the cache, where they are smaller
 _BATCH_BYTES = 4 << 20  # of text that is tokenized at once
 _COPY_BYTES = 8 << 20
@@ -59,6 +69,7 @@ class Corpus:
         end_of_document: the token that ends documents, where attention ends with them; None where it does not.
         tokenizer: what it was tokenized by; None of bytes and of ids whose tokenizer is not known.
         tokenizer_digest: of that; "" for None.
+        tokens: what its ids stand for.
     """
 
     shards: tuple[Tokens, ...]
@@ -67,6 +78,7 @@ class Corpus:
     end_of_document: int | None = None
     tokenizer: TokenizerFiles | None = None
     tokenizer_digest: str = ""
+    tokens: TokenKind = TokenKind.IDS
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +146,9 @@ def open_corpus(config: DataConfig, seq_len: int, vocab_size: int | None = None)
     if tokenizer.digest or end is not None:
         digest = hashlib.sha256(f"{digest} {tokenizer.digest} {end}".encode()).hexdigest()
     files = tokenizer.files if isinstance(tokenizer, FileTokenizer) else None
-    corpus = Corpus(tuple(shards), digest, seq_len, end, files, tokenizer.digest)
+    kind = TokenKind.IDS if holds_ids else TokenKind.BYTES
+    kind = TokenKind.TEXT if tokenizer.digest else kind
+    corpus = Corpus(tuple(shards), digest, seq_len, end, files, tokenizer.digest, kind)
     if corpus.num_samples == 0:
         raise UserError(
             f"data.url {config.url!r} holds {corpus.num_tokens} tokens, less than one sample of "

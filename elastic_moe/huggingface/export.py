@@ -22,7 +22,7 @@ from elastic_moe.trained import TrainedModel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int, int], None]) -> None:
+def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int, int], None]) -> bool:
     """Write `folder`: config, weights, and the tokenizer that the model was trained with, also where it is of bytes.
 
     A layer is in memory at a time. The folder has its name only once all of it is there.
@@ -31,6 +31,9 @@ def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int,
         folder: must not exist.
         dtype: of `DTYPES`.
         tell: called with the parts that are done, and all.
+
+    Returns:
+        Whether there is a tokenizer in it: of a model that was trained on ids it is not known.
 
     Raises:
         UserError: the folder exists or cannot be written, or Mixtral has no such model.
@@ -53,6 +56,7 @@ def export(trained: TrainedModel, folder: Path, dtype: str, tell: Callable[[int,
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return bool(tokenizer)
 
 
 def _tokenizer_files(trained: TrainedModel) -> tuple[dict[str, bytes], int | None]:
@@ -63,7 +67,7 @@ def _tokenizer_files(trained: TrainedModel) -> tuple[dict[str, bytes], int | Non
         told["eos_token"] = tokenizer.name_of(tokenizer.end_of_document)
         config = trained.tokenizer.config or _json(told)
         return {FILE: trained.tokenizer.tokenizer, CONFIG_FILE: config}, tokenizer.end_of_document
-    if trained.config.vocab_size != NUM_BYTES:
+    if not trained.is_of_bytes or trained.config.vocab_size < NUM_BYTES:
         return {}, None
     return {FILE: _json(byte_tokenizer()), CONFIG_FILE: _json(told)}, END_OF_DOCUMENT
 

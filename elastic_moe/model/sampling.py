@@ -15,7 +15,14 @@ from elastic_moe.model.decoder import Decoder
 
 @torch.no_grad()
 def sample(
-    model: Decoder, prompt: Sequence[int], num_tokens: int, *, temperature: float, seed: int, window: int
+    model: Decoder,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    window: int,
+    num_known: int | None = None,
 ) -> Iterator[int]:
     """Yield `num_tokens` tokens that follow `prompt`.
 
@@ -23,6 +30,7 @@ def sample(
         prompt: token ids, one at least.
         temperature: divides the logits; 0 takes the likeliest token.
         window: most positions that the model sees, as many as it was trained on.
+        num_known: only the first so many tokens are drawn, which stand for text; None draws any.
 
     Raises:
         UserError: the model's logits are not finite.
@@ -30,7 +38,7 @@ def sample(
     draw = torch.Generator().manual_seed(seed)
     tokens_S = list(prompt)
     for _ in range(num_tokens):
-        logits_V = model(torch.tensor([tokens_S[-window:]])).logits_BSV[0, -1].double()
+        logits_V = model(torch.tensor([tokens_S[-window:]])).logits_BSV[0, -1, :num_known].double()
         if not logits_V.isfinite().all():
             raise UserError("the model's logits are not finite: take a healthy step of the run (`elastic-moe ckpt ls`)")
         if temperature > 0:

@@ -110,13 +110,16 @@ def turns_of(model: Decoder) -> Turns | None:
     return _turns.get(model)
 
 
-def expect_first_step(model: Decoder, plan: MeshPlan, compute: torch.dtype, *, exact: bool) -> mmap.mmap | None:
+def expect_first_step(
+    model: Decoder, plan: MeshPlan, compute: torch.dtype, *, exact: bool, keep_gathered: bool = False
+) -> mmap.mmap | None:
     """Map what a first step takes of a model's pool: gradients, and parameters where they are gathered and reduced.
 
     None where there is no pool.
 
     Args:
         exact: whether the experts are gathered, and all gradients reduced, in float64; see `Precision`.
+        keep_gathered: whether all layers stay gathered, each in its own place.
     """
     turns = turns_of(model)
     if turns is None:
@@ -135,7 +138,8 @@ def expect_first_step(model: Decoder, plan: MeshPlan, compute: torch.dtype, *, e
         if is_expert:
             of_experts = max(of_experts, num * expert_bytes)
     gathered, reduced = (sorted(sizes) for sizes in zip(*map(astuple, of_layer), strict=True))
-    num_bytes = of_root.gathered + sum(gathered[-2:]) + of_root.reduced + reduced[-1]
+    at_once = gathered if keep_gathered else gathered[-2:]
+    num_bytes = of_root.gathered + sum(at_once) + of_root.reduced + reduced[-1]
     num_shards = plan.shard * plan.expert
     if num_shards > 1:
         num_bytes += gathered[-1]

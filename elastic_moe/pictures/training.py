@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.pictures.story import RunStory, curve, loads
+from elastic_moe.whole_files import write_whole
 from launcher.reports import describe_mesh
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def draw_training(path: Path, story: RunStory, marks: Sequence[Mark], title: str
                 _draw_experts(figure, all_axes[3], load_steps, columns)
             all_axes[-1].set_xlabel("step", color=_MUTED)
             figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
-            figure.savefig(path)
+            write_whole(path, figure.savefig)
         finally:
             plt.close(figure)
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ import torch.distributed as dist
 
 from elastic_moe import heap
 from elastic_moe.config import JobConfig, mesh_spec
-from elastic_moe.data import DataConfig
-from elastic_moe.errors import Stopped
+from elastic_moe.errors import Stopped, UserError
 from elastic_moe.events import TrainerEvent
 from elastic_moe.huggingface.config import Upcycling
 from elastic_moe.huggingface.folder import WeightFolder
@@ -29,13 +29,13 @@ from elastic_moe.trainer.room import check_room, room_of
 from elastic_moe.trainer.schedule import may_move
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
-from elastic_moe.trainer.state import DataProgress, training_state
+from elastic_moe.trainer.state import DataProgress, DataState, training_state
 from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.telling import open_teller
 from elastic_moe.trainer.trackers import check_installed
 from elastic_moe.trainer.world import choose_device, choose_plan, process_group
 from launcher import Environment, worker
-from storage import Access, Checkpointer, JobIdentity, SavingOptions
+from storage import Access, Checkpointer, JobIdentity, SavingOptions, StorageError, WrongModel
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def train(job: JobConfig) -> None:
                         **_saving_options(job.checkpoint),
                     )
                 )
-            if checkpointer is None or not restore(checkpointer, state, stepper, progress, job.data):
+            if checkpointer is None or not restore(checkpointer, state, stepper, progress, job):
                 first_weights(stepper.model, job)
             teller = stack.enter_context(open_teller(job, here, plan, device, progress.step))
             signals.begin()
@@ -120,18 +120,23 @@ def first_weights(model: Decoder, job: JobConfig) -> None:
 
 
 def restore(
-    checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress, config: DataConfig
+    checkpointer: Checkpointer, state: dict[str, Any], stepper: Stepper, progress: DataProgress, job: JobConfig
 ) -> bool:
     """Load the newest good checkpoint; whether there is one.
 
     Raises:
-        UserError: it was trained on other data.
+        UserError: it was trained on other data, or is of another model.
     """
-    step = checkpointer.restore(state)
+    try:
+        step = checkpointer.restore(state)
+    except WrongModel:
+        if job.checkpoint.url is not None:
+            _explain_misfit(job.checkpoint.url, progress.data)
+        raise
     if step == 0:
         return False
     if progress.loaded is not None:
-        other_data = progress.data.check(progress.loaded, may_change=config.may_change)
+        other_data = progress.data.check(progress.loaded, may_change=job.data.may_change)
         if dist.get_rank() == 0:
             _tell_changes(step, other_data, changes(progress.loaded, progress.data))
     progress.step = step
@@ -149,6 +154,22 @@ def restore(
     stepper.horizon = progress.horizon
     checkpointer.note(progress.step, state)
     return True
+
+
+def _explain_misfit(url: str, data: DataState) -> None:
+    """Raises UserError with the field of the model that makes a checkpoint's tensors others than the job's.
+
+    Nothing where that cannot be found out: what does not fit has been told of the tensors.
+    """
+    from elastic_moe.trained import TrainedModel  # which a start that finds what it expects does not wait for
+
+    try:
+        with TrainedModel(url) as trained:
+            saved = replace(data, model=trained.config.model_dump())
+    except (StorageError, UserError) as error:
+        log.info("the checkpoint's model is not known: %s", error)
+        return
+    data.check_model(saved)
 
 
 def _tell_changes(step: int, other_data: str, changed: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from elastic_moe.parallel import Meshes, Precision, expect_first_step, materiali
 from elastic_moe.pool import make_pages
 from elastic_moe.trainer.batches import Batches
 from elastic_moe.trainer.changes import settings_of
+from elastic_moe.trainer.config import TrainConfig
 from elastic_moe.trainer.meeting import meanwhile
 from elastic_moe.trainer.optimizer import build_optimizer, moments
 from elastic_moe.trainer.state import DataProgress, DataState
@@ -73,17 +74,17 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
         device=device,
     )
     optimizer = build_optimizer(model, job.optim, exact=train.exact)
-    _make_pages(model, optimizer, plan, compute, exact=train.exact)
+    _make_pages(model, optimizer, plan, compute, train)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
 
 
-def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype, *, exact: bool) -> None:
+def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype, train: TrainConfig) -> None:
     """Have the memory made that a restore and the first step write, while this process goes on.
 
     What the first step takes comes first: a restore is about to write the other.
     """
-    ahead = expect_first_step(model, plan, compute, exact=exact)
+    ahead = expect_first_step(model, plan, compute, exact=train.exact, keep_gathered=train.keep_gathered)
     if ahead is None:
         return
     tensors = [
@@ -123,6 +124,7 @@ def data_state(job: JobConfig, corpus: Corpus) -> DataState:
         document_mask=job.data.document_mask,
         tokenizer_files=corpus.tokenizer.packed() if corpus.tokenizer else b"",
         settings=settings_of(job),
+        tokens=corpus.tokens.value,
     )
 
 

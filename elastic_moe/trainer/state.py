@@ -31,6 +31,8 @@ class DataState:
             exports of the model; b"" without one.
         settings: what else decides about the numbers, see `elastic_moe.trainer.changes`; "" in checkpoints of before it
             was kept.
+        tokens: what token ids stand for, see `elastic_moe.data.corpus.TokenKind`; "" in checkpoints of before it was
+            kept.
     """
 
     seed: int
@@ -43,6 +45,7 @@ class DataState:
     document_mask: bool = False
     tokenizer_files: bytes = b""
     settings: str = ""
+    tokens: str = ""
 
     def check(self, saved: DataState, *, may_change: bool = False) -> str:
         """Compare with what a checkpoint was trained on.
@@ -64,7 +67,7 @@ class DataState:
             )
         for name in ("seed", "global_batch", "seq_len"):
             _refuse_change(f"train.{name}", getattr(saved, name), getattr(self, name))
-        self._check_model(saved)
+        self.check_model(saved)
         return changed
 
     def _changed_data(self, saved: DataState) -> str:
@@ -81,7 +84,8 @@ class DataState:
             return f"with data.validation = {saved.validation}, now {self.validation}"
         return ""
 
-    def _check_model(self, saved: DataState) -> None:
+    def check_model(self, saved: DataState) -> None:
+        """Raises UserError where the checkpoint's model is another one, which may have tensors of the same shapes."""
         if not saved.model:
             log.info("the checkpoint does not say what its model is: its tensors' names and shapes were compared alone")
             return

@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("sets", "line"),
     [
-        (["model.expert_dim=64", "train.steps=2"], "does not fit the state: "),
+        (["model.expert_dim=64", "train.steps=2"], "model.expert_dim is 64 but the checkpoint was trained"),
         (["data.url=none.txt", "checkpoint.url=other"], "data.url 'none.txt'"),
         (["checkpoint.url=job.toml"], "job.toml is a file; a checkpoint URL names a folder"),
         (["checkpoint.url=nowhere://bucket/run"], "no store for nowhere://"),

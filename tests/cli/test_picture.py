@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from elastic_moe.cli import main as cli
 from elastic_moe.pictures.story import curve, loads, read_lines, tell
+from elastic_moe.whole_files import write_whole
 
 RECORDED = Path(__file__).parent / "report"
 
@@ -177,3 +180,22 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setattr("elastic_moe.cli.picture.find_spec", lambda name: None)
     assert report("--picture", tmp_path / "run.png") == 2
     assert "pip install matplotlib, or install elastic-moe with its extra demo" in capsys.readouterr().err
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
+    """A picture, or a calibration: on a full disk, and where what is named is no file."""
+
+    def fails(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    link, path = tmp_path / "link.png", tmp_path / "run.png"
+    link.symlink_to(path)
+    for before in ("", "as it was"):
+        with pytest.raises(OSError, match="No space"):
+            write_whole(path, fails)
+        assert (path.read_text() if path.exists() else "") == before
+        write_whole(link, lambda file: file.write_text("as it was"))
+    assert sorted(tmp_path.iterdir()) == [link, path]
+    write_whole(Path(os.devnull), lambda file: file.write_text("x"))
+    assert Path(os.devnull).is_char_device()

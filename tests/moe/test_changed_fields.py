@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from elastic_moe.config import JobConfig
+from elastic_moe.data.corpus import TokenKind
 from elastic_moe.errors import UserError
 from elastic_moe.trainer.changes import changes
 from elastic_moe.trainer.setup import data_state
@@ -53,7 +54,7 @@ def fields() -> Iterator[tuple[str, str, Any]]:
 
 
 def state_of(job: JobConfig) -> DataState:
-    corpus: Any = SimpleNamespace(fingerprint="f" * 64, tokenizer_digest="", tokenizer=None)
+    corpus: Any = SimpleNamespace(fingerprint="f" * 64, tokenizer_digest="", tokenizer=None, tokens=TokenKind.BYTES)
     return data_state(job, corpus)
 
 
@@ -113,17 +114,17 @@ def test_the_lines(section: str, name: str, value: Any, line: str) -> None:
 
 
 def test_a_checkpoint_that_does_not_say_is_taken(tmp_path: Path) -> None:
-    """One of before settings were kept, restored by what keeps them."""
+    """One of before settings and the kind of tokens were kept, restored by what keeps them."""
     job = JobConfig()
 
     class Former(DataProgress):
         def state_dict(self) -> dict[str, Any]:
-            return {name: value for name, value in super().state_dict().items() if name != "settings"}
+            return {name: value for name, value in super().state_dict().items() if name not in ("settings", "tokens")}
 
     with Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(3, {"data": Former(state_of(job), horizon=100)}, wait=True)
     progress = DataProgress(state_of(changed("optim", "lr", 0.5)), horizon=100)
     with Checkpointer(tmp_path / "run") as ckpt:
         assert ckpt.restore({"data": progress}) == 3
-    assert progress.loaded == replace(state_of(job), settings="")
+    assert progress.loaded == replace(state_of(job), settings="", tokens="")
     assert changes(progress.loaded, progress.data) == []

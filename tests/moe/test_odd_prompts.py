@@ -37,6 +37,11 @@ def test_any_heat_draws_from_all(temperature: float) -> None:
     assert set(drawn(temperature)) == {0, 1, 2, 3}
 
 
+def test_only_what_stands_for_text_is_drawn() -> None:
+    assert drawn(0.0, num_known=1) == [0] * 40
+    assert set(drawn(1e9, num_known=3)) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_told(bad: float) -> None:
     with pytest.raises(UserError, match="logits are not finite: take a healthy step"):

@@ -140,7 +140,7 @@ def test_layers_that_take_turns_have_the_same_gradients(ranks: Ranks, plan: Mesh
     assert all(torch.equal(turns[0][name], plain[0][name]) for name in plain[0])
 
 
-def first_step(plan: MeshPlan, exact: bool) -> tuple[bool, float]:
+def first_step(plan: MeshPlan, exact: bool, kept: bool) -> tuple[bool, float]:
     """Whether what was expected of a first step sufficed for it, and how much of that was taken."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pools, "_LEAST_BYTES", 1)
@@ -148,17 +148,19 @@ def first_step(plan: MeshPlan, exact: bool) -> tuple[bool, float]:
         model, _ = build(DEEP, plan, Precision(exact=exact))
         turns = turns_of(model)
         assert turns is not None
-        expected = expect_first_step(model, plan, torch.float32, exact=exact)
-        begin_round(model, last=True)
+        expected = expect_first_step(model, plan, torch.float32, exact=exact, keep_gathered=kept)
+        begin_round(model, last=True, keep_gathered=kept)
         objective(model, batch(DEEP, 1, 16), num_sequences=1).backward()
         assert expected is not None
         return turns.pool._mapped is expected, turns.pool._next / len(expected)
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["fp32", "exact"])
+@pytest.mark.parametrize(
+    ("exact", "kept"), [(False, False), (True, False), (False, True)], ids=["fp32", "exact", "kept"]
+)
 @pytest.mark.parametrize("plan", [layout(), layout(replicate=2), layout(expert=2)], ids=["alone", "R2", "EP2"])
-def test_a_first_step_takes_what_was_expected(ranks: Ranks, plan: MeshPlan, exact: bool) -> None:
-    for is_enough, part in ranks.run(first_step, plan, exact, world_size=plan.world_size):
+def test_a_first_step_takes_what_was_expected(ranks: Ranks, plan: MeshPlan, exact: bool, kept: bool) -> None:
+    for is_enough, part in ranks.run(first_step, plan, exact, kept, world_size=plan.world_size):
         assert is_enough and part > 0.8
 
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,11 +86,33 @@ def test_an_import_takes_the_tokenizer_along(folder: Path, tmp_path: Path) -> No
     assert imported.data.tokenizer == imported.train.init_from == str(out)
 
 
-def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.txt").write_text("some text of a few lines\nand words\n" * 40)
-    train(job(tmp_path))
-    assert main(["generate", str(tmp_path / "run")]) == 2
-    assert "has 352 tokens, and its checkpoint no tokenizer: give one by --tokenizer" in capsys.readouterr().err
+def test_a_model_of_ids_asks_for_a_tokenizer_and_one_of_bytes_needs_none(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Whatever the size of its vocabulary, of which a sample has what stands for text alone."""
+    text = "some text of a few lines\nand words\n" * 40
+    (tmp_path / "text.txt").write_text(text)
+    np.save(tmp_path / "ids.npy", np.frombuffer(text.encode(), dtype=np.uint8))
+    of_bytes, url = job(tmp_path), str(tmp_path / "run")
+    train(of_bytes)
+    assert main(["generate", url, "--prompt", "wo", "--tokens", "9"]) == 0
+    assert len(capfdbinary.readouterr().out) == len(b"wo") + 9 + len(b"\n")
+    wider = of_bytes.model.model_copy(update={"dim": 2 * of_bytes.model.dim})
+    longer = of_bytes.train.model_copy(update={"steps": 3})
+    with pytest.raises(UserError, match=r"^model\.dim is \d+ but the checkpoint was trained with \d+: set it back, or"):
+        train(of_bytes.model_copy(update={"model": wider, "train": longer}))
+    checkpoint = of_bytes.checkpoint.model_copy(update={"url": f"{url}-of-ids"})
+    of_ids = job(tmp_path, url=str(tmp_path / "ids.npy")).model_copy(update={"checkpoint": checkpoint})
+    train(of_ids)
+    assert main(["generate", f"{url}-of-ids"]) == 2
+    told = b"has 352 tokens, and its checkpoint no tokenizer: give one by --tokenizer (or --tokenizer bytes, if its ids"
+    assert told in capfdbinary.readouterr().err
+    assert main(["generate", f"{url}-of-ids", "--tokenizer", "bytes", "--tokens", "1"]) == 0
+    capfdbinary.readouterr()
+    for run, lacks in ((url, b""), (f"{url}-of-ids", b", without a tokenizer: the checkpoint does not know what")):
+        assert main(["ckpt", "export", run, f"{run}-out", "--quiet"]) == 0
+        assert lacks in capfdbinary.readouterr().out
+        assert Path(f"{run}-out", "tokenizer.json").exists() == (not lacks)
 
 
 def test_a_resume_with_other_data_is_refused_unless_it_may_change(
