@@ -24,7 +24,7 @@ from elastic_moe.model.config import ModelConfig
 from elastic_moe.section import NONE
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
 from elastic_moe.urls import LocalPath
-from launcher import Environment, MeshSpec
+from launcher import Environment, MeshSpec, hide_secrets
 
 ENV_PREFIX = f"{Environment.prefix}_"
 
@@ -242,7 +242,7 @@ def _explain(errors: Sequence[ErrorDetails], file: str, settings: Sequence[Setti
     origin = next((setting.origin for setting in reversed(settings) if setting.path[:depth] == loc[:2]), file)
     others = {tuple(map(str, error["loc"][:2])) for error in errors} - {loc[:2]}  # of a choice there are several
     more = f" (and {len(others)} more)" if others else ""
-    return f"{origin}: {_mistake(first, loc)}{more}"
+    return hide_secrets(f"{origin}: {_mistake(first, loc)}{more}")
 
 
 def _mistake(error: ErrorDetails, loc: tuple[str, ...]) -> str:

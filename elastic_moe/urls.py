@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Strict
 
+from launcher import hide_secrets
+
 # Of "file:" the short form is one: RFC 8089.
 _ONE_SLASH = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/(?!/)")
+_WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/\s:@]*:[^/\s]+@")
 
 
 def _text(value: Any) -> Any:
@@ -23,7 +26,20 @@ def _possible(text: str) -> str:
         raise ValueError(f"{text!r} has a zero byte, which no path or URL has")
     if found := _ONE_SLASH.match(text):  # which would be a folder here, and nobody would miss what was meant
         raise ValueError(f"{text!r} has one slash: write {found[1]}:// for a URL, or ./{found[1]}:/ for a folder")
+    if found := _WITH_PASSWORD.search(text):
+        raise ValueError(
+            f"{hide_secrets(text)!r} has a password, which would be read in logs and by whoever sees the job: take it "
+            f"out, and give it by {_variable(found[1])} in the environment"
+        )
     return os.path.expanduser(text)  # no shell has seen it
+
+
+def _variable(scheme: str) -> str:
+    """By which a store's library takes a password; of the web, a header that holds one."""
+    protocol = scheme.lower().rpartition("+")[2]
+    if protocol in ("s3", "s3a"):
+        return "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return f"FSSPEC_{protocol.upper()}" + ("" if protocol in ("http", "https") else "_PASSWORD")
 
 
 def local_path(text: str) -> str:
@@ -33,7 +49,7 @@ def local_path(text: str) -> str:
         ValueError: it is one.
     """
     if "://" in text:
-        raise ValueError(f"{text!r} is a URL, and must be a path on this machine")
+        raise ValueError(f"{hide_secrets(text)!r} is a URL, and must be a path on this machine")
     return text
 
 

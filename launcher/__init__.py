@@ -3,20 +3,23 @@
 In a script     worker tells the agent how far this rank is and learns from it when to stop: heartbeat, should_stop
                 (a Stop), untimed, alive, yielded, gave_up, event; its context, a WorkerContext, says who this rank is.
                 Without an agent nothing happens, and every call has a sensible answer.
-Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits.
+Meshes          plan and price make a MeshPlan for a world size from a MeshSpec; Infeasible is raised where none fits,
+                and idle_to_fit says how many slots fewer it would have to be.
                 memory_use says what a rank's memory holds on it, a MemoryUse, and step_time how long a step takes, a
                 StepTime; node_loss says what losing one of its nodes costs, a NodeLoss; experts_per_rank,
                 cuts_through and placement_obstacle, how experts lie on it; share_rows (a Sharing by a ShareRule, with
                 copy_rows of a MeshSpec) and Itinerary, which ranks compute a hot expert's rows beside its owner.
 Launching       launch_agent runs one node's agent, as `elastic-moe run` does: LaunchOptions beside torchrun's own, with
                 HangRules, PreflightRules, further Checks, a Planner, and the names of preemption Watchers (entry point
-                group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice).
+                group `elastic_moe.preemption`: factory(argument) -> Watcher, whose poll returns a Notice);
+                parse_signals reads torchrun's --signals-to-handle.
 From outside    open_job is a JobClient: nodes, follow (JobStatus after JobStatus), drain (with a DrainOrder).
 A store         EtcdHost keeps an installed etcd (find_binary) in its EtcdPlace beside the nodes, as `elastic-moe etcd`;
                 parse_members, find_own and read_tls read what that is told, is_loopback tells whether it needs TLS.
 Afterwards      EventName names the events of `events.jsonl`, each of whose lines is an EventRecord; launcher.reports
                 makes from them the account of a job's time.
 Environment     holds what agents set for their workers, and users for agents.
+Text            hide_secrets makes a text fit for logs whose URLs have passwords.
 
 Names are imported when they are first used, and torch only by those that need it.
 """
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from launcher.drain.draining import DrainOrder
     from launcher.drain.notices import Notice
     from launcher.drain.preemption import Watcher
+    from launcher.drain.signals import parse_signals
     from launcher.environment import Environment
     from launcher.events import EventName, EventRecord
     from launcher.health.hangs import Auto, HangLimit, HangRules
@@ -48,13 +52,14 @@ if TYPE_CHECKING:
     from launcher.rounds.formation import Planner
     from launcher.rounds.guests import Itinerary, ShareRule, Sharing, copy_rows, share_rows
     from launcher.rounds.memory import MemoryUse, memory_use
-    from launcher.rounds.mesh import Infeasible, MeshPlan, Priced, plan, price
+    from launcher.rounds.mesh import Infeasible, MeshPlan, Priced, idle_to_fit, plan, price
     from launcher.rounds.placement import cuts_through, experts_per_rank, placement_obstacle
     from launcher.rounds.records import Node
     from launcher.rounds.redundancy import NodeLoss, node_loss
     from launcher.rounds.spec import MeshSpec
     from launcher.rounds.speed import StepTime, step_time
     from launcher.script.worker import Stop, Worker, WorkerContext, worker
+    from launcher.text import hide_secrets
     from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
     from launcher.workers.imports_ahead import Imports
@@ -63,22 +68,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
 __all__ += ["Infeasible", "MemoryUse", "MeshPlan", "MeshSpec", "NodeLoss", "Priced", "StepTime"]
-__all__ += ["memory_use", "node_loss", "plan", "price", "step_time"]
+__all__ += ["idle_to_fit", "memory_use", "node_loss", "plan", "price", "step_time"]
 __all__ += ["Itinerary", "ShareRule", "Sharing", "copy_rows", "share_rows"]
 __all__ += ["cuts_through", "experts_per_rank", "placement_obstacle"]
 __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice", "Planner", "PreflightRules"]
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
-__all__ += ["looks_like_bucket", "unknown_backend"]
+__all__ += ["looks_like_bucket", "parse_signals", "unknown_backend"]
 __all__ += ["MAX_SEATS", "EtcdHost", "EtcdPlace", "find_binary", "find_own", "is_loopback", "parse_members", "read_tls"]
 __all__ += ["keep_to_own", "tied_command"]
 __all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "NodeStatus", "open_job"]
-__all__ += ["Environment", "EventName", "EventRecord"]
+__all__ += ["Environment", "EventName", "EventRecord", "hide_secrets"]
 __all__ += errors.__all__
 
 _ROOMS = {
     "launcher.drain.draining": "DrainOrder",
     "launcher.drain.notices": "Notice",
     "launcher.drain.preemption": "Watcher",
+    "launcher.drain.signals": "parse_signals",
     "launcher.environment": "Environment",
     "launcher.events": "EventName EventRecord",
     "launcher.health.hangs": "Auto HangLimit HangRules",
@@ -94,13 +100,14 @@ _ROOMS = {
     "launcher.rounds.formation": "Planner",
     "launcher.rounds.guests": "Itinerary ShareRule Sharing copy_rows share_rows",
     "launcher.rounds.memory": "MemoryUse memory_use",
-    "launcher.rounds.mesh": "Infeasible MeshPlan Priced plan price",
+    "launcher.rounds.mesh": "Infeasible MeshPlan Priced idle_to_fit plan price",
     "launcher.rounds.placement": "cuts_through experts_per_rank placement_obstacle",
     "launcher.rounds.records": "Node",
     "launcher.rounds.redundancy": "NodeLoss node_loss",
     "launcher.rounds.spec": "MeshSpec",
     "launcher.rounds.speed": "StepTime step_time",
     "launcher.script.worker": "Stop Worker WorkerContext worker",
+    "launcher.text": "hide_secrets",
     "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",
     "launcher.workers.paths": "keep_to_own",

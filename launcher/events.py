@@ -15,6 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.text import hide_secrets
+
 log = logging.getLogger(__name__)
 
 JOB_IS_OVER = "the job is over"
@@ -109,7 +111,7 @@ def append_event(path: Path, *, run_id: str, node: str, generation: int, event: 
         "event": event,
         **fields,
     }
-    line = json.dumps(record, default=str, separators=(",", ":")) + "\n"
+    line = hide_secrets(json.dumps(record, default=str, separators=(",", ":"))) + "\n"
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:

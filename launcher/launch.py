@@ -31,7 +31,7 @@ from launcher.drain.draining import DrainRequest, DrainRequests
 from launcher.drain.notices import Notice
 from launcher.drain.preemption import NoticeWatch, OrderWatcher
 from launcher.drain.preemption import watchers as find_watchers
-from launcher.drain.signals import handle_signals, stop_at_once
+from launcher.drain.signals import HANDLED, handle_signals, stop_at_once
 from launcher.elastic import error_file
 from launcher.elastic.agent import ElasticAgent
 from launcher.elastic.joining import Arrival, Meeting, arrive, join, plan_no_mesh
@@ -63,6 +63,9 @@ log = logging.getLogger(__name__)
 _ZYGOTE_TIMEOUT_S = 60.0
 _LINGER_PERIOD_S = 0.1
 _CAPTURE_S = 10.0  # some 20 GB a rank over PCIe, or from a busy memory
+_SIGNALS = (
+    "TORCHELASTIC_SIGNALS_TO_HANDLE"  # by which torch knows them, which installs handlers of its own for a moment
+)
 _LOG_LINE_PREFIX = "[${role_name}${rank}]:"  # torchrun's has the local rank: the same on one node, ambiguous on several
 
 
@@ -76,6 +79,8 @@ class LaunchOptions:
     """Plans the mesh of each round. Without one every slot gets a worker and workers get no mesh."""
     events_path: Path | None = None
     """Where events.jsonl goes; None writes none."""
+    signals: tuple[signal.Signals, ...] = HANDLED
+    """Those that end this node's part: SIGINT and SIGQUIT at once, the others by a drain."""
     max_restarts: int | None = None
     """At most so many restarts after failures; None: as many as the policy allows."""
     warm_workers: bool = True
@@ -116,7 +121,8 @@ def launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOpt
         RendezvousTimeout: no round was formed in time.
     """
     ask_no_dns()
-    handle_signals(stop_at_once)  # the agent will have its own
+    os.environ[_SIGNALS] = ",".join(one.name for one in extras.signals)
+    handle_signals(stop_at_once, extras.signals)  # the agent will have its own
     try:
         return _launch_agent(config, command, extras)
     except SignalException as stopped:
@@ -143,9 +149,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
         if extras.console is not None:
             extras.console.tell(events)
         runtime_dir = stack.enter_context(private_folder())
-        keep = extras.keep_children or Environment.from_env(os.environ).keep_children
-        if keep:
-            os.environ[Environment.variable("keep_children")] = "1"  # for the guardians of workers and zygote
+        keep = _keeps_children(extras)
         warm = _warm_start(config, command, extras, runtime_dir, events)
         if warm is not None:
             stack.enter_context(warm)
@@ -195,6 +199,7 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             runtime_dir=runtime_dir,
             graces=graces,
             drain=drain,
+            signals=extras.signals,
             warm=warm,
             leftovers=stack.enter_context(Leftovers(runtime_dir, warm, keep=keep)),
             watchdog=Watchdog(extras.hangs, extras.log_dir, events),
@@ -202,6 +207,13 @@ def _launch_agent(config: LaunchConfig, command: Sequence[str], extras: LaunchOp
             sidecar=extras.sidecar,
         )
         return _run(config, member, parts)
+
+
+def _keeps_children(extras: LaunchOptions) -> bool:
+    keep = extras.keep_children or Environment.from_env(os.environ).keep_children
+    if keep:
+        os.environ[Environment.variable("keep_children")] = "1"  # for the guardians of workers and zygote
+    return keep
 
 
 def _get_ready(warm: WarmStart | None, sidecar: Sidecar | None) -> None:

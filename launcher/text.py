@@ -1,12 +1,20 @@
-"""Pieces of messages: how a process ended, and lists that have to stay short. Pure."""
+"""Pieces of messages: how a process ended, lists that have to stay short, and URLs without their secrets. Pure."""
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 
 _MAX_NAMED = 4
 _MAX_CHARS = 300
+_PASSWORD = re.compile(r"(://[^/\s:@'\"]*:)[^/\s'\"]+@")
+# As Amazon, Google and Azure name what signs a URL, and services what they let somebody in for.
+_SIGNED = re.compile(
+    r"([?&;](?:[\w.-]{0,40}(?:token|secret|passw|signature|credential|api[_-]?key|access[_-]?key)[\w.-]{0,40}"
+    r"|sig|pwd|auth)=)[^&;\s'\"#]+",
+    re.IGNORECASE,
+)
 
 
 def describe_end(code: object) -> str:
@@ -28,3 +36,10 @@ def name_some(things: Sequence[str], separator: str = ", ") -> str:
     named = [thing if len(thing) <= _MAX_CHARS else f"{thing[:_MAX_CHARS]}..." for thing in things[:_MAX_NAMED]]
     more = [f"and {len(things) - _MAX_NAMED} more"] if len(things) > _MAX_NAMED else []
     return separator.join([*named, *more])
+
+
+def hide_secrets(text: str) -> str:
+    """The text with `...` for passwords and signatures in its URLs, which logs and events are no place for."""
+    if "://" not in text:
+        return text
+    return _SIGNED.sub(r"\1...", _PASSWORD.sub(r"\1...@", text))

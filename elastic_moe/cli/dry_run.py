@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable
 
-from elastic_moe.cli.planning import GIB, Row, about_guests, add_machines, as_json, job_spec, table
+from elastic_moe.cli.planning import GIB, IdleToFit, Row, about_guests, add_machines, as_json, job_spec, table
 from elastic_moe.errors import UserError
 from launcher import MeshSpec
 
@@ -42,7 +42,11 @@ def dry_run(args: argparse.Namespace) -> int:
         rows = list(table(spec, args))
         print(json.dumps(as_json(spec, rows), indent=2))
         return 0 if any(row.priced for row in rows) else 1
-    return 0 if _print(spec, table(spec, args)) else 1
+    idle = IdleToFit()
+    fits = _print(spec, idle.noting(table(spec, args)))
+    if hint := idle.hint("mesh.max_idle"):
+        print(hint)
+    return 0 if fits else 1
 
 
 def _print(spec: MeshSpec, rows: Iterable[Row]) -> bool:

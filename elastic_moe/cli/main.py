@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from elastic_moe.cli import streams
 from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, PrintVersion, one_line
+from launcher import hide_secrets
 
 _VERBS = ("run", "train", "generate", "demo", "plan", "ckpt", "status", "drain", "report", "etcd")
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -36,7 +37,7 @@ def build_parser(verb: str = "") -> Parser:
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
-        choices=("bash", "zsh"),
+        choices=("bash", "zsh", "fish", "tcsh"),
         help="write the completion script for a shell and exit",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     `argv` defaults to the process's own arguments, and only then a verb may end the process itself.
     """
     streams.open_closed()
+    if argv is None:
+        streams.take_any_text()
     given = sys.argv[1:] if argv is None else argv
     parsed: list[argparse.Namespace] = []
 
@@ -109,7 +112,7 @@ def _call(act: Callable[[], int]) -> int:
 
 def _complain(what: str) -> None:
     try:
-        print(f"{PROG}: error: {what}", file=sys.stderr, flush=True)
+        print(f"{PROG}: error: {hide_secrets(what)}", file=sys.stderr, flush=True)
     except OSError:
         streams.drop_rest(2)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from launcher import hide_secrets
+
 PROG = "elastic-moe"
 USAGE_EXIT_CODE = 2
+_FILES = ("FILE", "FOLDER", "DIR", "PATH", "JOB.toml", "LOG_DIR", "URL")
+_FILE_DESTS = ("log_dir", "training_script", "training_script_args")
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction["Parser"]
@@ -22,9 +27,16 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write, and on stdout fail as any command does that cannot: argparse would go on as if it had."""
+        if message and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line instead of argparse's usage block."""
-        self.exit(USAGE_EXIT_CODE, f"{PROG}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE_EXIT_CODE, f"{PROG}: error: {hide_secrets(message)} (see {self.prog} --help)\n")
 
 
 class PrintCompletion(argparse.Action):
@@ -33,8 +45,25 @@ class PrintCompletion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
         import shtab  # needed by this option alone
 
+        from elastic_moe.cli.run import run_parser  # whose options are those of torch, which is imported for them
+
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"the installed shtab knows no {values}: pip install --upgrade shtab")
+        (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        verbs.choices["run"] = run_parser()
+        _complete_files(parser, shtab.FILE)
         print(shtab.complete(parser, values))
         parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser, by: Any) -> None:
+    """Have what is a file or a folder completed as one: arguments that say so by their name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _complete_files(inner, by)
+        elif action.nargs != 0 and (action.metavar in _FILES or action.dest in _FILE_DESTS):
+            setattr(action, "complete", by)  # noqa: B010 - where shtab looks for it
 
 
 class PrintVersion(argparse.Action):

@@ -8,7 +8,17 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from elastic_moe.cli.parser import add_set, natural_int, positive_int
-from elastic_moe.cli.planning import GIB, Row, about_guests, add_machines, as_json, job_spec, seconds, table
+from elastic_moe.cli.planning import (
+    GIB,
+    IdleToFit,
+    Row,
+    about_guests,
+    add_machines,
+    as_json,
+    job_spec,
+    seconds,
+    table,
+)
 from elastic_moe.errors import UserError
 from launcher import MeshSpec
 
@@ -23,8 +33,9 @@ its layers computed again in the backward pass, on ranks of 141 GiB (H200).
 each number of nodes: "nodes", "slots", and either "mesh" (replicate, shard,
 expert, idle, micro_batch, rounds), "step_s" and "memory_bytes" (both modelled,
 for one rank), "step" and "memory" (what they are made of) and "node_loss", or
-"infeasible" with the reason, and "leanest" (the same of the plan that takes the
-least memory) where memory is what does not suffice.
+"infeasible" with the reason, "leanest" (the same of the plan that takes the
+least memory) where memory is what does not suffice, and "idle_to_fit" where
+fewer ranks would have a mesh: the slots that would stay idle, for --max-idle.
 
 What losing one node costs ("a lost node", "node_loss"): "0 steps" where the
 other nodes hold replicas of all that it held, so that the state after the last
@@ -73,7 +84,10 @@ def handle(args: argparse.Namespace) -> int:
         rows = list(table(spec, args))
         print(json.dumps(as_json(spec, rows), indent=2))
         return 0 if any(row.priced for row in rows) else 1
-    has_mesh = _print_table(table(spec, args))
+    idle = IdleToFit()
+    has_mesh = _print_table(idle.noting(table(spec, args)))
+    if hint := idle.hint("--max-idle"):
+        print(hint)
     if assumed := about_guests(spec):
         print(assumed)
     return 0 if has_mesh else 1

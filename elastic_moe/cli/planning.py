@@ -8,18 +8,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from elastic_moe.cli.parser import node_range, positive_float, positive_int
 from elastic_moe.errors import UserError
-from launcher import Infeasible, MeshSpec, NodeLoss, Priced, node_loss, price
+from launcher import Infeasible, MeshSpec, NodeLoss, Priced, idle_to_fit, node_loss, price
 
 GIB = 1 << 30
 DEFAULT_NODES = range(1, 17)
 DEFAULT_SLOTS_PER_NODE = 8
 _TELL_EVERY_S = 5.0
 _SLOTS_MAX = 10**8
+_NODES_NAMED = 16
+_HINTED_SLOTS_MAX = 10**4  # beyond which dozens of further plans take their time
 
 
 def add_machines(parser: argparse.ArgumentParser | argparse._ArgumentGroup, memory_help: str) -> None:
@@ -52,7 +54,8 @@ def job_spec(path: str, args: argparse.Namespace) -> MeshSpec:
 class Row:
     """The plan of one number of nodes: `priced` and what the loss of one costs, or the reason why there is none.
 
-    Where only memory does not suffice, `leanest` is what would take the least.
+    Where only memory does not suffice, `leanest` is what would take the least. `idle_to_fit`: where fewer ranks have a
+    mesh, so many slots would stay idle.
     """
 
     nodes: int
@@ -61,6 +64,34 @@ class Row:
     infeasible: str = ""
     loss: NodeLoss | None = None
     leanest: Priced | None = None
+    idle_to_fit: int | None = None
+
+
+class IdleToFit:
+    """Notes, of rows that go by, which numbers of nodes would have a mesh if some slots might stay idle."""
+
+    def __init__(self) -> None:
+        self._nodes_by_idle: dict[int, list[int]] = {}
+
+    def noting(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows as they come."""
+        for row in rows:
+            if row.idle_to_fit:
+                self._nodes_by_idle.setdefault(row.idle_to_fit, []).append(row.nodes)
+            yield row
+
+    def hint(self, option: str) -> str:
+        """A line for each number that `option` might be given; "" where that would help nobody."""
+        return "\n".join(
+            f"with {option} {idle} these would train too, on {idle} rank{'s'[: idle - 1]} fewer: {_named(nodes)}"
+            for idle, nodes in sorted(self._nodes_by_idle.items())
+        )
+
+
+def _named(nodes: Sequence[int]) -> str:
+    more = len(nodes) - _NODES_NAMED
+    named = ", ".join(map(str, nodes[:_NODES_NAMED]))
+    return f"{named}{f' and {more} more numbers of' if more > 0 else ''} node{'' if nodes == [1] else 's'}"
 
 
 def table(spec: MeshSpec, args: argparse.Namespace) -> Iterator[Row]:
@@ -89,7 +120,8 @@ def _planned(spec: MeshSpec, sizes: range, slots_per_node: int, *, tells: bool) 
             priced = price(slots, spec, ranks_per_node=slots_per_node)
             yield Row(num_nodes, slots, priced, loss=node_loss(priced.plan, slots_per_node))
         except Infeasible as error:
-            yield Row(num_nodes, slots, None, str(error), leanest=error.leanest)
+            idle = idle_to_fit(slots, spec, slots_per_node) if slots <= _HINTED_SLOTS_MAX else None
+            yield Row(num_nodes, slots, None, str(error), leanest=error.leanest, idle_to_fit=idle)
 
 
 def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
@@ -97,6 +129,8 @@ def as_json(spec: MeshSpec, rows: Iterable[Row]) -> dict[str, Any]:
     plans: list[dict[str, Any]] = []
     for row in rows:
         outcome: dict[str, Any] = {"infeasible": row.infeasible}
+        if row.idle_to_fit:
+            outcome["idle_to_fit"] = row.idle_to_fit
         if row.leanest:
             outcome["leanest"] = _modelled(row.leanest)
         if row.priced:

@@ -15,7 +15,7 @@ from elastic_moe.cli.parser import PROG, local, one_line
 from elastic_moe.cli.picture import check_picture, draw_picture, find_metrics
 from elastic_moe.cli.timeline import moment, timeline
 from elastic_moe.errors import UserError
-from launcher import EventName, EventRecord
+from launcher import EventName, EventRecord, hide_secrets
 from launcher.reports import (
     Cause,
     Goodput,
@@ -134,8 +134,8 @@ def _told(tell: Callable[[str, Sequence[EventRecord]], T], events: Sequence[Even
 
 
 def _harmless(line: str) -> str:
-    """The line without what a terminal would obey: scripts write events of their own, with any text."""
-    return "".join(char if char.isprintable() else " " for char in line)
+    """The line without what a terminal would obey, and secrets: scripts write events of their own, with any text."""
+    return hide_secrets("".join(char if char.isprintable() else " " for char in line))
 
 
 def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:

@@ -10,25 +10,30 @@ import gc
 import logging
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from elastic_moe.cli.console import log_to_console
-from elastic_moe.cli.parser import PROG, positive_float
+from elastic_moe.cli.parser import PROG, one_line, positive_float
+from elastic_moe.cli.torchrun_options import check_script, check_values, choose_backend, torchrun_parser
 from elastic_moe.errors import UserError
-from launcher import Auto, HangLimit, HangRules, MeshPlan, PreflightRules, plan
+from launcher import Auto, HangLimit, HangRules, Infeasible, MeshPlan, MeshSpec, PreflightRules, idle_to_fit, plan
 
 if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
     from elastic_moe.cli.parser import Subparsers
     from launcher import Planner
     from storage import CheckpointService
 
+log = logging.getLogger(__name__)
+
 _OUR_TRAINER = ("-m", "elastic_moe", "train")
 _SAVES = re.compile(r"^\s*(from|import) (storage|elastic_moe\.integrations)\b", re.MULTILINE)
 _TEXT_CHARS_MAX = 1024 * 1024
+_NODES_TRIED = 16
 _EPILOG = """\
 Exit codes: 0 the job is done; 1 it failed and --max-restarts is used up; 2 wrong usage, of this command or of the
 workers' program; 70 the program fails at start, again in the same way, or without progress: do not requeue; 75 too few
@@ -109,17 +114,15 @@ def handle(args: argparse.Namespace) -> int:
     try:
         config, command, command_args = config_from_args(given)
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(one_line(str(error))) from error
     except OSError as error:
         raise UserError(f"--log-dir {given.log_dir}: {error.strerror}") from error
-    if config.nproc_per_node < 1:
-        raise UserError(f"--nproc-per-node {given.nproc_per_node}: a node runs at least one worker")
-    if not isinstance(command, str):
-        raise UserError("--run-path: not supported; leave it out, the script runs in a process of its own")
+    assert isinstance(command, str), "--run-path is refused"
     extras = LaunchOptions(
         node_name=given.node_name,
         max_restarts=given.max_restarts_given,
-        planner=_planner(given.mesh) if given.mesh else None,
+        signals=given.signals,
+        planner=_planner(given.mesh, config) if given.mesh else None,
         warm_workers=not given.cold_workers,
         keep_children=given.keep_children,
         zygote=args.zygote,
@@ -141,16 +144,14 @@ def handle(args: argparse.Namespace) -> int:
         return launch_agent(config, [command, *command_args], replace(extras, console=console))
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    from torch.distributed.run import get_args_parser
-
-    parser = get_args_parser()
+def run_parser() -> argparse.ArgumentParser:
+    """torchrun's parser, with our own options."""
+    parser = torchrun_parser()
     parser.prog = f"{PROG} run"
     parser.description = "Run a script on this node as part of an elastic job."
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
-    setattr(parser, "error", _usage_error)  # noqa: B010 (torchrun's parser tells its whole usage with each mistake)
     ours = parser.add_argument_group("elastic-moe")
     ours.add_argument("--node-name", default="", help="name of this node in events and logs (default: its host name)")
     ours.add_argument(
@@ -170,13 +171,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_leaving(ours)
     _add_watching(ours)
     _add_preflight(ours)
-    _keep_apart_default(parser)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    given = run_parser().parse_args(arguments)
     given.max_restarts_given = given.max_restarts
     given.max_restarts = given.max_restarts or 0
-    _check_silence(given)
-    _choose_backend(given)
-    _check_script(given)
+    check_values(given)
+    choose_backend(given)
+    check_script(given)
     return given
 
 
@@ -297,68 +301,35 @@ def _limit(text: str) -> HangLimit:
         raise argparse.ArgumentTypeError(f"{error}, nor one of {', '.join(Auto)}") from None
 
 
-def _check_silence(given: argparse.Namespace) -> None:
-    """Refuse --silence-timeout without output in files: every worker would look silent, or none."""
-    streams = [part.rpartition(":")[2] for text in (given.redirects, given.tee) for part in text.split(",")]
-    if given.silence_timeout is not None and set(streams) <= {"0"}:
-        raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
+def _planner(job_path: str, config: LaunchConfig) -> Planner:
+    """Plans meshes for the job of that file.
 
-
-def _keep_apart_default(parser: argparse.ArgumentParser) -> None:
-    """Tell no --max-restarts from 0, which torchrun does not: without it the policy decides."""
-    if parser.get_default("max_restarts") == 0:  # a string if PET_MAX_RESTARTS names one
-        parser.set_defaults(max_restarts=None)
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise UserError(f"{message} (see {PROG} run --help)")
-
-
-def _choose_backend(given: argparse.Namespace) -> None:
-    """Choose where nodes meet if the user left it open: one node needs no store, several meet at an embedded one, or in
-    the folder or bucket that the endpoint names.
+    Raises:
+        UserError: the file is none, or the job has no mesh on this node, which is the only one.
     """
-    from launcher import BACKENDS, OUTLIVING, looks_like_bucket, unknown_backend
-
-    alone = given.standalone or given.nnodes in ("1", "1:1")
-    if given.rdzv_backend in ("static", "c10d"):
-        given.rdzv_backend = "memory" if alone and not given.rdzv_endpoint else "embedded"
-        if looks_like_bucket(given.rdzv_endpoint):
-            given.rdzv_backend = "bucket"
-    if given.rdzv_backend not in BACKENDS:
-        raise UserError(f"--rdzv-backend {given.rdzv_backend}: {unknown_backend(given.rdzv_backend)}")
-    if given.rdzv_backend == "embedded" and not given.rdzv_endpoint:
-        raise UserError("--rdzv-endpoint: several nodes need HOST:PORT of the first one to meet at")
-    if given.rdzv_backend == "embedded" and given.rdzv_endpoint.strip().endswith(":0") and not alone:
-        raise UserError(
-            f"--rdzv-endpoint {given.rdzv_endpoint}: port 0 is any free one, which other nodes could not know; give one"
-        )
-    if given.rdzv_backend == "etcd3" and not given.rdzv_endpoint:
-        raise UserError("--rdzv-endpoint: etcd3 needs HOST:PORT of the etcd, or several, separated by commas")
-    if given.rdzv_backend == "bucket" and not given.rdzv_endpoint:
-        raise UserError("--rdzv-endpoint: bucket needs a folder that all nodes share, or a URL (s3://bucket/meet)")
-    if given.rdzv_id in (None, "none"):
-        if given.rdzv_backend in OUTLIVING:  # such a store outlives jobs: two that share a name would be one
-            raise UserError(
-                "--rdzv-id: jobs that share an etcd or a bucket need names of their own; the same on all nodes of one"
-            )
-        given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
-    if "/" in given.rdzv_id:  # it names a folder of --log-dir, and keys in the store
-        raise UserError(f"--rdzv-id {given.rdzv_id!r}: may not hold a '/'")
-
-
-def _check_script(given: argparse.Namespace) -> None:
-    """Refuse a script that is not there at once, instead of by every worker of every restart."""
-    if not given.module and not given.no_python and not Path(given.training_script).is_file():
-        raise UserError(f"script {given.training_script!r}: no such file")
-
-
-def _planner(job_path: str) -> Planner:
     from elastic_moe.config import load, mesh_spec
 
     spec = mesh_spec(load(job_path, environ=os.environ))
+    if why := _obstacle(spec, config):
+        if config.max_nodes == 1:
+            raise UserError(f"--mesh {job_path}: {why}")
+        log.warning("--mesh %s: %s; nor for more nodes such as this one: the job waits for other ones", job_path, why)
 
     def planner(slots: Sequence[int], previous: MeshPlan | None) -> MeshPlan:
         return plan(sum(slots), spec, ranks_per_node=list(slots), previous=previous)
 
     return planner
+
+
+def _obstacle(spec: MeshSpec, config: LaunchConfig) -> str:
+    """Why no number of nodes like this one has a mesh; "" if one has, among the first few that the job may have."""
+    slots, found = config.nproc_per_node, ""
+    for num_nodes in range(config.min_nodes, min(config.max_nodes, config.min_nodes + _NODES_TRIED - 1) + 1):
+        try:
+            plan(num_nodes * slots, spec, ranks_per_node=slots)
+        except Infeasible as error:
+            idle = idle_to_fit(num_nodes * slots, spec, slots) if not found else None
+            found = found or str(error) + (f" (with mesh.max_idle = {idle} there is one)" if idle else "")
+        else:
+            return ""
+    return found

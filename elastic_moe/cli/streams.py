@@ -29,6 +29,12 @@ def open_closed() -> None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
 
 
+def take_any_text() -> None:
+    """Have stdout write `\\xNN` for what its encoding lacks, as stderr does: names, in a locale without UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class _Outliving(io.FileIO):
     def write(self, data: Any) -> int:
         try:

@@ -16,7 +16,7 @@ from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.dry_run import add_dry_run, dry_run, refuse_without
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
 from elastic_moe.errors import NotFinite
-from launcher import Environment
+from launcher import Environment, hide_secrets
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
@@ -99,8 +99,9 @@ def _tell_agent(message: str, callstack: str) -> bool:
     if not path:
         return False
     extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
+    told = json.dumps({"message": {"message": message, "extraInfo": extra}})
     try:
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        Path(path).write_text(hide_secrets(told))
     except OSError as problem:
         logging.getLogger(__name__).warning("the agent is not told of the error: %s", problem)
         return False

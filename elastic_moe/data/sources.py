@@ -176,12 +176,22 @@ def check_tokens(dtype: np.dtype[Any], shape: tuple[int, ...], path: str) -> Non
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """Options of fsspec's for the web: aiohttp gives a file five minutes in all, also one that is read in one go."""
+    """Options of fsspec's for the web: aiohttp gives a file five minutes in all, also one that is read in one go.
+
+    What fsspec's own configuration says (headers, by `FSSPEC_HTTPS` say) stays.
+    """
     if not url.startswith(("http://", "https://")):
         return {}
     from aiohttp import ClientTimeout
 
-    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)}}
+    known = {name: value for scheme in ("http", "https") for name, value in _client_options(scheme).items()}
+    timeout = ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    return {"client_kwargs": {"timeout": timeout, **known}}
+
+
+def _client_options(scheme: str) -> dict[str, Any]:
+    found = fsspec.config.conf.get(scheme, {}).get("client_kwargs")
+    return found if isinstance(found, dict) else {}
 
 
 def _expand(fs: Any, path: str) -> dict[str, Any]:

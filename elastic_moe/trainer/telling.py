@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from elastic_moe.trainer.progress import LiveLine, Pace, Progress, wants_line
 from elastic_moe.trainer.step import StepResult
 from elastic_moe.trainer.throughput import flops_per_token, peak_flops
 from elastic_moe.trainer.trackers import Careful, open_trackers
-from launcher import MeshPlan, WorkerContext
+from launcher import MeshPlan, WorkerContext, hide_secrets
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +156,7 @@ def open_teller(
     with contextlib.ExitStack() as stack:
         if train.metrics is not None:
             teller.metrics = stack.enter_context(MetricsFile(train.metrics))
-        settings = job.model_dump(mode="json")
+        settings: dict[str, Any] = json.loads(hide_secrets(job.model_dump_json()))
         named = {"tensorboard": train.tensorboard, "wandb": train.wandb}
         for tracker in open_trackers(**named, completed=completed, run_id=here.run_id, settings=settings):
             stack.callback(tracker.close)

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+from launcher.errors import UsageError
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_NOT_OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)  # the system's, and what children end by
 
 
-def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+def parse_signals(text: str | None) -> tuple[signal.Signals, ...]:
+    """The signals of `--signals-to-handle`, names with commas between; those that are handled without it for None.
+
+    Raises:
+        UsageError: one of them is none, or nobody can handle it.
+    """
+    if text is None:
+        return HANDLED
+    found = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        known = signal.Signals.__members__.get(name.upper())
+        if known is None or known in _NOT_OURS:
+            raise UsageError(
+                f"--signals-to-handle {name}: no signal that an agent can handle; give names such as SIGTERM,SIGUSR1"
+            )
+        found.append(known)
+    return tuple(dict.fromkeys(found))
+
+
+def handle_signals(
+    handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals] = HANDLED
+) -> None:
     """Have `handler` called for each of them. Does nothing outside the main thread, which alone can ask for signals.
 
     Where whoever started this process ignores the end of children (SIGCHLD), that is told from here on: else none of
@@ -21,7 +45,7 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for handled in _HANDLED:
+        for handled in signals:
             signal.signal(handled, handler)
 
 

@@ -89,7 +89,7 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
         self._pids: list[int] = []
         self._workers = LocalWorkers(parts.runtime_dir, 0, ())
         self._started_s = 0.0
-        self._drain = parts.drain
+        self._drain, self._signals = parts.drain, parts.signals
         self._supervisor = Supervisor(member, parts.drain, parts.graces, self._emit, parts.watchdog)
         self._supervising = False
         self._oom_kills_before = 0
@@ -327,12 +327,12 @@ class ElasticAgent(AgentSteps, LocalElasticAgent):
     # --- signals
 
     def install_signal_handlers(self) -> None:
-        """Have SIGTERM and SIGHUP drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
-        handle_signals(self._on_signal)
+        """Have SIGTERM, SIGHUP and others drain this node; a second one, SIGINT and SIGQUIT stop it at once."""
+        handle_signals(self._on_signal, self._signals)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         received = signal.Signals(signum)
-        gentle = received in (signal.SIGTERM, signal.SIGHUP)
+        gentle = received not in (signal.SIGINT, signal.SIGQUIT)
         if gentle and self._drain.ask_signal(received, time.monotonic()) and self._supervising:
             return
         stop_at_once(signum, frame)

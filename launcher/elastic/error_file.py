@@ -16,6 +16,7 @@ import traceback
 from typing import Any
 
 from launcher.rounds.records import Round
+from launcher.text import hide_secrets
 from launcher.workers.program import ERROR_FILE_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ def _put(told: dict[str, Any]) -> None:
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path:
         return
-    data = json.dumps(told).encode()
+    data = hide_secrets(json.dumps(told)).encode()
     extra = told["message"].get("extraInfo")
     limit_bytes = _MAX_BYTES.get(path)
     while limit_bytes is not None and len(data) > limit_bytes and isinstance(extra, dict) and extra.get("py_callstack"):
         too_long = -(-(len(data) - limit_bytes) // 6)  # JSON writes a character in at most six bytes
         extra["py_callstack"] = str(extra["py_callstack"])[too_long:]  # its end tells most
-        data = json.dumps(told).encode()
+        data = hide_secrets(json.dumps(told)).encode()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class AgentParts:
     """Private to this node; workers and agent share what lies there."""
     graces: GracePeriods
     drain: DrainRequests
+    signals: tuple[signal.Signals, ...]
+    """Those that end this node's part of the job."""
     warm: WarmStart | None
     """Forks the workers; None: each is a new process."""
     leftovers: Leftovers

@@ -35,10 +35,14 @@ LEASE_ENDED = "lost: its lease ended"
 
 @dataclass(frozen=True)
 class Departure:
-    """A node that is no longer there, and how it went: LEFT, LEFT_AT_ONCE, or "lost: ..."."""
+    """A node that is no longer there, and how it went: LEFT, LEFT_AT_ONCE, or "lost: ...".
+
+    `silent_s`: where its lease ended, how long that was; 0 if that is not known.
+    """
 
     node_id: str
     how: str
+    silent_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ class NodeEngine:
             elif gone.how in (LEFT, LEFT_AT_ONCE):
                 self._report(EventName.NODE_LEFT, generation=generation, node_left=gone.node_id)
             else:
-                silent = {"silent_s": self._grace_s} if gone.how == LEASE_ENDED else {}
+                silent = {"silent_s": gone.silent_s or self._grace_s} if gone.how == LEASE_ENDED else {}
                 self._report(
                     EventName.NODE_LOST, generation=generation, node_lost=gone.node_id, reason=gone.how, **silent
                 )

@@ -241,7 +241,8 @@ class Registration:
             return [*done, self._asking.ask(Grant(Lane.RECORD, self._lease_ttl_s))]
         if self._in_doubt:
             return [self._asking.ask(Get(Lane.RECORD, self._key))]
-        self.change(status=Status.EXCLUDED if self._unfit else self.record.status, failure=None)
+        status = Status.EXCLUDED if self._unfit else self.record.status
+        self.change(status=status, failure=None, lease_ttl_s=self._candidate.ttl_s)
         put = self._write(self._candidate)
         self._offered.add(put.value)
         return [put]

@@ -161,4 +161,4 @@ class Roster:
         self._fell.pop(node.node_id, None)
         self._nodes_changed_s = now_s
         how = (LEFT if node.yielded else LEFT_AT_ONCE) if node.reason == LEFT else LEASE_ENDED
-        return Departure(node.node_id, self._departed.setdefault(node.node_id, how))
+        return Departure(node.node_id, self._departed.setdefault(node.node_id, how), node.lease_ttl_s)

@@ -15,7 +15,9 @@ among those within 2 % of the best prefers stability and redundancy over the las
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from launcher.rounds.speed import StepTime, node_stride, step_time
 
 # Plans whose modelled step times differ by less are equally fast: the model is no more exact than that.
 TIE = 0.02
+_IDLE_TRIED, _NODES_TRIED = 64, 8
 _ALL_MICRO_BATCHES = 64  # up to which each that needs another number of rounds is tried
 
 
@@ -171,6 +174,22 @@ def price(
     limit_s = min(option.step_s for option in priced) * (1 + TIE)
     close = [option for option in priced if option.step_s <= limit_s]
     return min(close, key=lambda option: preference(option, spec, previous, ranks_per_node))
+
+
+def idle_to_fit(world_size: int, spec: MeshSpec, ranks_per_node: int) -> int | None:
+    """How many slots would have to stay idle for a mesh where `spec.max_idle` are too few; None if that is not known.
+
+    Looked at are up to a node's slots, and then whole nodes, a few of them: to say what would help, not what is best.
+    """
+    within_node = range(spec.max_idle + 1, ranks_per_node + 1)[:_IDLE_TRIED]
+    nodes = range(2 * ranks_per_node, (1 + _NODES_TRIED) * ranks_per_node + 1, ranks_per_node)
+    for idle in itertools.chain(within_node, nodes):
+        if not spec.max_idle < idle < world_size:
+            continue
+        with contextlib.suppress(Infeasible):
+            price(world_size - idle, spec.replace(max_idle=0), ranks_per_node=ranks_per_node)
+            return idle
+    return None
 
 
 def preference(

@@ -168,6 +168,7 @@ class Node:
     yielded: bool = False  # its workers stopped at a step boundary that all ranks agreed on
     worker_store: str = ""  # "ADDRESS PORT" of the store that it hosts for the workers of its generation
     cannot_reach: tuple[str, ...] = ()  # participants of its generation that do not answer it (`partitions`)
+    lease_ttl_s: float = 0.0  # of the lease that the record goes with; 0 if it is not written yet
     seniority: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:

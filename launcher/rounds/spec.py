@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-FLOAT64_BYTES = 8
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +113,11 @@ class MeshSpec:
     def layer_dense_params(self) -> float:
         """Parameters of one layer outside its experts."""
         return (self.dense_params - self.root_params) / self.num_layers
+
+    @property
+    def apart_router_params(self) -> int:
+        """Parameters of a layer's router where it is a unit of its own, as the layer's would round it; or 0."""
+        return self.num_experts * self.model_dim if self.activation_bytes < FLOAT32_BYTES else 0
 
     @property
     def layer_expert_params(self) -> float:

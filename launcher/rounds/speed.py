@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from launcher.rounds.mesh import MeshPlan
     from launcher.rounds.spec import MeshSpec
 
-# Passes over a layer's parameters in one forward and backward pass: gathered twice (read and written), read by forward
-# and backward, and their gradient written.
-_PASSES_OVER_PARAMS = 7
+# Passes over a layer's parameters: a gather reads and writes them, a pass reads them, backward writes a gradient.
+_PASSES_OF_GATHER = 2
 # AdamW reads parameter, gradient and two moments and writes three of them; clipping reads the gradient.
 _STEP_BYTES_PER_PARAM = 4 * 8
 _PARAM_BYTES = 4
@@ -80,17 +79,21 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     # Experts are a unit of their own where they are sharded otherwise than what is around them, or exact: in float64.
     exact = spec.is_exact
     apart = mesh.expert > 1 or exact
-    num_units = (1 + apart) * spec.num_layers + bool(spec.root_params)
+    router = spec.apart_router_params
+    num_units = (1 + apart + bool(router)) * spec.num_layers + bool(spec.root_params)
 
     def over_shards(bytes_per_param: int, layers: int, roots: int) -> float:
         """Gather the parameters, or reduce the gradients, of so many layers over their shards, and of the root."""
         of_experts = FLOAT64_BYTES if exact else bytes_per_param
-        dense, root = (params * bytes_per_param for params in (spec.layer_dense_params, spec.root_params))
+        dense_params = max(0.0, spec.layer_dense_params - router)
+        dense, root = (params * bytes_per_param for params in (dense_params, spec.root_params))
         experts = experts_own * mesh.shard / spec.num_layers * of_experts
         if apart:
             layer_s = links.collective_s(block, block, dense) + links.collective_s(mesh.shard, block, experts)
         else:
             layer_s = links.collective_s(block, block, dense + experts)
+        if router:
+            layer_s += links.collective_s(block, block, router * _PARAM_BYTES)
         return layers * layer_s + (roots * links.collective_s(block, block, root) if root else 0.0)
 
     rounds, turns = mesh.rounds, links.turns
@@ -102,10 +105,11 @@ def step_time(mesh: MeshPlan, spec: MeshSpec, *, ranks_per_node: int | Sequence[
     # What the backward pass begins with stays gathered: the last layer and the root. Counting is a forward pass alone.
     num_gathered = (2 + counts) * spec.num_layers - 1, 1 + counts
     once, kept = (spec.num_layers, 1), spec.keep_gathered
+    passes = rounds * (num_forward + 2) + _PASSES_OF_GATHER * (1 if kept else rounds * (2 + counts))
     return StepTime(
         compute=turns * rounds * again * 6 * active * tokens / spec.flops_per_s,
         launch=turns * rounds * again * spec.num_layers * spec.layer_launch_s,
-        weights=turns * rounds * _PASSES_OVER_PARAMS * whole * spec.activation_bytes / spec.memory_bytes_per_s,
+        weights=turns * passes * whole * spec.activation_bytes / spec.memory_bytes_per_s,
         exchange=rounds * spec.num_layers * (links.exchange_s(rows_bytes, num_forward) + turns * copies_s),
         gather=(1 if kept else rounds) * over_shards(spec.activation_bytes, *(once if kept else num_gathered)),
         reduce=over_shards(spec.reduce_bytes, *once),

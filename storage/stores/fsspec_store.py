@@ -39,6 +39,7 @@ _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 _NUM_REQUESTS = 32
 _STREAMED_SIZE_BYTES = 64 * 1024 * 1024
 _NUM_PARTS_AHEAD = 4
+_PASSWORD = re.compile(r"([^/\s:@]*):[^/\s]+@")
 _TMP = ".tmp"  # as in a folder that is opened without fsspec (see `storage.stores.atomic_files`)
 _TMP_NAME = re.compile(r"/[0-9a-f]{32}/?$")
 _TMP_AGE_S = 24 * 3600.0
@@ -263,7 +264,12 @@ class FsspecStore(ObjectStore):
 
 def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
     """Open `protocol_url` with fsspec; `url` is what the user wrote. Raises BadURL."""
-    protocol = protocol_url.partition("://")[0]
+    protocol, _, rest = protocol_url.partition("://")
+    if found := _PASSWORD.match(rest):  # each message names the URL
+        raise BadURL(
+            f"{protocol}://{found[1]}:...@... has a password, which logs and checkpoints would tell: take it out, and"
+            f" give it to fsspec by FSSPEC_{protocol.upper()}_PASSWORD in the environment"
+        )
     try:
         fs, root = fsspec.core.url_to_fs(protocol_url, use_listings_cache=False)
     except ImportError as error:

@@ -52,6 +52,11 @@ def test_mixtral_on_one_to_sixteen_nodes(job: str, capsys: pytest.CaptureFixture
         assert sum(map(float, row[-9:-2])) == pytest.approx(total, abs=0.05)
         assert fits == ("yes" if total <= 80 else "no")
     assert {row[-1] for row in rows} == {"yes", "no"}
+    odd = ", ".join(map(str, range(3, 17, 2)))
+    assert lines[19:] == [f"with mesh.max_idle 8 these would train too, on 8 ranks fewer: {odd} nodes"]
+    assert call("plan", "--job", job, "--nodes", "3", "--memory-gib", "80") == 1
+    assert capsys.readouterr().out.endswith("\nwith --max-idle 8 these would train too, on 8 ranks fewer: 3 nodes\n")
+    assert call("plan", "--job", job, "--nodes", "3", "--memory-gib", "80", "--max-idle", "8") == 0
 
 
 def test_as_json(job: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +71,7 @@ def test_as_json(job: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(found["memory"].values()) == found["memory_bytes"]
         assert sum(found["step"].values()) == pytest.approx(found["step_s"])
         assert (found["memory_bytes"] <= 80 * GIB) == ("infeasible" not in row)
+    assert [row["nodes"] for row in answer["plans"] if row.get("idle_to_fit") == 8] == list(range(3, 17, 2))
 
 
 def test_memory_comes_from_the_flag_or_the_job_or_is_80(job: str, capsys: pytest.CaptureFixture[str]) -> None:

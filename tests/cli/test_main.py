@@ -14,6 +14,7 @@ import pytest
 from elastic_moe.cli import main as cli
 from elastic_moe.cli import plan, planning
 from elastic_moe.cli.parser import node_range
+from elastic_moe.cli.run import run_parser
 from elastic_moe.errors import UserError
 from launcher import MeshSpec, Priced, price
 
@@ -47,12 +48,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count(".") == 2
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Knows the options of each verb, torchrun's among them."""
     assert call("--print-completion", shell) == 0
     script = capsys.readouterr().out
-    assert "slots-per-node" in script
     assert "elastic-moe" in script
+    lacking = {option for option in all_options() if option not in script}
+    assert not lacking
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def all_options() -> set[str]:
+    verbs = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    parsers = [*(parser for name, parser in verbs.choices.items() if name != "run"), run_parser()]
+    while nested := [a for p in parsers for a in p._actions if isinstance(a, argparse._SubParsersAction)]:
+        parsers = [p for p in parsers if not any(a in p._actions for a in nested)]
+        parsers += [inner for action in nested for inner in action.choices.values()]
+    shown = (a for parser in parsers for a in parser._actions if a.help != argparse.SUPPRESS)
+    return {name.lstrip("-") for action in shown for name in action.option_strings if name.startswith("--")}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import math
 import os
 import re
@@ -12,11 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from pydantic import Strict
 
 from elastic_moe import config
+from elastic_moe.cli.console import ZonedFormatter
 from elastic_moe.errors import UserError
 from elastic_moe.section import Section
-from launcher import Infeasible, MeshSpec, price
+from launcher import Infeasible, MeshSpec, hide_secrets, price
+from launcher.events import append_event
 from launcher.rounds.mesh import _rounds
 
 ODD: list[Any] = [
@@ -41,6 +46,11 @@ def types_of(annotation: Any) -> set[Any]:
     if inner := typing.get_args(annotation):
         return {each for one in inner for each in types_of(one)}
     return {annotation} if isinstance(annotation, type) else set()
+
+
+def marks_of(annotation: Any) -> list[Any]:
+    """What is said of a field's type beside the type."""
+    return [mark for one in (annotation, *typing.get_args(annotation)) for mark in getattr(one, "__metadata__", ())]
 
 
 @pytest.mark.parametrize("value", ODD, ids=[repr(value)[:12] for value in ODD])
@@ -158,6 +168,38 @@ def test_a_url_with_one_slash_is_no_folder(url: str) -> None:
             config.checked({section: {"url": url}}, "job.toml")
     for fine in (f"./{url}", "file:/tmp/x", "C:/x", "simplecache::http://host/x", "zip://*::/tmp/x.zip"):
         assert config.checked({"data": {"url": fine}}, "job.toml").data.url == fine
+
+
+@pytest.mark.parametrize(
+    "field", [f"{section}.{name}" for section, name, kind in fields() if Strict() in marks_of(kind)]
+)
+def test_a_password_in_a_url_is_told_to_nobody(field: str) -> None:
+    section, _, name = field.partition(".")
+    for scheme, variable in (("ftp", "FSSPEC_FTP_PASSWORD"), ("https", "FSSPEC_HTTPS in"), ("s3", "AWS_SECRET_ACCESS")):
+        with pytest.raises(
+            UserError, match=rf"{section}\.{name}: '.*u:\.\.\.@host.* has a password.*{variable}"
+        ) as caught:
+            config.checked({section: {name: f"{scheme}://u:hunter2@host/x"}}, "job.toml")
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("see ftp://u:p@ss@host/x, or it", "see ftp://u:...@host/x, or it"),
+        ('{"a":"https://:p@h/x","b":"http://h:1/@x"}', '{"a":"https://:...@h/x","b":"http://h:1/@x"}'),
+        ("s3://b/x?X-Amz-Signature=ab&X-Amz-Expires=3", "s3://b/x?X-Amz-Signature=...&X-Amz-Expires=3"),
+        ("https://h/x?key=v&sig=a%2Bb#c", "https://h/x?key=v&sig=...#c"),
+        ("u:p@host and a?token=b", "u:p@host and a?token=b"),
+        ("http://127.0.0.1:80/ of u@host", "http://127.0.0.1:80/ of u@host"),
+    ],
+)
+def test_secrets_of_urls_are_left_out_of_what_is_told(text: str, told: str, tmp_path: Path) -> None:
+    assert hide_secrets(text) == told
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s", (text,), None)
+    assert ZonedFormatter("%(message)s").format(record) == told
+    append_event(tmp_path / "events", run_id="", node="", generation=0, event="e", fields={"reason": text})
+    assert json.loads((tmp_path / "events").read_text())["reason"] == told
 
 
 @pytest.mark.parametrize("name", ["a job.toml", "jöb ☃.toml", "-job.toml", "job.toml/", "../{here}/./job.toml"])

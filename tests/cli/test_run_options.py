@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from signal import SIGTERM, SIGUSR1
+
 import pytest
 
 from elastic_moe.cli.main import main
 from elastic_moe.cli.run import _parse
+from launcher.drain.signals import HANDLED
 
 
 @pytest.mark.parametrize(
@@ -34,10 +38,80 @@ def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
         (["--rdzv-id", "a b/../c"], "--rdzv-id 'a b/../c': may not hold a '/'"),
         (["--nproc-per-node", "0"], "--nproc-per-node 0: a node runs at least one worker"),
         (["--nproc-per-node", "-2"], "--nproc-per-node -2: a node runs at least one worker"),
+        (["--nproc-per-node", "two"], "--nproc-per-node two: it must be a number, or auto, cpu, gpu or xpu"),
+        (["--nproc-per-node", "xpu"], "--nproc-per-node xpu: this torch sees no such device on this machine"),
+        (["--nnodes", "two"], "--nnodes two: it must be N or MIN:MAX, with 1 <= MIN <= MAX"),
+        (["--nnodes", "2:1"], "--nnodes 2:1: it must be N or MIN:MAX"),
+        (["--nnodes", "1:2:3"], "--nnodes 1:2:3: it must be N or MIN:MAX"),
+        (["--nnodes", "0"], "--nnodes 0: it must be N or MIN:MAX"),
+        (["--tee", "4"], "--tee 4: it must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both)"),
+        (["-r", "0:3,1"], "--redirects 0:3,1: it must be"),
+        (["--max-restarts", "-1"], "--max-restarts -1: it must be 0 or more"),
+        (["--monitor-interval", "0"], "--monitor-interval 0: it must be a number of seconds above 0"),
+        (["--monitor-interval", "nan"], "--monitor-interval nan: it must be a number of seconds above 0"),
+        (["--shutdown-timeout", "-3"], "--shutdown-timeout -3: it must be a number of seconds, 0 or more"),
+        (["--run-path"], "--run-path: not supported; leave it out"),
+        (["--no-python", "-m"], "--no-python: not together with --module"),
+        (
+            ["--log-dir", "s3://bucket/logs"],
+            "--log-dir 's3://bucket/logs' is a URL, and must be a path on this machine",
+        ),
+        (["--signals-to-handle", "SIGKILL"], "--signals-to-handle SIGKILL: no signal that an agent can handle"),
+        (["--signals-to-handle", "USR1"], "--signals-to-handle USR1: no signal that an agent can handle"),
+        (["--no-python", "none-such"], "--no-python 'none-such': no such program, or it may not be"),
+        (["--local-ranks-filter", "a"], "--local_ranks_filter must be a comma-separated list of integers"),
+        (["--start-method", "x"], "argument --start-method/--start_method: invalid choice: 'x'"),
+        (["--rdzv-backend", "zookeeper"], "--rdzv-backend zookeeper: "),
     ],
 )
 def test_what_torch_takes_without_a_word_is_refused_in_one_line(
     given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", *given, __file__]) == 2
-    assert capsys.readouterr().err == f"elastic-moe: error: {message}\n"
+    told = capsys.readouterr().err
+    assert told.startswith(f"elastic-moe: error: {message}")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "endpoint", "backend"),
+    [
+        (["--nnodes", "2", "--master-addr", "host-1"], {}, "host-1:29500", "embedded"),
+        (["--nnodes", "1:2", "--master_port", "7", "--node-rank", "1"], {}, "127.0.0.1:7", "embedded"),
+        ([], {"PET_NNODES": "2", "PET_MASTER_ADDR": "host-1", "PET_MASTER_PORT": "7"}, "host-1:7", "embedded"),
+        (["--nnodes", "2", "--master-addr", "host-1", "--rdzv-endpoint", "x:1"], {}, "x:1", "embedded"),
+        (["--master-addr", "host-1"], {}, "", "memory"),
+        (["--standalone", "--rdzv-backend", "etcd3", "--rdzv-endpoint", "x:1"], {}, "", "memory"),
+        ([], {"PET_STANDALONE": "1", "PET_NNODES": "2"}, "", "memory"),
+    ],
+)
+def test_where_nodes_meet_by_the_options_that_torchrun_has_for_it(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], environment: dict[str, str], endpoint: str, backend: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parsed = _parse([*given, __file__])
+    assert (parsed.rdzv_endpoint, parsed.rdzv_backend) == (endpoint, backend)
+
+
+def test_a_job_that_has_no_mesh_here_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.toml").write_text("[mesh]\nexpert = 2\n")
+    assert main(["run", "--nproc-per-node", "3", "--mesh", str(tmp_path / "job.toml"), __file__]) == 2
+    line = "no mesh for 3 slots: no 3 ranks can be laid out with expert = 2 (with mesh.max_idle = 1 there is one)"
+    assert line in capsys.readouterr().err
+
+
+def test_signals_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _parse([__file__]).signals == HANDLED
+    assert _parse(["--signals-to-handle", "SIGTERM, sigusr1,SIGTERM", __file__]).signals == (SIGTERM, SIGUSR1)
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGUSR1")
+    assert _parse([__file__]).signals == (SIGUSR1,)
+
+
+@pytest.mark.parametrize("name", ["STANDALONE", "MODULE", "NO_PYTHON", "VIRTUAL_LOCAL_RANK"])
+def test_switches_of_the_environment_that_are_none(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"PET_{name}", "yes")
+    assert main(["run", __file__]) == 2
+    assert f"PET_{name}=yes: it is a switch, which must be 0 or 1" in capsys.readouterr().err

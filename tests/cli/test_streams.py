@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from elastic_moe.cli import streams
 from tests.template import child_environment
 
 PLAN = "plan --experts 8 --slots-per-node 8 --nodes 1:40"
@@ -39,11 +41,11 @@ def test_a_command_does_to_its_end_what_nobody_reads_of(tmp_path: Path) -> None:
         (GONE, PLAN, 0, ""),
         (f"2>&1 {GONE}", PLAN, 0, ""),
         (GONE, "--help", 0, ""),
-        (GONE, "--print-completion bash", 0, ""),
+        (GONE, "--version", 0, ""),
         (f"2>&1 {GONE}", NOTHING_THERE, 2, ""),
         ("> /dev/full", PLAN, 1, "elastic-moe: error: cannot write: No space left on device\n"),
         ("> /dev/full 2>&1", PLAN, 1, ""),
-        ("> /dev/full", "--print-completion zsh", 1, "elastic-moe: error: cannot write: No space left on device\n"),
+        ("> /dev/full", "--help", 1, "elastic-moe: error: cannot write: No space left on device\n"),
         (">&-", PLAN, 0, ""),
         (">&- 2>&- <&-", PLAN, 0, ""),
         (">&- 2>&- <&-", NOTHING_THERE, 2, ""),
@@ -52,3 +54,12 @@ def test_a_command_does_to_its_end_what_nobody_reads_of(tmp_path: Path) -> None:
 )
 def test_a_command_ends_quietly(redirected: str, command: str, code: int, told: str) -> None:
     assert call(redirected, *command.split()) == (code, told)
+
+
+def test_names_that_the_encoding_lacks_are_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run `rün`, and one whose name is no text, where the locale is not UTF-8."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    streams.take_any_text()
+    print("r\xfcn \udcff")
+    assert written.getvalue() == b"r\\xfcn \\udcff\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.node.effects import Decide, Delete, Put, Ring, Task, WatchPeers
+from launcher.node.effects import Decide, Delete, Put, Report, Ring, Task, WatchPeers
 from launcher.node.events import (
     Announced,
     Decided,
@@ -155,6 +155,20 @@ def test_whose_workers_are_waited_for_is_asked_whether_it_lives(node: Driven) ->
     assert {peer.node_id for peers in asked for peer in peers} == {"c"}
     node.feed(PeerDead("c", "connection refused"))
     assert "nodes/c" in [task.key for task in node.tasks if isinstance(task, Delete)]
+
+
+@pytest.mark.parametrize(("ttl_s", "silent_s"), [(7.0, 7.0), (0.0, TTL_S)], ids=["its own", "of another version"])
+def test_of_a_lost_node_is_told_how_long_its_own_lease_was(node: Driven, ttl_s: float, silent_s: float) -> None:
+    record = Node("b", "b", "127.0.0.1", 1, 1, lease_ttl_s=ttl_s)
+    node.store.put("nodes/b", record.to_json(), None, None)
+    lead(node)
+    node.store.delete("nodes/b")
+    node.listen()
+    told = next(effect for effect in node.effects if isinstance(effect, Report) and effect.event == "node_lost")
+    assert (told.fields["node_lost"], told.fields["silent_s"]) == ("b", silent_s)
+    mine = node.record()
+    assert mine is not None
+    assert mine.lease_ttl_s == TTL_S
 
 
 STATES = (("b", Status.READY), ("c", Status.STOPPING))

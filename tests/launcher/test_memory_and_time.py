@@ -75,7 +75,7 @@ def test_ranks_that_share_cores_take_turns() -> None:
     shared = step_time(mesh(8), MIXTRAL.replace(cores_per_node=2), ranks_per_node=8)
     assert all(dataclasses.asdict(shared)[name] >= 4 * of_one for name, of_one in dataclasses.asdict(alone).items())
     waits = shared.replicas - 4 * alone.replicas  # of each of 8, for 14 others in turn, who share a core with 3
-    assert waits == pytest.approx((MIXTRAL.num_layers + 1) * 14 * 3 * 1.5e-3)
+    assert waits == pytest.approx((2 * MIXTRAL.num_layers + 1) * 14 * 3 * 1.5e-3)  # routers in fp32 are apart
     parted = step_time(mesh(1, 1, 8), MIXTRAL.replace(cores_per_node=2), ranks_per_node=8)
     waits = parted.exchange - 4 * step_time(mesh(1, 1, 8), MIXTRAL, ranks_per_node=8).exchange
     assert waits == pytest.approx(5 * MIXTRAL.num_layers * 3 * 1.5e-3)
@@ -117,6 +117,23 @@ def test_counting_loads_first_gathers_once_more() -> None:
     for rounds, more in ((1, 0), (2, 32 / 63)):
         few, many = (step_time(mesh(2, 2, 2, rounds=rounds), spec, ranks_per_node=8).gather for spec in (plain, counts))
         assert many == pytest.approx(few * (1 + more))
+
+
+def test_routers_that_are_not_rounded_are_gathered_and_reduced_apart() -> None:
+    rounded = MIXTRAL.replace(hop_s=1e-15, latency_s=3600)
+    whole = rounded.replace(activation_bytes=4)
+    for name, gathers in (("gather", 2 * 32 - 1), ("reduce", 32)):
+        apart, within = (getattr(step_time(mesh(1, 8), spec, ranks_per_node=8), name) for spec in (rounded, whole))
+        assert round(apart / 3600) - round(within / 3600) == gathers
+
+
+def test_what_passes_through_memory() -> None:
+    """Twice gathered, read by both passes and their gradient written; once more for each further forward pass."""
+    once, again, counts, kept = (
+        step_time(mesh(1, 8, rounds=2), MIXTRAL.replace(**how), ranks_per_node=8).weights
+        for how in ({}, {"recompute": True}, {"counts_first": True}, {"keep_gathered": True})
+    )
+    assert [again / once, counts / once, kept / once] == pytest.approx([8 / 7, 10 / 7, 8 / 14])
 
 
 def test_exact_jobs_gather_experts_apart_and_in_float64() -> None:
@@ -179,7 +196,8 @@ def test_a_reduction_holds_what_is_sent_and_what_comes_out() -> None:
 
 
 def test_replicas_may_sum_their_gradients_by_a_slower_way() -> None:
-    level, slow = MIXTRAL, MIXTRAL.replace(replica_bytes_per_s=MIXTRAL.intra_node_bytes_per_s / 4)
+    level = MIXTRAL.replace(latency_s=1e-9, hop_s=1e-9)
+    slow = level.replace(replica_bytes_per_s=level.intra_node_bytes_per_s / 4)
     near, far = (step_time(mesh(8), level, ranks_per_node=size).replicas for size in (8, 1))
     assert step_time(mesh(8), slow, ranks_per_node=8).replicas == pytest.approx(4 * near, rel=1e-3)
     assert step_time(mesh(8), slow, ranks_per_node=1).replicas == far  # between nodes it goes by their links

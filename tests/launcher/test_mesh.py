@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.rounds.layouts import expert_padding
 from launcher.rounds.memory import memory_use
-from launcher.rounds.mesh import TIE, Infeasible, MeshPlan, plan, price
+from launcher.rounds.mesh import TIE, Infeasible, MeshPlan, idle_to_fit, plan, price
 from launcher.rounds.redundancy import NodeLoss, node_loss
 from launcher.rounds.spec import MeshSpec
 from launcher.rounds.speed import step_time
@@ -299,6 +299,24 @@ def test_infeasible_says_why(world_size: int, ranks_per_node: int, spec: MeshSpe
     with pytest.raises(Infeasible) as caught:
         plan(world_size, spec, ranks_per_node=ranks_per_node)
     assert re.fullmatch(reason, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "spec", "idle"),
+    [
+        (7, moe(shard=2), 1),
+        (24, moe(memory_cap_bytes=80 << 30, max_idle=3), 8),
+        (24, moe(shard=16), 8),
+        (1, moe(memory_cap_bytes=1 << 30), None),
+        (8, moe(shard=16), None),
+    ],
+)
+def test_how_many_slots_would_have_to_stay_idle(world_size: int, spec: MeshSpec, idle: int | None) -> None:
+    with pytest.raises(Infeasible):
+        plan(world_size, spec, ranks_per_node=8)
+    assert idle_to_fit(world_size, spec, 8) == idle
+    if idle is not None:
+        assert plan(world_size, spec.replace(max_idle=idle), ranks_per_node=8).idle == idle
 
 
 def test_nodes_of_different_sizes() -> None:

@@ -50,6 +50,8 @@ from storage.stores.registry import open_store
         ("run?mode=0640", r"file:///.*/run\?mode=0640 instead"),
         ("s3://bucket/run?request_payer=me", "request_payer=me"),
         ("s3://bucket/run?checksum=md4", "checksum=md4"),
+        ("ftp://u:hunter2@host/run", "FSSPEC_FTP_PASSWORD"),
+        ("fsspec+sftp://:hunter2@ss@host/run", "FSSPEC_SFTP_PASSWORD"),
     ],
 )
 def test_bad_urls_are_told_in_one_line_without_secrets(url: str, says: str) -> None:
