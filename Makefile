@@ -53,10 +53,7 @@ test-whole: $(VENV)/.dev ## the suite with every case of the tables of which it 
 	SUITE_WHOLE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-variants: $(VENV)/.dev ## all of tests/moe with layers that are computed again, and compiled; with inductor where a C++ compiler is
-	MOE_VARIANT=recompute $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
-	MOE_VARIANT=compile MOE_BACKEND=aot_eager $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
-	MOE_VARIANT=compile,recompute MOE_BACKEND=aot_eager $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe
-	if command -v c++ >/dev/null; then MOE_VARIANT=compile $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/moe; fi
+	$(BIN)/python -m tests.moe --processes $(TEST_PROCESSES)
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000

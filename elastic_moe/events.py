@@ -14,5 +14,6 @@ class TrainerEvent(StrEnum):
     STATE_NOT_FINITE = "state_not_finite"
     DATA_CHANGED = "data_changed"
     JOB_CHANGED = "job_changed"
+    COMPILE_FAILED = "compile_failed"
     TRACKER_FAILED = "tracker_failed"
     METRICS_FAILED = "metrics_failed"

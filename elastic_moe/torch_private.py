@@ -47,6 +47,13 @@ def group_timeout_s(group: dist.ProcessGroup) -> float:
     return float(found.total_seconds())
 
 
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it makes no graph of a function: tracing has failed, a compiler, or a limit."""
+    from torch._dynamo import exc  # a second's import, of what most commands never compile
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
 class Seat(Protocol):
     """Memory that an FSDP2 unit is gathered into."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.model.attention import Attention, document_mask
+from elastic_moe.model.compiled import Compiling
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.router import RouterTerms
@@ -42,13 +43,13 @@ class Block(nn.Module):
         self.moe = MoE(config)
         self._attend = self._attend_eagerly
 
-    def compile_attention(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    def compile_attention(self, compiling: Compiling) -> None:
         """Let torch.compile make one graph of the block's first half.
 
         Its second half runs as it is: rows go where their tokens are routed, whose numbers a graph would have to know,
         and the experts' grouped product is one kernel already.
         """
-        self._attend = torch.compile(self._attend_eagerly, backend=backend)
+        self._attend = compiling(self._attend_eagerly)
 
     def forward(self, x_BSD: Tensor, real_B: Tensor, mask_B1SS: Tensor | None = None) -> tuple[Tensor, RouterTerms]:
         x_BSD = self._attend(x_BSD, mask_B1SS)
@@ -110,6 +111,14 @@ class Decoder(nn.Module):
             entropy_L=torch.stack([t.entropy for t in terms]),
             margins_LEH=torch.stack([t.margins_EH for t in terms]),
         )
+
+    def compile_attention(
+        self, backend: str | Callable[..., Any] = "inductor", on_failure: Callable[[str], None] | None = None
+    ) -> None:
+        """Let torch.compile make one graph of the first half of all blocks; see `Compiling`."""
+        compiling = Compiling(backend, on_failure)
+        for block in self.blocks:
+            block.compile_attention(compiling)
 
     @property
     def blocks(self) -> list[Block]:

@@ -78,7 +78,8 @@ class TrainConfig(Section):
     the last bits of the result, so it cannot be `exact`."""
     compile: bool = False
     """Let torch.compile make one graph of each layer's attention; needs a C++ compiler on the CPU. Takes its time
-    at each start, and changes the last bits of the result, so it cannot be `exact`."""
+    at each start, and changes the last bits of the result, so it cannot be `exact`. Where it fails, a line and an event
+    say why, and the layers of that rank run as they are."""
     max_skipped: int = Field(3, ge=1)
     """Steps in a row whose loss or gradient is not finite, and which therefore change nothing, that end the job: exit
     code 70, to be looked into before it is started again."""

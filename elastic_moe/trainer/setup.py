@@ -14,6 +14,7 @@ from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.data.corpus import Corpus, open_corpus
 from elastic_moe.data.order import Split, share
 from elastic_moe.errors import UserError
+from elastic_moe.events import TrainerEvent
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, expect_first_step, materialize, parallelize
 from elastic_moe.pool import make_pages
@@ -24,8 +25,8 @@ from elastic_moe.trainer.meeting import meanwhile
 from elastic_moe.trainer.optimizer import build_optimizer, moments
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Stepper
-from elastic_moe.trainer.world import check_compiler, check_exact, check_same_everywhere
-from launcher import MeshPlan, ShareRule, copy_rows
+from elastic_moe.trainer.world import check_exact, check_same_everywhere, missing_compiler
+from launcher import MeshPlan, ShareRule, copy_rows, worker
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     train = job.train
     if train.exact:
         check_exact(job.model)
-    if train.compile:
-        check_compiler(device, os.environ)
     if job.model.balance == "forced" and rank == 0:
         log.warning(
             'model.balance = "forced" sends tokens to experts in turn: for benchmarks, what is trained is no model'
@@ -55,8 +54,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     materialize(model, device)
     model.recompute = train.recompute
     if train.compile:
-        for block in model.blocks:
-            block.compile_attention()
+        _compile(model, device)
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,
@@ -77,6 +75,19 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     _make_pages(model, optimizer, plan, compute, train)
     stepper = Stepper(model, optimizer, meshes, batches, train=train, optim=job.optim)
     return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
+
+
+def _compile(model: Decoder, device: torch.device) -> None:
+    """Compile what can be; where that fails, on whatever ranks, layers run as they are: it decides about no result."""
+    if missing := missing_compiler(device, os.environ):
+        _tell_uncompiled(missing)
+    else:
+        model.compile_attention(on_failure=_tell_uncompiled)
+
+
+def _tell_uncompiled(why: str) -> None:
+    log.warning("train.compile = true, but this rank's layers run as they are: torch.compile fails: %s", why)
+    worker.event(TrainerEvent.COMPILE_FAILED, reason=why)
 
 
 def _make_pages(model: Decoder, optimizer: AdamW, plan: MeshPlan, compute: torch.dtype, train: TrainConfig) -> None:

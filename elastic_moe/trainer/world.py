@@ -115,14 +115,12 @@ def check_exact(model: ModelConfig) -> None:
             )
 
 
-def check_compiler(device: torch.device, environ: Mapping[str, str]) -> None:
-    """Raises UserError where torch.compile would find no C++ compiler, which it needs for the CPU."""
-    names = [environ["CXX"]] if "CXX" in environ else ["g++", "clang++"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"train.compile = true needs a C++ compiler on the CPU, and there is no {' or '.join(names)}: install one, "
-            "or set train.compile to false"
-        )
+def missing_compiler(device: torch.device, environ: Mapping[str, str]) -> str:
+    """Say which C++ compiler torch.compile would not find, which it needs for the CPU; "" if nothing is missing."""
+    name = environ.get("CXX") or "g++"  # as inductor looks for it
+    if device.type != "cpu" or shutil.which(name):
+        return ""
+    return f"it needs a C++ compiler on the CPU, and there is no {name}"
 
 
 def check_same_everywhere(fingerprint: str, device: torch.device) -> None:

@@ -104,7 +104,7 @@ def grads(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 class Leg(NamedTuple):
-    """What one world saw of a run: losses and gradient norms by step, and the whole parameters at its end."""
+    """What one world saw of a run: losses and gradient norms by step, and whole parameters and moments at its end."""
 
     losses: list[float]
     norms: list[float]
@@ -123,7 +123,8 @@ def train_leg(job: JobConfig, plan: MeshPlan, first: int, last: int, folder: Pat
     results = [stepper.step(step) for step in range(first, last)]
     progress.step = last
     dcp.save(state, checkpoint_id=folder / str(last))
-    weights = gather_full(dict(stepper.model.state_dict()))
+    moments = {f"{of} {name}": tensor for of, named in state["optim"].items() for name, tensor in named.items()}
+    weights = gather_full({**stepper.model.state_dict(), **moments})
     return Leg([r.loss for r in results], [r.grad_norm for r in results], weights)
 
 
