@@ -153,6 +153,17 @@ def test_a_function_that_torch_would_compile_in_parts_is_not_compiled() -> None:
         Compiling("eager")(halves)(torch.zeros(1))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler looks at it
+def test_models_of_several_shapes_are_compiled_whole() -> None:
+    """torch takes for variables what differs between them, such as how many heads there are."""
+    torch._dynamo.reset()
+    for num_heads, num_kv_heads in ((2, 1), (4, 2), (4, 4)):
+        model = Decoder(SMALL.model_copy(update={"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 6}))
+        init_weights(model, seed=0)
+        model.compile_attention("eager")
+        model(batch(SMALL, num_sequences=2, num_positions=5 + num_heads))
+
+
 def test_an_error_of_a_compiled_function_is_its_own() -> None:
     def fails(x: Tensor) -> Tensor:
         return x.view(3)
