@@ -50,6 +50,8 @@ class Attention(nn.Module):
         self.head_width = config.head_width
         self.rope_theta = config.rope_theta
         self.per_group = config.num_heads // config.num_kv_heads
+        # A flag of its own: numbers that differ between models are variables to torch.compile, and so is what they give.
+        self.is_grouped = self.per_group > 1
         query_dim, key_dim = config.num_heads * self.head_width, config.num_kv_heads * self.head_width
         self.q_proj = nn.Linear(config.dim, query_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, key_dim, bias=False)
@@ -62,17 +64,16 @@ class Attention(nn.Module):
         q_BSNH = rotate(self.q_proj(x_BSD).view(heads), cos_SH, sin_SH)
         k_BSGH = rotate(self.k_proj(x_BSD).view(heads), cos_SH, sin_SH)
         v_BSGH = self.v_proj(x_BSD).view(heads)
-        is_grouped = self.per_group > 1
-        if mask_B1SS is not None and is_grouped:
+        repeats = self.is_grouped and mask_B1SS is not None
+        if repeats:
             k_BSGH, v_BSGH = (x_BSGH.repeat_interleave(self.per_group, dim=2) for x_BSGH in (k_BSGH, v_BSGH))
-            is_grouped = False
         mixed_BNSH = F.scaled_dot_product_attention(
             q_BSNH.transpose(1, 2),
             k_BSGH.transpose(1, 2),
             v_BSGH.transpose(1, 2),
             attn_mask=mask_B1SS,
             is_causal=mask_B1SS is None,
-            enable_gqa=is_grouped,  # not by the shapes, which torch.compile may take for variables
+            enable_gqa=self.is_grouped and not repeats,
         )
         out: Tensor = self.o_proj(mixed_BNSH.transpose(1, 2).flatten(2))
         return out

@@ -22,6 +22,7 @@ from elastic_moe.model.compiled import Compiling, in_one_line
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import begin_round, build_mesh, gather_full, init_weights
 from elastic_moe.trainer import setup
+from launcher import worker
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL, batch, build, fitted, grads, layout, objective
 from tests.moe.test_training import job
@@ -97,7 +98,7 @@ def compiled_steps(what: JobConfig, plan: MeshPlan, num_good: int) -> Steps:
     torch._dynamo.reset()  # no graph of another test counts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "missing_compiler", lambda device, environ: "")
-        patch.setattr(setup.worker, "event", lambda name, **told: events.append((name, told)))
+        patch.setattr(worker, "event", lambda name, **told: events.append((name, told)))
         patch.setattr(
             Decoder, "compile_attention", lambda model, on_failure: compile_attention(model, backend, on_failure)
         )
@@ -153,15 +154,19 @@ def test_a_function_that_torch_would_compile_in_parts_is_not_compiled() -> None:
         Compiling("eager")(halves)(torch.zeros(1))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler looks at it
-def test_models_of_several_shapes_are_compiled_whole() -> None:
-    """torch takes for variables what differs between them, such as how many heads there are."""
+def several_shapes() -> None:
     torch._dynamo.reset()
-    for num_heads, num_kv_heads in ((2, 1), (4, 2), (4, 4)):
-        model = Decoder(SMALL.model_copy(update={"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 6}))
-        init_weights(model, seed=0)
+    for num_heads, num_kv_heads, head_dim in ((4, 2, 6), (8, 4, 8), (6, 2, 10), (4, 4, 12)):
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        model, _ = build(SMALL.model_copy(update=heads), layout())
         model.compile_attention("eager")
-        model(batch(SMALL, num_sequences=2, num_positions=5 + num_heads))
+        begin_round(model, last=True)
+        objective(model, batch(SMALL, num_sequences=2, num_positions=head_dim), num_sequences=2).backward()
+
+
+def test_models_of_several_shapes_are_compiled_whole(ranks: Ranks) -> None:
+    """torch takes for variables what differs between them, such as how many heads there are."""
+    ranks.run(several_shapes, world_size=1)
 
 
 def test_an_error_of_a_compiled_function_is_its_own() -> None:
