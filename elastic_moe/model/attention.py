@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.head_width = config.head_width
         self.rope_theta = config.rope_theta
         self.per_group = config.num_heads // config.num_kv_heads
-        # A flag of its own: numbers that differ between models are variables to torch.compile, and so is what they give.
+        # A flag of its own: torch.compile takes numbers that differ between models for variables.
         self.is_grouped = self.per_group > 1
         query_dim, key_dim = config.num_heads * self.head_width, config.num_kv_heads * self.head_width
         self.q_proj = nn.Linear(config.dim, query_dim, bias=False)
