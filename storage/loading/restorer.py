@@ -97,6 +97,7 @@ class Restorer:
             `Checkpointer.restore` says.
         """
         self._phases = Phases()
+        self._group.check_world()
         with self._report.retries(self._store, "restore"):
             if self._memory is not None and self._memory.is_there and self._group.is_coordinator:
                 self._chooser.look_ahead()

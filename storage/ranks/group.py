@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from storage.errors import UsageError
 from storage.format.columns import Array
 from storage.ranks.devices import collective_device
 from storage.ranks.nearby import NUM_RANKS_MAX, Doorway, Nearby, host
@@ -53,7 +54,12 @@ class Group:
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
         self._active = not alone and dist.is_available() and dist.is_initialized()
+        self._is_alone = alone
         self._group = process_group
+        if self._active and dist.get_rank(process_group) < 0:
+            raise UsageError(
+                f"rank {dist.get_rank()} is not in the process group that was given: open this on its ranks only"
+            )
         self.rank = dist.get_rank(process_group) if self._active else 0
         self.world_size = dist.get_world_size(process_group) if self._active else 1
         self._nearby: Nearby | None = None
@@ -64,6 +70,16 @@ class Group:
     def is_coordinator(self) -> bool:
         """Whether this rank decides for all."""
         return self.rank == COORDINATOR
+
+    def check_world(self) -> None:
+        """Raise UsageError where there are other ranks by now, that this one did not know of. No collective."""
+        if self._active or self._is_alone or not dist.is_available() or not dist.is_initialized():
+            return
+        if (num := dist.get_world_size(self._group)) > 1:
+            raise UsageError(
+                f"torch.distributed has {num} ranks, and had not been initialised when this Checkpointer started: start"
+                " it after init_process_group"
+            )
 
     def connect_nearby(self) -> None:
         """Have few ranks of one host tell each other by sockets of their own what they gather: see `nearby`.

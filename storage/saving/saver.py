@@ -82,6 +82,7 @@ class Saver:
         Raises:
             Fenced, UsageError, StorageError: as `Checkpointer.save` says.
         """
+        self._group.check_world()
         self._committer.confirm()
         started_s = time.monotonic()
         why_not = self._why_not(tier, must=bool(wait))

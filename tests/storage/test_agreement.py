@@ -6,14 +6,17 @@ import json
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from storage import (
     AgreeingGroup,
+    Checkpointer,
     CheckpointEvent,
     Corrupt,
     PeerFailed,
     StorageError,
     Transient,
+    UsageError,
     WrongModel,
     open_store,
 )
@@ -90,3 +93,25 @@ def test_damage_that_only_another_rank_has_met_is_told_in_its_words(memory_url: 
     assert restorer._chooser.newest({}, unhealthy=False) is not None
     assert restorer._judge(10, None) == "a block is damaged"
     assert heard == [(CheckpointEvent.DAMAGED, {"step": 10, "reason": "a block is damaged"})]
+
+
+def test_a_rank_that_is_not_in_the_group_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 2 if group is None else -1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 3 if group is None else -1)
+    with pytest.raises(UsageError, match="rank 2 is not in the process group"):
+        AgreeingGroup(dist.GroupMember.NON_GROUP_MEMBER)  # type: ignore[arg-type]
+
+
+def test_ranks_that_come_after_the_start_are_not_saved_without_their_parts(
+    memory_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(memory_url) as ckpt:
+        ckpt.save(1, {"n": 1}, wait=True)
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        for call in (lambda: ckpt.save(2, {"n": 2}), lambda: ckpt.restore({"n": 0})):
+            with pytest.raises(UsageError, match=r"has 2 ranks, .*: start it after init_process_group"):
+                call()
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+        ckpt.save(2, {"n": 2}, wait=True)

@@ -207,3 +207,36 @@ def test_the_etag_of_parts() -> None:
     whole = hashlib.md5(b"".join(digest.digest() for digest in digests)).hexdigest()
     assert multipart_etag([f'"{digest.hexdigest()}"' for digest in digests]) == f'"{whole}-3"'
     assert multipart_etag(["something-else"]) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "key\n"}, "the access key or the session's token holds a line break"),
+        ({"AWS_SESSION_TOKEN": "to ken"}, "the access key or the session's token holds a line break"),
+        ({"AWS_PROFILE": "nobody-has-this"}, "no profile 'nobody-has-this'"),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x"}, "/nowhere/token"),
+        ({"AWS_CONFIG_FILE": __file__}, "Unable to parse config file"),
+    ],
+)
+def test_credentials_that_cannot_be_used_are_told_in_one_line(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "AWS_ROLE_ARN" not in variables:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "hunter2")
+    else:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((BadURL, Denied), match=says) as caught:
+        open_store("s3://bucket/run?endpoint_url=http://127.0.0.1:9&region=us-east-1")
+    assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_listing_of_what_is_no_bucket_says_where_it_was_looked_for() -> None:
+    asked = Request("list", "s3://bucket/run/", "bucket", "https://store.example/bucket")
+    error = refusal(404, "NoSuchKey", asked)
+    assert isinstance(error, Denied)
+    assert "https://store.example/bucket has no bucket 'bucket'" in str(error)

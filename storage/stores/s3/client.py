@@ -59,6 +59,7 @@ ANSWER_SIZE_BYTES_MAX = 4 * 1024 * 1024
 """The largest answer to a control request. A page of a thousand names of 1024 bytes, each as %XX, has 3.5 MB."""
 _FLAG = re.compile(rb"<IsTruncated(?!>\s*(true|false)\s*</IsTruncated>)")
 """botocore takes everything but "true" for false, and a listing would be cut short."""
+_UNSENDABLE = re.compile(r"[^!-~]")
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")
 _NO_CREDENTIALS = (
     "no credentials for {}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile=NAME in the URL,"
@@ -83,14 +84,16 @@ class S3Client:
             session = _session(options.profile)
             self._client = _make_client(session, options)
             self._credentials = None if options.anonymous else session.get_credentials()
+            if self._credentials is not None:
+                self._frozen()
             url = urlsplit(
                 self._client.generate_presigned_url("get_object", Params={"Bucket": self._bucket, "Key": "k"})
             )
-        except ProfileNotFound:
-            raise BadURL(f"there is no profile {options.profile!r} in the AWS configuration") from None
+        except ProfileNotFound as error:
+            raise BadURL(f"there is no profile {error.kwargs['profile']!r} in the AWS configuration") from None
         except (NoCredentialsError, PartialCredentialsError):
             raise Denied(_NO_CREDENTIALS.format(f"s3://{self._bucket}")) from None
-        except (BotoCoreError, ValueError) as error:
+        except (BotoCoreError, ValueError, OSError) as error:  # of a file with a token, say
             raise BadURL(f"s3://{self._bucket} cannot be opened: {error}") from None
         self._anonymous = options.anonymous
         self.endpoint = str(self._client.meta.endpoint_url)
@@ -231,7 +234,15 @@ class S3Client:
     def _frozen(self) -> Credentials:
         if self._credentials is None:
             raise NoCredentialsError
-        frozen = self._credentials.get_frozen_credentials()
+        try:
+            frozen = self._credentials.get_frozen_credentials()
+        except OSError as error:
+            raise Denied(f"s3://{self._bucket}: the credentials cannot be renewed: {error}") from None
+        if any(_UNSENDABLE.search(text or "") for text in (frozen.access_key, frozen.token)):
+            raise Denied(
+                f"s3://{self._bucket}: the access key or the session's token holds a line break, a blank or the like;"
+                " check AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN, or the profile"
+            )
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     def _guarded(self, request: Request, call: Callable[[], T]) -> T:

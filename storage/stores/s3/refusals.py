@@ -97,7 +97,7 @@ def to_error(answer: Refusal, request: Request, now_s: float) -> StorageError:
         return Transient(f"{asked}: {said}", Cause.STALLED)
     if code in _REDIRECT or status in (301, 302, 307, 308):
         region = f"is in region {answer.region}; add ?region={answer.region}" if answer.region else "is somewhere else"
-        return Denied(f"bucket {request.bucket!r} {region} to the URL or set AWS_REGION ({said})")
+        return Denied(f"bucket {request.bucket!r} {region} to the URL or set AWS_DEFAULT_REGION ({said})")
     if status == 407:
         return Denied(f"{asked}: the proxy wants another user and password (HTTP 407); check HTTP_PROXY")
     if status == 412:
@@ -113,6 +113,8 @@ def to_error(answer: Refusal, request: Request, now_s: float) -> StorageError:
     if status == 404 and request.is_put:
         # JuiceFS's gateway, when the last other object of the folder is deleted at that moment
         return Transient(f"{asked}: {said}", Cause.CONFLICT)
+    if status == 404 and request.verb.startswith("list"):
+        return Denied(f"{request.endpoint} has no bucket {request.bucket!r} to {asked} ({said}); is that its address?")
     if status == 404:
         return NotFound(f"{request.what} does not exist")
     if status == 501:
