@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.workers.channel import Channel, Progress, StopReason, WorkerPhase
+from launcher.workers.reaping import kill_group
 
 
 class LocalWorkers:
@@ -69,7 +70,7 @@ class LocalWorkers:
         pids = [channel.forked_pid() for channel in self._channels.values()]
         for pid in filter(None, pids):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                kill_group(pid)
         return all(pids)
 
     def end_forked_workers(self, within_s: float) -> list[int]:

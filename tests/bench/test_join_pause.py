@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.bench import backed
-from tests.bench.join_pause import FIRST_STEP, parts_of
+from tests.bench.join_pause import FIRST_STEP, is_a_step_of_two, parts_of
 
 MIB = 1024 * 1024
 
@@ -33,6 +35,15 @@ def test_each_part_of_a_pause_ends_where_the_last_node_has_come_to_its_end() -> 
         FIRST_STEP: 0.25,
     }
     assert sum(seconds for part, seconds in found.items() if not part.startswith("of it")) == pytest.approx(2.25)
+
+
+def test_the_last_line_alone_says_whether_two_have_made_a_step(tmp_path: Path) -> None:
+    steps, line = tmp_path / "steps.jsonl", {"step": 1, "ts": 1.0, "pid": 1 << 22, "world_size": 1}
+    for text, is_one in (("", False), (json.dumps(line), False), ("\n".join([json.dumps(line)] * 9), False)):
+        steps.write_text(text)
+        assert is_a_step_of_two(tmp_path) is is_one
+    steps.write_text("".join(json.dumps(line | {"world_size": size}) + "\n" for size in (1, 1, 1, 2)))
+    assert is_a_step_of_two(tmp_path)
 
 
 def test_memory_is_held_while_the_block_lasts_and_free_right_after_it() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from storage.arena import ahead
+from storage.arena.ahead import SlotAhead
 from storage.arena.arena import Arena
 from storage.arena.slot import Slot
 from tests.storage.test_slots import MIB, slots_held
@@ -96,6 +97,31 @@ def test_a_save_takes_over_what_is_being_made(making: Making) -> None:
     arena.close()
 
 
+def test_a_slot_that_is_taken_as_it_becomes_whole_is_not_free_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, is_whole, goes_on = SlotAhead.make, threading.Event(), threading.Event()
+
+    def made(self: SlotAhead) -> Slot | None:
+        slot = make(self)
+        is_whole.set()
+        assert goes_on.wait(WAIT_S)
+        return slot
+
+    monkeypatch.setattr(SlotAhead, "make", made)
+    arena = Arena(2)
+    thread = threading.Thread(target=arena.make_ahead, args=(MIB,))
+    thread.start()
+    try:
+        assert is_whole.wait(WAIT_S)
+        slot = arena.take(MIB)
+    finally:
+        goes_on.set()
+        thread.join(WAIT_S)
+    assert slot is not None
+    assert (arena.num_made, arena.num_free) == (1, 1)
+    arena.give_back(slot)
+    arena.close()
+
+
 def test_a_save_waits_for_none_where_one_has_come_back_meanwhile(making: Making) -> None:
     arena = Arena(2)
     first = arena.take(2 * MIB)
@@ -139,7 +165,7 @@ def test_a_lack_of_memory_in_the_midst_of_it_leaves_nothing(making: Making, take
     arena = Arena(2)
     with making.of(arena, 4 * MIB):
         if takes:
-            with pytest.raises(MemoryError):
+            with pytest.raises(MemoryError, match=r"^none$"):
                 taken(making, lambda: arena.take(4 * MIB))
     assert arena.num_made == 0
     making.lack = None
