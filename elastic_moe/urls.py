@@ -12,7 +12,7 @@ from launcher import hide_secrets
 
 # Of "file:" the short form is one: RFC 8089.
 _ONE_SLASH = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/(?!/)")
-_WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/\s:@]*:[^/\s]+@")
+_WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/\s:@\[]*:(?:[^/\s]+|(?!:|\d+/)[^\s]+)@")
 
 
 def _text(value: Any) -> Any:
