@@ -10,6 +10,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from launcher.errors import UsageError
+from launcher.workers.process_tree import hear_of_children
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _NOT_OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)  # the system's, and what children end by
@@ -37,14 +38,9 @@ def parse_signals(text: str | None) -> tuple[signal.Signals, ...]:
 def handle_signals(
     handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals] = HANDLED
 ) -> None:
-    """Have `handler` called for each of them. Does nothing outside the main thread, which alone can ask for signals.
-
-    Where whoever started this process ignores the end of children (SIGCHLD), that is told from here on: else none of
-    their exit codes is, and each failure would count as a success.
-    """
+    """Have `handler` called for each of them. Does nothing outside the main thread, which alone can ask for signals."""
     if threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hear_of_children()  # else each of their failures would count as a success
         for handled in signals:
             signal.signal(handled, handler)
 

@@ -12,6 +12,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 import time
 
 TYPE_CHECKING = False
@@ -214,3 +215,13 @@ def end_as(status: int) -> NoReturn:
         signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
     os._exit(128 + signum)  # a signal that is blocked
+
+
+def hear_of_children() -> None:
+    """Have the ends of this process's children told, where whoever started it ignores those of its own (SIGCHLD).
+
+    That is inherited, and nobody could wait for a child: none of their exit codes would be known. Only the main thread
+    can see to it.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -18,7 +18,7 @@ from launcher.events import Emit, EventName
 from launcher.lifecycle import Lifecycle
 from launcher.workers import guardian, paths, zygote
 from launcher.workers.imports_ahead import Imports, settle_threads, unfit_to_fork
-from launcher.workers.process_tree import ProcessesByPid, descendants
+from launcher.workers.process_tree import ProcessesByPid, descendants, hear_of_children
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ def fork_zygote(imports: Imports) -> ForkedZygote | None:
     Returns:
         The fork; None if this process is not fit to be forked.
     """
+    hear_of_children()
     options = sys.orig_argv[1:2]
     if options and options[0].startswith("-") and not options[0].startswith("-m"):
         return None  # `python -X ...`: a worker's interpreter is not given these

@@ -36,6 +36,7 @@ from tests.storage.small_runs import Events, state
 
 SERVICE = AgentEnvironment.variable("service")
 NUM_KILLS = int(os.environ.get("SERVICE_KILLS", "1"))
+pytestmark = pytest.mark.timeout(max(300, 20 * NUM_KILLS))  # a service that is killed in a row is started ever later
 
 
 @pytest.fixture
