@@ -13,6 +13,7 @@ from storage.arena import ahead
 from storage.arena.ahead import SlotAhead
 from storage.arena.arena import Arena
 from storage.arena.slot import Slot
+from tests.cluster import until
 from tests.storage.test_slots import MIB, slots_held
 
 WAIT_S = 60.0
@@ -60,36 +61,40 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Iterator[Making]:
     making = Making(monkeypatch)
     yield making
     making.goes_on.set()
-    assert slots_held() == before
+    assert not slots_held() - before
 
 
-def taken(making: Making, take: Callable[[], Slot | None]) -> Slot:
-    """What is taken by a thread that comes while the slot is made, which is let go on then."""
+def beside(making: Making, arena: Arena, call: Callable[[], Slot | None]) -> Slot | None:
+    """What comes of a call on a thread, while a slot is made that goes on once the call has left or taken that."""
     found: list[Slot | BaseException | None] = []
 
     def run() -> None:
         try:
-            found.append(take())
+            found.append(call())
         except BaseException as error:
             found.append(error)
 
+    made = arena._ahead
+    assert made is not None
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(0.05)  # it waits for the piece, or is about to
-    making.goes_on.set()
-    thread.join(WAIT_S)
+    try:
+        until("the call to have come to the slot", lambda: made._is_left)
+    finally:
+        making.goes_on.set()
+        thread.join(WAIT_S)
     assert not thread.is_alive()
     (slot,) = found
     if isinstance(slot, BaseException):
         raise slot
-    assert slot is not None
     return slot
 
 
 def test_a_save_takes_over_what_is_being_made(making: Making) -> None:
     arena = Arena(2)
     with making.of(arena, 6 * MIB):
-        slot = taken(making, lambda: arena.take(6 * MIB))
+        slot = beside(making, arena, lambda: arena.take(6 * MIB))
+    assert slot is not None
     assert os.fstat(slot.fd).st_blocks * 512 == slot.size_bytes == 6 * MIB
     assert making.pieces == [(0, MIB, True), (MIB, 2 * MIB, True), (2 * MIB, 6 * MIB, False)]
     assert (arena.num_made, arena.num_free) == (1, 1), "it is nobody else's"
@@ -137,8 +142,9 @@ def test_a_save_waits_for_none_where_one_has_come_back_meanwhile(making: Making)
 def test_what_would_be_too_small_is_not_made_to_its_end(making: Making) -> None:
     arena = Arena(2)
     with making.of(arena, 4 * MIB):
-        slot = taken(making, lambda: arena.take(8 * MIB))
-        assert slot.size_bytes == 8 * MIB
+        slot = beside(making, arena, lambda: arena.take(8 * MIB))
+    assert slot is not None
+    assert slot.size_bytes == 8 * MIB
     assert (2 * MIB, 3 * MIB, True) not in making.pieces
     assert arena.num_made == 1
     arena.give_back(slot)
@@ -146,15 +152,10 @@ def test_what_would_be_too_small_is_not_made_to_its_end(making: Making) -> None:
 
 
 @pytest.mark.parametrize("leave", [Arena.leave_off, Arena.close])
-def test_nothing_is_left_of_what_nobody_needs_any_more(making: Making, leave: Callable[[Arena], None]) -> None:
+def test_nothing_is_left_of_what_nobody_needs_any_more(making: Making, leave: Callable[[Arena], Slot | None]) -> None:
     arena = Arena(2)
     with making.of(arena, 4 * MIB):
-        leaving = threading.Thread(target=leave, args=(arena,))
-        leaving.start()
-        leaving.join(0.05)  # for the piece
-        making.goes_on.set()
-        leaving.join(WAIT_S)
-        assert not leaving.is_alive()
+        beside(making, arena, lambda: leave(arena))
     assert (2 * MIB, 3 * MIB, True) not in making.pieces
     assert arena.num_made == 0
 
@@ -166,7 +167,7 @@ def test_a_lack_of_memory_in_the_midst_of_it_leaves_nothing(making: Making, take
     with making.of(arena, 4 * MIB):
         if takes:
             with pytest.raises(MemoryError, match=r"^none$"):
-                taken(making, lambda: arena.take(4 * MIB))
+                beside(making, arena, lambda: arena.take(4 * MIB))
     assert arena.num_made == 0
     making.lack = None
     arena.prepare(4 * MIB)
