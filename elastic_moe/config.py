@@ -45,7 +45,7 @@ class MeshConfig(MachineSpeed):
     max_idle: int = Field(0, ge=0)
     """Slots that may stay without a worker where fewer ranks are as fast."""
     memory_gib: float | None = Field(None, ge=1e-3, le=1e9)
-    """Memory of one rank; none plans without a limit."""
+    """Memory of one rank; none takes what the machines have where it trains, and plans without a limit elsewhere."""
     calibration: LocalPath | None = None
     """File of measured speeds (`python -m elastic_moe.calibrate`), over which the other fields are laid."""
 

@@ -109,7 +109,7 @@ class Checkpointer:
         if former:
             access, job = translated(former, access, job)
         self._compares_ranks = former.get("compare_ranks", True)
-        if access is Access.READ and layout.split_step_url(as_url(url))[1]:
+        if layout.split_step_url(as_url(url))[1]:  # a run in there would begin anew, and lie within a checkpoint
             raise UsageError(f"{url} is one checkpoint; give the URL of its run, or read it with ShardReader")
         self._access = access
         self._origin = (job or JobIdentity()).resolve(os.environ)

@@ -91,7 +91,10 @@ def _tokenizer(trained: TrainedModel, args: argparse.Namespace) -> ByteTokenizer
     if args.tokenizer == _BYTES or (args.tokenizer is None and trained.is_of_bytes):
         return ByteTokenizer()  # of which the model may lack the last ones, if its text has none of them
     if args.tokenizer is not None:
-        found = FileTokenizer(read_tokenizer(args.tokenizer), args.tokenizer)
+        try:
+            found = FileTokenizer(read_tokenizer(args.tokenizer), args.tokenizer)
+        except UserError as error:  # as a job has it, its field is named
+            raise UserError(str(error).replace("data.tokenizer", "--tokenizer")) from error
     elif trained.tokenizer is not None:
         found = FileTokenizer(trained.tokenizer, "the checkpoint's tokenizer")
     else:

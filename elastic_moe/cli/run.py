@@ -307,16 +307,25 @@ def _planner(job_path: str, config: LaunchConfig) -> Planner:
     Raises:
         UserError: the file is none, or the job has no mesh on this node, which is the only one.
     """
-    from elastic_moe.config import load, mesh_spec
+    import torch
 
-    spec = mesh_spec(load(job_path, environ=os.environ))
+    from elastic_moe.config import load, mesh_spec
+    from elastic_moe.trainer.room import plan_in_room, room_of, share_of
+
+    job = load(job_path, environ=os.environ)
+    spec = mesh_spec(job)
     if why := _obstacle(spec, config):
         if config.max_nodes == 1:
             raise UserError(f"--mesh {job_path}: {why}")
         log.warning("--mesh %s: %s; nor for more nodes such as this one: the job waits for other ones", job_path, why)
 
+    share_bytes = None
+    if job.train.device == "cpu" or not torch.cuda.is_available():
+        share_bytes = share_of(room_of(torch.device("cpu")), config.nproc_per_node)
+
     def planner(slots: Sequence[int], previous: MeshPlan | None) -> MeshPlan:
-        return plan(sum(slots), spec, ranks_per_node=list(slots), previous=previous)
+        each = list(slots)
+        return plan_in_room(sum(each), spec, ranks_per_node=each, share_bytes=share_bytes, previous=previous)
 
     return planner
 

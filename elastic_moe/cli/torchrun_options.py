@@ -82,7 +82,24 @@ def check_values(given: argparse.Namespace) -> None:
         raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
     if given.module and given.no_python:
         raise UserError("--no-python: not together with --module, which Python runs")
+    _check_torchs_own(given)
     _take_signals(given)
+
+
+def _check_torchs_own(given: argparse.Namespace) -> None:
+    """What torch would tell of by a traceback, once the agent has begun."""
+    import torch
+    from torch.distributed.elastic.events.handlers import get_logging_handler
+
+    if given.numa_binding is not None and not torch.cuda.is_available():
+        raise UserError(f"--numa-binding {given.numa_binding}: needs GPUs, of which this torch sees none: leave it out")
+    try:
+        get_logging_handler(given.event_log_handler)
+    except KeyError:
+        raise UserError(
+            f"--event-log-handler {given.event_log_handler}: nobody has registered such a handler; torch has null and "
+            "console, and --log-dir gets events.jsonl without one"
+        ) from None
 
 
 def _check_workers(text: str) -> None:

@@ -96,7 +96,9 @@ def find_sources(config: DataConfig) -> list[SourceFile]:
     of_format = {kind.format: path for path, kind in kinds.items()}
     if len(of_format) > 1:
         named = " and ".join(f"{name} ({PurePosixPath(of_format[name]).name})" for name in sorted(of_format))
-        raise UserError(f"data.url {config.url!r} mixes {named} files: name one kind of them")
+        raise UserError(
+            f"data.url {config.url!r} mixes {named} files: name one kind of them, as by a pattern (*.jsonl)"
+        )
     # A listing of the web is names alone, of files that may have changed.
     infos = {path: info if info.get("size") is not None else fs.info(path) for path, info in found.items()}
     return [_source(fs, path, infos[path], kinds[path]) for path in sorted(found)]
@@ -222,6 +224,10 @@ def _is_hidden(path: str, folder: str) -> bool:
 def _source(fs: Any, path: str, info: dict[str, Any], kind: FileKind) -> SourceFile:
     told = {key.lower(): value for key, value in info.items()}
     versions = [f"{key}={told[key]}" for key in _VERSION_KEYS if told.get(key) is not None]
+    if info.get("islink") and not os.path.exists(path):
+        raise UserError(
+            f"data.url: {path} is a link to {info.get('destination')!r}, which is not there: remove the link"
+        )
     if info.get("type") == "other":  # a pipe would be waited for
         raise UserError(
             f"data.url: {path} is neither a file nor a folder; a link to a folder within a folder is not followed"

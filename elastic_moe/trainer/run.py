@@ -25,7 +25,7 @@ from elastic_moe.trainer.config import CheckpointConfig
 from elastic_moe.trainer.loop import Loop
 from elastic_moe.trainer.metrics import SaveCounts
 from elastic_moe.trainer.optimizer import set_step
-from elastic_moe.trainer.room import check_room, room_of
+from elastic_moe.trainer.room import check_room, room_of, share_of
 from elastic_moe.trainer.schedule import may_move
 from elastic_moe.trainer.setup import set_up
 from elastic_moe.trainer.signals import StopSignals
@@ -34,8 +34,8 @@ from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.telling import open_teller
 from elastic_moe.trainer.trackers import check_installed
 from elastic_moe.trainer.world import choose_device, choose_plan, process_group
-from launcher import Environment, worker
-from storage import Access, Checkpointer, JobIdentity, SavingOptions, StorageError, WrongModel
+from launcher import Environment, MeshPlan, worker
+from storage import Access, Checkpointer, JobIdentity, SavingOptions, StorageError, UsageError, WrongModel
 
 log = logging.getLogger(__name__)
 
@@ -63,25 +63,15 @@ def train(job: JobConfig) -> None:
     under_agent = Environment.from_env(os.environ).channel is not None
     with StopSignals(under_agent=under_agent) as signals, process_group(device):
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        plan = choose_plan(job, here, ranks_per_node=num_local)
-        num_sharing = num_local if device.type == "cpu" else 1
-        check_room(plan, mesh_spec(job), num_ranks=num_sharing, room_bytes=room_of(device), may_grow=under_agent)
+        num_sharing, room_bytes = num_local if device.type == "cpu" else 1, room_of(device)
+        plan = choose_plan(job, here, num_local, _least_share(share_of(room_bytes, num_sharing), device))
+        check_room(plan, mesh_spec(job), num_ranks=num_sharing, room_bytes=room_bytes, may_grow=under_agent)
         meshes = build_mesh(plan, device)
         stepper, progress = set_up(job, meshes, here.rank, device)
         state = training_state(stepper.model, stepper.optimizer, progress)
         with contextlib.ExitStack() as stack:
-            saves, checkpointer = SaveCounts(), None
-            if job.checkpoint.url is not None:
-                checkpointer = stack.enter_context(
-                    Checkpointer(
-                        job.checkpoint.url,
-                        keep=job.checkpoint.keep,
-                        job=JobIdentity(mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert}),
-                        access=Access.TAKE_OVER if job.checkpoint.take_over else Access.CLAIM,
-                        on_event=saves.hear,
-                        **_saving_options(job.checkpoint),
-                    )
-                )
+            saves = SaveCounts()
+            checkpointer = _open_checkpoints(stack, job.checkpoint, plan, saves)
             if checkpointer is None or not restore(checkpointer, state, stepper, progress, job):
                 first_weights(stepper.model, job)
             teller = stack.enter_context(open_teller(job, here, plan, device, progress.step))
@@ -90,6 +80,38 @@ def train(job: JobConfig) -> None:
         if signals.received and progress.step < job.train.steps:
             where = f"its state is in {job.checkpoint.url}" if job.checkpoint.url else "without a checkpoint.url"
             raise Stopped(f"{signals.received.name} stopped the training after step {progress.step}, {where}")
+
+
+def _least_share(share_bytes: int, device: torch.device) -> int:
+    """What the rank with the least memory may take: all make the same plan. A collective."""
+    least = torch.tensor(share_bytes, dtype=torch.int64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())
+
+
+def _open_checkpoints(
+    stack: contextlib.ExitStack, config: CheckpointConfig, plan: MeshPlan, saves: SaveCounts
+) -> Checkpointer | None:
+    """Open what the run is saved to, until `stack` ends; None where it is not saved. A collective.
+
+    Raises:
+        UserError: it cannot be, by what the job says.
+    """
+    if config.url is None:
+        return None
+    try:
+        return stack.enter_context(
+            Checkpointer(
+                config.url,
+                keep=config.keep,
+                job=JobIdentity(mesh={"replicate": plan.replicate, "shard": plan.shard, "expert": plan.expert}),
+                access=Access.TAKE_OVER if config.take_over else Access.CLAIM,
+                on_event=saves.hear,
+                **_saving_options(config),
+            )
+        )
+    except UsageError as error:
+        raise UserError(f"checkpoint.url: {error}") from error
 
 
 def _saving_options(config: CheckpointConfig) -> SavingOptions:
@@ -112,9 +134,12 @@ def first_weights(model: Decoder, job: JobConfig) -> None:
     if job.train.init_from is None:
         init_weights(model, job.train.seed)
         return
-    folder = WeightFolder(job.train.init_from, Upcycling(job.model.num_experts, job.model.top_k))
-    folder.check_model(job.model)
-    read_weights(model, folder, job.train.seed)
+    try:
+        folder = WeightFolder(job.train.init_from, Upcycling(job.model.num_experts, job.model.top_k))
+        folder.check_model(job.model)
+        read_weights(model, folder, job.train.seed)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
     how = ", whose layers each become experts that begin alike," if folder.is_dense else ""
     log.info("the weights in %s%s are trained on", job.train.init_from, how)
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from elastic_moe.config import JobConfig, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.trainer.room import plan_in_room
 from elastic_moe.worker import WorkerContext
-from launcher import Infeasible, MeshPlan, placement_obstacle, plan
+from launcher import Infeasible, MeshPlan, placement_obstacle
 
 # fp32 numbers that two AVX-512 registers hold; torch's CPU kernels work on one or two at a time.
 _VECTOR_WIDTH = 32
@@ -68,8 +69,11 @@ def from_rank_0(numbers: Callable[[], Sequence[int]]) -> list[int]:
     return [int(number) for number in told]
 
 
-def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> MeshPlan:
+def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int, share_bytes: int | None = None) -> MeshPlan:
     """The agent's mesh plan, or one of our own where no agent made one; checked against the world and the job.
+
+    Args:
+        share_bytes: memory of one rank, the same on all; None where that is not known.
 
     Raises:
         UserError: no plan fits, or the agent's does not: it was made for another job.
@@ -78,7 +82,8 @@ def choose_plan(job: JobConfig, here: WorkerContext, ranks_per_node: int) -> Mes
     if here.mesh is None:
         try:
             # All workers have been started already: none of them can stay idle.
-            return plan(here.world_size, spec.replace(max_idle=0), ranks_per_node=ranks_per_node)
+            spec = spec.replace(max_idle=0)
+            return plan_in_room(here.world_size, spec, ranks_per_node=ranks_per_node, share_bytes=share_bytes)
         except Infeasible as error:
             raise UserError(str(error)) from None
     check_plan(here.mesh, job, here.world_size)

@@ -59,6 +59,7 @@ def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
         (["--signals-to-handle", "SIGKILL"], "--signals-to-handle SIGKILL: no signal that an agent can handle"),
         (["--signals-to-handle", "USR1"], "--signals-to-handle USR1: no signal that an agent can handle"),
         (["--no-python", "none-such"], "--no-python 'none-such': no such program, or it may not be"),
+        (["--event-log-handler", "nosuch"], "--event-log-handler nosuch: nobody has registered such a handler"),
         (["--local-ranks-filter", "a"], "--local_ranks_filter must be a comma-separated list of integers"),
         (["--start-method", "x"], "argument --start-method/--start_method: invalid choice: 'x'"),
         (["--rdzv-backend", "zookeeper"], "--rdzv-backend zookeeper: "),

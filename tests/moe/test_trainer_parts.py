@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from elastic_moe.trainer.schedule import learning_rate, may_move
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.world import check_exact, check_plan, choose_plan, missing_compiler
 from elastic_moe.worker import WorkerContext
+from launcher.rounds.memory import memory_use
 from launcher.rounds.mesh import MeshPlan
 from tests.moe.cases import SMALL
 
@@ -317,3 +319,18 @@ def test_exact_optimizer_rounds_alike_however_a_tensor_is_cut() -> None:
             optimizer.step()
     assert torch.equal(torch.cat(list(cut_model)), whole_model[0])
     assert not torch.equal(whole_model[0], whole)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_trained_on_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    """It was planned for in one pass, and ended by the kernel. What a job says of memory counts more."""
+    caplog.set_level(logging.INFO)
+    job = JobConfig.model_validate({"train": {"global_batch": 100_000}})
+    free = choose_plan(job, ALONE, 1)
+    assert choose_plan(job, ALONE, 1, share_bytes=1 << 50) == free
+    assert not caplog.records
+    fits = choose_plan(job, ALONE, 1, share_bytes=8 << 30)
+    assert memory_use(fits, mesh_spec(job)).total <= 8 << 30 < memory_use(free, mesh_spec(job)).total
+    assert f"with micro-batches of {fits.micro_batch}: more does not fit 8.0 GiB a rank" in caplog.text
+    assert choose_plan(job, ALONE, 1, share_bytes=1 << 20).micro_batch == 1, "the leanest"
+    told = job.model_copy(update={"mesh": job.mesh.model_copy(update={"memory_gib": 1e6})})
+    assert choose_plan(told, ALONE, 1, share_bytes=8 << 30) == free

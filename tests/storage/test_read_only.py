@@ -137,9 +137,10 @@ def test_a_run_that_nobody_owns_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_step_is_not_opened_as_a_run() -> None:
+@pytest.mark.parametrize("access", Access)
+def test_a_step_is_not_opened_as_a_run(access: Access) -> None:
     with pytest.raises(UsageError, match="is one checkpoint; give the URL of its run"):
-        Checkpointer("/run/step-000000010", access=Access.READ)
+        Checkpointer("/run/step-000000010", access=access)
 
 
 def test_options_by_their_former_names_work_and_warn(memory_url: str) -> None:
