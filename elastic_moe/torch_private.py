@@ -54,6 +54,16 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
+def compile_backward_at_once() -> None:
+    """Have torch.compile make the graph of a backward pass with that of its forward pass, where its failure is caught.
+
+    It would be made within the first backward pass, of which nothing can be called again. For the whole process.
+    """
+    from torch._functorch import config
+
+    config.force_non_lazy_backward_lowering = True
+
+
 class Seat(Protocol):
     """Memory that an FSDP2 unit is gathered into."""
 

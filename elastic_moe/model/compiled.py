@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from elastic_moe.torch_private import compile_errors
+from elastic_moe.torch_private import compile_backward_at_once, compile_errors
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,6 +30,7 @@ class Compiling:
         self.on_failure = on_failure
         self.has_failed = False
         self._errors = compile_errors()
+        compile_backward_at_once()
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """`function`, compiled. It must be one that can be called again after a call that has failed."""

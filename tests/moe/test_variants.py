@@ -5,6 +5,7 @@ All of these tests with such layers: `make test-variants`, see `variants.py`.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import nop
 
 from elastic_moe import config
 from elastic_moe.config import JobConfig
@@ -152,6 +155,22 @@ def test_a_function_that_torch_would_compile_in_parts_is_not_compiled() -> None:
     assert "\n" not in told[0]
     with pytest.raises(RuntimeError):
         Compiling("eager")(halves)(torch.zeros(1))
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_heard_of_before_it() -> None:
+    """Within it nothing could be called again: a disk that is full by then would end the job."""
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def square(x: Tensor) -> Tensor:
+        return x * x
+
+    told: list[str] = []
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=fails)
+    Compiling(backend, told.append)(square)(x := torch.full((1,), 3.0, requires_grad=True)).backward()
+    assert x.grad == 6
+    assert told == ["OSError: [Errno 28] No space left on device"]
 
 
 def several_shapes() -> None:
