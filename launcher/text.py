@@ -9,7 +9,7 @@ from collections.abc import Sequence
 _MAX_NAMED = 4
 _MAX_CHARS = 300
 # A password may hold a slash, as every second secret key of AWS does; a port that a path follows is none.
-_PASSWORD = re.compile(r"(://[^/\s:@'\"\[]*:)(?:[^/\s'\"]+|(?!:|\d+/)[^\s'\"]+)@")
+_PASSWORD = re.compile(r"(://[^/\s:@'\"\[]*:)(?:[^/\s'\"]+|(?!:|\d+/)[^\s'\"]{1,400})@")
 _TOKEN_FOR_USER = re.compile(r"(https?://)[^/\s:@'\"]+@")
 # As Amazon, Google and Azure name what signs a URL, and services what they let somebody in for: no `max_tokens`, and
 # no `tokenizer`. A backslash is no part of it: in JSON it belongs to a quotation mark that follows.
