@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from storage.arena.ahead import SlotAhead
 from storage.arena.free_memory import free_bytes
@@ -116,13 +116,15 @@ class Arena:
 
     def have_guarded(self) -> None:
         """Tell the guard, if there is one, of the slots that there are; any thread that no training waits for."""
-        if self._guard is None:
-            return
-        with self._lock:
-            if self._is_closed:
-                return
-            copies = [os.dup(slot.fd) for slot in (*self._free, *self._used)]
-        self._guard(copies)
+        told: set[Slot] | None = None
+        while self._guard is not None:
+            with self._lock:
+                slots = {*self._free, *self._used}
+                if self._is_closed or slots == told:
+                    return
+                copies = _copies(slots)
+            self._guard(copies)
+            told = slots  # what has been let go of meanwhile would be held by the guard alone: tell again
 
     def wait_free(self, timeout_s: float | None = None) -> bool:
         """Block until a slot could be taken, for at most that long; whether one can."""
@@ -173,4 +175,18 @@ class Arena:
             slot.close()
         self._free.clear()
         if self._guard is not None:  # else that has their memory still
-            self._guard([os.dup(slot.fd) for slot in self._used])
+            self._guard(_copies(self._used))
+
+
+def _copies(slots: Iterable[Slot]) -> list[int]:
+    """Of their descriptors; none where this process can have no more."""
+    copies: list[int] = []
+    try:
+        for slot in slots:
+            copies.append(os.dup(slot.fd))  # noqa: PERF401 - those before one that fails are closed
+    except OSError as error:
+        for fd in copies:
+            os.close(fd)
+        log.info("no other process is to hold slots: %s", error)
+        return []
+    return copies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 
 from storage.service.channel import Channel, close_all
@@ -16,22 +17,21 @@ log = logging.getLogger(__name__)
 class SlotTeller:
     """Of all arenas that share a connection, each under a name of its own. Thread-safe.
 
-    What was told goes with the connection: who makes the next one has all tell anew.
+    What was told goes with the connection: by the next one all is told anew. Some thread may still come with the one
+    before, or with none.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._channel: Channel | None = None
-        self._told: dict[str, set[int]] = {}
+        self._told: weakref.WeakKeyDictionary[Channel, dict[str, set[int]]] = weakref.WeakKeyDictionary()
 
     def tell(self, channel: Channel | None, whose: str, descriptors: Sequence[int]) -> None:
         """See `storage.arena.arena.Guard`. Without a connection nothing is told: the kernel frees these slots then."""
         try:
             with self._lock:
-                if channel is not self._channel:
-                    self._channel, self._told = channel, {}
                 if channel is not None:
-                    self._tell(channel, self._told.setdefault(whose, set()), descriptors)
+                    told = self._told.setdefault(channel, {}).setdefault(whose, set())
+                    self._tell(channel, told, descriptors)
         except OSError as error:
             log.info("the service cannot be told of slots: %s", error)
         finally:

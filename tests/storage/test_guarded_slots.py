@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from storage import Checkpointer
 from storage.arena.arena import Arena
 from storage.arena.slot import Slot
 from storage.service import guarded_slots
+from storage.service.channel import close_all
 from storage.service.guarded_slots import GuardedSlots
 from storage.service.server import ServerOptions
 from storage.service.slot_teller import SlotTeller
@@ -125,6 +128,66 @@ def test_arenas_that_share_a_connection_tell_of_their_own_slots_alone(guarding: 
         until("it by the next connection, too", lambda: guarding.slots.size_bytes == 2 * MIB)
         for slot in (mine, other):
             slot.close()
+
+
+def test_who_tells_by_a_connection_that_was_makes_none_forget_what_was_told(guarding: Guarding) -> None:
+    """A thread may have asked for the connection before it was there, and come to tell after another."""
+    teller, slot = SlotTeller(), Slot.create(MIB)
+    with connected(guarding.path) as before, connected(guarding.path) as channel:
+        teller.tell(channel, "saves", [os.dup(slot.fd)])
+        until("the service to have it", lambda: guarding.slots.size_bytes == MIB)
+        slot.close()
+        for late in (None, before):
+            teller.tell(late, "live", [])
+        teller.tell(channel, "saves", [])
+        until("the service to have let go of it", lambda: guarding.num_held == 0)
+
+
+def test_what_a_save_lets_go_of_while_it_is_told_of_is_not_kept() -> None:
+    told: list[set[int]] = []
+    taken: list[Slot | None] = []
+    may_take = [True]
+
+    def guard(copies: Sequence[int]) -> None:
+        inodes = {os.fstat(fd).st_ino for fd in copies}
+        close_all(copies)
+        while may_take:  # once, as if another thread came now
+            may_take.clear()
+            taken.append(arena.take(2 * MIB))
+        told.append(inodes)
+
+    arena = Arena(2, guard)
+    arena.prepare(MIB)
+    (slot,) = taken
+    assert slot is not None
+    assert told[-1] == {os.fstat(slot.fd).st_ino}
+    arena.close()
+    arena.give_back(slot)
+
+
+def test_a_process_that_can_have_no_more_descriptors_saves_on_and_has_none_guarded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Sequence[int]] = []
+    made: list[int] = []
+    arena = Arena(2, told.append)
+    first, second = arena.take(MIB), arena.take(MIB)
+    assert first is not None and second is not None
+
+    def dup(fd: int) -> int:
+        if made:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(fd)
+        return fd
+
+    monkeypatch.setattr("storage.arena.arena.os", SimpleNamespace(dup=dup, close=made.remove))
+    arena.have_guarded()
+    assert (told, made) == ([[]], []), "nor is one left"
+    arena.give_back(second)
+    made.append(-1)
+    assert arena.take(2 * MIB) is not None
+    assert told == [[], []]
+    arena.close()
 
 
 def test_a_worker_cannot_have_any_number_guarded(guarding: Guarding, monkeypatch: pytest.MonkeyPatch) -> None:
