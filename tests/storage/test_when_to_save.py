@@ -105,6 +105,7 @@ class Noting:
 
     is_agreed = True
     asks = False
+    guard = None
 
     def __init__(self, *given: object) -> None:
         self.noted: list[int] = []
