@@ -35,6 +35,7 @@ class Guarding:
     def __init__(self, path: Path) -> None:
         self.path, self.free = path, PLENTY
         self.running = InThread(path, ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S))
+        self.running.server.truce._clock = lambda: 0.0  # one lasts until it is ended
         self.slots = GuardedSlots(self.running.server.truce, lambda: self.free)
         self.slots.serve(self.running.server)
         self.before = slots_held()
