@@ -31,8 +31,9 @@ def open_closed() -> None:
 
 def take_any_text() -> None:
     """Have stdout write `\\xNN` for what its encoding lacks, as stderr does: names, in a locale without UTF-8."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or out.encoding.lower() != "utf-8"):
+        out.reconfigure(errors="backslashreplace")
 
 
 class _Outliving(io.FileIO):

@@ -92,7 +92,7 @@ def _draw_loss(axes: Axes, story: RunStory) -> None:
     axes.set_ylim(low, high + 0.3 * (high - low))  # room for the generations' names
     first, last = story.kept[0]["step"], story.kept[-1]["step"]
     axes.set_xlim(first, max(last, first + 1))
-    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.8), frameon=False)
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.72), frameon=False)  # below the names
 
 
 def _draw_speed(axes: Axes, story: RunStory) -> None:

@@ -56,10 +56,11 @@ def test_a_command_ends_quietly(redirected: str, command: str, code: int, told: 
     assert call(redirected, *command.split()) == (code, told)
 
 
-def test_names_that_the_encoding_lacks_are_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in the locale C
+def test_names_that_the_encoding_lacks_are_written_all_the_same(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run `rün`, and one whose name is no text, where the locale is not UTF-8."""
     written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", errors=errors, write_through=True))
     streams.take_any_text()
     print("r\xfcn \udcff")
     assert written.getvalue() == b"r\\xfcn \\udcff\n"
