@@ -357,8 +357,9 @@ class _Keeping:
         except BaseException:
             log.exception("the checkpoint service has failed")
         finally:
-            logging.shutdown()
-            sys.stdout.flush()
+            with contextlib.suppress(Exception):  # there is no stdout where whoever started this had none
+                logging.shutdown()
+                sys.stdout.flush()
             os._exit(status)
 
 

@@ -195,6 +195,31 @@ def test_a_service_that_is_killed_for_lack_of_memory_is_started_with_less(tmp_pa
     assert err.count("memory may be what it lacks") == 3
 
 
+WITHOUT_STDOUT = """
+import sys
+from pathlib import Path
+from storage.service import keeper
+
+sys.stdout = None  # as Python has it where that was closed
+sys.exit(keeper.keep(Path(sys.argv[1]), lambda listener, link, state: None, None))
+"""
+
+
+def test_a_service_that_has_no_stdout_ends_all_the_same(tmp_path: Path) -> None:
+    """And is not taken for one that has crashed, and started again for ever."""
+    path = tmp_path / "node" / "service.sock"
+    process = subprocess.Popen([sys.executable, "-c", WITHOUT_STDOUT, str(path)], stderr=subprocess.PIPE, text=True)
+    try:
+        until("its socket", path.exists)
+        with socket.socket(socket.AF_UNIX) as caller:
+            until("it to listen", lambda: caller.connect_ex(str(path)) == 0)
+            _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, "started again" in err) == (0, False)
+
+
 def test_whoever_looks_through_a_folder_keeps_no_service_from_beginning_there(tmp_path: Path) -> None:
     """It has the lock for an instant, which a service takes for another one's otherwise."""
     path = tmp_path / "node" / "service.sock"
