@@ -52,8 +52,8 @@ test: $(VENV)/.dev ## the whole test suite
 test-whole: $(VENV)/.dev ## the suite with every case of the tables of which it takes a sample; 40 minutes on two cores
 	SUITE_WHOLE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test-variants: $(VENV)/.dev ## all of tests/moe with layers that are computed again, and compiled; with inductor where a C++ compiler is
-	$(BIN)/python -m tests.moe --processes $(TEST_PROCESSES)
+test-variants: $(VENV)/.dev ## all of tests/moe with layers that are computed again, and compiled; with inductor where a C++ compiler is; MOE_TESTS=PATH for some of them
+	$(BIN)/python -m tests.moe --processes $(TEST_PROCESSES) $(MOE_TESTS)
 
 test-sim: $(VENV)/.dev ## the membership through ten thousand lives with faults, under virtual time
 	$(BIN)/python -m tests.sim 0 10000

@@ -47,13 +47,6 @@ def group_timeout_s(group: dist.ProcessGroup) -> float:
     return float(found.total_seconds())
 
 
-def compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where it makes no graph of a function: tracing has failed, a compiler, or a limit."""
-    from torch._dynamo import exc  # a second's import, of what most commands never compile
-
-    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
-
-
 def compile_backward_at_once() -> None:
     """Have torch.compile make the graph of a backward pass with that of its forward pass, where its failure is caught.
 

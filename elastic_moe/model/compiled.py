@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from elastic_moe.torch_private import compile_backward_at_once, compile_errors
+from elastic_moe.torch_private import compile_backward_at_once
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -29,7 +29,6 @@ class Compiling:
         self.backend = backend
         self.on_failure = on_failure
         self.has_failed = False
-        self._errors = compile_errors()
         compile_backward_at_once()
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -41,12 +40,13 @@ class Compiling:
                 return function(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
-            except self._errors as error:
+            except Exception as error:
                 if self.on_failure is None:
                     raise
+                result = function(*args, **kwargs)  # whose own error is no failure of the compiler's
                 self.has_failed = True
                 self.on_failure(in_one_line(error))
-            return function(*args, **kwargs)
+                return result
 
         return call
 

@@ -86,6 +86,8 @@ def _compile(model: Decoder, device: torch.device) -> None:
 
 
 def _tell_uncompiled(why: str) -> None:
+    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch sets it; a process that was killed may have torn it
+        why += f" (torch's cache, which may be removed, is {cache})"
     log.warning("train.compile = true, but this rank's layers run as they are: torch.compile fails: %s", why)
     worker.event(TrainerEvent.COMPILE_FAILED, reason=why)
 
