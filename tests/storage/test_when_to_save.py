@@ -103,9 +103,8 @@ def test_a_call_that_saves_nothing_costs_no_collective(memory_url: str, collecti
 class Noting:
     """A live session that only remembers what was noted."""
 
-    is_agreed = True
+    is_agreed, guard = True, None
     asks = False
-    guard = None
 
     def __init__(self, *given: object) -> None:
         self.noted: list[int] = []
