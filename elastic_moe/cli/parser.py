@@ -48,7 +48,7 @@ class PrintCompletion(argparse.Action):
         from elastic_moe.cli.run import run_parser  # whose options are those of torch, which is imported for them
 
         if values not in shtab.SUPPORTED_SHELLS:
-            parser.error(f"the installed shtab knows no {values}: pip install --upgrade shtab")
+            parser.error(f"the installed shtab knows no {values}: a newer one does (1.13, say)")
         (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         verbs.choices["run"] = run_parser()
         _complete_files(parser, shtab.FILE)

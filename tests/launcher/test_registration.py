@@ -137,7 +137,7 @@ def test_no_two_nodes_share_an_id(node: Driven) -> None:
     other.settle()
     assert other.engine.view.fenced(0.0)
     assert other.engine.own.why == "node id a is taken"
-    assert node.record() == Node(node_id="a", host="a", address="127.0.0.1", port=1, slots=1)
+    assert node.record() == Node(node_id="a", host="a", address="127.0.0.1", port=1, slots=1, lease_ttl_s=TTL_S)
 
 
 def test_nothing_is_written_while_an_answer_is_awaited(node: Driven) -> None:
