@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _NUM_NUMBERS = 256  # of barriers, in a byte
+_POLL_MS_MAX = (1 << 31) - 1  # poll(2) takes no more: 24 days
 
 
 class PeerGone(RuntimeError):
@@ -104,7 +105,7 @@ class PipeBarrier:
 
     def _hear(self, turn: int) -> None:
         name = self._behind[turn]
-        if not self._polls[turn].poll(self._timeout_s * 1000):
+        if not self._polls[turn].poll(min(self._timeout_s * 1000, _POLL_MS_MAX)):
             raise PeerGone(f"{name} does not answer within {self._timeout_s:g} s")
         number = os.read(self._inbox.reading[turn], 1)
         if not number:

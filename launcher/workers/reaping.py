@@ -20,7 +20,7 @@ def kill_group(pid: int) -> None:
         ProcessLookupError: it is gone.
     """
     fd = -1
-    with contextlib.suppress(OSError):  # this kernel has no such descriptors
+    with contextlib.suppress(OSError, AttributeError):  # this kernel, or this Python, has no such descriptors
         fd = os.pidfd_open(pid)
     try:
         os.killpg(pid, signal.SIGKILL)
