@@ -115,7 +115,8 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
             os.kill(os.getpid(), signum)
         raise OSError(answer.get("cold", "the zygote does not answer"))
     connection.settimeout(None)
-    with contextlib.suppress(OSError):  # it has ended, or this kernel has no such descriptors: the zygote knows
+    # it has ended, or this kernel or this Python has no such descriptors: the zygote knows
+    with contextlib.suppress(OSError, AttributeError):
         worker += [int(answer["pid"]), os.pidfd_open(int(answer["pid"]))]
     return connection
 

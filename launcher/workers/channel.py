@@ -66,13 +66,16 @@ class Progress:
 
 
 def started_ticks(pid: int) -> int | None:
-    """Say when a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5))."""
+    """Say when a process started, in clock ticks since boot; None if there is none, or only its zombie (proc(5)).
+
+    A first thread that has ended is a zombie as well, while others still free what the process has had.
+    """
     try:
         # a name, which may be cut within a letter, is before what is asked for
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in "ZX" and int(fields[17]) <= 1 else int(fields[19])
 
 
 class Channel:

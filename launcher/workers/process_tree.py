@@ -47,8 +47,9 @@ class Process:
         """Send it a signal, if it is still there and still this one."""
         try:
             fd = os.pidfd_open(self.pid)
-        except OSError as error:
-            if error.errno == errno.ENOSYS and self._is_there():  # before Linux 5.3
+        except (OSError, AttributeError) as error:
+            # before Linux 5.3, or a Python built for one
+            if (isinstance(error, AttributeError) or error.errno == errno.ENOSYS) and self._is_there():
                 os.kill(self.pid, signum)
             return
         try:
@@ -71,7 +72,7 @@ def look_up(pid: int) -> Process | None:
     """Find a process by its pid; None if there is none, or only its zombie (proc(5))."""
     head, _, tail = _read(f"/proc/{pid}/stat").rpartition(")")
     fields = tail.split()
-    if len(fields) < 20 or fields[0] in "ZX":
+    if len(fields) < 20 or (fields[0] in "ZX" and int(fields[17]) <= 1):  # its first thread may have ended alone
         return None
     return Process(pid, head.partition("(")[2], int(fields[19]))
 

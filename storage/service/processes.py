@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_STATE, _START = 0, 19  # of the fields behind the name, see proc_pid_stat(5)
+_STATE, _NUM_THREADS, _START = 0, 17, 19  # of the fields behind the name, see proc_pid_stat(5)
 
 
 def began_at(pid: int) -> int:
@@ -38,7 +38,9 @@ def is_alive(pid: int, began: int = 0, of_space: int = 0) -> bool:
     if is_elsewhere(of_space):
         return True
     fields = _fields(pid)
-    if not fields or fields[_STATE] in ("Z", "X"):
+    if len(fields) <= _START:
+        return False
+    if fields[_STATE] in ("Z", "X") and int(fields[_NUM_THREADS]) <= 1:  # its first thread may have ended alone
         return False
     return not began or began == began_at(pid)
 

@@ -14,7 +14,10 @@ import pytest
 
 from launcher.environment import Environment
 from launcher.script.worker import Worker
-from launcher.workers.channel import Channel, StopReason, WorkerPhase
+from launcher.workers.channel import Channel, StopReason, WorkerPhase, started_ticks
+from launcher.workers.process_tree import look_up
+from storage.service.processes import is_alive
+from tests.cluster import until
 
 WORKER = """
 import sys, time
@@ -27,6 +30,30 @@ worker.event("stopping", why=reason)
 worker.yielded(8)
 assert "torch" not in sys.modules, "a single worker needs no collective, and must not wait for torch"
 """
+
+
+FIRST_THREAD_ENDS = """
+import ctypes, platform, threading
+threading.Thread(target=input).start()
+number = {"x86_64": 60, "aarch64": 93}[platform.machine()]  # exit(2), of one thread
+ctypes.CDLL(None).syscall(number, 0)
+"""
+
+
+def test_a_process_whose_first_thread_has_ended_is_there_until_the_others_have() -> None:
+    """So it is when a worker is killed: the last of its threads frees its memory, and closes its files and devices."""
+    with subprocess.Popen([sys.executable, "-c", FIRST_THREAD_ENDS], stdin=subprocess.PIPE) as process:
+        try:
+            state = Path(f"/proc/{process.pid}/stat")
+            until("the first thread has ended", lambda: state.read_text().rpartition(")")[2].split()[0] == "Z")
+            assert started_ticks(process.pid)
+            assert look_up(process.pid)
+            assert is_alive(process.pid)
+        finally:
+            process.kill()
+        until("all have", lambda: started_ticks(process.pid) is None)
+        assert look_up(process.pid) is None
+        assert not is_alive(process.pid)
 
 
 @pytest.fixture
