@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import PROG, one_line, positive_float
-from elastic_moe.cli.torchrun_options import check_script, check_values, choose_backend, torchrun_parser
+from elastic_moe.cli.torchrun_options import check_machine, check_script, check_values, choose_backend, torchrun_parser
 from elastic_moe.errors import UserError
 from launcher import Auto, HangLimit, HangRules, Infeasible, MeshPlan, MeshSpec, PreflightRules, idle_to_fit, plan
 
@@ -106,6 +106,7 @@ def handle(args: argparse.Namespace) -> int:
     from launcher import Console, LaunchOptions, launch_agent
 
     given = _parse(args.arguments)
+    check_machine(given)
     log_to_console()
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)  # our events say it

@@ -22,6 +22,8 @@ from elastic_moe.urls import local_path
 log = logging.getLogger(__name__)
 
 _MASTER_ADDR, _MASTER_PORT = "127.0.0.1", 29500  # as torchrun has them
+_DEVICES = {"gpu": "cuda", "xpu": "xpu"}
+"""What --nproc-per-node may name, and the module of torch that knows of it."""
 _STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
 
 
@@ -82,17 +84,13 @@ def check_values(given: argparse.Namespace) -> None:
         raise UserError("--silence-timeout: needs the workers' output in files to watch: add --tee 3 or --redirects 3")
     if given.module and given.no_python:
         raise UserError("--no-python: not together with --module, which Python runs")
-    _check_torchs_own(given)
+    _check_events(given)
     _take_signals(given)
 
 
-def _check_torchs_own(given: argparse.Namespace) -> None:
-    """What torch would tell of by a traceback, once the agent has begun."""
-    import torch
+def _check_events(given: argparse.Namespace) -> None:
     from torch.distributed.elastic.events.handlers import get_logging_handler
 
-    if given.numa_binding is not None and not torch.cuda.is_available():
-        raise UserError(f"--numa-binding {given.numa_binding}: needs GPUs, of which this torch sees none: leave it out")
     try:
         get_logging_handler(given.event_log_handler)
     except KeyError:
@@ -109,14 +107,23 @@ def _check_workers(text: str) -> None:
         return
     import torch
 
-    devices = {"gpu": torch.cuda.is_available, "xpu": torch.xpu.is_available}
-    if text in devices and not devices[text]():
-        raise UserError(
-            f"--nproc-per-node {text}: this torch sees no such device on this machine; give a number of workers, or cpu"
-        )
     other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if text not in ("auto", "cpu", *devices, other and other.type):
+    if text not in ("auto", "cpu", *_DEVICES, other and other.type):
         raise UserError(f"--nproc-per-node {text}: it must be a number, or auto, cpu, gpu or xpu: a worker for each")
+
+
+def check_machine(given: argparse.Namespace) -> None:
+    """Refuse what this machine has no devices for: torch would tell of it by a traceback, once the agent has begun."""
+    import torch
+
+    workers = given.nproc_per_node
+    if workers in _DEVICES and not getattr(torch, _DEVICES[workers]).is_available():
+        raise UserError(
+            f"--nproc-per-node {workers}: this torch sees no such device on this machine; give a number of workers, "
+            "or cpu"
+        )
+    if given.numa_binding is not None and not torch.cuda.is_available():
+        raise UserError(f"--numa-binding {given.numa_binding}: needs GPUs, of which this torch sees none: leave it out")
 
 
 def check_script(given: argparse.Namespace) -> None:
