@@ -172,7 +172,7 @@ def test_what_lacks_at_the_target_is_no_damage(source: str, tmp_path: Path, caps
     assert main(["ckpt", "push", source, "/proc/no-such-place", "--quiet"]) == 2  # no such folder can be made
     told = capsys.readouterr()
     assert "DAMAGED" not in told.out
-    assert "cannot be written to /proc/no-such-place" in told.err
+    assert "/proc/no-such-place is no folder, and cannot be made one" in told.err
 
 
 class Lacking(MemoryStore):
