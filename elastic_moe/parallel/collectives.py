@@ -94,18 +94,6 @@ def add_up(tensor: Tensor, group: dist.ProcessGroup, mailbox: Mailbox | None) ->
             tensor.copy_(part)
 
 
-def exchange_numbers(sent: Tensor, group: dist.ProcessGroup, mailbox: Mailbox | None) -> Tensor:
-    """An all-to-all of equal parts, a few numbers each, by the group's mailbox where it has one."""
-    received = torch.empty_like(sent)
-    if mailbox is None:
-        dist.all_to_all_single(received, sent, group=group)
-        return received
-    parts = sent.chunk(group.size())
-    for into, own, found in zip(received.chunk(group.size()), parts, mailbox.exchange(parts), strict=True):
-        into.copy_(own if found is None else found.view(sent.dtype))
-    return received
-
-
 def carry_rows(
     x_RD: Tensor,
     send_splits: Sequence[int],
@@ -144,7 +132,7 @@ def exchange(
     group: dist.ProcessGroup,
     mailbox: Mailbox | None,
 ) -> Tensor:
-    """As `carry_rows`, without a gradient."""
+    """As `carry_rows`, without a gradient; also of numbers, (R,)."""
     if mailbox is not None:
         return _exchanged(x_RD, send_splits, receive_splits, mailbox)
     y_QD = x_RD.new_empty(sum(receive_splits), *x_RD.shape[1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elastic_moe.model.dispatch import SortedDispatch
 from elastic_moe.model.experts import Experts
-from elastic_moe.parallel.collectives import carry_rows, exchange_numbers
+from elastic_moe.parallel.collectives import carry_rows, exchange
 from elastic_moe.parallel.mailbox import Mailbox
 from launcher import experts_per_rank
 
@@ -45,6 +45,7 @@ class AllToAllDispatch(SortedDispatch):
         """How many rows go out and come in, each (P, most experts of a rank) on the CPU, for the splits are needed as
         Python numbers. Ranks that hold fewer experts get no row for those that they lack."""
         sent = F.pad(counts_E, (0, self.num_missing))
-        received = exchange_numbers(sent, self.group, self.mailbox)
+        each = [len(sent) // self.num_ranks] * self.num_ranks
+        received = exchange(sent, each, each, self.group, self.mailbox)
         both_PX = torch.stack((sent, received)).cpu().view(2, self.num_ranks, -1)
         return both_PX[0], both_PX[1]

@@ -16,7 +16,7 @@ from elastic_moe.model.decoder import Decoder
 from elastic_moe.model.dispatch import Routes, count_rows
 from elastic_moe.model.experts import Experts
 from elastic_moe.model.rows import combine_rows, gather_rows
-from elastic_moe.parallel.collectives import carry_rows, exchange_numbers
+from elastic_moe.parallel.collectives import carry_rows, exchange
 from elastic_moe.parallel.loans import GroupLoan
 from elastic_moe.parallel.mailbox import Mailbox
 from launcher import Itinerary, ShareRule, Sharing, share_rows
@@ -78,7 +78,8 @@ class SharingDispatch:
 
     def _all_counts(self, counts_E: Tensor) -> Tensor:
         """Each rank's counts, (P, E), on the CPU, where it is decided."""
-        received = exchange_numbers(counts_E.repeat(self.num_ranks), self.group, self.mailbox)
+        each = [self.num_experts] * self.num_ranks
+        received = exchange(counts_E.repeat(self.num_ranks), each, each, self.group, self.mailbox)
         return received.cpu().view(self.num_ranks, self.num_experts)
 
     def _count(self, sharing: Sharing, counts_PE: list[list[int]]) -> None:
