@@ -19,6 +19,8 @@ MODULES = (
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     IMPORTED_BY_FSDP,
+    "numpy.ma",  # by the first `np.unique`
+    "encodings.idna",  # by the first connection to a name
 )
 _EXITING = 0x4  # PF_EXITING of Linux: it runs nothing of the program's any more
 

@@ -8,6 +8,7 @@ import functools
 import os
 import signal
 import threading
+from concurrent.futures import Future
 
 _PROCESS_MRELEASE = 448
 """process_mrelease(2), Linux 5.15; the same number on all machines. Without it the process frees all itself."""
@@ -19,20 +20,29 @@ def kill_group(pid: int) -> None:
     Raises:
         ProcessLookupError: it is gone.
     """
+    killed = Future[None]()
+    try:
+        threading.Thread(target=_kill_and_free, args=(pid, killed), name="free-memory", daemon=True).start()
+    except RuntimeError:  # there can be no more threads
+        os.killpg(pid, signal.SIGKILL)
+    else:
+        killed.result()
+
+
+def _kill_and_free(pid: int, killed: Future[None]) -> None:
+    """At once after another: the first of the two to find the memory in use frees some of it, a late one none."""
     fd = -1
     with contextlib.suppress(OSError, AttributeError):  # this kernel, or this Python, has no such descriptors
         fd = os.pidfd_open(pid)
     try:
         os.killpg(pid, signal.SIGKILL)
-    except BaseException:
+    except BaseException as error:  # noqa: BLE001 - of whoever waits for it
+        killed.set_exception(error)
         _close(fd)
-        raise
-    if fd < 0:
         return
-    try:
-        threading.Thread(target=free_memory, args=(fd,), name="free-memory", daemon=True).start()
-    except RuntimeError:  # there can be no more threads
-        _close(fd)
+    killed.set_result(None)
+    if fd >= 0:
+        free_memory(fd)
 
 
 def free_memory(fd: int) -> bool:

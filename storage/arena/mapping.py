@@ -81,6 +81,15 @@ def advise_huge(address: int, size_bytes: int) -> None:
             _advise(first, last * HUGE_PAGE_BYTES - first, mmap.MADV_HUGEPAGE)
 
 
+def make_pages(address: int, size_bytes: int) -> None:
+    """Have the pages made of what is filled next, all by one call: one by one, as they are written, they take the
+    kernel longer. What is in them already stays; what cannot be made now is made then."""
+    first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size_bytes) // PAGE_BYTES * PAGE_BYTES
+    if first < last:
+        with contextlib.suppress(OSError):  # a kernel that makes none ahead
+            _advise(first, last - first, _MADV_POPULATE_WRITE)
+
+
 class HugePages:
     """Advises huge pages for memory that is filled next, wherever they cost no more than small ones.
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from storage.arena.mapping import HugePages
+from storage.arena.mapping import HugePages, make_pages
 from storage.format.tensors import bytes_of
 from storage.verified.source import scratch
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SLAB_SIZE_BYTES = 8 * 1024 * 1024
 NUM_PINNED_SLABS = 8
 _HUGE_FROM_BYTES = 4 * 1024 * 1024
+_PAGES_FROM_BYTES = 128 * 1024
 _huge_pages = HugePages()  # what one restore has learnt of this machine holds for the next
 
 
@@ -72,12 +73,14 @@ class TensorTarget(_Counted):
 
     def __init__(self, tensor: torch.Tensor, finish: Callable[[], None]) -> None:
         super().__init__(tensor.nbytes, finish)
-        self._memory = bytes_of(tensor)
+        self._memory, self._address = bytes_of(tensor), tensor.data_ptr()
         if tensor.nbytes >= _HUGE_FROM_BYTES:  # memory that nobody has touched is made as it is filled
             _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
 
     def view(self, at: int, size_bytes: int) -> memoryview:
-        """A part of the tensor."""
+        """A part of the tensor, whose pages are there."""
+        if size_bytes >= _PAGES_FROM_BYTES:
+            make_pages(self._address + at, size_bytes)
         return self._memory[at : at + size_bytes]
 
 

@@ -70,6 +70,30 @@ def test_it_is_killed_all_the_same_where_nobody_can_help(
     assert num_descriptors() == before
 
 
+def test_memory_is_freed_by_the_thread_that_kills_which_nobody_waits_for(
+    holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    returned, kill, free = threading.Event(), os.killpg, reaping.free_memory
+
+    def killpg(pid: int, signum: int) -> None:
+        told.append(("kill", threading.get_ident()))
+        kill(pid, signum)
+
+    def free_memory(fd: int) -> bool:
+        assert returned.wait(60)
+        told.append(("free", threading.get_ident()))
+        return free(fd)
+
+    monkeypatch.setattr(os, "killpg", killpg)
+    monkeypatch.setattr(reaping, "free_memory", free_memory)
+    reaping.kill_group(holder.pid)
+    returned.set()
+    until("both", lambda: len(told) == 2)
+    assert [what for what, _ in told] == ["kill", "free"]
+    assert told[0][1] == told[1][1] != threading.get_ident()
+
+
 def test_what_was_not_killed_keeps_its_memory(holder: subprocess.Popen[bytes]) -> None:
     assert not reaping.free_memory(os.pidfd_open(holder.pid))
     assert holder.poll() is None

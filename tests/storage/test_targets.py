@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import random
+import resource
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from storage.format.tensors import bytes_of
+from storage.loading import targets
 from storage.loading.targets import DeviceCopies, FreshSlabs, ItemTarget, PinnedRing, SlabTarget, TensorTarget
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 5, 2), (2, 64)]
@@ -154,3 +157,13 @@ def test_a_tensor_fills_through_the_ring_of_its_device() -> None:
     assert torch.equal(tensor, content)
     assert device.num_pinned <= 2
     assert not device.pending
+
+
+def test_the_pages_of_a_view_are_made_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, which is cheaper than one by one; small ones, whatever this machine has of huge ones."""
+    monkeypatch.setattr(targets, "_HUGE_FROM_BYTES", 1 << 40)
+    tensor = torch.empty(64 << 20, dtype=torch.uint8)  # so much is always fresh from the kernel
+    view = TensorTarget(tensor, lambda: None).view(1 << 20, 62 << 20)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    view[:: mmap.PAGESIZE] = bytes(len(view[:: mmap.PAGESIZE]))
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 62 * 256 // 2
