@@ -38,8 +38,8 @@ class LocalMemory(Protocol):
     def make_way(self, seconds: float) -> None:
         """A whole job waits for what is done now: nothing is to be stored or copied behind it, for at most so long."""
 
-    def way_free(self) -> None:
-        """Nobody waits any more."""
+    def way_free(self, after_s: float = 0.0) -> None:
+        """Nobody waits any more: what stands still goes on after so long."""
 
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """Hold those attempts no longer, or nothing of all that is held: they are not to be gone on from."""

@@ -151,9 +151,9 @@ class NodeMemory:
         """See `LocalMemory.make_way`; here that is what is copied."""
         self._rate.truce.ask(seconds)
 
-    def way_free(self) -> None:
+    def way_free(self, after_s: float = 0.0) -> None:
         """See `LocalMemory.way_free`."""
-        self._rate.truce.end()
+        self._rate.truce.end(after_s)
 
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """See `LocalMemory.drop`. An event, where anything was held."""

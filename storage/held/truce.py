@@ -38,9 +38,9 @@ class Standstill:
             return self
         return Standstill(now_s, now_s + min(seconds, LONGEST_S))
 
-    def ended(self, now_s: float) -> Standstill:
-        """Nobody waits any more."""
-        return Standstill(self.began_s, now_s) if self.is_on(now_s) else self
+    def ended(self, now_s: float, after_s: float = 0.0) -> Standstill:
+        """Nobody waits any more: it lasts for so long at most."""
+        return Standstill(self.began_s, min(self.ends_s, now_s + after_s)) if self.is_on(now_s) else self
 
 
 class Truce:
@@ -63,10 +63,10 @@ class Truce:
         with self._changed:
             self._now = self._now.asked(self._clock(), seconds)
 
-    def end(self) -> None:
-        """Let them go on."""
+    def end(self, after_s: float = 0.0) -> None:
+        """Let them go on, after so long."""
         with self._changed:
-            self._now = self._now.ended(self._clock())
+            self._now = self._now.ended(self._clock(), after_s)
             self._changed.notify_all()
 
     def end_all(self) -> None:

@@ -322,10 +322,10 @@ class MemoryAccess:
         if self._speaks:
             self._ask(lambda local: local.make_way(_RESTORE_S), report)
 
-    def way_free(self, report: Reporter) -> None:
+    def way_free(self, report: Reporter, after_s: float = 0.0) -> None:
         """It was read, or is not: what waits goes on, be it since workers stopped for others. As `make_way`."""
         if self._speaks:
-            self._ask(lambda local: local.way_free(), report)
+            self._ask(lambda local: local.way_free(after_s), report)
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:
         """Tell the memory of this node that the job goes on from a state of it. No collective; all ranks call it."""

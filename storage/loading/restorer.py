@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 _NUM_TRIES = 100
 """Of checkpoints that turn out to be no good: another job may save, and remove, faster than this one can read."""
 
+_FIRST_STEP_S = 0.25
+"""After a restore, until what stood still for it goes on: a whole job waits for the first step as well."""
+
 
 @dataclass(frozen=True)
 class _Read:
@@ -103,6 +106,7 @@ class Restorer:
                 self._chooser.look_ahead()
             tier = self._memory.open(self._report) if self._memory is not None else None
             self._phases.ended("ask")
+            read: _Read | None = None
             try:
                 step, read = self._restore(
                     state, tier, strict=strict, ignored=ignored, unhealthy=unhealthy, allow_casts=allow_casts
@@ -110,7 +114,7 @@ class Restorer:
             finally:
                 if tier is not None and self._memory is not None:
                     tier.close()
-                    self._memory.way_free(self._report)
+                    self._memory.way_free(self._report, _FIRST_STEP_S if read is not None else 0.0)
         if read is not None:
             self._report(
                 CheckpointEvent.RESTORED,

@@ -88,7 +88,9 @@ class MakeWay(ServiceMessage):
 
 
 class WayFree(ServiceMessage):
-    """Nobody waits any more; answered by `Noted`."""
+    """Nobody waits any more: what stands still goes on after so many seconds. Answered by `Noted`."""
+
+    after_s: float = Field(default=0.0, ge=0)
 
 
 class Noted(ServiceMessage):

@@ -85,9 +85,9 @@ class ServiceMemory:
         """See `LocalMemory.make_way`."""
         self._ask(MakeWay(seconds=seconds), Noted)
 
-    def way_free(self) -> None:
+    def way_free(self, after_s: float = 0.0) -> None:
         """See `LocalMemory.way_free`."""
-        self._ask(WayFree(), Noted)
+        self._ask(WayFree(after_s=after_s), Noted)
 
     def drop(self, attempts: Collection[str] | None, reason: str) -> None:
         """See `LocalMemory.drop`."""

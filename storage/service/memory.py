@@ -291,7 +291,7 @@ class HeldStates:
 
     def _way_free(self, caller: ServiceCaller, told: WayFree, fds: list[int]) -> None:
         close_all(fds)
-        self.node.way_free()
+        self.node.way_free(told.after_s)
         caller.answer(Noted())
 
     def _note_restored(self, attempt: str, step: int) -> None:

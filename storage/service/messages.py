@@ -16,7 +16,7 @@ from storage.pace.rules import Tier
 from storage.run.owner import Owner
 from storage.saving.uploads import Tried
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """One more with every change after which the two sides would misunderstand each other."""
 
 

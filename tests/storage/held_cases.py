@@ -183,7 +183,7 @@ class Seen:
     def make_way(self, report: Reporter) -> None:
         pass
 
-    def way_free(self, report: Reporter) -> None:
+    def way_free(self, report: Reporter, after_s: float = 0.0) -> None:
         pass
 
     def went_on(self, attempt: str, step: int, report: Reporter) -> None:

@@ -222,8 +222,8 @@ class Standing(Seen):
     def make_way(self, report: Reporter) -> None:
         self.told.append("make way")
 
-    def way_free(self, report: Reporter) -> None:
-        self.told.append("way free")
+    def way_free(self, report: Reporter, after_s: float = 0.0) -> None:
+        self.told.append("way free after the first step" if after_s else "way free")
 
     def await_look(self) -> None:
         pass
@@ -245,7 +245,7 @@ def test_what_is_still_stored_is_not_waited_for_while_it_stands_still_for_the_sa
         if is_damaged:  # which is found while all stands still
             add(a, Staged(40), 0, 1, change=damaged)
         check(30, restore(store, memory, [], adopted=memory))
-    assert memory.told == ["make way"] * is_damaged + ["way free", "settle", "way free"]
+    assert memory.told == ["make way"] * is_damaged + ["way free", "settle", "way free after the first step"]
 
 
 def test_a_node_that_goes_while_it_is_read_from_costs_only_its_bytes() -> None:

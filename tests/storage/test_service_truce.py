@@ -49,6 +49,15 @@ def test_what_waits_has_half_of_all_time() -> None:
     assert ended.ended(200.0) == ended
 
 
+def test_a_standstill_ends_a_little_later_for_who_asks_for_that_and_never_later_than_it_would() -> None:
+    began = Standstill().asked(100.0, 10.0)
+    later = began.ended(104.0, 0.25)
+    assert (later.is_on(104.2), later.is_on(104.25)) == (True, False)
+    assert later.ended(104.1, 0.25) == later, "another rank has read all by then"
+    assert began.ended(109.9, 0.25).ends_s == 110.0
+    assert later.asked(104.1, 10.0).ends_s == 114.1, "another restore"
+
+
 def test_a_truce_holds_back_what_is_sent_until_it_ends() -> None:
     pace = Pace(None)
     pace.truce = Truce(lambda: 0.0)  # a machine that stands still does not end it
