@@ -17,7 +17,11 @@ class ProtocolError(ValueError):
 
 def send(sock: socket.socket, message: dict[str, Any]) -> None:
     """Send one message."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    send_body(sock, json.dumps(message, separators=(",", ":")).encode())
+
+
+def send_body(sock: socket.socket, body: bytes) -> None:
+    """Send one frame, whatever is in it."""
     sock.sendall(struct.pack(">I", len(body)) + body)
 
 
@@ -38,16 +42,22 @@ def receive(
         TimeoutError: it did not come in time.
         ProtocolError: the frame is too large or is not a JSON object.
     """
-    (size_bytes,) = struct.unpack(">I", header + _exactly(sock, HEADER_BYTES - len(header), ends_s))
-    if size_bytes > limit_bytes:
-        raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
+    body = receive_body(sock, limit_bytes, header, ends_s=ends_s)
     try:
-        message = json.loads(_exactly(sock, size_bytes, ends_s))
+        message = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a frame that is not JSON") from error
     if not isinstance(message, dict):
         raise ProtocolError("a frame that is not a JSON object")
     return message
+
+
+def receive_body(sock: socket.socket, limit_bytes: int, header: bytes = b"", *, ends_s: float | None = None) -> bytes:
+    """Receive one frame, whatever is in it; as `receive`."""
+    (size_bytes,) = struct.unpack(">I", header + _exactly(sock, HEADER_BYTES - len(header), ends_s))
+    if size_bytes > limit_bytes:
+        raise ProtocolError(f"a frame of {size_bytes} bytes, more than {limit_bytes}")
+    return _exactly(sock, size_bytes, ends_s)
 
 
 def _exactly(sock: socket.socket, size_bytes: int, ends_s: float | None) -> bytes:

@@ -211,9 +211,9 @@ def _reap(pipes: dict[int, int]) -> None:
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
     """In the fork: what a new process on that host would be."""
-    from launcher.workers import process_tree
+    from launcher.workers import tied
 
-    process_tree.die_with(os.getppid())
+    tied.die_with(os.getppid())
     os.setsid()
     out, err, *namespace = fds
     if namespace:

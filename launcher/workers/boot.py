@@ -1,25 +1,22 @@
 """Stands between the agent and a worker's program.
 
-`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 25 ms) asks the zygote to fork the worker and
+`python -I -S boot.py AGENT_PID ZYGOTE_SOCKET PROGRAM ARGS...` (about 10 ms) asks the zygote to fork the worker and
 stands for it: passes signals on, ends as it ends. Without a zygote ("-", or one that refuses) it starts the program
 itself and stands over it (`guardian`). Either way the worker dies when this process does, and that when the agent dies.
 So even `kill -9` of an agent leaves nobody training.
 """
 
-import contextlib
-import json
+import _signal  # type: ignore[import-not-found]
+import _socket  # see `tied`
 import os
 import resource
 import select
-import signal
-import socket
-import struct
 import sys
 
 if __name__ == "__main__":  # started by path, without site packages; ours come last
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from launcher.workers import guardian, process_tree
+from launcher.workers import tied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +35,7 @@ def command(program: "Sequence[str]", zygote: str = "-") -> "list[str]":
 def main(argv: "list[str]") -> None:
     """Tie this process to its agent, then run the program warm if that can be, else cold."""
     agent_pid, zygote, program = int(argv[1]), argv[2], argv[3:]
-    process_tree.die_with(agent_pid)
+    tied.die_with(agent_pid)
     if zygote != "-":
         try:
             connection = _ask(zygote, program[1:])
@@ -51,6 +48,8 @@ def main(argv: "list[str]") -> None:
         # A program that can write its stacks when it hangs; it runs the script as the interpreter would.
         here = os.path.dirname(os.path.abspath(__file__))
         program = [*program[:2], os.path.join(here, "program.py"), str(stacks), *program[1:]]
+    from launcher.workers import guardian  # by cold workers only
+
     guardian.run(program, agent_pid, _claim)
 
 
@@ -71,8 +70,8 @@ def _claim() -> None:
             print(f"the agent is not told of pid {os.getpid()}: {error}", file=sys.stderr)
 
 
-def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _ask(zygote: str, argv: "list[str]") -> "_socket.socket":
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     connection.settimeout(_ZYGOTE_TIMEOUT_S)
     # A socket's address holds 107 bytes, and TMPDIR may be longer: the kernel looks from its folder on.
     folder = os.open(os.path.dirname(zygote), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -80,19 +79,9 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
         connection.connect(f"/proc/self/fd/{folder}/{os.path.basename(zygote)}")
     finally:
         os.close(folder)
-    umask = os.umask(0o077)
-    os.umask(umask)
-    limits = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
-    request = {
-        "argv": argv,
-        "env": dict(os.environ),
-        "cwd": os.getcwd(),
-        "umask": umask,
-        "limits": [[which, *resource.getrlimit(which)] for which in sorted(limits)],
-        "ignored": [int(s) for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN],
-    }
-    body = json.dumps(request).encode()
-    socket.send_fds(connection, [struct.pack(">I", len(body))], [0, 1, 2])
+    body = _request(argv)
+    streams = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (0, 1, 2))
+    connection.sendmsg([_header(body)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
     connection.sendall(body)
     heard: list[int] = []
     worker: list[int] = []  # its pid and a descriptor of it, once they are known
@@ -102,40 +91,60 @@ def _ask(zygote: str, argv: "list[str]") -> "socket.socket":
             os.killpg(worker[0], signum)  # the zygote may be busy for a second
             return
         heard.append(signum)
-        body = json.dumps({"signal": signum}).encode()
-        connection.sendall(struct.pack(">I", len(body)) + body)
+        body = b"%d" % signum
+        connection.sendall(_header(body) + body)
 
     # From here on: the worker may run before its pid is told. What comes too early for it waits for it in the socket.
-    before = {handled: signal.signal(handled, pass_on) for handled in guardian.PASSED_ON}
-    answer = _receive(connection)
-    if "pid" not in answer:
+    before = {handled: _signal.signal(handled, pass_on) for handled in tied.PASSED_ON}
+    word, text = _receive(connection)
+    if word != "pid":
         for handled, handler in before.items():
-            signal.signal(handled, handler)
+            _signal.signal(handled, handler)
         for signum in heard:
             os.kill(os.getpid(), signum)
-        raise OSError(answer.get("cold", "the zygote does not answer"))
+        raise OSError(text or "the zygote does not answer")
     connection.settimeout(None)
-    # it has ended, or this kernel or this Python has no such descriptors: the zygote knows
-    with contextlib.suppress(OSError, AttributeError):
-        worker += [int(answer["pid"]), os.pidfd_open(int(answer["pid"]))]
+    try:
+        worker += [int(text), os.pidfd_open(int(text))]
+    except (OSError, AttributeError):  # it has ended, or this kernel or this Python has none: signals go by the zygote
+        worker.clear()
     return connection
 
 
-def _stand_for_worker(connection: "socket.socket") -> None:
+def _request(argv: "list[str]") -> bytes:
+    """What a `ForkRequest` is made of: lists of texts, each after its length, and a NUL between any two."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    limits = sorted(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+    lists = (
+        [os.fsencode(argument) for argument in argv],
+        [name + b"=" + value for name, value in os.environb.items()],
+        [os.getcwdb(), b"%d" % umask],
+        [b"%d %d %d" % (which, *resource.getrlimit(which)) for which in dict.fromkeys(limits)],
+        [b"%d" % s for s in sorted(_signal.valid_signals()) if _signal.getsignal(s) == _signal.SIG_IGN],
+    )
+    return b"\0".join(text for texts in lists for text in (b"%d" % len(texts), *texts))
+
+
+def _stand_for_worker(connection: "_socket.socket") -> None:
     """Wait until the worker ends; then end in the same way."""
-    # A zygote that is gone took its workers along.
-    process_tree.end_as(int(_receive(connection).get("status", str(int(signal.SIGKILL)))))
+    word, text = _receive(connection)
+    tied.end_as(int(text) if word == "status" else int(_signal.SIGKILL))  # a zygote that is gone took its workers along
 
 
-def _receive(connection: "socket.socket") -> "dict[str, str]":
+def _receive(connection: "_socket.socket") -> "tuple[str, str]":
+    """The zygote's next word, and what it says with it; nothing where it is gone."""
     header = _exactly(connection, 4)
-    if len(header) < 4:
-        return {}
-    body = _exactly(connection, struct.unpack(">I", header)[0])
-    return dict(json.loads(body)) if body else {}
+    body = _exactly(connection, int.from_bytes(header, "big")) if len(header) == 4 else b""
+    word, _, text = body.decode(errors="replace").partition(" ")
+    return word, text
 
 
-def _exactly(connection: "socket.socket", size_bytes: int) -> bytes:
+def _header(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big")
+
+
+def _exactly(connection: "_socket.socket", size_bytes: int) -> bytes:
     data = b""
     while len(data) < size_bytes:
         try:

@@ -1,4 +1,7 @@
-"""What `boot.py` asks the zygote for: a fork that becomes a worker. A frame with three descriptors on a Unix socket."""
+"""What `boot.py` asks the zygote for: a fork that becomes a worker. A frame with three descriptors on a Unix socket.
+
+In it are lists of texts, each after its length, and a NUL between any two: what a program is given has none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from launcher.frames import HEADER_BYTES, receive
+from launcher.frames import HEADER_BYTES, receive_body
 
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
 
@@ -54,11 +57,24 @@ class ForkRequest:
         try:
             if len(fds) != 3:
                 raise ValueError(f"{len(fds)} file descriptors, not 3")
-            told = receive(connection, _MAX_FRAME_BYTES, header)
-            limits = [(int(which), int(soft), int(hard)) for which, soft, hard in told["limits"]]
-            argv, env, cwd = list(told["argv"]), dict(told["env"]), str(told["cwd"])
-            return cls(argv, env, cwd, int(told["umask"]), limits, list(told["ignored"]), tuple(fds))
+            return cls._parse(receive_body(connection, _MAX_FRAME_BYTES, header), (fds[0], fds[1], fds[2]))
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
+
+    @classmethod
+    def _parse(cls, body: bytes, fds: tuple[int, int, int]) -> ForkRequest:
+        """Raises ValueError."""
+        texts = iter([os.fsdecode(text) for text in body.split(b"\0")])
+
+        def some() -> list[str]:
+            try:
+                return [next(texts) for _ in range(int(next(texts)))]
+            except (StopIteration, RuntimeError):
+                raise ValueError("less than a request") from None
+
+        argv, variables, (cwd, umask), limits, ignored = some(), some(), some(), some(), some()
+        env = {name: value for name, _, value in (variable.partition("=") for variable in variables)}
+        told = [(int(which), int(soft), int(hard)) for which, soft, hard in (limit.split() for limit in limits)]
+        return cls(argv, env, cwd, int(umask), told, [int(signum) for signum in ignored], fds)

@@ -22,7 +22,7 @@ from launcher.workers import early_variables, paths, program, stash
 from launcher.workers.channel import Channel
 from launcher.workers.fork_request import ForkRequest
 from launcher.workers.learnt_imports import ImportReporter
-from launcher.workers.process_tree import die_with
+from launcher.workers.tied import die_with
 
 _NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP)
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)

@@ -16,7 +16,7 @@ import sys
 if __name__ == "__main__":  # started by path, without site packages
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from launcher.workers import process_tree
+from launcher.workers import process_tree, tied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT_DIED = signal.SIGRTMIN + 8
 
 
@@ -43,21 +42,21 @@ def run(program: list[str], parent_pid: int, prepare: Callable[[], None] = lambd
 
 def run_here(start: Callable[[], None], parent_pid: int) -> NoReturn:
     """Run `start`, and nothing after it, in a fork of this process; stand over that as `run` does."""
-    from launcher.environment import Environment  # not before it is needed: `boot` imports this for warm workers too
+    from launcher.environment import Environment
 
     keep = Environment.from_env(os.environ).keep_children
     if not keep:
         process_tree.adopt_orphans()
-    process_tree.die_with(parent_pid)
+    tied.die_with(parent_pid)
     own_pid = os.getpid()
     if os.getsid(0) != own_pid:
         os.setsid()  # neither Ctrl-C nor a signal to the agent's process group is for it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, tied.PASSED_ON)  # until there is somebody to pass them on to
     pid = os.fork()  # before any handler: what is ignored here is ignored there
     if pid == 0:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        process_tree.die_with(own_pid)
+        tied.die_with(own_pid)
         start()
         sys.exit(0)
     os.closerange(3, 1024)  # the program's, whose ends somebody may wait for
@@ -88,22 +87,22 @@ def _stand_over(pid: int, parent_pid: int, mask: set[int | signal.Signals], *, k
             process_tree.end(_own, 0.0)
         os._exit(1)
 
-    for handled in PASSED_ON:
+    for handled in tied.PASSED_ON:
         signal.signal(handled, pass_on)
     signal.signal(PARENT_DIED, parent_died)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    process_tree.die_with(parent_pid, PARENT_DIED)
+    tied.die_with(parent_pid, PARENT_DIED)
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) is None or ended.si_pid != pid:
         if ended:
             os.waitpid(ended.si_pid, 0)  # an orphan
-    for handled in PASSED_ON:  # before its pid can be another's
+    for handled in tied.PASSED_ON:  # before its pid can be another's
         signal.signal(handled, signal.SIG_IGN)
     _, status = os.waitpid(pid, 0)
     if not keep:
         found, left = process_tree.end(_own, process_tree.grace_after(status))
         if found:
             _tell(found, left)
-    process_tree.end_as(status)
+    tied.end_as(status)
 
 
 def _own() -> process_tree.ProcessesByPid:

@@ -7,20 +7,18 @@ environment leads past it. Standard library only, and little of it: `boot.py` im
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import resource
 import signal
 import threading
 import time
 
+from launcher.workers.tied import prctl
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
-    from typing import NoReturn
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.01
 _MAX_PASSES = 32
@@ -181,7 +179,7 @@ def adopt_orphans() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def leave_orphans() -> None:
@@ -190,32 +188,7 @@ def leave_orphans() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 0)
-
-
-def die_with(parent_pid: int, signum: int = signal.SIGKILL) -> None:
-    """Ask the kernel for a signal when the parent dies, and make sure that it did not before (prctl(2))."""
-    _prctl(_PR_SET_PDEATHSIG, signum)
-    if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signum)
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl {option}")
-
-
-def end_as(status: int) -> NoReturn:
-    """End this process as another one ended, by its wait status."""
-    if os.WIFEXITED(status):
-        os._exit(os.WEXITSTATUS(status))
-    signum = os.WTERMSIG(status)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left its own core, if any
-    if signum != signal.SIGKILL:
-        signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
-    os._exit(128 + signum)  # a signal that is blocked
+    prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 def hear_of_children() -> None:

@@ -3,9 +3,9 @@
 It is a fork of an agent that has just imported torch itself (`launcher.workers.warm`), or a new process; either way
 below a guardian. It serves `boot.py` on a Unix socket, one connection a worker:
 
-    boot -> zygote   frame {"argv", "env", "cwd", ...} with boot's stdin, stdout and stderr (SCM_RIGHTS)
-    zygote -> boot   frame {"pid"}, or {"cold": why} if a fork would not be what a new process is; at the end {"status"}
-    boot -> zygote   frame {"signal"}; a closed connection means SIGKILL
+    boot -> zygote   a frame with a `ForkRequest`, and boot's stdin, stdout and stderr (SCM_RIGHTS)
+    zygote -> boot   "pid PID", or "cold WHY" if a fork would not be what a new process is; at the end "status STATUS"
+    boot -> zygote   a frame with the number of a signal; a closed connection means SIGKILL
 
 Its agent hears by another socket when all is imported, and why workers start cold. It serves before that, between one
 import and the next: the first workers of a job need not wait for what they may not use.
@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.environment import Environment
-from launcher.frames import receive, send
+from launcher.frames import receive_body, send_body
 from launcher.workers import early_variables, freshness, paths, program
 from launcher.workers.fork_request import ForkRequest
 from launcher.workers.forked import Zygote, become, tell
@@ -141,7 +141,7 @@ class _Server:
             connection.close()
             return None
         if unfit := unfit_to_fork() or self._differs(request):
-            self._answer(connection, {"cold": unfit})
+            self._answer(connection, f"cold {unfit}")
             connection.close()
         elif self._fork(connection):
             return request
@@ -186,7 +186,7 @@ class _Server:
             self._selector.register(ours, selectors.EVENT_READ)
         self._workers[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, data=pid)
-        self._answer(connection, {"pid": str(pid)})
+        self._answer(connection, f"pid {pid}")
         return False
 
     def _leave_parent(self, learning: socket.socket | None) -> None:
@@ -200,9 +200,9 @@ class _Server:
         for fd in (self._wake_r, self._wake_w):
             os.close(fd)
 
-    def _answer(self, connection: socket.socket, message: dict[str, str]) -> None:
+    def _answer(self, connection: socket.socket, told: str) -> None:
         with contextlib.suppress(OSError):  # boot is gone: its closed connection is heard next
-            send(connection, message)
+            send_body(connection, told.encode(errors="replace"))
 
     def _child_ended(self, *_: object) -> None:
         """Reap at once even during an import, which takes a second: the boot of the worker that ended waits for it."""
@@ -222,7 +222,7 @@ class _Server:
                 connection = self._workers.pop(pid)
                 with contextlib.suppress(KeyError):  # its boot is gone
                     self._selector.unregister(connection)
-                self._answer(connection, {"status": str(status)})
+                self._answer(connection, f"status {status}")
                 connection.close()
         self._to_import.extend(self._learner.reap())
 
@@ -231,8 +231,8 @@ class _Server:
         if connection is None:
             return  # reaped in the same round
         try:
-            signum = int(receive(connection, _MAX_FRAME_BYTES)["signal"])
-        except (OSError, EOFError, ValueError, KeyError):
+            signum = int(receive_body(connection, _MAX_FRAME_BYTES))
+        except (OSError, EOFError, ValueError):
             signum = signal.SIGKILL
             self._selector.unregister(connection)
         try:
