@@ -31,8 +31,8 @@ _WALL_MAX = 4
 """So many times as long it may take by the clock on the wall."""
 _COSTLY_S = 0.002
 """For one huge page. One that is to be had takes a tenth of that, and small pages for as much a third."""
-_WITHOUT_BYTES = 256 * 1024 * 1024
-"""After a costly one: looking again costs a twentieth of what small pages for so much take."""
+_WITHOUT_BYTES = 1024 * 1024 * 1024
+"""After a costly one: looking again costs a sixtieth of what small pages for so much take."""
 _WITHOUT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _FAILED = ctypes.c_void_p(-1).value
@@ -95,7 +95,7 @@ class HugePages:
 
     The first of each piece of memory is made at once, to see. A virtual machine may have to ask its host for what lies
     free in large blocks, small piece by small piece: 5 ms a huge page, seven times what small pages take, which come
-    from what has been in use. After a costly one none is asked for in the next 256 MiB, so that looking costs little.
+    from what has been in use. After a costly one none is asked for in the next GiB, so that looking costs little.
     Thread-safe: who looks at the same time looks once too often.
     """
 
