@@ -76,9 +76,10 @@ def read_items(
         if _share(store, group, requests):
             axis = Axis(source.index)
             agreed = agree(group, requests, axis.blocks, axis.starts)
-            shared_part_of = _SharedParts(axis, agreed, requests).part
-            traffic += PartExchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
-            received = axis.by_object(received_ranges(agreed.plan, group.rank))
+            if len(agreed.plan):
+                shared_part_of = _SharedParts(axis, agreed, requests).part
+                traffic += PartExchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
+                received = axis.by_object(received_ranges(agreed.plan, group.rank))
         traffic += _read_rest(source, requests, received, pool)
 
         for item in list(requests.waiting):

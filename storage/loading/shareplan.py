@@ -109,8 +109,9 @@ def plan_shares(
         blocks: where an axis may be cut.
         part_size_bytes: a part is at most this long, plus a block; by default 8 MiB, and down to 1 MiB where there
             would be too few parts to spread them well.
-        small_size_bytes: shorter ranges are left to each of their ranks where all of those together would fetch no more
-            than 0.5 % beyond what is needed: a request of its own costs more than such bytes.
+        small_size_bytes: ranges that are no longer are left to each of their ranks where all of those together would
+            fetch no more than 0.5 % beyond what is needed: a request of its own costs more than such bytes. By default
+            one block, as two ranks share where the rows of one end and the other's begin.
     """
     cuts = np.unique(np.concatenate([needs.ravel() for needs in needs_of_rank] or [np.zeros(0, np.int64)]))
     segment, rank = _pairs(needs_of_rank, cuts)
@@ -150,7 +151,7 @@ def _spared(sizes: Ints, num_ranks: Ints, small_size_bytes: int) -> Ints:
     """Which segments are not worth a request of their own; see `plan_shares`."""
     needed_bytes = int(sizes[num_ranks > 0].sum())
     extra_bytes = sizes * np.maximum(num_ranks - 1, 0)
-    small = np.flatnonzero((num_ranks > 1) & (sizes < small_size_bytes))
+    small = np.flatnonzero((num_ranks > 1) & (sizes <= small_size_bytes))
     by_cost = small[np.argsort(extra_bytes[small], kind="stable")]
     spared = np.zeros(len(sizes), bool)
     spared[by_cost[np.cumsum(extra_bytes[by_cost]) <= SMALL_SHARE * needed_bytes]] = True

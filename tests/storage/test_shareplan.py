@@ -154,3 +154,16 @@ def test_ranks_of_one_host_read_whole_items_of_a_folder_each_for_itself() -> Non
     assert should_share(["a", "a"], is_host_cached=True, has_stripes=True)
     assert should_share(["a", "a"], is_host_cached=False, has_stripes=False)
     assert not should_share(["a"], is_host_cached=False, has_stripes=True)
+
+
+@pytest.mark.parametrize(("num_ranks", "is_left"), [(2, True), (8, False)])
+def test_the_blocks_that_lie_across_two_ranks_are_read_by_both_where_they_are_few(
+    num_ranks: int, is_left: bool
+) -> None:
+    """Tensors of 64 MiB by rows, which do not begin where a block does: an exchange costs more than one such block."""
+    size, block, num_items = 64 << 20, 256 << 10, 16
+    starts, step = np.arange(num_items) * (size + 1), size // num_ranks
+    blocks = Blocks(starts, np.full(num_items, size), np.full(num_items, block))
+    begins = [max(rank * step - block, 0) for rank in range(num_ranks)]
+    needs = [np.stack((starts + begin, starts + (rank + 1) * step), 1) for rank, begin in enumerate(begins)]
+    assert (len(plan_shares(needs, blocks)) == 0) == is_left
