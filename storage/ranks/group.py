@@ -162,13 +162,16 @@ class Group:
         """As `all_gather`, for data that may be long, and longer on one rank than on another: nothing is padded."""
         if self.world_size == 1:
             return [data]
-        ends = list(itertools.accumulate(self._sizes(data)))
+        heads = self._heads(data)
+        lengths = [length for length, _ in heads]
+        if max(lengths) <= SHORT_BYTES:
+            return [short for _, short in heads]
+        ends = list(itertools.accumulate(lengths))
         begin = ends[self.rank] - len(data)
         payload = np.zeros(ends[-1], np.uint8)
         payload[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
         summed = torch.from_numpy(payload).to(self._device)
-        if ends[-1]:
-            dist.all_reduce(summed, group=self._group)  # all but one rank hold zeros
+        dist.all_reduce(summed, group=self._group)  # all but one rank hold zeros
         whole = _bytes(summed)
         return [whole[start:end] for start, end in itertools.pairwise((0, *ends))]
 
@@ -203,12 +206,6 @@ class Group:
         if inbox is not memories:
             for memory, tensor in zip(memories, inbox, strict=True):
                 memory.copy_(tensor)
-
-    def _sizes(self, data: bytes) -> Sequence[int]:
-        sizes = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.world_size)]
-        mine = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-        dist.all_gather(sizes, mine, group=self._group)
-        return [int(size.item()) for size in sizes]
 
     def _head(self, data: bytes) -> torch.Tensor:
         return self._tensor(_head_of(data), _HEAD_BYTES)
