@@ -43,7 +43,7 @@ class Environment:
     checkpoint: Path | None = None
     """The file in which a Checkpointer says what it has committed last."""
     zone: str = ""
-    """The failure domain that the node is in, `--rdzv-conf zone`."""
+    """The failure domain that the node is in, `--zone`."""
     address: str = ""
     """Under which other nodes reach the node."""
     service: Path | None = None

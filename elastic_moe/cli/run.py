@@ -119,6 +119,7 @@ def handle(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--log-dir {given.log_dir}: {error.strerror}") from error
     assert isinstance(command, str), "--run-path is refused"
+    _name_zone(config, given.zone)
     extras = LaunchOptions(
         node_name=given.node_name,
         max_restarts=given.max_restarts_given,
@@ -156,6 +157,13 @@ def run_parser() -> argparse.ArgumentParser:
     ours = parser.add_argument_group("elastic-moe")
     ours.add_argument("--node-name", default="", help="name of this node in events and logs (default: its host name)")
     ours.add_argument(
+        "--zone",
+        default="",
+        metavar="NAME",
+        help="what fails together with this node (a rack, an availability zone): ranks of one zone are neighbours, and "
+        "copies of states in memory go to another one",
+    )
+    ours.add_argument(
         "--mesh", metavar="JOB.toml", help="plan the device mesh of every round for the model of this job file"
     )
     ours.add_argument(
@@ -185,6 +193,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def _name_zone(config: LaunchConfig, zone: str) -> None:
+    """Put `--zone` where the launcher looks for it. Raises UserError: `--rdzv-conf` names another one."""
+    named = config.rdzv_configs.setdefault("zone", zone) if zone else ""
+    if named != zone:
+        raise UserError(f"--zone {zone}: --rdzv-conf names another one, zone={named}")
+
+
 def _add_service(ours: argparse._ArgumentGroup) -> None:
     ours.add_argument(
         "--no-checkpoint-service",
@@ -196,7 +211,8 @@ def _add_service(ours: argparse._ArgumentGroup) -> None:
         "--upload-limit",
         type=positive_float,
         metavar="MIB",
-        help="that process stores at most so many MiB a second (default: as fast as it goes)",
+        help="that process stores at most so many MiB a second, and copies as many to other nodes' memory (default: as "
+        "fast as it goes)",
     )
 
 

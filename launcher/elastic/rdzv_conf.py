@@ -59,8 +59,8 @@ class RendezvousConf(StoreOptions):
     """See `strikes`."""
     exclusion: float = Field(300.0, ge=0)
     """A node is excluded for so long the first time, twice as long each further time, at most eight times as long."""
-    zone: str = ""
-    """Nodes of one zone get adjacent ranks."""
+    zone: str = Field("", max_length=256)
+    """Nodes of one zone get adjacent ranks, and copies of states in memory go to another one."""
 
     def lease_ttl_s(self, backend: str) -> float:
         """Return how long a node may be silent, by the store that its lease lies in."""

@@ -36,11 +36,22 @@ def apart(mine: PeerCard, other: PeerCard) -> int:
 def buddy_of(node: str, cards: Sequence[PeerCard]) -> PeerCard | None:
     """Who holds the copies of `node`'s parts: of those furthest from it the next in the order of all nodes, in a ring.
 
-    So where all nodes are equally far apart each holds the copies of one. None where there is no other node.
+    Nodes of one zone, or of one host, are furthest from the same others, and take these in turns: so where zones are
+    equally large, and where all nodes are equally far apart, each holds the copies of one. None where there is no other
+    node.
     """
     ring = sorted({card.node: card for card in cards}.values(), key=lambda card: card.node)
-    at = next((number for number, card in enumerate(ring) if card.node == node), None)
-    if at is None:
+    mine = next((card for card in ring if card.node == node), None)
+    most = max((apart(mine, card) for card in ring), default=0) if mine is not None else 0
+    if mine is None or not most:
         return None
-    mine, others = ring[at], ring[at + 1 :] + ring[:at]
-    return max(others, key=lambda other: apart(mine, other), default=None)
+    mates = [number for number, card in enumerate(ring) if _domain(card, most) == _domain(mine, most)]
+    ring_of_mates = ring[mates[0] :] + ring[: mates[0]]
+    furthest = [card for card in ring_of_mates if apart(mine, card) == most]
+    turn = sum(ring[number].node < node for number in mates)
+    return furthest[turn % len(furthest)]
+
+
+def _domain(card: PeerCard, distance: int) -> str:
+    """What nodes share that have the same nodes at that distance."""
+    return {3: card.zone, 2: card.host}.get(distance, card.node)

@@ -6,9 +6,10 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 
 import pytest
+from torch.distributed.run import config_from_args
 
 from elastic_moe.cli.main import main
-from elastic_moe.cli.run import _parse
+from elastic_moe.cli.run import _name_zone, _parse
 from launcher.drain.signals import HANDLED
 
 
@@ -63,6 +64,7 @@ def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
         (["--local-ranks-filter", "a"], "--local_ranks_filter must be a comma-separated list of integers"),
         (["--start-method", "x"], "argument --start-method/--start_method: invalid choice: 'x'"),
         (["--rdzv-backend", "zookeeper"], "--rdzv-backend zookeeper: "),
+        (["--zone", "b", "--rdzv-conf", "zone=a"], "--zone b: --rdzv-conf names another one, zone=a"),
     ],
 )
 def test_what_torch_takes_without_a_word_is_refused_in_one_line(
@@ -100,6 +102,13 @@ def test_a_job_that_has_no_mesh_here_is_not_waited_for(tmp_path: Path, capsys: p
     assert main(["run", "--nproc-per-node", "3", "--mesh", str(tmp_path / "job.toml"), __file__]) == 2
     line = "no mesh for 3 slots: no 3 ranks can be laid out with expert = 2 (with mesh.max_idle = 1 there is one)"
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [[], ["--rdzv-conf", "zone=a"], ["--rdzv-conf", "lease_ttl=3"]])
+def test_a_zone_is_named_by_its_own_option(given: list[str]) -> None:
+    config, *_ = config_from_args(_parse([*given, "--zone", "a", __file__]))
+    _name_zone(config, "a")
+    assert config.rdzv_configs["zone"] == "a"
 
 
 def test_signals_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

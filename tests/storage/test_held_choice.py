@@ -20,12 +20,16 @@ def card(node: str, host: str = "", zone: str = "") -> PeerCard:
     return PeerCard(node=node, host=host or node, zone=zone, address="127.0.0.1", port=1, token="0" * 32)
 
 
-@pytest.mark.parametrize("num_nodes", [2, 3, 8])
-def test_where_all_are_alike_each_node_holds_the_copies_of_one(num_nodes: int) -> None:
-    cards = [card(f"n{number}") for number in range(num_nodes)]
+@pytest.mark.parametrize("where", [str, lambda n: f"h{n // 2}"], ids=["alone", "two of a host"])
+@pytest.mark.parametrize("zone", [lambda n: "", lambda n: f"z{n // 4}", lambda n: f"z{n // 2 % 2}"], ids="012")
+@pytest.mark.parametrize("num_nodes", [2, 4, 8])
+def test_where_all_are_alike_each_node_holds_the_copies_of_one(num_nodes: int, zone, where) -> None:
+    cards = [card(f"n{number}", where(number), zone(number)) for number in range(num_nodes)]
     buddies = [buddy_of(one.node, cards) for one in cards]
     assert {buddy.node for buddy in buddies if buddy} == {one.node for one in cards}
-    assert all(buddy and buddy.node != one.node for buddy, one in zip(buddies, cards, strict=True))
+    for one, buddy in zip(cards, buddies, strict=True):
+        assert buddy is not None
+        assert apart(one, buddy) == max(apart(one, other) for other in cards) > 0
 
 
 def test_a_buddy_is_in_another_zone_if_there_is_one_else_on_another_host_else_another_node() -> None:
