@@ -30,7 +30,8 @@ class CheckpointEvent(enum.StrEnum):
     RESTORED = "restored"
     """`step`, `seconds`, in all and by `phases` (asking nodes what they hold, choosing a checkpoint, fitting it to the
     state, reading, loading), `bytes` of the state, `fetched_bytes` and `received_bytes` by this rank; where nodes hold
-    some of it in memory also what of the fetched bytes came `from_own`, `from_peer`, `from_store`, and `attempt`."""
+    some of it in memory also what of the fetched bytes came `from_own`, `from_peer`, `from_store`, and `attempt`;
+    `trusted_after`: of a state that was in memory only, the step up to which it is blamed for what is not healthy."""
     RESTORED_IN_PART = "restored_in_part"
     """With `strict=False`: `step`, `num_missing`, `missing` and `num_left_out`, `left_out` (some of the names)."""
     PER_RANK_RESIZED = "per_rank_resized"

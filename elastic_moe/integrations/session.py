@@ -66,7 +66,7 @@ class Session:
         if reason or save or last or self.is_due(step):
             return self.save(step, state(), reason, last=last, healthy=healthy, now=save)
         if self._options.get("every") is not None and self.checkpointer.wants(step):
-            self.checkpointer.save(step, state())  # which saves nothing, but looks at it
+            self.checkpointer.save(step, state(), healthy=healthy)  # which saves nothing, but looks at it
         return False
 
     def is_due(self, step: int) -> bool:

@@ -70,7 +70,7 @@ class Loop:
             if self.checkpointer is not None:
                 self._tend(self.checkpointer, result, reason, last=last)
             if result.skipped:
-                raise self._give_up(f"step {progress.step}, the last, was skipped, since {result.skipped}")
+                raise self._give_up(f"step {progress.step}, the last, was skipped, since {result.skipped}", saved=True)
             if reason and not last and self._may_stop(reason):
                 if self.checkpointer is not None and reason == Stop.DRAIN:
                     self.checkpointer.close()  # if all nodes drain, the next launch need not ask whether this one lives
@@ -146,7 +146,7 @@ class Loop:
             if last and not worker.on_all_ranks(checkpointer.wait()):
                 raise NotSaved(f"step {step} is the last and could not be saved to {self.job.checkpoint.url}")
             if not healthy and not result.skipped:
-                raise self._give_up(_tell_bad(step, bad))
+                raise self._give_up(_tell_bad(step, bad), saved=True)
 
     def _may_stop(self, reason: str) -> bool:
         """Whether the state of this step is safe, the same on all ranks; else training goes on to the next boundary.
@@ -181,15 +181,29 @@ class Loop:
         if in_row >= limit:
             raise self._give_up(f"{in_row} steps in a row were skipped up to step {step}, since {result.skipped}")
 
-    def _give_up(self, why: str) -> NotFinite:
-        """The error that ends the job, and names the checkpoint to go back to. A collective."""
-        worker.gave_up()
-        url = self.job.checkpoint.url
+    def _give_up(self, why: str, *, saved: bool = False) -> NotFinite:
+        """The error that ends the job, and names the checkpoint to go back to. A collective.
+
+        Where the state that has led to it came out of memory alone, the job ends the next time: it is started again,
+        from the store's checkpoint. `saved`: this state was saved as what is not to be gone on from.
+        """
+        step, in_row, trusted_after = self.progress.step, self.progress.skipped_in_row, self.saves.trusted_after
+        url, is_suspect = self.job.checkpoint.url, trusted_after is not None and step <= trusted_after
+        if not is_suspect:
+            worker.gave_up()
         if self.checkpointer is None or url is None:
             return NotFinite(f"{why}; there is no checkpoint, since checkpoint.url is not set")
         self.checkpointer.wait()
-        step, in_row = self.progress.step, self.progress.skipped_in_row
         newest, good = from_rank_0(lambda: go_back_to(_healthy_steps(url), step, in_row))
+        if is_suspect and newest >= 0:
+            if not saved:  # whoever holds states in memory drops all of them then
+                self.checkpointer.save(step, self.state, wait="held", healthy=False)
+            return NotFinite(
+                f"{why}; the state that led to it was in the memory of nodes alone, where it is dropped:"
+                f" the job goes back to the checkpoint of step {newest}"
+            )
+        if is_suspect:
+            worker.gave_up()
         if newest < 0:
             return NotFinite(f"{why}; there is no healthy checkpoint in {url}")
         told = f"{why}; the newest healthy checkpoint in {url} is of step {newest}"

@@ -123,14 +123,21 @@ def _mean(numbers: Sequence[float] | None) -> float | None:
 
 @dataclass
 class SaveCounts:
-    """What the checkpoints of this process have cost so far, as its metrics tell it."""
+    """What the checkpoints of this process have cost so far, as its metrics tell it.
+
+    `trusted_after`: where it has gone on from a state that was in memory only, the step up to which that is blamed for
+    what is not finite.
+    """
 
     blocked_s: float = 0.0
     left_out: int = 0
+    trusted_after: int | None = None
 
     def hear(self, event: CheckpointEvent, fields: Mapping[str, Any]) -> None:
-        """Count what a Checkpointer tells."""
+        """Take note of what a Checkpointer tells."""
         self.left_out += event in (CheckpointEvent.SKIPPED, CheckpointEvent.REPLACED)
+        if event == CheckpointEvent.RESTORED:
+            self.trusted_after = fields.get("trusted_after")
 
 
 class MetricsFile:

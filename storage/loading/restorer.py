@@ -16,7 +16,7 @@ from storage.events import CheckpointEvent, Reporter
 from storage.format import layout
 from storage.format.dcp_view import metadata_of
 from storage.format.index import Index
-from storage.held.distrust import NUM_RESTORES_MAX
+from storage.held.distrust import NUM_RESTORES_MAX, NUM_STEPS
 from storage.held.nearest import NearestStore
 from storage.loading.casts import Casts
 from storage.loading.choosing import Adopted, Chooser, Settling, load_choice
@@ -210,7 +210,7 @@ class Restorer:
             except (UnloadableValue, WrongModel) as error:
                 where = f"the checkpoint of step {index.step} in {self._store.url}"
                 raise type(error)(f"{where}: {error}") from None
-            return _Read(needed_bytes(items, index.entries), traffic, _told(near, index))
+            return _Read(needed_bytes(items, index.entries), traffic, _told(near, chosen))
 
         try:
             result = self._group.everywhere(read)
@@ -294,10 +294,11 @@ class Restorer:
         return reason
 
 
-def _told(near: NearestStore | None, index: Index) -> Mapping[str, Any]:
+def _told(near: NearestStore | None, chosen: HeldIndex) -> Mapping[str, Any]:
     if near is None:
         return {}
-    return {"attempt": index.save_id, **{f"from_{tier}": num for tier, num in near.num_bytes_by.items()}}
+    trusted = {} if chosen.is_stored else {"trusted_after": chosen.index.step + NUM_STEPS}
+    return {"attempt": chosen.index.save_id, **trusted, **{f"from_{t}": num for t, num in near.num_bytes_by.items()}}
 
 
 def _dispute(step: int, complaints: Mapping[int, Mapping[str, str]]) -> str:

@@ -173,7 +173,7 @@ def test_which_checkpoint_to_go_back_to(healthy: list[int], step: int, in_row: i
 DATA = DataState(seed=0, global_batch=6, seq_len=16, fingerprint="f")
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     step: int
     healthy: bool
 
@@ -182,19 +182,22 @@ class Script:
     """A trainer's loop around a stepper that does nothing but fail as it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bad_steps: set[int], asked_at: int = 0) -> None:
-        self.saved: list[_Saved] = []
+        self.saved: list[Saved] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.progress = DataProgress(DATA, horizon=20)
         self.bad_steps, self.asked_at = bad_steps, asked_at
         self.poisoned_at = 0
         self.state: dict[str, Any] = {"model": {"w": torch.ones(2)}}
         self.yielded_at = 0
+        self.gave_up = False
+        self.saves = SaveCounts()
         self._asked = 0
         for name, replaced in {
             "heartbeat": lambda step, **_: None,
             "should_stop": lambda: "drain" if 0 < self.asked_at <= self.progress.step else None,
             "event": lambda name, **fields: self.events.append((name, fields)),
             "yielded": lambda step: setattr(self, "yielded_at", step),
+            "gave_up": lambda: setattr(self, "gave_up", True),
         }.items():
             monkeypatch.setattr(worker, name, replaced)
         monkeypatch.setattr(loop, "from_rank_0", lambda numbers: numbers())
@@ -218,7 +221,7 @@ class Script:
         return step // 4 > before // 4
 
     def save(self, step: int, state: Any, wait: bool = False, healthy: bool | None = None) -> None:
-        self.saved += [_Saved(step, healthy)] if healthy is not None else []  # else it is only told of a step
+        self.saved += [Saved(step, healthy)] if healthy is not None else []  # else it is only told of a step
 
     def wait(self, *, held: bool = False) -> bool:
         return True
@@ -230,7 +233,7 @@ class Script:
         what = JobConfig.model_validate({"train": {"steps": steps, **train}, "checkpoint": {"url": "somewhere"}})
         here = WorkerContext(0, 0, 1, 0, "", "", None)
         signals = StopSignals(under_agent=True)
-        loop.Loop(what, here, self, self.progress, self.state, self, None, signals, SaveCounts()).run()  # type: ignore[arg-type]
+        loop.Loop(what, here, self, self.progress, self.state, self, None, signals, self.saves).run()  # type: ignore[arg-type]
 
 
 def test_a_save_that_is_due_waits_for_a_step_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
