@@ -69,6 +69,7 @@ def _live_state_captured(event: EventRecord) -> str:
     steps = sorted({int(step) for step in (event.get("steps") or {}).values()})
     kept = f"the state after step {' and '.join(map(str, steps))} is kept" if steps else "no state is kept"
     missed = "".join(f"; rank {rank}: {why}" for rank, why in sorted((event.get("missed") or {}).items()))
+    missed += f"; {reason}" if (reason := event.get("reason")) else ""
     return f"the workers of {event.get('node')} cannot go on: {kept}{missed}"
 
 

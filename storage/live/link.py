@@ -55,6 +55,8 @@ class LiveLink:
         self._teller = SlotTeller()
         self.on_connect: list[Callable[[], object]] = []
         """Called with each connection; filled before `start`."""
+        self.on_refused: Callable[[str], object] = lambda why: None
+        """Hears why a service will not do for this process; set before `start`."""
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -121,7 +123,7 @@ class LiveLink:
             try:
                 channel, _ = connect(self._path, Hello(pid=os.getpid()))
             except ProtocolError as error:
-                log.warning("live states cannot be kept: %s", error)
+                self.on_refused(f"the node's checkpoint service cannot keep it: {error}")
                 return
             except OSError as error:
                 log.debug("the service cannot be reached: %s", error)

@@ -29,6 +29,7 @@ class LiveSession:
         self.guard: Guard = functools.partial(self._link.guard, "saves")
         self.state = LiveState(group, self._link.keep, report, functools.partial(self._link.guard, "live"))
         self._link.on_connect.append(self.state.have_guarded)
+        self._link.on_refused = self.state.refused
 
     def start(self) -> Self:
         """Hear of optimizers' steps, and be asked by the service."""

@@ -221,6 +221,11 @@ class LiveState:
         self._arena.close()
         self._pool.shutdown(wait=True)
 
+    def refused(self, why: str) -> None:
+        """Nobody will ever keep it, which is told. From any thread: so the optimizers' hooks stay."""
+        self._why_off = why
+        self._report(CheckpointEvent.LIVE_OFF, reason=why)
+
     def _stage(self, note: Note, deadline_s: float) -> None:
         """Raises NotCaptured, StorageError, MemoryError, RuntimeError."""
         agreed, size_bytes = self._agreed, room_for(note)

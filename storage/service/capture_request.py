@@ -40,9 +40,9 @@ class CaptureRequest:
 
     def told(self) -> Mapping[str, Any]:
         """By rank after which step its state is kept, and why others are missing; `reason`, if nobody can tell."""
-        told = self._told
+        told, trouble = self._told, self._trouble if self._ended.is_set() else "the service has not answered in time"
         fields: dict[str, Any] = {"steps": told.steps, "missed": told.missed}
-        return fields if self._trouble is None else {**fields, "reason": self._trouble}
+        return fields if trouble is None else {**fields, "reason": trouble}
 
     def _run(self) -> None:
         try:
@@ -51,8 +51,9 @@ class CaptureRequest:
                 channel.limit_receive(self._timeout_s + _ANSWER_S)
                 channel.send(CaptureNode(timeout_s=self._timeout_s))
                 received = channel.receive()
-                if received is not None and isinstance(received[0], NodeCaptured):
-                    self._told = received[0]
+                if received is None or not isinstance(received[0], NodeCaptured):
+                    raise ProtocolError("the service has ended without an answer")
+                self._told = received[0]
         except (OSError, ProtocolError) as error:
             log.warning("the workers' state cannot be kept: %s", error)
             self._trouble = str(error)

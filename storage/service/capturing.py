@@ -37,11 +37,14 @@ class _Watcher:
 
 @dataclass
 class _Node:
-    """What is known of this node's workers. `kept`: by generation and rank, after which step its state is held."""
+    """What is known of this node's workers. `kept`: by generation and rank, after which step its state is held; `lost`:
+    why one is not that a worker has handed over.
+    """
 
     watchers: dict[ServiceCaller, _Watcher] = field(default_factory=dict)
     answers: dict[int, dict[int, Captured]] = field(default_factory=dict)
     kept: dict[tuple[int, int], int] = field(default_factory=dict)
+    lost: dict[tuple[int, int], str] = field(default_factory=dict)
     num_keeping: int = 0
 
 
@@ -69,9 +72,9 @@ class LiveKeeper:
     def _watch(self, caller: ServiceCaller, watch: WatchLive, fds: list[int]) -> None:
         with self._changed:
             self._node.watchers[caller] = _Watcher(watch.rank, watch.generation)
-            before = [key for key in self._node.kept if key[0] < watch.generation]
-            for key in before:
-                del self._node.kept[key]
+            for known in (self._node.kept, self._node.lost):
+                for key in [key for key in known if key[0] < watch.generation]:
+                    del known[key]
 
     def _left(self, caller: ServiceCaller) -> None:
         with self._changed:
@@ -95,8 +98,11 @@ class LiveKeeper:
             self._hold(part_of(keep, staged))
             with self._changed:
                 self._node.kept[keep.origin.generation, keep.attempt.rank] = keep.attempt.step
-        except Exception:
+        except Exception as error:
             log.exception("the live state after step %d cannot be held", keep.attempt.step)
+            why = f"the state after step {keep.attempt.step} cannot be held: {type(error).__name__}: {error}"
+            with self._changed:
+                self._node.lost[keep.origin.generation, keep.attempt.rank] = why
         finally:
             self._end_keeping()
 
@@ -130,11 +136,12 @@ class LiveKeeper:
         with self._changed:
             self._changed.wait_for(is_done, max(0.0, ends_s - time.monotonic()))
             del self._node.answers[number]
-            newest = max((generation for generation, _ in self._node.kept), default=0)
-            newest = max([newest, *(who.generation for who in asked.values())])
+            known = (*self._node.kept, *self._node.lost)
+            newest = max([0, *(generation for generation, _ in known), *(who.generation for who in asked.values())])
             steps = {rank: step for (generation, rank), step in self._node.kept.items() if generation == newest}
             missed = {who.rank: "it has not answered in time" for who in asked.values()}
             missed |= {rank: captured.reason for rank, captured in answers.items()}
+            missed |= {rank: why for (generation, rank), why in self._node.lost.items() if generation == newest}
         caller.answer(NodeCaptured(steps=steps, missed={r: why for r, why in missed.items() if r not in steps}))
 
 

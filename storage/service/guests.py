@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -78,8 +78,13 @@ def keep(keeper: MemoryKeeper, part: HeldPart) -> HeldPart:
     return _held(keeper, name, part)
 
 
-def taken_up(keeper: MemoryKeeper, kept: Mapping[str, tuple[str, list[int]]]) -> list[HeldPart]:
-    """The parts that a process before this one held: by name, the text and the descriptors, which are theirs."""
+def taken_up(
+    keeper: MemoryKeeper, kept: Mapping[str, tuple[str, list[int]]], lost: Callable[[str], object]
+) -> list[HeldPart]:
+    """The parts that a process before this one held: by name, the text and the descriptors, which are theirs.
+
+    `lost` hears of those that cannot be read.
+    """
     found = []
     for name, (text, fds) in kept.items():
         keeper.done(name)  # that process may have crashed before it said so, and what is not done is kept for ever
@@ -87,7 +92,7 @@ def taken_up(keeper: MemoryKeeper, kept: Mapping[str, tuple[str, list[int]]]) ->
             of_node, papers = _read(text, fds)
             objects, memories = objects_from(fds, Slot.from_fd)
         except (StorageError, ValueError, OSError) as error:
-            log.warning("what a service before this one held is lost: %s", error)
+            lost(f"a part of a state that it held is lost: {error}")
             keeper.released(name)
             continue
 

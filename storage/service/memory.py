@@ -108,16 +108,14 @@ class HeldStates:
         """
         if _TOLD in remembered:
             self._report = Reporter(None, json.loads(remembered[_TOLD]))
-        for part in guests.taken_up(self._keeper, kept):
+        for part in guests.taken_up(self._keeper, kept, self._not_held):
             self.node.inventory.add(part)
         if _WHO in remembered:
             who = NodeIdentity(**json.loads(remembered[_WHO]))
             try:
                 self.node.start(who)
             except OSError as error:
-                log.warning(
-                    "port %d is another's by now, and others do not find this node's memory: %s", who.port, error
-                )
+                self._not_held(f"port {who.port} is another's, and others do not find this node's memory: {error}")
                 self.node.start(dataclasses.replace(who, port=0))
             self._is_started = True
             for attempt, step in json.loads(remembered.get(_RESTORES, "[]")):
@@ -127,6 +125,9 @@ class HeldStates:
         if records:
             again = self._on_the_way.begin()
             threading.Thread(target=self._hold_again, args=(records, again), name="hold-again", daemon=True).start()
+
+    def _not_held(self, why: str) -> None:
+        self._tell(CheckpointEvent.MEMORY_AWAY, reason=f"since the node's checkpoint service was started again {why}")
 
     def tell_shed(self, size_bytes: int) -> None:
         """Tell what of it was let go of, before this process was started in place of one that lacked memory."""
@@ -142,7 +143,7 @@ class HeldStates:
                 try:
                     parcel = unpack(record)
                 except (StorageError, ValueError, OSError) as error:
-                    log.warning("step %d is held no more: %s", record.stage.attempt.step, error)
+                    self._not_held(f"step {record.stage.attempt.step} is held no more: {error}")
                     self._keeper.released(record.safe)
                     continue
                 report, release = Reporter(None, record.stage.told), functools.partial(let_go, parcel)

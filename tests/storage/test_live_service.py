@@ -17,6 +17,7 @@ from storage.live.link import LiveLink
 from storage.live.state import LiveState
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import Origin
+from storage.service import address
 from storage.service.capture_request import CaptureRequest
 from storage.service.capturing import LiveKeeper
 from storage.service.live_messages import WatchLive
@@ -121,9 +122,29 @@ def test_a_worker_that_does_not_answer_is_waited_for_no_longer_than_the_agent_sa
     assert service.capture() == {"steps": {}, "missed": {}}
 
 
+def test_a_state_that_the_service_cannot_hold_is_told_to_the_agent(service: Service) -> None:
+    def fails(part: HeldPart) -> None:
+        part.release()
+        raise MemoryError("there is none")
+
+    service.keeper._hold = fails
+    missed = {0: "the state after step 1 cannot be held: MemoryError: there is none"}
+    found = Worker(service)
+    found.train(1)
+    assert service.capture() == {"steps": {}, "missed": missed}
+    found.close()
+    assert service.capture() == {"steps": {}, "missed": missed}, "also once the worker is gone"
+
+
 def test_a_service_that_is_away_costs_the_live_state_alone(tmp_path: Path) -> None:
     path = tmp_path / "private" / "service.sock"
     path.parent.mkdir(mode=0o700)
+    with address.listen(path) as silent:
+        request = CaptureRequest(path, PATIENCE_S).start()
+        assert request.told()["reason"] == "the service has not answered in time"
+        silent.accept()[0].close()
+        until("its end", request.done)
+        assert "reason" in request.told()
     request = CaptureRequest(path, PATIENCE_S).start()
     until("its end", request.done)
     assert "reason" in request.told()

@@ -190,6 +190,8 @@ def test_a_service_of_another_version_is_told_of_and_gone_on_without(
     (direct,) = [reason for name, reason in told if name == "checkpoint_direct"]
     away = [reason for name, reason in told if name == "checkpoint_memory_away"]
     assert away and all("speaks version 1 of its protocol, and not" in reason for reason in (direct, *away))
+    (off,) = [reason for name, reason in told if name == "checkpoint_live_off"]
+    assert "speaks version 1 of its protocol, and not" in off
     assert committed(tmp_path / "run") == [2, 1]
 
 

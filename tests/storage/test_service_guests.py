@@ -98,7 +98,7 @@ def test_what_was_kept_by_a_service_that_crashed_in_the_middle_goes_all_the_same
 
 
 @pytest.mark.parametrize("what", ["the text", "the papers", "the place", "the memory", "all descriptors"])
-def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair) -> None:
+def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     held = HeldStates(keeper=pair.safe)
     for step in (20, 30):
         held.add_live(in_shared_memory(Staged(step, world_size=1, is_all=True).part(0)))
@@ -119,6 +119,7 @@ def test_what_is_not_what_it_was_is_lost_alone(what: str, pair: Pair) -> None:
     num_fds = len(os.listdir("/proc/self/fd"))
     again = crash(pair, held)
     assert [label.step for label in again.node.inventory.labels()] == [30]
+    assert sum("checkpoint_memory_away" in line and "lost" in line for line in caplog.messages) == 1
     again.close()
     pair.heed_all()
     assert pair.state.kept == {}
