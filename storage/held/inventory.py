@@ -22,9 +22,11 @@ from storage.stores.buffers import Buffer, views_of
 NUM_STATES = 2
 _NUM_UNFINISHED = 2
 """States that some rank of a node has staged and another has not: more are never under way, so those have failed."""
-_NUM_HELD_MAX = 3
-"""Of one rank, so that of the four slots that it has one is always free."""
+_NUM_HELD_MAX = 4
+"""Of one rank, so that of the five slots that it has one is always free."""
 
+Age = tuple[int, int]
+"""See `PartLabel.age`."""
 PartKey = tuple[str, int]
 """The attempt, and the rank whose part it is."""
 
@@ -77,7 +79,7 @@ class HeldPart:
 
     `of_node`: whose ranks have staged it; "" for this node's own. `memories`: in which the pieces of its objects lie,
     but for short ones. `release` is called once, from any thread, when nobody reads the objects any more: their memory
-    is free.
+    is free. `is_copied`: whether each node has its part of that state copied to another one.
     """
 
     papers: PartPapers
@@ -85,6 +87,7 @@ class HeldPart:
     of_node: str = ""
     memories: tuple[Memory, ...] = ()
     release: Callable[[], None] = field(default=_nothing, compare=False)
+    is_copied: bool = True
 
     @property
     def label(self) -> PartLabel:
@@ -108,8 +111,13 @@ class Inventory:
     """The parts that a node holds. Thread-safe.
 
     Of its own ranks, and of each node that it has copies of, it holds the parts of the newest `num_states` states that
-    all of those ranks have staged, and of two newer ones that some of them have staged: of three in all. What is older
-    than a state that all have staged will not be staged by the others any more, since each stages in order.
+    all of those ranks have staged, and of as many of those that are copied; and of two newer ones that some of them
+    have staged: of four in all. What is older than a state that all have staged will not be staged by the others any
+    more, since each stages in order. Of two states that are copied the older one has copies on all nodes: not before
+    that is a newer one staged that is to be copied.
+
+    A copy that is older than the own states goes as well, be it of a node that is gone or has another buddy by now: the
+    own parts that would make a state with it are gone.
     """
 
     def __init__(self, num_states: int = NUM_STATES) -> None:
@@ -123,6 +131,7 @@ class Inventory:
             freed = self._drop([part.key])
             self._shelves[part.key] = _Shelf(part)
             freed += self._drop(self._superseded(part.of_node))
+            freed += self._drop(self._outlived())
         _release(freed)
 
     def labels(self) -> list[PartLabel]:
@@ -196,17 +205,29 @@ class Inventory:
 
     def _superseded(self, of_node: str) -> list[PartKey]:
         """The parts that newer ones of that node have made superfluous."""
-        parts = [shelf.part for shelf in self._shelves.values() if shelf.part.of_node == of_node]
-        ranks = defaultdict(set)
-        for part in parts:
-            ranks[part.label.age].add(part.label.rank)
-        newest = max(ranks)
-        expected = {part.label.rank for part in parts if part.label.generation == newest[0]}
-        is_whole = {age: age[0] < newest[0] or ranks[age] >= expected for age in ranks}
-        whole = [age for age in sorted(ranks, reverse=True) if is_whole[age]]
-        under_way = [age for age in sorted(ranks, reverse=True) if not whole or age > whole[0]][:_NUM_UNFINISHED]
-        kept = {*under_way, *whole[: min(self._num_states, _NUM_HELD_MAX - len(under_way))]}
+        parts = self._parts_of(of_node)
+        whole, ages = _whole(parts)
+        under_way = [age for age in ages if not whole or age > whole[0]][:_NUM_UNFINISHED]
+        kept = {*under_way, *self._kept(parts, whole)[: _NUM_HELD_MAX - len(under_way)]}
         return [part.key for part in parts if part.label.age not in kept]
+
+    def _kept(self, parts: Sequence[HeldPart], whole: Sequence[Age]) -> list[Age]:
+        """Of whole states those that are held, what is needed most first."""
+        is_copied = {part.label.age: part.is_copied for part in parts}
+        copied = [age for age in whole if is_copied[age]][: self._num_states]
+        return list(dict.fromkeys([*whole[:1], *copied, *whole[: self._num_states]]))
+
+    def _outlived(self) -> list[PartKey]:
+        """The copies of states of which this node's own part is gone."""
+        own = self._parts_of("")
+        kept = self._kept(own, _whole(own)[0])
+        if len(kept) < self._num_states:
+            return []
+        parts = (shelf.part for shelf in self._shelves.values())
+        return [part.key for part in parts if part.of_node and part.label.age < min(kept)]
+
+    def _parts_of(self, of_node: str) -> list[HeldPart]:
+        return [shelf.part for shelf in self._shelves.values() if shelf.part.of_node == of_node]
 
     def _drop(self, keys: Collection[PartKey]) -> list[_Shelf]:
         """Take the parts out; those whose memory nobody reads are the caller's to release, outside of the lock."""
@@ -218,6 +239,17 @@ class Inventory:
                 if not shelf.num_readers:
                     freed.append(shelf)
         return freed
+
+
+def _whole(parts: Sequence[HeldPart]) -> tuple[list[Age], list[Age]]:
+    """Of one node's parts, the ages of states that all its ranks have staged, and of all; the newest first."""
+    ranks = defaultdict(set)
+    for part in parts:
+        ranks[part.label.age].add(part.label.rank)
+    ages = sorted(ranks, reverse=True)
+    newest = ages[0][0] if ages else 0
+    expected = {part.label.rank for part in parts if part.label.generation == newest}
+    return [age for age in ages if age[0] < newest or ranks[age] >= expected], ages
 
 
 def _release(shelves: Sequence[_Shelf]) -> None:

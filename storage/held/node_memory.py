@@ -73,6 +73,7 @@ class NodeMemory:
         self._buddy: Peer | None = None
         self._due: dict[int, tuple[PartKey, float]] = {}  # by rank its newest part, and from when on it is to be copied
         self._is_copying = False
+        self._settling: dict[int, list[Callable[[], object]]] = {}  # by rank who waits for the end of that
         self._thread: threading.Thread | None = None
 
     def start(self, who: NodeIdentity) -> NodeMemory:
@@ -115,20 +116,33 @@ class NodeMemory:
             before, self._buddy = self._buddy, None if found is None else Peer(found)
             for label in reversed(self.inventory.own_labels()):
                 self._due[label.rank] = (label.attempt, label.rank), time.monotonic() + self._grace_s
+            settled = [] if found is not None else [call for calls in self._settling.values() for call in calls]
+            self._settling = self._settling if found is not None else {}
             self._changed.notify_all()
+        for call in settled:
+            call()
         if before is not None:
             before.close()
         log.info("copies go to %s", "nobody" if found is None else f"{found.node} on {found.host}")
 
-    def add(self, part: HeldPart) -> None:
-        """Hold what a rank of this node has staged, and copy it to the buddy."""
+    def add(self, part: HeldPart, settled: Callable[[], object] = lambda: None) -> None:
+        """Hold what a rank of this node has staged, and copy it to the buddy if that is wanted.
+
+        `settled`, which must not take long, is called once nothing of that rank is on its way there any more, from any
+        thread.
+        """
         self.inventory.add(part)
+        is_due, rank = False, part.label.rank
         if (why := self._distrust.why_not(part.label)) is not None:
             self.drop(None, why)
-            return
-        with self._changed:
-            self._due[part.label.rank] = part.key, 0.0
-            self._changed.notify_all()
+        elif part.is_copied:
+            with self._changed:
+                self._due[rank] = part.key, 0.0
+                if is_due := self._buddy is not None:
+                    self._settling.setdefault(rank, []).append(settled)
+                self._changed.notify_all()
+        if not is_due:
+            settled()
 
     def labels(self, run: str) -> list[PartLabel]:
         """See `LocalMemory.labels`."""
@@ -188,6 +202,10 @@ class NodeMemory:
                 buddy = self._buddy
                 self._is_copying = True
             self._copy(key, buddy)
+            with self._changed:
+                settled = [] if rank in self._due else self._settling.pop(rank, [])
+            for call in settled:
+                call()
 
     def _copy(self, key: PartKey, buddy: Peer) -> None:
         started_s = time.monotonic()

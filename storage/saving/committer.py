@@ -68,6 +68,10 @@ class Backend(Protocol):
     def holds(self) -> bool:
         """Whether states stay in memory that outlives this process."""
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether a state that stays in memory so is still on its way to another node's. It waits for nothing."""
+
     def submit(self, running: Running) -> None:
         """Take a job over; settles `running` in time, whatever happens."""
 
@@ -96,6 +100,7 @@ class InProcess:
     """
 
     holds = False
+    is_copying = False
 
     def __init__(self, uploads: Uploads, stop: threading.Event) -> None:
         self._uploads = uploads
@@ -209,6 +214,11 @@ class Committer:
     def holds(self) -> bool:
         """Whether states can stay in memory that outlives this process."""
         return self._backend.holds
+
+    @property
+    def is_copying(self) -> bool:
+        """See `Backend.is_copying`."""
+        return self._backend.is_copying
 
     def await_free(self, timeout_s: float, tier: Tier, in_line: int = 1) -> str:
         """Block until fewer than `in_line` jobs of that tier have payloads that are not stored (and have not failed).

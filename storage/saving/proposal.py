@@ -30,7 +30,8 @@ class Proposal:
     `problem`: why `step` is none. `busy`: why this rank cannot begin a save, "" if it can; `waiting`: the attempt that
     could give way on it, "" if there is none. `sums`: one fingerprint of all that every rank must hold alike. `plan`:
     which of the plans the ranks have made fits what this rank holds, 0 for none. `asks`: whether this rank wants the
-    ranks to agree on their live state anew. `failure`: why it cannot tell what it holds.
+    ranks to agree on their live state anew. `is_copying`: whether a state in its node's memory is still on its way to
+    another node's. `failure`: why it cannot tell what it holds.
 
     By the coordinator alone: the `attempt` that this save would be, why it is `fenced`, and the `fate` of the one
     before.
@@ -44,6 +45,7 @@ class Proposal:
     sums: str = ""
     plan: int = 0
     asks: bool = False
+    is_copying: bool = False
     failure: Failure | None = None
     attempt: str = ""
     fenced: str | None = None
@@ -68,6 +70,8 @@ class Decision:
     `skip`: why nothing is saved now, "" if something is. `attempt` is None where the step is committed already.
     `awaits`: whether that is not known yet. `compare` and `plan`: what the ranks have to do before. `gives_way`:
     whether what waits on all of them is to be dropped. `agree`: whether they are to agree on their live state.
+    `copies`: whether this one is copied to other nodes' memory, where states are: by all nodes or by none, since a copy
+    is of use with the others' parts of the same state alone.
     """
 
     step: int
@@ -79,6 +83,7 @@ class Decision:
     plan: bool = False
     gives_way: bool = False
     agree: bool = False
+    copies: bool = True
 
 
 def decide(proposals: Sequence[Proposal]) -> Decision:
@@ -109,6 +114,7 @@ def decide(proposals: Sequence[Proposal]) -> Decision:
         plan=len(plans) > 1 or plans == {0},
         gives_way=bool(first.waiting),
         agree=any(proposal.asks for proposal in proposals),
+        copies=not any(proposal.is_copying for proposal in proposals),
     )
 
 

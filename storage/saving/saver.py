@@ -27,8 +27,9 @@ from storage.saving.uploads import SaveJob
 _NUM_SLOTS = 2
 _NUM_SLOTS_PARKED = 3
 """What waits in the service gives its memory up only when the next one has taken its place."""
-_NUM_SLOTS_HELD = 4
-"""Two states stay in memory while one is stored and the next is staged. A slot is made when it is first needed."""
+_NUM_SLOTS_HELD = 5
+"""Two states stay in memory while one is stored and the next is staged, and where copies to other nodes are slow one
+more. A slot is made when it is first needed."""
 _TOLD_S_MIN = 0.01  # a shorter wait holds nobody up
 
 
@@ -87,7 +88,8 @@ class Saver:
         started_s = time.monotonic()
         why_not = self._why_not(tier, must=bool(wait))
         waits = self._queue.waiting if tier is Tier.STORE else ""
-        mine = Proposal(*as_step(step), why_not, waits, bool(healthy), asks=asks)
+        copying = self._committer.is_copying
+        mine = Proposal(*as_step(step), why_not, waits, bool(healthy), asks=asks, is_copying=copying)
         proposed = self._consensus.propose(mine, state, compare_ranks=compare_ranks)
         with contextlib.ExitStack() as unless_saved:
             if (part := self._copied_ahead(mine, proposed)) is not None:
@@ -114,7 +116,8 @@ class Saver:
             bytes=part.size_bytes,
             **({"overlapped": True} if part.is_pending else {}),
         )
-        self._queue.put(replace(self._job(decision.step, agreed, part, tier, started_s), yields=wait == "held"))
+        job = self._job(decision.step, agreed, part, tier, started_s)
+        self._queue.put(replace(job, yields=wait == "held", copies=decision.copies))
         part.go_on(is_last=wait == "held")  # at the end: from here on the copy has a share of the processor
         return decision
 

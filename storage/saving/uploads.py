@@ -76,6 +76,8 @@ class SaveJob:
     """The objects of `payloads`, if they were made already."""
     yields: bool = False
     """The workers stop for others once it is in their nodes' memory: its way to the store begins after that."""
+    copies: bool = True
+    """Where it is held in memory it is copied to another node's, as on all nodes."""
 
 
 class Tried(enum.StrEnum):

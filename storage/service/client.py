@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import threading
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import replace
 
 from storage.errors import Corrupt, Fenced, StorageError
@@ -23,9 +23,10 @@ from storage.saving.uploads import SaveJob, StagedMemory, Tried
 from storage.service import address, table
 from storage.service.channel import Channel, close_all
 from storage.service.custody import Custody
-from storage.service.handed import Handed, Saves, stage_of, whole
+from storage.service.handed import Handed, Saves, stage_of, whole, write_down
 from storage.service.listening import listen
 from storage.service.messages import (
+    CopySettled,
     Ended,
     GoOn,
     Heard,
@@ -89,6 +90,11 @@ class ServiceBackend:
         """See `Backend.holds`."""
         return self._saves.holds and self._never is None
 
+    @property
+    def is_copying(self) -> bool:
+        """See `Backend.is_copying`."""
+        return self._custody.copying is not None
+
     def start(self) -> None:
         """Look for the service, on a thread that also listens to it; harmless where that is done."""
         if self._thread is None:
@@ -129,11 +135,14 @@ class ServiceBackend:
         """See `Backend.give_way`. The service hears of it by the next job."""
         with self._state:
             self._custody.give_way(running, is_connected=self._channel is not None)
-        self._notes.drop(self._name_of(running))
+        self._notes.drop(name_of(self.session, running.job.attempt.id))
 
     def _begin(self, running: Running) -> None:
         stage = stage_of(running.job, self.session, self._ownership.claim.owner, self._saves)
-        self._write_down(stage, running)
+        write_down(self._notes, stage, running)
+        if running.job.copies and self.holds:
+            with self._state:
+                self._custody.copying = stage.attempt.id
         staged = running.job.staged
         if staged is not None and staged.is_pending:
             self._late = [(other, end) for other, end in self._late if not end.is_set()]
@@ -142,16 +151,6 @@ class ServiceBackend:
             staged.then(lambda: hand_over().add_done_callback(lambda _: handed.set()))
         else:
             self._hand_over(running, stage)
-
-    def _write_down(self, stage: Stage, running: Running) -> None:
-        """Note down that it was staged, so that somebody tells what has become of it, whoever is killed and when."""
-
-        def drop(committed: Future[bool]) -> None:
-            if not committed.cancelled():  # else it goes on without this process
-                self._notes.drop(stage.name)
-
-        self._notes.add(stage.name, stage.model_dump_json())
-        running.committed.add_done_callback(drop)
 
     def _hand_over(self, running: Running, stage: Stage) -> None:
         """Hand a job over that is staged, or about to be."""
@@ -219,9 +218,6 @@ class ServiceBackend:
         with self._state:
             self._directly.append(running)
         self._direct.submit(running, tried)
-
-    def _name_of(self, running: Running) -> str:
-        return name_of(self.session, running.job.attempt.id)
 
     def _send(self, channel: Channel, handed: Handed) -> None:
         """Send it; where that fails, whoever listens finds the connection ended, and sends it again."""
@@ -294,7 +290,7 @@ class ServiceBackend:
     def _hear(self, channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
         close_all(fds)
         match message:
-            case KeptHere() | Stored():
+            case KeptHere() | Stored() | CopySettled():
                 self._note(message)
             case Released(attempt=attempt):
                 self._release(attempt)
@@ -325,10 +321,12 @@ class ServiceBackend:
             self._told.add(outcome)
         self._report(known, **fields)
 
-    def _note(self, told: KeptHere | Stored) -> None:
+    def _note(self, told: KeptHere | Stored | CopySettled) -> None:
         """Its part is kept, or stored; the slot may still be held in memory, until a newer state is."""
         with self._state:
-            if (handed := self._custody.handed.get(told.attempt)) is not None:
+            if isinstance(told, CopySettled):
+                self._custody.settled(told.attempt)
+            elif (handed := self._custody.handed.get(told.attempt)) is not None:
                 handed.running.keep() if isinstance(told, KeptHere) else handed.running.stored.set()
 
     def _release(self, attempt: str) -> None:

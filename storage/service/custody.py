@@ -14,10 +14,12 @@ class Custody:
 
     Attributes:
         handed: what is the service's and has not ended, by attempt, in order.
+        copying: the attempt that is on its way to another node's memory, for all that is known.
     """
 
     def __init__(self) -> None:
         self.handed: dict[str, Handed] = {}
+        self.copying: str | None = None
         self._kept: dict[str, Running] = {}  # has ended, and the service holds its slot
         self._waiting: set[str] = set()  # attempts that are not to begin yet
         self._given_way: set[str] = set()  # of these, those that are not wanted any more, before they are handed over
@@ -27,6 +29,11 @@ class Custody:
     def park(self, attempt: str) -> None:
         """It is not to begin yet."""
         self._waiting.add(attempt)
+
+    def settled(self, attempt: str) -> None:
+        """It is not on its way to another node's memory any more, or it never was."""
+        if self.copying == attempt:
+            self.copying = None
 
     def hand(self, handed: Handed) -> bool:
         """It is to be the service's; not if it was to wait, and is not wanted any more."""
@@ -42,6 +49,7 @@ class Custody:
     def keep_back(self, running: Running) -> bool:
         """It cannot be handed over: whether that does not matter yet, as it is to wait, or is not wanted any more."""
         attempt = running.job.attempt.id
+        self.settled(attempt)
         if attempt in self._given_way:
             self._given_way.discard(attempt)
             running.free()
@@ -63,6 +71,7 @@ class Custody:
     def give_way(self, running: Running, *, is_connected: bool) -> None:
         """Another one takes its place; a service that `is_connected` hears of it by that one."""
         attempt = running.job.attempt.id
+        self.settled(attempt)
         self._waiting.discard(attempt)
         handed, back = self.handed.pop(attempt, None), self._back.pop(attempt, None)
         if handed is not None and handed.is_sent and is_connected:
@@ -98,18 +107,21 @@ class Custody:
 
     def refuse(self, attempt: str) -> Handed | None:
         """The service has not taken it; what waits does so here."""
+        self.settled(attempt)
         handed = self.handed.pop(attempt, None)
         if handed is not None and handed.waits:
             handed.is_sent, self._back[attempt] = False, handed
         return handed
 
     def let_go_of_kept(self) -> list[Running]:
-        """No service holds their slots any more, for all that is known."""
+        """No service holds their slots any more, for all that is known, nor copies anything."""
+        self.copying = None
         kept, self._kept = list(self._kept.values()), {}
         return [replace(running, is_shared=True) for running in kept]
 
     def lose(self) -> list[Handed]:
         """The service is away: what is to be carried out here."""
+        self.copying = None
         mine = [handed for handed in self.handed.values() if not handed.waits]
         self._back |= {attempt: handed for attempt, handed in self.handed.items() if handed.waits}
         self.handed = {}

@@ -24,7 +24,7 @@ from storage.service.sessions import ServiceCaller
 log = logging.getLogger(__name__)
 
 NUM_GUARDED_MAX = 16
-"""Of one connection: an arena has four slots at most, and a live state one more."""
+"""Of one connection: an arena has five slots at most, and a live state one more."""
 _LOOK_S = 0.2
 _LONGEST_S = 30.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from storage.agent import AgentEnvironment
@@ -14,6 +15,7 @@ from storage.saving.committer import Running
 from storage.saving.uploads import SaveJob, SaveRules, Tried
 from storage.saving.writing import Payload
 from storage.service.messages import Identity, Stage, StagedAttempt
+from storage.service.notes import Notes
 from storage.service.processes import began_at, space
 
 
@@ -84,8 +86,20 @@ def stage_of(job: SaveJob, session: str, owner: Owner, saves: Saves) -> Stage:
         healthy=job.healthy,
         tier=job.tier,
         yields=job.yields,
+        copies=job.copies,
         told=told,
     )
+
+
+def write_down(notes: Notes, stage: Stage, running: Running) -> None:
+    """Note down that it was staged, so that somebody tells what has become of it, whoever is killed and when."""
+
+    def drop(committed: Future[bool]) -> None:
+        if not committed.cancelled():  # else it goes on without this process
+            notes.drop(stage.name)
+
+    notes.add(stage.name, stage.model_dump_json())
+    running.committed.add_done_callback(drop)
 
 
 def whole(job: SaveJob) -> tuple[list[Payload], Slot | None, str | None]:

@@ -22,7 +22,7 @@ from storage.run.job import Origin
 from storage.run.owner import Claim, Owner
 from storage.saving.uploads import SaveRules, Uploads
 from storage.saving.writing import MadeObjects
-from storage.service.messages import Accepted, KeptHere, Rejected, Released, Stage, Stored
+from storage.service.messages import Accepted, CopySettled, KeptHere, Rejected, Released, Stage, Stored
 from storage.service.pace import Pace, PacedStore
 from storage.service.parcels import Parcel
 from storage.service.processes import is_alive
@@ -55,12 +55,18 @@ class Holder(Protocol):
     """Who keeps staged states in memory, whether or not they are ever stored. Thread-safe."""
 
     def hold(
-        self, parcel: Parcel, report: Reporter, release: Callable[[], None], kept: Callable[[], object]
+        self,
+        parcel: Parcel,
+        report: Reporter,
+        release: Callable[[], None],
+        kept: Callable[[], object],
+        settled: Callable[[], object],
     ) -> MadeObjects | None:
         """Keep it, and return the objects that it is kept as, so that these are stored; None if it is not kept.
 
         `release` is called once when its slots are read no more, unless it is not kept. `kept` is called as soon as
-        whoever asks for what is held waits for it.
+        whoever asks for what is held waits for it; `settled`, if it is kept, once none of it is on its way to another
+        node any more.
         """
 
 
@@ -273,6 +279,8 @@ class Lane:
             except Exception:
                 log.exception("step %d is not held in memory", parcel.stage.attempt.step)
             finally:
+                if parcel.made is None:
+                    self._settled(parcel)
                 with self._lock:
                     parcel.ready.set()
                     has_given_way = parcel.has_given_way
@@ -306,7 +314,7 @@ class Lane:
     def _hold(self, parcel: Parcel) -> MadeObjects | None:
         stage = parcel.stage
         report = Reporter(self.session.listener, stage.told)
-        made, holder = None, self._shared.holder
+        made, holder, settled = None, self._shared.holder, functools.partial(self._settled, parcel)
         told = functools.partial(self.session.send, KeptHere(attempt=stage.attempt.id))
         # what is to be stored comes to be found there, though its objects are not made yet: only the store is slower
         early = told if stage.tier is Tier.STORE else lambda: None
@@ -314,7 +322,7 @@ class Lane:
             with self._lock:
                 parcel.held += 1
             try:
-                made = holder.hold(parcel, report, functools.partial(self.release, parcel), early)
+                made = holder.hold(parcel, report, functools.partial(self.release, parcel), early, settled)
             except Exception as error:  # the slots go back all the same, and the save goes on
                 log.exception("step %d is not held in memory", stage.attempt.step)
                 reason = f"step {stage.attempt.step} is not held in memory: {type(error).__name__}: {error}"
@@ -335,6 +343,10 @@ class Lane:
                 reason = "this node's service holds no states in memory"
                 report(CheckpointEvent.FAILED, step=step, seconds=seconds, bytes=0, reason=reason)
         return made
+
+    def _settled(self, parcel: Parcel) -> None:
+        """None of it is on its way to another node any more, or it never was."""
+        self.session.send(CopySettled(attempt=parcel.stage.attempt.id))
 
     def _drop_waiting(self, is_meant: Callable[[Parcel], bool]) -> list[Parcel]:
         """Take out of the queue what waits and is meant; what of it nobody else will let go of."""

@@ -147,7 +147,7 @@ class HeldStates:
                     self._keeper.released(record.safe)
                     continue
                 report, release = Reporter(None, record.stage.told), functools.partial(let_go, parcel)
-                if self.hold(parcel, report, release, lambda: None) is None:
+                if self.hold(parcel, report, release, lambda: None, lambda: None) is None:
                     let_go(parcel)
         finally:
             again()
@@ -169,7 +169,12 @@ class HeldStates:
         self.node.close()
 
     def hold(
-        self, parcel: Parcel, report: Reporter, release: Callable[[], None], kept: Callable[[], object]
+        self,
+        parcel: Parcel,
+        report: Reporter,
+        release: Callable[[], None],
+        kept: Callable[[], object],
+        settled: Callable[[], object],
     ) -> MadeObjects | None:
         """See `storage.service.lanes.Holder`."""
         with self._lock:
@@ -189,11 +194,13 @@ class HeldStates:
         made = self._on_the_way.begin()
         try:
             kept()  # who asks from here on what is held waits until it is
-            return self._hold(parcel, report, release)
+            return self._hold(parcel, report, release, settled)
         finally:
             made()
 
-    def _hold(self, parcel: Parcel, report: Reporter, release: Callable[[], None]) -> MadeObjects | None:
+    def _hold(
+        self, parcel: Parcel, report: Reporter, release: Callable[[], None], settled: Callable[[], object]
+    ) -> MadeObjects | None:
         stage, attempt = parcel.stage, parcel.stage.attempt
         keeping = KeepingStore(MemoryStore("held"), stores=False)
         try:
@@ -222,7 +229,9 @@ class HeldStates:
             mesh=stage.origin.mesh,
             contents=None if contents is None else Contents.of(contents),
         )
-        self.node.add(HeldPart(papers, objects, memories=tuple(parcel.staged.slots), release=release))
+        memories = tuple(parcel.staged.slots)
+        part = HeldPart(papers, objects, memories=memories, release=release, is_copied=stage.copies)
+        self.node.add(part, settled)
         return MadeObjects(entries, items, objects)
 
     def _tell(self, event: CheckpointEvent, **fields: Any) -> None:

@@ -103,7 +103,7 @@ class Stage(ServiceMessage):
     session. Of `tier` RAM it stays in memory and is not stored.
 
     With `yields` the workers stop for others, which restore it from memory: it is stored once they have, or have not
-    for a while.
+    for a while. With `copies` it is copied to another node's memory, where it is held.
 
     `told` are the variables (`storage.agent`) by which the service tells the agent's file of events what becomes of it,
     if no worker is there any more to do so. `tried`: what another service, or this one before a crash, may have done.
@@ -129,6 +129,7 @@ class Stage(ServiceMessage):
     tier: Tier = Tier.STORE
     waits: bool = False
     yields: bool = False
+    copies: bool = True
     told: dict[str, str] = Field(default_factory=dict)
     tried: Tried = Tried.NOT_YET
 
@@ -163,6 +164,12 @@ class Stored(ServiceMessage):
 
 class KeptHere(ServiceMessage):
     """The rank's part of the attempt is in the node's memory, for whoever goes on there, stored or not."""
+
+    attempt: str
+
+
+class CopySettled(ServiceMessage):
+    """Nothing of the attempt is on its way to another node's memory any more, or it never was."""
 
     attempt: str
 

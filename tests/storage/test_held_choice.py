@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -185,6 +186,38 @@ def test_copies_of_each_node_are_counted_apart() -> None:
             inventory.add(HeldPart(part.papers, part.objects, of_node))
     assert sorted(held(inventory)) == [(20, 0)] * 3 + [(30, 0)] * 3
     assert inventory.copied_bytes == 4 * Staged(10, world_size=1).part(0).label.size_bytes
+
+
+def test_what_is_copied_stays_until_a_newer_state_has_copies_as_well() -> None:
+    inventory, copied = Inventory(), (10, 20, 60, 80)
+    seen = []
+    for step in range(10, 90, 10):
+        inventory.add(replace(Staged(step).part(0), is_copied=step in copied))
+        if step in copied:
+            inventory.add(replace(Staged(step).part(1), of_node="gone" if step < 60 else "b"))
+        seen.append([step for step, rank in held(inventory) if not rank])
+    assert seen[:5] == [[10], [20, 10], [30, 20, 10], [40, 30, 20, 10], [50, 40, 20, 10]]
+    assert seen[5:] == [[60, 50, 20], [70, 60, 20], [80, 70, 60]]
+    assert [step for step, rank in held(inventory) if rank] == [80, 60]
+
+
+def test_copies_of_nodes_that_are_gone_do_not_pile_up() -> None:
+    inventory = Inventory()
+    for number, step in enumerate(range(10, 60, 10)):
+        for staged in (Staged(step, generation=number), Staged(step + 1, generation=number)):
+            inventory.add(staged.part(0))
+            inventory.add(replace(staged.part(1), of_node=f"node-{number}"))  # which is another one each time
+    assert held(inventory) == [(51, 1), (51, 0), (50, 1), (50, 0)]
+
+
+def test_a_copy_that_a_state_still_needs_stays() -> None:
+    inventory, staged = Inventory(), [Staged(step) for step in (10, 20, 30)]
+    for one in staged[:2]:
+        inventory.add(replace(one.part(1), of_node="gone"))
+    inventory.add(staged[1].part(0))
+    assert held(inventory) == [(20, 1), (20, 0), (10, 1)]
+    inventory.add(staged[2].part(0))
+    assert held(inventory) == [(30, 0), (20, 1), (20, 0)]
 
 
 def test_memory_is_freed_once_nobody_reads_it_any_more() -> None:

@@ -84,6 +84,7 @@ def test_what_is_saved() -> None:
     assert not decide(both({}, {"healthy": False})).healthy
     assert decide(both({}, {"sums": "t"})).compare
     assert decide(both({}, {"asks": True})).agree
+    assert [decide(both({}, {"is_copying": is_copying})).copies for is_copying in (False, True)] == [True, False]
     assert decide(both({"waiting": "b"}, {"waiting": "b"})).gives_way
     assert [decide(both({"plan": a}, {"plan": b})).plan for a, b in ((0, 0), (1, 0), (1, 2), (2, 2))] == [1, 1, 1, 0]
 

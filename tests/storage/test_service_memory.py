@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +15,8 @@ import torch
 from storage import Checkpointer, JobIdentity, open_store
 from storage.agent import AgentEnvironment
 from storage.errors import Transient
+from storage.held.inventory import HeldPart
+from storage.held.node_memory import NodeMemory
 from storage.held.truce import Standstill
 from storage.run import owner
 from storage.service import lanes
@@ -255,6 +257,29 @@ def test_a_save_for_memory_is_held_and_not_stored(tmp_path: Path, node: InThread
     assert held(node) == [6, 5]
     step, state, _ = restored(tmp_path / "run", 2)
     assert (step, torch.equal(state["w"], tensors(6)["w"])) == (6, True)
+
+
+def test_while_a_state_is_copied_slowly_it_stays_and_newer_ones_are_not_copied(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each node would have dropped its own part of the state of which the others have copies."""
+    add, settling, seen = NodeMemory.add, list[Callable[[], object]](), dict[int, list[int]]()
+
+    def add_slowly(self: NodeMemory, part: HeldPart, settled: Callable[[], object] = lambda: None) -> None:
+        add(self, part, lambda: settling.append(settled) if part.is_copied else settled())
+
+    monkeypatch.setattr(NodeMemory, "add", add_slowly)
+    with Checkpointer(tmp_path / "run", job=job(1), every=10, ram_every=1) as ckpt:
+        for step in range(1, 8):
+            ckpt.save(step, tensors(step))
+            until("the state", lambda step=step: step in held(node))
+            ckpt.wait()
+            seen[step] = held(node)
+            if step in (1, 5, 6):
+                settling.pop()()
+                saver = ckpt._savers()[0]
+                until("the worker to hear of it", lambda saver=saver: not saver._committer.is_copying)
+    assert seen == {1: [1], 2: [2, 1], 3: [3, 2, 1], 4: [4, 3, 2, 1], 5: [5, 4, 2, 1], 6: [6, 5, 2], 7: [7, 6]}
 
 
 def test_a_save_for_memory_does_not_wait_for_one_that_the_store_is_slow_to_take(

@@ -2,10 +2,12 @@
 
 Usage: sharded.py FOLDER URL STORED. A state is written to FOLDER/after-STEP-GENERATION-RANK-WORLD_SIZE, and what was
 restored to FOLDER/restored-... of those names. Step STORED is stored, every second one is held in memory, and every
-tenth is to be stored. All ranks wait once FOLDER/limit says that there is no further step, though not for ever.
+tenth is to be stored. All ranks wait once FOLDER/limit says that there is no further step, though not for ever; and for
+the copies of each state in memory, as what is staged meanwhile would not be copied.
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -60,10 +62,21 @@ class Training:
 
 
 def may_go_on(folder: Path, step: int) -> bool:
-    """Whether rank 0 has read that there is a further step."""
-    told = torch.tensor([int(step < int((folder / "limit").read_text())) if dist.get_rank() == 0 else 0])
+    """Whether rank 0 has read that there is a further step, and that what was staged last is copied."""
+    is_told = dist.get_rank() == 0 and step < int((folder / "limit").read_text()) and is_copied()
+    told = torch.tensor([int(is_told)])
     dist.all_reduce(told)
     return bool(told.item())
+
+
+def is_copied() -> bool:
+    """Whether each rank's part of the newest state that was staged, if one was, is on two nodes."""
+    lines = Path(os.environ["ELASTIC_MOE_EVENTS"]).read_text().split("\n")[:-1]
+    events = [json.loads(line) for line in lines if '"event":"checkpoint_' in line]
+    here = [event for event in events if event["generation"] == int(os.environ["ELASTIC_MOE_GENERATION"])]
+    staged = max((event["step"] for event in here if event["event"] == "checkpoint_staged"), default=None)
+    copied = {e["of_rank"] for e in here if (e["event"], e.get("step")) == ("checkpoint_copied", staged)}
+    return staged is None or len(copied) == dist.get_world_size()
 
 
 def main() -> None:
