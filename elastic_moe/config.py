@@ -21,7 +21,7 @@ from elastic_moe.data.config import DataConfig
 from elastic_moe.errors import UserError
 from elastic_moe.machine import MachineSpeed, read_calibration
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.section import NONE
+from elastic_moe.section import NONE, Section
 from elastic_moe.trainer.config import CheckpointConfig, OptimConfig, TrainConfig
 from elastic_moe.urls import LocalPath
 from launcher import Environment, MeshSpec, hide_secrets
@@ -72,11 +72,35 @@ class JobConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _ends_documents_by_a_token(self) -> Self:
+        end, num_tokens = self.data.end_of_document, self.model.vocab_size
+        if isinstance(end, int) and end >= num_tokens:
+            raise ValueError(
+                f"data.end_of_document = {end} is no token of model.vocab_size = {num_tokens}: lower it, or raise "
+                "model.vocab_size above it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compares_replicas(self) -> Self:
+        if self.checkpoint.check_replicas is not None and self.mesh.replicate == 1:
+            raise ValueError(
+                f"checkpoint.check_replicas = {self.checkpoint.check_replicas} has nothing to compare with "
+                "mesh.replicate = 1: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_for_all(self) -> Self:
+        if self.train.expert_replicas > self.model.num_experts:
+            raise ValueError(
+                f"train.expert_replicas = {self.train.expert_replicas} is more than model.num_experts = "
+                f"{self.model.num_experts}: a rank takes no expert twice, lower it"
+            )
         if self.mesh.expert is not None and self.mesh.expert > self.model.num_experts:
             raise ValueError(
                 f"mesh.expert = {self.mesh.expert} is more than model.num_experts = {self.model.num_experts}: "
-                "some expert-parallel ranks would never hold an expert"
+                "some expert-parallel ranks would never hold an expert, lower it"
             )
         return self
 
@@ -200,7 +224,7 @@ def _setting(path: tuple[str, ...], text: str, origin: str, form: str) -> Settin
 def _value(text: str) -> Any:
     try:
         tree = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # of a number with thousands of digits it is no TOMLDecodeError
         return text
     return tree["value"] if len(tree) == 1 else text
 
@@ -257,7 +281,20 @@ def _mistake(error: ErrorDetails, loc: tuple[str, ...]) -> str:
     if error["type"] == "value_error":  # a section's own validator names its fields itself
         return f"{name + ': ' if loc else ''}{error['msg'].removeprefix('Value error, ')}"
     allowed = error["msg"].replace("Input should", "it must").replace("String should", "it must")
-    return f"{name} = {_short(repr(error['input']))}: {allowed}"
+    or_none = f', or "{NONE}"' if len(loc) > 1 and _may_be_none(*loc[:2]) else ""
+    return f"{name} = {_shown(error['input'])}: {allowed}{or_none}"
+
+
+def _may_be_none(section: str, field: str) -> bool:
+    inner = JobConfig.model_fields[section].annotation
+    return isinstance(inner, type) and issubclass(inner, Section) and inner.may_be_none(field)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _short(repr(value))
+    except ValueError:  # Python writes no number with more than 4300 digits
+        return "a number with thousands of digits"
 
 
 def _short(text: str) -> str:

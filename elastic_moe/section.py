@@ -29,10 +29,11 @@ class Section(BaseModel):
     def _read_none(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {name: None if value == NONE and cls._may_be_none(name) else value for name, value in given.items()}
+        return {name: None if value == NONE and cls.may_be_none(name) else value for name, value in given.items()}
 
     @classmethod
-    def _may_be_none(cls, name: str) -> bool:
+    def may_be_none(cls, name: str) -> bool:
+        """Whether `"none"` is a value of that field."""
         field = cls.model_fields.get(name)
         return field is not None and type(None) in typing.get_args(field.annotation)
 

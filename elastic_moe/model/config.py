@@ -82,15 +82,19 @@ class ModelConfig(Section):
     def _consistent(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: change one, "
                 "query heads share key heads in equal groups"
             )
         if self.head_dim is None and self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: set head_dim")
+            raise ValueError(f"dim = {self.dim} is not a multiple of num_heads = {self.num_heads}: set head_dim")
         if self.head_width % 2:
-            raise ValueError(f"head_dim {self.head_width} is odd: rotary embeddings turn pairs")
+            raise ValueError(
+                f"head_dim = {self.head_width} is odd, and rotary embeddings turn pairs: set an even head_dim"
+            )
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+            raise ValueError(
+                f"top_k = {self.top_k} is more than num_experts = {self.num_experts}: lower top_k, or raise num_experts"
+            )
         if self.norm_topk and self.top_k == 1:
             raise ValueError(
                 "norm_topk = true with top_k = 1 makes every weight 1, from which a router learns nothing: leave "
@@ -101,13 +105,19 @@ class ModelConfig(Section):
 
     def _check_groups(self) -> None:
         if self.num_experts % self.num_groups:
-            raise ValueError(f"num_experts {self.num_experts} is not a multiple of num_groups {self.num_groups}")
+            raise ValueError(
+                f"num_experts = {self.num_experts} is not a multiple of num_groups = {self.num_groups}: change one, "
+                "groups hold equally many experts"
+            )
         allowed = self.num_groups if self.top_groups is None else self.top_groups
         if allowed > self.num_groups:
-            raise ValueError(f"top_groups {allowed} is more than num_groups {self.num_groups}")
+            raise ValueError(
+                f"top_groups = {allowed} is more than num_groups = {self.num_groups}: lower top_groups, or leave it out"
+            )
         if self.top_k > (reach := allowed * (self.num_experts // self.num_groups)):
             raise ValueError(
-                f"top_k {self.top_k} is more than the {reach} experts of top_groups {allowed} groups: raise top_groups"
+                f"top_k = {self.top_k} is more than the {reach} experts of top_groups = {allowed} groups: raise "
+                "top_groups, or lower top_k"
             )
         if self.balance == "quantile" and self.limits_groups:
             raise ValueError(

@@ -27,8 +27,8 @@ class OptimConfig(Section):
     """That last part, as a part of all steps."""
     decay_steps: int | None = Field(None, ge=1)
     """The step at which the learning rate has fallen to its least; none means the `train.steps` that the job began
-    with. So a job that is made longer trains on at the least rate, unless this is set or `wsd` has not begun to fall.
-    """
+    with. So a job that is made longer trains on at the least rate, unless this is set or the rate has not begun to
+    fall."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -39,6 +39,15 @@ class OptimConfig(Section):
     """Decay of weight matrices, the embedding and the head among them; routers, norms and biases are never decayed."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest global L2 norm of the gradient; none leaves it alone."""
+
+    @model_validator(mode="after")
+    def _falls_after_the_warm_up(self) -> Self:
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} is not after warmup_steps = {self.warmup_steps}, where the rate "
+                "begins to fall: raise decay_steps, or lower warmup_steps"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -106,7 +115,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.exact and self.dtype != "float32":
-            raise ValueError(f'exact = true needs dtype = "float32", not "{self.dtype}"')
+            raise ValueError(f'exact = true needs dtype = "float32", not "{self.dtype}": change one of them')
         if self.exact and self.compile:
             raise ValueError("exact = true cannot be compiled: set train.compile to false")
         if self.exact and self.expert_replicas:
@@ -115,7 +124,10 @@ class TrainConfig(Section):
                 "several: set expert_replicas to 0"
             )
         if self.exact and self.max_micro_batch not in (None, 1):
-            raise ValueError(f"exact = true trains in micro-batches of 1, not {self.max_micro_batch}")
+            raise ValueError(
+                f"exact = true trains in micro-batches of 1, not max_micro_batch = {self.max_micro_batch}: leave one "
+                "of them out"
+            )
         return self
 
     @property
@@ -161,3 +173,20 @@ class CheckpointConfig(Section):
             except UsageError as error:
                 raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _keeps_states_between_saves(self) -> Self:
+        if self.ram_every is not None and _is_within(self.ram_every, self.every):
+            raise ValueError(
+                f"ram_every = {self.ram_every!r} keeps no state between the checkpoints of every = {self.every!r}, "
+                "which stay in memory as well: lower ram_every, or leave it out"
+            )
+        return self
+
+
+def _is_within(ram_every: int | str, every: int | str) -> bool:
+    """Whether a state that is due by the one is always due by the other as well."""
+    mine, other = vars(parse_every(ram_every)), vars(parse_every(every))
+    if "steps" in mine and "steps" in other:
+        return bool(mine["steps"] % other["steps"] == 0)
+    return "seconds" in mine and "seconds" in other and bool(mine["seconds"] >= other["seconds"])

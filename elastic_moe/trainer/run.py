@@ -98,6 +98,8 @@ def _open_checkpoints(
         UserError: it cannot be, by what the job says.
     """
     if config.url is None:
+        if (said := sorted(config.model_fields_set - {"url"})) and dist.get_rank() == 0:
+            log.warning("checkpoint.%s is set, but nothing is saved without a checkpoint.url", " and ".join(said))
         return None
     try:
         return stack.enter_context(

@@ -31,4 +31,4 @@ def decay_begin(horizon: int, optim: OptimConfig) -> int:
 
 def may_move(step: int, before: int, after: int, optim: OptimConfig) -> bool:
     """Whether a run at `step` may go on with another horizon and no rate so far would have been another."""
-    return optim.schedule == "wsd" and step <= min(decay_begin(before, optim), decay_begin(after, optim))
+    return step <= min(decay_begin(before, optim), decay_begin(after, optim))

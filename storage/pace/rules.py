@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import numbers
 import re
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def parse_every(value: object, name: str = "every", *, allows_auto: bool = True)
     if value == "auto" and allows_auto:
         return Continuously()
     match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is not None and (seconds := float(match[1]) * _SECONDS[match[2]]) > 0:
+    if match is not None and 0 < (seconds := float(match[1]) * _SECONDS[match[2]]) < math.inf:
         return EverySeconds(seconds)
     shown = " ".join(repr(value).split())[:60]
     or_auto = ', or "auto"' if allows_auto else ""

@@ -24,9 +24,12 @@ from launcher import Infeasible, MeshSpec, hide_secrets, price
 from launcher.events import append_event
 from launcher.rounds.mesh import _rounds
 
+HUGE = 1 << 20_000
+"""More digits than Python writes."""
+
 ODD: list[Any] = [
     *(True, "", "abc", "1", "inf", "\0", "x" * 500, -1, 0, 1, 1.5, 1.0, 1e308, math.nan, math.inf, -math.inf),
-    *(10**28, 1 << 63, [], {}, [1, 2], {"a": 1}, "none", "no\nline", "\udcff"),
+    *(10**28, 1 << 63, 10**400, HUGE, [], {}, [1, 2], {"a": 1}, "none", "no\nline", "\udcff"),
 ]
 
 
@@ -53,7 +56,7 @@ def marks_of(annotation: Any) -> list[Any]:
     return [mark for one in (annotation, *typing.get_args(annotation)) for mark in getattr(one, "__metadata__", ())]
 
 
-@pytest.mark.parametrize("value", ODD, ids=[repr(value)[:12] for value in ODD])
+@pytest.mark.parametrize("value", ODD, ids=["huge" if value == HUGE else repr(value)[:12] for value in ODD])
 def test_a_value_is_taken_as_what_it_is_or_refused_in_one_line(value: Any) -> None:
     for section, name, annotation in fields():
         if name == "calibration":

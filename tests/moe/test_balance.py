@@ -137,9 +137,9 @@ def test_a_token_goes_to_experts_of_its_best_groups(score: str, num_groups: int,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_groups": 3}, "num_experts 4 is not a multiple of num_groups 3"),
-        ({"num_groups": 2, "top_groups": 3}, "top_groups 3 is more than num_groups 2"),
-        ({"num_groups": 4, "top_groups": 1}, "top_k 2 is more than the 1 experts of top_groups 1 groups"),
+        ({"num_groups": 3}, "num_experts = 4 is not a multiple of num_groups = 3"),
+        ({"num_groups": 2, "top_groups": 3}, "top_groups = 3 is more than num_groups = 2"),
+        ({"num_groups": 4, "top_groups": 1}, "top_k = 2 is more than the 1 experts of top_groups = 1 groups"),
         ({"num_groups": 2, "top_groups": 1, "balance": "quantile"}, 'balance = "quantile" cannot be had with top_gr'),
         ({"balance": "level"}, "'sequence', 'global', 'bias', 'quantile', 'forced' or 'none'"),
     ],

@@ -134,7 +134,7 @@ def test_a_config_comes_back_as_it_was() -> None:
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ({"logit_softcap": 30.0}, "logit_softcap is 30.0, and it is not known here what that changes"),
-        ({"num_experts_per_tok": 99}, "top_k 99 is more than num_experts 8"),
+        ({"num_experts_per_tok": 99}, "top_k = 99 is more than num_experts = 8"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide': Input should be a valid integer"),
     ],
 )

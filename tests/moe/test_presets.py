@@ -65,7 +65,7 @@ def test_a_model_does_not_depend_on_how_it_is_written(tmp_path: Path) -> None:
         ('preset = "mixtral"', "model.preset = 'mixtral': it must be 'tiny', 'small', 'mixtral-8x7b'"),
         ("preset = 7", "model.preset = 7: it must be 'tiny'"),
         ("preset = ['tiny']", r"model.preset = ['tiny']: it must be 'tiny'"),
-        ('preset = "small"\nnum_heads = 7', "num_heads 7 is not a multiple of num_kv_heads 4"),
+        ('preset = "small"\nnum_heads = 7', "num_heads = 7 is not a multiple of num_kv_heads = 4"),
     ],
 )
 def test_a_wrong_preset_is_told_in_one_line(tmp_path: Path, text: str, reason: str) -> None:

@@ -73,6 +73,7 @@ def test_a_stable_run_may_be_made_longer_and_one_that_falls_not() -> None:
     assert not may_move(30, 40, 100, optim)
     assert not may_move(25, 40, 30, optim)  # it should have fallen already
     assert not may_move(20, 40, 100, OptimConfig(warmup_steps=4))
+    assert may_move(3, 3, 100, OptimConfig(warmup_steps=4))  # a try of a few steps, all of them within the warm-up
     longer = [learning_rate(step, 100, optim) for step in range(30)]
     assert longer == [learning_rate(step, 40, optim) for step in range(30)]
 

@@ -132,7 +132,7 @@ def test_a_job_file_of_it(llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     [
         ([], "a llama has no experts: import it with --upcycle-experts"),
         (["--upcycle-experts", "4", "--top-k", "1"], "with top_k 1 they do not, it must be 2 or more"),
-        (["--upcycle-experts", "2", "--top-k", "3"], "top_k 3 is more than num_experts 2"),
+        (["--upcycle-experts", "2", "--top-k", "3"], "top_k = 3 is more than num_experts = 2"),
         (["--upcycle-experts", "0"], "--upcycle-experts"),
         (["--top-k", "2"], "--top-k is for --upcycle-experts"),
     ],

@@ -33,7 +33,9 @@ def test_what_may_be_said_of_when(said: Any, rule: Rule) -> None:
     assert parse_every(said) == rule
 
 
-@pytest.mark.parametrize("said", [0, -3, True, 1.5, "0s", "-3s", "soon", "", "30", timedelta(0), None, [10]])
+@pytest.mark.parametrize(
+    "said", [0, -3, True, 1.5, "0s", "-3s", "soon", "", "30", "9" * 400 + "s", timedelta(0), None, [10]]
+)
 def test_what_is_no_time_to_save_is_one_line(said: Any) -> None:
     with pytest.raises(UsageError, match=r"^every is .*; it must be a number of steps, at least 1, or a time such as"):
         parse_every(said)
