@@ -6,9 +6,9 @@ All have what numpy's arrays have of a row: `len`, `dtype` and slices.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from elastic_moe.data.tokenizer import Ids
 from elastic_moe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -30,8 +32,9 @@ class TextFiles:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
-        lengths = np.array([Path(path).stat().st_size for path in paths], dtype=np.int64)
-        self._ends = np.cumsum(lengths + 1, dtype=np.int64)  # of each document with its zero byte
+        found = np.array([_size_and_time(path) for path in paths], dtype=np.int64).reshape(-1, 2)
+        self._ends = np.cumsum(found[:, 0] + 1, dtype=np.int64)  # of each document with its zero byte
+        self._written_ns = found[:, 1].copy()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -50,7 +53,8 @@ class TextFiles:
             begin = int(self._ends[document - 1]) if document else 0
             upto = min(stop, end - 1)  # the zero byte is there already
             if at < upto:
-                text = _opened(self._paths[document]).read(at - begin, upto - begin)
+                file = _opened(self._paths[document], int(self._written_ns[document]))
+                text = file.read(at - begin, upto - begin)
                 out[at - start : upto - start] = np.frombuffer(text, dtype=np.uint8)
             at, document = end, document + 1
         return out
@@ -67,6 +71,7 @@ class TokenFile:
         self._path = path
         self._begin = begin
         self._count = count
+        self._written_ns = _size_and_time(path)[1]
         self.dtype = dtype
         self.itemsize = dtype.itemsize
 
@@ -82,7 +87,7 @@ class TokenFile:
         if stop <= start:
             return np.empty(0, self.dtype)
         at = (self._begin + index * self.itemsize for index in (start, stop))
-        return np.frombuffer(_opened(self._path).read(*at), dtype=self.dtype)
+        return np.frombuffer(_opened(self._path, self._written_ns).read(*at), dtype=self.dtype)
 
 
 class JoinedArrays:
@@ -115,16 +120,32 @@ class JoinedArrays:
 class _OpenFile:
     """A local file that is read by ranges. Not mapped: a file that is cut meanwhile would end the process by SIGBUS."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, written_ns: int) -> None:
+        """`written_ns`: when it was written last."""
         self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._written_ns = written_ns
+        self._is_told = False
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UserError(
+                f"data.url: {path} is there no more: data must not change while a job trains on it"
+            ) from None
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop`.
+        """Bytes `start` to `stop`. Tells, once, of a file that was written meanwhile.
 
         Raises:
             UserError: the file is shorter than it was.
         """
+        if not self._is_told and os.fstat(self._fd).st_mtime_ns != self._written_ns:
+            self._is_told = True
+            log.warning(
+                "data: %s was written while the job trains on it: its samples may be others now, and the next "
+                "start refuses them without data.may_change",
+                self._path,
+            )
         parts = []
         while start < stop:
             part = os.pread(self._fd, stop - start, start)
@@ -137,7 +158,14 @@ class _OpenFile:
         return b"".join(parts)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """How long a file is, and when it was written last, in nanoseconds."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 _opened = functools.lru_cache(_NUM_OPEN_FILES)(_OpenFile)

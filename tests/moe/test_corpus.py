@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from elastic_moe.data import DataConfig, sources, zstd
+from elastic_moe.data import DataConfig, documents, sources, zstd
 from elastic_moe.data.corpus import fingerprint, open_corpus
 from elastic_moe.data.documents import JoinedArrays, TextFiles, TokenFile
 from elastic_moe.data.sources import stdlib_files
@@ -209,6 +209,33 @@ def test_what_is_cut_while_it_is_trained_on_is_told(tmp_path: Path, name: str) -
         file.truncate(100)
     with pytest.raises(UserError, match=rf"{name} has become shorter"):
         corpus.windows(np.array([100_000]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.npy"])
+def test_what_is_written_or_removed_while_it_is_trained_on_is_told(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / name
+    if name == "a.npy":
+        np.save(path, np.zeros(1000, dtype=np.uint16))
+    else:
+        path.write_text("some text " * 100)
+    corpus = open_corpus(DataConfig(url=str(path)), seq_len=8)
+    corpus.windows(np.array([3]))
+    assert not caplog.records
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(b"more")
+    os.utime(path, ns=(1, 1))  # later by the clock, which may be too coarse to tell
+    for _ in range(2):
+        corpus.windows(np.array([3]))
+    (record,) = caplog.records
+    assert f"{path} was written while the job trains on it" in record.getMessage()
+    corpus = open_corpus(DataConfig(url=str(path)), seq_len=8)
+    path.unlink()
+    documents._opened.cache_clear()  # as where there are many files
+    with pytest.raises(UserError, match=rf"{name} is there no more: data must not change"):
+        corpus.windows(np.array([3]))
 
 
 def test_mistakes_in_parquet_files_are_told(tmp_path: Path) -> None:
