@@ -10,11 +10,13 @@ import os
 import select
 import stat
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 _NUM_NUMBERS = 256  # of barriers, in a byte
 _POLL_MS_MAX = (1 << 31) - 1  # poll(2) takes no more: 24 days
+_NONE = -1
+_with_pipes: weakref.WeakSet[Inbox | PipeBarrier] = weakref.WeakSet()
 
 
 class PeerGone(RuntimeError):
@@ -44,18 +46,27 @@ class Inbox:
     def __init__(self, num_ranks: int) -> None:
         self.reading: list[int] = []
         self.ends: list[PipeEnd] = []
-        self._closing: list[weakref.finalize[..., Inbox]] = []
+        self._closing: list[Callable[[], object]] = []
+        self._letting_go: list[Callable[[], object]] = []
         for _ in distances(num_ranks):
             reading, writing = os.pipe2(os.O_CLOEXEC)
-            weakref.finalize(self, os.close, reading)
+            self._letting_go.append(weakref.finalize(self, os.close, reading))
             self._closing.append(weakref.finalize(self, os.close, writing))
             self.reading.append(reading)
             self.ends.append(PipeEnd(writing, os.fstat(writing).st_ino))
+        _with_pipes.add(self)
 
     def close_ends(self) -> None:
         """Leave the writing to those who have opened it: a pipe ends once they are gone."""
         for close in self._closing:
             close()
+
+    def let_go(self) -> None:
+        """Close all of it; what is asked of it from here on fails."""
+        self.close_ends()
+        for close in self._letting_go:
+            close()
+        self.reading = [_NONE] * len(self.reading)
 
 
 def distances(num_ranks: int) -> list[int]:
@@ -87,8 +98,14 @@ class PipeBarrier:
         self._polls = [select.poll() for _ in inbox.reading]
         for poll, fd in zip(self._polls, inbox.reading, strict=True):
             poll.register(fd, select.POLLIN)
-        for fd in told:
-            weakref.finalize(self, os.close, fd)
+        self._letting_go: list[Callable[[], object]] = [weakref.finalize(self, os.close, fd) for fd in told]
+        _with_pipes.add(self)
+
+    def let_go(self) -> None:
+        """Close the ends of others' pipes; what is asked of it from here on fails."""
+        for close in self._letting_go:
+            close()
+        self._told = [_NONE] * len(self._told)
 
     def wait(self) -> None:
         """Return once all ranks have come. Raises PeerGone."""
@@ -105,10 +122,22 @@ class PipeBarrier:
 
     def _hear(self, turn: int) -> None:
         name = self._behind[turn]
-        if not self._polls[turn].poll(min(self._timeout_s * 1000, _POLL_MS_MAX)):
+        poll = self._polls[turn]
+        # After a signal Python waits for the rest of the time; where this process was stopped for long there is none,
+        # and it has not looked at what has come meanwhile.
+        if not poll.poll(min(self._timeout_s * 1000, _POLL_MS_MAX)) and not poll.poll(0):
             raise PeerGone(f"{name} does not answer within {self._timeout_s:g} s")
         number = os.read(self._inbox.reading[turn], 1)
         if not number:
             raise PeerGone(f"{name} has closed its connection")
         if number[0] != self._num_met % _NUM_NUMBERS:
             raise RuntimeError(f"{name} is at another exchange: an error has kept one of these ranks from some before")
+
+
+def _let_go_of_all() -> None:
+    """A process that a rank forks is none of the group, and would keep its pipes from ending with the rank."""
+    for one in list(_with_pipes):
+        one.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import select
 import stat
 import threading
 from collections.abc import Callable
@@ -99,6 +100,42 @@ def test_ranks_that_are_not_at_the_same_exchange_find_out() -> None:
     other._tell(0)
     with pytest.raises(RuntimeError, match="rank 1 is at another exchange"):
         mine.wait()
+
+
+def test_what_has_come_while_a_rank_was_stopped_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that is handled after longer than the wait: Python takes the time for over without another look."""
+
+    class Interrupted:
+        def __init__(self, poll: select.poll) -> None:
+            self.poll_now, self.num_asked = poll.poll, 0
+
+        def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+            self.num_asked += 1
+            return [] if self.num_asked == 1 else self.poll_now(timeout_ms)
+
+    mine, other = barriers(2)
+    monkeypatch.setattr(mine, "_polls", [Interrupted(poll) for poll in mine._polls])
+    other._num_met = 1
+    other._tell(0)
+    mine.wait()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_a_rank_forks_keeps_no_pipe_from_ending() -> None:
+    """Nor does it speak for the rank."""
+    found = barriers(3)
+    inodes = {os.fstat(fd).st_ino for barrier in found for fd in barrier._inbox.reading}
+    pid = os.fork()
+    if not pid:
+        told = 0
+        for barrier in found:
+            try:
+                barrier.wait()
+            except PeerGone:
+                told += 1
+        os._exit(num_open(inodes) + 3 - told)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    in_threads([barrier.wait for barrier in found])
 
 
 def test_only_that_very_pipe_is_written_to() -> None:

@@ -6,6 +6,11 @@ import contextlib
 import gc
 import logging
 import os
+import random
+import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_moe.parallel import mailbox as mailboxes
+from elastic_moe.parallel.barrier import PeerGone
 from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange, RowsByMailbox
 from elastic_moe.parallel.mailbox import Mailbox, PeerSlot, Slot, open_mailbox
 from elastic_moe.pool import Pool
 from elastic_moe.torch_private import exchange_rows
+from tests import sample
 from tests.ranks import Ranks
 
 
@@ -53,6 +60,78 @@ def exchanges() -> list[str]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_each_rank_gets_what_the_others_have_for_it(ranks: Ranks, world_size: int) -> None:
     assert ranks.run(exchanges, world_size=world_size) == [[]] * world_size
+
+
+def drawn(seed: int, num_turns: int, dying: int | None = None) -> str:
+    """Exchange parts of drawn sizes, after drawn pauses; one rank ends in the midst. What a peer's end looked like."""
+    rank, size, mailbox = dist.get_rank(), dist.get_world_size(), opened()
+    last = random.Random(seed).randrange(num_turns)
+    for turn in range(num_turns):
+        draw = random.Random(f"{seed} {turn}")
+        num = [[draw.choice((0, 1, 100, 2000 * turn)) for _ in range(size)] for _ in range(size)]
+        pauses_s = [draw.random() * 2e-3 for _ in range(size)]
+        time.sleep(pauses_s[rank])
+        if rank == dying and turn == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            found = mailbox.exchange([torch.full((n,), 100 * rank + turn % 100) for n in num[rank]])
+        except PeerGone as error:
+            return str(error)
+        for other, part in enumerate(found):
+            if part is not None:
+                expected = torch.full((num[other][rank],), 100 * other + turn % 100)
+                assert torch.equal(part.view(torch.int64), expected), (seed, turn, other)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [3, sample.rest(16)])
+def test_ranks_that_are_stopped_and_go_on_meet_all_the_same(ranks: Ranks, world_size: int) -> None:
+    seed, over = random.randrange(1 << 30), threading.Event()
+    print(f"seed {seed}")
+    pids = ranks.pids(world_size)
+
+    def disturb() -> None:
+        draw = random.Random(seed)
+        while not over.is_set():
+            pid = draw.choice(pids)
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(draw.random() * 0.01)
+            os.kill(pid, signal.SIGCONT)
+            over.wait(draw.random() * 0.01)
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    try:
+        assert ranks.run(drawn, seed, 100, world_size=world_size) == [""] * world_size
+    finally:
+        over.set()
+        disturbing.join()
+
+
+def test_a_rank_that_is_killed_is_missed_by_all_others(ranks: Ranks) -> None:
+    """Also by those that no pipe joins to it: who fails before them leaves the others' pipes."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    dying = seed % 6
+    told = ranks.run_losing([dying], drawn, seed, 100, dying, world_size=6)
+    assert sorted(told) == sorted({*range(6)} - {dying})
+    assert all(re.search(r"rank \d (cannot be told|has closed its connection)", said) for said in told.values()), told
+
+
+def opened_again(times: int) -> int:
+    """How many more descriptors are open after so many mailboxes, as of restarts within one process."""
+    gc.collect()
+    before = _num_open()
+    for turn in range(times):
+        mailbox = opened()
+        mailbox.exchange([torch.tensor([turn])] * dist.get_world_size())
+        del mailbox
+    gc.collect()
+    return _num_open() - before
+
+
+def test_no_restart_leaves_descriptors_open(ranks: Ranks) -> None:
+    assert ranks.run(opened_again, 200, world_size=3) == [0, 0, 0]
 
 
 def as_fsdp2_asks(dtype: torch.dtype) -> list[str]:
