@@ -6,6 +6,10 @@ Each has a canary in tests/moe/test_torch_private.py that says what broke and wh
 from __future__ import annotations
 
 import functools
+import getpass
+import os
+import re
+import tempfile
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -55,6 +59,29 @@ def compile_backward_at_once() -> None:
     from torch._functorch import config
 
     config.force_non_lazy_backward_lowering = True
+
+
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_caches() -> list[str]:
+    """The folder in which torch.compile keeps what it has made, and the one in which it keeps headers.
+
+    Without torch's own functions: to import them makes the folder, and fails for good where it cannot be made.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):
+        user = f"uid_{os.getuid()}"
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    return list(dict.fromkeys((os.path.abspath(os.environ.get(COMPILE_CACHE, default)), default)))
+
+
+def forget_compiled() -> None:
+    """Have torch.compile look anew for what it keeps in its cache, and make again what it has failed to make."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
 
 
 class Seat(Protocol):

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from elastic_moe.model.compile_cache import without_torn
 from elastic_moe.torch_private import compile_backward_at_once
 
 _P = ParamSpec("_P")
@@ -43,10 +44,13 @@ class Compiling:
             except Exception as error:
                 if self.on_failure is None:
                     raise
-                result = function(*args, **kwargs)  # whose own error is no failure of the compiler's
-                self.has_failed = True
-                self.on_failure(in_one_line(error))
-                return result
+                try:
+                    return without_torn(lambda: compiled(*args, **kwargs), error)
+                except Exception as last:  # noqa: BLE001 - the same
+                    result = function(*args, **kwargs)  # whose own error is no failure of the compiler's
+                    self.has_failed = True
+                    self.on_failure(in_one_line(last))
+                    return result
 
         return call
 

@@ -18,6 +18,7 @@ from elastic_moe.errors import Stopped, UserError
 from elastic_moe.events import TrainerEvent
 from elastic_moe.huggingface.config import Upcycling
 from elastic_moe.huggingface.folder import WeightFolder
+from elastic_moe.model.compile_cache import cache_obstacle
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import build_mesh, init_weights, read_weights
 from elastic_moe.trainer.changes import changes
@@ -60,6 +61,8 @@ def train(job: JobConfig) -> None:
     device = choose_device(job.train.device, here.local_rank)
     if device.type == "cpu":
         heap.keep_freed()
+    if (obstacle := cache_obstacle()) and not job.train.compile:  # else it is told where layers are to be compiled
+        log.info("torch.compile could keep nothing here: %s", obstacle)
     under_agent = Environment.from_env(os.environ).channel is not None
     with StopSignals(under_agent=under_agent) as signals, process_group(device):
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -15,6 +15,7 @@ from elastic_moe.data.corpus import Corpus, open_corpus
 from elastic_moe.data.order import Split, share
 from elastic_moe.errors import UserError
 from elastic_moe.events import TrainerEvent
+from elastic_moe.model.compile_cache import cache_obstacle, remove_torn
 from elastic_moe.model.decoder import Decoder
 from elastic_moe.parallel import Meshes, Precision, expect_first_step, materialize, parallelize
 from elastic_moe.pool import make_pages
@@ -54,7 +55,7 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     materialize(model, device)
     model.recompute = train.recompute
     if train.compile:
-        _compile(model, device)
+        compile_layers(model, device)
     plan = meshes.plan
     batches = Batches(
         corpus=corpus,
@@ -77,17 +78,16 @@ def set_up(job: JobConfig, meshes: Meshes, rank: int, device: torch.device) -> t
     return stepper, DataProgress(data_state(job, corpus), stepper.horizon)
 
 
-def _compile(model: Decoder, device: torch.device) -> None:
+def compile_layers(model: Decoder, device: torch.device) -> None:
     """Compile what can be; where that fails, on whatever ranks, layers run as they are: it decides about no result."""
-    if missing := missing_compiler(device, os.environ):
-        _tell_uncompiled(missing)
+    if obstacle := missing_compiler(device, os.environ) or cache_obstacle():
+        _tell_uncompiled(obstacle)
     else:
+        remove_torn()
         model.compile_attention(on_failure=_tell_uncompiled)
 
 
 def _tell_uncompiled(why: str) -> None:
-    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch sets it; a process that was killed may have torn it
-        why += f" (torch's cache, which may be removed, is {cache})"
     log.warning("train.compile = true, but this rank's layers run as they are: torch.compile fails: %s", why)
     worker.event(TrainerEvent.COMPILE_FAILED, reason=why)
 

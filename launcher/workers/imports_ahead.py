@@ -34,16 +34,23 @@ class Imports:
         self.recorder = early_variables.Recorder()
         self.environment = dict(os.environ)
         self.with_torch: set[str] = set()
+        self.half_imported = ""
+        """Which part of torch could not be imported, and why; "" for none: the next may trip over what it left."""
 
     def make(self, name: str) -> None:
-        """Import `name`; where that fails, say so on stderr and go on."""
+        """Import `name`; where that fails, say so on stderr and go on, without the rest of torch if it is of that."""
+        is_torch = name.partition(".")[0] == "torch"
+        if is_torch and self.half_imported:
+            return
         before = _packages()
         try:
             with self.recorder:
                 importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 (whatever an import does, the worker may still want to do it)
             print(f"zygote: {name} is not imported ahead: {error}", file=sys.stderr)
-        if name.partition(".")[0] == "torch":
+            if is_torch:
+                self.half_imported = f"{name} could not be imported ahead: {error}"
+        if is_torch:
             self.with_torch |= _packages() - before - set(paths.OWN_PACKAGES)
 
 

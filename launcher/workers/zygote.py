@@ -154,7 +154,7 @@ class _Server:
         if stale := self._files.changed():
             tell(self._news, stale=stale)
             return stale
-        if lasting := self._hidden(request) or self._set_too_late(request):
+        if lasting := self._imports.half_imported or self._hidden(request) or self._set_too_late(request):
             tell(self._news, cold=lasting)
         return lasting
 

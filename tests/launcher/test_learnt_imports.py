@@ -120,3 +120,23 @@ print(*_Server(listener[0], news[0], Imports(["json", "colorsys"]))._to_import)
     names = done.stdout.split()
     assert names[0] == "torch"
     assert names[-1] == "colorsys", "json is there already"
+
+
+def test_what_has_half_imported_torch_is_not_forked() -> None:
+    """torch registers what it imports: after an import that fails, as without a folder for its cache, all others do."""
+    program = """
+import socket
+from launcher.workers.imports_ahead import Imports
+from launcher.workers.zygote import _Server
+listener, news = socket.socketpair(), socket.socketpair()
+server = _Server(listener[0], news[0], imports := Imports())
+imports.make("no_such_module")
+print(server._imports.half_imported)
+imports.make("torch.no_such_module")
+print(server._differs(None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == [
+        "",
+        "torch.no_such_module could not be imported ahead: No module named 'torch.no_such_module'",
+    ]

@@ -6,6 +6,7 @@ What is found here is mended in `elastic_moe/torch_private.py`.
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,33 @@ def test_onednn_multiplies_matrices_that_lie_transposed_as_well() -> None:
     x, weight = torch.randn(24, 40, generator=draw), torch.randn(56, 40, generator=draw)
     for rows, matrix in ((x, weight), (x.T.contiguous().T, weight.T.contiguous().T), (x[:, :16], weight[:, :16])):
         torch.testing.assert_close(onednn_linear(rows, matrix), rows @ matrix.T, msg=changed)
+
+
+def test_the_folders_of_compiled_graphs_are_where_torch_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.codecache import _HEADER_DIR
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    from elastic_moe.torch_private import COMPILE_CACHE, compile_caches
+
+    changed = f"torch {torch.__version__}: cache_dir has changed, in which files are torn where a compiler is killed"
+    monkeypatch.delenv(COMPILE_CACHE, raising=False)
+    assert compile_caches() == [default_cache_dir()], changed
+    assert _HEADER_DIR.startswith(f"{default_cache_dir()}/"), changed
+    monkeypatch.setenv(COMPILE_CACHE, str(tmp_path))
+    assert compile_caches() == [cache_dir(), default_cache_dir()] == [str(tmp_path), default_cache_dir()], changed
+
+
+def test_what_has_failed_to_compile_is_made_again() -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    from elastic_moe.torch_private import forget_compiled
+
+    changed = f"torch {torch.__version__}: clear_caches has changed, after which a header that was torn is made again"
+    CppCodeCache.cache["of a test"] = lambda: torch
+    forget_compiled()
+    assert "of a test" not in CppCodeCache.cache, changed
 
 
 class NotingSeat:
