@@ -1,8 +1,8 @@
 """Measure for the mesh planner how fast this machine is: `python -m elastic_moe.calibrate JOB.toml --out FILE`.
 
 On several ranks under `elastic-moe run`, as many as the node has cores or devices: what they share is shared then.
-Two layers of the job's own model go forward and backward on two numbers of tokens, whose difference is what tokens
-cost, and the rest what a layer does; a copy and collectives tell the rest.
+Two layers of the job's own model go forward and backward, compiled where the job has them so, on two numbers of tokens,
+whose difference is what tokens cost, and the rest what a layer does; a copy and collectives tell the rest.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elastic_moe import heap
 from elastic_moe.config import JobConfig, load, mesh_spec
 from elastic_moe.errors import UserError
 from elastic_moe.machine import write_calibration
 from elastic_moe.model import ModelConfig
+from elastic_moe.model.compile_cache import cache_obstacle
 from elastic_moe.model.decoder import Decoder, token_loss
 from elastic_moe.parallel import Meshes, Precision, begin_round, build_mesh, init_weights, materialize, parallelize
 from elastic_moe.parallel.collectives import GatherByMailbox, ReduceByExchange
 from elastic_moe.parallel.mailbox import open_mailbox
 from elastic_moe.pool import Pool
+from elastic_moe.trainer.setup import compile_layers
 from elastic_moe.trainer.world import choose_device, process_group
 from elastic_moe.urls import local_path
 from launcher import MeshPlan, MeshSpec, step_time
@@ -101,7 +104,11 @@ def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, f
     config = job.model.model_copy(update={"num_layers": num_layers})
     meshes = build_mesh(MeshPlan(dist.get_world_size(), 1, 1, 0, 1, 2), device)
     model = _model(job, config, meshes, device)
-    times_s = [_pass_s(model, sequences, job.train.seq_len, device) for sequences in _SEQUENCES]
+    times_s = []
+    for sequences in _SEQUENCES:
+        if job.train.compile:
+            torch.compiler.reset()  # a job's micro-batches have one size: no graph is made for several
+        times_s.append(_pass_s(model, sequences, job.train.seq_len, device))
     spec = spec.replace(
         num_layers=num_layers, dense_params=config.num_dense_params, expert_params=config.num_expert_params
     )
@@ -118,10 +125,12 @@ def _model(job: JobConfig, config: ModelConfig, meshes: Meshes, device: torch.de
     with torch.device("meta"):
         model = Decoder(config)
     compute = torch.bfloat16 if job.train.dtype == "bfloat16" else torch.float32
-    parallelize(model, meshes, Precision(compute=compute))
+    parallelize(model, meshes, Precision(compute=compute, exact=job.train.exact))
     materialize(model, device)
     init_weights(model, job.train.seed)
     model.recompute = job.train.recompute
+    if job.train.compile:
+        compile_layers(model, device)
     return model
 
 
@@ -158,6 +167,14 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _compute_as_training_does(job: JobConfig, device: torch.device) -> None:
+    if job.train.exact:
+        torch.set_num_threads(1)
+    if device.type == "cpu":
+        heap.keep_freed()
+    cache_obstacle()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the file from rank 0."""
     parser = argparse.ArgumentParser(prog="python -m elastic_moe.calibrate", description=__doc__)
@@ -171,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--out {error}") from None
         job = load(args.job, environ=os.environ)
         device = choose_device(job.train.device, int(os.environ.get("LOCAL_RANK", "0")))
+        _compute_as_training_does(job, device)
         with process_group(device):
             found = measure(job, device)
             if dist.get_rank() == 0:

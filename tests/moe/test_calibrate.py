@@ -55,6 +55,31 @@ def test_what_a_pass_took_is_what_a_plan_says_of_it(monkeypatch: pytest.MonkeyPa
         assert told.compute + told.launch + told.weights == pytest.approx(3.0 + 0.5 * sequences)
 
 
+def test_layers_are_measured_as_the_job_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled where it compiles them, for one size of a micro-batch at a time; in float64 where it is exact."""
+    done: list[str] = []
+    monkeypatch.setattr(calibrate, "build_mesh", lambda *args: None)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr(calibrate, "parallelize", lambda model, meshes, precision: done.append(f"{precision.exact}"))
+    for name in ("materialize", "init_weights"):
+        monkeypatch.setattr(calibrate, name, lambda *args: None)
+    monkeypatch.setattr(calibrate, "compile_layers", lambda model, device: done.append("compile"))
+    monkeypatch.setattr("torch.compiler.reset", lambda: done.append("reset"))
+
+    def passed(*args: object) -> float:
+        done.append("pass")
+        return 1.0
+
+    monkeypatch.setattr(calibrate, "_pass_s", passed)
+    found = []
+    for train in ({}, {"compile": True}, {"exact": True}):
+        job = JobConfig.model_validate({**JOB, "train": {**JOB["train"], **train}})
+        calibrate._layers(job, torch.device("cpu"), mesh_spec(job))
+        found.append(" ".join(done))
+        done.clear()
+    assert found == ["False pass pass", "False compile reset pass reset pass", "True pass pass"]
+
+
 def test_a_missing_job_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert calibrate.main([str(tmp_path / "none.toml")]) == 2
     assert capsys.readouterr().err == f"calibrate: job file {tmp_path}/none.toml does not exist\n"
