@@ -1,7 +1,8 @@
 """`events.jsonl`: one JSON object a line, appended by agents and workers alike.
 
-Every line holds `ts` (epoch seconds), `run_id`, `node`, `generation`, `event`, then the event's own fields. A line is
-one `write` to a file opened with O_APPEND, so processes that share the file never mix their lines.
+Every line holds `ts` (epoch seconds), `run_id`, `node`, `generation`, `event`, then the event's own fields, and last
+`boot_s`: the seconds since its host was started, which go on as they were when somebody sets its clock. A line is one
+`write` to a file opened with O_APPEND, so processes that share the file never mix their lines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 JOB_IS_OVER = "the job is over"
 """The `reason` of NODE_ENDED where a node ends because its job has."""
+
+_NUM_READINGS, _AT_ONCE_S = 3, 0.001
 
 EventRecord = Mapping[str, Any]
 """One line of `events.jsonl`."""
@@ -103,13 +106,15 @@ class Emit(Protocol):
 
 def append_event(path: Path, *, run_id: str, node: str, generation: int, event: str, fields: Mapping[str, Any]) -> None:
     """Append one event; a full disk or a vanished folder costs the event, never the job."""
+    ts, boot_s = _both_clocks()
     record = {
-        "ts": round(time.time(), 6),
+        "ts": round(ts, 6),
         "run_id": run_id,
         "node": node,
         "generation": generation,
         "event": event,
         **fields,
+        "boot_s": round(boot_s, 6),
     }
     line = hide_secrets(json.dumps(record, default=str, separators=(",", ":"))) + "\n"
     try:
@@ -120,6 +125,16 @@ def append_event(path: Path, *, run_id: str, node: str, generation: int, event: 
             os.close(fd)
     except OSError as error:
         log.warning("event %s lost: cannot append to %s: %s", event, path, error)
+
+
+def _both_clocks() -> tuple[float, float]:
+    """The time, and the seconds since this host was started, of the same moment."""
+    for _ in range(_NUM_READINGS):
+        before_s, ts = time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+        boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if boot_s - before_s < _AT_ONCE_S:
+            break
+    return ts, boot_s
 
 
 class EventLog:

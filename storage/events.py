@@ -143,6 +143,7 @@ Listener = Callable[[CheckpointEvent, dict[str, Any]], None]
 """What `Checkpointer(..., on_event=...)` is given; it is called from any thread."""
 
 _LOOKED_AT_BYTES = 1 << 16
+_NUM_READINGS, _AT_ONCE_S = 3, 0.001
 _hearing = threading.local()
 
 
@@ -179,7 +180,7 @@ class Reporter:
 
     def __call__(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report one event; may be called from any thread."""
-        ts = time.time()
+        when = _both_clocks()
         text = ", ".join(f"{name} {value}" for name, value in fields.items())
         log.log(logging.INFO if event in _USUAL else logging.WARNING, "%s: %s", event, text)
         for inner in self._also:
@@ -195,13 +196,13 @@ class Reporter:
         finally:
             is_written, _hearing.event = _hearing.event is None, before
         if not is_written and not (_hearing.is_doubtful and _is_appended(self._env, event, fields)):
-            append_for_agent(self._env, ts, event, fields)
+            append_for_agent(self._env, when, event, fields)
         if event == CheckpointEvent.COMMITTED:
-            note_for_agent(self._env, ts, fields)
+            note_for_agent(self._env, when[0], fields)
 
     def tell_agent(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report what only the account of the job's time needs."""
-        append_for_agent(self._env, time.time(), event, fields)
+        append_for_agent(self._env, _both_clocks(), event, fields)
 
     def watch(self, store: ObjectStore) -> None:
         """Report from now on when the store has been away for a while, and when it is back.
@@ -266,14 +267,29 @@ def _is_appended(env: Mapping[str, str], event: CheckpointEvent, fields: Mapping
     return False
 
 
-def append_for_agent(env: Mapping[str, str], ts: float, event: CheckpointEvent, fields: Mapping[str, Any]) -> None:
-    """Append one event to the file of the agent that runs this worker, if there is one; a full disk costs the event."""
+def _both_clocks() -> tuple[float, float]:
+    """The time, and the seconds since this host was started, of the same moment: as `launcher.events` has both."""
+    for _ in range(_NUM_READINGS):
+        before_s, ts = time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+        boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if boot_s - before_s < _AT_ONCE_S:
+            break
+    return ts, boot_s
+
+
+def append_for_agent(
+    env: Mapping[str, str], when: tuple[float, float], event: CheckpointEvent, fields: Mapping[str, Any]
+) -> None:
+    """Append one event to the file of the agent that runs this worker, if there is one; a full disk costs the event.
+
+    `when`: its time, and the seconds since this host was started.
+    """
     agent = AgentEnvironment.from_env(env)
     if not agent.events:
         return
     generation, rank = (int(text) if text.isdecimal() else 0 for text in (agent.generation, env.get("RANK", "")))
-    record = {"ts": round(ts, 6), "run_id": agent.run_id, "node": agent.node}
-    record |= {"generation": generation, "event": event, "rank": rank, **fields}
+    record: dict[str, Any] = {"ts": round(when[0], 6), "run_id": agent.run_id, "node": agent.node}
+    record |= {"generation": generation, "event": event, "rank": rank, **fields, "boot_s": round(when[1], 6)}
     line = json.dumps(record, default=str, separators=(",", ":")) + "\n"
     try:
         fd = os.open(agent.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

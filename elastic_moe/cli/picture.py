@@ -11,7 +11,7 @@ from elastic_moe.cli.parser import PROG
 from elastic_moe.errors import UserError
 from elastic_moe.pictures.story import MetricsRecord, RunStory, read_lines, tell
 from launcher import EventRecord
-from launcher.reports import Cause, account, jobs_of, offsets, set_right
+from launcher.reports import Cause, account, jobs_of, offsets, set_right, steady
 
 _NAME = "metrics.jsonl"
 _FAULTS = (Cause.FAILURE, Cause.NODE_LOSS, Cause.HANG, Cause.STORE)
@@ -93,7 +93,7 @@ def _draw(path: Path, story: RunStory, events: Sequence[EventRecord]) -> None:
     from elastic_moe.pictures.training import Mark, draw_training
 
     marks = []
-    for _, of_job in jobs_of(events):
+    for _, of_job in jobs_of(steady(events)[0]):
         for one in account(set_right(of_job, offsets(of_job))).interruptions:
             step = story.step_at(one.began_ts)
             if step is not None:

@@ -18,24 +18,29 @@ from elastic_moe.errors import UserError
 from launcher import EventName, EventRecord, hide_secrets
 from launcher.reports import (
     Cause,
+    ClockJump,
     Goodput,
     Interruption,
     Outage,
     account,
+    doubtful,
     find_files,
     jobs_of,
     name_some,
     offsets,
     read_events,
     set_right,
+    steady,
 )
 
 if TYPE_CHECKING:
     from elastic_moe.cli.parser import Subparsers
 
 T = TypeVar("T")
+Tell = Callable[[str, Sequence[EventRecord], Sequence[ClockJump]], T]
 
 _SHOWN_S = 0.05
+_JUMPS_SHOWN = 4
 
 _EPILOG = """\
 LOG_DIR is what `run` was given as --log-dir, or an events.jsonl. Give those of
@@ -44,8 +49,9 @@ every events.jsonl below is read, and what a log rotation made of it.
 
 The seconds of all causes add up to the wall time, from the first event to the
 last. Goodput is the part of it in which the job made progress that it kept.
-Times are those of this machine's time zone. Where the clocks of nodes differ so
-much that effects come before causes, they are set right, and that is told.
+Times are those of this machine's time zone. Where a node's clock was set while
+it ran, that is undone; where the clocks of nodes differ so much that effects
+come before causes, they are set right. Either is told.
 
 --picture draws loss, validation, throughput and the experts' load by step, with
 generations and what happened. It reads --metrics, or each metrics.jsonl in and
@@ -54,7 +60,8 @@ beside LOG_DIR; without LOG_DIR it tells of nothing else.
 --json writes one object: "runs", one for each job, with "outcome" or "end",
 "began" and "ended", "wall_s", "goodput", "steps_redone", "seconds" by cause,
 "interruptions" (cause, root, nodes, victims, times, steps_redone), "outages" of
-stores, "clock_offsets" and "events" (how many of each); "unreadable_lines".
+stores, "clock_offsets", "clock_jumps", "clocks_in_doubt" (pairs of nodes) and
+"events" (how many of each); "unreadable_lines".
 
 Exit codes: 0 done; 2 wrong usage, or there are no events.
 """
@@ -112,7 +119,7 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(tell: Callable[[str, Sequence[EventRecord]], T], events: Sequence[EventRecord]) -> list[T]:
+def _told(tell: Tell[T], events: Sequence[EventRecord]) -> list[T]:
     """What `tell` makes of each job; those whose events this version does not write are named on stderr.
 
     Raises:
@@ -120,9 +127,10 @@ def _told(tell: Callable[[str, Sequence[EventRecord]], T], events: Sequence[Even
     """
     told: list[T] = []
     left_out = list[str]()
+    events, jumps = steady(events)
     for run_id, of_run in jobs_of(events):
         try:
-            told.append(tell(run_id, of_run))
+            told.append(tell(run_id, of_run, jumps))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
             why = one_line(f"{type(error).__name__}: {error}")
             left_out.append(f"job {run_id!r}: its events are not as this version of {PROG} writes them ({why})")
@@ -135,13 +143,14 @@ def _told(tell: Callable[[str, Sequence[EventRecord]], T], events: Sequence[Even
 
 def _harmless(line: str) -> str:
     """The line without what a terminal would obey, and secrets: scripts write events of their own, with any text."""
-    return hide_secrets("".join(char if char.isprintable() else " " for char in line))
+    plain = line if line.isprintable() else "".join(char if char.isprintable() else " " for char in line)
+    return hide_secrets(plain)
 
 
-def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:
-    """One job's report as `--json` prints it."""
-    clocks = offsets(events)
-    events = set_right(events, clocks)
+def as_json(run_id: str, events: Sequence[EventRecord], jumps: Sequence[ClockJump]) -> dict[str, Any]:
+    """One job's report as `--json` prints it; `jumps` are those of all jobs' nodes."""
+    clocks, doubts = offsets(events), doubtful(events)
+    events, jumps = set_right(events, clocks), _of_job(jumps, events)
     result = account(events)
     return {
         "run_id": run_id,
@@ -159,19 +168,23 @@ def as_json(run_id: str, events: Sequence[EventRecord]) -> dict[str, Any]:
         "interruptions": [{**dataclasses.asdict(one), "seconds": one.seconds} for one in result.interruptions],
         "outages": [dataclasses.asdict(one) for one in result.outages],
         "clock_offsets": clocks,
+        "clock_jumps": [dataclasses.asdict(jump) for jump in jumps],
+        "clocks_in_doubt": doubts,
         "events": dict(collections.Counter(event["event"] for event in events)),
     }
 
 
-def as_lines(run_id: str, events: Sequence[EventRecord]) -> list[str]:
-    """One job's report for a person."""
-    clocks = offsets(events)
-    events = set_right(events, clocks)
+def as_lines(run_id: str, events: Sequence[EventRecord], jumps: Sequence[ClockJump]) -> list[str]:
+    """One job's report for a person; `jumps` are those of all jobs' nodes."""
+    clocks, doubts = offsets(events), doubtful(events)
+    events, jumps = set_right(events, clocks), _of_job(jumps, events)
     result = account(events)
     return [
         f"job {run_id}: {result.outcome or result.end or 'no end in these events'}",
         f"from {moment(result.began_ts)} to {moment(result.ended_ts)}",
+        *_clocks(jumps),
         *(f"the clock of {node} was {-seconds:+.1f} s off, and is set right here" for node, seconds in clocks.items()),
+        *([_doubt(doubts)] if doubts else []),
         *_failures(result),
         "",
         "what happened",
@@ -181,6 +194,26 @@ def as_lines(run_id: str, events: Sequence[EventRecord]) -> list[str]:
         *_checkpoints(events),
         *map(_outage, result.outages),
     ]
+
+
+def _of_job(jumps: Sequence[ClockJump], events: Sequence[EventRecord]) -> list[ClockJump]:
+    nodes = {str(event.get("node", "")) for event in events}
+    return [jump for jump in jumps if jump.node in nodes]
+
+
+def _clocks(jumps: Sequence[ClockJump]) -> list[str]:
+    lines = [
+        f"the clock of {jump.node} was set {'forward' if jump.seconds > 0 else 'back'} by {abs(jump.seconds):.1f} s at "
+        f"{moment(jump.ts)}, which is undone here"
+        for jump in jumps[:_JUMPS_SHOWN]
+    ]
+    more = len(jumps) - len(lines)
+    return [*lines, *([f"clocks were set {more} times more, which is undone here as well"] if more else [])]
+
+
+def _doubt(doubts: Sequence[tuple[str, str]]) -> str:
+    pairs = name_some([f"{one} and {other}" for one, other in doubts], "; ")
+    return f"clocks disagree by more and less in turn, so that seconds below may be booked to a wrong cause: {pairs}"
 
 
 def _failures(result: Goodput) -> list[str]:

@@ -31,14 +31,16 @@ def timeline(events: Iterable[EventRecord], began_ts: float) -> list[str]:
     """
     lines: list[str] = []
     last, repeats = "", 0
-    seen: set[object] = set()
+    seen_nodes: set[object] = set()
+    seen_generations: set[object] = set()
     for event in events:
         if event["event"] in _ROUTINE:
             continue
         if event["event"] == EventName.ROUND_FORMED:
-            seen = {once for once in seen if not isinstance(once, int)}  # numbers begin anew in a store that is new
+            seen_generations.clear()  # numbers begin anew in a store that is new
         once = event.get("node_lost") or event.get("node_left") or event.get("peer")
-        once = event.get("generation") if event["event"] == EventName.FIRST_STEP else once
+        is_first = event["event"] == EventName.FIRST_STEP
+        once, seen = (event.get("generation"), seen_generations) if is_first else (once, seen_nodes)
         if once is not None:
             if once in seen:
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -107,16 +109,30 @@ class Goodput:
     @property
     def fraction(self) -> float:
         """The part of the wall time in which the job made progress that it kept."""
-        return self.seconds[Cause.TRAINING] / self.wall_s if self.wall_s > 0 else 0.0
+        return min(1.0, max(0.0, self.seconds[Cause.TRAINING] / self.wall_s)) if self.wall_s > 0 else 0.0
 
 
-def covered(within: tuple[float, float], intervals: Iterable[tuple[float, float]]) -> float:
-    """How much of `within` the union of `intervals` covers."""
-    begin, end = within
-    total, upto = 0.0, begin
-    for left, right in sorted(intervals):
-        left, right = max(left, upto), min(right, end)
-        if right > left:
-            total += right - left
-            upto = right
-    return total
+class Spans:
+    """The union of spans of time, asked how much of others it covers: a search in it, however many there are."""
+
+    def __init__(self, spans: Iterable[tuple[float, float]]) -> None:
+        self._begins: list[float] = []
+        self._ends: list[float] = []
+        for begin, end in sorted(spans):
+            if end <= begin:
+                continue
+            if self._ends and begin <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._begins.append(begin)
+                self._ends.append(end)
+        lengths = (end - begin for begin, end in zip(self._begins, self._ends, strict=True))
+        self._before = list(itertools.accumulate(lengths, initial=0.0))
+
+    def within(self, begin: float, end: float) -> float:
+        """How much of the time from `begin` to `end` is covered."""
+        return self._upto(end) - self._upto(begin) if end > begin else 0.0
+
+    def _upto(self, ts: float) -> float:
+        at = bisect.bisect_right(self._begins, ts) - 1
+        return self._before[at] + min(ts, self._ends[at]) - self._begins[at] if at >= 0 else 0.0

@@ -14,6 +14,7 @@ from launcher.events import EventRecord
 
 _NAME = "events.jsonl"
 _CONTENT_BYTES_MAX = 1 << 30  # of a packed file, a thousandth of which it may be
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # a script's own NaN, say: JSON has no such number
 _BEGIN = b'{"ts":'  # of every line as it is written
 
 
@@ -72,7 +73,7 @@ def _content(file: Path) -> bytes:
 
 def _event(line: bytes) -> EventRecord | None:
     try:
-        found = json.loads(line)
+        found = _DECODER.decode(line.decode())
         ts = found["ts"]
         is_time = isinstance(ts, int | float) and not isinstance(ts, bool) and math.isfinite(ts)
         is_event = is_time and isinstance(found["event"], str)

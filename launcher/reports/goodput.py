@@ -10,18 +10,20 @@ Clocks of different hosts are taken as they are; `launcher.reports.clocks` sets 
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from launcher.events import EventName, EventRecord
-from launcher.reports.causes import Cause, Goodput, Interruption, Outage, covered
+from launcher.reports.causes import Cause, Goodput, Interruption, Outage, Spans
 from launcher.reports.ledger import Ledger, Stretch
 from launcher.reports.outages import outages, silences
 from launcher.reports.round_steps import rounds_of
 from launcher.rounds.records import SUCCEEDED
 
-__all__ = ["Cause", "Goodput", "Interruption", "Outage", "account", "covered"]
+__all__ = ["Cause", "Goodput", "Interruption", "Outage", "account"]
 
 _AT_ONCE_S = 0.05
 
@@ -56,10 +58,10 @@ def account(events: Iterable[EventRecord]) -> Goodput:
     staged = _staged(ordered)
     lost, num_redone = _lost_work(ledger.stretches, interruptions, staged)
     stalls = [*_stalls(ordered), *_last_saves(ledger, staged)]
+    lost_spans, idle_spans = Spans(lost), Spans([*lost, *stalls])
     for stretch in ledger.stretches:
-        within = stretch.began_ts, stretch.ended_ts
-        lost_s = covered(within, lost)
-        stalled_s = covered(within, [*lost, *stalls]) - lost_s
+        lost_s = lost_spans.within(stretch.began_ts, stretch.ended_ts)
+        stalled_s = max(0.0, idle_spans.within(stretch.began_ts, stretch.ended_ts) - lost_s)
         ledger.seconds[Cause.LOST_WORK] += lost_s
         ledger.seconds[Cause.CHECKPOINT] += stalled_s
         ledger.seconds[Cause.TRAINING] += stretch.ended_ts - stretch.began_ts - lost_s - stalled_s
@@ -103,10 +105,11 @@ def _lost_work(
     """
     lost: list[Span] = []
     num_redone = 0
+    trained = _Trained(stretches, staged)
     for i, stretch in enumerate(stretches):
         for ts, step, reached in stretch.steps.restarts:
             num_redone += reached - step + 1
-            lost.append((_state_ts(stretches[: i + 1], staged, step - 1, before=ts), ts - stretch.steps.step_s))
+            lost.append((trained.state_ts(i + 1, step - 1, before=ts), ts - stretch.steps.step_s))
         if i == 0 or stretch.steps.resumed_after is None:
             continue
         before, resumed_after = stretches[i - 1], stretch.steps.resumed_after
@@ -118,7 +121,7 @@ def _lost_work(
             ended = interruptions[before.ended_by]
             interruptions[before.ended_by] = dataclasses.replace(ended, steps_redone=redone)
         if redone != 0:
-            lost.append((_state_ts(stretches[:i], staged, resumed_after, before=stretch.began_ts), stretch.began_ts))
+            lost.append((trained.state_ts(i, resumed_after, before=stretch.began_ts), stretch.began_ts))
     return lost, num_redone
 
 
@@ -129,19 +132,32 @@ def _num_redone(before: Stretch, resumed_after: int) -> int | None:
     return max(0, before.steps.reached - resumed_after) or (0 if before.steps.is_exact else None)
 
 
-def _state_ts(stretches: Sequence[Stretch], staged: Staged, step: int, *, before: float) -> float:
-    """When the state after `step` was last copied aside; where nobody told that, when it was reached."""
-    if step <= 0:
-        return stretches[0].began_ts
-    if (staged_ts := _last_before(staged.get(step, ()), before)) is not None:
-        return staged_ts
-    for stretch in reversed(stretches):
-        if (done_ts := stretch.steps.done_ts(step)) is not None:
-            return done_ts
-        if (stretch.steps.resumed_after or 0) == step:
-            return stretch.began_ts
-    last = stretches[-1]
-    return max(last.began_ts, last.ended_ts - ((last.steps.reached or step) - step) * last.steps.step_s)
+class _Trained:
+    """The stretches of a job, asked when it had a state."""
+
+    def __init__(self, stretches: Sequence[Stretch], staged: Staged) -> None:
+        self._stretches = stretches
+        self._staged = staged
+        self._highest = list(itertools.accumulate((stretch.steps.highest for stretch in stretches), max))
+
+    def state_ts(self, num_stretches: int, step: int, *, before: float) -> float:
+        """When the state after `step` was last copied aside in the first stretches; where nobody told that, when it was
+        reached.
+        """
+        if step <= 0:
+            return self._stretches[0].began_ts
+        if (staged_ts := _last_before(self._staged.get(step, ()), before)) is not None:
+            return staged_ts
+        for i in range(num_stretches - 1, -1, -1):
+            if self._highest[i] < step:
+                break  # nor did those before it come so far
+            stretch = self._stretches[i]
+            if (done_ts := stretch.steps.done_ts(step)) is not None:
+                return done_ts
+            if (stretch.steps.resumed_after or 0) == step:
+                return stretch.began_ts
+        last = self._stretches[num_stretches - 1]
+        return max(last.began_ts, last.ended_ts - ((last.steps.reached or step) - step) * last.steps.step_s)
 
 
 def _staged(ordered: Iterable[EventRecord]) -> Staged:
@@ -161,4 +177,6 @@ def _staged(ordered: Iterable[EventRecord]) -> Staged:
 
 
 def _last_before(times: Sequence[float], ts: float) -> float | None:
-    return max((at for at in times if at < ts), default=None)
+    """The last of `times`, which are in order, before `ts`."""
+    at = bisect.bisect_left(times, ts)
+    return times[at - 1] if at else None

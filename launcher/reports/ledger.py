@@ -12,6 +12,8 @@ What is learnt later reaches back: an interruption begins where the last step wa
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -111,7 +113,7 @@ class Ledger:
         self._began_ts = self._since_ts = float(ordered[0]["ts"])
         self._rounds: Iterator[RoundSteps] = iter(rounds)
         self._tells_steps = any(steps.first for steps in rounds)
-        self._silent = [silence for silence in silent if silence.store is StoreKind.JOB]
+        self._silent = deque(silence for silence in silent if silence.store is StoreKind.JOB)  # as they began
         self._last_word: Mapping[str, float] = {str(e.get("node", "")): float(e["ts"]) for e in ordered}
         self._live: set[str] = set()
         self._refused: set[str] = set()  # whose agents refuse connections, and have not been heard of since
@@ -273,8 +275,11 @@ class Ledger:
 
     def _silence_at(self, ts: float) -> Silence | None:
         """A silence of the store at that time, to a node of this round."""
-        heard_of = (s for s in self._silent if s.node in self._steps.participants)
-        return next((s for s in heard_of if s.began_ts <= ts and (s.ended_ts is None or ts <= s.ended_ts)), None)
+        heard_of = (s for s in self._begun_by(ts) if s.node in self._steps.participants)
+        return next((s for s in heard_of if s.ended_ts is None or ts <= s.ended_ts), None)
+
+    def _begun_by(self, ts: float) -> Iterator[Silence]:
+        return itertools.takewhile(lambda silence: silence.began_ts <= ts, self._silent)
 
     def _interrupt(self, event: EventRecord, why: Reason) -> None:
         ts = float(event["ts"])
@@ -331,7 +336,9 @@ class Ledger:
 
     def _end(self, over: _Open, ts: float, *, resumed: bool = False, followed_by: str = "") -> None:
         """Close an interruption. If all nodes had lost the store, that is the cause for which nodes counted as lost."""
-        unheard = [s for s in self._silent if s.began_ts <= ts and (s.ended_ts is None or s.ended_ts >= over.began_ts)]
+        while self._silent and (ended_ts := self._silent[0].ended_ts) is not None and ended_ts < over.began_ts:
+            self._silent.popleft()  # no later interruption begins before this one
+        unheard = [s for s in self._begun_by(ts) if s.ended_ts is None or s.ended_ts >= over.began_ts]
         if over.steps.participants <= {silence.node for silence in unheard} and not over.refused:
             root = f"the store did not answer: {unheard[0].reason}"
             over.explain(Reason(Cause.STORE, root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -77,11 +78,14 @@ def outages(found: Sequence[Silence]) -> tuple[Outage, ...]:
 
 def _overlapping(of_store: Iterable[Silence]) -> Iterator[list[Silence]]:
     together: list[Silence] = []
+    over_by = -math.inf
     for silence in of_store:
-        if together and silence.began_ts > max(map(_over_by, together)):
+        if together and silence.began_ts > over_by:
             yield together
             together = []
+            over_by = -math.inf
         together.append(silence)
+        over_by = max(over_by, _over_by(silence))
     if together:
         yield together
 

@@ -46,6 +46,7 @@ class RoundSteps:
     """Whether the program failed before it got to work."""
     _exact: int = -1
     _done: dict[int, float] = field(default_factory=dict)
+    _in_order: list[tuple[int, float]] = field(default_factory=list)
     _told_step_s: list[float] = field(default_factory=list)
 
     def hear(self, event: EventRecord) -> None:
@@ -84,6 +85,19 @@ class RoundSteps:
         self.reached = step if self.reached is None else max(step, self.reached)
         if ts is not None and ts >= self.formed_ts:
             self._done[step] = min(ts, self._done.get(step, ts))
+            self._in_order = []
+
+    @property
+    def _marks(self) -> list[tuple[int, float]]:
+        """Steps and when they were done, in order."""
+        if not self._in_order:
+            self._in_order = sorted(self._done.items())
+        return self._in_order
+
+    @property
+    def highest(self) -> int:
+        """The last step whose state it had at a time that is told."""
+        return max(self._marks[-1][0] if self._marks else 0, self.resumed_after or 0)
 
     @property
     def resumed_after(self) -> int | None:
@@ -99,7 +113,7 @@ class RoundSteps:
         told = self._told_step_s
         if len(told) >= _NUM_USUAL:
             return statistics.median(told)
-        marks = sorted(self._done.items())
+        marks = self._marks
         if len(marks) > 1 and marks[-1][1] > marks[0][1]:
             meanwhile_s = (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
             return min([meanwhile_s, *told])  # the only one that is told may be that in which the node was frozen
@@ -132,7 +146,7 @@ class RoundSteps:
 
     def done_ts(self, step: int) -> float | None:
         """When `step` was done, as near as events tell; None if that was not in this round."""
-        marks = sorted(self._done.items())
+        marks = self._marks
         if not marks or not marks[0][0] <= step <= marks[-1][0]:
             return None
         at = bisect.bisect_left(marks, (step,))

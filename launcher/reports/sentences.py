@@ -27,7 +27,7 @@ class _Fields(dict[str, object]):
 
 def _own_fields(event: EventRecord) -> str:
     """An event's own fields in one line, the long ones left out."""
-    common = ("ts", "run_id", "node", "generation", "event")
+    common = ("ts", "run_id", "node", "generation", "event", "boot_s")
     return " ".join(f"{k}={v}" for k, v in event.items() if k not in common and not isinstance(v, dict | list))
 
 

@@ -142,6 +142,39 @@ def test_whatever_events_hold_there_is_a_report_or_a_line(tmp_path: Path, capsys
             assert "\x1b" not in out, seed
 
 
+def test_a_clock_that_was_set_is_told_and_changes_no_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [json.loads(line) for line in (RECORDED / "events.jsonl").read_text().splitlines()]
+    whole = [{**event, "boot_s": event["ts"] - 1_000_000_000} for event in events]
+    node = next(event["node"] for event in events if event["event"] == "round_formed")
+    own = [event for event in whole if event["node"] == node]
+    since_ts = own[len(own) * 2 // 3]["ts"]
+    told = []
+    for back_s in (0.0, 3600.0):
+        set_back = [{**e, "ts": e["ts"] - back_s * (e["node"] == node and e["ts"] >= since_ts)} for e in whole]
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in set_back))
+        assert report(str(tmp_path), "--json") == 0
+        told.append(json.loads(capsys.readouterr().out)["runs"][0])
+    (jump,) = told[1].pop("clock_jumps")
+    assert (told[0].pop("clock_jumps"), jump["node"], jump["seconds"]) == ([], node, pytest.approx(-3600))
+    assert told[1]["goodput"] == pytest.approx(told[0]["goodput"])
+    assert told[1]["seconds"] == pytest.approx(told[0]["seconds"], abs=0.01)
+    assert report(str(tmp_path)) == 0
+    assert f"the clock of {node} was set back by 3600.0 s at " in capsys.readouterr().out
+
+
+def test_a_number_that_json_lacks_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.jsonl").write_text(
+        (RECORDED / "events.jsonl").read_text()
+        + '{"ts": 1, "event": "mine", "run_id": "other", "loss": NaN}\n'
+        + '{"ts": 2, "event": "restored", "run_id": "odd", "seconds": NaN}\n'
+    )
+    assert report(str(tmp_path), "--json") == 0
+    out, err = capsys.readouterr()
+    runs = json.loads(out, parse_constant=pytest.fail)["runs"]
+    assert {run["run_id"] for run in runs} == {"demo", "other"}
+    assert err.startswith("left out: job 'odd'")
+
+
 def test_unknown_events_are_shown_and_repeats_counted() -> None:
     slow = {"node": "a-1", "generation": 2, "event": "slow_disk", "rank": 3, "factor": 1.5, "window": [1, 2]}
     lost = {"generation": 2, "event": "node_lost", "node_lost": "b-2", "reason": "lost: its lease ended"}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_moe.cli.timeline import timeline
 from launcher.events import EventRecord
-from launcher.reports.goodput import Cause, Goodput, account, covered
+from launcher.reports.causes import Spans
+from launcher.reports.goodput import Cause, Goodput, account
 
 A, B = "a-1", "b-2"
 
@@ -259,7 +263,55 @@ def test_the_causes_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
         assert times == sorted(times), f"seed {seed}"
 
 
-def test_covered() -> None:
-    assert covered((0, 10), []) == 0
-    assert covered((0, 10), [(-5, 2), (1, 3), (8, 20)]) == 5
-    assert covered((0, 10), [(11, 12), (4, 4)]) == 0
+def test_what_spans_cover() -> None:
+    assert Spans([]).within(0, 10) == 0
+    assert Spans([(8, 20), (1, 3), (-5, 2)]).within(0, 10) == 5
+    assert Spans([(11, 12), (4, 4), (9, 3)]).within(0, 10) == 0
+    assert Spans([(0, 3), (5, 6), (5, 9)]).within(2, 7) == 3
+    assert Spans([(0, 3)]).within(7, 2) == 0
+
+
+def hard(num_rounds: int) -> list[EventRecord]:
+    """A job that loses a node, its store and steps in every round, and tells little of how far it came."""
+    job = Job()
+    job.say(0, "node_joined")
+    for number in range(num_rounds):
+        ts, other = number * 100.0, f"b-{number:08x}"
+        job.say(ts + 1, "node_joined", other)
+        job.form(ts + 3, A, other)
+        job.train(ts + 11, step=1 + number, step_s=1)
+        for node in (A, other):
+            job.say(ts + 30, "checkpoint_staged", node, step=2 + number % 5, seconds=0.1)
+            job.say(ts + 40, "store_unreachable", node, reason="silent", seconds=1)
+            job.say(ts + 45, "store_back", node, seconds=6)
+        job.say(ts + 50, "steps_restarted", A, step=4 + number, reached=6 + number)
+        job.say(ts + 60, "worker_failed", A, rank=0, exit_code=1, step=5 + number)
+        job.say(ts + 61, "node_lost", node_lost=other, reason="lost: its lease ended")
+        job.say(ts + 62, "workers_stopped", A, reason="worker failed", step=5 + number)
+    return job.events
+
+
+def calls_in(tell: Callable[[], object]) -> int:
+    """How many functions are called, those of C included: what a report costs, on any machine."""
+    num = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal num
+        num += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        tell()
+    finally:
+        sys.setprofile(before)
+    return num
+
+
+def test_a_report_of_twice_as_many_rounds_costs_twice_as_much() -> None:
+    def told(num_rounds: int) -> int:
+        events = hard(num_rounds)
+        return calls_in(lambda: (account(events), timeline(events, 0.0)))
+
+    few, many = told(150), told(300)
+    assert many < 2.2 * few

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.events import EventName, EventRecord
-from launcher.reports.clocks import offsets, set_right
+from launcher.reports.clocks import doubtful, offsets, set_right, steady
 from launcher.reports.files import find_files, read_events
 from launcher.reports.goodput import Cause, account
 from launcher.reports.jobs import jobs_of
@@ -119,6 +119,40 @@ class TestClocks:
 
     def test_clocks_that_agree_are_left_alone(self, job: Job) -> None:
         assert offsets(self.skewed(job, 0.05)) == {}
+
+    @pytest.mark.parametrize(
+        "settings", [[(25.0, -3600.0)], [(25.0, 7200.0)], [(12.0, 86400.0)], [(15.0, 60.0), (40.0, -60.0)]]
+    )
+    def test_a_clock_that_is_set_while_its_node_runs_changes_nothing(
+        self, job: Job, settings: list[tuple[float, float]]
+    ) -> None:
+        story = self.skewed(job, 0.0)
+        right, events = account(story), [self.as_told(event, settings) for event in story]
+        steadied, jumps = steady(events)
+        assert [jump.seconds for jump in jumps] == [pytest.approx(seconds) for _, seconds in settings]
+        assert {jump.node for jump in jumps} == {A}
+        mended = account(set_right(steadied, offsets(steadied)))
+        assert mended.wall_s == pytest.approx(right.wall_s, abs=0.5)
+        assert mended.seconds == pytest.approx(right.seconds, abs=0.5)
+
+    def as_told(self, event: EventRecord, settings: list[tuple[float, float]]) -> EventRecord:
+        """The event as a node tells it whose clock is set so; b's is not, and began elsewhere."""
+        by_boot = {**event, "boot_s": event["ts"] + (1000.0 if event["node"] == A else 5.0)}
+        off = sum(seconds for since, seconds in settings if event["ts"] >= since and event["node"] == A)
+        return {**by_boot, **{key: event[key] + off for key in ("ts", "step_ts") if key in event}}
+
+    @pytest.mark.parametrize("boot_s", [None, "1", True, float("inf"), []])
+    def test_an_event_without_the_other_clock_is_left_as_it_is(self, job: Job, boot_s: object) -> None:
+        events = [{**event, "boot_s": boot_s} for event in job.events]
+        assert steady(events) == (events, ())
+
+    def test_clocks_that_no_time_sets_right_are_told(self, job: Job) -> None:
+        """As events of before tell it, that have one clock only."""
+        events = self.skewed(job, 0.0)
+        assert doubtful(events) == []
+        moved = [{**e, "ts": e["ts"] - 600} if e["node"] == B and e["ts"] > 30.35 else e for e in events]
+        late = [{**e, "ts": e["ts"] + 600} if e["node"] == B and 3 < e["ts"] < 30.1 else e for e in moved]
+        assert doubtful(late) == [(A, B)]
 
 
 class TestAccount:
