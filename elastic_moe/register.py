@@ -8,7 +8,6 @@ import logging
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import unquote, urlsplit
 
 from elastic_moe.mounts import mount_that_remembers_absence
 from launcher import KVUnavailable, UsageError
@@ -150,7 +149,7 @@ class StoreRegister:
 
 
 def _path(url: str) -> str:
-    return url if url.startswith("/") else unquote(urlsplit(url).path)
+    return url.removeprefix("file://").partition("?")[0]
 
 
 def open_register(url: str) -> StoreRegister:

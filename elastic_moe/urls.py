@@ -12,6 +12,7 @@ from launcher import hide_secrets
 
 # Of "file:" the short form is one: RFC 8089.
 _ONE_SLASH = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/(?!/)")
+_FILE = re.compile(r"file://([^/]*)")
 _WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/\s:@\[]*:(?:[^/\s]+|(?!:|\d+/)[^\s]+)@")
 
 
@@ -31,6 +32,10 @@ def _possible(text: str) -> str:
             f"{hide_secrets(text)!r} has a password, which would be read in logs and by whoever sees the job: take it "
             f"out, and give it by {_variable(found[1])} in the environment"
         )
+    if found := _FILE.match(text):  # of which fsspec would make a path that begins here
+        if found[1] not in ("", "localhost"):
+            raise ValueError(f"{text!r} must be file:///absolute/path")
+        return f"file://{text[found.end(1) :]}"
     return os.path.expanduser(text)  # no shell has seen it
 
 

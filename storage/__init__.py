@@ -6,8 +6,9 @@ For training    Checkpointer saves and restores a state, for a job (JobIdentity)
                 names what a Listener hears; ShardReader and ShardWriter are the same format and checks under
                 `dcp.load` and `dcp.save`; an AgreeingGroup is ranks that succeed or fail together; a
                 CheckpointService is what an agent has for them.
-Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one; register_scheme adds
-                stores of your own, and a StoreWrapper is one around another.
+Stores          open_store opens the ObjectStore behind a URL, with_options puts options into one, is_of_this_process
+                tells whether what is put there goes with it; register_scheme adds stores of your own, and a
+                StoreWrapper is one around another.
 Looking         without torch: locate opens a run; summaries, details and verify look at its checkpoints; find_garbage
                 finds what dead jobs have left, and remove_garbage removes it.
 Memory          HugePages are asked for where they cost no more than small ones.
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from storage.state.per_rank import PerRank
     from storage.stores.buffers import Buffer
     from storage.stores.objects import Capability, Fetch, ObjectInfo, ObjectStore, Upload
-    from storage.stores.registry import Opener, open_store, register_scheme, with_options
+    from storage.stores.registry import Opener, is_of_this_process, open_store, register_scheme, with_options
     from storage.stores.retry_policy import RetryCounts, RetryLog
     from storage.stores.wrapper import StoreWrapper
 
@@ -70,7 +71,7 @@ __all__ += [
     "parse_every",
 ]
 __all__ += ["Buffer", "Capability", "Fetch", "ObjectInfo", "ObjectStore", "RetryCounts", "RetryLog", "StoreWrapper"]
-__all__ += ["Opener", "Upload", "open_store", "register_scheme", "with_options"]
+__all__ += ["Opener", "Upload", "is_of_this_process", "open_store", "register_scheme", "with_options"]
 __all__ += [
     "CheckpointState",
     "Details",
@@ -104,7 +105,7 @@ _ROOMS = {
     "storage.state.per_rank": "PerRank",
     "storage.stores.buffers": "Buffer",
     "storage.stores.objects": "Capability Fetch ObjectInfo ObjectStore Upload",
-    "storage.stores.registry": "Opener open_store register_scheme with_options",
+    "storage.stores.registry": "Opener is_of_this_process open_store register_scheme with_options",
     "storage.stores.retry_policy": "RetryCounts RetryLog",
     "storage.stores.wrapper": "StoreWrapper",
 }

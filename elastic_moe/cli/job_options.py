@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from elastic_moe.cli.s3_options import refuse_memory
 from elastic_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def open_named_job(args: argparse.Namespace) -> Iterator[JobClient]:
         raise UserError(f"--rdzv-backend {backend}: {unknown_backend(backend)}")
     if not args.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: needed, the same as the job's nodes were given")
+    if backend == "bucket":
+        refuse_memory(args.rdzv_endpoint, "--rdzv-endpoint ")
     if backend in OUTLIVING and not args.rdzv_id:
         raise UserError("--rdzv-id: needed, several jobs may share an etcd or a bucket")
     with open_job(backend, args.rdzv_endpoint, args.rdzv_id or "default", args.rdzv_conf) as job:

@@ -1,15 +1,29 @@
-"""The S3 options that verbs which look at stores share, and sizes in words."""
+"""What verbs that look at stores share: the options of S3, which URLs are refused, and sizes in words."""
 
 from __future__ import annotations
 
 import argparse
 
 from elastic_moe.errors import UserError
-from storage import with_options
+from storage import is_of_this_process, with_options
+
+
+def refuse_memory(url: str, what: str = "") -> None:
+    """Raises UserError for a URL of this process's memory: `what`, that it is given for, would be there with nobody."""
+    if is_of_this_process(url):
+        raise UserError(
+            f"{what}{url} is the memory of this command, which ends with it: give a folder or a store, such as "
+            "s3://bucket/run"
+        )
 
 
 def with_s3_options(args: argparse.Namespace, *urls: str) -> list[str]:
-    """Add --endpoint-url and --profile to the URLs of `s3://`. Raises UserError if there is none to add them to."""
+    """Add --endpoint-url and --profile to the URLs of `s3://`.
+
+    Raises UserError if there is none to add them to, or for a URL that nobody else can open.
+    """
+    for url in urls:
+        refuse_memory(url)
     given = {"endpoint_url": args.endpoint_url, "profile": args.profile}
     options = {name: value for name, value in given.items() if value is not None}
     if options and not any(url.startswith("s3://") for url in urls):

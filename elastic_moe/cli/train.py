@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.dry_run import add_dry_run, dry_run, refuse_without
 from elastic_moe.cli.parser import USAGE_EXIT_CODE, add_set, one_line
+from elastic_moe.cli.s3_options import refuse_memory
 from elastic_moe.errors import NotFinite
 from launcher import Environment, hide_secrets
 
@@ -112,6 +113,8 @@ def _train(args: argparse.Namespace) -> int:
     from elastic_moe.config import load
 
     job = load(args.job, sets=args.sets, environ=os.environ)
+    if job.checkpoint.url is not None:
+        refuse_memory(job.checkpoint.url, "checkpoint.url = ")
     from elastic_moe.trainer.run import train  # imports torch: a mistake in the job is told before that
 
     train(job)

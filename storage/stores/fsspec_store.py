@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations, registry
 
 from storage.errors import AlreadyExists, BadURL, Cause, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
@@ -40,6 +41,7 @@ _NUM_REQUESTS = 32
 _STREAMED_SIZE_BYTES = 64 * 1024 * 1024
 _NUM_PARTS_AHEAD = 4
 _PASSWORD = re.compile(r"([^/\s:@]*):[^/\s]+@")
+_IN_MEMORY = f"{MemoryFileSystem.__module__}.{MemoryFileSystem.__qualname__}"
 _TMP = ".tmp"  # as in a folder that is opened without fsspec (see `storage.stores.atomic_files`)
 _TMP_NAME = re.compile(r"/[0-9a-f]{32}/?$")
 _TMP_AGE_S = 24 * 3600.0
@@ -284,6 +286,13 @@ def open_fsspec(url: str, protocol_url: str) -> ObjectStore:
 def is_known(protocol: str) -> bool:
     """Whether fsspec has a file system for the protocol, installed or not."""
     return protocol in known_implementations or protocol in registry
+
+
+def is_memory(protocol: str) -> bool:
+    """Whether the protocol's file system is in the memory of this process. No package is looked for."""
+    named = known_implementations.get(protocol, {}).get("class", "")
+    loaded = registry.get(protocol)
+    return named == _IN_MEMORY or (isinstance(loaded, type) and issubclass(loaded, MemoryFileSystem))
 
 
 def _size(info: Mapping[str, Any]) -> int | None:

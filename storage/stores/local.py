@@ -16,7 +16,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from urllib.parse import quote
 
 from storage.errors import AlreadyExists, BadURL, Corrupt, Denied, Forbidden, NotFound, StorageError, Transient
 from storage.parallel import run_all
@@ -63,7 +62,7 @@ class LocalStore(ObjectStore):
     @property
     def url(self) -> str:
         """The folder's absolute path; as a URL where it has options."""
-        return str(self._root) if self._mode == MODE else f"file://{quote(str(self._root))}?mode={self._mode:04o}"
+        return str(self._root) if self._mode == MODE else f"file://{self._root}?mode={self._mode:04o}"
 
     def can(self, capability: Capability) -> bool:
         """See `ObjectStore.can`. Puts are conditional by hard links, or else by a lock; deletes by a lock only."""

@@ -16,6 +16,7 @@ Opener = Callable[[str], ObjectStore]
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
 _ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):/(?!/)(.*)$", re.DOTALL)
+_CHAIN = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*::[A-Za-z][A-Za-z0-9+.\-]*:")
 _MODE = re.compile(r"\?mode=[^/]*$")
 _openers: dict[str, Opener] = {}
 
@@ -32,6 +33,16 @@ def is_everywhere(url: str) -> bool:
         return True
     scheme = match[1].lower()
     return "memory" not in scheme and _openers.get(scheme) in (None, _open_file, _open_s3)
+
+
+def is_of_this_process(url: str) -> bool:
+    """Whether what is put there is gone with this process: in its memory, as ours or as fsspec's."""
+    match = _SCHEME.match(url)
+    if match is None or (scheme := match[1].lower()) in ("file", "s3"):
+        return False
+    from storage.stores.fsspec_store import is_memory
+
+    return is_memory(scheme.removeprefix("fsspec+")) or "::memory:" in url
 
 
 def as_url(url: object) -> str:
@@ -58,6 +69,8 @@ def as_url(url: object) -> str:
     if (match := _ONE_SLASH.match(text)) and _is_scheme(match[1].lower()):
         meant = f"{match[1]}:{'///' if match[1].lower() == 'file' else '//'}{match[2]}"
         raise BadURL(f"{text!r} has one slash too few, as Path leaves it; give {meant!r} as str")
+    if _CHAIN.match(text):
+        raise BadURL(f"{text!r} is a chain of file systems, which no store is opened through; give its last part alone")
     found = os.path.expanduser(text)
     if text.startswith("~") and found == text:
         raise BadURL(f"the checkpoint URL {text!r} names a home that is not known here; give the whole path")
@@ -83,7 +96,8 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     """Open the store that `url` names.
 
     A path, a `Path`, or `file:///path[?mode=0640]`; `s3://bucket/prefix`; `memory://name`; any other scheme that fsspec
-    knows; and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`.
+    knows; and, to have fsspec's own for one of ours, `fsspec+s3://` and `fsspec+memory://`. Names are taken as they
+    stand, as fsspec and the AWS command line do: `%20` is no space.
 
     The caller closes it.
 
@@ -143,7 +157,18 @@ def _open_file(rest: str) -> ObjectStore:
     host, slash, path = whole.partition("/")
     if host not in ("", "localhost") or not slash or not path:
         raise BadURL(f"file://{rest} must be file:///absolute/path")
-    return LocalStore("/" + unquote(path), _parse_mode(query) if mark else MODE)
+    mode = _parse_mode(query) if mark else MODE
+    _check_spelling("/" + path)
+    return LocalStore("/" + path, mode)
+
+
+def _check_spelling(path: str) -> None:
+    """Refuse `%20` where only the name with a blank is there: a run in it would begin anew. Raises BadURL."""
+    meant = unquote(path)
+    if meant != path and os.path.isdir(meant) and not os.path.exists(path):
+        raise BadURL(
+            f"file://{path} names no folder, and there is {meant!r}: write it so, names are taken as they stand"
+        )
 
 
 def _parse_mode(query: str) -> int:
@@ -151,7 +176,9 @@ def _parse_mode(query: str) -> int:
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("mode", "")
     if options or not text:
-        raise BadURL(f"a file:// URL has the option mode, and not {query!r}; a ? of a folder's name is written as %3F")
+        raise BadURL(
+            f"a file:// URL has the option mode, and not {query!r}; give a folder whose name has a ? as a path"
+        )
     mode = int(text, 8) if re.fullmatch(r"0?[0-7]{3}", text) else -1
     if mode not in MODES:
         allowed = ", ".join(f"{mode:04o}" for mode in MODES)

@@ -18,11 +18,13 @@ from pydantic import Strict
 
 from elastic_moe import config
 from elastic_moe.cli.console import ZonedFormatter
+from elastic_moe.data.sources import find_sources
 from elastic_moe.errors import UserError
 from elastic_moe.section import Section
 from launcher import Infeasible, MeshSpec, hide_secrets, price
 from launcher.events import append_event
 from launcher.rounds.mesh import _rounds
+from storage import open_store
 
 HUGE = 1 << 20_000
 """More digits than Python writes."""
@@ -178,6 +180,18 @@ def test_a_url_with_one_slash_is_no_folder(url: str) -> None:
         "zip://*::/tmp/x.zip",
     ):
         assert config.checked({"data": {"url": fine}}, "job.toml").data.url == fine
+
+
+def test_a_file_url_names_one_folder_on_every_way(tmp_path: Path) -> None:
+    """As it stands: fsspec, which reads data, makes no blank of %20 either."""
+    (tmp_path / "a%20b.txt").write_text("text")
+    for given, meant in ((f"file://localhost{tmp_path}/x", f"file://{tmp_path}/x"), ("file:///a%20b", "file:///a%20b")):
+        checked = config.checked({"data": {"url": given}, "checkpoint": {"url": given}}, "job.toml")
+        assert (checked.data.url, checked.checkpoint.url) == (meant, meant)
+    (found,) = find_sources(config.checked({"data": {"url": f"file://{tmp_path}/a%20b.txt"}}, "job.toml").data)
+    assert found.path == open_store(f"file://{tmp_path}/a%20b.txt/run").url.removesuffix("/run")
+    with pytest.raises(UserError, match=r"'file://host/x' must be file:///absolute/path"):
+        config.checked({"data": {"url": "file://host/x"}}, "job.toml")
 
 
 @pytest.mark.parametrize(

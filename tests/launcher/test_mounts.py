@@ -42,7 +42,7 @@ def test_whoever_meets_on_one_is_told_what_to_mount_it_with(
     monkeypatch.setattr(mounts, "MOUNT_INFO", info)
     with caplog.at_level(logging.WARNING):
         open_register(str(tmp_path / "meet")).close()
-        open_register(f"file://{tmp_path}/a%20b?mode=0640").close()
+        open_register(f"file://{tmp_path}/a b?mode=0640").close()
     told = [record.getMessage() for record in caplog.records if "lookupcache=positive" in record.getMessage()]
     assert len(told) == 2
     assert all("\n" not in line for line in told)

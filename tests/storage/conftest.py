@@ -122,7 +122,7 @@ def make_url(request: pytest.FixtureRequest, tmp_path: object, memory_url: str) 
     def make(kind: str) -> str:
         match kind:
             case "file-url":
-                return f"file://{tmp_path}/a%20run"
+                return f"file://{tmp_path}/a run"
             case "memory":
                 return memory_url
             case "fsspec-file":

@@ -45,7 +45,7 @@ from storage.stores.registry import open_store
         ("file:///run?mode=", "has the option mode"),
         ("file:///run?umask=022", "has the option mode"),
         ("file:///run?mode=0640&x=1", "has the option mode"),
-        ("file:///what?", "written as %3F"),
+        ("file:///what?", "has a . as a path"),
         ("/run?mode=0640", r"file:///run\?mode=0640 instead"),
         ("run?mode=0640", r"file:///.*/run\?mode=0640 instead"),
         ("s3://bucket/run?request_payer=me", "request_payer=me"),
@@ -60,6 +60,17 @@ def test_bad_urls_are_told_in_one_line_without_secrets(url: str, says: str) -> N
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_names_are_taken_as_they_stand(tmp_path: Path) -> None:
+    """As fsspec and the AWS command line take them; a run that was written with %20 so far is not begun anew."""
+    assert open_store(f"file://{tmp_path}/a%20b").url == f"{tmp_path}/a%20b"
+    (tmp_path / "a b").mkdir()
+    assert open_store(f"file://{tmp_path}/a b?mode=0640").url == f"file://{tmp_path}/a b?mode=0640"
+    with pytest.raises(BadURL, match=r"a%20b .* write it so, names are taken as they stand"):
+        open_store(f"file://{tmp_path}/a%20b")
+    (tmp_path / "a%20b").mkdir()
+    assert open_store(f"file://localhost{tmp_path}/a%20b").url == f"{tmp_path}/a%20b"
 
 
 def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

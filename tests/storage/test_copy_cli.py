@@ -24,9 +24,9 @@ def test_mistakes_are_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     step = f"{source}/step-000000020"
     for argv, says in (
-        (("push", f"{tmp_path}/nothing", "memory://x"), "no checkpoint at"),
-        (("push", f"{tmp_path}/empty", "memory://x"), "no checkpoint at"),
-        (("push", str(source), "memory://x", "--step", "30"), "step 30 is not committed in .*there are: 20, 10"),
+        (("push", f"{tmp_path}/nothing", f"{tmp_path}/a"), "no checkpoint at"),
+        (("push", f"{tmp_path}/empty", f"{tmp_path}/a"), "no checkpoint at"),
+        (("push", str(source), f"{tmp_path}/a", "--step", "30"), "step 30 is not committed in .*there are: 20, 10"),
         (("pull", str(source), other), "step-000000020 holds another checkpoint"),
         (("pull", str(source), str(source)), "two different places"),
         (("pull", str(source), f"{tmp_path}/a/step-000000020"), "give the folder above it"),
@@ -35,7 +35,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (("pull", step, f"{tmp_path}/a/step-000000030"), "give the same step"),
         (("pull", step, f"{tmp_path}/a", "--last", "1"), "no steps to choose from"),
         (("push", "s3://bucket/run", str(source)), "the other way round"),
-        (("pull", str(source), "memory://x"), "the other way round"),
+        (("pull", str(source), "gs://x"), "the other way round"),
         (("pull", str(source), f"{tmp_path}/a", "--profile", "x"), "--profile is for s3:// URLs"),
         (("pull", str(source), "nowhere://x"), "the other way round|no store"),
     ):

@@ -182,11 +182,11 @@ class Lacking(MemoryStore):
         raise NotFound(f"{key} is not there")
 
 
-def test_what_lacks_in_the_source_is_damage(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_lacks_in_the_source_is_damage(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Lacking("x")
     assert push(source, store) == 0
     capsys.readouterr()
-    assert main(["ckpt", "pull", url_of(store), f"memory://lacking-{next(_names)}", "--quiet", "--json"]) == 1
+    assert main(["ckpt", "pull", url_of(store), str(tmp_path / "lacking"), "--quiet", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)["steps"]
     assert row["state"] == "damaged"
     assert row["reason"].endswith(".distcp is missing")

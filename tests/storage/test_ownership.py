@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,21 +129,22 @@ def test_locations_close_their_store(opens: Opens) -> None:
 @pytest.mark.parametrize(
     ("verb", "code"), [("ls", 0), ("show", 0), ("verify", 0), ("gc", 0), ("push", 0), ("push --step 7", 2), ("gc", 2)]
 )
-def test_commands_close_what_they_open(verb: str, code: int, opens: Opens, memory_url: str) -> None:
+def test_commands_close_what_they_open(verb: str, code: int, opens: Opens, tmp_path: Path) -> None:
     save(URL, 1)
     before = len(opens())
     name, *options = verb.split()
-    target = [f"memory://{memory_url.removeprefix('memory://')}-copy"] if name == "push" else []
+    target = [str(tmp_path / "copy")] if name == "push" else []
+    name = "pull" if name == "push" else name
     url = f"{URL}/step-000000001" if (name, code) == ("gc", 2) else URL
     assert main(["ckpt", name, url, *target, *options]) == code
     assert opens()[before:] == [1]
 
 
 @pytest.mark.parametrize("is_target", [False, True])
-def test_a_copy_closes_both_stores(is_target: bool, opens: Opens, memory_url: str) -> None:
-    save(URL if not is_target else f"{memory_url}-from", 1)
-    source, target = (f"{memory_url}-from", URL) if is_target else (URL, f"{memory_url}-to")
-    assert main(["ckpt", "push", source, target, "--quiet"]) == 0
+def test_a_copy_closes_both_stores(is_target: bool, opens: Opens, tmp_path: Path) -> None:
+    save(URL if not is_target else f"{tmp_path}/from", 1)
+    source, target = (f"{tmp_path}/from", URL) if is_target else (URL, f"{tmp_path}/to")
+    assert main(["ckpt", "push" if is_target else "pull", source, target, "--quiet"]) == 0
     assert set(opens()) == {1}
 
 

@@ -171,7 +171,7 @@ def test_modes_of_files_and_folders(
     query: str, mask: int, files: int, folders: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.umask(mask)
-    url = f"file://{tmp_path}/a%20run{query}"
+    url = f"file://{tmp_path}/a run{query}"
     with caplog.at_level(logging.WARNING, "storage"):
         save(url, 1, 2)
     assert modes(tmp_path / "a run") == ({files}, {folders})

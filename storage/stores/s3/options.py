@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -90,7 +90,7 @@ def parse_url(rest: str) -> tuple[S3Location, S3Options]:
             "an s3:// URL is s3://bucket/prefix and holds no credentials: put them into AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, or into a profile"
         )
-    prefix = unquote(prefix).strip("/")
+    prefix = prefix.strip("/")
     if prefix:
         try:
             check_key(prefix)
@@ -101,7 +101,7 @@ def parse_url(rest: str) -> tuple[S3Location, S3Options]:
 
 def format_url(location: S3Location, options: S3Options) -> str:
     """The URL of a location with its options: what `parse_url` takes apart. Pure."""
-    path = f"s3://{location.bucket}/{quote(location.prefix.rstrip('/'))}".rstrip("/")
+    path = f"s3://{location.bucket}/{location.prefix}".rstrip("/")
     given = options.model_dump(exclude_defaults=True)
     values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in given.items()}
     return f"{path}?{urlencode(values, safe=':/')}" if values else path

@@ -42,6 +42,7 @@ WORN_OUT = _EXPIRED | {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _FORBIDDEN = {"", "AccessDenied", "AllAccessDisabled"}
 """Codes of a 403 that refuses an access; others say that the credentials are wrong. A HEAD's refusal has no code."""
 _BODY_MAX_CHARS = 200
+_SKEW_S_MAX = 900.0
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ def to_error(answer: Refusal, request: Request, now_s: float) -> StorageError:
         return Denied(f"{asked}: the store does not implement what was asked ({said}); check storage_class and sse")
     if status >= 500:
         return Transient(f"{asked}: {said}", Cause.SERVER_ERROR, _retry_after_s(answer))
-    kind = Forbidden if status == 403 and code in _FORBIDDEN else Denied
+    kind = Forbidden if status == 403 and code in _FORBIDDEN and not _is_skewed(answer, now_s) else Denied
     return kind(_refusal(answer, request, asked, said, now_s))
 
 
 def _refusal(answer: Refusal, request: Request, asked: str, said: str, now_s: float) -> str:
-    if answer.code == "RequestTimeTooSkewed":
+    if answer.code == "RequestTimeTooSkewed" or (answer.status == 403 and _is_skewed(answer, now_s)):
         return f"{asked}: {_skew(answer, now_s)}; set this host's clock (NTP)"
     if answer.code == "InvalidAccessKeyId":
         return f"{asked}: {request.endpoint} does not know the access key; check AWS_ACCESS_KEY_ID or the profile"
@@ -140,11 +141,23 @@ def _refusal(answer: Refusal, request: Request, asked: str, said: str, now_s: fl
 
 
 def _skew(answer: Refusal, now_s: float) -> str:
-    try:
-        skew_s = now_s - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-    except (KeyError, ValueError, TypeError):
+    skew_s = _skew_s(answer, now_s)
+    if skew_s is None:
         return "this host's clock is too far from the store's"
     return f"this host's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the store's"
+
+
+def _skew_s(answer: Refusal, now_s: float) -> float | None:
+    try:
+        return now_s - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _is_skewed(answer: Refusal, now_s: float) -> bool:
+    """Whether the clocks differ by more than a signature may: the refusal of a HEAD does not say why."""
+    skew_s = _skew_s(answer, now_s)
+    return not answer.code and skew_s is not None and abs(skew_s) > _SKEW_S_MAX
 
 
 def _retry_after_s(answer: Refusal) -> float | None:
