@@ -31,7 +31,7 @@ from elastic_moe.pool import Pool
 from elastic_moe.trainer.setup import compile_layers
 from elastic_moe.trainer.world import choose_device, process_group
 from elastic_moe.urls import local_path
-from launcher import MeshPlan, MeshSpec, step_time
+from launcher import MeshPlan, MeshSpec, UsageError, step_time, whole_number
 
 _MIB = 1 << 20
 _COPY_BYTES = 64 * _MIB
@@ -187,13 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             raise UserError(f"--out {error}") from None
         job = load(args.job, environ=os.environ)
-        device = choose_device(job.train.device, int(os.environ.get("LOCAL_RANK", "0")))
+        device = choose_device(job.train.device, whole_number(os.environ, "LOCAL_RANK"))
         _compute_as_training_does(job, device)
         with process_group(device):
             found = measure(job, device)
             if dist.get_rank() == 0:
                 write_calibration(args.out, found)
-    except UserError as error:
+    except (UserError, UsageError) as error:
         sys.stderr.write(f"calibrate: {error}\n")
         return error.exit_code
     return 0

@@ -203,6 +203,8 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[Setting]:
         if name.startswith(ENV_PREFIX):
             path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
             yield _setting(path, environ[name], name, f"{ENV_PREFIX}SECTION__FIELD")
+        elif name.startswith(Environment.prefix) and "__" in name:  # which nobody else reads
+            raise UserError(f"{name}: did you mean {ENV_PREFIX}{name.removeprefix(Environment.prefix)}?")
 
 
 def _from_sets(sets: Iterable[str]) -> Iterator[Setting]:

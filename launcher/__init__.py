@@ -18,7 +18,7 @@ A store         EtcdHost keeps an installed etcd (find_binary) in its EtcdPlace 
                 parse_members, find_own and read_tls read what that is told, is_loopback tells whether it needs TLS.
 Afterwards      EventName names the events of `events.jsonl`, each of whose lines is an EventRecord; launcher.reports
                 makes from them the account of a job's time.
-Environment     holds what agents set for their workers, and users for agents.
+Environment     holds what agents set for their workers, and users for agents; whole_number reads what torchrun sets.
 Text            hide_secrets makes a text fit for logs whose URLs have passwords.
 
 Names are imported when they are first used, and torch only by those that need it.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from launcher.drain.notices import Notice
     from launcher.drain.preemption import Watcher
     from launcher.drain.signals import parse_signals
-    from launcher.environment import Environment
+    from launcher.environment import Environment, whole_number
     from launcher.events import EventName, EventRecord
     from launcher.health.hangs import Auto, HangLimit, HangRules
     from launcher.health.preflight import Check, PreflightRules
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from launcher.workers.boot import command as tied_command
     from launcher.workers.console import Console
     from launcher.workers.imports_ahead import Imports
-    from launcher.workers.paths import keep_to_own
+    from launcher.workers.paths import keep_to_own, leave_folder_that_is_gone, path_of_scripts
     from launcher.workers.warm import fork_zygote
 
 __all__ = ["Stop", "Worker", "WorkerContext", "worker"]
@@ -75,9 +75,9 @@ __all__ += ["Auto", "Check", "HangLimit", "HangRules", "LaunchOptions", "Notice"
 __all__ += ["BACKENDS", "OUTLIVING", "Console", "Imports", "Watcher", "fork_zygote", "launch_agent"]
 __all__ += ["looks_like_bucket", "parse_signals", "unknown_backend"]
 __all__ += ["MAX_SEATS", "EtcdHost", "EtcdPlace", "find_binary", "find_own", "is_loopback", "parse_members", "read_tls"]
-__all__ += ["keep_to_own", "tied_command"]
+__all__ += ["keep_to_own", "leave_folder_that_is_gone", "path_of_scripts", "tied_command"]
 __all__ += ["DrainOrder", "JobClient", "JobStatus", "Node", "NodeStatus", "open_job"]
-__all__ += ["Environment", "EventName", "EventRecord", "hide_secrets"]
+__all__ += ["Environment", "EventName", "EventRecord", "hide_secrets", "whole_number"]
 __all__ += errors.__all__
 
 _ROOMS = {
@@ -85,7 +85,7 @@ _ROOMS = {
     "launcher.drain.notices": "Notice",
     "launcher.drain.preemption": "Watcher",
     "launcher.drain.signals": "parse_signals",
-    "launcher.environment": "Environment",
+    "launcher.environment": "Environment whole_number",
     "launcher.events": "EventName EventRecord",
     "launcher.health.hangs": "Auto HangLimit HangRules",
     "launcher.health.preflight": "Check PreflightRules",
@@ -110,7 +110,7 @@ _ROOMS = {
     "launcher.text": "hide_secrets",
     "launcher.workers.boot": "tied_command=command",
     "launcher.workers.console": "Console",
-    "launcher.workers.paths": "keep_to_own",
+    "launcher.workers.paths": "keep_to_own leave_folder_that_is_gone path_of_scripts",
     "launcher.workers.warm": "fork_zygote",
     "launcher.workers.imports_ahead": "Imports",
 }

@@ -6,12 +6,16 @@ storage, which knows no launcher, reads those that concern checkpoints by itself
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from launcher.errors import UsageError
+
+_NUMBER = re.compile("[0-9]{1,18}")
+_SHOWN_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Environment:
         """
         held = {f.name: text for f in dataclasses.fields(cls) if (text := env.get(cls.variable(f.name)))}
         return cls(
-            generation=_whole_number(held.get("generation", "0"), cls.variable("generation")),
+            generation=whole_number(env, cls.variable("generation")),
             lineage=held.get("lineage", ""),
             run_id=held.get("run_id", ""),
             node=held.get("node", ""),
@@ -96,7 +100,13 @@ class Environment:
         return f"{cls.prefix}{name.upper()}"
 
 
-def _whole_number(text: str, variable: str) -> int:
-    if not text.isdecimal():
-        raise UsageError(f"{variable} is {text!r}; it must be a whole number >= 0")
+def whole_number(env: Mapping[str, str], variable: str, default: int = 0, *, at_least: int = 0) -> int:
+    """The number that a variable of `env` holds; `default` where it is not there, or empty.
+
+    Raises:
+        UsageError: it holds anything else.
+    """
+    text = env.get(variable, "").strip() or str(default)
+    if not _NUMBER.fullmatch(text) or int(text) < at_least:
+        raise UsageError(f"{variable} is {env[variable][:_SHOWN_CHARS]!r}; it must be a whole number >= {at_least}")
     return int(text)

@@ -7,9 +7,14 @@ imports no launcher and works under anything that sets these variables, so their
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from storage.errors import UsageError
+
+_NUMBER = re.compile("[0-9]{1,18}")
+_SHOWN_CHARS = 80
 PREFIX = "ELASTIC_MOE_"
 
 
@@ -47,3 +52,20 @@ class AgentEnvironment:
     def variable(name: str) -> str:
         """The name of the variable that a field stands for."""
         return f"{PREFIX}{name.upper()}"
+
+
+def number_in(env: Mapping[str, str], variable: str, default: int = 0, *, at_least: int = 0) -> int:
+    """The number that a variable of `env` holds; `default` where it is not there, or empty.
+
+    Raises:
+        UsageError: it holds anything else.
+    """
+    text = env.get(variable, "").strip() or str(default)
+    if not _NUMBER.fullmatch(text) or int(text) < at_least:
+        raise UsageError(f"{variable} is {env[variable][:_SHOWN_CHARS]!r}; it must be a whole number >= {at_least}")
+    return int(text)
+
+
+def num_local_ranks(env: Mapping[str, str]) -> int:
+    """How many ranks a launcher has started on this node together. Raises UsageError, as above."""
+    return number_in(env, "LOCAL_WORLD_SIZE", 1, at_least=1)

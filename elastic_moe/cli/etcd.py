@@ -149,7 +149,10 @@ def _make(data_dir: Path) -> None:
 
 
 def _state_dir() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-moe"
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-moe"
+    except RuntimeError:
+        raise UserError("--data-dir: this user has no home to keep etcd's data in: name a folder") from None
 
 
 def _tell_json(event: str, **fields: object) -> None:

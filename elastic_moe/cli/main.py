@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from elastic_moe.cli import streams
-from elastic_moe.cli.parser import PROG, Parser, PrintCompletion, PrintVersion, one_line
+from elastic_moe.cli import here, streams
+from elastic_moe.cli.parser import PROG, USAGE_EXIT_CODE, Parser, PrintCompletion, PrintVersion, one_line
 from launcher import hide_secrets
 
 _VERBS = ("run", "train", "generate", "demo", "plan", "ckpt", "status", "drain", "report", "etcd")
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.open_closed()
     if argv is None:
         streams.take_any_text()
+        here.leave()
     given = sys.argv[1:] if argv is None else argv
     parsed: list[argparse.Namespace] = []
 
@@ -101,11 +102,15 @@ def _call(act: Callable[[], int]) -> int:
             streams.drop_rest()
             _complain(f"cannot write: {error.strerror}")
             return 1
+        if isinstance(error, OSError) and (why := here.to_blame(error)):
+            streams.flush()
+            _complain(why)
+            return USAGE_EXIT_CODE
         exit_code = getattr(error, "exit_code", None)
         if not isinstance(exit_code, int):
             raise
         streams.flush()
-        _complain(one_line(str(error)))
+        _complain(one_line(str(error)) + (here.hint() if exit_code == USAGE_EXIT_CODE else ""))
         return exit_code
     return code
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 
 from elastic_moe.cli.console import log_to_console
 from elastic_moe.cli.parser import PROG, one_line, positive_float
-from elastic_moe.cli.torchrun_options import check_machine, check_script, check_values, choose_backend, torchrun_parser
+from elastic_moe.cli.torchrun_options import (
+    check_environment,
+    check_machine,
+    check_script,
+    check_values,
+    choose_backend,
+    torchrun_parser,
+)
 from elastic_moe.errors import UserError
 from launcher import Auto, HangLimit, HangRules, Infeasible, MeshPlan, MeshSpec, PreflightRules, idle_to_fit, plan
 
@@ -63,8 +70,12 @@ def prepare(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning; read with torch
     if {"--cold-workers", "--keep-children", "--help"} & set(args.arguments):
         return
-    from launcher import Imports, fork_zygote
+    from launcher import Imports, UsageError, fork_zygote
 
+    try:
+        check_environment(os.environ)
+    except (UserError, UsageError):
+        return  # which `handle` tells
     imports = Imports(_imported_by(args.arguments))
     imports.make("torch")
     imports.make("torch.distributed.run")
@@ -88,8 +99,8 @@ def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
 
 def _text_of(argument: str) -> str:
     """The beginning of a script or job file that is named so, unless a `storage` of its own lies beside it; else ""."""
-    beside = Path(argument).parent / "storage"
-    if not argument.endswith((".py", ".toml")) or beside.exists() or beside.with_suffix(".py").exists():
+    beside = os.path.join(os.path.dirname(argument), "storage")
+    if not argument.endswith((".py", ".toml")) or os.path.exists(beside) or os.path.exists(f"{beside}.py"):
         return ""
     try:
         with open(argument, encoding="utf-8", errors="replace") as file:
@@ -100,14 +111,15 @@ def _text_of(argument: str) -> str:
 
 def handle(args: argparse.Namespace) -> int:
     """Run this node's agent."""
+    check_environment(os.environ)
     from torch.distributed.run import config_from_args
 
     gc.freeze()  # torch is no garbage: the collector going through it while ours is imported costs a tenth of a second
     from launcher import Console, LaunchOptions, launch_agent
 
+    log_to_console()
     given = _parse(args.arguments)
     check_machine(given)
-    log_to_console()
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)  # our events say it
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it warns of options that do not concern us
@@ -117,7 +129,8 @@ def handle(args: argparse.Namespace) -> int:
     except (ValueError, AssertionError, RuntimeError) as error:
         raise UserError(one_line(str(error))) from error
     except OSError as error:
-        raise UserError(f"--log-dir {given.log_dir}: {error.strerror}") from error
+        where = "folder for temporary files (TMPDIR)" if given.log_dir is None else f"--log-dir {given.log_dir}"
+        raise UserError(f"{where}: {error.strerror}") from error
     assert isinstance(command, str), "--run-path is refused"
     _name_zone(config, given.zone)
     extras = LaunchOptions(

@@ -6,25 +6,50 @@ torch looks at some of them late or never, and tells of others without their nam
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import math
 import os
 import re
 import shutil
+import stat
+import sys
 import uuid
-from pathlib import Path
+from collections.abc import Mapping
+from importlib import metadata
 from typing import NoReturn
 
 from elastic_moe.cli.parser import PROG
+from elastic_moe.cli.processors import num_usable
+from elastic_moe.cli.s3_options import refuse_memory
 from elastic_moe.errors import UserError
 from elastic_moe.urls import local_path
+from launcher import Environment, path_of_scripts, whole_number
 
 log = logging.getLogger(__name__)
 
 _MASTER_ADDR, _MASTER_PORT = "127.0.0.1", 29500  # as torchrun has them
 _DEVICES = {"gpu": "cuda", "xpu": "xpu"}
 """What --nproc-per-node may name, and the module of torch that knows of it."""
+_NODES = re.compile("[0-9]{1,9}(:[0-9]{1,9})?")
+_WORKERS = re.compile("-?[0-9]{1,9}")
 _STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Look at the variables that the agent and torch's parts of it read, before torch does: it would by a traceback.
+
+    Raises:
+        UserError, launcher.UsageError: one of them is not what it must be.
+    """
+    Environment.from_env(environ)
+    whole_number(environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)
+    level = environ.get("LOGLEVEL", "INFO")
+    if not isinstance(logging.getLevelName(level), int):
+        raise UserError(f"LOGLEVEL is {level!r}; torch wants one of CRITICAL, ERROR, WARNING, INFO, DEBUG")
+    python = environ.get("PYTHON_EXEC")
+    if python is not None and shutil.which(python) is None:
+        raise UserError(f"PYTHON_EXEC is {python!r}: no such program, or it may not be executed")
 
 
 def torchrun_parser() -> argparse.ArgumentParser:
@@ -39,7 +64,9 @@ def torchrun_parser() -> argparse.ArgumentParser:
         parser = get_args_parser()
     except ValueError as error:  # of a switch: "invalid literal for int() with base 10: 'yes'"
         odd = (
-            f"{name}={value}" for name, value in os.environ.items() if name.startswith("PET_") and value in str(error)
+            f"{name}={value}"
+            for name, value in os.environ.items()
+            if name.startswith("PET_") and str(error).endswith(f": {value!r}")
         )
         raise UserError(f"{next(odd, 'a variable PET_...')}: it is a switch, which must be 0 or 1") from None
     setattr(parser, "error", _usage_error)  # noqa: B010 (it would tell its whole usage with each mistake)
@@ -54,8 +81,8 @@ def _usage_error(message: str) -> NoReturn:
 
 def check_values(given: argparse.Namespace) -> None:
     """Raises UserError for a value that torch would tell of without its option, late, or by a traceback."""
-    least, colon, most = given.nnodes.partition(":")
-    if not (least.isdecimal() and (most.isdecimal() or not colon) and 1 <= int(least) <= int(most or least)):
+    least, _, most = given.nnodes.partition(":")
+    if not (_NODES.fullmatch(given.nnodes) and 1 <= int(least) <= int(most or least)):
         raise UserError(f"--nnodes {given.nnodes}: it must be N or MIN:MAX, with 1 <= MIN <= MAX")
     _check_workers(given.nproc_per_node)
     for option in ("redirects", "tee"):
@@ -85,6 +112,7 @@ def check_values(given: argparse.Namespace) -> None:
     if given.module and given.no_python:
         raise UserError("--no-python: not together with --module, which Python runs")
     _check_events(given)
+    _check_logs(given)
     _take_signals(given)
 
 
@@ -100,8 +128,20 @@ def _check_events(given: argparse.Namespace) -> None:
         ) from None
 
 
+def _check_logs(given: argparse.Namespace) -> None:
+    if given.logs_specs is None:
+        return
+    names = sorted(metadata.entry_points(group="torchrun.logs_specs").names)
+    if given.logs_specs not in names:
+        there = f"there are {', '.join(names)}" if names else "there are none; leave it out"
+        raise UserError(
+            f"--logs-specs {given.logs_specs}: no installed package has such specs (entry points of "
+            f"torchrun.logs_specs): {there}"
+        )
+
+
 def _check_workers(text: str) -> None:
-    if text.lstrip("-").isdecimal():
+    if _WORKERS.fullmatch(text):
         if int(text) < 1:
             raise UserError(f"--nproc-per-node {text}: a node runs at least one worker")
         return
@@ -113,10 +153,16 @@ def _check_workers(text: str) -> None:
 
 
 def check_machine(given: argparse.Namespace) -> None:
-    """Refuse what this machine has no devices for: torch would tell of it by a traceback, once the agent has begun."""
+    """Refuse what this machine has no devices for: torch would tell of it by a traceback, once the agent has begun.
+
+    Workers that go by processors are as many as this process may use: torch does not look at a container's quota.
+    """
     import torch
 
     workers = given.nproc_per_node
+    if workers == "cpu" or (workers == "auto" and not torch.accelerator.is_available()):
+        given.nproc_per_node = str(num_usable())
+        log.info("--nproc-per-node %s: %s workers, one for each processor here", workers, given.nproc_per_node)
     if workers in _DEVICES and not getattr(torch, _DEVICES[workers]).is_available():
         raise UserError(
             f"--nproc-per-node {workers}: this torch sees no such device on this machine; give a number of workers, "
@@ -130,8 +176,43 @@ def check_script(given: argparse.Namespace) -> None:
     """Refuse a script that is not there at once, instead of by every worker of every restart."""
     if given.no_python and shutil.which(given.training_script) is None:
         raise UserError(f"--no-python {given.training_script!r}: no such program, or it may not be executed")
-    if not given.module and not given.no_python and not Path(given.training_script).is_file():
-        raise UserError(f"script {given.training_script!r}: no such file")
+    if given.module:
+        _check_module(given.training_script)
+    elif not given.no_python:
+        _check_file(given.training_script)
+        if given.training_script.startswith("-"):  # which Python would take for an option
+            given.training_script = os.path.join(os.curdir, given.training_script)
+
+
+def _check_module(module: str) -> None:
+    """Raises UserError for a module that no worker would find, as far as its first name tells; nothing is imported."""
+    if "PYTHON_EXEC" in os.environ:
+        return  # which has modules of its own
+    found: object = None
+    own = sys.path[:]
+    sys.path[:] = [*([] if sys.flags.safe_path else [""]), *path_of_scripts()]
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):  # ".x" is none, and what sits in `sys.modules` for itself tells nothing
+        found = sys.modules.get(module.partition(".")[0])
+    finally:
+        sys.path[:] = own
+    if found is None:
+        raise UserError(f"-m {module}: no such module here, in PYTHONPATH, or among what is installed")
+
+
+def _check_file(script: str) -> None:
+    """Raises UserError for what Python could not run: it runs files, and folders with a `__main__.py`."""
+    try:
+        mode = os.stat(script).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        is_absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = "no such file" if is_absent else getattr(error, "strerror", None) or str(error)
+        raise UserError(f"script {script!r}: {why}") from None
+    if stat.S_ISDIR(mode) and not os.path.isfile(os.path.join(script, "__main__.py")):
+        raise UserError(f"script {script!r}: a folder without a __main__.py")
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise UserError(f"script {script!r}: a pipe or a device; each worker reads it anew, so it must be a file")
 
 
 def _take_signals(given: argparse.Namespace) -> None:
@@ -146,8 +227,16 @@ def choose_backend(given: argparse.Namespace) -> None:
     """
     from launcher import BACKENDS, OUTLIVING, looks_like_bucket, unknown_backend
 
+    least = int(given.nnodes.partition(":")[0])
     if given.standalone:  # torchrun assigns them too
-        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = "memory", "", "none"
+        several = given.nnodes if least > 1 else ""
+        unused = {"nnodes": several, "rdzv-endpoint": given.rdzv_endpoint, "rdzv-id": given.rdzv_id}
+        for option, value in unused.items():
+            if value not in (None, "", "none"):
+                log.warning("--standalone: --%s %s is not used, as such a job is this node alone", option, value)
+        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id, given.nnodes = "memory", "", "none", "1"
+    if least > 1 and not given.standalone and given.rdzv_backend == "memory":
+        raise UserError(f"--rdzv-backend memory: such a job is one node, and --nnodes {given.nnodes} are several")
     alone = given.standalone or given.nnodes in ("1", "1:1")
     if given.rdzv_backend == "static" and not given.rdzv_endpoint and not alone:
         given.rdzv_endpoint = _master(given)
@@ -167,7 +256,9 @@ def choose_backend(given: argparse.Namespace) -> None:
         raise UserError("--rdzv-endpoint: etcd3 needs HOST:PORT of the etcd, or several, separated by commas")
     if given.rdzv_backend == "bucket" and not given.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: bucket needs a folder that all nodes share, or a URL (s3://bucket/meet)")
-    if given.rdzv_id in (None, "none"):
+    if given.rdzv_backend == "bucket":
+        refuse_memory(given.rdzv_endpoint, "--rdzv-endpoint ")
+    if given.rdzv_id in (None, "", "none"):
         if given.rdzv_backend in OUTLIVING:  # such a store outlives jobs: two that share a name would be one
             raise UserError(
                 "--rdzv-id: jobs that share an etcd or a bucket need names of their own; the same on all nodes of one"

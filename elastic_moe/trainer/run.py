@@ -35,7 +35,7 @@ from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.telling import open_teller
 from elastic_moe.trainer.trackers import check_installed
 from elastic_moe.trainer.world import choose_device, choose_plan, process_group
-from launcher import Environment, MeshPlan, worker
+from launcher import Environment, MeshPlan, whole_number, worker
 from storage import Access, Checkpointer, JobIdentity, SavingOptions, StorageError, UsageError, WrongModel
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def train(job: JobConfig) -> None:
     at that step boundary, says so to the agent, and returns: the caller exits with 0 either way.
 
     Raises:
-        UserError: the job does not fit the world, the data or the checkpoint.
+        UserError, launcher.UsageError: the job does not fit the world, the data or the checkpoint; or a variable by
+            which ranks find each other is not what it must be.
         NotSaved: the last step could not be saved.
         NotFinite: too many steps in a row were skipped, or the last one, or the model holds what is not finite.
         Stopped: there is no agent, and a signal asked for a stop.
@@ -64,8 +65,8 @@ def train(job: JobConfig) -> None:
     if (obstacle := cache_obstacle()) and not job.train.compile:  # else it is told where layers are to be compiled
         log.info("torch.compile could keep nothing here: %s", obstacle)
     under_agent = Environment.from_env(os.environ).channel is not None
+    num_local = whole_number(os.environ, "LOCAL_WORLD_SIZE", 1, at_least=1)
     with StopSignals(under_agent=under_agent) as signals, process_group(device):
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_sharing, room_bytes = num_local if device.type == "cpu" else 1, room_of(device)
         plan = choose_plan(job, here, num_local, _least_share(share_of(room_bytes, num_sharing), device))
         check_room(plan, mesh_spec(job), num_ranks=num_sharing, room_bytes=room_bytes, may_grow=under_agent)

@@ -27,7 +27,7 @@ from elastic_moe.trainer.optimizer import build_optimizer, moments
 from elastic_moe.trainer.state import DataProgress, DataState
 from elastic_moe.trainer.step import Stepper
 from elastic_moe.trainer.world import check_exact, check_same_everywhere, missing_compiler
-from launcher import MeshPlan, ShareRule, copy_rows, worker
+from launcher import MeshPlan, ShareRule, copy_rows, whole_number, worker
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def share_rule(job: JobConfig, plan: MeshPlan, device: torch.device) -> ShareRul
     if not job.train.expert_replicas or plan.expert == 1:
         return None
     spec = mesh_spec(job)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = whole_number(os.environ, "LOCAL_WORLD_SIZE", 1, at_least=1)
     link_bytes_per_s = spec.inter_node_bytes_per_s if local_ranks % plan.expert else spec.intra_node_bytes_per_s
     turns = max(1.0, local_ranks / spec.cores_per_node) if spec.cores_per_node else 1.0
     most = torch.tensor([copy_rows(spec, link_bytes_per_s), turns], dtype=torch.float64, device=device)

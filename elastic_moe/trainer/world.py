@@ -15,10 +15,11 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.trainer.room import plan_in_room
 from elastic_moe.worker import WorkerContext
-from launcher import Infeasible, MeshPlan, placement_obstacle
+from launcher import Infeasible, MeshPlan, placement_obstacle, whole_number
 
 # fp32 numbers that two AVX-512 registers hold; torch's CPU kernels work on one or two at a time.
 _VECTOR_WIDTH = 32
+_BY_WHOM = "`elastic-moe run` and torchrun set all of them; to train alone, set none"
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -45,7 +46,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    check_meeting(os.environ)
+    if os.environ.get("RANK"):
         dist.init_process_group(backend)
     else:
         store = dist.HashStore()  # public, and missing from its __all__
@@ -60,6 +62,28 @@ def process_group(device: torch.device) -> Iterator[None]:
     # gloo aborts now and then when a rank leaves while another still reads from it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_meeting(environ: Mapping[str, str]) -> None:
+    """Look at the variables by which ranks find each other: torch tells of some of them by a traceback, others late.
+
+    Raises:
+        UserError, launcher.UsageError: one of them is missing, or is not what it must be.
+    """
+    world_size = whole_number(environ, "WORLD_SIZE", 1, at_least=1)
+    if not environ.get("RANK"):
+        if world_size > 1:
+            raise UserError(f"WORLD_SIZE is {world_size} and RANK is not set: {_BY_WHOM}")
+        return
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not environ.get(name, "").strip():
+            raise UserError(f"RANK is set and {name} is not: {_BY_WHOM}")
+    rank = whole_number(environ, "RANK")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are counted from 0 on; {_BY_WHOM}")
+    port = whole_number(environ, "MASTER_PORT", at_least=1)
+    if port >= 1 << 16:
+        raise UserError(f"MASTER_PORT is {port}; a port is below {1 << 16}")
 
 
 def from_rank_0(numbers: Callable[[], Sequence[int]]) -> list[int]:

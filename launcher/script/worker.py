@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from launcher.environment import Environment
+from launcher.environment import Environment, whole_number
 from launcher.errors import UsageError
 from launcher.events import EventName, append_event
 from launcher.rounds.mesh import MeshPlan
@@ -40,6 +40,7 @@ from launcher.workers.channel import Channel, StopReason
 log = logging.getLogger(__name__)
 
 _STEP_LIMIT = 1 << 63
+_SHOWN_CHARS = 80
 
 
 class Stop(StrEnum):
@@ -92,12 +93,11 @@ class Worker:
         also where torch is built for one, it touches none.
 
         Raises:
-            UsageError: the generation is no whole number.
-            ValueError: another variable does not hold what it must.
+            UsageError: a variable does not hold what it must.
         """
         _ = self._channel  # which tells the agent that there is somebody
         here = self._context()
-        if set_device and "LOCAL_RANK" in self._env and not self._has_device:
+        if set_device and self._env.get("LOCAL_RANK") and not self._has_device:
             from launcher.script.ranks import use_own_device
 
             use_own_device(here.local_rank)
@@ -164,7 +164,7 @@ class Worker:
         32nd is longer by two numbers a rank, and tells which rank keeps the others waiting.
         """
         reason = self._channel.stop_request() if self._channel else StopReason.NONE
-        if Environment.from_env(self._env).channel and int(self._env.get("WORLD_SIZE", "1")) > 1:
+        if Environment.from_env(self._env).channel and whole_number(self._env, "WORLD_SIZE", 1) > 1:
             reason = self._agree(reason)
         return None if reason is StopReason.NONE else Stop[reason.name]
 
@@ -204,7 +204,7 @@ class Worker:
                 node=told.node,
                 generation=told.generation,
                 event=name,
-                fields={"rank": int(self._env.get("RANK", "0")), **fields},
+                fields={"rank": whole_number(self._env, "RANK"), **fields},
             )
             if self.on_event is not None:
                 self.on_event(name)
@@ -214,13 +214,13 @@ class Worker:
     def _context(self) -> WorkerContext:
         told = Environment.from_env(self._env)
         return WorkerContext(
-            rank=int(self._env.get("RANK", "0")),
-            local_rank=int(self._env.get("LOCAL_RANK", "0")),
-            world_size=int(self._env.get("WORLD_SIZE", "1")),
+            rank=whole_number(self._env, "RANK"),
+            local_rank=whole_number(self._env, "LOCAL_RANK"),
+            world_size=whole_number(self._env, "WORLD_SIZE", 1, at_least=1),
             generation=told.generation,
             lineage=told.lineage,
             run_id=told.run_id or self._env.get("TORCHELASTIC_RUN_ID", ""),
-            mesh=MeshPlan.from_json(told.mesh) if told.mesh else None,
+            mesh=_mesh(told.mesh) if told.mesh else None,
         )
 
     @functools.cached_property
@@ -275,6 +275,13 @@ class Worker:
             )
         elif before and not slow:
             self.event(EventName.STRAGGLER_RECOVERED, by=before.by, num_steps=WINDOW)
+
+
+def _mesh(text: str) -> MeshPlan:
+    try:
+        return MeshPlan.from_json(text)
+    except ValueError as error:
+        raise UsageError(f"{Environment.variable('mesh')} is {text[:_SHOWN_CHARS]!r}: {error}") from None
 
 
 def _checked(step: object) -> int:

@@ -16,7 +16,7 @@ import sys
 if __name__ == "__main__":  # started by path, without site packages; ours come last
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from launcher.workers import tied
+from launcher.workers import paths, tied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def command(program: "Sequence[str]", zygote: str = "-") -> "list[str]":
 
 def main(argv: "list[str]") -> None:
     """Tie this process to its agent, then run the program warm if that can be, else cold."""
+    paths.leave_folder_that_is_gone()
     agent_pid, zygote, program = int(argv[1]), argv[2], argv[3:]
     tied.die_with(agent_pid)
     if zygote != "-":

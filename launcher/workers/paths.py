@@ -15,6 +15,7 @@ OWN_PACKAGES = ("elastic_moe", "launcher", "storage")
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The folder of these packages: site-packages, or a clone."""
 
+_NOWHERE = "/proc"
 _script_path: list[str] | None = None
 _added: list[str] = []
 modules_at_start: frozenset[str] = frozenset()
@@ -42,11 +43,11 @@ def keep_to_own() -> None:
     modules_at_start = frozenset(name for name in sys.modules if name.partition(".")[0] not in known)
     filters_at_start = tuple(_warnings.filters)
     _script_path = path_of_scripts()
-    from_environment = {os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    from_environment = {_absolute(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
     roots = tuple(
         f"{prefix}{os.sep}" for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
     )
-    _added[:] = [p for p in _script_path if os.path.abspath(p) in from_environment and not p.startswith(roots)]
+    _added[:] = [p for p in _script_path if _absolute(p) in from_environment and not p.startswith(roots)]
     sys.path[:] = [p for p in _script_path if p not in _added] + [p for p in _added if _holds_installed(p)]
     sys.meta_path.insert(0, _OwnFirst)
 
@@ -95,6 +96,27 @@ def hidden_by(folders: list[str], loaded: dict[str, str]) -> str:
 def folders_before_installed() -> list[str]:
     """Return the folders of `PYTHONPATH` that come first for a script, and last or not at all for this process."""
     return [folder for folder in path_of_scripts() if folder in _added]
+
+
+def leave_folder_that_is_gone() -> bool:
+    """Go to another folder if the current one has been deleted; returns whether it has been.
+
+    torch does not load without one (MKL looks for its libraries). Where this goes nobody has files, and none can be
+    made: a relative path leads nowhere, as it did before.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(_NOWHERE)
+        return True
+    return False
+
+
+def _absolute(folder: str) -> str:
+    try:
+        return os.path.abspath(folder)
+    except OSError:  # a relative one, where the current folder has been deleted
+        return folder
 
 
 def _holds_installed(folder: str) -> bool:

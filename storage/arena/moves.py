@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from storage.agent import num_local_ranks
 from storage.torch_private import is_without_memory
 
 PIECE_BYTES = 16 * 1024 * 1024
@@ -58,9 +59,7 @@ def _copy(move: Move) -> None:
 
 def num_copy_threads() -> int:
     """How many threads a rank copies with: its share of the host's processors. One seldom fills the memory's bus."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    num_ranks = int(local) if local.isdecimal() and int(local) else 1
-    return max(1, min(NUM_THREADS_MAX, len(os.sched_getaffinity(0)) // num_ranks))
+    return max(1, min(NUM_THREADS_MAX, len(os.sched_getaffinity(0)) // num_local_ranks(os.environ)))
 
 
 class SharedWork:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage.agent import AgentEnvironment
+from storage.agent import AgentEnvironment, num_local_ranks, number_in
 from storage.errors import UsageError
 from storage.run.owner import Owner
 
@@ -54,17 +54,23 @@ class JobIdentity:
     mesh: Mapping[str, Any] | None = None
 
     def resolve(self, env: Mapping[str, str]) -> Origin:
-        """Complete it by the environment. Raises UsageError for a generation or a mesh that is none."""
+        """Complete it by the environment.
+
+        Raises:
+            UsageError: a generation or a mesh that is none, or a variable that is read later does not hold a number.
+        """
         told = AgentEnvironment.from_env(env)
-        number = told.generation or "0" if self.generation is None else str(self.generation)
-        if not number.isdecimal():
-            raise UsageError(f"the generation is {number!r}; it must be a whole number >= 0")
+        number_in(env, "RANK")
+        num_local_ranks(env)
+        if self.generation is not None and not str(self.generation).isdecimal():
+            raise UsageError(f"the generation is {self.generation!r}; it must be a whole number >= 0")
+        from_env = number_in(env, AgentEnvironment.variable("generation")) if self.generation is None else 0
         mesh = _parse_mesh(told.mesh) if self.mesh is None and told.mesh else self.mesh
         if mesh is not None and not isinstance(mesh, Mapping):
             raise UsageError(f"the mesh is {mesh!r}; it must be an object with the mesh's fields")
         rendezvous = env.get("TORCHELASTIC_RUN_ID", "")
         return Origin(
-            generation=int(number),
+            generation=from_env if self.generation is None else int(self.generation),
             lineage=told.lineage if self.lineage is None else self.lineage,
             mesh=None if mesh is None else dict(mesh),
             run_id=told.run_id or rendezvous if self.run_id is None else self.run_id,

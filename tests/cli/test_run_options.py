@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 
@@ -9,7 +10,9 @@ import pytest
 from torch.distributed.run import config_from_args
 
 from elastic_moe.cli.main import main
+from elastic_moe.cli.processors import num_usable
 from elastic_moe.cli.run import _name_zone, _parse
+from elastic_moe.cli.torchrun_options import check_machine
 from launcher.drain.signals import HANDLED
 
 
@@ -60,6 +63,22 @@ def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
         (["--signals-to-handle", "SIGKILL"], "--signals-to-handle SIGKILL: no signal that an agent can handle"),
         (["--signals-to-handle", "USR1"], "--signals-to-handle USR1: no signal that an agent can handle"),
         (["--no-python", "none-such"], "--no-python 'none-such': no such program, or it may not be"),
+        (["--logs-specs", "zork"], "--logs-specs zork: no installed package has such specs (entry points of torchrun."),
+        (["--nnodes", "1:"], "--nnodes 1:: it must be N or MIN:MAX"),
+        (["--nnodes", "1" * 5000], "--nnodes 111"),
+        (["--nproc-per-node", "1" * 5000], "--nproc-per-node 111"),
+        (
+            ["--nnodes", "2", "--rdzv-backend", "memory"],
+            "--rdzv-backend memory: such a job is one node, and --nnodes 2",
+        ),
+        (["--rdzv-endpoint", "memory://x"], "--rdzv-endpoint memory://x is the memory of this command"),
+        (["-m", "none_such.sub"], "-m none_such.sub: no such module here, in PYTHONPATH, or among what is installed"),
+        (["-m", ".relative"], "-m .relative: no such module here"),
+        (["-m", ""], "-m : no such module here"),
+        ([str(Path(__file__).parent)], f"script '{Path(__file__).parent}': a folder without a __main__.py"),
+        (["/dev/null"], "script '/dev/null': a pipe or a device"),
+        (["a\0b"], "script 'a\\x00b': embedded null byte"),
+        (["x" * 300], "script 'xxx"),
         (["--event-log-handler", "nosuch"], "--event-log-handler nosuch: nobody has registered such a handler"),
         (["--local-ranks-filter", "a"], "--local_ranks_filter must be a comma-separated list of integers"),
         (["--start-method", "x"], "argument --start-method/--start_method: invalid choice: 'x'"),
@@ -86,6 +105,7 @@ def test_what_torch_takes_without_a_word_is_refused_in_one_line(
         (["--master-addr", "host-1"], {}, "", "memory"),
         (["--standalone", "--rdzv-backend", "etcd3", "--rdzv-endpoint", "x:1"], {}, "", "memory"),
         ([], {"PET_STANDALONE": "1", "PET_NNODES": "2"}, "", "memory"),
+        ([], {"PET_RDZV_ID": "", "PET_RDZV_ENDPOINT": ""}, "", "memory"),
     ],
 )
 def test_where_nodes_meet_by_the_options_that_torchrun_has_for_it(
@@ -95,6 +115,61 @@ def test_where_nodes_meet_by_the_options_that_torchrun_has_for_it(
         monkeypatch.setenv(name, value)
     parsed = _parse([*given, __file__])
     assert (parsed.rdzv_endpoint, parsed.rdzv_backend) == (endpoint, backend)
+
+
+def test_a_job_of_this_node_alone_waits_for_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    parsed = _parse(["--standalone", "--nnodes", "2:4", "--rdzv-endpoint", "x:1", "--rdzv-id", "7", __file__])
+    assert parsed.nnodes == "1"
+    told = [f"--standalone: --{one} is not used" for one in ("nnodes 2:4", "rdzv-endpoint x:1", "rdzv-id 7")]
+    assert [message.partition(",")[0] for message in caplog.messages] == told
+
+
+def test_a_script_whose_name_begins_like_an_option_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x.py").touch()
+    assert _parse(["--", "-x.py", "--its", "own"]).training_script == "./-x.py"
+
+
+def test_a_folder_with_a_main_is_run_as_python_does(tmp_path: Path) -> None:
+    (tmp_path / "__main__.py").touch()
+    assert _parse([str(tmp_path)]).training_script == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({"proc/self/cgroup": "0::/"}, None),
+        ({"proc/self/cgroup": "0::/", "fs/cpu.max": "max 100000"}, None),
+        ({"proc/self/cgroup": "0::/", "fs/cpu.max": "150000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/a/b", "fs/a/cpu.max": "100000 100000", "fs/a/b/cpu.max": "max 100000"}, 1),
+        ({"proc/self/cgroup": "0::/", "fs/cpu.max": "5000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/", "fs/cpu.max": "nothing"}, None),
+        (
+            {
+                "proc/self/cgroup": "3:cpuacct,cpu:/pod",
+                "fs/cpu/pod/cpu.cfs_quota_us": "100000\n",
+                "fs/cpu/pod/cpu.cfs_period_us": "100000\n",
+            },
+            1,
+        ),
+        ({"proc/self/cgroup": "3:cpu:/", "fs/cpu/cpu.cfs_quota_us": "-1", "fs/cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_processors_are_those_that_a_container_may_use(files: dict[str, str], most: int | None, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert num_usable(tmp_path / "proc", tmp_path / "fs") == (most or len(os.sched_getaffinity(0)))
+
+
+def test_workers_by_processors_are_as_many_as_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_moe.cli.torchrun_options.num_usable", lambda: 3)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for text in ("auto", "cpu", "2"):
+        parsed = _parse(["--nproc-per-node", text, __file__])
+        check_machine(parsed)
+        assert parsed.nproc_per_node == ("2" if text == "2" else "3")
 
 
 def test_a_job_that_has_no_mesh_here_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,3 +200,12 @@ def test_switches_of_the_environment_that_are_none(
     monkeypatch.setenv(f"PET_{name}", "yes")
     assert main(["run", __file__]) == 2
     assert f"PET_{name}=yes: it is a switch, which must be 0 or 1" in capsys.readouterr().err
+
+
+def test_an_empty_switch_is_named_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "1")
+    monkeypatch.setenv("PET_STANDALONE", "")
+    assert main(["run", __file__]) == 2
+    assert "PET_STANDALONE=: it is a switch, which must be 0 or 1" in capsys.readouterr().err

@@ -6,10 +6,11 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
+from storage.agent import num_local_ranks
 from storage.errors import AlreadyExists, Cause, NotFound, StorageError, Transient
 from storage.parallel import Pool, run_all
 from storage.stores.adaptive_limit import AdaptiveLimit
@@ -164,16 +165,11 @@ class S3Store(RetryingStore):
 
 
 def open_s3(rest: str) -> S3Store:
-    """Open the bucket and prefix that follow `s3://`. Raises BadURL, Denied."""
+    """Open the bucket and prefix that follow `s3://`. Raises BadURL, Denied, UsageError (LOCAL_WORLD_SIZE)."""
     location, options = parse_url(rest)
+    num_requests = options.num_requests_max(num_local_ranks(os.environ))
     bucket = Bucket(location, options)
     with _limits_lock:
         # one limit for all stores of this process in a bucket: it is the bucket that throttles
-        limit = _limits.setdefault(bucket.name, AdaptiveLimit(options.num_requests_max(_num_processes(os.environ))))
+        limit = _limits.setdefault(bucket.name, AdaptiveLimit(num_requests))
     return S3Store(bucket, Retrier(limit, bucket.retries), options.part_size_bytes)
-
-
-def _num_processes(env: Mapping[str, str]) -> int:
-    """The processes of this node that a launcher has started together, as it tells them."""
-    number = env.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(number)) if number.isdecimal() else 1
