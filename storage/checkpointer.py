@@ -166,6 +166,8 @@ class Checkpointer:
         committer = Committer(ownership, backend, prefix_spread=plan.prefix_spread)
         live = live_session(store.url, self._origin, group, report, plan.service)
         saver = Saver(group, committer, report, plan, timeout_s=timeout_s, guard=live.guard if live else None)
+        if live is not None:
+            live.on_connect.append(saver.have_guarded)
         pacer = Pacer(group, plan, report, lambda: ownership.claim.failures, give_up_s=2 * timeout_s)
         restorer = Restorer(store, ownership.claim, group, report, memory, ownership)
         return _Started(restorer, ownership, saver, pacer, live)

@@ -34,6 +34,7 @@ class Arena:
         self._free: list[Slot] = []
         self._used: list[Slot] = []
         self._ahead: SlotAhead | None = None
+        self._is_left_off = False
         self._is_closed = False
 
     @property
@@ -66,6 +67,7 @@ class Arena:
         with self._lock:
             if self._is_closed:
                 raise ValueError("the arena is closed")
+            self._is_left_off = False
             if len(self._used) == self._num_slots:
                 return None
             fitting = [slot for slot in self._free if slot.size_bytes >= size_bytes]
@@ -99,7 +101,7 @@ class Arena:
         """As `prepare`, whatever it leaves of memory. Raises MemoryError where there is not so much."""
         with self._lock:
             is_full = len(self._used) >= self._num_slots
-            is_off = self._is_closed or self._ahead is not None
+            is_off = self._is_closed or self._is_left_off or self._ahead is not None
             if is_off or is_full or any(one.size_bytes >= size_bytes for one in self._free):
                 return
             self._make_room()
@@ -144,16 +146,19 @@ class Arena:
             self._lock.notify_all()
 
     def drop(self, slot: Slot) -> None:
-        """The slot is another's for good, who has its descriptor: this process lets go of it."""
+        """The slot is another's for good, who has its descriptor: this process lets go of it, and so does the guard."""
         with self._lock:
-            if slot in self._used:
-                self._used.remove(slot)
-                slot.close()
-                self._lock.notify_all()
+            if slot not in self._used:
+                return
+            self._used.remove(slot)
+            slot.close()
+            self._lock.notify_all()
+        self.have_guarded()
 
     def leave_off(self) -> None:
-        """Whoever makes a slot ahead stops soon, and lets go of it."""
+        """Whoever makes a slot ahead stops soon, and lets go of it; nobody begins to before the next is taken."""
         with self._lock:
+            self._is_left_off = True
             ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -142,8 +143,13 @@ class Stager:
         Raises:
             MemoryError: there is no memory for a slot.
         """
-        slot, moves = self._lay_out(tensors)
+        kinds = [(tensor.dtype, tensor.shape) for _, tensor in tensors]
+        if kinds != self._layout.kinds:  # most saves have what the one before had
+            self._layout = _Layout.of(kinds)
+        while (slot := self._arena.take(self._layout.size_bytes)) is None:
+            self._arena.wait_free()
         try:
+            moves = self._lay_out(slot, tensors)
             pending = self._begin(slot, moves, listener)
         except BaseException:
             self._arena.give_back(slot)
@@ -165,16 +171,11 @@ class Stager:
             self._watch.close()
         self._pool.shutdown(wait=False)
 
-    def _lay_out(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Slot, list[Move]]:
-        kinds = [(tensor.dtype, tensor.shape) for _, tensor in tensors]
-        if kinds != self._layout.kinds:  # most saves have what the one before had
-            self._layout = _Layout.of(kinds)
-        while (slot := self._arena.take(self._layout.size_bytes)) is None:
-            self._arena.wait_free()
+    def _lay_out(self, slot: Slot, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Move]:
         if not isinstance(slot.laid_out, _LaidOut) or slot.laid_out.layout is not self._layout:
             slot.laid_out = _LaidOut(self._layout, self._layout.over(slot.memory))
         targets = slot.laid_out.tensors
-        return slot, [Move(name, tensor, target) for (name, tensor), target in zip(tensors, targets, strict=True)]
+        return [Move(name, tensor, target) for (name, tensor), target in zip(tensors, targets, strict=True)]
 
     def _begin(self, slot: Slot, moves: Sequence[Move], listener: StagingListener | None) -> PendingCopy | None:
         late, at_once = self._divided(moves) if listener is not None else ([], list(moves))
@@ -182,11 +183,11 @@ class Stager:
         if any(move.source.is_cuda for move in moves):
             pin(slot)
             copies = self._streams.begin(_on_devices(at_once), _on_devices(late))
-        pieces = list(pieces_of(_on_host(at_once)))
-        work = SharedWork(pieces)
-        for _ in range(min(self._num_threads, len(pieces)) - 1):
-            self._pool.submit(work.help)
-        work.wait()
+        try:
+            self._copy_now(_on_host(at_once))
+        except BaseException:
+            _await_all(copies)
+            raise
         if not late or listener is None:
             for copy in copies:
                 copy.wait()
@@ -197,6 +198,20 @@ class Stager:
         host, devices = witnesses(_on_host(late), self._turn), witnesses(_on_devices(late), self._turn)
         pending = self._pending = PendingCopy(host, devices, copies, _Listening(self, listener))
         return pending
+
+    def _copy_now(self, moves: Sequence[Move]) -> None:
+        """Copy what lies in CPU memory; nobody writes to the slot any more when this returns, or raises."""
+        pieces = list(pieces_of(moves))
+        work = SharedWork(pieces)
+        for _ in range(min(self._num_threads, len(pieces)) - 1):
+            self._pool.submit(work.help)
+        try:
+            work.wait()
+        except BaseException as error:  # an interrupt, say, while others copy
+            work.leave_out(error)
+            with contextlib.suppress(Exception):
+                work.wait()
+            raise
 
     def _divided(self, moves: Iterable[Move]) -> tuple[list[Move], list[Move]]:
         """Those of what changes in an optimizer's step only, and the others."""
@@ -214,6 +229,11 @@ class Stager:
 
     def free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
         """Let go of a slot in that way."""
+    def have_guarded(self) -> None:
+        """Have the arena's guard told of its slots, by a thread that no training waits for."""
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._pool.submit(self._arena.have_guarded)
+
         if pending is not None and self._pending is pending:
             self._pending = None  # with it go its references to the state
         leave(self._arena, slot)
@@ -243,6 +263,13 @@ def in_place(tensor: torch.Tensor) -> torch.Tensor:
 
 def _on_host(moves: Iterable[Move]) -> list[Move]:
     return [move for move in moves if not move.source.is_cuda]
+def _await_all(copies: Iterable[DeviceCopy]) -> None:
+    """Block until no device writes to the slot any more, whatever it has copied."""
+    for copy in copies:
+        with contextlib.suppress(Exception):
+            copy.wait()
+
+
 
 
 def _on_devices(moves: Iterable[Move]) -> list[Move]:

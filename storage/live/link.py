@@ -54,7 +54,7 @@ class LiveLink:
         self._answers: dict[str, str | None] = {}  # by attempt, why it was refused; None: it was not
         self._teller = SlotTeller()
         self.on_connect: list[Callable[[], object]] = []
-        """Called with each connection; filled before `start`."""
+        """Called with each connection, and not to take long; what is added later, by any thread, with the next."""
         self.on_refused: Callable[[str], object] = lambda why: None
         """Hears why a service will not do for this process; set before `start`."""
         self._is_closed = threading.Event()
@@ -134,7 +134,7 @@ class LiveLink:
                 with self._changed:
                     self._channel = channel
                     self._changed.notify_all()
-                for call in self.on_connect:
+                for call in list(self.on_connect):
                     call()
                 while not self._is_closed.is_set() and (received := channel.receive()) is not None:
                     close_all(received[1])

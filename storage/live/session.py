@@ -22,6 +22,7 @@ class LiveSession:
     Attributes:
         state: what is noted there after each step.
         guard: has the service hold the slots of this rank's saves, see `storage.arena.arena.Guard`.
+        on_connect: called with each connection to the service, which has heard of no slots by that one.
     """
 
     def __init__(self, path: Path, url: str, origin: Origin, group: AgreeingGroup, report: Reporter) -> None:
@@ -30,6 +31,7 @@ class LiveSession:
         self.state = LiveState(group, self._link.keep, report, functools.partial(self._link.guard, "live"))
         self._link.on_connect.append(self.state.have_guarded)
         self._link.on_refused = self.state.refused
+        self.on_connect = self._link.on_connect
 
     def start(self) -> Self:
         """Hear of optimizers' steps, and be asked by the service."""

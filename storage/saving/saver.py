@@ -163,6 +163,10 @@ class Saver:
         if self._group.is_coordinator and not is_told:
             self._report(CheckpointEvent.SKIPPED, step=step, reason=reason)
 
+    def have_guarded(self) -> None:
+        """Have the guard told of all slots, as it may have heard of none: it was started anew, say. Any thread."""
+        self._stager.have_guarded()
+
     def go_on(self) -> None:
         """To be called now and then: hands over what waits for the save before it."""
         self._queue.go_on()

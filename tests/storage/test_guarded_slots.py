@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from storage import Checkpointer
+from storage.agent import AgentEnvironment
 from storage.arena.arena import Arena
 from storage.arena.slot import Slot
 from storage.service import guarded_slots
+from storage.service.capturing import LiveKeeper
 from storage.service.channel import close_all
 from storage.service.guarded_slots import GuardedSlots
 from storage.service.server import ServerOptions
@@ -32,12 +34,14 @@ PLENTY = 1 << 60
 class Guarding:
     """A service in this process that guards slots, and what a worker has of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keeps_live: bool = False) -> None:
         self.path, self.free = path, PLENTY
         self.running = InThread(path, ServerOptions(linger_s=PATIENCE_S, wind_up_s=PATIENCE_S))
         self.running.server.truce._clock = lambda: 0.0  # one lasts until it is ended
         self.slots = GuardedSlots(self.running.server.truce, lambda: self.free)
         self.slots.serve(self.running.server)
+        if keeps_live:
+            LiveKeeper(lambda part: None).serve(self.running.server)
         self.before = slots_held()
 
     @property
@@ -113,6 +117,46 @@ def test_where_memory_is_short_nothing_is_kept_for_later(guarding: Guarding, whe
     guarding.free = MIB - 1
     until("it to be freed", lambda: guarding.num_held == 0)
     assert guarding.running.server.truce.is_on
+
+
+def test_what_is_another_process_s_for_good_is_let_go_of_by_both(guarding: Guarding) -> None:
+    with worker(guarding) as arena:
+        dropped, kept = arena.take(MIB), arena.take(2 * MIB)
+        arena.have_guarded()
+        until("the service to have both", lambda: guarding.slots.size_bytes == 3 * MIB)
+        assert dropped is not None and kept is not None
+        arena.drop(dropped)
+        until("the service to have the other alone", lambda: guarding.slots.size_bytes == 2 * MIB)
+        until("nobody to have it", lambda: guarding.num_held == 1)
+        arena.give_back(kept)
+
+
+def test_a_service_that_was_started_anew_is_told_of_all_slots_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed before its next save would free them itself."""
+    path = tmp_path / "private" / "service.sock"
+    monkeypatch.setenv(AgentEnvironment.variable("service"), str(path))
+    first, second = Guarding(path, keeps_live=True), None
+    first.running.start()
+    try:
+        with Checkpointer(str(tmp_path / "run")) as ckpt:
+            ckpt.save(1, {"w": torch.ones(MIB // 4)}, wait=True)
+            arenas = ckpt._savers()[0]._arena, ckpt._start().live.state._arena  # type: ignore[union-attr]
+            size_bytes = until("slots of both", lambda: all(arena.size_bytes for arena in arenas) and sum_of(arenas))
+            until("the service to have them", lambda: first.slots.size_bytes == sum_of(arenas))
+            first.close()
+            second = Guarding(path, keeps_live=True)
+            second.running.start()
+            until("the next one to have them", lambda: second.slots.size_bytes == sum_of(arenas) >= size_bytes)
+    finally:
+        for guarding in (first, second):
+            if guarding is not None:
+                guarding.close()
+
+
+def sum_of(arenas: Sequence[Arena]) -> int:
+    return sum(arena.size_bytes for arena in arenas)
 
 
 def test_arenas_that_share_a_connection_tell_of_their_own_slots_alone(guarding: Guarding) -> None:

@@ -64,6 +64,22 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Iterator[Making]:
     assert not slots_held() - before
 
 
+def test_nobody_begins_one_that_was_asked_for_before_the_last_save(making: Making) -> None:
+    """The thread that is to make it has been busy since, and comes to it when the process is about to end."""
+    arena = Arena(3)
+    used = arena.take(MIB)
+    arena.leave_off()
+    arena.prepare(MIB)
+    assert arena.num_made == 1
+    other = arena.take(MIB)  # a stop may be put off
+    arena.prepare(MIB)
+    assert arena.num_made == 3
+    assert used is not None and other is not None
+    arena.give_back(used)
+    arena.give_back(other)
+    arena.close()
+
+
 def beside(making: Making, arena: Arena, call: Callable[[], Slot | None]) -> Slot | None:
     """What comes of a call on a thread, while a slot is made that goes on once the call has left or taken that."""
     found: list[Slot | BaseException | None] = []
