@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import os
 import weakref
@@ -14,18 +13,21 @@ from typing import Any, Self
 
 from storage.arena.free_memory import free_bytes
 from storage.arena.mapping import HUGE_PAGE_BYTES, PAGE_BYTES, advise_huge, mapped, populate
+from storage.arena.memory_file import keeps_its_size, memory_file, room_for, seal
 
 _UNASKED_BYTES = 1024 * 1024
 """So little is taken without asking what is free, which takes longer than taking it."""
 _PARTS_MAX = 1024  # of one system call
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EFAULT)
+"""The last as what the pages of a file meet whose file system is full."""
 
 
 class Slot:
     """Bytes in memory that is there, whole, from the beginning: whoever writes to it meets no lack of memory.
 
     The memory goes when the last process that has its descriptor or a view of it has let go, or was killed. Its size is
-    sealed, so no holder of the descriptor can take pages away from another (a SIGBUS). Not thread-safe.
+    sealed (see `memory_file`), so no holder of the descriptor can take pages away from another (a SIGBUS). Not
+    thread-safe.
 
     Attributes:
         is_pinned: whether devices copy to it by themselves, see `storage.arena.device.pin`.
@@ -79,12 +81,12 @@ class Slot:
         size_bytes = max(1, -(-size_bytes // page_bytes)) * page_bytes
         _ask_for(size_bytes)
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
-            fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            slot = cls(fd, size_bytes)
+            slot = cls(memory_file("elastic-moe-slot"), size_bytes)
             on_failure.callback(slot.close)
-            os.ftruncate(fd, size_bytes)
+            room_for(slot.fd, size_bytes)
+            os.ftruncate(slot.fd, size_bytes)
             advise_huge(slot.address, size_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            seal(slot.fd)
             on_failure.pop_all()
         return slot
 
@@ -94,14 +96,14 @@ class Slot:
         size_bytes = sum(len(part) for part in parts)
         _ask_for(size_bytes)
         with contextlib.ExitStack() as on_failure, _told(size_bytes):
-            fd = os.memfd_create("elastic-moe-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            slot = cls(fd, size_bytes)
+            slot = cls(memory_file("elastic-moe-slot"), size_bytes)
             on_failure.callback(slot.close)
+            room_for(slot.fd, size_bytes)
             for at in range(0, len(parts), _PARTS_MAX):
-                written = os.writev(fd, parts[at : at + _PARTS_MAX])
+                written = os.writev(slot.fd, parts[at : at + _PARTS_MAX])
                 if written != sum(len(part) for part in parts[at : at + _PARTS_MAX]):
                     raise OSError(errno.ENOSPC, f"only {written} bytes were taken")
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            seal(slot.fd)
             on_failure.pop_all()
         return slot
 
@@ -115,7 +117,7 @@ class Slot:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(os.close, fd)
             try:
-                if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                if not keeps_its_size(fd):
                     raise ValueError("the memory that was sent can be made smaller by its sender; it is no slot")
                 slot = cls(fd, os.fstat(fd).st_size)
                 on_failure.pop_all()
@@ -174,7 +176,9 @@ def _told(size_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _lack(size_bytes, str(error)) from None
+        if error.errno in _LACKS:
+            raise _lack(size_bytes, error.strerror or str(error)) from None
+        raise MemoryError(f"{_mib(size_bytes)} of the state cannot be staged: {error.strerror or error}") from None
 
 
 def _lack(size_bytes: int, why: str) -> MemoryError:

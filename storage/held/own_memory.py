@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from storage.arena.memory_file import memory_of
 from storage.errors import Corrupt, NotFound, StorageError, Transient
 from storage.format.columns import IntColumn
 from storage.format.sealed import Document, seal, unseal
@@ -68,10 +69,8 @@ def descriptors_of(part: HeldPart) -> list[int]:
         )
     document = seal(_KIND, PartMap(objects=tuple(objects), inline_bytes=len(inline)))
     with contextlib.ExitStack() as on_failure:
-        found = [os.memfd_create("elastic-moe-pieces", os.MFD_CLOEXEC)]
+        found = [memory_of("elastic-moe-pieces", len(document).to_bytes(8, "little") + document + bytes(inline))]
         on_failure.callback(_close_all, found)
-        with open(found[0], "wb", closefd=False) as file:
-            file.write(len(document).to_bytes(8, "little") + document + bytes(inline))
         for memory in part.memories:
             found.append(os.dup(memory.fd))  # noqa: PERF401 - what is made is closed if the next fails
         on_failure.pop_all()

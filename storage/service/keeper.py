@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from storage.arena.memory_file import memory_of
 from storage.service import address
 from storage.service.notes import Notes
 from storage.service.sweeper import Sweeper
@@ -198,7 +199,7 @@ class KeeperSafe:
     def _tell(self, what: str, name: str, text: str, fds: Sequence[int] = ()) -> None:
         """With a text, which may be long: it goes by a descriptor."""
         try:
-            paper = _memory_of(text)
+            paper = memory_of("elastic-moe-note", text.encode())
         except OSError as error:
             log.warning("the keeper cannot be told %s of %s: %s", what, name, error)
             return
@@ -219,14 +220,6 @@ class KeeperSafe:
             return isinstance(error, ConnectionError)  # it is gone, and this process goes with it
         self._is_deaf = False
         return True
-
-
-def _memory_of(text: str) -> int:
-    """A descriptor of memory with the text."""
-    fd = os.memfd_create("elastic-moe-note", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(text.encode())
-    return fd
 
 
 def _text_in(fd: int) -> str:

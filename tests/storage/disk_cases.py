@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import multiprocessing
 import os
+import socket
+import struct
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +20,9 @@ import torch
 
 from storage import Checkpointer, JobIdentity, inspection, open_store
 from storage.agent import PREFIX, AgentEnvironment
+from storage.arena import memory_file
+from storage.saving import writing
+from storage.service.keeper import KeeperSafe
 from storage.service.memory import HeldStates
 from storage.service.notes import Notes
 from tests.cluster import until
@@ -177,6 +183,65 @@ def saves_with_a_full_dev_shm(disk: Path) -> list[str]:
         in_thread(folder / "service.sock", held=HeldStates()),
         Checkpointer(disk.parent / "run", on_event=lambda name, fields: told.append((str(name), fields))) as ckpt,
     ):
+def forbid_memfds() -> None:
+    """From here on memfd_create is refused to this process, as by the filter of a sandbox (seccomp)."""
+    number = {"x86_64": 319, "aarch64": 279}[os.uname().machine]
+    rules = ((0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000))
+    data = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+    rows = ctypes.create_string_buffer(data, len(data))
+    program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(rows))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, program, 0, 0) == 0
+    memory_file._memfd_flags.cache_clear()
+
+
+def saves_without_memfds(disk: Path) -> list[str]:
+    """By the service, which holds them in memory; what is restored from there. The events."""
+    forbid_memfds()
+    folder, told, found = disk.parent / "node", Told(), state(0, 8 << 20)
+    under_an_agent(folder / "service.sock", disk.parent / "events.jsonl")
+    keep, job = KeeperLink(), JobIdentity(lineage="l", generation=1)
+    with in_thread(folder / "service.sock", held=HeldStates(keeper=keep.safe)):
+        with Checkpointer(disk.parent / "run", job=job, on_event=lambda n, f: told.append((str(n), f))) as ckpt:
+            ckpt.save(1, state(1, 8 << 20), wait=True)
+            assert ckpt.wait()
+        job = JobIdentity(lineage="l", generation=2)
+        with Checkpointer(disk.parent / "run", job=job, on_event=lambda n, f: told.append((str(n), f))) as ckpt:
+            assert (ckpt.restore(found), float(found["w"].min())) == (1, 1.0)
+        assert dict(told)["restored"]["from_own"] > 8 << 20
+    keep.close()
+    assert not list(Path("/dev/shm").glob("elastic-moe*"))
+    return [name for name, _ in told]
+
+
+def saves_without_any_memory_to_share(disk: Path) -> str:
+    """Why a save fails without memfds whose /dev/shm has no room, and why none does that has too little."""
+    forbid_memfds()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(os.fsencode(disk), b"/dev/shm", None, 0x1000, None) == 0
+    told = Told()
+    with Checkpointer(disk.parent / "run", on_event=lambda name, fields: told.append((str(name), fields))) as ckpt:
+        ckpt.save(1, state(1, 1 << 20), wait=True)
+        assert ckpt.wait()
+        ckpt.save(2, state(2, 8 << 20), wait=True)
+        assert not ckpt.wait()
+    assert committed(disk.parent / "run") == [1]
+    return str(dict(told)["checkpoint_failed"]["reason"])
+
+
+class KeeperLink:
+    """A keeper's end of a link that only lets go of what it is told."""
+
+    def __init__(self) -> None:
+        self._mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.safe, self._its = KeeperSafe(its, []), its
+
+    def close(self) -> None:
+        self._mine.close()
+        self._its.close()
+
+
         ckpt.save(1, state(1, 8 << 20), wait=True)
         assert ckpt.wait()
     assert committed(disk.parent / "run") == [1]

@@ -25,3 +25,14 @@ def test_what_cannot_be_written_down_costs_no_save(tmp_path: Path) -> None:
 
 def test_a_full_dev_shm_does_not_matter(tmp_path: Path) -> None:
     assert cases.run(cases.saves_with_a_full_dev_shm, tmp_path / "disk") == [STAGED, COMMITTED]
+def test_where_memfds_are_forbidden_memory_of_dev_shm_does_instead(tmp_path: Path) -> None:
+    told = cases.run(cases.saves_without_memfds, tmp_path / "disk")
+    assert told == [STAGED, COMMITTED, "restored"]
+
+
+def test_where_there_is_not_enough_of_that_the_reason_is_told(tmp_path: Path) -> None:
+    reason = cases.run(cases.saves_without_any_memory_to_share, tmp_path / "disk")
+    assert "no room to stage 8 MiB of the state: memfd_create is forbidden here, and only " in reason
+    assert reason.endswith(" MiB are free in /dev/shm")
+
+
