@@ -28,6 +28,8 @@ from __future__ import annotations
 import enum
 import re
 
+from storage.text import hide_secrets
+
 __all__ = [
     "AlreadyExists",
     "BadURL",
@@ -83,12 +85,12 @@ def one_line(text: str) -> str:
 
 
 class StorageError(Exception):
-    """Base of every error that this package raises on purpose. `str(error)` is one line."""
+    """Base of every error that this package raises on purpose. `str(error)` is one line, without secrets of URLs."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message))
+        super().__init__(hide_secrets(one_line(message)))
 
 
 class NotFound(StorageError):

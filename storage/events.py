@@ -20,6 +20,7 @@ from typing import Any, Literal
 from storage.agent import AgentEnvironment
 from storage.stores.health import StoreAway, StoreBack
 from storage.stores.objects import ObjectStore
+from storage.text import hide_secrets
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class Reporter:
 
     def __call__(self, event: CheckpointEvent, **fields: Any) -> None:
         """Report one event; may be called from any thread."""
-        when = _both_clocks()
+        when, fields = _both_clocks(), {name: _discreet(value) for name, value in fields.items()}
         text = ", ".join(f"{name} {value}" for name, value in fields.items())
         log.log(logging.INFO if event in _USUAL else logging.WARNING, "%s: %s", event, text)
         for inner in self._also:
@@ -237,6 +238,13 @@ class Reporter:
                 )
 
 
+def _discreet(value: Any) -> Any:
+    """A field of an event, without the secrets of URLs in it."""
+    if isinstance(value, str):
+        return hide_secrets(value)
+    return [_discreet(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def note_for_agent(env: Mapping[str, str], ts: float, fields: Mapping[str, Any]) -> None:
     """Say which checkpoint is the last in the file that the agent names for it, if there is one."""
     path = AgentEnvironment.from_env(env).checkpoint
@@ -290,7 +298,7 @@ def append_for_agent(
     generation, rank = (int(text) if text.isdecimal() else 0 for text in (agent.generation, env.get("RANK", "")))
     record: dict[str, Any] = {"ts": round(when[0], 6), "run_id": agent.run_id, "node": agent.node}
     record |= {"generation": generation, "event": event, "rank": rank, **fields, "boot_s": round(when[1], 6)}
-    line = json.dumps(record, default=str, separators=(",", ":")) + "\n"
+    line = hide_secrets(json.dumps(record, default=str, separators=(",", ":"))) + "\n"
     try:
         fd = os.open(agent.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:

@@ -27,6 +27,7 @@ from storage.arena.memory_file import memory_of
 from storage.service import address
 from storage.service.notes import Notes
 from storage.service.sweeper import Sweeper
+from storage.text import DiscreetFormatter
 
 log = logging.getLogger(__name__)
 
@@ -385,4 +386,6 @@ def settle(path: Path) -> None:
         os.dup2(fd, target)
     for fd in {log_fd, null_fd} - {0, 1, 2}:
         os.close(fd)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s checkpoint service [%(process)d]: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(DiscreetFormatter("%(asctime)s checkpoint service [%(process)d]: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

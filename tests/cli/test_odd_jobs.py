@@ -24,7 +24,9 @@ from elastic_moe.section import Section
 from launcher import Infeasible, MeshSpec, hide_secrets, price
 from launcher.events import append_event
 from launcher.rounds.mesh import _rounds
-from storage import open_store
+from storage import StorageError, open_store
+from storage.text import DiscreetFormatter
+from storage.text import hide_secrets as of_storage
 
 HUGE = 1 << 20_000
 """More digits than Python writes."""
@@ -230,6 +232,9 @@ def test_secrets_of_urls_are_left_out_of_what_is_told(text: str, told: str, tmp_
     assert ZonedFormatter("%(message)s").format(record) == told
     append_event(tmp_path / "events", run_id="", node="", generation=0, event="e", fields={"reason": text})
     assert json.loads((tmp_path / "events").read_text())["reason"] == told
+    assert of_storage(text) == told
+    assert DiscreetFormatter("%(message)s").format(record) == told
+    assert str(StorageError(text)) == told
 
 
 @pytest.mark.parametrize("name", ["a job.toml", "jöb ☃.toml", "-job.toml", "job.toml/", "../{here}/./job.toml"])

@@ -15,7 +15,7 @@ import torch
 from elastic_moe import worker
 from storage import Checkpointer, open_store
 from storage.errors import Cause, Denied, Transient
-from storage.events import Reporter
+from storage.events import CheckpointEvent, Reporter
 from storage.run import owner
 from storage.run.heartbeat import Heartbeat
 from storage.stores.health import StoreAway, StoreBack, StoreHealth
@@ -51,6 +51,17 @@ def names(path: Path) -> list[str]:
 
 
 STORY = ["checkpoint_staged", "checkpoint_committed", "restored", "checkpoint_staged", "checkpoint_committed"]
+
+
+def test_no_secret_of_a_url_is_told(agents_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[dict[str, Any]] = []
+    report = Reporter(lambda _, fields: heard.append(fields))
+    report(CheckpointEvent.DIRECT, url="https://h/x?sig=hunter2", reason=["at ftp://u:hunter2@h/x"], step=1)
+    told = {"url": "https://h/x?sig=...", "reason": ["at ftp://u:...@h/x"], "step": 1}
+    assert heard == [told]
+    (line,) = read_lines(agents_file)
+    assert {name: line[name] for name in told} == told
+    assert "hunter2" not in caplog.text
 
 
 def test_events_go_to_the_agents_file_in_the_launchers_form(agents_file: Path, tmp_path: Path) -> None:

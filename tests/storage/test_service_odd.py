@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from storage.agent import AgentEnvironment
 from storage.arena.slot import Slot
 from storage.errors import Corrupt, StorageError
 from storage.format.sealed import check_seal, seal_bytes
@@ -30,7 +31,7 @@ from storage.service.messages import AskStatus, AskUnfinished, Heard, Hello, Pro
 from storage.service.server import Server
 from tests.cluster import until
 from tests.storage.held_cases import Seen, Staged, nodes, restore, store_with, whole
-from tests.storage.service_cases import connected, in_thread
+from tests.storage.service_cases import connected, events_in, in_thread, process
 from tests.storage.test_service_messages import STAGE
 
 SEEDS = (*range(int(os.environ.get("ODD_SEEDS", "40"))), 54, 74)  # these have found something
@@ -137,6 +138,21 @@ def test_what_fails_on_what_was_staged_is_that_saves_matter(tmp_path: Path, monk
             received = caller.receive()
             assert received is not None and "a fault" in getattr(received[0], "reason", "")
         assert service.status().num_unfinished == 0
+
+
+def test_what_a_service_tells_of_a_url_has_none_of_its_secrets(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    told = {AgentEnvironment.variable("events"): str(events)}
+    stage = STAGE.model_copy(update={"url": "nosuch://host/run?sig=hunter2", "told": told})
+    with process(tmp_path / "node" / "service.sock") as service:
+        service.pid()
+        with connected(service.path) as caller, contextlib.closing(table.write([], None, None, None)) as listed:
+            caller.send(stage, [listed.fd])
+            (failed,) = until("its end", lambda: events_in(events))
+        assert failed["event"] == "checkpoint_failed"
+        assert "no store for nosuch:// in 'nosuch://host/run?sig=...'" in failed["reason"]
+        assert "nosuch://host/run?sig=..." in service.log()
+        assert "hunter2" not in service.log()
 
 
 def slot_fd() -> int:
