@@ -72,7 +72,7 @@ class CheckpointEvent(enum.StrEnum):
     NOT_NEWEST = "checkpoint_not_newest"
     """`step` was committed, and there is a newer one, `newest`, that a restore would take."""
     CLEANUP_FAILED = "checkpoint_cleanup_failed"
-    """After the commit of `step` old ones could not be removed: `reason`."""
+    """After `step` was committed, or has failed, what nobody needs any more could not be removed: `reason`."""
     LIVE_STAGED = "checkpoint_live_staged"
     """The training cannot go on, and the state after its last complete `step` is in memory: `seconds`, `bytes`."""
     LIVE_MISSED = "checkpoint_live_missed"

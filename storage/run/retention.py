@@ -88,7 +88,7 @@ def decide(
         is_old = state.step < oldest_kept or (state.committed and state.step not in kept)
         if is_old and state.step != saved_step and not state.attempts & set(live_attempts):
             removals.append(Removal(state.step, None))
-        elif dead and not state.quarantined and (state.attempt is not None or not state.committed):
+        elif dead and _has_dead(state):
             removals.append(Removal(state.step, dead))
     return removals
 
@@ -143,6 +143,45 @@ def clean(
     for removal in removals:
         remove(store, removal, state_of[removal.step])
     return Cleaned(removals, newer_steps(states, saved_step))
+
+
+def dead_attempts(states: Iterable[StepState], live_attempts: Collection[str]) -> list[Removal]:
+    """The attempts that nobody can commit any more, as in `decide`, and nothing of any commit. Pure."""
+    found = []
+    for state in sorted(states, key=lambda state: state.step):
+        dead = frozenset(state.attempts - set(live_attempts) - {state.attempt})
+        if dead and _has_dead(state):
+            found.append(Removal(state.step, dead))
+    return found
+
+
+def _has_dead(state: StepState) -> bool:
+    """Whether it can be told which of the step's attempts are dead, and nobody is to look into them."""
+    return not state.quarantined and (state.attempt is not None or not state.committed)
+
+
+def clear(store: ObjectStore, claim: Claim, live_among: Callable[[Collection[str]], Collection[str]]) -> None:
+    """Remove `dead_attempts`, after a save that has failed: else a disk that is full stays so.
+
+    Of the failed one this leaves all, as other ranks learn there what has become of it; see `drop_data`.
+
+    Raises:
+        Fenced: the run has another owner; nothing was removed.
+    """
+    states = observe(store)
+    seen = frozenset().union(*(state.attempts for state in states))
+    removals = dead_attempts(states, live_among(seen))
+    claim.check()
+    state_of = {state.step: state for state in states}
+    for removal in removals:
+        remove(store, removal, state_of[removal.step])
+
+
+def drop_data(store: ObjectStore, prefix: str, attempt: str) -> None:
+    """Delete the data of an attempt of which it is known that it can never be committed, and nothing that says so."""
+    for info in store.list(f"{prefix}{layout.attempt_folder(attempt)}/"):
+        if layout.is_data_name(info.key.removeprefix(prefix)):
+            store.delete(info.key)
 
 
 def remove(store: ObjectStore, removal: Removal, seen: StepState) -> None:

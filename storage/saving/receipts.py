@@ -47,6 +47,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class PartFailed(StorageError):
+    """A rank has said that its part is not stored, by a receipt that nobody replaces: nobody can commit the attempt."""
+
+
 class Patience:
     """How long to wait for others: until a deadline, or until `stop` is set.
 
@@ -111,7 +115,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
 
     Raises:
         Fenced: another process owns the run now; it may have removed the receipts.
-        StorageError: a rank reported a failure; the message names it.
+        PartFailed: a rank reported a failure; the message names it.
         Transient: a receipt did not come in time; the message says whose.
     """
     receipts: dict[int, Receipt] = {}
@@ -136,7 +140,7 @@ def await_receipts(store: ObjectStore, attempt: Attempt, patience: Patience, cla
             for info, receipt in zip(batch, found, strict=True):
                 rank = fresh[info.key]
                 if receipt.error is not None:
-                    raise StorageError(f"rank {rank} failed: {receipt.error}")
+                    raise PartFailed(f"rank {rank} failed: {receipt.error}")
                 if (receipt.rank, receipt.attempt) != (rank, attempt.id):
                     raise Corrupt(f"{info.key} is the receipt of another rank or attempt")
                 receipts[rank] = receipt

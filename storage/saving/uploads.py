@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from storage.arena.slot import Slot
-from storage.errors import AlreadyExists, Fenced, StorageError, Transient, Unconfirmed
+from storage.errors import AlreadyExists, Denied, Fenced, StorageError, Transient, Unconfirmed
 from storage.events import CheckpointEvent, Reporter
 from storage.format.manifest import ItemTable, Receipt
 from storage.pace.rules import Tier
@@ -22,9 +22,11 @@ from storage.run.owner import Claim
 from storage.saving import commit, receipts
 from storage.saving.receipts import Patience
 from storage.saving.writing import MadeObjects, Payload, put_made, write_payloads
-from storage.stores.objects import ObjectStore
+from storage.stores.objects import Capability, ObjectStore
 
 log = logging.getLogger(__name__)
+
+_TELL_AGAIN_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 class StagedMemory(Protocol):
@@ -150,6 +152,8 @@ class Uploads:
             self._note(error)
             reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             self._report(CheckpointEvent.FAILED, step=step, seconds=_since(job), bytes=0, reason=reason)
+            if job.contents is not None and not claim.is_adopted:
+                self._make_room(job.attempt, error)
             return False
         finally:
             telling(None)
@@ -222,7 +226,7 @@ class Uploads:
     def _put_receipt(self, job: SaveJob, receipt: Receipt, tried: Tried) -> bool:
         """Whether it was put now, and not before: by one who carries the save out as well, and writes the same."""
         try:
-            receipts.put_receipt(self._store, job.attempt, receipt)
+            self._put_yet(lambda: receipts.put_receipt(self._store, job.attempt, receipt))
         except AlreadyExists:
             if tried is Tried.NOT_YET and receipts.find_receipt(self._store, job.attempt, job.rank) is None:
                 raise
@@ -232,9 +236,20 @@ class Uploads:
     def _abort(self, attempt: Attempt, error: Exception) -> None:
         """Tell the other ranks at once; if that fails as well, they wait for their deadline."""
         try:
-            receipts.put_aborted(self._store, attempt, str(error))
+            self._put_yet(lambda: receipts.put_aborted(self._store, attempt, str(error)))
         except Exception as failure:  # noqa: BLE001 - it must not hide the cause, which the caller reports
             log.warning("the other ranks cannot be told that step %d has failed: %s", attempt.step, failure)
+
+    def _put_yet(self, put: Callable[[], object]) -> None:
+        """Put what others wait for, though a disk may be full now: what has failed of other ranks makes room."""
+        for pause_s in _TELL_AGAIN_S:
+            try:
+                put()
+                return
+            except Transient as error:
+                if error.given_up or self._stop.wait(pause_s):
+                    raise
+        put()
 
     def _store_payloads(self, job: SaveJob) -> Receipt:
         """This rank's receipt, of success or of failure: the others learn of it at once, not by their deadline."""
@@ -277,6 +292,23 @@ class Uploads:
             return
         if cleaned.newer_steps:
             self._report(CheckpointEvent.NOT_NEWEST, step=attempt.step, newest=cleaned.newer_steps[-1])
+
+    def _make_room(self, attempt: Attempt, error: Exception) -> None:
+        """Remove what saves have left that can never be committed: on a full disk the next one would lack just that."""
+        if isinstance(error, Fenced | Denied) or (isinstance(error, Transient) and error.given_up):
+            return  # it is not this owner's any more, or the store is away
+        claim = self._hold.claim
+        try:
+            retention.clear(
+                self._store, claim, lambda seen: attempt_ids.live_beside(attempt.id, seen, claim.owner.adopts)
+            )
+            if isinstance(error, receipts.PartFailed) and self._store.can(Capability.CONDITIONAL_PUTS):
+                retention.drop_data(self._store, attempt.prefix, attempt.id)
+        except Exception as failure:  # noqa: BLE001 - left-overs cost space, not safety
+            self._note(failure)
+            self._report(
+                CheckpointEvent.CLEANUP_FAILED, step=attempt.step, reason=f"{type(failure).__name__}: {failure}"
+            )
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, Fenced):

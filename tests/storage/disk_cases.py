@@ -110,6 +110,19 @@ def saves_to_a_full_disk(disk: Path) -> list[str]:
     return _save_all(disk / "run")
 
 
+def saves_too_much_in_many_objects(disk: Path) -> list[str]:
+    """Save what has room for most of its objects but not for all, twice, then what needs nearly all of the disk."""
+    writing.OBJECT_SIZE_BYTES = 1 << 20
+    run, told = disk / "run", Told()
+    with Checkpointer(run, on_event=lambda name, fields: told.append((str(name), fields))) as ckpt:
+        for step, num in ((1, 6), (2, 6), (3, 3)):
+            ckpt.save(step, {str(n): torch.full((240 << 10,), float(n)) for n in range(num)}, wait=True)
+            assert ckpt.wait() == (num == 3), told
+            assert num == 3 or not list(run.rglob("*.distcp")), "nobody can ever commit that"
+    assert committed(run) == [3]
+    return [name for name, _ in told]
+
+
 def saves_to_a_full_disk_by_the_service(disk: Path) -> list[str]:
     """The same by the service, which holds in memory what the disk has no room for."""
     folder = disk.parent / "node"

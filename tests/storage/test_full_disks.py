@@ -17,6 +17,11 @@ def test_a_save_without_room_fails_and_the_next_has_it(case: object, tmp_path: P
     assert cases.run(case, tmp_path / "disk") == ALL  # type: ignore[arg-type]
 
 
+def test_a_save_without_room_leaves_none_of_its_objects_to_take_that_of_the_next(tmp_path: Path) -> None:
+    told = cases.run(cases.saves_too_much_in_many_objects, tmp_path / "disk")
+    assert told == [STAGED, FAILED, STAGED, FAILED, STAGED, COMMITTED]
+
+
 def test_what_cannot_be_written_down_costs_no_save(tmp_path: Path) -> None:
     lines = cases.run(cases.notes_on_a_full_disk, tmp_path / "disk")
     assert [line for line in lines if "cannot be noted down" in line and "No space left" in line]
