@@ -67,7 +67,7 @@ class Callers:
         return {caller.session.name for caller in self.all if caller.session is not None}
 
     def take(self, connection: socket.socket) -> None:
-        """Somebody has connected; where there are too many already, that is closed."""
+        """Somebody has connected; where there are too many already, or can be no thread for it, that is closed."""
         with self._lock:
             if self._num >= _NUM_CONNECTIONS_MAX:
                 connection.close()
@@ -75,7 +75,13 @@ class Callers:
             self._num += 1
             self._num_taken += 1
             args = connection, self._num_taken
-        threading.Thread(target=self._serve, args=args, name="caller", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=args, name="caller", daemon=True).start()
+        except RuntimeError as error:
+            log.warning("a connection cannot be served: %s", error)
+            connection.close()
+            with self._lock:
+                self._num -= 1
 
     def close(self) -> None:
         """End all connections."""

@@ -89,8 +89,8 @@ class LiveKeeper:
             staged = unpack_slots(fds)
         except (StorageError, ValueError, OSError) as error:
             log.warning("a live state after step %d cannot be taken: %s", keep.attempt.step, error)
-            caller.answer(Rejected(reason=str(error), attempt=keep.attempt.id))
             self._end_keeping()
+            caller.answer(Rejected(reason=str(error), attempt=keep.attempt.id))
             return
         with contextlib.suppress(OSError):  # it is gone, which is what its state is kept for
             caller.answer(Accepted(attempt=keep.attempt.id))

@@ -192,7 +192,10 @@ class Lane:
             if parcel is None or store is None or self._pulse is not None or self.session.is_worker_alive:
                 return
             # nobody is there to be told that the run has a newer owner; the save finds it out by itself
-            self._pulse = Heartbeat(store, parcel.stage.owner, None, Reporter(None, {})).start()
+            try:
+                self._pulse = Heartbeat(store, parcel.stage.owner, None, Reporter(None, {})).start()
+            except RuntimeError as error:  # there can be no more threads; it is tried again
+                log.warning("other jobs cannot be told that step %d goes on: %s", parcel.stage.attempt.step, error)
 
     def _start_threads(self) -> None:
         """Have both threads, before there is something for them to do; with nothing to do they end again."""

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from storage.service import address, starting
 
 if TYPE_CHECKING:
     from storage.service.capture_request import CaptureRequest
+    from storage.service.messages import ServiceMessage
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +95,34 @@ class CheckpointService:
         """Have it finish what is under way, and give up what is not finished in time, which it then tells."""
         if self._process is None or not address.used(self._path).exists():
             return
-        from storage.service.channel import connect  # a service that nobody used has cost the agent nothing
-        from storage.service.messages import Drain, Drained, Hello, ProtocolError
+        from storage.service.messages import Drained, ProtocolError  # one that nobody used has cost the agent nothing
 
+        ends_s, drained = time.monotonic() + grace_s, None
         try:
-            channel, _ = connect(self._path, Hello(pid=os.getpid()))
-            with contextlib.closing(channel):
-                channel.limit_receive(grace_s + _ANSWER_S)
-                channel.send(Drain(grace_s=grace_s))
-                received = channel.receive()
+            while drained is None:
+                drained = self._drained(max(0.0, ends_s - time.monotonic()))
+                if drained is None and time.monotonic() >= ends_s:
+                    raise OSError("it has crashed meanwhile, and there is no more time")
         except (OSError, ProtocolError) as error:
             self._tell(f"it cannot be drained: {error}")
             return
-        if received is not None and isinstance(received[0], Drained) and received[0].num_abandoned:
-            self._tell(f"{received[0].num_abandoned} saves were given up, as there was no more time")
+        if isinstance(drained, Drained) and drained.num_abandoned:
+            self._tell(f"{drained.num_abandoned} saves were given up, as there was no more time")
+
+    def _drained(self, grace_s: float) -> ServiceMessage | None:
+        """The answer to a drain; None of a service that has crashed, whose next one knows nothing of it."""
+        from storage.service.channel import connect
+        from storage.service.messages import Drain, Hello
+
+        channel, _ = connect(self._path, Hello(pid=os.getpid()))
+        with contextlib.closing(channel):
+            channel.limit_receive(grace_s + _ANSWER_S)
+            try:
+                channel.send(Drain(grace_s=grace_s))
+                received = channel.receive()
+            except ConnectionError:
+                received = None
+        return None if received is None else received[0]
 
     def close(self) -> None:
         """End it. Closing twice is harmless."""

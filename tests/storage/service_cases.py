@@ -16,9 +16,9 @@ import psutil
 from storage import open_store
 from storage.run import catalog
 from storage.service import address, starting
-from storage.service.channel import Channel, connect
+from storage.service.channel import Channel, connect, welcome
 from storage.service.memory import HeldStates
-from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage
+from storage.service.messages import AskStatus, Hello, ServiceMessage, ServiceStatus, Stage, Welcome
 from storage.service.server import Server, ServerOptions
 from storage.stores.local import LocalStore
 from tests.cluster import read_lines, until
@@ -144,6 +144,30 @@ def asked(channel: Channel, message: ServiceMessage) -> ServiceMessage:
     received = channel.receive()
     assert received is not None
     return received[0]
+
+
+@contextlib.contextmanager
+def answering(path: Path, *answers: ServiceMessage | None) -> Iterator[list[ServiceMessage]]:
+    """A listener that answers one question of each connection, or ends that instead (None); what it was asked."""
+    asked: list[ServiceMessage] = []
+    address.used(path).parent.mkdir(0o700, exist_ok=True)
+    address.used(path).touch()
+
+    def serve() -> None:
+        for answer in answers:
+            channel, _ = welcome(listener.accept()[0], Welcome(pid=os.getpid()))
+            with contextlib.closing(channel):
+                received = channel.receive()
+                assert received is not None
+                asked.append(received[0])
+                if answer is not None:
+                    channel.send(answer)
+
+    with contextlib.closing(address.listen(path)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield asked
+        thread.join(PATIENCE_S)
 
 
 def status(path: Path) -> ServiceStatus:

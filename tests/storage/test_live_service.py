@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from storage.arena.slot import Slot
 from storage.events import Reporter
 from storage.held.choice import join
 from storage.held.inventory import HeldPart
@@ -20,8 +21,10 @@ from storage.run.job import Origin
 from storage.service import address
 from storage.service.capture_request import CaptureRequest
 from storage.service.capturing import LiveKeeper
-from storage.service.live_messages import WatchLive
+from storage.service.live_messages import KeepLive, WatchLive
+from storage.service.messages import Identity, StagedAttempt
 from storage.service.server import ServerOptions
+from storage.service.sessions import ServiceCaller
 from tests.cluster import until
 from tests.storage.service_cases import PATIENCE_S, InThread, connected
 
@@ -111,6 +114,21 @@ def test_a_worker_that_an_error_has_ended_has_kept_its_state_by_itself(service: 
     with worker(service, generation=2):
         told = service.capture()
     assert told == {"steps": {}, "missed": {0: "no step was noted yet"}}, "that of a generation before is not told anew"
+
+
+def test_a_part_that_cannot_be_taken_of_a_worker_that_is_gone_is_waited_for_by_nobody(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(caller: ServiceCaller, message: object) -> None:
+        raise BrokenPipeError
+
+    with connected(service.path) as gone, monkeypatch.context() as patch:
+        patch.setattr(ServiceCaller, "answer", refuse)
+        attempt = StagedAttempt(prefix="a/", step=1, id="a", world_size=1, rank=0)
+        with contextlib.closing(Slot.create(1)) as slot:
+            gone.send(KeepLive(url="/runs/a", attempt=attempt, origin=Identity()), [slot.fd])
+            assert gone.receive() is None
+    assert service.keeper._node.num_keeping == 0
 
 
 def test_a_worker_that_does_not_answer_is_waited_for_no_longer_than_the_agent_says(service: Service) -> None:

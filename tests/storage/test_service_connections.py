@@ -15,14 +15,14 @@ import pytest
 
 from storage import Checkpointer, CheckpointEvent
 from storage.agent import AgentEnvironment
-from storage.service import client, lanes
+from storage.service import client, lanes, sidecar
 from storage.service.client import ServiceBackend
-from storage.service.messages import Released
+from storage.service.messages import Drain, Drained, Released
 from storage.service.server import ServerOptions
 from storage.service.sessions import Session, Sessions
 from storage.service.ways import ServiceAt
 from tests.cluster import until
-from tests.storage.service_cases import InThread, committed, connected, in_thread
+from tests.storage.service_cases import InThread, answering, committed, connected, in_thread
 from tests.storage.small_runs import Events, state
 
 
@@ -32,6 +32,22 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread]:
     monkeypatch.setenv(AgentEnvironment.variable("service"), str(tmp_path / "node" / "service.sock"))
     with in_thread(tmp_path / "node" / "service.sock") as service:
         yield service
+
+
+@pytest.mark.parametrize("num_crashes", [0, 2])
+def test_a_service_that_crashes_while_it_drains_is_asked_again(num_crashes: int, tmp_path: Path) -> None:
+    told: list[str] = []
+    service = sidecar.CheckpointService()
+    service._process, service._path, service._tell = Mock(), tmp_path / "node" / "service.sock", told.append
+    with answering(service._path, *[None] * num_crashes, Drained(num_finished=1, num_abandoned=3)) as asked:
+        service.drain(60.0)
+    assert told == ["3 saves were given up, as there was no more time"]
+    graces = [question.grace_s for question in asked if isinstance(question, Drain)]
+    assert len(graces) == num_crashes + 1 and sorted(graces, reverse=True) == graces and graces[0] <= 60.0
+    told.clear()
+    with answering(service._path, None):
+        service.drain(0.0)
+    assert told == ["it cannot be drained: it has crashed meanwhile, and there is no more time"]
 
 
 def test_who_connects_again_is_not_forgotten_meanwhile(node: InThread, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,24 @@ def test_of_connections_that_are_too_many_the_last_are_closed(
     until("another to be served", lambda: _is_served(service))
 
 
+def test_who_connects_while_no_thread_can_be_started_is_sent_away_and_the_service_goes_on(
+    service: InThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    num_fds = len(os.listdir("/proc/self/fd"))
+    with connected(service.path) as first:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(OSError), connected(service.path):
+                pass
+        assert isinstance(asked(first, AskStatus()), ServiceStatus)
+    assert "a connection cannot be served: can't start new thread" in caplog.text
+    until("another to be served", lambda: _is_served(service))
+    until("its descriptors to be closed", lambda: len(os.listdir("/proc/self/fd")) <= num_fds)
+
+
 def _is_served(service: InThread) -> bool:
     try:
         return service.status().num_unfinished == 0
