@@ -1,4 +1,4 @@
-"""Which threads let others go first: those that store and copy behind a training, and none that anybody waits for.
+"""Who lets others go first: threads that store and copy behind a training, and none that anybody waits for.
 
 A process cannot take back what it has given up of its priority, so it is given up thread by thread, as Linux has it. A
 thread hands its priority on to those that it starts.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import threading
+from collections.abc import Iterator
 
 _IOPRIO_SYSCALLS = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_LEAST = (2 << 13) | 7  # best effort, the last of its levels: idle would starve beside a busy disk
@@ -45,6 +47,21 @@ def wait_for_turn() -> None:
     """
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # of this thread
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Let Python look for no cycles within the block, or the function that this decorates: with each quarter of objects
+    that come to those there are it looks through all of them, and of a state with many tensors many are made at once.
+    """
+    if not gc.isenabled():  # by who will have it again
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @functools.cache

@@ -49,6 +49,11 @@ CHECKPOINTED_MODULE = "_checkpoint_wrapped_module"
 """The attribute in which activation checkpointing keeps the module that it wraps."""
 _FSDP1_FLATTENED = "_fsdp_flattened"
 
+# names in a state ---------------------------------------------------------------------------------------------------
+
+MAKES_WRITE_ITEMS = "__create_write_items__"
+"""The method of what tells DCP's planner by itself how it is written, as a DTensor does."""
+
 # names of threads ---------------------------------------------------------------------------------------------------
 
 ASYNC_SAVE_THREAD = "AsyncCheckpointExecutor"
@@ -65,6 +70,14 @@ def is_flattened_by_fsdp1(parameter: torch.Tensor) -> bool:
 def is_without_memory(tensor: torch.Tensor) -> bool:
     """Whether it is of zeros that autograd only notes down."""
     return tensor._is_zerotensor()
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, on the same device, in one call, during which other threads run."""
+    import torch
+
+    with torch.no_grad():
+        torch._foreach_copy_(targets, sources)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:

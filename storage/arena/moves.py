@@ -13,9 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from storage.agent import num_local_ranks
-from storage.torch_private import is_without_memory
+from storage.torch_private import copy_all, is_without_memory
 
 PIECE_BYTES = 16 * 1024 * 1024
+_SMALL_BYTES = 32 * 1024
+"""Of a tensor that torch copies on the thread that asks for it, whatever its dtype."""
+_NUM_AT_ONCE = 1024
+"""Of small ones: a call for each takes Python longer than the copy, and threads wait for one another in between."""
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 NUM_THREADS_MAX = 8
 
 
@@ -35,15 +40,28 @@ def lies_plainly(tensor: torch.Tensor) -> bool:
 
 
 def pieces_of(moves: Collection[Move]) -> Iterator[Callable[[], None]]:
-    """Calls that together copy all of them, none of more than 16 MiB where that can be told from outside."""
+    """Calls that together copy all of them, none of more than 32 MiB where that can be told from outside."""
+    small: list[Move] = []
     for move in moves:
-        if not move.source.numel():
+        if not (size_bytes := move.source.nbytes):
             continue
-        if lies_plainly(move.source):
-            for start in range(0, move.source.nbytes, PIECE_BYTES):
-                yield functools.partial(_copy_bytes, move, start)
-        else:
+        if not lies_plainly(move.source):
             yield functools.partial(_copy, move)
+        elif size_bytes <= _SMALL_BYTES and type(move.source) in _PLAIN:
+            small.append(move)
+        else:
+            for start in range(0, size_bytes, PIECE_BYTES):
+                yield functools.partial(_copy_bytes, move, start)
+    for start in range(0, len(small), _NUM_AT_ONCE):
+        yield functools.partial(_copy_small, small[start : start + _NUM_AT_ONCE])
+
+
+def _copy_small(moves: Sequence[Move]) -> None:
+    if moves[0].target.is_inference():  # laid out in a block of that mode, which other threads are not in
+        for move in moves:
+            _copy_bytes(move, 0)
+    else:
+        copy_all([move.target for move in moves], [move.source for move in moves])
 
 
 def _copy_bytes(move: Move, start: int) -> None:

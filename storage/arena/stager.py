@@ -216,6 +216,8 @@ class Stager:
     def _divided(self, moves: Iterable[Move]) -> tuple[list[Move], list[Move]]:
         """Those of what changes in an optimizer's step only, and the others."""
         owned = self._watch.storages() if self._watch is not None and self._is_overlapped else set()
+        if not owned:
+            return [], list(moves)
         late: list[Move] = []
         at_once: list[Move] = []
         for move in moves:
@@ -227,13 +229,13 @@ class Stager:
         if (pending := self._pending) is not None:
             pending.hold_step()
 
-    def free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
-        """Let go of a slot in that way."""
     def have_guarded(self) -> None:
         """Have the arena's guard told of its slots, by a thread that no training waits for."""
         with contextlib.suppress(RuntimeError):  # it is closed
             self._pool.submit(self._arena.have_guarded)
 
+    def free(self, slot: Slot, pending: PendingCopy | None, leave: Callable[[Arena, Slot], None]) -> None:
+        """Let go of a slot in that way."""
         if pending is not None and self._pending is pending:
             self._pending = None  # with it go its references to the state
         leave(self._arena, slot)
@@ -261,8 +263,6 @@ def in_place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor_over(bytes_of(tensor), tensor.dtype, tuple(tensor.shape))
 
 
-def _on_host(moves: Iterable[Move]) -> list[Move]:
-    return [move for move in moves if not move.source.is_cuda]
 def _await_all(copies: Iterable[DeviceCopy]) -> None:
     """Block until no device writes to the slot any more, whatever it has copied."""
     for copy in copies:
@@ -270,6 +270,8 @@ def _await_all(copies: Iterable[DeviceCopy]) -> None:
             copy.wait()
 
 
+def _on_host(moves: Iterable[Move]) -> list[Move]:
+    return [move for move in moves if not move.source.is_cuda]
 
 
 def _on_devices(moves: Iterable[Move]) -> list[Move]:

@@ -13,6 +13,7 @@ from storage.arena.pending import StagingListener
 from storage.arena.stager import Staged, Stager
 from storage.errors import Corrupt, UsageError
 from storage.format.framing import EncodedItem
+from storage.priority import without_collections
 from storage.ranks.agreement import AgreeingGroup, Failure
 from storage.run.attempt import StateContents
 from storage.saving.committer import Committer
@@ -85,6 +86,7 @@ class RankPart:
     picks: tuple[int, ...]
     values: dict[int, EncodedItem]
 
+    @without_collections()
     def copy(self, stager: Stager, listener: StagingListener) -> CopiedPart:
         """A copy of it; of the state's tensors none is whole before `go_on`, where they are copied behind the save."""
         try:
@@ -165,6 +167,7 @@ class Consensus:
     def _has_plan_of(self, holdings: Holdings) -> bool:
         return self._plan is not None and self._plan.digest == holdings.digest
 
+    @without_collections()
     def _describe(self, state: Mapping[str, Any], *, compare_ranks: bool) -> _Described | Failure:
         """What this rank holds, and those of its values that it is likely to write, encoded; or why it cannot tell."""
         try:
@@ -220,12 +223,15 @@ class Consensus:
     def _replan(self, holdings: Holdings) -> _Plan:
         if not self._num_plans:  # the first save takes long as it is, and nobody saves who has only begun to restore
             self._group.connect_nearby()
-        gathered = self._group.gather(dump_share(holdings.share))
+        mine = self._group.rank
+        gathered = self._group.gather(b"" if self._group.is_coordinator else dump_share(holdings.share))
         contents: StateContents | None = None
 
+        @without_collections()
         def plan() -> str:
             nonlocal contents
-            shares = [load_share(data) for data in gathered or []]
+            told = enumerate(gathered or [])
+            shares = [holdings.share if rank == mine else load_share(data) for rank, data in told]
             try:
                 picks = assign([share.chunks for share in shares])
                 contents = contents_of(shares)
@@ -239,7 +245,7 @@ class Consensus:
 
         picks = load_picks(self._group.on_coordinator(plan).encode())
         self._num_plans += 1
-        return _Plan(self._num_plans, holdings.digest, picks[self._group.rank], contents)
+        return _Plan(self._num_plans, holdings.digest, picks[mine], contents)
 
 
 def check_alike(sums_of_rank: Sequence[Mapping[str, str]]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,21 +28,23 @@ from storage.saving.saveplan import Chunk, Share, dump_share
 from storage.saving.writing import Payload
 from storage.state.fingerprint import fingerprint
 from storage.state.objects import Objects, open_state
-from storage.state.tree import Flat, join_containers
-from storage.torch_private import shards_of
+from storage.state.tree import PLAIN_TYPES, Flat, join_containers
+from storage.torch_private import MAKES_WRITE_ITEMS, shards_of
 
 _PARAMETER_SAMPLE_BYTES = 4096
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What this rank could write of the state: one chunk for each write item of the planner.
+    """What this rank could write of the state: one chunk for each write item that DCP's planner would have.
 
+    `items` are those of what the planner was asked about, None for what has one way to be written (`_is_plain`).
     `sums`: by name, fingerprints of what every rank must hold alike. `digest`: a sum of the chunks and containers.
     """
 
     planner: DefaultSavePlanner
-    items: tuple[WriteItem, ...]
+    items: tuple[WriteItem | None, ...]
     chunks: tuple[Chunk, ...]
     containers: tuple[Container, ...]
     sums: Mapping[str, str]
@@ -62,11 +65,16 @@ class Holdings:
 
     def encode_values(self, positions: Collection[int]) -> dict[int, EncodedItem]:
         """Encode the values among the chunks at `positions`. Raises UnsupportedValue."""
+        chunks = self.chunks
         return {
-            position: encode_value(self.chunks[position].key, self.planner.lookup_object(self.items[position].index))
+            position: encode_value(chunks[position].key, self._value(position))
             for position in positions
-            if self.chunks[position].sizes is None
+            if chunks[position].sizes is None
         }
+
+    def _value(self, position: int) -> Any:
+        item = self.items[position]
+        return self.leaves[self.chunks[position].key] if item is None else self.planner.lookup_object(item.index)
 
     def stage(
         self, picks: Collection[int], values: dict[int, EncodedItem], stager: Stager, listener: StagingListener
@@ -92,8 +100,10 @@ class Holdings:
         tensor = self.leaves.get(self.chunks[position].key)
         if type(tensor) is DTensor:  # most are of these kinds, of which a rank has one chunk: DCP looks for longer
             tensor = tensor.to_local()
-        elif type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-            tensor = self.planner.resolve_data(self.items[position])
+        elif type(tensor) not in _PLAIN_TENSORS:
+            item = self.items[position]
+            assert item is not None, "the planner was asked about it"
+            tensor = self.planner.resolve_data(item)
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
@@ -138,27 +148,51 @@ def holdings_of(flat: Flat, rank: int, before: Holdings | None = None) -> Holdin
         kinds = _kinds_of(flat)
     # what can be told of has nothing in it to be flattened, and DCP would look through all of it
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=not is_as_before)
-    planner.set_up_planner(flat.leaves, is_coordinator=rank == 0)
+    apart = {name: leaf for name, leaf in flat.leaves.items() if not _is_plain(leaf)}
+    planner.set_up_planner(apart, is_coordinator=rank == 0)
     if before is not None and is_as_before:
         return replace(before, planner=planner, sums={}, leaves=flat.leaves)
-    items = tuple(planner.create_local_plan().items)
-    chunks = tuple(chunk_of(item, flat.paths[item.index.fqn]) for item in items)
-    share = Share(chunks, tuple(flat.containers))
+    rows = list(_rows(flat, apart, planner))
+    share = Share(tuple(chunk for chunk, _ in rows), tuple(flat.containers))
     digest = hashlib.blake2b(dump_share(share), digest_size=16).hexdigest()
-    return Holdings(planner, items, chunks, share.containers, {}, digest, kinds, flat.leaves)
+    items = tuple(item for _, item in rows)
+    return Holdings(planner, items, share.chunks, share.containers, {}, digest, kinds, flat.leaves)
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether DCP has one way to write a leaf: as a value, or as a tensor that is all here. It need not be asked."""
+    if type(leaf) in _PLAIN_TENSORS or type(leaf) in PLAIN_TYPES:
+        return True
+    return not isinstance(leaf, torch.Tensor) and not hasattr(leaf, MAKES_WRITE_ITEMS)
+
+
+def _rows(flat: Flat, apart: Collection[str], planner: DefaultSavePlanner) -> Iterator[tuple[Chunk, WriteItem | None]]:
+    """The chunks in the order of the state, with the items of those that the planner was asked about."""
+    planned: dict[str, list[WriteItem]] = defaultdict(list)
+    for item in planner.create_local_plan().items:
+        planned[item.index.fqn].append(item)
+    for name, leaf in flat.leaves.items():
+        path = flat.paths[name]
+        if name in apart:
+            yield from ((chunk_of(item, path), item) for item in planned[name])
+        elif isinstance(leaf, torch.Tensor):
+            shape = tuple(leaf.shape)
+            yield _tensor_chunk(name, path, leaf.dtype, shape, (0,) * len(shape), shape), None
+        else:
+            yield _value_chunk(name, path), None
 
 
 def _kinds_of(flat: Flat) -> tuple[Any, ...] | None:
     found: list[Any] = [tuple(flat.paths.values()), tuple(flat.containers)]
     for name, leaf in flat.leaves.items():
-        if shards_of(leaf) is not None:
+        if not isinstance(leaf, torch.Tensor):
+            found.append((name,))
+            continue
+        if type(leaf) not in _PLAIN_TENSORS and shards_of(leaf) is not None:
             return None
-        kind: tuple[Any, ...] = (name, type(leaf)) if isinstance(leaf, torch.Tensor) else (name,)
-        if isinstance(leaf, torch.Tensor):
-            kind += (leaf.dtype, leaf.shape, leaf.layout, leaf.device.type, leaf.is_nested, leaf.requires_grad)
-        if isinstance(leaf, DTensor):
-            kind += (leaf.placements, leaf.device_mesh)
-        found.append(kind)
+        of_all = (leaf.dtype, leaf.shape, leaf.layout, leaf.device.type, leaf.is_nested, leaf.requires_grad)
+        of_mesh = (leaf.placements, leaf.device_mesh) if isinstance(leaf, DTensor) else ()
+        found.append((name, type(leaf), *of_all, *of_mesh))
     return tuple(found)
 
 
@@ -207,27 +241,37 @@ def chunk_of(item: WriteItem, path: Path = ()) -> Chunk:
     """What DCP's planner lists, as a chunk; DCP itself does not tell its writers the path in the state."""
     key, data = item.index.fqn, item.tensor_data
     if data is None or item.type is WriteItemType.BYTE_IO:
-        return Chunk(key, path, offsets=None, sizes=None, shape=None, dtype="", size_bytes=0)
-    sizes, dtype = tuple(data.chunk.sizes), data.properties.dtype
-    return Chunk(
-        key,
-        path,
-        offsets=tuple(data.chunk.offsets),
-        sizes=sizes,
-        shape=tuple(data.size),
-        dtype=str(dtype).removeprefix("torch."),
-        size_bytes=math.prod(sizes) * dtype.itemsize,
-    )
+        return _value_chunk(key, path)
+    chunk, shape = data.chunk, tuple(data.size)
+    return _tensor_chunk(key, path, data.properties.dtype, shape, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _value_chunk(key: str, path: Path) -> Chunk:
+    return Chunk(key, path, offsets=None, sizes=None, shape=None, dtype="", size_bytes=0)
+
+
+def _tensor_chunk(
+    key: str,
+    path: Path,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> Chunk:
+    size_bytes = math.prod(sizes) * dtype.itemsize
+    return Chunk(key, path, offsets, sizes, shape, str(dtype).removeprefix("torch."), size_bytes)
 
 
 def contents_of(shares: Collection[Share]) -> StateContents:
     """What the state holds as a whole, by what all ranks hold. Raises ValueError where these contradict each other."""
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
+    tensor, value = TensorEntry.model_construct, ValueEntry.model_construct  # chunks are of the right types
     for share in shares:
         for chunk in share.chunks:
             if chunk.shape is None:
-                values.setdefault(chunk.key, ValueEntry(path=chunk.path))
-            else:
-                tensors.setdefault(chunk.key, TensorEntry(dtype=chunk.dtype, shape=chunk.shape, path=chunk.path))
+                if chunk.key not in values:
+                    values[chunk.key] = value(path=chunk.path)
+            elif chunk.key not in tensors:
+                tensors[chunk.key] = tensor(dtype=chunk.dtype, shape=chunk.shape, path=chunk.path)
     return StateContents(tensors, values, join_containers([share.containers for share in shares]))

@@ -93,11 +93,11 @@ def assign(chunks_of_rank: Sequence[Sequence[Chunk]]) -> list[list[int]]:
         return chunks_of_rank[rank][position]
 
     for identity in sorted(holders, key=lambda identity: -first(identity).size_bytes):
-        chunk = first(identity)
-        if chunk.sizes is None:
-            rank, position = holders[identity][0]
+        chunk, places = first(identity), holders[identity]
+        if chunk.sizes is None or len(places) == 1:
+            rank, position = places[0]
         else:
-            rank, position = min(holders[identity], key=lambda holder: (load_bytes[holder[0]], holder[0]))
+            rank, position = min(places, key=lambda holder: (load_bytes[holder[0]], holder[0]))
         load_bytes[rank] += chunk.size_bytes
         picks[rank].append(position)
     return [sorted(pick) for pick in picks]
@@ -114,10 +114,11 @@ def _check_whole(
     kinds: dict[str, tuple[tuple[int, ...] | None, str]] = {}
     num_elements: dict[str, int] = defaultdict(int)
     for places in holders.values():
-        descriptions = {(chunk.sizes, chunk.shape, chunk.dtype) for chunk in (chunks_of_rank[r][p] for r, p in places)}
         rank, position = places[0]
         chunk = chunks_of_rank[rank][position]
-        if len(descriptions) > 1 or kinds.setdefault(chunk.key, (chunk.shape, chunk.dtype)) != (
+        others = (chunks_of_rank[rank][position] for rank, position in places[1:])
+        is_alike = all((c.sizes, c.shape, c.dtype) == (chunk.sizes, chunk.shape, chunk.dtype) for c in others)
+        if not is_alike or kinds.setdefault(chunk.key, (chunk.shape, chunk.dtype)) != (
             chunk.shape,
             chunk.dtype,
         ):

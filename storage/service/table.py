@@ -21,6 +21,7 @@ from storage.format.containers import Container
 from storage.format.framing import MISREAD_BYTES, EncodedItem, FramedItem, Framing, is_misread
 from storage.format.manifest import TensorEntry, ValueEntry
 from storage.format.sealed import check_seal, seal_bytes
+from storage.priority import without_collections
 from storage.run.attempt import StateContents
 from storage.saving.saveplan import Chunk
 from storage.saving.writing import Payload
@@ -160,6 +161,7 @@ class TableWriter:
     def __init__(self) -> None:
         self._before: _Written | None = None
 
+    @without_collections()
     def write(
         self, payloads: Sequence[Payload], slot: Slot | None, contents: StateContents | None, staging_error: str | None
     ) -> Slot:
@@ -225,6 +227,9 @@ def _written(
         return blob.add(view, source)
 
     for at, payload in enumerate(payloads):
+        if (known := _framed_row(payload, slot, by_kind, numbers)) is not None:
+            rows.append(known)
+            continue
         item = payload.item()
         if isinstance(item, EncodedItem):
             is_given = item is payload.content
@@ -245,6 +250,21 @@ def _written(
     body = seal_bytes(_KIND, _table.dump_json(Table(tuple(rows), tuple(framing_rows), of_contents, staging_error)))
     head = _HEAD.pack(len(body)) + body
     return _Written(key, by_kind, head.ljust(_begin(len(body)), b"\0"), blob.sources)
+
+
+def _framed_row(
+    payload: Payload, slot: Slot | None, by_kind: Mapping[Kind, Framing], numbers: Mapping[Framing, int]
+) -> PayloadRow | None:
+    """The row of a tensor in the slot of whose kind another one was framed before; None of any other payload."""
+    if slot is None or (offset := _offset_of(payload.content, slot)) is None:
+        return None
+    from storage.format.items import kind_of
+
+    framing = by_kind.get(kind_of(payload.content))  # type: ignore[arg-type]
+    length = payload.chunk.size_bytes
+    if framing is None or is_misread(slot.memory[offset : offset + MISREAD_BYTES]):
+        return None
+    return PayloadRow(payload.chunk, (Place(offset, length),), framing=numbers[framing])
 
 
 def _buffer(payload: Payload, number: int) -> memoryview:

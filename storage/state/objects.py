@@ -170,6 +170,8 @@ def _children(path: Path, value: Any) -> Iterator[tuple[str | int, Any]]:
         return
     found: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, Mapping):
+        if all(isinstance(child, torch.Tensor) or type(child) in PLAIN_TYPES for child in value.values()):
+            return
         found = zip(names_of_keys(value), value.values(), strict=True)
     elif isinstance(value, list) and not is_leaf(value):
         found = enumerate(value)

@@ -183,19 +183,6 @@ def notes_on_a_full_disk(disk: Path) -> list[str]:
     return lines
 
 
-def saves_with_a_full_dev_shm(disk: Path) -> list[str]:
-    """Slots have no name there, so a container's small /dev/shm does not matter."""
-    (disk / "shm").mkdir()
-    fill(disk)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mount(os.fsencode(disk), b"/dev/shm", None, 0x1000, None) == 0
-    folder = disk.parent / "node"
-    under_an_agent(folder / "service.sock", disk.parent / "events.jsonl")
-    told = Told()
-    with (
-        in_thread(folder / "service.sock", held=HeldStates()),
-        Checkpointer(disk.parent / "run", on_event=lambda name, fields: told.append((str(name), fields))) as ckpt,
-    ):
 def forbid_memfds() -> None:
     """From here on memfd_create is refused to this process, as by the filter of a sandbox (seccomp)."""
     number = {"x86_64": 319, "aarch64": 279}[os.uname().machine]
@@ -255,6 +242,19 @@ class KeeperLink:
         self._its.close()
 
 
+def saves_with_a_full_dev_shm(disk: Path) -> list[str]:
+    """Slots have no name there, so a container's small /dev/shm does not matter."""
+    (disk / "shm").mkdir()
+    fill(disk)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(os.fsencode(disk), b"/dev/shm", None, 0x1000, None) == 0
+    folder = disk.parent / "node"
+    under_an_agent(folder / "service.sock", disk.parent / "events.jsonl")
+    told = Told()
+    with (
+        in_thread(folder / "service.sock", held=HeldStates()),
+        Checkpointer(disk.parent / "run", on_event=lambda name, fields: told.append((str(name), fields))) as ckpt,
+    ):
         ckpt.save(1, state(1, 8 << 20), wait=True)
         assert ckpt.wait()
     assert committed(disk.parent / "run") == [1]

@@ -1,4 +1,4 @@
-"""What becomes of a slot whose copy does not begin, or is broken off."""
+"""Copies of many small tensors, and what becomes of a slot whose copy does not begin or is broken off."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ from tests.storage.staging_rig import Rig, copies, same
 def rig() -> Iterator[Rig]:
     with contextlib.closing(Rig()) as made:
         yield made
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_many_small_tensors_are_copied_by_few_calls(rig: Rig, is_inference: bool) -> None:
+    kinds = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
+    named = [(str(n), torch.randn(n % 7, 3).to(kinds[n % 4])) for n in range(3000)]
+    named += [("large", torch.randn(moves.PIECE_BYTES // 4 + 1)), ("turned", torch.randn(3, 2).t())]
+    with torch.inference_mode(is_inference):
+        staged = rig.stager.stage(named)
+    assert same(staged, copies(named))
+    laid = [Move(name, tensor, copy) for (name, tensor), copy in zip(named, staged.tensors, strict=True)]
+    assert len(list(moves.pieces_of(laid))) == 3 + 2 + 1
+    staged.release()
 
 
 @pytest.mark.parametrize("where", ["storage.arena.stager.Move", "storage.arena.stager.tensor_over"])

@@ -10,12 +10,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from storage import Checkpointer
 from storage.errors import UnsupportedValue
-from storage.saving.describe import Holdings, describe
+from storage.saving.describe import Holdings, chunk_of, describe
 from storage.state.objects import open_state
 
 
@@ -37,7 +38,29 @@ def state(**changes: Any) -> dict[str, Any]:
 
 
 def told(holdings: Holdings) -> tuple[Any, ...]:
-    return holdings.chunks, holdings.containers, holdings.digest, [item.index for item in holdings.items]
+    return holdings.chunks, holdings.containers, holdings.digest, [item and item.index for item in holdings.items]
+
+
+class OfItsOwn(torch.Tensor):
+    """A tensor of somebody's class."""
+
+
+def test_what_dcp_need_not_be_asked_about_is_listed_as_it_would() -> None:
+    odd = torch.randn(3).as_subclass(OfItsOwn)
+    made = state(parameter=torch.nn.Parameter(torch.ones(2, 0)), scalar=torch.tensor(1.5), odd=odd, none=None, set={1})
+    flat, _ = open_state(made, 0)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(flat.leaves, is_coordinator=True)
+    items = planner.create_local_plan().items
+    found = describe(made, 0)
+    assert list(found.chunks) == [chunk_of(item, flat.paths[item.index.fqn]) for item in items]
+    assert [item.index for item in found.items if item] == [i.index for i in items if i.index.fqn in ("w", "odd")]
+    for position, item in enumerate(items):
+        if found.chunks[position].sizes is not None:
+            planned = planner.resolve_data(item)
+            assert isinstance(planned, torch.Tensor) and torch.equal(found.tensor(position), planned)
+    values = found.encode_values(range(len(items)))
+    assert [found.chunks[position].key for position in values] == ["deep.list.0", "deep.text", "n", "none", "set"]
 
 
 def test_other_numbers_are_planned_as_before() -> None:

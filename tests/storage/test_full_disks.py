@@ -28,8 +28,6 @@ def test_what_cannot_be_written_down_costs_no_save(tmp_path: Path) -> None:
     assert [line for line in lines if "events.jsonl" in line]
 
 
-def test_a_full_dev_shm_does_not_matter(tmp_path: Path) -> None:
-    assert cases.run(cases.saves_with_a_full_dev_shm, tmp_path / "disk") == [STAGED, COMMITTED]
 def test_where_memfds_are_forbidden_memory_of_dev_shm_does_instead(tmp_path: Path) -> None:
     told = cases.run(cases.saves_without_memfds, tmp_path / "disk")
     assert told == [STAGED, COMMITTED, "restored"]
@@ -41,3 +39,5 @@ def test_where_there_is_not_enough_of_that_the_reason_is_told(tmp_path: Path) ->
     assert reason.endswith(" MiB are free in /dev/shm")
 
 
+def test_a_full_dev_shm_does_not_matter(tmp_path: Path) -> None:
+    assert cases.run(cases.saves_with_a_full_dev_shm, tmp_path / "disk") == [STAGED, COMMITTED]

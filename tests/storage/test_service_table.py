@@ -43,9 +43,8 @@ def chunk(key: str, tensor: torch.Tensor | None = None) -> Chunk:
 def payloads(slot: Slot | None) -> list[Payload]:
     """Tensors of some kinds, several of one, and values."""
     found, at = [], 0
-    for number, (dtype, shape) in enumerate(
-        [*[(torch.float32, (3, 1000))] * 3, (torch.bfloat16, ()), (torch.int64, (7,)), (torch.uint8, (2 << 20,))]
-    ):
+    kinds = [*[(torch.float32, (3, 1000))] * 5, *[(torch.int16, (2,))] * 4, (torch.bfloat16, ()), (torch.int64, (7,))]
+    for number, (dtype, shape) in enumerate([*kinds, (torch.uint8, (2 << 20,))]):
         tensor = torch.arange(torch.Size(shape).numel()).add(number).to(dtype).reshape(shape)
         if slot is not None:
             copy = tensor_over(slot.memory[at:], dtype, shape)

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -217,19 +217,19 @@ def test_an_exception_between_save_and_step_leaves_the_next_save_as_usual(rig: R
 def test_a_copy_that_fails_is_told_to_who_stores_it_and_not_to_the_step(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(move: Move, start: int) -> None:
+    def fails(moves: Sequence[Move]) -> None:
         raise RuntimeError("the memory is broken")
 
     optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
     rig.train(optimizer)
-    monkeypatch.setattr(moves, "_copy_bytes", fails)
+    monkeypatch.setattr(moves, "_copy_small", fails)
     with pytest.raises(RuntimeError, match="broken"):
         rig.stager.stage(rig.named())
     assert rig.arena.num_free == 1
     monkeypatch.undo()
     lazily = rig.model[0].weight
     staged = rig.stage([("w", lazily.detach())])
-    staged._pending.work._calls.appendleft(lambda: fails(None, 0))  # type: ignore[arg-type, union-attr]
+    staged._pending.work._calls.appendleft(lambda: fails([]))  # type: ignore[union-attr]
     staged._pending.work._num_left += 1  # type: ignore[union-attr]
     rig.train(optimizer)
     with pytest.raises(RuntimeError, match="broken"):

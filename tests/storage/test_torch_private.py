@@ -26,6 +26,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.tensor import DTensor
 
 import storage
 from storage import torch_private
@@ -170,6 +171,19 @@ def test_the_changes_of_a_tensor_are_counted_with_those_of_its_views() -> None:
     assert before is not None and torch_private.version_of(seen) != before, broken("a change is not counted", where)
     with torch.inference_mode():
         assert torch_private.version_of(torch.ones(1)) is None
+
+
+def test_many_tensors_are_copied_by_one_call() -> None:
+    sources = [nn.Parameter(torch.ones(2)), torch.arange(6).reshape(2, 3), torch.ones((), dtype=torch.bfloat16)]
+    targets = [torch.zeros_like(source, requires_grad=False) for source in sources]
+    torch_private.copy_all(targets, sources)
+    where = "copy_all, arena/moves.py"
+    assert all(map(torch.equal, targets, sources)), broken("tensors are not copied as they are", where)
+
+
+def test_a_dtensor_tells_how_it_is_written() -> None:
+    where = "MAKES_WRITE_ITEMS, saving/describe.py"
+    assert hasattr(DTensor, torch_private.MAKES_WRITE_ITEMS), broken("a DTensor has no such method", where)
 
 
 def test_the_shards_of_a_sharded_tensor_are_told() -> None:
