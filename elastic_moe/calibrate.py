@@ -8,6 +8,8 @@ whose difference is what tokens cost, and the rest what a layer does; a copy and
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import sys
 import time
@@ -39,7 +41,10 @@ _MESSAGE_BYTES = 8 * _MIB
 _NUM_LAYERS = 2
 _SEQUENCES = (1, 4)
 _REPEATS = 5
+_TRIES = 3
 _LEAST_S = 1e-6
+
+log = logging.getLogger(__name__)
 
 
 def measure(job: JobConfig, device: torch.device) -> dict[str, float]:
@@ -104,11 +109,7 @@ def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, f
     config = job.model.model_copy(update={"num_layers": num_layers})
     meshes = build_mesh(MeshPlan(dist.get_world_size(), 1, 1, 0, 1, 2), device)
     model = _model(job, config, meshes, device)
-    times_s = []
-    for sequences in _SEQUENCES:
-        if job.train.compile:
-            torch.compiler.reset()  # a job's micro-batches have one size: no graph is made for several
-        times_s.append(_pass_s(model, sequences, job.train.seq_len, device))
+    times_s = _times_s(job, model, device)
     spec = spec.replace(
         num_layers=num_layers, dense_params=config.num_dense_params, expert_params=config.num_expert_params
     )
@@ -119,6 +120,26 @@ def _layers(job: JobConfig, device: torch.device, spec: MeshSpec) -> dict[str, f
     num_launches = one.launch / spec.layer_launch_s  # more than layers, where these are computed anew
     launch_s = (times_s[0] - few * token_s - one.weights) / num_launches
     return {"flops_per_s": flops_per_token / token_s, "layer_launch_s": max(_LEAST_S, launch_s)}
+
+
+def _times_s(job: JobConfig, model: Decoder, device: torch.device) -> list[float]:
+    """What a pass takes, by `_SEQUENCES`: looked at again where more take no longer, as beside another program."""
+    least_s = [math.inf] * len(_SEQUENCES)
+    for _ in range(_TRIES):
+        for index, sequences in enumerate(_SEQUENCES):
+            if job.train.compile:
+                torch.compiler.reset()  # a job's micro-batches have one size: no graph is made for several
+            least_s[index] = min(least_s[index], _pass_s(model, sequences, job.train.seq_len, device))
+        if least_s[0] < least_s[-1]:
+            return least_s
+    if not dist.is_initialized() or dist.get_rank() == 0:  # all have found the same
+        log.warning(
+            "passes of %d sequences take no longer than those of %d, and flops_per_s is no measurement: let nothing "
+            "else run, or measure a job of longer sequences (train.seq_len)",
+            _SEQUENCES[-1],
+            _SEQUENCES[0],
+        )
+    return least_s
 
 
 def _model(job: JobConfig, config: ModelConfig, meshes: Meshes, device: torch.device) -> Decoder:

@@ -66,9 +66,9 @@ def test_layers_are_measured_as_the_job_has_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibrate, "compile_layers", lambda model, device: done.append("compile"))
     monkeypatch.setattr("torch.compiler.reset", lambda: done.append("reset"))
 
-    def passed(*args: object) -> float:
+    def passed(model: object, sequences: float, *_: object) -> float:
         done.append("pass")
-        return 1.0
+        return sequences
 
     monkeypatch.setattr(calibrate, "_pass_s", passed)
     found = []
@@ -78,6 +78,18 @@ def test_layers_are_measured_as_the_job_has_them(monkeypatch: pytest.MonkeyPatch
         found.append(" ".join(done))
         done.clear()
     assert found == ["False pass pass", "False compile reset pass reset pass", "True pass pass"]
+
+
+def test_what_another_program_has_disturbed_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = JobConfig.model_validate(JOB)
+    for times_s, expected, num_told in (([3, 2, 1, 4], [1, 2], 0), ([3, 2, 4, 3, 2, 2], [2, 2], 1)):
+        left = iter(times_s)
+        monkeypatch.setattr(calibrate, "_pass_s", lambda *_, left=left: next(left))
+        assert calibrate._times_s(job, None, torch.device("cpu")) == expected  # type: ignore[arg-type]
+        assert len(caplog.records) == num_told
+    assert "flops_per_s is no measurement" in caplog.text
 
 
 def test_a_missing_job_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
