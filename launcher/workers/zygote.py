@@ -127,7 +127,11 @@ class _Server:
     def _hear_agent(self) -> None:
         """The agent says that it waits for all imports, or has gone: make them without a pause."""
         self._import_at_s = float("-inf")
-        if not self._news.recv(1):
+        try:
+            is_gone = not self._news.recv(1)
+        except ConnectionResetError:  # it is, and had not read all that it was told
+            is_gone = True
+        if is_gone:
             self._selector.unregister(self._news)
 
     def _accept(self) -> ForkRequest | None:

@@ -140,3 +140,21 @@ print(server._differs(None))
         "",
         "torch.no_such_module could not be imported ahead: No module named 'torch.no_such_module'",
     ]
+
+
+def test_an_agent_that_goes_without_having_read_its_news_is_gone() -> None:
+    """It is told of an error then, and not of an end: no traceback in the log of an agent that was stopped."""
+    program = """
+import socket
+from launcher.workers.forked import tell
+from launcher.workers.imports_ahead import Imports
+from launcher.workers.zygote import _Server
+listener, news = socket.socketpair(), socket.socketpair()
+server = _Server(listener[0], news[0], Imports())
+tell(news[0], ready=True)
+news[1].close()
+server._hear_agent()
+print(news[0] in [key.fileobj for key in server._selector.get_map().values()])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("False\n", "")
