@@ -264,8 +264,6 @@ def choose_backend(given: argparse.Namespace) -> None:
                 "--rdzv-id: jobs that share an etcd or a bucket need names of their own; the same on all nodes of one"
             )
         given.rdzv_id = uuid.uuid4().hex[:8] if given.rdzv_backend == "memory" else "default"
-    if "/" in given.rdzv_id:  # it names a folder of --log-dir, and keys in the store
-        raise UserError(f"--rdzv-id {given.rdzv_id!r}: may not hold a '/'")
 
 
 def _master(given: argparse.Namespace) -> str:

@@ -22,6 +22,8 @@ from launcher.rounds.formation import Planner
 from launcher.rounds.membership import Rules
 from launcher.rounds.records import Node
 
+_NAME_BYTES_MAX = 100  # a folder for logs has two of them in its name, which may have 255
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -53,9 +55,11 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
         name: human part of the node's id; its host's name by default.
 
     Raises:
-        UsageError: the store cannot be used as it was given, or this node has no such address.
+        UsageError: the store cannot be used as it was given, this node has no such address, or a name cannot be one.
     """
     conf = meeting.conf
+    check_name("--node-name", name)
+    check_name("--rdzv-id", meeting.run_id)
     host = socket.gethostname()
     node_id = f"{name or host}-{uuid.uuid4().hex[:8]}"
     with (
@@ -78,6 +82,16 @@ def arrive(meeting: Meeting, *, slots: int, name: str = "") -> Iterator[Arrival]
             zone=conf.zone,
         )
         yield Arrival(meeting, connection, node)
+
+
+def check_name(option: str, name: str) -> None:
+    """Raises UsageError for what can be no part of a key in the store, of a log's line and of a folder's name."""
+    if not name.isprintable():
+        raise UsageError(f"{option} {name!r}: it must be text without line breaks and the like")
+    if "/" in name:
+        raise UsageError(f"{option} {name!r}: may not hold a '/'")
+    if len(name.encode()) > _NAME_BYTES_MAX:
+        raise UsageError(f"{option} {name[:40]!r}...: is too long, {_NAME_BYTES_MAX} bytes at most")
 
 
 def _listen(address: str) -> LivenessListener:

@@ -40,6 +40,11 @@ def test_a_number_of_restarts_is_a_cap_only_if_it_is_given(
     ("given", "message"),
     [
         (["--rdzv-id", "a b/../c"], "--rdzv-id 'a b/../c': may not hold a '/'"),
+        (["--rdzv-id", "x\udcff"], "--rdzv-id 'x\\udcff': it must be text without line breaks and the like"),
+        (["--node-name", "a/b"], "--node-name 'a/b': may not hold a '/'"),
+        (["--node-name", "a\nb"], "--node-name 'a\\nb': it must be text without"),
+        (["--node-name", "n\udcff"], "--node-name 'n\\udcff': it must be text without"),
+        (["--node-name", "n" * 101], f"--node-name '{'n' * 40}'...: is too long, 100 bytes at most"),
         (["--nproc-per-node", "0"], "--nproc-per-node 0: a node runs at least one worker"),
         (["--nproc-per-node", "-2"], "--nproc-per-node -2: a node runs at least one worker"),
         (["--nproc-per-node", "two"], "--nproc-per-node two: it must be a number, or auto, cpu, gpu or xpu"),

@@ -171,6 +171,15 @@ def test_the_launcher_tells_how_many_processes_a_node_has(
     assert [limit.limit for limit in s3_store._limits.values()] == [limit]
 
 
+def test_an_empty_region_of_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.setenv(name, "")
+    store = open_store("s3://bucket/run?anonymous=true")
+    assert isinstance(store, s3_store.S3Store)
+    assert store._bucket._client.endpoint.endswith("amazonaws.com")
+    store.close()
+
+
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

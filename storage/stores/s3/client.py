@@ -59,6 +59,7 @@ ANSWER_SIZE_BYTES_MAX = 4 * 1024 * 1024
 """The largest answer to a control request. A page of a thousand names of 1024 bytes, each as %XX, has 3.5 MB."""
 _FLAG = re.compile(rb"<IsTruncated(?!>\s*(true|false)\s*</IsTruncated>)")
 """botocore takes everything but "true" for false, and a listing would be cut short."""
+_REGION = "us-east-1"  # of those who name none
 _UNSENDABLE = re.compile(r"[^!-~]")
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".aws")
 _NO_CREDENTIALS = (
@@ -104,7 +105,7 @@ class S3Client:
         # a host of the form that urllib's rules for NO_PROXY are about: with its port
         proxy = find_proxy(url.scheme, url.netloc, urllib.request.getproxies(), urllib.request.proxy_bypass)
         self.address = Address(url.hostname or "", url.port or (443 if tls else 80), tls, ca_bundle, proxy)
-        self._region = self._client.meta.region_name or "us-east-1"
+        self._region = self._client.meta.region_name or _REGION
         self._checksum = options.checksum
         self._arguments: Mapping[str, str] = {"Bucket": self._bucket}
         if options.request_payer is not None:
@@ -319,7 +320,8 @@ def _make_client(session: botocore.session.Session, options: S3Options) -> Any:
         )
         return high.client(
             "s3",
-            region_name=options.region,
+            # an empty AWS_DEFAULT_REGION is none, and not a region of that name
+            region_name=options.region or (None if session.get_config_variable("region") else _REGION),
             endpoint_url=options.endpoint_url,
             verify=options.ca_bundle,
             config=config,
