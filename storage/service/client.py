@@ -346,8 +346,8 @@ class ServiceBackend:
             self._ownership.note(Fenced(ended.fenced))
         with self._state:
             handed = self._custody.end(ended.attempt, holds=self._saves.holds)
-            self._told.clear()  # a rank's saves end in order
             if handed is not None:
+                self._told = {(event, step) for event, step in self._told if step != handed.stage.attempt.step}
                 handed.running.stored.set()
                 handed.running.committed.set_result(ended.committed)
             self._state.notify_all()

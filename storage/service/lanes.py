@@ -99,7 +99,11 @@ class Shared:
 
 
 class Lane:
-    """The saves of one session, in order, on a thread that ends when there are none."""
+    """The saves of one session, in order, on threads that end when there are none.
+
+    One has them kept in memory; what is for memory only ends there, and waits for nothing that is stored before it. The
+    other stores the rest.
+    """
 
     def __init__(self, session: Session, shared: Shared) -> None:
         self.session = session
@@ -208,27 +212,26 @@ class Lane:
         step_back()
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: not self._queue or not self._queue[0].waits)
-                if not self._queue:
+                self._lock.wait_for(lambda: not self._queue or ((parcel := self._next()) and not parcel.waits))
+                if (parcel := self._next()) is None:
                     self._thread = None
                     pulse, self._pulse = self._pulse, None
                     opened, self._opened, self._store = self._opened, ExitStack(), None
                     break
-                parcel = self._queue[0]
             self._run(parcel)
         if pulse is not None:
             pulse.close()
         opened.close()
         self._shared.on_idle(self)
 
+    def _next(self) -> Parcel | None:
+        """The first that is to be stored."""
+        return next((parcel for parcel in self._queue if parcel.stage.tier is Tier.STORE), None)
+
     def _run(self, parcel: Parcel) -> None:
         stage, fenced, committed = parcel.stage, None, False
         parcel.ready.wait()
         if parcel.is_refused:
-            return
-        if stage.tier is Tier.RAM:
-            self.release(parcel)
-            self._end(parcel, committed=parcel.made is not None, fenced=None)
             return
         report = Reporter(self.session.listener, stage.told)
         try:
@@ -261,8 +264,9 @@ class Lane:
             with self._lock:
                 is_over = is_heard or parcel.num_handed == num_handed
                 if is_over:
-                    self._queue.popleft()
+                    self._queue.remove(parcel)
                     self.num_ended += 1
+                    self._lock.notify_all()
         self._shared.safe.done(parcel.safe)
 
     def _hold_all(self) -> None:
@@ -289,6 +293,9 @@ class Lane:
                     has_given_way = parcel.has_given_way
                 if has_given_way:
                     self._end_unbegun(parcel)
+            if parcel.stage.tier is Tier.RAM:
+                self.release(parcel)
+                self._end(parcel, committed=parcel.made is not None, fenced=None)
 
     def _open_parcel(self, parcel: Parcel) -> bool:
         """Look into a parcel; whether it is one. What is none is its worker's again."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from storage.pace.rules import Tier
 from storage.saving.uploads import Tried
 from storage.service.callers import Callers
 from storage.service.channel import close_all
@@ -213,7 +214,8 @@ class Server:
 
     def _unfinished(self, caller: ServiceCaller, ask: AskUnfinished, fds: list[int]) -> None:
         parcels = [parcel for parcel in self._all_unfinished() if parcel.stage.url == ask.url and not parcel.has_ended]
-        caller.answer(Unfinished(attempts=tuple(parcel.stage.attempt for parcel in parcels)))
+        attempts = tuple(parcel.stage.attempt for parcel in parcels if parcel.stage.tier is Tier.STORE)
+        caller.answer(Unfinished(attempts=attempts))
 
     def _status(self, caller: ServiceCaller, ask: AskStatus, fds: list[int]) -> None:
         unfinished = self._all_unfinished()

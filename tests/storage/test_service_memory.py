@@ -21,11 +21,12 @@ from storage.held.truce import Standstill
 from storage.run import owner
 from storage.service import lanes
 from storage.service.memory import HeldStates
+from storage.service.messages import AskUnfinished, Unfinished
 from storage.service.parcels import Parcel, TakenOver
 from storage.service.sessions import Session
 from storage.stores.local import LocalStore
 from tests.cluster import until
-from tests.storage.service_cases import PATIENCE_S, InThread, committed, in_thread
+from tests.storage.service_cases import PATIENCE_S, InThread, asked, committed, connected, in_thread
 
 _NUM_SAVES = int(os.environ.get("SERVICE_SAVES", "10"))
 _NUM_FDS_HELD = 2 * 2 + 1
@@ -102,7 +103,7 @@ def test_a_state_that_is_not_stored_yet_is_restored_from_memory(
     before._close(abandon=True)
     step, state, told = restored(tmp_path / "run", 2)
     assert (step, state["n"], torch.equal(state["w"], tensors(7)["w"])) == (7, 7, True)
-    assert not node.server.truce.is_on
+    until("what stood still to go on", lambda: not node.server.truce.is_on)
     fields = dict(told)["restored"]
     assert fields["from_own"] > 300_000 * 4
     assert not {"from_peer", "from_store"} & fields.keys()
@@ -280,6 +281,33 @@ def test_while_a_state_is_copied_slowly_it_stays_and_newer_ones_are_not_copied(
                 saver = ckpt._savers()[0]
                 until("the worker to hear of it", lambda saver=saver: not saver._committer.is_copying)
     assert seen == {1: [1], 2: [2, 1], 3: [3, 2, 1], 4: [4, 3, 2, 1], 5: [5, 4, 2, 1], 6: [6, 5, 2], 7: [7, 6]}
+
+
+def test_saves_for_memory_end_though_the_store_takes_none_of_those_before_them(
+    tmp_path: Path, node: InThread, shut: threading.Event
+) -> None:
+    """Any number of them: none keeps its slot, or descriptors, until what is stored before it has been."""
+    told, num_fds = Told(), 0
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        told.append((str(event), fields))
+
+    with Checkpointer(tmp_path / "run", job=job(1), on_event=tell, every=100, ram_every=1) as ckpt:
+        for step in range(100, 130):
+            ckpt.save(step, tensors(step))
+            until("the state", lambda step=step: step in held(node))
+            num_fds = num_fds if step > 105 else len(os.listdir("/proc/self/fd"))
+        assert held(node) == [129, 128]
+        until("no more descriptors", lambda: len(os.listdir("/proc/self/fd")) < num_fds + 10)  # some come and go
+        with connected(node.path) as caller:
+            unfinished = asked(caller, AskUnfinished(url=str(tmp_path / "run")))
+        assert isinstance(unfinished, Unfinished)
+        assert [attempt.step for attempt in unfinished.attempts] == [100]
+        shut.set()
+        assert ckpt.wait()
+    assert [fields["step"] for name, fields in told if name == "checkpoint_held"] == list(range(101, 130))
+    assert not [fields for name, fields in told if name == "checkpoint_skipped"]
+    assert committed(tmp_path / "run") == [100]
 
 
 def test_a_save_for_memory_does_not_wait_for_one_that_the_store_is_slow_to_take(
