@@ -302,10 +302,13 @@ class Uploads:
             retention.clear(
                 self._store, claim, lambda seen: attempt_ids.live_beside(attempt.id, seen, claim.owner.adopts)
             )
-            if isinstance(error, receipts.PartFailed) and self._store.can(Capability.CONDITIONAL_PUTS):
+            if not isinstance(error, receipts.PartFailed) or not self._store.can(Capability.CONDITIONAL_PUTS):
+                return
+            if receipts.committed_bytes(self._store, attempt) is None:  # by another process, before that receipt
                 retention.drop_data(self._store, attempt.prefix, attempt.id)
+        except Fenced as failure:
+            self._note(failure)  # the newer owner cleans up
         except Exception as failure:  # noqa: BLE001 - left-overs cost space, not safety
-            self._note(failure)
             self._report(
                 CheckpointEvent.CLEANUP_FAILED, step=attempt.step, reason=f"{type(failure).__name__}: {failure}"
             )

@@ -154,6 +154,42 @@ def test_a_save_whose_process_was_frozen_and_that_another_has_committed_is_said_
     assert not [info.key for info in store.list("") if "aborted" in info.key]
 
 
+class ThawingOnAFullDisk(Thawing):
+    """What it puts itself when it goes on has no room, if it is data."""
+
+    def put_from(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is None:
+            return super().put_from(key, *args, **kwargs)
+        meanwhile()
+        raise Transient("no space left")
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_what_another_has_committed_stays_where_the_save_has_no_room(
+    is_committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ThawingOnAFullDisk(99)
+    hold = Hold(store)
+    save, other, early = Save(store, hold), Save(store, hold), Save(store, hold, number=0)
+    other.attempt = save.attempt
+    store.put(early.attempt.prefix + layout.data_name(early.attempt.id, 0, 0), [b"left"])
+
+    def carry_out() -> None:
+        if is_committed:
+            assert other.run(Tried.BEGUN)
+            store.delete(save.attempt.prefix + layout.receipt_name(save.attempt.id, 0))
+        else:
+            store.put(save.attempt.prefix + layout.data_name(save.attempt.id, 0, 0), [b"half"])
+
+    monkeypatch.setattr(Uploads, "_committed_all_the_same", lambda *_: None)  # the store did not tell
+    store.meanwhile = carry_out
+    assert not save.run()
+    assert [name for name, _ in save.events] == [CheckpointEvent.FAILED]
+    assert len([info for info in store.list("") if info.key.endswith(".distcp")]) == is_committed
+    assert catalog.committed_steps(store) == [10] * is_committed
+
+
 def test_a_rank_that_was_frozen_for_longer_than_it_may_wait_looks_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Thawing(0)
     hold = Hold(store)

@@ -109,6 +109,7 @@ class Noting:
     def __init__(self, *given: object) -> None:
         self.noted: list[int] = []
         self.saves: list[int] = []
+        self.on_connect: list[object] = []
         self.state = self
 
     def note(self, step: int, state: object, *, healthy: bool = True) -> None:
