@@ -72,10 +72,9 @@ def name_of(path: Path) -> str:
 
 def is_object(value: Any) -> bool:
     """Whether a value is asked for its state, and given it back: it has a `state_dict`, or is a PerRank."""
-    if (
-        isinstance(value, (torch.Tensor, type)) or type(value) in PLAIN_TYPES
-    ):  # most there is; a protocol is slow to ask
-        return False
+    kind = type(value)
+    if isinstance(value, (torch.Tensor, type)) or kind in PLAIN_TYPES or kind in _KINDS:
+        return False  # most there is; a protocol is slow to ask
     return isinstance(value, (Stateful, PerRank, torch.optim.Optimizer))
 
 
