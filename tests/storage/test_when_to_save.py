@@ -109,8 +109,7 @@ class Noting:
     def __init__(self, *given: object) -> None:
         self.noted: list[int] = []
         self.saves: list[int] = []
-        self.on_connect: list[object] = []
-        self.state = self
+        self.state, self.on_connect = self, list[object]()
 
     def note(self, step: int, state: object, *, healthy: bool = True) -> None:
         self.noted.append(step)
