@@ -30,7 +30,7 @@ def to_blame(error: OSError) -> str:
         here = os.getcwd()
     except OSError as problem:
         return f"the current folder is not there any more ({problem.strerror}): {_MEND}"
-    if error.errno not in _LEADS_NOWHERE or (os.path.isabs(named) and not (_is_gone and named.startswith(here))):
+    if error.errno not in _LEADS_NOWHERE or (os.path.isabs(named) and not named.startswith(f"{here}/")):
         return ""
     if _is_gone:
         return f"{named}: {error.strerror}{hint()}"

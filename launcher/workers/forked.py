@@ -101,12 +101,20 @@ def _settle_process(request: ForkRequest) -> None:
         elif signal.getsignal(signum) is signal.SIG_IGN and signum not in _IGNORED_BY_PYTHON:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.chdir(request.cwd)
+    _go_to(request.cwd)
     tempfile.tempdir = None
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # a fork would repeat the zygote's sequence
     gc.enable()
+
+
+def _go_to(folder: str) -> None:
+    """Make it the current folder, unless it is: this user may be in one that it may not enter."""
+    with contextlib.suppress(OSError):
+        if os.getcwd() == folder:
+            return
+    os.chdir(folder)
 
 
 def _open_streams() -> None:
@@ -135,7 +143,7 @@ def _start_cold(names: list[str], package: str, request: ForkRequest, news: sock
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(2, f"started again, cold: {why}, which this process had imported ahead\n".encode())
-    os.chdir(request.cwd)
+    _go_to(request.cwd)
     command = [sys.executable, *request.argv]
     if stacks := Environment.from_env(request.env).stacks:
         command[2:2] = [program.__file__, str(stacks)]

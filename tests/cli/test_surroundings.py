@@ -17,6 +17,7 @@ from elastic_moe.cli.main import main
 from elastic_moe.errors import UserError
 from elastic_moe.trainer.world import check_meeting
 from launcher import UsageError, Worker
+from launcher.workers.forked import _go_to
 from storage import JobIdentity
 from storage import UsageError as StorageUsageError
 from storage.agent import num_local_ranks
@@ -95,8 +96,24 @@ def test_a_folder_that_may_not_be_looked_into(monkeypatch: pytest.MonkeyPatch, t
     assert to_blame(refused) == ""
     monkeypatch.setattr("os.access", lambda *_: False)
     assert to_blame(refused).startswith(f"job.toml: this user may not look into the current folder, {tmp_path}: go to")
+    whole = PermissionError(13, "Permission denied", f"{tmp_path}/demo-out")
+    assert to_blame(whole).startswith(f"{tmp_path}/demo-out: this user may not look into the current folder")
     assert to_blame(PermissionError(13, "Permission denied", "/job.toml")) == ""
     assert to_blame(OSError(28, "No space left on device")) == ""
+
+
+def test_a_forked_worker_stays_in_a_folder_that_it_may_not_enter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as shut:
+        shut.setattr("os.chdir", refuse)
+        _go_to(str(tmp_path))
+        with pytest.raises(PermissionError):
+            _go_to("/elsewhere")
 
 
 # --- variables
