@@ -88,12 +88,15 @@ def _ask(zygote: str, argv: "list[str]") -> "_socket.socket":
     worker: list[int] = []  # its pid and a descriptor of it, once they are known
 
     def pass_on(signum: int, _frame: object) -> None:
-        if worker and not select.select([worker[1]], [], [], 0)[0] and os.getpgid(worker[0]) == worker[0]:
-            os.killpg(worker[0], signum)  # the zygote may be busy for a second
-            return
-        heard.append(signum)
-        body = b"%d" % signum
-        connection.sendall(_header(body) + body)
+        try:
+            if worker and not select.select([worker[1]], [], [], 0)[0] and os.getpgid(worker[0]) == worker[0]:
+                os.killpg(worker[0], signum)  # the zygote may be busy for a second
+                return
+            heard.append(signum)
+            body = b"%d" % signum
+            connection.sendall(_header(body) + body)
+        except OSError:
+            pass  # the worker has just ended, and how is to be read from the connection; or the zygote is gone
 
     # From here on: the worker may run before its pid is told. What comes too early for it waits for it in the socket.
     before = {handled: _signal.signal(handled, pass_on) for handled in tied.PASSED_ON}

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from launcher.frames import send_body
 from launcher.workers import boot
 from launcher.workers.fork_request import ForkRequest
+from tests.cluster import until
 
 _TELL = """
 import sys
@@ -85,3 +88,36 @@ def test_what_is_no_request_is_refused_and_its_descriptors_are_closed(body: byte
         with pytest.raises(ValueError):
             ForkRequest.receive(ours)
         assert num_open() == before
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal; see proc_pid_status(5)."""
+    (told,) = (row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("SigCgt:"))
+    return bool(int(told.split()[1], 16) >> (signum - 1) & 1)
+
+
+@pytest.mark.parametrize("status", [0, 3 << 8, signal.SIGABRT])
+def test_a_signal_that_comes_when_the_worker_has_just_ended_hides_not_how(tmp_path: Path, status: int) -> None:
+    """The zygote has said it, and closed its connection, before what stands for the worker has read it."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "zygote"))
+        listener.listen()
+        listener.settimeout(60)
+        with subprocess.Popen(boot.command(["python"], str(tmp_path / "zygote"))) as standing:
+            try:
+                connection, _ = listener.accept()
+                with connection:
+                    for fd in ForkRequest.receive(connection).fds:
+                        os.close(fd)
+                    # Where it has no descriptor of the worker, what it hears goes by the zygote.
+                    send_body(connection, f"pid {ended.pid}".encode())
+                    connection.shutdown(socket.SHUT_RD)
+                    until("it passes signals on", lambda: handles(standing.pid, signal.SIGUSR2))
+                    for signum in (signal.SIGTERM, signal.SIGUSR1):
+                        standing.send_signal(signum)
+                    send_body(connection, f"status {status}".encode())
+                assert standing.wait(60) == os.waitstatus_to_exitcode(status)
+            finally:
+                standing.kill()
