@@ -49,9 +49,14 @@ def remove_torn() -> None:
     torch would fail to load one each time, or, where it only tries what the processor can, take slower code.
     """
     folder = Path(compile_caches()[0])
-    torn = [path for path in sorted(folder.glob("*/*.so")) if _is_torn(path)]
+    torn = [path for path in sorted(folder.glob("*/*.so")) if _is_torchs(path) and _is_torn(path)]
     removed = [path for path in torn if _is_removed(path, folder / "locks" / f"{path.name.partition('.')[0]}.lock")]
     _tell(removed)
+
+
+def _is_torchs(path: Path) -> bool:
+    """Whether a file is named as torch names what it makes: a cache may be set to a folder that holds other things."""
+    return path.parent.name == ("precompiled_headers" if path.suffix == ".gch" else path.name[1:3])
 
 
 def _is_torn(path: Path) -> bool:
@@ -129,7 +134,7 @@ def named_in(error: BaseException) -> list[Path]:
     names = set(re.findall(rf"(?:{folders})/[^\s:'\"]+?\.(?:so|o|gch)\b", text))
     if re.search(r"PCH file|precompiled header:", text):
         names |= {f"{name}.gch" for name in re.findall(rf"(?:{folders})/[^\s:'\"]+?\.h\b", text)}
-    return [path for path in map(Path, sorted(names)) if path.is_file()]
+    return [path for path in map(Path, sorted(names)) if _is_torchs(path) and path.is_file()]
 
 
 @contextlib.contextmanager

@@ -88,11 +88,15 @@ def test_what_another_rank_has_made_meanwhile_is_not_removed(folder: Path) -> No
 
 
 def test_files_that_an_error_names_are_of_the_cache_and_made_by_a_compiler(folder: Path, tmp_path: Path) -> None:
-    paths = [folder / name for name in ("a.main.so", "b.o", "c.h.gch", "d.cpp", "e.so", "f.h")]
-    folder.mkdir()
-    for path in [*paths[:4], header := folder / "f.h.gch", tmp_path / "x.so"]:
+    headers = folder / "precompiled_headers"
+    paths = [folder / "ab" / name for name in ("cab.main.so", "cab.o", "cab.cpp", "dab.so")]
+    paths[2:2] = [headers / "c.h.gch"]
+    paths += [headers / "f.h"]
+    others = [tmp_path / "ab" / "cab.so", folder / "ab" / "x.so", folder / "lib" / "cab.so", folder / "c.h.gch"]
+    for path in [*paths[:4], header := headers / "f.h.gch", *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    told = "; ".join(f"'{path}': no" for path in [*paths, tmp_path / "x.so"])
+    told = "; ".join(f"'{path}': no" for path in [*paths, *others])
     error = RuntimeError("no graph")
     error.__cause__ = OSError(told)
     assert named_in(error) == paths[:3]
@@ -107,12 +111,21 @@ def test_a_library_that_ends_before_its_end_is_removed_but_where_it_is_made(fold
     contents = {"a": real, "a.main": whole, "b": whole[:-1], "c.main": b"", "d": bytes(1000), "e": whole[:60]}
     (folder / "ab").mkdir(parents=True)
     for name, content in contents.items():
-        (folder / "ab" / f"{name}.so").write_bytes(content)
-    with FileLock(str(folder / "locks" / "d.lock")):  # as whoever makes it holds it
+        (folder / "ab" / f"{name[0]}ab{name[1:]}.so").write_bytes(content)
+    with FileLock(str(folder / "locks" / "dab.lock")):  # as whoever makes it holds it
         remove_torn()
-    assert sorted(path.stem for path in (folder / "ab").iterdir()) == ["a", "a.main", "d"]
+    assert sorted(path.stem for path in (folder / "ab").iterdir()) == ["aab", "aab.main", "dab"]
     remove_torn()
-    assert sorted(path.stem for path in (folder / "ab").iterdir()) == ["a", "a.main"]
+    assert sorted(path.stem for path in (folder / "ab").iterdir()) == ["aab", "aab.main"]
+
+
+def test_what_torch_has_not_made_is_left_alone(folder: Path) -> None:
+    """A user may name any folder as the cache, /usr/lib say, where libc.so is a text."""
+    for path in (folder / "x86_64" / "libc.so", folder / "ab" / "mine.so"):
+        path.parent.mkdir(parents=True)
+        path.write_text("/* GNU ld script */")
+    remove_torn()
+    assert {path.name for path in folder.glob("*/*.so")} == {"libc.so", "mine.so"}
 
 
 @pytest.mark.parametrize("kind", ["a file", "in a file", "not writable"])

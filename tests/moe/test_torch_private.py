@@ -50,7 +50,7 @@ def test_onednn_multiplies_matrices_that_lie_transposed_as_well() -> None:
 def test_the_folders_of_compiled_graphs_are_where_torch_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch._inductor.codecache import _HEADER_DIR
+    from torch._inductor.codecache import _HEADER_DIR, get_path
     from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
     from elastic_moe.torch_private import COMPILE_CACHE, compile_caches
@@ -58,9 +58,10 @@ def test_the_folders_of_compiled_graphs_are_where_torch_has_them(
     changed = f"torch {torch.__version__}: cache_dir has changed, in which files are torn where a compiler is killed"
     monkeypatch.delenv(COMPILE_CACHE, raising=False)
     assert compile_caches() == [default_cache_dir()], changed
-    assert _HEADER_DIR.startswith(f"{default_cache_dir()}/"), changed
+    assert f"{default_cache_dir()}/precompiled_headers" == _HEADER_DIR, changed
     monkeypatch.setenv(COMPILE_CACHE, str(tmp_path))
     assert compile_caches() == [cache_dir(), default_cache_dir()] == [str(tmp_path), default_cache_dir()], changed
+    assert get_path("cab.main", "so")[2] == str(tmp_path / "ab" / "cab.main.so"), changed
 
 
 def test_what_has_failed_to_compile_is_made_again() -> None:
