@@ -143,6 +143,11 @@ class Uploads:
             stored: called once, when the payloads are stored, and their receipt says so, or when they cannot be (None).
             tried: what may have been done of it before.
         """
+        if job.tier is Tier.RAM:  # other nodes only hold it: their parts would be waited for
+            reason = "it was to stay in the memory of the node's checkpoint service, which is away"
+            self._report(CheckpointEvent.FAILED, step=job.attempt.step, seconds=_since(job), bytes=0, reason=reason)
+            stored(None)
+            return False
         step, claim = job.attempt.step, self._hold.claim.of_attempt(job.attempt.id)
         telling = _Once(stored)
         try:

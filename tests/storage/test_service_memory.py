@@ -310,6 +310,28 @@ def test_saves_for_memory_end_though_the_store_takes_none_of_those_before_them(
     assert committed(tmp_path / "run") == [100]
 
 
+def test_a_save_for_memory_fails_where_the_service_is_lost_and_is_never_stored(
+    tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other nodes it is only held, so the store would wait for their parts until it counts as failed."""
+    monkeypatch.setattr("storage.service.client.RESTART_S", 0.1)
+    told = Told()
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        told.append((str(event), fields))
+
+    with Checkpointer(tmp_path / "run", job=job(1), on_event=tell, every=4, ram_every=1) as ckpt:
+        for step in range(4, 9):
+            ckpt.save(step, tensors(step))
+            ckpt.wait()
+            if step == 5:
+                node.close()
+    assert committed(tmp_path / "run") == [8, 4]
+    failed = [(fields["step"], fields["reason"]) for name, fields in told if name == "checkpoint_failed"]
+    reason = "it was to stay in the memory of the node's checkpoint service, which is away"
+    assert failed == [(6, reason), (7, reason)]
+
+
 def test_a_save_for_memory_does_not_wait_for_one_that_the_store_is_slow_to_take(
     tmp_path: Path, node: InThread, shut: threading.Event
 ) -> None:
