@@ -78,7 +78,7 @@ def make_state() -> dict[str, Any]:
     return {"w": torch.randn(300, 70), "n": 1}
 
 
-@pytest.mark.parametrize("kind", ["local", "memory", "juicefs", "fsspec-s3"])
+@pytest.mark.parametrize("kind", ["local", "juicefs", "fsspec-s3"])
 def test_orphans_go_and_checkpoints_stay(
     kind: str,
     make_url: Callable[[str], str],
