@@ -88,7 +88,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "no heads": (lambda t: t.config.update(num_attention_heads=0), "num_attention_heads is 0: Input should be greater"),
     "heads that do not fit": (
         lambda t: t.config.update(num_attention_heads=3, num_key_value_heads=2),
-        "num_heads 3 is",
+        "num_heads = 3 is",
     ),
     "theta is not finite": (lambda t: t.config.update(rope_theta=1e999, rope_parameters=None), "finite"),
     "theta is true": (lambda t: t.config.update(rope_theta=True, rope_parameters=None), "rope_theta is True, not a n"),
