@@ -59,7 +59,7 @@ def test_blocks_are_checked_whatever_the_parts_and_their_order(data: st.DataObje
         take_all()
 
 
-@pytest.mark.parametrize("kind", ["memory", "juicefs", "moto", sample.rest("fsspec-s3")])
+@pytest.mark.parametrize("kind", ["local", "juicefs", "moto", sample.rest("fsspec-s3")])
 def test_there_and_back(
     kind: str, source: Path, tmp_path: Path, make_url: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +101,7 @@ def test_checkpoints_of_stock_dcp(tmp_path: Path, capsys: pytest.CaptureFixture[
     for folder in ("bare", "run/step-000000030"):
         with pytest.warns(UserWarning, match="single process"):
             dcp.save(state, checkpoint_id=tmp_path / folder)
-    url = fresh_memory_url()
+    url = f"{tmp_path}/there"
     assert run(capsys, "push", f"{tmp_path}/run", url)["steps"][0]["state"] == "copied"
     assert run(capsys, "push", f"{tmp_path}/bare", f"{url}/step-000000040")["steps"][0]["state"] == "copied"
     assert main(["ckpt", "verify", url]) == 0
