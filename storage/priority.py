@@ -49,6 +49,21 @@ def wait_for_turn() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # of this thread
 
 
+class _Collections:
+    """Whether a thread of this process is `without_collections`."""
+
+    are_off = False
+
+
+def _collect_in_child() -> None:
+    """A process that is forked meanwhile, as a loader of data, lacks the thread that would end it."""
+    if _Collections.are_off:
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_collect_in_child)
+
+
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
     """Let Python look for no cycles within the block, or the function that this decorates: with each quarter of objects
@@ -57,11 +72,13 @@ def without_collections() -> Iterator[None]:
     if not gc.isenabled():  # by who will have it again
         yield
         return
+    _Collections.are_off = True
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        _Collections.are_off = False
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -123,3 +124,12 @@ def test_what_a_capture_needs_is_imported_before_it_is_needed(tmp_path: Path, mo
     service.close()
     service._prepare()
     assert len(imported) == 1
+
+
+def test_a_process_that_is_forked_while_cycles_are_not_looked_for_looks_for_them() -> None:
+    with priority.without_collections():
+        assert not gc.isenabled()
+        if (child := os.fork()) == 0:
+            os._exit(not gc.isenabled())
+    assert os.waitpid(child, 0)[1] == 0
+    assert gc.isenabled()
