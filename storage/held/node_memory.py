@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from storage.errors import StorageError
@@ -131,7 +131,9 @@ class NodeMemory:
         `settled`, which must not take long, is called once nothing of that rank is on its way there any more, from any
         thread.
         """
-        self.inventory.add(part)
+        with self._changed:
+            is_alone = self._buddy is None
+        self.inventory.add(replace(part, is_copied=True) if is_alone else part)  # else one more stays for its copies
         is_due, rank = False, part.label.rank
         if (why := self._distrust.why_not(part.label)) is not None:
             self.drop(None, why)

@@ -59,3 +59,10 @@ def test_who_waits_for_the_end_of_a_copy_hears_of_it_once() -> None:
         a.add(Staged(50).part(0), lambda: heard.append(50))
         a.meet([a.card()])  # the other one is gone
         assert 50 in heard
+
+
+def test_without_another_node_no_state_stays_for_its_copies() -> None:
+    with nodes(["a"]) as (a,):
+        for step, copies in ((10, True), (20, False), (30, False)):
+            a.add(replace(Staged(step).part(0), is_copied=copies))
+        assert [label.step for label in a.inventory.labels()] == [30, 20]

@@ -264,10 +264,12 @@ def test_while_a_state_is_copied_slowly_it_stays_and_newer_ones_are_not_copied(
     tmp_path: Path, node: InThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each node would have dropped its own part of the state of which the others have copies."""
-    add, settling, seen = NodeMemory.add, list[Callable[[], object]](), dict[int, list[int]]()
+    settling, seen = list[Callable[[], object]](), dict[int, list[int]]()
 
     def add_slowly(self: NodeMemory, part: HeldPart, settled: Callable[[], object] = lambda: None) -> None:
-        add(self, part, lambda: settling.append(settled) if part.is_copied else settled())
+        """As where there is another node, whose copies take long."""
+        self.inventory.add(part)
+        settling.append(settled) if part.is_copied else settled()
 
     monkeypatch.setattr(NodeMemory, "add", add_slowly)
     with Checkpointer(tmp_path / "run", job=job(1), every=10, ram_every=1) as ckpt:
