@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 
 _NUM_OPEN_FILES = 64
+_told_of: set[str] = set()
+"""The files that were written meanwhile, as was told. Where there are many, each is opened again and again."""
 
 
 class TextFiles:
@@ -124,7 +126,6 @@ class _OpenFile:
         """`written_ns`: when it was written last."""
         self._path = path
         self._written_ns = written_ns
-        self._is_told = False
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,8 +140,8 @@ class _OpenFile:
         Raises:
             UserError: the file is shorter than it was.
         """
-        if not self._is_told and os.fstat(self._fd).st_mtime_ns != self._written_ns:
-            self._is_told = True
+        if self._path not in _told_of and os.fstat(self._fd).st_mtime_ns != self._written_ns:
+            _told_of.add(self._path)
             log.warning(
                 "data: %s was written while the job trains on it: its samples may be others now, and the next "
                 "start refuses them without data.may_change",

@@ -229,11 +229,12 @@ def test_what_is_written_or_removed_while_it_is_trained_on_is_told(
     os.utime(path, ns=(1, 1))  # later by the clock, which may be too coarse to tell
     for _ in range(2):
         corpus.windows(np.array([3]))
+        documents._opened.cache_clear()  # as where there are many files
     (record,) = caplog.records
     assert f"{path} was written while the job trains on it" in record.getMessage()
     corpus = open_corpus(DataConfig(url=str(path)), seq_len=8)
     path.unlink()
-    documents._opened.cache_clear()  # as where there are many files
+    documents._opened.cache_clear()
     with pytest.raises(UserError, match=rf"{name} is there no more: data must not change"):
         corpus.windows(np.array([3]))
 
