@@ -122,6 +122,8 @@ class CheckpointEvent(enum.StrEnum):
     """`url`, `by` the job that has the run now, `reason`: the next save raises."""
     DIRECT = "checkpoint_direct"
     """`url`, `reason` why this process, and not the node's checkpoint service, carries its saves out."""
+    SERVICE_SILENT = "checkpoint_service_silent"
+    """`url`, for how many `seconds` the node's checkpoint service has answered nothing: saves may wait for it."""
     SERVICE_BACK = "checkpoint_service_back"
     """`url`: after `checkpoint_direct`, saves go to the node's service again."""
 

@@ -264,7 +264,8 @@ class ServiceBackend:
                 return
             patience_s = RESTART_S
             self._take_up(channel)
-            listen(channel, self._hear, lambda: bool(self._custody.handed), lambda: self._is_closed)
+            silent = functools.partial(self._report, CheckpointEvent.SERVICE_SILENT, url=self._saves.url)
+            listen(channel, self._hear, lambda: bool(self._custody.handed), lambda: self._is_closed, silent)
             channel.close()
             with self._state:
                 self._channel = None

@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 
 _LOOK_MS = 1000
 _ASK_S = 10.0
+_SILENT_S = 25.0
+"""A service that has something to do and answers nothing for so long is slow, and saves may wait for it: it is told."""
 _SILENCE_S = 90.0
-"""A service that has something to do and answers nothing for so long is frozen."""
+"""And for so long: it is frozen."""
 
 
 def listen(
@@ -23,13 +25,15 @@ def listen(
     hear: Callable[[Channel, ServiceMessage, list[int]], None],
     is_waiting: Callable[[], bool],
     is_closed: Callable[[], bool],
+    on_silent: Callable[..., object],
 ) -> None:
     """Have `hear` called with each message, until the connection ends.
 
     A service that has something to do (`is_waiting`) is asked how it is now and then, and given up where it does not
-    answer for too long.
+    answer for too long. `on_silent` hears once in each silence how many `seconds` it has lasted, long before that.
     """
     heard_s = asked_s = time.monotonic()
+    is_told = False
     poll, fd = select.poll(), channel.fileno()
     if fd < 0:  # who sent something has found the connection ended, and closed it
         return
@@ -40,7 +44,7 @@ def listen(
                 received = channel.receive()
                 if received is None:
                     return
-                heard_s = time.monotonic()
+                heard_s, is_told = time.monotonic(), False
                 hear(channel, *received)
                 continue
             now_s = time.monotonic()
@@ -52,6 +56,9 @@ def listen(
             elif now_s - max(heard_s, asked_s) > _ASK_S:
                 asked_s = now_s
                 channel.send(AskStatus())
+            elif now_s - heard_s > _SILENT_S and not is_told:
+                is_told = True
+                on_silent(seconds=round(now_s - heard_s, 1))
     except (OSError, ProtocolError) as error:
         if not is_closed():
             log.warning("the connection to the checkpoint service has ended: %s", error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from storage import Checkpointer
 from storage.agent import AgentEnvironment
 from storage.arena.changes import StateChanged
 from storage.arena.stager import Staged
-from storage.service import table
+from storage.service import listening, table
 from storage.service.channel import Channel
 from storage.service.client import ServiceBackend
 from storage.service.listening import listen
@@ -264,10 +266,33 @@ def test_who_listens_goes_on_to_the_next_connection_whatever_becomes_of_this_one
     """Else no save would ever end: nobody hears of it."""
     with connected(service.path) as channel:
         channel.close()  # by who has found that nothing can be sent
-        listen(channel, _no_word, lambda: True, lambda: False)
+        listen(channel, _no_word, lambda: True, lambda: False, _not_silent)
     with connected(service.path) as channel:
         channel.send(AskStatus())
-        listen(channel, _no_word, lambda: True, lambda: False)
+        listen(channel, _no_word, lambda: True, lambda: False, _not_silent)
+
+
+def test_a_service_that_answers_nothing_is_told_of_once_before_it_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is frozen: a training may stand still for it."""
+    for name, value in {"_LOOK_MS": 10, "_ASK_S": 0.05, "_SILENT_S": 0.1, "_SILENCE_S": 0.4}.items():
+        monkeypatch.setattr(listening, name, value)
+    told: list[float] = []
+
+    def on_silent(seconds: float) -> None:
+        told.append(seconds)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs, contextlib.closing(Channel(ours)) as channel:
+        listen(channel, _no_word, lambda: False, iter([False] * 40 + [True]).__next__, on_silent)
+        assert not told, "nobody waits for it"
+        listen(channel, _no_word, lambda: True, lambda: False, on_silent)
+    assert len(told) == 1 and told[0] >= 0.1
+
+
+def _not_silent(seconds: float) -> None:
+    raise AssertionError(f"silent for {seconds:.0f} s")
 
 
 def _no_word(channel: Channel, message: ServiceMessage, fds: list[int]) -> None:
