@@ -185,8 +185,10 @@ class Ownership:
         if self._group.is_coordinator:
             self._behind = ClaimBehind(missing_ranks(held)).start(functools.partial(self._claim_behind, held))
 
-    def _claim_behind(self, held: Collection[UnfinishedPart], looked: Callable[[], None]) -> bool:
-        """As `_claim_run`, on a thread; whether it is recorded. `looked`: to be called if no other job has the run."""
+    def _claim_behind(
+        self, held: Collection[UnfinishedPart], looked: Callable[[], None], keep_away: Callable[[], None]
+    ) -> bool:
+        """As `_claim_run`, on a thread; whether it is recorded. See `storage.saving.claiming.Claims`."""
         try:
             try:
                 recorded = owner.read_owner(self._store.impatient(_AWAY_S))
@@ -199,6 +201,7 @@ class Ownership:
             looked()
             if self._is_closed:  # while nobody answered: a later Checkpointer may have the run by now
                 return False
+            keep_away()
             mine = self._record(held, other)
         except Transient as error:
             self._report(CheckpointEvent.CLAIMED_LATER, url=self._store.url, reason=str(error))

@@ -21,6 +21,7 @@ from storage.stores.buffers import Buffer
 from storage.stores.memory import MemoryStore
 from storage.stores.objects import ObjectInfo, ObjectStore
 from storage.stores.wrapper import StoreWrapper
+from tests.cluster import until
 from tests.storage.heartbeat_cases import owner_of
 
 STEP = 8
@@ -106,6 +107,26 @@ def test_a_job_that_restores_from_memory_waits_for_its_claim_only_to_save(store:
         with pytest.raises(Fenced):
             older.check()
     assert told == ["checkpoint_adopted"]
+
+
+def test_a_claim_keeps_away_from_a_restore_until_it_is_waited_for(
+    store: Slow, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight requests take the rank that reads 20 ms of its processor."""
+    monkeypatch.setattr(claiming, "_RESTORE_S", 3600.0)
+    store.is_let.set()
+    before(store)
+    with behind(store, told) as ownership:
+        ownership.await_look()
+        assert ownership._behind is not None
+        is_wanted = ownership._behind._is_wanted
+        until("it keeps away", lambda: bool(is_wanted._cond._waiters))  # type: ignore[attr-defined]
+        assert recorded(store).generation == 1
+        ownership.confirm()
+        assert recorded(store).generation == 2
+    monkeypatch.setattr(claiming, "_RESTORE_S", 0.0)
+    with behind(store, told, generation=3):
+        until("the claim, for which nobody waits", lambda: recorded(store).generation == 3)
 
 
 def test_a_restore_waits_for_the_answer_whether_another_job_has_the_run(
