@@ -24,6 +24,7 @@ from storage.arena import stager as stagers
 from storage.arena.moves import Move, SharedWork
 from storage.arena.stager import Staged
 from storage.arena.staging import Staging
+from storage.errors import UsageError
 from storage.parallel import Pool
 from tests.cluster import until
 from tests.storage.staging_rig import Rig, copies, same
@@ -361,7 +362,10 @@ def test_the_first_failure_of_shared_work_leaves_out_the_rest() -> None:
 
 def test_a_rank_copies_with_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    for local, expected in (("1", 8), ("16", 4), ("100", 1), ("none", 8)):
+    for local, expected in (("1", 8), ("16", 4), ("100", 1), ("", 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         assert moves.num_copy_threads() == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
+    with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE is 'none'"):
+        moves.num_copy_threads()
     assert pending._TOLD_S_MIN > 0
