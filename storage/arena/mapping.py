@@ -83,11 +83,18 @@ def advise_huge(address: int, size_bytes: int) -> None:
 
 def make_pages(address: int, size_bytes: int) -> None:
     """Have the pages made of what is filled next, all by one call: one by one, as they are written, they take the
-    kernel longer. What is in them already stays; what cannot be made now is made then."""
+    kernel longer. Where the first one is there, so are the others as a rule, and looking for them would take as long.
+    What is in them already stays; what cannot be made now is made then."""
     first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size_bytes) // PAGE_BYTES * PAGE_BYTES
-    if first < last:
+    if first < last and not _is_made(first):
         with contextlib.suppress(OSError):  # a kernel that makes none ahead
             _advise(first, last - first, _MADV_POPULATE_WRITE)
+
+
+def _is_made(address: int) -> bool:
+    """Whether there is memory behind a page (mincore(2))."""
+    found = ctypes.c_ubyte()
+    return _libc().mincore(address, PAGE_BYTES, ctypes.byref(found)) == 0 and bool(found.value & 1)
 
 
 class HugePages:
@@ -194,4 +201,5 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.argtypes = (pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
     libc.munmap.argtypes = (pointer, size)
     libc.madvise.argtypes = (pointer, size, ctypes.c_int)
+    libc.mincore.argtypes = (pointer, size, ctypes.POINTER(ctypes.c_ubyte))
     return libc

@@ -241,3 +241,22 @@ def test_a_slot_that_is_made_ahead_may_take_longer_than_one_that_a_save_waits_fo
     arena.take(2 * MIB)
     assert told == [True, False]
     arena.close()
+
+
+def test_pages_are_made_where_there_are_none_and_looked_for_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    advise = mapping._advise
+
+    def recorded(address: int, size_bytes: int, advice: int) -> None:
+        made.append(size_bytes)
+        advise(address, size_bytes, advice)
+
+    monkeypatch.setattr(mapping, "_advise", recorded)
+    with mmap.mmap(-1, 1 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        for _ in range(2):
+            mapping.make_pages(address, 1 * MIB)
+        assert made == [1 * MIB]
+        memory[5] = 7
+        mapping.make_pages(address + 1, PAGE_BYTES)  # no whole page
+        assert (made, memory[5]) == ([1 * MIB], 7)
