@@ -82,9 +82,11 @@ def advise_huge(address: int, size_bytes: int) -> None:
 
 
 def make_pages(address: int, size_bytes: int) -> None:
-    """Have the pages made of what is filled next, all by one call: one by one, as they are written, they take the
-    kernel longer. Where the first one is there, so are the others as a rule, and looking for them would take as long.
-    What is in them already stays; what cannot be made now is made then."""
+    """Have the pages made of what is filled next, by one call: one by one, as they are written, they take longer.
+
+    Where the first one is there, so are the others as a rule, and to look for them takes time as well. What is in them
+    already stays; what cannot be made now is made then.
+    """
     first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size_bytes) // PAGE_BYTES * PAGE_BYTES
     if first < last and not _is_made(first):
         with contextlib.suppress(OSError):  # a kernel that makes none ahead

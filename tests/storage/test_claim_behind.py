@@ -112,7 +112,7 @@ def test_a_job_that_restores_from_memory_waits_for_its_claim_only_to_save(store:
 def test_a_claim_keeps_away_from_a_restore_until_it_is_waited_for(
     store: Slow, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight requests take the rank that reads 20 ms of its processor."""
+    """Its requests would take the rank that reads its processor, and the interpreter its lock."""
     monkeypatch.setattr(claiming, "_RESTORE_S", 3600.0)
     store.is_let.set()
     before(store)
