@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -183,6 +185,38 @@ def grpc_proxy(server: Server) -> Iterator[str]:
         process.wait(60)
 
 
+@contextlib.contextmanager
+def answers_withheld(server: Server) -> Iterator[tuple[str, threading.Event]]:
+    """An endpoint through which a server hears all and, once the event is set, is not heard."""
+    host, _, port = server.endpoint.rpartition(":")
+    withheld = threading.Event()
+    open_sockets: list[socket.socket] = []
+
+    def carry(source: socket.socket, to: socket.socket, dropped: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 16):
+                if not dropped.is_set():
+                    to.sendall(chunk)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = listener.accept()[0], socket.create_connection((host, int(port)))
+                open_sockets.extend((near, far))
+                for source, to, dropped in ((near, far, threading.Event()), (far, near, withheld)):
+                    threading.Thread(target=carry, args=(source, to, dropped), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}", withheld
+        finally:
+            for end in (listener, *open_sockets):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+
 def leader_of(members: Sequence[Server], tls: Mapping[str, str] | None = None) -> Server:
     """The member that leads; others may be away."""
 
@@ -240,11 +274,12 @@ def connected(endpoint: str, **conf: str) -> Iterator[EtcdKV]:
 
 
 def put_when_possible(kv: EtcdKV, key: str, value: bytes) -> None:
-    """Write although members come and go, as a `Member` does."""
+    """Write a new key, once, although members come and go: what was not answered may have been written."""
 
     def attempt() -> bool:
         with contextlib.suppress(KVUnavailable):
-            return kv.put(key, value) is not None
+            kv.put(key, value, if_revision=0)  # None: an attempt before had written it
+            return True
         return False
 
     until(f"{key} is written", attempt)

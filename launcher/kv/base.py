@@ -69,7 +69,8 @@ class KV(Protocol):
     def put(
         self, key: str, value: bytes, *, if_revision: int | None = None, lease: Lease | None = None
     ) -> Entry | None:
-        """Write `key`, atomically.
+        """Write `key`, atomically. With `if_revision` at most once; without, again where the first answer did not come:
+        watches may see two writes of one value, and what another wrote in between is replaced.
 
         Args:
             if_revision: write only if the key's revision is still this one; 0: only if the key does not exist.

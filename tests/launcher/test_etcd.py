@@ -27,6 +27,7 @@ from tests.cluster import cluster, free_port, read_lines, until
 from tests.etcd import (
     LONG_TTL_S,
     Server,
+    answers_withheld,
     connected,
     etcd,
     etcd_cluster,
@@ -141,6 +142,21 @@ class TestFaults:
                     until("the lease is renewed", lambda: lease.deadline_s > renewed_s)
                 finally:
                     follower.signal(signal.SIGCONT)
+
+    def test_a_write_that_is_not_answered_is_done_once_if_it_names_a_revision(self, server: Server) -> None:
+        key = f"{uuid.uuid4().hex}/k"
+        with connected(server.endpoint) as heard:
+            watch = heard.watch(key, 1)
+            with answers_withheld(server) as (endpoint, withheld), connected(f"{endpoint},{server.endpoint}") as kv:
+                withheld.set()
+                put_when_possible(kv, key, b"1")
+            with answers_withheld(server) as (endpoint, withheld), connected(f"{endpoint},{server.endpoint}") as kv:
+                withheld.set()
+                written = kv.put(key, b"2")
+            once, *repeated = gather(watch, 3)
+        assert [event.entry and event.entry.value for event in (once, *repeated)] == [b"1", b"2", b"2"]
+        assert repeated[0].revision < repeated[1].revision
+        assert written == repeated[1].entry
 
     def test_a_watch_goes_on_after_etcd_was_away(self, tmp_path: Path) -> None:
         with etcd(tmp_path) as server, connected(server.endpoint) as kv:
