@@ -74,7 +74,8 @@ class Forked:
     def send_signal(self, signum: int) -> None:
         """As Popen does: not to a process that has ended."""
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # reaped, and not yet told
+                os.kill(self.pid, signum)
 
     def kill(self) -> None:
         """SIGKILL."""

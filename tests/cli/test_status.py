@@ -28,7 +28,7 @@ from launcher.rounds.membership import View
 from launcher.rounds.mesh import MeshPlan
 from launcher.rounds.records import FailedWorker, Failure, Node, Participant, Round, Status, Verdict
 from launcher.rounds.vitals import Vitals
-from tests.cluster import Cluster, cluster, until
+from tests.cluster import Cluster, cluster, read_lines, until
 from tests.template import template
 
 SCRIPT = str(Path(__file__).parents[1] / "launcher" / "scripts" / "cooperative.py")
@@ -341,14 +341,14 @@ def test_a_real_job_from_its_start_to_its_end(tmp_path: Path) -> None:
             ]
             unknown = ask(nodes, "--rdzv-id", "another")
             assert (unknown.returncode, unknown.stderr) == (1, "")
+            until("the job is watched", lambda: read_lines(nodes.folder / "watched"))
             (tmp_path / "finish").touch()
-            output, errors = watcher.communicate(timeout=60)
-            assert (watcher.returncode, errors) == (0, "")
+            assert (watcher.wait(60), (nodes.folder / "watched.err").read_text()) == (0, "")
         finally:
             watcher.kill()
             watcher.wait(60)
         assert (first.wait(), spare.wait()) == (0, 0)
-    states = [json.loads(line)["state"] for line in output.splitlines()]
+    states = [line["state"] for line in read_lines(nodes.folder / "watched")]
     assert "running" in states
     assert states[-1] == "succeeded"
     gone = ask(nodes, "--rdzv-conf", "connect_timeout=0.2")
@@ -358,10 +358,12 @@ def test_a_real_job_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert sum(result.seconds.values()) == pytest.approx(result.wall_s)
 
 
-def watching(nodes: Cluster) -> subprocess.Popen[str]:
+def watching(nodes: Cluster) -> subprocess.Popen[bytes]:
+    """What it says is in the files `watched` and `watched.err`."""
     command = [sys.executable, "-m", "elastic_moe", "status", "--watch", "--json"]
     options = ["--rdzv-endpoint", nodes.endpoint, "--rdzv-id", "test"]
-    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (nodes.folder / "watched").open("w") as out, (nodes.folder / "watched.err").open("w") as err:
+        return subprocess.Popen([*command, *options], stdout=out, stderr=err)
 
 
 def telling(nodes: Cluster) -> dict[str, Any] | None:

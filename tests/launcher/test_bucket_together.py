@@ -126,9 +126,11 @@ def test_a_change_that_is_not_answered_is_told_to_all_who_wait(register: HeldReg
             errors.append(str(error))
 
     threads = [threading.Thread(target=put, args=(number,)) for number in range(3)]
-    for thread in threads:
+    threads[0].start()
+    assert register.is_creating.wait(_STUCK_S)  # whoever comes before that is taken along
+    for thread in threads[1:]:
         thread.start()
-    until("the others wait", lambda: register.is_creating.is_set() and len(journal._queue) == 2)
+    until("the others wait", lambda: len(journal._queue) == 2)
     register.may_create.set()
     for thread in threads:
         thread.join(_STUCK_S)

@@ -115,7 +115,8 @@ def test_a_node_that_waits_for_a_round_leaves_on_a_notice(nodes: Cluster, tmp_pa
     options = ("--preemption-notice", f"file:{notice}", "--cold-workers")
     node = nodes.start("only", *options, STUBBORN, str(tmp_path), nnodes="2:2")
     nodes.wait_event("node_joined")
-    notice.write_text("20")
+    (tmp_path / "written").write_text("20")
+    (tmp_path / "written").rename(notice)
     assert node.wait() == DRAINED, node.output
     (started,) = nodes.events("drain_started")
     assert (started["source"], started["detail"], started["seconds"]) == ("notice", f"the file {notice}", 20)

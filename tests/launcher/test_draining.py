@@ -118,7 +118,11 @@ def test_what_is_no_order_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("telling", ["", "blocks"])
-def test_the_deadline_ends_a_process_that_overstays_even_if_it_cannot_tell(telling: str) -> None:
+def test_the_deadline_ends_a_process_that_overstays_even_if_it_cannot_tell(
+    telling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not telling:
+        monkeypatch.setattr("launcher.drain.deadline._TELL_S", 60.0)  # it can tell, however late its thread comes to it
     requests = DrainRequests(grace_s=0.01, stop_s=5)
     ended, told, never = threading.Event(), threading.Event(), threading.Event()
     codes: list[int] = []

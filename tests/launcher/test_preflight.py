@@ -27,7 +27,7 @@ from launcher.health.preflight import (
     standard_checks,
 )
 from launcher.launch import _end_at_once
-from tests.cluster import Cluster, alive, read_lines, until
+from tests.cluster import Cluster, alive, is_running, read_lines, until
 
 COOPERATIVE = str(Path(__file__).parent / "scripts" / "cooperative.py")
 
@@ -68,10 +68,7 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) 
         assert f"did not end within {timeout_s} s" in told
         if read(pids):
             break
-    pid = int(read(pids))
-    until(
-        "its child is gone", lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
-    )
+    until("its child is gone", lambda: not is_running(int(read(pids))))
 
 
 def test_findings_name_the_check_and_errors_of_checks_are_findings() -> None:

@@ -230,12 +230,12 @@ def node_records(job: Job) -> list[Node]:
 
 
 def test_a_mistake_is_told_in_one_line(tmp_path: Path) -> None:
-    arguments = ["--rdzv-backend=etcd3", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=connect_timeout=1.2"]
+    arguments = ["--rdzv-backend=etcd3", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=connect_timeout=2"]
     node = StockNode(tmp_path, "n", [*arguments, FAILS, "0"])
     try:
         assert node.wait() == 2
         asked_again, line = node.output.splitlines()
-        assert "cannot be used yet: connection refused; asked again for 1.2 s" in asked_again
+        assert "cannot be used yet: connection refused; asked again for 2 s" in asked_again
         assert line.startswith("torchrun: error: --rdzv-endpoint 127.0.0.1:")
         assert line.endswith("cannot be used: connection refused")
     finally:
