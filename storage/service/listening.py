@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import select
-import time
 from collections.abc import Callable
 
 from storage.service.channel import Channel
@@ -17,7 +16,7 @@ _ASK_S = 10.0
 _SILENT_S = 25.0
 """A service that has something to do and answers nothing for so long is slow, and saves may wait for it: it is told."""
 _SILENCE_S = 90.0
-"""And for so long: it is frozen."""
+"""And for so long: it is frozen. By looks: while this process was stopped it could have heard nothing."""
 
 
 def listen(
@@ -32,7 +31,7 @@ def listen(
     A service that has something to do (`is_waiting`) is asked how it is now and then, and given up where it does not
     answer for too long. `on_silent` hears once in each silence how many `seconds` it has lasted, long before that.
     """
-    heard_s = asked_s = time.monotonic()
+    silent_s = unasked_s = 0.0
     is_told = False
     poll, fd = select.poll(), channel.fileno()
     if fd < 0:  # who sent something has found the connection ended, and closed it
@@ -44,21 +43,21 @@ def listen(
                 received = channel.receive()
                 if received is None:
                     return
-                heard_s, is_told = time.monotonic(), False
+                silent_s, unasked_s, is_told = 0.0, 0.0, False
                 hear(channel, *received)
                 continue
-            now_s = time.monotonic()
+            silent_s, unasked_s = silent_s + _LOOK_MS / 1000, unasked_s + _LOOK_MS / 1000
             if not is_waiting():
-                heard_s = now_s
-            elif now_s - heard_s > _SILENCE_S:
-                log.warning("the checkpoint service has not answered for %.0f s", now_s - heard_s)
+                silent_s = unasked_s = 0.0
+            elif silent_s > _SILENCE_S:
+                log.warning("the checkpoint service has not answered for %.0f s", silent_s)
                 return
-            elif now_s - max(heard_s, asked_s) > _ASK_S:
-                asked_s = now_s
+            elif unasked_s > _ASK_S:
+                unasked_s = 0.0
                 channel.send(AskStatus())
-            elif now_s - heard_s > _SILENT_S and not is_told:
+            elif silent_s > _SILENT_S and not is_told:
                 is_told = True
-                on_silent(seconds=round(now_s - heard_s, 1))
+                on_silent(seconds=round(silent_s, 1))
     except (OSError, ProtocolError) as error:
         if not is_closed():
             log.warning("the connection to the checkpoint service has ended: %s", error)

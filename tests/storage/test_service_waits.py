@@ -272,23 +272,30 @@ def test_who_listens_goes_on_to_the_next_connection_whatever_becomes_of_this_one
         listen(channel, _no_word, lambda: True, lambda: False, _not_silent)
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_service_that_answers_nothing_is_told_of_once_before_it_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that is frozen: a training may stand still for it."""
-    for name, value in {"_LOOK_MS": 10, "_ASK_S": 0.05, "_SILENT_S": 0.1, "_SILENCE_S": 0.4}.items():
+    """As one that is frozen: a training may stand still for it. Who is stopped itself has not listened meanwhile."""
+    for name, value in {"_LOOK_MS": 10, "_ASK_S": 0.05, "_SILENT_S": 0.1, "_SILENCE_S": 0.3}.items():
         monkeypatch.setattr(listening, name, value)
     told: list[float] = []
+    stands_still = [threading.Event()] * is_stopped
 
     def on_silent(seconds: float) -> None:
         told.append(seconds)
+
+    def is_waiting() -> bool:
+        while stands_still:
+            stands_still.pop().wait(0.4)
+        return True
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs, contextlib.closing(Channel(ours)) as channel:
         listen(channel, _no_word, lambda: False, iter([False] * 40 + [True]).__next__, on_silent)
         assert not told, "nobody waits for it"
-        listen(channel, _no_word, lambda: True, lambda: False, on_silent)
-    assert len(told) == 1 and told[0] >= 0.1
+        listen(channel, _no_word, is_waiting, lambda: False, on_silent)
+    assert told == [pytest.approx(0.1)]
 
 
 def _not_silent(seconds: float) -> None:
