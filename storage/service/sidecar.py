@@ -51,6 +51,7 @@ class CheckpointService:
         self._lifeline: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
+        self._is_drained = False
         self._is_closing = threading.Event()
 
     @property
@@ -97,6 +98,7 @@ class CheckpointService:
             return
         from storage.service.messages import Drained, ProtocolError  # one that nobody used has cost the agent nothing
 
+        self._is_drained = True  # from here on it may end in order, before whoever drains it comes to close it
         ends_s, drained = time.monotonic() + grace_s, None
         try:
             while drained is None:
@@ -154,12 +156,14 @@ class CheckpointService:
             importlib.import_module("storage.service.capture_request")
 
     def _watch(self, lifeline: int) -> None:
-        """Start it again where it has ended."""
+        """Start it again where it has ended before its time."""
         num_ends = 0
         try:
             while True:
                 assert self._process is not None
                 code = self._process.wait()
+                if self._is_drained and code == 0:
+                    return
                 if self._is_closing.wait(_RESTART_S[min(num_ends, len(_RESTART_S) - 1)]):
                     return
                 num_ends += 1

@@ -50,6 +50,27 @@ def test_a_service_that_crashes_while_it_drains_is_asked_again(num_crashes: int,
     assert told == ["it cannot be drained: it has crashed meanwhile, and there is no more time"]
 
 
+@pytest.mark.parametrize(("code", "told"), [(0, []), (-9, ["it has ended (exit code -9), and is started again"])])
+def test_a_service_that_ends_once_it_was_drained_is_not_started_again(
+    code: int, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent may come late to close it. What is killed may still have something to bring to its end."""
+    heard: list[str] = []
+    service = sidecar.CheckpointService()
+    service._process, service._path, service._tell = Mock(), tmp_path / "node" / "service.sock", heard.append
+    service._process.wait.return_value = code
+
+    def run(lifeline: int) -> object:
+        service._is_closing.set()
+        return service._process
+
+    monkeypatch.setattr(service, "_run", run)
+    with answering(service._path, Drained(num_finished=1, num_abandoned=0)):
+        service.drain(60.0)
+    service._watch(os.open(os.devnull, os.O_RDONLY))
+    assert heard == told
+
+
 def test_who_connects_again_is_not_forgotten_meanwhile(node: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     of, tidy, name = Sessions.of, threading.Event(), "token-0"
 
