@@ -225,6 +225,7 @@ def process(path: Path, *arguments: str, is_alone: bool = False) -> Iterator[Pro
     """A service of its own within the block."""
     service = Process(path, *arguments, is_alone=is_alone)
     try:
+        until("its socket", path.exists)  # an agent's has long been there: nobody looks for its memory for long
         yield service
     finally:
         service.end()

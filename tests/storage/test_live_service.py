@@ -18,7 +18,7 @@ from storage.live.link import LiveLink
 from storage.live.state import LiveState
 from storage.ranks.agreement import AgreeingGroup
 from storage.run.job import Origin
-from storage.service import address
+from storage.service import address, capture_request
 from storage.service.capture_request import CaptureRequest
 from storage.service.capturing import LiveKeeper
 from storage.service.live_messages import KeepLive, WatchLive
@@ -131,7 +131,10 @@ def test_a_part_that_cannot_be_taken_of_a_worker_that_is_gone_is_waited_for_by_n
     assert service.keeper._node.num_keeping == 0
 
 
-def test_a_worker_that_does_not_answer_is_waited_for_no_longer_than_the_agent_says(service: Service) -> None:
+def test_a_worker_that_does_not_answer_is_waited_for_no_longer_than_the_agent_says(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_request, "_ANSWER_S", PATIENCE_S)  # the service itself may be slow to say so
     with connected(service.path) as silent:
         silent.send(WatchLive(rank=3, generation=1))
         until("the worker", lambda: service.keeper._node.watchers)
