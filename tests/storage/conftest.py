@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -70,6 +71,14 @@ def events() -> Events:
     """A list of events and the listener that fills it."""
     seen: list[tuple[str, dict[str, Any]]] = []
     return seen, lambda name, fields: seen.append((name, fields))
+
+
+@pytest.fixture
+def no_look_at_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No owner finds out by itself that it has lost the run, as it does every 5 s: a test may take that long."""
+    from storage.run.heartbeat import Heartbeat
+
+    monkeypatch.setattr("storage.saving.ownership.Heartbeat", functools.partial(Heartbeat, interval_s=600.0))
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,7 @@ def test_a_step_of_somebody_else_is_not_overwritten(tmp_path: Path, events: Even
     assert "committed already" in dict(events[0])["checkpoint_failed"]["reason"]
 
 
+@pytest.mark.usefixtures("no_look_at_claims")
 def test_an_older_owner_cannot_commit(tmp_path: Path, events: Events) -> None:
     old = Checkpointer(str(tmp_path), job=JobIdentity(generation=1, lineage="a"), on_event=events[1]).start()
     with Checkpointer(str(tmp_path), job=JobIdentity(generation=2, lineage="a")) as new:

@@ -140,6 +140,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
     assert states(str(tmp_path)) == [(2, "committed"), (1, "committed")]
 
 
+@pytest.mark.usefixtures("no_look_at_claims")
 def test_a_stale_restorer_sets_nothing_aside(tmp_path: Path, events: Events) -> None:
     save(str(tmp_path), 1, 2)
     (data,) = tmp_path.glob("step-000000002/attempt-*/*.distcp")
