@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import time
@@ -153,20 +155,28 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
+def take_away(folder: Path, aside: Path) -> None:
+    """Have a file in its place, though others may make it anew in between; where it is then, by number."""
+    aside.mkdir()
+    for number in itertools.count():
+        folder.rename(aside / f"{number}")
+        with contextlib.suppress(IsADirectoryError):
+            folder.write_text("no folder")
+            return
+
+
 def test_a_stop_waits_until_the_state_is_safe(tmp_path: Path) -> None:
     what = job(tmp_path, steps=4000)
     staging = tmp_path / "checkpoints" / ".tmp"  # where the local store writes an object before it has its name
     with World(tmp_path, what, fitted(what, expert=2), generation=1) as world:
         world.reach(2)
         until("something was written", staging.exists)
-        set_aside = staging.rename(tmp_path / "aside")
-        staging.write_text("no folder")
+        take_away(staging, tmp_path / "aside")
         asked_at = world.channels[0].progress().step
         world.channels[0].request_stop(StopReason.DRAIN)
         world.reach(asked_at + 4)
         assert all(channel.progress().phase is WorkerPhase.RUNNING for channel in world.channels)
         staging.unlink()
-        set_aside.rename(staging)
         assert world.exit_codes() == [0, 0]
         assert {channel.progress().phase for channel in world.channels} == {WorkerPhase.YIELDED}
         stopped_at = world.channels[0].progress().step
