@@ -72,9 +72,9 @@ class LocalView:
         return is_told and record.status is Status.STOPPING and record.failure is None
 
     def all_stopped(self, generation: int) -> bool:
-        """Whether no participant's workers of `generation` need one another any more."""
+        """Whether no participant's workers of `generation` need another's any more; those of the only one never do."""
         current = self._board.round
-        if current is None or current.generation != generation:
+        if current is None or current.generation != generation or len(current.participants) == 1:
             return True
         return current.broken is not None and current.broken.all_stopped
 

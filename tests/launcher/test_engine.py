@@ -40,8 +40,8 @@ def decided(node: Driven) -> None:
     node.feed(Decided(task, decide(task.view, task.rules, lambda slots, mesh: None, node.now_s)))
 
 
-def put_round(node: Driven, **fields: object) -> Round:
-    participants = tuple(Participant(name, 1, "127.0.0.1", 1) for name in "abc")
+def put_round(node: Driven, names: str = "abc", **fields: object) -> Round:
+    participants = tuple(Participant(name, 1, "127.0.0.1", 1) for name in names)
     current = Round(1, "L", participants, None, (), "", **fields)  # type: ignore[arg-type]
     node.store.put("job/round", current.to_json(), None, None)
     node.listen()
@@ -54,6 +54,18 @@ def test_a_node_that_leads_forms_a_round(node: Driven) -> None:
     node.carry_out(Put)
     assert node.reports()[-1] == "round_formed"
     assert node.engine.view.invitation(node.now_s) is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "broken", "stopped"),
+    [("a", None, True), ("ab", None, False), ("ab", Breakage("join", graceful=True, all_stopped=True), True)],
+    ids=["the only one", "another works", "all have stopped"],
+)
+def test_whose_workers_need_no_others(names: str, broken: Breakage | None, stopped: bool, node: Driven) -> None:
+    """Those of the only node never do: it waits for nobody's word before it ends them."""
+    put_round(node, names, broken=broken)
+    assert node.engine.view.all_stopped(1) is stopped
+    assert node.engine.view.all_stopped(2), "of which it has not heard"
 
 
 def test_a_claim_that_was_lost_to_another_is_made_again_as_soon_as_that_one_goes(node: Driven) -> None:
