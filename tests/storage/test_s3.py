@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.session import Session
 
 from elastic_moe.cli.main import main
 from storage import inspection, open_store
 from storage.errors import Denied, StorageError, Transient
+from storage.stores.s3 import client
 from storage.stores.s3.options import S3Options
 from tests.certificates import Authority
 from tests.ranks import Ranks
@@ -200,6 +202,22 @@ def test_a_ca_bundle_that_is_not_there_is_told_in_one_line(tls: tuple[FaultProxy
 def test_tls_where_there_is_none(juicefs: S3Server) -> None:
     url = f"s3://{BUCKET}/run?endpoint_url={juicefs.endpoint_url.replace('http:', 'https:')}"
     assert "is it http://?" in refused(operate(url, "read"))
+
+
+def test_what_one_client_hears_of_its_requests_is_no_other_ones() -> None:
+    """They begin with the same handlers, botocore's own, which are registered once for all."""
+
+    def handlers(session: Session, event: str) -> list[object]:
+        return list(session.get_component("event_emitter")._emitter._handlers.prefix_search(event))
+
+    first, second, theirs = client._session(None), client._session(None), Session()
+    for event in ("choose-signer.s3.GetObject", "creating-client-class.s3", "before-parameter-build.s3.GetObject"):
+        assert handlers(first, event) == handlers(theirs, event)
+    heard: list[object] = []
+    first.register("before-send.s3", lambda **told: heard.append(told))
+    for session in (first, second):
+        session.get_component("event_emitter").emit("before-send.s3", request=None)
+    assert len(heard) == 1
 
 
 def test_a_profile_is_used(juicefs: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
