@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import os
 import re
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OUR_TRAINER = ("-m", "elastic_moe", "train")
-_SAVES = re.compile(r"^\s*(from|import) (storage|elastic_moe\.integrations)\b", re.MULTILINE)
+_BY_TEXT = (
+    (r"elastic_moe\b", ("elastic_moe.worker",)),
+    (r"elastic_moe\.integrations\b", ("elastic_moe.integrations.session",)),
+    (r"(storage|elastic_moe\.integrations)\b", ("storage.checkpointer",)),
+)
+"""What a script imports, and what that leads to."""
 _TEXT_CHARS_MAX = 1024 * 1024
 _NODES_TRIED = 16
 _EPILOG = """\
@@ -89,12 +95,11 @@ def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
     """
     runs_ours = _OUR_TRAINER in zip(arguments, arguments[1:], arguments[2:], strict=False)
     text = "\n".join([*arguments, *map(_text_of, arguments)])
-    found: tuple[str, ...] = ()
-    if runs_ours:
-        found = ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run")
-    elif _SAVES.search(text):
-        found = ("storage.checkpointer",)
-    return (*found, "storage.stores.s3.ahead") if found and "s3://" in text else found
+    found: tuple[str, ...] = ("elastic_moe.config", "storage.checkpointer", "elastic_moe.trainer.run")
+    if not runs_ours:
+        parts = (part for what, part in _BY_TEXT if re.search(rf"^\s*(from|import) {what}", text, re.MULTILINE))
+        found = tuple(itertools.chain.from_iterable(parts))
+    return (*found, "storage.stores.s3.ahead") if "storage.checkpointer" in found and "s3://" in text else found
 
 
 def _text_of(argument: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cli.run import _imported_by
+from launcher.workers import imports_ahead
 from launcher.workers.imports_ahead import num_threads_alive
 from launcher.workers.learnt_imports import ImportLearner, ImportReporter, _digest, _line_of, _variable_in
 from tests.cluster import until
@@ -87,6 +88,16 @@ def test_a_thread_that_has_ended_keeps_nobody_from_forking(tmp_path: Path) -> No
     thread.join()
 
 
+@pytest.mark.parametrize("num_alive", [1, 2])
+def test_nothing_is_forked_for_threads_where_there_are_none(num_alive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for: list[int] = []
+    monkeypatch.setattr(imports_ahead, "num_threads_alive", lambda: num_alive)
+    monkeypatch.setattr(os, "fork", lambda: 7)
+    monkeypatch.setattr(os, "waitpid", lambda pid, _: waited_for.append(pid))
+    imports_ahead.settle_threads()
+    assert waited_for == [7] * (num_alive - 1)
+
+
 def test_what_our_own_trainer_imports_is_known_before() -> None:
     run = ["--nnodes", "1:2", "-m", "elastic_moe", "train", "job.toml"]
     assert "elastic_moe.trainer.run" in _imported_by(run)
@@ -99,6 +110,15 @@ def test_what_a_script_that_saves_imports_is_known_by_its_text(tmp_path: Path) -
     script.write_text("import torch\n\ndef main():\n    from storage import Checkpointer\n")
     assert _imported_by(["--nnodes", "1:2", str(script)]) == ("storage.checkpointer",)
     assert _imported_by([str(script), "s3://bucket/run"]) == ("storage.checkpointer", "storage.stores.s3.ahead")
+    script.write_text("from elastic_moe import worker\nurl = 's3://x'  # of the data\n")
+    assert _imported_by([str(script)]) == ("elastic_moe.worker",)
+    script.write_text("from elastic_moe.integrations.session import Session\n")
+    assert _imported_by([str(script), "s3://bucket/run"]) == (
+        "elastic_moe.worker",
+        "elastic_moe.integrations.session",
+        "storage.checkpointer",
+        "storage.stores.s3.ahead",
+    )
     (tmp_path / "storage.py").touch()
     assert _imported_by([str(script)]) == (), "it is another one"
     (tmp_path / "storage.py").unlink()
