@@ -87,13 +87,18 @@ def make_pages(address: int, size_bytes: int) -> None:
     Where the first one is there, so are the others as a rule, and to look for them takes time as well. What is in them
     already stays; what cannot be made now is made then.
     """
-    first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size_bytes) // PAGE_BYTES * PAGE_BYTES
-    if first < last and not _is_made(first):
+    first, last = whole_pages(address, size_bytes)
+    if first < last and not is_made(first):
         with contextlib.suppress(OSError):  # a kernel that makes none ahead
             _advise(first, last - first, _MADV_POPULATE_WRITE)
 
 
-def _is_made(address: int) -> bool:
+def whole_pages(address: int, size_bytes: int) -> tuple[int, int]:
+    """Where the pages that lie in there as a whole begin and end; not before they begin, only if there are some."""
+    return -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size_bytes) // PAGE_BYTES * PAGE_BYTES
+
+
+def is_made(address: int) -> bool:
     """Whether there is memory behind a page (mincore(2))."""
     found = ctypes.c_ubyte()
     return _libc().mincore(address, PAGE_BYTES, ctypes.byref(found)) == 0 and bool(found.value & 1)
@@ -114,15 +119,15 @@ class HugePages:
         """Whether the last one was."""
         self._without_bytes = 0
 
-    def advise(self, address: int, size_bytes: int) -> None:
-        """Advise them for what lies in there, which keeps what it holds."""
+    def advise(self, address: int, size_bytes: int) -> bool:
+        """Advise them for what lies in there, which keeps what it holds; whether that was done."""
         first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         last = (address + size_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         if first >= last:
-            return
+            return False
         if self.are_costly and self._without_bytes < _WITHOUT_BYTES:
             self._without_bytes += size_bytes
-            return
+            return False
         self._without_bytes = 0
         with contextlib.suppress(OSError):  # a kernel without huge pages, or one that makes none ahead
             _advise(first, HUGE_PAGE_BYTES, mmap.MADV_HUGEPAGE)
@@ -131,6 +136,8 @@ class HugePages:
             self.are_costly = self._clock() - began_s > _COSTLY_S
             if not self.are_costly:
                 _advise(first, last - first, mmap.MADV_HUGEPAGE)
+                return True
+        return False
 
 
 def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = False, has_huge: bool = True) -> bool:

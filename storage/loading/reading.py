@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from storage.arena.page_filler import PageFiller
 from storage.errors import PeerFailed
 from storage.format.index import Index
 from storage.loading.casts import Casts
@@ -64,7 +65,7 @@ def read_items(
     casts = Casts() if casts is None else casts
     reads, failure = _tried(lambda: reads_by_item(index, items))
     source = Source(store, learn_crcs(group, index, reads or {}))
-    with Pool(num_threads, thread_name_prefix="storage-read") as pool:
+    with contextlib.closing(PageFiller()) as filler, Pool(num_threads, thread_name_prefix="storage-read") as pool:
         prepared = None
         if reads is not None:
             prepared, failure = _tried(lambda: _prepare(source, reads, planner, pool, casts))
@@ -80,11 +81,11 @@ def read_items(
                 shared_part_of = _SharedParts(axis, agreed, requests).part
                 traffic += PartExchange(group, HostMemory(group), source, agreed, shared_part_of, requests).run(pool)
                 received = axis.by_object(received_ranges(agreed.plan, group.rank))
-        traffic += _read_rest(source, requests, received, pool)
+        traffic += _read_rest(source, requests, received, pool, filler)
 
         for item in list(requests.waiting):
             first = functools.partial(_settle, requests, item, source.verifier(item))
-            again = functools.partial(_read_alone, source, {item: reads[item]}, planner, pool, casts)
+            again = functools.partial(_read_alone, source, {item: reads[item]}, planner, pool, filler, casts)
             traffic += read_verified(store, source.index.object_of(item), first, again)
     return traffic
 
@@ -110,10 +111,12 @@ def _settle(requests: Requests, item: int, verifier: Verifier) -> Traffic:
     return Traffic()
 
 
-def _read_alone(source: Source, reads: Reads, planner: LoadPlanner, pool: Executor, casts: Casts) -> Traffic:
+def _read_alone(
+    source: Source, reads: Reads, planner: LoadPlanner, pool: Executor, filler: PageFiller, casts: Casts
+) -> Traffic:
     """Read items once more, by this rank for itself, that are judged only as a whole. Raises Corrupt."""
     own, requests, traffic = _prepare(Source(source.store, source.index), reads, planner, pool, casts)
-    traffic += _read_rest(own, requests, {}, pool)
+    traffic += _read_rest(own, requests, {}, pool, filler)
     for item in list(requests.waiting):
         requests.settle(item, own.verifier(item))
     return traffic
@@ -132,16 +135,18 @@ def _share(store: ObjectStore, group: Group, requests: Requests) -> bool:
     )
 
 
-def _read_rest(source: Source, requests: Requests, received: dict[int, list[Range]], pool: Executor) -> Traffic:
+def _read_rest(
+    source: Source, requests: Requests, received: dict[int, list[Range]], pool: Executor, filler: PageFiller
+) -> Traffic:
     """Fetch and deliver what does not come from other ranks."""
 
     def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
-        views = [requests.view(segment) for segment in part.segments]
+        views = [requests.view(segment, is_made=False) for segment in part.segments]
         memories = [
             scratch(segment.stop - segment.start) if view is None else view
             for segment, view in zip(part.segments, views, strict=True)
         ]
-        source.fetch(part, memories)
+        source.fetch(part, memories, filler.instead_of)
         return part, [memory if view is None else None for memory, view in zip(memories, views, strict=True)]
 
     traffic = Traffic()

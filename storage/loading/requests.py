@@ -66,12 +66,13 @@ class Requests:
         start = axis[rows[:, 0]]
         return merged(np.stack((start + low, start + high), axis=1))
 
-    def view(self, segment: Segment) -> memoryview | None:
-        """The memory that takes a segment as it is, if there is one."""
+    def view(self, segment: Segment, *, is_made: bool = True) -> memoryview | None:
+        """The memory that takes a segment as it is, if there is one; `is_made` as for `Target.view`."""
         want = segment.direct
         if want is None or not self.targets[want.target].is_direct:
             return None
-        return self.targets[want.target].view(want.at + segment.item_start - want.start, segment.stop - segment.start)
+        at, size_bytes = want.at + segment.item_start - want.start, segment.stop - segment.start
+        return self.targets[want.target].view(at, size_bytes, is_made=is_made)
 
     def held_bytes(self, part: Part) -> int:
         """How many bytes of memory other than a tensor's are held while the part is fetched."""

@@ -36,8 +36,11 @@ class Target(Protocol):
     is_direct: bool
     """Whether `view` may be filled from outside."""
 
-    def view(self, at: int, size_bytes: int) -> memoryview:
-        """That part of the destination, if it is a direct one; whoever fills it says so with `filled`."""
+    def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
+        """That part of the destination, if it is a direct one; whoever fills it says so with `filled`.
+
+        `is_made`: with its pages; else whoever fills it sees to them.
+        """
 
     def filled(self, size_bytes: int) -> None:
         """Note that so many bytes were put into views."""
@@ -55,7 +58,7 @@ class _Counted:
         self._missing_bytes = size_bytes
         self._finish = finish
 
-    def view(self, at: int, size_bytes: int) -> memoryview:
+    def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         raise NotImplementedError
 
     def filled(self, size_bytes: int) -> None:
@@ -74,12 +77,12 @@ class TensorTarget(_Counted):
     def __init__(self, tensor: torch.Tensor, finish: Callable[[], None]) -> None:
         super().__init__(tensor.nbytes, finish)
         self._memory, self._address = bytes_of(tensor), tensor.data_ptr()
-        if tensor.nbytes >= _HUGE_FROM_BYTES:  # memory that nobody has touched is made as it is filled
-            _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
+        # memory that nobody has touched is made as it is filled
+        self._has_huge = tensor.nbytes >= _HUGE_FROM_BYTES and _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
 
-    def view(self, at: int, size_bytes: int) -> memoryview:
-        """A part of the tensor, whose pages are there."""
-        if size_bytes >= _PAGES_FROM_BYTES:
+    def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
+        """A part of the tensor. Huge pages are there in any case: to make them takes next to nothing."""
+        if size_bytes >= _PAGES_FROM_BYTES and (is_made or self._has_huge):
             make_pages(self._address + at, size_bytes)
         return self._memory[at : at + size_bytes]
 
@@ -94,7 +97,7 @@ class ItemTarget(_Counted):
         self._memory: memoryview | None = None
         self._lock = threading.Lock()
 
-    def view(self, at: int, size_bytes: int) -> memoryview:
+    def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         """A part of the item."""
         with self._lock:
             if self._memory is None:
@@ -260,7 +263,7 @@ class SlabTarget:
         self._has_rows = dim > 0
         self._open: dict[tuple[int, int], _Slab] = {}
 
-    def view(self, at: int, size_bytes: int) -> memoryview:
+    def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         """Never called: this target has no memory to show."""
         raise NotImplementedError
 

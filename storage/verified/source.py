@@ -7,8 +7,9 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,6 +35,23 @@ log = logging.getLogger(__name__)
 _Map = Callable[[Callable[[int], "Layout | None"], Iterable[int]], Iterable["Layout | None"]]
 
 _NUM_SHOWN = 3
+
+
+class InsteadOf(Protocol):
+    """Gives memory to read into in place of some, which holds what was read once the context has ended well.
+
+    `in_place`: it must be that memory itself.
+    """
+
+    def __call__(
+        self, memories: Sequence[memoryview], *, in_place: bool = False
+    ) -> AbstractContextManager[Sequence[memoryview]]: ...
+
+
+def _in_place(
+    memories: Sequence[memoryview], *, in_place: bool = False
+) -> AbstractContextManager[Sequence[memoryview]]:
+    return contextlib.nullcontext(memories)
 
 
 @dataclass(frozen=True)
@@ -162,26 +180,29 @@ class Source:
         rows = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
         return ItemPlace(*(int(column[item]) for column in rows))
 
-    def fetch(self, part: Part, memories: Sequence[memoryview]) -> None:
+    def fetch(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf = _in_place) -> None:
         """Fill the memory of each of the part's segments, and verify it as far as its items' bytes have come.
 
-        Raises Corrupt: something is missing, or damaged when it is read twice.
+        `instead_of`: gives the memory to read into. Raises Corrupt: something is missing, or damaged when it is read
+        twice.
         """
-
         key = self._key(part)
 
         def read() -> None:
             size_bytes = self.store.bite_bytes(key)
             if size_bytes is None:
-                self._read(part, memories)
-                self.verify(part, memories)
+                self._fill(part, memories, instead_of)
                 return
             for bite, places in bites(part, self._block_size_bytes, size_bytes):
-                views = [memories[number][start:stop] for number, start, stop in places]
-                self._read(bite, views)
-                self.verify(bite, views)
+                self._fill(bite, [memories[number][start:stop] for number, start, stop in places], instead_of)
 
         read_verified(self.store, key, read)
+
+    def _fill(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf) -> None:
+        is_joint = any(segment.item in self.layouts for segment in part.segments)  # looked at until all has come
+        with instead_of(memories, in_place=is_joint) as views:
+            self._read(part, views)
+            self.verify(part, views)
 
     def _block_size_bytes(self, item: int) -> int:
         return int(self.index.columns.block_size_bytes[item])

@@ -184,8 +184,13 @@ def notes_on_a_full_disk(disk: Path) -> list[str]:
 
 
 def forbid_memfds() -> None:
-    """From here on memfd_create is refused to this process, as by the filter of a sandbox (seccomp)."""
-    number = {"x86_64": 319, "aarch64": 279}[os.uname().machine]
+    """From here on memfd_create is refused to this process."""
+    forbid({"x86_64": 319, "aarch64": 279}[os.uname().machine])
+    memory_file._memfd_flags.cache_clear()
+
+
+def forbid(number: int) -> None:
+    """From here on that system call is refused to this process, as by the filter of a sandbox (seccomp)."""
     rules = ((0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000))
     data = b"".join(struct.pack("HBBI", *rule) for rule in rules)
     rows = ctypes.create_string_buffer(data, len(data))
@@ -193,7 +198,6 @@ def forbid_memfds() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(38, 1, 0, 0, 0) == 0
     assert libc.prctl(22, 2, program, 0, 0) == 0
-    memory_file._memfd_flags.cache_clear()
 
 
 def saves_without_memfds(disk: Path) -> list[str]:
