@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
+import functools
 import logging
 import mmap
 import os
 import platform
 import struct
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,6 +33,8 @@ _API, _REGISTER, _UNREGISTER, _COPY = 0xC018AA3F, 0xC020AA00, 0x8010AA01, 0xC028
 _USER_MODE_ONLY: Final = 1
 """What every user may ask for; Linux 5.11."""
 _MODE_MISSING, _MODE_DONTWAKE = 1, 1
+_NONE_WATCHED: Final = (errno.EINVAL, errno.ENOTTY, errno.EBADF)
+"""Memory of which none can be; a descriptor of nothing; one that is closed."""
 _FROM_BYTES: Final = 128 * 1024
 _BUFFER_BYTES: Final = 5 * 1024 * 1024
 """What is read at once out of memory, and an eighth, is less."""
@@ -84,23 +88,24 @@ class PageFiller:
         memory[:low], memory[high:] = data[:low], data[high:]
 
     def _make(self, address: int, data: memoryview) -> None:
-        """Make pages of the data. They are watched for no longer than that: nobody else's touch waits for us."""
-        pages = struct.pack("QQ", address, data.nbytes)
-        fcntl.ioctl(self._fd, _REGISTER, bytearray(pages + struct.pack("QQ", _MODE_MISSING, 0)))
-        try:
-            request = struct.pack("QQQQq", address, _address(data), data.nbytes, _MODE_DONTWAKE, 0)
-            fcntl.ioctl(self._fd, _COPY, bytearray(request))
-        finally:
-            self._unwatch(pages)
+        """Make pages of the data. They are watched for no longer than that: nobody else's touch waits for us.
 
-    def _unwatch(self, pages: bytes) -> None:
-        try:
-            fcntl.ioctl(self._fd, _UNREGISTER, bytearray(pages))
-        except OSError:  # as many mappings as there may be: whoever touched these pages would wait for ever
+        All of it is one call of C that keeps the interpreter: a thread that got it meanwhile, and touched one of these
+        pages, would wait for us, and we for it. Raises OSError.
+        """
+        pages = struct.pack("QQ", address, data.nbytes)
+        watch = pages + struct.pack("QQ", _MODE_MISSING, 0)
+        copy = struct.pack("QQQQq", address, _address(data), data.nbytes, _MODE_DONTWAKE, 0)
+        arguments = list(map(ctypes.create_string_buffer, (watch, copy, pages)))
+        watching, making, letting_go = map(_ioctl(), [self._fd] * 3, (_REGISTER, _COPY, _UNREGISTER), arguments)
+        code = ctypes.get_errno()
+        if letting_go and code not in _NONE_WATCHED:
+            # as many mappings as there may be: whoever touched these pages would wait for ever
             log.warning("pages are made and then filled from now on: the kernel has no room to watch them")
             with open(os.devnull, "rb") as nothing:
                 os.dup2(nothing.fileno(), self._fd, inheritable=False)  # none is watched; others may be about to ask
-            raise
+        if watching or making:
+            raise OSError(code, os.strerror(code))
 
     def close(self) -> None:
         """Let go of the buffers and the descriptor, once nobody fills any more. Closing twice is harmless."""
@@ -126,6 +131,14 @@ def _opened() -> int:
         os.close(fd)
         return -1
     return fd
+
+
+@functools.cache
+def _ioctl() -> Callable[..., Any]:
+    """ioctl(2), during which no other thread has the interpreter."""
+    ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
+    ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+    return ioctl
 
 
 def _buffer() -> mmap.mmap:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import subprocess
@@ -37,6 +37,22 @@ from storage.arena.page_filler import _SYSCALLS, PageFiller
 forbid(_SYSCALLS[os.uname().machine])
 with closing(PageFiller()) as filler:
     assert filled(filler) == "in place"
+"""
+
+TOUCHED = """
+import mmap
+import sys
+from contextlib import closing
+from storage.arena.page_filler import PageFiller
+memory = memoryview(mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+places = iter(range((1 << 20) - 1, 0, -mmap.PAGESIZE))
+def touch(*told):
+    memory[next(places)] = 1
+with closing(PageFiller()) as filler:
+    with filler.instead_of([memory]) as (given,):
+        given[:] = bytes(1 << 20)
+        sys.setprofile(touch)
+    sys.setprofile(None)
 """
 
 
@@ -136,17 +152,23 @@ def test_pages_that_are_watched_no_more_are_everybodys_to_touch(filler: PageFill
     assert not touching.is_alive() and memory[MIB:] == b"y" * MIB
 
 
+def test_nobody_who_has_the_interpreter_meets_a_watched_page() -> None:
+    """A touch before and after each call that is made there, of a page that was none: it would wait for ever."""
+    subprocess.run([sys.executable, "-c", TOUCHED], check=True, timeout=60)
+
+
 def test_where_pages_cannot_be_let_go_of_nothing_is_watched_any_more(
     filler: PageFiller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ioctl = fcntl.ioctl
+    ioctl = page_filler._ioctl()
 
-    def without_room(fd: int, request: int, argument: bytearray) -> int:
+    def without_room(fd: int, request: int, argument: object) -> int:
         if request == page_filler._UNREGISTER:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        return ioctl(fd, request, argument)
+            ctypes.set_errno(errno.ENOMEM)
+            return -1
+        return int(ioctl(fd, request, argument))
 
-    monkeypatch.setattr(fcntl, "ioctl", without_room)
+    monkeypatch.setattr(page_filler, "_ioctl", lambda: without_room)
     memory = fresh(2 * MIB)
     with filler.instead_of([memory[:MIB]]) as (given,):
         given[:] = b"x" * MIB
