@@ -48,9 +48,10 @@ class InsteadOf(Protocol):
     ) -> AbstractContextManager[Sequence[memoryview]]: ...
 
 
-def _in_place(
-    memories: Sequence[memoryview], *, in_place: bool = False
+def as_they_are(
+    memories: Sequence[memoryview], *, in_place: bool = True
 ) -> AbstractContextManager[Sequence[memoryview]]:
+    """Gives the memories themselves."""
     return contextlib.nullcontext(memories)
 
 
@@ -180,7 +181,7 @@ class Source:
         rows = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
         return ItemPlace(*(int(column[item]) for column in rows))
 
-    def fetch(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf = _in_place) -> None:
+    def fetch(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf = as_they_are) -> None:
         """Fill the memory of each of the part's segments, and verify it as far as its items' bytes have come.
 
         `instead_of`: gives the memory to read into. Raises Corrupt: something is missing, or damaged when it is read

@@ -22,6 +22,7 @@ from storage.arena import page_filler
 from storage.arena.mapping import PAGE_BYTES, is_made
 from storage.arena.page_filler import PageFiller
 from storage.errors import StorageError
+from storage.loading.targets import TensorTarget, note_shared
 from storage.stores.local import LocalStore
 from tests.storage.small_runs import damage_data
 
@@ -224,3 +225,34 @@ def test_a_restore_makes_pages_of_what_it_has_verified(
         checkpointer.restore(found)
     assert torch.equal(found["w"], torch.zeros_like(saved) if is_damaged else saved)
     assert (sum(made) > MIB // 2) is not is_damaged
+
+
+@pytest.mark.parametrize(
+    ("spans", "shared"),
+    [
+        ([(0, 4), (4, 6), (6, 8)], []),
+        ([(0, 4), (0, 4), (4, 8)], [0, 1]),
+        ([(6, 8), (1, 4), (0, 7)], [0, 1, 2]),
+        ([(0, 8), (1, 2), (5, 6), (8, 9)], [0, 1, 2]),
+    ],
+    ids=["apart", "tied", "in a chain", "in one"],
+)
+def test_targets_know_which_of_them_share_memory(spans: list[tuple[int, int]], shared: list[int]) -> None:
+    whole = torch.empty(9, dtype=torch.uint8)
+    found = [TensorTarget(whole[first:last], lambda: None) for first, last in spans]
+    note_shared(found)
+    assert [number for number, target in enumerate(found) if target.is_shared] == shared
+
+
+def test_a_restore_of_tied_weights_watches_none_of_their_pages(
+    tmp_path: Path, filler: PageFiller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread could read into pages that the kernel watches for another, which it refuses."""
+    made: list[int] = []
+    monkeypatch.setattr(PageFiller, "_make", lambda filler, address, data: made.append(address))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {key: torch.arange(MIB // 4, dtype=torch.float32) for key in "ab"}, wait=True)
+    found = torch.frombuffer(fresh(MIB), dtype=torch.float32)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore({"a": found, "b": found})
+    assert torch.equal(found, torch.arange(MIB // 4, dtype=torch.float32)) and not made
