@@ -244,7 +244,7 @@ def test_an_unexpected_answer_of_the_store_does_not_end_a_members_threads(job: J
     assert until("heard of b", lambda: member.stop_requested(1), WAIT_S) == "join: b"
 
 
-def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
+def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew(renewed_often: None) -> None:
     port = free_port()
     server = EmbeddedServer("127.0.0.1", port, token="t", node_id="host-1")
     server.start()
@@ -252,11 +252,16 @@ def test_a_store_that_is_lost_and_hosted_anew_is_joined_anew() -> None:
     bell.start()
     node = Node(node_id="a", host="a", address="127.0.0.1", port=bell.port, slots=1)
     kv = EmbeddedKV("127.0.0.1", port, token="t")
-    member = Member(kv, "test", node, Rules(last_call_s=0.1), lambda slots, previous: None, told, lease_ttl_s=2.5)
+    rules, planner = Rules(last_call_s=0.1), lambda slots, previous: None
+    member = Member(kv, "test", node, rules, planner, told, lease_ttl_s=LEASE_TTL_S)
     try:
         member.start()
         member.join(member.wait_round(WAIT_S).generation, WAIT_S)
+        lease = member.lease()
+        assert lease is not None
         server.close()
+        until("it is known to refuse", lambda: lease.silence and lease.silence.refused, WAIT_S)
+        lease._deadline_s = time.monotonic() + FENCE_FRACTION * LEASE_TTL_S - 0.5  # as if it were away for long
         until("fenced", member.fenced, WAIT_S)
         until("told", lambda: "store_host_lost" in told.names(), WAIT_S)
         member.announce(Status.READY, reason="stopped")
