@@ -20,6 +20,7 @@ PAGE_BYTES = mmap.PAGESIZE
 _AT_ONCE_BYTES = 64 * 1024 * 1024
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
+_MADV_NOHUGEPAGE = 15
 _MADV_COLLAPSE = 25
 """Linux 6.1, whatever the system's settings for huge pages of shared memory are."""
 _COLLAPSE_S_MAX = 0.25
@@ -138,6 +139,23 @@ class HugePages:
                 _advise(first, last - first, mmap.MADV_HUGEPAGE)
                 return True
         return False
+
+    def make(self, address: int, size_bytes: int, within: tuple[int, int]) -> bool:
+        """Make those that a piece of the memory lies in for which they were advised, which is `within` two addresses.
+        False as soon as one is costly, here or elsewhere: what of that memory is not made yet has small ones then.
+        """
+        begin, stop = within
+        at = max(address // HUGE_PAGE_BYTES, -(-begin // HUGE_PAGE_BYTES)) * HUGE_PAGE_BYTES
+        with contextlib.suppress(OSError):  # no memory is left
+            while not self.are_costly and at < address + size_bytes and at + HUGE_PAGE_BYTES <= stop:
+                began_s = self._clock()
+                _advise(at, PAGE_BYTES, _MADV_POPULATE_WRITE)
+                self.are_costly = self._clock() - began_s > _COSTLY_S
+                at += HUGE_PAGE_BYTES
+            if self.are_costly and at < stop:
+                self._without_bytes = 0
+                _advise(at, stop - at, _MADV_NOHUGEPAGE)
+        return not self.are_costly
 
 
 def populate(fd: int, address: int, begin: int, stop: int, *, is_ahead: bool = False, has_huge: bool = True) -> bool:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from storage.arena.mapping import HugePages, make_pages
+from storage.arena.mapping import HugePages, advise_huge, make_pages
 from storage.format.tensors import bytes_of
 from storage.verified.source import scratch
 
@@ -80,14 +80,23 @@ class TensorTarget(_Counted):
         self.span = self._address, self._address + tensor.nbytes
         # memory that nobody has touched is made as it is filled
         self._has_huge = tensor.nbytes >= _HUGE_FROM_BYTES and _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
+        self._is_advised = self._has_huge
         self.is_shared = False
         """Whether another target lies in the same memory (`note_shared`)."""
 
     def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         """A part of the tensor. Huge pages are there in any case: to make them takes next to nothing."""
-        if size_bytes >= _PAGES_FROM_BYTES and (is_made or self._has_huge):
-            make_pages(self._address + at, size_bytes)
+        if size_bytes >= _PAGES_FROM_BYTES:
+            self._has_huge = self._has_huge and _huge_pages.make(self._address + at, size_bytes, self.span)
+            if is_made or self._has_huge:
+                make_pages(self._address + at, size_bytes)
         return self._memory[at : at + size_bytes]
+
+    def filled(self, size_bytes: int) -> None:
+        """See `Target.filled`."""
+        super().filled(size_bytes)
+        if self._is_advised and not self._missing_bytes:  # the kernel may make them in its own time
+            advise_huge(self._address, self._memory.nbytes)
 
 
 def note_shared(targets: Iterable[Target]) -> None:

@@ -231,6 +231,31 @@ def test_huge_pages_are_asked_for_where_they_are_cheap_and_what_is_there_stays(
     assert found == expected and bool((array == 7).all())
 
 
+@pytest.mark.parametrize("costly", [None, 1, 2])
+def test_huge_pages_end_with_the_first_that_is_costly(costly: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some lie free that were in use, and behind them such as the machine's host has to back first."""
+    begin, told = 10 * HUGE_PAGE_BYTES, list[tuple[int, int, int]]()
+    within = begin - 5, begin + 3 * HUGE_PAGE_BYTES + 5
+    clock = [0.0]
+
+    def advise(address: int, size_bytes: int, advice: int) -> None:
+        is_first = (address, size_bytes, advice) not in told
+        told.append((address, size_bytes, advice))
+        if advice == mapping._MADV_POPULATE_WRITE and is_first:
+            clock[0] += 1.0 if costly is not None and address == begin + costly * HUGE_PAGE_BYTES else 0.0
+
+    monkeypatch.setattr(mapping, "_advise", advise)
+    pages = HugePages(clock=lambda: clock[0])
+    assert pages.advise(within[0], within[1] - within[0])
+    pieces = ((begin - 5, 9), (begin + HUGE_PAGE_BYTES - 1, 2), (begin + 2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 5))
+    num_before = 3 if costly is None else costly
+    assert [pages.make(*piece, within) for piece in pieces] == [n < num_before for n in range(3)]
+    made = {address for address, _, advice in told if advice == mapping._MADV_POPULATE_WRITE}
+    assert made == {begin + n * HUGE_PAGE_BYTES for n in range(min(3, num_before + 1))}
+    small = [(address, address + size) for address, size, advice in told if advice == mapping._MADV_NOHUGEPAGE]
+    assert small[:1] == ([] if costly is None else [(begin + (costly + 1) * HUGE_PAGE_BYTES, within[1])])
+
+
 def test_a_slot_that_is_made_ahead_may_take_longer_than_one_that_a_save_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
