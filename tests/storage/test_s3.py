@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import botocore
 import pytest
 from botocore.session import Session
 
@@ -218,6 +219,21 @@ def test_what_one_client_hears_of_its_requests_is_no_other_ones() -> None:
     for session in (first, second):
         session.get_component("event_emitter").emit("before-send.s3", request=None)
     assert len(heard) == 1
+
+
+def test_what_is_told_of_each_session_hears_of_its_requests_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As plugins have it (`botocore.register_initializer`), which are not among the handlers that all begin with."""
+    heard: list[str] = []
+    monkeypatch.setattr(botocore, "_INITIALIZERS", [])
+    botocore.register_initializer(
+        lambda session: session.register("before-send.s3", lambda event_name, **told: heard.append(event_name))
+    )
+    client._handlers.cache_clear()
+    try:
+        client._session(None).get_component("event_emitter").emit("before-send.s3.GetObject", request=None)
+    finally:
+        client._handlers.cache_clear()
+    assert heard == ["before-send.s3.GetObject"]
 
 
 def test_a_profile_is_used(juicefs: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ from botocore.exceptions import (
     SSLError,
     TokenRetrievalError,
 )
-from botocore.hooks import HierarchicalEmitter
+from botocore.handlers import BUILTIN_HANDLERS, REGISTER_FIRST, REGISTER_LAST
+from botocore.hooks import EventAliaser, HierarchicalEmitter
 from botocore.parsers import ResponseParserError
 
 from storage.errors import BadURL, Cause, Denied, StorageError, Transient
@@ -301,9 +302,15 @@ def _loader() -> Any:
 
 @functools.cache
 def _handlers() -> HierarchicalEmitter:
-    """botocore's own handlers of events: a third of the time to make a client goes to registering them for each."""
+    """botocore's own handlers of events: a third of the time to make a client goes to registering them for each.
+
+    Not by a session, to which those of plugins (`botocore.register_initializer`) would be added, as to every other one.
+    """
     emitter = HierarchicalEmitter()
-    botocore.session.Session(event_hooks=emitter)
+    names = EventAliaser(emitter)
+    registers = {REGISTER_FIRST: names.register_first, REGISTER_LAST: names.register_last}
+    for event, handler, *when in BUILTIN_HANDLERS:
+        (registers[when[0]] if when else names.register)(event, handler)
     return emitter
 
 
