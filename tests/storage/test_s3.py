@@ -150,7 +150,7 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, juicefs: S3Server) -> Non
     from tests.cluster import free_port
 
     for cause in Cause:
-        monkeypatch.setitem(retry_policy.RULES, cause, retry_policy.Rule(2, 0.0, 0.0, 1.0))  # type: ignore[arg-type]
+        monkeypatch.setitem(retry_policy.RULES, cause, retry_policy.Rule(2, 0.0, 0.0, 60.0))  # type: ignore[arg-type]
     for host, says in ((f"127.0.0.1:{free_port()}", "cannot be reached"), ("no.such.host.invalid", "does not resolve")):
         store = open_store(f"s3://{BUCKET}/run?endpoint_url=http://{host}")
         with pytest.raises(Transient, match=says) as caught:
