@@ -8,7 +8,6 @@ So each layer would take room of its own for what only one or two need at a time
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import itertools
 import math
@@ -109,9 +108,8 @@ def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def _make(start: int, stop: int) -> bool:
-    """Whether they are made, or left to a restore that makes some of them right now."""
     _huge_pages.advise(start, stop - start)
-    return not _madvise(start, stop - start, _MADV_POPULATE_WRITE) or ctypes.get_errno() == errno.EFAULT
+    return not _madvise(start, stop - start, _MADV_POPULATE_WRITE)
 
 
 def _span(memory: mmap.mmap | Tensor) -> tuple[int, int]:
@@ -131,6 +129,6 @@ def _madvise(address: int, num_bytes: int, advice: int) -> int:
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return libc

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
-import functools
 import logging
 import mmap
 import os
 import platform
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -32,9 +30,9 @@ _API, _REGISTER, _UNREGISTER, _COPY = 0xC018AA3F, 0xC020AA00, 0x8010AA01, 0xC028
 """Of linux/userfaultfd.h. On machines where such numbers are made otherwise the first of them is refused."""
 _USER_MODE_ONLY: Final = 1
 """What every user may ask for; Linux 5.11."""
-_MODE_MISSING, _MODE_DONTWAKE = 1, 1
-_NONE_WATCHED: Final = (errno.EINVAL, errno.ENOTTY, errno.EBADF)
-"""Memory of which none can be; a descriptor of nothing; one that is closed."""
+_MODE_WP, _MODE_DONTWAKE = 2, 1
+_HAS_WP: Final = 1
+"""Of the features that the kernel tells of: it knows write protection (UFFD_FEATURE_PAGEFAULT_FLAG_WP)."""
 _FROM_BYTES: Final = 128 * 1024
 _BUFFER_BYTES: Final = 5 * 1024 * 1024
 """What is read at once out of memory, and an eighth, is less."""
@@ -88,24 +86,18 @@ class PageFiller:
         memory[:low], memory[high:] = data[:low], data[high:]
 
     def _make(self, address: int, data: memoryview) -> None:
-        """Make pages of the data. They are watched for no longer than that: nobody else's touch waits for us.
+        """Make pages of the data. Raises OSError.
 
-        All of it is one call of C that keeps the interpreter: a thread that got it meanwhile, and touched one of these
-        pages, would wait for us, and we for it. Raises OSError.
+        What is registered for write protection alone, of which none is asked for, others may touch as ever; the kernel
+        makes pages there as anywhere. (Registered for missing pages, whoever touches one would wait for us.)
         """
         pages = struct.pack("QQ", address, data.nbytes)
-        watch = pages + struct.pack("QQ", _MODE_MISSING, 0)
-        copy = struct.pack("QQQQq", address, _address(data), data.nbytes, _MODE_DONTWAKE, 0)
-        arguments = list(map(ctypes.create_string_buffer, (watch, copy, pages)))
-        watching, making, letting_go = map(_ioctl(), [self._fd] * 3, (_REGISTER, _COPY, _UNREGISTER), arguments)
-        code = ctypes.get_errno()
-        if letting_go and code not in _NONE_WATCHED:
-            # as many mappings as there may be: whoever touched these pages would wait for ever
-            log.warning("pages are made and then filled from now on: the kernel has no room to watch them")
-            with open(os.devnull, "rb") as nothing:
-                os.dup2(nothing.fileno(), self._fd, inheritable=False)  # none is watched; others may be about to ask
-        if watching or making:
-            raise OSError(code, os.strerror(code))
+        fcntl.ioctl(self._fd, _REGISTER, bytearray(pages + struct.pack("QQ", _MODE_WP, 0)))
+        try:
+            request = struct.pack("QQQQq", address, _address(data), data.nbytes, _MODE_DONTWAKE, 0)
+            fcntl.ioctl(self._fd, _COPY, bytearray(request))
+        finally:  # so that what lies side by side is one mapping again: a process may have so many only
+            fcntl.ioctl(self._fd, _UNREGISTER, bytearray(pages))
 
     def close(self) -> None:
         """Let go of the buffers and the descriptor, once nobody fills any more. Closing twice is harmless."""
@@ -124,21 +116,15 @@ def _opened() -> int:
     if fd < 0:
         log.debug("pages are made and then filled: %s", os.strerror(ctypes.get_errno()))
         return -1
+    told = bytearray(struct.pack("QQQ", _UFFD_API, 0, 0))
     try:
-        fcntl.ioctl(fd, _API, bytearray(struct.pack("QQQ", _UFFD_API, 0, 0)))
+        fcntl.ioctl(fd, _API, told)
     except OSError as error:
         log.debug("pages are made and then filled: %s", error)
-        os.close(fd)
-        return -1
-    return fd
-
-
-@functools.cache
-def _ioctl() -> Callable[..., Any]:
-    """ioctl(2), during which no other thread has the interpreter."""
-    ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
-    ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-    return ioctl
+    if struct.unpack("QQQ", told)[1] & _HAS_WP:
+        return fd
+    os.close(fd)
+    return -1
 
 
 def _buffer() -> mmap.mmap:

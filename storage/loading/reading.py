@@ -29,7 +29,7 @@ from storage.parallel import Pool, windowed_by_size
 from storage.ranks.group import Group
 from storage.stores.objects import Capability, ObjectStore
 from storage.verified.readplan import Part, Range, Segment, Want, plan_parts
-from storage.verified.source import Source, Traffic, as_they_are, scratch
+from storage.verified.source import Source, Traffic, scratch
 from storage.verified.twice import read_verified
 from storage.verified.verifiers import Verifier
 
@@ -141,14 +141,12 @@ def _read_rest(
     """Fetch and deliver what does not come from other ranks."""
 
     def fetch(part: Part) -> tuple[Part, list[memoryview | None]]:
-        # the kernel watches no pages for one part into which it is to read another: it would refuse to (EFAULT)
-        is_shared = requests.are_shared(part)
-        views = [requests.view(segment, is_made=is_shared) for segment in part.segments]
+        views = [requests.view(segment, is_made=False) for segment in part.segments]
         memories = [
             scratch(segment.stop - segment.start) if view is None else view
             for segment, view in zip(part.segments, views, strict=True)
         ]
-        source.fetch(part, memories, as_they_are if is_shared else filler.instead_of)
+        source.fetch(part, memories, filler.instead_of)
         return part, [memory if view is None else None for memory, view in zip(memories, views, strict=True)]
 
     traffic = Traffic()

@@ -29,7 +29,6 @@ from storage.loading.targets import (
     TensorTarget,
     cuda_copies,
     fill,
-    note_shared,
 )
 from storage.torch_private import is_without_memory
 from storage.verified.readplan import NOWHERE, Want, box_stripes, stripe_length
@@ -83,7 +82,6 @@ def requests_of(source: Source, reads: Reads, planner: LoadPlanner, casts: Casts
     for item, of_item in reads.items():
         builder.add(item, of_item)
     casts.check()
-    note_shared(builder.requests.targets)
     return builder.requests
 
 

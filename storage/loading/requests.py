@@ -74,11 +74,6 @@ class Requests:
         at, size_bytes = want.at + segment.item_start - want.start, segment.stop - segment.start
         return self.targets[want.target].view(at, size_bytes, is_made=is_made)
 
-    def are_shared(self, part: Part) -> bool:
-        """Whether some of the part's bytes go straight into memory in which another target lies as well."""
-        direct = (self.targets[segment.direct.target] for segment in part.segments if segment.direct is not None)
-        return any(isinstance(target, TensorTarget) and target.is_shared for target in direct)
-
     def held_bytes(self, part: Part) -> int:
         """How many bytes of memory other than a tensor's are held while the part is fetched."""
         straight = sum(

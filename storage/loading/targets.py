@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,17 +77,15 @@ class TensorTarget(_Counted):
     def __init__(self, tensor: torch.Tensor, finish: Callable[[], None]) -> None:
         super().__init__(tensor.nbytes, finish)
         self._memory, self._address = bytes_of(tensor), tensor.data_ptr()
-        self.span = self._address, self._address + tensor.nbytes
+        self._span = self._address, self._address + tensor.nbytes
         # memory that nobody has touched is made as it is filled
         self._has_huge = tensor.nbytes >= _HUGE_FROM_BYTES and _huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
         self._is_advised = self._has_huge
-        self.is_shared = False
-        """Whether another target lies in the same memory (`note_shared`)."""
 
     def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         """A part of the tensor. Huge pages are there in any case: to make them takes next to nothing."""
         if size_bytes >= _PAGES_FROM_BYTES:
-            self._has_huge = self._has_huge and _huge_pages.make(self._address + at, size_bytes, self.span)
+            self._has_huge = self._has_huge and _huge_pages.make(self._address + at, size_bytes, self._span)
             if is_made or self._has_huge:
                 make_pages(self._address + at, size_bytes)
         return self._memory[at : at + size_bytes]
@@ -97,17 +95,6 @@ class TensorTarget(_Counted):
         super().filled(size_bytes)
         if self._is_advised and not self._missing_bytes:  # the kernel may make them in its own time
             advise_huge(self._address, self._memory.nbytes)
-
-
-def note_shared(targets: Iterable[Target]) -> None:
-    """Tell those of the tensors that lie in one another's memory, as tied weights do."""
-    tensors = [target for target in targets if isinstance(target, TensorTarget)]
-    farthest: TensorTarget | None = None
-    for target in sorted(tensors, key=lambda target: target.span):
-        if farthest is not None and target.span[0] < farthest.span[1]:
-            target.is_shared = farthest.is_shared = True
-        if farthest is None or target.span[1] > farthest.span[1]:
-            farthest = target
 
 
 class ItemTarget(_Counted):
