@@ -103,9 +103,9 @@ def _imported_by(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _text_of(argument: str) -> str:
-    """The beginning of a script or job file that is named so, unless a `storage` of its own lies beside it; else ""."""
-    beside = os.path.join(os.path.dirname(argument), "storage")
-    if not argument.endswith((".py", ".toml")) or os.path.exists(beside) or os.path.exists(f"{beside}.py"):
+    """The beginning of a script or job file that is named so, unless it has a package of ours of its own; else ""."""
+    beside = [os.path.join(os.path.dirname(argument), name) for name in ("elastic_moe", "launcher", "storage")]
+    if not argument.endswith((".py", ".toml")) or any(os.path.exists(p) or os.path.exists(f"{p}.py") for p in beside):
         return ""
     try:
         with open(argument, encoding="utf-8", errors="replace") as file:
