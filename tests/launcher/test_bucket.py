@@ -28,6 +28,7 @@ from launcher.kv.bucket.judge import Judge
 from launcher.kv.bucket.ops import PutKey
 from launcher.kv.bucket.register import Pause, Steps, answer
 from launcher.kv.bucket.version import LOG, TOMBSTONE, version_name
+from launcher.kv.lease import Lease
 from storage import Capability
 from storage.stores.memory import MemoryStore
 from tests.cluster import until
@@ -219,13 +220,26 @@ def test_an_old_renewal_that_lands_once_more_after_newer_ones_ends_no_lease() ->
     assert judge.ended(leases, [1]) == []
 
 
+def kept_for(holder: BucketKV, other: BucketKV, ttl_s: float) -> tuple[Lease, Lease]:
+    """A lease of each, after twice that time; anew where this process stood still: no holder lives then."""
+    for _ in range(5):
+        lease, second = holder.lease(ttl_s), other.lease(ttl_s)
+        assert holder.put("k", b"v", lease=lease) is not None
+        looks_s, ends_s = [time.monotonic()], lease.deadline_s + ttl_s
+        while lease.deadline_s < ends_s and not lease.lost.wait(0.1):
+            looks_s.append(time.monotonic())
+        looks_s.append(time.monotonic())
+        longest_s = max(after - before for before, after in itertools.pairwise(looks_s))
+        if longest_s < ttl_s / 3:
+            assert not lease.lost.is_set()
+            return lease, second
+        second.stop()
+    pytest.skip(f"this machine stood still for {longest_s:.1f} s, as it did each time")
+
+
 def test_a_lease_whose_holder_lives_is_never_ended_however_late_a_look_is(register: CountedRegister) -> None:
     with kv_on(register) as holder, kv_on(register) as other:
-        lease, second = holder.lease(3.0), other.lease(3.0)
-        assert holder.put("k", b"v", lease=lease) is not None
-        ends_s = lease.deadline_s + 3.0
-        while lease.deadline_s < ends_s:
-            assert not lease.lost.wait(0.1)
+        lease, second = kept_for(holder, other, 3.0)
         assert other.get("k") is not None
         assert beat_name(lease.lease_id) in register.names("beat/")
         second.revoke()

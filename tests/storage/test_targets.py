@@ -162,7 +162,8 @@ def test_a_tensor_fills_through_the_ring_of_its_device() -> None:
 def test_the_pages_of_a_view_are_made_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once, which is cheaper than one by one; small ones, whatever this machine has of huge ones."""
     monkeypatch.setattr(targets, "_HUGE_FROM_BYTES", 1 << 40)
-    tensor = torch.empty(64 << 20, dtype=torch.uint8)  # so much is always fresh from the kernel
+    fresh = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a heap may have been used before
+    tensor = torch.frombuffer(fresh, dtype=torch.uint8)
     view = TensorTarget(tensor, lambda: None).view(1 << 20, 62 << 20)
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
     view[:: mmap.PAGESIZE] = bytes(len(view[:: mmap.PAGESIZE]))
