@@ -17,10 +17,11 @@ import numpy as np
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 PAGE_BYTES = mmap.PAGESIZE
+MADE_FROM_BYTES = 128 * 1024
+"""Of so much the pages are made ahead; those of less as they are touched."""
 _AT_ONCE_BYTES = 64 * 1024 * 1024
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14; see madvise(2). Python has a name for it from 3.13 on."""
-_MADV_NOHUGEPAGE = 15
 _MADV_COLLAPSE = 25
 """Linux 6.1, whatever the system's settings for huge pages of shared memory are."""
 _COLLAPSE_S_MAX = 0.25
@@ -154,7 +155,7 @@ class HugePages:
                 at += HUGE_PAGE_BYTES
             if self.are_costly and at < stop:
                 self._without_bytes = 0
-                _advise(at, stop - at, _MADV_NOHUGEPAGE)
+                _advise(at, stop - at, mmap.MADV_NOHUGEPAGE)
         return not self.are_costly
 
 

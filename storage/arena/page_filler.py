@@ -18,9 +18,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import numpy as np
-
-from storage.arena.mapping import PAGE_BYTES, is_made, make_pages, whole_pages
+from storage.arena.mapping import MADE_FROM_BYTES, PAGE_BYTES, is_made, make_pages, whole_pages
+from storage.stores.buffers import address_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ _USER_MODE_ONLY: Final = 1
 _MODE_WP, _MODE_DONTWAKE = 2, 1
 _HAS_WP: Final = 1
 """Of the features that the kernel tells of: it knows write protection (UFFD_FEATURE_PAGEFAULT_FLAG_WP)."""
-_FROM_BYTES: Final = 128 * 1024
 _BUFFER_BYTES: Final = 5 * 1024 * 1024
 """What is read at once out of memory, and an eighth, is less."""
 
@@ -58,7 +56,7 @@ class PageFiller:
         fresh = [number for number, memory in enumerate(memories) if _is_fresh(memory)]
         if in_place or self._fd < 0 or sum(memories[number].nbytes for number in fresh) > _BUFFER_BYTES:
             for number in fresh:
-                make_pages(_address(memories[number]), memories[number].nbytes)
+                make_pages(address_of(memories[number]), memories[number].nbytes)
             fresh = []
         if not fresh:
             yield memories
@@ -73,7 +71,7 @@ class PageFiller:
         self._buffers.append(buffer)
 
     def _fill(self, memory: memoryview, data: memoryview) -> None:
-        address = _address(memory)
+        address = address_of(memory)
         first, last = whole_pages(address, memory.nbytes)
         low, high = first - address, last - address
         try:
@@ -94,7 +92,7 @@ class PageFiller:
         pages = struct.pack("QQ", address, data.nbytes)
         fcntl.ioctl(self._fd, _REGISTER, bytearray(pages + struct.pack("QQ", _MODE_WP, 0)))
         try:
-            request = struct.pack("QQQQq", address, _address(data), data.nbytes, _MODE_DONTWAKE, 0)
+            request = struct.pack("QQQQq", address, address_of(data), data.nbytes, _MODE_DONTWAKE, 0)
             fcntl.ioctl(self._fd, _COPY, bytearray(request))
         finally:  # so that what lies side by side is one mapping again: a process may have so many only
             fcntl.ioctl(self._fd, _UNREGISTER, bytearray(pages))
@@ -133,11 +131,7 @@ def _buffer() -> mmap.mmap:
 
 
 def _is_fresh(memory: memoryview) -> bool:
-    if memory.nbytes < _FROM_BYTES:
+    if memory.nbytes < MADE_FROM_BYTES:
         return False
-    first, last = whole_pages(_address(memory), memory.nbytes)
+    first, last = whole_pages(address_of(memory), memory.nbytes)
     return last - first >= PAGE_BYTES and not is_made(first)
-
-
-def _address(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)

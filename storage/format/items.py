@@ -8,14 +8,13 @@ import threading
 import zipfile
 from collections import OrderedDict
 
-import numpy as np
 import torch
 
 from storage.format.checksum import crc32
 from storage.format.framing import EncodedItem, FramedItem, Framing, framing_of, is_misread
 from storage.format.tensors import bytes_of
 from storage.format.zips import member_start
-from storage.stores.buffers import Buffer
+from storage.stores.buffers import Buffer, address_of
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class _Collector:
 
     def write(self, data: memoryview) -> int:
         view = memoryview(data).cast("B")
-        if self.raw is None and (_address(view), view.nbytes) == self._raw:
+        if self.raw is None and (address_of(view), view.nbytes) == self._raw:
             self.raw = view
         else:
             # torch reuses this memory after the call
@@ -149,7 +148,3 @@ def _find_raw(data: bytes) -> int:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         member = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
     return member_start(memoryview(data), member.header_offset)
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0

@@ -15,15 +15,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from storage.arena.memory_file import memory_of
 from storage.errors import Corrupt, NotFound, StorageError, Transient
 from storage.format.columns import IntColumn
 from storage.format.sealed import Document, seal, unseal
 from storage.held.inventory import HeldObject, HeldPart, Memory, PartKey
 from storage.held.nearest import Nearness
-from storage.stores.buffers import size_of, skip, split
+from storage.stores.buffers import address_of, size_of, skip, split
 
 _NUM_VIEWS_AT_ONCE = 512  # of a preadv: IOV_MAX is 1024
 _KIND = "pieces"
@@ -47,7 +45,7 @@ class PartMap(Document):
 
 def descriptors_of(part: HeldPart) -> list[int]:
     """New descriptors, the caller's to close: of a document with its short pieces, and of the part's memories."""
-    bases = [(_address(memory.memory), memory.memory.nbytes) for memory in part.memories]
+    bases = [(address_of(memory.memory), memory.memory.nbytes) for memory in part.memories]
     order = sorted(range(len(bases)), key=lambda number: bases[number])
     starts = [bases[number][0] for number in order]
     inline = bytearray()
@@ -55,7 +53,7 @@ def descriptors_of(part: HeldPart) -> list[int]:
     for name, held in part.objects.items():
         rows = []
         for piece in held.pieces:
-            address = _address(piece)
+            address = address_of(piece)
             at = bisect.bisect_right(starts, address) - 1
             number = order[at] if at >= 0 else -1
             if number >= 0 and address + piece.nbytes <= sum(bases[number]):
@@ -218,7 +216,3 @@ class OwnMemory:
 def _close_all(descriptors: Sequence[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from storage.arena.mapping import HugePages, advise_huge, make_pages
+from storage.arena.mapping import MADE_FROM_BYTES, HugePages, advise_huge, make_pages
 from storage.format.tensors import bytes_of
 from storage.verified.source import scratch
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 SLAB_SIZE_BYTES = 8 * 1024 * 1024
 NUM_PINNED_SLABS = 8
 _HUGE_FROM_BYTES = 4 * 1024 * 1024
-_PAGES_FROM_BYTES = 128 * 1024
 _huge_pages = HugePages()  # what one restore has learnt of this machine holds for the next
 
 
@@ -84,7 +83,7 @@ class TensorTarget(_Counted):
 
     def view(self, at: int, size_bytes: int, *, is_made: bool = True) -> memoryview:
         """A part of the tensor. Huge pages are there in any case: to make them takes next to nothing."""
-        if size_bytes >= _PAGES_FROM_BYTES:
+        if size_bytes >= MADE_FROM_BYTES:
             self._has_huge = self._has_huge and _huge_pages.make(self._address + at, size_bytes, self._span)
             if is_made or self._has_huge:
                 make_pages(self._address + at, size_bytes)
@@ -93,7 +92,7 @@ class TensorTarget(_Counted):
     def filled(self, size_bytes: int) -> None:
         """See `Target.filled`."""
         super().filled(size_bytes)
-        if self._is_advised and not self._missing_bytes:  # the kernel may make them in its own time
+        if self._is_advised and not (self._has_huge or self._missing_bytes):  # the kernel may make them in its own time
             advise_huge(self._address, self._memory.nbytes)
 
 

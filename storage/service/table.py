@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from storage.arena.slot import Slot
@@ -25,6 +24,7 @@ from storage.priority import without_collections
 from storage.run.attempt import StateContents
 from storage.saving.saveplan import Chunk
 from storage.saving.writing import Payload
+from storage.stores.buffers import address_of
 
 if TYPE_CHECKING:  # the service, which has no torch, only reads tables
     from storage.format.items import Kind
@@ -221,7 +221,7 @@ def _written(
 
     def place_of(buffer: object, source: tuple[int, int] | None = None) -> Place:
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        address = _address(view)
+        address = address_of(view)
         if reach[0] <= address and address + view.nbytes <= reach[1] and view.nbytes:
             return Place(address - reach[0], view.nbytes)
         return blob.add(view, source)
@@ -328,7 +328,3 @@ def _framing(row: FramingRow, bytes_at: Callable[[Place], memoryview]) -> Framin
         *(row.data_places, row.identity_at, row.identity_places),
         *(row.crcs_before, row.crcs_after),
     )
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -11,6 +13,11 @@ def views_of(buffers: Sequence[Buffer]) -> list[memoryview]:
     """The buffers as bytes, without the empty ones. Raises TypeError for one that is not contiguous."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
     return [view for view in views if view.nbytes]
+
+
+def address_of(view: memoryview) -> int:
+    """Where its bytes lie in this process; 0 if it has none."""
+    return int(np.frombuffer(view, np.uint8).ctypes.data) if view.nbytes else 0
 
 
 def size_of(views: Sequence[memoryview]) -> int:

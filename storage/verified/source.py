@@ -48,10 +48,9 @@ class InsteadOf(Protocol):
     ) -> AbstractContextManager[Sequence[memoryview]]: ...
 
 
-def as_they_are(
-    memories: Sequence[memoryview], *, in_place: bool = True
+def _as_they_are(
+    memories: Sequence[memoryview], *, in_place: bool = False
 ) -> AbstractContextManager[Sequence[memoryview]]:
-    """Gives the memories themselves."""
     return contextlib.nullcontext(memories)
 
 
@@ -181,7 +180,7 @@ class Source:
         rows = (columns.object, columns.offset, columns.length, columns.block_size_bytes)
         return ItemPlace(*(int(column[item]) for column in rows))
 
-    def fetch(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf = as_they_are) -> None:
+    def fetch(self, part: Part, memories: Sequence[memoryview], instead_of: InsteadOf = _as_they_are) -> None:
         """Fill the memory of each of the part's segments, and verify it as far as its items' bytes have come.
 
         `instead_of`: gives the memory to read into. Raises Corrupt: something is missing, or damaged when it is read

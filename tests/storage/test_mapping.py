@@ -252,7 +252,7 @@ def test_huge_pages_end_with_the_first_that_is_costly(costly: int | None, monkey
     assert [pages.make(*piece, within) for piece in pieces] == [n < num_before for n in range(3)]
     made = {address for address, _, advice in told if advice == mapping._MADV_POPULATE_WRITE}
     assert made == {begin + n * HUGE_PAGE_BYTES for n in range(min(3, num_before + 1))}
-    small = [(address, address + size) for address, size, advice in told if advice == mapping._MADV_NOHUGEPAGE]
+    small = [(address, address + size) for address, size, advice in told if advice == mmap.MADV_NOHUGEPAGE]
     assert small[:1] == ([] if costly is None else [(begin + (costly + 1) * HUGE_PAGE_BYTES, within[1])])
 
 

@@ -18,9 +18,10 @@ import torch
 
 from storage import Checkpointer
 from storage.arena import page_filler
-from storage.arena.mapping import PAGE_BYTES, is_made
+from storage.arena.mapping import MADE_FROM_BYTES, PAGE_BYTES, is_made
 from storage.arena.page_filler import PageFiller
 from storage.errors import StorageError
+from storage.stores.buffers import address_of
 from storage.stores.local import LocalStore
 from tests.storage.small_runs import damage_data
 
@@ -50,8 +51,8 @@ def touch():
     memory[next(places)] = 1
     at = next(places)
     assert os.preadv(file, [memory[at : at + PAGE_BYTES]], 0) == PAGE_BYTES
-    make_pages(page_filler._address(memory) + (made := next(places)), PAGE_BYTES)
-    assert page_filler.is_made(page_filler._address(memory) + made)
+    make_pages(page_filler.address_of(memory) + (made := next(places)), PAGE_BYTES)
+    assert page_filler.is_made(page_filler.address_of(memory) + made)
 def touched(*request):
     touch()
     try:
@@ -77,10 +78,6 @@ def filler() -> Iterator[PageFiller]:
 def fresh(size_bytes: int) -> memoryview:
     """Memory that nobody has touched."""
     return memoryview(mmap.mmap(-1, size_bytes, flags=PRIVATE))
-
-
-def address_of(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 def pages_made(memory: memoryview) -> list[bool]:
@@ -126,7 +123,7 @@ def test_what_was_damaged_on_its_way_gets_no_further_than_the_buffer(filler: Pag
 
 
 def test_memory_in_use_short_or_looked_at_for_longer_is_given_as_it_is(filler: PageFiller) -> None:
-    used, short = memoryview(bytearray(MIB)), fresh(page_filler._FROM_BYTES - 1)
+    used, short = memoryview(bytearray(MIB)), fresh(MADE_FROM_BYTES - 1)
     with filler.instead_of([used, short]) as given:
         assert [address_of(memory) for memory in given] == [address_of(used), address_of(short)]
     assert filled(filler, in_place=True) == "in place"
